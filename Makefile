@@ -1,0 +1,66 @@
+# Every target sets up what it needs: a virtual environment in $(VENV), pinned by constraints.txt.
+#   make PYTHON=python3.12 test     another interpreter for a new environment
+#   make PYTEST_ARGS="-k rope" test more arguments for pytest
+#   make DEMO_ARGS=--json demo      more arguments for the demo
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per worker: two workers with a thread per core each would fight over two cores.
+# `pytest`, not `python -m pytest`: the latter puts the checkout first on sys.path, and `import kernels` would then find
+# the folder of that name.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --benchmark-disable
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint typecheck format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## sample a seeded tiny model on the CPU, 8 steps
+	$(BIN)/happyhorse-fast demo $(DEMO_ARGS)
+
+test: $(STAMP) ## the tests, without the slow proofs: at most 10 minutes on 2 cores
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+
+check: $(STAMP) ## the slow proofs: at most 60 minutes on 2 cores
+	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the sources as ruff formats them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, build outputs and caches
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find happyhorse_fast kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment of another Python than asked for is kept: `make clean` first. One that could not be finished is removed,
+# or the next run would take it for a good one.
+$(BIN)/python:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "error: no '$(PYTHON)' found; name a Python >= 3.10 as in: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: Python >= 3.10 is needed, '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1);" \
+	       "name another as in: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -m venv "$(VENV)" || { \
+	  rm -rf "$(VENV)"; \
+	  echo "error: '$(PYTHON)' could not make a virtual environment in $(VENV);" \
+	       "on Debian and Ubuntu its venv module is the package python3-venv" >&2; exit 1; }
+
+# setuptools comes first and from constraints.txt, so that the build uses the pinned one.
+$(STAMP): $(BIN)/python pyproject.toml setup.py constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	@touch $@

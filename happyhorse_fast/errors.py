@@ -1,0 +1,80 @@
+"""Checks of arguments that several layers share; every message names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder or file that cannot be loaded; the message names the file and, where there is one, the key."""
+
+
+class NonFiniteError(FloatingPointError):
+    """NaN or Inf where finite numbers are needed; the message names the tensor and how many elements are affected."""
+
+
+def require_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str],
+    *,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Hold a floating-point tensor argument against its shape and device.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What came.
+        shape: Allowed size per dimension: an int for exactly that, a string such as ``"T"`` for any size of at least 1.
+        device: Device it must be on, or None for any.
+
+    Returns:
+        ``value``, typed as a tensor.
+
+    Raises:
+        TypeError: Not a tensor, or not of a floating-point dtype.
+        ValueError: Wrong rank, size or device.
+    """
+    import torch
+
+    wanted = f"[{', '.join(map(str, shape))}]"
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {wanted}, got {type(value).__name__}")
+    got = f"[{', '.join(map(str, value.shape))}]"
+    if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype} of shape {got}")
+    if value.dim() != len(shape):
+        raise ValueError(f"{name} must have {len(shape)} dimensions {wanted}, got {value.dim()}: {got}")
+    for axis, (allowed, size) in enumerate(zip(shape, value.shape, strict=True)):
+        if isinstance(allowed, int) and size != allowed:
+            raise ValueError(f"{name} must be of size {allowed} in dimension {axis} of {wanted}, got {got}")
+        if isinstance(allowed, str) and size < 1:
+            raise ValueError(f"{name} must have at least 1 element in dimension {axis} ({allowed}), got {got}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on device {device}, where the model is; got {value.device}")
+    return value
+
+
+def require_finite(name: str, value: torch.Tensor) -> None:
+    """Raise where a tensor holds NaN or Inf.
+
+    Skipped where a value cannot be read: while tracing or compiling, on fake and meta tensors, and during CUDA-graph
+    capture.
+
+    Raises:
+        NonFiniteError: With the number of elements affected.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if torch.compiler.is_compiling() or isinstance(value, FakeTensor) or value.is_meta:
+        return
+    if value.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        raise NonFiniteError(f"{name} must be finite, got {bad} NaN or Inf among {value.numel()} elements")

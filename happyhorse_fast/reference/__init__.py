@@ -1,0 +1,1 @@
+"""The eager reference: what every kernel is checked against, in plain torch."""

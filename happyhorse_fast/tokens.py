@@ -1,0 +1,84 @@
+"""How many tokens a clip has: from resolution, aspect ratio, length and frame rate to latent sizes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from happyhorse_fast.config import PATCH
+
+VAE_STRIDE = (4, 16, 16)
+"""Frames, rows and columns of pixels per latent position."""
+TEXT_TOKENS = 640
+"""Length that the published pipeline pads prompts to."""
+
+# (short side, long side) in pixels; multiples of 32, so that a 1x2x2 patch of a stride-16 latent always fits.
+_SIDES = {"1080p": (1088, 1920), "540p": (512, 896), "256p": (256, 448)}
+_ASPECTS = ("16:9", "9:16", "1:1")
+_FPS = (24, 25)
+_SECONDS = range(3, 16)
+
+
+class ClipTokens(NamedTuple):
+    """Latent size of a clip.
+
+    Attributes:
+        T: Latent frames.
+        H: Latent rows (pixels / 16).
+        W: Latent columns (pixels / 16).
+        audio: Audio tokens, one per video frame.
+    """
+
+    T: int
+    H: int
+    W: int
+    audio: int
+
+    @property
+    def frame_tokens(self) -> int:
+        """Video tokens per latent frame."""
+        return (self.H // PATCH[1]) * (self.W // PATCH[2])
+
+    @property
+    def video(self) -> int:
+        """Video tokens of the clip."""
+        return self.T // PATCH[0] * self.frame_tokens
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """(rows, columns) of the decoded frames."""
+        return self.H * VAE_STRIDE[1], self.W * VAE_STRIDE[2]
+
+    def total(self, text: int = TEXT_TOKENS) -> int:
+        """Tokens of the whole sequence with ``text`` text tokens."""
+        return self.video + self.audio + text
+
+
+def tokens_for(resolution: str, aspect: str = "16:9", seconds: int = 5, fps: int = 24) -> ClipTokens:
+    """Latent size and token counts of a clip.
+
+    Args:
+        resolution: ``"1080p"`` (1920x1088 pixels at 16:9), ``"540p"`` (896x512) or ``"256p"`` (448x256).
+        aspect: ``"16:9"``, ``"9:16"``, or ``"1:1"`` (both sides are the short one).
+        seconds: Whole seconds, 3 to 15.
+        fps: 24 or 25 frames per second.
+
+    Returns:
+        ``(T, H, W, audio)`` with frames = seconds * fps + 1, T = (frames - 1) // 4 + 1 and one audio token per frame.
+
+    Raises:
+        ValueError: An argument is not among the allowed values; the message lists them.
+    """
+    if resolution not in _SIDES:
+        raise ValueError(f"resolution must be one of {', '.join(_SIDES)}; got {resolution!r}")
+    if aspect not in _ASPECTS:
+        raise ValueError(f"aspect must be one of {', '.join(_ASPECTS)}; got {aspect!r}")
+    if isinstance(seconds, bool) or seconds not in _SECONDS:
+        raise ValueError(f"seconds must be a whole number from {_SECONDS[0]} to {_SECONDS[-1]}; got {seconds!r}")
+    if isinstance(fps, bool) or fps not in _FPS:
+        raise ValueError(f"fps must be one of {', '.join(map(str, _FPS))}; got {fps!r}")
+    short, long = _SIDES[resolution]
+    rows, columns = {"16:9": (short, long), "9:16": (long, short), "1:1": (short, short)}[aspect]
+    frames = int(seconds) * fps + 1
+    return ClipTokens(
+        (frames - 1) // VAE_STRIDE[0] + 1, rows // VAE_STRIDE[1], columns // VAE_STRIDE[2], audio=frames
+    )
