@@ -165,6 +165,10 @@ class Block(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
 
 
+def _head_linear(width: int, channels: int, device: torch.device | None) -> nn.Linear:
+    return nn.Linear(width, channels, bias=False, device=device, dtype=torch.float32)
+
+
 LayerHook = Callable[[int, torch.Tensor], None]
 
 
@@ -206,9 +210,8 @@ class HappyHorse(nn.Module):
         self.block = Block(config, param_dtype, where)
         self.final_norm_video = Weight(1, config.hidden_size, dtype=torch.float32, device=where)
         self.final_norm_audio = Weight(1, config.hidden_size, dtype=torch.float32, device=where)
-        heads = {"bias": False, "device": where, "dtype": torch.float32}
-        self.final_linear_video = nn.Linear(config.hidden_size, config.video_in_channels, **heads)
-        self.final_linear_audio = nn.Linear(config.hidden_size, config.audio_in_channels, **heads)
+        self.final_linear_video = _head_linear(config.hidden_size, config.video_in_channels, where)
+        self.final_linear_audio = _head_linear(config.hidden_size, config.audio_in_channels, where)
 
     @property
     def device(self) -> torch.device:

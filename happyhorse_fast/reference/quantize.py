@@ -1,0 +1,102 @@
+"""Quantisation to e4m3, in plain torch and to the bit as docs/OPS.md states it: value = code * scale."""
+
+from __future__ import annotations
+
+import torch
+
+E4M3_MAX = 448.0
+GROUPS = (32, 64, 128)
+"""Channels that may share a scale inside a row."""
+
+
+def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
+    """Scale that maps ``amax`` to the largest code, 448.
+
+    Args:
+        amax: Largest magnitudes, any shape, float.
+
+    Returns:
+        amax * (1/448) in float32; 1 where that is zero: a row of zeros, or amax below 3e-43, whose
+        scale would underflow.
+    """
+    scale = amax.float() * (1.0 / E4M3_MAX)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Clamp to +-448, then cast: the cast alone gives NaN or saturates past it, depending on the release."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per row (token).
+
+    Args:
+        x: [N, K], float32 or narrower.
+
+    Returns:
+        codes [N, K] e4m3, scale [N] float32.
+    """
+    scale = e4m3_scale(x.float().abs().amax(dim=1))
+    return to_e4m3(x.float() / scale[:, None]), scale
+
+
+def quantize_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per row and ``group`` neighbouring channels.
+
+    Args:
+        x: [N, K], float32 or narrower.
+        group: 32, 64 or 128; divides K.
+
+    Returns:
+        codes [N, K] e4m3, scale [N, K / group] float32.
+
+    Raises:
+        ValueError: ``group`` is not allowed or does not divide K.
+    """
+    if group not in GROUPS:
+        raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}; got {group}")
+    if x.shape[1] % group:
+        raise ValueError(f"group must divide the {x.shape[1]} channels of x, got {group}")
+    grouped = x.float().unflatten(1, (-1, group))
+    scale = e4m3_scale(grouped.abs().amax(dim=2))
+    return to_e4m3(grouped / scale[:, :, None]).flatten(1), scale
+
+
+def quantize_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per output channel of each expert.
+
+    Args:
+        weight: [E, F, K], float32 or narrower.
+
+    Returns:
+        codes [E, F, K] e4m3, scale [E, F] float32.
+    """
+    scale = e4m3_scale(weight.float().abs().amax(dim=2))
+    return to_e4m3(weight.float() / scale[:, :, None]), scale
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """code * scale, computed in ``dtype``; float64 gives the exact value.
+
+    Args:
+        codes: [..., K] e4m3.
+        scale: [...] (one per row or output channel), or [..., K / group].
+        dtype: Dtype of the result, float32 or float64.
+
+    Returns:
+        [..., K] in ``dtype``.
+
+    Raises:
+        ValueError: The shapes do not belong together.
+    """
+    values, factors = codes.to(dtype), scale.to(dtype)
+    if scale.shape == codes.shape[:-1]:
+        return values * factors[..., None]
+    if scale.shape[:-1] != codes.shape[:-1] or codes.shape[-1] % scale.shape[-1]:
+        raise ValueError(
+            f"scale must be {list(codes.shape[:-1])} or {[*codes.shape[:-1], 'K / group']} for codes "
+            f"{list(codes.shape)}, got {list(scale.shape)}"
+        )
+    groups = scale.shape[-1]
+    return (values.unflatten(-1, (groups, -1)) * factors[..., None]).flatten(-2)

@@ -1,0 +1,65 @@
+"""Where a sampler's noise comes from: a generator, a callable that replays a recorded run, or torch's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+from happyhorse_fast.errors import require_finite, require_tensor
+
+Draw: TypeAlias = Callable[[str, torch.Size], torch.Tensor]
+"""(name, shape) -> standard normal tensor."""
+Noise: TypeAlias = torch.Generator | Draw | None
+"""What a sampler's ``noise`` may be; see :func:`noise_source`."""
+
+
+def noise_source(noise: Noise, device: torch.device, dtype: torch.dtype) -> Draw:
+    """One function for every kind of ``noise``.
+
+    Args:
+        noise: A ``torch.Generator`` on the latents' device or on the CPU; a callable (name, shape) -> float32 tensor on
+            any device, with names such as ``noise.video.0``; or None for torch's global generator.
+        device: Of the latents.
+        dtype: Of the latents.
+
+    Returns:
+        (name, shape) -> noise on ``device`` in ``dtype``. Whatever ``dtype`` is, generators draw float32, so a float64
+        run sees the noise of a float32 run. What a callable returns is held against the shape, float32 (or ``dtype``)
+        and finiteness.
+
+    Raises:
+        TypeError: ``noise`` is none of the three.
+        ValueError: The generator is on a third device.
+    """
+    if noise is None or isinstance(noise, torch.Generator):
+        return _seeded(noise, device, dtype)
+    if callable(noise):
+        return _replayed(noise, device, dtype)
+    raise TypeError(
+        f"noise must be a torch.Generator, a callable (name, shape) -> tensor, or None; got {type(noise).__name__}"
+    )
+
+
+def _seeded(generator: torch.Generator | None, device: torch.device, dtype: torch.dtype) -> Draw:
+    where = device if generator is None else generator.device
+    if where not in (device, torch.device("cpu")):
+        raise ValueError(f"noise must be a generator on {device}, where the latents are, or on the CPU; got {where}")
+
+    def draw(name: str, shape: torch.Size) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=where, dtype=torch.float32).to(device, dtype)
+
+    return draw
+
+
+def _replayed(replay: Draw, device: torch.device, dtype: torch.dtype) -> Draw:
+    def draw(name: str, shape: torch.Size) -> torch.Tensor:
+        value = require_tensor(f'noise("{name}", {list(shape)})', replay(name, shape), shape)
+        if value.dtype not in (torch.float32, dtype):
+            allowed = " or ".join(sorted({str(torch.float32), str(dtype)}))
+            raise TypeError(f'noise("{name}", {list(shape)}) must be {allowed}, got {value.dtype}')
+        require_finite(f'noise("{name}", {list(shape)})', value)
+        return value.to(device, dtype)
+
+    return draw

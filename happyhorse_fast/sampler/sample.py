@@ -1,0 +1,120 @@
+"""``sample``: a clip's video and audio from noise and a prompt."""
+
+from __future__ import annotations
+
+import torch
+
+from happyhorse_fast.errors import require_finite, require_tensor
+from happyhorse_fast.reference.sequence import Clip, check_inputs, check_time_axis
+from happyhorse_fast.sampler.arguments import prepare_image, require_callback, require_int, require_positive
+from happyhorse_fast.sampler.distilled import DISTILLED_STEPS, sample_distilled
+from happyhorse_fast.sampler.guided import GUIDED_STEPS, sample_guided
+from happyhorse_fast.sampler.noise import Noise, noise_source
+from happyhorse_fast.sampler.progress import Callback
+from happyhorse_fast.sampler.steps import Denoiser, latent_dtype, require_denoiser
+
+
+@torch.no_grad()
+def sample(
+    model: Denoiser,
+    video: torch.Tensor,
+    audio: torch.Tensor,
+    text: torch.Tensor,
+    *,
+    steps: int | None = None,
+    shift: float = 5.0,
+    image: torch.Tensor | None = None,
+    noise: Noise = None,
+    callback: Callback | None = None,
+    progress: bool = True,
+    guidance: float | None = None,
+    null_text: torch.Tensor | None = None,
+    guidance_audio: float = 5.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Denoise a clip: the distilled model's 8 steps, or with ``guidance`` the base model's 32 UniPC steps.
+
+    Source of the formulas: the public implementation, ``inference/pipeline/video_generate.py`` at commit 209209b.
+
+    Args:
+        model: A denoiser with attributes ``config``, ``device`` and ``stream_dtype``: (video, audio, text) ->
+            velocities.
+        video: [1, C, T, H, W] standard normal noise to start from, H and W even.
+        audio: [1, A, Ca] standard normal noise to start from.
+        text: [1, L, Ct] embedding of the prompt.
+        steps: Number of steps, at least 1; by default 8, or 32 with ``guidance``.
+        shift: Of the noise levels, more than 0; 5 as published.
+        image: Image to video: [1, C, 1, H, W] latent of the image, which replaces the first latent frame before each
+            step and at the end.
+        noise: Noise that the distilled sampler adds at step i (from 0), at every step but the last: a
+            ``torch.Generator`` on the latents' device or the CPU; a callable (name, shape) -> float32 tensor, asked for
+            ``noise.video.{i}`` and ``noise.audio.{i}``; None for torch's global generator. Guided steps add none.
+        callback: Called with a :class:`StepInfo` after every step; what it raises ends the run.
+        progress: Whether to show a progress bar on stderr.
+        guidance: Classifier-free guidance scale of the video, more than 0; 5 as published. From timestep 500 down it
+            is 2. None: the distilled sampler.
+        null_text: [1, L0, Ct] embedding of the negative prompt; with ``guidance``, and only with it.
+        guidance_audio: Guidance scale of the audio at every step, more than 0; used with ``guidance`` only.
+
+    Returns:
+        (video [1, C, T, H, W], audio [1, A, Ca]), float32; float64 from a float64 model. The inputs are left as they
+        are.
+
+    Raises:
+        TypeError, ValueError: An argument is of a wrong type, shape, device or range; before the first step, except for
+            what a callable ``noise`` returns.
+        NonFiniteError: NaN or Inf in an input, in noise, or in a velocity: then with step and modality.
+        ImportError: ``guidance`` without diffusers (extra ``base``).
+    """
+    require_denoiser("model", model)
+    clip = check_inputs(model.config, video, audio, text, model.device)
+    default = DISTILLED_STEPS if guidance is None else GUIDED_STEPS
+    steps = default if steps is None else require_int("steps", steps, 1)
+    shift = require_positive("shift", shift)
+    guidance_audio = require_positive("guidance_audio", guidance_audio)
+    require_callback(callback)
+    dtype = latent_dtype(model)
+    image = prepare_image(image, video.shape, model.device, dtype)
+    draw = noise_source(noise, model.device, dtype)
+    video, audio = video.to(dtype), audio.to(dtype)
+    if guidance is None:
+        if null_text is not None:
+            raise ValueError("null_text must come with guidance, such as guidance=5.0; got guidance=None")
+        return sample_distilled(
+            model,
+            video,
+            audio,
+            text,
+            steps=steps,
+            shift=shift,
+            image=image,
+            draw=draw,
+            callback=callback,
+            progress=progress,
+        )
+    return sample_guided(
+        model,
+        video,
+        audio,
+        text,
+        _check_null_text(model, null_text, clip),
+        steps=steps,
+        shift=shift,
+        guidance=require_positive("guidance", guidance),
+        guidance_audio=guidance_audio,
+        image=image,
+        callback=callback,
+        progress=progress,
+    )
+
+
+def _check_null_text(model: Denoiser, null_text: object, clip: Clip) -> torch.Tensor:
+    if null_text is None:
+        raise ValueError("guidance must come with null_text [1, L0, Ct], the negative prompt; got null_text=None")
+    shape = (1, "L0", model.config.text_in_channels)
+    value = require_tensor("null_text", null_text, shape, device=model.device)
+    require_finite("null_text", value)
+    try:
+        check_time_axis(clip._replace(text=value.shape[1]), model.config.coords_style)
+    except ValueError as error:
+        raise ValueError(f"null_text, in the place of text: {error}") from None
+    return value

@@ -1,0 +1,51 @@
+"""UniPC on a rectified flow: diffusers' own scheduler, set up as the published checkpoints were sampled."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from happyhorse_fast.sampler.levels import unshifted_levels
+
+
+class UniPC(Protocol):
+    """The part of diffusers' ``UniPCMultistepScheduler`` that is used."""
+
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+
+    def step(
+        self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, return_dict: bool
+    ) -> tuple[torch.Tensor]:
+        """(velocity, timestep, latent) -> (latent one level lower, as a new tensor,)."""
+
+
+def unipc_scheduler(steps: int, shift: float) -> UniPC:
+    """A scheduler for one latent over one run; it keeps that latent's history.
+
+    Its steps are the published code's bit for bit. Without the explicit levels diffusers would choose other ones, with
+    results 0.2 to 0.4 % off.
+
+    Args:
+        steps: Number of steps.
+        shift: Of the noise levels.
+
+    Returns:
+        Scheduler with ``sigmas`` [steps + 1] and ``timesteps`` [steps], both on the CPU, wherever the latents are.
+
+    Raises:
+        ImportError: diffusers is not installed; says what to install.
+    """
+    try:
+        from diffusers import UniPCMultistepScheduler
+    except ImportError as error:
+        raise ImportError(
+            'UniPC steps (guidance, super_resolve) need diffusers: pip install "happyhorse-fast[base]"'
+        ) from error
+
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(sigmas=unshifted_levels(steps))
+    # By index: beyond about 200 steps the first timesteps, which are whole numbers, repeat and name no single step.
+    scheduler.set_begin_index(0)
+    return scheduler
