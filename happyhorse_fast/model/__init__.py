@@ -1,0 +1,1 @@
+"""Models as users hold them: checkpoints on disk, read and written."""
