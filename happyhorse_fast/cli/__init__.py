@@ -1,0 +1,78 @@
+"""The command line ``happyhorse-fast``: demo, sample, verify, plan, doctor. ``--help`` of each says what it takes.
+
+Exit codes: 0 done, 1 a check failed or memory ran out, 2 bad input, 130 interrupted. Results go to standard output, as
+tables or with ``--json`` as one JSON document; everything else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from happyhorse_fast._version import __version__
+from happyhorse_fast.cli import demo, doctor, plan, sample, verify
+from happyhorse_fast.errors import NonFiniteError
+
+PROGRAM = "happyhorse-fast"
+# What the package raises for bad input: messages name the argument, what came and what is allowed.
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NonFiniteError)
+# The base of typer's parse errors, in whichever copy of click this typer brings.
+_PARSE_ERROR: Any = typer.BadParameter.mro()[2]
+
+app = typer.Typer(name=PROGRAM, add_completion=False, pretty_exceptions_enable=False)
+app.command()(demo.demo)
+app.command()(sample.sample)
+app.command()(verify.verify)
+app.command()(plan.plan)
+app.command()(doctor.doctor)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    # Read by run(), which sees the error.
+    traceback: Annotated[bool, typer.Option("--traceback", help="On bad input, show where it was noticed.")] = False,
+) -> None:
+    """Joint audio-video denoising with a 15B single-stream Transformer."""
+    if version:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code. ``arguments`` are those after the program's name, by default the process's.
+
+    Bad input becomes one line on standard error, unless ``--traceback`` asks for more.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except _PARSE_ERROR as error:
+        return _fail(error.format_message(), error.exit_code)
+    except (*_USER_ERRORS, RuntimeError) as error:
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # by name: torch may not have been imported
+        if "--traceback" in arguments or not (out_of_memory or isinstance(error, _USER_ERRORS)):
+            raise
+        hint = f"; `{PROGRAM} plan` says what a clip needs" if out_of_memory else ""
+        return _fail(f"{error}{hint}", 1 if out_of_memory else 2)
+    if code == 130:
+        return _fail("interrupted", 130)
+    return int(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """Entry point of the program."""
+    sys.exit(run())

@@ -1,0 +1,195 @@
+"""``happyhorse-fast doctor``: what this machine has, what will run on it, and why not more."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from happyhorse_fast._version import __version__
+from happyhorse_fast.cli.forms import FORMS, Form
+from happyhorse_fast.cli.output import JsonOption, emit, table
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.tokens import tokens_for
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from happyhorse_fast.reference.model import HappyHorse
+
+# Extra of this package that brings each, and what it is for.
+_OPTIONAL = {
+    "diffusers": ("base", "UniPC steps: guided sampling, second stage"),
+    "matplotlib": ("plot", "the picture of `demo`"),
+    "av": ("video", "writing decoded clips"),
+}
+_CARDS = (80, 48, 24)
+# Of a card, left for the CUDA context, library workspaces and what the allocator cannot reuse; an estimate.
+_RESERVE_GIB = 1.5
+_CLIPS = (
+    ("happyhorse-1.0-15b", "1080p"),
+    ("happyhorse-1.0-15b", "540p"),
+    ("happyhorse-1.0-15b", "256p"),
+    ("davinci-magihuman", "256p"),
+    ("davinci-magihuman-sr-540p", "540p"),
+    ("davinci-magihuman-sr-1080p", "1080p"),
+    ("tiny", "256p"),
+)
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """GPU, driver, torch, Triton, CUDA compilers, optional packages; what will run here, and why not more."""
+    data = examine()
+    emit(data, as_json, lambda console: _render(console, data))
+
+
+def examine() -> dict[str, Any]:
+    """What :func:`doctor` prints, as plain data."""
+    gpus = _gpus()
+    return {
+        "package": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": _torch(),
+        "gpus": gpus,
+        "driver": _driver(),
+        "triton": _version("triton"),
+        "nvcc": _nvcc(),
+        "cuda_python": _version("cuda-python"),
+        "nvrtc": _nvrtc(),
+        "optional": {name: _version(name) for name in _OPTIONAL},
+        "runs": _what_runs(gpus),
+        "memory": _memory_fit(gpus),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    return {"version": torch.__version__, "cuda": torch.version.cuda, "cuda_available": torch.cuda.is_available()}
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        found.append({"name": properties.name, "capability": capability, "memory_gib": properties.total_memory / 2**30})
+    return found
+
+
+def _driver() -> str | None:
+    return _first_match(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], r"[\d.]+")
+
+
+def _nvcc() -> dict[str, str] | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+    if path is None:
+        return None
+    return {"path": path, "version": _first_match([path, "--version"], r"(?<=release )[\d.]+") or "unknown"}
+
+
+def _first_match(command: list[str], pattern: str) -> str | None:
+    """First match in a program's output; None where there is no such program or it fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    match = re.search(pattern, done.stdout) if done.returncode == 0 else None
+    return match.group() if match else None
+
+
+def _nvrtc() -> str | None:
+    names = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
+    return next((f"{name} {version}" for name in names if (version := _version(name))), None)
+
+
+def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    lines = []
+    place = f"on {gpus[0]['name']} and on the CPU" if gpus else "on the CPU; this torch sees no CUDA device"
+    for form in FORMS:
+        if not form.kernels:
+            lines.append({"what": f"{form.name} reference", "runs": True, "why": place})
+    kernels = [form for form in FORMS if form.kernels]
+    for form in kernels:
+        why = "" if gpus else "needs a CUDA device"
+        lines.append({"what": form.name, "runs": bool(gpus), "why": why})
+    if not kernels:
+        lines.append({"what": "kernels", "runs": False, "why": f"version {__version__} has none yet"})
+    for name, (extra, purpose) in _OPTIONAL.items():
+        there = importlib.util.find_spec(name) is not None
+        why = f"{name} is installed" if there else f'needs {name}: pip install "happyhorse-fast[{extra}]"'
+        lines.append({"what": purpose, "runs": there, "why": why})
+    return lines
+
+
+def _memory_fit(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Peak memory of each form that a GPU would run, for 5 s clips, and the cards it fits."""
+    from happyhorse_fast.model.memory import peak_by_kind
+
+    cards: dict[str, float] = {f"{size} GB": float(size) for size in _CARDS}
+    cards |= {gpu["name"]: gpu["memory_gib"] for gpu in gpus}
+    rows = []
+    for form in FORMS:
+        for preset, resolution in _CLIPS if form.precision != "fp32" else ():
+            peak = peak_by_kind(ModelConfig.preset(preset), tokens_for(resolution), partial(_on_meta, form)) / 2**30
+            fits = {name: peak + _RESERVE_GIB <= size for name, size in cards.items()}
+            clip = {"preset": preset, "resolution": resolution, "form": form.name}
+            rows.append({**clip, "peak_memory_gib": peak, "fits": fits})
+    return rows
+
+
+def _on_meta(form: Form, config: ModelConfig) -> HappyHorse:
+    return form.build(config, "meta")
+
+
+def _render(console: Console, data: dict[str, Any]) -> None:
+    torch_, nvcc = data["torch"], data["nvcc"]
+    cuda = f"CUDA {torch_['cuda']}" if torch_["cuda"] else "built without CUDA"
+    absent = "not found"
+    gpus = [f"{g['name']}, sm_{g['capability'].replace('.', '')}, {g['memory_gib']:.1f} GiB" for g in data["gpus"]]
+    facts = {
+        "happyhorse-fast": f"{data['package']}, Python {data['python']}, {data['system']}",
+        "GPU": "; ".join(gpus) or absent,
+        "driver": data["driver"] or absent,
+        "torch": f"{torch_['version']}, {cuda}",
+        "Triton": data["triton"] or absent,
+        "nvcc": f"{nvcc['version']}, {nvcc['path']}" if nvcc else absent,
+        "cuda-python": data["cuda_python"] or absent,
+        "NVRTC": data["nvrtc"] or absent,
+        **{name: version or absent for name, version in data["optional"].items()},
+    }
+    for name, value in facts.items():
+        console.print(f"{name:16} {value}")
+    console.print()
+    rows = [["[green]yes[/]" if r["runs"] else "[yellow]no[/]", r["what"], r["why"]] for r in data["runs"]]
+    console.print(table("what runs here", ["runs", "what", "why"], rows, left=3))
+    cards = list(data["memory"][0]["fits"])
+    rows = [
+        [
+            m["preset"],
+            m["resolution"],
+            m["form"],
+            f"{m['peak_memory_gib']:.1f}",
+            *("[green]fits[/]" if m["fits"][card] else "[yellow]no[/]" for card in cards),
+        ]
+        for m in data["memory"]
+    ]
+    title = f"peak memory of a 5 s clip at 24 fps, GiB; to fit, {_RESERVE_GIB} GiB of the card stay free"
+    console.print(table(title, ["preset", "resolution", "form", "peak", *cards], rows, left=3))

@@ -1,0 +1,46 @@
+"""Options that several commands take, and what their values mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from happyhorse_fast.config import ModelConfig
+
+PresetOption = Annotated[
+    str | None,
+    typer.Option(help=f"What the checkpoint is of, one of {', '.join(ModelConfig.preset_names())}; or --config."),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="JSON file with the fields of ModelConfig, in place of --preset.")
+]
+DeviceOption = Annotated[str, typer.Option(help="Such as cuda, cuda:1 or cpu; auto: cuda where there is one.")]
+
+
+def read_config(path: Path | None) -> ModelConfig | None:
+    """A configuration from a JSON file of :meth:`ModelConfig.to_dict`.
+
+    Raises:
+        ValueError: The file is not a JSON object with the fields of a configuration; names the file.
+    """
+    if path is None:
+        return None
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise TypeError(f"must hold a JSON object, got {type(fields).__name__}")
+        return ModelConfig(**fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"config {path}: {error}") from error
+
+
+def usable_device(name: str) -> str:
+    """``auto`` resolved; other names as they are."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

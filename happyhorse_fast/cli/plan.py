@@ -1,0 +1,188 @@
+"""``happyhorse-fast plan``: what a clip costs before anything runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from happyhorse_fast.cli.forms import form_of
+from happyhorse_fast.cli.output import JsonOption, emit, gib, number, table
+from happyhorse_fast.config import PATCH, ModelConfig
+from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals, window_share
+from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def plan(
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(ModelConfig.preset_names())}.")] = (
+        "happyhorse-1.0-15b"
+    ),
+    resolution: Annotated[str, typer.Option(help="1080p, 540p or 256p.")] = "1080p",
+    aspect: Annotated[str, typer.Option(help="16:9, 9:16 or 1:1.")] = "16:9",
+    seconds: Annotated[int, typer.Option(help="Length, 3 to 15.")] = 5,
+    fps: Annotated[int, typer.Option(help="24 or 25.")] = 24,
+    text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
+    precision: Annotated[str, typer.Option(help="bf16 or fp8.")] = "bf16",
+    gpu: Annotated[str, typer.Option(help=f"Peaks to plan with: {', '.join(GPUS)}.")] = "h100",
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 8,
+    video_share: Annotated[
+        float | None,
+        typer.Option(help="Share of video pairs that every layer computes (0 to 1), in place of the exact masks."),
+    ] = None,
+    memory: Annotated[
+        bool, typer.Option(help="Trace the forward pass under fake tensors for its peak memory (seconds).")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Parameters, tokens, FLOPs, bytes and floor time per operation, and peak memory of one clip."""
+    data = plan_clip(
+        ModelConfig.preset(preset),
+        tokens_for(resolution, aspect, seconds, fps),
+        text=text,
+        precision=precision,
+        gpu=gpu,
+        steps=steps,
+        video_share=video_share,
+        memory=memory,
+    )
+    data = {"preset": preset, "resolution": resolution, "aspect": aspect, "seconds": seconds, "fps": fps, **data}
+    emit(data, as_json, lambda console: _render(console, data))
+
+
+def plan_clip(
+    config: ModelConfig,
+    clip: ClipTokens,
+    *,
+    text: int = TEXT_TOKENS,
+    precision: str = "bf16",
+    gpu: str = "h100",
+    steps: int = 8,
+    video_share: float | None = None,
+    memory: bool = True,
+) -> dict[str, Any]:
+    """What :func:`plan` prints, as plain data; arguments as there.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    card = gpu_named(gpu)
+    costs = step_costs(config, clip, text=text, precision=precision, gpu=card, video_share=video_share)
+    total = totals(costs)
+    counted = parameters(config)
+    local = [i for i in range(config.num_layers) if config.is_local(i, clip.frame_tokens)]
+    return {
+        "parameters": {"total": counted.total, "active_per_token": counted.active, "bytes": counted.bytes},
+        "tokens": {
+            "latent": [clip.T, clip.H, clip.W],
+            "video": clip.video,
+            "audio": clip.audio,
+            "text": text,
+            "total": clip.total(text),
+            "window_share": window_share(clip.T // PATCH[0], config.frame_receptive_field) if local else None,
+            "window_layers": len(local),
+            "video_share": video_share,
+        },
+        "precision": precision,
+        "gpu": card,
+        "steps": steps,
+        "ops": costs,
+        "totals": {
+            "linear_flops": total.linear_flops,
+            "attention_flops": total.attention_flops,
+            "flops": total.flops,
+            "bytes": total.bytes,
+            "floor_ms_per_step": total.floor_ms,
+            "floor_s": steps * total.floor_ms / 1e3,
+        },
+        # Eager torch makes as many launches as it has operations; kernels that fuse them state theirs here.
+        "launches_per_layer": None,
+        **_memory(config, clip, text, precision, memory),
+    }
+
+
+def _memory(config: ModelConfig, clip: ClipTokens, text: int, precision: str, trace: bool) -> dict[str, Any]:
+    form = form_of(precision)
+    if form is None:
+        return {"peak_memory_gib": None, "memory": {"form": None, "why": f"this version has no {precision} form"}}
+    if not trace:
+        return {"peak_memory_gib": None, "memory": {"form": form.name, "why": "not traced (--no-memory)"}}
+    from happyhorse_fast.model.memory import peak_memory
+
+    print("tracing one forward pass under fake tensors...", file=sys.stderr)
+    peak = peak_memory(form.build(config, "meta"), clip, text)
+    return {"peak_memory_gib": peak.peak_gib, "memory": {"form": form.name, "why": None, "peak": peak}}
+
+
+def _render(console: Console, data: dict[str, Any]) -> None:
+    counted, tokens, total, card = data["parameters"], data["tokens"], data["totals"], data["gpu"]
+    console.print(
+        f"[bold]{data['preset']}[/], {data['resolution']} {data['aspect']}, {data['seconds']} s at {data['fps']} fps: "
+        f"{counted['total'] / 1e9:.1f} B parameters, {counted['active_per_token'] / 1e9:.1f} B active per token, "
+        f"weights {gib(counted['bytes'])} as published"
+    )
+    console.print(
+        f"latent {'x'.join(map(str, tokens['latent']))}; {tokens['video']:,} video + {tokens['audio']:,} audio + "
+        f"{tokens['text']:,} text = {tokens['total']:,} tokens; {_masks(tokens)}\n"
+    )
+    console.print(_floor_table(data["ops"], card, data["precision"]))
+    console.print(_traffic_table(data["ops"]))
+    console.print(
+        f"one step: linear {number(total['linear_flops'], 'FLOP')}, attention "
+        f"{number(total['attention_flops'], 'FLOP')}, {number(total['bytes'], 'B')}; floor "
+        f"{total['floor_ms_per_step'] / 1e3:.2f} s, {data['steps']} steps [bold]{total['floor_s']:.1f} s[/]"
+    )
+    memory = data["memory"]
+    if data["peak_memory_gib"] is None:
+        console.print(f"peak memory: not known, {memory['why']}")
+        return
+    peak = memory["peak"]
+    console.print(
+        f"peak memory, {memory['form']}: [bold]{data['peak_memory_gib']:.1f} GiB[/], of it weights "
+        f"{gib(peak.weight_bytes)}; reached by {peak.operation}"
+    )
+    rows = [[gib(a.bytes), a.dtype, str(list(a.shape)), a.made_by] for a in peak.largest]
+    console.print(table("largest at the peak, without weights", ["size", "dtype", "shape", "made by"], rows, left=4))
+
+
+def _masks(tokens: dict[str, Any]) -> str:
+    if tokens["video_share"] is not None:
+        return f"{tokens['video_share']:.0%} of video pairs in every layer"
+    if not tokens["window_layers"]:
+        return "every layer dense"
+    return f"window keeps {tokens['window_share']:.0%} of video pairs in {tokens['window_layers']} layers"
+
+
+def _floor_table(ops: list[OpCost], card: Any, precision: str) -> Any:
+    names = ["norms", "qkv", "attention", "proj", "up", "down"]
+    kinds = {c.kind: c.count for c in ops if c.kind != OUTSIDE}
+    by = {(c.kind, c.op): c.floor_ms for c in ops}
+    rows = []
+    for kind, count in kinds.items():
+        times = [by[kind, name] for name in names]
+        rows.append(
+            [kind, str(count), *(f"{t:.2f}" for t in times), f"{sum(times):.1f}", f"{count * sum(times) / 1e3:.3f}"]
+        )
+    outside = sum(c.floor_ms for c in ops if c.kind == OUTSIDE)
+    rows.append(["embedders, heads", "", *[""] * len(names), f"{outside:.1f}", f"{outside / 1e3:.3f}"])
+    peak = {"bf16": card.bf16, "fp8": card.fp8}[precision]
+    title = (
+        f"floor on {card.name}, ms per layer ({precision} {peak:g} TFLOP/s, {card.bandwidth:g} TB/s; {card.source}); "
+        "s per step"
+    )
+    return table(title, ["layer", "count", *names, "layer ms", "step s"], rows)
+
+
+def _traffic_table(ops: list[OpCost]) -> Any:
+    rows = []
+    for op in dict.fromkeys(c.op for c in ops):
+        same = [c for c in ops if c.op == op]
+        flops, moved = sum(c.count * c.flops for c in same), sum(c.count * c.bytes for c in same)
+        floor = sum(c.count * c.floor_ms for c in same)
+        rows.append([op, number(flops, "FLOP"), number(moved, "B"), f"{flops / moved:,.0f}", f"{floor / 1e3:.3f}"])
+    return table("one step, all layers", ["operation", "FLOPs", "bytes", "FLOP/B", "floor s"], rows)

@@ -1,0 +1,358 @@
+"""``happyhorse-fast sample``: a checkpoint and a file of inputs in, a file of latents out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from happyhorse_fast._version import __version__
+from happyhorse_fast.cli.options import ConfigOption, DeviceOption, PresetOption, read_config, usable_device
+from happyhorse_fast.cli.output import JsonOption, emit, gib, require_target, save_tensors
+from happyhorse_fast.tokens import tokens_for
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from happyhorse_fast.config import ModelConfig
+    from happyhorse_fast.sampler import StepInfo
+
+Dtype = Literal["bfloat16", "float32", "float64"]
+
+
+def sample(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or file, as published.")],
+    inputs: Annotated[
+        Path,
+        typer.Argument(
+            help="Safetensors file: text; video and audio (the starting noise); image, null_text, noise.video.{i} and "
+            "noise.audio.{i} where there are any. An in. before a name is allowed."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(help="Safetensors file to write: video and audio latents.")],
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; 8, or 32 with --guidance.")] = None,
+    shift: Annotated[float, typer.Option(help="Of the noise levels.")] = 5.0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**32 - 1, help="Of noise the inputs do not hold; drawn by name, alike on any device."),
+    ] = 0,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance, for the base model; needs null_text in the inputs.")
+    ] = None,
+    image_key: Annotated[
+        str | None,
+        typer.Option(help="Name of the image latent [1, C, 1, H, W] in the inputs; image where there is one."),
+    ] = None,
+    resolution: Annotated[
+        str | None, typer.Option(help="1080p, 540p or 256p: makes the starting noise where the inputs hold none.")
+    ] = None,
+    aspect: Annotated[str, typer.Option(help="With --resolution: 16:9, 9:16 or 1:1.")] = "16:9",
+    seconds: Annotated[int, typer.Option(help="With --resolution: 3 to 15.")] = 5,
+    fps: Annotated[int, typer.Option(help="With --resolution: 24 or 25.")] = 24,
+    device: DeviceOption = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Compute dtype; bfloat16 as published.")] = "bfloat16",
+    sr_checkpoint: Annotated[Path | None, typer.Option(help="Second stage: its checkpoint.")] = None,
+    sr_preset: Annotated[str | None, typer.Option(help="Second stage: its preset.")] = None,
+    sr_config: Annotated[
+        Path | None, typer.Option(help="Second stage: its configuration, in place of a preset.")
+    ] = None,
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(help="Second stage: latent rows and columns (pixels / 16) to make.")
+    ] = None,
+    sr_steps: Annotated[int, typer.Option(help="Second stage: UniPC steps.")] = 5,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Sample a clip's latents; with --sr-checkpoint in two stages."""
+    require_target(output, force)
+    second = sr_checkpoint is not None
+    if second != (size is not None) or (not second and (sr_preset is not None or sr_config is not None)):
+        raise ValueError("--sr-checkpoint and --size must come together, with --sr-preset or --sr-config")
+    tensors = read_inputs(inputs)
+    first = _Stage(checkpoint, preset, config, usable_device(device), dtype, not as_json)
+    settings: dict[str, Any] = {
+        "version": __version__,
+        "checkpoint": checkpoint,
+        "preset": preset,
+        "config": config,
+        "inputs": inputs,
+        "seed": seed,
+        "noise": "recorded in the inputs" if tensors.noise else f"drawn by name from seed {seed}",
+        "shift": shift,
+        "guidance": guidance,
+        "dtype": dtype,
+        "device": first.device,
+    }
+    record = Record()
+    draw = tensors.replay if tensors.noise else _drawn(seed)
+    latents = _first_stage(
+        first,
+        tensors,
+        draw,
+        record,
+        resolution=resolution,
+        clip=(aspect, seconds, fps),
+        image_key=image_key,
+        steps=steps,
+        shift=shift,
+        guidance=guidance,
+    )
+    settings |= {"steps": len(record.sigmas), "sigmas": [*record.sigmas, 0.0]}
+    if sr_checkpoint is not None and size is not None:
+        stage = _Stage(sr_checkpoint, sr_preset, sr_config, first.device, dtype, not as_json)
+        sr_record = Record()
+        latents["video"] = _second_stage(
+            stage, latents, tensors, draw, sr_record, size=size, steps=sr_steps, shift=shift
+        )
+        settings |= {
+            "sr_checkpoint": sr_checkpoint,
+            "sr_preset": sr_preset,
+            "sr_config": sr_config,
+            "sr_steps": sr_steps,
+            "sr_sigmas": [*sr_record.sigmas, 0.0],
+        }
+        record.seconds += sr_record.seconds
+        record.memory_bytes = max(record.memory_bytes or 0, sr_record.memory_bytes or 0) or None
+    save_tensors(output, latents, settings)
+    data = {
+        "output": output,
+        "video": list(latents["video"].shape),
+        "audio": list(latents["audio"].shape),
+        "seconds_per_step": record.seconds,
+        "peak_memory_bytes": record.memory_bytes,
+        "ignored": sorted(tensors.ignored),
+        "settings": settings,
+    }
+    emit(data, as_json, lambda console: _render(console, data))
+
+
+# Inputs ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """What an inputs file holds.
+
+    Attributes:
+        path: Of the file.
+        named: text, video, audio, null_text and whatever else has no other meaning, without ``in.``.
+        noise: Recorded noise by name.
+        ignored: Names that no option asked for.
+    """
+
+    path: Path
+    named: dict[str, torch.Tensor]
+    noise: dict[str, torch.Tensor]
+    ignored: set[str]
+
+    def take(self, name: str) -> torch.Tensor | None:
+        """A tensor by name, None where there is none; it is then no longer ignored."""
+        self.ignored.discard(name)
+        return self.named.get(name)
+
+    def replay(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Recorded noise, as a sampler's ``noise``.
+
+        Raises:
+            ValueError: The file holds noise, but not this one.
+        """
+        if name not in self.noise:
+            raise ValueError(f"{self.path}: holds recorded noise ({', '.join(sorted(self.noise))}), but no {name}")
+        return self.noise[name]
+
+
+def read_inputs(path: Path) -> Inputs:
+    """Read an inputs file; ``in.video`` and ``video`` mean the same.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not a safetensors file, or a name is there twice.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"inputs must be a safetensors file, there is none at {path}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"inputs must be a safetensors file, {path} is none: {error}") from error
+    noise = {name: value for name, value in tensors.items() if name.startswith("noise.")}
+    named: dict[str, torch.Tensor] = {}
+    for key in tensors.keys() - noise.keys():
+        name = key.removeprefix("in.")
+        if name in named:
+            raise ValueError(f"{path}: holds both {name} and in.{name}; one is allowed")
+        named[name] = tensors[key]
+    return Inputs(path, named, noise, set(named))
+
+
+def _drawn(seed: int) -> Any:
+    from happyhorse_fast import golden
+
+    return lambda name, shape: golden.draw(seed, name, shape)
+
+
+# Stages ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """What a stage's callback kept.
+
+    Attributes:
+        sigmas: Noise level that each step started from.
+        seconds: Time of each step.
+        memory_bytes: Peak so far.
+    """
+
+    sigmas: list[float]
+    seconds: list[float]
+    memory_bytes: int | None
+
+    def __init__(self) -> None:
+        self.sigmas, self.seconds, self.memory_bytes = [], [], None
+
+    def __call__(self, info: StepInfo) -> None:
+        self.sigmas.append(info.sigma)
+        self.seconds.append(info.seconds)
+        self.memory_bytes = info.memory_bytes
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A checkpoint and how to run it."""
+
+    checkpoint: Path
+    preset: str | None
+    config: Path | None
+    device: str
+    dtype: Dtype
+    progress: bool
+
+    def load(self) -> Any:
+        import torch
+
+        from happyhorse_fast.model.checkpoint import load
+
+        return load(
+            self.checkpoint,
+            self.preset,
+            read_config(self.config),
+            device=self.device,
+            compute_dtype=getattr(torch, self.dtype),
+            progress=self.progress,
+        )
+
+
+def _first_stage(
+    stage: _Stage,
+    tensors: Inputs,
+    draw: Any,
+    record: Record,
+    *,
+    resolution: str | None,
+    clip: tuple[str, int, int],
+    image_key: str | None,
+    steps: int | None,
+    shift: float,
+    guidance: float | None,
+) -> dict[str, torch.Tensor]:
+    from happyhorse_fast.sampler import sample as run
+
+    text, null_text = tensors.take("text"), tensors.take("null_text")
+    if text is None:
+        raise ValueError(
+            f"{tensors.path}: must hold text (or in.text) [1, L, Ct], got {', '.join(sorted(tensors.named))}"
+        )
+    image = tensors.take(image_key or "image")
+    if image_key is not None and image is None:
+        raise ValueError(f"{tensors.path}: --image-key names {image_key}, got {', '.join(sorted(tensors.named))}")
+    given = {name: tensors.take(name) for name in ("video", "audio")}
+    if resolution is not None:
+        tokens_for(resolution, *clip)  # before minutes of loading
+    model = stage.load()
+    start = _start(model.config, given, draw, tensors.path, resolution, clip)
+    video, audio = run(
+        model,
+        start["video"].to(model.device),
+        start["audio"].to(model.device),
+        text.to(model.device),
+        image=None if image is None else image.to(model.device),
+        null_text=None if null_text is None else null_text.to(model.device),
+        steps=steps,
+        shift=shift,
+        guidance=guidance,
+        noise=draw,
+        callback=record,
+        progress=stage.progress,
+    )
+    return {"video": video, "audio": audio}
+
+
+def _start(
+    config: ModelConfig,
+    given: Mapping[str, torch.Tensor | None],
+    draw: Any,
+    path: Path,
+    resolution: str | None,
+    clip: tuple[str, int, int],
+) -> dict[str, torch.Tensor]:
+    here = {name: value for name, value in given.items() if value is not None}
+    if len(here) == len(given):
+        if resolution is not None:
+            raise ValueError(f"--resolution makes the starting noise, but {path} holds video and audio")
+        return here
+    if here:
+        raise ValueError(f"{path}: must hold both video and audio or neither, got only {', '.join(here)}")
+    if resolution is None:
+        raise ValueError(f"{path}: must hold video and audio to start from, or --resolution must be given to draw them")
+    size = tokens_for(resolution, *clip)
+    return {
+        "video": draw("in.video", (1, config.latent_channels, size.T, size.H, size.W)),
+        "audio": draw("in.audio", (1, size.audio, config.audio_in_channels)),
+    }
+
+
+def _second_stage(
+    stage: _Stage,
+    latents: Mapping[str, torch.Tensor],
+    tensors: Inputs,
+    draw: Any,
+    record: Record,
+    *,
+    size: tuple[int, int],
+    steps: int,
+    shift: float,
+) -> torch.Tensor:
+    from happyhorse_fast.sampler import super_resolve
+
+    model = stage.load()
+    text = tensors.named["text"].to(model.device)
+    return super_resolve(
+        model,
+        latents["video"],
+        latents["audio"],
+        text,
+        size=size,
+        steps=steps,
+        shift=shift,
+        noise=draw,
+        callback=record,
+        progress=stage.progress,
+    )
+
+
+def _render(console: Console, data: Mapping[str, Any]) -> None:
+    seconds = data["seconds_per_step"]
+    peak = f", peak {gib(data['peak_memory_bytes'])}" if data["peak_memory_bytes"] is not None else ""
+    console.print(f"[bold]{data['output']}[/]: video {data['video']}, audio {data['audio']}")
+    console.print(f"{len(seconds)} steps in {sum(seconds):.2f} s, {sum(seconds) / len(seconds):.3f} s per step{peak}")
+    if data["ignored"]:
+        console.print(f"not used of {data['settings']['inputs']}: {', '.join(data['ignored'])}")

@@ -1,0 +1,308 @@
+"""What a denoising step costs on paper: parameters, FLOPs, compulsory bytes, and the time below which no kernel can go.
+
+Pure arithmetic on a :class:`ModelConfig` and a clip, no torch. A floor is the larger of FLOPs over peak rate and bytes
+over bandwidth, per operation, where every weight and activation moves once: norms carry the residual add of the branch
+before them, and epilogues write what the next product reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from happyhorse_fast.config import MODALITIES, PATCH, ModelConfig
+from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
+
+OUTSIDE = "outside layers"
+"""``kind`` of the embedders and output heads, which are in no layer."""
+# Bytes of an element: inputs of a product per precision, output of a branch (bf16), residual stream (float32).
+_INPUT_BYTES: dict[str, int] = {"bf16": 2, "fp8": 1}
+_BRANCH_BYTES = 2
+_STREAM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates of one card, dense (no structured sparsity), with float32 accumulation, as its maker states them.
+
+    Attributes:
+        name: What ``happyhorse-fast plan --gpu`` takes.
+        bf16: Tensor-core TFLOP/s.
+        fp8: Tensor-core TFLOP/s, None where the card has no fp8.
+        fp32: TFLOP/s outside the tensor cores.
+        bandwidth: Memory, TB/s.
+        memory: GB that the card is sold with.
+        source: Where the numbers are stated.
+    """
+
+    name: str
+    bf16: float
+    fp8: float | None
+    fp32: float
+    bandwidth: float
+    memory: int
+    source: str
+
+    def rate(self, precision: str) -> float:
+        """Peak FLOP/s in ``"bf16"``, ``"fp8"`` or ``"fp32"``.
+
+        Raises:
+            ValueError: The card has no tensor cores for it.
+        """
+        peak = {"bf16": self.bf16, "fp8": self.fp8, "fp32": self.fp32}[precision]
+        if peak is None:
+            raise ValueError(f"precision must be one that the gpu has: {self.name} has no {precision} tensor cores")
+        return peak * 1e12
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h100", 989, 1979, 67, 3.35, 80, "NVIDIA H100 datasheet, SXM"),
+        Gpu("h200", 989, 1979, 67, 4.8, 141, "NVIDIA H200 datasheet, SXM"),
+        Gpu("a100", 312, None, 19.5, 2.04, 80, "NVIDIA A100 datasheet, SXM 80 GB"),
+        Gpu("rtx4090", 165.2, 330.3, 82.6, 1.008, 24, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
+        Gpu("rtx5090", 209.5, 419, 104.8, 1.792, 32, "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"),
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """A card by name.
+
+    Raises:
+        ValueError: No such card; the message lists those there are.
+    """
+    if name not in GPUS:
+        raise ValueError(f"gpu must be one of {', '.join(GPUS)}; got {name!r}")
+    return GPUS[name]
+
+
+# Parameters -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts.
+
+    Attributes:
+        total: All of them.
+        active: Those that one video token passes: one expert of three in the sandwich layers.
+        linear: Those of the linear weights inside layers, which are stored in bf16; the others are float32.
+    """
+
+    total: int
+    active: int
+    linear: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights as published: bf16 inside layers, float32 elsewhere."""
+        return 2 * self.linear + 4 * (self.total - self.linear)
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Count the parameters of a model; rotary frequencies are not parameters."""
+    width, channels = config.hidden_size, _channels(config)
+    linear = norms = active = 0
+    for layer in range(config.num_layers):
+        experts = config.experts(layer)
+        matrices = sum(rows * columns for rows, columns in _matrices(config, layer).values())
+        vectors = 2 * width + 2 * config.head_dim + 2 * width * (layer in config.post_norm_layers)
+        linear += experts * matrices
+        norms += experts * vectors
+        active += matrices + vectors
+    embedders = {m: (channels[m] + 1) * width for m in MODALITIES}
+    heads = {m: width + channels[m] * width for m in ("video", "audio")}
+    return Parameters(
+        total=linear + norms + sum(embedders.values()) + sum(heads.values()),
+        active=active + embedders["video"] + heads["video"],
+        linear=linear,
+    )
+
+
+def _channels(config: ModelConfig) -> dict[str, int]:
+    sizes = (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
+    return dict(zip(MODALITIES, sizes, strict=True))
+
+
+def _matrices(config: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of one expert's linear weights."""
+    return {
+        "qkv": (config.qkv_features, config.hidden_size),
+        "proj": (config.hidden_size, config.num_heads_q * config.head_dim),
+        "up": (config.up_features(layer), config.hidden_size),
+        "down": (config.hidden_size, config.intermediate_size(layer)),
+    }
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+def window_share(frames: int, receptive_field: int) -> float:
+    """Share of video-to-video pairs that a window of ``receptive_field`` frames to either side keeps; 1 where dense."""
+    kept = sum(min(f + receptive_field + 1, frames) - max(f - receptive_field, 0) for f in range(frames))
+    return kept / frames**2
+
+
+def attention_pairs(clip: ClipTokens, text: int, video_share: float = 1.0) -> float:
+    """Query-key pairs of one head: ``video_share`` of the video pairs, and all pairs with audio or text in them."""
+    total = clip.total(text)
+    return total**2 - clip.video**2 * (1 - video_share)
+
+
+# Operations -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """One operation of one kind of layer.
+
+    Attributes:
+        op: norms, qkv, attention, proj, up, down; outside the layers embed and heads.
+        kind: Kind of layer, such as ``"sandwich gelu7 window"``, or ``"outside layers"``.
+        count: How often it runs in a step.
+        flops: Of its products, each time; 0 for norms.
+        bytes: That it must read and write, each time.
+        floor_ms: Least time for it, each time.
+    """
+
+    op: str
+    kind: str
+    count: int
+    flops: float
+    bytes: float
+    floor_ms: float
+
+
+def layer_kind(config: ModelConfig, layer: int, clip: ClipTokens) -> str:
+    """Name of a layer's kind: sandwich or shared, its MLP, window or dense attention, post-norm where it has one."""
+    return " ".join(
+        [
+            "sandwich" if config.experts(layer) > 1 else "shared",
+            "gelu7" if layer in config.gelu7_layers else "swiglu7",
+            "window" if config.is_local(layer, clip.frame_tokens) else "dense",
+            *(["post-norm"] if layer in config.post_norm_layers else []),
+        ]
+    )
+
+
+def step_costs(
+    config: ModelConfig,
+    clip: ClipTokens,
+    *,
+    text: int = TEXT_TOKENS,
+    precision: str = "bf16",
+    gpu: Gpu = GPUS["h100"],
+    video_share: float | None = None,
+) -> list[OpCost]:
+    """Cost of one forward pass per operation and kind of layer.
+
+    Args:
+        config: The model.
+        clip: Latent size.
+        text: Text tokens.
+        precision: ``"bf16"`` or ``"fp8"``: of products and attention inside layers. Embedders and heads are float32 in
+            both; the scales that fp8 adds (below 4 % of an fp8 activation's bytes) are left out.
+        gpu: Card whose peaks make the floor.
+        video_share: Share of video pairs that every layer computes, in place of dense and window; None for the exact
+            masks.
+
+    Raises:
+        ValueError: ``text``, ``precision`` or ``video_share`` is out of range, or the card lacks the precision.
+    """
+    if text < 1:
+        raise ValueError(f"text must be at least 1 token, got {text}")
+    if precision not in _INPUT_BYTES:
+        raise ValueError(f"precision must be one of {', '.join(_INPUT_BYTES)}; got {precision!r}")
+    if video_share is not None and not 0 <= video_share <= 1:
+        raise ValueError(f"video_share must be from 0 to 1, got {video_share}")
+    kinds = Counter(layer_kind(config, layer, clip) for layer in range(config.num_layers))
+    example = {layer_kind(config, layer, clip): layer for layer in range(config.num_layers)}
+    costs = []
+    for kind, count in kinds.items():
+        flops, moved = _layer(config, example[kind], clip, text, _INPUT_BYTES[precision], video_share)
+        costs += [_op(op, kind, count, flops[op], moved[op], precision, gpu) for op in flops]
+    flops, moved = _outside(config, clip, text)
+    return costs + [_op(op, OUTSIDE, 1, flops[op], moved[op], "fp32", gpu) for op in flops]
+
+
+def _op(op: str, kind: str, count: int, flops: float, moved: float, precision: str, gpu: Gpu) -> OpCost:
+    seconds = max(flops / gpu.rate(precision), moved / (gpu.bandwidth * 1e12))
+    return OpCost(op, kind, count, flops, moved, 1e3 * seconds)
+
+
+def _layer(
+    config: ModelConfig, layer: int, clip: ClipTokens, text: int, element: int, video_share: float | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    n, width, experts = clip.total(text), config.hidden_size, config.experts(layer)
+    q, kv = config.num_heads_q * config.head_dim, config.num_heads_kv * config.head_dim
+    share = video_share
+    if share is None:
+        local = config.is_local(layer, clip.frame_tokens)
+        share = window_share(clip.T // PATCH[0], config.frame_receptive_field) if local else 1.0
+    matrices = _matrices(config, layer)
+    flops: dict[str, float] = {op: 2.0 * n * rows * columns for op, (rows, columns) in matrices.items()}
+    flops["attention"] = 4.0 * q * attention_pairs(clip, text, share)
+    flops["norms"] = 0.0
+    weights = {op: experts * rows * columns * element for op, (rows, columns) in matrices.items()}
+    packed = n * ((q + 2 * kv) * element + config.num_heads_q * _BRANCH_BYTES)  # q, k, v and the gate
+    wide = n * config.intermediate_size(layer) * element
+    # A norm reads the stream and the branch before it, writes the stream and what the next product reads.
+    norm = n * width * (2 * _STREAM_BYTES + _BRANCH_BYTES + element)
+    moved: dict[str, float] = {
+        "norms": 2.0 * norm,
+        "qkv": n * width * element + weights["qkv"] + packed,
+        "attention": packed + n * q * element,
+        "proj": n * q * element + weights["proj"] + n * width * _BRANCH_BYTES,
+        "up": n * width * element + weights["up"] + wide,
+        "down": wide + weights["down"] + n * width * _BRANCH_BYTES,
+    }
+    return {op: flops[op] for op in moved}, moved
+
+
+def _outside(config: ModelConfig, clip: ClipTokens, text: int) -> tuple[dict[str, float], dict[str, float]]:
+    width, channels = config.hidden_size, _channels(config)
+    tokens = dict(zip(MODALITIES, (clip.video, clip.audio, text), strict=True))
+    spans = {"embed": MODALITIES, "heads": ("video", "audio")}
+    flops = {op: sum(2.0 * tokens[m] * channels[m] * width for m in spans[op]) for op in spans}
+    moved = {op: 4.0 * sum(tokens[m] * (channels[m] + width) + channels[m] * width for m in spans[op]) for op in spans}
+    return flops, moved
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a step.
+
+    Attributes:
+        linear_flops: Of the products with weights inside layers.
+        attention_flops: Of the attention products.
+        outside_flops: Of embedders and heads.
+        bytes: Compulsory traffic.
+        floor_ms: Sum of the operations' floors.
+    """
+
+    linear_flops: float
+    attention_flops: float
+    outside_flops: float
+    bytes: float
+    floor_ms: float
+
+    @property
+    def flops(self) -> float:
+        """All products."""
+        return self.linear_flops + self.attention_flops + self.outside_flops
+
+
+def totals(costs: list[OpCost]) -> Totals:
+    """Add up a step."""
+    outside = [c for c in costs if c.kind == OUTSIDE]
+    attention = [c for c in costs if c.op == "attention"]
+    linear = [c for c in costs if c.kind != OUTSIDE and c.op != "attention"]
+    return Totals(
+        linear_flops=sum(c.count * c.flops for c in linear),
+        attention_flops=sum(c.count * c.flops for c in attention),
+        outside_flops=sum(c.count * c.flops for c in outside),
+        bytes=sum(c.count * c.bytes for c in costs),
+        floor_ms=sum(c.count * c.floor_ms for c in costs),
+    )

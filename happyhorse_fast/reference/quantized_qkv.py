@@ -1,0 +1,232 @@
+"""The `rmsnorm_qkv` ops of docs/OPS.md in plain torch, with the rounding points of the kernels.
+
+Rows are handled in chunks, so that no op needs a [rows, features] tensor of all rows in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from happyhorse_fast.reference.quantize import e4m3_scale, quantize_rows, to_e4m3
+from happyhorse_fast.reference.rmsnorm_qkv import EPS, rms_norm
+
+ROW_TILE = 128
+# Rows in flight: 4096 x 7296 float32 products are 120 MB.
+ROW_CHUNK = 4096
+EMPTY = (0,)
+
+
+def spans(row_tiles: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end row) of ``row_tiles``, neighbours of one expert joined to at most ROW_CHUNK rows."""
+    held: tuple[int, int, int] | None = None
+    for expert, first, end in row_tiles.tolist():
+        if held is not None and held[0] == expert and held[2] == first and end - held[1] <= ROW_CHUNK:
+            held = (expert, held[1], end)
+            continue
+        if held is not None:
+            yield held
+        held = (expert, first, end)
+    if held is not None:
+        yield held
+
+
+def rmsnorm_quantize(
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor,
+    row_tiles: torch.Tensor,
+    branch: torch.Tensor | None = None,
+    fp8: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residual add, RMSNorm and cast of whole rows.
+
+    Args:
+        hidden: [N, C] float32; ``branch`` is added to it in place.
+        norm_weight: [E, C] float32.
+        row_tiles: [tiles, 3] int32.
+        branch: [N, C] bf16, or None.
+        fp8: e4m3 with one scale per row rather than bf16.
+
+    Returns:
+        x [N, C] bf16 and an empty scale, or x e4m3 and its scale [N] float32.
+    """
+    if branch is not None:
+        hidden += branch
+    x = torch.empty(hidden.shape, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=hidden.device)
+    scale = torch.empty(hidden.shape[:1] if fp8 else EMPTY, device=hidden.device)
+    for expert, first, end in spans(row_tiles):
+        y = rms_norm(hidden[first:end], norm_weight[expert])
+        if fp8:
+            x[first:end], scale[first:end] = quantize_rows(y)
+        else:
+            x[first:end] = y.to(torch.bfloat16)
+    return x, scale
+
+
+def qkv_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    qk_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    row_tiles: torch.Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+    out: str,
+    qk_scale: torch.Tensor | None = None,
+    k_mean: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """QKV product and its epilogue.
+
+    Args:
+        x: [N, C] bf16, or e4m3 with ``x_scale``.
+        x_scale: [N] float32, or None.
+        weight: [E, F, C] bf16, or e4m3 with ``weight_scale``.
+        weight_scale: [E, F] float32, or None.
+        qk_norm: [E, 2, D] float32.
+        cos_sin: [N, D] float32.
+        row_tiles: [tiles, 3] int32.
+        num_heads_q: Hq.
+        num_heads_kv: Hkv.
+        out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
+        qk_scale: [E, 2] float32, for the two fp8 kinds.
+        k_mean: [Hkv, D] float32, or None.
+
+    Returns:
+        q, k, v, v_scale, gate as docs/OPS.md states them.
+
+    Raises:
+        ValueError: ``out`` is ``"fp8"`` and a row tile does not start on a multiple of 128.
+    """
+    n, d = cos_sin.shape
+    fp8_qk, fp8_v = out != "bf16", out == "fp8"
+    slots = -(-n // ROW_TILE)
+
+    def empty(*size: int, codes: bool) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.float8_e4m3fn if codes else torch.bfloat16, device=x.device)
+
+    q, k = empty(n, num_heads_q, d, codes=fp8_qk), empty(n, num_heads_kv, d, codes=fp8_qk)
+    v = empty(num_heads_kv, d, slots * ROW_TILE, codes=True) if fp8_v else empty(n, num_heads_kv, d, codes=False)
+    v_scale = torch.empty((num_heads_kv, slots) if fp8_v else EMPTY, device=x.device)
+    gate = torch.empty((n, num_heads_q), device=x.device)
+    for expert, first, end in spans(row_tiles):
+        rows = slice(first, end)
+        product = x[rows].float() @ weight[expert].float().T
+        if x_scale is None or weight_scale is None:
+            product = product.to(torch.bfloat16).float()
+        else:
+            product = product * x_scale[rows, None] * weight_scale[expert]
+        *qk, vs, gate[rows] = epilogue(product, qk_norm[expert], cos_sin[rows], num_heads_q, num_heads_kv)
+        if k_mean is not None:
+            qk[1] = qk[1] - k_mean
+        for which, (to, value) in enumerate(zip((q, k), qk, strict=True)):
+            if fp8_qk and qk_scale is not None:
+                to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
+            else:
+                to[rows] = value.to(torch.bfloat16)
+        if fp8_v:
+            if first % ROW_TILE:
+                raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} where out is "fp8", got {first}')
+            tiles = slice(first // ROW_TILE, -(-end // ROW_TILE))
+            slot = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
+            v[:, :, slot], v_scale[:, tiles] = quantize_v(vs)
+        else:
+            v[rows] = vs.to(torch.bfloat16)
+    return q, k, v, v_scale, gate
+
+
+def rmsnorm_qkv(
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    qk_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    row_tiles: torch.Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Norm and product in one: rows are scaled after the product instead of before its rounding to bf16.
+
+    Args:
+        hidden: [N, C] float32.
+        norm_weight: [E, C] float32.
+        weight: [E, F, C] bf16.
+        qk_norm: [E, 2, D] float32.
+        cos_sin: [N, D] float32.
+        row_tiles: [tiles, 3] int32.
+        num_heads_q: Hq.
+        num_heads_kv: Hkv.
+
+    Returns:
+        q [N, Hq, D], k and v [N, Hkv, D] bf16, gate [N, Hq] float32.
+    """
+    n, d = cos_sin.shape
+    q, k, v = (
+        torch.empty((n, heads, d), dtype=torch.bfloat16, device=hidden.device)
+        for heads in (num_heads_q, num_heads_kv, num_heads_kv)
+    )
+    gate = torch.empty((n, num_heads_q), device=hidden.device)
+    for expert, first, end in spans(row_tiles):
+        rows = slice(first, end)
+        h = hidden[rows]
+        x = (h * (norm_weight[expert] + 1)).to(torch.bfloat16).float()
+        inverse = torch.rsqrt(h.square().mean(dim=1, keepdim=True) + EPS)
+        product = (x @ weight[expert].float().T * inverse).to(torch.bfloat16).float()
+        parts = epilogue(product, qk_norm[expert], cos_sin[rows], num_heads_q, num_heads_kv)
+        for to, value in zip((q, k, v, gate), parts, strict=True):
+            to[rows] = value.to(to.dtype)
+    return q, k, v, gate
+
+
+def epilogue(
+    product: torch.Tensor, qk_norm: torch.Tensor, cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """QK-norm, rotation and the gate's sigmoid on the product of rows of one expert, in float32.
+
+    Args:
+        product: [M, F].
+        qk_norm: [2, D].
+        cos_sin: [M, D].
+        num_heads_q: Hq.
+        num_heads_kv: Hkv.
+
+    Returns:
+        q [M, Hq, D], k and v [M, Hkv, D], gate [M, Hq].
+    """
+    d = cos_sin.shape[1]
+    sizes = [num_heads_q, num_heads_kv, num_heads_kv, product.shape[1] // d - num_heads_q - 2 * num_heads_kv]
+    q, k, v, gates = product.unflatten(1, (-1, d)).split(sizes, dim=1)
+    q, k = (rotate_pairs(rms_norm(x, qk_norm[i]), cos_sin) for i, x in enumerate((q, k)))
+    return q, k, v, torch.sigmoid(gates.flatten(1)[:, :num_heads_q])
+
+
+def rotate_pairs(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Rotate adjacent channels: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    Args:
+        x: [N, heads, D].
+        cos_sin: [N, D], D/2 cosines then D/2 sines.
+
+    Returns:
+        [N, heads, D].
+    """
+    cos, sin = cos_sin[:, None].chunk(2, dim=2)
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def quantize_v(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per head and 128 rows, codes transposed.
+
+    Args:
+        v: [N, Hkv, D] float32.
+
+    Returns:
+        codes [Hkv, D, S * 128] e4m3, S = N / 128 rounded up, zero past N; scale [Hkv, S] float32.
+    """
+    padded = torch.nn.functional.pad(v, (0, 0, 0, 0, 0, -v.shape[0] % ROW_TILE))
+    tiles = padded.permute(1, 2, 0).unflatten(2, (-1, ROW_TILE))  # [Hkv, D, S, 128]
+    scale = e4m3_scale(tiles.abs().amax(dim=(1, 3)))
+    return to_e4m3(tiles * (1 / scale)[:, None, :, None]).flatten(2), scale

@@ -1,0 +1,126 @@
+"""Block-sparse attention over a block map, with every rounding point of the kernel, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+from happyhorse_fast.block_map.bits import BLOCK, unpack
+from happyhorse_fast.block_map.map import BlockMap
+
+P_SCALE = 256.0
+"""What P is multiplied by before it becomes e4m3."""
+E4M3_MAX = 448.0
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_map: BlockMap,
+    *,
+    scale: float,
+    q_scale: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    k_mean: torch.Tensor | None = None,
+    fp8_out: bool = False,
+    return_lse: bool = False,
+    step: int = BLOCK,
+    wide: torch.dtype = torch.float32,
+    exact_p: bool = False,
+    round_out: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One online softmax per query over the blocks of its row, in the row's order: full blocks, then partial ones.
+
+    P is rounded where the kernel rounds it, relative to the maximum so far: to bf16, or to e4m3 codes of
+    256 * exp(s - m) where v is e4m3. The row sum is taken before that rounding.
+
+    Args:
+        q: [N, Hq, D] bf16, or e4m3 codes with ``q_scale`` float32 [R].
+        k: [M, Hkv, D] bf16, or e4m3 codes with ``k_scale`` float32 [S].
+        v: [M, Hkv, D] bf16, or e4m3 [Hkv, D, S * 128] with ``v_scale`` float32 [Hkv, S].
+        block_map: N queries, M keys, one head or Hkv heads.
+        scale: Softmax scale.
+        q_scale: See ``q``.
+        k_scale: See ``k``.
+        v_scale: See ``v``.
+        gate: float32 [N, Hq], multiplies the normalised output.
+        k_mean: float32 [Hkv, D] that was subtracted from k; scale * q.k_mean is added to the LSE.
+        fp8_out: e4m3 output with one scale per row and head.
+        return_lse: Whether the LSE is wanted.
+        step: Keys per step of the online softmax: 128, or 64 as a kernel with narrower tiles goes.
+        wide: Dtype of everything between the rounding points; float64 makes this the oracle of the kernels.
+        exact_p: Leave P unrounded.
+        round_out: Round the output; else it stays in ``wide``, also with ``fp8_out``.
+
+    Returns:
+        out [N, Hq, D] bf16 or e4m3; its scale float32 [N, Hq], size [0] without ``fp8_out``; LSE float32 [Hq, N], size
+        [0] without ``return_lse``. A row without a key gives 0 and -inf.
+    """
+    n, hq, d = q.shape
+    hkv = k.shape[1]
+    group, rows, width = hq // hkv, block_map.rows, block_map.key_blocks
+    fp8_v = v_scale is not None
+
+    queries = _blocks(q.to(wide), rows)  # [R, 128, Hq, D]
+    keys = _blocks(k.to(wide), width)
+    if q_scale is not None and k_scale is not None:
+        queries = queries * q_scale.to(wide)[:, None, None, None]
+        keys = keys * k_scale.to(wide)[:, None, None, None]
+    keys = keys.permute(2, 0, 3, 1)  # [Hkv, S, D, 128]
+    queries = queries.unflatten(2, (hkv, group)).permute(2, 0, 3, 1, 4)  # [Hkv, R, G, 128, D]
+    if fp8_v:
+        values = v.to(wide).unflatten(2, (width, BLOCK)).permute(0, 2, 3, 1)
+    else:
+        values = _blocks(v.to(wide), width).permute(2, 0, 1, 3)  # [Hkv, S, 128, D]
+
+    out = torch.zeros(hkv, rows, group, BLOCK, d, dtype=wide, device=q.device)
+    lse = torch.full((hkv, rows, group, BLOCK), -torch.inf, dtype=wide, device=q.device)
+    masks = unpack(block_map.mask_bits)
+    columns, ids = block_map.columns.tolist(), block_map.mask_ids.tolist()
+    counts, starts = block_map.counts.flatten(0, 1).tolist(), block_map.starts.flatten().tolist()
+    for place, ((n_full, n_all), start) in enumerate(zip(counts, starts, strict=True)):
+        head, row = divmod(place, rows)
+        heads = slice(None) if block_map.heads == 1 else slice(head, head + 1)
+        acc, row_sum = out[heads, row], torch.zeros_like(lse[heads, row])  # [heads, G, 128, D], [heads, G, 128]
+        row_max = torch.full_like(row_sum, -torch.inf)
+        for at in range(start, start + n_all):
+            for part in (slice(first, first + step) for first in range(0, BLOCK, step)):
+                s = (queries[heads, row] @ keys[heads, columns[at], None, :, part]) * scale  # [heads, G, 128, step]
+                if at >= start + n_full:
+                    s = s.masked_fill(~masks[ids[at], :, part], -torch.inf)
+                new_max = torch.maximum(row_max, s.amax(dim=-1))
+                shift = torch.where(new_max == -torch.inf, 0.0, new_max)
+                alpha, p = torch.exp(row_max - shift), torch.exp(s - shift.unsqueeze(-1))
+                row_sum, row_max = row_sum * alpha + p.sum(dim=-1), new_max
+                value = values[heads, columns[at], None, part]
+                if not exact_p:
+                    p = (p * P_SCALE).to(torch.float8_e4m3fn).to(wide) / P_SCALE if fp8_v else p.bfloat16().to(wide)
+                product = p @ value
+                if v_scale is not None:
+                    product = product * v_scale[heads, columns[at], None, None, None].to(wide)
+                acc = acc * alpha.unsqueeze(-1) + product
+        out[heads, row] = acc / torch.where(row_sum > 0, row_sum, 1.0).unsqueeze(-1)
+        lse[heads, row] = row_max + row_sum.log()
+
+    if k_mean is not None:
+        lse = lse + torch.einsum("hrgid,hd->hrgi", queries, k_mean.to(wide)) * scale
+    result = out.permute(1, 3, 0, 2, 4).reshape(-1, hq, d)[:n]
+    no_scale = q.new_empty(0, dtype=torch.float32)
+    sums = lse.permute(0, 2, 1, 3).reshape(hq, -1)[:, :n].float() if return_lse else torch.empty_like(no_scale)
+    if gate is not None:
+        result = result * gate.to(wide).unsqueeze(-1)
+    if not round_out:
+        return result, no_scale, sums.contiguous()
+    if not fp8_out:
+        return result.bfloat16(), no_scale, sums.contiguous()
+    amax = result.abs().amax(dim=-1).float()
+    out_scale = torch.where(amax > 0, amax * (1.0 / E4M3_MAX), 1.0)
+    codes = (result.float() / out_scale.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes, out_scale, sums.contiguous()
+
+
+def _blocks(x: torch.Tensor, blocks: int) -> torch.Tensor:
+    """[tokens, heads, D] -> [blocks, 128, heads, D], zeros past the end."""
+    return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, blocks * BLOCK - x.shape[0])).unflatten(0, (blocks, BLOCK))

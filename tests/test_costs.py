@@ -1,0 +1,137 @@
+"""The cost model against the figures of docs/DESIGN.md and the published description, to the quoted digits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.costs import (
+    GPUS,
+    OUTSIDE,
+    attention_pairs,
+    gpu_named,
+    layer_kind,
+    parameters,
+    step_costs,
+    totals,
+    window_share,
+)
+from happyhorse_fast.reference import sequence
+from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.tokens import ClipTokens, tokens_for
+
+FULL = ModelConfig.preset("happyhorse-1.0-15b")
+DENSE = ModelConfig.preset("happyhorse-1.0-15b-dense")
+CLIP = tokens_for("1080p")
+
+
+def test_parameters_are_the_published_ones() -> None:
+    counted = parameters(FULL)
+    assert f"{counted.total / 1e9:.1f} {counted.active / 1e9:.1f}" == "15.3 10.9"
+
+
+@pytest.mark.parametrize("name", ModelConfig.preset_names())
+@pytest.mark.parametrize("post_norm_layers", [(), (0, 2)])
+def test_parameters_are_those_of_the_model(name: str, post_norm_layers: tuple[int, ...]) -> None:
+    config = ModelConfig.preset(name).replace(post_norm_layers=post_norm_layers)
+    weights = dict(HappyHorse(config, device="meta").named_parameters())
+    counted = parameters(config)
+    assert counted.total == sum(p.numel() for p in weights.values())
+    assert counted.bytes == sum(p.nbytes for p in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fps", "video", "total", "share"),
+    [(5, 24, 63240, 64001, 60), (5, 25, 65280, 66046, 59), (10, 24, 124440, 125321, 34), (15, 24, 185640, 186641, 24)],
+)
+def test_tokens_and_window_share(seconds: int, fps: int, video: int, total: int, share: int) -> None:
+    clip = tokens_for("1080p", seconds=seconds, fps=fps)
+    assert (clip.video, clip.total()) == (video, total)
+    assert round(100 * window_share(clip.T, 11)) == share
+
+
+def test_linear_and_attention_flops_of_a_step() -> None:
+    windowed, dense = (totals(step_costs(config, CLIP)) for config in (FULL, DENSE))
+    quarter = totals(step_costs(DENSE, CLIP, video_share=0.25))
+    figures = (windowed.linear_flops, dense.attention_flops, windowed.attention_flops, quarter.attention_flops)
+    assert [f"{f / 1e15:.2f}" for f in figures] == ["1.40", "3.36", "2.32", "0.90"]
+
+
+@pytest.mark.parametrize(("share", "per_step"), [(None, "1.9"), (0.25, "1.2")])
+def test_the_fp8_limit_of_products_alone(share: float | None, per_step: str) -> None:
+    costs = step_costs(FULL, CLIP, precision="fp8", video_share=share)
+    products = [c for c in costs if c.flops and c.kind != OUTSIDE]
+    assert f"{sum(c.count * c.floor_ms for c in products) / 1e3:.1f}" == per_step
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 9])
+@pytest.mark.parametrize("receptive_field", [0, 1, 3, 11])
+def test_pairs_are_those_of_the_attention_ranges(frames: int, receptive_field: int) -> None:
+    clip, text = ClipTokens(T=frames, H=4, W=6, audio=4 * frames - 3), 7
+    grid = sequence.Clip(frames, 2, 3, clip.audio, text)
+    ranges = sequence.local_ranges(grid, receptive_field)
+    counted = sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in ranges)
+    assert attention_pairs(clip, text, window_share(frames, receptive_field)) == pytest.approx(counted)
+    assert attention_pairs(clip, text) == grid.total**2
+
+
+def test_every_layer_is_counted_once_and_kinds_differ() -> None:
+    costs = step_costs(FULL, CLIP)
+    kinds = {c.kind: c.count for c in costs if c.kind != OUTSIDE}
+    assert kinds == {
+        "sandwich gelu7 window": 3,
+        "sandwich gelu7 dense": 1,
+        "shared swiglu7 window": 25,
+        "shared swiglu7 dense": 7,
+        "sandwich swiglu7 window": 4,
+    }
+    assert layer_kind(FULL, 5, tokens_for("540p")) == "shared swiglu7 dense"  # the preset's window starts at 1080p
+    assert "post-norm" in layer_kind(FULL.replace(post_norm_layers=(5,)), 5, CLIP)
+
+
+def test_a_floor_is_compute_or_bandwidth_whichever_is_slower() -> None:
+    for cost in step_costs(FULL, CLIP, gpu=GPUS["h200"]):
+        rate = 67e12 if cost.kind == OUTSIDE else 989e12
+        assert cost.floor_ms == pytest.approx(1e3 * max(cost.flops / rate, cost.bytes / 4.8e12))
+    tiny = step_costs(FULL, ClipTokens(T=1, H=2, W=2, audio=1), text=1)
+    by_op = {c.op: c for c in tiny if c.kind == "shared swiglu7 dense"}
+    weights = 27304 * 5120 * 2
+    assert by_op["up"].floor_ms == pytest.approx(1e3 * weights / 3.35e12, rel=0.01)  # 3 tokens: the weights' transfer
+
+
+def test_fp8_moves_fewer_bytes_and_takes_half_the_time() -> None:
+    bf16, fp8 = (totals(step_costs(FULL, CLIP, precision=p)) for p in ("bf16", "fp8"))
+    assert fp8.flops == bf16.flops
+    assert fp8.bytes < bf16.bytes
+    assert 1.8 < bf16.floor_ms / fp8.floor_ms < 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "fp8", "gpu": GPUS["a100"]}, "a100 has no fp8"),
+        ({"precision": "int4"}, "precision must be one of bf16, fp8; got 'int4'"),
+        ({"text": 0}, "text must be at least 1 token, got 0"),
+        ({"video_share": 1.5}, "video_share must be from 0 to 1, got 1.5"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        step_costs(FULL, CLIP, **arguments)  # type: ignore[arg-type]
+
+
+def test_an_unknown_card_is_named() -> None:
+    with pytest.raises(ValueError, match="gpu must be one of h100, h200, a100, rtx4090, rtx5090; got 'tpu'"):
+        gpu_named("tpu")
+
+
+def test_every_card_names_its_source() -> None:
+    assert all("NVIDIA" in gpu.source for gpu in GPUS.values())
+
+
+def test_no_torch_is_loaded() -> None:
+    code = "import sys, happyhorse_fast.costs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
