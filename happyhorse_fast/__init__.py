@@ -1,7 +1,6 @@
-"""Fused kernels for a single-stream joint audio-video diffusion Transformer, and the eager model they are checked against.
+"""A joint audio-video diffusion Transformer: the eager reference, and kernels that are checked against it.
 
-Names are imported on first use, so ``import happyhorse_fast`` needs neither Triton nor a GPU and loads only torch's
-absence of surprises: nothing heavy until it is called.
+Names are imported on first use: ``import happyhorse_fast`` needs neither Triton nor a GPU and loads nothing heavy.
 """
 
 from __future__ import annotations
@@ -12,29 +11,54 @@ from typing import TYPE_CHECKING, Any
 from happyhorse_fast._version import __version__
 
 if TYPE_CHECKING:
+    from happyhorse_fast.block_map import BlockMap
     from happyhorse_fast.config import ModelConfig
-    from happyhorse_fast.model.checkpoint import load
+    from happyhorse_fast.model.accelerate import accelerate, explain, restore
+    from happyhorse_fast.model.checkpoint import load, save_checkpoint
+    from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
+    from happyhorse_fast.model.packed_checkpoint import save_packed
     from happyhorse_fast.reference.model import HappyHorse
-    from happyhorse_fast.sampler import sample, super_resolve
+    from happyhorse_fast.sampler.sample import sample
+    from happyhorse_fast.sampler.super_resolve import super_resolve
     from happyhorse_fast.tokens import ClipTokens, tokens_for
 
 _WHERE = {
-    "ClipTokens": "happyhorse_fast.tokens",
-    "HappyHorse": "happyhorse_fast.reference.model",
-    "ModelConfig": "happyhorse_fast.config",
-    "load": "happyhorse_fast.model.checkpoint",
-    "sample": "happyhorse_fast.sampler",
-    "super_resolve": "happyhorse_fast.sampler",
-    "tokens_for": "happyhorse_fast.tokens",
+    "BlockMap": "block_map",
+    "ClipTokens": "tokens",
+    "FastConfig": "model.fast_config",
+    "HappyHorse": "reference.model",
+    "ModelConfig": "config",
+    "Tiles": "model.fast_config",
+    "TopK": "model.fast_config",
+    "TopP": "model.fast_config",
+    "accelerate": "model.accelerate",
+    "explain": "model.accelerate",
+    "load": "model.checkpoint",
+    "restore": "model.accelerate",
+    "sample": "sampler",
+    "save_checkpoint": "model.checkpoint",
+    "save_packed": "model.packed_checkpoint",
+    "super_resolve": "sampler",
+    "tokens_for": "tokens",
 }
 
 __all__ = [
+    "BlockMap",
     "ClipTokens",
+    "FastConfig",
     "HappyHorse",
     "ModelConfig",
+    "Tiles",
+    "TopK",
+    "TopP",
     "__version__",
+    "accelerate",
+    "explain",
     "load",
+    "restore",
     "sample",
+    "save_checkpoint",
+    "save_packed",
     "super_resolve",
     "tokens_for",
 ]
@@ -43,7 +67,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
 
 
 def __dir__() -> list[str]:

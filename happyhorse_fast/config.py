@@ -37,7 +37,7 @@ class ModelConfig:
         gelu7_layers: Layers whose MLP is GELU7 at 4x width; the others are SwiGLU7.
         post_norm_layers: Layers that normalise a branch's output before the residual add.
         frame_receptive_field: R: a video token of latent frame f sees frames f-R..f+R in a local layer.
-        coords_style: ``"v2"`` (base, distilled) or ``"v1"`` (super-resolution): how audio and text sit on the time axis.
+        coords_style: ``"v2"`` (base, distilled) or ``"v1"`` (super-resolution): where audio and text are in time.
         local_attn_min_frame_tokens: The window applies only to clips with at least this many tokens per latent
             frame; smaller clips are dense in every layer. 0: always.
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder or file that cannot be loaded; the message names the file and, where there is one, the key."""
+    """A checkpoint folder or file that cannot be loaded; the message names the file and, if there is one, the key."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -41,22 +41,29 @@ def require_tensor(
     """
     import torch
 
-    wanted = f"[{', '.join(map(str, shape))}]"
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor of shape {wanted}, got {type(value).__name__}")
-    got = f"[{', '.join(map(str, value.shape))}]"
+        raise TypeError(f"{name} must be a tensor of shape {_listed(shape)}, got {type(value).__name__}")
     if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype} of shape {got}")
+        came = f"{value.dtype} of shape {_listed(value.shape)}"
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {came}")
     if value.dim() != len(shape):
-        raise ValueError(f"{name} must have {len(shape)} dimensions {wanted}, got {value.dim()}: {got}")
+        came = f"{value.dim()}: {_listed(value.shape)}"
+        raise ValueError(f"{name} must have {len(shape)} dimensions {_listed(shape)}, got {came}")
     for axis, (allowed, size) in enumerate(zip(shape, value.shape, strict=True)):
         if isinstance(allowed, int) and size != allowed:
-            raise ValueError(f"{name} must be of size {allowed} in dimension {axis} of {wanted}, got {got}")
+            where = f"in dimension {axis} of {_listed(shape)}"
+            raise ValueError(f"{name} must be of size {allowed} {where}, got {_listed(value.shape)}")
         if isinstance(allowed, str) and size < 1:
-            raise ValueError(f"{name} must have at least 1 element in dimension {axis} ({allowed}), got {got}")
+            where = f"in dimension {axis} ({allowed})"
+            raise ValueError(f"{name} must have at least 1 element {where}, got {_listed(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on device {device}, where the model is; got {value.device}")
     return value
+
+
+def _listed(sizes: Sequence[int | str]) -> str:
+    # Only for messages: torch.compile does not trace str() of a dynamic size.
+    return f"[{', '.join(map(str, sizes))}]"
 
 
 def require_finite(name: str, value: torch.Tensor) -> None:

@@ -79,6 +79,4 @@ def tokens_for(resolution: str, aspect: str = "16:9", seconds: int = 5, fps: int
     short, long = _SIDES[resolution]
     rows, columns = {"16:9": (short, long), "9:16": (long, short), "1:1": (short, short)}[aspect]
     frames = int(seconds) * fps + 1
-    return ClipTokens(
-        (frames - 1) // VAE_STRIDE[0] + 1, rows // VAE_STRIDE[1], columns // VAE_STRIDE[2], audio=frames
-    )
+    return ClipTokens((frames - 1) // VAE_STRIDE[0] + 1, rows // VAE_STRIDE[1], columns // VAE_STRIDE[2], audio=frames)

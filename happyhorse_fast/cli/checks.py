@@ -9,7 +9,7 @@ import torch
 
 from happyhorse_fast import golden
 from happyhorse_fast.budgets import measure
-from happyhorse_fast.config import PATCH
+from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.golden import GoldenCase
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.model import HappyHorse
@@ -226,6 +226,25 @@ def in_dtype(model: HappyHorse, dtype: torch.dtype) -> HappyHorse:
     return other
 
 
+def seeded_inputs(
+    config: ModelConfig, grid: tuple[int, int, int], *, text: int, seed: int, device: torch.device
+) -> list[torch.Tensor]:
+    """video, audio and text of a clip, standard normal; audio has 4 (T - 1) + 1 tokens.
+
+    Raises:
+        ValueError: ``grid`` or ``text`` is not positive.
+    """
+    if len(grid) != 3 or min(grid) < 1 or text < 1:
+        raise ValueError(f"grid must be three sizes of at least 1 and text at least 1, got {tuple(grid)} and {text}")
+    frames, height, width = grid[0], grid[1] * PATCH[1], grid[2] * PATCH[2]
+    shapes = {
+        "in.video": (1, config.latent_channels, frames, height, width),
+        "in.audio": (1, 4 * (frames - 1) + 1, config.audio_in_channels),
+        "in.text": (1, text, config.text_in_channels),
+    }
+    return [golden.draw(seed, name, shape).to(device) for name, shape in shapes.items()]
+
+
 def verify_model(
     model: HappyHorse,
     grid: tuple[int, int, int] = (3, 4, 6),
@@ -249,16 +268,7 @@ def verify_model(
     Raises:
         ValueError: ``grid`` or ``text`` is not positive.
     """
-    if len(grid) != 3 or min(grid) < 1 or text < 1:
-        raise ValueError(f"grid must be three sizes of at least 1 and text at least 1, got {tuple(grid)} and {text}")
-    config = model.config
-    frames, height, width = grid[0], grid[1] * PATCH[1], grid[2] * PATCH[2]
-    shapes = {
-        "in.video": (1, config.latent_channels, frames, height, width),
-        "in.audio": (1, 4 * (frames - 1) + 1, config.audio_in_channels),
-        "in.text": (1, text, config.text_in_channels),
-    }
-    inputs = [golden.draw(seed, name, shape).to(model.device) for name, shape in shapes.items()]
+    inputs = seeded_inputs(model.config, grid, text=text, seed=seed, device=model.device)
     exact = _run(build(model, torch.float64), inputs)
     return [
         _compare(_name(dtype), _run(build(model, dtype), inputs), exact, budget)

@@ -125,7 +125,7 @@ def _run_form(form: Form, config: ModelConfig, inputs: list[torch.Tensor], seed:
     from happyhorse_fast.model.memory import StorageMeter
     from happyhorse_fast.sampler import sample
 
-    model = form.build(config, "cpu").init_weights(seed)
+    model = form.apply(form.eager(config, "cpu").init_weights(seed))
     meter = StorageMeter()
     meter.register((*model.parameters(), *model.buffers()), "weights")
     meter.register(inputs, "inputs")

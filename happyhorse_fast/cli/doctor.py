@@ -9,12 +9,11 @@ import platform
 import re
 import shutil
 import subprocess
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from happyhorse_fast._version import __version__
-from happyhorse_fast.cli.forms import FORMS, Form
+from happyhorse_fast.cli.forms import FORMS
 from happyhorse_fast.cli.output import JsonOption, emit, table
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.tokens import tokens_for
@@ -22,7 +21,6 @@ from happyhorse_fast.tokens import tokens_for
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from happyhorse_fast.reference.model import HappyHorse
 
 # Extra of this package that brings each, and what it is for.
 _OPTIONAL = {
@@ -126,17 +124,26 @@ def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for form in FORMS:
         if not form.kernels:
             lines.append({"what": f"{form.name} reference", "runs": True, "why": place})
-    kernels = [form for form in FORMS if form.kernels]
-    for form in kernels:
-        why = "" if gpus else "needs a CUDA device"
-        lines.append({"what": form.name, "runs": bool(gpus), "why": why})
-    if not kernels:
-        lines.append({"what": "kernels", "runs": False, "why": f"version {__version__} has none yet"})
+    obstacle = _kernel_obstacle()
+    for form in FORMS:
+        if form.kernels:
+            why = obstacle or "Triton kernels, each after its self-check at the first accelerate"
+            lines.append({"what": f"{form.name} kernels", "runs": obstacle is None, "why": why})
+            why = "plain torch with the kernels' rounding: an oracle, not fast"
+            lines.append({"what": f"{form.name} backend reference", "runs": True, "why": why})
     for name, (extra, purpose) in _OPTIONAL.items():
         there = importlib.util.find_spec(name) is not None
         why = f"{name} is installed" if there else f'needs {name}: pip install "happyhorse-fast[{extra}]"'
         lines.append({"what": purpose, "runs": there, "why": why})
     return lines
+
+
+def _kernel_obstacle() -> str | None:
+    import torch
+
+    from happyhorse_fast.ops.dispatch import triton_obstacle
+
+    return triton_obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _memory_fit(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -148,15 +155,11 @@ def _memory_fit(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for form in FORMS:
         for preset, resolution in _CLIPS if form.precision != "fp32" else ():
-            peak = peak_by_kind(ModelConfig.preset(preset), tokens_for(resolution), partial(_on_meta, form)) / 2**30
+            peak = peak_by_kind(ModelConfig.preset(preset), tokens_for(resolution), form.without_weights) / 2**30
             fits = {name: peak + _RESERVE_GIB <= size for name, size in cards.items()}
             clip = {"preset": preset, "resolution": resolution, "form": form.name}
             rows.append({**clip, "peak_memory_gib": peak, "fits": fits})
     return rows
-
-
-def _on_meta(form: Form, config: ModelConfig) -> HappyHorse:
-    return form.build(config, "meta")
 
 
 def _render(console: Console, data: dict[str, Any]) -> None:

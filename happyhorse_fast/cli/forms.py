@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from happyhorse_fast.config import ModelConfig
 
@@ -21,26 +19,55 @@ class Form:
         name: Shown to the user.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp8"``: of products and attention.
         kernels: Whether it runs this package's kernels, so needs a GPU to be fast; False for plain torch.
-        build: (config, device) -> the model, its weights not set yet.
     """
 
     name: str
     precision: str
     kernels: bool
-    build: Callable[[ModelConfig, str], HappyHorse]
 
+    def eager(self, config: ModelConfig, device: str) -> HappyHorse:
+        """The eager model that the form starts from, its weights not set yet."""
+        import torch
 
-def _eager(dtype: str, config: ModelConfig, device: str) -> HappyHorse:
-    import torch
+        from happyhorse_fast.reference.model import HappyHorse
 
-    from happyhorse_fast.reference.model import HappyHorse
+        return HappyHorse(config, torch.float32 if self.precision == "fp32" else torch.bfloat16, device=device)
 
-    return HappyHorse(config, getattr(torch, dtype), device=device)
+    def apply(self, model: HappyHorse) -> HappyHorse:
+        """Bring an eager model with its weights into the form, in place; on the CPU through backend reference."""
+        if self.kernels:
+            from happyhorse_fast.model.accelerate import accelerate
+            from happyhorse_fast.model.fast_config import FastConfig
+
+            on_gpu = model.device.type == "cuda"
+            backend: Literal["auto", "reference"] = "auto" if on_gpu else "reference"
+            accelerate(model, FastConfig(precision=self.fast_precision, backend=backend))
+        return model
+
+    def without_weights(self, config: ModelConfig) -> HappyHorse:
+        """The form on ``"meta"``, to measure its memory."""
+        if not self.kernels:
+            return self.eager(config, "meta")
+        import torch
+
+        from happyhorse_fast.model.accelerate import empty_accelerated
+        from happyhorse_fast.model.fast_config import FastConfig
+        from happyhorse_fast.ops.dispatch import choose
+
+        choices = choose("reference", self.fast_precision, torch.device("cpu"))
+        return empty_accelerated(config, FastConfig(precision=self.fast_precision), choices)
+
+    @property
+    def fast_precision(self) -> Literal["bf16", "fp8"]:
+        """Precision of the acceleration."""
+        return "fp8" if self.precision == "fp8" else "bf16"
 
 
 FORMS = (
-    Form("eager float32", "fp32", kernels=False, build=partial(_eager, "float32")),
-    Form("eager bfloat16", "bf16", kernels=False, build=partial(_eager, "bfloat16")),
+    Form("eager float32", "fp32", kernels=False),
+    Form("eager bfloat16", "bf16", kernels=False),
+    Form("fast bfloat16", "bf16", kernels=True),
+    Form("fast fp8", "fp8", kernels=True),
 )
 """The first is what the others are measured against; a later form of a precision is preferred to an earlier one."""
 

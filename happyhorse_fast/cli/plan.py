@@ -100,10 +100,20 @@ def plan_clip(
             "floor_ms_per_step": total.floor_ms,
             "floor_s": steps * total.floor_ms / 1e3,
         },
-        # Eager torch makes as many launches as it has operations; kernels that fuse them state theirs here.
-        "launches_per_layer": None,
+        "launches_per_layer": _launches(precision),
         **_memory(config, clip, text, precision, memory),
     }
+
+
+def _launches(precision: str) -> int | None:
+    """Most launches of any layer in the preferred form; None for eager torch, which promises no number."""
+    form = form_of(precision)
+    if form is None or not form.kernels:
+        return None
+    from happyhorse_fast.model.fast_config import FastConfig
+    from happyhorse_fast.model.launches import launches_per_layer
+
+    return max(len(names) for names in launches_per_layer(FastConfig(precision=form.fast_precision)))
 
 
 def _memory(config: ModelConfig, clip: ClipTokens, text: int, precision: str, trace: bool) -> dict[str, Any]:
@@ -115,7 +125,7 @@ def _memory(config: ModelConfig, clip: ClipTokens, text: int, precision: str, tr
     from happyhorse_fast.model.memory import peak_memory
 
     print("tracing one forward pass under fake tensors...", file=sys.stderr)
-    peak = peak_memory(form.build(config, "meta"), clip, text)
+    peak = peak_memory(form.without_weights(config), clip, text)
     return {"peak_memory_gib": peak.peak_gib, "memory": {"form": form.name, "why": None, "peak": peak}}
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from happyhorse_fast.sampler import StepInfo
 
 Dtype = Literal["bfloat16", "float32", "float64"]
+Fast = Literal["bf16", "fp8"]
 
 
 def sample(
@@ -57,6 +58,10 @@ def sample(
     fps: Annotated[int, typer.Option(help="With --resolution: 24 or 25.")] = 24,
     device: DeviceOption = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Compute dtype; bfloat16 as published.")] = "bfloat16",
+    fast: Annotated[
+        Fast | None,
+        typer.Option(help="Run this package's kernels instead of eager torch: bf16, exact; or fp8. Both stages."),
+    ] = None,
     sr_checkpoint: Annotated[Path | None, typer.Option(help="Second stage: its checkpoint.")] = None,
     sr_preset: Annotated[str | None, typer.Option(help="Second stage: its preset.")] = None,
     sr_config: Annotated[
@@ -75,7 +80,7 @@ def sample(
     if second != (size is not None) or (not second and (sr_preset is not None or sr_config is not None)):
         raise ValueError("--sr-checkpoint and --size must come together, with --sr-preset or --sr-config")
     tensors = read_inputs(inputs)
-    first = _Stage(checkpoint, preset, config, usable_device(device), dtype, not as_json)
+    first = _Stage(checkpoint, preset, config, usable_device(device), dtype, fast, not as_json)
     settings: dict[str, Any] = {
         "version": __version__,
         "checkpoint": checkpoint,
@@ -87,6 +92,7 @@ def sample(
         "shift": shift,
         "guidance": guidance,
         "dtype": dtype,
+        "fast": fast,
         "device": first.device,
     }
     record = Record()
@@ -105,7 +111,7 @@ def sample(
     )
     settings |= {"steps": len(record.sigmas), "sigmas": [*record.sigmas, 0.0]}
     if sr_checkpoint is not None and size is not None:
-        stage = _Stage(sr_checkpoint, sr_preset, sr_config, first.device, dtype, not as_json)
+        stage = _Stage(sr_checkpoint, sr_preset, sr_config, first.device, dtype, fast, not as_json)
         sr_record = Record()
         latents["video"] = _second_stage(
             stage, latents, tensors, draw, sr_record, size=size, steps=sr_steps, shift=shift
@@ -234,12 +240,14 @@ class _Stage:
     config: Path | None
     device: str
     dtype: Dtype
+    fast: Fast | None
     progress: bool
 
     def load(self) -> Any:
         import torch
 
         from happyhorse_fast.model.checkpoint import load
+        from happyhorse_fast.model.fast_config import FastConfig
 
         return load(
             self.checkpoint,
@@ -248,6 +256,7 @@ class _Stage:
             device=self.device,
             compute_dtype=getattr(torch, self.dtype),
             progress=self.progress,
+            fast=None if self.fast is None else FastConfig(precision=self.fast),
         )
 
 

@@ -7,10 +7,11 @@ import re
 import shutil
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -19,8 +20,10 @@ from torch import nn
 
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.errors import CheckpointError
-from happyhorse_fast.model.inspect_checkpoint import BANDS_KEY, FLOAT_DTYPES, read_sizes, require_sizes
-from happyhorse_fast.model.safetensors_header import INDEX_FILE, SINGLE_FILE, TensorEntry, read_headers
+from happyhorse_fast.model.accelerate import Accelerating
+from happyhorse_fast.model.fast_config import FastConfig
+from happyhorse_fast.model.inspect_checkpoint import BANDS_KEY, STORED_DTYPES, layer_of, read_sizes, require_sizes
+from happyhorse_fast.model.safetensors_header import INDEX_FILE, PACKED_FILE, SINGLE_FILE, TensorEntry, read_headers
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
@@ -44,21 +47,25 @@ def load(
     device: torch.device | str = "cpu",
     compute_dtype: torch.dtype = torch.bfloat16,
     progress: bool = True,
+    fast: FastConfig | None = None,
 ) -> HappyHorse:
-    """Load a checkpoint in the published format.
+    """Load a checkpoint: in the published format, or packed by :func:`save_packed`.
 
     Headers are checked before any data are read. Then every tensor is streamed to the device in pieces of 16 MiB,
     straight into the memory and the dtype it stays in: linear weights inside layers in bfloat16, the rest in float32.
 
     Args:
         path: A folder with ``model.safetensors``, or with shards named by ``model.safetensors.index.json``; or one
-            ``.safetensors`` file.
+            ``.safetensors`` file. A folder of packed weights carries its own configurations: then ``preset``,
+            ``config`` and ``fast`` must be left out.
         preset: Name of the published configuration that the checkpoint is of; see :meth:`ModelConfig.preset`.
         config: The configuration instead. Exactly one of the two: ``local_attn_layers``, ``frame_receptive_field`` and
             ``coords_style`` cannot be read off the tensors; the sizes that can be are held against it.
         device: Where the weights go.
         compute_dtype: Dtype of products and attention, see :class:`HappyHorse`.
         progress: Show a progress bar on standard error.
+        fast: Accelerate as :func:`accelerate` would, layer by layer while loading: one layer's published weights are on
+            the device at a time, and they are not kept (so there is no :func:`restore`).
 
     Returns:
         The model, complete: on any error, Ctrl-C included, there is none, and its memory is free again.
@@ -70,14 +77,21 @@ def load(
         TypeError: ``config`` is not a ModelConfig.
         ValueError: Not exactly one of ``preset`` and ``config``; no such preset, device or compute dtype.
     """
-    wanted, asked = _requested(preset, config)
+    from happyhorse_fast.model import packed_checkpoint
+
     place = _usable_device(device)
+    if packed_checkpoint.is_packed(path):
+        if preset is not None or config is not None or fast is not None:
+            raise ValueError(f"preset, config and fast must be left out: {path} is packed and carries its own")
+        return packed_checkpoint.load_packed(path, place, progress=progress)
+    wanted, asked = _requested(preset, config)
     model = HappyHorse(wanted, compute_dtype, device="meta")
     entries = read_headers(path)
     require_sizes(entries, Path(path), wanted, asked)
+    accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
     try:
-        with _progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
-            _stream(model, entries, place, advance)
+        with progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
+            _stream(model, entries, place, advance, accelerating)
     except BaseException as error:
         # The error outlives this call, and the frames it refers to hold tensors.
         traceback.clear_frames(error.__traceback__)
@@ -111,7 +125,8 @@ def _usable_device(device: torch.device | str) -> torch.device:
 
 
 @contextmanager
-def _progress_bar(shown: bool, total: int) -> Iterator[Advance]:
+def progress_bar(shown: bool, total: int) -> Iterator[Advance]:
+    """A bar over bytes on standard error, where ``shown``; yields what to call with bytes that were read."""
     if not shown:
         yield lambda count: None
         return
@@ -130,14 +145,28 @@ def _progress_bar(shown: bool, total: int) -> Iterator[Advance]:
         yield lambda count: bar.advance(task, count)
 
 
-def _stream(model: nn.Module, entries: Mapping[str, TensorEntry], device: torch.device, advance: Advance) -> None:
-    """Fill a model on ``"meta"`` tensor by tensor, the rotary frequencies first and the rest in the files' order."""
-    staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+def staging_buffer(device: torch.device) -> torch.Tensor:
+    """[STAGING_BYTES] uint8 on the host, pinned for a GPU."""
+    return torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def _stream(
+    model: nn.Module,
+    entries: Mapping[str, TensorEntry],
+    device: torch.device,
+    advance: Advance,
+    accelerating: Accelerating | None,
+) -> None:
+    """Fill a model on ``"meta"`` tensor by tensor: the rotary frequencies first, then in the files' order.
+
+    Where the model is accelerated, layer by layer instead; a layer is packed once it is complete.
+    """
+    staging = staging_buffer(device)
     bands = frequency_bands(model.get_buffer(BANDS_KEY).shape[0] * 8)
     if BANDS_KEY in entries:
         entry = entries[BANDS_KEY]
         with entry.file.open("rb", buffering=0) as stream:
-            stored = _read_tensor(stream, entry, bands.dtype, torch.device("cpu"), staging, advance)
+            stored = read_tensor(stream, entry, bands.dtype, torch.device("cpu"), staging, advance)
         error = float(((stored - bands) / bands).abs().max())
         if error > BANDS_TOLERANCE:
             raise CheckpointError(
@@ -145,17 +174,39 @@ def _stream(model: nn.Module, entries: Mapping[str, TensorEntry], device: torch.
                 f"relative {error:.1e}, more than {BANDS_TOLERANCE:.0e}: the checkpoint is of another model"
             )
         bands = stored
-    _assign(model, BANDS_KEY, bands.to(device))
+    assign(model, BANDS_KEY, bands.to(device))
     like = model.state_dict()
-    rest = (entry for key, entry in entries.items() if key != BANDS_KEY)
-    for file, together in groupby(rest, key=lambda entry: entry.file):
+    rest = [entry for key, entry in entries.items() if key != BANDS_KEY]
+    if accelerating is None:
+        _fill(model, rest, like, device, staging, advance)
+        return
+    of_layer = itemgetter(0)
+    keyed = sorted(
+        ((layer_of(entry.key), entry) for entry in rest), key=lambda pair: -1 if pair[0] is None else pair[0]
+    )
+    for layer, together in groupby(keyed, key=of_layer):
+        _fill(model, [entry for _, entry in together], like, device, staging, advance)
+        if layer is not None:
+            accelerating.pack(layer)
+    accelerating.finish()
+
+
+def _fill(
+    model: nn.Module,
+    entries: Iterable[TensorEntry],
+    like: Mapping[str, torch.Tensor],
+    device: torch.device,
+    staging: torch.Tensor,
+    advance: Advance,
+) -> None:
+    for file, together in groupby(entries, key=lambda entry: entry.file):
         with file.open("rb", buffering=0) as stream:
             for entry in together:
-                value = _read_tensor(stream, entry, like[entry.key].dtype, device, staging, advance)
-                _assign(model, entry.key, value)
+                value = read_tensor(stream, entry, like[entry.key].dtype, device, staging, advance)
+                assign(model, entry.key, value)
 
 
-def _read_tensor(
+def read_tensor(
     stream: FileIO,
     entry: TensorEntry,
     dtype: torch.dtype,
@@ -163,8 +214,9 @@ def _read_tensor(
     staging: torch.Tensor,
     advance: Advance,
 ) -> torch.Tensor:
+    """Read one tensor through the staging buffer into its final memory and dtype; NaN or Inf in it is an error."""
     value = torch.empty(entry.shape, dtype=dtype, device=device)
-    flat, stored = value.view(-1), FLOAT_DTYPES[entry.dtype]
+    flat, stored = value.view(-1), STORED_DTYPES[entry.dtype]
     buffer = staging.numpy().data
     stream.seek(entry.start)
     for start in range(0, entry.nbytes, len(buffer)):
@@ -174,14 +226,22 @@ def _read_tensor(
         # Synchronous, so that the next piece may overwrite the staging buffer.
         flat[first : first + len(piece) // stored.itemsize].copy_(staging[: len(piece)].view(stored))
         advance(len(piece))
-    # NaN and Inf both show in the extremes: one pass without a temporary, 20 times as fast as isfinite on a CPU.
-    if not all(bool(torch.isfinite(extreme)) for extreme in value.aminmax()):
-        bad = int((~torch.isfinite(value)).sum())
+    if not _is_finite(value):
+        bad = int((~torch.isfinite(value.float())).sum())
         raise CheckpointError(
             f"{entry.file}: {entry.key} holds {bad} NaN or Inf among {value.numel()} elements "
             f"(stored as {entry.dtype}, read as {dtype})"
         )
     return value
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    if not value.dtype.is_floating_point:
+        return True
+    if value.dtype == torch.float8_e4m3fn:  # no Inf; NaN is 0x7f and 0xff
+        return not bool((value.view(torch.uint8) & 0x7F == 0x7F).any())
+    # NaN and Inf both show in the extremes: one pass without a temporary, 20 times as fast as isfinite on a CPU.
+    return all(bool(torch.isfinite(extreme)) for extreme in value.aminmax())
 
 
 def _read_exactly(stream: FileIO, piece: memoryview, entry: TensorEntry) -> None:
@@ -196,7 +256,8 @@ def _read_exactly(stream: FileIO, piece: memoryview, entry: TensorEntry) -> None
         filled += count
 
 
-def _assign(model: nn.Module, key: str, value: torch.Tensor) -> None:
+def assign(model: nn.Module, key: str, value: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, by state-dict key."""
     owner, _, name = key.rpartition(".")
     module = model.get_submodule(owner)
     old = getattr(module, name)
@@ -209,6 +270,7 @@ def save_checkpoint(
     *,
     max_shard_bytes: int = 5 << 30,
     overwrite: bool = False,
+    beside: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint in the published format: ``model.safetensors``, or shards and their index.
 
@@ -220,6 +282,7 @@ def save_checkpoint(
         folder: Where to write; made where it does not exist. Other files in it stay.
         max_shard_bytes: Shards hold at most this many bytes of data, or a single tensor. One file where all fits.
         overwrite: Replace a checkpoint that is there.
+        beside: Text files that belong to it, name -> content.
 
     Raises:
         FileExistsError: ``folder`` holds a checkpoint and ``overwrite`` is not set, or it is a file.
@@ -232,7 +295,8 @@ def save_checkpoint(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"folder must be a folder, {folder} is a file")
-    old = sorted(path for path in folder.glob("*") if path.name in (SINGLE_FILE, INDEX_FILE) or _SHARD.match(path.name))
+    names = {SINGLE_FILE, INDEX_FILE, PACKED_FILE, *(beside or ())}
+    old = sorted(path for path in folder.glob("*") if path.name in names or _SHARD.match(path.name))
     if old and not overwrite:
         raise FileExistsError(f"{folder} holds a checkpoint ({old[0].name}); pass overwrite=True to replace it")
     # Beside a folder that is still to be made, inside one that exists (which may be the root of a disk).
@@ -242,6 +306,8 @@ def save_checkpoint(
     aside.mkdir()
     try:
         _write_files(tensors, aside, max_shard_bytes)
+        for name, content in (beside or {}).items():
+            (aside / name).write_text(content)
         if folder.exists():
             _move_into(folder, aside, old)
         else:

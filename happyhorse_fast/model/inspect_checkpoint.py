@@ -20,6 +20,8 @@ from happyhorse_fast.model.safetensors_header import TensorEntry, listed, read_h
 from happyhorse_fast.reference.model import HappyHorse
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+STORED_DTYPES = FLOAT_DTYPES | {"F8_E4M3": torch.float8_e4m3fn}
+"""What a packed checkpoint may hold; a published one holds the first four."""
 BANDS_KEY = "adapter.rope.bands"
 
 # Where a reader sees a size first; {} is a layer.
@@ -121,7 +123,8 @@ def _plain(value: int | tuple[int, ...]) -> int | list[int]:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _layer_of(key: str) -> int | None:
+def layer_of(key: str) -> int | None:
+    """The layer a state-dict key belongs to, or None."""
     match key.split("."):
         case ["block", "layers", number, *_] if number.isdecimal():
             return int(number)
@@ -146,7 +149,7 @@ def _require_shapes(entries: Mapping[str, TensorEntry], path: Path, config: Mode
 def _likely_sizes(entries: Mapping[str, TensorEntry], path: Path) -> CheckpointSizes:
     """What most witnesses say, once the tensors are those of some model by name and dtype."""
     # A layer has more than one tensor: a layer number past their count is a stray name, not a deeper model.
-    numbers = [number for key in entries if (number := _layer_of(key)) is not None and number < len(entries)]
+    numbers = [number for key in entries if (number := layer_of(key)) is not None and number < len(entries)]
     num_layers = 1 + max(numbers, default=-1)
     post_norms = tuple(
         i for i in range(num_layers) if any(f"block.layers.{i}.{name}" in entries for name in _POST_NORMS)

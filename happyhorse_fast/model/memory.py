@@ -19,8 +19,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.costs import layer_kind, parameters
+from happyhorse_fast.config import PATCH, ModelConfig
+from happyhorse_fast.costs import layer_kind
+from happyhorse_fast.model.accelerate import is_accelerated
+from happyhorse_fast.model.clip_state import ClipState
+from happyhorse_fast.model.fast_model import build_clip_state
+from happyhorse_fast.reference.rotary import frequency_bands
+from happyhorse_fast.reference.sequence import Clip
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
 
 LARGEST = 12
@@ -108,6 +113,8 @@ class StorageMeter(TorchDispatchMode):
         return out
 
     def _count(self, tensor: torch.Tensor, name: str) -> None:
+        if tensor.is_meta:
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
@@ -221,20 +228,30 @@ def peak_memory(
     if not isinstance(config, ModelConfig):
         raise TypeError(f"model must have a ModelConfig as its attribute config, got {type(config).__name__}")
     meter = StorageMeter()
+    state: ClipState | None = None
+    if is_accelerated(model):
+        # Block maps come from real ranges: made here, their shapes pretended below.
+        grid = Clip(clip.T, clip.H // PATCH[1], clip.W // PATCH[2], clip.audio, text)
+        state = build_clip_state(model.fast, grid, frequency_bands(config.head_dim))  # type: ignore[arg-type]
     with FakeTensorMode(), torch.no_grad():
         fake = fake_copy(model, device)
+        if state is not None:
+            pretended = state.fake(device)
+            fake.fast.clips = {grid: pretended}  # type: ignore[union-attr]
+            fake.fast.ensure_clip = lambda *_: True  # type: ignore[union-attr]
+            meter.register(pretended.tensors(), "clip state")
         shapes = (
             (1, config.latent_channels, clip.T, clip.H, clip.W),
             (1, clip.audio, config.audio_in_channels),
             (1, text, config.text_in_channels),
         )
         inputs = [torch.empty(shape, device=device) for shape in shapes]
-        weight_bytes = meter.register((*fake.parameters(), *fake.buffers()), "weights")
+        weights = meter.register((*fake.parameters(), *fake.buffers()), "weights")
         meter.register(inputs, "inputs")
         with _FakeCuda(), meter:
             out = fake(*inputs) if call is None else call(fake, *inputs)
         del out
-    return PeakMemory(meter.peak_bytes, weight_bytes, meter.operation, meter.largest(without="weights"))
+    return PeakMemory(meter.peak_bytes, weights, meter.operation, meter.largest(without="weights"))
 
 
 def one_layer_per_kind(config: ModelConfig, clip: ClipTokens) -> ModelConfig:
@@ -260,8 +277,13 @@ def peak_by_kind(
     Args:
         config: Of the full model.
         clip: Latent size and audio tokens.
-        build: Makes the model of a configuration, on ``"meta"``; its weights in the published dtypes.
+        build: Makes the model of a configuration, on ``"meta"``.
         text: Text tokens.
     """
-    shallow = one_layer_per_kind(config, clip)
-    return peak_memory(build(shallow), clip, text).peak_bytes + parameters(config).bytes - parameters(shallow).bytes
+    shallow, full = build(one_layer_per_kind(config, clip)), build(config)
+    return peak_memory(shallow, clip, text).peak_bytes + weight_bytes(full) - weight_bytes(shallow)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, on whatever device."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

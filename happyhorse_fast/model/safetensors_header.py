@@ -18,6 +18,8 @@ from happyhorse_fast.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PACKED_FILE = "happyhorse_fast.json"
+"""Marks a folder of packed weights, and holds their configurations."""
 
 # The safetensors library's own limit; the full model's header takes 60 kB.
 _MAX_HEADER_BYTES = 100_000_000

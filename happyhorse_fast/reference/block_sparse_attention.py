@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from happyhorse_fast.reference.sequence import Ranges
@@ -26,7 +28,7 @@ def segments_of(ranges: Ranges, total: int) -> list[tuple[int, int, list[tuple[i
             raise ValueError(f"ranges must satisfy 0 <= start <= end <= {total}, got (q0, q1, k0, k1) = {tuple(row)}")
     cuts = sorted({0, total, *(q for row in ranges for q in row[:2])})
     segments = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         keys: list[tuple[int, int]] = []
         for k0, k1 in sorted((r[2], r[3]) for r in ranges if r[0] <= start and end <= r[1] and r[2] < r[3]):
             if keys and k0 <= keys[-1][1]:

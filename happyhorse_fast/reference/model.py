@@ -21,7 +21,7 @@ from happyhorse_fast.reference.rmsnorm_qkv import rms_norm, rmsnorm_qkv
 from happyhorse_fast.reference.rotary import frequency_bands, rotary_phases
 from happyhorse_fast.reference.sequence import Clip, Ranges
 
-# Rows that are in flight in a norm, a QKV product or an MLP: 8192 x 27304 float32 is 0.9 GB, all 64k rows would be 7 GB.
+# Rows in flight in a norm, a QKV product or an MLP: 8192 x 27304 float32 is 0.9 GB, all 64k rows would be 7 GB.
 ROW_CHUNK = 8192
 COMPUTE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -125,7 +125,9 @@ class Layer(nn.Module):
     ) -> torch.Tensor:
         """[N, hidden] -> [N, hidden] in the stream's dtype."""
         # No name holds a branch: 1.3 GB at 1080p that would stay alive through the MLP.
-        hidden = hidden + self._post("attn_post_norm", self.attention(hidden, phases, clip, ranges, compute_dtype), clip)
+        hidden = hidden + self._post(
+            "attn_post_norm", self.attention(hidden, phases, clip, ranges, compute_dtype), clip
+        )
         return hidden + self._post("mlp_post_norm", self.mlp(hidden, clip, compute_dtype), clip)
 
     def _post(self, name: str, branch: torch.Tensor, clip: Clip) -> torch.Tensor:

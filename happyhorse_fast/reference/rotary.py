@@ -31,9 +31,9 @@ def rotary_phases(coords: torch.Tensor, bands: torch.Tensor) -> torch.Tensor:
     place, size, reference = coords[:, :3], coords[:, 3:6], coords[:, 6:9]
     single = (size == 1) & (reference == 1)
     scale = torch.where(single, torch.ones_like(size), (reference - 1) / (size - 1))
-    if not torch.compiler.is_compiling() and not coords.is_meta and type(coords) is torch.Tensor:
-        if not bool(torch.isfinite(scale).all()):
-            raise ValueError("coords must not have a grid of size 1 with a reference grid of several: it has no scale")
+    readable = not torch.compiler.is_compiling() and not coords.is_meta and type(coords) is torch.Tensor
+    if readable and not bool(torch.isfinite(scale).all()):
+        raise ValueError("coords must not have a grid of size 1 with a reference grid of several: it has no scale")
     centre = (size - 1) / 2 * torch.tensor([0.0, 1.0, 1.0], dtype=size.dtype, device=size.device)
     phase = ((place - centre) * scale).unsqueeze(-1) * bands.to(coords.dtype)
     return torch.cat([phase.sin().flatten(1), phase.cos().flatten(1)], dim=1)

@@ -52,5 +52,5 @@ def sample_guided(
 
     sigmas = video_solver.sigmas[:-1].tolist()
     return run_steps(
-        advance, sigmas, video, audio, title="guided sampling", image=image, callback=callback, progress=progress
+        model, advance, sigmas, video, audio, title="guided sampling", image=image, callback=callback, progress=progress
     )

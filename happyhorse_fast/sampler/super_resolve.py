@@ -116,8 +116,9 @@ def super_resolve(
         return video, audio
 
     sigmas = solver.sigmas[:-1].tolist()
+    title = "super-resolution"
     video, _ = run_steps(
-        advance, sigmas, video, audio, title="super-resolution", image=image, callback=callback, progress=progress
+        sr_model, advance, sigmas, video, audio, title=title, image=image, callback=callback, progress=progress
     )
     return video
 

@@ -1,0 +1,126 @@
+"""A picture of a block map: what is computed, what is skipped, where frames and modalities lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from happyhorse_fast.block_map.bits import BLOCK
+from happyhorse_fast.block_map.layout import Layout
+from happyhorse_fast.block_map.map import BlockMap
+
+# Cells along a side: about one per pixel of the axis; larger maps are averaged down to it.
+CELLS = 640
+COLOURS = {"full": "#1f4e79", "partial": "#f28e2b", "absent": "#f4f1ea"}
+
+
+def plot(
+    block_map: BlockMap,
+    path: str | os.PathLike[str] | None,
+    axis: Any,
+    layout: Layout | Sequence[Layout] | None,
+    head: int,
+) -> Any:
+    """See :meth:`BlockMap.plot`."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    if not 0 <= head < block_map.heads:
+        raise ValueError(f"head must be in 0..{block_map.heads - 1}, got {head}")
+    figure = None
+    if axis is None:
+        figure = Figure(figsize=(8.6, 7.6), dpi=130, layout="constrained")
+        FigureCanvasAgg(figure)
+        axis, lengths = figure.subplots(1, 2, width_ratios=[6, 1], sharey=True)
+        _draw_lengths(block_map, lengths, head)
+    full, ids = block_map.to_blocks()
+    colours = torch.tensor([matplotlib.colors.to_rgb(c) for c in COLOURS.values()])
+    kinds = torch.stack([full[head], ids[head] >= 0]).float().cpu()
+    kinds = torch.cat([kinds, 1 - kinds.sum(dim=0, keepdim=True)])
+    if max(kinds.shape[1:]) > CELLS:
+        size = [min(n, CELLS) for n in kinds.shape[1:]]
+        kinds = torch.nn.functional.interpolate(kinds[None], size=size, mode="area")[0]
+    image = torch.einsum("kxy,kc->xyc", kinds, colours).clamp(0, 1)
+    right, bottom = block_map.key_blocks * BLOCK, block_map.rows * BLOCK
+    axis.imshow(image.numpy(), extent=(0, right, bottom, 0), interpolation="nearest", aspect="auto")
+    if layout is not None:
+        _draw_layout(axis, [layout] if isinstance(layout, Layout) else list(layout))
+    n_full, n_all = (int(n) for n in block_map.counts[head].long().sum(dim=0))
+    axis.set_xlabel("keys (tokens)")
+    axis.set_ylabel("queries (tokens)")
+    blocks = block_map.rows * block_map.key_blocks
+    of_head, of_all = (f", head {head} of {block_map.heads}", " over all heads") if block_map.heads > 1 else ("", "")
+    axis.set_title(
+        f"{block_map.queries:,} queries x {block_map.keys:,} keys{of_head}\n"
+        f"{n_all / max(blocks, 1):.1%} of blocks computed, {block_map.density():.1%} of pairs useful{of_all}",
+        fontsize=10,
+        pad=18 if layout is not None else 6,
+    )
+    names = {
+        "full": f"full: {n_full:,}",
+        "partial": f"partial: {n_all - n_full:,}",
+        "absent": f"skipped: {blocks - n_all:,}",
+    }
+    axis.legend(
+        handles=[Patch(facecolor=COLOURS[k], edgecolor="#888888", label=v) for k, v in names.items()],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.09),
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+    )
+    if path is not None and figure is not None:
+        figure.savefig(path)
+    return axis
+
+
+def _draw_lengths(block_map: BlockMap, axis: Any, head: int) -> None:
+    """Blocks per row beside the map: what the schedule has to balance."""
+    counts = torch.cat([block_map.counts[head], block_map.counts[head, -1:]]).cpu().numpy()
+    place = (torch.arange(len(counts)) * BLOCK).numpy()
+    axis.fill_betweenx(place, counts[:, 0], color=COLOURS["full"], step="post", linewidth=0)
+    axis.fill_betweenx(place, counts[:, 0], counts[:, 1], color=COLOURS["partial"], step="post", linewidth=0)
+    axis.set_xlim(0, max(block_map.key_blocks, 1))
+    axis.set_xlabel("blocks per row")
+    axis.tick_params(labelleft=False)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_layout(axis: Any, layouts: list[Layout]) -> None:
+    origin = 0
+    for layout in layouts:
+        end = origin + layout.slots
+        for f in range(1, layout.frames):
+            for line in (axis.axhline, axis.axvline):
+                line(origin + f * layout.frame_slots, color="#ffffff", linewidth=0.35, alpha=0.55)
+        spans = [
+            ("video", 0, layout.audio_start),
+            ("audio", layout.audio_start, layout.text_start),
+            ("text", layout.text_start, layout.slots),
+        ]
+        for name, first, last in spans:
+            if first == last:
+                continue
+            for line in (axis.axhline, axis.axvline):
+                line(origin + first, color="#c03028", linewidth=0.8)
+            # Narrow spans sit beside each other: audio's name to the left of its start, text's to the right.
+            side = {"video": "center", "audio": "right", "text": "left"}[name]
+            where = origin + {"video": (first + last) / 2, "audio": last, "text": first}[name]
+            axis.annotate(
+                f"{name} ",
+                (where, 0),
+                xycoords=("data", "axes fraction"),
+                xytext=(where, 1.01),
+                textcoords=("data", "axes fraction"),
+                ha=side,
+                va="bottom",
+                fontsize=8,
+                color="#c03028",
+                annotation_clip=False,
+            )
+        origin = end

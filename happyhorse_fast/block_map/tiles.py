@@ -1,0 +1,61 @@
+"""3D tiles: an order that keeps neighbours in space and time in one block, and a window over them."""
+
+from __future__ import annotations
+
+import torch
+
+from happyhorse_fast.block_map.bits import BLOCK
+from happyhorse_fast.block_map.dynamic import select, touching
+from happyhorse_fast.block_map.layout import Layout, frame_window
+from happyhorse_fast.block_map.map import BlockMap
+
+
+def tile_order(frames: int, rows: int, columns: int, tile: tuple[int, int, int]) -> torch.Tensor:
+    """Video tokens listed tile by tile, row-major among tiles and within a tile: int64 [T * H * W].
+
+    ``video[order]`` brings tokens into this order; blocks are plain runs of 128 of it, since no 3D tile of 128 tokens
+    divides 31 x 34 x 60. With tile[0] == 1 no run of a frame's tokens leaves the frame.
+
+    Raises:
+        ValueError: A size is less than 1.
+    """
+    for name, size in (("frames", frames), ("rows", rows), ("columns", columns), *(("tile", t) for t in tile)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    t, h, w = torch.meshgrid(*(torch.arange(n) for n in (frames, rows, columns)), indexing="ij")
+    across = [-(-n // s) for n, s in zip((frames, rows, columns), tile, strict=True)]
+    key = ((t // tile[0]) * across[1] + h // tile[1]) * across[2] + w // tile[2]
+    return torch.argsort(key.flatten(), stable=True)
+
+
+def tile_window(
+    layout: Layout,
+    columns: int,
+    tile: tuple[int, int, int],
+    window: tuple[int, int, int],
+    base: BlockMap | None = None,
+) -> BlockMap:
+    """See :meth:`BlockMap.tile_window`.
+
+    A block spans the tiles of its tokens, a box in tile coordinates; two blocks see each other where their boxes are at
+    most ``window`` apart along every axis. Blocks that hold audio or text see and are seen by every block.
+    """
+    if columns < 1 or layout.frame_tokens % columns:
+        raise ValueError(f"columns must divide the {layout.frame_tokens} tokens of a frame, got {columns}")
+    if min(window) < 0:
+        raise ValueError(f"window must be at least 0 along every axis, got {window}")
+    rows = layout.frame_tokens // columns
+    order = tile_order(layout.frames, rows, columns, tile)
+    place = torch.stack([order // (rows * columns), order // columns % rows, order % columns])  # [3, V]
+    place = place // torch.tensor(tile)[:, None]
+    video = torch.arange(layout.frames * layout.frame_tokens)
+    slot = video // layout.frame_tokens * layout.frame_slots + video % layout.frame_tokens
+    blocks = -(-layout.slots // BLOCK)
+    index = (slot // BLOCK).expand(3, -1)
+    low = torch.full((3, blocks), 1 << 30).scatter_reduce_(1, index, place, "amin")
+    high = torch.full((3, blocks), -(1 << 30)).scatter_reduce_(1, index, place, "amax")
+    reach = torch.tensor(window)[:, None, None]
+    near = ((low[:, None, :] - high[:, :, None] <= reach) & (low[:, :, None] - high[:, None, :] <= reach)).all(dim=0)
+    prefix = touching(layout.prefix_spans(), blocks)
+    keep = near | prefix[:, None] | prefix[None, :]
+    return select(frame_window(layout, None) if base is None else base, keep[None])

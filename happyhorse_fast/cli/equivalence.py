@@ -1,0 +1,244 @@
+"""What each step away from float32 costs: the kernels in bf16, fp8, sparsity; per op, per layer and end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from happyhorse_fast import golden
+from happyhorse_fast.block_map import BLOCK
+from happyhorse_fast.budgets import measure
+from happyhorse_fast.cli.checks import in_dtype, seeded_inputs
+from happyhorse_fast.cli.layer_ops import OPS, OpResults, eager_ops, fast_ops, record_inputs
+from happyhorse_fast.model.accelerate import accelerate, is_accelerated
+from happyhorse_fast.model.fast_config import FastConfig
+from happyhorse_fast.model.fast_model import build_clip_state
+from happyhorse_fast.reference import sequence
+from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.sampler import sample
+
+Results = dict[str, torch.Tensor]
+"""Name of a result, such as ``op.3.attention.video`` or ``latent.audio``, -> float32 [rows, features] on the CPU."""
+
+EAGER = "eager bf16"
+BF16_RATIO = 2.0
+"""A fast bf16 result may be this many times as far from float32 as eager bf16's own."""
+BF16_FLOOR = 1e-4
+FP8_SANITY = 0.3
+SPARSE_SANITY = 1.0
+"""Sparsity is an approximation with no budget; past 1 a result is further from float32's than all zeros are."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far one result of a form is from float32's.
+
+    Attributes:
+        relative_l2: ||x - y|| / ||y||; infinite where x is not finite.
+        cosine: <x, y> / (|x| |y|).
+        tile_distance: Worst 128 x 128 tile of 1 - 2<x, y> / (|x|^2 + |y|^2).
+        own: What this form's step adds: ||x - x'|| / ||y|| with x' the form before (float32 for the first).
+        psnr_db: Of latents: 20 log10((max y - min y) / RMS(x - y)); None for other results.
+    """
+
+    relative_l2: float
+    cosine: float
+    tile_distance: float
+    own: float
+    psnr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class FormErrors:
+    """One form's distances.
+
+    Attributes:
+        form: ``"eager bf16"``, ``"fast bf16"``, ``"fast fp8"``, or the last one with its sparsity.
+        step: What sets it apart from the form before: ``"bf16"``, ``"kernels"``, ``"fp8"`` or ``"sparsity"``.
+        backends: Implementations that its ops ran on; empty for eager PyTorch.
+        errors: Distance per result.
+        violations: What is past its budget, as sentences with the measured number.
+    """
+
+    form: str
+    step: str
+    backends: tuple[str, ...]
+    errors: dict[str, Distance]
+    violations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """All forms of one model on one clip.
+
+    Attributes:
+        case: Name.
+        device: Type of device it ran on.
+        layers: Number of layers.
+        hidden_size: Width of the residual stream.
+        tokens: Video, audio and text tokens.
+        video_blocks: Blocks of 128 rows that the video takes; sparsity can leave out nothing where it is 1.
+        steps: Denoising steps behind the latents; 0 where none were sampled.
+        attention: Precision of attention in fp8.
+        forms: In the order of their steps.
+    """
+
+    case: str
+    device: str
+    layers: int
+    hidden_size: int
+    tokens: tuple[int, int, int]
+    video_blocks: int
+    steps: int
+    attention: str
+    forms: tuple[FormErrors, ...]
+
+    @property
+    def passed(self) -> bool:
+        """No form is past its budget."""
+        return not any(form.violations for form in self.forms)
+
+
+def forms_of(fast: FastConfig) -> Iterator[tuple[str, str, FastConfig]]:
+    """(form, step, configuration) of every fast form on the way to ``fast``."""
+    yield "fast bf16", "kernels", dataclasses.replace(fast, precision="bf16", sparsity=None)
+    if fast.precision == "fp8":
+        yield "fast fp8", "fp8", dataclasses.replace(fast, sparsity=None)
+    if fast.sparsity is not None:
+        yield f"fast {fast.precision} {fast.sparsity}", "sparsity", fast
+
+
+def equivalence(
+    model: HappyHorse, inputs: list[torch.Tensor], case: str, fast: FastConfig, *, steps: int = 8, seed: int = 0
+) -> Equivalence:
+    """Measure every form of a model against its float32 on one clip.
+
+    Beside the model one form's packed weights are held at a time.
+
+    Args:
+        model: Weights to measure; its own compute dtype does not matter. It is left as it is.
+        inputs: video, audio, text on the model's device; latents start from them as if they were noise.
+        case: Name of the result.
+        fast: Where the forms lead: precision, attention, sparsity, backend.
+        steps: Denoising steps to sample latents with; 0 for none.
+        seed: Of the sampler's noise.
+    """
+    clip = sequence.check_inputs(model.config, *inputs, model.device)
+    exact_model = in_dtype(model, torch.float32)
+    given = record_inputs(exact_model, inputs)
+    ops = [eager_ops(layer, x, torch.float32) for layer, x in zip(exact_model.block.layers, given, strict=True)]
+    run = partial(_end_to_end, inputs=inputs, clip=clip, steps=steps, seed=seed)
+    exact = _by_modality(ops, clip) | run(exact_model)
+
+    eager_model = in_dtype(model, torch.bfloat16)
+    layers = zip(eager_model.block.layers, given, ops, strict=True)
+    eager = [eager_ops(layer, x, torch.bfloat16, of) for layer, x, of in layers]
+    before = _by_modality(eager, clip) | run(eager_model)
+    del eager_model, eager
+    found = [FormErrors(EAGER, "bf16", (), _distances(before, exact, exact), ())]
+    for form, step, how in forms_of(fast):
+        accelerated = accelerate(in_dtype(model, torch.bfloat16), dataclasses.replace(how, originals="drop"))
+        assert is_accelerated(accelerated)
+        state = build_clip_state(accelerated.fast, clip, accelerated.adapter.rope.bands)  # type: ignore[arg-type,union-attr]
+        each = zip(accelerated.block.layers, given, ops, strict=True)  # type: ignore[union-attr,arg-type]
+        fast_results = [fast_ops(layer, state, x, of) for layer, x, of in each]
+        after = _by_modality(fast_results, clip) | run(accelerated)
+        errors = _distances(after, before, exact)
+        backends = tuple(sorted({c.backend for c in accelerated.fast.choices.values()}))  # type: ignore[union-attr]
+        found.append(FormErrors(form, step, backends, errors, tuple(_violations(step, errors, found[0].errors))))
+        before = after
+        del accelerated, fast_results
+    tokens = (clip.video, clip.audio, clip.text)
+    blocks = -(-state.rows.starts[1] // BLOCK)
+    return Equivalence(
+        case,
+        model.device.type,
+        model.config.num_layers,
+        model.config.hidden_size,
+        tokens,
+        blocks,
+        steps,
+        fast.attention if fast.precision == "fp8" else "bf16",
+        tuple(found),
+    )
+
+
+def equivalence_golden(fast: FastConfig, *, steps: int = 8, device: str = "cpu") -> list[Equivalence]:
+    """The recorded cases' models and inputs; with sparsity also a clip of 8 blocks, which is long enough to skip some.
+
+    A golden clip is one or two blocks, and one block is always kept.
+    """
+    found = []
+    for name in golden.names():
+        case = golden.load_case(name)
+        if case.compute_dtype != torch.float32 or "in.video" not in case.tensors:
+            continue  # the bf16 records are of the same models, and the second stage's are of a sampler
+        inputs = [case.tensors[f"in.{m}"].to(device) for m in ("video", "audio", "text")]
+        found.append(equivalence(case.model().to(device), inputs, name, fast, steps=steps, seed=case.seed))
+    if fast.sparsity is not None:
+        case = golden.load_case("local_d128_fp32")
+        inputs = seeded_inputs(case.config, (8, 8, 16), text=21, seed=case.seed, device=torch.device(device))
+        found.append(equivalence(case.model().to(device), inputs, "seeded_8_blocks", fast, steps=steps, seed=case.seed))
+    return found
+
+
+def _by_modality(ops: list[OpResults], clip: sequence.Clip) -> Results:
+    rows = dict(zip(("video", "audio"), clip.slices()[:2], strict=True))
+    return {
+        f"op.{layer}.{op}.{modality}": results.of(op)[part].cpu()
+        for layer, results in enumerate(ops)
+        for op in OPS
+        for modality, part in rows.items()
+    }
+
+
+def _end_to_end(model: torch.nn.Module, inputs: list[torch.Tensor], clip: sequence.Clip, steps: int, seed: int) -> Results:
+    rows = dict(zip(("video", "audio"), clip.slices()[:2], strict=True))
+    kept: Results = {}
+
+    def keep(layer: int, hidden: torch.Tensor) -> None:
+        kept.update({f"layer.{layer}.{name}": hidden[part].float().cpu() for name, part in rows.items()})
+
+    with torch.no_grad():
+        outputs = {"velocity": model(*inputs, on_layer=keep)}
+    if steps:
+        noise = partial(golden.draw, seed)
+        outputs["latent"] = sample(model, *inputs, steps=steps, noise=noise, progress=False)  # type: ignore[arg-type]
+    for name, (video, audio) in outputs.items():
+        # Channels against positions: a [1, ...] tensor would be one row, and its tiles 1 x 128.
+        kept[f"{name}.video"] = video[0].flatten(1).float().cpu()
+        kept[f"{name}.audio"] = audio[0].float().cpu()
+    return kept
+
+
+def _distances(results: Results, before: Results, exact: Results) -> dict[str, Distance]:
+    return {what: _distance(what, results[what], before[what], y) for what, y in exact.items()}
+
+
+def _distance(what: str, x: torch.Tensor, before: torch.Tensor, y: torch.Tensor) -> Distance:
+    error = measure(x, y)
+    if not error.finite:
+        return Distance(float("inf"), float("nan"), float("inf"), float("inf"))
+    x, before, y = x.double(), before.double(), y.double()
+    own = float((x - before).norm() / y.norm())
+    cosine = float((x * y).sum() / (x.norm() * y.norm()).clamp_min(1e-300))
+    psnr = None
+    if what.startswith("latent"):
+        rms = (x - y).square().mean().sqrt().clamp_min(1e-300)
+        psnr = float(20 * torch.log10((y.max() - y.min()) / rms))
+    return Distance(error.relative_l2, cosine, error.tile_distance, own, psnr)
+
+
+def _violations(step: str, errors: dict[str, Distance], eager: dict[str, Distance]) -> Iterator[str]:
+    for what, error in errors.items():
+        budget, of = {
+            "kernels": (max(BF16_RATIO * eager[what].relative_l2, BF16_FLOOR), f"{BF16_RATIO:g} x eager bf16's own"),
+            "fp8": (FP8_SANITY, "sanity bound of fp8"),
+            "sparsity": (SPARSE_SANITY, "sanity bound of sparsity"),
+        }[step]
+        if not error.relative_l2 <= budget:
+            yield f"{what} is off by {error.relative_l2:.2e}, budget {budget:.2e} ({of})"

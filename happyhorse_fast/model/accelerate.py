@@ -1,0 +1,312 @@
+"""Put the fast layers in place of a model's own, take them out again, and say what runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.model.clip_state import ClipState, Step
+from happyhorse_fast.model.fast_config import FastConfig, Tiles
+from happyhorse_fast.model.fast_layer import FastLayer, LayerPlan, pack_layer, packed_shapes
+from happyhorse_fast.model.inspect_checkpoint import sizes_of
+from happyhorse_fast.model.safetensors_header import TensorEntry
+from happyhorse_fast.ops.dispatch import Choice, choose
+from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.reference.rotary import frequency_bands
+
+LayerTensors = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class FastState:
+    """What an accelerated model carries beside its packed layers.
+
+    Attributes:
+        config: The model's configuration.
+        fast: How it is accelerated.
+        choices: Implementation and reason per op.
+        originals: The layers that were replaced, on the CPU; empty where they were dropped.
+        eager_class: The model's class before.
+        step: Where in a sampler's run the model is.
+        clips: State of the clips seen last, by their key.
+        ensure_clip: Makes sure that ``clips`` has a clip, by its five sizes; set by :func:`install`.
+    """
+
+    config: ModelConfig
+    fast: FastConfig
+    choices: dict[str, Choice]
+    originals: list[nn.Module]
+    eager_class: type[nn.Module]
+    step: Step = field(default_factory=Step)
+    clips: dict[Any, ClipState] = field(default_factory=dict)
+    ensure_clip: Callable[..., bool] = field(init=False)
+
+    # Two clips, so that guidance, whose prompt and null prompt differ in length, computes neither twice.
+    MOST_CLIPS = 2
+
+    def clip_state(self, key: Any, build: Callable[[], ClipState]) -> ClipState:
+        """The state of a clip, built at its first use."""
+        if key not in self.clips:
+            while len(self.clips) >= self.MOST_CLIPS:
+                self.clips.pop(next(iter(self.clips)))
+            self.clips[key] = build()
+        return self.clips[key]
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether :func:`accelerate` was applied."""
+    return isinstance(getattr(model, "fast", None), FastState)
+
+
+def accelerate(
+    model: nn.Module, fast: FastConfig | None = None, *, report: Callable[[str], None] | None = None
+) -> nn.Module:
+    """Replace a model's layers by fast ones, in place, one layer at a time.
+
+    Beside the model itself at most one layer's packed weights are held at any time; the layers it replaces move to the
+    CPU (or are dropped, see :class:`FastConfig`).
+
+    Args:
+        model: A :class:`HappyHorse`, or a model object of the public implementation, whose forward keeps its signature.
+        fast: What to do; bf16 and exact by default.
+        report: Called with a line per fallback and per kernel checked; ``warnings.warn`` for fallbacks by default.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is neither, or ``fast`` is not a FastConfig.
+        ValueError: The model is accelerated already.
+        BackendError: A backend that was asked for, or that ``strict`` needs, cannot run here.
+    """
+    fast = FastConfig() if fast is None else fast
+    if not isinstance(fast, FastConfig):
+        raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
+    if is_accelerated(model):
+        raise ValueError("model is accelerated already; call restore(model) first")
+    config = _config_of(model)
+    device = next(model.parameters()).device
+    layers: Any = model.block.layers  # type: ignore[union-attr]
+    choices = choose_ops(fast, device, report)
+    originals: list[nn.Module] = []
+    for index, layer in enumerate(layers):
+        layers[index] = make_fast_layer(layer.state_dict(), config, fast, index, choices, device)
+        if fast.originals == "cpu":
+            originals.append(layer.to("cpu"))
+        del layer
+    install(model, FastState(config, fast, choices, originals, type(model)))
+    return model
+
+
+class Accelerating:
+    """A model that is accelerated while it is loaded: layers are packed one by one, their published weights dropped.
+
+    Args:
+        model: The model, still on ``"meta"``.
+        config: Its configuration.
+        fast: What to do.
+        device: Where the weights go.
+
+    Raises:
+        BackendError: As :func:`accelerate`.
+    """
+
+    def __init__(self, model: nn.Module, config: ModelConfig, fast: FastConfig, device: torch.device) -> None:
+        if not isinstance(fast, FastConfig):
+            raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
+        self.model, self.device = model, device
+        self.state = FastState(config, fast, choose_ops(fast, device, None), [], type(model))
+
+    def pack(self, index: int) -> None:
+        """Pack one layer, whose published tensors are on the device."""
+        layers: Any = self.model.block.layers  # type: ignore[union-attr]
+        tensors = layers[index].state_dict()
+        layers[index] = None
+        state = self.state
+        layers[index] = make_fast_layer(tensors, state.config, state.fast, index, state.choices, self.device)
+
+    def finish(self) -> None:
+        """Make the model run its packed layers, once all are."""
+        install(self.model, self.state)
+
+
+def empty_accelerated(config: ModelConfig, fast: FastConfig, choices: Mapping[str, Choice]) -> HappyHorse:
+    """An accelerated model on ``"meta"``, its packed weights to be filled in; to load into, or to measure."""
+    model = HappyHorse(config, device="meta")
+    backend = {op: choice.backend for op, choice in choices.items()}
+    layers: Any = model.block.layers
+    for index in range(config.num_layers):
+        plan = LayerPlan.of(config, fast, index, backend)
+        shapes = packed_shapes(config, plan)
+        layers[index] = FastLayer(plan, {k: torch.empty(s, dtype=d, device="meta") for k, (s, d) in shapes.items()})
+    install(model, FastState(config, fast, dict(choices), [], HappyHorse))
+    return model
+
+
+def choose_ops(fast: FastConfig, device: torch.device, report: Callable[[str], None] | None) -> dict[str, Choice]:
+    """The implementation of every op, with fallbacks said once."""
+    choices = choose(fast.backend, fast.precision, device, strict=fast.strict, report=report)
+    reasons: dict[str, list[str]] = {}
+    for choice in choices.values():
+        if choice.fell_back:
+            reasons.setdefault(choice.reason, []).append(choice.op)
+    for reason, ops in reasons.items():
+        which = "every op" if len(ops) == len(choices) else ", ".join(ops)
+        line = f"{which} runs in plain torch (backend reference): {reason}"
+        report(line) if report else warnings.warn(line, stacklevel=3)
+    return choices
+
+
+def make_fast_layer(
+    tensors: LayerTensors,
+    config: ModelConfig,
+    fast: FastConfig,
+    index: int,
+    choices: Mapping[str, Choice],
+    device: torch.device,
+) -> FastLayer:
+    """Pack one layer from its published tensors."""
+    backend = {op: choice.backend for op, choice in choices.items()}
+    return pack_layer(tensors, LayerPlan.of(config, fast, index, backend), device)
+
+
+def install(model: nn.Module, state: FastState) -> None:
+    """Make the model run its packed layers."""
+    from happyhorse_fast.model import fast_model
+
+    forward = fast_model.AcceleratedHappyHorse if isinstance(model, HappyHorse) else fast_model.AcceleratedPublic
+    bands = model.adapter.rope.bands  # type: ignore[union-attr]
+    bands = frequency_bands(state.config.head_dim) if bands.is_meta else bands.detach().cpu()  # type: ignore[union-attr]
+    device = next(model.block.parameters(), next(model.block.buffers())).device  # type: ignore[union-attr]
+    state.ensure_clip = fast_model.clip_builder(state, device, bands)
+    model.fast = state  # type: ignore[assignment]
+    model.__class__ = type(f"Accelerated{type(model).__name__}", (forward, type(model)), {})
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate`, in place; the weights are the ones that were there before, bit for bit.
+
+    Raises:
+        ValueError: The model is not accelerated, or its original weights were dropped.
+    """
+    if not is_accelerated(model):
+        raise ValueError("model is not accelerated; there is nothing to restore")
+    state: FastState = model.fast  # type: ignore[assignment]
+    if not state.originals:
+        raise ValueError(
+            'the original weights were dropped (FastConfig(originals="drop"), or a model loaded with fast=...); '
+            "load the checkpoint again without fast="
+        )
+    device = next(model.parameters()).device
+    layers: Any = model.block.layers  # type: ignore[union-attr]
+    for index in range(len(layers)):
+        layers[index] = None  # free the packed weights first, so that no layer is on the device twice
+        layers[index] = state.originals[index].to(device)
+    model.__class__ = state.eager_class
+    del model.fast
+    return model
+
+
+@contextmanager
+def at_step(model: object, index: int, count: int) -> Iterator[None]:
+    """Tell an accelerated model its place in a sampler's run while it is inside; other models are left alone.
+
+    Args:
+        model: Any denoiser.
+        index: 0-based step.
+        count: Steps of the run.
+    """
+    state = getattr(model, "fast", None)
+    if not isinstance(state, FastState):
+        yield
+        return
+    state.step.index, state.step.count = index, count
+    try:
+        yield
+    finally:
+        state.step.index = state.step.count = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How one op of one layer runs.
+
+    Attributes:
+        layer: Layer number.
+        op: The op.
+        precision: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``; of the product the op is or feeds.
+        backend: The implementation.
+        mask: For attention: ``"dense"``, ``"window"`` or the sparsity policy.
+        reason: Why this implementation, and why not a faster one.
+    """
+
+    layer: int
+    op: str
+    precision: str
+    backend: str
+    mask: str
+    reason: str
+
+
+def explain(model: nn.Module) -> list[Explanation]:
+    """Which implementation runs, per layer and op, and why not a faster one.
+
+    Raises:
+        ValueError: The model is not accelerated.
+    """
+    if not is_accelerated(model):
+        raise ValueError("model is not accelerated: every op runs in eager PyTorch; call accelerate(model) first")
+    return list(_explanations(model.fast, model.block.layers))  # type: ignore[arg-type,union-attr]
+
+
+def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
+    products = {
+        "rmsnorm_quantize": "qkv",
+        "qkv_linear": "qkv",
+        "select_blocks": "attention",
+        "block_sparse_attention": "attention",
+        "fp8_linear_residual": "proj",
+        "fp8_linear_activation": "up",
+        "fp8_linear": "down",
+    }
+    for layer in layers:
+        plan: LayerPlan = layer.plan
+        post_norm = hasattr(layer, "attn_post_norm")
+        sparse = state.fast.is_sparse(plan.index, len(layers), None, None)
+        for op, choice in state.choices.items():
+            if (op == "fp8_linear" and not post_norm) or (op == "fp8_linear_residual" and post_norm):
+                continue
+            if op == "select_blocks" and (not sparse or isinstance(state.fast.sparsity, Tiles)):
+                continue
+            mask = ""
+            if op == "block_sparse_attention":
+                exact = "window" if plan.local else "dense"
+                mask = repr(state.fast.sparsity) if sparse else exact
+            yield Explanation(plan.index, op, plan.precision[products[op]], choice.backend, mask, choice.reason)
+
+
+def _config_of(model: nn.Module) -> ModelConfig:
+    if isinstance(model, HappyHorse):
+        return model.config
+    try:
+        layers = list(model.block.layers)  # type: ignore[union-attr,arg-type]
+        local = [i for i, layer in enumerate(layers) if layer.attention.config.use_local_attn]
+    except AttributeError as error:
+        raise TypeError(
+            "model must be a HappyHorse or a model object of the public implementation (adapter, block.layers, "
+            f"final_norm_video, ...); got {type(model).__name__}: {error}"
+        ) from error
+    entries = {
+        key: TensorEntry(key, Path("model"), "F32", tuple(value.shape), 0, 0)
+        for key, value in model.state_dict().items()
+    }
+    return ModelConfig(**dataclasses.asdict(sizes_of(entries, Path("model"))), local_attn_layers=tuple(local))

@@ -1,0 +1,163 @@
+"""What the fast model may change: precision, sparsity, backend, and where to stay exact."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["bf16", "fp8"]
+AttentionPrecision = Literal["bf16", "fp8", "fp8_qk"]
+OPS = ("qkv", "attention", "proj", "up", "down")
+"""The products of a layer whose precision can be chosen, in order."""
+_SKIP = re.compile(r"^(?P<op>[a-z]+|\*)(?::(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*))?$")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the ``keep`` share of video key blocks with the highest pooled score, per key/value head and query block.
+
+    Attributes:
+        keep: Share of a row's video blocks, 0 < keep <= 1; at least one block stays.
+    """
+
+    keep: float = 0.25
+
+    def __post_init__(self) -> None:
+        _require_share("keep", self.keep)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keep the fewest video key blocks whose pooled softmax mass reaches ``mass``.
+
+    Attributes:
+        mass: 0 < mass <= 1.
+    """
+
+    mass: float = 0.9
+
+    def __post_init__(self) -> None:
+        _require_share("mass", self.mass)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A static window around each token's place, in latent frames and token rows and columns.
+
+    Attributes:
+        frames: A video token sees frames within this distance.
+        rows: And token rows within this distance.
+        columns: And token columns within this distance.
+    """
+
+    frames: int
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "rows", "columns"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+
+
+Sparsity = TopK | TopP | Tiles
+
+
+def _require_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastConfig:
+    """How to accelerate a model. Immutable; everything that is not exact is opt-in.
+
+    Attributes:
+        precision: ``"bf16"``: the published rounding points. ``"fp8"``: e4m3 products (docs/OPS.md).
+        attention: Precision of attention where ``precision`` is ``"fp8"``: ``"fp8"``, ``"fp8_qk"`` (scores in fp8, the
+            weighted sum in bf16) or ``"bf16"``. fp8 attention on long sequences has collapsed in other projects.
+        sparsity: ``None``: exact: dense, and the trained window in local layers. Or a training-free policy for video
+            queries; audio and text stay dense as queries and are kept as keys in every row.
+        skip: Products that stay in bf16 in fp8 mode: ``"attention"``, ``"down:0-3,36-39"``, ``"*:0"``.
+        exact_first_layers: Layers at the start in which ``sparsity`` does not apply.
+        exact_last_layers: Layers at the end in which it does not apply.
+        exact_first_steps: Denoising steps at the start in which it does not apply.
+        exact_last_steps: Denoising steps at the end in which it does not apply.
+        backend: ``"auto"`` takes, per op, the fastest that passed its self-check on this machine; ``"triton"``,
+            ``"cuda"`` and ``"reference"`` (plain torch with the kernels' rounding) are taken as they are.
+        strict: With ``"auto"``: raise instead of falling back to a slower implementation.
+        mlp_rows: Rows of the sequence that are in the MLP at once, a bound on memory: by default all of a 5 s clip at
+            1080p (64,256), a third of a 15 s one. ``None`` for all.
+        originals: Where the unpacked weights go: ``"cpu"`` keeps them there for :func:`restore`, ``"drop"`` frees them.
+    """
+
+    precision: Precision = "bf16"
+    attention: AttentionPrecision = "fp8"
+    sparsity: Sparsity | None = None
+    skip: tuple[str, ...] = ()
+    exact_first_layers: int = 0
+    exact_last_layers: int = 0
+    exact_first_steps: int = 0
+    exact_last_steps: int = 0
+    backend: Literal["auto", "triton", "cuda", "reference"] = "auto"
+    strict: bool = False
+    mlp_rows: int | None = 65536
+    originals: Literal["cpu", "drop"] = "cpu"
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "precision": ("bf16", "fp8"),
+            "attention": ("bf16", "fp8", "fp8_qk"),
+            "backend": ("auto", "triton", "cuda", "reference"),
+            "originals": ("cpu", "drop"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}")
+        if self.sparsity is not None and not isinstance(self.sparsity, Sparsity):
+            raise TypeError(f"sparsity must be None, TopK, TopP or Tiles; got {self.sparsity!r}")
+        for name in ("exact_first_layers", "exact_last_layers", "exact_first_steps", "exact_last_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        if self.mlp_rows is not None and (self.mlp_rows < 128 or self.mlp_rows % 128):
+            raise ValueError(f"mlp_rows must be None or a positive multiple of 128, got {self.mlp_rows!r}")
+        given: object = self.skip
+        if isinstance(given, str):
+            raise TypeError(f'skip must be a list such as ["attention:0-3"], got the string {given!r}')
+        object.__setattr__(self, "skip", tuple(self.skip))
+        for rule in self.skip:
+            self._parse(rule)
+
+    @staticmethod
+    def _parse(rule: str) -> tuple[tuple[str, ...], list[range] | None]:
+        match = _SKIP.match(rule)
+        if match is None or match["op"] not in (*OPS, "*"):
+            raise ValueError(f'skip must hold rules such as "down", "attention:0-3,36-39" or "*:0"; got {rule!r}')
+        spans = None
+        if match["layers"]:
+            ends = [[int(x) for x in part.split("-")] for part in match["layers"].split(",")]
+            spans = [range(end[0], end[-1] + 1) for end in ends]
+        return (OPS if match["op"] == "*" else (match["op"],)), spans
+
+    def precision_of(self, op: str, layer: int) -> AttentionPrecision:
+        """Precision of one product of one layer: ``"bf16"``, ``"fp8"``, or ``"fp8_qk"`` for attention."""
+        if self.precision == "bf16":
+            return "bf16"
+        for rule in self.skip:
+            ops, spans = self._parse(rule)
+            if op in ops and (spans is None or any(layer in span for span in spans)):
+                return "bf16"
+        return self.attention if op == "attention" else "fp8"
+
+    def is_sparse(self, layer: int, num_layers: int, step: int | None, steps: int | None) -> bool:
+        """Whether ``sparsity`` applies to a layer at a denoising step (0-based; ``None``: not inside a sampler)."""
+        if self.sparsity is None:
+            return False
+        if not self.exact_first_layers <= layer < num_layers - self.exact_last_layers:
+            return False
+        if step is None or steps is None:
+            return True
+        return self.exact_first_steps <= step < steps - self.exact_last_steps

@@ -1,0 +1,270 @@
+"""One layer of the fast model: packed weights, and seven launches over the padded sequence (docs/OPS.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.model.fast_config import OPS, FastConfig
+from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
+from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
+from happyhorse_fast.ops.packing import pack_linear
+from happyhorse_fast.ops.packing_qkv import pack_qk_norm, pack_qkv_weight, static_qk_scale
+from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
+from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
+
+if TYPE_CHECKING:
+    from happyhorse_fast.model.clip_state import ClipState
+
+_FEATURE_TILE = 128
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a layer is, and how each of its products runs.
+
+    Attributes:
+        index: Layer number.
+        experts: 1 or 3.
+        gated: SwiGLU7 rather than GELU7.
+        local: Whether the layer belongs to ``local_attn_layers``.
+        num_heads_q: Hq.
+        num_heads_kv: Hkv.
+        head_dim: D.
+        precision: ``"bf16"``, ``"fp8"`` or (attention) ``"fp8_qk"`` for each of ``OPS``.
+        backend: ``"triton"``, ``"cuda"`` or ``"reference"`` for each op stem's function.
+    """
+
+    index: int
+    experts: int
+    gated: bool
+    local: bool
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    precision: Mapping[str, str]
+    backend: Mapping[str, str]
+
+    @classmethod
+    def of(cls, config: ModelConfig, fast: FastConfig, layer: int, backend: Mapping[str, str]) -> LayerPlan:
+        """The plan of one layer of a model."""
+        return cls(
+            layer,
+            config.experts(layer),
+            layer not in config.gelu7_layers,
+            layer in config.local_attn_layers,
+            config.num_heads_q,
+            config.num_heads_kv,
+            config.head_dim,
+            {op: fast.precision_of(op, layer) for op in OPS},
+            backend,
+        )
+
+
+class FastLayer(nn.Module):
+    """Packed weights of one layer, as buffers, and its forward pass.
+
+    Made by :func:`pack_layer`; the buffers' names and dtypes are the packed checkpoint's format.
+    """
+
+    attn_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    qk_norm: torch.Tensor
+    qk_scale: torch.Tensor
+    qkv_weight: torch.Tensor
+    up_weight: torch.Tensor
+
+    def __init__(self, plan: LayerPlan, buffers: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.plan = plan
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, hidden: torch.Tensor, state: ClipState, rows_in_mlp: int | None) -> None:
+        """Update the residual stream in place.
+
+        Args:
+            hidden: [rows, C] float32, the padded sequence.
+            state: What depends on the clip only: row tiles, rotary phases, block maps.
+            rows_in_mlp: Rows that are in the MLP at once, a multiple of 128, or None for all.
+        """
+        self._attention(hidden, state)
+        step = rows_in_mlp or hidden.shape[0]
+        for first in range(0, hidden.shape[0], step):
+            end = min(first + step, hidden.shape[0])
+            self._mlp(hidden[first:end], state.row_tiles(self.plan.experts, first, end))
+
+    def _attention(self, hidden: torch.Tensor, state: ClipState) -> None:
+        plan, use = self.plan, self.plan.precision
+        tiles = state.row_tiles(plan.experts)
+        x, x_scale = rmsnorm_quantize(
+            hidden,
+            self.attn_norm,
+            tiles,
+            fp8=use["qkv"] == "fp8",
+            backend=plan.backend["rmsnorm_quantize"],
+        )
+        q, k, v, v_scale, gate = qkv_linear(
+            x,
+            x_scale if use["qkv"] == "fp8" else None,
+            self.qkv_weight,
+            self._scale("qkv"),
+            self.qk_norm,
+            state.cos_sin,
+            tiles,
+            plan.num_heads_q,
+            plan.num_heads_kv,
+            out=use["attention"],
+            qk_scale=self.qk_scale if use["attention"] != "bf16" else None,
+            backend=plan.backend["qkv_linear"],
+        )
+        del x
+        q_scale, k_scale = state.block_scales(self)
+        attended, out_scale, _ = block_sparse_attention(
+            q,
+            k,
+            v,
+            state.block_map(plan, q, k, q_scale, k_scale),
+            scale=plan.head_dim**-0.5,
+            q_scale=q_scale,
+            k_scale=k_scale,
+            v_scale=v_scale if use["attention"] == "fp8" else None,
+            gate=gate,
+            fp8_out=use["proj"] == "fp8",
+            backend=plan.backend["block_sparse_attention"],
+        )
+        del q, k, v
+        self._add_branch(
+            hidden, attended.flatten(1), out_scale if use["proj"] == "fp8" else None, "proj", "attn_post_norm", tiles
+        )
+
+    def _mlp(self, hidden: torch.Tensor, tiles: torch.Tensor) -> None:
+        plan, use = self.plan, self.plan.precision
+        x, x_scale = rmsnorm_quantize(
+            hidden, self.mlp_norm, tiles, fp8=use["up"] == "fp8", backend=plan.backend["rmsnorm_quantize"]
+        )
+        y, y_scale = fp8_linear_activation(
+            x,
+            x_scale if use["up"] == "fp8" else None,
+            self.up_weight,
+            self._scale("up"),
+            tiles,
+            activation="swiglu7" if plan.gated else "gelu7",
+            fp8=use["down"] == "fp8",
+            backend=plan.backend["fp8_linear_activation"],
+        )
+        del x
+        self._add_branch(hidden, y, y_scale if use["down"] == "fp8" else None, "down", "mlp_post_norm", tiles)
+
+    def _scale(self, name: str) -> torch.Tensor | None:
+        return getattr(self, f"{name}_scale") if self.plan.precision[name] == "fp8" else None
+
+    def _add_branch(
+        self,
+        hidden: torch.Tensor,
+        x: torch.Tensor,
+        x_scale: torch.Tensor | None,
+        name: str,
+        post_norm: str,
+        tiles: torch.Tensor,
+    ) -> None:
+        weight = getattr(self, f"{name}_weight")
+        scale = self._scale(name)
+        norm = getattr(self, post_norm, None)
+        if norm is None:
+            fp8_linear_residual(
+                x, x_scale, weight, scale, tiles, hidden, backend=self.plan.backend["fp8_linear_residual"]
+            )
+            return
+        branch = fp8_linear(x, x_scale, weight, scale, tiles, backend=self.plan.backend["fp8_linear"])
+        experts = tiles[:, 0].repeat_interleave(tiles[:, 2] - tiles[:, 1], output_size=hidden.shape[0])
+        hidden += rms_norm(branch.float(), norm.index_select(0, experts))
+
+
+def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: torch.device) -> FastLayer:
+    """Pack one layer's published weights for the kernels; exact in bf16, quantised once per output channel in fp8.
+
+    Args:
+        tensors: The layer's tensors under their published keys (``attention.linear_qkv.weight``, ...), on any device.
+        plan: What the layer is.
+        device: Where the packed weights go.
+
+    Returns:
+        The layer; at no time is more than one weight of it held twice on ``device``.
+    """
+    experts = plan.experts
+
+    def of(name: str) -> torch.Tensor:
+        return tensors[name].detach().to(device)
+
+    buffers: dict[str, torch.Tensor] = {}
+    norms = {
+        "attn_norm": "attention.pre_norm.weight",
+        "mlp_norm": "mlp.pre_norm.weight",
+        "attn_post_norm": "attn_post_norm.weight",
+        "mlp_post_norm": "mlp_post_norm.weight",
+    }
+    for name, key in norms.items():
+        if key in tensors:
+            buffers[name] = of(key).float().reshape(experts, -1).contiguous()
+    q_norm, k_norm = (of(f"attention.{x}_norm.weight").float() for x in "qk")
+    buffers["qk_norm"] = pack_qk_norm(q_norm, k_norm, experts=experts)
+    buffers["qk_scale"] = static_qk_scale(buffers["qk_norm"])
+    scales: dict[str, torch.Tensor | None] = {}
+    buffers["qkv_weight"], scales["qkv_scale"] = pack_qkv_weight(
+        of("attention.linear_qkv.weight"),
+        experts=experts,
+        num_heads_q=plan.num_heads_q,
+        num_heads_kv=plan.num_heads_kv,
+        head_dim=plan.head_dim,
+        fp8=plan.precision["qkv"] == "fp8",
+    )
+    linears = {
+        "proj": ("attention.linear_proj.weight", 1),
+        "up": ("mlp.up_gate_proj.weight", _FEATURE_TILE),
+        "down": ("mlp.down_proj.weight", 1),
+    }
+    for name, (key, pad_f_to) in linears.items():
+        pad_k_to = _FEATURE_TILE // (2 if plan.gated else 1) if name == "down" else 1
+        buffers[f"{name}_weight"], scales[f"{name}_scale"] = pack_linear(
+            of(key), experts, fp8=plan.precision[name] == "fp8", pad_f_to=pad_f_to, pad_k_to=pad_k_to
+        )
+    return FastLayer(plan, buffers | {k: v for k, v in scales.items() if v is not None})
+
+
+def packed_shapes(config: ModelConfig, plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every buffer that :func:`pack_layer` makes, without making them.
+
+    Args:
+        config: The model's configuration.
+        plan: What the layer is.
+    """
+    e, c, d = plan.experts, config.hidden_size, plan.head_dim
+    inner = config.intermediate_size(plan.index)
+    inner += -inner % (_FEATURE_TILE // 2 if plan.gated else _FEATURE_TILE)
+    features = {
+        "qkv": ((config.num_heads_q + 2 * config.num_heads_kv + -(-config.num_heads_q // d)) * d, c),
+        "proj": (c, config.num_heads_q * d),
+        "up": (inner * (2 if plan.gated else 1), c),
+        "down": (c, inner),
+    }
+    f32 = torch.float32
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "attn_norm": ((e, c), f32),
+        "mlp_norm": ((e, c), f32),
+        "qk_norm": ((e, 2, d), f32),
+        "qk_scale": ((e, 2), f32),
+    }
+    if plan.index in config.post_norm_layers:
+        shapes |= {"attn_post_norm": ((e, c), f32), "mlp_post_norm": ((e, c), f32)}
+    for name, (f, k) in features.items():
+        fp8 = plan.precision[name] == "fp8"
+        shapes[f"{name}_weight"] = ((e, f, k), torch.float8_e4m3fn if fp8 else torch.bfloat16)
+        if fp8:
+            shapes[f"{name}_scale"] = ((e, f), f32)
+    return shapes

@@ -1,0 +1,197 @@
+"""Forward passes of an accelerated model: our own signature, and the public implementation's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import _disable_current_modes
+
+from happyhorse_fast.errors import require_tensor
+from happyhorse_fast.model.clip_state import ClipState
+from happyhorse_fast.model.padded_rows import PaddedRows, Spans, worth_aligning
+from happyhorse_fast.reference import sequence
+from happyhorse_fast.reference.model import ROW_CHUNK, LayerHook
+from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
+from happyhorse_fast.reference.sequence import Ranges
+
+if TYPE_CHECKING:
+    from happyhorse_fast.model.accelerate import FastState
+
+MODALITY_EMBEDDERS = ("video_embedder", "audio_embedder", "text_embedder")
+
+
+def run_layers(model: Any, hidden: torch.Tensor, state: ClipState, on_layer: LayerHook | None = None) -> None:
+    """Update the padded residual stream, float32 [rows, C], in place, layer by layer."""
+    rows_in_mlp = model.fast.fast.mlp_rows
+    for index, layer in enumerate(model.block.layers):
+        layer(hidden, state, rows_in_mlp)
+        if on_layer is not None:
+            on_layer(index, hidden[state.token_rows])
+
+
+def embed(embedder: nn.Linear, tokens: torch.Tensor, rows: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Write float32 embeddings of tokens [M, channels] into their rows, a chunk at a time."""
+    for first in range(0, len(tokens), ROW_CHUNK):
+        part = slice(first, first + ROW_CHUNK)
+        hidden.index_copy_(0, rows[part], linear(tokens[part].float(), embedder.weight, embedder.bias))
+
+
+def head(hidden: torch.Tensor, rows: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """float32 output head on some rows, [M] -> [M, channels], a chunk at a time."""
+    chunks = [linear(rms_norm(hidden.index_select(0, part), norm), weight) for part in rows.split(ROW_CHUNK)]
+    return torch.cat(chunks)
+
+
+class AcceleratedHappyHorse:
+    """Forward pass over packed layers, in the place of ``HappyHorse.forward``; made by ``accelerate``."""
+
+    fast: FastState
+
+    def forward(
+        self: Any, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, *, on_layer: LayerHook | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Velocities of one clip; arguments, results and errors as ``HappyHorse.forward``.
+
+        Under torch.compile a graph belongs to one clip shape, whose block maps are its constants: pass
+        ``dynamic=False`` where shapes change, or the second shape cannot be traced.
+        """
+        config = self.config
+        clip = sequence.check_inputs(config, video, audio, text, self.device)
+        self.fast.ensure_clip(*clip)
+        state = self.fast.clips[clip]
+        hidden = torch.zeros(state.rows.slots, config.hidden_size, device=self.device)
+        tokens = (sequence.patchify(video), audio[0], text[0])
+        for rows, name, part in zip(clip.slices(), MODALITY_EMBEDDERS, tokens, strict=True):
+            embed(getattr(self.adapter, name), part, state.token_rows[rows], hidden)
+        del tokens, part
+        run_layers(self, hidden, state, on_layer)
+        video_rows, audio_rows, _ = (state.token_rows[rows] for rows in clip.slices())
+        video_out = head(hidden, video_rows, self.final_norm_video.weight, self.final_linear_video.weight)
+        audio_out = head(hidden, audio_rows, self.final_norm_audio.weight, self.final_linear_audio.weight)
+        return sequence.unpatchify(video_out, clip), audio_out.unsqueeze(0)
+
+
+def clip_builder(state: FastState, device: torch.device, bands: torch.Tensor) -> Callable[..., bool]:
+    """What makes sure that a clip's state is there, by its five sizes.
+
+    While torch compiles or exports, this runs for real and once: the state is made of real tensors, outside of every
+    tracing mode. ``bands`` are therefore a copy that no mode can replace.
+    """
+
+    @torch.compiler.assume_constant_result
+    def ensure_clip(*sizes: int) -> bool:
+        clip = sequence.Clip(*sizes)
+        with _disable_current_modes():
+            state.clip_state(clip, lambda: build_clip_state(state, clip, bands.to(device)))
+        return True
+
+    return ensure_clip  # type: ignore[no-any-return]
+
+
+def build_clip_state(state: FastState, clip: sequence.Clip, bands: torch.Tensor) -> ClipState:
+    """The state of one clip, on the device of the rotary frequencies ``bands``."""
+    config = state.config
+    windowed = any(config.is_local(i, clip.frame_tokens) for i in config.local_attn_layers)
+    local = sequence.local_ranges(clip, config.frame_receptive_field) if windowed else None
+    return ClipState.build(
+        PaddedRows.of(clip, windowed=windowed),
+        sequence.dense_ranges(clip),
+        local,
+        sequence.coordinates(clip, config.coords_style, bands.device),
+        bands,
+        state.fast,
+        config.num_layers,
+        state.step,
+        clip.columns,
+    )
+
+
+class AcceleratedPublic:
+    """Forward pass over packed layers with the public implementation's signature; made by ``accelerate``."""
+
+    fast: FastState
+
+    def forward(
+        self: Any,
+        x: torch.Tensor,
+        coords_mapping: torch.Tensor,
+        modality_mapping: torch.Tensor,
+        varlen_handler: Any,
+        local_attn_handler: Any,
+    ) -> torch.Tensor:
+        """Velocities of a packed sequence.
+
+        Args:
+            x: [N, channels] tokens of every modality, narrower ones padded.
+            coords_mapping: [N, 9] float32.
+            modality_mapping: [N] integers: 0 video, 1 audio, 2 text.
+            varlen_handler: Not read: a dense layer of the public implementation attends over the whole sequence.
+            local_attn_handler: Its ``q_ranges`` and ``k_ranges`` [R, 2] are the local layers' attention; None if no
+                layer is local.
+
+        Returns:
+            [N, max(video, audio channels)]; zero where a token has no velocity, as in the public implementation.
+
+        Raises:
+            TypeError, ValueError: A tensor of the wrong rank, size or device.
+        """
+        config = self.fast.config
+        device = next(self.parameters()).device
+        x = require_tensor("x", x, ("N", x.shape[1] if x.dim() == 2 else "channels"), device=device)
+        n = x.shape[0]
+        coords = require_tensor("coords_mapping", coords_mapping, (n, 9), device=device).float()
+        if modality_mapping.shape != (n,):
+            raise ValueError(f"modality_mapping must be of shape [{n}], got {list(modality_mapping.shape)}")
+        local: Ranges | None = None
+        if config.local_attn_layers:
+            if local_attn_handler is None:
+                raise ValueError(
+                    f"local_attn_handler must not be None: layers {list(config.local_attn_layers)} are local"
+                )
+            pairs = torch.cat([local_attn_handler.q_ranges, local_attn_handler.k_ranges], dim=1)
+            local = [(q0, q1, k0, k1) for q0, q1, k0, k1 in pairs.tolist()]
+        spans = _spans(modality_mapping, coords)
+        # 2 MB at 1080p: a digest costs milliseconds, a stale rotation would be silent.
+        digest = hashlib.blake2b(coords.cpu().numpy().tobytes()).digest()
+        key = (tuple(spans), None if local is None else tuple(local), digest)
+        state = self.fast.clip_state(
+            key,
+            lambda: ClipState.build(
+                PaddedRows.of_spans(spans, align=_aligned(spans, local is not None)),
+                [(0, n, 0, n)],
+                local,
+                coords,
+                self.adapter.rope.bands,
+                self.fast.fast,
+                config.num_layers,
+                self.fast.step,
+            ),
+        )
+        hidden = torch.zeros(state.rows.slots, config.hidden_size, device=device)
+        where = [(modality_mapping == m).nonzero()[:, 0] for m in range(3)]
+        channels = (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
+        for tokens, name, width in zip(where, MODALITY_EMBEDDERS, channels, strict=True):
+            embed(getattr(self.adapter, name), x[tokens, :width], state.token_rows[tokens], hidden)
+        run_layers(self, hidden, state)
+        out = torch.zeros(n, max(channels[:2]), device=device)
+        for tokens, name, width in zip(where[:2], ("video", "audio"), channels[:2], strict=True):
+            norm, weight = getattr(self, f"final_norm_{name}").weight, getattr(self, f"final_linear_{name}").weight
+            out[tokens, :width] = head(hidden, state.token_rows[tokens], norm, weight)
+        return out
+
+
+def _spans(modality: torch.Tensor, coords: torch.Tensor) -> Spans:
+    """(first, end, modality) of every run of tokens; video is cut into its latent frames, whose time differs."""
+    change = (modality[1:] != modality[:-1]) | ((modality[1:] == 0) & (coords[1:, 0] != coords[:-1, 0]))
+    cuts = [0, *(change.nonzero()[:, 0] + 1).tolist(), len(modality)]
+    kinds = modality[torch.tensor(cuts[:-1], device=modality.device)].tolist()
+    return list(zip(cuts[:-1], cuts[1:], kinds, strict=True))
+
+
+def _aligned(spans: Spans, windowed: bool) -> bool:
+    return windowed and worth_aligning(max((end - first for first, end, m in spans if m == 0), default=0))

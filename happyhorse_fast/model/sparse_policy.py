@@ -1,0 +1,60 @@
+"""From a training-free sparsity policy to the block map of one layer at one step."""
+
+from __future__ import annotations
+
+import torch
+
+from happyhorse_fast.block_map import BlockMap, BlockSelector
+from happyhorse_fast.model.fast_config import Sparsity, Tiles, TopK
+from happyhorse_fast.model.padded_rows import PaddedRows
+from happyhorse_fast.ops.select_blocks import select_blocks
+
+
+class SparsePolicy:
+    """Makes a layer's sparse map within its exact one; what does not depend on q and k is made once per clip.
+
+    Args:
+        policy: What to keep.
+        exact: The layer's exact map: dense, or the trained window.
+        rows: Where tokens sit.
+        columns: Token columns of a frame, which ``Tiles`` needs; None where the sequence is not one clip.
+
+    Raises:
+        ValueError: ``Tiles`` for a sequence that is not one clip.
+    """
+
+    def __init__(self, policy: Sparsity, exact: BlockMap, rows: PaddedRows, columns: int | None) -> None:
+        self.policy = policy
+        self.static: BlockMap | None = None
+        if isinstance(policy, Tiles):
+            if rows.layout is None or columns is None:
+                raise ValueError("sparsity must be TopK or TopP where several clips share a sequence, got Tiles")
+            window = (policy.frames, policy.rows, policy.columns)
+            self.static = BlockMap.tile_window(rows.layout, columns, (1, 1, 1), window, exact).to(exact.device)
+            return
+        self.selector = BlockSelector(rows, exact, exact.device)
+        self.video_blocks = -(-rows.starts[1] // 128)
+
+    def map(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        q_scale: torch.Tensor | None,
+        k_scale: torch.Tensor | None,
+        backend: str,
+    ) -> BlockMap:
+        """The map for these queries [rows, Hq, D] and keys [rows, Hkv, D], e4m3 codes with their block scales.
+
+        ``backend`` is that of :func:`happyhorse_fast.ops.select_blocks.select_blocks`.
+        """
+        if self.static is not None:
+            return self.static
+        keep = mass = None
+        if isinstance(self.policy, TopK):
+            keep = max(1, round(self.policy.keep * self.video_blocks))
+        else:
+            assert not isinstance(self.policy, Tiles)
+            mass = self.policy.mass
+        return select_blocks(
+            q, k, self.selector, keep=keep, mass=mass, q_scale=q_scale, k_scale=k_scale, backend=backend
+        )

@@ -1,0 +1,187 @@
+"""Block-sparse attention behind torch.library: checks, result shapes, and the choice of the implementation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from happyhorse_fast.block_map import BLOCK, BlockMap
+from happyhorse_fast.ops.checks import require
+from happyhorse_fast.reference.sparse_attention import sparse_attention
+
+HEAD_DIMS = (32, 64, 128)
+Results = tuple[Tensor, Tensor, Tensor]
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    *,
+    scale: float,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    fp8_out: bool = False,
+    return_lse: bool = False,
+    backend: str = "triton",
+) -> Results:
+    """Softmax attention of every query over the union of its row's blocks; query head h reads head h // (Hq / Hkv).
+
+    Three formats: bf16; q, k and v e4m3; q and k e4m3 with v bf16. Rounding points: docs/OPS.md. The map is trusted:
+    one that :meth:`BlockMap.validate` would refuse reads out of bounds.
+
+    Args:
+        q: [N, Hq, D], D 32, 64 or 128, any strides; bf16, or e4m3 codes.
+        k: [M, Hkv, D], any strides, of q's dtype.
+        v: bf16 [M, Hkv, D], any strides; or e4m3 [Hkv, D, S * 128], transposed, finite past key M.
+        block_map: N queries and M keys, for one head or Hkv heads; S = ceil(M / 128), R = ceil(N / 128).
+        scale: Softmax scale, positive.
+        q_scale: float32 [R], with e4m3 q: value = code * q_scale[i // 128].
+        k_scale: float32 [S], with e4m3 k.
+        v_scale: float32 [Hkv, S], with e4m3 v.
+        gate: float32 [N, Hq], multiplies the normalised output.
+        k_mean: float32 [Hkv, D] that was subtracted from k (which leaves the softmax as it is): the LSE adds it back.
+        fp8_out: e4m3 output with a scale per row and head, rather than bf16.
+        return_lse: Whether the log-sum-exp is wanted.
+        backend: ``"triton"``, or ``"reference"`` for plain torch with the same rounding points.
+
+    Returns:
+        out [N, Hq, D]; out_scale float32 [N, Hq], size [0] without ``fp8_out``; LSE float32 [Hq, N], natural log of the
+        scaled scores, size [0] without ``return_lse``. A row without a key gives 0 and -inf.
+
+    Raises:
+        TypeError: A tensor of another dtype than listed.
+        ValueError: Another shape, device, layout or value; the message names it, what came and what is allowed.
+    """
+    if backend not in ("triton", "reference"):
+        raise ValueError(f'backend must be "triton" or "reference", got {backend!r}')
+    _check(q, k, v, block_map, scale, q_scale, k_scale, v_scale, gate, k_mean)
+    tensors = block_map.tensors()
+    options = (scale, q_scale, k_scale, v_scale, gate, k_mean, fp8_out, return_lse)
+    if backend == "reference":
+        return _reference(q, k, v, *tensors, *options)
+    from happyhorse_fast.ops.triton import block_sparse_attention as triton
+
+    return triton.block_sparse_attention(q, k, v, *tensors, *options)
+
+
+def empty_results(q: Tensor, fp8_out: bool, return_lse: bool) -> Results:
+    """Unwritten (out, out_scale, lse) of the shapes and dtypes that every implementation gives."""
+    n, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=torch.float8_e4m3fn if fp8_out else torch.bfloat16, device=q.device)
+    out_scale = torch.empty((n, heads) if fp8_out else (0,), dtype=torch.float32, device=q.device)
+    return out, out_scale, torch.empty((heads, n) if return_lse else (0,), dtype=torch.float32, device=q.device)
+
+
+@torch.library.custom_op("happyhorse_fast::block_sparse_attention_reference", mutates_args=())
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    mask_ids: Tensor,
+    mask_bits: Tensor,
+    order: Tensor,
+    scale: float,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    gate: Tensor | None,
+    k_mean: Tensor | None,
+    fp8_out: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    block_map = BlockMap(counts, starts, columns, mask_ids, mask_bits, order, queries=q.shape[0], keys=k.shape[0])
+    return sparse_attention(
+        q,
+        k,
+        v,
+        block_map,
+        scale=scale,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        gate=gate,
+        k_mean=k_mean,
+        fp8_out=fp8_out,
+        return_lse=return_lse,
+    )
+
+
+@_reference.register_fake
+def fake(q: Tensor, *rest: Any) -> Results:
+    """Shapes and dtypes alone; arguments as the op's, the last two fp8_out and return_lse."""
+    return empty_results(q, rest[-2], rest[-1])
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    scale: float,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    gate: Tensor | None,
+    k_mean: Tensor | None,
+) -> None:
+    fp8 = torch.float8_e4m3fn
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in (torch.bfloat16, fp8):
+            raise TypeError(f"{name} must be bfloat16 or float8_e4m3fn, got {x.dtype}")
+        if x.dim() != 3:
+            raise ValueError(f"{name} must have 3 dimensions, got {list(x.shape)}")
+    if k.dtype != q.dtype:
+        raise TypeError(f"k must be of q's dtype {q.dtype}, got {k.dtype}")
+    if q.dtype != fp8 and v.dtype == fp8:
+        raise TypeError("v must be bfloat16 where q and k are, got float8_e4m3fn")
+    n, heads_q, d = q.shape
+    m, heads_kv, _ = k.shape
+    if d not in HEAD_DIMS:
+        raise ValueError(f"q must have a head dim of {', '.join(map(str, HEAD_DIMS))}; got {d} in {list(q.shape)}")
+    if k.shape[2] != d or heads_kv < 1 or heads_q < 1 or heads_q % heads_kv:
+        raise ValueError(
+            f"k must be [M, Hkv, {d}] with Hkv a divisor of q's {heads_q} heads, got {list(k.shape)} "
+            f"with q {list(q.shape)}"
+        )
+    key_blocks, rows = -(-m // BLOCK), -(-n // BLOCK)
+    wanted = (heads_kv, d, key_blocks * BLOCK) if v.dtype == fp8 else (m, heads_kv, d)
+    if tuple(v.shape) != wanted:
+        raise ValueError(f"v must be {list(wanted)} in {v.dtype} with k {list(k.shape)}, got {list(v.shape)}")
+    if (block_map.queries, block_map.keys) != (n, m):
+        raise ValueError(
+            f"block_map must be of q's {n} queries and k's {m} keys, got {block_map.queries} and {block_map.keys}"
+        )
+    if block_map.heads not in (1, heads_kv):
+        raise ValueError(f"block_map must have 1 or k's {heads_kv} heads, got {block_map.heads}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    scales: tuple[tuple[str, Tensor | None, tuple[int, ...], str, Tensor], ...] = (
+        ("q_scale", q_scale, (rows,), "q", q),
+        ("k_scale", k_scale, (key_blocks,), "k", k),
+        ("v_scale", v_scale, (heads_kv, key_blocks), "v", v),
+    )
+    for name, value, _, of, tensor in scales:
+        if (value is not None) != (tensor.dtype == fp8):
+            came = "none" if value is None else f"one of shape {list(value.shape)}"
+            raise ValueError(
+                f"{name} must be given exactly where {of} is float8_e4m3fn; {of} is {tensor.dtype}, got {came}"
+            )
+    if k.device != q.device or v.device != q.device or block_map.device != q.device:
+        raise ValueError(
+            f"k, v and block_map must be on q's device {q.device}, got {k.device}, {v.device} and {block_map.device}"
+        )
+    extra = (("gate", gate, (n, heads_q)), ("k_mean", k_mean, (heads_kv, d)))
+    for name, value, shape in (*((s[0], s[1], s[2]) for s in scales), *extra):
+        if value is not None:
+            require(name, value, (torch.float32,), shape, device=q.device)

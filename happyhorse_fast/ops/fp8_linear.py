@@ -1,0 +1,222 @@
+"""The linear layers with their epilogues: arguments, results and choice of backend.
+
+docs/OPS.md states every tensor, layout and rounding point. Nothing here needs Triton: its launchers are imported when
+they are first called.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from happyhorse_fast.ops.checks import require
+from happyhorse_fast.reference import fp8_linear as reference
+from happyhorse_fast.reference.quantize import GROUPS
+
+ROW_TILE = 128
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+
+
+def empty_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Result of `fp8_linear`, not yet written: [N, F] bf16."""
+    return torch.empty((x.shape[0], weight.shape[1]), dtype=BF16, device=x.device)
+
+
+def empty_activation(
+    x: torch.Tensor, weight: torch.Tensor, activation: str, fp8: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results of `fp8_linear_activation`, not yet written: y [N, K'] and its scale [N, K' / group] or [0]."""
+    _, per, group = reference.ACTIVATIONS[activation]
+    rows, columns = x.shape[0], weight.shape[1] // per
+    scales = (rows, columns // group) if fp8 else (0,)
+    y = torch.empty((rows, columns), dtype=E4M3 if fp8 else BF16, device=x.device)
+    return y, torch.empty(scales, dtype=torch.float32, device=x.device)
+
+
+def fp8_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    row_tiles: torch.Tensor,
+    *,
+    backend: str = "triton",
+) -> torch.Tensor:
+    """x . weight of each row's expert, accumulated in float32 and rounded to bf16 once.
+
+    Args:
+        x: [N, K] bf16 or e4m3.
+        x_scale: float32, [N] or [N, K / group] (group 32, 64 or 128) where x is e4m3; else None or of size [0].
+        weight: [E, F, K] in the dtype of x.
+        weight_scale: [E, F] float32 where weight is e4m3, else None.
+        row_tiles: [tiles, 3] int32 (expert, first row, end row): at most 128 rows each, every row once.
+        backend: ``"triton"`` or ``"reference"``.
+
+    Returns:
+        [N, F] bf16.
+
+    Raises:
+        TypeError, ValueError: An argument of another dtype, shape, device or layout, one that is missing or has no
+            meaning here, or a backend there is not.
+    """
+    x_scale = _check(x, x_scale, weight, weight_scale, row_tiles)
+    if _is_triton(backend):
+        from happyhorse_fast.ops.triton import fp8_linear as launcher
+
+        return launcher.fp8_linear(x, x_scale, weight, weight_scale, row_tiles)
+    return _reference(x, x_scale, weight, weight_scale, row_tiles)
+
+
+def fp8_linear_residual(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    row_tiles: torch.Tensor,
+    hidden: torch.Tensor,
+    *,
+    backend: str = "triton",
+) -> None:
+    """hidden += x . weight, in place; the product is rounded to bf16 first where x is bf16.
+
+    Args:
+        x: As in :func:`fp8_linear`.
+        x_scale: As in :func:`fp8_linear`.
+        weight: As in :func:`fp8_linear`.
+        weight_scale: As in :func:`fp8_linear`.
+        row_tiles: As in :func:`fp8_linear`.
+        hidden: [N, F] float32.
+        backend: ``"triton"`` or ``"reference"``.
+
+    Raises:
+        TypeError, ValueError: As in :func:`fp8_linear`.
+    """
+    x_scale = _check(x, x_scale, weight, weight_scale, row_tiles)
+    require("hidden", hidden, (torch.float32,), (x.shape[0], weight.shape[1]), device=x.device)
+    if _is_triton(backend):
+        from happyhorse_fast.ops.triton import fp8_linear as launcher
+
+        launcher.fp8_linear_residual(x, x_scale, weight, weight_scale, row_tiles, hidden)
+    else:
+        _residual_reference(x, x_scale, weight, weight_scale, row_tiles, hidden)
+
+
+def fp8_linear_activation(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    row_tiles: torch.Tensor,
+    activation: str,
+    fp8: bool,
+    *,
+    backend: str = "triton",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """activation(x . weight), and its codes and scales for the next product.
+
+    Args:
+        x: As in :func:`fp8_linear`.
+        x_scale: As in :func:`fp8_linear`.
+        weight: As in :func:`fp8_linear`; F is a multiple of 128.
+        weight_scale: As in :func:`fp8_linear`.
+        row_tiles: As in :func:`fp8_linear`.
+        activation: ``"swiglu7"`` (F = 2K', gate and linear interleaved) or ``"gelu7"`` (F = K').
+        fp8: Whether the result is e4m3 with scales, rather than bf16; x may be of either dtype.
+        backend: ``"triton"`` or ``"reference"``.
+
+    Returns:
+        y [N, K'] bf16 and a scale of size [0]; or y e4m3 and its scale [N, K' / group] float32, group 64 for swiglu7
+        and 128 for gelu7.
+
+    Raises:
+        TypeError, ValueError: As in :func:`fp8_linear`, or an activation there is not.
+    """
+    x_scale = _check(x, x_scale, weight, weight_scale, row_tiles)
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, reference.ACTIVATIONS))}; got {activation!r}")
+    if weight.shape[1] % ROW_TILE:
+        raise ValueError(f"weight must have a multiple of 128 features F before an activation, got {weight.shape[1]}")
+    if _is_triton(backend):
+        from happyhorse_fast.ops.triton import fp8_linear as launcher
+
+        return launcher.fp8_linear_activation(x, x_scale, weight, weight_scale, row_tiles, activation, fp8)
+    return _activation_reference(x, x_scale, weight, weight_scale, row_tiles, activation, fp8)
+
+
+def _check(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    row_tiles: torch.Tensor,
+) -> torch.Tensor | None:
+    """Hold the common arguments against the contract; the x_scale to go on with."""
+    device = x.device
+    require("x", x, (BF16, E4M3), ("N", "K"), device=device)
+    n, k = x.shape
+    require("weight", weight, (x.dtype,), ("E", "F", k), device=device)
+    require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
+    if x.dtype == BF16:
+        for name, scale in (("x_scale", x_scale), ("weight_scale", weight_scale)):
+            if scale is not None and scale.numel():
+                raise ValueError(f"{name} must be None or empty where x is bf16, got shape {list(scale.shape)}")
+        return None
+    require("weight_scale", weight_scale, (torch.float32,), weight.shape[:2], device=device)
+    grouped = isinstance(x_scale, torch.Tensor) and x_scale.dim() == 2
+    scale = require("x_scale", x_scale, (torch.float32,), (n, "K / group") if grouped else (n,), device=device)
+    if grouped and not any(scale.shape[1] * group == k for group in GROUPS):
+        raise ValueError(f"x_scale must be [{n}] or [{n}, {k} / group], group 32, 64 or 128; got {list(scale.shape)}")
+    return scale
+
+
+def _is_triton(backend: str) -> bool:
+    if backend not in ("triton", "reference"):
+        raise ValueError(f"backend must be 'triton' or 'reference', got {backend!r}")
+    return backend == "triton"
+
+
+# The reference walks row_tiles on the host; as ops of their own they trace and export without a look inside.
+_reference = torch.library.custom_op("happyhorse_fast::fp8_linear_reference", reference.fp8_linear, mutates_args=())
+_residual_reference = torch.library.custom_op(
+    "happyhorse_fast::fp8_linear_residual_reference", reference.fp8_linear_residual, mutates_args=("hidden",)
+)
+_activation_reference = torch.library.custom_op(
+    "happyhorse_fast::fp8_linear_activation_reference", reference.fp8_linear_activation, mutates_args=()
+)
+
+
+@_reference.register_fake
+def fake_fp8_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    row_tiles: torch.Tensor,
+) -> torch.Tensor:
+    """Shape of `fp8_linear`, for both backends."""
+    return empty_product(x, weight)
+
+
+@_residual_reference.register_fake
+def fake_fp8_linear_residual(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    row_tiles: torch.Tensor,
+    hidden: torch.Tensor,
+) -> None:
+    """`fp8_linear_residual` gives nothing, for both backends."""
+
+
+@_activation_reference.register_fake
+def fake_fp8_linear_activation(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    row_tiles: torch.Tensor,
+    activation: str,
+    fp8: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes of `fp8_linear_activation`, for both backends."""
+    return empty_activation(x, weight, activation, fp8)

@@ -1,0 +1,289 @@
+"""RMSNorm with quantisation, and the QKV product with its epilogue: arguments, results and choice of backend.
+
+docs/OPS.md states every tensor, layout and rounding point. Nothing here needs Triton: its launchers are imported when
+they are first called.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from happyhorse_fast.ops.checks import require
+from happyhorse_fast.reference import quantized_qkv as reference
+
+ROW_TILE = 128
+HEAD_DIMS = (32, 64, 128)
+MAX_CHANNELS = 8192
+"""A program of `rmsnorm_quantize` holds a row in registers: 8192 float32 are 32 in each of 256 threads."""
+OUTPUTS = ("bf16", "fp8", "fp8_qk")
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def empty_normalised(hidden: torch.Tensor, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results of `rmsnorm_quantize`, not yet written: x [N, C] and its scale."""
+    rows = hidden.shape[0] if fp8 else 0
+    x = torch.empty(hidden.shape, dtype=E4M3 if fp8 else BF16, device=hidden.device)
+    return x, torch.empty(rows, dtype=torch.float32, device=hidden.device)
+
+
+def empty_qkv(cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int, out: str) -> QKV:
+    """Results of `qkv_linear`, not yet written: q, k, v, v_scale, gate."""
+    n, d = cos_sin.shape
+    slots = (n + ROW_TILE - 1) // ROW_TILE
+    device, codes = cos_sin.device, E4M3 if out != "bf16" else BF16
+    v_shape = (num_heads_kv, d, slots * ROW_TILE) if out == "fp8" else (n, num_heads_kv, d)
+    return (
+        torch.empty((n, num_heads_q, d), dtype=codes, device=device),
+        torch.empty((n, num_heads_kv, d), dtype=codes, device=device),
+        torch.empty(v_shape, dtype=E4M3 if out == "fp8" else BF16, device=device),
+        torch.empty((num_heads_kv, slots) if out == "fp8" else 0, dtype=torch.float32, device=device),
+        torch.empty((n, num_heads_q), dtype=torch.float32, device=device),
+    )
+
+
+def rmsnorm_quantize(
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor,
+    row_tiles: torch.Tensor,
+    branch: torch.Tensor | None = None,
+    fp8: bool = False,
+    *,
+    backend: str = "triton",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residual add, RMSNorm and cast in one pass over the residual stream.
+
+    Args:
+        hidden: [N, C] float32, rows contiguous; ``branch`` is added to it in place. C is at most 8192.
+        norm_weight: [E, C] float32.
+        row_tiles: [tiles, 3] int32 (expert, first row, end row).
+        branch: [N, C] bf16, rows contiguous, or None.
+        fp8: e4m3 with a scale per row, rather than bf16.
+        backend: ``"triton"`` or ``"reference"``.
+
+    Returns:
+        x [N, C] bf16 and a scale of size [0]; or x [N, C] e4m3 and its scale [N] float32.
+
+    Raises:
+        TypeError, ValueError: An argument of another dtype, shape, device or layout; a backend there is not.
+    """
+    device = hidden.device
+    require("hidden", hidden, (torch.float32,), ("N", "C"), device=device, strided_rows=True)
+    n, c = hidden.shape
+    if c > MAX_CHANNELS:
+        raise ValueError(f"hidden must have at most {MAX_CHANNELS} channels, got {c}")
+    require("norm_weight", norm_weight, (torch.float32,), ("E", c), device=device)
+    require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
+    if branch is not None:
+        require("branch", branch, (BF16,), (n, c), device=device, strided_rows=True)
+    if _is_triton(backend):
+        from happyhorse_fast.ops.triton import rmsnorm_qkv as launcher
+
+        return launcher.rmsnorm_quantize(hidden, norm_weight, row_tiles, branch, fp8)
+    return _rmsnorm_quantize_reference(hidden, norm_weight, row_tiles, branch, fp8)
+
+
+def qkv_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    qk_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    row_tiles: torch.Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+    out: str,
+    qk_scale: torch.Tensor | None = None,
+    k_mean: torch.Tensor | None = None,
+    *,
+    backend: str = "triton",
+) -> QKV:
+    """QKV product with scales, QK-norm, rotation, gate and quantisation in its epilogue.
+
+    Args:
+        x: [N, C] bf16, or e4m3 with ``x_scale``; rows contiguous.
+        x_scale: [N] float32 where x is e4m3; else None, or empty as `rmsnorm_quantize` gives it.
+        weight: [E, F, C] in the dtype of x, as `packing_qkv.pack_qkv_weight` makes it.
+        weight_scale: [E, F] float32 where weight is e4m3, else None.
+        qk_norm: [E, 2, D] float32, channels permuted like the weight's.
+        cos_sin: [N, D] float32, from `packing_qkv.pack_cos_sin`.
+        row_tiles: [tiles, 3] int32; every tile starts on a multiple of 128 where ``out`` is ``"fp8"``.
+        num_heads_q: Hq.
+        num_heads_kv: Hkv; divides Hq.
+        out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
+        qk_scale: [E, 2] float32, where q and k become e4m3.
+        k_mean: [Hkv, D] float32, or None.
+        backend: ``"triton"`` or ``"reference"``.
+
+    Returns:
+        q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or transposed [Hkv, D, S * 128], v_scale [Hkv, S] or [0], and
+        gate [N, Hq] float32.
+
+    Raises:
+        TypeError, ValueError: An argument of another dtype, shape, device or layout, one that is missing or has no
+            meaning here, or a backend there is not.
+    """
+    device = x.device
+    require("x", x, (BF16, E4M3), ("N", "C"), device=device, strided_rows=True)
+    n, c = x.shape
+    d = _check_heads(cos_sin, n, num_heads_q, num_heads_kv, device)
+    require("weight", weight, (x.dtype,), ("E", _features(num_heads_q, num_heads_kv, d), c), device=device)
+    experts = weight.shape[0]
+    require("qk_norm", qk_norm, (torch.float32,), (experts, 2, d), device=device)
+    require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
+    if x.dtype == E4M3:
+        require("x_scale", x_scale, (torch.float32,), (n,), device=device)
+        require("weight_scale", weight_scale, (torch.float32,), weight.shape[:2], device=device)
+    else:
+        if x_scale is not None and x_scale.numel():
+            raise ValueError(f"x_scale must be None or empty where x is bf16, got shape {list(x_scale.shape)}")
+        if weight_scale is not None:
+            raise ValueError(f"weight_scale must be None where weight is bf16, got shape {list(weight_scale.shape)}")
+        x_scale = None
+    if out not in OUTPUTS:
+        raise ValueError(f"out must be one of {', '.join(map(repr, OUTPUTS))}; got {out!r}")
+    if out == "bf16":
+        if qk_scale is not None:
+            raise ValueError(f'qk_scale must be None where out is "bf16", got shape {list(qk_scale.shape)}')
+    else:
+        require("qk_scale", qk_scale, (torch.float32,), (experts, 2), device=device)
+    if k_mean is not None:
+        require("k_mean", k_mean, (torch.float32,), (num_heads_kv, d), device=device)
+    if _is_triton(backend):
+        from happyhorse_fast.ops.triton import rmsnorm_qkv as launcher
+
+        op = launcher.qkv_linear
+    else:
+        op = _qkv_linear_reference
+    return op(
+        x, x_scale, weight, weight_scale, qk_norm, cos_sin, row_tiles, num_heads_q, num_heads_kv, out, qk_scale, k_mean
+    )
+
+
+def rmsnorm_qkv(
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    qk_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    row_tiles: torch.Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+    *,
+    backend: str = "triton",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`rmsnorm_quantize` and `qkv_linear` in one kernel, bf16.
+
+    Args:
+        hidden: [N, C] float32, rows contiguous.
+        norm_weight: [E, C] float32.
+        weight: [E, F, C] bf16, as `packing_qkv.pack_qkv_weight` makes it.
+        qk_norm: [E, 2, D] float32, channels permuted like the weight's.
+        cos_sin: [N, D] float32, from `packing_qkv.pack_cos_sin`.
+        row_tiles: [tiles, 3] int32.
+        num_heads_q: Hq.
+        num_heads_kv: Hkv; divides Hq.
+        backend: ``"triton"`` or ``"reference"``.
+
+    Returns:
+        q [N, Hq, D], k and v [N, Hkv, D] bf16, gate [N, Hq] float32.
+
+    Raises:
+        TypeError, ValueError: An argument of another dtype, shape, device or layout; a backend there is not.
+    """
+    device = hidden.device
+    require("hidden", hidden, (torch.float32,), ("N", "C"), device=device, strided_rows=True)
+    n, c = hidden.shape
+    d = _check_heads(cos_sin, n, num_heads_q, num_heads_kv, device)
+    require("weight", weight, (BF16,), ("E", _features(num_heads_q, num_heads_kv, d), c), device=device)
+    require("norm_weight", norm_weight, (torch.float32,), (weight.shape[0], c), device=device)
+    require("qk_norm", qk_norm, (torch.float32,), (weight.shape[0], 2, d), device=device)
+    require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
+    if _is_triton(backend):
+        from happyhorse_fast.ops.triton import rmsnorm_qkv as launcher
+
+        op = launcher.rmsnorm_qkv
+    else:
+        op = _rmsnorm_qkv_reference
+    return op(hidden, norm_weight, weight, qk_norm, cos_sin, row_tiles, num_heads_q, num_heads_kv)
+
+
+def _features(num_heads_q: int, num_heads_kv: int, head_dim: int) -> int:
+    return (num_heads_q + 2 * num_heads_kv + -(-num_heads_q // head_dim)) * head_dim
+
+
+def _check_heads(cos_sin: torch.Tensor, n: int, num_heads_q: int, num_heads_kv: int, device: torch.device) -> int:
+    require("cos_sin", cos_sin, (torch.float32,), (n, "D"), device=device)
+    d = cos_sin.shape[1]
+    if d not in HEAD_DIMS:
+        raise ValueError(f"cos_sin must have D = 32, 64 or 128 columns (the head dim), got {d}")
+    if num_heads_kv < 1 or num_heads_q < 1 or num_heads_q % num_heads_kv:
+        raise ValueError(f"num_heads_q must be a multiple of num_heads_kv, got {num_heads_q} and {num_heads_kv}")
+    return d
+
+
+def _is_triton(backend: str) -> bool:
+    if backend not in ("triton", "reference"):
+        raise ValueError(f"backend must be 'triton' or 'reference', got {backend!r}")
+    return backend == "triton"
+
+
+# The reference walks row_tiles on the host; as ops of their own they trace and export without a look inside.
+_rmsnorm_quantize_reference = torch.library.custom_op(
+    "happyhorse_fast::rmsnorm_quantize_reference", reference.rmsnorm_quantize, mutates_args=("hidden",)
+)
+_qkv_linear_reference = torch.library.custom_op(
+    "happyhorse_fast::qkv_linear_reference", reference.qkv_linear, mutates_args=()
+)
+_rmsnorm_qkv_reference = torch.library.custom_op(
+    "happyhorse_fast::rmsnorm_qkv_reference", reference.rmsnorm_qkv, mutates_args=()
+)
+
+
+@_rmsnorm_quantize_reference.register_fake
+def fake_rmsnorm_quantize(
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor,
+    row_tiles: torch.Tensor,
+    branch: torch.Tensor | None = None,
+    fp8: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes of `rmsnorm_quantize`, for both backends."""
+    return empty_normalised(hidden, fp8)
+
+
+@_qkv_linear_reference.register_fake
+def fake_qkv_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    qk_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    row_tiles: torch.Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+    out: str,
+    qk_scale: torch.Tensor | None = None,
+    k_mean: torch.Tensor | None = None,
+) -> QKV:
+    """Shapes of `qkv_linear`, for both backends."""
+    return empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
+
+
+@_rmsnorm_qkv_reference.register_fake
+def fake_rmsnorm_qkv(
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    qk_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    row_tiles: torch.Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Shapes of `rmsnorm_qkv`, for both backends."""
+    q, k, v, _, gate = empty_qkv(cos_sin, num_heads_q, num_heads_kv, "bf16")
+    return q, k, v, gate

@@ -1,0 +1,288 @@
+"""Whether kernels give right numbers on this machine: small shapes of every op against its reference, in seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from happyhorse_fast.block_map import BlockMap, BlockSelector, Layout
+from happyhorse_fast.budgets import measure, violations
+from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
+from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
+from happyhorse_fast.ops.packing import pack_linear
+from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
+from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
+from happyhorse_fast.ops.select_blocks import select_blocks
+
+# Three experts, the last tile of each ragged in its content but not in its rows, as the fast model lays them out.
+ROWS, CHANNELS, HEADS_Q, HEADS_KV, HEAD_DIM = 512, 640, 5, 1, 128
+# Kernel and reference share every rounding point, so they differ by rounding flips: a bf16 step on every element is
+# 8e-6, an e4m3 step on one code in fifty 1e-4.
+DISTANCE = 1e-5
+CODE_DISTANCE = 1e-4
+
+Compared = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+"""Name of a result -> (from the kernel, from the reference, allowed tile distance)."""
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """Outcome of one kernel in one format.
+
+    Attributes:
+        op: The op.
+        variant: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
+        passed: Whether every result was within its budget.
+        detail: The worst measured distance, or what went wrong.
+        seconds: Time it took, compilation included.
+    """
+
+    op: str
+    variant: str
+    passed: bool
+    detail: str
+    seconds: float
+
+
+def run_checks(backend: str, device: torch.device, *, fp8: bool) -> Iterator[KernelCheck]:
+    """Check every op of a backend on a device.
+
+    Args:
+        backend: ``"triton"`` or ``"cuda"``.
+        device: Where to run.
+        fp8: Whether to check the e4m3 formats too.
+
+    Yields:
+        An outcome per op and format. A kernel that raises has failed; the error is its detail.
+    """
+    for variant in ("bf16", "fp8", "fp8_qk") if fp8 else ("bf16",):
+        for op, check in CHECKS.items():
+            if variant == "fp8_qk" and op not in ("qkv_linear", "block_sparse_attention"):
+                continue
+            start = time.perf_counter()
+            try:
+                passed, detail = _judge(check(backend, device, variant))
+            except Exception as error:  # whatever a compiler or driver raises, the kernel is not to be used
+                passed, detail = False, f"{type(error).__name__}: {error}"
+            yield KernelCheck(op, variant, passed, detail, time.perf_counter() - start)
+
+
+def _judge(compared: Compared) -> tuple[bool, str]:
+    worst = 0.0
+    for name, (result, reference, distance) in compared.items():
+        error = measure(result.cpu().float(), reference.cpu().float())
+        found = violations(error, distance=distance, slope=None)
+        if found:
+            return False, f"{name}: {'; '.join(found)}"
+        worst = max(worst, error.tile_distance)
+    return True, f"worst tile distance {worst:.1e}"
+
+
+def _draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _row_tiles() -> torch.Tensor:
+    starts = torch.arange(0, ROWS, 128, dtype=torch.int32)
+    experts = torch.tensor([0, 0, 1, 2], dtype=torch.int32)
+    return torch.stack([experts, starts, starts + 128], dim=1)
+
+
+def _inputs(fp8: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x, scale = rmsnorm_quantize(
+        _draw(0, ROWS, CHANNELS), torch.zeros(3, CHANNELS), _row_tiles(), fp8=fp8, backend="reference"
+    )
+    return x.to(device), scale.to(device) if fp8 else None
+
+
+def _weight(seed: int, features: int, fp8: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    # A factor per expert, so that one expert's scale used for all shows.
+    experts = torch.tensor([1.0, 3.0, 0.3]).repeat_interleave(features)[:, None]
+    weight = (_draw(seed, 3 * features, CHANNELS) * experts / CHANNELS**0.5).bfloat16()
+    packed, scale = pack_linear(weight, 3, fp8=fp8)
+    return packed.to(device), None if scale is None else scale.to(device)
+
+
+def _check_rmsnorm(backend: str, device: torch.device, variant: str) -> Compared:
+    fp8 = variant == "fp8"
+    norm, branch = 0.2 * _draw(1, 3, CHANNELS), _draw(2, ROWS, CHANNELS).bfloat16()
+    results = []
+    for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+        hidden = _draw(0, ROWS, CHANNELS).to(where)
+        x, scale = rmsnorm_quantize(
+            hidden, norm.to(where), _row_tiles().to(where), branch.to(where), fp8=fp8, backend=how
+        )
+        results.append((hidden, x.float() * scale[:, None] if fp8 else x))
+    (hidden, x), (hidden_reference, x_reference) = results
+    return {
+        "hidden": (hidden, hidden_reference, DISTANCE),
+        "x": (x, x_reference, CODE_DISTANCE if fp8 else DISTANCE),
+    }
+
+
+def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
+    fp8 = variant != "bf16"
+    rows = 3 * ((HEADS_Q + 2 * HEADS_KV) * HEAD_DIM + HEADS_Q)
+    weight = (_draw(3, rows, CHANNELS) / CHANNELS**0.5).bfloat16()
+    heads = {"experts": 3, "num_heads_q": HEADS_Q, "num_heads_kv": HEADS_KV, "head_dim": HEAD_DIM}
+    packed, w_scale = pack_qkv_weight(weight, fp8=fp8, **heads)
+    qk_norm = pack_qk_norm(0.2 * _draw(4, 3 * HEAD_DIM), 0.2 * _draw(5, 3 * HEAD_DIM), experts=3)
+    angle = _draw(6, ROWS, 3 * HEAD_DIM // 8)
+    cos_sin = pack_cos_sin(torch.cat([angle.sin(), angle.cos()], dim=1))
+    qk_scale = static_qk_scale(qk_norm) if fp8 else None
+    results = []
+    for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+        x, x_scale = _inputs(fp8, where)
+        outs = qkv_linear(
+            x,
+            x_scale,
+            packed.to(where),
+            None if w_scale is None else w_scale.to(where),
+            qk_norm.to(where),
+            cos_sin.to(where),
+            _row_tiles().to(where),
+            HEADS_Q,
+            HEADS_KV,
+            out=variant,
+            qk_scale=None if qk_scale is None else qk_scale.to(where),
+            backend=how,
+        )
+        q, k, v, v_scale, gate = (t.cpu().float() for t in outs)
+        if variant == "fp8":
+            v = v * v_scale.repeat_interleave(128, dim=1)[:, None]
+        results.append({"q": q, "k": k, "v": v, "gate": gate[:, :, None]})
+    codes = {"q", "k"} if fp8 else set()
+    codes |= {"v"} if variant == "fp8" else set()
+    return {
+        name: (value, results[1][name], CODE_DISTANCE if name in codes else DISTANCE)
+        for name, value in results[0].items()
+    }
+
+
+def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
+    # Small integers, whose scores are the same in any order of summation, and tie: the map must be the same exactly.
+    layout = Layout(6, 250, 40, 60, align_frames=True, align_modalities=True)
+    base = BlockMap.frame_window(layout, 2)
+    q, k = (_draw(s, layout.slots, h, HEAD_DIM).round() for s, h in ((15, HEADS_Q), (16, HEADS_KV)))
+    # Blocks that differ by at most 2, so that the largest product, (2 * 128)^2 * 128, and its noise stay below 2^24.
+    level = _draw(17, len(q) // 128, 1, 1).round().clamp(-2, 2).repeat_interleave(128, dim=0)
+    dtype = torch.float8_e4m3fn if variant == "fp8" else torch.bfloat16
+    q, k = ((x + level).to(dtype) for x in (q, k))
+    steps = 2.0 ** -(torch.arange(len(q) // 128) % 3) if variant == "fp8" else None
+    compared: Compared = {}
+    for name, keep, mass in (("top-k", 3, None), ("top-p", None, 0.7)):
+        results = []
+        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+            block_map = select_blocks(
+                q.to(where),
+                k.to(where),
+                BlockSelector(layout, base, where),
+                keep=keep,
+                mass=mass,
+                q_scale=None if steps is None else steps.to(where),
+                k_scale=None if steps is None else steps.flip(0).to(where),
+                backend=how,
+            )
+            full, ids = block_map.to_blocks()
+            results.append((torch.where(full, -1, torch.where(ids >= 0, ids, -2)), block_map.order))
+        compared[f"{name} blocks"] = (results[0][0], results[1][0], 0.0)
+        compared[f"{name} order"] = (results[0][1], results[1][1], 0.0)
+    return compared
+
+
+def _check_attention(backend: str, device: torch.device, variant: str) -> Compared:
+    # Rows that see all, a window with partial blocks, and nothing.
+    block_map = BlockMap.from_ranges(
+        [(0, 200), (200, 384), (200, 384)], [(0, ROWS), (0, 300), (ROWS - 100, ROWS)], ROWS, ROWS
+    )
+    q, k, v = (_draw(s, ROWS, h, HEAD_DIM) for s, h in ((7, HEADS_Q), (8, HEADS_KV), (9, HEADS_KV)))
+    gate = torch.sigmoid(_draw(10, ROWS, HEADS_Q))
+    scales: dict[str, Any] = {}
+    if variant == "bf16":
+        q, k, v = (t.bfloat16() for t in (q, k, v))
+    else:
+        blocks = ROWS // 128
+        scales = {"q_scale": torch.linspace(0.005, 0.01, blocks), "k_scale": torch.linspace(0.01, 0.006, blocks)}
+        q, k = (
+            (x / scales[name].repeat_interleave(128)[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+            for x, name in ((q, "q_scale"), (k, "k_scale"))
+        )
+        v = v.bfloat16()
+    if variant == "fp8":
+        tiles = v.float().permute(1, 2, 0).unflatten(2, (-1, 128))
+        scales["v_scale"] = tiles.abs().amax(dim=(1, 3)) / 448
+        v = (tiles / scales["v_scale"][:, None, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn).flatten(2)
+    results = []
+    for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+        out, _, lse = block_sparse_attention(
+            q.to(where),
+            k.to(where),
+            v.to(where),
+            block_map.to(where),
+            scale=HEAD_DIM**-0.5,
+            gate=gate.to(where),
+            return_lse=True,
+            backend=how,
+            **{name: value.to(where) for name, value in scales.items()},
+        )
+        # Rows without a key must say so, and not by NaN: their LSE is compared as a number of its own.
+        results.append((out, torch.where(lse == -torch.inf, -1e4, lse)))
+    return {"out": (results[0][0], results[1][0], DISTANCE), "lse": (results[0][1], results[1][1], DISTANCE)}
+
+
+def _check_linear(backend: str, device: torch.device, variant: str) -> Compared:
+    fp8 = variant == "fp8"
+    results = []
+    for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+        x, x_scale = _inputs(fp8, where)
+        weight, w_scale = _weight(11, 384, fp8, where)
+        results.append(fp8_linear(x, x_scale, weight, w_scale, _row_tiles().to(where), backend=how))
+    return {"y": (results[0], results[1], DISTANCE)}
+
+
+def _check_residual(backend: str, device: torch.device, variant: str) -> Compared:
+    fp8 = variant == "fp8"
+    results = []
+    for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+        x, x_scale = _inputs(fp8, where)
+        if fp8:  # scales per group of channels: what this op meets in the model
+            x_scale = x_scale[:, None].expand(-1, CHANNELS // 128).contiguous() if x_scale is not None else None
+        weight, w_scale = _weight(12, 384, fp8, where)
+        hidden = _draw(13, ROWS, 384).to(where)
+        fp8_linear_residual(x, x_scale, weight, w_scale, _row_tiles().to(where), hidden, backend=how)
+        results.append(hidden)
+    return {"hidden": (results[0], results[1], DISTANCE)}
+
+
+def _check_activation(backend: str, device: torch.device, variant: str) -> Compared:
+    fp8 = variant == "fp8"
+    compared: Compared = {}
+    for activation in ("swiglu7", "gelu7"):
+        results = []
+        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+            x, x_scale = _inputs(fp8, where)
+            weight, w_scale = _weight(14, 512, fp8, where)
+            y, y_scale = fp8_linear_activation(
+                x, x_scale, weight, w_scale, _row_tiles().to(where), activation=activation, fp8=fp8, backend=how
+            )
+            if fp8:
+                y = y.float() * y_scale.repeat_interleave(y.shape[1] // y_scale.shape[1], dim=1)
+            results.append(y)
+        compared[activation] = (results[0], results[1], CODE_DISTANCE if fp8 else DISTANCE)
+    return compared
+
+
+CHECKS: dict[str, Callable[[str, torch.device, str], Compared]] = {
+    "rmsnorm_quantize": _check_rmsnorm,
+    "qkv_linear": _check_qkv,
+    "select_blocks": _check_select,
+    "block_sparse_attention": _check_attention,
+    "fp8_linear": _check_linear,
+    "fp8_linear_residual": _check_residual,
+    "fp8_linear_activation": _check_activation,
+}
+"""A check per op that the fast model calls."""

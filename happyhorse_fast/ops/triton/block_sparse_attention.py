@@ -1,0 +1,155 @@
+"""The Triton implementation of block-sparse attention as an op; shapes are those of ops/block_sparse_attention.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from happyhorse_fast.block_map import BLOCK
+from happyhorse_fast.kernels.block_sparse_attention import block_sparse_attention_kernel
+from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, config_for
+from happyhorse_fast.ops.block_sparse_attention import empty_results, fake
+from happyhorse_fast.ops.triton.device import addressable, architecture, multiprocessors, on_device
+from happyhorse_fast.ops.triton.library import kernel_op
+
+STEM = "block_sparse_attention"
+# Warps that fill an SM's 65,536 registers at 255 a thread.
+WARPS_PER_SM = 8
+
+
+def variant_of(q: Tensor, v: Tensor) -> str:
+    """Name of the launch table's entry: format and head dim."""
+    formats = {
+        (torch.bfloat16, torch.bfloat16): "bf16",
+        (torch.float8_e4m3fn, torch.bfloat16): "fp8_qk",
+        (torch.float8_e4m3fn, torch.float8_e4m3fn): "fp8",
+    }
+    return f"{formats[q.dtype, v.dtype]}_d{int(q.shape[2])}"
+
+
+def describable(x: Tensor) -> bool:
+    """Whether TMA descriptors can read [A, B, C] as a matrix [A, B * C]: dense rows, 16-byte aligned."""
+    return (
+        addressable(x)
+        and x.numel() > 0
+        and x.stride(2) == 1
+        and x.stride(1) == x.shape[2]
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
+    )
+
+
+def described(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """[A, B, C] as a matrix [A, B * C], read in tiles of ``block``."""
+    a, b, c = x.shape
+    return TensorDescriptor(x, [a, b * c], [x.stride(0), 1], list(block))
+
+
+def launch_config(q: Tensor, k: Tensor, v: Tensor, *, lse: bool = False) -> LaunchConfig:
+    """The committed configuration for these tensors, with or without an LSE.
+
+    The "strided" entries read through pointers, in steps of 64 keys. Besides tensors that no descriptor can read, e4m3
+    with an LSE takes them: with steps of 128 keys it spills 8 bytes a thread, 32 with k_mean (Triton 3.6.0, sm_90).
+    """
+    name, arch = variant_of(q, v), architecture(q.device)
+    config = config_for(STEM, name, arch)
+    dense = v.is_contiguous() and v.numel() > 0 if is_transposed(v) else describable(v)
+    if config.descriptors and not (dense and describable(k) and not (lse and is_transposed(v))):
+        config = config_for(STEM, f"{name}_strided", arch)
+    return config
+
+
+def is_transposed(v: Tensor) -> bool:
+    """e4m3 v is [Hkv, D, S * 128], bf16 v [M, Hkv, D]."""
+    return v.dtype == torch.float8_e4m3fn
+
+
+@kernel_op("happyhorse_fast::block_sparse_attention", kernel=block_sparse_attention_kernel)
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    mask_ids: Tensor,
+    mask_bits: Tensor,
+    order: Tensor,
+    scale: float,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    gate: Tensor | None,
+    k_mean: Tensor | None,
+    fp8_out: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`happyhorse_fast.ops.block_sparse_attention.block_sparse_attention`, which checks the arguments."""
+    out, out_scale, lse = empty_results(q, fp8_out, return_lse)
+    config = launch_config(q, k, v, lse=return_lse)
+    programs = multiprocessors(q.device) * max(1, WARPS_PER_SM // config.num_warps)
+    n, m, map_rows = q.shape[0], k.shape[0], starts.shape[1]
+    # Tokens may be symbolic while torch traces; what the kernel is compiled for may not.
+    heads_q, d, heads_kv, map_heads = int(q.shape[1]), int(q.shape[2]), int(k.shape[1]), int(starts.shape[0])
+    items = map_rows * heads_q * (BLOCK // config.block_m)
+    if items == 0:
+        return out, out_scale, lse
+    stride_v = (v.stride(2), v.stride(0), v.stride(1)) if is_transposed(v) else v.stride()
+    k_source: Any = k
+    v_source: Any = v
+    if config.descriptors:
+        k_source = described(k, (config.block_n, d))
+        if is_transposed(v):
+            v_source = TensorDescriptor(v, [heads_kv * d, v.shape[2]], [v.shape[2], 1], [d, config.block_n])
+        else:
+            v_source = described(v, (config.block_n, d))
+    with on_device(q):
+        wrap_triton(block_sparse_attention_kernel)[(min(items, programs),)](
+            q,
+            k_source,
+            v_source,
+            out,
+            out_scale if fp8_out else None,
+            lse if return_lse else None,
+            counts,
+            starts,
+            columns,
+            mask_ids,
+            mask_bits,
+            order,
+            q_scale,
+            k_scale,
+            v_scale,
+            gate,
+            k_mean,
+            scale * math.log2(math.e),
+            n,
+            m,
+            map_rows,
+            -(-m // BLOCK),
+            items,
+            *q.stride(),
+            *k.stride(),
+            *stride_v,
+            HEADS_Q=heads_q,
+            HEADS_KV=heads_kv,
+            MAP_HEADS=map_heads,
+            D=d,
+            BLOCK=BLOCK,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            PV_FP8=is_transposed(v),
+            DESCRIPTORS=config.descriptors,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=FP_FUSION,
+        )
+    return out, out_scale, lse
+
+
+block_sparse_attention.register_fake(fake)

@@ -1,0 +1,27 @@
+"""How a launcher becomes a torch.library op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
+"""The function behind every op, which takes tensors on the device "meta" as well: there the op itself is its fake."""
+
+
+def kernel_op(name: str, *, kernel: object, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: `triton_op` where Triton compiles ``kernel``, so that torch.compile sees the launch in it.
+
+    Under TRITON_INTERPRET=1 a launch needs addresses and cannot be traced (torch 2.13: "Attempted to access the data
+    pointer on an invalid python storage"), so the op is an opaque `custom_op` there.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        LAUNCHERS[name] = function
+        return register(name, mutates_args=mutates_args)(function)
+
+    register = torch.library.custom_op if isinstance(kernel, InterpretedFunction) else torch.library.triton_op
+    return decorate

@@ -1,0 +1,180 @@
+"""Launchers of the `rmsnorm_qkv` kernels, as torch.library ops; arguments were checked by `ops.rmsnorm_qkv`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch.library import wrap_triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, LaunchConfig, config_for
+from happyhorse_fast.kernels.rmsnorm_qkv import qkv_linear_kernel, rmsnorm_qkv_kernel, rmsnorm_quantize_kernel
+from happyhorse_fast.ops import rmsnorm_qkv as shapes
+from happyhorse_fast.ops.triton.device import architecture, descriptors_work, multiprocessors, on_device
+from happyhorse_fast.ops.triton.library import kernel_op
+
+STEM = "rmsnorm_qkv"
+
+
+@kernel_op("happyhorse_fast::rmsnorm_quantize", kernel=rmsnorm_quantize_kernel, mutates_args=("hidden",))
+def rmsnorm_quantize(
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor,
+    row_tiles: torch.Tensor,
+    branch: torch.Tensor | None = None,
+    fp8: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`happyhorse_fast.ops.rmsnorm_qkv.rmsnorm_quantize`."""
+    if fp8:
+        _require_e4m3("fp8=True", hidden.device)
+    config = config_for(STEM, "rmsnorm_quantize", architecture(hidden.device))
+    x, scale = shapes.empty_normalised(hidden, fp8)
+    added = hidden if branch is None else branch
+    channels = hidden.shape[1]
+    with on_device(hidden):
+        wrap_triton(rmsnorm_quantize_kernel)[(shapes.ROW_TILE // config.block_m, row_tiles.shape[0])](
+            hidden,
+            added,
+            norm_weight,
+            row_tiles,
+            x,
+            scale,
+            hidden.stride(0),
+            added.stride(0),
+            C=channels,
+            HAS_BRANCH=branch is not None,
+            FP8=fp8,
+            BLOCK_M=config.block_m,
+            BLOCK_C=triton.next_power_of_2(channels),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=FP_FUSION,
+        )
+    return x, scale
+
+
+@kernel_op("happyhorse_fast::qkv_linear", kernel=qkv_linear_kernel)
+def qkv_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    qk_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    row_tiles: torch.Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+    out: str,
+    qk_scale: torch.Tensor | None = None,
+    k_mean: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`happyhorse_fast.ops.rmsnorm_qkv.qkv_linear`."""
+    fp8 = weight.dtype == torch.float8_e4m3fn
+    if fp8 or out != "bf16":
+        _require_e4m3(f'out="{out}" of {weight.dtype} weights', x.device)
+    config = config_for(STEM, "qkv_fp8" if fp8 else "qkv_bf16", architecture(x.device))
+    q, k, v, v_scale, gate = shapes.empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
+    head_dim = cos_sin.shape[1]
+    described = config.descriptors and descriptors_work(x, weight)
+    with on_device(x):
+        wrap_triton(qkv_linear_kernel)[_grid(x.device, row_tiles, weight, head_dim)](
+            _tiled(x, shapes.ROW_TILE, config) if described else x,
+            # A kernel takes a pointer for every argument: one that its flags leave unread stands in for a None.
+            qk_norm if x_scale is None else x_scale,
+            _tiled(weight.flatten(0, 1), head_dim, config) if described else weight,
+            qk_norm if weight_scale is None else weight_scale,
+            qk_norm,
+            cos_sin,
+            row_tiles,
+            qk_norm if qk_scale is None else qk_scale,
+            qk_norm if k_mean is None else k_mean,
+            q,
+            k,
+            v,
+            v_scale,
+            gate,
+            row_tiles.shape[0],
+            x.stride(0),
+            v.shape[2],
+            C=x.shape[1],
+            D=head_dim,
+            HQ=num_heads_q,
+            HKV=num_heads_kv,
+            FP8=fp8,
+            FP8_QK=out != "bf16",
+            FP8_V=out == "fp8",
+            HAS_MEAN=k_mean is not None,
+            DESCRIPTORS=described,
+            BLOCK_M=shapes.ROW_TILE,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=FP_FUSION,
+        )
+    return q, k, v, v_scale, gate
+
+
+@kernel_op("happyhorse_fast::rmsnorm_qkv", kernel=rmsnorm_qkv_kernel)
+def rmsnorm_qkv(
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    qk_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    row_tiles: torch.Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`happyhorse_fast.ops.rmsnorm_qkv.rmsnorm_qkv`."""
+    config = config_for(STEM, "fused_bf16", architecture(hidden.device))
+    q, k, v, _, gate = shapes.empty_qkv(cos_sin, num_heads_q, num_heads_kv, "bf16")
+    head_dim = cos_sin.shape[1]
+    described = config.descriptors and descriptors_work(hidden, weight)
+    with on_device(hidden):
+        wrap_triton(rmsnorm_qkv_kernel)[_grid(hidden.device, row_tiles, weight, head_dim)](
+            _tiled(hidden, shapes.ROW_TILE, config) if described else hidden,
+            norm_weight,
+            _tiled(weight.flatten(0, 1), head_dim, config) if described else weight,
+            qk_norm,
+            cos_sin,
+            row_tiles,
+            q,
+            k,
+            v,
+            gate,
+            row_tiles.shape[0],
+            hidden.stride(0),
+            C=hidden.shape[1],
+            D=head_dim,
+            HQ=num_heads_q,
+            HKV=num_heads_kv,
+            DESCRIPTORS=described,
+            BLOCK_M=shapes.ROW_TILE,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=FP_FUSION,
+        )
+    return q, k, v, gate
+
+
+def _require_e4m3(what: str, device: torch.device) -> None:
+    """Triton has no e4m3 below sm_89: not as an operand, and not as a cast either."""
+    if architecture(device) < FP8_SINCE:
+        raise ValueError(f"{what} needs e4m3, from sm_{FP8_SINCE} on; {device} is sm_{architecture(device)}")
+
+
+def _tiled(x: torch.Tensor, rows: int, config: LaunchConfig) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [rows, config.block_k])
+
+
+def _grid(device: torch.device, row_tiles: torch.Tensor, weight: torch.Tensor, head_dim: int) -> tuple[int]:
+    tiles = row_tiles.shape[0] * (weight.shape[1] // head_dim)
+    return (min(tiles, multiprocessors(device)),)
+
+
+rmsnorm_quantize.register_fake(shapes.fake_rmsnorm_quantize)
+qkv_linear.register_fake(shapes.fake_qkv_linear)
+rmsnorm_qkv.register_fake(shapes.fake_rmsnorm_qkv)

@@ -1,0 +1,94 @@
+"""Self-check results, remembered per user, GPU, driver, torch, Triton and package version."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import stat
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+from happyhorse_fast._version import __version__
+from happyhorse_fast.ops.self_check import KernelCheck
+
+CACHE_VARIABLE = "HAPPYHORSE_FAST_CACHE"
+"""Environment variable that names another folder than ``~/.cache/happyhorse_fast``."""
+
+
+def cache_folder() -> Path:
+    """The folder of this user's own (0700), made where it does not exist.
+
+    Raises:
+        OSError: It cannot be made, belongs to somebody else, or others may write to it.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "happyhorse_fast"
+    folder = Path(os.environ.get(CACHE_VARIABLE) or default)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if hasattr(os, "getuid") and found.st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to user {found.st_uid}, not to {os.getuid()}; set {CACHE_VARIABLE}")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"{folder} may be written by others (mode {found.st_mode & 0o777:o}); set {CACHE_VARIABLE}"
+        )
+    return folder
+
+
+def machine_key(backend: str, device: torch.device, *, fp8: bool) -> str:
+    """Digest of all that a result depends on: hardware, driver, versions, and the kernels' source."""
+    parts = [backend, str(fp8), __version__, torch.__version__, str(torch.version.cuda)]
+    try:
+        parts.append(importlib.metadata.version("triton"))
+    except importlib.metadata.PackageNotFoundError:
+        parts.append("no triton")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        parts += [properties.name, f"{properties.major}.{properties.minor}", _driver_version()]
+    from happyhorse_fast import kernels
+
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for file in sorted(Path(kernels.__file__).parent.rglob("*")):
+        if file.suffix in (".py", ".json"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _driver_version() -> str:
+    version = Path("/proc/driver/nvidia/version")
+    return version.read_text().splitlines()[0] if version.is_file() else "unknown driver"
+
+
+def recall(key: str) -> list[KernelCheck] | None:
+    """What was found under a key before; None where nothing was, or where it cannot be read."""
+    try:
+        stored = json.loads((cache_folder() / "self_check.json").read_text())
+        return [KernelCheck(**check) for check in stored[key]]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if not isinstance(error, KeyError):
+            warnings.warn(f"remembered self-check cannot be read, kernels are checked again: {error}", stacklevel=2)
+        return None
+
+
+def remember(key: str, checks: list[KernelCheck]) -> None:
+    """Store what was found; a cache that cannot be written costs a check per process, and says so."""
+    try:
+        folder = cache_folder()
+        path = folder / "self_check.json"
+        try:
+            stored = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            stored = {}
+        stored[key] = [dataclasses.asdict(check) for check in checks]
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            json.dump(stored, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(f"self-check cannot be remembered: {error}", stacklevel=2)

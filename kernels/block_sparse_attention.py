@@ -1,0 +1,257 @@
+"""Block-sparse attention, FlashAttention's online softmax over a block map; docs/OPS.md states tensors and rounding.
+
+A work item is one row of the map (128 queries, or half of them) and one query head. The grid is persistent; rows come
+longest first, and the heads of a group side by side, so that they read k and v from L2.
+
+Predicted per 128 x 128 x 128 tile: 8.4 MFLOP; 64 KiB of k and v in bf16, 32 in fp8 (128 and 256 FLOP per byte from L2,
+five times that from memory with five heads a group); on an H100 SM 2048 cycles of tensor cores in bf16, 1024 in fp8,
+beside 1024 of exponents, which two warp groups hide behind each other's products in bf16 and cannot in fp8.
+"""
+
+import triton
+import triton.language as tl
+
+from happyhorse_fast.kernels.numerics import scale_of, to_e4m3
+
+P_EXPONENT = tl.constexpr(8.0)
+"""P is multiplied by 2^8 before it becomes e4m3: at most 256, so no clamp, and kept down to 2^-17."""
+LOG_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_rows(
+    source,
+    first,
+    end,
+    head,
+    stride_row,
+    stride_head,
+    stride_channel,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """[ROWS, D] of a head from row ``first``; with MASKED rows from ``end`` on are 0 and not read.
+
+    Offsets are int64: strides of a packed or transposed tensor pass 2^31 with the row at 1080p and 10 s.
+    """
+    if DESCRIPTORS:
+        tile = source.load([first, head * D])
+    else:
+        start = source + first.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
+        row, channel = tl.arange(0, ROWS), tl.arange(0, D)
+        place = start + row[:, None].to(tl.int64) * stride_row + channel[None, :].to(tl.int64) * stride_channel
+        if MASKED:
+            tile = tl.load(place, mask=(row < end - first)[:, None], other=0.0)
+        else:
+            tile = tl.load(place)
+    return tile
+
+
+@triton.jit
+def load_columns(
+    source,
+    first,
+    head,
+    stride_head,
+    stride_channel,
+    stride_column,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """[D, COLUMNS] of a head of the transposed v, which is stored up to a whole block."""
+    if DESCRIPTORS:
+        tile = source.load([head * D, first])
+    else:
+        start = source + head.to(tl.int64) * stride_head + first.to(tl.int64) * stride_column
+        channel, column = tl.arange(0, D), tl.arange(0, COLUMNS)
+        place = channel[:, None].to(tl.int64) * stride_channel + column[None, :].to(tl.int64) * stride_column
+        tile = tl.load(start + place)
+    return tile
+
+
+@triton.jit
+def attend(
+    q,
+    k,
+    v,
+    acc,
+    row_sum,
+    row_max,
+    scale,
+    v_scale,
+    visible,
+    MASKED: tl.constexpr,
+    PV_FP8: tl.constexpr,
+):
+    """One step of the online softmax, in powers of two: (acc, row_sum, row_max) after the keys in ``k``.
+
+    Args of note: ``scale`` > 0 includes log2(e) and the scales of q and k; ``v_scale`` belongs to this step's v alone,
+    which is why its product is not accumulated in the tensor core but added to ``acc`` in float32.
+    """
+    s = tl.dot(q, tl.trans(k))
+    if MASKED:
+        s = tl.where(visible, s, -float("inf"))
+    new_max = tl.maximum(row_max, tl.max(s, axis=1) * scale)
+    shift = new_max
+    if MASKED:  # a row that has seen no key: -inf - -inf would be NaN
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+    alpha = tl.exp2(row_max - shift)
+    if PV_FP8:
+        p = tl.exp2(s * scale - (shift - P_EXPONENT)[:, None])
+        acc = acc * alpha[:, None] + tl.dot(p.to(tl.float8e4nv), tl.trans(v)) * v_scale
+    else:
+        p = tl.exp2(s * scale - shift[:, None])
+        acc = tl.dot(p.to(tl.bfloat16), v, acc * alpha[:, None])
+    return acc, row_sum * alpha + tl.sum(p, axis=1), new_max
+
+
+@triton.jit
+def block_sparse_attention_kernel(
+    q,
+    k,
+    v,
+    out,
+    out_scale,
+    lse,
+    counts,
+    starts,
+    columns,
+    mask_ids,
+    mask_bits,
+    order,
+    q_scale,
+    k_scale,
+    v_scale,
+    gate,
+    k_mean,
+    scale,
+    queries,
+    keys,
+    map_rows,
+    key_blocks,
+    items,
+    stride_qn,
+    stride_qh,
+    stride_qd,
+    stride_kn,
+    stride_kh,
+    stride_kd,
+    stride_vn,
+    stride_vh,
+    stride_vd,
+    HEADS_Q: tl.constexpr,
+    HEADS_KV: tl.constexpr,
+    MAP_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PV_FP8: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Every work item of one launch: BLOCK is the map's, 128. ``scale`` is the softmax scale times log2(e).
+
+    Strides of v are of (key, head, channel), in either layout.
+    q_scale and k_scale come with e4m3 q and k, v_scale with e4m3 v; out_scale asks for e4m3 output; lse, gate and
+    k_mean are None where they are not wanted. Rows of ``columns`` list full blocks first: the first loop has no mask.
+    """
+    HALVES: tl.constexpr = BLOCK // BLOCK_M
+    STEPS: tl.constexpr = BLOCK // BLOCK_N
+    WORDS: tl.constexpr = BLOCK // 32  # int32 words that hold one query's keys of a partial block
+    SHARED: tl.constexpr = HEADS_Q // MAP_HEADS  # query heads that walk the same row of the map
+    GROUP: tl.constexpr = HEADS_Q // HEADS_KV
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
+        entry = tl.load(order + item // (HALVES * SHARED))
+        head = entry // map_rows * SHARED + item // HALVES % SHARED
+        kv_head = head // GROUP
+        block_row = entry % map_rows
+        half = item % HALVES * BLOCK_M
+        first_query = block_row * BLOCK + half
+        n_full = tl.load(counts + entry * 2)
+        n_all = tl.load(counts + entry * 2 + 1)
+        start = tl.load(starts + entry)
+
+        query = first_query + tl.arange(0, BLOCK_M)
+        channel = tl.arange(0, D)
+        live = query < queries
+        q_tile = load_rows(q, first_query, queries, head, stride_qn, stride_qh, stride_qd, D, BLOCK_M, True, False)
+        row_scale = scale
+        if q_scale is not None:
+            row_scale = scale * tl.load(q_scale + block_row)
+        if lse is not None and k_mean is not None:  # here, where q as float32 has the registers of acc
+            mean = tl.load(k_mean + kv_head * D + channel)
+            of_mean = tl.sum(q_tile.to(tl.float32) * mean[None, :], axis=1) * row_scale
+        acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+        row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+
+        ahead = tl.load(columns + start, mask=n_full > 0, other=0)
+        for step in tl.range(0, n_full * STEPS):
+            column = ahead  # read one step ahead: the loads of k and v never wait for their address
+            ahead = tl.load(columns + start + (step + 1) // STEPS, mask=step + 1 < n_full * STEPS, other=0)
+            key = column * BLOCK + step % STEPS * BLOCK_N
+            step_scale = row_scale
+            if k_scale is not None:
+                step_scale = row_scale * tl.load(k_scale + column)
+            k_tile = load_rows(k, key, keys, kv_head, stride_kn, stride_kh, stride_kd, D, BLOCK_N, False, DESCRIPTORS)
+            if PV_FP8:
+                v_tile = load_columns(v, key, kv_head, stride_vh, stride_vd, stride_vn, D, BLOCK_N, DESCRIPTORS)
+                step_v_scale = tl.load(v_scale + kv_head * key_blocks + column)
+            else:
+                v_tile = load_rows(
+                    v, key, keys, kv_head, stride_vn, stride_vh, stride_vd, D, BLOCK_N, False, DESCRIPTORS
+                )
+                step_v_scale = 1.0
+            acc, row_sum, row_max = attend(
+                q_tile, k_tile, v_tile, acc, row_sum, row_max, step_scale, step_v_scale, None, False, PV_FP8
+            )
+
+        for step in tl.range(n_full * STEPS, n_all * STEPS, num_stages=1):
+            at = start + step // STEPS
+            column = tl.load(columns + at)
+            part = step % STEPS
+            key = column * BLOCK + part * BLOCK_N
+            step_scale = row_scale
+            if k_scale is not None:
+                step_scale = row_scale * tl.load(k_scale + column)
+            mask = mask_bits + tl.load(mask_ids + at).to(tl.int64) * (BLOCK * WORDS) + part * (BLOCK_N // 32)
+            word = (half + tl.arange(0, BLOCK_M))[:, None] * WORDS + tl.arange(0, BLOCK_N // 32)[None, :]
+            bits = tl.load(mask + word)[:, :, None] >> tl.arange(0, 32)[None, None, :]
+            visible = tl.reshape(bits & 1, (BLOCK_M, BLOCK_N)) != 0
+            k_tile = load_rows(k, key, keys, kv_head, stride_kn, stride_kh, stride_kd, D, BLOCK_N, True, DESCRIPTORS)
+            if PV_FP8:
+                v_tile = load_columns(v, key, kv_head, stride_vh, stride_vd, stride_vn, D, BLOCK_N, DESCRIPTORS)
+                step_v_scale = tl.load(v_scale + kv_head * key_blocks + column)
+            else:
+                v_tile = load_rows(
+                    v, key, keys, kv_head, stride_vn, stride_vh, stride_vd, D, BLOCK_N, True, DESCRIPTORS
+                )
+                step_v_scale = 1.0
+            acc, row_sum, row_max = attend(
+                q_tile, k_tile, v_tile, acc, row_sum, row_max, step_scale, step_v_scale, visible, True, PV_FP8
+            )
+
+        row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # no key: 0 / 1, and an LSE of -inf + 0
+        factor = 1.0 / row_sum
+        if gate is not None:
+            factor *= tl.load(gate + query.to(tl.int64) * HEADS_Q + head, mask=live, other=0.0)
+        result = acc * factor[:, None]
+        token = query.to(tl.int64) * HEADS_Q + head
+        place = out + token[:, None] * D + channel[None, :]
+        if out_scale is not None:
+            quantised = scale_of(tl.max(tl.abs(result), axis=1))
+            tl.store(out_scale + token, quantised, mask=live)
+            tl.store(place, to_e4m3(result / quantised[:, None]), mask=live[:, None])
+        else:
+            tl.store(place, result.to(tl.bfloat16), mask=live[:, None])
+
+        if lse is not None:
+            log_sum = row_max + tl.log2(row_sum)
+            if PV_FP8:
+                log_sum -= P_EXPONENT
+            if k_mean is not None:
+                log_sum += of_mean
+            tl.store(lse + head.to(tl.int64) * queries + query, log_sum * LOG_2, mask=live)

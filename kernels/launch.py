@@ -1,0 +1,117 @@
+"""Launch configurations: what a kernel may be launched with, and the committed table per architecture.
+
+One function, :func:`illegal`, states what is legal; the table, the tuner and the tests all go through it. Nothing is
+tuned in the user's process.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+ROW_TILE = 128
+"""Most rows in one entry of ``row_tiles``."""
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities with a committed table: A100, RTX 30xx, RTX 40xx, H100/H200, B200, RTX 50xx."""
+FP8_SINCE = 89
+"""First compute capability with e4m3 tensor cores."""
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Bytes of shared memory one program may use (CUDA C++ programming guide, technical specifications table)."""
+DESCRIPTORS_SINCE = 90
+"""First compute capability with the tensor memory accelerator."""
+FP_FUSION = True
+"""Whether the compiler may fuse a * b + c into one rounding. Every launch says so, because Triton 3.10 flips its default:
+what is compiled must not depend on the version."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is launched.
+
+    Attributes:
+        block_m: Rows of the output tile.
+        block_n: Columns of the output tile; keys per step in attention.
+        block_k: Reduction step of a product; 0 where there is none.
+        num_warps: Warps per program.
+        num_stages: Depth of the software pipeline.
+        group_m: Row tiles that run side by side before the next column tile, for reuse in L2; 0 where there is none.
+        descriptors: Load tiles through TMA descriptors (Hopper and later).
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 0
+    descriptors: bool = False
+
+
+def shared_memory_bytes(config: LaunchConfig, element_bytes: int, extra: int = 0) -> int:
+    """What the software pipeline of a product holds: num_stages tiles of both operands, and what the caller adds.
+
+    Args:
+        config: The configuration.
+        element_bytes: Bytes per element of both operands.
+        extra: Bytes outside the pipeline, such as a query tile or an epilogue's staging.
+    """
+    per_stage = (config.block_m + config.block_n) * max(config.block_k, 1) * element_bytes
+    return config.num_stages * per_stage + extra
+
+
+def illegal(config: LaunchConfig, arch: int, *, fp8: bool, shared_bytes: int) -> str | None:
+    """Why a configuration must not be launched on an architecture; None where it may.
+
+    Args:
+        config: The configuration.
+        arch: Compute capability as in :data:`ARCHITECTURES`.
+        fp8: Whether the kernel multiplies e4m3 codes.
+        shared_bytes: Shared memory it needs, from :func:`shared_memory_bytes` or from the compiler.
+    """
+    if arch not in ARCHITECTURES:
+        return f"sm_{arch} has no committed table; there are {', '.join(f'sm_{a}' for a in ARCHITECTURES)}"
+    if fp8 and arch < FP8_SINCE:
+        return f"sm_{arch} has no e4m3 tensor cores (sm_{FP8_SINCE} and later have)"
+    if config.descriptors and arch < DESCRIPTORS_SINCE:
+        return f"sm_{arch} has no TMA descriptors (sm_{DESCRIPTORS_SINCE} and later have)"
+    for name in ("block_m", "block_n", "block_k", "num_warps"):
+        value = getattr(config, name)
+        if value & (value - 1) or (value == 0 and name != "block_k"):
+            return f"{name} must be a power of two, got {value}"
+    if config.block_m > ROW_TILE:
+        return f"block_m must be at most {ROW_TILE} (a row tile never crosses an expert), got {config.block_m}"
+    if shared_bytes > SHARED_MEMORY[arch]:
+        return f"needs {shared_bytes} bytes of shared memory, sm_{arch} has {SHARED_MEMORY[arch]}"
+    return None
+
+
+@functools.cache
+def table(stem: str) -> dict[str, dict[str, dict[str, object]]]:
+    """The committed configurations of a stem: {variant: {"90": {field: value}}}, read once."""
+    data = Path(__file__).parent / "configs" / f"{stem}.json"
+    loaded: dict[str, dict[str, dict[str, object]]] = json.loads(data.read_text())
+    return loaded
+
+
+def config_for(stem: str, variant: str, arch: int) -> LaunchConfig:
+    """The committed configuration of a kernel.
+
+    Args:
+        stem: File stem of the kernel.
+        variant: Its dtype and epilogue, as the stem's table names them.
+        arch: Compute capability; an unlisted one takes the nearest lower.
+
+    Raises:
+        LookupError: No such variant, or no architecture at or below ``arch`` has it.
+    """
+    variants = table(stem)
+    if variant not in variants:
+        raise LookupError(f"{stem} has no variant {variant!r}; there are {', '.join(sorted(variants))}")
+    candidates = [int(a) for a in variants[variant] if int(a) <= arch]
+    if not candidates:
+        raise LookupError(
+            f"{stem} {variant!r} has no configuration for sm_{arch}; there are {sorted(variants[variant])}"
+        )
+    return LaunchConfig(**variants[variant][str(max(candidates))])  # type: ignore[arg-type]

@@ -1,0 +1,49 @@
+"""Arithmetic that several kernels share: casts to e4m3 and the two activations."""
+
+import triton
+import triton.language as tl
+
+E4M3_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def to_e4m3(x):
+    """Clamp to +-448, then cast: e4m3 casts changed from NaN to saturation between releases; rely on neither."""
+    return tl.minimum(tl.maximum(x, -E4M3_MAX), E4M3_MAX).to(tl.float8e4nv)
+
+
+@triton.jit
+def scale_of(amax):
+    """Scale that maps amax to 448; 1 where that is 0: zeros, or amax below 3e-43, whose scale would underflow."""
+    scale = amax * (1.0 / 448.0)
+    return tl.where(scale > 0, scale, 1.0)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in float32."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def gelu7(x):
+    """a sigmoid(1.702 a), a = min(x, 7)."""
+    a = tl.minimum(x, 7.0)
+    return a * sigmoid(1.702 * a)
+
+
+@triton.jit
+def swiglu7(gate, up):
+    """a sigmoid(1.702 a) (b + 1), a = min(gate, 7), b = clamp(up, -7, 7)."""
+    a = tl.minimum(gate, 7.0)
+    b = tl.minimum(tl.maximum(up, -7.0), 7.0)
+    return a * sigmoid(1.702 * a) * (b + 1.0)
+
+
+@triton.jit
+def grouped_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(m, n) of a linear tile index: GROUP_M row tiles side by side per column tile, so that operands stay in L2."""
+    first = tile // (GROUP_M * tiles_n) * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    place = tile % (GROUP_M * tiles_n)
+    return first + place % rows, place // rows

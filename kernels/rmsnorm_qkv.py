@@ -1,0 +1,293 @@
+"""RMSNorm with quantisation, and the QKV product with its epilogue; docs/OPS.md states tensors, layouts and rounding.
+
+A program of the two products computes tiles of 128 rows by one head, so that QK-norm, rotation, gate and quantisation
+run on the accumulator. The grid is persistent: programs walk all tiles in steps of the grid's size. (Fusing that walk
+with the reduction, tl.range's `flatten`, does not compile around an epilogue with branches: Triton 3.7.1.)
+
+Predicted for 64,256 rows of the 15B model on an H100 (peaks 1979 fp8, 989 bf16 TFLOP/s, 3.35 TB/s), each operand and
+result moved once:
+
+| kernel | TFLOP | ms at peak, fp8 / bf16 | GB fp8 / bf16 | ms of memory, fp8 / bf16 |
+|---|---|---|---|---|
+| rmsnorm_quantize, with a branch | 0 | 0 | 3.62 / 3.95 | 1.08 / 1.18 |
+| qkv_linear | 4.80 | 2.43 / 4.85 | 0.87 / 1.70 | 0.26 / 0.51 |
+| rmsnorm_qkv | 4.80 | - / 4.85 | - / 2.36 | - / 0.70 |
+
+The epilogue reads 64 KB of cosines and sines per tile of q and k, 1.6 GB from L2 in all; they are float32 and stay so.
+"""
+
+import triton
+import triton.language as tl
+
+from happyhorse_fast.kernels.numerics import grouped_tile, scale_of, sigmoid, to_e4m3
+
+EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def rmsnorm_quantize_kernel(
+    hidden,
+    branch,
+    norm_weight,
+    row_tiles,
+    x,
+    scale,
+    hidden_stride,
+    branch_stride,
+    C: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """BLOCK_M whole rows per program, ROW_TILE / BLOCK_M programs per entry of row_tiles: one pass over hidden."""
+    part = tl.program_id(0)
+    entry = row_tiles + 3 * tl.program_id(1)
+    expert = tl.load(entry)
+    row = tl.load(entry + 1) + part * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_C)
+    live = row < tl.load(entry + 2)
+    mask = live[:, None] & (column < C)[None, :]
+    place = row.to(tl.int64)[:, None]
+    at = hidden + place * hidden_stride + column[None, :]
+    h = tl.load(at, mask=mask, other=0.0)
+    if HAS_BRANCH:
+        h += tl.load(branch + place * branch_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(at, h, mask=mask)
+    weight = tl.load(norm_weight + expert * C + column, mask=column < C, other=0.0)
+    inverse = tl.rsqrt(tl.sum(h * h, 1) / C + EPS)
+    y = h * inverse[:, None] * (weight + 1.0)[None, :]
+    out = x + place * C + column[None, :]
+    if FP8:
+        row_scale = scale_of(tl.max(tl.abs(y), 1))
+        tl.store(out, to_e4m3(y / row_scale[:, None]), mask=mask)
+        tl.store(scale + row, row_scale, mask=live)
+    else:
+        tl.store(out, y.to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def load_rows(source, first, last, stride, k, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_R, BLOCK_K] from row ``first`` and column ``k``; rows past ``last`` repeat it, columns past C are 0.
+
+    Only the tile's first row is multiplied in int64: 128 rows of at most 2^24 elements fit int32.
+    """
+    row = tl.minimum(tl.arange(0, BLOCK_R), last - first)
+    column = k + tl.arange(0, BLOCK_K)
+    at = source + first.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    if C % BLOCK_K == 0:
+        return tl.load(at)
+    return tl.load(at, mask=(column < C)[None, :], other=0.0)
+
+
+@triton.jit
+def rotate(x, phase, live, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rotate adjacent channels; ``phase`` points at the tile's first row of cos_sin.
+
+    Split and join move no data: in the tensor core's layout one thread holds both channels of a pair. The compiler then
+    takes both halves through shared memory to the layout in which the phases are loaded.
+    """
+    at = phase + tl.arange(0, BLOCK_M)[:, None] * D + tl.arange(0, D // 2)[None, :]
+    cos = tl.load(at, mask=live, other=0.0)
+    sin = tl.load(at + D // 2, mask=live, other=0.0)
+    a, b = tl.split(tl.reshape(x, (BLOCK_M, D // 2, 2)))
+    return tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (BLOCK_M, D))
+
+
+@triton.jit
+def store_rows(out, value, start, head, live, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Store a tile into [N, HEADS, D]."""
+    tile = out + (start * HEADS + head) * D
+    offset = tl.arange(0, BLOCK_M)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
+    tl.store(tile + offset, value, mask=live)
+
+
+@triton.jit
+def store_v_codes(v, v_scale, product, first, end, head, slots, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Quantise a tile by its own maximum and store it transposed, rows past its end as zeros."""
+    row = tl.arange(0, BLOCK_M)
+    held = tl.where((row < end - first)[:, None], product, 0.0)
+    # Over both axes at once: row by row and then over rows, Triton 3.7.1 fails to compile for sm_100.
+    scale = scale_of(tl.max(tl.abs(held)))
+    codes = to_e4m3(held * (1.0 / scale))
+    tile = v + (head * D).to(tl.int64) * slots + first
+    tl.store(tile + tl.arange(0, D)[None, :] * slots + row[:, None], codes)
+    tl.store(v_scale + head * (slots // BLOCK_M) + first // BLOCK_M, scale)
+
+
+@triton.jit
+def store_head(
+    product,
+    head,
+    expert,
+    first,
+    end,
+    qk_norm,
+    cos_sin,
+    qk_scale,
+    k_mean,
+    q,
+    k,
+    v,
+    v_scale,
+    gate,
+    slots,
+    D: tl.constexpr,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    FP8_QK: tl.constexpr,
+    FP8_V: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The epilogue: what one tile of the product becomes, by the kind of its head (q, k, v or gates)."""
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, D)
+    live = (row < end - first)[:, None]
+    start = first.to(tl.int64)
+    if head < HQ + HKV:
+        which = expert * 2 + (head >= HQ).to(tl.int32)
+        norm = tl.load(qk_norm + which * D + column) + 1.0
+        inverse = tl.rsqrt(tl.sum(product * product, 1) / D + EPS)
+        y = rotate(product * inverse[:, None] * norm[None, :], cos_sin + start * D, live, D, BLOCK_M)
+        if HAS_MEAN:
+            if head >= HQ:
+                y -= tl.load(k_mean + (head - HQ) * D + column)[None, :]
+        if FP8_QK:
+            # The reciprocal of a scalar, once: on paper a division per element is 1024 of the tile's 20480 cycles.
+            value = to_e4m3(y * (1.0 / tl.load(qk_scale + which)))
+        else:
+            value = y.to(tl.bfloat16)
+        if head < HQ:
+            store_rows(q, value, start, head, live, HQ, D, BLOCK_M)
+        else:
+            store_rows(k, value, start, head - HQ, live, HKV, D, BLOCK_M)
+    elif head < HQ + 2 * HKV:
+        if FP8_V:
+            store_v_codes(v, v_scale, product, first, end, head - (HQ + HKV), slots, D, BLOCK_M)
+        else:
+            store_rows(v, product.to(tl.bfloat16), start, head - (HQ + HKV), live, HKV, D, BLOCK_M)
+    else:
+        head_q = (head - (HQ + 2 * HKV)) * D + column
+        mask = live & (head_q < HQ)[None, :]
+        tl.store(gate + start * HQ + (row[:, None] * HQ + head_q[None, :]), sigmoid(product), mask=mask)
+
+
+@triton.jit
+def qkv_linear_kernel(
+    x,
+    x_scale,
+    weight,
+    weight_scale,
+    qk_norm,
+    cos_sin,
+    row_tiles,
+    qk_scale,
+    k_mean,
+    q,
+    k,
+    v,
+    v_scale,
+    gate,
+    tiles,
+    x_stride,
+    slots,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    FP8: tl.constexpr,
+    FP8_QK: tl.constexpr,
+    FP8_V: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """x . weight per head, and its epilogue; x and weight are pointers, or TMA descriptors with DESCRIPTORS.
+
+    e4m3 products accumulate as the tensor core does by default, over all of C: only hardware shows what that costs in
+    accuracy. Promoting to float32 every 128 took 163 registers instead of 102 in a smaller kernel (this one has 255 of
+    255 without it), and max_num_imprecise_acc=0 silently leaves the fp8 tensor cores.
+    """
+    HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
+    for tile in tl.range(tl.program_id(0), tiles * HEADS, tl.num_programs(0)):
+        m, head = grouped_tile(tile, tiles, HEADS, GROUP_M)
+        expert = tl.load(row_tiles + 3 * m)
+        first = tl.load(row_tiles + 3 * m + 1)
+        end = tl.load(row_tiles + 3 * m + 2)
+        feature = (expert * HEADS + head) * D
+        product = tl.zeros((BLOCK_M, D), tl.float32)
+        for at in tl.range(0, C, BLOCK_K):
+            if DESCRIPTORS:
+                a = x.load([first, at])
+                b = weight.load([feature, at])
+            else:
+                a = load_rows(x, first, end - 1, x_stride, at, C, BLOCK_M, BLOCK_K)
+                b = load_rows(weight, feature, feature + D - 1, C, at, C, D, BLOCK_K)
+            product = tl.dot(a, b.T, product)
+        if FP8:
+            row = tl.arange(0, BLOCK_M)
+            scales = tl.load(x_scale + first + row, mask=row < end - first, other=0.0)
+            product *= scales[:, None]
+            product *= tl.load(weight_scale + feature + tl.arange(0, D))[None, :]
+        else:
+            product = product.to(tl.bfloat16).to(tl.float32)
+        store_head(
+            product, head, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, q, k, v, v_scale, gate, slots,
+            D, HQ, HKV, FP8_QK, FP8_V, HAS_MEAN, BLOCK_M,
+        )  # fmt: skip
+
+
+@triton.jit
+def rmsnorm_qkv_kernel(
+    hidden,
+    norm_weight,
+    weight,
+    qk_norm,
+    cos_sin,
+    row_tiles,
+    q,
+    k,
+    v,
+    gate,
+    tiles,
+    hidden_stride,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Norm and product in one: the row's rsqrt(mean square) is applied to the accumulator."""
+    HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
+    for tile in tl.range(tl.program_id(0), tiles * HEADS, tl.num_programs(0)):
+        m, head = grouped_tile(tile, tiles, HEADS, GROUP_M)
+        expert = tl.load(row_tiles + 3 * m)
+        first = tl.load(row_tiles + 3 * m + 1)
+        end = tl.load(row_tiles + 3 * m + 2)
+        feature = (expert * HEADS + head) * D
+        product = tl.zeros((BLOCK_M, D), tl.float32)
+        # Squares are summed across threads once, after the loop: within it that would be four shuffles a step.
+        squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        for at in tl.range(0, C, BLOCK_K):
+            column = at + tl.arange(0, BLOCK_K)
+            norm = tl.load(norm_weight + expert * C + column, mask=column < C, other=0.0) + 1.0
+            if DESCRIPTORS:
+                h = hidden.load([first, at])
+                b = weight.load([feature, at])
+            else:
+                h = load_rows(hidden, first, end - 1, hidden_stride, at, C, BLOCK_M, BLOCK_K)
+                b = load_rows(weight, feature, feature + D - 1, C, at, C, D, BLOCK_K)
+            squares += h * h
+            product = tl.dot((h * norm[None, :]).to(tl.bfloat16), b.T, product)
+        inverse = tl.rsqrt(tl.sum(squares, 1) / C + EPS)
+        product = (product * inverse[:, None]).to(tl.bfloat16).to(tl.float32)
+        store_head(
+            product, head, expert, first, end, qk_norm, cos_sin, qk_norm, qk_norm, q, k, v, gate, gate, 0,
+            D, HQ, HKV, False, False, False, BLOCK_M,
+        )  # fmt: skip

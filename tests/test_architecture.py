@@ -1,0 +1,148 @@
+"""The dependency arrow of docs/DESIGN.md, held against the imports that the sources really have."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "happyhorse_fast"
+MAX_LINES = 400
+
+# First name below the package -> layer. A module imports from its own layer and lower ones.
+LAYERS = {
+    "_version": 0,
+    "block_map": 0,
+    "budgets": 0,
+    "config": 0,
+    "costs": 0,
+    "errors": 0,
+    "tokens": 0,
+    "reference": 1,
+    "kernels": 2,
+    "ops": 3,
+    "model": 4,
+    "golden": 5,
+    "pony": 5,
+    "sampler": 5,
+    "": 6,  # happyhorse_fast/__init__.py: offers what users import, so only the command line may build on it
+    "__main__": 7,
+    "cli": 7,
+}
+# The device code is compiled and called from ops/, the one place that sees both a kernel and its reference.
+MAY_IMPORT_KERNELS = {"kernels", "ops"}
+
+
+def sources(root: Path) -> Iterator[tuple[str, Path]]:
+    """(dotted module name, file) of everything that imports as part of the package."""
+    for folder, prefix in ((root / PACKAGE, PACKAGE), (root / "kernels", f"{PACKAGE}.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join([prefix, *parts]), path
+
+
+def imports(tree: ast.Module, module: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, wherever in the file: lazy and type-only ones are dependencies as well."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__")
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield node.lineno, str(node.args[0].value)
+
+
+def part_of(dotted: str, root: Path) -> str | None:
+    """The first name below the package, "" for the package itself, None for another distribution."""
+    first, _, rest = dotted.partition(".")
+    if first != PACKAGE:
+        return None
+    name = rest.partition(".")[0]
+    is_module = any((root / PACKAGE / f"{name}{end}").exists() for end in ("", ".py"))
+    return name if name in LAYERS or is_module else ""
+
+
+def violations(root: Path) -> list[str]:
+    found = []
+    for module, path in sources(root):
+        text = path.read_text()
+        if (lines := text.count("\n")) > MAX_LINES:
+            found.append(f"{module}: {lines} lines, at most {MAX_LINES} allowed")
+        here = module.split(".")[1].replace("__init__", "")
+        if here not in LAYERS:
+            found.append(f"{module}: {here!r} has no layer; add it to LAYERS here and to docs/DESIGN.md")
+            continue
+        for line, dotted in imports(ast.parse(text), module):
+            there = part_of(dotted, root)
+            if dotted.partition(".")[0] == "kernels":
+                found.append(f"{module}:{line}: imports {dotted}; device code imports as {PACKAGE}.kernels")
+            if there is None:
+                continue
+            if there not in LAYERS:
+                found.append(f"{module}:{line}: imports {dotted}, and {there!r} has no layer")
+            elif LAYERS[there] > LAYERS[here]:
+                found.append(f"{module}:{line}: imports {dotted} against the arrow")
+            elif there == "kernels" and here not in MAY_IMPORT_KERNELS:
+                found.append(f"{module}:{line}: imports {dotted}; only ops/ may")
+            elif here == "kernels" and there != "kernels" and LAYERS[there] > 0:
+                found.append(f"{module}:{line}: imports {dotted}; kernels may not see {there}")
+    return found
+
+
+def test_no_import_points_against_the_arrow():
+    assert len(list(sources(ROOT))) > 5, "the sources were not found, so nothing was checked"
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("happyhorse_fast/config.py", "import happyhorse_fast.reference.model", "against the arrow"),
+        ("happyhorse_fast/reference/mlp.py", "from happyhorse_fast import ops", "against the arrow"),
+        ("happyhorse_fast/reference/mlp.py", "from ..sampler import sample", "against the arrow"),
+        ("happyhorse_fast/model/fast.py", "def f():\n    from happyhorse_fast.cli import main", "against the arrow"),
+        ("happyhorse_fast/model/fast.py", "from happyhorse_fast import ModelConfig", "against the arrow"),
+        ("happyhorse_fast/model/fast.py", "import importlib\nimportlib.import_module('happyhorse_fast.cli')", "arrow"),
+        ("happyhorse_fast/model/fast.py", "import happyhorse_fast.kernels.mlp", "only ops/ may"),
+        ("kernels/mlp.py", "from happyhorse_fast.reference import mlp", "kernels may not see reference"),
+        ("kernels/deep/mlp.py", "from happyhorse_fast.reference import mlp", "kernels may not see reference"),
+        ("happyhorse_fast/ops/mlp.py", "import kernels.mlp", "device code imports as"),
+        ("happyhorse_fast/novel.py", "", "has no layer"),
+        ("happyhorse_fast/config.py", "x = 1\n" * (MAX_LINES + 1), "lines, at most"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path, path, text, message):
+    plant(tmp_path, path, text)
+    found = violations(tmp_path)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("happyhorse_fast/__init__.py", "from happyhorse_fast.sampler import sample"),
+        ("happyhorse_fast/cli/main.py", "import happyhorse_fast as hh\nfrom happyhorse_fast import ModelConfig"),
+        ("happyhorse_fast/ops/mlp.py", "from happyhorse_fast import kernels, reference"),
+        ("happyhorse_fast/reference/__init__.py", "from . import mlp"),
+        ("kernels/mlp.py", "from happyhorse_fast.kernels import tiles\nfrom happyhorse_fast.config import PATCH"),
+    ],
+)
+def test_what_the_arrow_allows_is_not_reported(tmp_path, path, text):
+    plant(tmp_path, path, text)
+    assert violations(tmp_path) == []
+
+
+def plant(root: Path, path: str, text: str) -> None:
+    file = root / path
+    file.parent.mkdir(parents=True)
+    file.write_text(text)

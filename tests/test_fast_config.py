@@ -1,0 +1,48 @@
+"""What an acceleration may be asked for, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
+
+
+def test_precision_per_op_and_layer() -> None:
+    fast = FastConfig(precision="fp8", attention="fp8_qk", skip=["down:0-3,36-39", "qkv", "*:5"])
+    assert fast.precision_of("down", 2) == "bf16" == fast.precision_of("down", 39)
+    assert fast.precision_of("down", 4) == "fp8"
+    assert {fast.precision_of("qkv", i) for i in range(40)} == {"bf16"}
+    assert fast.precision_of("attention", 4) == "fp8_qk"
+    assert {fast.precision_of(op, 5) for op in ("qkv", "attention", "proj", "up", "down")} == {"bf16"}
+    assert FastConfig(attention="fp8").precision_of("attention", 0) == "bf16"
+
+
+def test_where_sparsity_applies() -> None:
+    fast = FastConfig(sparsity=TopK(0.25), exact_first_layers=2, exact_last_layers=1, exact_first_steps=1)
+    assert [layer for layer in range(6) if fast.is_sparse(layer, 6, None, None)] == [2, 3, 4]
+    assert [step for step in range(8) if fast.is_sparse(3, 6, step, 8)] == [1, 2, 3, 4, 5, 6, 7]
+    assert not FastConfig().is_sparse(3, 6, None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"precision": "int8"}, ValueError, "precision must be one of bf16, fp8; got 'int8'"),
+        ({"backend": "cpu"}, ValueError, "backend must be one of"),
+        ({"skip": "down"}, TypeError, "skip must be a list"),
+        ({"skip": ["downs"]}, ValueError, "got 'downs'"),
+        ({"skip": ["down:a"]}, ValueError, "got 'down:a'"),
+        ({"sparsity": 0.25}, TypeError, "sparsity must be None, TopK, TopP or Tiles; got 0.25"),
+        ({"mlp_rows": 100}, ValueError, "multiple of 128, got 100"),
+        ({"exact_first_steps": -1}, ValueError, "exact_first_steps must be an integer of at least 0, got -1"),
+    ],
+)
+def test_refused(fields: dict[str, object], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        FastConfig(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [lambda: TopK(0), lambda: TopK(1.5), lambda: TopP(0), lambda: Tiles(1, -1, 1)])
+def test_refused_policies(make: object) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        make()  # type: ignore[operator]

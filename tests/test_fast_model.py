@@ -1,0 +1,212 @@
+"""Accelerated models: against recorded outputs, restored bit for bit, in the public implementation's place."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from interpreter import make_exact
+
+from happyhorse_fast import golden
+from happyhorse_fast.budgets import measure
+from happyhorse_fast.model.accelerate import accelerate, at_step, explain, is_accelerated, restore
+from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.ops.dispatch import BackendError
+from happyhorse_fast.reference.model import HappyHorse
+
+make_exact()
+CASES = ["dense_v2_fp32", "local_d128_fp32", "local_v1_fp32", "postnorm_v2_fp32"]
+# Measured on the golden cases with the reference backend: 8.5e-2 at most (random weights, hidden size 160 or 256).
+FP8_MODEL_BUDGET = 0.12
+
+
+def relative_l2(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return measure(value, expected.double()).relative_l2
+
+
+def run(model: torch.nn.Module, case: golden.GoldenCase) -> tuple[torch.Tensor, torch.Tensor]:
+    t = case.tensors
+    with torch.no_grad():
+        video, audio = model(t["in.video"], t["in.audio"], t["in.text"])
+    return video, audio
+
+
+# The interpreter takes 40 s for six small layers: all but the smallest case are slow proofs.
+INTERPRETED = [
+    pytest.param(name, "triton", marks=[] if name == "postnorm_v2_fp32" else pytest.mark.slow) for name in CASES
+]
+
+
+@pytest.mark.parametrize(("name", "backend"), [*((name, "reference") for name in CASES), *INTERPRETED])
+def test_bf16_within_twice_eagers_own_error(name: str, backend: str) -> None:
+    case = golden.load_case(name)
+    expected = case.tensors["out.video"], case.tensors["out.audio"]
+    model = case.model(torch.bfloat16)
+    eager = [relative_l2(v, e) for v, e in zip(run(model, case), expected, strict=True)]
+    accelerate(model, FastConfig(backend=backend))
+    fast = [relative_l2(v, e) for v, e in zip(run(model, case), expected, strict=True)]
+    for mode, ours, theirs in zip(("video", "audio"), fast, eager, strict=True):
+        assert ours <= 2 * theirs, f"{mode}: measured {ours:.2e}, eager bf16 {theirs:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "attention"),
+    [
+        ("local_v1_fp32", "reference", "fp8"),
+        ("postnorm_v2_fp32", "reference", "bf16"),
+        pytest.param("local_d128_fp32", "triton", "fp8", marks=pytest.mark.slow),
+        pytest.param("dense_v2_fp32", "triton", "fp8_qk", marks=pytest.mark.slow),
+    ],
+)
+def test_fp8_error_is_as_stated(name: str, backend: str, attention: Any) -> None:
+    case = golden.load_case(name)
+    model = accelerate(case.model(torch.bfloat16), FastConfig(precision="fp8", attention=attention, backend=backend))
+    for mode, value in zip(("video", "audio"), run(model, case), strict=True):
+        error = relative_l2(value, case.tensors[f"out.{mode}"])
+        assert error <= FP8_MODEL_BUDGET, f"{mode}: measured {error:.2e}"
+        assert error > 1e-2, "an fp8 model this close to float32 does not compute in fp8"
+
+
+def test_mlp_in_chunks_gives_the_same_bits() -> None:
+    case = golden.load_case("dense_v2_fp32")
+    whole = run(accelerate(case.model(torch.bfloat16), FastConfig(backend="reference")), case)
+    parts = run(accelerate(case.model(torch.bfloat16), FastConfig(backend="reference", mlp_rows=128)), case)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_restore_gives_back_every_bit() -> None:
+    case = golden.load_case("local_v1_fp32")
+    model = case.model(torch.bfloat16)
+    before, weights = run(model, case), {k: v.clone() for k, v in model.state_dict().items()}
+    accelerate(model, FastConfig(precision="fp8", backend="reference"))
+    assert is_accelerated(model)
+    assert isinstance(model, HappyHorse)
+    assert not any(k.endswith("linear_qkv.weight") for k in model.state_dict())
+    restore(model)
+    assert not is_accelerated(model)
+    assert type(model) is HappyHorse
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(run(model, case), before, strict=True))
+
+
+def test_misuse_is_named() -> None:
+    model = golden.load_case("postnorm_v2_fp32").model(torch.bfloat16)
+    with pytest.raises(ValueError, match="not accelerated"):
+        restore(model)
+    with pytest.raises(ValueError, match="not accelerated"):
+        explain(model)
+    with pytest.raises(TypeError, match="fast must be a FastConfig, got dict"):
+        accelerate(model, {})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must be a HappyHorse"):
+        accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(BackendError, match="backend 'cuda'"):
+        accelerate(model, FastConfig(backend="cuda"))
+    accelerate(model, FastConfig(backend="reference", originals="drop"))
+    with pytest.raises(ValueError, match="accelerated already"):
+        accelerate(model)
+    with pytest.raises(ValueError, match="were dropped"):
+        restore(model)
+
+
+def test_auto_on_a_cpu_says_once_why() -> None:
+    model = golden.load_case("postnorm_v2_fp32").model(torch.bfloat16)
+    lines: list[str] = []
+    accelerate(model, FastConfig(), report=lines.append)
+    assert len(lines) == 1
+    assert lines[0].startswith("every op runs in plain torch (backend reference): ")
+    assert {e.backend for e in explain(model)} == {"reference"}
+    restore(model)
+    with pytest.raises(BackendError, match="strict"):
+        accelerate(model, FastConfig(strict=True))
+    assert not is_accelerated(model)
+
+
+def test_explain_names_what_runs() -> None:
+    case = golden.load_case("local_v1_fp32")
+    fast = FastConfig(
+        precision="fp8", skip=["attention:2"], sparsity=TopK(0.5), exact_first_layers=3, backend="reference"
+    )
+    lines = {(e.layer, e.op): e for e in explain(accelerate(case.model(torch.bfloat16), fast))}
+    assert lines[0, "block_sparse_attention"].mask == "window"
+    assert lines[1, "block_sparse_attention"].mask == "dense"
+    assert lines[4, "block_sparse_attention"].mask == "TopK(keep=0.5)"
+    assert lines[2, "block_sparse_attention"].precision == "bf16"
+    assert lines[1, "block_sparse_attention"].precision == "fp8"
+    assert (0, "fp8_linear") not in lines
+
+
+@pytest.mark.parametrize("sparsity", [TopK(1.0), TopP(1.0), Tiles(99, 99, 99)])
+def test_a_policy_that_keeps_everything_is_exact(sparsity: Any) -> None:
+    case = golden.load_case("local_v1_fp32")
+    exact = run(accelerate(case.model(torch.bfloat16), FastConfig(backend="reference")), case)
+    kept = run(accelerate(case.model(torch.bfloat16), FastConfig(backend="reference", sparsity=sparsity)), case)
+    for a, b in zip(exact, kept, strict=True):
+        assert relative_l2(b, a) < 4e-3
+
+
+class PublicLayout(torch.nn.Module):
+    """The public implementation's attributes around our eager layers, without its forward pass."""
+
+    def __init__(self, model: HappyHorse) -> None:
+        super().__init__()
+        for name in ("adapter", "block", "final_norm_video", "final_norm_audio"):
+            setattr(self, name, getattr(model, name))
+        self.final_linear_video, self.final_linear_audio = model.final_linear_video, model.final_linear_audio
+        self.config = SimpleNamespace(hidden_size=model.config.hidden_size)
+        for i, layer in enumerate(self.block.layers):
+            layer.attention.config = SimpleNamespace(use_local_attn=i in model.config.local_attn_layers)
+
+
+@pytest.mark.parametrize("name", ["local_v1_fp32", "local_d128_fp32"])
+def test_drop_in_for_the_public_implementation(name: str) -> None:
+    case = golden.load_case(name)
+    t, config = case.tensors, case.config
+    model = accelerate(PublicLayout(case.model(torch.bfloat16)), FastConfig(backend="reference"))
+    handler = SimpleNamespace(q_ranges=t["local.q_ranges"], k_ranges=t["local.k_ranges"])
+    with torch.no_grad():
+        out = model(t["tokens"], t["coords"], t["modality"], None, handler)
+    assert out.shape == (len(t["tokens"]), config.video_in_channels)
+    ours = accelerate(case.model(torch.bfloat16), FastConfig(backend="reference"))
+    video, audio = run(ours, case)
+    frames, rows, columns = (int(x) for x in t["coords"][0, 3:6])
+    tokens = out[t["modality"] == 0].reshape(frames, rows, columns, 2, 2, -1).permute(5, 0, 1, 3, 2, 4)
+    assert relative_l2(tokens.reshape(video.shape), video) < 1e-6
+    assert relative_l2(out[t["modality"] == 1, : config.audio_in_channels], audio[0]) < 1e-6
+    assert not out[t["modality"] == 2].any()
+    with pytest.raises(ValueError, match="local_attn_handler must not be None"):
+        model(t["tokens"], t["coords"], t["modality"], None, None)
+    other = t["coords"].clone()
+    other[:, 6] += 1  # another reference grid: a remembered rotation would be stale
+    with torch.no_grad():
+        assert not torch.equal(model(t["tokens"], other, t["modality"], None, handler), out)
+
+
+def several_blocks(fast: FastConfig) -> Any:
+    """A model of two layers on four frames of 128 tokens: maps that can leave something out."""
+    config = golden.load_case("postnorm_v2_fp32").config.replace(
+        num_layers=2, mm_layers=(0,), gelu7_layers=(0,), post_norm_layers=(), local_attn_layers=()
+    )
+    model = HappyHorse(config)
+    model.load_state_dict(golden.recipe_weights(config, 3))
+    inputs = [
+        golden.draw(3, name, shape)
+        for name, shape in (("v", (1, 48, 4, 16, 32)), ("a", (1, 13, 64)), ("t", (1, 6, config.text_in_channels)))
+    ]
+    return accelerate(model, fast), inputs
+
+
+@pytest.mark.parametrize("sparsity", [TopK(0.25), TopP(0.3), Tiles(0, 9, 9)])
+def test_a_policy_applies_where_and_when_it_may(sparsity: Any) -> None:
+    exact, inputs = several_blocks(FastConfig(backend="reference"))
+    fast = FastConfig(backend="reference", sparsity=sparsity, exact_first_steps=1, exact_last_steps=1)
+    sparse, _ = several_blocks(fast)
+    with torch.no_grad():
+        expected = exact(*inputs)[0]
+        errors = []
+        for step in (0, 1, 7):
+            with at_step(sparse, step, 8):
+                errors.append(relative_l2(sparse(*inputs)[0], expected))
+    assert errors[0] == errors[2] == 0
+    assert 1e-3 < errors[1] < 1
