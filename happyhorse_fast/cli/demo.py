@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,7 +69,8 @@ def demo(
         raise FileExistsError(f"out must be a folder, {out} is a file")
     start = time.perf_counter()
     config = ModelConfig.preset("tiny")
-    runs = run_forms(config, CLIP, FORMS, text=TEXT, seed=seed, steps=steps)
+    with _one_thread():
+        runs = run_forms(config, CLIP, FORMS, text=TEXT, seed=seed, steps=steps)
     seconds = time.perf_counter() - start
     out.mkdir(parents=True, exist_ok=True)
     latents = {
@@ -87,6 +90,19 @@ def demo(
         "forms": [_as_data(run) for run in runs],
     }
     emit(data, as_json, lambda console: _render(console, data))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for a while: on tensors this small several wait for each other, ten times as long on a busy CPU."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run_forms(
