@@ -11,8 +11,9 @@ from interpreter import make_exact
 
 from happyhorse_fast import golden
 from happyhorse_fast.budgets import measure
-from happyhorse_fast.model.accelerate import accelerate, at_step, explain, is_accelerated, restore
+from happyhorse_fast.model.accelerate import accelerate, explain, restore
 from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.model.fast_state import at_step, is_accelerated
 from happyhorse_fast.ops.dispatch import BackendError
 from happyhorse_fast.reference.model import HappyHorse
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ import torch
 from torch import nn
 
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.model.clip_state import ClipState, Step
+from happyhorse_fast.model import fast_model
 from happyhorse_fast.model.fast_config import FastConfig, Tiles
 from happyhorse_fast.model.fast_layer import FastLayer, LayerPlan, pack_layer, packed_shapes
+from happyhorse_fast.model.fast_state import FastState, is_accelerated
 from happyhorse_fast.model.inspect_checkpoint import sizes_of
 from happyhorse_fast.model.safetensors_header import TensorEntry
 from happyhorse_fast.ops.dispatch import Choice, choose
@@ -24,47 +24,6 @@ from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
 LayerTensors = Mapping[str, torch.Tensor]
-
-
-@dataclass
-class FastState:
-    """What an accelerated model carries beside its packed layers.
-
-    Attributes:
-        config: The model's configuration.
-        fast: How it is accelerated.
-        choices: Implementation and reason per op.
-        originals: The layers that were replaced, on the CPU; empty where they were dropped.
-        eager_class: The model's class before.
-        step: Where in a sampler's run the model is.
-        clips: State of the clips seen last, by their key.
-        ensure_clip: Makes sure that ``clips`` has a clip, by its five sizes; set by :func:`install`.
-    """
-
-    config: ModelConfig
-    fast: FastConfig
-    choices: dict[str, Choice]
-    originals: list[nn.Module]
-    eager_class: type[nn.Module]
-    step: Step = field(default_factory=Step)
-    clips: dict[Any, ClipState] = field(default_factory=dict)
-    ensure_clip: Callable[..., bool] = field(init=False)
-
-    # Two clips, so that guidance, whose prompt and null prompt differ in length, computes neither twice.
-    MOST_CLIPS = 2
-
-    def clip_state(self, key: Any, build: Callable[[], ClipState]) -> ClipState:
-        """The state of a clip, built at its first use."""
-        if key not in self.clips:
-            while len(self.clips) >= self.MOST_CLIPS:
-                self.clips.pop(next(iter(self.clips)))
-            self.clips[key] = build()
-        return self.clips[key]
-
-
-def is_accelerated(model: nn.Module) -> bool:
-    """Whether :func:`accelerate` was applied."""
-    return isinstance(getattr(model, "fast", None), FastState)
 
 
 def accelerate(
@@ -181,13 +140,12 @@ def make_fast_layer(
 
 def install(model: nn.Module, state: FastState) -> None:
     """Make the model run its packed layers."""
-    from happyhorse_fast.model import fast_model
-
     forward = fast_model.AcceleratedHappyHorse if isinstance(model, HappyHorse) else fast_model.AcceleratedPublic
-    bands = model.adapter.rope.bands  # type: ignore[union-attr]
-    bands = frequency_bands(state.config.head_dim) if bands.is_meta else bands.detach().cpu()  # type: ignore[union-attr]
-    device = next(model.block.parameters(), next(model.block.buffers())).device  # type: ignore[union-attr]
-    state.ensure_clip = fast_model.clip_builder(state, device, bands)
+    published: Any = model
+    bands: torch.Tensor = published.adapter.rope.bands
+    kept = frequency_bands(state.config.head_dim) if bands.is_meta else bands.detach().cpu()
+    # Asked when a clip is new: a model that is still to be loaded is on "meta" now.
+    state.ensure_clip = fast_model.clip_builder(state, lambda: published.final_norm_video.weight.device, kept)
     model.fast = state  # type: ignore[assignment]
     model.__class__ = type(f"Accelerated{type(model).__name__}", (forward, type(model)), {})
 
@@ -214,26 +172,6 @@ def restore(model: nn.Module) -> nn.Module:
     model.__class__ = state.eager_class
     del model.fast
     return model
-
-
-@contextmanager
-def at_step(model: object, index: int, count: int) -> Iterator[None]:
-    """Tell an accelerated model its place in a sampler's run while it is inside; other models are left alone.
-
-    Args:
-        model: Any denoiser.
-        index: 0-based step.
-        count: Steps of the run.
-    """
-    state = getattr(model, "fast", None)
-    if not isinstance(state, FastState):
-        yield
-        return
-    state.step.index, state.step.count = index, count
-    try:
-        yield
-    finally:
-        state.step.index = state.step.count = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,14 +13,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from happyhorse_fast.errors import require_tensor
 from happyhorse_fast.model.clip_state import ClipState
+from happyhorse_fast.model.fast_state import FastState
 from happyhorse_fast.model.padded_rows import PaddedRows, Spans, worth_aligning
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.model import ROW_CHUNK, LayerHook
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 from happyhorse_fast.reference.sequence import Ranges
-
-if TYPE_CHECKING:
-    from happyhorse_fast.model.accelerate import FastState
 
 MODALITY_EMBEDDERS = ("video_embedder", "audio_embedder", "text_embedder")
 
@@ -76,7 +74,7 @@ class AcceleratedHappyHorse:
         return sequence.unpatchify(video_out, clip), audio_out.unsqueeze(0)
 
 
-def clip_builder(state: FastState, device: torch.device, bands: torch.Tensor) -> Callable[..., bool]:
+def clip_builder(state: FastState, device: Callable[[], torch.device], bands: torch.Tensor) -> Callable[..., bool]:
     """What makes sure that a clip's state is there, by its five sizes.
 
     While torch compiles or exports, this runs for real and once: the state is made of real tensors, outside of every
@@ -87,10 +85,10 @@ def clip_builder(state: FastState, device: torch.device, bands: torch.Tensor) ->
     def ensure_clip(*sizes: int) -> bool:
         clip = sequence.Clip(*sizes)
         with _disable_current_modes():
-            state.clip_state(clip, lambda: build_clip_state(state, clip, bands.to(device)))
+            state.clip_state(clip, lambda: build_clip_state(state, clip, bands.to(device())))
         return True
 
-    return ensure_clip  # type: ignore[no-any-return]
+    return ensure_clip
 
 
 def build_clip_state(state: FastState, clip: sequence.Clip, bands: torch.Tensor) -> ClipState:

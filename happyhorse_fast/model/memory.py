@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import layer_kind
-from happyhorse_fast.model.accelerate import is_accelerated
 from happyhorse_fast.model.clip_state import ClipState
 from happyhorse_fast.model.fast_model import build_clip_state
+from happyhorse_fast.model.fast_state import is_accelerated
 from happyhorse_fast.reference.rotary import frequency_bands
 from happyhorse_fast.reference.sequence import Clip
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens

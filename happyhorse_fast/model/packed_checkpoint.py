@@ -14,8 +14,9 @@ from torch import nn
 from happyhorse_fast._version import __version__
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.errors import CheckpointError
-from happyhorse_fast.model.accelerate import FastState, choose_ops, empty_accelerated, is_accelerated
+from happyhorse_fast.model.accelerate import choose_ops, empty_accelerated
 from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.model.fast_state import FastState, is_accelerated
 from happyhorse_fast.model.inspect_checkpoint import BANDS_KEY, STORED_DTYPES
 from happyhorse_fast.model.safetensors_header import PACKED_FILE, TensorEntry, listed, read_headers
 from happyhorse_fast.reference.model import HappyHorse

@@ -10,7 +10,7 @@ import torch
 
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.errors import require_finite, require_tensor
-from happyhorse_fast.model.accelerate import at_step
+from happyhorse_fast.model.fast_state import at_step
 from happyhorse_fast.sampler.progress import Callback, StepInfo, peak_memory, step_display
 
 Advance = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

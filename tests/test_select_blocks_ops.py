@@ -1,0 +1,235 @@
+"""The choice of blocks as an op: launches, tracing, shapes, errors, and its kernels compiled without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton.runtime.interpreter as interp
+from select_cases import ALIGNED, FP8, SCORES, inputs, selector
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
+from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, FP_FUSION, LaunchConfig, illegal, table
+from happyhorse_fast.model.launches import LaunchCounter
+from happyhorse_fast.ops.select_blocks import LAUNCHES, MOST_BLOCKS, _reference, select_blocks
+from happyhorse_fast.ops.triton import select_blocks as launcher
+
+# The op ---------------------------------------------------------------------------------------------------------------
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what waits for the device, or would: the value or the place of an element on the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(n in str(func) for n in ("_local_scalar_dense", "nonzero", "masked_select", "unique")), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", [launcher.select_blocks, _reference])
+def test_no_wait_for_the_device(op):
+    given, tensors = inputs(), selector().tensors()
+    for amount in ((2, 0), (0, 2**19)):
+        with NoSync():
+            op._init_fn(*given.values(), *tensors, None, None, *amount, False)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
+        given["q"].sum().item()
+
+
+@pytest.mark.parametrize("amount", [(2, 0), (0, 2**19)])
+def test_the_op_launches_what_it_declares(amount, monkeypatch):
+    launched = []
+    # In place of running them, which copies every argument.
+    monkeypatch.setattr(interp.GridExecutor, "__call__", lambda self, *_, **__: launched.append(self.fn.__name__))
+    given, tensors = inputs(), selector().tensors()
+    with LaunchCounter() as counter:
+        launcher.select_blocks._init_fn(*given.values(), *tensors, None, None, *amount, False)
+    assert counter.names == []
+    assert len(set(launched)) == len(launched) == LAUNCHES["happyhorse_fast::select_blocks"]
+
+
+@pytest.mark.parametrize("fmt", SCORES)
+def test_opcheck(fmt):
+    given = inputs(fmt=fmt)
+    scales = given.get("q_scale"), given.get("k_scale")
+    arguments = (given["q"], given["k"], *selector().tensors(), *scales, 2, 0, False)
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if fmt == "bf16":  # test_schema multiplies every input, which torch 2.13 does not do for e4m3 on the CPU
+        checks.append("test_schema")
+    for op in (torch.ops.happyhorse_fast.select_blocks, torch.ops.happyhorse_fast.select_blocks_reference):
+        torch.library.opcheck(op.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_compiles_as_one_graph(backend):
+    chooser, given = selector(), inputs()
+
+    def tensors(q, k):
+        return select_blocks(q, k, chooser, mass=0.5, backend=backend).tensors()
+
+    compiled = torch.compile(tensors, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(**given), tensors(**given), strict=True):
+        assert torch.equal(a, b)
+
+
+def unmade_selector(blocks):
+    """A selector of shapes alone, dense, on the device that is current."""
+    made = BlockSelector.__new__(BlockSelector)
+    n, one = blocks * BLOCK, torch.empty(1, dtype=torch.int32)
+    shapes = ((1, blocks, 2), (1, blocks), (blocks**2,), (blocks**2,), (1, BLOCK, 4), (blocks,))
+    made.base = BlockMap(*(one.new_empty(s) for s in shapes), queries=n, keys=n)
+    made.table, made.inverse = one.new_empty(blocks, blocks), torch.empty(blocks)
+    made.prefix, made.live = torch.empty(blocks, dtype=torch.int8), torch.empty(n, dtype=torch.int8)
+    return made
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("fmt", SCORES)
+def test_fake_tensors_have_the_shapes_of_a_15b_layer(fmt, backend):
+    with FakeTensorMode(), torch.device("cuda"):
+        blocks, dtype = 1464, torch.bfloat16 if fmt == "bf16" else FP8
+        q, k = (torch.empty(blocks * BLOCK, h, 128, dtype=dtype) for h in (40, 8))
+        scales = {} if fmt == "bf16" else {"q_scale": torch.empty(blocks), "k_scale": torch.empty(blocks)}
+        made = select_blocks(q, k, unmade_selector(blocks), keep=300, **scales, backend=backend)
+    assert made.counts.shape == (8, blocks, 2) and made.order.shape == (8 * blocks,)
+    assert made.columns.shape == made.mask_ids.shape == (8 * blocks**2,)
+    assert {t.dtype for t in made.tensors()} == {torch.int32} and made.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(1024, 2, 32)}, TypeError, "q must be bfloat16 or float8_e4m3fn, got torch.float32"),
+        ({"k": torch.zeros(1024, 1, 32).to(FP8)}, TypeError, "k must be of q's dtype"),
+        ({"q": torch.zeros(1023, 2, 32).bfloat16()}, ValueError, r"q must be \[1024, heads, D\], got \[1023, 2, 32\]"),
+        ({"k": torch.zeros(1024, 4, 32).bfloat16()}, ValueError, "q must have a multiple of k's heads"),
+        ({x: torch.zeros(1024, 1, 48).bfloat16() for x in "qk"}, ValueError, "head dim of 32, 64 or 128; got 48"),
+        ({"q_scale": torch.ones(8)}, ValueError, "q_scale must be given exactly where"),
+        ({"keep": 0}, ValueError, "keep must be at least 1, got 0"),
+        ({"keep": None, "mass": 1.5}, ValueError, "0 < mass <= 1, got 1.5"),
+        ({"mass": 0.5}, ValueError, "exactly one of keep and mass must be given, got keep=2 and mass=0.5"),
+        ({"pool": "min"}, ValueError, 'pool must be "max" or "mean", got \'min\''),
+        ({"backend": "cuda"}, ValueError, 'backend must be "triton" or "reference", got \'cuda\''),
+        ({"q": torch.zeros(1024, 2, 32, device="meta").bfloat16()}, ValueError, "on q's device meta"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        select_blocks(**({**inputs(), "selector": selector(), "keep": 2} | change))
+
+
+def test_scales_of_another_size_and_too_many_blocks_are_named():
+    given = inputs(fmt="fp8")
+    with pytest.raises(ValueError, match=r"k_scale must be of shape \[8\], got \[7\]"):
+        select_blocks(**given | {"k_scale": torch.ones(7)}, selector=selector(), keep=2)
+    with FakeTensorMode():
+        x, chooser = torch.empty(2049 * BLOCK, 1, 32, dtype=torch.bfloat16), unmade_selector(2049)
+        with pytest.raises(ValueError, match=r"at most 2048 blocks and fewer than .* got 2049 blocks"):
+            select_blocks(x, x, chooser, keep=2)
+
+
+def test_a_selector_says_what_it_cannot_take():
+    with pytest.raises(ValueError, match="one map for all heads, got one for each of 2"):
+        BlockSelector(ALIGNED, select_blocks(**inputs(heads=(2, 2)), selector=selector(), keep=1), "cpu")
+    with pytest.raises(ValueError, match="base must be given for a layout of type object"):
+        BlockSelector(object(), None, "cpu")
+
+
+# Compiled for real, without a GPU -------------------------------------------------------------------------------------
+
+# In a process without TRITON_INTERPRET: jobs as JSON on stdin, one line of resources per job on stdout.
+COMPILER = r"""
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from happyhorse_fast.kernels import select_blocks as kernels
+
+tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+for job in json.load(sys.stdin):
+    kernel = getattr(kernels, job["kernel"])
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in job["values"]:
+            signature[name], constants[(i,)] = "constexpr", job["values"][name]
+            continue
+        of = job["pointers"].get(name)
+        signature[name] = "fp32" if name == "scale" else "i32" if of is None else "*" + of
+        if of is not None or name.startswith("stride"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", job["arch"], 32)
+    built = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=job["options"])
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        usage, sass = (
+            subprocess.run([tools / tool, option, cubin], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    result = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    result |= {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("STL", "LDL")}
+    print(json.dumps(result | {"shared": built.metadata.shared}), flush=True)
+"""
+
+
+def jobs(variant, arch):
+    """What is launched under a configuration, at the 15B model's sizes: 5 s and the most that a program holds."""
+    config = LaunchConfig(**table(launcher.STEM)[variant][str(arch)])
+    fp8 = variant == "pool_fp8"
+    pointers = dict.fromkeys(("q", "k"), "fp8e4nv" if fp8 else "bf16") | dict.fromkeys(("live", "prefix"), "i8")
+    pointers |= dict.fromkeys(("pooled_q", "pooled_k", "inverse", "q_scale", "k_scale"), "fp32")
+    pointers |= dict.fromkeys(("table", "counts", "starts", "columns", "mask_ids", "order"), "i32")
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": FP_FUSION}
+    job = {"arch": arch, "pointers": pointers, "options": options}
+    if variant == "order":
+        yield job | {"kernel": "order_rows_kernel", "values": {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}}
+    elif variant != "select":
+        values = {"HEADS_Q": 40, "D": 128, "BLOCK": BLOCK, "ROWS": config.block_m, "stride_qd": 1, "stride_kd": 1}
+        yield job | {"kernel": "pool_blocks_kernel", "values": values}
+    else:
+        for most, mean, by_mass in ((512, False, False), *((MOST_BLOCKS, m, b) for m in (0, 1) for b in (0, 1))):
+            values = {"GROUP": 5, "PADDED_GROUP": 8, "D": 128, "BLOCKS": most, "MEAN": mean, "BY_MASS": by_mass}
+            yield job | {"kernel": "select_blocks_kernel", "values": values}
+
+
+def compiled(todo):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILER],
+        input=json.dumps(todo),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def clean(variant, arch):
+    todo = list(jobs(variant, arch))
+    config = LaunchConfig(**table(launcher.STEM)[variant][str(arch)])
+    for job, found in zip(todo, compiled(todo), strict=True):
+        what = (job["kernel"], job["values"], found)
+        assert illegal(config, arch, fp8=variant == "pool_fp8", shared_bytes=found["shared"]) is None, what
+        assert found["REG"] <= 255, what
+        assert (found["STACK"], found["STL"], found["LDL"]) == (0, 0, 0), what
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("variant", sorted(table(launcher.STEM)))
+def test_every_committed_configuration_compiles(variant, arch):
+    if str(arch) not in table(launcher.STEM)[variant]:
+        assert variant == "pool_fp8" and arch < FP8_SINCE
+        return
+    clean(variant, arch)
+
+
+def test_hopper_does_not_spill():
+    clean("select", 90)
