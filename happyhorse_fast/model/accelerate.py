@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ def accelerate(
     Args:
         model: A :class:`HappyHorse`, or a model object of the public implementation, whose forward keeps its signature.
         fast: What to do; bf16 and exact by default.
-        report: Called with a line per fallback and per kernel checked; ``warnings.warn`` for fallbacks by default.
+        report: Called with a line per kernel checked and per fallback; by default the first go to standard error and
+            the second to ``warnings``.
 
     Returns:
         ``model`` itself.
@@ -113,7 +115,7 @@ def empty_accelerated(config: ModelConfig, fast: FastConfig, choices: Mapping[st
 
 def choose_ops(fast: FastConfig, device: torch.device, report: Callable[[str], None] | None) -> dict[str, Choice]:
     """The implementation of every op, with fallbacks said once."""
-    choices = choose(fast.backend, fast.precision, device, strict=fast.strict, report=report)
+    choices = choose(fast.backend, fast.precision, device, strict=fast.strict, report=report or _to_stderr)
     reasons: dict[str, list[str]] = {}
     for choice in choices.values():
         if choice.fell_back:
@@ -123,6 +125,10 @@ def choose_ops(fast: FastConfig, device: torch.device, report: Callable[[str], N
         line = f"{which} runs in plain torch (backend reference): {reason}"
         report(line) if report else warnings.warn(line, stacklevel=3)
     return choices
+
+
+def _to_stderr(line: str) -> None:
+    print(f"happyhorse_fast: {line}", file=sys.stderr)
 
 
 def make_fast_layer(
