@@ -11,6 +11,7 @@ from interpreter import make_exact
 
 from happyhorse_fast import golden
 from happyhorse_fast.budgets import measure
+from happyhorse_fast.model import accelerate as acceleration
 from happyhorse_fast.model.accelerate import accelerate, explain, restore
 from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.model.fast_state import at_step, is_accelerated
@@ -90,6 +91,32 @@ def test_restore_gives_back_every_bit() -> None:
     assert type(model) is HappyHorse
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(run(model, case), before, strict=True))
+
+
+def test_an_interruption_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = golden.load_case("postnorm_v2_fp32")
+    model = case.model(torch.bfloat16)
+    before = run(model, case)
+    as_it_is = acceleration.make_fast_layer
+
+    def interrupted(tensors: Any, config: Any, fast: Any, index: int, *rest: Any) -> Any:
+        if index == 2:
+            raise KeyboardInterrupt
+        return as_it_is(tensors, config, fast, index, *rest)
+
+    monkeypatch.setattr(acceleration, "make_fast_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        accelerate(model, FastConfig(backend="reference"))
+    assert not is_accelerated(model)
+    assert all(torch.equal(a, b) for a, b in zip(run(model, case), before, strict=True))
+
+
+def test_inference_only() -> None:
+    case = golden.load_case("postnorm_v2_fp32")
+    model = accelerate(case.model(torch.bfloat16), FastConfig(backend="reference"))
+    video, audio = model(*(case.tensors[f"in.{name}"] for name in ("video", "audio", "text")))
+    assert not video.requires_grad
+    assert not audio.requires_grad
 
 
 def test_misuse_is_named() -> None:

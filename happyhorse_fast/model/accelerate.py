@@ -59,11 +59,16 @@ def accelerate(
     layers: Any = model.block.layers  # type: ignore[union-attr]
     choices = choose_ops(fast, device, report)
     originals: list[nn.Module] = []
-    for index, layer in enumerate(layers):
-        layers[index] = make_fast_layer(layer.state_dict(), config, fast, index, choices, device)
-        if fast.originals == "cpu":
-            originals.append(layer.to("cpu"))
-        del layer
+    try:
+        for index, layer in enumerate(layers):
+            layers[index] = make_fast_layer(layer.state_dict(), config, fast, index, choices, device)
+            if fast.originals == "cpu":
+                originals.append(layer.to("cpu"))
+            del layer
+    except BaseException:  # out of memory, Ctrl-C: the model is what it was, unless its layers were to be dropped
+        for index, original in enumerate(originals):
+            layers[index] = original.to(device)
+        raise
     install(model, FastState(config, fast, choices, originals, type(model)))
     return model
 

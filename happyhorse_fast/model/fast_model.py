@@ -1,4 +1,4 @@
-"""Forward passes of an accelerated model: our own signature, and the public implementation's."""
+"""Forward passes of an accelerated model: our own signature, and the public implementation's. Inference only."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class AcceleratedHappyHorse:
 
     fast: FastState
 
+    @torch.no_grad()
     def forward(
         self: Any, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, *, on_layer: LayerHook | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,6 +115,7 @@ class AcceleratedPublic:
 
     fast: FastState
 
+    @torch.no_grad()
     def forward(
         self: Any,
         x: torch.Tensor,
