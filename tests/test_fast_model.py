@@ -123,8 +123,6 @@ def test_misuse_is_named() -> None:
     model = golden.load_case("postnorm_v2_fp32").model(torch.bfloat16)
     with pytest.raises(ValueError, match="not accelerated"):
         restore(model)
-    with pytest.raises(ValueError, match="not accelerated"):
-        explain(model)
     with pytest.raises(TypeError, match="fast must be a FastConfig, got dict"):
         accelerate(model, {})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model must be a HappyHorse"):
@@ -153,6 +151,12 @@ def test_auto_on_a_cpu_says_once_why() -> None:
 
 def test_explain_names_what_runs() -> None:
     case = golden.load_case("local_v1_fp32")
+    eager = {(e.layer, e.op): (e.backend, e.precision, e.mask) for e in explain(case.model(torch.bfloat16))}
+    assert eager[0, "attention"] == ("eager", "bfloat16", "window")
+    assert eager[1, "attention"] == ("eager", "bfloat16", "dense")
+    assert len(eager) == 5 * case.config.num_layers
+    with pytest.raises(TypeError, match="model must be a HappyHorse"):
+        explain(torch.nn.Linear(2, 2))
     fast = FastConfig(
         precision="fp8", skip=["attention:2"], sparsity=TopK(0.5), exact_first_layers=3, backend="reference"
     )

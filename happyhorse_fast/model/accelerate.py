@@ -15,7 +15,7 @@ from torch import nn
 
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model import fast_model
-from happyhorse_fast.model.fast_config import FastConfig, Tiles
+from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles
 from happyhorse_fast.model.fast_layer import FastLayer, LayerPlan, pack_layer, packed_shapes
 from happyhorse_fast.model.fast_state import FastState, is_accelerated
 from happyhorse_fast.model.inspect_checkpoint import sizes_of
@@ -192,8 +192,8 @@ class Explanation:
     Attributes:
         layer: Layer number.
         op: The op.
-        precision: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``; of the product the op is or feeds.
-        backend: The implementation.
+        precision: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``, of the product the op is or feeds; eager: the compute dtype.
+        backend: The implementation, or ``"eager"``.
         mask: For attention: ``"dense"``, ``"window"`` or the sparsity policy.
         reason: Why this implementation, and why not a faster one.
     """
@@ -209,12 +209,26 @@ class Explanation:
 def explain(model: nn.Module) -> list[Explanation]:
     """Which implementation runs, per layer and op, and why not a faster one.
 
+    Args:
+        model: Accelerated or not; in an eager model the five products of every layer are named.
+
     Raises:
-        ValueError: The model is not accelerated.
+        TypeError: The model is of neither kind that :func:`accelerate` takes.
     """
-    if not is_accelerated(model):
-        raise ValueError("model is not accelerated: every op runs in eager PyTorch; call accelerate(model) first")
-    return list(_explanations(model.fast, model.block.layers))  # type: ignore[arg-type,union-attr]
+    if is_accelerated(model):
+        return list(_explanations(model.fast, model.block.layers))  # type: ignore[arg-type,union-attr]
+    config = _config_of(model)
+    dtype = str(getattr(model, "compute_dtype", torch.bfloat16)).removeprefix("torch.")
+    why = "the model is not accelerated; call accelerate(model)"
+    return [
+        Explanation(i, op, dtype, "eager", _exact_mask(i in config.local_attn_layers) if op == "attention" else "", why)
+        for i in range(config.num_layers)
+        for op in OPS
+    ]
+
+
+def _exact_mask(local: bool) -> str:
+    return "window" if local else "dense"
 
 
 def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
@@ -238,8 +252,7 @@ def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
                 continue
             mask = ""
             if op == "block_sparse_attention":
-                exact = "window" if plan.local else "dense"
-                mask = repr(state.fast.sparsity) if sparse else exact
+                mask = repr(state.fast.sparsity) if sparse else _exact_mask(plan.local)
             yield Explanation(plan.index, op, plan.precision[products[op]], choice.backend, mask, choice.reason)
 
 
