@@ -2,25 +2,34 @@
 #   make PYTHON=python3.12 test     another interpreter for a new environment
 #   make PYTEST_ARGS="-k rope" test more arguments for pytest
 #   make DEMO_ARGS=--json demo      more arguments for the demo
+#   make gpu PYTHON=python3         run with that interpreter as it is: no environment is made, nothing is installed
+#   make gpu STAGES=tests,attn      some stages only
+#   make gpu DRY=1                  every stage on the CPU with tiny shapes, results to a temporary folder
+#   make gpu RESULTS=folder         results to another folder than bench/results
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# Kernels compile on the Triton of constraints.txt, and on this one: what torch 2.11 for CUDA 13 brings.
+AOT_TRITON := 3.6.0
+AOT_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AOT_FOLDER := .aot/triton-$(AOT_TRITON)
+AOT := $(BIN)/python -m bench.aot --jobs $(JOBS) --also $(AOT_FOLDER) $(AOT_ARGS)
 # One thread per worker: two workers with a thread per core each would fight over two cores.
 # `pytest`, not `python -m pytest`: the latter puts the checkout first on sys.path, and `import kernels` would then find
 # the folder of that name.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --benchmark-disable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint typecheck format clean
+.PHONY: help demo test check aot aot-check report lint typecheck format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## sample a seeded tiny model on the CPU, 8 steps
 	$(BIN)/happyhorse-fast demo $(DEMO_ARGS)
@@ -28,8 +37,27 @@ demo: $(STAMP) ## sample a seeded tiny model on the CPU, 8 steps
 test: $(STAMP) ## the tests, without the slow proofs: at most 10 minutes on 2 cores
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
-check: $(STAMP) ## the slow proofs: at most 60 minutes on 2 cores
+check: $(STAMP) aot-check ## the slow proofs: at most 60 minutes on 2 cores
 	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
+
+aot: $(STAMP) $(AOT_FOLDER)/.installed ## compile every kernel for every GPU, without one, and write docs/AOT.md
+	$(AOT) --write
+
+aot-check: $(STAMP) $(AOT_FOLDER)/.installed ## compile them, and fail where docs/AOT.md differs
+	$(AOT) --check
+
+bench: $(STAMP) ## microbenchmarks of the ops: on a CPU the small cases, under 3 minutes
+	OMP_NUM_THREADS=1 $(BIN)/pytest bench/test_ops.py -p no:xdist --benchmark-autosave \
+	  --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname -q $(BENCH_ARGS)
+
+# A GPU machine may have neither a network nor a place to install into: an interpreter that is named is used as it is.
+OWN := $(if $(filter command line,$(origin PYTHON)),$(PYTHON),)
+gpu: $(if $(OWN),,$(STAMP)) ## everything that needs a GPU, at most 9 minutes: build, tests, benchmarks, tuning
+	$(or $(OWN),$(BIN)/python) -m bench.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(DRY),--dry) \
+	  $(if $(RESULTS),--folder $(RESULTS))
+
+report: $(STAMP) ## docs/report/ and README's generated section, from bench/results/
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.report
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -43,7 +71,7 @@ format: $(STAMP) ## rewrite the sources as ruff formats them
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, build outputs and caches
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .aot build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find happyhorse_fast kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment of another Python than asked for is kept: `make clean` first. One that could not be finished is removed,
@@ -63,4 +91,9 @@ $(BIN)/python:
 $(STAMP): $(BIN)/python pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+# Beside the environment, because two versions do not install in one; what comes first on PYTHONPATH is imported.
+$(AOT_FOLDER)/.installed: $(STAMP)
+	$(BIN)/python -m pip install -q --upgrade --no-deps --target $(AOT_FOLDER) triton==$(AOT_TRITON)
 	@touch $@

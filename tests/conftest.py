@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
+
+# `bench` is not installed. Last on the path: an installed library `kernels` must be found before the folder kernels/.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # Kernels read this when they are defined; ahead-of-time compiles run in subprocesses without it.
 os.environ.setdefault("TRITON_INTERPRET", "1")

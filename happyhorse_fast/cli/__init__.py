@@ -1,4 +1,4 @@
-"""The command line ``happyhorse-fast``: demo, sample, verify, plan, doctor. ``--help`` of each says what it takes.
+"""The command line ``happyhorse-fast``: demo, sample, verify, plan, bench, doctor; ``--help`` of each says more.
 
 Exit codes: 0 done, 1 a check failed or memory ran out, 2 bad input, 130 interrupted. Results go to standard output, as
 tables or with ``--json`` as one JSON document; everything else goes to standard error.
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from happyhorse_fast._version import __version__
-from happyhorse_fast.cli import demo, doctor, plan, sample, verify
+from happyhorse_fast.cli import bench, demo, doctor, plan, sample, verify
 from happyhorse_fast.errors import NonFiniteError
 
 PROGRAM = "happyhorse-fast"
@@ -27,6 +27,7 @@ app.command()(demo.demo)
 app.command()(sample.sample)
 app.command()(verify.verify)
 app.command()(plan.plan)
+app.command()(bench.bench)
 app.command()(doctor.doctor)
 
 

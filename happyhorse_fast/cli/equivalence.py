@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,9 +16,10 @@ from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.cli.checks import in_dtype, seeded_inputs
 from happyhorse_fast.cli.layer_ops import OPS, OpResults, eager_ops, fast_ops, record_inputs
-from happyhorse_fast.model.accelerate import accelerate, is_accelerated
+from happyhorse_fast.model.accelerate import accelerate
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.fast_model import build_clip_state
+from happyhorse_fast.model.fast_state import FastState, is_accelerated
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.sampler import sample
@@ -27,10 +30,12 @@ Results = dict[str, torch.Tensor]
 EAGER = "eager bf16"
 BF16_RATIO = 2.0
 """A fast bf16 result may be this many times as far from float32 as eager bf16's own."""
-BF16_FLOOR = 1e-4
 FP8_SANITY = 0.3
+"""Relative L2 past which fp8 is broken rather than coarse. Measured on the recorded cases: an op 2.6e-2 to 5.7e-2, a
+velocity 6.0e-2 to 8.5e-2; a dropped tile of 128 x 128 in a result of two tiles is 0.7."""
 SPARSE_SANITY = 1.0
-"""Sparsity is an approximation with no budget; past 1 a result is further from float32's than all zeros are."""
+"""Of velocities alone: past 1 zeros would be closer. An attention op may be: random weights attend to all keys alike,
+and the mean over half of them is 1.4 away from the mean over all (measured on 168 video tokens)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class FormErrors:
     """One form's distances.
 
     Attributes:
-        form: ``"eager bf16"``, ``"fast bf16"``, ``"fast fp8"``, or the last one with its sparsity.
+        form: ``"eager bf16"``, ``"fast bf16"``, ``"fast fp8"``, or the last one ``"+ sparsity"``.
         step: What sets it apart from the form before: ``"bf16"``, ``"kernels"``, ``"fp8"`` or ``"sparsity"``.
         backends: Implementations that its ops ran on; empty for eager PyTorch.
         errors: Distance per result.
@@ -84,6 +89,7 @@ class Equivalence:
         video_blocks: Blocks of 128 rows that the video takes; sparsity can leave out nothing where it is 1.
         steps: Denoising steps behind the latents; 0 where none were sampled.
         attention: Precision of attention in fp8.
+        sparsity: Policy of the sparse form, None where there is none.
         forms: In the order of their steps.
     """
 
@@ -95,6 +101,7 @@ class Equivalence:
     video_blocks: int
     steps: int
     attention: str
+    sparsity: str | None
     forms: tuple[FormErrors, ...]
 
     @property
@@ -109,7 +116,7 @@ def forms_of(fast: FastConfig) -> Iterator[tuple[str, str, FastConfig]]:
     if fast.precision == "fp8":
         yield "fast fp8", "fp8", dataclasses.replace(fast, sparsity=None)
     if fast.sparsity is not None:
-        yield f"fast {fast.precision} {fast.sparsity}", "sparsity", fast
+        yield f"fast {fast.precision} + sparsity", "sparsity", fast
 
 
 def equivalence(
@@ -126,64 +133,78 @@ def equivalence(
         fast: Where the forms lead: precision, attention, sparsity, backend.
         steps: Denoising steps to sample latents with; 0 for none.
         seed: Of the sampler's noise.
+
+    Raises:
+        ValueError: The model is accelerated.
+        BackendError: A backend that ``fast`` names cannot run here.
     """
-    clip = sequence.check_inputs(model.config, *inputs, model.device)
+    if is_accelerated(model):
+        raise ValueError("model must hold its published weights to be compared with float32; it is accelerated")
+    video, audio, text = inputs
+    clip = sequence.check_inputs(model.config, video, audio, text, model.device)
     exact_model = in_dtype(model, torch.float32)
     given = record_inputs(exact_model, inputs)
-    ops = [eager_ops(layer, x, torch.float32) for layer, x in zip(exact_model.block.layers, given, strict=True)]
+    ops = [eager_ops(layer, x, torch.float32) for layer, x, _ in _each(exact_model, given, given)]
     run = partial(_end_to_end, inputs=inputs, clip=clip, steps=steps, seed=seed)
     exact = _by_modality(ops, clip) | run(exact_model)
 
     eager_model = in_dtype(model, torch.bfloat16)
-    layers = zip(eager_model.block.layers, given, ops, strict=True)
-    eager = [eager_ops(layer, x, torch.bfloat16, of) for layer, x, of in layers]
+    eager = [eager_ops(layer, x, torch.bfloat16, of) for layer, x, of in _each(eager_model, given, ops)]
     before = _by_modality(eager, clip) | run(eager_model)
-    del eager_model, eager
     found = [FormErrors(EAGER, "bf16", (), _distances(before, exact, exact), ())]
+    del eager_model, eager
+    video_rows = 0
     for form, step, how in forms_of(fast):
         accelerated = accelerate(in_dtype(model, torch.bfloat16), dataclasses.replace(how, originals="drop"))
-        assert is_accelerated(accelerated)
-        state = build_clip_state(accelerated.fast, clip, accelerated.adapter.rope.bands)  # type: ignore[arg-type,union-attr]
-        each = zip(accelerated.block.layers, given, ops, strict=True)  # type: ignore[union-attr,arg-type]
-        fast_results = [fast_ops(layer, state, x, of) for layer, x, of in each]
-        after = _by_modality(fast_results, clip) | run(accelerated)
+        carried: FastState = accelerated.fast  # type: ignore[assignment]
+        state = build_clip_state(carried, clip, exact_model.adapter.rope.bands)
+        video_rows = state.rows.starts[1]
+        after = _by_modality([fast_ops(layer, state, x, of) for layer, x, of in _each(accelerated, given, ops)], clip)
+        after |= run(accelerated)
         errors = _distances(after, before, exact)
-        backends = tuple(sorted({c.backend for c in accelerated.fast.choices.values()}))  # type: ignore[union-attr]
-        found.append(FormErrors(form, step, backends, errors, tuple(_violations(step, errors, found[0].errors))))
+        backends = tuple(sorted({choice.backend for choice in carried.choices.values()}))
+        found.append(FormErrors(form, step, backends, errors, tuple(violations(step, errors, found[0].errors))))
         before = after
-        del accelerated, fast_results
+        del accelerated, carried, state
     tokens = (clip.video, clip.audio, clip.text)
-    blocks = -(-state.rows.starts[1] // BLOCK)
     return Equivalence(
         case,
         model.device.type,
         model.config.num_layers,
         model.config.hidden_size,
         tokens,
-        blocks,
+        video_rows // BLOCK,
         steps,
         fast.attention if fast.precision == "fp8" else "bf16",
+        None if fast.sparsity is None else str(fast.sparsity),
         tuple(found),
     )
 
 
 def equivalence_golden(fast: FastConfig, *, steps: int = 8, device: str = "cpu") -> list[Equivalence]:
-    """The recorded cases' models and inputs; with sparsity also a clip of 8 blocks, which is long enough to skip some.
+    """The recorded cases' models and inputs; with sparsity also a clip of 8 blocks.
 
-    A golden clip is one or two blocks, and one block is always kept.
+    The recorded clips have one or two blocks, of which one is always kept, so they are measured without sparsity.
     """
     found = []
+    exact_masks = dataclasses.replace(fast, sparsity=None)
     for name in golden.names():
         case = golden.load_case(name)
         if case.compute_dtype != torch.float32 or "in.video" not in case.tensors:
             continue  # the bf16 records are of the same models, and the second stage's are of a sampler
         inputs = [case.tensors[f"in.{m}"].to(device) for m in ("video", "audio", "text")]
-        found.append(equivalence(case.model().to(device), inputs, name, fast, steps=steps, seed=case.seed))
+        found.append(equivalence(case.model().to(device), inputs, name, exact_masks, steps=steps, seed=case.seed))
     if fast.sparsity is not None:
         case = golden.load_case("local_d128_fp32")
         inputs = seeded_inputs(case.config, (8, 8, 16), text=21, seed=case.seed, device=torch.device(device))
-        found.append(equivalence(case.model().to(device), inputs, "seeded_8_blocks", fast, steps=steps, seed=case.seed))
+        found.append(
+            equivalence(case.model().to(device), inputs, "seeded weights, 8 blocks", fast, steps=steps, seed=case.seed)
+        )
     return found
+
+
+def _each(model: torch.nn.Module, *lists: list[Any]) -> Iterator[tuple[Any, ...]]:
+    return zip(model.block.layers, *lists, strict=True)  # type: ignore[union-attr,arg-type]
 
 
 def _by_modality(ops: list[OpResults], clip: sequence.Clip) -> Results:
@@ -196,7 +217,9 @@ def _by_modality(ops: list[OpResults], clip: sequence.Clip) -> Results:
     }
 
 
-def _end_to_end(model: torch.nn.Module, inputs: list[torch.Tensor], clip: sequence.Clip, steps: int, seed: int) -> Results:
+def _end_to_end(
+    model: torch.nn.Module, inputs: list[torch.Tensor], clip: sequence.Clip, steps: int, seed: int
+) -> Results:
     rows = dict(zip(("video", "audio"), clip.slices()[:2], strict=True))
     kept: Results = {}
 
@@ -233,12 +256,19 @@ def _distance(what: str, x: torch.Tensor, before: torch.Tensor, y: torch.Tensor)
     return Distance(error.relative_l2, cosine, error.tile_distance, own, psnr)
 
 
-def _violations(step: str, errors: dict[str, Distance], eager: dict[str, Distance]) -> Iterator[str]:
+def violations(step: str, errors: dict[str, Distance], eager: dict[str, Distance]) -> Iterator[str]:
+    """What is past its budget: bf16 against eager bf16's own error; fp8 and sparsity against sanity alone."""
     for what, error in errors.items():
-        budget, of = {
-            "kernels": (max(BF16_RATIO * eager[what].relative_l2, BF16_FLOOR), f"{BF16_RATIO:g} x eager bf16's own"),
-            "fp8": (FP8_SANITY, "sanity bound of fp8"),
-            "sparsity": (SPARSE_SANITY, "sanity bound of sparsity"),
-        }[step]
+        if not math.isfinite(error.relative_l2):
+            yield f"{what} holds NaN or Inf"
+            continue
+        if step == "kernels":
+            budget, of = BF16_RATIO * eager[what].relative_l2, f"{BF16_RATIO:g} x eager bf16's own"
+        elif step == "fp8":
+            budget, of = FP8_SANITY, "sanity bound of fp8"
+        elif what.startswith("velocity"):
+            budget, of = SPARSE_SANITY, "sanity bound of sparsity"
+        else:
+            continue
         if not error.relative_l2 <= budget:
             yield f"{what} is off by {error.relative_l2:.2e}, budget {budget:.2e} ({of})"

@@ -146,9 +146,7 @@ def eager_ops(layer: Layer, given: LayerInputs, dtype: torch.dtype, exact: OpRes
     activation = swiglu7 if mlp.gated else gelu7
     up = activation(product(norm(middle, mlp.pre_norm), mlp.up_gate_proj)).to(dtype)
     down = product(up if exact is None else exact.up, mlp.down_proj)
-    return OpResults(
-        norm(given.hidden, attention.pre_norm).to(dtype), q, k, v, gate, gated, proj, middle, up, down
-    )
+    return OpResults(norm(given.hidden, attention.pre_norm).to(dtype), q, k, v, gate, gated, proj, middle, up, down)
 
 
 def _pairs(exact: OpResults | None, **own: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -303,9 +301,7 @@ class _FastOps:
         if hasattr(self.layer, "attn_post_norm"):
             return self._tokens(fp8_linear(x, x_scale, weight, scale, self.tiles, backend=self.backend["fp8_linear"]))
         branch = torch.zeros(x.shape[0], width, device=x.device)
-        fp8_linear_residual(
-            x, x_scale, weight, scale, self.tiles, branch, backend=self.backend["fp8_linear_residual"]
-        )
+        fp8_linear_residual(x, x_scale, weight, scale, self.tiles, branch, backend=self.backend["fp8_linear_residual"])
         return self._tokens(branch)
 
 

@@ -1,7 +1,8 @@
-"""``happyhorse-fast verify``: recorded cases, or a checkpoint, against the eager reference."""
+"""``happyhorse-fast verify``: recorded cases, a checkpoint, the fast forms and the kernels against the reference."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +12,14 @@ from happyhorse_fast.cli.options import ConfigOption, DeviceOption, PresetOption
 from happyhorse_fast.cli.output import JsonOption, emit, table
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from happyhorse_fast.cli.checks import Comparison, Measurement
+    from happyhorse_fast.cli.equivalence import Equivalence
+    from happyhorse_fast.model.fast_config import FastConfig
+    from happyhorse_fast.ops.self_check import KernelCheck
+    from happyhorse_fast.reference.model import HappyHorse
 
 
 def verify(
@@ -22,7 +28,22 @@ def verify(
     ] = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
-    recorded: Annotated[bool, typer.Option("--golden", help="The recorded cases, besides a checkpoint.")] = False,
+    recorded: Annotated[bool, typer.Option("--golden", help="The recorded cases, besides what else is asked for.")] = (
+        False
+    ),
+    fast: Annotated[bool, typer.Option("--fast", help="What the fast forms lose, per op, per layer, end to end.")] = (
+        False
+    ),
+    kernels: Annotated[bool, typer.Option("--kernels", help="Every kernel against its reference on this GPU.")] = False,
+    precision: Annotated[str, typer.Option(help="With --fast: bf16 or fp8.")] = "fp8",
+    attention: Annotated[str, typer.Option(help="With --fast in fp8: fp8, fp8_qk or bf16.")] = "fp8",
+    top_k: Annotated[
+        float | None, typer.Option(help="With --fast: also with this share of video blocks, such as 0.25.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="With --fast: denoising steps behind the latents; 0: none.")] = 8,
+    backend: Annotated[
+        str, typer.Option(help="With --fast: auto, triton or reference; auto on a CPU: reference.")
+    ] = "auto",
     grid: Annotated[
         tuple[int, int, int], typer.Option(help="Token grid for a checkpoint: latent frames, rows, columns.")
     ] = (3, 4, 6),
@@ -36,31 +57,144 @@ def verify(
     Without a checkpoint: the eager model against outputs recorded from the public implementation, samplers included
     (relative L2 at most 1e-5 in float32, 2e-2 in bfloat16, 1e-4 for samplers). With one: its float32 and bfloat16
     against float64 on seeded inputs.
+
+    --fast, on the recorded cases or a checkpoint: eager bf16, fast bf16, fast fp8 and fast with --top-k against eager
+    float32, so that what kernels, fp8 and sparsity cost shows separately. Budget: fast bf16 within 2x of eager bf16's
+    own error; fp8 is stated, and fails only past 0.3.
+
+    --kernels: the self-check of every kernel that "auto" relies on, run now.
     """
     if checkpoint is None and (preset is not None or config is not None):
         raise ValueError("preset and config must come with a checkpoint, got none")
-    from happyhorse_fast.cli import checks
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+    where = usable_device(device)
+    data: dict[str, Any] = {}
+    comparisons: list[Comparison] = []
+    equivalences: list[Equivalence] = []
+    checked: list[KernelCheck] = []
+    if kernels:
+        checked = check_kernels(where)
+        data["kernels"] = checked
+    if fast:
+        from happyhorse_fast.ops.dispatch import BackendError
 
-    comparisons = checks.verify_golden() if recorded or checkpoint is None else []
-    if checkpoint is not None:
-        import torch
+        how = _fast_config(precision, attention, top_k, backend, where)
+        try:
+            equivalences = _equivalences(checkpoint, preset, config, how, grid, text, seed, steps, where, as_json)
+        except BackendError as error:
+            raise ValueError(str(error)) from error
+        data["equivalence"] = equivalences
+    if recorded or not (fast or kernels):
+        from happyhorse_fast.cli import checks
 
-        from happyhorse_fast.model.checkpoint import load
+        comparisons = checks.verify_golden() if recorded or checkpoint is None else []
+        if checkpoint is not None and not fast:
+            import torch
 
-        model = load(
-            checkpoint,
-            preset,
-            read_config(config),
-            device=usable_device(device),
-            compute_dtype=torch.float64,
-            progress=not as_json,
-        )
-        comparisons += checks.verify_model(model, grid, text=text, seed=seed)
-    passed = all(c.passed for c in comparisons)
-    data = {"passed": passed, "cases": [_as_data(c) for c in comparisons]}
-    emit(data, as_json, lambda console: _render(console, comparisons))
+            model = _load(checkpoint, preset, config, where, torch.float64, as_json)
+            comparisons += checks.verify_model(model, grid, text=text, seed=seed)
+        data["cases"] = [_as_data(c) for c in comparisons]
+    verdicts = [c.passed for c in comparisons] + [e.passed for e in equivalences] + [c.passed for c in checked]
+    passed = all(verdicts)
+
+    def render(console: Console) -> None:
+        if comparisons:
+            _render(console, comparisons)
+        if equivalences:
+            from happyhorse_fast.cli import equivalence_tables
+
+            equivalence_tables.render(console, equivalences)
+        if checked:
+            _render_kernels(console, checked, where)
+
+    emit({"passed": passed, **data}, as_json, render)
     if not passed:
         raise typer.Exit(1)
+
+
+def check_kernels(device: str) -> list[KernelCheck]:
+    """Run the self-check of every kernel on a device, whatever is remembered of it; progress on standard error.
+
+    Raises:
+        ValueError: Triton kernels cannot run there.
+    """
+    import torch
+
+    from happyhorse_fast.ops.dispatch import triton_obstacle
+    from happyhorse_fast.ops.self_check import run_checks
+
+    where = torch.device(device)
+    obstacle = triton_obstacle(where)
+    if obstacle is not None:
+        raise ValueError(f"--kernels needs a device that runs Triton kernels: {obstacle}")
+    # e4m3 in hardware: compute capability 8.9; the interpreter has every format.
+    fp8 = where.type != "cuda" or torch.cuda.get_device_capability(where) >= (8, 9)
+    found = []
+    for check in run_checks("triton", where, fp8=fp8):
+        print(f"{check.op} {check.variant}: {check.seconds:.1f} s", file=sys.stderr)
+        found.append(check)
+    return found
+
+
+def _render_kernels(console: Console, checked: list[KernelCheck], device: str) -> None:
+    rows = [
+        [c.op, c.variant, c.detail, f"{c.seconds:.1f}", "[green]pass[/]" if c.passed else "[bold red]FAIL[/]"]
+        for c in checked
+    ]
+    console.print(
+        table(f"kernels against their reference, on {device}", ["op", "format", "found", "s", ""], rows, left=3)
+    )
+    if device == "cpu":
+        console.print(
+            "[yellow]Run by Triton's interpreter, which as shipped rounds bf16 and e4m3 wrongly: a failure here says "
+            "nothing about a GPU.[/]"
+        )
+
+
+def _fast_config(precision: str, attention: str, top_k: float | None, backend: str, device: str) -> FastConfig:
+    from happyhorse_fast.model.fast_config import FastConfig, TopK
+
+    if backend == "auto" and not device.startswith("cuda"):
+        backend = "reference"
+    return FastConfig(
+        precision=precision,  # type: ignore[arg-type]  # FastConfig checks them and names what is allowed
+        attention=attention,  # type: ignore[arg-type]
+        backend=backend,  # type: ignore[arg-type]
+        sparsity=None if top_k is None else TopK(top_k),
+    )
+
+
+def _equivalences(
+    checkpoint: Path | None,
+    preset: str | None,
+    config: Path | None,
+    fast: FastConfig,
+    grid: tuple[int, int, int],
+    text: int,
+    seed: int,
+    steps: int,
+    device: str,
+    quiet: bool,
+) -> list[Equivalence]:
+    import torch
+
+    from happyhorse_fast.cli.checks import seeded_inputs
+    from happyhorse_fast.cli.equivalence import equivalence, equivalence_golden
+
+    if checkpoint is None:
+        return equivalence_golden(fast, steps=steps, device=device)
+    model = _load(checkpoint, preset, config, device, torch.float32, quiet)
+    inputs = seeded_inputs(model.config, grid, text=text, seed=seed, device=model.device)
+    return [equivalence(model, inputs, checkpoint.name, fast, steps=steps, seed=seed)]
+
+
+def _load(
+    checkpoint: Path, preset: str | None, config: Path | None, device: str, dtype: torch.dtype, quiet: bool
+) -> HappyHorse:
+    from happyhorse_fast.model.checkpoint import load
+
+    return load(checkpoint, preset, read_config(config), device=device, compute_dtype=dtype, progress=not quiet)
 
 
 def _as_data(comparison: Comparison) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Measurements of the kernels; not part of the installed package."""

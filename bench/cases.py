@@ -1,0 +1,239 @@
+"""Shapes as data, shared by tests, microbenchmarks and tuning: every op of the fast model at the sizes it meets there.
+
+A case is one op of one layer on one clip, in one precision. It knows what it costs: *useful* FLOPs are the model's own
+(:mod:`happyhorse_fast.costs`), *computed* ones include padding and the masked part of partial blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from happyhorse_fast.block_map import BLOCK, BlockMap
+from happyhorse_fast.config import PATCH, ModelConfig
+from happyhorse_fast.costs import layer_kind, step_costs
+from happyhorse_fast.model.fast_config import FastConfig
+from happyhorse_fast.model.fast_layer import LayerPlan, packed_shapes
+from happyhorse_fast.model.padded_rows import PaddedRows
+from happyhorse_fast.reference.sequence import Clip, dense_ranges, local_ranges
+from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
+
+FULL = ModelConfig.preset("happyhorse-1.0-15b")
+# The full model's kinds of layer and head grouping at a size that plain torch on one core runs in milliseconds.
+SMALL = ModelConfig(
+    num_layers=2,
+    hidden_size=640,
+    head_dim=128,
+    num_heads_q=5,
+    num_heads_kv=1,
+    text_in_channels=96,
+    mm_layers=(0,),
+    gelu7_layers=(0,),
+    local_attn_layers=(1,),
+    frame_receptive_field=1,
+)
+# For Triton's interpreter, which takes 10 s for a layer of 1,750 tokens: half the heads' width, a third of the tokens.
+TINY = SMALL.replace(hidden_size=128, head_dim=64, num_heads_q=2)
+RESOLUTIONS = ("1080p", "540p", "256p")
+SECONDS = (5, 10, 15)
+PRECISIONS = ("fp8", "bf16")
+MASKS = ("window", "dense", "25%", "12.5%")
+"""Block maps of attention; shares are of video pairs, chosen as :class:`happyhorse_fast.FastConfig`'s TopK does."""
+
+# What a case's op is called in happyhorse_fast.costs.
+_COSTED = {
+    "rmsnorm_qkv": "qkv",
+    "qkv_linear": "qkv",
+    "block_sparse_attention": "attention",
+    "proj": "proj",
+    "down": "down",
+    "fp8_linear_activation": "up",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A clip and the model that runs it.
+
+    Attributes:
+        name: Such as ``"1080p-5s"``.
+        config: The model.
+        clip: Latent size and audio tokens.
+        text: Text tokens.
+    """
+
+    name: str
+    config: ModelConfig
+    clip: ClipTokens
+    text: int = TEXT_TOKENS
+
+    @property
+    def grid(self) -> Clip:
+        """Token grid of the clip."""
+        clip = self.clip
+        return Clip(clip.T // PATCH[0], clip.H // PATCH[1], clip.W // PATCH[2], clip.audio, self.text)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether some layer has its frame window on this clip."""
+        return any(self.config.is_local(i, self.clip.frame_tokens) for i in self.config.local_attn_layers)
+
+
+TINY_SIZE = Size("tiny", TINY, ClipTokens(3, 16, 32, 13), 40)
+SMALL_SIZE = Size("small", SMALL, ClipTokens(8, 32, 32, 33), 100)
+FULL_SIZES = tuple(Size(f"{r}-{s}s", FULL, tokens_for(r, "16:9", s)) for s in SECONDS for r in RESOLUTIONS)
+
+
+@functools.lru_cache
+def padded_rows(size: Size) -> PaddedRows:
+    """The padded sequence of a clip."""
+    return PaddedRows.of(size.grid, windowed=size.windowed)
+
+
+@functools.lru_cache(maxsize=4)
+def exact_map(size: Size, window: bool) -> BlockMap:
+    """The block map of a layer without sparsity, on the CPU."""
+    rows = padded_rows(size)
+    ranges = local_ranges(size.grid, size.config.frame_receptive_field) if window else dense_ranges(size.grid)
+    return BlockMap.from_ranges(*rows.to_rows(ranges), rows.slots, rows.slots)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op of one layer on one clip.
+
+    Attributes:
+        op: Name of the function in ``happyhorse_fast.ops``.
+        part: Which of several uses of it: ``"proj"``, ``"down"``, an activation, or one of :data:`MASKS`; else "".
+        precision: ``"bf16"`` or ``"fp8"``.
+        size: Clip and model.
+        layer: Layer of the model whose weights' shapes it takes.
+    """
+
+    op: str
+    part: str
+    precision: str
+    size: Size
+    layer: int
+
+    @property
+    def name(self) -> str:
+        """Such as ``"block_sparse_attention-window/1080p-5s/fp8"``; the key of its results."""
+        return f"{self.op}{'-' if self.part else ''}{self.part}/{self.size.name}/{self.precision}"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the padded sequence."""
+        return padded_rows(self.size).slots
+
+    @property
+    def plan(self) -> LayerPlan:
+        """Experts, heads and precision of the layer."""
+        fast = FastConfig(precision="fp8" if self.precision == "fp8" else "bf16")
+        return LayerPlan.of(self.size.config, fast, self.layer, {})
+
+    def weight_shape(self, name: str) -> tuple[int, int, int]:
+        """[E, F, K] of a packed weight: ``"qkv"``, ``"proj"``, ``"up"`` or ``"down"``."""
+        (experts, features, inputs), _ = packed_shapes(self.size.config, self.plan)[f"{name}_weight"]
+        return experts, features, inputs
+
+    @property
+    def product(self) -> str | None:
+        """Which of the layer's weights the op multiplies by, None for the others."""
+        costed = _COSTED.get(self.part, _COSTED.get(self.op))
+        return None if costed == "attention" else costed
+
+    @property
+    def keep(self) -> int | None:
+        """Video blocks that a sparse row keeps, None where the map is exact; as ``SparsePolicy`` counts them."""
+        if self.part not in ("25%", "12.5%"):
+            return None
+        return max(1, round(float(self.part.removesuffix("%")) / 100 * self.video_blocks))
+
+    @property
+    def video_blocks(self) -> int:
+        """Blocks of 128 rows that hold video."""
+        return -(-padded_rows(self.size).starts[1] // BLOCK)
+
+    def useful_flops(self) -> float:
+        """FLOPs of the model's own tokens, features and pairs; 0 for norms."""
+        if self.op == "select_blocks":
+            return self.computed_flops()
+        costed = _COSTED.get(self.part, _COSTED.get(self.op))
+        if costed is None:
+            return 0.0
+        size = self.size
+        share = {"dense": 1.0, "25%": 0.25, "12.5%": 0.125}.get(self.part)
+        kind = layer_kind(size.config, self.layer, size.clip)
+        costs = step_costs(size.config, size.clip, text=size.text, precision=self.precision, video_share=share)
+        return next(c.flops for c in costs if c.op == costed and c.kind == kind)
+
+    def computed_flops(self) -> float:
+        """FLOPs that the kernel really does: padded rows and features, whole blocks of attention."""
+        config = self.size.config
+        if self.op == "select_blocks":
+            return 2.0 * config.num_heads_q * config.head_dim * (self.rows // BLOCK) ** 2
+        if self.op == "block_sparse_attention":
+            return 4.0 * config.num_heads_q * config.head_dim * BLOCK**2 * self.blocks()
+        if self.product is None:
+            return 0.0
+        _, features, inputs = self.weight_shape(self.product)
+        return 2.0 * self.rows * features * inputs
+
+    def blocks(self) -> int:
+        """Blocks of 128 x 128 that one query head of an attention case computes."""
+        if self.keep is None:
+            return sum(exact_map(self.size, self.part == "window").blocks())
+        every, video = self.rows // BLOCK, self.video_blocks
+        return video * (min(self.keep, video) + every - video) + (every - video) * every
+
+
+def cases_of(size: Size) -> Iterator[Case]:
+    """Every op at one size, both precisions, those that a step spends most time in first."""
+    config = size.config
+    shared = next(i for i in range(config.num_layers) if i not in (*config.mm_layers, *config.gelu7_layers))
+    sandwich = config.gelu7_layers[0]
+    for precision in PRECISIONS:
+        for mask in MASKS:
+            if mask == "window" and not size.windowed:
+                continue
+            local = next((i for i in config.local_attn_layers if i >= shared), shared)
+            yield Case("block_sparse_attention", mask, precision, size, local if mask == "window" else shared)
+        yield Case("fp8_linear_activation", "swiglu7", precision, size, shared)
+        yield Case("fp8_linear_residual", "down", precision, size, shared)
+        yield Case("qkv_linear", "", precision, size, shared)
+        yield Case("fp8_linear_residual", "proj", precision, size, shared)
+        yield Case("rmsnorm_quantize", "", precision, size, shared)
+        yield Case("select_blocks", "25%", precision, size, shared)
+        yield Case("fp8_linear_activation", "gelu7", precision, size, sandwich)
+    yield Case("rmsnorm_qkv", "", "bf16", size, shared)
+
+
+def cases(scope: str) -> list[Case]:
+    """All cases of a scope.
+
+    Args:
+        scope: ``"tiny"`` for the interpreter, ``"small"`` for plain torch on a CPU, ``"main"`` for the full model at
+            1080p and 5 s, or ``"full"`` for it at every size.
+
+    Raises:
+        ValueError: No such scope.
+    """
+    sizes = {"tiny": (TINY_SIZE,), "small": (SMALL_SIZE,), "main": FULL_SIZES[:1], "full": FULL_SIZES}
+    if scope not in sizes:
+        raise ValueError(f"scope must be one of {', '.join(sizes)}; got {scope!r}")
+    return [case for size in sizes[scope] for case in cases_of(size)]
+
+
+def select(found: list[Case], words: str) -> list[Case]:
+    """The cases whose name holds any of the comma-separated words; all where there are none.
+
+    Raises:
+        ValueError: A word is in no name, most likely a typing error.
+    """
+    wanted = [word for word in words.split(",") if word]
+    for word in wanted:
+        if not any(word in case.name for case in found):
+            raise ValueError(f"case must be part of a name such as {found[0].name}; got {word!r}")
+    return [case for case in found if not wanted or any(word in case.name for word in wanted)]

@@ -1,0 +1,109 @@
+"""Every op as eager PyTorch computes it, unfused and in bf16: the first peer, and what ``torch.compile`` is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bench.cases import Case, padded_rows
+from bench.inputs import Given
+from happyhorse_fast.reference.block_sparse_attention import fused_attention
+from happyhorse_fast.reference.fp8_linear import ACTIVATIONS
+from happyhorse_fast.reference.quantized_qkv import epilogue, spans
+from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
+from happyhorse_fast.reference.sequence import dense_ranges, local_ranges
+
+Function = Callable[[], object]
+
+
+def prepare(case: Case, given: Given, *, compiled: bool = False) -> Function:
+    """The op on bf16 inputs; what depends on the shape only is done here.
+
+    Args:
+        case: Its precision does not matter: eager PyTorch has no fp8.
+        given: Inputs of the case's bf16 sibling.
+        compiled: Run the arithmetic through ``torch.compile``.
+
+    Raises:
+        LookupError: Eager PyTorch has no such op.
+    """
+
+    def built(function: Callable[..., object]) -> Callable[..., object]:
+        return torch.compile(function, dynamic=False) if compiled else function
+
+    if case.op == "block_sparse_attention":
+        return _attention(case, given, built)
+    if case.op == "select_blocks":
+        if compiled:
+            raise LookupError("the choice of blocks builds its map with Python code between the operations")
+        selector = given["selector"]
+        return lambda: selector.top_k(given["q"], given["k"], given["keep"])
+    if case.op == "rmsnorm_quantize":
+        function = built(_norm)
+        return lambda: function(given["hidden"], given["norm_weight"][0])
+    parts = [(expert, slice(first, end)) for expert, first, end in _spans(given["row_tiles"])]
+    if case.op in ("qkv_linear", "rmsnorm_qkv"):
+        return _qkv(given, parts, built)
+    if case.op == "fp8_linear_residual":
+        function = built(_add_product)
+        return lambda: [function(given["hidden"][rows], given["x"][rows], given["weight"][e]) for e, rows in parts]
+    activation = ACTIVATIONS[given["activation"]][0]
+    function = built(lambda x, weight: activation(linear(x, weight).float()).bfloat16())
+    return lambda: [function(given["x"][rows], given["weight"][e]) for e, rows in parts]
+
+
+def _spans(row_tiles: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, end row), chunks of one expert joined again."""
+    joined: list[tuple[int, int, int]] = []
+    for expert, first, end in spans(row_tiles):
+        if joined and joined[-1][0] == expert and joined[-1][2] == first:
+            joined[-1] = (expert, joined[-1][1], end)
+        else:
+            joined.append((expert, first, end))
+    return joined
+
+
+def _norm(hidden: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm(hidden, weight).bfloat16()
+
+
+def _add_product(hidden: Tensor, x: Tensor, weight: Tensor) -> None:
+    hidden += linear(x, weight)
+
+
+def _qkv(given: Given, parts: list[tuple[int, slice]], built: Callable[..., Callable[..., object]]) -> Function:
+    heads = given["num_heads_q"], given["num_heads_kv"]
+
+    def layer(x: Tensor, weight: Tensor, qk_norm: Tensor, cos_sin: Tensor, norm: Tensor | None) -> tuple[Tensor, ...]:
+        x = x if norm is None else _norm(x, norm)
+        q, k, v, gate = epilogue(linear(x, weight).float(), qk_norm, cos_sin, *heads)
+        return q.bfloat16(), k.bfloat16(), v.bfloat16(), gate
+
+    function = built(layer)
+    fused = "norm_weight" in given
+    x = given["hidden" if fused else "x"]
+    return lambda: [
+        function(
+            x[rows],
+            given["weight"][e],
+            given["qk_norm"][e],
+            given["cos_sin"][rows],
+            given["norm_weight"][e] if fused else None,
+        )
+        for e, rows in parts
+    ]
+
+
+def _attention(case: Case, given: Given, built: Callable[..., Callable[..., object]]) -> Function:
+    """As the eager model: one fused call over the keys of every run of queries, without padding."""
+    if case.keep is not None:
+        raise LookupError("eager PyTorch has no attention over chosen blocks")
+    grid = case.size.grid
+    ranges = local_ranges(grid, case.size.config.frame_receptive_field) if case.part == "window" else dense_ranges(grid)
+    rows = padded_rows(case.size).token_rows(given["q"].device)
+    q, k, v, gate = (given[name][rows] for name in ("q", "k", "v", "gate"))
+    function = built(lambda: fused_attention(q, k, v, ranges) * gate[..., None])
+    return function

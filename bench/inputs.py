@@ -1,0 +1,207 @@
+"""Seeded inputs of a case, made on the device they are used on, and the call of its op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case, exact_map, padded_rows
+from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
+from happyhorse_fast.ops import block_sparse_attention as attention
+from happyhorse_fast.ops import fp8_linear as linear
+from happyhorse_fast.ops import rmsnorm_qkv as qkv
+from happyhorse_fast.ops import select_blocks as selection
+from happyhorse_fast.ops.packing_qkv import static_qk_scale
+
+E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
+Given = dict[str, Any]
+"""Keyword arguments of an op, without the backend."""
+
+# Codes spread over the format: one in 16,000 of a normal distribution is clamped at 448.
+CODE_SPREAD = 112.0
+
+
+class Draw:
+    """Standard normal tensors on a device; on ``"meta"`` shapes alone."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self.device = device
+        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """N(0, scale^2)."""
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype).mul_(scale)
+
+    def codes(self, *shape: int) -> Tensor:
+        """e4m3 codes of N(0, CODE_SPREAD^2)."""
+        return self.normal(*shape, scale=CODE_SPREAD, dtype=BF16).clamp_(-448, 448).to(E4M3)
+
+    def scales(self, *shape: int, size: float = 1.0) -> Tensor:
+        """float32 scales, each different, that make codes values of about ``size``."""
+        spread = torch.rand(shape, generator=self.generator, device=self.device)
+        return (spread + 0.5) * (size / CODE_SPREAD)
+
+
+def make(case: Case, device: torch.device | str, seed: int = 0) -> Given:
+    """Inputs of a case; on ``"meta"`` no data and no block map, to count bytes."""
+    draw = Draw(torch.device(device), seed)
+    return _MAKERS[case.op](case, draw)
+
+
+def _rmsnorm(case: Case, draw: Draw) -> Given:
+    channels = case.size.config.hidden_size
+    return {
+        "hidden": draw.normal(case.rows, channels),
+        "norm_weight": draw.normal(case.plan.experts, channels, scale=0.2),
+        "row_tiles": _row_tiles(case, draw),
+        "fp8": case.precision == "fp8",
+    }
+
+
+def _qkv(case: Case, draw: Draw) -> Given:
+    plan = case.plan
+    qk_norm = draw.normal(plan.experts, 2, plan.head_dim, scale=0.2)
+    angle = draw.normal(case.rows, plan.head_dim // 2)
+    return {
+        **_operands(case, draw, "qkv", group=None),
+        "qk_norm": qk_norm,
+        "cos_sin": torch.cat([angle.cos(), angle.sin()], dim=1),
+        "row_tiles": _row_tiles(case, draw),
+        "num_heads_q": plan.num_heads_q,
+        "num_heads_kv": plan.num_heads_kv,
+        "out": case.precision,
+        "qk_scale": static_qk_scale(qk_norm) if case.precision == "fp8" else None,
+    }
+
+
+def _rmsnorm_qkv(case: Case, draw: Draw) -> Given:
+    given = _qkv(case, draw)
+    for name in ("x", "x_scale", "weight_scale", "out", "qk_scale"):
+        del given[name]
+    norm = _rmsnorm(case, draw)
+    return given | {"hidden": norm["hidden"], "norm_weight": norm["norm_weight"]}
+
+
+def _attention(case: Case, draw: Draw) -> Given:
+    plan, rows = case.plan, case.rows
+    shapes = {
+        "q": (rows, plan.num_heads_q, plan.head_dim),
+        "k": (rows, plan.num_heads_kv, plan.head_dim),
+        "v": (rows, plan.num_heads_kv, plan.head_dim),
+    }
+    fp8, blocks = case.precision == "fp8", rows // BLOCK
+    given: Given = {"scale": plan.head_dim**-0.5, "gate": draw.normal(rows, plan.num_heads_q).sigmoid_()}
+    if fp8:
+        shapes["v"] = (plan.num_heads_kv, plan.head_dim, rows)
+        given |= {"q_scale": draw.scales(blocks), "k_scale": draw.scales(blocks), "fp8_out": True}
+        given["v_scale"] = draw.scales(plan.num_heads_kv, blocks)
+    given |= {name: draw.codes(*shape) if fp8 else draw.normal(*shape, dtype=BF16) for name, shape in shapes.items()}
+    given["block_map"] = None if draw.device.type == "meta" else block_map(case, given)
+    return given
+
+
+def block_map(case: Case, given: Mapping[str, Any]) -> BlockMap:
+    """The map of an attention case, on the device of its q; sparse ones by torch, whatever the backend under test."""
+    device = given["q"].device
+    if case.keep is None:
+        return exact_map(case.size, case.part == "window").to(device)
+    selector = BlockSelector(padded_rows(case.size), exact_map(case.size, False), device)
+    return selector.top_k(given["q"], given["k"], case.keep, q_scale=given.get("q_scale"), k_scale=given.get("k_scale"))
+
+
+def _select(case: Case, draw: Draw) -> Given:
+    plan, rows = case.plan, case.rows
+    fp8 = case.precision == "fp8"
+    given: Given = {
+        name: draw.codes(rows, heads, plan.head_dim) if fp8 else draw.normal(rows, heads, plan.head_dim, dtype=BF16)
+        for name, heads in (("q", plan.num_heads_q), ("k", plan.num_heads_kv))
+    }
+    if fp8:
+        given |= {"q_scale": draw.scales(rows // BLOCK), "k_scale": draw.scales(rows // BLOCK)}
+    if draw.device.type != "meta":
+        given["selector"] = BlockSelector(padded_rows(case.size), exact_map(case.size, False), draw.device)
+    return given | {"keep": case.keep}
+
+
+def _residual(case: Case, draw: Draw) -> Given:
+    # What the op before it writes: attention one scale per head, an activation one per 64 or 128 channels.
+    group = case.plan.head_dim if case.part == "proj" else 64 if case.plan.gated else 128
+    given = _operands(case, draw, case.part, group=group) | {"row_tiles": _row_tiles(case, draw)}
+    return given | {"hidden": draw.normal(case.rows, case.weight_shape(case.part)[1])}
+
+
+def _activation(case: Case, draw: Draw) -> Given:
+    given = _operands(case, draw, "up", group=None) | {"row_tiles": _row_tiles(case, draw)}
+    return given | {"activation": case.part, "fp8": case.precision == "fp8"}
+
+
+def _operands(case: Case, draw: Draw, name: str, group: int | None) -> Given:
+    experts, features, inputs = case.weight_shape(name)
+    if case.precision == "bf16":
+        x = draw.normal(case.rows, inputs, dtype=BF16)
+        weight = draw.normal(experts, features, inputs, scale=inputs**-0.5, dtype=BF16)
+        return {"x": x, "x_scale": None, "weight": weight, "weight_scale": None}
+    return {
+        "x": draw.codes(case.rows, inputs),
+        "x_scale": draw.scales(case.rows, *([] if group is None else [inputs // group])),
+        "weight": draw.codes(experts, features, inputs),
+        "weight_scale": draw.scales(experts, features, size=inputs**-0.5),
+    }
+
+
+def _row_tiles(case: Case, draw: Draw) -> Tensor:
+    return padded_rows(case.size).row_tiles(case.plan.experts, device=draw.device)
+
+
+_MAKERS = {
+    "block_sparse_attention": _attention,
+    "fp8_linear_activation": _activation,
+    "fp8_linear_residual": _residual,
+    "qkv_linear": _qkv,
+    "rmsnorm_qkv": _rmsnorm_qkv,
+    "rmsnorm_quantize": _rmsnorm,
+    "select_blocks": _select,
+}
+_OPS: dict[str, Any] = {
+    "block_sparse_attention": attention.block_sparse_attention,
+    "fp8_linear_activation": linear.fp8_linear_activation,
+    "fp8_linear_residual": linear.fp8_linear_residual,
+    "qkv_linear": qkv.qkv_linear,
+    "rmsnorm_qkv": qkv.rmsnorm_qkv,
+    "rmsnorm_quantize": qkv.rmsnorm_quantize,
+    "select_blocks": selection.select_blocks,
+}
+
+
+def call(case: Case, given: Given, backend: str) -> tuple[Tensor, ...]:
+    """Run the op; its results as a tuple, the changed residual stream for the op that writes there."""
+    result = _OPS[case.op](**given, backend=backend)
+    if result is None:
+        return (given["hidden"],)
+    if isinstance(result, BlockMap):
+        return result.tensors()
+    return tuple(result)
+
+
+def moved_bytes(case: Case) -> int:
+    """Bytes that the op must move: every input read once, every output written once; block maps are left out."""
+    given = make(case, "meta")
+    outputs: tuple[Tensor, ...]
+    if case.op == "rmsnorm_quantize":
+        outputs = qkv.empty_normalised(given["hidden"], given["fp8"])
+    elif case.op in ("qkv_linear", "rmsnorm_qkv"):
+        heads = given["num_heads_q"], given["num_heads_kv"]
+        outputs = qkv.empty_qkv(given["cos_sin"], *heads, given.get("out", "bf16"))
+    elif case.op == "block_sparse_attention":
+        outputs = attention.empty_results(given["q"], case.precision == "fp8", False)
+    elif case.op == "select_blocks":
+        blocks = case.rows // BLOCK
+        outputs = selection.empty_results(given["k"], torch.empty(blocks, blocks, device="meta"))
+    elif case.op == "fp8_linear_activation":
+        outputs = linear.empty_activation(given["x"], given["weight"], given["activation"], given["fp8"])
+    else:
+        outputs = (given["hidden"],)
+    return sum(t.nbytes for t in (*given.values(), *outputs) if isinstance(t, Tensor))

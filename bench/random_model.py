@@ -1,0 +1,69 @@
+"""Models of any size with seeded random weights, made on the device: nothing is read, packed or copied."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bench.inputs import CODE_SPREAD
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.model.accelerate import empty_accelerated
+from happyhorse_fast.model.fast_config import FastConfig
+from happyhorse_fast.model.fast_layer import FastLayer
+from happyhorse_fast.ops.dispatch import choose
+from happyhorse_fast.ops.packing_qkv import static_qk_scale
+from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.reference.rotary import frequency_bands
+
+# Elements drawn at a time on their way to e4m3: 2 GB in bf16.
+CHUNK = 1 << 30
+
+
+def random_eager(config: ModelConfig, device: torch.device, seed: int) -> HappyHorse:
+    """The eager model in bf16."""
+    return HappyHorse(config, device=device).init_weights(seed)
+
+
+def random_fast(
+    config: ModelConfig, fast: FastConfig, backend: Literal["auto", "reference"], device: torch.device, seed: int
+) -> HappyHorse:
+    """An accelerated model whose packed weights are drawn, padding included, which costs what the real ones cost.
+
+    Raises:
+        BackendError: ``fast`` is strict and an op has no kernel that may run.
+    """
+    fast = dataclasses.replace(fast, backend=backend)
+    choices = choose(fast.backend, fast.precision, device, strict=fast.strict and backend == "auto")
+    model = empty_accelerated(config, fast, choices).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        model.init_weights(seed)
+        model.adapter.rope.bands.copy_(frequency_bands(config.head_dim, device))
+        for layer in model.block.layers:
+            assert isinstance(layer, FastLayer)
+            _fill(layer, generator)
+    return model
+
+
+def _fill(layer: FastLayer, generator: torch.Generator) -> None:
+    buffers = dict(layer.named_buffers())
+    for name, value in buffers.items():
+        if name.endswith("_weight"):
+            inputs = value.shape[-1]
+            if value.dtype == torch.float8_e4m3fn:
+                _fill_codes(value, generator)
+                buffers[name.replace("_weight", "_scale")].fill_(inputs**-0.5 / CODE_SPREAD)
+            else:
+                value.normal_(0.0, inputs**-0.5, generator=generator)
+        elif name.endswith("_norm"):
+            value.normal_(0.0, 0.2, generator=generator)
+    layer.qk_scale.copy_(static_qk_scale(layer.qk_norm))
+
+
+def _fill_codes(codes: Tensor, generator: torch.Generator) -> None:
+    for part in codes.view(-1).split(CHUNK):
+        drawn = torch.empty(part.shape, dtype=torch.bfloat16, device=part.device)
+        part.copy_(drawn.normal_(0.0, CODE_SPREAD, generator=generator).clamp_(-448, 448))

@@ -1,0 +1,242 @@
+"""Result files: one JSON per GPU, day and commit, rewritten whole after every entry, so that a cut run loses nothing.
+
+    bench/results/<gpu>/<date>-<commit>.json
+    {gpu, driver, torch, triton, commit, peaks, absent, stages,
+     entries: [{case, impl, median_ms, tflops, gbps, roofline, peers: {name: ms}, verified, ...}],
+     sampler: [{preset, resolution, seconds, mode, steps, s_per_step, total_s, peak_memory_gib, ...}]}
+
+A case whose correctness gate is red has ``verified`` false, its ``reason``, and null for every number.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "bench" / "results"
+COMMIT_VARIABLE = "COMMIT"
+"""Names the commit where the sources come without their history."""
+
+Json = dict[str, Any]
+_NUMBER = (int, float)
+HEADER: dict[str, Any] = {"gpu": str, "driver": str, "torch": str, "triton": str, "commit": str}
+ENTRY: dict[str, Any] = {
+    "case": str,
+    "impl": str,
+    "median_ms": _NUMBER,
+    "tflops": _NUMBER,
+    "gbps": _NUMBER,
+    "roofline": _NUMBER,
+    "peers": dict,
+    "verified": bool,
+}
+ENTRY_EXTRA: dict[str, Any] = {
+    "tflops_useful": _NUMBER,  # on the model's own FLOPs
+    "low_ms": _NUMBER,  # a tenth of the calls are faster
+    "high_ms": _NUMBER,  # and a tenth slower
+    "reason": str,  # why there is no number
+    "config": dict,  # launch configuration, where it is not the committed one
+}
+SAMPLER: dict[str, Any] = {
+    "preset": str,
+    "resolution": str,
+    "seconds": int,
+    "mode": str,
+    "steps": int,
+    "s_per_step": _NUMBER,
+    "total_s": _NUMBER,
+    "peak_memory_gib": _NUMBER,
+}
+SAMPLER_EXTRA: dict[str, Any] = {
+    "mask": str,  # "exact", or the share of video pairs
+    "cap_gib": _NUMBER,  # memory that the process may use, where it was capped
+    "breakdown": dict,  # seconds of one step by op
+    "note": str,  # what was not run as published, or why there is no number
+}
+# Numbers that may be missing: a red gate, memory that ran out.
+_MAY_BE_NULL = {"median_ms", "tflops", "gbps", "roofline", "s_per_step", "total_s", "peak_memory_gib"}
+
+
+class ResultError(ValueError):
+    """A result file does not hold what it must; the message names the field."""
+
+
+def describe_machine(device: torch.device) -> Json:
+    """The header of a result file."""
+    on_gpu = device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "driver": _driver() if on_gpu else "none",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """Short name of the sources' commit, with ``-dirty`` where files were changed; ``COMMIT`` without a history."""
+    given = os.environ.get(COMMIT_VARIABLE)
+    if given:
+        return given
+    try:
+        name = _git("rev-parse", "--short=10", "HEAD")
+        return name + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _driver() -> str:
+    file = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", file.read_text()) if file.is_file() else None
+    return found[0] if found else "unknown"
+
+
+def path_for(header: Mapping[str, Any], folder: Path = FOLDER) -> Path:
+    """Where this run's file goes."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", str(header["gpu"]).lower()).strip("-")
+    return folder / gpu / f"{datetime.date.today().isoformat()}-{header['commit']}.json"
+
+
+class Results:
+    """A result file that is written as entries come; an entry takes the place of an earlier one of the same name.
+
+    Args:
+        path: The file; continued where it exists and is of the same machine and commit.
+        header: From :func:`describe_machine`.
+
+    Raises:
+        ResultError: The file exists and is of another machine or commit, or not a result file.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path = path
+        self.data: Json = {**header, "peaks": [], "absent": {}, "stages": [], "entries": [], "sampler": []}
+        if path.is_file():
+            self.data = read(path)
+            for name in HEADER:
+                if self.data[name] != header[name]:
+                    raise ResultError(f"{path}: {name} is {self.data[name]!r}, this run's is {header[name]!r}")
+
+    def add_entry(self, entry: Json) -> None:
+        """A microbenchmark of one case and implementation."""
+        self._put("entries", entry, ("case", "impl"))
+
+    def add_sampler(self, entry: Json) -> None:
+        """A run of the sampler."""
+        self._put("sampler", entry, ("preset", "resolution", "seconds", "mode", "mask", "cap_gib", "steps"))
+
+    def add_stage(self, stage: Json) -> None:
+        """Outcome of a stage of ``make gpu``."""
+        self._put("stages", stage, ("name",))
+
+    def add_peaks(self, peaks: Json) -> None:
+        """A ceiling of the machine."""
+        self._put("peaks", peaks, ("source",))
+
+    def add_absent(self, peers: Mapping[str, str]) -> None:
+        """Peers that are not there, with the reason."""
+        self.data["absent"] |= peers
+        self._write()
+
+    def _put(self, name: str, entry: Json, key: tuple[str, ...]) -> None:
+        kept = [e for e in self.data[name] if any(e.get(k) != entry.get(k) for k in key)]
+        self.data[name] = [*kept, entry]
+        self._write()
+
+    def _write(self) -> None:
+        validate(self.data, str(self.path))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".partial", delete=False) as file:
+            json.dump(self.data, file, indent=1, allow_nan=False)
+            file.write("\n")
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, self.path)
+
+
+def read(path: Path) -> Json:
+    """A validated result file.
+
+    Raises:
+        ResultError: It is not one; the message says what is wrong.
+        FileNotFoundError: It is not there.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ResultError(f"{path}: not JSON: {error}") from error
+    validate(data, str(path))
+    return dict(data)
+
+
+def read_all(folder: Path = FOLDER) -> dict[Path, Json]:
+    """Every result file below a folder, oldest name first."""
+    return {path: read(path) for path in sorted(folder.glob("*/*.json"))}
+
+
+def validate(data: object, where: str) -> None:
+    """Hold a file's content against the format.
+
+    Raises:
+        ResultError: The first field that does not fit.
+    """
+    if not isinstance(data, dict):
+        raise ResultError(f"{where}: must be an object, got {type(data).__name__}")
+    _fields(data, HEADER | {"entries": list, "sampler": list}, {"peaks": list, "absent": dict, "stages": list}, where)
+    for i, entry in enumerate(data["entries"]):
+        here = f"{where}: entries[{i}]"
+        _fields(entry, ENTRY, ENTRY_EXTRA, here)
+        if not entry["verified"] and (entry["median_ms"] is not None or entry["tflops"] is not None):
+            raise ResultError(f"{here}: {entry['case']} is not verified, so it must have no number")
+        if entry["verified"] and entry["median_ms"] is None and not entry.get("reason"):
+            raise ResultError(f"{here}: {entry['case']} has neither a time nor a reason")
+        for name, taken in entry["peers"].items():
+            _number(taken, f"{here}: peers[{name!r}]")
+    for i, run in enumerate(data["sampler"]):
+        _fields(run, SAMPLER, SAMPLER_EXTRA, f"{where}: sampler[{i}]")
+
+
+def _fields(data: object, required: Mapping[str, Any], optional: Mapping[str, Any], where: str) -> None:
+    if not isinstance(data, dict):
+        raise ResultError(f"{where}: must be an object, got {type(data).__name__}")
+    for name in required:
+        if name not in data:
+            raise ResultError(f"{where}: {name} is missing")
+    for name, value in data.items():
+        wanted = required.get(name, optional.get(name))
+        if wanted is None:
+            raise ResultError(f"{where}: {name} is not part of the format")
+        if value is None and name in _MAY_BE_NULL | set(optional):
+            continue
+        if wanted is _NUMBER:
+            _number(value, f"{where}: {name}")
+        elif not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise ResultError(f"{where}: {name} must be {wanted.__name__}, got {value!r}")
+
+
+def _number(value: object, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, _NUMBER) or not math.isfinite(value) or value < 0:
+        raise ResultError(f"{where} must be a finite number of at least 0, got {value!r}")

@@ -1,0 +1,310 @@
+"""The sampler end to end: the 15B model with seeded random weights made on the device, per mode, mask and memory cap.
+
+    python -m bench.sampler --results auto --minutes 5
+
+A run times as many steps as its time allows (steps cost the same, whatever the latents hold), and says how many. The
+published two-stage path is two runs: 8 steps at 256p, and the second stage's 5 at 1080p.
+"""
+
+from __future__ import annotations
+
+import bench.bootstrap  # noqa: F401  isort: skip - first: maps the kernels
+
+import argparse
+import gc
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.cases import TINY, TINY_SIZE
+from bench.ops import arguments, open_results
+from bench.random_model import random_eager, random_fast
+from bench.results import Json
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.model.fast_config import FastConfig, TopK
+from happyhorse_fast.model.op_times import OpTimes
+from happyhorse_fast.ops.dispatch import BackendError
+from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.sampler.progress import StepInfo
+from happyhorse_fast.sampler.sample import sample
+from happyhorse_fast.sampler.super_resolve import super_resolve
+from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
+
+BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
+FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"
+MODES = ("fast fp8", "fast bf16", "eager", "torch.compile")
+EXACT = "exact"
+SEED = 0
+# Of a card's memory, for the CUDA context and the driver.
+CONTEXT_GIB = 1.0
+# Steps are stopped after this long, two at least: 9 minutes hold twenty runs.
+SECONDS_PER_RUN = 12.0
+
+
+class Enough(Exception):
+    """Ends a run whose time is up."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sampler.
+
+    Attributes:
+        preset: The model.
+        resolution: Of the clip, 5 s long.
+        mode: One of :data:`MODES`.
+        mask: :data:`EXACT`, or the share of video pairs such as ``"25%"``.
+        steps: Denoising steps.
+        cap_gib: Size of the card whose memory the process may use; None for all there is.
+    """
+
+    preset: str
+    resolution: str
+    mode: str
+    mask: str = EXACT
+    steps: int = 8
+    cap_gib: int | None = None
+
+    @property
+    def second_stage(self) -> bool:
+        """Whether it is the second stage of two."""
+        return self.preset == SECOND_STAGE
+
+    @property
+    def fast(self) -> FastConfig | None:
+        """How the model is accelerated; None in the eager modes."""
+        if not self.mode.startswith("fast"):
+            return None
+        sparsity = None if self.mask == EXACT else TopK(float(self.mask.removesuffix("%")) / 100)
+        return FastConfig(precision="fp8" if self.mode == "fast fp8" else "bf16", sparsity=sparsity, strict=True)
+
+
+def runs() -> Iterator[Run]:
+    """All runs, most important first; those of one model follow each other, so that it is made once."""
+    for mode in ("fast fp8", "fast bf16"):
+        for mask in (EXACT, "25%", "12.5%"):
+            yield Run(BASE, "1080p", mode, mask)
+    yield Run(BASE, "1080p", "eager")
+    for mode in ("fast fp8", "fast bf16", "eager"):
+        yield Run(DENSE, "1080p", mode)
+    for mode in ("fast fp8", "eager", "fast bf16"):
+        yield Run(FIRST_STAGE, "256p", mode)
+        yield Run(SECOND_STAGE, "1080p", mode, steps=5)
+    for mode, caps in (("fast fp8", (24, 48)), ("fast bf16", (48, 80)), ("eager", (48, 80))):
+        for cap in caps:
+            yield Run(BASE, "1080p", mode, cap_gib=cap)
+    for preset, resolution, steps in (
+        (BASE, "1080p", 8),
+        (DENSE, "1080p", 8),
+        (FIRST_STAGE, "256p", 8),
+        (SECOND_STAGE, "1080p", 5),
+    ):
+        yield Run(preset, resolution, "torch.compile", steps=steps)
+
+
+class Bench:
+    """Runs one after another on a device, keeping the model while it stays the same.
+
+    Args:
+        device: Where.
+        tiny: A tiny model and clip in every run's place, through the reference: to try the code without a GPU.
+    """
+
+    def __init__(self, device: torch.device, tiny: bool = False) -> None:
+        self.device, self.tiny = device, tiny
+        self._model: HappyHorse | None = None
+        self._made_for: tuple[Any, ...] = ()
+
+    def run(self, run: Run, seconds: float = SECONDS_PER_RUN) -> Json:
+        """Time a run; running out of memory, or a kernel that may not run, is a result."""
+        entry: Json = {
+            "preset": run.preset,
+            "resolution": run.resolution,
+            "seconds": 5,
+            "mode": run.mode,
+            "mask": run.mask,
+            "steps": run.steps,
+            "cap_gib": run.cap_gib,
+            **dict.fromkeys(("s_per_step", "total_s", "peak_memory_gib")),
+        }
+        try:
+            self._cap(run.cap_gib)
+            model = self._model_for(run)
+            return entry | self._measure(model, run, seconds)
+        except torch.cuda.OutOfMemoryError as error:
+            self._forget()
+            return entry | {"note": f"out of memory: {str(error).partition('. ')[0]}"}
+        except BackendError as error:
+            self._forget()
+            return entry | {"note": f"not run: {error}"}
+        finally:
+            self._cap(None)
+
+    def _measure(self, model: HappyHorse, run: Run, seconds: float) -> Json:
+        inputs = self._inputs(model, run)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with torch.no_grad():
+            model(*inputs)  # compiles, and makes what depends on the clip's shape
+        times, notes = self._sample(model, run, inputs, seconds)
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None
+        if self.tiny:
+            notes.append("a tiny model and clip in plain torch in this run's place")
+        if len(times) < run.steps:
+            notes.append(f"{len(times)} of {run.steps} steps timed")
+        each = statistics.median(times)
+        breakdown = None if run.mode == "torch.compile" else self._breakdown(model, inputs)
+        return {
+            "s_per_step": each,
+            "total_s": sum(times) if len(times) == run.steps else each * run.steps,
+            "peak_memory_gib": peak,
+            "breakdown": breakdown,
+            "note": "; ".join(notes),
+        }
+
+    def _sample(
+        self, model: HappyHorse, run: Run, inputs: Sequence[torch.Tensor], seconds: float
+    ) -> tuple[list[float], list[str]]:
+        times: list[float] = []
+
+        def callback(info: StepInfo) -> None:
+            times.append(info.seconds)
+            if sum(times) > seconds and 2 <= len(times) < run.steps:
+                raise Enough
+
+        video, audio, text = inputs
+        noise = torch.Generator(self.device).manual_seed(SEED)
+        shared: dict[str, Any] = {"steps": run.steps, "noise": noise, "callback": callback, "progress": False}
+        notes: list[str] = []
+        try:
+            if not run.second_stage:
+                sample(model, video, audio, text, **shared)
+            elif importlib.util.find_spec("diffusers"):
+                small = self._clip("256p")
+                first = torch.randn(1, video.shape[1], small.T, small.H, small.W, device=self.device)
+                super_resolve(model, first, audio, text, size=(video.shape[3], video.shape[4]), **shared)
+            else:
+                notes.append("model evaluations alone: diffusers, whose UniPC advances the latents, is not installed")
+                self._evaluate(model, inputs, run.steps, callback)
+        except Enough:
+            pass
+        return times, notes
+
+    def _evaluate(self, model: HappyHorse, inputs: Sequence[torch.Tensor], steps: int, callback: Any) -> None:
+        video, audio, _ = inputs
+        for step in range(steps):
+            began = time.perf_counter()
+            with torch.no_grad():
+                model(*inputs)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            callback(StepInfo(step + 1, steps, 0.0, time.perf_counter() - began, None, video, audio))
+
+    def _breakdown(self, model: HappyHorse, inputs: Sequence[torch.Tensor]) -> dict[str, float]:
+        with torch.no_grad(), OpTimes(self.device) as times:
+            model(*inputs)
+        return {name: round(taken, 5) for name, taken in times.seconds().items()}
+
+    def _clip(self, resolution: str) -> ClipTokens:
+        if not self.tiny:
+            return tokens_for(resolution, "16:9", 5)
+        clip = TINY_SIZE.clip
+        return clip if resolution == "1080p" else clip._replace(H=clip.H // 2, W=clip.W // 2)
+
+    def _inputs(self, model: HappyHorse, run: Run) -> list[torch.Tensor]:
+        clip, config = self._clip(run.resolution), model.config
+        text = TINY_SIZE.text if self.tiny else TEXT_TOKENS
+        shapes = (
+            (1, config.latent_channels, clip.T, clip.H, clip.W),
+            (1, clip.audio, config.audio_in_channels),
+            (1, text, config.text_in_channels),
+        )
+        generator = torch.Generator(self.device).manual_seed(SEED)
+        return [torch.randn(shape, generator=generator, device=self.device) for shape in shapes]
+
+    def _config(self, preset: str) -> ModelConfig:
+        config = ModelConfig.preset(preset)
+        return TINY.replace(coords_style=config.coords_style) if self.tiny else config
+
+    def _model_for(self, run: Run) -> HappyHorse:
+        """The run's model: the one there is, where only sparsity or cap differ."""
+        wanted = (run.preset, run.mode)
+        if self._made_for != wanted:
+            self._forget()
+            config, fast = self._config(run.preset), run.fast
+            if fast is None:
+                self._model = random_eager(config, self.device, SEED)
+                if run.mode == "torch.compile" and not self.tiny:
+                    torch._dynamo.config.recompile_limit = 64  # kinds of layer times masks, not 8
+                    for layer in self._model.block.layers:  # a graph of the whole model would take minutes to compile
+                        layer.compile()
+            else:
+                self._model = random_fast(config, fast, "reference" if self.tiny else "auto", self.device, SEED)
+            self._made_for = wanted
+        assert self._model is not None
+        if run.fast is not None:
+            state: Any = self._model.fast
+            state.fast = run.fast
+            state.clips.clear()
+        return self._model
+
+    def _forget(self) -> None:
+        self._model, self._made_for = None, ()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _cap(self, gib: int | None) -> None:
+        if self.device.type != "cuda":
+            return
+        if gib is not None:
+            self._forget()  # what was allocated before would not be capped
+        total = torch.cuda.get_device_properties(self.device).total_memory / 2**30
+        share = 1.0 if gib is None else min(1.0, (gib - CONTEXT_GIB) / total)
+        torch.cuda.set_per_process_memory_fraction(share, self.device)
+
+
+def line(entry: Json) -> str:
+    """One line of the table."""
+    where = f"{entry['preset']} {entry['resolution']} {entry['mode']}, {entry['mask']}"
+    where += f", as a {entry['cap_gib']} GB card" if entry["cap_gib"] else ""
+    if entry["s_per_step"] is None:
+        return f"{where}: {entry['note']}"
+    numbers = f"{entry['s_per_step']:.3f} s/step, {entry['steps']} steps {entry['total_s']:.1f} s"
+    note = f" ({entry['note']})" if entry["note"] else ""
+    peak = entry["peak_memory_gib"]
+    return f"{where}: {numbers}{'' if peak is None else f', peak {peak:.1f} GiB'}{note}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sampler", description=__doc__.partition("\n")[0])
+    arguments(parser)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model in plain torch: to try this file")
+    parser.add_argument("--modes", default="", help=f"comma-separated, of {', '.join(MODES)}; all by default")
+    options = parser.parse_args(argv)
+    deadline, device = time.monotonic() + 60 * options.minutes, torch.device(options.device)
+    results, bench = open_results(options.results, device), Bench(device, options.tiny)
+    wanted = [mode for mode in options.modes.split(",") if mode] or MODES
+    for run in runs():
+        if run.mode not in wanted:
+            continue
+        if time.monotonic() > deadline:
+            print(f"time is up: {run} and later ones were not run", file=sys.stderr)
+            break
+        entry = bench.run(run)
+        print(line(entry), flush=True)
+        if results is not None:
+            results.add_sampler(entry)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

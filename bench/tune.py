@@ -1,0 +1,233 @@
+"""Launch configurations: legal candidates timed at the full model's shapes, the best written to ``kernels/configs``.
+
+    python -m bench.tune --cases swiglu7 --minutes 5 --write
+    python -m bench.tune --dry            # only shows the candidates
+
+A candidate counts only if the case's gate is green with it. Users' processes never tune: what is committed runs.
+"""
+
+from __future__ import annotations
+
+import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.cases import Case, cases, select
+from bench.gates import problems
+from bench.inputs import call, make
+from bench.timing import Stopwatch
+from happyhorse_fast.kernels.launch import LaunchConfig, illegal, shared_memory_bytes, table
+
+CONFIGS = bootstrap.ROOT / "kernels" / "configs"
+# A candidate must be faster than the committed one by more than two runs of the same configuration differ.
+LEAST_GAIN = 0.02
+SEEDS = 2
+# What is varied around the committed configuration, per stem. Attention's block_n is its step of P, which accuracy
+# depends on, and a QKV tile is a head wide: both stay.
+CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
+    "block_sparse_attention": {"num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    "fp8_linear": {
+        "block_n": (128, 256),
+        "block_k": (64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (3, 4, 5),
+        "group_m": (8, 16, 32),
+    },
+    "rmsnorm_qkv": {"block_k": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5), "group_m": (8, 16, 32)},
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One entry of a stem's table, and the case it is timed on.
+
+    Attributes:
+        stem: File of the table.
+        variant: Entry.
+        case: At whose shape.
+    """
+
+    stem: str
+    variant: str
+    case: Case
+
+
+def targets(scope: str) -> Iterator[Target]:
+    """Entries that the full model's layers use, the most expensive first."""
+    for case in cases(scope):
+        precision = case.precision
+        if case.op == "block_sparse_attention" and case.part in ("window", "25%"):
+            yield Target("block_sparse_attention", f"{precision}_d{case.plan.head_dim}", case)
+        elif case.op == "fp8_linear_activation":
+            yield Target("fp8_linear", f"{precision}_{case.part}", case)
+        elif case.op == "fp8_linear_residual":
+            group = case.plan.head_dim if case.part == "proj" else 64 if case.plan.gated else 128
+            yield Target("fp8_linear", "bf16_residual" if precision == "bf16" else f"fp8_group{group}_residual", case)
+        elif case.op == "qkv_linear":
+            yield Target("rmsnorm_qkv", f"qkv_{precision}", case)
+
+
+def candidates(target: Target, arch: int) -> list[LaunchConfig]:
+    """Legal configurations, the committed one first.
+
+    Raises:
+        LookupError: The table has no entry for the architecture.
+    """
+    committed = table(target.stem).get(target.variant, {}).get(str(arch))
+    if committed is None:
+        raise LookupError(f"{target.stem} {target.variant} has no configuration for sm_{arch}")
+    base = LaunchConfig(**committed)
+    choices = dict(CHOICES[target.stem])
+    if "group" in target.variant:  # one step of the reduction holds one group's scale
+        choices.pop("block_k")
+    made = [base]
+    for values in itertools.product(*choices.values()):
+        config = dataclasses.replace(base, **dict(zip(choices, values, strict=True)))
+        if (
+            config not in made
+            and illegal(config, arch, fp8=_is_fp8(target), shared_bytes=_shared(target, config)) is None
+        ):
+            made.append(config)
+    return made
+
+
+def _is_fp8(target: Target) -> bool:
+    return target.case.precision == "fp8"
+
+
+def _shared(target: Target, config: LaunchConfig) -> int:
+    element = 1 if _is_fp8(target) else 2
+    if target.stem == "block_sparse_attention":  # stages of k and v, and the query tile
+        d = target.case.plan.head_dim
+        return (2 * config.num_stages * config.block_n + config.block_m) * d * element
+    return shared_memory_bytes(config, element)
+
+
+@contextlib.contextmanager
+def using(target: Target, arch: int, config: LaunchConfig) -> Iterator[None]:
+    """Launch a variant with another configuration than the committed one while inside."""
+    entries = table(target.stem)[target.variant]
+    before = entries.get(str(arch))
+    entries[str(arch)] = dataclasses.asdict(config)
+    try:
+        yield
+    finally:
+        if before is None:
+            del entries[str(arch)]
+        else:
+            entries[str(arch)] = before
+
+
+def time_candidate(
+    target: Target, arch: int, config: LaunchConfig, stopwatch: Stopwatch, seconds: float
+) -> float | str:
+    """Milliseconds, or why the candidate does not count."""
+    device = stopwatch.device
+    with using(target, arch, config):
+        try:
+            found = problems(target.case, make(target.case, device), "triton")
+            if found:
+                return f"gate: {found[0]}"
+            sets = (make(target.case, device, seed) for seed in range(SEEDS))
+            calls = [functools.partial(call, target.case, given, "triton") for given in sets]
+            return stopwatch.time(calls, seconds=seconds).median_ms
+        except Exception as error:  # out of shared memory or registers, whatever the compiler raises
+            return f"{type(error).__name__}: {str(error)[:120]}"
+
+
+def write(folder: Path, target: Target, arch: int, config: LaunchConfig) -> Path:
+    """Put a configuration into a stem's table, in the committed files' format; starts from the committed table."""
+    path = folder / f"{target.stem}.json"
+    source = path if path.is_file() else CONFIGS / path.name
+    data = json.loads(source.read_text())
+    fields = list(next(iter(data[target.variant].values())))
+    data[target.variant][str(arch)] = {name: getattr(config, name) for name in fields}
+    lines = []
+    for variant, entries in data.items():
+        inner = ",\n".join(f'    "{name}": {json.dumps(entry)}' for name, entry in entries.items())
+        lines.append(f'  "{variant}": {{\n{inner}\n  }}')
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    partial.replace(path)
+    return path
+
+
+def tune(
+    target: Target, arch: int, stopwatch: Stopwatch, seconds: float, deadline: float, limit: int | None = None
+) -> LaunchConfig | None:
+    """The best of the first ``limit`` candidates where it beats the committed one by more than the noise, else None."""
+    first, *others = candidates(target, arch)
+    ours = time_candidate(target, arch, first, stopwatch, seconds)
+    print(f"{target.stem} {target.variant} on {target.case.name}: committed {ours}", flush=True)
+    if isinstance(ours, str):
+        ours = float("inf")
+    best, chosen = ours * (1 - LEAST_GAIN), None
+    for config in others[:limit]:
+        if time.monotonic() > deadline:
+            print("  time is up", flush=True)
+            break
+        taken = time_candidate(target, arch, config, stopwatch, seconds)
+        changed = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(first, k)}
+        print(f"  {changed}: {taken if isinstance(taken, str) else f'{taken:.4g} ms'}", flush=True)
+        if not isinstance(taken, str) and taken < best:
+            best, chosen = taken, config
+    return chosen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scope", default="main", help="sizes to tune at")
+    parser.add_argument("--cases", default="", help="comma-separated words of cases' names")
+    parser.add_argument("--limit", type=int, help="candidates per entry, all by default")
+    parser.add_argument("--folder", type=Path, help="write tables there, beside --write")
+    parser.add_argument("--write", action="store_true", help="write the best to kernels/configs")
+    parser.add_argument("--dry", action="store_true", help="show the candidates of sm_90, and time nothing")
+    parser.add_argument("--seconds", type=float, default=0.1, help="about how long each candidate is repeated")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no more candidates after this long")
+    options = parser.parse_args(argv)
+    deadline, device = time.monotonic() + 60 * options.minutes, torch.device(options.device)
+    kept = {case.name for case in select(cases(options.scope), options.cases)}
+    found = [target for target in targets(options.scope) if target.case.name in kept]
+    if options.dry:
+        for target in found:
+            legal = candidates(target, 90)
+            print(f"{target.stem} {target.variant} on {target.case.name}: {len(legal)} candidates, first {legal[0]}")
+        return 0
+    if device.type != "cuda" and not bootstrap.INTERPRETED:
+        print("python -m bench.tune: needs a CUDA device; --dry shows the candidates", file=sys.stderr)
+        return 2
+    from happyhorse_fast.ops.triton.device import architecture
+
+    arch, stopwatch = architecture(device), Stopwatch(device)
+    for target in found:
+        if time.monotonic() > deadline:
+            break
+        try:
+            best = tune(target, arch, stopwatch, options.seconds, deadline, options.limit)
+        except LookupError as error:
+            print(f"skipped: {error}")
+            continue
+        if best is None:
+            continue
+        for folder in (*([options.folder] if options.folder else []), *([CONFIGS] if options.write else [])):
+            print(f"  {best} -> {write(folder, target, arch, best)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""`make gpu` without a GPU: stages and their time, a cut stage, the dry run end to end; tuning and the sampler."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import interpreter  # noqa: F401  (exact arithmetic)
+import pytest
+import torch
+
+from bench import gpu, sampler, tune
+from bench.bootstrap import ROOT
+from bench.results import Results, read
+from bench.timing import Stopwatch
+from happyhorse_fast.kernels.launch import LaunchConfig, illegal, table
+
+CPU = torch.device("cpu")
+HEADER = {"gpu": "cpu", "driver": "none", "torch": "2", "triton": "3", "commit": "abc"}
+
+
+def test_all_stages_take_at_most_nine_minutes():
+    assert sum(stage.seconds for stage in gpu.STAGES) <= gpu.TOTAL_SECONDS <= 9 * 60
+
+
+def test_stages_are_chosen_by_name_in_their_own_order():
+    assert [stage.name for stage in gpu.chosen_stages("attn,tests")] == ["tests", "attn"]
+    assert gpu.chosen_stages("") == list(gpu.STAGES)
+    with pytest.raises(ValueError, match="got 'atn'"):
+        gpu.chosen_stages("atn")
+
+
+def stage(*commands):
+    return gpu.Stage("planted", 10, lambda context, minutes: [list(c) for c in commands])
+
+
+def run(stage, tmp_path, seconds=30.0):
+    results = Results(tmp_path / "r.json", HEADER)
+    passed = gpu.run_stage(stage, gpu.Context(True, results.path), results, seconds)
+    return passed, read(results.path)["stages"][0]
+
+
+def test_a_stage_that_hangs_is_cut_with_all_it_started(tmp_path):
+    # The child of the child would hold the log open, and the GPU.
+    sleep = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{sleep}']); {sleep}"
+    began = time.monotonic()
+    passed, written = run(stage([sys.executable, "-c", code]), tmp_path, seconds=2.0)
+    assert time.monotonic() - began < 15
+    assert passed is False and "cut after 2 s" in written["outcome"]
+
+
+def test_a_failed_command_fails_its_stage_and_its_output_is_shown(tmp_path, capsys):
+    passed, written = run(stage([sys.executable, "-c", "print('reason'); raise SystemExit(3)"]), tmp_path)
+    assert passed is False and written["outcome"] == "exit code 3"
+    assert "reason" in capsys.readouterr().out
+
+
+def test_an_absent_tool_is_named_and_fails_nothing(tmp_path):
+    passed, written = run(stage([]), tmp_path)
+    assert passed is True and "compute-sanitizer is absent" in written["outcome"]
+
+
+def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "make gpu DRY=1" in capsys.readouterr().err
+
+
+def test_sources_run_from_a_checkout_that_is_not_installed(tmp_path):
+    # -S: no site-packages hooks, so the editable installation of this environment is not seen.
+    for name in ("bench", "happyhorse_fast", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    libraries = [p for p in sys.path if p.endswith("site-packages")]
+    code = "import bench.bootstrap, happyhorse_fast.kernels.launch as l; print(l.__file__)"
+    environment = {"PYTHONPATH": ":".join([str(tmp_path), *libraries]), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment, check=False, cwd=tmp_path
+    )
+    assert done.stdout.strip() == str(tmp_path / "kernels" / "launch.py"), done.stderr
+
+
+@pytest.mark.slow
+def test_the_dry_run_passes_every_stage(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--dry", "--folder", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (path,) = tmp_path.glob("*/*.json")
+    data = read(path)
+    assert {s["name"] for s in data["stages"] if s["passed"]} == {s.name for s in gpu.STAGES}
+    assert data["entries"] and all(e["verified"] and e["impl"] == "triton" for e in data["entries"])
+    assert {(s["mode"], s["mask"]) for s in data["sampler"]} >= {("fast fp8", "25%"), ("eager", "exact")}
+
+
+@pytest.mark.parametrize("target", list(tune.targets("main")), ids=lambda t: f"{t.variant}-{t.case.part}")
+def test_every_candidate_is_legal_and_the_committed_one_is_first(target):
+    found = tune.candidates(target, 90)
+    assert found[0] == LaunchConfig(**table(target.stem)[target.variant]["90"])
+    assert len(found) > 1 and len(set(found)) == len(found)
+    for config in found:
+        shared = tune._shared(target, config)
+        assert illegal(config, 90, fp8=target.case.precision == "fp8", shared_bytes=shared) is None
+
+
+def test_tuning_restores_the_table_and_writes_what_wins(tmp_path, monkeypatch):
+    target = next(t for t in tune.targets("tiny") if "proj/tiny/fp8" in t.case.name)
+    before = json.dumps(table(target.stem))
+    # The interpreter's times mean nothing: warps decide here.
+    monkeypatch.setattr(tune, "time_candidate", lambda t, a, config, *_: 1.0 if config.num_warps == 4 else 2.0)
+    best = tune.tune(target, 89, Stopwatch(CPU), 0.0, time.monotonic() + 60)
+    assert best is not None and best.num_warps == 4
+    with tune.using(target, 89, best):
+        assert table(target.stem)[target.variant]["89"]["num_warps"] == 4
+    assert json.dumps(table(target.stem)) == before
+    path = tune.write(tmp_path, target, 89, best)
+    written, committed = json.loads(path.read_text()), json.loads((tune.CONFIGS / path.name).read_text())
+    changed = written[target.variant].pop("89") != committed[target.variant].pop("89")
+    assert changed and written == committed
+    lines = (tune.CONFIGS / path.name).read_text().splitlines()
+    assert sum(a != b for a, b in zip(path.read_text().splitlines(), lines, strict=True)) == 1, "one line changes"
+
+
+def test_a_candidate_that_is_wrong_or_does_not_compile_does_not_count(monkeypatch):
+    target = next(tune.targets("tiny"))
+    config = tune.candidates(target, 89)[0]
+    monkeypatch.setattr(tune, "problems", lambda *_: ["out: worst tile distance 1"])
+    assert "gate" in str(tune.time_candidate(target, 89, config, Stopwatch(CPU), 0.0))
+
+    def broken(*_):
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(tune, "problems", broken)
+    assert "out of resource" in str(tune.time_candidate(target, 89, config, Stopwatch(CPU), 0.0))
+
+
+def test_the_sampler_runs_every_mode_mask_and_cap_of_the_issue():
+    runs = list(sampler.runs())
+    assert len(set(runs)) == len(runs)
+    assert {r.mode for r in runs} == set(sampler.MODES)
+    assert {(r.mode, r.mask) for r in runs if r.cap_gib is None} >= {("fast fp8", m) for m in ("exact", "25%", "12.5%")}
+    assert {r.cap_gib for r in runs} == {None, 24, 48, 80}
+    for mode in sampler.MODES:
+        assert {(r.preset, r.steps) for r in runs if r.mode == mode} >= {
+            (sampler.DENSE, 8),
+            (sampler.FIRST_STAGE, 8),
+            (sampler.SECOND_STAGE, 5),
+        }
+
+
+def test_sampler_runs_of_every_kind_are_results(tmp_path):
+    bench, results = sampler.Bench(CPU, tiny=True), Results(tmp_path / "r.json", HEADER)
+    for run in (
+        sampler.Run(sampler.BASE, "1080p", "fast fp8", "25%", steps=3),
+        sampler.Run(sampler.BASE, "1080p", "eager", steps=3),
+        sampler.Run(sampler.SECOND_STAGE, "1080p", "fast bf16", steps=2),
+    ):
+        entry = bench.run(run, seconds=60)
+        assert entry["s_per_step"] > 0 and entry["total_s"] >= entry["s_per_step"]
+        assert entry["breakdown"] and "tiny model" in entry["note"]
+        results.add_sampler(entry)
+    assert len(read(tmp_path / "r.json")["sampler"]) == 3
+
+
+def test_a_run_whose_time_is_up_says_how_many_steps_it_timed():
+    entry = sampler.Bench(CPU, tiny=True).run(sampler.Run(sampler.BASE, "256p", "eager", steps=6), seconds=0.0)
+    assert "2 of 6 steps timed" in entry["note"]
+    assert entry["total_s"] == pytest.approx(6 * entry["s_per_step"])
+
+
+def test_memory_that_runs_out_is_a_result(monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0")
+
+    monkeypatch.setattr(sampler, "random_eager", full)
+    entry = sampler.Bench(CPU).run(sampler.Run(sampler.BASE, "1080p", "eager"))
+    assert entry["s_per_step"] is None and entry["note"] == "out of memory: CUDA out of memory"
+    assert "out of memory" in sampler.line(entry)

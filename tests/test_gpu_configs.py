@@ -1,0 +1,111 @@
+"""Every committed launch configuration of the GPU's architecture, run and compared with the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from gpu_support import DEVICE, DRY, MARKS
+
+from bench.gates import poisoned
+from happyhorse_fast.block_map import BlockMap
+from happyhorse_fast.budgets import measure, violations
+from happyhorse_fast.kernels.launch import table
+from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
+from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
+from happyhorse_fast.reference.quantize import quantize_channels, quantize_groups, quantize_rows
+
+pytestmark = MARKS
+E4M3 = torch.float8_e4m3fn
+CPU = torch.device("cpu")
+# A bf16 step on every element is 8e-6, an e4m3 step on one code in fifty 1e-4.
+DISTANCE = 2e-5
+LINEAR = sorted(table("fp8_linear"))
+ATTENTION = sorted(table("block_sparse_attention"))
+# QKV product and norm have one configuration per format, and the choice of blocks one per kernel: tests/test_gpu_ops.py
+# runs them all.
+ELSEWHERE = {"rmsnorm_qkv": {"rmsnorm_quantize", "qkv_bf16", "qkv_fp8", "fused_bf16"}}
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_configuration_is_run_by_some_test() -> None:
+    assert set(table("rmsnorm_qkv")) == ELSEWHERE["rmsnorm_qkv"]
+    formats = {v.removesuffix("_strided").rpartition("_d")[0] for v in ATTENTION}
+    assert formats == {"bf16", "fp8", "fp8_qk"}
+    assert {v.rpartition("_")[2] for v in LINEAR} == {"plain", "residual", "swiglu7", "gelu7"}
+
+
+@pytest.mark.parametrize("variant", ["bf16_plain", "fp8_group64_residual"] if DRY else LINEAR)
+def test_linear(variant: str) -> None:
+    precision, *group, epilogue = variant.split("_")
+    rows, features, inputs = (128, 128, 128) if DRY else (640, 768, 1024)
+    x, weight = draw(0, rows, inputs), draw(1, 2, features, inputs) / inputs**0.5
+    x_scale = weight_scale = None
+    if precision == "bf16":
+        x, weight = x.bfloat16(), weight.bfloat16()
+    else:
+        x, x_scale = quantize_groups(x, int(group[0].removeprefix("group"))) if group else quantize_rows(x)
+        weight, weight_scale = quantize_channels(weight)
+    starts = torch.arange(0, rows, 128, dtype=torch.int32)
+    tiles = torch.stack([(starts >= rows // 2).to(torch.int32), starts, starts + 128], dim=1)
+    arguments = (x, x_scale, weight, weight_scale, tiles)
+    results = []
+    for device, backend in ((DEVICE, "triton"), (CPU, "reference")):
+        moved = [None if t is None else t.to(device) for t in arguments]
+        with poisoned():
+            results.append(linear(moved, epilogue, draw(2, rows, features).to(device), backend))
+    error = measure(results[0].cpu(), results[1])
+    assert violations(error, distance=DISTANCE, slope=None) == []
+
+
+def linear(moved: list[Any], epilogue: str, hidden: torch.Tensor, backend: str) -> torch.Tensor:
+    if epilogue == "plain":
+        return fp8_linear(*moved, backend=backend)
+    if epilogue == "residual":
+        fp8_linear_residual(*moved, hidden, backend=backend)
+        return hidden
+    return fp8_linear_activation(*moved, epilogue, False, backend=backend)[0]
+
+
+@pytest.mark.parametrize("variant", ["bf16_d32", "fp8_qk_d64_strided"] if DRY else ATTENTION)
+def test_attention(variant: str) -> None:
+    strided = variant.endswith("_strided")
+    fmt, _, head_dim = variant.removesuffix("_strided").rpartition("_d")
+    d, rows = int(head_dim), 256 if DRY else 1024
+    heads = {"q": 4, "k": 2, "v": 2}
+    # Views of one buffer with two unused channels per head: rows that no descriptor can read.
+    wide = {name: draw(i, rows, n, d + 8) for i, (name, n) in enumerate(heads.items())}
+    values: dict[str, Any] = {name: (x if strided else x[..., :d].contiguous()) for name, x in wide.items()}
+    blocks = rows // 128
+    scales = {"q_scale": torch.full((blocks,), 0.01), "k_scale": torch.linspace(0.01, 0.02, blocks)}
+    given: dict[str, Any] = {}
+    if fmt == "bf16":
+        given = {name: x.bfloat16() for name, x in values.items()}
+    else:
+        given = {name: (values[name] * 50).clamp(-448, 448).to(E4M3) for name in "qk"} | scales
+        given["v"] = values["v"].bfloat16()
+    if fmt == "fp8":
+        given["v"] = (draw(5, 2, d, rows) * 50).clamp(-448, 448).to(E4M3)
+        given["v_scale"] = torch.linspace(0.01, 0.02, 2 * blocks).view(2, blocks)
+    block_map = BlockMap.from_ranges([(0, rows // 2), (rows // 2, rows)], [(0, rows - 50), (60, rows)], rows, rows)
+    results = []
+    for device, backend in ((DEVICE, "triton"), (CPU, "reference")):
+        moved = {name: x.to(device) for name, x in given.items()}
+        if strided:
+            moved |= {name: moved[name][..., :d] for name in "qkv" if not (fmt == "fp8" and name == "v")}
+        with poisoned():
+            results.append(
+                block_sparse_attention(
+                    **moved, block_map=block_map.to(device), scale=d**-0.5, return_lse=not strided, backend=backend
+                )
+            )
+    (out, _, lse), (wanted, _, wanted_lse) = results
+    # P is rounded in steps of the configuration's keys, which fp8 codes depend on: the reference takes 128.
+    distance = 1e-3 if fmt == "fp8" else DISTANCE
+    assert violations(measure(out.cpu().float(), wanted.float()), distance=distance, slope=None) == []
+    if lse.numel():
+        torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-4, rtol=1e-4)

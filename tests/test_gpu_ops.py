@@ -1,0 +1,87 @@
+"""Every op on the GPU: within budgets of float64, poisoned, the same bits every time, in graphs and on side streams."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_support import DEVICE, DRY, MARKS, RERUNS, captured, side_stream, synchronize
+
+from bench.cases import Case, cases, select
+from bench.gates import problems
+from bench.inputs import call, make
+from happyhorse_fast.ops.self_check import run_checks
+
+pytestmark = MARKS
+SMALL = select(cases("tiny" if DRY else "small"), "25%/tiny/fp8,proj/tiny/bf16" if DRY else "")
+# One per kernel: the bits of a case do not depend on what the others are.
+ONE_EACH = select(
+    cases("tiny"), "window/tiny/fp8,down/tiny/fp8" if DRY else "window,down,swiglu7,qkv,rmsnorm_quantize,select"
+)
+
+
+def ids(case: Case) -> str:
+    return case.name
+
+
+@pytest.mark.skipif(DRY, reason="the self-check stage of the dry run does this")
+def test_self_check_passes() -> None:
+    fp8 = torch.cuda.get_device_capability() >= (8, 9)
+    assert [c for c in run_checks("triton", DEVICE, fp8=fp8) if not c.passed] == []
+
+
+@pytest.mark.parametrize("case", SMALL, ids=ids)
+def test_within_budget_and_every_output_written(case: Case) -> None:
+    assert problems(case, make(case, DEVICE), "triton") == []
+
+
+@pytest.mark.skipif(DRY, reason="64,256 rows are hours in the interpreter")
+@pytest.mark.parametrize("case", cases("main"), ids=ids)
+def test_the_full_models_shapes(case: Case) -> None:
+    assert problems(case, make(case, DEVICE), "triton") == []
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=ids)
+def test_reruns_give_the_same_bits(case: Case) -> None:
+    given = make(case, DEVICE)
+    start = given["hidden"].clone() if "hidden" in given else None
+
+    def run() -> list[torch.Tensor]:
+        if start is not None:
+            given["hidden"].copy_(start)
+        return [bits(x).clone() for x in call(case, given, "triton")]
+
+    first = run()
+    different = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(RERUNS):
+        different += sum((a != b).sum() for a, b in zip(first, run(), strict=True))
+    assert int(different) == 0, f"{int(different)} elements differed over {RERUNS} runs"
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=ids)
+def test_a_captured_graph_follows_its_inputs(case: Case) -> None:
+    if case.op == "select_blocks":
+        pytest.skip("its results are indices, which other inputs need not change")
+    given, other = make(case, DEVICE, 0), make(case, DEVICE, 1)
+    replay, results = captured(lambda: call(case, given, "triton"))
+    for name in ("x", "q", "hidden"):
+        if name in given:
+            given[name].copy_(other[name])
+    copies = {"hidden": given["hidden"].clone()} if "hidden" in given else {}
+    expected = [bits(x).clone() for x in call(case, given | copies, "triton")]
+    replay()
+    synchronize()
+    assert all(torch.equal(bits(a), b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=ids)
+def test_a_side_stream_gives_the_same_bits(case: Case) -> None:
+    given, same = make(case, DEVICE), make(case, DEVICE)
+    expected = call(case, given, "triton")
+    with side_stream():
+        results = call(case, same, "triton")
+    synchronize()
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results, expected, strict=True))
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x

@@ -1,0 +1,196 @@
+"""The report: README and page are what the committed results make; a slow and a wrong kernel show as such."""
+
+from __future__ import annotations
+
+import copy
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from bench import report, report_data, report_figures, report_measure, report_tables
+from bench.results import ResultError
+
+MOST_BYTES = 200_000
+ENTRY = {
+    "impl": "triton",
+    "median_ms": 2.0,
+    "tflops": 612.3,
+    "gbps": 1843.0,
+    "roofline": 0.62,
+    "peers": {"sdpa-cudnn": 3.0, "flex": 5.0},
+    "verified": True,
+}
+RUN = {
+    "preset": "happyhorse-1.0-15b",
+    "resolution": "1080p",
+    "seconds": 5,
+    "mode": "fast fp8",
+    "steps": 8,
+    "s_per_step": 3.51,
+    "total_s": 28.1,
+    "peak_memory_gib": 17.9,
+}
+
+
+def results(folder: Path, *entries: dict[str, Any], sampler: tuple[dict[str, Any], ...] = ()) -> report_data.Report:
+    """The committed results with a GPU's file beside them."""
+    header = {"gpu": "NVIDIA H200", "driver": "580.1", "torch": "2.11", "triton": "3.6.0", "commit": "abcdef"}
+    file = folder / "nvidia-h200" / "2026-01-02-abcdef.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({**header, "entries": [{**ENTRY, **e} for e in entries], "sampler": list(sampler)}))
+    for committed in (report_measure.EQUIVALENCE / "cpu.json", report_measure.MEMORY / "plan.json"):
+        copied = folder / committed.parent.name / committed.name
+        copied.parent.mkdir()
+        copied.write_bytes(committed.read_bytes())
+    return report_data.load(folder)
+
+
+def text_of(found: report_data.Report) -> str:
+    return report.readme_section(found) + report.page(found, [])
+
+
+def test_readme_is_what_the_committed_results_make() -> None:
+    readme = report.README.read_text(encoding="utf-8")
+    made = report.with_section(readme, report.readme_section(report_data.load()))
+    assert readme == made, "README differs from its generator: run `python -m bench.report --readme`"
+
+
+def test_the_page_is_what_the_committed_results_make() -> None:
+    pictures = sorted(report.OUT.glob("*.png"))
+    made = report.page(report_data.load(), pictures)
+    assert (report.OUT / report.PAGE).read_text(encoding="utf-8") == made, "the page is stale: run `make report`"
+
+
+def test_the_page_needs_nothing_from_outside() -> None:
+    page = (report.OUT / report.PAGE).read_text(encoding="utf-8")
+    assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]*\"|@import|url\(|<script", page)
+    for name in report.CAPTIONS.keys() & {p.stem for p in report.OUT.glob("*.png")}:
+        assert html.escape(report.CAPTIONS[name]) in page
+
+
+def test_committed_pictures_are_small_and_named() -> None:
+    pictures = sorted(report.OUT.glob("*.png"))
+    assert {p.stem for p in pictures} <= report.CAPTIONS.keys()
+    assert {"roofline", "memory", "block_maps", "error_per_layer"} <= {p.stem for p in pictures}
+    assert [p.name for p in pictures if p.stat().st_size >= MOST_BYTES] == []
+
+
+def test_without_a_gpu_the_report_says_so_and_names_predictions() -> None:
+    found = report_data.load()
+    without = report_data.Report({}, found.equivalence, found.memory)
+    assert report_tables.NO_GPU in report.readme_section(without)
+    assert report_tables.NO_GPU in report.page(without, [])
+    assert "PREDICTED" in report_figures.floor().get_suptitle()
+    assert "nothing measured" in report_figures.roofline(without).get_supxlabel()
+
+
+def test_a_faster_kernel_is_compared_with_its_best_peer(tmp_path: Path) -> None:
+    found = results(tmp_path, {"case": "attention/1080p-5s/fp8"}, sampler=(RUN,))
+    (row,) = report_data.rows_of(next(iter(found.gpu.values())))
+    assert (row.verdict, row.best, row.ratio) == ("fastest", "sdpa-cudnn", 1.5)
+    text = text_of(found)
+    for shown in ("612", "1.50x sdpa-cudnn", "62%", "28.10", "17.90", "NVIDIA H200"):
+        assert shown in text
+    assert report_tables.NO_GPU not in text
+    assert "<tr class=mark>" not in report.page(found, [])
+
+
+def test_a_planted_slow_kernel_is_marked(tmp_path: Path) -> None:
+    found = results(tmp_path, {"case": "good/x"}, {"case": "slow/x", "median_ms": 4.0})
+    first, second = report_data.rows_of(next(iter(found.gpu.values())))
+    assert (first.case, first.verdict, first.ratio) == ("slow/x", "slower", 0.75)
+    assert second.verdict == "fastest"
+    assert "SLOWER than sdpa-cudnn: 0.75x" in report.readme_section(found)
+    page = report.page(found, [])
+    assert page.count("<tr class=mark>") == 1
+    marked = re.search(r"<tr class=mark>.*?</tr>", page)
+    assert marked is not None
+    assert "slow/x" in marked[0]
+
+
+def test_a_planted_wrong_kernel_shows_no_number(tmp_path: Path) -> None:
+    wrong = {"case": "wrong/x", "verified": False, "reason": "worst tile distance 8.0e-01, budget 1.0e-05"}
+    nothing = {"median_ms": None, "tflops": None, "gbps": None, "roofline": None, "peers": {"sdpa-cudnn": 7.77}}
+    found = results(tmp_path, wrong | nothing)
+    (row,) = report_data.rows_of(next(iter(found.gpu.values())))
+    assert row.verdict == "not verified"
+    assert (row.median_ms, row.tflops, row.gbps, row.roofline, row.ratio) == (None,) * 5
+    text = text_of(found)
+    assert "not verified: worst tile distance 8.0e-01" in text
+    assert "7.77" not in text, "a peer's time beside a wrong kernel reads as a comparison"
+    assert "<tr class=mark>" in text
+
+
+def test_a_wrong_kernel_with_a_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match="wrong/x is not verified"):
+        results(tmp_path, {"case": "wrong/x", "verified": False})
+
+
+def test_pictures_of_a_gpu_show_the_slow_and_the_wrong(tmp_path: Path) -> None:
+    nothing = {"median_ms": None, "tflops": None, "gbps": None, "roofline": None, "verified": False, "reason": "NaN"}
+    found = results(tmp_path, {"case": "good/x"}, {"case": "slow/x", "median_ms": 4.0}, {"case": "wrong/x"} | nothing)
+    axes = report_figures.peers(found).axes[0]
+    colours = {patch.get_facecolor()[:3] for patch in axes.patches}
+    assert len(axes.patches) == 2
+    assert len(colours) == 2
+    texts = [t.get_text() for t in axes.texts]
+    assert any("SLOWER" in t for t in texts)
+    assert any("not verified: NaN" in t for t in texts)
+    assert "measured (2)" in report_figures.roofline(found).get_supxlabel()
+
+
+def test_many_cases_hide_none_that_is_slow(tmp_path: Path) -> None:
+    found = results(tmp_path, *({"case": f"good/{i}"} for i in range(60)), {"case": "slow/x", "median_ms": 4.0})
+    section = report.readme_section(found)
+    assert "slow/x" in section
+    assert f"{report.README_CASES} of 61 cases" in section
+    assert section.count("| good/") == report.README_CASES - 1
+    assert report.page(found, []).count("<td>good/") == 60
+    assert len(report_figures.peers(found).axes[0].patches) == report_figures.MOST_BARS
+
+
+def test_a_planted_error_past_its_budget_is_marked() -> None:
+    found = report_data.load()
+    data = copy.deepcopy(next(iter(found.equivalence.values())))
+    form = data["equivalence"][0]["forms"][1]
+    form["violations"] = ["velocity.video is off by 5.00e-01, budget 1.09e-02 (2 x eager bf16's own)"]
+    form["errors"]["velocity.video"]["relative_l2"] = None  # as JSON has an infinite error
+    planted = report_data.Report({}, {Path("equivalence/planted.json"): data}, None)
+    text = text_of(planted)
+    assert "FAIL: velocity.video is off by 5.00e-01" in text
+    assert "past its budget" in report.readme_section(planted)
+    assert "not finite" in text
+    assert "<tr class=mark>" in text
+
+
+def test_a_clip_fits_a_card_with_room_for_the_context() -> None:
+    assert report_data.fits(21.8, 24)
+    assert not report_data.fits(22.0, 24)  # 24e9 bytes are 22.35 GiB
+    assert report_data.fits(33.0, 48)
+
+
+@pytest.mark.parametrize(
+    "readme", ["no markers", f"{report.BEGIN} {report.BEGIN} {report.END}", f"{report.END}{report.BEGIN}"]
+)
+def test_a_readme_without_its_markers_is_refused(readme: str) -> None:
+    with pytest.raises(ValueError, match="once each"):
+        report.with_section(readme, "text")
+
+
+def test_committed_memory_is_what_the_model_takes() -> None:
+    # One of the twelve measured again: 1 s; all of them are 40 s.
+    clip = report_measure.CLIPS[0]
+    committed = report_data.load().memory
+    assert committed is not None
+    for peak in committed["peaks"]:
+        if (peak["preset"], peak["resolution"], peak["seconds"], peak["form"]) == (*clip, "fast fp8"):
+            form = report_measure.SHOWN[-1]
+            assert report_measure.rounded(report_measure._peak(form, *clip)) == peak
+            return
+    pytest.fail("no fp8 peak is committed")
