@@ -1,0 +1,62 @@
+"""Clips to train on: drawn, encoded, and kept for a while."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from batched import Batch
+from split import training_prompts
+from world import draw_scene, render_audio, render_video
+
+from happyhorse_fast.config import LATENT_CHANNELS
+from happyhorse_fast.pony import codec as codecs
+from happyhorse_fast.pony.prompt import TEXT_CHANNELS, TEXT_TOKENS, encode_text
+from happyhorse_fast.pony.weights import load_codecs
+from happyhorse_fast.reference.sequence import Clip
+
+PONY_CLIP = Clip((codecs.FRAMES - 1) // 4 + 1, codecs.SIDE // 32, codecs.SIDE // 32, codecs.FRAMES, TEXT_TOKENS)
+"""Token grid of every clip."""
+
+
+class Clips:
+    """Draws latents and texts of clips from a pool that takes in new clips all the time.
+
+    Drawing a clip costs half of what a training step on it costs (27 and 57 ms of one core), so each serves in several
+    steps, every time with other noise.
+
+    Args:
+        seed: Of prompts and of what they leave open.
+        first: Clips in the pool to begin with.
+        fresh: New clips per batch.
+        size: Clips at which the pool begins to drop its oldest.
+    """
+
+    def __init__(self, seed: int, first: int, fresh: int = 2, size: int = 2048) -> None:
+        self.video, self.audio = load_codecs()
+        self.rng = random.Random(seed)
+        self.prompts = training_prompts()
+        self.texts = {prompt: encode_text(str(prompt)) for prompt in self.prompts}
+        self.fresh, self.size, self.drawn = fresh, size, 0
+        shapes = [(LATENT_CHANNELS, *PONY_CLIP[:1], codecs.SIDE // 16, codecs.SIDE // 16), (codecs.FRAMES, 64)]
+        self.pool = [torch.empty(size, *shape) for shape in (*shapes, (TEXT_TOKENS, TEXT_CHANNELS))]
+        while self.drawn < first:
+            self.take_in(8)
+
+    def take_in(self, count: int) -> None:
+        """Draw new clips into the pool."""
+        scenes = [draw_scene(self.rng.choice(self.prompts), self.rng) for _ in range(count)]
+        video = codecs.encode_video(self.video, render_video(scenes))
+        audio = codecs.encode_audio(self.audio, render_audio(scenes))
+        text = torch.cat([self.texts[scene.prompt] for scene in scenes])
+        slots = torch.arange(self.drawn, self.drawn + count) % self.size
+        for pool, new in zip(self.pool, (video, audio, text), strict=True):
+            pool[slots] = new
+        self.drawn += count
+
+    def draw(self, count: int) -> Batch:
+        """A batch of clips, some of them new."""
+        self.take_in(self.fresh)
+        chosen = torch.tensor(self.rng.sample(range(min(self.drawn, self.size)), count))
+        video, audio, text = (pool[chosen] for pool in self.pool)
+        return video, audio, text

@@ -1,0 +1,125 @@
+"""What a clip shows and sounds like, read from its pixels and samples alone: colour, size, place and impacts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from world import COLUMN, FLOOR_ROW, PITCH, RADIUS, RGB, background
+
+from happyhorse_fast.pony.codec import FRAME_SAMPLES, SAMPLE_RATE
+
+BALL_CONTRAST = 0.25
+"""Distance in RGB from the background at which a pixel counts as ball; ringing of the codec stays below it."""
+MIN_RISE = 8.0
+"""Pixels that a ball must have come down before an impact, and must rise after it."""
+REACH = 14.0
+"""Pixels from the floor within which a turning point is an impact and not a flaw of the motion."""
+SYNC_FRAMES = 2.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found in one clip; None where no ball or no sound was.
+
+    Attributes:
+        colour: Nearest named colour.
+        size: Nearest named size.
+        place: Nearest named place.
+        seen: Times of impacts in the picture, in frames.
+        heard: Times of impacts in the sound, in frames.
+        pitch: Size that the strongest frequency stands for.
+    """
+
+    colour: str | None
+    size: str | None
+    place: str | None
+    seen: list[float]
+    heard: list[float]
+    pitch: str | None
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether impacts are seen, as many are heard, and each within SYNC_FRAMES of its own."""
+        pairs = zip(self.seen, self.heard, strict=False)
+        return (
+            bool(self.seen) and len(self.seen) == len(self.heard) and all(abs(a - b) <= SYNC_FRAMES for a, b in pairs)
+        )
+
+
+def measure(frames: torch.Tensor, samples: torch.Tensor) -> Measured:
+    """Read one clip.
+
+    Args:
+        frames: [FRAMES, SIDE, SIDE, 3] in 0..1.
+        samples: [FRAMES * FRAME_SAMPLES] in -1..1.
+    """
+    ball = (frames - background()).norm(dim=-1) > BALL_CONTRAST
+    area = ball.sum(dim=(1, 2)).float()
+    heard = heard_impacts(samples)
+    pitch = nearest_pitch(samples) if heard else None
+    if area.median() < 30:
+        return Measured(None, None, None, [], heard, pitch)
+    place = torch.arange(ball.shape[1]) + 0.5
+    rows = (ball.sum(dim=2) * place).sum(dim=1) / area.clamp(min=1)
+    columns = (ball.sum(dim=1) * place).sum(dim=1) / area.clamp(min=1)
+    radius = math.sqrt(float(area.median()) / math.pi)
+    mean = frames[ball].mean(dim=0)
+    seen = seen_impacts((FLOOR_ROW - radius - rows).tolist())
+    return Measured(
+        colour=min(RGB, key=lambda name: hue_distance(mean, torch.tensor(RGB[name]))),
+        size=min(RADIUS, key=lambda name: abs(math.log(RADIUS[name] / radius))),
+        place=min(COLUMN, key=lambda name: abs(COLUMN[name] - float(columns.median()))),
+        seen=seen,
+        heard=heard,
+        pitch=pitch,
+    )
+
+
+def hue_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Distance between two RGB colours of equal length: shading does not count."""
+    return float((a / a.norm() - b / b.norm()).norm())
+
+
+def seen_impacts(heights: list[float]) -> list[float]:
+    """Frames at which a ball turns upwards within REACH of the floor, having fallen and rising MIN_RISE at least."""
+    found: list[float] = []
+    low, low_at, high, falling = math.inf, 0, -math.inf, True
+    for frame, height in enumerate(heights):
+        if falling:
+            high = max(high, height)
+            if height < low:
+                low, low_at = height, frame
+            if height > low + MIN_RISE:
+                if low < REACH and high > low + MIN_RISE and low_at > 0:
+                    found.append(float(low_at))
+                falling, high = False, height
+        else:
+            high = max(high, height)
+            if height < high - MIN_RISE:
+                falling, low, low_at = True, height, frame
+    return found
+
+
+def heard_impacts(samples: torch.Tensor) -> list[float]:
+    """Frames at which the sound's level jumps up, from its level in windows of an eighth of a frame."""
+    window = FRAME_SAMPLES // 8
+    level = samples[: len(samples) // window * window].unflatten(0, (-1, window)).square().mean(dim=1).sqrt()
+    level = torch.nn.functional.avg_pool1d(level[None], 3, stride=1, padding=1)[0].tolist()
+    loud = 0.2 * max(level)
+    found: list[float] = []
+    if max(level) < 0.05:
+        return found
+    for i in range(4, len(level)):
+        jump = level[i] - min(level[max(i - 6, 0) : i])
+        if jump > loud and (not found or i / 8 - found[-1] > 3):
+            found.append((i - 1) / 8)
+    return found
+
+
+def nearest_pitch(samples: torch.Tensor) -> str:
+    """The size whose tone is nearest to the strongest frequency."""
+    power = torch.fft.rfft(samples).abs()
+    strongest = max(float(power[1:].argmax() + 1) * SAMPLE_RATE / len(samples), 1.0)
+    return min(PITCH, key=lambda name: abs(math.log(PITCH[name] / strongest)))

@@ -1,0 +1,85 @@
+"""A clip as an mp4 with sound (PyAV, extra ``video``) and as a contact sheet with its waveform (extra ``plot``)."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from happyhorse_fast.pony.codec import FPS, SAMPLE_RATE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from happyhorse_fast.pony.generate import PonyClip
+
+
+def write_mp4(path: Path, frames: torch.Tensor, samples: torch.Tensor, *, scale: int = 4) -> None:
+    """Write H.264 video and AAC sound.
+
+    Args:
+        path: Ends with ``.mp4``.
+        frames: [F, H, W, 3] in 0..1, at 24 per second.
+        samples: [F * 500] in -1..1, at 12 kHz.
+        scale: Every pixel becomes scale x scale pixels, so that players need not enlarge it.
+
+    Raises:
+        ImportError: PyAV is not installed.
+    """
+    import av
+
+    pictures = (frames * 255).round().byte().numpy().repeat(scale, axis=1).repeat(scale, axis=2)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=FPS, options={"crf": "16"})
+        video.height, video.width = pictures.shape[1:3]
+        video.pix_fmt = "yuv420p"
+        audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+        for picture in pictures:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+        sound = av.AudioFrame.from_ndarray(samples.numpy().astype(np.float32)[None], format="fltp", layout="mono")
+        sound.sample_rate, sound.pts, sound.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
+        container.mux(audio.encode(sound))
+        container.mux(audio.encode())
+
+
+def contact_sheet(clips: list[PonyClip], *, pictures: int = 13) -> Figure:
+    """Clips one below the other: pictures from start to end, with the waveform under them on the same time axis.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    width, wave, title = 12.7, 0.45, 0.22  # inches
+    step = width / pictures + wave + title + 0.28
+    page = (width + 0.3, step * len(clips) + 0.1)
+    figure = Figure(figsize=page, dpi=110, facecolor="white")
+
+    def panel(top: float, height: float) -> Axes:
+        return figure.add_axes((0.15 / page[0], 1 - (top + height) / page[1], width / page[0], height / page[1]))
+
+    for i, clip in enumerate(clips):
+        above = panel(i * step + title, width / pictures)
+        below = panel(i * step + title + width / pictures, wave)
+        last = len(clip.frames) - 1
+        chosen = torch.linspace(0, last, pictures).round().long()
+        seconds_of = np.linspace(0, last / FPS, pictures)
+        half = last / FPS / (pictures - 1) / 2  # seconds; a picture's moment is at the middle of its width
+        span = (-half, last / FPS + half)
+        above.imshow(torch.cat(list(clip.frames[chosen]), dim=1).numpy(), extent=(*span, 0, 1), aspect="auto")
+        above.set_title(clip.prompt, loc="left", fontsize=9, pad=3)
+        for second in seconds_of[:-1] + half:
+            above.axvline(second, color="white", linewidth=1.5)
+        above.set_axis_off()
+        seconds = np.arange(len(clip.samples)) / SAMPLE_RATE
+        below.plot(seconds, clip.samples.numpy(), linewidth=0.4, color="#1f6feb")
+        below.set(xlim=span, ylim=(-1, 1), yticks=[])
+        below.tick_params(labelsize=6, pad=1)
+        for side in ("top", "left", "right"):
+            below.spines[side].set_visible(False)
+    return figure
