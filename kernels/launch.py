@@ -22,7 +22,7 @@ SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 12
 DESCRIPTORS_SINCE = 90
 """First compute capability with the tensor memory accelerator."""
 FP_FUSION = True
-"""Whether the compiler may fuse a * b + c into one rounding. Every launch says so, because Triton 3.10 flips its default:
+"""Whether the compiler may fuse a * b + c into one rounding. Every launch says so: Triton 3.10 flips its default, and
 what is compiled must not depend on the version."""
 
 

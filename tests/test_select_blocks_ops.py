@@ -1,9 +1,4 @@
-"""The choice of blocks as an op: launches, tracing, shapes, errors, and its kernels compiled without a GPU."""
-
-import json
-import os
-import subprocess
-import sys
+"""The choice of blocks as an op: launches, tracing, shapes, errors."""
 
 import pytest
 import torch
@@ -13,9 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
-from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, FP_FUSION, LaunchConfig, illegal, table
 from happyhorse_fast.model.launches import LaunchCounter
-from happyhorse_fast.ops.select_blocks import LAUNCHES, MOST_BLOCKS, _reference, select_blocks
+from happyhorse_fast.ops.select_blocks import LAUNCHES, _reference, select_blocks
 from happyhorse_fast.ops.triton import select_blocks as launcher
 
 # The op ---------------------------------------------------------------------------------------------------------------
@@ -136,100 +130,3 @@ def test_a_selector_says_what_it_cannot_take():
         BlockSelector(ALIGNED, select_blocks(**inputs(heads=(2, 2)), selector=selector(), keep=1), "cpu")
     with pytest.raises(ValueError, match="base must be given for a layout of type object"):
         BlockSelector(object(), None, "cpu")
-
-
-# Compiled for real, without a GPU -------------------------------------------------------------------------------------
-
-# In a process without TRITON_INTERPRET: jobs as JSON on stdin, one line of resources per job on stdout.
-COMPILER = r"""
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from happyhorse_fast.kernels import select_blocks as kernels
-
-tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-for job in json.load(sys.stdin):
-    kernel = getattr(kernels, job["kernel"])
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in job["values"]:
-            signature[name], constants[(i,)] = "constexpr", job["values"][name]
-            continue
-        of = job["pointers"].get(name)
-        signature[name] = "fp32" if name == "scale" else "i32" if of is None else "*" + of
-        if of is not None or name.startswith("stride"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", job["arch"], 32)
-    built = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=job["options"])
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(built.asm["cubin"])
-        usage, sass = (
-            subprocess.run([tools / tool, option, cubin], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    result = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    result |= {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("STL", "LDL")}
-    print(json.dumps(result | {"shared": built.metadata.shared}), flush=True)
-"""
-
-
-def jobs(variant, arch):
-    """What is launched under a configuration, at the 15B model's sizes: 5 s and the most that a program holds."""
-    config = LaunchConfig(**table(launcher.STEM)[variant][str(arch)])
-    fp8 = variant == "pool_fp8"
-    pointers = dict.fromkeys(("q", "k"), "fp8e4nv" if fp8 else "bf16") | dict.fromkeys(("live", "prefix"), "i8")
-    pointers |= dict.fromkeys(("pooled_q", "pooled_k", "inverse", "q_scale", "k_scale"), "fp32")
-    pointers |= dict.fromkeys(("table", "counts", "starts", "columns", "mask_ids", "order"), "i32")
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": FP_FUSION}
-    job = {"arch": arch, "pointers": pointers, "options": options}
-    if variant == "order":
-        yield job | {"kernel": "order_rows_kernel", "values": {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}}
-    elif variant != "select":
-        values = {"HEADS_Q": 40, "D": 128, "BLOCK": BLOCK, "ROWS": config.block_m, "stride_qd": 1, "stride_kd": 1}
-        yield job | {"kernel": "pool_blocks_kernel", "values": values}
-    else:
-        for most, mean, by_mass in ((512, False, False), *((MOST_BLOCKS, m, b) for m in (0, 1) for b in (0, 1))):
-            values = {"GROUP": 5, "PADDED_GROUP": 8, "D": 128, "BLOCKS": most, "MEAN": mean, "BY_MASS": by_mass}
-            yield job | {"kernel": "select_blocks_kernel", "values": values}
-
-
-def compiled(todo):
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILER],
-        input=json.dumps(todo),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def clean(variant, arch):
-    todo = list(jobs(variant, arch))
-    config = LaunchConfig(**table(launcher.STEM)[variant][str(arch)])
-    for job, found in zip(todo, compiled(todo), strict=True):
-        what = (job["kernel"], job["values"], found)
-        assert illegal(config, arch, fp8=variant == "pool_fp8", shared_bytes=found["shared"]) is None, what
-        assert found["REG"] <= 255, what
-        assert (found["STACK"], found["STL"], found["LDL"]) == (0, 0, 0), what
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("variant", sorted(table(launcher.STEM)))
-def test_every_committed_configuration_compiles(variant, arch):
-    if str(arch) not in table(launcher.STEM)[variant]:
-        assert variant == "pool_fp8" and arch < FP8_SINCE
-        return
-    clean(variant, arch)
-
-
-def test_hopper_does_not_spill():
-    clean("select", 90)

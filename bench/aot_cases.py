@@ -1,0 +1,259 @@
+"""Every launch that the committed tables allow, at the 15B model's shapes, on tensors of the device "meta".
+
+A case calls the real launcher; what it launches is recorded by `bench.aot_compile`. Cases that specialise to the same
+kernel, as one expert and three do, are compiled once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, config_for, table
+from happyhorse_fast.ops.triton import block_sparse_attention, fp8_linear, rmsnorm_qkv, select_blocks
+from happyhorse_fast.ops.triton.device import pretend
+from happyhorse_fast.ops.triton.library import LAUNCHERS
+
+STEMS = tuple(module.STEM for module in (rmsnorm_qkv, block_sparse_attention, fp8_linear, select_blocks))
+"""Every launch table."""
+
+ROWS, HIDDEN, HEADS_Q, HEADS_KV, HEAD_DIM = 64_256, 5120, 40, 8, 128
+"""5 s at 1080p, 24 fps, padded to whole tiles; the 15B model's widths."""
+UP, DOWN, GELU = 27_392, 13_696, 20_480
+"""Features of the padded SwiGLU7 product, their half, and those of the GELU7 product."""
+BLOCKS = (502, 1464)
+"""Blocks of 128 tokens of 5 s and of 15 s at 1080p."""
+HEAD_DIMS = (32, 64, 128)
+EXPERTS = (1, 3)
+BF16, E4M3, F32, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32
+DTYPES = {"bf16": BF16, "fp8": E4M3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher.
+
+    Attributes:
+        op: Name of the op without its namespace.
+        stem: Stem of its launch table.
+        arch: Pretended compute capability.
+        variants: Kernel -> the entry of the table that it is launched with.
+        products: Format of its products: a key of `aot_gates.PRODUCTS`.
+        detail: What tells it from the op's other cases.
+        arguments: The launcher's, on the device "meta".
+        tracing: Whether the launcher is called as torch traces it: without descriptors.
+    """
+
+    op: str
+    stem: str
+    arch: int
+    variants: dict[str, str]
+    products: str
+    detail: str
+    arguments: dict[str, Any] = field(repr=False)
+    tracing: bool = False
+
+    def launch(self) -> None:
+        """Call the launcher, pretending the architecture."""
+        with pretend(self.arch, tracing=self.tracing):
+            LAUNCHERS[f"happyhorse_fast::{self.op}"](**self.arguments)
+
+
+def cases() -> Iterator[Case]:
+    """All cases."""
+    for arch in ARCHITECTURES:
+        for make in (norms, qkv_products, fused_products, attentions, linears, selections):
+            yield from make(arch)
+
+
+def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def formats(arch: int) -> tuple[str, ...]:
+    """Formats of inputs that an architecture has."""
+    return ("bf16", "fp8") if arch >= FP8_SINCE else ("bf16",)
+
+
+def loads(stem: str, variant: str, arch: int) -> tuple[bool, ...]:
+    """``tracing``, False and True, where that takes the launcher from descriptors to pointers; else only False."""
+    return (False, True) if config_for(stem, variant, arch).descriptors else (False,)
+
+
+def described(detail: str, tracing: bool) -> str:
+    """Add to a case's detail how it loads."""
+    return f"{detail}, traced" if tracing else detail
+
+
+def norms(arch: int) -> Iterator[Case]:
+    """`rmsnorm_quantize`: both outputs, with a branch to add and without."""
+    for fmt, branch, experts in itertools.product(formats(arch), (False, True), EXPERTS):
+        arguments = {
+            "hidden": meta(ROWS, HIDDEN),
+            "norm_weight": meta(experts, HIDDEN),
+            "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
+            "branch": meta(ROWS, HIDDEN, dtype=BF16) if branch else None,
+            "fp8": fmt == "fp8",
+        }
+        variants = {"rmsnorm_quantize_kernel": "rmsnorm_quantize"}
+        detail = f"{fmt} out{', branch' if branch else ''}"
+        yield Case("rmsnorm_quantize", "rmsnorm_qkv", arch, variants, "none", detail, arguments)
+
+
+def qkv(experts: int, fmt: str) -> dict[str, Any]:
+    """Arguments that both QKV products take."""
+    features = (HEADS_Q + 2 * HEADS_KV + 1) * HEAD_DIM
+    return {
+        "weight": meta(experts, features, HIDDEN, dtype=DTYPES[fmt]),
+        "qk_norm": meta(experts, 2, HEAD_DIM),
+        "cos_sin": meta(ROWS, HEAD_DIM),
+        "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
+        "num_heads_q": HEADS_Q,
+        "num_heads_kv": HEADS_KV,
+    }
+
+
+def qkv_products(arch: int) -> Iterator[Case]:
+    """`qkv_linear`: inputs and outputs in every format, with a mean of k to take off and without."""
+    outs = ("bf16", "fp8", "fp8_qk") if arch >= FP8_SINCE else ("bf16",)
+    for fmt, out, k_mean, experts in itertools.product(formats(arch), outs, (False, True), EXPERTS):
+        arguments = qkv(experts, fmt) | {
+            "x": meta(ROWS, HIDDEN, dtype=DTYPES[fmt]),
+            "x_scale": meta(ROWS) if fmt == "fp8" else None,
+            "weight_scale": meta(experts, (HEADS_Q + 2 * HEADS_KV + 1) * HEAD_DIM) if fmt == "fp8" else None,
+            "out": out,
+            "qk_scale": None if out == "bf16" else meta(experts, 2),
+            "k_mean": meta(HEADS_KV, HEAD_DIM) if k_mean else None,
+        }
+        variant = f"qkv_{fmt}"
+        for tracing in loads("rmsnorm_qkv", variant, arch):
+            detail = described(f"{fmt}, {out} out{', k_mean' if k_mean else ''}", tracing)
+            variants = {"qkv_linear_kernel": variant}
+            yield Case("qkv_linear", "rmsnorm_qkv", arch, variants, fmt, detail, arguments, tracing)
+
+
+def fused_products(arch: int) -> Iterator[Case]:
+    """`rmsnorm_qkv`, bf16 only."""
+    for experts, tracing in itertools.product(EXPERTS, loads("rmsnorm_qkv", "fused_bf16", arch)):
+        arguments = qkv(experts, "bf16") | {"hidden": meta(ROWS, HIDDEN), "norm_weight": meta(experts, HIDDEN)}
+        variants = {"rmsnorm_qkv_kernel": "fused_bf16"}
+        detail = described("bf16", tracing)
+        yield Case("rmsnorm_qkv", "rmsnorm_qkv", arch, variants, "bf16", detail, arguments, tracing)
+
+
+def attentions(arch: int) -> Iterator[Case]:
+    """`block_sparse_attention`: formats, head dims, both ways to load; with what the model asks for, and with all."""
+    stem = "block_sparse_attention"
+    for fmt, d in itertools.product(("bf16", "fp8", "fp8_qk"), HEAD_DIMS):
+        variant = f"{fmt}_d{d}"
+        if str(arch) not in table(stem)[variant]:
+            continue
+        ways = loads(stem, variant, arch)
+        wishes = [(1, False, False), (1, fmt != "bf16", True)]
+        if d == HEAD_DIM:
+            wishes.append((HEADS_KV, fmt != "bf16", False))
+        for tracing, (map_heads, fp8_out, lse) in itertools.product(ways, wishes):
+            arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse)
+            # Where a table has descriptors, e4m3 with an LSE still reads through pointers.
+            pointers = True in ways and (tracing or (fmt == "fp8" and lse))
+            variants = {"block_sparse_attention_kernel": f"{variant}_strided" if pointers else variant}
+            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
+            detail += f", {map_heads} maps" if map_heads > 1 else ""
+            yield Case(stem, stem, arch, variants, fmt, described(detail, tracing), arguments, tracing)
+
+
+def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bool) -> dict[str, Any]:
+    """Arguments of `block_sparse_attention`: dense tensors as `qkv_linear` gives them, and a gate."""
+    blocks = BLOCKS[0]
+    codes = BF16 if fmt == "bf16" else E4M3
+    v = meta(HEADS_KV, d, ROWS, dtype=E4M3) if fmt == "fp8" else meta(ROWS, HEADS_KV, d, dtype=BF16)
+    listed = map_heads * blocks * blocks
+    return {
+        "q": meta(ROWS, HEADS_Q, d, dtype=codes),
+        "k": meta(ROWS, HEADS_KV, d, dtype=codes),
+        "v": v,
+        "counts": meta(map_heads, blocks, 2, dtype=I32),
+        "starts": meta(map_heads, blocks, dtype=I32),
+        "columns": meta(listed, dtype=I32),
+        "mask_ids": meta(listed, dtype=I32),
+        "mask_bits": meta(4, 128, 4, dtype=I32),
+        "order": meta(map_heads * blocks, dtype=I32),
+        "scale": d**-0.5,
+        "q_scale": None if fmt == "bf16" else meta(blocks),
+        "k_scale": None if fmt == "bf16" else meta(blocks),
+        "v_scale": meta(HEADS_KV, blocks) if fmt == "fp8" else None,
+        "gate": meta(ROWS, HEADS_Q),
+        "k_mean": meta(HEADS_KV, d) if lse else None,
+        "fp8_out": fp8_out,
+        "return_lse": lse,
+    }
+
+
+def linear_shapes(epilogue: str, group: int) -> tuple[int, int]:
+    """(F, K) where the model meets a product: projection, up, and down with the groups that up's epilogue writes."""
+    if epilogue in ("swiglu7", "gelu7"):
+        return (UP if epilogue == "swiglu7" else GELU, HIDDEN)
+    return (HIDDEN, {64: DOWN, 128: GELU}.get(group, HIDDEN))
+
+
+def linears(arch: int) -> Iterator[Case]:
+    """`fp8_linear` and its epilogues: every entry of the table, both outputs of an activation, both ways to load."""
+    for variant, known in table("fp8_linear").items():
+        fmt, *middle, epilogue = variant.split("_")
+        if str(arch) not in known:
+            continue
+        group = int(middle[0].removeprefix("group")) if middle else 0
+        features, inputs = linear_shapes(epilogue, group)
+        activation = epilogue in ("swiglu7", "gelu7")
+        outs = formats(arch) if activation else ("float32" if epilogue == "residual" else "bf16",)
+        for experts, out, tracing in itertools.product(EXPERTS, outs, loads("fp8_linear", variant, arch)):
+            arguments = {
+                "x": meta(ROWS, inputs, dtype=DTYPES[fmt]),
+                "x_scale": None if fmt == "bf16" else meta(ROWS, inputs // group) if group else meta(ROWS),
+                "weight": meta(experts, features, inputs, dtype=DTYPES[fmt]),
+                "weight_scale": None if fmt == "bf16" else meta(experts, features),
+                "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
+            }
+            op = "fp8_linear"
+            if activation:
+                op, arguments = "fp8_linear_activation", arguments | {"activation": epilogue, "fp8": out == "fp8"}
+            elif epilogue == "residual":
+                op, arguments = "fp8_linear_residual", arguments | {"hidden": meta(ROWS, features)}
+            detail = f"{fmt}{f' per {group}' if group else ''}, {epilogue}, {out} out"
+            variants = {"fp8_linear_kernel": variant}
+            yield Case(op, "fp8_linear", arch, variants, fmt, described(detail, tracing), arguments, tracing)
+
+
+def selections(arch: int) -> Iterator[Case]:
+    """`select_blocks`: its three kernels, for both lengths of clip and both ways to choose and to pool."""
+    pairs = ((0, round(0.9 * 2**20)), (125, 0))
+    # 90 % of the softmax, or a quarter of the blocks.
+    for fmt, blocks, (keep, mass), mean in itertools.product(formats(arch), BLOCKS, pairs, (False, True)):
+        codes = DTYPES[fmt]
+        scales = partial(meta, blocks) if fmt == "fp8" else lambda: None
+        arguments = {
+            "q": meta(blocks * 128, HEADS_Q, HEAD_DIM, dtype=codes),
+            "k": meta(blocks * 128, HEADS_KV, HEAD_DIM, dtype=codes),
+            "table": meta(blocks, blocks, dtype=I32),
+            "prefix": meta(blocks, dtype=torch.int8),
+            "live": meta(blocks * 128, dtype=torch.int8),
+            "inverse": meta(blocks),
+            "q_scale": scales(),
+            "k_scale": scales(),
+            "keep": keep,
+            "mass": mass,
+            "mean": mean,
+        }
+        variants = {
+            "pool_blocks_kernel": f"pool_{fmt}",
+            "select_blocks_kernel": "select",
+            "order_rows_kernel": "order",
+        }
+        detail = f"{fmt}, {blocks} blocks, by {'number' if keep else 'mass'}, {'mean' if mean else 'max'}"
+        yield Case("select_blocks", "select_blocks", arch, variants, "none", detail, arguments)

@@ -1,0 +1,170 @@
+"""Compile what the launchers launch, without a GPU, and measure it: one process, one version of Triton, one shard.
+
+Triton's own JIT specialises the recorded arguments (alignment, ones, Nones, descriptors): a stand-in driver names the
+architecture, and Triton's cache hook takes the specialisation out just before it would be compiled and launched. So
+what is compiled is what is launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from torch._library.triton import set_wrap_triton_enabled
+from triton.backends.compiler import GPUTarget
+from triton.runtime.interpreter import InterpretedFunction
+
+from bench.aot_cases import Case, cases
+from bench.aot_gates import Row
+from happyhorse_fast.kernels.launch import config_for
+from happyhorse_fast.kernels.numerics import to_e4m3
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+
+
+class Driver:
+    """What Triton's JIT asks of a driver before it launches: a device, which here is an architecture."""
+
+    def __init__(self) -> None:
+        self.arch = 0
+
+    def get_current_device(self) -> int:
+        """A device per architecture: the JIT caches per device."""
+        return self.arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as Triton's JIT specialised it.
+
+    Attributes:
+        case: The first case that launched it.
+        kernel: The jitted function.
+        specialised: Signature, constants, attributes and options, as Triton writes them for `preload`.
+    """
+
+    case: Case
+    kernel: Any
+    specialised: str
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+    def constants(self) -> dict[str, Any]:
+        """Constants by the names of their arguments."""
+        data = json.loads(self.specialised)
+        names = [self.kernel.arg_names[path[0]] for path in data["constant_keys"]]
+        return dict(zip(names, data["constant_vals"], strict=True))
+
+    def options(self) -> dict[str, Any]:
+        return dict(json.loads(self.specialised)["options"])
+
+
+def record(driver: Driver, given: Iterator[Case]) -> list[Launch]:
+    """The distinct kernels that the cases launch, in their order; none is compiled."""
+    found: dict[tuple[int, str], Launch] = {}
+
+    def hook(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+        launch = Launch(case, fn.jit_function, compile["specialization_data"])
+        found.setdefault((case.arch, launch.specialised), launch)
+        return True  # do not compile, do not launch
+
+    with triton.knobs.runtime.scope(), triton.knobs.language.scope(), set_wrap_triton_enabled(False):
+        triton.knobs.runtime.jit_cache_hook = hook
+        # The other default, so that a launch that does not say which it wants shows.
+        triton.knobs.language.default_fp_fusion = False
+        for case in given:
+            driver.arch = case.arch
+            case.launch()
+    return list(found.values())
+
+
+def tool(name: str, option: str, cubin: Path) -> str:
+    """Output of one of the tools in Triton's wheel."""
+    return subprocess.run([TOOLS / name, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def measure(driver: Driver, launch: Launch) -> Row:
+    """Compile a recorded kernel and read its resources and instructions."""
+    started = time.perf_counter()
+    driver.arch = launch.case.arch
+    built = launch.kernel.preload(launch.specialised)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        usage, listing = tool("cuobjdump", "-res-usage", cubin), tool("nvdisasm", "-c", cubin)
+    (registers,), (stack,) = (re.findall(rf"\b{what}:(\d+)", usage) for what in ("REG", "STACK"))
+    opcodes = Counter(OPCODE.findall(listing))
+    case, constants, options = launch.case, launch.constants(), launch.options()
+    variant = case.variants[launch.name]
+    return Row(
+        stem=case.stem,
+        kernel=launch.name,
+        variant=variant,
+        detail=case.detail,
+        arch=case.arch,
+        config=asdict(config_for(case.stem, variant, case.arch)),
+        tile={name.lower(): constants[name] for name in TILE if name in constants},
+        num_warps=options["num_warps"],
+        num_stages=options["num_stages"],
+        fp_fusion=options["enable_fp_fusion"],
+        products=case.products,
+        registers=int(registers),
+        stack=int(stack),
+        spill_stores=opcodes["STL"],
+        spill_loads=opcodes["LDL"],
+        shuffles=opcodes["SHFL"],
+        shared=int(built.metadata.shared),
+        tensor_core={name: opcodes[name] for name in sorted(opcodes) if name.endswith("MMA")},
+        triton=triton.__version__,
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def main() -> None:
+    """Print the number of kernels of the shard, then one row per line as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shard", default="0/1", help="which of how many")
+    parser.add_argument("--only", default="", help="regular expression that a case's name must contain")
+    options = parser.parse_args()
+    if isinstance(to_e4m3, InterpretedFunction):
+        sys.exit("TRITON_INTERPRET must not be set: nothing would be compiled")
+    driver = Driver()
+    triton.runtime.driver.set_active(driver)
+    shard, shards = map(int, options.shard.split("/"))
+    wanted = re.compile(options.only)
+    launches = record(driver, (c for c in cases() if wanted.search(f"sm_{c.arch} {c.op} {c.detail}")))
+    launches = launches[shard::shards]
+    print(json.dumps({"kernels": len(launches), "triton": triton.__version__}), flush=True)
+    for launch in launches:
+        try:
+            result = asdict(measure(driver, launch))
+        except Exception as error:
+            # The compiler's own errors are of many kinds; one kernel's must not hide the others' rows.
+            about = f"sm_{launch.case.arch} {launch.name} {launch.case.detail}, Triton {triton.__version__}"
+            result = {"failure": f"{about} does not compile: {type(error).__name__}: {str(error)[-500:]}"}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

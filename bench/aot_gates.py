@@ -1,0 +1,131 @@
+"""What a compiled kernel must hold, and the rows that say what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, table
+
+MOST_REGISTERS = 255
+MAY_SPILL = {("rmsnorm_qkv", 100), ("rmsnorm_qkv", 120), ("block_sparse_attention", 100)}
+"""Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
+PRODUCTS = {"bf16": ("bf16",), "fp8": ("fp8",), "fp8_qk": ("bf16", "fp8"), "none": ()}
+"""Products of a kernel -> formats that are multiplied in it."""
+TENSOR_CORES = {90: {"bf16": "HGMMA", "fp8": "QGMMA"}, 100: {"bf16": "UTCHMMA", "fp8": "UTCQMMA"}}
+"""Instructions of the generations that have their own."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A compiled kernel.
+
+    Attributes:
+        stem: Stem of its launch table.
+        kernel: Name of the jitted function.
+        variant: Entry of the launch table.
+        detail: What tells the case from the op's others.
+        arch: Compute capability.
+        config: Fields of the committed LaunchConfig.
+        tile: Sizes of its blocks, as launched.
+        num_warps: Warps of a program, as launched.
+        num_stages: Depth of the pipeline, as launched.
+        fp_fusion: Whether a * b + c may become one rounding.
+        products: Format of its products: a key of :data:`PRODUCTS`.
+        registers: Per thread.
+        stack: Bytes per thread.
+        spill_stores: STL instructions.
+        spill_loads: LDL instructions.
+        shuffles: SHFL instructions.
+        shared: Bytes of shared memory per program.
+        tensor_core: Number of each tensor-core instruction.
+        triton: Version that compiled it.
+        seconds: What compiling took.
+    """
+
+    stem: str
+    kernel: str
+    variant: str
+    detail: str
+    arch: int
+    config: dict[str, Any]
+    tile: dict[str, int]
+    num_warps: int
+    num_stages: int
+    fp_fusion: bool
+    products: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shuffles: int
+    shared: int
+    tensor_core: dict[str, int]
+    triton: str
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """The same in every version."""
+        return f"sm_{self.arch} {self.kernel.removesuffix('_kernel')} {self.detail}"
+
+    @property
+    def wanted(self) -> list[str]:
+        """The tensor-core instructions that it must have, and no others."""
+        names = TENSOR_CORES.get(self.arch, {"bf16": "HMMA", "fp8": "QMMA"})
+        return sorted(names[fmt] for fmt in PRODUCTS[self.products])
+
+    @property
+    def instructions(self) -> str:
+        """Its tensor-core instructions and how many of each."""
+        return ", ".join(f"{name} {count}" for name, count in self.tensor_core.items()) or "-"
+
+    @property
+    def summary(self) -> str:
+        """Its numbers in a line."""
+        spills = f", {self.spill_stores} STL" if self.spill_stores else ""
+        return f"{self.registers} registers{spills}, {self.shared} bytes shared, {self.instructions}"
+
+
+def problems(row: Row) -> list[str]:
+    """Gates that a row fails, each in a line; empty where it holds all.
+
+    No stack and no spills, but for :data:`MAY_SPILL`; it fits the device; its configuration is legal and is the one it
+    was launched with; its listing has the tensor-core instructions of its format and no others. (Triton may take others
+    without a word: e4m3 as bf16 with max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
+    """
+    found = []
+    config = LaunchConfig(**row.config)
+    fp8 = row.products.startswith("fp8")
+    if (why := illegal(config, row.arch, fp8=fp8, shared_bytes=row.shared)) is not None:
+        found.append(why)
+    if (row.num_warps, row.num_stages) != (config.num_warps, config.num_stages):
+        found.append(f"launched with {row.num_warps} warps and {row.num_stages} stages, not as {row.variant!r} says")
+    committed = {name: row.config.get(name, 0) for name in row.tile}
+    if row.tile != committed:
+        found.append(f"launched with tiles {row.tile}, not {committed} as {row.variant!r} says")
+    if row.fp_fusion != FP_FUSION:
+        found.append("launched without enable_fp_fusion=FP_FUSION")
+    if row.registers > MOST_REGISTERS:
+        found.append(f"{row.registers} registers, at most {MOST_REGISTERS} allowed")
+    if sorted(row.tensor_core) != row.wanted:
+        used = ", ".join(sorted(row.tensor_core)) or "none"
+        found.append(f"tensor-core instructions {used}, not {', '.join(row.wanted) or 'none'}")
+    if (row.stem, row.arch) not in MAY_SPILL:
+        if row.stack:
+            found.append(f"{row.stack} bytes of stack")
+        if row.spill_stores or row.spill_loads:
+            found.append(f"spills: {row.spill_stores} STL, {row.spill_loads} LDL")
+    return [f"{row.name}, Triton {row.triton}: {problem}" for problem in found]
+
+
+def not_compiled(rows: Iterable[Row]) -> list[str]:
+    """Entries of the launch tables that no row was launched with."""
+    rows = list(rows)
+    reached = {(row.stem, row.variant, row.arch) for row in rows}
+    stems = sorted({row.stem for row in rows})
+    listed = {(stem, variant, int(arch)) for stem in stems for variant, of in table(stem).items() for arch in of}
+    return [
+        f"{stem} {variant!r} for sm_{arch}: no case launches it" for stem, variant, arch in sorted(listed - reached)
+    ]

@@ -1,0 +1,188 @@
+"""Kernels compiled without a GPU: one per stem here, all in `make aot-check`; and what its gates must catch."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from happyhorse_fast.kernels.launch import ARCHITECTURES
+
+ROOT = Path(__file__).parents[1]
+
+
+def module(name):
+    """A module of bench/ by its file: with the checkout on sys.path, `import kernels` would find the folder."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
+    sys.modules[spec.name] = loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+gates = module("aot_gates")
+GOOD = gates.Row(
+    stem="fp8_linear",
+    kernel="fp8_linear_kernel",
+    variant="fp8_plain",
+    detail="fp8, plain, bf16 out",
+    arch=90,
+    config={"block_m": 128, "block_n": 256, "block_k": 128, "num_warps": 8, "num_stages": 4, "descriptors": True},
+    tile={"block_m": 128, "block_n": 256, "block_k": 128},
+    num_warps=8,
+    num_stages=4,
+    fp_fusion=True,
+    products="fp8",
+    registers=197,
+    stack=0,
+    spill_stores=0,
+    spill_loads=0,
+    shuffles=0,
+    shared=213_024,
+    tensor_core={"QGMMA": 4},
+    triton="3.7.1",
+    seconds=2.4,
+)
+
+
+def run(*command):
+    """In a process whose Triton compiles: this one interprets."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# Compiled -------------------------------------------------------------------------------------------------------------
+
+SOME = {
+    "rmsnorm_qkv": ("rmsnorm_quantize fp8 out, branch", "qkv_linear fp8, fp8 out"),
+    "block_sparse_attention": ("block_sparse_attention fp8, D 128, bf16 out",),
+    "fp8_linear": ("fp8_linear_activation fp8, swiglu7, fp8 out",),
+    "select_blocks": ("select_blocks bf16, 1464 blocks, by number, max",),
+}
+
+
+@pytest.mark.parametrize("stem", SOME)
+def test_a_kernel_of_every_stem_holds_its_gates_on_hopper(stem):
+    done = run("-m", "bench.aot_compile", "--only", "|".join(f"^sm_90 {case}$" for case in SOME[stem]))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [gates.Row(**json.loads(line)) for line in done.stdout.splitlines()[1:]]
+    assert len(rows) >= len(SOME[stem])
+    assert {row.stem for row in rows} == {stem}
+    assert [problem for row in rows for problem in gates.problems(row)] == []
+
+
+TABLES = {path.stem: json.loads(path.read_text()) for path in (ROOT / "kernels" / "configs").glob("*.json")}
+
+
+def test_every_launch_table_has_a_case_here():
+    assert set(SOME) == set(TABLES)
+
+
+@pytest.mark.parametrize(("stem", "variant"), [(stem, variant) for stem in TABLES for variant in TABLES[stem]])
+def test_every_entry_is_there_for_each_architecture_that_can(stem, variant):
+    """Entries for strided tensors: where others use descriptors, which only sm_90 and sm_100 do in attention."""
+    able = (90, 100) if variant.endswith("_strided") else [a for a in ARCHITECTURES if "fp8" not in variant or a >= 89]
+    assert sorted(map(int, TABLES[stem][variant])) == list(able)
+
+
+@pytest.mark.parametrize(
+    ("plant", "problem"),
+    [
+        # Deeper than shared memory: Triton compiles it without a word.
+        ("table('fp8_linear')['fp8_plain']['90']['num_stages'] = 6", "bytes of shared memory, sm_90 has 232448"),
+        # One step of a wide tile in four warps: more registers than there are.
+        ("table('fp8_linear')['fp8_plain']['90']['num_warps'] = 4", "spills: "),
+        # A launcher that leaves it to the compiler's default.
+        ("fp8_linear.FP_FUSION = None", "launched without enable_fp_fusion"),
+        # One that launches something else than the table says.
+        ("fp8_linear.config_of = lambda *_: config_for('fp8_linear', 'fp8_group128_plain', 90)", "launched with tiles"),
+    ],
+    ids=["stages", "warps", "fusion", "another entry"],
+)
+def test_a_planted_mistake_is_caught(plant, problem):
+    code = f"""
+import triton
+from bench.aot_cases import cases
+from bench.aot_compile import Driver, measure, record
+from bench.aot_gates import problems
+from happyhorse_fast.kernels.launch import config_for, table
+from happyhorse_fast.ops.triton import fp8_linear
+{plant}
+triton.runtime.driver.set_active(driver := Driver())
+case = next(c for c in cases() if (c.arch, c.detail) == (90, "fp8, plain, bf16 out"))
+print(problems(measure(driver, *record(driver, iter([case])))))
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert problem in done.stdout
+
+
+def test_it_does_not_run_where_kernels_are_interpreted():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.aot_compile", "--only", "^$"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET must not be set" in done.stderr
+
+
+# The gates ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_row_holds():
+    assert gates.problems(GOOD) == []
+
+
+def test_spills_are_known_by_table_and_architecture_and_never_on_hopper():
+    spilling = replace(GOOD, arch=100, tensor_core={"UTCQMMA": 8}, stack=8, spill_stores=1)
+    assert len(gates.problems(spilling)) == 2
+    assert gates.problems(replace(spilling, stem="rmsnorm_qkv")) == []
+    assert not any(arch == 90 for _, arch in gates.MAY_SPILL)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"stack": 16}, "16 bytes of stack"),
+        ({"spill_stores": 3}, "spills: 3 STL, 0 LDL"),
+        ({"spill_loads": 2}, "spills: 0 STL, 2 LDL"),
+        ({"registers": 256}, "256 registers, at most 255 allowed"),
+        ({"shared": 232_449}, "needs 232449 bytes of shared memory, sm_90 has 232448"),
+        ({"tensor_core": {"HMMA": 64}}, "tensor-core instructions HMMA, not QGMMA"),
+        ({"tensor_core": {"HMMA": 1, "QGMMA": 4}}, "tensor-core instructions HMMA, QGMMA, not QGMMA"),
+        ({"tensor_core": {}}, "tensor-core instructions none, not QGMMA"),
+        ({"products": "bf16"}, "tensor-core instructions QGMMA, not HGMMA"),
+        ({"products": "fp8_qk"}, "tensor-core instructions QGMMA, not HGMMA, QGMMA"),
+        ({"products": "none"}, "tensor-core instructions QGMMA, not none"),
+        ({"num_warps": 4}, "launched with 4 warps and 4 stages, not as 'fp8_plain' says"),
+        ({"tile": {"block_k": 64}}, "launched with tiles {'block_k': 64}, not {'block_k': 128} as 'fp8_plain' says"),
+        ({"fp_fusion": False}, "launched without enable_fp_fusion=FP_FUSION"),
+        ({"config": GOOD.config | {"block_n": 192}}, "block_n must be a power of two, got 192"),
+        ({"arch": 80, "tensor_core": {"QMMA": 4}}, "sm_80 has no e4m3 tensor cores"),
+        ({"arch": 100}, "tensor-core instructions QGMMA, not UTCQMMA"),
+    ],
+)
+def test_a_bad_row_is_caught(change, problem):
+    row = replace(GOOD, **change)
+    assert gates.problems(row)[0] == f"sm_{row.arch} fp8_linear fp8, plain, bf16 out, Triton 3.7.1: " + (
+        problem if row.arch != 80 else f"{problem} (sm_89 and later have)"
+    )
+
+
+def test_an_entry_that_no_case_launches_is_caught():
+    missing = gates.not_compiled([GOOD])
+    assert "fp8_linear 'bf16_plain' for sm_80: no case launches it" in missing
+    assert not any("'fp8_plain' for sm_90" in line for line in missing)
