@@ -192,11 +192,6 @@ def read(path: Path) -> Json:
     return dict(data)
 
 
-def read_all(folder: Path = FOLDER) -> dict[Path, Json]:
-    """Every result file below a folder, oldest name first."""
-    return {path: read(path) for path in sorted(folder.glob("*/*.json"))}
-
-
 def validate(data: object, where: str) -> None:
     """Hold a file's content against the format.
 
