@@ -49,7 +49,7 @@ def sparse_attention(
         k_mean: float32 [Hkv, D] that was subtracted from k; scale * q.k_mean is added to the LSE.
         fp8_out: e4m3 output with one scale per row and head.
         return_lse: Whether the LSE is wanted.
-        step: Keys per step of the online softmax: 128, or 64 as a kernel with narrower tiles goes.
+        step: Keys per step of the online softmax: 128, or 64 or 32 as a kernel with narrower tiles goes.
         wide: Dtype of everything between the rounding points; float64 makes this the oracle of the kernels.
         exact_p: Leave P unrounded.
         round_out: Round the output; else it stays in ``wide``, also with ``fp8_out``.
