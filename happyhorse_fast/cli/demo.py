@@ -14,6 +14,7 @@ import typer
 
 from happyhorse_fast.cli.forms import FORMS, Form
 from happyhorse_fast.cli.output import JsonOption, emit, gib, replacing, save_tensors, table
+from happyhorse_fast.cli.pony_demo import demo_prompt
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.tokens import ClipTokens
 
@@ -59,14 +60,23 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the latents and the picture; made where needed.")] = Path(
         "happyhorse-demo"
     ),
+    prompt: Annotated[
+        str | None,
+        typer.Option(help='Make a clip with the small trained model, such as "a large red ball bounces twice".'),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Sample a seeded tiny model on the CPU in every form; save the latents and a picture of them.
 
-    The weights are random, so the picture is of numbers, not of horses: what it shows is how close the forms are.
+    The weights are random, so the picture is of numbers, not of horses: what it shows is how close the forms are. With
+    --prompt, the small trained model makes a clip with sound instead.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out must be a folder, {out} is a file")
+    if prompt is not None:
+        with _one_thread():
+            demo_prompt(prompt, seed=seed, steps=steps, out=out, as_json=as_json)
+        return
     start = time.perf_counter()
     config = ModelConfig.preset("tiny")
     with _one_thread():
