@@ -16,7 +16,7 @@ from happyhorse_fast.model.accelerate import accelerate, explain, restore
 from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.model.fast_state import at_step, is_accelerated
 from happyhorse_fast.ops.dispatch import BackendError
-from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.reference.model import HappyHorse, Layer
 
 make_exact()
 CASES = ["dense_v2_fp32", "local_d128_fp32", "local_v1_fp32", "postnorm_v2_fp32"]
@@ -107,6 +107,26 @@ def test_an_interruption_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(acceleration, "make_fast_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         accelerate(model, FastConfig(backend="reference"))
+    assert not is_accelerated(model)
+    assert all(torch.equal(a, b) for a, b in zip(run(model, case), before, strict=True))
+
+
+def test_an_interruption_while_a_layer_moves_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = golden.load_case("postnorm_v2_fp32")
+    model = case.model(torch.bfloat16)
+    before, as_it_is = run(model, case), Layer.to
+    moved: list[Layer] = []
+
+    def interrupted(layer: Layer, *arguments: Any) -> Layer:
+        moved.append(layer)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        return as_it_is(layer, *arguments)
+
+    monkeypatch.setattr(Layer, "to", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        accelerate(model, FastConfig(backend="reference"))
+    assert moved[3:] == moved[:3], "every layer that was to leave comes back"
     assert not is_accelerated(model)
     assert all(torch.equal(a, b) for a, b in zip(run(model, case), before, strict=True))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from happyhorse_fast.budgets import measure
 from happyhorse_fast.cli.forms import FORMS, Form
 from happyhorse_fast.cli.output import JsonOption, emit, gib, replacing, save_tensors, table
 from happyhorse_fast.cli.pony_demo import demo_prompt
@@ -140,7 +141,7 @@ def run_forms(
     for run in runs:
         for name, errors in (("video", run.video_error), ("audio", run.audio_error)):
             pairs = zip(run.trajectory, runs[0].trajectory, strict=True)
-            errors += [_relative_l2(*(x[name == "audio"] for x in pair)) for pair in pairs]
+            errors += [measure(*(x[name == "audio"] for x in pair)).relative_l2 for pair in pairs]
     return runs
 
 
@@ -169,10 +170,6 @@ def _run_form(form: Form, config: ModelConfig, inputs: list[torch.Tensor], seed:
 
     video, audio = sample(model, *inputs, steps=steps, noise=replay, callback=keep, progress=False)
     return FormRun(form.name, video, audio, seconds, meter.peak_bytes, trajectory)
-
-
-def _relative_l2(value: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
 def _picture(path: Path, runs: list[FormRun]) -> tuple[Path | None, str | None]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from happyhorse_fast.budgets import measure
 from happyhorse_fast.cli.forms import FORMS, Form
 from happyhorse_fast.cli.output import emit, replacing, save_tensors, table
 
@@ -56,8 +57,6 @@ def demo_prompt(prompt: str, *, seed: int, steps: int, out: Path, as_json: bool)
         ValueError: The prompt is not in the grammar; the message gives it.
         ImportError: PyAV or matplotlib is not installed.
     """
-    from dataclasses import replace
-
     from happyhorse_fast.pony.media import contact_sheet, write_mp4
 
     runs = make_clips(prompt, FORMS, seed=seed, steps=steps)
@@ -106,8 +105,8 @@ def make_clips(prompt: str, forms: tuple[Form, ...], *, seed: int, steps: int) -
         run = ClipRun(form.name, clip, time.perf_counter() - start)
         if runs:
             first = runs[0].clip
-            run.video_error = float((clip.video - first.video).norm() / first.video.norm())
-            run.audio_error = float((clip.audio - first.audio).norm() / first.audio.norm())
+            run.video_error = measure(clip.video, first.video).relative_l2
+            run.audio_error = measure(clip.audio, first.audio).relative_l2
             mean = float((clip.frames - first.frames).square().mean())
             run.psnr_db = -10 * math.log10(mean) if mean else math.inf
         runs.append(run)

@@ -61,10 +61,12 @@ def accelerate(
     originals: list[nn.Module] = []
     try:
         for index, layer in enumerate(layers):
-            layers[index] = make_fast_layer(layer.state_dict(), config, fast, index, choices, device)
+            packed = make_fast_layer(layer.state_dict(), config, fast, index, choices, device)
             if fast.originals == "cpu":
-                originals.append(layer.to("cpu"))
-            del layer
+                originals.append(layer)  # before it moves, so that no interruption loses it
+                layer.to("cpu")
+            layers[index] = packed
+            del layer, packed
     except BaseException:  # out of memory, Ctrl-C: the model is what it was, unless its layers were to be dropped
         for index, original in enumerate(originals):
             layers[index] = original.to(device)
@@ -108,10 +110,9 @@ class Accelerating:
 def empty_accelerated(config: ModelConfig, fast: FastConfig, choices: Mapping[str, Choice]) -> HappyHorse:
     """An accelerated model on ``"meta"``, its packed weights to be filled in; to load into, or to measure."""
     model = HappyHorse(config, device="meta")
-    backend = {op: choice.backend for op, choice in choices.items()}
     layers: Any = model.block.layers
     for index in range(config.num_layers):
-        plan = LayerPlan.of(config, fast, index, backend)
+        plan = LayerPlan.of(config, fast, index, choices)
         shapes = packed_shapes(config, plan)
         layers[index] = FastLayer(plan, {k: torch.empty(s, dtype=d, device="meta") for k, (s, d) in shapes.items()})
     install(model, FastState(config, fast, dict(choices), [], HappyHorse))
@@ -145,8 +146,7 @@ def make_fast_layer(
     device: torch.device,
 ) -> FastLayer:
     """Pack one layer from its published tensors."""
-    backend = {op: choice.backend for op, choice in choices.items()}
-    return pack_layer(tensors, LayerPlan.of(config, fast, index, backend), device)
+    return pack_layer(tensors, LayerPlan.of(config, fast, index, choices), device)
 
 
 def install(model: nn.Module, state: FastState) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model.fast_config import OPS, FastConfig
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
+from happyhorse_fast.ops.dispatch import Choice
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.packing import pack_linear
 from happyhorse_fast.ops.packing_qkv import pack_qk_norm, pack_qkv_weight, static_qk_scale
@@ -51,7 +52,7 @@ class LayerPlan:
     backend: Mapping[str, str]
 
     @classmethod
-    def of(cls, config: ModelConfig, fast: FastConfig, layer: int, backend: Mapping[str, str]) -> LayerPlan:
+    def of(cls, config: ModelConfig, fast: FastConfig, layer: int, choices: Mapping[str, Choice]) -> LayerPlan:
         """The plan of one layer of a model."""
         return cls(
             layer,
@@ -62,7 +63,7 @@ class LayerPlan:
             config.num_heads_kv,
             config.head_dim,
             {op: fast.precision_of(op, layer) for op in OPS},
-            backend,
+            {op: choice.backend for op, choice in choices.items()},
         )
 
 
