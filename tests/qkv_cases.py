@@ -14,6 +14,7 @@ from happyhorse_fast.reference.quantize import dequantize
 from happyhorse_fast.reference.rotary import apply_rotary
 
 BACKENDS = ("triton", "reference")
+KERNELS = ("triton", "cuda")
 NAMES = ("q", "k", "v", "gate")
 # Rows per expert (tails of 0, 1 and 127, boundaries off and on the grid of 128), C, D, Hq, Hkv.
 SHAPES = {

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from qkv_cases import (
     ALIGNED,
     BACKENDS,
+    KERNELS,
     NAMES,
     SHAPES,
     bf16_problems,
@@ -32,7 +33,7 @@ from happyhorse_fast.ops.triton import rmsnorm_qkv as launcher
 from happyhorse_fast.reference import rmsnorm_qkv as eager
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("branch", [False, True], ids=["alone", "branch"])
 @pytest.mark.parametrize("name", ["one-tile", "tail-1-gqa5", "experts-off-grid"])
@@ -55,7 +56,7 @@ def test_normalised_rows(name, branch, fp8, backend):
         assert budgets.bf16_violations(budgets.measure(x, truth), budgets.measure(rounded, truth)) == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 def test_a_row_of_zeros_has_scale_one_and_zero_codes(backend):
     hidden, row_tiles = torch.zeros(3, 64), torch.tensor([[0, 0, 3]], dtype=torch.int32)
     x, scale = ops.rmsnorm_quantize(hidden, torch.zeros(1, 64), row_tiles, fp8=True, backend=backend)

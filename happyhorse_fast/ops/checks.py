@@ -10,6 +10,16 @@ ROW_STRIDE_LIMIT = 2**24
 """Rows of a tile are addressed in int32: 128 rows of at most this many elements."""
 
 
+def require_backend(backend: str, allowed: tuple[str, ...]) -> None:
+    """Hold a backend's name against those an op has.
+
+    Raises:
+        ValueError: It is not one of them.
+    """
+    if backend not in allowed:
+        raise ValueError(f"backend must be {' or '.join(map(repr, allowed))}, got {backend!r}")
+
+
 def require(
     name: str,
     value: object,

@@ -6,9 +6,11 @@ they are first called.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from happyhorse_fast.ops.checks import require
+from happyhorse_fast.ops.checks import require, require_backend
 from happyhorse_fast.reference import quantized_qkv as reference
 
 ROW_TILE = 128
@@ -60,7 +62,7 @@ def rmsnorm_quantize(
         row_tiles: [tiles, 3] int32 (expert, first row, end row).
         branch: [N, C] bf16, rows contiguous, or None.
         fp8: e4m3 with a scale per row, rather than bf16.
-        backend: ``"triton"`` or ``"reference"``.
+        backend: ``"triton"``, ``"cuda"`` (C a multiple of 4) or ``"reference"``.
 
     Returns:
         x [N, C] bf16 and a scale of size [0]; or x [N, C] e4m3 and its scale [N] float32.
@@ -77,11 +79,9 @@ def rmsnorm_quantize(
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
     if branch is not None:
         require("branch", branch, (BF16,), (n, c), device=device, strided_rows=True)
-    if _is_triton(backend):
-        from happyhorse_fast.ops.triton import rmsnorm_qkv as launcher
-
-        return launcher.rmsnorm_quantize(hidden, norm_weight, row_tiles, branch, fp8)
-    return _rmsnorm_quantize_reference(hidden, norm_weight, row_tiles, branch, fp8)
+    launcher = _launcher(backend, ("triton", "cuda", "reference"))
+    op = _rmsnorm_quantize_reference if launcher is None else launcher.rmsnorm_quantize
+    return op(hidden, norm_weight, row_tiles, branch, fp8)
 
 
 def qkv_linear(
@@ -151,12 +151,8 @@ def qkv_linear(
         require("qk_scale", qk_scale, (torch.float32,), (experts, 2), device=device)
     if k_mean is not None:
         require("k_mean", k_mean, (torch.float32,), (num_heads_kv, d), device=device)
-    if _is_triton(backend):
-        from happyhorse_fast.ops.triton import rmsnorm_qkv as launcher
-
-        op = launcher.qkv_linear
-    else:
-        op = _qkv_linear_reference
+    launcher = _launcher(backend, ("triton", "reference"))
+    op = _qkv_linear_reference if launcher is None else launcher.qkv_linear
     return op(
         x, x_scale, weight, weight_scale, qk_norm, cos_sin, row_tiles, num_heads_q, num_heads_kv, out, qk_scale, k_mean
     )
@@ -201,12 +197,8 @@ def rmsnorm_qkv(
     require("norm_weight", norm_weight, (torch.float32,), (weight.shape[0], c), device=device)
     require("qk_norm", qk_norm, (torch.float32,), (weight.shape[0], 2, d), device=device)
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
-    if _is_triton(backend):
-        from happyhorse_fast.ops.triton import rmsnorm_qkv as launcher
-
-        op = launcher.rmsnorm_qkv
-    else:
-        op = _rmsnorm_qkv_reference
+    launcher = _launcher(backend, ("triton", "reference"))
+    op = _rmsnorm_qkv_reference if launcher is None else launcher.rmsnorm_qkv
     return op(hidden, norm_weight, weight, qk_norm, cos_sin, row_tiles, num_heads_q, num_heads_kv)
 
 
@@ -224,10 +216,18 @@ def _check_heads(cos_sin: torch.Tensor, n: int, num_heads_q: int, num_heads_kv: 
     return d
 
 
-def _is_triton(backend: str) -> bool:
-    if backend not in ("triton", "reference"):
-        raise ValueError(f"backend must be 'triton' or 'reference', got {backend!r}")
-    return backend == "triton"
+def _launcher(backend: str, allowed: tuple[str, ...]) -> Any:
+    """The module with a backend's kernels; None for the reference."""
+    require_backend(backend, allowed)
+    if backend == "triton":
+        from happyhorse_fast.ops.triton import rmsnorm_qkv as triton_launcher
+
+        return triton_launcher
+    if backend == "cuda":
+        from happyhorse_fast.ops.cuda import rmsnorm_qkv as cuda_launcher
+
+        return cuda_launcher
+    return None
 
 
 # The reference walks row_tiles on the host; as ops of their own they trace and export without a look inside.

@@ -1,0 +1,104 @@
+// Number formats and activations, written once for host and device: what the tests prove on the host is what runs.
+//
+// Where the device has an instruction for a cast (bf16 from sm_80, e4m3 from sm_89) it is used there; it rounds to the
+// nearest even as the code for the host does, so the bits are the same.
+#pragma once
+
+#include "platform.cuh"
+
+struct bf16 {
+  u16 bits;
+};
+struct e4m3 {
+  u8 bits;
+};
+
+constexpr float E4M3_MAX = 448.0f;
+constexpr float EPS = 1e-6f;  // of every RMSNorm, as the published model has it
+
+HH_SHARED_FUNCTION u32 bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  u32 bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+#endif
+}
+
+HH_SHARED_FUNCTION float float_of(u32 bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+// bf16 is the upper half of a float32.
+HH_SHARED_FUNCTION float to_float(bf16 x) { return float_of(static_cast<u32>(x.bits) << 16); }
+
+HH_SHARED_FUNCTION bf16 to_bf16(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  u16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bf16{bits};
+#else
+  const u32 bits = bits_of(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{0x7fff};  // NaN, as the instruction gives it
+  return bf16{static_cast<u16>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
+}
+
+HH_SHARED_FUNCTION float round_to_bf16(float x) { return to_float(to_bf16(x)); }
+
+// Two values as one word, the first in the lower half: how they lie in memory.
+HH_SHARED_FUNCTION u32 pack_bf16(float low, float high) {
+  return static_cast<u32>(to_bf16(low).bits) | static_cast<u32>(to_bf16(high).bits) << 16;
+}
+HH_SHARED_FUNCTION float low_bf16(u32 pair) { return float_of(pair << 16); }
+HH_SHARED_FUNCTION float high_bf16(u32 pair) { return float_of(pair & 0xffff0000u); }
+
+HH_SHARED_FUNCTION float clamp_e4m3(float x) { return x > E4M3_MAX ? E4M3_MAX : x < -E4M3_MAX ? -E4M3_MAX : x; }
+
+// e4m3: 1 sign, 4 exponent (bias 7) and 3 mantissa bits; no infinity, NaN is 0x7f. Clamps first, so that an overflow
+// saturates whatever the instruction would do; NaN stays NaN.
+HH_SHARED_FUNCTION e4m3 to_e4m3(float x) {
+  x = clamp_e4m3(x);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  u16 pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+  return e4m3{static_cast<u8>(pair & 0xffu)};
+#else
+  const u32 bits = bits_of(x), magnitude = bits & 0x7fffffffu;
+  const u8 sign = static_cast<u8>(bits >> 24 & 0x80u);
+  if (magnitude > 0x7f800000u) return e4m3{static_cast<u8>(sign | 0x7fu)};
+  if (magnitude < 0x3c800000u) {
+    // Below 2^-6 codes are multiples of 2^-9. Adding 2^14 leaves that much of the sum's mantissa, rounded to even.
+    return e4m3{static_cast<u8>(sign | (bits_of(float_of(magnitude) + 16384.0f) - 0x46800000u))};
+  }
+  const u32 rounded = magnitude + 0x7ffffu + (magnitude >> 20 & 1u);  // to 3 of 23 mantissa bits
+  return e4m3{static_cast<u8>(sign | ((rounded >> 20) - (120u << 3)))};
+#endif
+}
+
+HH_SHARED_FUNCTION float to_float(e4m3 x) {
+  const u32 sign = static_cast<u32>(x.bits & 0x80u) << 24, exponent = x.bits >> 3 & 15u, mantissa = x.bits & 7u;
+  if (exponent == 15 && mantissa == 7) return float_of(0x7fffffffu);
+  if (exponent == 0) return float_of(sign | bits_of(static_cast<float>(mantissa) * 0x1p-9f));
+  return float_of(sign | (exponent + 120u) << 23 | mantissa << 20);
+}
+
+// Four codes as one word, the first lowest.
+HH_SHARED_FUNCTION u32 pack_e4m3(float a, float b, float c, float d) {
+  return static_cast<u32>(to_e4m3(a).bits) | static_cast<u32>(to_e4m3(b).bits) << 8 |
+         static_cast<u32>(to_e4m3(c).bits) << 16 | static_cast<u32>(to_e4m3(d).bits) << 24;
+}
+
+// value = code * scale; a group of zeros has scale 1.
+HH_SHARED_FUNCTION float scale_of(float amax) { return amax == 0.0f ? 1.0f : amax * (1.0f / E4M3_MAX); }
+
+HH_SHARED_FUNCTION float inverse_rms(float sum_of_squares, int channels) {
+  return 1.0f / sqrtf(sum_of_squares / static_cast<float>(channels) + EPS);
+}

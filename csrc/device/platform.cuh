@@ -1,0 +1,70 @@
+// What device code may assume of its compiler: nvcc, NVRTC, or a host compiler with the shim (HH_SHIM).
+//
+// No header of CUDA or torch is included: NVRTC's wheel carries none, and cubins must not depend on torch's version.
+#pragma once
+
+#if defined(HH_SHIM)
+#include "../shim/cuda.hpp"
+#endif
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+static_assert(sizeof(u32) == 4 && sizeof(i64) == 8 && sizeof(void*) == 8, "a 64-bit platform");
+
+#define HH_SHARED_FUNCTION __host__ __device__ __forceinline__  // runs on both sides, bit for bit
+#define HH_DEVICE __device__ __forceinline__
+
+// HH_KERNEL(name, Params, threads) { ... p ... }: an entry point of at most `threads` threads per block, which takes
+// one struct. HH_SHARED_MEMORY(name): the dynamic shared memory of the launch, 128-byte aligned; static shared memory
+// is not used, since the shim poisons only what a launch asks for.
+#if defined(HH_SHIM)
+#define HH_KERNEL(name, Params, threads)                                                                  \
+  static void name##_body(const Params& p);                                                               \
+  extern "C" int shim_run_##name(const shim::Launch* launch, char* message, unsigned long long capacity) { \
+    return shim::run(*launch, sizeof(Params), threads, message, capacity,                                 \
+                     [](const void* p) { name##_body(*static_cast<const Params*>(p)); });                 \
+  }                                                                                                       \
+  static void name##_body(const Params& p)
+#define HH_SHARED_MEMORY(name) unsigned char* const name = shim::shared_memory()
+#else
+#define HH_KERNEL(name, Params, threads) \
+  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+#define HH_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
+constexpr u32 ALL_LANES = 0xffffffffu;
+constexpr int WARP = 32;
+
+HH_DEVICE int lane_of_thread() { return static_cast<int>(threadIdx.x) % WARP; }
+HH_DEVICE int warp_of_thread() { return static_cast<int>(threadIdx.x) / WARP; }
+
+// Sum and largest of 32 lanes, the same bits in every lane.
+HH_DEVICE float warp_sum(float x) {
+  for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+  return x;
+}
+HH_DEVICE float warp_max(float x) {
+  for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+  return x;
+}
+
+// Sum and largest over a block, the same bits in every thread. `scratch` holds 32 floats of shared memory; it may be
+// used again after the next barrier.
+template <typename Join>
+HH_DEVICE float block_join(float x, float* scratch, float neutral, Join join) {
+  const int warps = static_cast<int>(blockDim.x) / WARP;
+  x = join(x);
+  if (lane_of_thread() == 0) scratch[warp_of_thread()] = x;
+  __syncthreads();
+  return join(lane_of_thread() < warps ? scratch[lane_of_thread()] : neutral);
+}
+HH_DEVICE float block_sum(float x, float* scratch) {
+  return block_join(x, scratch, 0.0f, [](float y) { return warp_sum(y); });
+}
+HH_DEVICE float block_max(float x, float* scratch) {
+  return block_join(x, scratch, 0.0f, [](float y) { return warp_max(y); });
+}

@@ -1,0 +1,93 @@
+// Residual add, RMSNorm and cast of whole rows, one pass over the residual stream; docs/OPS.md, `rmsnorm_quantize`.
+//
+// A block holds a row in registers: VECTORS vectors of four float32 per thread. Bytes per element: 4 read, and with a
+// branch 2 more read and 4 written; 1 (e4m3) or 2 (bf16) written. 64,256 rows of 5120 with a branch, fp8: 3.62 GB,
+// 1.08 ms at the 3.35 TB/s of an H100. Loads are 16 bytes a lane; codes are stored 4 bytes a lane, 128 contiguous a warp.
+#include "numerics.cuh"
+
+constexpr int VECTORS = 8;
+constexpr int MAX_THREADS = 256;  // 8192 channels
+
+struct RmsnormQuantizeParams {
+  float* hidden;             // [N, C], rows hidden_stride apart
+  const bf16* branch;        // [N, C], rows branch_stride apart, or null
+  const float* norm_weight;  // [E, C]
+  const int* row_tiles;      // [tiles, 3]: expert, first row, end row
+  void* x;                   // [N, C] bf16 or e4m3
+  float* scale;              // [N] where fp8
+  i64 hidden_stride;
+  i64 branch_stride;
+  int channels;  // a multiple of 4
+  int fp8;
+};
+
+// Grid: (128 rows of a tile, tiles). Shared memory: 64 floats.
+HH_KERNEL(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS) {
+  HH_SHARED_MEMORY(shared);
+  float* const sums = reinterpret_cast<float*>(shared);
+  const int* const tile = p.row_tiles + 3 * blockIdx.y;
+  const int expert = tile[0];
+  const i64 row = static_cast<i64>(tile[1]) + blockIdx.x;
+  if (row >= tile[2]) return;  // the whole block
+
+  const int vectors = p.channels / 4;
+  float4* const hidden = reinterpret_cast<float4*>(p.hidden + row * p.hidden_stride);
+  const float4* const weight = reinterpret_cast<const float4*>(p.norm_weight + static_cast<i64>(expert) * p.channels);
+
+  float4 held[VECTORS];
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < VECTORS; ++i) {
+    const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    held[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (at >= vectors) continue;
+    float4 h = hidden[at];
+    if (p.branch != nullptr) {
+      const uint2 added = reinterpret_cast<const uint2*>(p.branch + row * p.branch_stride)[at];
+      h.x += low_bf16(added.x);
+      h.y += high_bf16(added.x);
+      h.z += low_bf16(added.y);
+      h.w += high_bf16(added.y);
+      hidden[at] = h;
+    }
+    held[i] = h;
+    squares += h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
+  }
+  const float inverse = inverse_rms(block_sum(squares, sums), p.channels);
+
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < VECTORS; ++i) {
+    const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    if (at >= vectors) continue;
+    const float4 w = weight[at];
+    float4 y = held[i];
+    y.x = y.x * inverse * (w.x + 1.0f);
+    y.y = y.y * inverse * (w.y + 1.0f);
+    y.z = y.z * inverse * (w.z + 1.0f);
+    y.w = y.w * inverse * (w.w + 1.0f);
+    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(y.z), fabsf(y.w))));
+    held[i] = y;
+  }
+  if (p.fp8 == 0) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+      const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+      if (at >= vectors) continue;
+      const float4 y = held[i];
+      reinterpret_cast<uint2*>(static_cast<bf16*>(p.x) + row * p.channels)[at] =
+          make_uint2(pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
+    }
+    return;
+  }
+  const float scale = scale_of(block_max(largest, sums + WARP));
+  if (threadIdx.x == 0) p.scale[row] = scale;
+#pragma unroll
+  for (int i = 0; i < VECTORS; ++i) {
+    const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    if (at >= vectors) continue;
+    const float4 y = held[i];
+    reinterpret_cast<u32*>(static_cast<e4m3*>(p.x) + row * p.channels)[at] =
+        pack_e4m3(y.x / scale, y.y / scale, y.z / scale, y.w / scale);
+  }
+}

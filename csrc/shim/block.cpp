@@ -1,0 +1,251 @@
+#include "block.hpp"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fiber.hpp"
+
+namespace shim {
+namespace {
+
+constexpr std::size_t MAX_SHARED = 232448;  // what one block of an H100 may ask for
+constexpr std::size_t SHARED_ALIGNMENT = 128;
+constexpr unsigned MAX_THREADS = 1024;
+constexpr std::size_t MAX_PARAMS = 4096;
+constexpr int POISON = 0xff;  // a NaN as float32, bf16 and e4m3, and -1 as an integer
+
+enum class State { ready, in_barrier, in_exchange, finished };
+
+struct Thread {
+  Fiber fiber;
+  Index index;
+  State state;
+  Site site;
+};
+
+struct Warp {
+  int arrived = 0;
+  unsigned char given[LANES][PAYLOAD];
+  unsigned char taken[LANES][PAYLOAD];
+};
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+struct Block {
+  Body body;
+  const void* params;
+  Index index, size, grid;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::unique_ptr<unsigned char, Free> shared;
+  std::size_t shared_bytes;
+  int in_barrier;
+  Thread* running;
+  std::string problem;
+};
+
+Block* current = nullptr;
+
+std::string describe(const Site& site) {
+  const char* const slash = std::strrchr(site.file, '/');
+  return std::string(site.what) + " at " + (slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+bool same(const Site& a, const Site& b) {
+  return a.line == b.line && std::strcmp(a.file, b.file) == 0 && std::strcmp(a.what, b.what) == 0;
+}
+
+std::string name(const Thread& thread) { return "thread " + std::to_string(thread.index.x); }
+
+void thread_main(void* argument) {
+  auto* const thread = static_cast<Thread*>(argument);
+  try {
+    current->body(current->params);
+  } catch (const std::exception& error) {
+    if (current->problem.empty()) current->problem = name(*thread) + ": " + error.what();
+  }
+  thread->state = State::finished;
+  thread->fiber.leave(true);
+}
+
+void wait(State state, Site site) {
+  Thread& me = *current->running;
+  me.state = state;
+  me.site = site;
+  me.fiber.leave();
+}
+
+// One thread per kind of waiting, with how many wait there.
+std::string deadlock() {
+  std::vector<std::pair<std::string, std::pair<int, unsigned>>> places;
+  for (const Thread& thread : current->threads) {
+    const std::string place = thread.state == State::finished ? "has returned" : "waits in " + describe(thread.site);
+    const auto known = std::find_if(places.begin(), places.end(), [&](const auto& p) { return p.first == place; });
+    if (known == places.end()) {
+      places.push_back({place, {1, thread.index.x}});
+    } else {
+      ++known->second.first;
+    }
+  }
+  std::string text = "deadlock: not all threads meet:";
+  for (const auto& [place, seen] : places) {
+    text += " " + std::to_string(seen.first) + " (first: thread " + std::to_string(seen.second) + ") " + place + ";";
+  }
+  return text;
+}
+
+void run_block(unsigned order, std::mt19937& random) {
+  Block& block = *current;
+  if (block.shared) std::memset(block.shared.get(), POISON, block.shared_bytes);
+  block.in_barrier = 0;
+  for (Warp& warp : block.warps) {
+    warp.arrived = 0;
+    std::memset(warp.given, POISON, sizeof warp.given);
+  }
+  for (Thread& thread : block.threads) {
+    thread.state = State::ready;
+    thread.fiber.start(thread_main, &thread);
+  }
+  std::vector<std::size_t> turn(block.threads.size());
+  std::iota(turn.begin(), turn.end(), 0);
+  if (order == 1) std::reverse(turn.begin(), turn.end());
+  while (block.problem.empty()) {
+    if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
+    bool moved = false, left = false;
+    for (const std::size_t i : turn) {
+      Thread& thread = block.threads[i];
+      if (thread.state == State::ready) {
+        block.running = &thread;
+        thread.fiber.resume();
+        moved = true;
+        if (!block.problem.empty()) return;
+      }
+      left |= thread.state != State::finished;
+    }
+    if (!left) return;
+    if (!moved) block.problem = deadlock();
+  }
+}
+
+void check(bool holds, const std::string& problem) {
+  if (!holds) throw std::invalid_argument(problem);
+}
+
+}  // namespace
+
+int run(const Launch& launch, std::size_t params_bytes, unsigned max_threads, char* message, std::size_t capacity,
+        Body body) {
+  try {
+    check(current == nullptr, "a launch inside a launch");
+    check(launch.params_bytes == params_bytes, "params are " + std::to_string(launch.params_bytes) +
+                                                   " bytes, the kernel's struct has " + std::to_string(params_bytes));
+    check(params_bytes <= MAX_PARAMS, "params must be at most 4096 bytes");
+    check(launch.threads > 0 && launch.threads % LANES == 0 && launch.threads <= std::min(max_threads, MAX_THREADS),
+          "threads must be a multiple of 32 up to " + std::to_string(std::min(max_threads, MAX_THREADS)) + ", got " +
+              std::to_string(launch.threads));
+    check(launch.grid.x > 0 && launch.grid.y > 0 && launch.grid.z > 0, "no side of the grid may be 0");
+    check(launch.grid.y <= 65535 && launch.grid.z <= 65535, "the grid's y and z must be at most 65535");
+    check(launch.shared_bytes <= MAX_SHARED, "shared memory must be at most 232448 bytes, got " +
+                                                 std::to_string(launch.shared_bytes));
+    Block block{};
+    block.body = body;
+    block.params = launch.params;
+    block.size = {launch.threads, 1, 1};
+    block.grid = launch.grid;
+    block.threads = std::vector<Thread>(launch.threads);
+    block.warps = std::vector<Warp>(launch.threads / LANES);
+    block.shared_bytes = launch.shared_bytes;
+    if (launch.shared_bytes > 0) {
+      void* memory = nullptr;  // of exactly that size, so that a sanitizer sees the first byte past it
+      check(posix_memalign(&memory, SHARED_ALIGNMENT, launch.shared_bytes) == 0, "out of memory");
+      block.shared.reset(static_cast<unsigned char*>(memory));
+    }
+    for (unsigned i = 0; i < launch.threads; ++i) block.threads[i].index = {i, 0, 0};
+
+    const std::uint64_t blocks = std::uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
+    std::vector<std::uint64_t> turn(blocks);
+    std::iota(turn.begin(), turn.end(), 0);
+    std::mt19937 random(launch.order);
+    if (launch.order == 1) std::reverse(turn.begin(), turn.end());
+    if (launch.order > 1) std::shuffle(turn.begin(), turn.end(), random);
+    current = &block;
+    for (const std::uint64_t i : turn) {
+      block.index = {static_cast<unsigned>(i % launch.grid.x), static_cast<unsigned>(i / launch.grid.x % launch.grid.y),
+                     static_cast<unsigned>(i / launch.grid.x / launch.grid.y)};
+      run_block(launch.order, random);
+      if (!block.problem.empty()) break;
+    }
+    current = nullptr;
+    if (block.problem.empty()) return 0;
+    std::snprintf(message, capacity, "block (%u, %u, %u): %s", block.index.x, block.index.y, block.index.z,
+                  block.problem.c_str());
+  } catch (const std::exception& error) {
+    current = nullptr;
+    std::snprintf(message, capacity, "%s", error.what());
+  }
+  return 1;
+}
+
+const Index& thread_index() { return current->running->index; }
+const Index& block_index() { return current->index; }
+const Index& block_size() { return current->size; }
+const Index& grid_size() { return current->grid; }
+unsigned char* shared_memory() { return current->shared.get(); }
+std::size_t shared_bytes() { return current->shared_bytes; }
+
+void fail(Site site, const char* problem) { throw std::runtime_error(describe(site) + ": " + problem); }
+
+void barrier(Site site) {
+  Block& block = *current;
+  for (const Thread& other : block.threads) {
+    if (other.state == State::in_barrier && !same(other.site, site)) {
+      throw std::runtime_error(describe(site) + ", while " + name(other) + " waits in " + describe(other.site));
+    }
+  }
+  if (++block.in_barrier < static_cast<int>(block.threads.size())) {
+    wait(State::in_barrier, site);
+    return;
+  }
+  block.in_barrier = 0;
+  for (Thread& other : block.threads) {
+    if (other.state == State::in_barrier) other.state = State::ready;
+  }
+}
+
+const unsigned char* exchange(Site site, unsigned mask, const void* given, std::size_t bytes) {
+  Block& block = *current;
+  const unsigned me = block.running->index.x, first = me / LANES * LANES;
+  Warp& warp = block.warps[me / LANES];
+  if (mask != 0xffffffffu) fail(site, "the mask must name all 32 lanes");
+  if (bytes > PAYLOAD) fail(site, "too many bytes for an exchange");
+  for (unsigned i = first; i < first + LANES; ++i) {
+    const Thread& other = block.threads[i];
+    if (other.state == State::in_exchange && !same(other.site, site)) {
+      throw std::runtime_error(describe(site) + ", while " + name(other) + " of the warp waits in " +
+                               describe(other.site));
+    }
+  }
+  std::memcpy(warp.given[me % LANES], given, bytes);
+  if (++warp.arrived < LANES) {
+    wait(State::in_exchange, site);
+  } else {
+    warp.arrived = 0;
+    std::memcpy(warp.taken, warp.given, sizeof warp.taken);
+    for (unsigned i = first; i < first + LANES; ++i) {
+      if (block.threads[i].state == State::in_exchange) block.threads[i].state = State::ready;
+    }
+  }
+  return &warp.taken[0][0];
+}
+
+}  // namespace shim

@@ -1,0 +1,65 @@
+"""Launchers of the CUDA kernels of the `rmsnorm_qkv` stem, as torch.library ops; `ops.rmsnorm_qkv` checked arguments."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from happyhorse_fast.ops import rmsnorm_qkv as shapes
+from happyhorse_fast.ops.cuda.arguments import address, require_vectors
+from happyhorse_fast.ops.cuda.launch import launch
+
+# Of csrc/device/rmsnorm_quantize.cu: a thread holds up to 8 vectors of 4 channels.
+VECTORS_PER_THREAD, VECTOR, WARP = 8, 4, 32
+SCRATCH_BYTES = 2 * WARP * 4
+
+
+class RmsnormQuantizeParams(ctypes.Structure):
+    """`RmsnormQuantizeParams` of csrc/device/rmsnorm_quantize.cu."""
+
+    _fields_ = [
+        ("hidden", ctypes.c_void_p),
+        ("branch", ctypes.c_void_p),
+        ("norm_weight", ctypes.c_void_p),
+        ("row_tiles", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("hidden_stride", ctypes.c_int64),
+        ("branch_stride", ctypes.c_int64),
+        ("channels", ctypes.c_int),
+        ("fp8", ctypes.c_int),
+    ]
+
+
+@torch.library.custom_op("happyhorse_fast::rmsnorm_quantize_cuda", mutates_args=("hidden",))
+def rmsnorm_quantize(
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor,
+    row_tiles: torch.Tensor,
+    branch: torch.Tensor | None = None,
+    fp8: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`happyhorse_fast.ops.rmsnorm_qkv.rmsnorm_quantize`."""
+    require_vectors(VECTOR, hidden=hidden, branch=branch, norm_weight=norm_weight)
+    x, scale = shapes.empty_normalised(hidden, fp8)
+    channels = hidden.shape[1]
+    params = RmsnormQuantizeParams(
+        hidden=address(hidden),
+        branch=address(branch),
+        norm_weight=address(norm_weight),
+        row_tiles=address(row_tiles),
+        x=address(x),
+        scale=address(scale),
+        hidden_stride=hidden.stride(0),
+        branch_stride=0 if branch is None else branch.stride(0),
+        channels=channels,
+        fp8=fp8,
+    )
+    threads = WARP * -(-channels // (VECTOR * VECTORS_PER_THREAD * WARP))
+    grid = (shapes.ROW_TILE, row_tiles.shape[0], 1)
+    launch("rmsnorm_quantize", "rmsnorm_quantize", params, grid, threads, SCRATCH_BYTES, hidden)
+    return x, scale
+
+
+rmsnorm_quantize.register_fake(shapes.fake_rmsnorm_quantize)

@@ -1,0 +1,126 @@
+"""Runs CUDA kernels on the CPU: builds csrc/ with the host compiler and hands launches to its shim.
+
+    shim = Shim()                       # builds on first use, remembered by the sources' digest
+    with shim.order(2):                 # threads and blocks in another order: results must not change by a bit
+        result = op(..., backend="cuda")
+
+What a launch does wrong comes as :class:`ShimError`: a deadlock, a barrier that not all threads reach, lanes that part.
+`HAPPYHORSE_FAST_SANITIZE=1` builds with AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+CSRC = Path(__file__).parents[1] / "csrc"
+# No contraction: nvcc gets --fmad=false, so that a * b + c is two roundings on both sides unless written as fmaf.
+FLAGS = ("-std=c++17", "-fPIC", "-DHH_SHIM", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror")
+FLAGS += ("-Wno-unknown-pragmas", "-Wno-array-bounds", f"-I{CSRC / 'device'}")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+
+
+class ShimError(RuntimeError):
+    """What a kernel did wrong, with block, thread and line."""
+
+
+class _Index(ctypes.Structure):
+    _fields_ = [(axis, ctypes.c_uint) for axis in "xyz"]
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        ("params", ctypes.c_void_p),
+        ("params_bytes", ctypes.c_uint64),
+        ("grid", _Index),
+        ("threads", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint64),
+        ("order", ctypes.c_uint),
+    ]
+
+
+def build(folder: Path, sources: list[Path], *, sanitize: bool) -> Path:
+    """Compile ``sources`` and the shim into a shared library in ``folder``; nothing to do where it is there."""
+    flags = [*FLAGS, *(SANITIZERS if sanitize else ()), "-O1" if sanitize else "-O2"]
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for file in sorted([*sources, *CSRC.glob("device/*.cuh"), *CSRC.glob("shim/*")]):
+        digest.update(file.name.encode() + file.read_bytes())
+    library = folder / f"shim-{digest.hexdigest()[:16]}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # workers of one run build once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return library
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            objects = []
+            for source in [*sources, *CSRC.glob("shim/*.cpp")]:
+                objects.append(f"{temporary}/{source.name}.o")
+                _compile([*flags, "-c", "-x", "c++", str(source), "-o", objects[-1]])
+            _compile([*flags, "-shared", *objects, "-o", f"{temporary}/library.so"])
+            os.replace(f"{temporary}/library.so", library)
+    return library
+
+
+def _compile(arguments: list[str]) -> None:
+    result = subprocess.run([os.environ.get("CXX", "g++"), *arguments], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"the shim does not compile:\n{result.stderr}")
+
+
+class Shim:
+    """The runner of CUDA launches for tensors on the CPU.
+
+    Args:
+        sources: Files with kernels; all of csrc/device/ where None.
+    """
+
+    def __init__(self, sources: list[Path] | None = None) -> None:
+        self.sources = sorted(CSRC.glob("device/*.cu")) if sources is None else sources
+        self.launches: list[str] = []
+        self._order = 0
+
+    @functools.cached_property
+    def library(self) -> ctypes.CDLL:
+        sanitize = os.environ.get("HAPPYHORSE_FAST_SANITIZE") == "1"
+        return ctypes.CDLL(str(build(CSRC.parent / ".build" / "shim", self.sources, sanitize=sanitize)))
+
+    @contextlib.contextmanager
+    def order(self, seed: int) -> Iterator[None]:
+        """Threads and blocks ascending (0), descending (1) or shuffled by a seed (2 and up)."""
+        before, self._order = self._order, seed
+        try:
+            yield
+        finally:
+            self._order = before
+
+    def run(
+        self,
+        stem: str,
+        kernel: str,
+        params: ctypes.Structure,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+    ) -> None:
+        """Run one launch to its end."""
+        self.launches.append(kernel)
+        launch = _Launch(
+            ctypes.addressof(params), ctypes.sizeof(params), _Index(*grid), threads, shared_bytes, self._order
+        )
+        message = ctypes.create_string_buffer(4096)
+        run = getattr(self.library, f"shim_run_{kernel}")
+        run.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64]
+        if run(ctypes.addressof(launch), message, len(message)):
+            raise ShimError(f"{stem}: {kernel}: {message.value.decode()}")
+
+
+SHIM = Shim()
+"""Of the whole test run; `conftest.py` installs it."""
