@@ -122,13 +122,15 @@ def empty_accelerated(config: ModelConfig, fast: FastConfig, choices: Mapping[st
 def choose_ops(fast: FastConfig, device: torch.device, report: Callable[[str], None] | None) -> dict[str, Choice]:
     """The implementation of every op, with fallbacks said once."""
     choices = choose(fast.backend, fast.precision, device, strict=fast.strict, report=report or _to_stderr)
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
     for choice in choices.values():
         if choice.fell_back:
-            reasons.setdefault(choice.reason, []).append(choice.op)
-    for reason, ops in reasons.items():
+            reasons.setdefault((choice.backend, choice.reason), []).append(choice.op)
+    for (backend, reason), ops in reasons.items():
         which = "every op" if len(ops) == len(choices) else ", ".join(ops)
-        line = f"{which} runs in plain torch (backend reference): {reason}"
+        where = "in plain torch (backend reference)" if backend == "reference" else f"on backend {backend}"
+        verb = "runs" if len(ops) in (1, len(choices)) else "run"
+        line = f"{which} {verb} {where}: {reason}"
         report(line) if report else warnings.warn(line, stacklevel=3)
     return choices
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,6 +22,20 @@ STEMS = {
 }
 """Every op the fast model calls, and the stem its kernel, tests and benchmark cases go by."""
 
+CUDA_OPS = {
+    "bf16": (
+        "rmsnorm_quantize",
+        "qkv_linear",
+        "select_blocks",
+        "block_sparse_attention",
+        "fp8_linear_activation",
+    ),
+    "fp8": ("rmsnorm_quantize", "qkv_linear", "select_blocks", "fp8_linear_activation"),
+}
+"""Ops that have a CUDA kernel, by the model's precision; Triton has all of them in both."""
+PREFERENCES = Path(__file__).with_name("preferences.json")
+"""{"90": {"fp8": ["rmsnorm_quantize"]}}: ops that committed results show faster in CUDA than in Triton on an
+architecture, where both were verified; `make report` writes it."""
 
 INTERPRETED_IS_SLOW: str | None = "Triton's interpreter is for tests; ask for backend 'triton' to run it"
 
@@ -31,7 +48,7 @@ class Choice:
         op: The op.
         backend: ``"triton"``, ``"cuda"`` or ``"reference"``.
         reason: Why this one, and why not a faster one.
-        fell_back: Whether ``"auto"`` had to take a slower one than there is.
+        fell_back: Whether it is not what was asked for, or ``"auto"`` had to take a slower one than there is.
     """
 
     op: str
@@ -62,6 +79,13 @@ def triton_obstacle(device: torch.device) -> str | None:
     return f"Triton kernels need a GPU, the model is on {device} (TRITON_INTERPRET=1 runs them slowly on the CPU)"
 
 
+def cuda_obstacle(device: torch.device) -> str | None:
+    """Why CUDA kernels cannot run for tensors on ``device``; None where they can."""
+    from happyhorse_fast.ops.cuda import launch
+
+    return launch.cuda_obstacle(device)
+
+
 def choose(
     backend: str,
     precision: str,
@@ -72,14 +96,15 @@ def choose(
 ) -> dict[str, Choice]:
     """The implementation of every op.
 
-    ``"auto"`` takes Triton's kernel where there is a GPU and the kernel passed its self-check on it, else the
-    reference. A backend that is named is taken as it is.
+    ``"auto"`` takes, of the kernels that can run on the device and passed their self-check there, Triton's, or CUDA's
+    where committed results show it faster or Triton's may not run; else the reference. A backend that is named is taken
+    as it is; ops that ``"cuda"`` has no kernel for run as under ``"auto"``.
 
     Args:
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
         precision: ``"bf16"`` or ``"fp8"``.
         device: Where the model is.
-        strict: With ``"auto"``: raise instead of falling back.
+        strict: Raise instead of falling back.
         report: Called with a line per kernel that is checked now.
 
     Returns:
@@ -90,26 +115,81 @@ def choose(
     """
     if backend == "reference":
         return {op: Choice(op, "reference", "asked for") for op in STEMS}
-    if backend == "cuda":
-        raise BackendError("backend 'cuda' is not part of this version; there are 'triton' and 'reference'")
-    obstacle = triton_obstacle(device)
-    if backend == "triton":
+    named = {"triton": tuple(STEMS), "cuda": CUDA_OPS[precision]}.get(backend, ())
+    if named:
+        obstacle = triton_obstacle(device) if backend == "triton" else cuda_obstacle(device)
         if obstacle is not None:
-            raise BackendError(f"backend 'triton' cannot run: {obstacle}")
-        return {op: Choice(op, "triton", "asked for") for op in STEMS}
-    if obstacle is None and device.type != "cuda":
-        obstacle = INTERPRETED_IS_SLOW
-    failed = {} if obstacle is not None else _failures("triton", precision, device, report)
+            raise BackendError(f"backend {backend!r} cannot run: {obstacle}")
+    candidates = _Candidates(precision, device, report)
     choices = {}
     for op in STEMS:
-        reason = obstacle if obstacle is not None else failed.get(op)
-        if reason is None:
-            choices[op] = Choice(op, "triton", "passed its self-check on this machine")
-        elif strict:
-            raise BackendError(f"strict: {op} would run as plain torch: {reason}")
-        else:
-            choices[op] = Choice(op, "reference", reason, fell_back=True)
+        if op in named:
+            choices[op] = Choice(op, backend, "asked for")
+            continue
+        choice = candidates.best(op)
+        if named:
+            reason = f"no {backend} kernel of it in {precision}; {choice.reason}"
+            choice = Choice(op, choice.backend, reason, fell_back=True)
+        if strict and choice.fell_back:
+            where = "plain torch" if choice.backend == "reference" else choice.backend
+            raise BackendError(f"strict: {op} would run as {where}: {choice.reason}")
+        choices[op] = choice
     return choices
+
+
+class _Candidates:
+    """What may run on a device, found out when it is first asked for: a self-check takes seconds."""
+
+    def __init__(self, precision: str, device: torch.device, report: Callable[[str], None] | None) -> None:
+        self.precision, self.device, self.report = precision, device, report
+        self._failed: dict[str, dict[str, str] | str] = {}
+
+    def best(self, op: str) -> Choice:
+        """The first candidate that may run, with what keeps the others from it."""
+        order = ("triton", "cuda") if op in CUDA_OPS[self.precision] else ("triton",)
+        if op in preferred(self.precision, self.device):
+            order = ("cuda", "triton")
+        kept: list[str] = []
+        for backend in order:
+            reason = self.obstacle(op, backend)
+            if reason is None:
+                passed = "passed its self-check on this machine"
+                return Choice(op, backend, "; ".join([passed, *kept]))
+            kept.append(reason)
+        return Choice(op, "reference", "; ".join(kept), fell_back=True)
+
+    def obstacle(self, op: str, backend: str) -> str | None:
+        """Why a backend's kernel of an op may not run; None where it may."""
+        if backend not in self._failed:
+            self._failed[backend] = self._look_at(backend)
+        failed = self._failed[backend]
+        return failed if isinstance(failed, str) else failed.get(op)
+
+    def _look_at(self, backend: str) -> dict[str, str] | str:
+        """Why none of a backend's kernels may run, or why some may not."""
+        if backend == "triton":
+            obstacle = triton_obstacle(self.device)
+            if obstacle is None and self.device.type != "cuda":
+                obstacle = INTERPRETED_IS_SLOW
+        elif self.device.type != "cuda":
+            obstacle = "CUDA kernels need a GPU"  # whatever runner a test has installed
+        else:
+            obstacle = cuda_obstacle(self.device)
+        return obstacle or _failures(backend, self.precision, self.device, self.report)
+
+
+def preferred(precision: str, device: torch.device) -> tuple[str, ...]:
+    """Ops that run in CUDA rather than in Triton on this device's architecture, from :data:`PREFERENCES`."""
+    if device.type != "cuda":
+        return ()
+    major, minor = torch.cuda.get_device_capability(device)
+    return tuple(_preferences().get(str(10 * major + minor), {}).get(precision, ()))
+
+
+@functools.cache
+def _preferences() -> dict[str, dict[str, list[str]]]:
+    loaded: dict[str, dict[str, list[str]]] = json.loads(PREFERENCES.read_text())
+    return loaded
 
 
 def _failures(
@@ -129,4 +209,4 @@ def _failures(
                 verdict = "passed" if check.passed else "FAILED"
                 report(f"self-check {check.op} {check.variant}: {verdict} ({check.detail}, {check.seconds:.1f} s)")
         trust.remember(key, checks)
-    return {c.op: f"its self-check failed in {c.variant}: {c.detail}" for c in checks if not c.passed}
+    return {c.op: f"{backend}'s self-check failed in {c.variant}: {c.detail}" for c in checks if not c.passed}

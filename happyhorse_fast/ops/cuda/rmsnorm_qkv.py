@@ -1,4 +1,4 @@
-"""Launchers of the CUDA kernels of the `rmsnorm_qkv` stem, as torch.library ops; `ops.rmsnorm_qkv` checked arguments."""
+"""Launchers of the CUDA kernels of the `rmsnorm_qkv` stem, as torch.library ops; `ops.rmsnorm_qkv` checks arguments."""
 
 from __future__ import annotations
 

@@ -1,0 +1,105 @@
+"""Which implementation of an op is chosen: what was asked for, else what passed its self-check and is known faster."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from happyhorse_fast.ops import dispatch, trust
+from happyhorse_fast.ops.cuda.launch import use_runner
+from happyhorse_fast.ops.dispatch import CUDA_OPS, STEMS, BackendError, choose
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> dict[str, Any]:
+    """A pretended Hopper: what keeps each backend from running, which checks fail, and what was checked."""
+    found: dict[str, Any] = {"triton": None, "cuda": None, "failed": {}, "checked": []}
+
+    def failures(backend: str, *_: Any) -> dict[str, str]:
+        found["checked"].append(backend)
+        return dict.fromkeys(found["failed"].get(backend, ()), f"{backend} is wrong")
+
+    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: found["triton"])
+    monkeypatch.setattr(dispatch, "cuda_obstacle", lambda device: found["cuda"])
+    monkeypatch.setattr(dispatch, "_failures", failures)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    return found
+
+
+def backends(choices: dict[str, dispatch.Choice]) -> dict[str, str]:
+    return {op: choice.backend for op, choice in choices.items()}
+
+
+def test_auto_takes_triton_and_checks_nothing_else(machine):
+    choices = choose("auto", "fp8", GPU)
+    assert backends(choices) == dict.fromkeys(STEMS, "triton")
+    assert machine["checked"] == ["triton"]
+
+
+def test_cuda_takes_the_place_of_a_triton_kernel_that_failed(machine):
+    machine["failed"] = {"triton": ["rmsnorm_quantize", "fp8_linear"]}
+    choices = choose("auto", "fp8", GPU)
+    assert choices["rmsnorm_quantize"].backend == "cuda"
+    assert choices["rmsnorm_quantize"].reason == "passed its self-check on this machine; triton is wrong"
+    assert choices["fp8_linear"].backend == "reference" and choices["fp8_linear"].fell_back
+    machine["failed"]["cuda"] = ["rmsnorm_quantize"]
+    assert choose("auto", "fp8", GPU)["rmsnorm_quantize"].reason == "triton is wrong; cuda is wrong"
+    with pytest.raises(BackendError, match="strict: rmsnorm_quantize would run as plain torch: triton is wrong; cuda"):
+        choose("auto", "fp8", GPU, strict=True)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_without_triton_cuda_runs_what_it_has(machine, precision):
+    machine["triton"] = "Triton is not installed"
+    choices = choose("auto", precision, GPU)
+    assert {op for op, choice in choices.items() if choice.backend == "cuda"} == set(CUDA_OPS[precision])
+    assert {choices[op].backend for op in STEMS if op not in CUDA_OPS[precision]} == {"reference"}
+    machine["cuda"] = "the driver is of CUDA 12.4"
+    assert set(backends(choose("auto", precision, GPU)).values()) == {"reference"}
+
+
+def test_committed_results_decide_between_kernels_that_passed(machine, tmp_path, monkeypatch):
+    file = tmp_path / "preferences.json"
+    file.write_text(json.dumps({"90": {"fp8": ["rmsnorm_quantize"]}, "80": {"fp8": ["select_blocks"]}}))
+    monkeypatch.setattr(dispatch, "PREFERENCES", file)
+    dispatch._preferences.cache_clear()
+    try:
+        assert {op for op, b in backends(choose("auto", "fp8", GPU)).items() if b == "cuda"} == {"rmsnorm_quantize"}
+        assert "cuda" not in backends(choose("auto", "bf16", GPU)).values()
+        machine["failed"] = {"cuda": ["rmsnorm_quantize"]}
+        assert choose("auto", "fp8", GPU)["rmsnorm_quantize"].backend == "triton"
+    finally:
+        dispatch._preferences.cache_clear()
+
+
+def test_no_preference_is_shipped_without_a_result():
+    assert all(op in STEMS for ops in dispatch._preferences().values() for names in ops.values() for op in names)
+    assert dispatch.preferred("fp8", CPU) == ()
+
+
+def test_a_named_backend_is_taken_as_it_is(machine):
+    machine["failed"] = {"triton": list(STEMS), "cuda": list(STEMS)}
+    assert set(backends(choose("triton", "fp8", GPU)).values()) == {"triton"}
+    assert machine["checked"] == []
+    choices = choose("cuda", "bf16", GPU)
+    assert all(choices[op].reason == "asked for" for op in CUDA_OPS["bf16"])
+    assert choices["fp8_linear"].reason == "no cuda kernel of it in bf16; triton is wrong"
+    assert choices["fp8_linear"].fell_back
+    with pytest.raises(BackendError, match="strict: fp8_linear would run as plain torch: no cuda kernel"):
+        choose("cuda", "bf16", GPU, strict=True)
+    machine["failed"] = {}
+    with pytest.raises(BackendError, match="strict: fp8_linear would run as triton: no cuda kernel of it in bf16"):
+        choose("cuda", "bf16", GPU, strict=True)
+
+
+def test_a_runner_for_tests_is_not_chosen_by_itself():
+    assert set(backends(choose("auto", "bf16", CPU)).values()) == {"reference"}
+    assert choose("cuda", "bf16", CPU)["rmsnorm_quantize"].backend == "cuda"
+    with use_runner(None), pytest.raises(BackendError, match="backend 'cuda' cannot run: CUDA kernels need a GPU"):
+        choose("cuda", "bf16", CPU)
