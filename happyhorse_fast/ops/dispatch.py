@@ -146,9 +146,9 @@ class _Candidates:
 
     def best(self, op: str) -> Choice:
         """The first candidate that may run, with what keeps the others from it."""
-        order = ("triton", "cuda") if op in CUDA_OPS[self.precision] else ("triton",)
-        if op in preferred(self.precision, self.device):
-            order = ("cuda", "triton")
+        order = ["triton"]
+        if op in CUDA_OPS[self.precision] and self.device.type == "cuda":  # on a CPU only tests run them
+            order.insert(0 if op in preferred(self.precision, self.device) else 1, "cuda")
         kept: list[str] = []
         for backend in order:
             reason = self.obstacle(op, backend)
@@ -167,14 +167,9 @@ class _Candidates:
 
     def _look_at(self, backend: str) -> dict[str, str] | str:
         """Why none of a backend's kernels may run, or why some may not."""
-        if backend == "triton":
-            obstacle = triton_obstacle(self.device)
-            if obstacle is None and self.device.type != "cuda":
-                obstacle = INTERPRETED_IS_SLOW
-        elif self.device.type != "cuda":
-            obstacle = "CUDA kernels need a GPU"  # whatever runner a test has installed
-        else:
-            obstacle = cuda_obstacle(self.device)
+        obstacle = triton_obstacle(self.device) if backend == "triton" else cuda_obstacle(self.device)
+        if obstacle is None and self.device.type != "cuda":
+            obstacle = INTERPRETED_IS_SLOW
         return obstacle or _failures(backend, self.precision, self.device, self.report)
 
 
