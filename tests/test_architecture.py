@@ -21,6 +21,8 @@ LAYERS = {
     "tokens": 0,
     "reference": 1,
     "kernels": 2,
+    "csrc": 2,
+    "_C": 2,
     "ops": 3,
     "model": 4,
     "golden": 5,
@@ -30,13 +32,16 @@ LAYERS = {
     "__main__": 7,
     "cli": 7,
 }
-# The device code is compiled and called from ops/, the one place that sees both a kernel and its reference.
-MAY_IMPORT_KERNELS = {"kernels", "ops"}
+# Compiled code is built and called from ops/, the one place that sees both a kernel and its reference.
+COMPILED = {"kernels", "csrc", "_C"}
+MAPPED = ("kernels", "csrc")
+"""Top-level folders that setup.py maps into the package."""
+NATIVE = (".cu", ".cuh", ".cpp", ".hpp")
 
 
 def sources(root: Path) -> Iterator[tuple[str, Path]]:
     """(dotted module name, file) of everything that imports as part of the package."""
-    for folder, prefix in ((root / PACKAGE, PACKAGE), (root / "kernels", f"{PACKAGE}.kernels")):
+    for folder, prefix in ((root / PACKAGE, PACKAGE), *((root / name, f"{PACKAGE}.{name}") for name in MAPPED)):
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
             yield ".".join([prefix, *parts]), path
@@ -67,12 +72,15 @@ def part_of(dotted: str, root: Path) -> str | None:
     if first != PACKAGE:
         return None
     name = rest.partition(".")[0]
-    is_module = any((root / PACKAGE / f"{name}{end}").exists() for end in ("", ".py"))
+    is_module = any((root / PACKAGE / f"{name}{end}").exists() for end in ("", ".py", ".pyi"))
     return name if name in LAYERS or is_module else ""
 
 
 def violations(root: Path) -> list[str]:
     found = []
+    for path in sorted((root / "csrc").rglob("*")):
+        if path.suffix in NATIVE and (lines := path.read_text().count("\n")) > MAX_LINES:
+            found.append(f"csrc/{path.name}: {lines} lines, at most {MAX_LINES} allowed")
     for module, path in sources(root):
         text = path.read_text()
         if (lines := text.count("\n")) > MAX_LINES:
@@ -83,18 +91,18 @@ def violations(root: Path) -> list[str]:
             continue
         for line, dotted in imports(ast.parse(text), module):
             there = part_of(dotted, root)
-            if dotted.partition(".")[0] == "kernels":
-                found.append(f"{module}:{line}: imports {dotted}; device code imports as {PACKAGE}.kernels")
+            if (name := dotted.partition(".")[0]) in MAPPED:
+                found.append(f"{module}:{line}: imports {dotted}; it imports as {PACKAGE}.{name}")
             if there is None:
                 continue
             if there not in LAYERS:
                 found.append(f"{module}:{line}: imports {dotted}, and {there!r} has no layer")
             elif LAYERS[there] > LAYERS[here]:
                 found.append(f"{module}:{line}: imports {dotted} against the arrow")
-            elif there == "kernels" and here not in MAY_IMPORT_KERNELS:
+            elif there in COMPILED and here not in {there, "ops"}:
                 found.append(f"{module}:{line}: imports {dotted}; only ops/ may")
-            elif here == "kernels" and there != "kernels" and LAYERS[there] > 0:
-                found.append(f"{module}:{line}: imports {dotted}; kernels may not see {there}")
+            elif here in COMPILED and there != here and LAYERS[there] > 0:
+                found.append(f"{module}:{line}: imports {dotted}; {here} may not see {there}")
     return found
 
 
@@ -115,7 +123,11 @@ def test_no_import_points_against_the_arrow():
         ("happyhorse_fast/model/fast.py", "import happyhorse_fast.kernels.mlp", "only ops/ may"),
         ("kernels/mlp.py", "from happyhorse_fast.reference import mlp", "kernels may not see reference"),
         ("kernels/deep/mlp.py", "from happyhorse_fast.reference import mlp", "kernels may not see reference"),
-        ("happyhorse_fast/ops/mlp.py", "import kernels.mlp", "device code imports as"),
+        ("csrc/build.py", "from happyhorse_fast.reference import mlp", "csrc may not see reference"),
+        ("happyhorse_fast/block_map/fast.py", "from happyhorse_fast import _C", "against the arrow"),
+        ("happyhorse_fast/model/fast.py", "from happyhorse_fast._C import from_ranges", "only ops/ may"),
+        ("happyhorse_fast/ops/mlp.py", "import kernels.mlp", "it imports as happyhorse_fast.kernels"),
+        ("csrc/device/mlp.cu", "// x\n" * (MAX_LINES + 1), "lines, at most"),
         ("happyhorse_fast/novel.py", "", "has no layer"),
         ("happyhorse_fast/config.py", "x = 1\n" * (MAX_LINES + 1), "lines, at most"),
     ],
