@@ -1,14 +1,50 @@
-"""Maps the top-level folder ``kernels/`` into the package; everything else is in pyproject.toml."""
+"""Maps the top-level folders into the package and builds what is not Python; the rest is in pyproject.toml."""
 
-from setuptools import find_packages, setup
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT))  # an isolated build does not look here
+
+from csrc import native  # noqa: E402
+
+SOURCES, HEADERS = (sorted(str(p.relative_to(ROOT)) for p in native.HOST.glob(end)) for end in ("*.cpp", "*.hpp"))
+WORK = ROOT / "build" / "native"  # in the checkout, so that a second build compiles only what changed
+
+
+class BuildNative(build_ext):
+    """Builds the host module, and beside it the device binaries where there is nvcc."""
+
+    def build_extension(self, ext: Extension) -> None:
+        native.build_module(Path(self.get_ext_fullpath(ext.name)), WORK / f"module-{sys.implementation.cache_tag}")
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT / "happyhorse_fast" if self.inplace else Path(self.build_lib) / "happyhorse_fast"
+        native.build_binaries(package / "cubins", WORK / "cubins")
+
+
+if native.compiler() is None:
+    # nvcc needs it as well. What is left is whole: NVRTC compiles the kernels at first use, Python builds the maps.
+    print(
+        "happyhorse-fast: no C++ compiler found (CXX, or the one this Python was built with), so neither"
+        " happyhorse_fast._C nor CUDA binaries are built",
+        file=sys.stderr,
+    )
 
 setup(
     packages=[
         *find_packages(include=["happyhorse_fast", "happyhorse_fast.*"]),
+        "happyhorse_fast.csrc",
         "happyhorse_fast.kernels",
         *(f"happyhorse_fast.kernels.{name}" for name in find_packages("kernels")),
     ],
     # `kernels` is also the import name of a library that users have, so it is never installed under that name
     # (docs/decisions/0001-kernels-package-dir.md).
-    package_dir={"happyhorse_fast.kernels": "kernels"},
+    package_dir={"happyhorse_fast.csrc": "csrc", "happyhorse_fast.kernels": "kernels"},
+    ext_modules=[Extension("happyhorse_fast._C", SOURCES, depends=HEADERS)] if native.compiler() else [],
+    cmdclass={"build_ext": BuildNative},
 )

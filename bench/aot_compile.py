@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,11 +26,10 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from bench.aot_cases import Case, cases
 from bench.aot_gates import Row
+from bench.disassembly import OPCODE, tool
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.kernels.numerics import to_e4m3
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 
 
@@ -97,11 +95,6 @@ def record(driver: Driver, given: Iterator[Case]) -> list[Launch]:
             driver.arch = case.arch
             case.launch()
     return list(found.values())
-
-
-def tool(name: str, option: str, cubin: Path) -> str:
-    """Output of one of the tools in Triton's wheel."""
-    return subprocess.run([TOOLS / name, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def measure(driver: Driver, launch: Launch) -> Row:

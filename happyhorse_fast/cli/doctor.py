@@ -50,7 +50,10 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def examine() -> dict[str, Any]:
     """What :func:`doctor` prints, as plain data."""
+    from happyhorse_fast.ops.cuda import status
+
     gpus = _gpus()
+    cuda = status.examine()
     return {
         "package": __version__,
         "python": platform.python_version(),
@@ -60,10 +63,11 @@ def examine() -> dict[str, Any]:
         "driver": _driver(),
         "triton": _version("triton"),
         "nvcc": _nvcc(),
-        "cuda_python": _version("cuda-python"),
+        "cuda_bindings": _version("cuda-bindings"),
         "nvrtc": _nvrtc(),
+        "cuda": cuda,
         "optional": {name: _version(name) for name in _OPTIONAL},
-        "runs": _what_runs(gpus),
+        "runs": [*_what_runs(gpus), *_what_of_csrc_runs(cuda)],
         "memory": _memory_fit(gpus),
     }
 
@@ -138,6 +142,20 @@ def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def _what_of_csrc_runs(cuda: dict[str, Any]) -> list[dict[str, Any]]:
+    from happyhorse_fast.ops.cuda import status
+
+    module = cuda["host_module"]
+    return [
+        {"what": "CUDA kernels", "runs": cuda["obstacle"] is None, "why": status.summary(cuda)},
+        {
+            "what": "host module",
+            "runs": module["found"] is not None,
+            "why": module["why"] or "block maps and schedules in C++",
+        },
+    ]
+
+
 def _kernel_obstacle() -> str | None:
     import torch
 
@@ -166,6 +184,8 @@ def _render(console: Console, data: dict[str, Any]) -> None:
     torch_, nvcc = data["torch"], data["nvcc"]
     cuda = f"CUDA {torch_['cuda']}" if torch_["cuda"] else "built without CUDA"
     absent = "not found"
+    binaries = data["cuda"]["binaries"]
+    targets = sorted({target for of in data["cuda"]["targets"].values() for target in of})
     gpus = [f"{g['name']}, sm_{g['capability'].replace('.', '')}, {g['memory_gib']:.1f} GiB" for g in data["gpus"]]
     facts = {
         "happyhorse-fast": f"{data['package']}, Python {data['python']}, {data['system']}",
@@ -174,8 +194,9 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         "torch": f"{torch_['version']}, {cuda}",
         "Triton": data["triton"] or absent,
         "nvcc": f"{nvcc['version']}, {nvcc['path']}" if nvcc else absent,
-        "cuda-python": data["cuda_python"] or absent,
-        "NVRTC": data["nvrtc"] or absent,
+        "cuda-bindings": data["cuda_bindings"] or absent,
+        "NVRTC": data["cuda"]["nvrtc"]["found"] or data["cuda"]["nvrtc"]["why"],
+        "CUDA binaries": f"{', '.join(targets)}, {binaries['found']}" if binaries["found"] else binaries["why"],
         **{name: version or absent for name, version in data["optional"].items()},
     }
     for name, value in facts.items():

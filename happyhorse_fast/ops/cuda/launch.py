@@ -11,6 +11,10 @@ import torch
 
 Grid = tuple[int, int, int]
 
+MOST_SHARED_BYTES = 101_376
+"""Shared memory a block may have on every GPU that the kernels are built for; 8.6, 8.9 and 12.0 have no more (CUDA C++
+programming guide, technical specifications). A kernel for Hopper alone may have 232,448."""
+
 
 class Runner(Protocol):
     """What executes kernels on CPU tensors: the emulation in csrc/shim/, which tests install."""
@@ -59,7 +63,7 @@ def launch(
         like: A tensor on the device to run on.
 
     Raises:
-        ValueError: The grid or the block is none that any device takes.
+        ValueError: The grid or the block is none that every device takes.
         CudaError: The kernel cannot be loaded or launched; the message says why.
         RuntimeError: ``like`` is on the CPU and no runner is installed, or on a device that is neither.
     """
@@ -96,5 +100,5 @@ def _check_shape(kernel: str, grid: Grid, threads: int, shared_bytes: int) -> No
         raise ValueError(f"grid of {kernel} is {grid}, 3 sizes from 0 to {limits} are allowed")
     if not 1 <= threads <= 1024:
         raise ValueError(f"threads of {kernel} is {threads}, 1 to 1024 are allowed")
-    if shared_bytes < 0:
-        raise ValueError(f"shared_bytes of {kernel} is {shared_bytes}, at least 0 is allowed")
+    if not 0 <= shared_bytes <= MOST_SHARED_BYTES:
+        raise ValueError(f"shared_bytes of {kernel} is {shared_bytes}, 0 to {MOST_SHARED_BYTES} are allowed")

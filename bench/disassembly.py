@@ -1,0 +1,32 @@
+"""What a cubin says of its kernels, read with the tools in Triton's wheel; no GPU and no toolkit are needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+_USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+
+
+def tool(name: str, option: str, cubin: Path) -> str:
+    """Output of one of the tools in Triton's wheel."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None, "Triton is not installed"
+    path = Path(spec.origin).parent / "backends/nvidia/bin" / name
+    return subprocess.run([path, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
+    """Registers, bytes of stack and bytes of static shared memory of every kernel."""
+    found = _USAGE.findall(tool("cuobjdump", "-res-usage", cubin))
+    return {name: (int(registers), int(stack), int(shared)) for name, registers, stack, shared in found}
+
+
+def opcodes(cubin: Path) -> dict[str, Counter[str]]:
+    """How often each instruction is in the listing of every kernel."""
+    _, *parts = re.split(r"^\.text\.(\w+):$", tool("nvdisasm", "-c", cubin), flags=re.MULTILINE)
+    return {name: Counter(OPCODE.findall(text)) for name, text in zip(parts[::2], parts[1::2], strict=True)}

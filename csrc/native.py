@@ -1,0 +1,205 @@
+"""Builds the pybind11 module and the device binaries with ninja; what did not change is not compiled again.
+
+No header of torch or CUDA is included, so neither the build nor what it makes knows a version of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from . import lower_ptx, sources
+
+HOST = Path(__file__).parent / "host"
+MANIFEST = "manifest.json"
+MODULE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra")
+# A stack frame or a spill fails the build. (-warn-spills passes a kernel that keeps an array of 1,200 bytes in local
+# memory.)
+DEVICE_FLAGS = (*sources.OPTIONS, "-O3", "-Xptxas", "-v,-warn-lmem-usage,-Werror")
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler as a command: ``CXX``, or what this Python was built with; None where it is not there."""
+    command = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    return command if shutil.which(command[0]) else None
+
+
+def nvcc() -> str | None:
+    """Path of nvcc, on the PATH or in ``CUDA_HOME``; None where there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+
+
+def module_sources() -> list[Path]:
+    """Sources of the host module."""
+    return sorted(HOST.glob("*.cpp"))
+
+
+def build_module(output: Path, work: Path) -> None:
+    """Compile and link ``happyhorse_fast._C``.
+
+    Args:
+        output: The shared object, with the suffix that this Python imports.
+        work: Folder of object files, kept between builds.
+
+    Raises:
+        RuntimeError: There is no C++ compiler, no ninja, or ``MAX_JOBS`` is no positive number.
+        CalledProcessError: It does not compile; the compiler has said why on stderr.
+    """
+    import pybind11
+
+    command = compiler()
+    if command is None:
+        raise RuntimeError("no C++ compiler found: install g++ or clang++, or name one in CXX")
+    include = [f"-I{path}" for path in {sysconfig.get_path("include"), pybind11.get_include()}]
+    flags = [*MODULE_FLAGS, *sorted(include), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    link = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+    link += shlex.split(os.environ.get("LDFLAGS", ""))
+    edges = [
+        _rule("compile", [*command, *flags, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], depfile="$out.d"),
+        _rule("link", [*command, "$in", *link, "-o", "$out"]),
+    ]
+    objects = []
+    for source in module_sources():
+        objects.append(f"{source.stem}.o")
+        edges.append(f"build {objects[-1]}: compile {_escaped(source)}")
+    edges.append(f"build {output.name}: link {' '.join(objects)}")
+    _ninja(work, edges)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(work / output.name, output)
+
+
+def build_binaries(folder: Path, work: Path, *, device: Path = sources.DEVICE) -> None:
+    """Compile every translation unit to a binary per architecture and to PTX, with a manifest; without nvcc, to none.
+
+    Args:
+        folder: Where they go, alone: what else is there is removed.
+        work: Folder of what lies between, kept between builds.
+        device: Folder of the translation units.
+
+    Raises:
+        RuntimeError: There is no ninja, or ``MAX_JOBS`` is no positive number.
+        CalledProcessError: One does not compile, or uses local memory; the compiler has said why on stderr.
+    """
+    path = nvcc()
+    if path is None:
+        print(
+            "happyhorse-fast: no nvcc on the PATH or in CUDA_HOME, so no CUDA binaries are built; NVRTC compiles the"
+            " kernels at first use (pip install 'happyhorse-fast[cuda]')",
+            file=sys.stderr,
+        )
+        _install(folder, {"nvcc": None, "stems": {}}, [])
+        return
+    release = re.search(r"V(\d+)\.(\d+)\.(\d+)", _output([path, "--version"]))
+    if release is None:
+        raise RuntimeError(f"{path} --version names no version")
+    known = set(_output([path, "--list-gpu-code"]).split()) | {"sm_90a"}
+    architectures = [name for name in sources.ARCHITECTURES if name in known]
+    if len(architectures) < len(sources.ARCHITECTURES):
+        print(f"happyhorse-fast: {path} {release[0]} builds for {', '.join(architectures)} alone", file=sys.stderr)
+
+    work = work / release[0]  # another version's are compiled again
+    # Before compiling: a file that changes meanwhile makes the binary an old one, not the digest a wrong one.
+    digests = {stem: sources.digest(stem, device) for stem in sources.stems(device)}
+    edges = [_rule("lower", [sys.executable, lower_ptx.__file__, path, "$in", "$out"])]
+    script = _escaped(Path(lower_ptx.__file__))
+    for name in (*architectures, *sources.VIRTUAL_ARCHITECTURES):
+        virtual = name.replace("sm_", "compute_")
+        flags = [f"-gencode=arch={virtual},code={name}", "-ptx" if name == virtual else "-cubin", *DEVICE_FLAGS]
+        command = [path, *flags, "-MMD", "-MF", "$out.d", "$in", "-o", "$out"]
+        edges.append(_rule(name, command, log="$out.log", depfile="$out.d"))
+    for stem in digests:
+        given = _escaped(device / f"{stem}.cu")
+        edges += [f"build {stem}.{name}.cubin: {name} {given}" for name in architectures]
+        for name in sources.VIRTUAL_ARCHITECTURES:
+            edges.append(f"build {stem}.{name}.newest.ptx: {name} {given}")
+            edges.append(f"build {stem}.{name}.ptx: lower {stem}.{name}.newest.ptx | {script}")
+    _ninja(work, edges)
+
+    described: dict[str, Any] = {}
+    files = []
+    for stem, text in digests.items():
+        described[stem] = {"sources": text, "binaries": {}}
+        for name in (*architectures, *sources.VIRTUAL_ARCHITECTURES):
+            file = work / f"{stem}.{name}{'.cubin' if name in architectures else '.ptx'}"
+            described[stem]["binaries"][name] = _entry(file, (int(release[1]), int(release[2])))
+            files.append(file)
+    _install(folder, {"nvcc": release[0][1:], "flags": list(DEVICE_FLAGS), "stems": described}, files)
+
+
+def kernels_in(log: str) -> dict[str, dict[str, int]]:
+    """Registers, bytes of stack and bytes of spills of every kernel, from what ``ptxas -v`` writes."""
+    found = {}
+    for part in log.split("Compiling entry function ")[1:]:
+        name = part.partition("'")[2].partition("'")[0]
+        numbers = {
+            "registers": r"Used (\d+) registers",
+            "stack": r"(\d+) bytes stack frame",
+            "spill_stores": r"(\d+) bytes spill stores",
+            "spill_loads": r"(\d+) bytes spill loads",
+        }
+        found[name] = {what: int(re.findall(pattern, part)[0]) for what, pattern in numbers.items()}
+    return found
+
+
+def _entry(file: Path, release: tuple[int, int]) -> dict[str, Any]:
+    """What the manifest says of a binary: its digest, the driver it needs, and what its kernels use."""
+    content = file.read_bytes()
+    entry: dict[str, Any] = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
+    if file.suffix == ".ptx":
+        newest = 1000 * release[0] + 10 * release[1]
+        return entry | {"driver": lower_ptx.DRIVERS.get(lower_ptx.version(content.decode()), newest)}
+    # A binary runs on every driver of its major version.
+    return entry | {"driver": 1000 * release[0], "kernels": kernels_in(Path(f"{file}.log").read_text())}
+
+
+def _install(folder: Path, manifest: dict[str, Any], files: Iterable[Path]) -> None:
+    """Fill ``folder`` with these files and the manifest, and nothing else. The manifest comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for file in files:
+        shutil.copy2(file, folder / file.name)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _rule(name: str, command: Iterable[str], *, log: str | None = None, depfile: str | None = None) -> str:
+    """A rule of ninja; with a log, what it writes to stderr is kept there, and shown where it fails."""
+    line = " ".join(word if word.startswith("$") else _quoted(word) for word in command)
+    if log is not None:
+        line = f"{line} 2> {log} || (cat {log} >&2; exit 1)"
+    return f"rule {name}\n  command = {line}\n" + (f"  depfile = {depfile}\n  deps = gcc\n" if depfile else "")
+
+
+def _quoted(word: str) -> str:
+    return shlex.quote(word).replace("$", "$$")
+
+
+def _escaped(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path.resolve()))
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _ninja(work: Path, edges: Iterable[str]) -> None:
+    jobs = os.environ.get("MAX_JOBS", "2")
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise RuntimeError(f"MAX_JOBS is {jobs!r}, a positive number is allowed")
+    program = shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
+    if program is None:
+        raise RuntimeError("ninja is not installed: pip install ninja")
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "build.ninja").write_text("\n".join(edges) + "\n")
+    subprocess.run([program, "-C", str(work), "-j", jobs, "-k", "0"], check=True)

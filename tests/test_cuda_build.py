@@ -1,0 +1,203 @@
+"""The build of csrc/: what a binary depends on, what is compiled again, what must not compile, what may be absent."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from happyhorse_fast.csrc import lower_ptx, native, sources
+
+needs_nvcc = pytest.mark.skipif(native.nvcc() is None, reason="no nvcc on the PATH or in CUDA_HOME")
+
+HEADER = "struct Params { float* x; int n; };\n"
+KERNEL = """#include "{header}"
+extern "C" __global__ void {name}(const __grid_constant__ Params p) {{ if (p.n > 0) p.x[threadIdx.x] *= 2.0f; }}
+"""
+# An array that is indexed by data lies in local memory: 1,200 bytes of stack, and not one spill.
+ARRAY = """struct Params { float* x; int n; };
+extern "C" __global__ void array(const __grid_constant__ Params p) {
+  float held[300];
+  for (int i = 0; i < 300; ++i) held[i] = p.x[i * p.n];
+  float sum = 0.0f;
+  for (int i = 0; i < p.n; ++i) { sum += held[(i * 7) % 300]; held[(i * 5) % 300] = sum; }
+  p.x[threadIdx.x] = sum;
+}
+"""
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Path:
+    """Two translation units, each with a header of its own."""
+    folder = tmp_path / "device"
+    folder.mkdir()
+    for name in ("first", "second"):
+        (folder / f"{name}.cuh").write_text(HEADER)
+        (folder / f"{name}.cu").write_text(KERNEL.format(header=f"{name}.cuh", name=name))
+    return folder
+
+
+@pytest.fixture
+def one_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "ARCHITECTURES", ("sm_90a",))
+    monkeypatch.setattr(sources, "VIRTUAL_ARCHITECTURES", ("compute_80",))
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_unit_is_made_of_what_it_includes_and_nothing_else(device: Path) -> None:
+    (device / "deep.cuh").write_text("")
+    (device / "first.cuh").write_text('#pragma once\n  #  include "deep.cuh"\n#include "../shim/cuda.hpp"\n' + HEADER)
+    assert list(sources.texts("first", device)) == ["deep.cuh", "first.cu", "first.cuh"]
+    assert list(sources.texts("second", device)) == ["second.cu", "second.cuh"]
+    (device / "deep.cuh").unlink()
+    with pytest.raises(FileNotFoundError, match=r"deep\.cuh"):
+        sources.texts("first", device)
+
+
+def test_the_digest_changes_with_a_header_and_with_the_options(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {stem: sources.digest(stem, device) for stem in sources.stems(device)}
+    (device / "first.cuh").write_text(HEADER + "\n")
+    assert sources.digest("first", device) != before["first"]
+    assert sources.digest("second", device) == before["second"]
+    monkeypatch.setattr(sources, "OPTIONS", ("-std=c++20",))
+    assert sources.digest("second", device) != before["second"]
+
+
+def test_device_code_includes_no_header_but_its_own() -> None:
+    """None of torch or CUDA: NVRTC has none, and a binary must not depend on the version of either."""
+    for stem in sources.stems():
+        for name, text in sources.texts(stem).items():
+            assert re.findall(r"^\s*#\s*include\s*<.*", text, re.MULTILINE) == [], name
+
+
+# Build ----------------------------------------------------------------------------------------------------------------
+
+
+@needs_nvcc
+@pytest.mark.usefixtures("one_architecture")
+def test_only_what_changed_is_compiled_again(device: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "cubins"
+    made = {f"{stem}.{end}" for stem in ("first", "second") for end in ("sm_90a.cubin", "compute_80.ptx")}
+
+    def compiled() -> set[str]:
+        native.build_binaries(output, tmp_path / "work", device=device)
+        text = capfd.readouterr().out
+        return {stem for stem in ("first", "second") if f"-o {stem}.sm_90a.cubin" in text}
+
+    assert compiled() == {"first", "second"}
+    assert {path.name for path in output.iterdir()} == {"manifest.json", *made}
+    assert compiled() == set()
+    (device / "first.cuh").write_text(HEADER + "\n")
+    assert compiled() == {"first"}
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["stems"]["first"]["sources"] == sources.digest("first", device)
+    kernel = manifest["stems"]["first"]["binaries"]["sm_90a"]["kernels"]["first"]
+    assert (kernel["stack"], kernel["spill_stores"]) == (0, 0)
+    assert 0 < kernel["registers"] < 32
+
+
+@needs_nvcc
+@pytest.mark.usefixtures("one_architecture")
+def test_a_kernel_with_local_memory_does_not_build(
+    device: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (device / "array.cu").write_text(ARRAY)
+    with pytest.raises(subprocess.CalledProcessError):
+        native.build_binaries(tmp_path / "cubins", tmp_path / "work", device=device)
+    captured = capfd.readouterr()
+    assert "Local memory used for function 'array', size of stack frame: 1200 bytes" in captured.out + captured.err
+    assert not (tmp_path / "cubins").exists()
+
+
+def test_without_nvcc_the_build_says_so_and_leaves_no_binaries(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cubins").mkdir()
+    (tmp_path / "cubins" / "first.sm_90a.cubin").write_bytes(b"of another build")
+    monkeypatch.setattr(native, "nvcc", lambda: None)
+    native.build_binaries(tmp_path / "cubins", tmp_path / "work", device=device)
+    assert "no nvcc on the PATH or in CUDA_HOME, so no CUDA binaries are built" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "cubins").iterdir()] == ["manifest.json"]
+    assert json.loads((tmp_path / "cubins" / "manifest.json").read_text())["nvcc"] is None
+
+
+def test_nvcc_is_found_in_cuda_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert native.nvcc() is None
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+    assert native.nvcc() == str(tmp_path / "bin" / "nvcc")
+
+
+def test_a_compiler_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    assert native.compiler() is None
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
+        native.build_module(tmp_path / "_C.so", tmp_path / "work")
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two", ""])
+def test_a_number_of_jobs_that_is_none_is_refused(jobs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    with pytest.raises(RuntimeError, match=f"MAX_JOBS is '{jobs}', a positive number is allowed"):
+        native._ninja(tmp_path, [])
+
+
+def test_resources_are_read_from_the_assembler() -> None:
+    log = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'tight' for 'sm_90a'
+ptxas info    : Function properties for tight
+    48 bytes stack frame, 40 bytes spill stores, 44 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 48 bytes cumulative stack size
+ptxas info    : Compiling entry function 'plain' for 'sm_90a'
+ptxas info    : Function properties for plain
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+"""
+    assert native.kernels_in(log) == {
+        "tight": {"registers": 64, "stack": 48, "spill_stores": 40, "spill_loads": 44},
+        "plain": {"registers": 8, "stack": 0, "spill_stores": 0, "spill_loads": 0},
+    }
+
+
+# PTX ------------------------------------------------------------------------------------------------------------------
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("architecture", "asm", "isa"),
+    [
+        ("compute_80", 'asm("" : "+f"(y));', "8.0"),
+        (
+            "compute_89",
+            'unsigned short c; asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %1;" : "=h"(c) : "f"(y)); y = c;',
+            "8.1",
+        ),
+    ],
+)
+def test_ptx_names_the_oldest_version_that_has_its_instructions(
+    architecture: str, asm: str, isa: str, tmp_path: Path
+) -> None:
+    compiler = native.nvcc()
+    assert compiler is not None
+    unit = tmp_path / "unit.cu"
+    unit.write_text(f'extern "C" __global__ void f(float* x) {{ float y = *x; {asm} *x = y; }}')
+    subprocess.run(
+        [compiler, f"-arch={architecture}", "-ptx", str(unit), "-o", str(unit.with_suffix(".ptx"))], check=True
+    )
+    newest = unit.with_suffix(".ptx").read_text()
+    lowered = lower_ptx.lowered(newest, compiler)
+    assert lower_ptx.version(lowered) == isa < lower_ptx.version(newest)
+    assert lowered.replace(f".version {isa}", f".version {lower_ptx.version(newest)}") == newest
+
+
+def test_ptx_that_no_older_version_takes_stays_as_it_is() -> None:
+    text = ".version 9.0\n.target sm_80\n"
+    assert lower_ptx.lowered(text, shutil.which("false") or "/bin/false") == text
