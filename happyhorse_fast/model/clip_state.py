@@ -14,6 +14,7 @@ from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.fast_layer import FastLayer, LayerPlan
 from happyhorse_fast.model.padded_rows import PaddedRows
 from happyhorse_fast.model.sparse_policy import SparsePolicy
+from happyhorse_fast.ops import plan_blocks
 from happyhorse_fast.ops.packing_qkv import pack_cos_sin
 from happyhorse_fast.reference.rotary import rotary_phases
 from happyhorse_fast.reference.sequence import Ranges
@@ -90,10 +91,10 @@ class ClipState:
         cos_sin = torch.zeros(rows.slots, rotation.shape[1], device=device)
         cos_sin[:, : rotation.shape[1] // 2] = 1.0
         cos_sin[token_rows] = rotation
-        dense_map = BlockMap.from_ranges(*rows.to_rows(dense), rows.slots, rows.slots).to(device)
+        dense_map = plan_blocks.from_ranges(*rows.to_rows(dense), rows.slots, rows.slots).to(device)
         local_map = dense_map
         if local is not None:
-            local_map = BlockMap.from_ranges(*rows.to_rows(local), rows.slots, rows.slots).to(device)
+            local_map = plan_blocks.from_ranges(*rows.to_rows(local), rows.slots, rows.slots).to(device)
         return cls(rows, device, fast, num_layers, columns, token_rows, cos_sin, dense_map, local_map, step)
 
     def fake(self, device: torch.device | str) -> ClipState:

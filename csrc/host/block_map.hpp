@@ -1,0 +1,86 @@
+// Which blocks of 128 keys every block of 128 queries attends to, as compressed rows: built from pieces, then written.
+//
+// happyhorse_fast/block_map/map.py says what the arrays hold, and from_ranges.py beside it makes the same ones in Python.
+// Rows that see the same keys are kept as one group, so that a map costs what it has of structure until it is written.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "limits.hpp"
+#include "masks.hpp"
+
+namespace host {
+
+struct Span {
+  std::int64_t first, end;  // half open
+};
+
+inline bool operator==(const Span& a, const Span& b) { return a.first == b.first && a.end == b.end; }
+
+using Spans = std::vector<Span>;
+
+// Where a map is written to; sizes as in happyhorse_fast/block_map/map.py, with one head.
+struct BlockMapArrays {
+  std::int32_t* counts;
+  std::int32_t* starts;
+  std::int32_t* columns;
+  std::int32_t* mask_ids;
+  std::int32_t* mask_bits;
+  std::int32_t* order;
+};
+
+class BlockMap {
+ public:
+  // Refuses sizes past int32.
+  BlockMap(std::int64_t queries, std::int64_t keys);
+
+  // Queries first..end-1 see `keys`, which ascend and do not touch. Pieces ascend and do not overlap; queries without a
+  // piece see nothing.
+  void add(std::int64_t first, std::int64_t end, const Spans& keys);
+  // After the last piece. Refuses, as add() does, a map of more blocks than int32 numbers.
+  void finish() { flush(); }
+
+  std::int64_t rows() const { return ceil_div(queries_, BLOCK); }
+  std::int64_t entries() const { return entries_; }
+  const std::vector<Mask>& masks() const { return masks_.masks(); }
+
+  void write(const BlockMapArrays& out) const;
+
+ private:
+  // Queries top..bottom-1 of a row, and the keys they see: spans_[first_span .. end_span-1], `span` being the walk's.
+  struct Fragment {
+    std::int64_t top, bottom;
+    std::size_t first_span, end_span, span;
+  };
+  // Key blocks first..end-1, alike: mask FULL or a mask's number.
+  struct Run {
+    std::int32_t first, end, mask;
+  };
+  // Rows first_row .. first_row+rows-1, all of them with the runs first_run .. end_run-1.
+  struct Group {
+    std::int64_t first_row, rows;
+    std::size_t first_run, end_run;
+    std::int32_t full, all;
+  };
+  static constexpr std::int32_t FULL = -1;
+
+  void stash(std::int64_t top, std::int64_t bottom, const Spans& keys);
+  void flush();
+  void add_rows(std::int64_t row, std::int64_t rows);
+  std::int32_t kind(std::int64_t first_block, std::int64_t end_block, std::int64_t height, bool& seen);
+  std::int32_t draw(std::int64_t low);
+
+  std::int64_t queries_, keys_;
+  std::int64_t entries_ = 0;
+  std::vector<Group> groups_;
+  std::vector<Run> runs_;
+  MaskTable masks_;
+  // The row under construction.
+  std::int64_t row_ = 0;
+  std::vector<Fragment> fragments_;
+  Spans spans_;
+  std::vector<std::int64_t> bounds_;
+};
+
+}  // namespace host

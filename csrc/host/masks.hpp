@@ -1,0 +1,29 @@
+// Masks of partial blocks, one copy of each.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "limits.hpp"
+
+namespace host {
+
+constexpr int WORDS = BLOCK / 32;  // words that hold one query's keys of a block
+
+// Key 32 * w + b of query i is bit b of word [i][w].
+using Mask = std::array<std::array<std::uint32_t, WORDS>, BLOCK>;
+
+class MaskTable {
+ public:
+  // The mask's number; masks are numbered as they first come.
+  std::int32_t number(const Mask& mask);
+  const std::vector<Mask>& masks() const { return masks_; }
+
+ private:
+  std::vector<Mask> masks_;
+  std::unordered_multimap<std::uint64_t, std::int32_t> known_;  // by hash
+};
+
+}  // namespace host
