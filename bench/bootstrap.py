@@ -1,9 +1,9 @@
 """Makes the sources run from a checkout that is not installed; to be imported before anything that needs kernels.
 
 A GPU machine may have torch and Triton but no network and nothing to install into. There, ``happyhorse_fast`` is found
-from the checkout's root, and the folder ``kernels/``, which an installation maps to ``happyhorse_fast.kernels``
-(docs/decisions/0001-kernels-package-dir.md), is put in that place here. Under ``TRITON_INTERPRET=1`` the interpreter is
-made exact as well, as the tests do. Serves as a pytest plugin: ``pytest -p bench.bootstrap``.
+from the checkout's root, and the folders ``kernels/`` and ``csrc/``, which an installation maps into the package
+(docs/decisions/0001-kernels-package-dir.md), are put in their places here. Under ``TRITON_INTERPRET=1`` the interpreter
+is made exact as well, as the tests do. Serves as a pytest plugin: ``pytest -p bench.bootstrap``.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-KERNELS = "happyhorse_fast.kernels"
+MAPPED = ("csrc", "kernels")
+"""Folders beside the package that an installation has inside it."""
 
 
-def map_kernels() -> bool:
-    """Make ``happyhorse_fast.kernels`` importable; returns whether it was not already."""
+def map_folder(name: str) -> bool:
+    """Make ``happyhorse_fast.<name>`` importable; returns whether it was not already."""
     import happyhorse_fast
 
-    if KERNELS in sys.modules or importlib.util.find_spec(KERNELS) is not None:
+    full = f"happyhorse_fast.{name}"
+    if full in sys.modules or importlib.util.find_spec(full) is not None:
         return False
-    folder = ROOT / "kernels"
+    folder = ROOT / name
     spec = importlib.util.spec_from_file_location(
-        KERNELS, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        full, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     assert spec is not None and spec.loader is not None, folder
     module = importlib.util.module_from_spec(spec)
-    sys.modules[KERNELS] = module
+    sys.modules[full] = module
     spec.loader.exec_module(module)
-    setattr(happyhorse_fast, "kernels", module)  # noqa: B010 - what an import of a submodule does
+    setattr(happyhorse_fast, name, module)  # what an import of a submodule does
     return True
 
 
@@ -45,6 +47,7 @@ def exact_interpreter() -> bool:
     return True
 
 
-map_kernels()
+for _name in MAPPED:
+    map_folder(_name)
 INTERPRETED = exact_interpreter()
 """Whether kernels run in the interpreter, on CPU tensors."""

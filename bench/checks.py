@@ -1,6 +1,6 @@
-"""What must hold before anything is timed: sources import, kernels pass their self-check, tiny shapes run clean.
+"""What must hold before anything is timed: sources build and import, kernels pass their self-check and run clean.
 
-Run as ``python -m bench.checks build``, ``self`` or ``tiny``.
+Run as ``python -m bench.checks native``, ``build``, ``self`` or ``tiny``.
 """
 
 from __future__ import annotations
@@ -10,16 +10,34 @@ import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 import argparse
 import importlib
 import sys
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from bench.cases import cases, select
 from bench.gates import problems
 from bench.inputs import make
+from bench.ops import implementations, other_backends
 from bench.results import describe_machine
 from happyhorse_fast.ops import self_check, trust
-from happyhorse_fast.ops.dispatch import STEMS
+from happyhorse_fast.ops.dispatch import CUDA_OPS, STEMS, cuda_obstacle
+
+
+def native(package: Path) -> int:
+    """Build what an installation builds, without setuptools: the host module, and CUDA binaries where there is nvcc."""
+    from happyhorse_fast.csrc import native
+
+    if native.compiler() is None:
+        print("no C++ compiler: the host module and CUDA binaries are not built")
+        return 0
+    work = bootstrap.ROOT / "build" / "native"  # as setup.py: what did not change is not compiled again
+    module = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    native.build_module(module, work / f"module-{sys.implementation.cache_tag}")
+    native.build_binaries(package / "cubins", work / "cubins")
+    print(f"built {module.name} and {len(list((package / 'cubins').iterdir())) - 1} CUDA binaries into {package}")
+    return 0
 
 
 def build(device: torch.device) -> int:
@@ -28,7 +46,8 @@ def build(device: torch.device) -> int:
         importlib.import_module(f"happyhorse_fast.ops.triton.{stem}")
     for name, value in describe_machine(device).items():
         print(f"{name}: {value}")
-    print(f"device: {device}; kernels {'interpreted' if bootstrap.INTERPRETED else 'compiled'}")
+    print(f"device: {device}; Triton kernels {'interpreted' if bootstrap.INTERPRETED else 'compiled'}")
+    print(f"CUDA kernels: {cuda_obstacle(device) or 'can run'}")
     return 0
 
 
@@ -38,36 +57,54 @@ def self_checks(device: torch.device, ops: Sequence[str]) -> int:
     self_check.CHECKS.clear()
     self_check.CHECKS.update(kept)
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-    done = []
-    for check in self_check.run_checks("triton", device, fp8=fp8):
-        done.append(check)
-        verdict = "passed" if check.passed else "FAILED"
-        print(f"{check.op} {check.variant}: {verdict}, {check.detail}, {check.seconds:.1f} s", flush=True)
-    if not ops:  # as `accelerate` would, which then need not check again
-        for precision in {False, fp8}:
-            known = [check for check in done if precision or check.variant == "bf16"]
-            trust.remember(trust.machine_key("triton", device, fp8=precision), known)
-    return int(any(not check.passed for check in done))
+    failed = 0
+    for backend in _backends(device):
+        done = []
+        for check in self_check.run_checks(backend, device, fp8=fp8):
+            done.append(check)
+            if backend == "cuda" and check.op not in CUDA_OPS["bf16" if check.variant == "bf16" else "fp8"]:
+                continue  # it has no kernel
+            failed += not check.passed
+            verdict = "passed" if check.passed else "FAILED"
+            print(f"{backend} {check.op} {check.variant}: {verdict}, {check.detail}, {check.seconds:.1f} s", flush=True)
+        if not ops:  # as `accelerate` would, which then need not check again
+            for precision in {False, fp8}:
+                known = [check for check in done if precision or check.variant == "bf16"]
+                trust.remember(trust.machine_key(backend, device, fp8=precision), known)
+    return int(failed > 0)
 
 
 def tiny(device: torch.device, words: str) -> int:
     """Gates of tiny cases: what a memory checker is put around."""
     failed = 0
+    first, *others = _backends(device)
     for case in select(cases("tiny"), words):
-        found = problems(case, make(case, device), "triton")
-        failed += bool(found)
-        print(f"{case.name}: {found[0] if found else 'ok'}", flush=True)
+        for backend in implementations(case, first, others):
+            found = problems(case, make(case, device), backend)
+            failed += bool(found)
+            print(f"{case.name} {backend}: {found[0] if found else 'ok'}", flush=True)
     return int(failed > 0)
+
+
+def _backends(device: torch.device) -> list[str]:
+    """Triton, and CUDA where it can run; says why where it cannot."""
+    others, without = other_backends(device)
+    for name, reason in without.items():
+        print(f"{name}: not checked: {reason}")
+    return ["triton", *others]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 1 where something failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.checks", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("build", "self", "tiny"))
+    parser.add_argument("what", choices=("native", "build", "self", "tiny"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="comma-separated: ops of the self-check, words of tiny cases' names")
+    parser.add_argument("--into", type=Path, default=bootstrap.ROOT / "happyhorse_fast", help="where native builds")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
+    if options.what == "native":
+        return native(options.into)
     if options.what == "build":
         return build(device)
     if options.what == "self":

@@ -23,13 +23,22 @@ from pathlib import Path
 
 import torch
 
+import bench
 from bench.results import FOLDER, Results, describe_machine, path_for
 
 TOTAL_SECONDS = 540
+# Of a dry run, whose stages only have to end: some 180 s on a free core.
+DRY_SECONDS = 1800
+# Of the total: what lies between the last stage's end and the command's, a killed process's included.
+ENDING_SECONDS = 8
+# A process that was killed may still be freeing the GPU's memory; it is waited for so long.
+KILLED_SECONDS = 4
 # Of its time a stage leaves this much unused, to write and end by itself.
 SPARE_SECONDS = 8
 TAIL_LINES = 30
 SANITIZER = "compute-sanitizer"
+GPU_TESTS = ("ops", "model", "configs", "large")
+"""Of tests/test_gpu_*.py, most important first."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,10 @@ class Stage:
 
 
 def _build(context: Context, _: float) -> list[list[str]]:
-    return [context.python("bench.checks", "build", "--device", context.device)]
+    # Into the package's own folder, where it looks; a dry run leaves the checkout as it is.
+    package = context.results.with_suffix("") / "build" if context.dry else bootstrap.ROOT / "happyhorse_fast"
+    imports = context.python("bench.checks", "build", "--device", context.device)  # seconds: the build gets the rest
+    return [imports, context.python("bench.checks", "native", "--into", str(package))]
 
 
 def _check(context: Context, _: float) -> list[list[str]]:
@@ -79,9 +91,9 @@ def _check(context: Context, _: float) -> list[list[str]]:
 
 
 def _tests(context: Context, _: float) -> list[list[str]]:
-    files = sorted(str(path) for path in (bootstrap.ROOT / "tests").glob("test_gpu_*.py"))
+    files = [str(bootstrap.ROOT / "tests" / f"test_gpu_{name}.py") for name in GPU_TESTS]
     plugins = ["-p", "bench.bootstrap", "-p", "no:cacheprovider"]
-    return [context.python("pytest", *plugins, "-m", "gpu", "-q", "--benchmark-disable", "--durations=5", *files)]
+    return [context.python("pytest", *plugins, "-m", "gpu", "-v", "--benchmark-disable", "--durations=5", *files)]
 
 
 def _sanitize(context: Context, _: float) -> list[list[str]]:
@@ -128,15 +140,15 @@ def _tune(context: Context, minutes: float) -> list[list[str]]:
 
 LINEAR = "fp8_linear,qkv,rmsnorm"
 STAGES = (
-    Stage("build", 25, _build),
+    Stage("build", 40, _build),
     Stage("check", 45, _check),
-    Stage("tests", 120, _tests),
-    Stage("sanitize", 60, _sanitize),
+    Stage("tests", 115, _tests),
+    Stage("sanitize", 50, _sanitize),
     Stage("attn", 75, _ops("main", "attention,select", "attention-25%/tiny/fp8,attention-dense/tiny/bf16")),
     Stage("linear", 65, _ops("main", LINEAR, "down/tiny/fp8,qkv_linear/tiny/bf16")),
     Stage("sampler", 100, _sampler),
-    Stage("sizes", 25, _ops("full", "", "proj/tiny/fp8", "--no-peers")),
-    Stage("tune", 25, _tune),
+    Stage("sizes", 22, _ops("rest", "", "proj/tiny/fp8", "--no-peers")),
+    Stage("tune", 20, _tune),
 )
 """In the order they run."""
 
@@ -157,7 +169,8 @@ def chosen_stages(names: str) -> list[Stage]:
 def environment(dry: bool) -> dict[str, str]:
     """Of every stage: the checkout on the path, kernels compiled or interpreted."""
     path = os.pathsep.join(filter(None, [str(bootstrap.ROOT), os.environ.get("PYTHONPATH", "")]))
-    given = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1" if dry else "0", "PYTHONUNBUFFERED": "1"}
+    given = {"MAX_JOBS": str(os.cpu_count()), **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    given["TRITON_INTERPRET"] = "1" if dry else "0"
     if dry:
         given |= {"CUDA_VISIBLE_DEVICES": "", "HAPPYHORSE_FAST_GPU_TESTS": "dry", "OMP_NUM_THREADS": "1"}
     return given
@@ -165,6 +178,8 @@ def environment(dry: bool) -> dict[str, str]:
 
 def run_command(command: Sequence[str], log: Path, seconds: float, dry: bool) -> tuple[int, str]:
     """(exit code, what to say of it) of a command whose output goes to a log; 124 where its time was up."""
+    if seconds <= 0:
+        return 124, "not started: no time left"
     with log.open("ab") as output:
         # A process group of its own, so that what it started ends with it.
         process = subprocess.Popen(
@@ -176,16 +191,34 @@ def run_command(command: Sequence[str], log: Path, seconds: float, dry: bool) ->
             start_new_session=True,
         )
         try:
-            code = process.wait(timeout=max(seconds, 1))
+            code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return 124, f"cut after {seconds:.0f} s"
+            return 124, f"cut after {seconds:.0f} s{_killed(process)}"
+        except BaseException:  # interrupted: what was started must not stay on the GPU
+            _killed(process)
+            raise
     return code, "ok" if code == 0 else f"exit code {code}"
 
 
+def _killed(process: subprocess.Popen[bytes]) -> str:
+    """Kill a process group; says where it does not end."""
+    os.killpg(process.pid, signal.SIGKILL)
+    try:
+        process.wait(timeout=KILLED_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f", and still there {KILLED_SECONDS} s after it was killed"
+    return ""
+
+
 def run_stage(stage: Stage, context: Context, results: Results, seconds: float) -> bool:
-    """Run one stage, record how it went, and show the end of its output."""
+    """Run one stage, record how it went, and show the end of its output.
+
+    Args:
+        stage: What to run.
+        context: Where.
+        results: The file that the outcome goes into; the stage's commands write into it as well.
+        seconds: When it is cut. Every command may take an equal part of what is left.
+    """
     log = context.results.with_suffix("") / "logs" / f"{stage.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
@@ -202,10 +235,33 @@ def run_stage(stage: Stage, context: Context, results: Results, seconds: float) 
     took = time.monotonic() - began
     if log.is_file():
         print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:]))
-    print(f"== {stage.name}: {'; '.join(said)} ({took:.0f} s of {seconds:.0f})\n", flush=True)
+    print(f"== {stage.name}: {'; '.join(said)} ({took:.0f} s of {max(seconds, 0):.0f})\n", flush=True)
+    for partial in results.path.parent.glob("*.partial"):  # of a write that was cut
+        partial.unlink()
     # Stages wrote into the file meanwhile.
     fresh = Results(results.path, {k: results.data[k] for k in ("gpu", "driver", "torch", "triton", "commit")})
     fresh.add_stage({"name": stage.name, "passed": passed, "seconds": round(took, 1), "outcome": "; ".join(said)})
+    return passed
+
+
+def run_stages(stages: Sequence[Stage], context: Context, results: Results, deadline: float) -> dict[str, bool]:
+    """Run stages one after another; which of them passed.
+
+    A stage ends by its own place in the plan, which is the deadline for the last one: what an earlier one left is its
+    own to use, and what one took too long, a killed process's seconds, the next ones lack.
+
+    Args:
+        stages: What to run, in this order.
+        context: Where.
+        results: The file that outcomes go into.
+        deadline: On ``time.monotonic``'s clock: when the last stage is cut.
+    """
+    passed, planned = {}, 0.0
+    began = time.monotonic()
+    scale = (deadline - began) / sum(stage.seconds for stage in stages)
+    for stage in stages:
+        planned += scale * stage.seconds
+        passed[stage.name] = run_stage(stage, context, results, began + planned - time.monotonic())
     return passed
 
 
@@ -215,9 +271,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", default="", help=", ".join(stage.name for stage in STAGES))
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny shapes, results to a temporary folder")
     parser.add_argument("--folder", type=Path, help="where results go, by default bench/results")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all chosen stages together")
+    parser.add_argument(
+        "--seconds", type=float, help=f"for all chosen stages together; {TOTAL_SECONDS}, dry {DRY_SECONDS}"
+    )
     options = parser.parse_args(argv)
+    began = bench.began(argv)
     stages = chosen_stages(options.stages)
+    seconds = options.seconds if options.seconds is not None else DRY_SECONDS if options.dry else TOTAL_SECONDS
+    if seconds <= ENDING_SECONDS:
+        parser.error(f"argument --seconds: must be above {ENDING_SECONDS}, got {seconds:g}")
     if not options.dry and not torch.cuda.is_available():
         print("make gpu: needs a CUDA device; `make gpu DRY=1` tries every stage on the CPU", file=sys.stderr)
         return 2
@@ -226,11 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results(path_for(header, folder), header)
     context = Context(options.dry, results.path)
     print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {results.path}\n", flush=True)
-    began, planned, passed = time.monotonic(), 0.0, {}
-    scale = options.seconds / sum(stage.seconds for stage in stages)
-    for stage in stages:
-        planned += scale * stage.seconds
-        passed[stage.name] = run_stage(stage, context, results, planned - (time.monotonic() - began))
+    passed = run_stages(stages, context, results, began + seconds - ENDING_SECONDS)
     print(
         f"{time.monotonic() - began:.0f} s; " + ", ".join(f"{k} {'ok' if v else 'FAILED'}" for k, v in passed.items())
     )
@@ -239,4 +297,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` ends what it started
     sys.exit(main())

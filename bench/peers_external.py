@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from bench.cases import Case, padded_rows
 from bench.peers import ATTENTION, NORM, Function, Inputs, Peer, missing, needs_gpu
+from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.reference.rmsnorm_qkv import EPS
 from happyhorse_fast.reference.sequence import dense_ranges, local_ranges
 
@@ -55,6 +57,7 @@ class FlashInferDense(DenseAttention):
     """flashinfer's prefill of one request: q [N, Hq, D], k and v [M, Hkv, D]."""
 
     name, module = "flashinfer dense bf16 (no gate)", "flashinfer"
+    slow = True  # compiles its kernels with nvcc
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         import flashinfer
@@ -63,32 +66,71 @@ class FlashInferDense(DenseAttention):
         return lambda: flashinfer.single_prefill_with_kv_cache(q, k, v, causal=False, sm_scale=inputs.bf16["scale"])
 
 
-class FlashInferSparse(Peer):
-    """flashinfer's block-sparse wrapper on the map's blocks; partial blocks count as full ones."""
+class FlashInferBlocks(Peer):
+    """A peer on the map's blocks, of which partial ones count as full."""
 
-    name = "flashinfer block-sparse bf16 (partial blocks as full, no gate)"
     ops = ATTENTION
-    WORKSPACE = 128 << 20
+    slow = True
+    WORKSPACE = 128 << 20  # what its documentation recommends
 
     def available(self, device: torch.device) -> str | None:
         return needs_gpu(device) or missing("flashinfer")
 
+    def workspace(self, inputs: Inputs) -> Tensor:
+        """The buffer that a wrapper is made with."""
+        return torch.empty(self.WORKSPACE, dtype=torch.uint8, device=inputs.device)
+
+    def blocks(self, inputs: Inputs) -> Tensor:
+        """bool [heads of the map, query blocks, key blocks]."""
+        full, ids = inputs.bf16["block_map"].to_blocks()
+        return full | (ids >= 0)
+
+
+class FlashInferSparse(FlashInferBlocks):
+    """flashinfer's block-sparse wrapper: one map for all heads; q [N, Hq, D], k and v [M, Hkv, D]."""
+
+    name = "flashinfer block-sparse bf16 (partial blocks as full, no gate)"
+
     def fits(self, case: Case) -> bool:
-        return super().fits(case) and case.part == "window"  # one map for all heads
+        return super().fits(case) and case.part == "window"
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         import flashinfer
 
         given = inputs.bf16
-        q, k, v, block_map = given["q"], given["k"], given["v"], given["block_map"]
-        full, ids = (x[0] for x in block_map.to_blocks())
-        blocks = full | (ids >= 0)
+        q, k, v = (given[name] for name in "qkv")
+        blocks = self.blocks(inputs)[0]
         indptr = torch.nn.functional.pad(blocks.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)
-        wrapper = flashinfer.BlockSparseAttentionWrapper(
-            torch.empty(self.WORKSPACE, dtype=torch.uint8, device=inputs.device)
+        wrapper = flashinfer.BlockSparseAttentionWrapper(self.workspace(inputs))
+        wrapper.plan(
+            indptr,
+            blocks.nonzero()[:, 1].to(torch.int32),
+            *(len(q), len(k), BLOCK, BLOCK, q.shape[1], k.shape[1], q.shape[2]),
+            sm_scale=given["scale"],
+            q_data_type=torch.bfloat16,
+            o_data_type=torch.bfloat16,  # float16 by default
         )
-        sizes = (len(q), len(k), 128, 128, q.shape[1], k.shape[1], q.shape[2])
-        wrapper.plan(indptr, blocks.nonzero()[:, 1].to(torch.int32), *sizes, q_data_type=torch.bfloat16)
+        return lambda: wrapper.run(q, k, v)
+
+
+class FlashInferVariable(FlashInferBlocks):
+    """flashinfer's variable block-sparse wrapper: a map per key/value head; q [Hq, N, D], k and v [Hkv, M, D]."""
+
+    name = "flashinfer variable block-sparse bf16 (no gate)"
+
+    def fits(self, case: Case) -> bool:
+        return super().fits(case) and case.keep is not None
+
+    def prepare(self, case: Case, inputs: Inputs) -> Function:
+        import flashinfer
+
+        given = inputs.bf16
+        q, k, v = (given[name].transpose(0, 1).contiguous() for name in "qkv")
+        blocks = self.blocks(inputs).expand(len(k), -1, -1)
+        sizes = torch.full(blocks.shape[:2], BLOCK, dtype=torch.int32, device=inputs.device)
+        wrapper = flashinfer.VariableBlockSparseAttentionWrapper(self.workspace(inputs))
+        heads = (len(q), len(k), q.shape[2])
+        wrapper.plan(blocks, sizes, sizes, *heads, sm_scale=given["scale"], q_data_type=torch.bfloat16)
         return lambda: wrapper.run(q, k, v)
 
 
@@ -100,7 +142,8 @@ class SageAttention(DenseAttention):
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         from sageattention import sageattn
 
-        q, k, v = (inputs.bf16[name][None] for name in "qkv")
+        # Version 1 subtracts the mean of k in place.
+        q, k, v = (inputs.bf16[name][None].clone() for name in "qkv")
         return lambda: sageattn(q, k, v, tensor_layout="NHD", is_causal=False, sm_scale=inputs.bf16["scale"])
 
 
@@ -109,6 +152,7 @@ class MagiAttention(Peer):
 
     name = "MagiAttention bf16 (no gate)"
     ops = ATTENTION
+    slow = True  # compiles its kernels with nvcc
 
     def available(self, device: torch.device) -> str | None:
         return needs_gpu(device) or missing("magi_attention")
@@ -130,10 +174,11 @@ class MagiAttention(Peer):
 
 
 class Quack(Peer):
-    """quack's RMSNorm, bf16 out, without the e4m3 codes."""
+    """quack's RMSNorm, float32 in and bf16 out as ours, without the e4m3 codes."""
 
     name = "quack rmsnorm (no quantisation)"
     ops = NORM
+    slow = True
 
     def available(self, device: torch.device) -> str | None:
         return needs_gpu(device) or missing("quack")
@@ -141,15 +186,14 @@ class Quack(Peer):
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         from quack import rmsnorm
 
-        x = inputs.bf16["hidden"].bfloat16()  # quack writes what it reads: the stream would be float32 out
-        weight = inputs.bf16["norm_weight"][0] + 1
-        return lambda: rmsnorm(x, weight, eps=EPS)
+        x, weight = inputs.bf16["hidden"], inputs.bf16["norm_weight"][0] + 1
+        return lambda: rmsnorm(x, weight, out_dtype=torch.bfloat16, eps=EPS)
 
 
 class Liger(Peer):
-    """Liger's RMSNorm on a bf16 copy of the stream, without the e4m3 codes."""
+    """Liger's RMSNorm, without the e4m3 codes. It writes what it reads: on a bf16 copy it moves 4 bytes of our 6."""
 
-    name = "liger-kernel rmsnorm (no quantisation)"
+    name = "liger-kernel rmsnorm (bf16 stream, no quantisation)"
     ops = NORM
 
     def available(self, device: torch.device) -> str | None:
@@ -158,7 +202,7 @@ class Liger(Peer):
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         from liger_kernel.transformers.rms_norm import LigerRMSNorm
 
-        x = inputs.bf16["hidden"].bfloat16()
+        x, weight = inputs.bf16["hidden"].bfloat16(), inputs.bf16["norm_weight"][0]
         module = LigerRMSNorm(x.shape[1], eps=EPS, offset=1.0, casting_mode="gemma", init_fn="zeros", in_place=False)
         module = module.to(inputs.device)
 
@@ -166,6 +210,8 @@ class Liger(Peer):
             with torch.no_grad():
                 return module(x)
 
+        with torch.no_grad():
+            module.weight.copy_(weight)
         return run
 
 
@@ -174,6 +220,7 @@ PEERS: tuple[Peer, ...] = (
     FlashAttention3Fp8(),
     FlashInferDense(),
     FlashInferSparse(),
+    FlashInferVariable(),
     SageAttention(),
     MagiAttention(),
     Quack(),

@@ -46,6 +46,7 @@ ENTRY_EXTRA: dict[str, Any] = {
     "tflops_useful": _NUMBER,  # on the model's own FLOPs
     "low_ms": _NUMBER,  # a tenth of the calls are faster
     "high_ms": _NUMBER,  # and a tenth slower
+    "clock": str,  # what measured it: "events", "graph" or "cpu"
     "reason": str,  # why there is no number
     "config": dict,  # launch configuration, where it is not the committed one
 }
@@ -61,7 +62,7 @@ SAMPLER: dict[str, Any] = {
 }
 SAMPLER_EXTRA: dict[str, Any] = {
     "mask": str,  # "exact", or the share of video pairs
-    "cap_gib": _NUMBER,  # memory that the process may use, where it was capped
+    "cap_gb": _NUMBER,  # size, as it is sold, of the card that memory was capped to
     "breakdown": dict,  # seconds of one step by op
     "note": str,  # what was not run as published, or why there is no number
 }
@@ -147,7 +148,7 @@ class Results:
 
     def add_sampler(self, entry: Json) -> None:
         """A run of the sampler."""
-        self._put("sampler", entry, ("preset", "resolution", "seconds", "mode", "mask", "cap_gib", "steps"))
+        self._put("sampler", entry, ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "steps"))
 
     def add_stage(self, stage: Json) -> None:
         """Outcome of a stage of ``make gpu``."""

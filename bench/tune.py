@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from bench import began
 from bench.cases import Case, cases, select
 from bench.gates import problems
 from bench.inputs import call, make
@@ -200,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.1, help="about how long each candidate is repeated")
     parser.add_argument("--minutes", type=float, default=60.0, help="start no more candidates after this long")
     options = parser.parse_args(argv)
-    deadline, device = time.monotonic() + 60 * options.minutes, torch.device(options.device)
+    deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)
     kept = {case.name for case in select(cases(options.scope), options.cases)}
     found = [target for target in targets(options.scope) if target.case.name in kept]
     if options.dry:

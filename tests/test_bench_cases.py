@@ -44,6 +44,16 @@ def test_sizes_are_the_three_resolutions_and_lengths():
     assert not any("window/540p" in name or "window/256p" in name for name in names), "below 1080p no layer has one"
 
 
+def test_the_rest_is_all_but_the_main_size_and_starts_with_what_costs_most():
+    # Timed again without peers, an entry would replace the one that has them.
+    main, rest, full = ([case.name for case in cases(scope)] for scope in ("main", "rest", "full"))
+    assert not set(main) & set(rest) and set(main) | set(rest) == set(full)
+    first = cases("rest")[: len(FULL_SIZES) - 1]
+    assert {case.kind for case in first} == {("block_sparse_attention", part, "fp8") for part in ("window", "dense")}, (
+        "a kind of case at all sizes before the next kind"
+    )
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_useful_flops_of_all_layers_are_those_of_a_step(precision):
     # 28 shared layers with a window, 4 of the first 32 counted apart, and so on: one case per kind, times its layers.
@@ -119,5 +129,5 @@ def test_every_case_runs_and_its_bytes_are_those_of_its_results(case):
 def test_unknown_words_and_scopes_are_refused():
     with pytest.raises(ValueError, match="got 'atention'"):
         select(cases("tiny"), "atention")
-    with pytest.raises(ValueError, match="tiny, small, main, full; got 'big'"):
+    with pytest.raises(ValueError, match="tiny, small, main, rest, full; got 'big'"):
         cases("big")

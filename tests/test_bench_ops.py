@@ -14,9 +14,8 @@ from bench import eager, gates, ops
 from bench.bootstrap import ROOT
 from bench.cases import cases, padded_rows, select
 from bench.inputs import call, make
-from bench.peers import Eager, Peer, all_peers, split
+from bench.peers import Eager, all_peers, split
 from bench.results import Results, describe_machine, read
-from bench.timing import Stopwatch
 
 CPU = torch.device("cpu")
 TINY = cases("tiny")
@@ -67,7 +66,7 @@ def test_a_wrong_kernel_has_no_number(name, what, bench, monkeypatch, tmp_path):
     assert entry["reason"]
     assert [entry[k] for k in ("median_ms", "tflops", "gbps", "roofline", "peers")] == [None, None, None, None, {}]
     assert "NOT VERIFIED" in ops.table([entry])
-    assert not any(character.isdigit() for cell in ops.row(entry)[1:7] for character in cell)
+    assert not any(character.isdigit() for cell in ops.row(entry)[2:8] for character in cell)
     (written,) = read(tmp_path / "r.json")["entries"]
     assert written == json.loads(json.dumps(entry))
 
@@ -98,7 +97,7 @@ def test_a_sampled_gate_sees_an_unwritten_tile_anywhere(monkeypatch):
 def test_a_slow_kernel_shows_in_the_table(bench, monkeypatch):
     case = select(TINY, "proj/tiny/bf16")[0]
     honest = bench.entry(case)
-    bench.add_peers(honest, case, slow=False)
+    bench.add_peers([honest], case, bench.peers)
 
     def slow(*arguments):
         time.sleep(0.5)
@@ -106,7 +105,7 @@ def test_a_slow_kernel_shows_in_the_table(bench, monkeypatch):
 
     monkeypatch.setattr(ops, "call", slow)
     entry = bench.entry(case)
-    bench.add_peers(entry, case, slow=False)
+    bench.add_peers([entry], case, bench.peers)
     assert entry["verified"] and entry["median_ms"] > 500 > honest["median_ms"]
     assert entry["peers"]["eager"] / entry["median_ms"] < 0.5, "the peer is more than twice as fast"
     assert entry["roofline"] < honest["roofline"]
@@ -122,15 +121,81 @@ def test_a_peer_that_breaks_is_named_and_ends_nothing(bench):
 
     entry = bench.entry(TINY[8])
     both = ops.Bench(CPU, "reference", seconds=0.0, peers=[Broken(), Eager()])
-    both.add_peers(entry, TINY[8], slow=False)
+    both.add_peers([entry], TINY[8], both.peers)
     assert set(entry["peers"]) == {"eager"}
     assert both.absent == {f"broken on {TINY[8].name}": "RuntimeError: no kernel image is available"}
+
+
+class Counting(Eager):
+    """Eager PyTorch that tells what it was prepared for."""
+
+    def __init__(self, name, slow=False):
+        self.name, self.slow, self.seen = name, slow, []
+
+    def prepare(self, case, inputs):
+        self.seen.append((case.name, inputs.seed))
+        SEEN.append(self.name)
+        return super().prepare(case, inputs)
+
+
+SEEN: list[str] = []
+
+
+def test_a_peer_is_timed_once_for_both_precisions_on_rotated_inputs():
+    peer = Counting("counting")
+    both = ops.Bench(CPU, "reference", seconds=0.0, peers=[peer])
+    fp8, bf16 = select(TINY, "quantize/tiny")
+    entries = ops.run(both, [fp8, bf16], None, time.monotonic() + 60)
+    assert peer.seen == [(fp8.name, 0), (fp8.name, 1)]
+    assert entries[0]["peers"] == entries[1]["peers"] != {}
+
+
+def test_a_peer_that_compiles_runs_after_all_others_and_for_all_cases_before_the_next():
+    peers = [Counting("last a", slow=True), Counting("last b", slow=True), Counting("quick")]
+    some = ops.Bench(CPU, "reference", seconds=0.0, peers=peers)
+    SEEN.clear()
+    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), None, time.monotonic() + 60)
+    assert SEEN == ["quick"] * 4 + ["last a"] * 2 + ["last b"] * 2
+    assert all(set(entry["peers"]) == {"quick", "last a", "last b"} for entry in entries)
+
+
+def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
+    tried = []
+
+    def counted(case, given, backend):
+        tried.append((case.op, backend))
+        return call(case, given, "reference")
+
+    monkeypatch.setattr(gates, "call", counted)
+    monkeypatch.setattr(ops, "call", counted)
+    some = ops.Bench(CPU, "triton", seconds=0.0, also=["cuda"])
+    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), None, time.monotonic() + 60)
+    found = {(entry["case"].partition("-")[0].partition("/")[0], entry["impl"]) for entry in entries}
+    assert found == {
+        ("fp8_linear_residual", "triton"),
+        ("rmsnorm_quantize", "triton"),
+        ("rmsnorm_quantize", "cuda"),
+    }
+    assert set(tried) == found
+
+
+def test_a_kernel_that_runs_out_of_memory_after_its_gate_ends_nothing(bench, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ops, "call", full)
+    entry = bench.entry(select(TINY, "quantize/tiny/bf16")[0])
+    assert (entry["verified"], entry["median_ms"], entry["reason"]) == (
+        False,
+        None,
+        "OutOfMemoryError: CUDA out of memory",
+    )
 
 
 def test_every_peer_of_the_issue_is_there_or_named_as_absent():
     usable, absent = split(all_peers(), CPU)
     named = " ".join([*(p.name for p in usable), *absent]).lower()
-    wanted = "eager torch.compile cudnn flash_attention efficient flex _scaled_mm torchao flashattention-3 flashinfer"
+    wanted = "eager torch.compile cudnn flash efficient flex _scaled_mm torchao flashattention-3 flashinfer"
     for name in f"{wanted} sageattention quack magiattention liger-kernel".split():
         assert name in named, name
     assert all(absent.values())
@@ -158,16 +223,6 @@ def test_eager_computes_the_same_thing():
         elif isinstance(result, list):
             result = torch.cat(result)
         assert float((result.double() - wanted).norm() / wanted.norm()) < 1e-2, case.name
-
-
-def test_a_stopwatch_tells_a_slow_call_from_a_fast_one():
-    watch = Stopwatch(CPU)
-    fast = watch.time([lambda: None], seconds=0.01)
-    slow = watch.time([lambda: time.sleep(0.02)], seconds=0.1)
-    assert fast.median_ms < 20 <= slow.median_ms
-    assert slow.low_ms <= slow.median_ms <= slow.high_ms
-    assert slow.repeats >= 3
-    assert isinstance(Eager(), Peer)
 
 
 def test_time_that_is_up_starts_nothing(bench, capsys):

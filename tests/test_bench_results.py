@@ -35,7 +35,7 @@ RUN = {
     "total_s": 27.2,
     "peak_memory_gib": 18.5,
     "mask": "exact",
-    "cap_gib": None,
+    "cap_gb": None,
     "note": "",
 }
 
@@ -62,7 +62,7 @@ def test_a_run_that_goes_on_replaces_entries_of_the_same_name(tmp_path):
     again.add_entry(ENTRY | {"case": "other"})
     assert [(e["case"], e["median_ms"]) for e in read(path)["entries"]] == [(ENTRY["case"], 4.0), ("other", 4.5)]
     again.add_sampler(RUN)
-    again.add_sampler(RUN | {"cap_gib": 24})
+    again.add_sampler(RUN | {"cap_gb": 24})
     assert len(read(path)["sampler"]) == 2
 
 

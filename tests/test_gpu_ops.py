@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 from gpu_support import DEVICE, DRY, MARKS, RERUNS, captured, side_stream, synchronize
@@ -9,6 +12,7 @@ from gpu_support import DEVICE, DRY, MARKS, RERUNS, captured, side_stream, synch
 from bench.cases import Case, cases, select
 from bench.gates import problems
 from bench.inputs import call, make
+from bench.ops import implementations, other_backends
 from happyhorse_fast.ops.self_check import run_checks
 
 pytestmark = MARKS
@@ -17,10 +21,16 @@ SMALL = select(cases("tiny" if DRY else "small"), "25%/tiny/fp8,proj/tiny/bf16" 
 ONE_EACH = select(
     cases("tiny"), "window/tiny/fp8,down/tiny/fp8" if DRY else "window,down,swiglu7,qkv,rmsnorm_quantize,select"
 )
+OTHERS, _ = other_backends(DEVICE)
 
 
-def ids(case: Case) -> str:
-    return case.name
+def each(found: Iterable[Case]) -> list[Any]:
+    """Every case with every backend that has a kernel for it here."""
+    return [
+        pytest.param(case, backend, id=f"{case.name}-{backend}")
+        for case in found
+        for backend in implementations(case, "triton", OTHERS)
+    ]
 
 
 @pytest.mark.skipif(DRY, reason="the self-check stage of the dry run does this")
@@ -29,26 +39,26 @@ def test_self_check_passes() -> None:
     assert [c for c in run_checks("triton", DEVICE, fp8=fp8) if not c.passed] == []
 
 
-@pytest.mark.parametrize("case", SMALL, ids=ids)
-def test_within_budget_and_every_output_written(case: Case) -> None:
-    assert problems(case, make(case, DEVICE), "triton") == []
+@pytest.mark.parametrize(("case", "backend"), each(SMALL))
+def test_within_budget_and_every_output_written(case: Case, backend: str) -> None:
+    assert problems(case, make(case, DEVICE), backend) == []
 
 
 @pytest.mark.skipif(DRY, reason="64,256 rows are hours in the interpreter")
-@pytest.mark.parametrize("case", cases("main"), ids=ids)
-def test_the_full_models_shapes(case: Case) -> None:
-    assert problems(case, make(case, DEVICE), "triton") == []
+@pytest.mark.parametrize(("case", "backend"), each(cases("main")))
+def test_the_full_models_shapes(case: Case, backend: str) -> None:
+    assert problems(case, make(case, DEVICE), backend) == []
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=ids)
-def test_reruns_give_the_same_bits(case: Case) -> None:
+@pytest.mark.parametrize(("case", "backend"), each(ONE_EACH))
+def test_reruns_give_the_same_bits(case: Case, backend: str) -> None:
     given = make(case, DEVICE)
     start = given["hidden"].clone() if "hidden" in given else None
 
     def run() -> list[torch.Tensor]:
         if start is not None:
             given["hidden"].copy_(start)
-        return [bits(x).clone() for x in call(case, given, "triton")]
+        return [bits(x).clone() for x in call(case, given, backend)]
 
     first = run()
     different = torch.zeros((), dtype=torch.int64, device=DEVICE)
@@ -57,28 +67,28 @@ def test_reruns_give_the_same_bits(case: Case) -> None:
     assert int(different) == 0, f"{int(different)} elements differed over {RERUNS} runs"
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=ids)
-def test_a_captured_graph_follows_its_inputs(case: Case) -> None:
+@pytest.mark.parametrize(("case", "backend"), each(ONE_EACH))
+def test_a_captured_graph_follows_its_inputs(case: Case, backend: str) -> None:
     if case.op == "select_blocks":
         pytest.skip("its results are indices, which other inputs need not change")
     given, other = make(case, DEVICE, 0), make(case, DEVICE, 1)
-    replay, results = captured(lambda: call(case, given, "triton"))
+    replay, results = captured(lambda: call(case, given, backend))
     for name in ("x", "q", "hidden"):
         if name in given:
             given[name].copy_(other[name])
     copies = {"hidden": given["hidden"].clone()} if "hidden" in given else {}
-    expected = [bits(x).clone() for x in call(case, given | copies, "triton")]
+    expected = [bits(x).clone() for x in call(case, given | copies, backend)]
     replay()
     synchronize()
     assert all(torch.equal(bits(a), b) for a, b in zip(results, expected, strict=True))
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=ids)
-def test_a_side_stream_gives_the_same_bits(case: Case) -> None:
+@pytest.mark.parametrize(("case", "backend"), each(ONE_EACH))
+def test_a_side_stream_gives_the_same_bits(case: Case, backend: str) -> None:
     given, same = make(case, DEVICE), make(case, DEVICE)
-    expected = call(case, given, "triton")
+    expected = call(case, given, backend)
     with side_stream():
-        results = call(case, same, "triton")
+        results = call(case, same, backend)
     synchronize()
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results, expected, strict=True))
 
