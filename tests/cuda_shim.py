@@ -48,31 +48,37 @@ class _Launch(ctypes.Structure):
 
 
 def build(folder: Path, sources: list[Path], *, sanitize: bool) -> Path:
-    """Compile ``sources`` and the shim into a shared library in ``folder``; nothing to do where it is there."""
+    """Compile ``sources`` and the shim into a shared library in ``folder``; what is there is not compiled again."""
     flags = [*FLAGS, *(SANITIZERS if sanitize else ()), "-O1" if sanitize else "-O2"]
-    digest = hashlib.sha256(" ".join(flags).encode())
-    for file in sorted([*sources, *CSRC.glob("device/*.cuh"), *CSRC.glob("shim/*")]):
-        digest.update(file.name.encode() + file.read_bytes())
-    library = folder / f"shim-{digest.hexdigest()[:16]}.so"
+    common = hashlib.sha256(" ".join(flags).encode())
+    for header in sorted([*CSRC.glob("device/*.cuh"), *CSRC.glob("shim/*.hpp")]):
+        common.update(header.name.encode() + header.read_bytes())
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # workers of one run build once
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if library.exists():
-            return library
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            objects = []
-            for source in [*sources, *CSRC.glob("shim/*.cpp")]:
-                objects.append(f"{temporary}/{source.name}.o")
-                _compile([*flags, "-c", "-x", "c++", str(source), "-o", objects[-1]])
-            _compile([*flags, "-shared", *objects, "-o", f"{temporary}/library.so"])
-            os.replace(f"{temporary}/library.so", library)
+    objects = []
+    for source in [*sources, *sorted(CSRC.glob("shim/*.cpp"))]:
+        digest = common.copy()
+        digest.update(source.read_bytes())
+        objects.append(folder / f"{source.stem}-{digest.hexdigest()[:16]}.o")
+        _make(objects[-1], [*flags, "-c", "-x", "c++", str(source)])
+    whole = hashlib.sha256("\n".join(path.name for path in objects).encode())
+    library = folder / f"shim-{whole.hexdigest()[:16]}.so"
+    _make(library, [*flags, "-shared", *map(str, objects)])
     return library
 
 
-def _compile(arguments: list[str]) -> None:
-    result = subprocess.run([os.environ.get("CXX", "g++"), *arguments], capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"the shim does not compile:\n{result.stderr}")
+def _make(output: Path, arguments: list[str]) -> None:
+    """Run the compiler for a file that is not there; workers of one run do it once."""
+    with open(f"{output}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if output.exists():
+            return
+        with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
+            made = f"{temporary}/{output.name}"
+            command = [os.environ.get("CXX", "g++"), *arguments, "-o", made]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                raise RuntimeError(f"the shim does not compile:\n{result.stderr}")
+            os.replace(made, output)
 
 
 class Shim:

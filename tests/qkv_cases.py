@@ -15,6 +15,8 @@ from happyhorse_fast.reference.rotary import apply_rotary
 
 BACKENDS = ("triton", "reference")
 KERNELS = ("triton", "cuda")
+QKV_BACKENDS = (*KERNELS, "reference")
+"""Of `qkv_linear`; `rmsnorm_qkv`, the two in one, has no CUDA kernel."""
 NAMES = ("q", "k", "v", "gate")
 # Rows per expert (tails of 0, 1 and 127, boundaries off and on the grid of 128), C, D, Hq, Hkv.
 SHAPES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import interpreter  # noqa: F401  (exact arithmetic)
 import torch
+from hypothesis import strategies as st
 from strict import strict
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
@@ -13,6 +14,7 @@ FP8 = torch.float8_e4m3fn
 ALIGNED = Layout(3, 250, 30, 1, align_frames=True, align_modalities=True)  # 8 blocks, 6 of them video
 RAGGED = Layout(5, 131, 20, 30)  # 705 slots, no boundary on a block
 SCORES = ("bf16", "fp8")
+KERNELS = ("triton", "cuda")
 
 
 def inputs(layout=ALIGNED, heads=(2, 1), d=32, fmt="bf16", seed=0, spread=1.0):
@@ -49,16 +51,16 @@ def differences(ours, theirs):
     return found + ([] if all(torch.equal(a, b) for a, b in blocks) else ["blocks"])
 
 
-def held(chooser, given, *, checked=False, **amount):
+def held(chooser, given, *, backend="triton", checked=False, **amount):
     """The kernels' map, validated and equal to plain torch's, every tensor and every place of it.
 
-    With ``checked`` in the strict interpreter, which takes three times as long.
+    With ``checked`` in the strict interpreter, which takes three times as long; for CUDA, with poisoned outputs.
     """
     if checked:
         with strict(seed=0):
-            ours = select_blocks(**given, selector=chooser, **amount)
+            ours = select_blocks(**given, selector=chooser, backend=backend, **amount)
     else:
-        ours = select_blocks(**given, selector=chooser, **amount)
+        ours = select_blocks(**given, selector=chooser, backend=backend, **amount)
     ours.validate()
     assert differences(ours, select_blocks(**given, selector=chooser, **amount, backend="reference")) == []
     return ours
@@ -67,3 +69,13 @@ def held(chooser, given, *, checked=False, **amount):
 def kept(block_map):
     full, ids = block_map.to_blocks()
     return full | (ids >= 0)
+
+
+@st.composite
+def cases(draw):
+    """(layout, radius of its frame window, heads, seed, how much to keep)."""
+    size = lambda top: draw(st.integers(0, top))  # noqa: E731
+    layout = Layout(1 + size(3), 1 + size(200), size(150), size(150), draw(st.booleans()), draw(st.booleans()))
+    amount = {"keep": 1 + size(6)} if draw(st.booleans()) else {"mass": draw(st.floats(0.01, 1.0))}
+    heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]))
+    return layout, draw(st.sampled_from([None, 0, 1])), heads, draw(st.integers(0, 99)), amount

@@ -98,6 +98,13 @@ def test_a_named_backend_is_taken_as_it_is(machine):
         choose("cuda", "bf16", GPU, strict=True)
 
 
+def test_attention_of_another_precision_counts_as_what_it_is(machine):
+    assert choose("cuda", "fp8", GPU, attention="bf16")["block_sparse_attention"].backend == "cuda"
+    choice = choose("cuda", "fp8", GPU, attention="fp8_qk")["block_sparse_attention"]
+    assert (choice.backend, choice.fell_back) == ("triton", True)
+    assert choice.reason.startswith("no cuda kernel of it in fp8_qk; ")
+
+
 def test_a_runner_for_tests_is_not_chosen_by_itself():
     assert set(backends(choose("auto", "bf16", CPU)).values()) == {"reference"}
     assert choose("cuda", "bf16", CPU)["rmsnorm_quantize"].backend == "cuda"

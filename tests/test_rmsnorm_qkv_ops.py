@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
-from qkv_cases import (
-    BACKENDS,
-    SHAPES,
-    make,
-    tail,
-)
+from qkv_cases import BACKENDS, QKV_BACKENDS, SHAPES, make, tail
 
 from happyhorse_fast import budgets
 from happyhorse_fast.kernels.launch import ARCHITECTURES, config_for, illegal, shared_memory_bytes, table
 from happyhorse_fast.ops import packing_qkv as packing
 from happyhorse_fast.ops import rmsnorm_qkv as ops
+from happyhorse_fast.ops.cuda import rmsnorm_qkv as cuda_launcher  # noqa: F401  (registers its ops)
 from happyhorse_fast.ops.triton import rmsnorm_qkv as launcher
 from happyhorse_fast.reference import rmsnorm_qkv as eager
 
@@ -30,9 +26,11 @@ def op_calls(case):
         fp8 = (case.x, case.x_scale, case.codes, case.weight_scale, *heads, "fp8", case.qk_scale, case.k_mean)
         yield f"qkv_linear{suffix}", fp8
         yield f"rmsnorm_qkv{suffix}", (case.hidden, case.norm, case.weight, *heads)
+    yield "qkv_linear_cuda", (x, None, case.weight, None, *heads, "bf16")
+    yield "qkv_linear_cuda", fp8
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(12))
 def test_opcheck(index):
     name, arguments = list(op_calls(make(SHAPES["one-tile"])))[index]
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -42,7 +40,7 @@ def test_opcheck(index):
     torch.library.opcheck(getattr(torch.ops.happyhorse_fast, name).default, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QKV_BACKENDS)
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_the_wrappers_compile_into_one_graph(backend, fp8):
     case = make(SHAPES["one-tile"])
@@ -53,10 +51,10 @@ def test_the_wrappers_compile_into_one_graph(backend, fp8):
         arguments = (x, scale, *weights, *tail(case))
         if fp8:
             return ops.qkv_linear(*arguments, "fp8", case.qk_scale, backend=backend)
-        return (
-            *ops.qkv_linear(*arguments, "bf16", backend=backend),
-            *ops.rmsnorm_qkv(hidden, case.norm, case.weight, *tail(case), backend=backend),
-        )
+        two = ops.qkv_linear(*arguments, "bf16", backend=backend)
+        if backend not in BACKENDS:
+            return two
+        return (*two, *ops.rmsnorm_qkv(hidden, case.norm, case.weight, *tail(case), backend=backend))
 
     hidden, compiled_hidden = case.hidden.clone(), case.hidden.clone()
     expected = layer(hidden, case.branch)
@@ -66,7 +64,7 @@ def test_the_wrappers_compile_into_one_graph(backend, fp8):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QKV_BACKENDS)
 def test_fake_cuda_tensors_have_the_real_shapes(backend):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -97,7 +95,7 @@ def test_fake_cuda_tensors_have_the_real_shapes(backend):
         ({"out": "fp16"}, ValueError, "out must be one of 'bf16', 'fp8', 'fp8_qk'; got 'fp16'"),
         ({"out": "bf16"}, ValueError, 'qk_scale must be None where out is "bf16"'),
         ({"qk_scale": None}, TypeError, r"qk_scale must be a tensor of shape \[1, 2\]"),
-        ({"backend": "cuda"}, ValueError, "backend must be 'triton' or 'reference', got 'cuda'"),
+        ({"backend": "cudnn"}, ValueError, "backend must be 'triton' or 'cuda' or 'reference', got 'cudnn'"),
     ],
 )
 def test_a_wrong_argument_is_named(change, error, message):

@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from select_cases import ALIGNED, RAGGED, SCORES, differences, held, inputs, integers, kept, selector
+from select_cases import ALIGNED, KERNELS, RAGGED, SCORES, cases, differences, held, inputs, integers, kept, selector
 from strict import permuted_grid, strict
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
@@ -17,36 +16,42 @@ from happyhorse_fast.kernels import select_blocks as kernels
 from happyhorse_fast.ops import self_check
 from happyhorse_fast.ops.select_blocks import select_blocks
 
+
+@pytest.fixture(params=KERNELS)
+def backend(request):
+    return request.param
+
+
 # Against plain torch, and against a choice written down again ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("fmt", SCORES)
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (5, 1)])
-def test_groups_and_formats(fmt, heads):
-    held(selector(), inputs(heads=heads, fmt=fmt), keep=2, checked=True)
-    held(selector(radius=0), inputs(heads=heads, fmt=fmt, seed=1, spread=4.0), mass=0.6, pool="mean")
+def test_groups_and_formats(fmt, heads, backend):
+    held(selector(), inputs(heads=heads, fmt=fmt), keep=2, checked=True, backend=backend)
+    held(selector(radius=0), inputs(heads=heads, fmt=fmt, seed=1, spread=4.0), mass=0.6, pool="mean", backend=backend)
 
 
 @pytest.mark.parametrize("d", [64, 128])
-def test_head_dims(d):
-    held(selector(), inputs(heads=(1, 1), d=d), keep=3)
+def test_head_dims(d, backend):
+    held(selector(), inputs(heads=(1, 1), d=d), keep=3, backend=backend)
 
 
 @pytest.mark.parametrize("layout", [RAGGED, Layout(5, 77, 0, 0), Layout(1, 5, 0, 1), Layout(2, 128, 1, 300)])
 @pytest.mark.parametrize("radius", [None, 1])
-def test_ragged_layouts_within_a_window(layout, radius):
-    held(selector(layout, radius), inputs(layout), keep=2, checked=True)
+def test_ragged_layouts_within_a_window(layout, radius, backend):
+    held(selector(layout, radius), inputs(layout), keep=2, checked=True, backend=backend)
 
 
-def test_every_keep_and_every_mass():
+def test_every_keep_and_every_mass(backend):
     chooser, given = selector(RAGGED), inputs(RAGGED, spread=6.0)
     base, sizes = kept(chooser.base).sum(), []
     for keep in range(1, len(chooser.prefix) + 2):
-        sizes.append(kept(held(chooser, given, keep=keep)).sum())
+        sizes.append(kept(held(chooser, given, keep=keep, backend=backend)).sum())
     assert sizes == sorted(sizes) and sizes[0] < sizes[1] < sizes[-1] == base
     sizes = []
     for mass in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
-        sizes.append(kept(held(chooser, given, mass=mass)).sum())
+        sizes.append(kept(held(chooser, given, mass=mass, backend=backend)).sum())
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == base
 
 
@@ -75,68 +80,69 @@ def rule(chooser, given, keep=None, mass=None):
 
 @pytest.mark.parametrize("amount", [{"keep": 1}, {"keep": 4}, {"mass": 0.37}, {"mass": 0.83}, {"mass": 1.0}])
 @pytest.mark.parametrize("layout", [ALIGNED, RAGGED])
-def test_ties_go_to_the_lowest_block(layout, amount):
+def test_ties_go_to_the_lowest_block(layout, amount, backend):
     chooser = selector(layout, 2)
     for seed in range(2):
         given = integers(layout, heads=(4, 2), seed=seed)
-        block_map = held(chooser, given, **amount)
+        block_map = held(chooser, given, **amount, backend=backend)
         assert torch.equal(kept(block_map), rule(chooser, given, **amount))
 
 
-def test_all_scores_equal():
+def test_all_scores_equal(backend):
     given = {x: torch.zeros(ALIGNED.slots, 1, 32).bfloat16() for x in "qk"}
-    video = kept(held(selector(), given, keep=3))[0, :6, :6]
+    video = kept(held(selector(), given, keep=3, backend=backend))[0, :6, :6]
     assert video.sum(dim=1).eq(3).all() and video[:, :3].all()
-    video = kept(held(selector(), given, mass=0.5))[0, :6, :6]
+    video = kept(held(selector(), given, mass=0.5, backend=backend))[0, :6, :6]
     assert video.sum(dim=1).eq(3).all() and video[:, :3].all()
 
 
-def test_a_product_that_underflows_to_minus_zero_ties_with_zero():
+def test_a_product_that_underflows_to_minus_zero_ties_with_zero(backend):
     given = {x: torch.zeros(ALIGNED.slots, 1, 32).bfloat16() for x in "qk"}
     given["q"][:] = 2.0**-80
     given["k"][:128] = -(2.0**-80)
-    assert kept(held(selector(), given, keep=1))[0, 0, :6].tolist() == [True] + [False] * 5
+    assert kept(held(selector(), given, keep=1, backend=backend))[0, 0, :6].tolist() == [True] + [False] * 5
 
 
-def test_audio_and_text_are_kept_and_dense_as_queries():
-    base, result = kept(selector().base)[0], kept(held(selector(), inputs(seed=2), keep=1))[0]
+def test_audio_and_text_are_kept_and_dense_as_queries(backend):
+    base, result = kept(selector().base)[0], kept(held(selector(), inputs(seed=2), keep=1, backend=backend))[0]
     assert torch.equal(result[6:], base[6:])
     assert torch.equal(result[:6, 6:], base[:6, 6:])
     assert result[:6, :6].sum(dim=1).eq(1).all()
 
 
-def test_rows_without_a_candidate_and_without_a_key():
+def test_rows_without_a_candidate_and_without_a_key(backend):
     base = BlockMap.from_ranges([(0, 200), (640, 1024)], [(0, 300), (700, 900)], ALIGNED.slots, ALIGNED.slots)
     for amount in ({"keep": 2}, {"mass": 0.9}):
-        block_map = held(BlockSelector(ALIGNED, base, "cpu"), inputs(), **amount)
+        block_map = held(BlockSelector(ALIGNED, base, "cpu"), inputs(), **amount, backend=backend)
         assert block_map.counts[0, 2:5].eq(0).all()
         assert block_map.counts[0, 0, 1] > 0
 
 
-def test_slots_without_a_token_are_not_read():
+def test_slots_without_a_token_are_not_read(backend):
     given = inputs()
     for x in given.values():
         x[250:256], x[1024 - 90 :] = torch.nan, torch.nan
-    poisoned, clean = held(selector(), given, keep=2), held(selector(), inputs(), keep=2)
+    poisoned, clean = (held(selector(), x, keep=2, backend=backend) for x in (given, inputs()))
     assert torch.equal(poisoned.columns, clean.columns)
 
 
-def test_strided_inputs_give_the_same_map():
+def test_strided_inputs_give_the_same_map(backend):
     given = inputs(heads=(2, 1))
+    contiguous = held(selector(), given, keep=2, backend=backend)
     packed = torch.cat([given["q"], given["k"], given["k"]], dim=1)
     strided = {"q": packed[:, :2], "k": packed[:, 2:3]}
-    assert differences(held(selector(), strided, keep=2), held(selector(), given, keep=2)) == []
+    assert differences(held(selector(), strided, keep=2, backend=backend), contiguous) == []
     channels_first = {n: x.permute(1, 2, 0).contiguous().permute(2, 0, 1) for n, x in given.items()}
-    assert differences(held(selector(), channels_first, keep=2), held(selector(), given, keep=2)) == []
+    assert differences(held(selector(), channels_first, keep=2, backend=backend), contiguous) == []
 
 
-def test_strides_past_2_to_the_31_do_not_overflow():
+def test_strides_past_2_to_the_31_do_not_overflow(backend):
     layout = Layout(1, 129, 0, 1)
     far = torch.empty_strided((130, 2, 32), (2**24 + 64, 32, 1), dtype=torch.bfloat16)
     assert 129 * far.stride(0) > 2**31
     far.copy_(inputs(layout)["q"])
     with permuted_grid(0):
-        held(selector(layout), {"q": far, "k": far[:, 1:]}, keep=1)
+        held(selector(layout), {"q": far, "k": far[:, 1:]}, keep=1, backend=backend)
 
 
 def test_bits_do_not_depend_on_the_order_of_the_programs():
@@ -155,15 +161,6 @@ def test_rows_are_ordered_longest_first_and_equal_ones_as_they_come(rows):
         order = torch.empty(rows, dtype=torch.int32)
         kernels.order_rows_kernel[(-(-rows // 64),)](counts, order, rows, BLOCK_M=64, BLOCK_N=64)
     assert torch.equal(order, counts[:, 1].argsort(descending=True, stable=True).to(torch.int32))
-
-
-@st.composite
-def cases(draw):
-    size = lambda top: draw(st.integers(0, top))  # noqa: E731
-    layout = Layout(1 + size(3), 1 + size(200), size(150), size(150), draw(st.booleans()), draw(st.booleans()))
-    amount = {"keep": 1 + size(6)} if draw(st.booleans()) else {"mass": draw(st.floats(0.01, 1.0))}
-    heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]))
-    return layout, draw(st.sampled_from([None, 0, 1])), heads, draw(st.integers(0, 99)), amount
 
 
 @settings(max_examples=6, deadline=None)

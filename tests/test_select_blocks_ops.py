@@ -3,12 +3,14 @@
 import pytest
 import torch
 import triton.runtime.interpreter as interp
-from select_cases import ALIGNED, FP8, SCORES, inputs, selector
+from cuda_shim import SHIM
+from select_cases import ALIGNED, FP8, KERNELS, SCORES, inputs, selector
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
 from happyhorse_fast.model.launches import LaunchCounter
+from happyhorse_fast.ops.cuda import select_blocks as cuda_launcher
 from happyhorse_fast.ops.select_blocks import LAUNCHES, _reference, select_blocks
 from happyhorse_fast.ops.triton import select_blocks as launcher
 
@@ -23,7 +25,7 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op", [launcher.select_blocks, _reference])
+@pytest.mark.parametrize("op", [launcher.select_blocks, cuda_launcher.select_blocks, _reference])
 def test_no_wait_for_the_device(op):
     given, tensors = inputs(), selector().tensors()
     for amount in ((2, 0), (0, 2**19)):
@@ -45,6 +47,16 @@ def test_the_op_launches_what_it_declares(amount, monkeypatch):
     assert len(set(launched)) == len(launched) == LAUNCHES["happyhorse_fast::select_blocks"]
 
 
+@pytest.mark.parametrize("amount", [(2, 0), (0, 2**19)])
+def test_the_cuda_op_launches_what_it_declares(amount, monkeypatch):
+    monkeypatch.setattr(SHIM, "launches", [])
+    given, tensors = inputs(), selector().tensors()
+    with LaunchCounter() as counter:
+        cuda_launcher.select_blocks._init_fn(*given.values(), *tensors, None, None, *amount, False)
+    assert counter.names == []
+    assert len(set(SHIM.launches)) == len(SHIM.launches) == LAUNCHES["happyhorse_fast::select_blocks_cuda"]
+
+
 @pytest.mark.parametrize("fmt", SCORES)
 def test_opcheck(fmt):
     given = inputs(fmt=fmt)
@@ -53,11 +65,12 @@ def test_opcheck(fmt):
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if fmt == "bf16":  # test_schema multiplies every input, which torch 2.13 does not do for e4m3 on the CPU
         checks.append("test_schema")
-    for op in (torch.ops.happyhorse_fast.select_blocks, torch.ops.happyhorse_fast.select_blocks_reference):
+    for name in LAUNCHES:
+        op = getattr(torch.ops.happyhorse_fast, name.removeprefix("happyhorse_fast::"))
         torch.library.opcheck(op.default, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 def test_compiles_as_one_graph(backend):
     chooser, given = selector(), inputs()
 
@@ -80,7 +93,7 @@ def unmade_selector(blocks):
     return made
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 @pytest.mark.parametrize("fmt", SCORES)
 def test_fake_tensors_have_the_shapes_of_a_15b_layer(fmt, backend):
     with FakeTensorMode(), torch.device("cuda"):
@@ -106,7 +119,7 @@ def test_fake_tensors_have_the_shapes_of_a_15b_layer(fmt, backend):
         ({"keep": None, "mass": 1.5}, ValueError, "0 < mass <= 1, got 1.5"),
         ({"mass": 0.5}, ValueError, "exactly one of keep and mass must be given, got keep=2 and mass=0.5"),
         ({"pool": "min"}, ValueError, 'pool must be "max" or "mean", got \'min\''),
-        ({"backend": "cuda"}, ValueError, 'backend must be "triton" or "reference", got \'cuda\''),
+        ({"backend": "cpu"}, ValueError, "backend must be 'triton' or 'cuda' or 'reference', got 'cpu'"),
         ({"q": torch.zeros(1024, 2, 32, device="meta").bfloat16()}, ValueError, "on q's device meta"),
     ],
 )

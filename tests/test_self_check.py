@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_mutants import mutant
 from interpreter import make_exact
 
 from happyhorse_fast.model.accelerate import accelerate, explain
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.ops import dispatch, self_check, trust
 from happyhorse_fast.ops import fp8_linear as linear
-from happyhorse_fast.ops.self_check import CHECKS, KernelCheck, run_checks
+from happyhorse_fast.ops.cuda.launch import use_runner
+from happyhorse_fast.ops.self_check import CHECKS, VARIANTS, KernelCheck, run_checks
 from happyhorse_fast.reference.model import HappyHorse
 
 make_exact()
@@ -33,18 +35,49 @@ def test_there_is_a_check_for_every_op() -> None:
     assert set(CHECKS) == set(dispatch.STEMS)
 
 
+def test_there_is_a_check_of_every_kernel_that_the_dispatcher_may_choose() -> None:
+    assert set(self_check.VARIANTS["triton"]) == set(dispatch.STEMS)
+    for ops in dispatch.CUDA_OPS.values():
+        assert ops and set(ops) <= set(CHECKS)
+
+
 @pytest.mark.slow
-def test_the_shipped_kernels_pass_in_the_interpreter() -> None:
-    checks = list(run_checks("triton", CPU, fp8=True))
+@pytest.mark.parametrize("backend", VARIANTS)
+def test_the_shipped_kernels_pass_on_the_cpu(backend: str) -> None:
+    checks = list(run_checks(backend, CPU, fp8=True))
     assert [c for c in checks if not c.passed] == []
-    assert {(c.op, c.variant) for c in checks} >= {(op, v) for op in CHECKS for v in ("bf16", "fp8")}
+    assert {(c.op, c.variant) for c in checks} == {(op, v) for op, vs in VARIANTS[backend].items() for v in vs}
 
 
-@pytest.mark.parametrize("op", ["rmsnorm_quantize", "fp8_linear"])
-def test_a_shipped_kernel_passes(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "op"), [("triton", "rmsnorm_quantize"), ("triton", "fp8_linear"), ("cuda", "rmsnorm_quantize")]
+)
+def test_a_shipped_kernel_passes(backend: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "CHECKS", {op: CHECKS[op]})
-    checks = list(run_checks("triton", CPU, fp8=True))
+    checks = list(run_checks(backend, CPU, fp8=True))
     assert [c.variant for c in checks if c.passed] == ["bf16", "fp8"], checks
+
+
+def test_attention_in_cuda_is_checked_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[tuple[str, str]] = []
+
+    def check(backend: str, device: torch.device, variant: str) -> self_check.Compared:
+        judged.append((backend, variant))
+        return {}
+
+    monkeypatch.setattr(self_check, "CHECKS", dict.fromkeys(("block_sparse_attention", "fp8_linear"), check))
+    assert [(c.op, c.variant) for c in run_checks("cuda", CPU, fp8=True)] == [("block_sparse_attention", "bf16")]
+    assert judged == [("cuda", "bf16")]
+    with pytest.raises(ValueError, match="backend must be 'triton' or 'cuda', got 'reference'"):
+        list(run_checks("reference", CPU, fp8=False))
+
+
+def test_a_cuda_kernel_planted_wrong_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "CHECKS", {"rmsnorm_quantize": CHECKS["rmsnorm_quantize"]})
+    wrong = mutant(tmp_path, "rmsnorm_quantize", "(w.w + 1.0f)", "w.w")
+    with use_runner(wrong):
+        checks = list(run_checks("cuda", CPU, fp8=True))
+    assert [c.passed for c in checks] == [False, False], checks
 
 
 def planted(change: Any) -> Any:
@@ -128,6 +161,14 @@ def test_what_is_remembered_depends_on_the_machine(pretended_gpu: list[int], mon
     monkeypatch.setattr(trust, "__version__", "99.0")
     dispatch.choose("auto", "bf16", CPU)
     assert pretended_gpu == [1, 1]
+
+
+def test_what_is_remembered_depends_on_the_device_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {trust.machine_key(backend, CPU, fp8=fp8) for backend in ("triton", "cuda") for fp8 in (False, True)}
+    assert len(keys) == 4
+    monkeypatch.setattr("happyhorse_fast.csrc.sources.digest", lambda stem: f"another {stem}")
+    assert trust.machine_key("cuda", CPU, fp8=False) not in keys
+    assert trust.machine_key("triton", CPU, fp8=False) in keys
 
 
 def test_a_corrupt_cache_is_said_and_checked_again(pretended_gpu: list[int], own_cache: Path) -> None:

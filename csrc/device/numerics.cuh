@@ -73,7 +73,7 @@ HH_SHARED_FUNCTION e4m3 to_e4m3(float x) {
 #else
   const u32 bits = bits_of(x), magnitude = bits & 0x7fffffffu;
   const u8 sign = static_cast<u8>(bits >> 24 & 0x80u);
-  if (magnitude > 0x7f800000u) return e4m3{static_cast<u8>(sign | 0x7fu)};
+  if (magnitude > 0x7f800000u) return e4m3{0x7f};  // NaN, as the instruction gives it
   if (magnitude < 0x3c800000u) {
     // Below 2^-6 codes are multiples of 2^-9. Adding 2^14 leaves that much of the sum's mantissa, rounded to even.
     return e4m3{static_cast<u8>(sign | (bits_of(float_of(magnitude) + 16384.0f) - 0x46800000u))};
@@ -83,11 +83,12 @@ HH_SHARED_FUNCTION e4m3 to_e4m3(float x) {
 #endif
 }
 
+// A code's bits, shifted to where float32 has them, are 2^-120 times its value; a subnormal one gives a subnormal. The
+// product is exact, and there is no branch.
 HH_SHARED_FUNCTION float to_float(e4m3 x) {
-  const u32 sign = static_cast<u32>(x.bits & 0x80u) << 24, exponent = x.bits >> 3 & 15u, mantissa = x.bits & 7u;
-  if (exponent == 15 && mantissa == 7) return float_of(0x7fffffffu);
-  if (exponent == 0) return float_of(sign | bits_of(static_cast<float>(mantissa) * 0x1p-9f));
-  return float_of(sign | (exponent + 120u) << 23 | mantissa << 20);
+  const u32 magnitude = x.bits & 0x7fu, sign = static_cast<u32>(x.bits & 0x80u) << 24;
+  const float value = float_of(sign | magnitude << 20) * 0x1p120f;
+  return magnitude == 0x7fu ? float_of(0x7fffffffu) : value;
 }
 
 // Four codes as one word, the first lowest.
@@ -96,8 +97,11 @@ HH_SHARED_FUNCTION u32 pack_e4m3(float a, float b, float c, float d) {
          static_cast<u32>(to_e4m3(c).bits) << 16 | static_cast<u32>(to_e4m3(d).bits) << 24;
 }
 
-// value = code * scale; a group of zeros has scale 1.
-HH_SHARED_FUNCTION float scale_of(float amax) { return amax == 0.0f ? 1.0f : amax * (1.0f / E4M3_MAX); }
+// value = code * scale; 1 for zeros, and for an amax below 3e-43, whose scale would be 0.
+HH_SHARED_FUNCTION float scale_of(float amax) {
+  const float scale = amax * (1.0f / E4M3_MAX);
+  return scale > 0.0f ? scale : 1.0f;
+}
 
 HH_SHARED_FUNCTION float inverse_rms(float sum_of_squares, int channels) {
   return 1.0f / sqrtf(sum_of_squares / static_cast<float>(channels) + EPS);

@@ -20,7 +20,6 @@ constexpr std::size_t MAX_SHARED = 232448;  // what one block of an H100 may ask
 constexpr std::size_t SHARED_ALIGNMENT = 128;
 constexpr unsigned MAX_THREADS = 1024;
 constexpr std::size_t MAX_PARAMS = 4096;
-constexpr int POISON = 0xff;  // a NaN as float32, bf16 and e4m3, and -1 as an integer
 
 enum class State { ready, in_barrier, in_exchange, finished };
 
@@ -29,6 +28,7 @@ struct Thread {
   Index index;
   State state;
   Site site;
+  std::vector<Copy> copies;
 };
 
 struct Warp {
@@ -71,6 +71,7 @@ void thread_main(void* argument) {
   auto* const thread = static_cast<Thread*>(argument);
   try {
     current->body(current->params);
+    if (!thread->copies.empty()) throw std::runtime_error("returns while copies to shared memory are under way");
   } catch (const std::exception& error) {
     if (current->problem.empty()) current->problem = name(*thread) + ": " + error.what();
   }
@@ -104,6 +105,21 @@ std::string deadlock() {
   return text;
 }
 
+// Runs the lanes of a warp that can run, each until it waits; false where none can. Called until then, so that a warp is
+// as far ahead of the others as barriers let it: what it overwrites too early, they then read.
+bool run_lanes(std::size_t warp, const std::vector<std::size_t>& lanes) {
+  bool moved = false;
+  for (const std::size_t lane : lanes) {
+    Thread& thread = current->threads[warp * LANES + lane];
+    if (thread.state != State::ready) continue;
+    current->running = &thread;
+    thread.fiber.resume();
+    moved = true;
+    if (!current->problem.empty()) break;
+  }
+  return moved;
+}
+
 void run_block(unsigned order, std::mt19937& random) {
   Block& block = *current;
   if (block.shared) std::memset(block.shared.get(), POISON, block.shared_bytes);
@@ -114,26 +130,31 @@ void run_block(unsigned order, std::mt19937& random) {
   }
   for (Thread& thread : block.threads) {
     thread.state = State::ready;
+    thread.copies.clear();
     thread.fiber.start(thread_main, &thread);
   }
-  std::vector<std::size_t> turn(block.threads.size());
-  std::iota(turn.begin(), turn.end(), 0);
-  if (order == 1) std::reverse(turn.begin(), turn.end());
+  std::vector<std::size_t> warps(block.warps.size()), lanes(LANES);
+  std::iota(warps.begin(), warps.end(), 0);
+  std::iota(lanes.begin(), lanes.end(), 0);
+  if (order == 1) {
+    std::reverse(warps.begin(), warps.end());
+    std::reverse(lanes.begin(), lanes.end());
+  }
   while (block.problem.empty()) {
-    if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
-    bool moved = false, left = false;
-    for (const std::size_t i : turn) {
-      Thread& thread = block.threads[i];
-      if (thread.state == State::ready) {
-        block.running = &thread;
-        thread.fiber.resume();
-        moved = true;
+    if (order > 1) std::shuffle(warps.begin(), warps.end(), random);
+    bool moved = false;
+    for (const std::size_t warp : warps) {
+      while (run_lanes(warp, lanes)) {
         if (!block.problem.empty()) return;
+        if (order > 1) std::shuffle(lanes.begin(), lanes.end(), random);
+        moved = true;
       }
-      left |= thread.state != State::finished;
     }
-    if (!left) return;
-    if (!moved) block.problem = deadlock();
+    if (moved) continue;
+    const bool all = std::all_of(block.threads.begin(), block.threads.end(),
+                                 [](const Thread& thread) { return thread.state == State::finished; });
+    if (all) return;
+    block.problem = deadlock();
   }
 }
 
@@ -202,6 +223,7 @@ const Index& block_size() { return current->size; }
 const Index& grid_size() { return current->grid; }
 unsigned char* shared_memory() { return current->shared.get(); }
 std::size_t shared_bytes() { return current->shared_bytes; }
+std::vector<Copy>& copies() { return current->running->copies; }
 
 void fail(Site site, const char* problem) { throw std::runtime_error(describe(site) + ": " + problem); }
 

@@ -3,11 +3,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace shim {
 
 constexpr int LANES = 32;
 constexpr std::size_t PAYLOAD = 64;  // most bytes a lane gives to one exchange
+constexpr int POISON = 0xff;         // a NaN as float32, bf16 and e4m3, and -1 as an integer
 
 struct Index {
   unsigned x, y, z;
@@ -27,8 +29,8 @@ struct Launch {
   Index grid;
   unsigned threads;
   std::uint64_t shared_bytes;
-  // Order in which threads and blocks run between meetings: 0 ascending, 1 descending, else shuffled by this seed. A
-  // missing barrier gives other bits in one of them.
+  // Order in which threads and blocks run: 0 ascending, 1 descending, else shuffled by this seed. A warp runs until its
+  // lanes wait for other warps, so a missing barrier, before a read or before the next write, gives other bits in one.
   unsigned order;
 };
 
@@ -45,6 +47,14 @@ const Index& block_size();
 const Index& grid_size();
 unsigned char* shared_memory();
 std::size_t shared_bytes();
+
+// A copy to shared memory that was begun and not waited for; a thread must not return with one.
+struct Copy {
+  unsigned char* to;
+  const void* from;
+  std::size_t bytes;
+};
+std::vector<Copy>& copies();  // of the thread that is running
 
 // Waits until every thread of the block is at this site.
 void barrier(Site site);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "async_copy.hpp"
 #include "block.hpp"
 #include "tensor_core.hpp"
 
@@ -25,6 +26,7 @@
   shim::shuffle(SHIM_SITE("__shfl_xor_sync"), mask, value, shim::lane() ^ static_cast<int>(bits))
 #define __shfl_up_sync(mask, value, by) shim::shuffle_up(SHIM_SITE("__shfl_up_sync"), mask, value, by)
 #define __ballot_sync(mask, predicate) shim::ballot(SHIM_SITE("__ballot_sync"), mask, predicate)
+#define __reduce_add_sync(mask, value) shim::reduce_add(SHIM_SITE("__reduce_add_sync"), mask, value)
 
 namespace shim {
 
@@ -54,6 +56,13 @@ inline unsigned ballot(Site site, unsigned mask, bool predicate) {
   unsigned bits = 0;
   for (int i = 0; i < LANES; ++i) bits |= static_cast<unsigned>(read<bool>(table, i)) << i;
   return bits;
+}
+
+inline unsigned reduce_add(Site site, unsigned mask, unsigned value) {
+  const unsigned char* const table = exchange(site, mask, &value, sizeof value);
+  unsigned sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += read<unsigned>(table, i);
+  return sum;
 }
 
 }  // namespace shim

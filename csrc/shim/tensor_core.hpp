@@ -12,3 +12,6 @@ void multiply_bf16(Site site, float (&d)[4], const unsigned (&a)[4], const unsig
 void load_matrices(Site site, unsigned (&r)[4], const void* row, bool transposed);
 
 }  // namespace shim
+
+// Turns that shared memory took for ldmatrix beyond one for every 8 rows, since the library was loaded.
+extern "C" unsigned long long shim_bank_conflicts();

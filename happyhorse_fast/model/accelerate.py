@@ -121,7 +121,14 @@ def empty_accelerated(config: ModelConfig, fast: FastConfig, choices: Mapping[st
 
 def choose_ops(fast: FastConfig, device: torch.device, report: Callable[[str], None] | None) -> dict[str, Choice]:
     """The implementation of every op, with fallbacks said once."""
-    choices = choose(fast.backend, fast.precision, device, strict=fast.strict, report=report or _to_stderr)
+    choices = choose(
+        fast.backend,
+        fast.precision,
+        device,
+        attention=fast.attention,
+        strict=fast.strict,
+        report=report or _to_stderr,
+    )
     reasons: dict[tuple[str, str], list[str]] = {}
     for choice in choices.values():
         if choice.fell_back:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.block_map import BLOCK, BlockMap
-from happyhorse_fast.ops.checks import require
+from happyhorse_fast.ops.checks import require, require_backend
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 HEAD_DIMS = (32, 64, 128)
@@ -50,7 +50,8 @@ def block_sparse_attention(
         k_mean: float32 [Hkv, D] that was subtracted from k (which leaves the softmax as it is): the LSE adds it back.
         fp8_out: e4m3 output with a scale per row and head, rather than bf16.
         return_lse: Whether the log-sum-exp is wanted.
-        backend: ``"triton"``, or ``"reference"`` for plain torch with the same rounding points.
+        backend: ``"triton"``; ``"cuda"``, which takes bf16 alone, with contiguous channels (last stride 1) and every
+            head's rows aligned to 16 bytes; or ``"reference"`` for plain torch with the same rounding points.
 
     Returns:
         out [N, Hq, D]; out_scale float32 [N, Hq], size [0] without ``fp8_out``; LSE float32 [Hq, N], natural log of the
@@ -60,10 +61,17 @@ def block_sparse_attention(
         TypeError: A tensor of another dtype than listed.
         ValueError: Another shape, device, layout or value; the message names it, what came and what is allowed.
     """
-    if backend not in ("triton", "reference"):
-        raise ValueError(f'backend must be "triton" or "reference", got {backend!r}')
+    require_backend(backend, ("triton", "cuda", "reference"))
     _check(q, k, v, block_map, scale, q_scale, k_scale, v_scale, gate, k_mean)
     tensors = block_map.tensors()
+    if backend == "cuda":
+        if q.dtype != torch.bfloat16:
+            raise ValueError(
+                f"q, k and v must be bfloat16 for backend 'cuda', got q {q.dtype}, k {k.dtype}, v {v.dtype}"
+            )
+        from happyhorse_fast.ops.cuda import block_sparse_attention as cuda
+
+        return cuda.block_sparse_attention(q, k, v, *tensors, scale, gate, k_mean, fp8_out, return_lse)
     options = (scale, q_scale, k_scale, v_scale, gate, k_mean, fp8_out, return_lse)
     if backend == "reference":
         return _reference(q, k, v, *tensors, *options)

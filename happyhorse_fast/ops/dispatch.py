@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from happyhorse_fast.ops.self_check import VARIANTS
+
 STEMS = {
     "rmsnorm_quantize": "rmsnorm_qkv",
     "qkv_linear": "rmsnorm_qkv",
@@ -22,17 +24,8 @@ STEMS = {
 }
 """Every op the fast model calls, and the stem its kernel, tests and benchmark cases go by."""
 
-CUDA_OPS = {
-    "bf16": (
-        "rmsnorm_quantize",
-        "qkv_linear",
-        "select_blocks",
-        "block_sparse_attention",
-        "fp8_linear_activation",
-    ),
-    "fp8": ("rmsnorm_quantize", "qkv_linear", "select_blocks", "fp8_linear_activation"),
-}
-"""Ops that have a CUDA kernel, by the model's precision; Triton has all of them in both."""
+CUDA_OPS = {p: tuple(op for op, formats in VARIANTS["cuda"].items() if p in formats) for p in ("bf16", "fp8")}
+"""Ops that have a CUDA kernel in a format; Triton has all of them in all formats."""
 PREFERENCES = Path(__file__).with_name("preferences.json")
 """{"90": {"fp8": ["rmsnorm_quantize"]}}: ops that committed results show faster in CUDA than in Triton on an
 architecture, where both were verified; `make report` writes it."""
@@ -91,6 +84,7 @@ def choose(
     precision: str,
     device: torch.device,
     *,
+    attention: str | None = None,
     strict: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Choice]:
@@ -104,6 +98,7 @@ def choose(
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
         precision: ``"bf16"`` or ``"fp8"``.
         device: Where the model is.
+        attention: Precision of attention, where it is another: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
         strict: Raise instead of falling back.
         report: Called with a line per kernel that is checked now.
 
@@ -115,12 +110,13 @@ def choose(
     """
     if backend == "reference":
         return {op: Choice(op, "reference", "asked for") for op in STEMS}
-    named = {"triton": tuple(STEMS), "cuda": CUDA_OPS[precision]}.get(backend, ())
+    in_cuda = tuple(op for op in STEMS if op in CUDA_OPS.get(_format(op, precision, attention), ()))
+    named = {"triton": tuple(STEMS), "cuda": in_cuda}.get(backend, ())
     if named:
         obstacle = triton_obstacle(device) if backend == "triton" else cuda_obstacle(device)
         if obstacle is not None:
             raise BackendError(f"backend {backend!r} cannot run: {obstacle}")
-    candidates = _Candidates(precision, device, report)
+    candidates = _Candidates(precision, in_cuda, device, report)
     choices = {}
     for op in STEMS:
         if op in named:
@@ -128,7 +124,7 @@ def choose(
             continue
         choice = candidates.best(op)
         if named:
-            reason = f"no {backend} kernel of it in {precision}; {choice.reason}"
+            reason = f"no {backend} kernel of it in {_format(op, precision, attention)}; {choice.reason}"
             choice = Choice(op, choice.backend, reason, fell_back=True)
         if strict and choice.fell_back:
             where = "plain torch" if choice.backend == "reference" else choice.backend
@@ -137,17 +133,26 @@ def choose(
     return choices
 
 
+def _format(op: str, precision: str, attention: str | None) -> str:
+    """The format that a model of a precision has an op in."""
+    if op == "block_sparse_attention" and precision == "fp8" and attention is not None:
+        return attention
+    return precision
+
+
 class _Candidates:
     """What may run on a device, found out when it is first asked for: a self-check takes seconds."""
 
-    def __init__(self, precision: str, device: torch.device, report: Callable[[str], None] | None) -> None:
-        self.precision, self.device, self.report = precision, device, report
+    def __init__(
+        self, precision: str, in_cuda: tuple[str, ...], device: torch.device, report: Callable[[str], None] | None
+    ) -> None:
+        self.precision, self.in_cuda, self.device, self.report = precision, in_cuda, device, report
         self._failed: dict[str, dict[str, str] | str] = {}
 
     def best(self, op: str) -> Choice:
         """The first candidate that may run, with what keeps the others from it."""
         order = ["triton"]
-        if op in CUDA_OPS[self.precision] and self.device.type == "cuda":  # on a CPU only tests run them
+        if op in self.in_cuda and self.device.type == "cuda":  # on a CPU only tests run them
             order.insert(0 if op in preferred(self.precision, self.device) else 1, "cuda")
         kept: list[str] = []
         for backend in order:

@@ -6,9 +6,11 @@ they are first called.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from happyhorse_fast.ops.checks import require
+from happyhorse_fast.ops.checks import require, require_backend
 from happyhorse_fast.reference import fp8_linear as reference
 from happyhorse_fast.reference.quantize import GROUPS
 
@@ -25,11 +27,18 @@ def empty_activation(
     x: torch.Tensor, weight: torch.Tensor, activation: str, fp8: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Results of `fp8_linear_activation`, not yet written: y [N, K'] and its scale [N, K' / group] or [0]."""
+    return empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)
+
+
+def empty_activated(
+    rows: int, features: int, activation: str, fp8: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for a product [rows, features]."""
     _, per, group = reference.ACTIVATIONS[activation]
-    rows, columns = x.shape[0], weight.shape[1] // per
+    columns = features // per
     scales = (rows, columns // group) if fp8 else (0,)
-    y = torch.empty((rows, columns), dtype=E4M3 if fp8 else BF16, device=x.device)
-    return y, torch.empty(scales, dtype=torch.float32, device=x.device)
+    y = torch.empty((rows, columns), dtype=E4M3 if fp8 else BF16, device=device)
+    return y, torch.empty(scales, dtype=torch.float32, device=device)
 
 
 def fp8_linear(
@@ -59,11 +68,9 @@ def fp8_linear(
             meaning here, or a backend there is not.
     """
     x_scale = _check(x, x_scale, weight, weight_scale, row_tiles)
-    if _is_triton(backend):
-        from happyhorse_fast.ops.triton import fp8_linear as launcher
-
-        return launcher.fp8_linear(x, x_scale, weight, weight_scale, row_tiles)
-    return _reference(x, x_scale, weight, weight_scale, row_tiles)
+    launcher = _launcher(backend, ("triton", "reference"))
+    op = _reference if launcher is None else launcher.fp8_linear
+    return op(x, x_scale, weight, weight_scale, row_tiles)
 
 
 def fp8_linear_residual(
@@ -92,12 +99,9 @@ def fp8_linear_residual(
     """
     x_scale = _check(x, x_scale, weight, weight_scale, row_tiles)
     require("hidden", hidden, (torch.float32,), (x.shape[0], weight.shape[1]), device=x.device)
-    if _is_triton(backend):
-        from happyhorse_fast.ops.triton import fp8_linear as launcher
-
-        launcher.fp8_linear_residual(x, x_scale, weight, weight_scale, row_tiles, hidden)
-    else:
-        _residual_reference(x, x_scale, weight, weight_scale, row_tiles, hidden)
+    launcher = _launcher(backend, ("triton", "reference"))
+    op = _residual_reference if launcher is None else launcher.fp8_linear_residual
+    op(x, x_scale, weight, weight_scale, row_tiles, hidden)
 
 
 def fp8_linear_activation(
@@ -121,7 +125,10 @@ def fp8_linear_activation(
         row_tiles: As in :func:`fp8_linear`.
         activation: ``"swiglu7"`` (F = 2K', gate and linear interleaved) or ``"gelu7"`` (F = K').
         fp8: Whether the result is e4m3 with scales, rather than bf16; x may be of either dtype.
-        backend: ``"triton"`` or ``"reference"``.
+        backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
+            256 MB, each followed by `activation_quantize`. With several experts the host then reads ``row_tiles`` once
+            per tensor, which waits for the device and cannot happen in a CUDA graph's capture: call once before, with
+            the same tensor. Where x is e4m3, x_scale is [N] and K a multiple of 16.
 
     Returns:
         y [N, K'] bf16 and a scale of size [0]; or y e4m3 and its scale [N, K' / group] float32, group 64 for swiglu7
@@ -129,17 +136,21 @@ def fp8_linear_activation(
 
     Raises:
         TypeError, ValueError: As in :func:`fp8_linear`, or an activation there is not.
+        RuntimeError: ``"cuda"`` in a capture with ``row_tiles`` of several experts that the host has not read.
     """
     x_scale = _check(x, x_scale, weight, weight_scale, row_tiles)
+    check_activation(activation, "weight", weight.shape[1])
+    launcher = _launcher(backend, ("triton", "cuda", "reference"))
+    op = _activation_reference if launcher is None else launcher.fp8_linear_activation
+    return op(x, x_scale, weight, weight_scale, row_tiles, activation, fp8)
+
+
+def check_activation(activation: str, name: str, features: int) -> None:
+    """Hold an activation, and the columns that argument ``name`` gives it, against the contract."""
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, reference.ACTIVATIONS))}; got {activation!r}")
-    if weight.shape[1] % ROW_TILE:
-        raise ValueError(f"weight must have a multiple of 128 features F before an activation, got {weight.shape[1]}")
-    if _is_triton(backend):
-        from happyhorse_fast.ops.triton import fp8_linear as launcher
-
-        return launcher.fp8_linear_activation(x, x_scale, weight, weight_scale, row_tiles, activation, fp8)
-    return _activation_reference(x, x_scale, weight, weight_scale, row_tiles, activation, fp8)
+    if features % ROW_TILE:
+        raise ValueError(f"{name} must have a multiple of 128 features F before an activation, got {features}")
 
 
 def _check(
@@ -168,10 +179,18 @@ def _check(
     return scale
 
 
-def _is_triton(backend: str) -> bool:
-    if backend not in ("triton", "reference"):
-        raise ValueError(f"backend must be 'triton' or 'reference', got {backend!r}")
-    return backend == "triton"
+def _launcher(backend: str, allowed: tuple[str, ...]) -> Any:
+    """The module with a backend's kernels; None for the reference."""
+    require_backend(backend, allowed)
+    if backend == "triton":
+        from happyhorse_fast.ops.triton import fp8_linear as triton_launcher
+
+        return triton_launcher
+    if backend == "cuda":
+        from happyhorse_fast.ops.cuda import fp8_linear as cuda_launcher
+
+        return cuda_launcher
+    return None
 
 
 # The reference walks row_tiles on the host; as ops of their own they trace and export without a look inside.
@@ -218,5 +237,5 @@ def fake_fp8_linear_activation(
     activation: str,
     fp8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes of `fp8_linear_activation`, for both backends."""
+    """Shapes of `fp8_linear_activation`, for every backend."""
     return empty_activation(x, weight, activation, fp8)

@@ -115,7 +115,10 @@ def qkv_linear(
         out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
         qk_scale: [E, 2] float32, where q and k become e4m3.
         k_mean: [Hkv, D] float32, or None.
-        backend: ``"triton"`` or ``"reference"``.
+        backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
+            256 MB, each followed by `qk_norm_rope`. With several experts the host then reads ``row_tiles`` once per
+            tensor, which waits for the device and cannot happen in a CUDA graph's capture: call once before, with the
+            same tensor. C is a multiple of 16 where x is e4m3, rows and their starts of 16 bytes.
 
     Returns:
         q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or transposed [Hkv, D, S * 128], v_scale [Hkv, S] or [0], and
@@ -124,12 +127,13 @@ def qkv_linear(
     Raises:
         TypeError, ValueError: An argument of another dtype, shape, device or layout, one that is missing or has no
             meaning here, or a backend there is not.
+        RuntimeError: ``"cuda"`` in a capture with ``row_tiles`` of several experts that the host has not read.
     """
     device = x.device
     require("x", x, (BF16, E4M3), ("N", "C"), device=device, strided_rows=True)
     n, c = x.shape
-    d = _check_heads(cos_sin, n, num_heads_q, num_heads_kv, device)
-    require("weight", weight, (x.dtype,), ("E", _features(num_heads_q, num_heads_kv, d), c), device=device)
+    d = check_heads(cos_sin, n, num_heads_q, num_heads_kv, device)
+    require("weight", weight, (x.dtype,), ("E", features_of(num_heads_q, num_heads_kv, d), c), device=device)
     experts = weight.shape[0]
     require("qk_norm", qk_norm, (torch.float32,), (experts, 2, d), device=device)
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
@@ -142,16 +146,8 @@ def qkv_linear(
         if weight_scale is not None:
             raise ValueError(f"weight_scale must be None where weight is bf16, got shape {list(weight_scale.shape)}")
         x_scale = None
-    if out not in OUTPUTS:
-        raise ValueError(f"out must be one of {', '.join(map(repr, OUTPUTS))}; got {out!r}")
-    if out == "bf16":
-        if qk_scale is not None:
-            raise ValueError(f'qk_scale must be None where out is "bf16", got shape {list(qk_scale.shape)}')
-    else:
-        require("qk_scale", qk_scale, (torch.float32,), (experts, 2), device=device)
-    if k_mean is not None:
-        require("k_mean", k_mean, (torch.float32,), (num_heads_kv, d), device=device)
-    launcher = _launcher(backend, ("triton", "reference"))
+    check_outputs(out, qk_scale, k_mean, experts, num_heads_kv, d, device)
+    launcher = _launcher(backend, ("triton", "cuda", "reference"))
     op = _qkv_linear_reference if launcher is None else launcher.qkv_linear
     return op(
         x, x_scale, weight, weight_scale, qk_norm, cos_sin, row_tiles, num_heads_q, num_heads_kv, out, qk_scale, k_mean
@@ -192,8 +188,8 @@ def rmsnorm_qkv(
     device = hidden.device
     require("hidden", hidden, (torch.float32,), ("N", "C"), device=device, strided_rows=True)
     n, c = hidden.shape
-    d = _check_heads(cos_sin, n, num_heads_q, num_heads_kv, device)
-    require("weight", weight, (BF16,), ("E", _features(num_heads_q, num_heads_kv, d), c), device=device)
+    d = check_heads(cos_sin, n, num_heads_q, num_heads_kv, device)
+    require("weight", weight, (BF16,), ("E", features_of(num_heads_q, num_heads_kv, d), c), device=device)
     require("norm_weight", norm_weight, (torch.float32,), (weight.shape[0], c), device=device)
     require("qk_norm", qk_norm, (torch.float32,), (weight.shape[0], 2, d), device=device)
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
@@ -202,11 +198,13 @@ def rmsnorm_qkv(
     return op(hidden, norm_weight, weight, qk_norm, cos_sin, row_tiles, num_heads_q, num_heads_kv)
 
 
-def _features(num_heads_q: int, num_heads_kv: int, head_dim: int) -> int:
+def features_of(num_heads_q: int, num_heads_kv: int, head_dim: int) -> int:
+    """F, columns of the packed product: q, k, v, and the gates up to a whole head."""
     return (num_heads_q + 2 * num_heads_kv + -(-num_heads_q // head_dim)) * head_dim
 
 
-def _check_heads(cos_sin: torch.Tensor, n: int, num_heads_q: int, num_heads_kv: int, device: torch.device) -> int:
+def check_heads(cos_sin: torch.Tensor, n: int, num_heads_q: int, num_heads_kv: int, device: torch.device) -> int:
+    """Hold the heads and their rotation against the contract; the head dim."""
     require("cos_sin", cos_sin, (torch.float32,), (n, "D"), device=device)
     d = cos_sin.shape[1]
     if d not in HEAD_DIMS:
@@ -214,6 +212,27 @@ def _check_heads(cos_sin: torch.Tensor, n: int, num_heads_q: int, num_heads_kv: 
     if num_heads_kv < 1 or num_heads_q < 1 or num_heads_q % num_heads_kv:
         raise ValueError(f"num_heads_q must be a multiple of num_heads_kv, got {num_heads_q} and {num_heads_kv}")
     return d
+
+
+def check_outputs(
+    out: str,
+    qk_scale: torch.Tensor | None,
+    k_mean: torch.Tensor | None,
+    experts: int,
+    num_heads_kv: int,
+    head_dim: int,
+    device: torch.device,
+) -> None:
+    """Hold what decides how q, k and v are written against the contract."""
+    if out not in OUTPUTS:
+        raise ValueError(f"out must be one of {', '.join(map(repr, OUTPUTS))}; got {out!r}")
+    if out == "bf16":
+        if qk_scale is not None:
+            raise ValueError(f'qk_scale must be None where out is "bf16", got shape {list(qk_scale.shape)}')
+    else:
+        require("qk_scale", qk_scale, (torch.float32,), (experts, 2), device=device)
+    if k_mean is not None:
+        require("k_mean", k_mean, (torch.float32,), (num_heads_kv, head_dim), device=device)
 
 
 def _launcher(backend: str, allowed: tuple[str, ...]) -> Any:
@@ -250,7 +269,7 @@ def fake_rmsnorm_quantize(
     branch: torch.Tensor | None = None,
     fp8: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes of `rmsnorm_quantize`, for both backends."""
+    """Shapes of `rmsnorm_quantize`, for every backend."""
     return empty_normalised(hidden, fp8)
 
 
@@ -269,7 +288,7 @@ def fake_qkv_linear(
     qk_scale: torch.Tensor | None = None,
     k_mean: torch.Tensor | None = None,
 ) -> QKV:
-    """Shapes of `qkv_linear`, for both backends."""
+    """Shapes of `qkv_linear`, for every backend."""
     return empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
 
 

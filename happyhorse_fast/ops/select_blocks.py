@@ -9,14 +9,18 @@ from torch import Tensor
 
 from happyhorse_fast.block_map import BlockMap, BlockSelector
 from happyhorse_fast.block_map.dynamic import Parts, choose
-from happyhorse_fast.ops.checks import require
+from happyhorse_fast.ops.checks import require, require_backend
 
 HEAD_DIMS = (32, 64, 128)
 MOST_BLOCKS = 2048
 """Blocks of keys that one program holds: 262,144 tokens; 15 s at 1080p are 1,464 blocks."""
-LAUNCHES = {"happyhorse_fast::select_blocks": 3, "happyhorse_fast::select_blocks_reference": 3}
-"""Kernels an op stands for, where that is not one: means, choice, order. The reference, which is counted in the
-kernels' place on a machine without a GPU, counts as what it stands in for."""
+LAUNCHES = {
+    "happyhorse_fast::select_blocks": 3,
+    "happyhorse_fast::select_blocks_cuda": 4,
+    "happyhorse_fast::select_blocks_reference": 3,
+}
+"""Kernels an op stands for, where that is not one: means, choice, order; in CUDA the scores apart from the choice. The
+reference, which is counted in the kernels' place on a machine without a GPU, counts as what it stands in for."""
 
 
 def select_blocks(
@@ -33,7 +37,7 @@ def select_blocks(
 ) -> BlockMap:
     """Per key/value head and block of queries, the blocks of keys of largest pooled score; no wait for the device.
 
-    :meth:`BlockSelector.top_k` (``keep``) and :meth:`BlockSelector.top_p` (``mass``) say what is chosen; both backends
+    :meth:`BlockSelector.top_k` (``keep``) and :meth:`BlockSelector.top_p` (``mass``) say what is chosen; all backends
     choose the same blocks, but for scores that differ by their rounding alone.
 
     Args:
@@ -45,7 +49,7 @@ def select_blocks(
         pool: How the scores of a group's query heads become one.
         q_scale: float32 [S], with e4m3 q: value = code * q_scale[i // 128].
         k_scale: float32 [S], with e4m3 k.
-        backend: ``"triton"``, or ``"reference"`` for plain torch.
+        backend: ``"triton"``, ``"cuda"``, or ``"reference"`` for plain torch.
 
     Returns:
         A map of Hkv heads within the selector's base; row h * R + r starts at (h * R + r) * S.
@@ -54,13 +58,16 @@ def select_blocks(
         TypeError: A tensor of another dtype than listed.
         ValueError: Another shape, device or value; the message names it, what came and what is allowed.
     """
-    if backend not in ("triton", "reference"):
-        raise ValueError(f'backend must be "triton" or "reference", got {backend!r}')
+    require_backend(backend, ("triton", "cuda", "reference"))
     amount = selector.amount(q, k, keep, mass, pool)
     _check(q, k, selector, q_scale, k_scale)
     arguments = (q, k, *selector.tensors(), q_scale, k_scale, *amount, pool == "mean")
     if backend == "reference":
         return selector.block_map(_reference(*arguments))
+    if backend == "cuda":
+        from happyhorse_fast.ops.cuda import select_blocks as cuda
+
+        return selector.block_map(cuda.select_blocks(*arguments))
     from happyhorse_fast.ops.triton import select_blocks as triton
 
     return selector.block_map(triton.select_blocks(*arguments))

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from happyhorse_fast.block_map import BlockMap, BlockSelector, Layout
+from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
 from happyhorse_fast.budgets import measure, violations
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
+from happyhorse_fast.ops.checks import require_backend
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.packing import pack_linear
 from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
@@ -25,6 +26,26 @@ ROWS, CHANNELS, HEADS_Q, HEADS_KV, HEAD_DIM = 512, 640, 5, 1, 128
 # 8e-6, an e4m3 step on one code in fifty 1e-4.
 DISTANCE = 1e-5
 CODE_DISTANCE = 1e-4
+
+VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "triton": {
+        "rmsnorm_quantize": ("bf16", "fp8"),
+        "qkv_linear": ("bf16", "fp8", "fp8_qk"),
+        "select_blocks": ("bf16", "fp8"),
+        "block_sparse_attention": ("bf16", "fp8", "fp8_qk"),
+        "fp8_linear": ("bf16", "fp8"),
+        "fp8_linear_residual": ("bf16", "fp8"),
+        "fp8_linear_activation": ("bf16", "fp8"),
+    },
+    "cuda": {
+        "rmsnorm_quantize": ("bf16", "fp8"),
+        "qkv_linear": ("bf16", "fp8", "fp8_qk"),
+        "select_blocks": ("bf16", "fp8"),
+        "block_sparse_attention": ("bf16",),
+        "fp8_linear_activation": ("bf16", "fp8"),
+    },
+}
+"""Formats in which a backend has a kernel of an op; an op that is not listed has none."""
 
 Compared = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 """Name of a result -> (from the kernel, from the reference, allowed tile distance)."""
@@ -58,11 +79,15 @@ def run_checks(backend: str, device: torch.device, *, fp8: bool) -> Iterator[Ker
         fp8: Whether to check the e4m3 formats too.
 
     Yields:
-        An outcome per op and format. A kernel that raises has failed; the error is its detail.
+        An outcome per op and format that the backend has. A kernel that raises has failed; the error is its detail.
+
+    Raises:
+        ValueError: There is no such backend.
     """
+    require_backend(backend, tuple(VARIANTS))
     for variant in ("bf16", "fp8", "fp8_qk") if fp8 else ("bf16",):
         for op, check in CHECKS.items():
-            if variant == "fp8_qk" and op not in ("qkv_linear", "block_sparse_attention"):
+            if variant not in VARIANTS[backend].get(op, ()):
                 continue
             start = time.perf_counter()
             try:
@@ -240,8 +265,8 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
 
 def _keys_per_step(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, lse: bool) -> int:
     """Keys that share a running maximum: codes of P differ between steps of 128 and 32, by more than the budget."""
-    if backend != "triton":
-        return 128
+    if backend == "cuda":
+        return BLOCK
     from happyhorse_fast.ops.triton.block_sparse_attention import launch_config
 
     return launch_config(q, k, v, lse=lse).block_n

@@ -50,12 +50,22 @@ def machine_key(backend: str, device: torch.device, *, fp8: bool) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         parts += [properties.name, f"{properties.major}.{properties.minor}", _driver_version()]
-    from happyhorse_fast import kernels
-
     digest = hashlib.sha256("\n".join(parts).encode())
-    for file in sorted(Path(kernels.__file__).parent.rglob("*")):
-        if file.suffix in (".py", ".json"):
-            digest.update(file.read_bytes())
+    if backend == "cuda":
+        from happyhorse_fast.csrc import sources
+
+        for stem in sources.stems():
+            digest.update(sources.digest(stem).encode())
+        if device.type == "cuda":
+            from happyhorse_fast.ops.cuda import driver
+
+            digest.update(driver.fingerprint(device).encode())  # which binary runs, or which NVRTC compiles
+    else:
+        from happyhorse_fast import kernels
+
+        for file in sorted(Path(kernels.__file__).parent.rglob("*")):
+            if file.suffix in (".py", ".json"):
+                digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

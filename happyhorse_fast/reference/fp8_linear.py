@@ -1,6 +1,7 @@
-"""The three `fp8_linear` products in plain torch, with the kernels' rounding points and order of float32 operations.
+"""The three `fp8_linear` products, and the activation of any product, in plain torch.
 
-Shapes, layouts and rounding are those of docs/OPS.md. Rows are computed tile by tile, so no [N, F] float32 exists.
+Shapes, layouts and rounding are those of docs/OPS.md, the order of float32 operations is the kernels'. Rows are
+computed tile by tile, so no [N, F] float32 exists.
 """
 
 from __future__ import annotations
@@ -83,11 +84,40 @@ def fp8_linear_activation(
     fp8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The activation of the product: bf16 and a scale of size [0], or e4m3 codes and their scales per row and group."""
+    parts = products(x, x_scale, weight, weight_scale, row_tiles)
+    return _activate(parts, x.shape[0], weight.shape[1], activation, fp8, x.device)
+
+
+def activation_quantize(
+    product: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    column_scale: torch.Tensor | None,
+    row_tiles: torch.Tensor,
+    activation: str,
+    fp8: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activation of a product [N, F] that is there already: bf16, or float32 to be multiplied by its scales."""
+
+    def parts() -> Iterator[tuple[slice, torch.Tensor]]:
+        for e, first, end in row_tiles.tolist():
+            rows = slice(first, end)
+            part = product[rows].float()
+            if row_scale is not None and column_scale is not None:
+                part = part * row_scale[rows, None] * column_scale[e]
+            yield rows, part
+
+    return _activate(parts(), product.shape[0], product.shape[1], activation, fp8, product.device)
+
+
+def _activate(
+    parts: Iterator[tuple[slice, torch.Tensor]], n: int, features: int, activation: str, fp8: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activation of (rows, their product float32 [rows, features]), written to [n, columns] and its scales."""
     function, per, group = ACTIVATIONS[activation]
-    columns = weight.shape[1] // per
-    y = torch.empty(x.shape[0], columns, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=x.device)
-    y_scale = torch.empty((x.shape[0], columns // group) if fp8 else 0, device=x.device)
-    for rows, product in products(x, x_scale, weight, weight_scale, row_tiles):
+    columns = features // per
+    y = torch.empty(n, columns, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=device)
+    y_scale = torch.empty((n, columns // group) if fp8 else 0, device=device)
+    for rows, product in parts:
         activated = function(product)
         if fp8:
             y[rows], y_scale[rows] = quantize_groups(activated, group)

@@ -17,6 +17,9 @@ ROW_TILE = 128
 ROW_CHUNK = 4096
 EMPTY = (0,)
 
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""q, k, v, v_scale, gate."""
+
 
 def spans(row_tiles: torch.Tensor) -> Iterator[tuple[int, int, int]]:
     """(expert, first row, end row) of ``row_tiles``, neighbours of one expert joined to at most ROW_CHUNK rows."""
@@ -77,7 +80,7 @@ def qkv_linear(
     out: str,
     qk_scale: torch.Tensor | None = None,
     k_mean: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> QKV:
     """QKV product and its epilogue.
 
     Args:
@@ -100,17 +103,7 @@ def qkv_linear(
     Raises:
         ValueError: ``out`` is ``"fp8"`` and a row tile does not start on a multiple of 128.
     """
-    n, d = cos_sin.shape
-    fp8_qk, fp8_v = out != "bf16", out == "fp8"
-    slots = -(-n // ROW_TILE)
-
-    def empty(*size: int, codes: bool) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.float8_e4m3fn if codes else torch.bfloat16, device=x.device)
-
-    q, k = empty(n, num_heads_q, d, codes=fp8_qk), empty(n, num_heads_kv, d, codes=fp8_qk)
-    v = empty(num_heads_kv, d, slots * ROW_TILE, codes=True) if fp8_v else empty(n, num_heads_kv, d, codes=False)
-    v_scale = torch.empty((num_heads_kv, slots) if fp8_v else EMPTY, device=x.device)
-    gate = torch.empty((n, num_heads_q), device=x.device)
+    results = _empty_results(cos_sin, num_heads_q, num_heads_kv, out)
     for expert, first, end in spans(row_tiles):
         rows = slice(first, end)
         product = x[rows].float() @ weight[expert].float().T
@@ -118,23 +111,101 @@ def qkv_linear(
             product = product.to(torch.bfloat16).float()
         else:
             product = product * x_scale[rows, None] * weight_scale[expert]
-        *qk, vs, gate[rows] = epilogue(product, qk_norm[expert], cos_sin[rows], num_heads_q, num_heads_kv)
-        if k_mean is not None:
-            qk[1] = qk[1] - k_mean
-        for which, (to, value) in enumerate(zip((q, k), qk, strict=True)):
-            if fp8_qk and qk_scale is not None:
-                to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
-            else:
-                to[rows] = value.to(torch.bfloat16)
-        if fp8_v:
-            if first % ROW_TILE:
-                raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} where out is "fp8", got {first}')
-            tiles = slice(first // ROW_TILE, -(-end // ROW_TILE))
-            slot = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
-            v[:, :, slot], v_scale[:, tiles] = quantize_v(vs)
+        _finish_rows(product, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, results)
+    return results
+
+
+def qk_norm_rope(
+    product: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    column_scale: torch.Tensor | None,
+    qk_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    row_tiles: torch.Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+    out: str,
+    qk_scale: torch.Tensor | None = None,
+    k_mean: torch.Tensor | None = None,
+) -> QKV:
+    """The epilogue of :func:`qkv_linear` on a product that is there already.
+
+    Args:
+        product: [N, F] bf16, or float32 with ``row_scale`` and ``column_scale``.
+        row_scale: [N] float32, or None.
+        column_scale: [E, F] float32, or None.
+        qk_norm: As in :func:`qkv_linear`, and so is what follows.
+        cos_sin: [N, D] float32.
+        row_tiles: [tiles, 3] int32.
+        num_heads_q: Hq.
+        num_heads_kv: Hkv.
+        out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
+        qk_scale: [E, 2] float32, for the two fp8 kinds.
+        k_mean: [Hkv, D] float32, or None.
+
+    Returns:
+        q, k, v, v_scale, gate.
+
+    Raises:
+        ValueError: As :func:`qkv_linear`.
+    """
+    results = _empty_results(cos_sin, num_heads_q, num_heads_kv, out)
+    for expert, first, end in spans(row_tiles):
+        rows = slice(first, end)
+        part = product[rows].float()
+        if row_scale is not None and column_scale is not None:
+            part = part * row_scale[rows, None] * column_scale[expert]
+        _finish_rows(part, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, results)
+    return results
+
+
+def _empty_results(cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int, out: str) -> QKV:
+    n, d = cos_sin.shape
+    slots = -(-n // ROW_TILE)
+
+    def empty(*size: int, codes: bool) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.float8_e4m3fn if codes else torch.bfloat16, device=cos_sin.device)
+
+    fp8_qk, fp8_v = out != "bf16", out == "fp8"
+    return (
+        empty(n, num_heads_q, d, codes=fp8_qk),
+        empty(n, num_heads_kv, d, codes=fp8_qk),
+        empty(num_heads_kv, d, slots * ROW_TILE, codes=True) if fp8_v else empty(n, num_heads_kv, d, codes=False),
+        torch.empty((num_heads_kv, slots) if fp8_v else EMPTY, device=cos_sin.device),
+        torch.empty((n, num_heads_q), device=cos_sin.device),
+    )
+
+
+def _finish_rows(
+    product: torch.Tensor,
+    expert: int,
+    first: int,
+    end: int,
+    qk_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    qk_scale: torch.Tensor | None,
+    k_mean: torch.Tensor | None,
+    results: QKV,
+) -> None:
+    """Write what rows ``first`` to ``end`` of the product, float32 [rows, F] with its scales, become in ``results``."""
+    q, k, v, v_scale, gate = results
+    rows = slice(first, end)
+    *qk, vs, gate[rows] = epilogue(product, qk_norm[expert], cos_sin[rows], q.shape[1], k.shape[1])
+    if k_mean is not None:
+        qk[1] = qk[1] - k_mean
+    for which, (to, value) in enumerate(zip((q, k), qk, strict=True)):
+        if qk_scale is not None and to.dtype == torch.float8_e4m3fn:
+            to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
         else:
-            v[rows] = vs.to(torch.bfloat16)
-    return q, k, v, v_scale, gate
+            to[rows] = value.to(torch.bfloat16)
+    if v.dtype == torch.bfloat16:
+        v[rows] = vs.to(torch.bfloat16)
+        return
+    if first % ROW_TILE:
+        raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} where out is "fp8", got {first}')
+    tiles = slice(first // ROW_TILE, -(-end // ROW_TILE))
+    slot = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
+    v[:, :, slot], v_scale[:, tiles] = quantize_v(vs)
 
 
 def rmsnorm_qkv(

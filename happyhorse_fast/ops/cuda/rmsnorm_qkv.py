@@ -9,6 +9,9 @@ import torch
 from happyhorse_fast.ops import rmsnorm_qkv as shapes
 from happyhorse_fast.ops.cuda.arguments import address, require_vectors
 from happyhorse_fast.ops.cuda.launch import launch
+from happyhorse_fast.ops.cuda.library_product import check_operands, library_product
+from happyhorse_fast.ops.cuda.qk_norm_rope import finish_rows
+from happyhorse_fast.ops.cuda.row_spans import RowTiles, chunks, expert_spans
 
 # Of csrc/device/rmsnorm_quantize.cu: a thread holds up to 8 vectors of 4 channels.
 VECTORS_PER_THREAD, VECTOR, WARP = 8, 4, 32
@@ -62,4 +65,33 @@ def rmsnorm_quantize(
     return x, scale
 
 
+@torch.library.custom_op("happyhorse_fast::qkv_linear_cuda", mutates_args=())
+def qkv_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    qk_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    row_tiles: torch.Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+    out: str,
+    qk_scale: torch.Tensor | None = None,
+    k_mean: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`happyhorse_fast.ops.rmsnorm_qkv.qkv_linear`."""
+    check_operands(x, weight)
+    results = shapes.empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
+    experts, features, _ = weight.shape
+    spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=out == "fp8")
+    for expert, first, end in chunks(spans, features, 4 if x.dtype == shapes.E4M3 else 2):
+        product = library_product(x[first:end], weight[expert])
+        rows = RowTiles(table=None, expert=expert, first=first, end=end)
+        tiles = -(-(end - first) // shapes.ROW_TILE)
+        finish_rows(product, x_scale, weight_scale, qk_norm, cos_sin, qk_scale, k_mean, rows, tiles, results)
+    return results
+
+
 rmsnorm_quantize.register_fake(shapes.fake_rmsnorm_quantize)
+qkv_linear.register_fake(shapes.fake_qkv_linear)

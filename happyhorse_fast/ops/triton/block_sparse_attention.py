@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.block_map import BLOCK
@@ -15,7 +14,7 @@ from happyhorse_fast.kernels.block_sparse_attention import block_sparse_attentio
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.ops.block_sparse_attention import empty_results, fake
 from happyhorse_fast.ops.triton.device import addressable, architecture, multiprocessors, on_device
-from happyhorse_fast.ops.triton.library import kernel_op
+from happyhorse_fast.ops.triton.library import kernel_op, launchable
 
 STEM = "block_sparse_attention"
 # Warps that fill an SM's 65,536 registers at 255 a thread.
@@ -109,7 +108,7 @@ def block_sparse_attention(
         else:
             v_source = described(v, (config.block_n, d))
     with on_device(q):
-        wrap_triton(block_sparse_attention_kernel)[(min(items, programs),)](
+        launchable(block_sparse_attention_kernel)[(min(items, programs),)](
             q,
             k_source,
             v_source,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch.library import wrap_triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.kernels.fp8_linear import fp8_linear_kernel
 from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.ops import fp8_linear as shapes
 from happyhorse_fast.ops.triton.device import architecture, descriptors_work, multiprocessors, on_device
-from happyhorse_fast.ops.triton.library import kernel_op
+from happyhorse_fast.ops.triton.library import kernel_op, launchable
 
 STEM = "fp8_linear"
 WIDEST_WITH_GROUPS = 128
@@ -59,7 +58,7 @@ def launch(
     held = config.block_m * config.block_n * (2 if group else 1)
     programs = multiprocessors(x.device) * max(1, ACCUMULATORS_PER_SM // held)
     with on_device(x):
-        wrap_triton(fp8_linear_kernel)[(min(tiles, programs),)](
+        launchable(fp8_linear_kernel)[(min(tiles, programs),)](
             TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]) if described else x,
             # Every argument is a pointer; one that the flags leave unread stands in for what is not given.
             row_tiles if x_scale is None else x_scale,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.library import wrap_triton
 from triton.runtime.interpreter import InterpretedFunction
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
@@ -25,3 +26,11 @@ def kernel_op(name: str, *, kernel: object, mutates_args: Iterable[str] = ()) ->
 
     register = torch.library.custom_op if isinstance(kernel, InterpretedFunction) else torch.library.triton_op
     return decorate
+
+
+def launchable(kernel: Any) -> Any:
+    """A kernel as an op's body launches it: `wrap_triton` where it is compiled, so that a trace sees the launch.
+
+    Interpreted it is itself: there no trace looks inside the op, and torch 2.11's `wrap_triton` refuses it.
+    """
+    return kernel if isinstance(kernel, InterpretedFunction) else wrap_triton(kernel)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch.library import wrap_triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.kernels.rmsnorm_qkv import qkv_linear_kernel, rmsnorm_qkv_kernel, rmsnorm_quantize_kernel
 from happyhorse_fast.ops import rmsnorm_qkv as shapes
 from happyhorse_fast.ops.triton.device import architecture, descriptors_work, multiprocessors, on_device
-from happyhorse_fast.ops.triton.library import kernel_op
+from happyhorse_fast.ops.triton.library import kernel_op, launchable
 
 STEM = "rmsnorm_qkv"
 
@@ -32,7 +31,7 @@ def rmsnorm_quantize(
     added = hidden if branch is None else branch
     channels = hidden.shape[1]
     with on_device(hidden):
-        wrap_triton(rmsnorm_quantize_kernel)[(shapes.ROW_TILE // config.block_m, row_tiles.shape[0])](
+        launchable(rmsnorm_quantize_kernel)[(shapes.ROW_TILE // config.block_m, row_tiles.shape[0])](
             hidden,
             added,
             norm_weight,
@@ -77,7 +76,7 @@ def qkv_linear(
     head_dim = cos_sin.shape[1]
     described = config.descriptors and descriptors_work(x, weight)
     with on_device(x):
-        wrap_triton(qkv_linear_kernel)[_grid(x.device, row_tiles, weight, head_dim)](
+        launchable(qkv_linear_kernel)[_grid(x.device, row_tiles, weight, head_dim)](
             _tiled(x, shapes.ROW_TILE, config) if described else x,
             # A kernel takes a pointer for every argument: one that its flags leave unread stands in for a None.
             qk_norm if x_scale is None else x_scale,
@@ -132,7 +131,7 @@ def rmsnorm_qkv(
     head_dim = cos_sin.shape[1]
     described = config.descriptors and descriptors_work(hidden, weight)
     with on_device(hidden):
-        wrap_triton(rmsnorm_qkv_kernel)[_grid(hidden.device, row_tiles, weight, head_dim)](
+        launchable(rmsnorm_qkv_kernel)[_grid(hidden.device, row_tiles, weight, head_dim)](
             _tiled(hidden, shapes.ROW_TILE, config) if described else hidden,
             norm_weight,
             _tiled(weight.flatten(0, 1), head_dim, config) if described else weight,

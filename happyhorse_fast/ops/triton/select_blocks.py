@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.kernels.launch import FP_FUSION, config_for
 from happyhorse_fast.kernels.select_blocks import order_rows_kernel, pool_blocks_kernel, select_blocks_kernel
 from happyhorse_fast.ops.select_blocks import empty_results, fake
 from happyhorse_fast.ops.triton.device import architecture, on_device
-from happyhorse_fast.ops.triton.library import kernel_op
+from happyhorse_fast.ops.triton.library import kernel_op, launchable
 
 STEM = "select_blocks"
 
@@ -46,7 +45,7 @@ def select_blocks(
     pooled_q = torch.empty(heads_q, blocks, d, dtype=torch.float32, device=q.device)
     pooled_k = torch.empty(heads_kv, d, blocks, dtype=torch.float32, device=q.device)
     with on_device(q):
-        wrap_triton(pool_blocks_kernel)[(blocks, heads_q + heads_kv)](
+        launchable(pool_blocks_kernel)[(blocks, heads_q + heads_kv)](
             q,
             k,
             live,
@@ -63,7 +62,7 @@ def select_blocks(
             num_stages=pool.num_stages,
             enable_fp_fusion=FP_FUSION,
         )
-        wrap_triton(select_blocks_kernel)[(rows,)](
+        launchable(select_blocks_kernel)[(rows,)](
             pooled_q,
             pooled_k,
             table,
@@ -89,7 +88,7 @@ def select_blocks(
             num_stages=choice.num_stages,
             enable_fp_fusion=FP_FUSION,
         )
-        wrap_triton(order_rows_kernel)[(triton.cdiv(rows, ordering.block_m),)](
+        launchable(order_rows_kernel)[(triton.cdiv(rows, ordering.block_m),)](
             counts,
             order,
             rows,

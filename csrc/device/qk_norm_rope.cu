@@ -1,0 +1,244 @@
+// Per-head QK-norm, rotation, gate and quantisation of a packed qkv product that another GEMM made; docs/OPS.md,
+// `qk_norm_rope`. Two kernels, each reading its columns of the product once.
+//
+// 64,256 rows of 40 + 8 + 8 heads of 128 and 40 gates: float32 to fp8 1.85 GB read, 0.03 of cosines and sines, 0.47
+// written, 0.70 ms at the 3.35 TB/s of an H100; bf16 to bf16 0.92 + 0.03 + 0.93 GB, 0.56 ms. About 25 instructions per
+// value (sm_90a), 0.35 ms of issue slots beside.
+#include "activations.cuh"
+#include "async_copy.cuh"
+#include "product.cuh"
+
+constexpr int THREADS = 256;
+constexpr int ROWS = THREADS / WARP;  // of a block of qk_norm_rope, one per warp; divides ROW_TILE
+constexpr int IN_FLIGHT = 4;
+constexpr int STRIP = 32;  // rows of v whose codes a thread stores
+
+struct QkNormRopeParams {
+  const void* product;        // [rows, F] bf16, float32 where there are scales; starts with row rows.first
+  const float* row_scale;     // [N], or null: bf16
+  const float* column_scale;  // [E, F], or null
+  const float* qk_norm;       // [E, 2, D]
+  const float* cos_sin;       // [N, D]
+  const float* qk_scale;      // [E, 2] where fp8_qk
+  const float* k_mean;        // [Hkv, D], or null
+  void* q;                    // [N, Hq, D] bf16 or e4m3
+  void* k;                    // [N, Hkv, D] as q
+  void* v;                    // [N, Hkv, D] bf16, or e4m3 [Hkv, D, slots] where fp8_v
+  float* v_scale;             // [Hkv, slots / 128] where fp8_v
+  float* gate;                // [N, Hq]
+  RowTiles rows;
+  i64 product_stride;  // elements between rows
+  i64 slots;           // a multiple of 128
+  int features;        // F
+  int heads_q;
+  int heads_kv;
+  int head_dim;  // 32, 64 or 128
+  int fp8_qk;
+  int fp8_v;
+};
+
+template <int VALUES>
+HH_DEVICE const u8* product_row(const QkNormRopeParams& p, i64 row) {
+  constexpr i64 ELEMENT = 16 / VALUES;  // bytes
+  return static_cast<const u8*>(p.product) + (row - p.rows.first) * p.product_stride * ELEMENT;
+}
+
+HH_DEVICE const float* column_scales(const QkNormRopeParams& p, int expert, int column) {
+  return p.column_scale + static_cast<i64>(expert) * p.features + column;
+}
+
+// What a lane keeps of its row for all heads, and the arithmetic on VALUES channels of one of them.
+template <int D, int VALUES>
+struct RowOfHeads {
+  float cosine[VALUES / 2], sine[VALUES / 2];
+  float norm[2][VALUES];  // of q and k, 1 added
+  float inverse_scale[2];
+
+  HH_DEVICE RowOfHeads(const QkNormRopeParams& p, int expert, i64 row, int channel) {
+    load_floats(p.cos_sin + row * D + channel / 2, cosine);
+    load_floats(p.cos_sin + row * D + D / 2 + channel / 2, sine);
+#pragma unroll
+    for (int kind = 0; kind < 2; ++kind) {
+      load_floats(p.qk_norm + (2 * expert + kind) * D + channel, norm[kind]);
+#pragma unroll
+      for (int i = 0; i < VALUES; ++i) norm[kind][i] += 1.0f;
+      inverse_scale[kind] = p.fp8_qk != 0 ? 1.0f / p.qk_scale[2 * expert + kind] : 1.0f;
+    }
+  }
+
+  HH_DEVICE void normalise_and_rotate(float (&x)[VALUES], float inverse, bool is_k) const {
+#pragma unroll
+    for (int i = 0; i < VALUES; i += 2) {
+      const float a = x[i] * inverse * (is_k ? norm[1][i] : norm[0][i]);
+      const float b = x[i + 1] * inverse * (is_k ? norm[1][i + 1] : norm[0][i + 1]);
+      x[i] = a * cosine[i / 2] - b * sine[i / 2];
+      x[i + 1] = b * cosine[i / 2] + a * sine[i / 2];
+    }
+  }
+};
+
+// One row of a warp: D / VALUES lanes per head, so that its channels' norms, cosines and sines stay in registers.
+template <int D, int VALUES>
+HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
+  constexpr int LANES = D / VALUES, TOGETHER = WARP / LANES;
+  const int lane = lane_of_thread(), channel = lane % LANES * VALUES;
+  const u8* const product = product_row<VALUES>(p, row);
+  const float row_scale = VALUES == 4 ? p.row_scale[row] : 1.0f;
+  const RowOfHeads<D, VALUES> held(p, expert, row, channel);
+  const int heads_qk = p.heads_q + p.heads_kv, heads = p.fp8_v != 0 ? heads_qk : heads_qk + p.heads_kv;
+
+  for (int start = lane / LANES; start - lane / LANES < heads; start += TOGETHER * IN_FLIGHT) {
+    uint4 raw[IN_FLIGHT];
+#pragma unroll
+    for (int i = 0; i < IN_FLIGHT; ++i) {
+      const int head = start + i * TOGETHER;
+      raw[i] = make_uint4(0, 0, 0, 0);
+      if (head < heads) raw[i] = load_vector<VALUES>(product, head * D + channel);
+    }
+#pragma unroll
+    for (int i = 0; i < IN_FLIGHT; ++i) {
+      const int head = start + i * TOGETHER;
+      float x[VALUES];
+      widen(raw[i], x);
+      if constexpr (VALUES == 4) {
+        float column_scale[VALUES] = {};
+        if (head < heads) load_floats(column_scales(p, expert, head * D + channel), column_scale);
+        scale_values(x, row_scale, column_scale);
+      }
+      float squares = 0.0f;
+#pragma unroll
+      for (int j = 0; j < VALUES; ++j) squares += x[j] * x[j];
+      const float inverse = inverse_rms(lanes_sum<LANES>(squares), D);
+      if (head >= heads) continue;
+      const bool is_q = head < p.heads_q, is_v = head >= heads_qk, is_k = !is_q && !is_v;
+      if (!is_v) held.normalise_and_rotate(x, inverse, is_k);
+      if (is_k && p.k_mean != nullptr) {
+        float mean[VALUES];
+        load_floats(p.k_mean + (head - p.heads_q) * D + channel, mean);
+#pragma unroll
+        for (int j = 0; j < VALUES; ++j) x[j] -= mean[j];
+      }
+      // One store for all three: one of its own for v was compiled to stores of 4 bytes.
+      void* const out = is_q ? p.q : is_v ? p.v : p.k;
+      const int place = is_q ? head : is_v ? head - heads_qk : head - p.heads_q;
+      const i64 at = (row * (is_q ? p.heads_q : p.heads_kv) + place) * D + channel;
+      if (p.fp8_qk != 0 && !is_v) {
+        const float inverse_scale = is_k ? held.inverse_scale[1] : held.inverse_scale[0];
+#pragma unroll
+        for (int j = 0; j < VALUES; ++j) x[j] *= inverse_scale;
+        store_e4m3(static_cast<e4m3*>(out) + at, x);
+      } else {
+        store_bf16(static_cast<bf16*>(out) + at, x);
+      }
+    }
+  }
+
+  const int gates = (heads_qk + p.heads_kv) * D;  // the columns behind the last gate are zero: nobody reads them
+  for (int head = lane; head < p.heads_q; head += WARP) {
+    float x;
+    if constexpr (VALUES == 8) {
+      x = to_float(reinterpret_cast<const bf16*>(product)[gates + head]);
+    } else {
+      x = reinterpret_cast<const float*>(product)[gates + head] * row_scale * *column_scales(p, expert, gates + head);
+    }
+    p.gate[row * p.heads_q + head] = sigmoid(x);
+  }
+}
+
+// Grid: (16 parts of 8 rows, tiles).
+HH_KERNEL(qk_norm_rope, QkNormRopeParams, THREADS) {
+  const RowTile tile = row_tile(p.rows, blockIdx.y);
+  const int row = tile.first + ROWS * static_cast<int>(blockIdx.x) + warp_of_thread();
+  if (row >= tile.end) return;  // the whole warp
+  const bool wide = p.row_scale != nullptr;
+  switch (p.head_dim) {
+    case 32:
+      return wide ? finish_row<32, 4>(p, tile.expert, row) : finish_row<32, 8>(p, tile.expert, row);
+    case 64:
+      return wide ? finish_row<64, 4>(p, tile.expert, row) : finish_row<64, 8>(p, tile.expert, row);
+    default:
+      return wide ? finish_row<128, 4>(p, tile.expert, row) : finish_row<128, 8>(p, tile.expert, row);
+  }
+}
+
+// 128 rows of v of one head, transposed through shared memory. They are copied there at once: loads to registers came one
+// at a time, ptxas prefers 32 registers to eight loads in flight. A thread then stores codes of 32 rows of a channel, a
+// whole sector of 32 bytes; neither way do lanes meet in a bank.
+template <int D, int VALUES>
+HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsigned char* shared) {
+  constexpr int LANES = D / VALUES, VECTORS = ROW_TILE * LANES;
+  uint4* const held = reinterpret_cast<uint4*>(shared);
+  float* const row_scale = reinterpret_cast<float*>(held + VECTORS);
+  float* const warp_largest = row_scale + ROW_TILE;
+  const int thread = static_cast<int>(threadIdx.x), head = static_cast<int>(blockIdx.x);
+  const int column = (p.heads_q + p.heads_kv + head) * D + thread % LANES * VALUES, rows = tile.end - tile.first;
+
+  for (int at = thread; at < VECTORS; at += THREADS) {
+    const int row = min(at / LANES, rows - 1);
+    const u8* const from = product_row<VALUES>(p, tile.first + row) + static_cast<i64>(column) * (16 / VALUES);
+    copy_async_16(held + at, from, at / LANES < rows ? 16 : 0);  // rows past the end are zeros
+  }
+  float column_scale[VALUES] = {};
+  if constexpr (VALUES == 4) {
+    load_floats(column_scales(p, tile.expert, column), column_scale);
+    if (thread < ROW_TILE) row_scale[thread] = thread < rows ? p.row_scale[tile.first + thread] : 1.0f;
+    __syncthreads();
+  }
+  wait_for_copies();
+
+  float largest = 0.0f;
+  for (int at = thread; at < VECTORS; at += THREADS) {
+    float x[VALUES];
+    widen(held[at], x);
+    if constexpr (VALUES == 4) {
+      scale_values(x, row_scale[at / LANES], column_scale);
+      held[at] = make_uint4(bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3]));
+    }
+#pragma unroll
+    for (int j = 0; j < VALUES; ++j) largest = fmaxf(largest, fabsf(x[j]));
+  }
+  largest = warp_max(largest);
+  if (lane_of_thread() == 0) warp_largest[warp_of_thread()] = largest;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < THREADS / WARP; ++i) largest = fmaxf(largest, warp_largest[i]);
+  const float scale = scale_of(largest), inverse = 1.0f / scale;
+  if (thread == 0) p.v_scale[head * (p.slots / ROW_TILE) + tile.first / ROW_TILE] = scale;
+
+  for (int job = thread; job < D * (ROW_TILE / STRIP); job += THREADS) {
+    const int channel = job % D, strip = job / D * STRIP;
+    u32 words[STRIP / 4];
+#pragma unroll
+    for (int i = 0; i < STRIP; i += 4) {
+      float codes[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int at = (strip + i + j) * D + channel;
+        if constexpr (VALUES == 8) {
+          codes[j] = to_float(reinterpret_cast<const bf16*>(held)[at]) * inverse;
+        } else {
+          codes[j] = reinterpret_cast<const float*>(held)[at] * inverse;
+        }
+      }
+      words[i / 4] = pack_e4m3(codes[0], codes[1], codes[2], codes[3]);
+    }
+    e4m3* const out = static_cast<e4m3*>(p.v) + (static_cast<i64>(head) * D + channel) * p.slots + tile.first + strip;
+    reinterpret_cast<uint4*>(out)[0] = make_uint4(words[0], words[1], words[2], words[3]);
+    reinterpret_cast<uint4*>(out)[1] = make_uint4(words[4], words[5], words[6], words[7]);
+  }
+}
+
+// Tiles start on multiples of 128. Grid: (heads of v, tiles). Shared memory: 128 D elements of the product, 136 floats.
+HH_KERNEL(quantize_v, QkNormRopeParams, THREADS) {
+  HH_SHARED_MEMORY(shared);
+  const RowTile tile = row_tile(p.rows, blockIdx.y);
+  const bool wide = p.row_scale != nullptr;
+  switch (p.head_dim) {
+    case 32:
+      return wide ? transpose_v<32, 4>(p, tile, shared) : transpose_v<32, 8>(p, tile, shared);
+    case 64:
+      return wide ? transpose_v<64, 4>(p, tile, shared) : transpose_v<64, 8>(p, tile, shared);
+    default:
+      return wide ? transpose_v<128, 4>(p, tile, shared) : transpose_v<128, 8>(p, tile, shared);
+  }
+}

@@ -1,0 +1,44 @@
+"""`fp8_linear_activation` from a library's product and a CUDA kernel, as a torch.library op; `ops.fp8_linear` checks.
+
+`fp8_linear` and `fp8_linear_residual` are not here: what they do to a product is too little for a kernel after it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from happyhorse_fast.ops import fp8_linear as shapes
+from happyhorse_fast.ops.cuda.activation_quantize import finish_rows
+from happyhorse_fast.ops.cuda.library_product import check_operands, library_product
+from happyhorse_fast.ops.cuda.row_spans import RowTiles, chunks, expert_spans
+
+
+@torch.library.custom_op("happyhorse_fast::fp8_linear_activation_cuda", mutates_args=())
+def fp8_linear_activation(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    row_tiles: torch.Tensor,
+    activation: str,
+    fp8: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`happyhorse_fast.ops.fp8_linear.fp8_linear_activation`."""
+    if x_scale is not None and x_scale.dim() == 2:
+        raise ValueError(
+            f"x_scale must be [{x.shape[0]}], one per row, for backend 'cuda': the library's product has no scales "
+            f"inside its sum; got {list(x_scale.shape)}"
+        )
+    check_operands(x, weight)
+    y, y_scale = shapes.empty_activation(x, weight, activation, fp8)
+    experts, features, _ = weight.shape
+    spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=False)
+    for expert, first, end in chunks(spans, features, 4 if x.dtype == shapes.E4M3 else 2):
+        product = library_product(x[first:end], weight[expert])
+        rows = RowTiles(table=None, expert=expert, first=first, end=end)
+        tiles = -(-(end - first) // shapes.ROW_TILE)
+        finish_rows(product, x_scale, weight_scale, rows, tiles, activation, y, y_scale)
+    return y, y_scale
+
+
+fp8_linear_activation.register_fake(shapes.fake_fp8_linear_activation)

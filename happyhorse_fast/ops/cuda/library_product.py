@@ -1,0 +1,49 @@
+"""Products by torch's own library, for the CUDA kernels that finish them."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from happyhorse_fast.ops.cuda.arguments import require_vectors
+
+FP8_SINCE = (8, 9)
+CODES_PER_VECTOR = 16
+
+
+def check_operands(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Hold e4m3 operands against what the library takes, where that says it late or not at all.
+
+    Args:
+        x: [N, K] bf16 or e4m3.
+        weight: [E, F, K] in the dtype of x.
+
+    Raises:
+        ValueError: e4m3 on a GPU without, or with rows that are not whole vectors of 16 bytes.
+    """
+    if x.dtype == torch.bfloat16:
+        return
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < FP8_SINCE:
+        arch = "".join(map(str, torch.cuda.get_device_capability(x.device)))
+        raise ValueError(f"x must be bf16 on sm_{arch} for backend 'cuda': e4m3 products are from sm_89 on")
+    require_vectors(CODES_PER_VECTOR, x=x, weight=weight)
+
+
+def library_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x . weight of one expert, accumulated in float32.
+
+    Args:
+        x: [rows, K] bf16 or e4m3, rows contiguous.
+        weight: [F, K] in the dtype of x.
+
+    Returns:
+        [rows, F]: rounded to bf16 of bf16; of e4m3 the float32 sums, without scales.
+    """
+    if x.dtype == torch.bfloat16:
+        return linear(x, weight)
+    if x.device.type == "cpu":
+        # torch._scaled_mm gives the same here, in a loop of 10 MFLOP/s (torch 2.13).
+        return x.float() @ weight.float().T
+    one = torch.ones((), device=x.device)
+    # use_fast_accum stays False: partial sums go to float32 registers, as the library's default has it.
+    return torch._scaled_mm(x, weight.T, one, one, out_dtype=torch.float32)

@@ -1,0 +1,81 @@
+"""Triton's interpreter made exact, for what it says about a kernel to mean something; kernels need no branch for it.
+
+As shipped (3.6.0, 3.7.1) it multiplies and adds the raw bits of bf16, truncates float32 -> bf16 and wraps float32 ->
+e4m3. :func:`make_exact` replaces those three places: dots and arithmetic on the exact values with float32
+accumulation, casts to the nearest even, and e4m3 overflow as NaN, so that a kernel that forgets to clamp shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interp
+
+TORCH = {
+    tl.bfloat16: torch.bfloat16,
+    tl.float16: torch.float16,
+    tl.float32: torch.float32,
+    tl.float64: torch.float64,
+    tl.float8e4nv: torch.float8_e4m3fn,
+}
+# Triton dtype -> (numpy dtype to view its bits as on the way in, on the way out, torch dtype to view on the way out)
+BITS = {
+    tl.bfloat16: (np.int16, np.uint16, torch.int16),
+    tl.float8e4nv: (np.uint8, np.uint8, torch.uint8),
+}
+ARITHMETIC = (np.add, np.subtract, np.multiply, np.divide, np.minimum, np.maximum)
+
+
+def to_torch(data: np.ndarray, dtype: Any) -> torch.Tensor:
+    """The values of an interpreter array of a Triton dtype."""
+    data = np.ascontiguousarray(data)
+    if dtype in BITS:
+        return torch.from_numpy(data.view(BITS[dtype][0]).copy()).view(TORCH[dtype])
+    return torch.from_numpy(data.copy())
+
+
+def to_numpy(tensor: torch.Tensor, dtype: Any) -> np.ndarray:
+    """The interpreter's array for a tensor of a Triton dtype."""
+    if dtype in BITS:
+        return tensor.view(BITS[dtype][2]).numpy().view(BITS[dtype][1])
+    return tensor.numpy()
+
+
+_convert_as_shipped = interp._convert_float
+_binary_as_shipped = interp.InterpreterBuilder.binary_op
+
+
+def convert(data: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
+    """Round to the nearest even; overflow of e4m3 becomes NaN."""
+    if source not in TORCH or target not in TORCH:
+        return _convert_as_shipped(data, source, target, rounding_mode)
+    values = to_torch(data, source)
+    if target == tl.float8e4nv:
+        values = values.float()
+        values = torch.where(values.abs() > 448, torch.nan, values)
+    return to_numpy(values.to(TORCH[target]), target)
+
+
+def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+    """Product of the exact values, accumulated in float32."""
+    product = to_torch(a.data, a.dtype.scalar).float() @ to_torch(b.data, b.dtype.scalar).float()
+    return interp.TensorHandle(product.numpy() + d.data, d.dtype.scalar)
+
+
+def binary(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+    """bf16 arithmetic on values instead of bits, rounded once."""
+    dtype = lhs.dtype.scalar
+    if dtype != tl.bfloat16 or op not in ARITHMETIC:
+        return _binary_as_shipped(self, lhs, rhs, op)
+    result = op(to_torch(lhs.data, dtype).float().numpy(), to_torch(rhs.data, dtype).float().numpy())
+    return interp.TensorHandle(to_numpy(torch.from_numpy(np.asarray(result)).bfloat16(), dtype), dtype)
+
+
+def make_exact() -> None:
+    """Install the replacements in this process; idempotent."""
+    interp._convert_float = convert
+    interp.InterpreterBuilder.create_dot = dot
+    interp.InterpreterBuilder.binary_op = binary

@@ -1,0 +1,271 @@
+"""The CUDA attention kernel in the shim: orders, planted bugs, banks, bounds, and the Triton kernel beside it.
+
+What holds for every backend is in test_block_sparse_attention.py, which runs this one too.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_mutants import mutant
+from cuda_shim import SHIM, ShimError
+from strict import poisoned_outputs, strict
+
+from happyhorse_fast import budgets
+from happyhorse_fast.block_map import BlockMap
+from happyhorse_fast.kernels.launch import LaunchConfig
+from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
+from happyhorse_fast.ops.cuda.block_sparse_attention import STEM
+from happyhorse_fast.ops.cuda.launch import use_runner
+from happyhorse_fast.ops.triton import block_sparse_attention as triton
+from happyhorse_fast.reference.sparse_attention import sparse_attention
+
+QUERIES, KEYS, HEADS = 260, 290, (4, 2)
+# Full, partial and ragged blocks, 3 and 2 in a row; queries from 190 on see nothing, 4 of them in a block of their own.
+MAP = BlockMap.from_ranges([(0, 130), (130, 190)], [(0, 290), (120, 280)], QUERIES, KEYS)
+
+
+def followed_by_nan(x):
+    """The same values in a larger tensor, with NaN where a kernel that reads past the end would look."""
+    whole = torch.full((len(x) + 128, *x.shape[1:]), torch.nan, dtype=x.dtype)
+    whole[: len(x)] = x
+    return whole[: len(x)]
+
+
+def inputs(d=32, queries=QUERIES, keys=KEYS, heads=HEADS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"q": (queries, heads[0], d), "k": (keys, heads[1], d), "v": (keys, heads[1], d)}
+    given = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    options = {"gate": torch.rand(queries, heads[0], generator=generator), "scale": d**-0.5}
+    options["k_mean"] = torch.randn(heads[1], d, generator=generator)
+    return {name: followed_by_nan(x) for name, x in given.items()} | options
+
+
+def attention(given, block_map=MAP, backend="cuda", fp8_out=False):
+    with poisoned_outputs():
+        return block_sparse_attention(**given, block_map=block_map, return_lse=True, fp8_out=fp8_out, backend=backend)
+
+
+def bits(tensors):
+    return [t.view(torch.uint8) for t in tensors]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(bits(first), bits(second), strict=True))
+
+
+def problems(given, result, block_map=MAP):
+    """What is wrong with (out, LSE), against float64 with P rounded where the kernel rounds it."""
+    out, lse = result
+    exact, _, exact_lse = sparse_attention(
+        **given, block_map=block_map, wide=torch.float64, round_out=False, return_lse=True
+    )
+    found = budgets.violations(budgets.measure(out, exact))
+    if not torch.allclose(lse, exact_lse, atol=1e-5, rtol=1e-6):
+        found.append("LSE")
+    return found
+
+
+@pytest.mark.parametrize("fp8_out", [False, True], ids=["bf16", "fp8"])
+def test_no_order_of_threads_and_blocks_changes_a_bit(fp8_out):
+    given = inputs()
+    results = []
+    for seed in (0, 1, 2):
+        with SHIM.order(seed):
+            results.append(attention(given, fp8_out=fp8_out))
+    assert all(same(results[0], other) for other in results[1:])
+    out, out_scale, lse = results[0]
+    value = out.float() * out_scale[..., None] if fp8_out else out
+    if not fp8_out:
+        assert problems(given, (value, lse)) == []
+    empty = slice(190, None)
+    assert (value[empty] == 0).all() and (lse[:, empty] == -torch.inf).all() and torch.isfinite(lse[:, :190]).all()
+
+
+@pytest.mark.parametrize("d", [32, 64, 128])
+def test_it_agrees_with_the_triton_kernel(d, monkeypatch):
+    # In steps of 128 keys as well: with another running maximum P is rounded otherwise, 2e-6 apart.
+    config = LaunchConfig(block_m=128, block_n=128, num_warps=8, num_stages=2, descriptors=False)
+    monkeypatch.setattr(triton, "launch_config", lambda *_, **__: config)
+    given = inputs(d, 150, 290, heads=(2, 1))
+    block_map = BlockMap.from_ranges([(0, 130), (130, 149)], [(0, 290), (120, 280)], 150, 290)
+    ours = attention(given, block_map)
+    with strict(seed=1):
+        theirs = attention(given, block_map, backend="triton")
+    # Only values on a boundary of bf16 fall to another side.
+    assert budgets.measure(ours[0], theirs[0]).tile_distance < 1e-8
+    assert float((ours[0] != theirs[0]).float().mean()) < 0.01
+    torch.testing.assert_close(ours[2], theirs[2], atol=1e-5, rtol=1e-6)
+
+
+def test_heads_of_a_map_of_their_own():
+    # In one launch, every row and head has blocks that no other has: an index of the schedule that is off shows.
+    generator = torch.Generator().manual_seed(4)
+    wanted = torch.rand(2, 3, 3, generator=generator) < 0.5
+    wanted[:, :, 0] = True
+    maps = [
+        BlockMap.from_ranges(
+            [(128 * r, min(128 * r + 128, QUERIES)) for r, s in rows.nonzero().tolist()],
+            [(128 * s, min(128 * s + 128, KEYS)) for r, s in rows.nonzero().tolist()],
+            QUERIES,
+            KEYS,
+        )
+        for rows in wanted
+    ]
+    joined = stacked(maps)
+    joined.validate()
+    given = inputs(seed=5)
+    out, _, lse = attention(given, joined)
+    assert problems(given, (out, lse), joined) == []
+    alone = attention(given, maps[0])[0]
+    assert torch.equal(out[:, :2], alone[:, :2]) and not torch.equal(out[:, 2:], alone[:, 2:])
+
+
+def stacked(maps):
+    """One map with a head per map."""
+    columns = [len(m.columns) for m in maps]
+    masks = [len(m.mask_bits) for m in maps]
+    rows = maps[0].rows
+    return BlockMap(
+        counts=torch.cat([m.counts for m in maps]),
+        starts=torch.cat([m.starts + sum(columns[:h]) for h, m in enumerate(maps)]),
+        columns=torch.cat([m.columns for m in maps]),
+        mask_ids=torch.cat([torch.where(m.mask_ids < 0, -1, m.mask_ids + sum(masks[:h])) for h, m in enumerate(maps)]),
+        mask_bits=torch.cat([m.mask_bits for m in maps]),
+        order=torch.cat([m.order + h * rows for h, m in enumerate(maps)]).flip(0),
+        queries=QUERIES,
+        keys=KEYS,
+    )
+
+
+# Shared memory ------------------------------------------------------------------------------------------------------
+
+
+def test_matrices_are_read_without_bank_conflicts(tmp_path):
+    for d in (32, 64, 128):
+        before = SHIM.library.shim_bank_conflicts()
+        attention(inputs(d, 10, 130, heads=(1, 1)), BlockMap.dense(10, 130))
+        assert SHIM.library.shim_bank_conflicts() == before, d
+    plain = mutant(tmp_path, STEM, "(chunk ^ row / (8 / PLACES) % PLACES) * 16", "(chunk ^ 0 * PLACES) * 16")
+    given, block_map = inputs(64, 10, 130, heads=(1, 1)), BlockMap.dense(10, 130)
+    with use_runner(plain):
+        assert same(attention(given, block_map), attention(given, block_map))
+    assert plain.library.shim_bank_conflicts() > 0, "8 rows of 128 bytes in one bank"
+
+
+@pytest.mark.parametrize("d", [32, 64, 128])
+def test_a_block_fits_every_architecture(d):
+    from happyhorse_fast.ops.cuda.block_sparse_attention import SHARED_BYTES_PER_CHANNEL
+    from happyhorse_fast.ops.cuda.launch import MOST_SHARED_BYTES
+
+    assert SHARED_BYTES_PER_CHANNEL * d <= MOST_SHARED_BYTES
+
+
+# Planted bugs -------------------------------------------------------------------------------------------------------
+
+WAIT, MEET = "    wait_for_copies();\n", "    __syncthreads();"
+FIRST, SECOND = "  // k is there, and every warp has read the last v\n", "  // v is there, and every warp has read k\n"
+BUGS = {
+    "k is not met for": (WAIT + MEET + FIRST, WAIT),
+    "v is not met for": (WAIT + MEET + SECOND, WAIT),
+    "k is not waited for": (WAIT + MEET + FIRST, MEET),
+    "v is not waited for": (WAIT + MEET + SECOND, MEET),
+    "q of an empty row is not waited for": ("  if (n_all == 0) {", "  if (false) {"),
+    "a row's lanes are not all asked for its maximum": (
+        "for (int step = 1; step < 4; step *= 2) x = fmaxf",
+        "for (int step = 1; step < 2; step *= 2) x = fmaxf",
+    ),
+    "a sum over another row's lanes": (
+        "for (int step = 1; step < 4; step *= 2) x += ",
+        "for (int step = 2; step < 8; step *= 2) x += ",
+    ),
+    "a key past the end is read": ("i * ROWS_AT_ONCE < end ?", "i * ROWS_AT_ONCE <= end ?"),
+    "the last query is not stored": ("if (row >= rows) continue;", "if (row + 1 >= rows) continue;"),
+    "the mask of the row above": ("mask[lane_of_thread() / 4 + 8 * half]", "mask[lane_of_thread() / 4]"),
+    "every row of the map has full blocks alone": ("    if (i >= n_full) {", "    if (i > n_full) {"),
+    "fragments of p change places": (
+        "pack_bf16(near[2], near[3]), pack_bf16(far[0]",
+        "pack_bf16(far[0], far[1]), pack_bf16(near[2]",
+    ),
+    "the output keeps an old maximum": ("      acc[j][2 * half + 1] *= factor;\n    }\n  }\n}", "    }\n  }\n}"),
+    "no key makes NaN": ("maximum == minus_infinity() ? 0.0f : maximum", "maximum"),
+    "key/value heads in turn": (
+        "const int kv_head = head / (p.heads_q / p.heads_kv);",
+        "const int kv_head = head % p.heads_kv;",
+    ),
+    "the first block twice": ("    column = next;\n", ""),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(bug, tmp_path):
+    assert caught(mutant(tmp_path, STEM, *BUGS[bug])), bug
+
+
+def test_the_kernel_without_a_planted_bug_passes():
+    assert not caught(SHIM)
+
+
+def caught(shim):
+    given = inputs()
+    first = None
+    for order in (0, 1, 2):
+        try:
+            with use_runner(shim), shim.order(order):
+                out, _, lse = attention(given)
+        except ShimError:
+            return True
+        first = first or (out, lse)
+        if problems(given, (out, lse)) or not same(first, (out, lse)):
+            return True
+    return False
+
+
+# The op -------------------------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    given = inputs(32, 130, 130, heads=(2, 1))
+    tensors = [given[name] for name in "qkv"] + list(BlockMap.dense(130, 130).tensors())
+    torch.library.opcheck(
+        torch.ops.happyhorse_fast.block_sparse_attention_cuda.default,
+        (*tensors, 0.2, given["gate"], None, False, True),
+        test_utils=["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"],
+    )
+
+
+def unaligned(x, by):
+    """The same shape, ``by`` elements into a buffer."""
+    return torch.zeros(x.numel() + by, dtype=x.dtype)[by:].view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q", lambda x: x.transpose(0, 2).contiguous().transpose(0, 2), r"q must have contiguous channels .* strides"),
+        ("v", lambda x: torch.zeros(*x.shape[:2], 64, dtype=x.dtype)[..., ::2], "v must have contiguous channels"),
+        ("k", lambda x: unaligned(x, 4), "k must start on a multiple of 16 bytes"),
+        (
+            "k",
+            lambda x: torch.zeros(len(x), 2, 36, dtype=x.dtype)[..., :32],
+            "k must have rows .* a multiple of 8 apart",
+        ),
+        ("v", lambda x: torch.zeros(len(x), 68, dtype=x.dtype)[:, :64].unflatten(1, (2, 32)), "v must have rows"),
+    ],
+)
+def test_rows_that_16_byte_loads_cannot_take_are_named(name, change, message):
+    given = inputs()
+    with pytest.raises(ValueError, match=message):
+        attention(given | {name: change(given[name])})
+
+
+@pytest.mark.parametrize("v", [torch.bfloat16, torch.float8_e4m3fn])
+def test_e4m3_is_refused_by_name(v):
+    q, k = (torch.zeros(n, h, 32).to(torch.float8_e4m3fn) for n, h in ((QUERIES, 4), (KEYS, 2)))
+    scales = {"q_scale": torch.ones(3), "k_scale": torch.ones(3)}
+    if v == torch.bfloat16:
+        values = torch.zeros(KEYS, 2, 32, dtype=v)
+    else:
+        values, scales["v_scale"] = torch.zeros(2, 32, 384).to(v), torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"q, k and v must be bfloat16 for backend 'cuda', got .*float8_e4m3fn"):
+        block_sparse_attention(q, k, values, MAP, scale=0.1, backend="cuda", **scales)
