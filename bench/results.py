@@ -83,6 +83,7 @@ def describe_machine(device: torch.device) -> Json:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": commit(),
+        **({"capability": "".join(map(str, torch.cuda.get_device_capability(device)))} if on_gpu else {}),
     }
 
 
@@ -201,7 +202,8 @@ def validate(data: object, where: str) -> None:
     """
     if not isinstance(data, dict):
         raise ResultError(f"{where}: must be an object, got {type(data).__name__}")
-    _fields(data, HEADER | {"entries": list, "sampler": list}, {"peaks": list, "absent": dict, "stages": list}, where)
+    extra = {"capability": str, "peaks": list, "absent": dict, "stages": list}
+    _fields(data, HEADER | {"entries": list, "sampler": list}, extra, where)
     for i, entry in enumerate(data["entries"]):
         here = f"{where}: entries[{i}]"
         _fields(entry, ENTRY, ENTRY_EXTRA, here)

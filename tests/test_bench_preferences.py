@@ -1,0 +1,53 @@
+"""Committed results, and nothing else, make "auto" take a CUDA kernel."""
+
+from __future__ import annotations
+
+from bench import preferences
+from bench.report_data import load
+from happyhorse_fast.ops.dispatch import PREFERENCES
+
+
+def entry(op, impl, ms, *, size="1080p-5s", precision="fp8", verified=True):
+    return {"case": f"{op}/{size}/{precision}", "impl": impl, "median_ms": ms, "verified": verified}
+
+
+def data(*entries, capability="90"):
+    return {"capability": capability, "entries": list(entries)}
+
+
+def test_faster_in_every_case_is_preferred():
+    file = data(
+        entry("rmsnorm_quantize", "triton", 1.2),
+        entry("rmsnorm_quantize", "cuda", 1.1),
+        entry("rmsnorm_quantize", "triton", 3.0, size="1080p-15s"),
+        entry("rmsnorm_quantize", "cuda", 2.9, size="1080p-15s"),
+        entry("block_sparse_attention-window", "triton", 9.0, precision="bf16"),
+        entry("block_sparse_attention-window", "cuda", 8.0, precision="bf16"),
+    )
+    assert preferences.preferences([file]) == {"90": {"bf16": ["block_sparse_attention"], "fp8": ["rmsnorm_quantize"]}}
+
+
+def test_what_is_not_shown_is_not_preferred():
+    slower_once = data(
+        entry("select_blocks", "triton", 1.0),
+        entry("select_blocks", "cuda", 0.5),
+        entry("select_blocks", "triton", 1.0, size="540p-5s"),
+        entry("select_blocks", "cuda", 1.5, size="540p-5s"),
+    )
+    red = data(entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", None, verified=False))
+    alone = data(entry("qkv_linear", "cuda", 4.0))
+    no_kernel = data(entry("fp8_linear", "triton", 5.0), entry("fp8_linear", "cuda", 4.0))
+    unknown = {"entries": [entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 4.0)]}
+    for file in (slower_once, red, alone, no_kernel, unknown):
+        assert preferences.preferences([file]) == {}
+
+
+def test_the_newest_file_of_an_architecture_counts():
+    old = data(entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 4.0))
+    new = data(entry("qkv_linear", "triton", 3.0), entry("qkv_linear", "cuda", 4.0))
+    other = data(entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 4.0), capability="100")
+    assert preferences.preferences([old, new, other]) == {"100": {"fp8": ["qkv_linear"]}}
+
+
+def test_the_shipped_file_is_that_of_the_committed_results():
+    assert PREFERENCES.read_text() == preferences.text(load().gpu.values())
