@@ -1,17 +1,20 @@
-"""``make report``: one HTML page, its pictures, and README's generated section, from the committed results.
+"""``make report``: one HTML page, its pictures, and generated sections of two READMEs, from the committed results.
 
-python -m bench.report              # docs/report/, then README
-python -m bench.report --readme     # README's section alone
+python -m bench.report              # docs/report/, then README and examples/pony/README
+python -m bench.report --readme     # the READMEs' sections alone
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import dataclasses
 import html
 import re
 from pathlib import Path
 
+from bench import preferences, report_figures
+from bench import report_pony as pony
 from bench import report_tables as tables
 from bench.report_data import Report, load
 from bench.results import ROOT
@@ -19,6 +22,7 @@ from bench.results import ROOT
 PAGE = "index.html"
 README_CASES = 30
 README = ROOT / "README.md"
+PONY_README = ROOT / "examples" / "pony" / "README.md"
 OUT = ROOT / "docs" / "report"
 BEGIN, END = "<!-- generated: python -m bench.report --readme -->", "<!-- end of generated -->"
 # Name of a picture -> what it shows and how to read it.
@@ -30,6 +34,9 @@ CAPTIONS = {
     "block_maps": "What attention computes, skips, and masks inside a block.",
     "error_per_layer": "Error of the residual stream: rounding, kernels, fp8, sparsity.",
     "error_per_op": "Which op an error comes from.",
+    "fidelity": "Clips of the trained small model under every precision and sparsity, against float32's.",
+    "activations": "Outliers of its activations, and what e4m3 makes of them; random weights have few.",
+    "attention": "Where its attention goes.",
 }
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1b1f24;max-width:1180px;margin:2rem auto;padding:0 1.2rem}
@@ -71,6 +78,9 @@ def page(report: Report, pictures: list[Path]) -> str:
         *map(figure, ("error_per_layer", "error_per_op")),
         *([tables.error_table(report.cases).html(), tables.op_table(report.cases).html()] if report.cases else []),
         f"<p class=note>{html.escape(_where_measured(report))}</p>",
+        "<h2>A trained model: clips of the pony</h2>",
+        *pony.page_parts(report),
+        *map(figure, ("fidelity", "activations", "attention")),
         "<h2>Block maps</h2>",
         figure("block_maps"),
     ]
@@ -99,7 +109,7 @@ def _where_measured(report: Report) -> str:
 def readme_section(report: Report) -> str:
     """What stands between README's markers."""
     parts = []
-    newest = Report(dict(list(report.gpu.items())[-1:]), report.equivalence, report.memory)
+    newest = dataclasses.replace(report, gpu=dict(list(report.gpu.items())[-1:]))
     speed = tables.gpu_tables(newest, README_CASES)
     parts += [table.markdown() for table in speed] or [tables.NO_GPU]
     if report.memory is not None:
@@ -110,6 +120,7 @@ def readme_section(report: Report) -> str:
         parts += [tables.error_summary(report.cases).markdown()]
         parts += [_where_measured(report)]
         parts += ["![Error per layer](docs/report/error_per_layer.png)"]
+    parts += pony.section(report)
     parts += [
         "All of it, with the roofline, each op's error and the block maps: `docs/report/index.html` (`make report`)."
     ]
@@ -130,9 +141,7 @@ def with_section(readme: str, section: str) -> str:
 
 def write_report(report: Report, out: Path) -> list[Path]:
     """Draw the pictures and write the page into a folder; returns every file."""
-    from bench.report_figures import draw_all
-
-    pictures = draw_all(report, out)
+    pictures = report_figures.save(report_figures.figures(report) | pony.figures(report), out)
     (out / PAGE).write_text(page(report, pictures), encoding="utf-8")
     return [*pictures, out / PAGE]
 
@@ -146,7 +155,9 @@ def main() -> None:
     if not options.readme:
         for path in write_report(report, OUT):
             print(path)
-    README.write_text(with_section(README.read_text(encoding="utf-8"), readme_section(report)), encoding="utf-8")
+        preferences.write(report.gpu.values())
+    for path, section in ((README, readme_section(report)), (PONY_README, pony.own_section(report))):
+        path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")
 
 
 if __name__ == "__main__":

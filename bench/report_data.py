@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.results import FOLDER, Json, read
+from bench.results import FOLDER, ROOT, Json, read
 
-NOT_GPU = ("equivalence", "memory")
+NOT_GPU = ("equivalence", "memory", "pony")
 """Folders below the results that hold other files than a GPU's."""
+RATES = (ROOT / "examples/pony/results/rates.json", ROOT / "examples/pony/results/image/rates.json")
+"""How often the pony's clips are right: from a prompt, and from a prompt and a first picture."""
 CARDS = (24, 48, 80)
 """GB; taken as 10^9 bytes, the least that a card of the name has (an L4 or A10G of 24 GB shows 22.5 GiB)."""
 _CONTEXT_GIB = 0.5  # CUDA context and library workspaces, which the plan does not count: 0.3 to 0.5 GiB
@@ -23,11 +25,17 @@ class Report:
         gpu: Result files of GPUs by path, oldest first.
         equivalence: Files of error measurements by path.
         memory: The memory plan, None where there is none.
+        rates: How often the pony's clips are right.
+        fidelity: What precision and sparsity cost the pony, None where that is not measured.
+        activations: Its ranges and attention maps, likewise.
     """
 
     gpu: dict[Path, Json]
     equivalence: dict[Path, Json]
     memory: Json | None
+    rates: list[Json] = field(default_factory=list)
+    fidelity: Json | None = None
+    activations: Json | None = None
 
     @property
     def cases(self) -> list[Json]:
@@ -36,7 +44,7 @@ class Report:
 
 
 def load(folder: Path = FOLDER) -> Report:
-    """Read and validate the results below a folder.
+    """Read and validate the results below a folder, and the pony's rates beside its example.
 
     Raises:
         ResultError: A GPU's file does not fit its format.
@@ -46,7 +54,10 @@ def load(folder: Path = FOLDER) -> Report:
     gpu = {path: data for path, data in runs.items() if data["gpu"] != "cpu"}  # a CPU's speed is nobody's question
     equivalence = {path: json.loads(path.read_text()) for path in files if path.parent.name == "equivalence"}
     memory = [json.loads(path.read_text()) for path in files if path.parent.name == "memory"]
-    return Report(gpu, equivalence, memory[-1] if memory else None)
+    pony = {path.stem: json.loads(path.read_text()) for path in files if path.parent.name == "pony"}
+    rates = [json.loads(path.read_text()) for path in RATES if path.exists()]
+    newest = memory[-1] if memory else None
+    return Report(gpu, equivalence, newest, rates, pony.get("fidelity"), pony.get("activations"))
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,7 @@ class Row:
         note: The verdict in words: the ratio to the best peer, or why there is no number.
         median_ms: None where it is not verified or did not run.
         tflops: On computed FLOPs.
+        tflops_useful: On the model's own.
         gbps: Bytes moved per second.
         roofline: Share of the roofline.
         best: Name of the fastest peer.
@@ -72,6 +84,7 @@ class Row:
     note: str
     median_ms: float | None = None
     tflops: float | None = None
+    tflops_useful: float | None = None
     gbps: float | None = None
     roofline: float | None = None
     best: str | None = None
@@ -87,7 +100,7 @@ def row_of(entry: Json) -> Row:
     taken = entry["median_ms"]
     if taken is None:
         return Row(case, impl, "not verified", f"no number: {reason}")
-    numbers = (taken, entry["tflops"], entry["gbps"], entry["roofline"])
+    numbers = (taken, entry["tflops"], entry.get("tflops_useful"), entry["gbps"], entry["roofline"])
     peers: dict[str, float] = entry["peers"]
     if not peers:
         return Row(case, impl, "alone", "no peer ran", *numbers)

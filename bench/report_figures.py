@@ -55,19 +55,24 @@ DPI = 110
 MOST_BARS = 40
 
 
-def draw_all(report: Report, folder: Path) -> list[Path]:
-    """Draw every picture that the results allow; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Figure] = {"roofline": roofline(report), "floor": floor(), "block_maps": block_maps()}
+def figures(report: Report) -> dict[str, Figure]:
+    """Every picture that the results allow."""
+    made: dict[str, Figure] = {"roofline": roofline(report), "floor": floor(), "block_maps": block_maps()}
     if report.gpu:
-        figures["peers"] = peers(report)
+        made["peers"] = peers(report)
     if report.cases:
-        figures["error_per_layer"] = error_per_layer(report.cases)
-        figures["error_per_op"] = error_per_op(report.cases)
+        made["error_per_layer"] = error_per_layer(report.cases)
+        made["error_per_op"] = error_per_op(report.cases)
     if report.memory is not None:
-        figures["memory"] = memory(report.memory)
+        made["memory"] = memory(report.memory)
+    return made
+
+
+def save(made: dict[str, Figure], folder: Path) -> list[Path]:
+    """Write pictures under their names; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, figure in figures.items():
+    for name, figure in made.items():
         FigureCanvasAgg(figure)
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=DPI, metadata={"Software": None})
@@ -75,7 +80,8 @@ def draw_all(report: Report, folder: Path) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float, title: str, note: str) -> Figure:
+def blank_figure(width: float, height: float, title: str, note: str) -> Figure:
+    """A figure of so many inches with its title above and a note, folded, below."""
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     lines = textwrap.fill(note, int(width * 14.5))  # characters of 8.5 pt that fit an inch
@@ -83,7 +89,8 @@ def _figure(width: float, height: float, title: str, note: str) -> Figure:
     return figure
 
 
-def _clean(axes: Axes, title: str = "") -> Axes:
+def clean(axes: Axes, title: str = "") -> Axes:
+    """Axes in the report's style."""
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.tick_params(labelsize=8.5, colors=FAINT, length=3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -117,8 +124,8 @@ def roofline(report: Report) -> Figure:
     note = (
         f"hollow: the ceiling at an op's FLOP per byte, a prediction from {card.source}; {state}. Norms have no FLOPs."
     )
-    figure = _figure(9.5, 5.6, f"Roofline, {card.name.upper()}: {WHAT}", note)
-    axes = _clean(figure.add_subplot())
+    figure = blank_figure(9.5, 5.6, f"Roofline, {card.name.upper()}: {WHAT}", note)
+    axes = clean(figure.add_subplot())
     reach = np.logspace(1.5, 5.2, 200)
     for precision, colour in (("bf16", BLUE), ("fp8", ORANGE)):
         if precision == "fp8" and card.fp8 is None:
@@ -184,8 +191,8 @@ def floor() -> Figure:
         "fp8, 12.5 %": (CONFIG, "fp8", 0.125),
     }
     note = f"every product at the datasheet's peak, every byte once ({card.source}); no kernel can be faster"
-    figure = _figure(9.5, 3.6, f"PREDICTED floor of a step on an H100, not measured: {WHAT}", note)
-    axes = _clean(figure.add_subplot())
+    figure = blank_figure(9.5, 3.6, f"PREDICTED floor of a step on an H100, not measured: {WHAT}", note)
+    axes = clean(figure.add_subplot())
     for place, (config, precision, share) in enumerate(bars.values()):
         left = 0.0
         costs = step_costs(config, CLIP, precision=precision, gpu=card, video_share=share)
@@ -212,8 +219,8 @@ def peers(report: Report) -> Figure:
     rows = ranked[:MOST_BARS]
     note = f"{path.parent.name}/{path.name}; ratio: best peer's time over ours, in one run; red: slower than the peer; "
     note += f"{len(rows)} of {len(ranked)} cases, those that need attention first"
-    figure = _figure(9.5, 1.6 + 0.27 * max(len(rows), 1), f"Against the best peer, {data['gpu']}", note)
-    axes = _clean(figure.add_subplot())
+    figure = blank_figure(9.5, 1.6 + 0.27 * max(len(rows), 1), f"Against the best peer, {data['gpu']}", note)
+    axes = clean(figure.add_subplot())
     for place, row in enumerate(rows):
         if row.ratio is None:
             axes.annotate(row.note[:90], (0.02, place), va="center", fontsize=8, color=RED)
@@ -249,7 +256,7 @@ def block_maps() -> Figure:
         "blocks of 128 x 128 tokens. The choice in the middle depends on q and k; here every token has the same ones, "
         "so the rotary position decides alone"
     )
-    figure = _figure(14, 5.9, f"Block maps of {WHAT}", note)
+    figure = blank_figure(14, 5.9, f"Block maps of {WHAT}", note)
     for axes, (name, block_map) in zip(figure.subplots(1, 3), maps.items(), strict=True):
         block_map.plot(axes, layout=layout)
         axes.set_title(f"{name}\n{axes.get_title()}", fontsize=9.5, color=INK, pad=20)
@@ -274,11 +281,11 @@ def _positions_alone(layout: Layout, grid: Clip) -> torch.Tensor:
 def error_per_layer(cases: list[Json]) -> Figure:
     """Relative L2 of the residual stream after every layer, per form, video and audio apart."""
     note = "relative L2 to eager float32 of the residual stream, errors of earlier layers included; out: the velocity"
-    figure = _figure(3.1 * len(cases) + 1, 5.4, "Error per layer", note)
+    figure = blank_figure(3.1 * len(cases) + 1, 5.4, "Error per layer", note)
     panels = figure.subplots(2, len(cases), sharey=True, squeeze=False)
     for column, case in enumerate(cases):
         for row, modality in enumerate(("video", "audio")):
-            axes = _clean(panels[row][column], f"{case['case']}: {modality}" if row == 0 else modality)
+            axes = clean(panels[row][column], f"{case['case']}: {modality}" if row == 0 else modality)
             places = [f"layer.{i}.{modality}" for i in range(case["layers"])] + [f"velocity.{modality}"]
             for form in case["forms"]:
                 colour, marker = FORM_STYLE[form["form"]]
@@ -307,9 +314,9 @@ def _marker(form: str, marker: str) -> dict[str, Any]:
 def error_per_op(cases: list[Json]) -> Figure:
     """Each op's own error on its float32 inputs: the worst layer of all cases."""
     note = "worst layer and case; each op runs on its float32 input, whose rounding or quantisation counts as its error"
-    figure = _figure(9.5, 3.6, "Error of each op by itself", note)
+    figure = blank_figure(9.5, 3.6, "Error of each op by itself", note)
     for axes, modality in zip(figure.subplots(1, 2, sharey=True), ("video", "audio"), strict=True):
-        _clean(axes, modality)
+        clean(axes, modality)
         for form, (colour, marker) in FORM_STYLE.items():
             of = [f for case in cases for f in case["forms"] if f["form"] == form]
             for place, op in enumerate(OPS):
@@ -339,7 +346,7 @@ def memory(data: Json) -> Figure:
     )
     clip = data["timelines"][0]
     title = f"Memory over one layer of each kind: {clip['preset']}, {clip['resolution']}, {clip['seconds']} s"
-    figure = _figure(12.5, 4.4, title, note)
+    figure = blank_figure(12.5, 4.4, title, note)
     panels = figure.subplots(1, len(data["timelines"]), sharey=True)
     for axes, timeline in zip(panels, data["timelines"], strict=True):
         _memory_panel(axes, timeline)
@@ -358,7 +365,7 @@ def _memory_panel(axes: Axes, timeline: Json) -> None:
     operations = [name for layer in timeline["layers"] for name in layer["operations"]]
     peak = max(range(len(live)), key=live.__getitem__)
     weights = timeline["weights_gib"]
-    _clean(axes, f"{timeline['form']}: {weights:.1f} weights + {live[peak]:.1f} = {weights + live[peak]:.1f} GiB")
+    clean(axes, f"{timeline['form']}: {weights:.1f} weights + {live[peak]:.1f} = {weights + live[peak]:.1f} GiB")
     axes.fill_between([*x, len(timeline["layers"])], 0, [*live, live[-1]], step="post", color=BLUE, linewidth=0)
     axes.annotate(
         f"peak: {operations[peak]}", (x[peak], live[peak]), (2, 3), textcoords="offset points", fontsize=8.5, color=INK

@@ -1,18 +1,25 @@
-"""What the report shows without a GPU, measured once and committed: errors of the fast forms, memory, launches.
+"""What the report shows without a GPU, measured once and committed: errors, memory, launches, clips of the pony.
 
-python -m bench.report_measure      # 2 minutes on a CPU; then `make report`
+python -m bench.report_measure             # 9 minutes of one core; then `make report`
+python -m bench.report_measure pony        # what depends on the pony's weights alone: 6 minutes
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.results import FOLDER, Json, describe_machine
+from bench.results import FOLDER, ROOT, Json, describe_machine
+from happyhorse_fast.cli.activations import measure_activations
 from happyhorse_fast.cli.equivalence import equivalence_golden
+from happyhorse_fast.cli.fidelity import measure_fidelity, policies
 from happyhorse_fast.cli.forms import FORMS, Form
 from happyhorse_fast.cli.output import plain
 from happyhorse_fast.config import ModelConfig
@@ -21,10 +28,18 @@ from happyhorse_fast.model.fast_config import FastConfig, TopK
 from happyhorse_fast.model.fast_state import is_accelerated
 from happyhorse_fast.model.launches import launches_per_layer
 from happyhorse_fast.model.memory import StorageMeter, one_layer_per_kind, peak_by_kind, peak_memory, weight_bytes
+from happyhorse_fast.pony import load_model
+from happyhorse_fast.pony.weights import PONY as CONFIG
+from happyhorse_fast.pony.weights import weights_digest
+from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.tokens import tokens_for
 
 EQUIVALENCE = FOLDER / "equivalence"
 MEMORY = FOLDER / "memory"
+PONY = FOLDER / "pony"
+EVALUATE = ROOT / "examples" / "pony" / "evaluate.py"
+PONY_CLIPS = 8
+PONY_PROMPT = "a large red ball bounces twice"
 SHOWN = FORMS[1:]
 """The forms that somebody would run the full model in."""
 CLIPS = (
@@ -38,8 +53,8 @@ _GIB = 2**30
 
 
 def measure_equivalence() -> Json:
-    """Every form on the recorded cases, in backend reference on the CPU."""
-    fast = FastConfig(precision="fp8", sparsity=TopK(0.25), backend="reference")
+    """Every form on the recorded cases, attention in fp8 as well; in backend reference on the CPU."""
+    fast = FastConfig(precision="fp8", attention="fp8", sparsity=TopK(0.25), backend="reference")
     return {**describe_machine(torch.device("cpu")), "equivalence": plain(equivalence_golden(fast))}
 
 
@@ -47,6 +62,7 @@ def measure_memory() -> Json:
     """Peaks of whole models, live bytes along one layer of each kind, and launches; under fake tensors."""
     return {
         **describe_machine(torch.device("cpu")),
+        "attention": FastConfig().attention,
         "peaks": [_peak(form, *clip) for clip in CLIPS for form in SHOWN],
         "timelines": [_timeline(form, *TRACED) for form in SHOWN],
         "launches": [_launches(precision, masks) for precision in ("bf16", "fp8") for masks in (None, TopK(0.25))],
@@ -122,6 +138,37 @@ def _launches(precision: Any, sparsity: TopK | None) -> Json:
     return {"precision": precision, "masks": masks, "fewest": min(counts), "most": max(counts)}
 
 
+def measure_fidelity_of_pony() -> Json:
+    """Clips of held-out prompts under every policy, against float32's."""
+    found = measure_fidelity(policies(), PONY_CLIPS, progress=print)
+    return {**describe_machine(torch.device("cpu")), **plain(found)}
+
+
+def measure_activations_of_pony() -> Json:
+    """Ranges of activations in the trained weights and in seeded ones, and attention maps of the trained."""
+    ranges, maps = measure_activations(load_model(torch.float32), PONY_PROMPT)
+    seeded, _ = measure_activations(HappyHorse(CONFIG, torch.float32).init_weights(0), PONY_PROMPT, map_steps=())
+    shown = [{**plain(m), "mass": [[round(x, 3) for x in row] for row in m.mass]} for m in maps]
+    header = {"weights": weights_digest(), "prompt": PONY_PROMPT}
+    return {
+        **describe_machine(torch.device("cpu")),
+        **header,
+        "trained": plain(ranges),
+        "seeded": plain(seeded),
+        "maps": shown,
+    }
+
+
+def measure_pony() -> None:
+    """Fidelity and activations, and how often clips are right; the contact sheets with it."""
+    write(PONY / "fidelity.json", measure_fidelity_of_pony())
+    write(PONY / "activations.json", measure_activations_of_pony())
+    results = EVALUATE.parent / "results"
+    for extra in ([], ["--image"]):
+        folder = results / "image" if extra else results
+        subprocess.run([sys.executable, str(EVALUATE), *extra, "--out", str(folder)], check=True)
+
+
 def rounded(value: Any) -> Any:
     """Floats to four significant digits: what the report shows, in a third of the size."""
     if isinstance(value, dict):
@@ -144,11 +191,23 @@ def write(path: Path, data: Json) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
+PARTS: dict[str, Callable[[], None]] = {
+    "memory": lambda: write(MEMORY / "plan.json", measure_memory()),
+    "equivalence": lambda: write(EQUIVALENCE / "cpu.json", measure_equivalence()),
+    "pony": measure_pony,
+}
+
+
 def main() -> None:
-    """Measure and write both files."""
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; by default all of them")
+    chosen = parser.parse_args().parts
+    if unknown := set(chosen) - PARTS.keys():
+        parser.error(f"part must be one of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
-    write(MEMORY / "plan.json", measure_memory())
-    write(EQUIVALENCE / "cpu.json", measure_equivalence())
+    for part in chosen or PARTS:
+        PARTS[part]()
 
 
 if __name__ == "__main__":

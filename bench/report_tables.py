@@ -66,7 +66,7 @@ def memory_table(data: Json) -> Table:
         ("clip", "form", "peak", "of it weights", "fits a card of"),
         tuple(rows),
         "Planned, not measured on a GPU: live tensors of a forward pass under fake tensors. A card of N GB counts as "
-        "N x 10^9 bytes, 0.5 GiB of it for the CUDA context.",
+        f"N x 10^9 bytes, 0.5 GiB of it for the CUDA context. fast fp8: attention in {data['attention']}.",
     )
 
 
@@ -82,6 +82,10 @@ def launch_table(data: Json) -> Table:
 
 def _number(value: float | None, form: str = ".1e") -> str:
     return "not finite" if value is None else format(value, form)
+
+
+def _attention(cases: list[Json]) -> str:
+    return f"fast fp8: attention in {' and '.join(sorted({case['attention'] for case in cases}))} as well."
 
 
 def error_table(cases: list[Json]) -> Table:
@@ -108,7 +112,8 @@ def error_table(cases: list[Json]) -> Table:
         tuple(rows),
         "added: distance to the form above it, so the kernels', fp8's and sparsity's own part. Small models with "
         "seeded random weights; for sparsity that is a hard case: random weights attend to all keys alike. "
-        "Budget: fast bf16 within 2x of eager bf16's own error; fp8 is stated and fails past 0.3.",
+        "Budget: fast bf16 within 2x of eager bf16's own error; fp8 is stated and fails past 0.3. "
+        f"{_attention(cases)}",
         frozenset(marks),
     )
 
@@ -131,7 +136,7 @@ def error_summary(cases: list[Json]) -> Table:
         ("case", *FORM_ORDER),
         tuple(rows),
         "Small models with seeded random weights. For sparsity (a quarter of the video blocks) that is a hard case: "
-        "random weights attend to all keys alike, so every block that is left out counts.",
+        f"random weights attend to all keys alike, so every block that is left out counts. {_attention(cases)}",
     )
 
 
@@ -175,12 +180,12 @@ def bench_table(path: Path, data: Json, most: int | None = None) -> Table:
     for row in every[:most]:
         if row.verdict in ("slower", "not verified"):
             marks.add(len(rows))
-        numbers: list[Any] = [row.median_ms, row.tflops, row.gbps]
+        numbers: list[Any] = [row.median_ms, row.tflops, row.tflops_useful, row.gbps]
         cells = ["" if value is None else f"{value:,.3g}" for value in numbers]
         share = "" if row.roofline is None else f"{row.roofline:.0%}"
         rows.append((row.case, row.impl, *cells, share, row.note))
     title = f"{data['gpu']}: {path.stem}, torch {data['torch']}, Triton {data['triton']}, driver {data['driver']}"
-    columns = ("case", "on", "ms", "TFLOP/s", "GB/s", "of roofline", "best peer")
+    columns = ("case", "on", "ms", "TFLOP/s", "useful", "GB/s", "of roofline", "best peer")
     absent = "; ".join(f"{name}: {why}" for name, why in data.get("absent", {}).items())
     notes = [f"{len(rows)} of {len(every)} cases, those that need attention first."] if len(rows) < len(every) else []
     notes += [f"Peers that were absent: {absent}."] if absent else []
@@ -194,8 +199,12 @@ def sampler_table(path: Path, data: Json) -> Table:
         numbers = [run["s_per_step"], run["total_s"], run["peak_memory_gib"]]
         cells = ["" if value is None else f"{value:.2f}" for value in numbers]
         clip = f"{run['preset']}, {run['resolution']}, {run['seconds']} s"
-        rows.append((clip, run["mode"], run.get("mask") or "", str(run["steps"]), *cells, run.get("note") or ""))
-    columns = ("clip", "mode", "mask", "steps", "s/step", "total s", "peak GiB", "note")
+        card = f"{run['cap_gb']} GB" if run.get("cap_gb") else "whole"
+        spent = sorted((run.get("breakdown") or {}).items(), key=lambda item: -item[1])
+        notes = [f"{name} {seconds:.2f} s" for name, seconds in spent if seconds >= 0.005]
+        notes += [run["note"]] if run.get("note") else []
+        rows.append((clip, run["mode"], run.get("mask") or "", card, str(run["steps"]), *cells, ", ".join(notes)))
+    columns = ("clip", "mode", "mask", "card", "steps", "s/step", "total s", "peak GiB", "of a step, and notes")
     return Table(f"Sampler, {data['gpu']}: {path.stem}", columns, tuple(rows))
 
 

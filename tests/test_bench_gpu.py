@@ -170,6 +170,7 @@ STARTS = {
 }
 
 
+@pytest.mark.slow
 def test_stages_import_nothing_that_the_gpu_machine_lacks():
     code = f"""
 import sys
@@ -294,6 +295,7 @@ def test_a_run_whose_time_is_up_says_how_many_steps_it_timed():
     assert entry["total_s"] == pytest.approx(6 * entry["s_per_step"])
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_a_result_and_ends_no_other(monkeypatch, tmp_path, capsys):
     def broken(*_):
         raise RuntimeError("device-side assert")

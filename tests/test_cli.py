@@ -19,11 +19,8 @@ from happyhorse_fast import __version__, golden
 from happyhorse_fast.cli import demo as demo_command
 from happyhorse_fast.cli import run
 from happyhorse_fast.cli import sample as sample_command
-from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.costs import parameters
 from happyhorse_fast.model.checkpoint import save_checkpoint
 from happyhorse_fast.sampler import StepInfo
-from happyhorse_fast.tokens import ClipTokens
 
 torch.set_num_threads(1)
 
@@ -145,49 +142,6 @@ def test_doctor(as_json: Json, monkeypatch: Patch, capsys: Capture) -> None:
         assert (fits["happyhorse-1.0-15b", form]["48 GB"], fits["happyhorse-1.0-15b", form]["24 GB"]) == cards
     assert run(["doctor"]) == 0
     assert "what runs here" in capsys.readouterr().out
-
-
-# demo -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_demo(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(demo_command, "CLIP", ClipTokens(T=3, H=4, W=6, audio=9))
-
-
-@pytest.mark.usefixtures("small_demo")
-def test_demo(as_json: Json, capsys: Capture, tmp_path: Path) -> None:
-    data = as_json("demo", "--out", tmp_path / "new" / "demo", "--steps", 3, "--seed", 5)
-    reference, bf16, fast_bf16, fp8 = data["forms"]
-    assert (reference["video_error"], reference["audio_error"]) == (0, 0)
-    for name in ("video_error", "audio_error"):
-        assert 1e-5 < bf16[name] < 2e-2, f"measured {bf16[name]:.2e}"
-        assert fast_bf16[name] < 2 * bf16[name], f"measured {fast_bf16[name]:.2e}, eager {bf16[name]:.2e}"
-        assert 2e-2 < fp8[name] < 0.2, f"measured {fp8[name]:.2e}"
-    weights = parameters(ModelConfig.preset("tiny")).bytes
-    assert all(form["peak_memory_bytes"] > weights / 2 and form["seconds_per_step"] > 0 for form in data["forms"])
-    latents = load_file(data["latents"])
-    assert latents["eager bfloat16.video"].shape == (1, 48, 3, 4, 6)
-    assert latents["eager float32.audio"].shape == (1, 9, 64)
-    assert Path(data["picture"]).read_bytes()[:4] == b"\x89PNG"
-    assert sorted(p.name for p in Path(data["latents"]).parent.iterdir()) == ["demo.png", "latents.safetensors"]
-    assert run(["demo", "--out", str(tmp_path), "--steps", "1"]) == 0
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("eager float32", "eager bfloat16", "video error", "s/step", "peak memory"))
-
-
-@pytest.mark.usefixtures("small_demo")
-def test_demo_without_matplotlib(as_json: Json, tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    data = as_json("demo", "--out", tmp_path, "--steps", 1)
-    assert data["picture"] is None
-    assert "happyhorse-fast[plot]" in data["why_no_picture"]
-    assert [p.name for p in tmp_path.iterdir()] == ["latents.safetensors"]
-
-
-def test_demo_into_a_file(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "file").touch()
-    assert "out must be a folder" in fails(capsys, "demo", "--out", tmp_path / "file")
 
 
 # sample ---------------------------------------------------------------------------------------------------------------
@@ -380,18 +334,18 @@ def test_ctrl_c_exits_130_and_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_out_of_memory_is_one_line(monkeypatch: Patch, capsys: Capture) -> None:
+def test_out_of_memory_is_one_line(monkeypatch: Patch, capsys: Capture, tmp_path: Path) -> None:
     def too_large(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
 
-    monkeypatch.setattr(demo_command, "run_forms", too_large)
-    assert "`happyhorse-fast plan` says what a clip needs" in fails(capsys, "demo", code=1)
+    monkeypatch.setattr(demo_command, "make_clips", too_large)
+    assert "`happyhorse-fast plan` says what a clip needs" in fails(capsys, "demo", "--out", tmp_path, code=1)
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch: Patch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(demo_command, "run_forms", broken)
+    monkeypatch.setattr(demo_command, "make_clips", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run(["demo"])

@@ -187,7 +187,12 @@ def test_explain_names_what_runs() -> None:
     with pytest.raises(TypeError, match="model must be a HappyHorse"):
         explain(torch.nn.Linear(2, 2))
     fast = FastConfig(
-        precision="fp8", skip=["attention:2"], sparsity=TopK(0.5), exact_first_layers=3, backend="reference"
+        precision="fp8",
+        attention="fp8",
+        skip=["attention:2"],
+        sparsity=TopK(0.5),
+        exact_first_layers=3,
+        backend="reference",
     )
     lines = {(e.layer, e.op): e for e in explain(accelerate(case.model(torch.bfloat16), fast))}
     assert lines[0, "block_sparse_attention"].mask == "window"

@@ -54,7 +54,7 @@ def test_fp8_error_is_as_stated(name: str, attention: Any) -> None:
 @pytest.mark.skipif(DRY, reason="another 40 s in the interpreter; `make check` runs it")
 def test_auto_runs_kernels_and_sparsity_waits_for_nothing() -> None:
     case = golden.load_case("local_d128_fp32")
-    fast = FastConfig(precision="fp8", sparsity=TopK(0.5), strict=True)
+    fast = FastConfig(precision="fp8", attention="fp8", sparsity=TopK(0.5), strict=True)
     model = accelerate(case.model(torch.bfloat16).to(DEVICE), fast)
     velocities(model, case)  # compiles, and makes the clip's state
     hidden = torch.zeros(

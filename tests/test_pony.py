@@ -13,7 +13,19 @@ from safetensors.torch import load_file
 
 from happyhorse_fast.pony import codec as codecs
 from happyhorse_fast.pony import encode_image, generate, load_codecs, load_model
-from happyhorse_fast.pony.prompt import TEXT_CHANNELS, TEXT_TOKENS, Prompt, all_prompts, encode_text, parse
+from happyhorse_fast.pony.measure import judge, measure, rates
+from happyhorse_fast.pony.metrics import log_spectral_distance, psnr
+from happyhorse_fast.pony.prompt import (
+    TEXT_CHANNELS,
+    TEXT_TOKENS,
+    Prompt,
+    all_prompts,
+    encode_text,
+    held_out_prompts,
+    parse,
+    training_prompts,
+)
+from happyhorse_fast.pony.scene import background
 from happyhorse_fast.pony.weights import CODEC_FILE, PONY, WEIGHTS_FILE
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.sequence import Clip
@@ -32,7 +44,6 @@ def scripts(monkeypatch):
 
 @pytest.fixture
 def scenes(scripts):
-    from split import held_out_prompts
     from world import draw_scene
 
     rng = random.Random(7)
@@ -88,9 +99,6 @@ def test_a_lossless_linear_codec_gives_the_pixels_back():
 
 
 def test_codecs_pass_their_gate_and_keep_what_is_measured(scenes):
-    from evaluate import judge
-    from fit_codec import log_spectral_distance, psnr
-    from measure import measure
     from world import render_audio, render_video
 
     video, audio = load_codecs()
@@ -110,9 +118,7 @@ def test_codecs_pass_their_gate_and_keep_what_is_measured(scenes):
 
 
 def test_the_evaluator_tells_clips_apart(scenes):
-    from evaluate import judge, rates
-    from measure import measure
-    from world import background, render_audio, render_video
+    from world import render_audio, render_video
 
     frames, samples = render_video(scenes), render_audio(scenes)
     found = [measure(*clip) for clip in zip(frames, samples.roll(1, 0), strict=True)]
@@ -123,9 +129,7 @@ def test_the_evaluator_tells_clips_apart(scenes):
     assert empty.colour is None and empty.seen == [] and empty.heard == [] and not empty.in_sync
 
 
-def test_held_out_prompts_are_not_trained_on(scripts):
-    from split import held_out_prompts, training_prompts
-
+def test_held_out_prompts_are_not_trained_on():
     held_out, trained = set(held_out_prompts()), set(training_prompts())
     assert len(held_out) == 64 and len(trained) == 152 and not held_out & trained
 
@@ -205,6 +209,7 @@ def test_muon_steps_are_orthogonal_per_expert(scripts):
     assert values.shape == (3, 32) and values.min() > 0.3 and values.max() < 1.5
 
 
+@pytest.mark.slow
 def test_training_stops_and_goes_on(scripts, tmp_path, capsys):
     import train
 
@@ -234,11 +239,7 @@ def test_package_data_is_small_and_the_model_within_8_million_parameters():
     assert sum(p.numel() for p in load_model().parameters()) <= 8_000_000
 
 
-def test_clips_of_unseen_prompts_show_and_sound_as_asked(scripts):
-    from evaluate import judge, rates
-    from measure import measure
-    from split import held_out_prompts
-
+def test_clips_of_unseen_prompts_show_and_sound_as_asked():
     model = load_model()
     prompts = [prompt for prompt in held_out_prompts() if prompt.place is not None][:12]
     clips = [generate(model, str(prompt), seed=i) for i, prompt in enumerate(prompts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import html
 import json
 import re
@@ -13,8 +14,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import report, report_data, report_figures, report_measure, report_tables
+from bench import report, report_data, report_figures, report_measure, report_pony, report_tables
 from bench.results import ResultError
+from happyhorse_fast.cli import fidelity
+from happyhorse_fast.pony.weights import weights_digest
 
 MOST_BYTES = 200_000
 ENTRY = {
@@ -55,10 +58,12 @@ def text_of(found: report_data.Report) -> str:
     return report.readme_section(found) + report.page(found, [])
 
 
-def test_readme_is_what_the_committed_results_make() -> None:
-    readme = report.README.read_text(encoding="utf-8")
-    made = report.with_section(readme, report.readme_section(report_data.load()))
-    assert readme == made, "README differs from its generator: run `python -m bench.report --readme`"
+def test_readmes_are_what_the_committed_results_make() -> None:
+    found = report_data.load()
+    sections = {report.README: report.readme_section(found), report.PONY_README: report_pony.own_section(found)}
+    for path, section in sections.items():
+        readme = path.read_text(encoding="utf-8")
+        assert readme == report.with_section(readme, section), f"{path} is stale: run `python -m bench.report --readme`"
 
 
 def test_the_page_is_what_the_committed_results_make() -> None:
@@ -74,10 +79,48 @@ def test_the_page_needs_nothing_from_outside() -> None:
         assert html.escape(report.CAPTIONS[name]) in page
 
 
+def test_results_of_the_pony_are_of_the_weights_in_the_package() -> None:
+    found = report_data.load()
+    assert found.fidelity is not None and found.activations is not None and len(found.rates) == 2
+    for data in (found.fidelity, found.activations, *found.rates):
+        stale = "measured on other weights: run `python -m bench.report_measure pony`, then `make report`"
+        assert data["weights"] == weights_digest(), stale
+    measured = [(result["kind"], result["name"]) for result in found.fidelity["results"]]
+    assert measured == [(policy.kind, policy.name) for policy in fidelity.policies()]
+    assert list(fidelity.violations(as_fidelity(found.fidelity))) == []
+
+
+def as_fidelity(data: dict[str, Any]) -> fidelity.Fidelity:
+    results = tuple(
+        fidelity.PolicyResult(r["name"], r["kind"], r["settings"], r["kept"], fidelity.Summary(**r["summary"]), ())
+        for r in data["results"]
+    )
+    return fidelity.Fidelity(data["weights"], data["steps"], data["right"], data["clips"], results)
+
+
+def test_what_the_pony_lost_is_shown() -> None:
+    found = report_data.load()
+    assert found.fidelity is not None and found.activations is not None
+    planted = copy.deepcopy(found.fidelity)
+    planted["results"][0]["summary"] |= {"psnr_db": [12.34, 11.11], "moved": 5, "right": 3}
+    shown = dataclasses.replace(found, fidelity=planted, rates=[{**found.rates[0], "failed": []}])
+    for text in (report.readme_section(shown), report_pony.own_section(shown), report.page(shown, [])):
+        assert "12.3/11.1" in text and "Nothing was wrong." in text
+    assert "qkv alone" in report_pony.own_section(shown) and "qkv alone" not in report.readme_section(shown)
+    figures = report_pony.figures(shown)
+    assert set(figures) == {"fidelity", "activations", "attention"} <= report.CAPTIONS.keys()
+    worst = min(x for line in figures["fidelity"].axes[0].lines for x in line.get_xdata())
+    assert worst == 12.34
+    nothing = report_data.Report({}, {}, None)
+    assert report_pony.figures(nothing) == {}
+    assert report_pony.page_parts(nothing) == report_pony.section(nothing) == []
+
+
 def test_committed_pictures_are_small_and_named() -> None:
     pictures = sorted(report.OUT.glob("*.png"))
     assert {p.stem for p in pictures} <= report.CAPTIONS.keys()
     assert {"roofline", "memory", "block_maps", "error_per_layer"} <= {p.stem for p in pictures}
+    pictures += report.PONY_README.parent.rglob("*.png")
     assert [p.name for p in pictures if p.stat().st_size >= MOST_BYTES] == []
 
 

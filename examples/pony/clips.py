@@ -6,12 +6,11 @@ import random
 
 import torch
 from batched import Batch
-from split import training_prompts
 from world import draw_scene, render_audio, render_video
 
 from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.pony import codec as codecs
-from happyhorse_fast.pony.prompt import TEXT_CHANNELS, TEXT_TOKENS, encode_text
+from happyhorse_fast.pony.prompt import TEXT_CHANNELS, TEXT_TOKENS, encode_text, training_prompts
 from happyhorse_fast.pony.weights import load_codecs
 from happyhorse_fast.reference.sequence import Clip
 

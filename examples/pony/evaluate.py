@@ -6,46 +6,37 @@ Run with ``python examples/pony/evaluate.py --clips 64``.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import time
 from pathlib import Path
 
 import torch
-from measure import Measured, measure
-from split import held_out_prompts
+from matplotlib.figure import Figure
+from PIL import Image
 from world import draw_scene, render_video
 
 from happyhorse_fast.pony import PonyClip, encode_image, generate, load_model
-from happyhorse_fast.pony.prompt import Prompt
+from happyhorse_fast.pony.measure import RATES, judge, measure, rates
+from happyhorse_fast.pony.media import contact_sheet
+from happyhorse_fast.pony.prompt import Prompt, held_out_prompts
+from happyhorse_fast.pony.weights import weights_digest
 
-RATES = ("colour", "size", "bounces", "sync", "pitch", "place", "all")
-
-
-def judge(prompt: Prompt, found: Measured) -> dict[str, bool]:
-    """Which of the things that ``prompt`` asks for were found; ``sync`` is impacts heard within 2 frames of seen ones.
-
-    A place that the prompt leaves open counts as right.
-    """
-    right = {
-        "colour": found.colour == prompt.colour,
-        "size": found.size == prompt.size,
-        "bounces": len(found.seen) == prompt.count,
-        "sync": found.in_sync,
-        "pitch": found.pitch == prompt.size,
-        "place": found.place is not None and prompt.place in (None, found.place),
-    }
-    return right | {"all": all(right.values())}
-
-
-def rates(judged: list[dict[str, bool]]) -> dict[str, float]:
-    """Share of clips per thing asked for."""
-    return {name: sum(row[name] for row in judged) / len(judged) for name in RATES}
+SHOWN = 5
+"""Clips on the contact sheet, spread over all of them."""
 
 
 def first_picture(prompt: Prompt, seed: int) -> torch.Tensor:
     """[1, 48, 1, 8, 8] latent of the first picture of a clip that ``prompt`` describes."""
     return encode_image(render_video([draw_scene(prompt, random.Random(seed))])[0, 0])
+
+
+def save_small(figure: Figure, path: Path) -> None:
+    """Write a PNG of 256 colours: a third of the size, for pictures that are committed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def main() -> None:
@@ -62,7 +53,7 @@ def main() -> None:
     start = time.perf_counter()
     model, prompts = load_model(), held_out_prompts()
     clips: list[PonyClip] = []
-    judged = []
+    judged, failed = [], []
     for i in range(arguments.clips):
         prompt = prompts[i % len(prompts)]
         image = first_picture(prompt, arguments.seed + i) if arguments.image else None
@@ -71,17 +62,23 @@ def main() -> None:
         judged.append(judge(prompt, found))
         wrong = [name for name in RATES[:-1] if not judged[-1][name]]
         if wrong:
+            failed.append({"prompt": str(prompt), "seed": arguments.seed + i, "wrong": wrong})
             print(f"{prompt}: wrong {', '.join(wrong)}; {found}", flush=True)
         clips.append(clip)
     result = rates(judged)
     print(", ".join(f"{name} {100 * rate:.0f} %" for name, rate in result.items()))
     print(f"{len(judged)} clips in {time.perf_counter() - start:.0f} s")
     if arguments.out is not None:
-        from happyhorse_fast.pony.media import contact_sheet
-
         arguments.out.mkdir(parents=True, exist_ok=True)
-        contact_sheet(clips[:8]).savefig(arguments.out / "sheet.png")
-        report = {"clips": len(judged), "steps": arguments.steps, "image": arguments.image, "rates": result}
+        save_small(contact_sheet(clips[:: -(-len(clips) // SHOWN)]), arguments.out / "sheet.png")
+        report = {
+            "weights": weights_digest(),
+            "clips": len(judged),
+            "steps": arguments.steps,
+            "image": arguments.image,
+            "rates": result,
+            "failed": failed,
+        }
         (arguments.out / "rates.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -15,6 +15,7 @@ from world import draw_scene, render_audio, render_video
 from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.pony import codec as codecs
 from happyhorse_fast.pony.codec import LinearCodec
+from happyhorse_fast.pony.metrics import log_spectral_distance, psnr
 from happyhorse_fast.pony.prompt import all_prompts
 from happyhorse_fast.pony.weights import CODEC_FILE
 
@@ -58,24 +59,6 @@ def fit(clips: int, seed: int) -> tuple[LinearCodec, LinearCodec]:
         video.add(codecs.video_blocks(render_video(scenes)).flatten(0, 3))
         audio.add(render_audio(scenes).reshape(-1, codecs.FRAME_SAMPLES))
     return video.fit(LATENT_CHANNELS), audio.fit(AUDIO_CHANNELS)
-
-
-def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[B] dB over each clip, for values in 0..1."""
-    return -10 * (a - b).square().flatten(1).mean(dim=1).log10()
-
-
-def log_spectral_distance(a: torch.Tensor, b: torch.Tensor, floor_db: float = -60.0) -> torch.Tensor:
-    """[B] dB: root mean square difference of log power spectra in 42 ms windows, both floored below the peak."""
-    window = torch.hann_window(codecs.FRAME_SAMPLES)
-
-    def spectrum(x: torch.Tensor) -> torch.Tensor:
-        power = torch.stft(x, len(window), len(window) // 2, window=window, return_complex=True).abs().square()
-        return 10 * power.clamp(min=1e-12).log10()
-
-    first, second = spectrum(a), spectrum(b)
-    floor = first.amax(dim=(1, 2), keepdim=True) + floor_db
-    return (first.maximum(floor) - second.maximum(floor)).square().mean(dim=(1, 2)).sqrt()
 
 
 def main() -> None:

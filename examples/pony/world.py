@@ -9,22 +9,8 @@ import torch
 
 from happyhorse_fast.pony.codec import FPS, FRAME_SAMPLES, FRAMES, SAMPLE_RATE, SIDE
 from happyhorse_fast.pony.prompt import Prompt
+from happyhorse_fast.pony.scene import COLUMN, FLOOR_ROW, PITCH, RADIUS, RGB, background
 
-RADIUS = {"large": 23.0, "medium": 15.0, "small": 9.0}
-"""Pixels."""
-PITCH = {"large": 312.0, "medium": 624.0, "small": 1248.0}
-"""Hz; multiples of the frame rate, so that an oscillator has the same phase at every frame."""
-RGB = {
-    "red": (0.90, 0.12, 0.12),
-    "green": (0.10, 0.75, 0.20),
-    "blue": (0.15, 0.35, 0.95),
-    "yellow": (0.95, 0.85, 0.10),
-    "purple": (0.75, 0.15, 0.80),
-    "white": (0.97, 0.97, 0.97),
-}
-COLUMN = {"on the left": 36.0, "in the middle": 64.0, "on the right": 92.0}
-WALL, FLOOR = (0.10, 0.11, 0.14), (0.38, 0.36, 0.34)
-FLOOR_ROW = 112
 EDGE = 3.0
 """Pixels over which a ball's edge fades: sharper ones need more channels than the published latent has."""
 FIRST_IMPACT = {1: (20.0, 26.0), 2: (12.0, 14.0), 3: (9.0, 9.8)}
@@ -83,13 +69,6 @@ def draw_scene(prompt: Prompt, rng: random.Random) -> Scene:
         drop=DROP[prompt.count] * rng.uniform(0.92, 1.08),
         first_impact=rng.uniform(*FIRST_IMPACT[prompt.count]),
     )
-
-
-def background() -> torch.Tensor:
-    """[SIDE, SIDE, 3] wall and floor."""
-    picture = torch.tensor(WALL).expand(SIDE, SIDE, 3).clone()
-    picture[FLOOR_ROW:] = torch.tensor(FLOOR)
-    return picture
 
 
 def render_video(scenes: list[Scene]) -> torch.Tensor:

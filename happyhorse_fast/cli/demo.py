@@ -1,12 +1,12 @@
-"""``happyhorse-fast demo``: a seeded tiny model samples a clip in every form there is, error, time and memory apart."""
+"""``happyhorse-fast demo``: the small trained model makes a clip with sound from a prompt, eager beside fast."""
 
 from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,93 +14,102 @@ import typer
 
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.cli.forms import FORMS, Form
-from happyhorse_fast.cli.output import JsonOption, emit, gib, replacing, save_tensors, table
-from happyhorse_fast.cli.pony_demo import demo_prompt
-from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.tokens import ClipTokens
+from happyhorse_fast.cli.interpreted_layer import LAYER, LayerCheck, interpreted_layer
+from happyhorse_fast.cli.output import JsonOption, emit, replacing, save_tensors, table
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from happyhorse_fast.sampler import StepInfo
+    from happyhorse_fast.pony import PonyClip
 
-CLIP = ClipTokens(T=7, H=16, W=28, audio=25)
-"""Latent of the demonstration: 1 s at 24 fps of 448x256 pixels."""
-TEXT = 32
-LATENTS, PICTURE = "latents.safetensors", "demo.png"
+PROMPT = "a large red ball bounces twice"
+CLIP, SHEET, LATENTS = "clip.mp4", "clip.png", "clip.safetensors"
+SHOWN = "fast bfloat16"
+"""The form whose clip becomes the mp4: the exact one of the fast forms. All of them are in the contact sheet."""
 
 
 @dataclass
-class FormRun:
-    """What one form did.
+class ClipRun:
+    """A clip as one form made it.
 
     Attributes:
         form: Its name.
-        video: [1, C, T, H, W] final latent.
-        audio: [1, A, Ca] final latent.
-        video_error: Relative L2 against the first form, after each step.
-        audio_error: Likewise.
-        seconds: Time of each step.
-        peak_bytes: Live tensor bytes at the peak of a forward pass, weights included.
+        clip: Pictures, sound and latents.
+        seconds: Of sampling and decoding.
+        video_error: Relative L2 of the video latent to the first form's.
+        audio_error: Of the audio latent.
+        psnr_db: Of the pictures against the first form's; None for that one.
     """
 
     form: str
-    video: torch.Tensor
-    audio: torch.Tensor
-    seconds: list[float]
-    peak_bytes: int
-    trajectory: list[tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
-    video_error: list[float] = field(default_factory=list)
-    audio_error: list[float] = field(default_factory=list)
+    clip: PonyClip
+    seconds: float
+    video_error: float = 0.0
+    audio_error: float = 0.0
+    psnr_db: float | None = None
 
 
 def demo(
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, inputs and noise.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 8,
-    out: Annotated[Path, typer.Option(help="Folder for the latents and the picture; made where needed.")] = Path(
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="a <large|medium|small> <red|green|blue|yellow|purple|white> ball bounces <once|twice|three times> "
+            "[on the left|in the middle|on the right]"
+        ),
+    ] = PROMPT,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Image to video: the first picture, a PNG or JPEG or a film's first; its middle square."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all noise.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps; the model was trained for 8.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for the clip, its contact sheet and latents.")] = Path(
         "happyhorse-demo"
     ),
-    prompt: Annotated[
-        str | None,
-        typer.Option(help='Make a clip with the small trained model, such as "a large red ball bounces twice".'),
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sample a seeded tiny model on the CPU in every form; save the latents and a picture of them.
+    """Make a clip with sound on the CPU: 7.4 M parameters, 8 steps, eager and in every fast form (backend reference).
 
-    The weights are random, so the picture is of numbers, not of horses: what it shows is how close the forms are. With
-    --prompt, the small trained model makes a clip with sound instead.
+    One layer also runs through the Triton kernels, in Triton's interpreter; exit code 1 where it is off.
     """
+    from happyhorse_fast.pony.media import read_image
+    from happyhorse_fast.pony.prompt import parse
+
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out must be a folder, {out} is a file")
-    if prompt is not None:
-        with _one_thread():
-            demo_prompt(prompt, seed=seed, steps=steps, out=out, as_json=as_json)
-        return
+    prompt = str(parse(prompt))
+    picture = None if image is None else read_image(image)
     start = time.perf_counter()
-    config = ModelConfig.preset("tiny")
-    with _one_thread():
-        runs = run_forms(config, CLIP, FORMS, text=TEXT, seed=seed, steps=steps)
+    # In a process of its own, so beside the forms; it takes as long as all of them.
+    with _one_thread(), interpreted_layer(prompt, seed) as layer:
+        runs = make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
+        kernels, why_no_kernels = layer.checks()
     seconds = time.perf_counter() - start
-    out.mkdir(parents=True, exist_ok=True)
-    latents = {
-        f"{run.form}.{name}": value for run in runs for name, value in (("video", run.video), ("audio", run.audio))
-    }
-    save_tensors(out / LATENTS, latents, {"preset": "tiny", "seed": seed, "steps": steps})
-    picture, why = _picture(out / PICTURE, runs)
     data = {
-        "preset": "tiny",
+        "prompt": prompt,
+        "image": image,
         "seed": seed,
         "steps": steps,
-        "tokens": CLIP.total(TEXT),
         "seconds": seconds,
-        "latents": out / LATENTS,
-        "picture": picture,
-        "why_no_picture": why,
-        "forms": [_as_data(run) for run in runs],
+        **_write(out, runs, {"prompt": prompt, "image": image, "seed": seed, "steps": steps}),
+        "forms": [
+            {
+                "form": run.form,
+                "video_error": run.video_error,
+                "audio_error": run.audio_error,
+                "psnr_db": run.psnr_db,
+                "seconds": run.seconds,
+            }
+            for run in runs
+        ],
+        "layer": LAYER,
+        "kernels": kernels,
+        "why_no_kernels": why_no_kernels,
     }
-    emit(data, as_json, lambda console: _render(console, data))
+    emit(data, as_json, lambda console: _render(console, data, kernels))
+    if not all(check.passed for check in kernels):
+        raise typer.Exit(1)
 
 
 @contextmanager
@@ -116,101 +125,111 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def run_forms(
-    config: ModelConfig, clip: ClipTokens, forms: tuple[Form, ...], *, text: int, seed: int, steps: int
-) -> list[FormRun]:
-    """Sample the same clip from the same weights and noise in several forms, on the CPU.
+def make_clips(
+    prompt: str, forms: tuple[Form, ...], *, seed: int, steps: int, picture: torch.Tensor | None = None
+) -> list[ClipRun]:
+    """The same clip, from the same noise, in several forms; the first is what the others are measured against.
 
     Args:
-        config: The model.
-        clip: Latent size and audio tokens.
-        forms: The first is what the others are measured against.
-        text: Text tokens.
-        seed: Of weights, inputs and noise.
+        prompt: In the grammar of :mod:`happyhorse_fast.pony.prompt`.
+        forms: How to run the model.
+        seed: Of all noise.
         steps: Denoising steps.
+        picture: [128, 128, 3] in 0..1, the first picture.
     """
-    from happyhorse_fast import golden
+    import torch
 
-    shapes = {
-        "in.video": (1, config.latent_channels, clip.T, clip.H, clip.W),
-        "in.audio": (1, clip.audio, config.audio_in_channels),
-        "in.text": (1, text, config.text_in_channels),
-    }
-    inputs = [golden.draw(seed, name, shape) for name, shape in shapes.items()]
-    runs = [_run_form(form, config, inputs, seed, steps) for form in forms]
-    for run in runs:
-        for name, errors in (("video", run.video_error), ("audio", run.audio_error)):
-            pairs = zip(run.trajectory, runs[0].trajectory, strict=True)
-            errors += [measure(*(x[name == "audio"] for x in pair)).relative_l2 for pair in pairs]
+    from happyhorse_fast.pony import encode_image, generate, load_model
+    from happyhorse_fast.pony.metrics import psnr
+
+    first_picture = None if picture is None else encode_image(picture)
+    runs: list[ClipRun] = []
+    for form in forms:
+        model = form.apply(load_model(torch.float32 if form.precision == "fp32" else torch.bfloat16))
+        start = time.perf_counter()
+        clip = generate(model, prompt, seed=seed, steps=steps, image=first_picture)
+        run = ClipRun(form.name, clip, time.perf_counter() - start)
+        if runs:
+            first = runs[0].clip
+            run.video_error = measure(clip.video, first.video).relative_l2
+            run.audio_error = measure(clip.audio, first.audio).relative_l2
+            run.psnr_db = float(psnr(first.frames[None], clip.frames[None]))
+        runs.append(run)
     return runs
 
 
-def _run_form(form: Form, config: ModelConfig, inputs: list[torch.Tensor], seed: int, steps: int) -> FormRun:
-    import torch
+def _write(out: Path, runs: list[ClipRun], settings: dict[str, Any]) -> dict[str, Any]:
+    """Save what can be saved here; paths, and reasons where an optional package is missing."""
+    from happyhorse_fast.pony.media import contact_sheet, write_mp4
 
-    from happyhorse_fast import golden
-    from happyhorse_fast.model.memory import StorageMeter
-    from happyhorse_fast.sampler import sample
+    out.mkdir(parents=True, exist_ok=True)
+    shown = next(run for run in runs if run.form == SHOWN).clip
 
-    model = form.apply(form.eager(config, "cpu").init_weights(seed))
-    meter = StorageMeter()
-    meter.register((*model.parameters(), *model.buffers()), "weights")
-    meter.register(inputs, "inputs")
-    with torch.no_grad(), meter:  # an untimed pass: counting takes time, and the first pass is slower anyway
-        model(*inputs)
-    seconds: list[float] = []
-    trajectory: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def film(path: Path) -> None:
+        write_mp4(path, shown.frames, shown.samples)
 
-    def keep(info: StepInfo) -> None:
-        seconds.append(info.seconds)
-        trajectory.append((info.video.clone(), info.audio.clone()))
+    def sheet(path: Path) -> None:
+        titled = [replace(run.clip, prompt=f"{run.clip.prompt} ({run.form})") for run in runs]
+        contact_sheet(titled).savefig(path)
 
-    def replay(name: str, shape: torch.Size) -> torch.Tensor:
-        return golden.draw(seed, name, shape)
-
-    video, audio = sample(model, *inputs, steps=steps, noise=replay, callback=keep, progress=False)
-    return FormRun(form.name, video, audio, seconds, meter.peak_bytes, trajectory)
-
-
-def _picture(path: Path, runs: list[FormRun]) -> tuple[Path | None, str | None]:
-    if importlib.util.find_spec("matplotlib") is None:
-        return None, 'no picture: matplotlib is not installed (pip install "happyhorse-fast[plot]")'
-    from happyhorse_fast.cli.pictures import draw_runs
-
-    with replacing(path) as partial:
-        draw_runs(runs).savefig(partial)
-    return path, None
-
-
-def _as_data(run: FormRun) -> dict[str, Any]:
+    film_path, why_no_film = _with("av", "video", out / CLIP, film)
+    sheet_path, why_no_sheet = _with("matplotlib", "plot", out / SHEET, sheet)
+    latents = {f"{run.form}.{name}": getattr(run.clip, name) for run in runs for name in ("video", "audio")}
+    save_tensors(out / LATENTS, latents, settings)
     return {
-        "form": run.form,
-        "video_error": run.video_error[-1],
-        "audio_error": run.audio_error[-1],
-        "seconds_per_step": sum(run.seconds) / len(run.seconds),
-        "seconds": sum(run.seconds),
-        "peak_memory_bytes": run.peak_bytes,
-        "error_by_step": {"video": run.video_error, "audio": run.audio_error},
+        "clip": film_path,
+        "clip_form": SHOWN,
+        "why_no_clip": why_no_film,
+        "sheet": sheet_path,
+        "why_no_sheet": why_no_sheet,
+        "latents": out / LATENTS,
     }
 
 
-def _render(console: Console, data: dict[str, Any]) -> None:
+def _with(package: str, extra: str, path: Path, write: Callable[[Path], None]) -> tuple[Path | None, str | None]:
+    if importlib.util.find_spec(package) is None:
+        return None, f'no {path.name}: {package} is not installed (pip install "happyhorse-fast[{extra}]")'
+    with replacing(path) as partial:
+        write(partial)
+    return path, None
+
+
+def _render(console: Console, data: dict[str, Any], kernels: list[LayerCheck]) -> None:
     rows = [
         [
             form["form"],
             f"{form['video_error']:.1e}" if i else "reference",
             f"{form['audio_error']:.1e}" if i else "reference",
-            f"{form['seconds_per_step']:.3f}",
+            f"{form['psnr_db']:.1f}" if i else "",
             f"{form['seconds']:.2f}",
-            gib(form["peak_memory_bytes"]),
         ]
         for i, form in enumerate(data["forms"])
     ]
-    title = f"tiny model, {data['tokens']:,} tokens, {data['steps']} steps on the CPU, seed {data['seed']}"
-    columns = ["form", "video error", "audio error", "s/step", "total s", "peak memory"]
-    console.print(table(title, columns, rows))
+    title = f"{data['prompt']!r}, {data['steps']} steps on the CPU, seed {data['seed']}"
+    console.print(table(title, ["form", "video error", "audio error", "pictures dB", "seconds"], rows))
     console.print(
-        "error: relative L2 of the final latent; peak memory: live tensors of a forward pass, weights included"
+        "error: relative L2 of the latents; pictures: PSNR against the first form. Fast forms run in plain torch here, "
+        "with the\nkernels' rounding points (backend reference): their seconds say nothing about a GPU."
     )
-    console.print(f"latents: {data['latents']}")
-    console.print(f"picture: {data['picture']}" if data["picture"] is not None else str(data["why_no_picture"]))
+    if kernels:
+        rows = [
+            [
+                check.precision,
+                f"{check.tile_distance:.1e}",
+                f"{check.relative_l2:.1e}",
+                f"{check.to_float32:.1e}",
+                f"{check.seconds:.1f}",
+                "[green]pass[/]" if check.passed else "[bold red]FAIL[/]",
+            ]
+            for check in kernels
+        ]
+        columns = ["precision", "worst tile", "relative L2", "to float32", "seconds", ""]
+        console.print(table(f"layer {data['layer']} through the Triton kernels, interpreted", columns, rows))
+        console.print("worst tile, relative L2: of what the layer adds, against backend reference")
+    else:
+        console.print(f"[yellow]{data['why_no_kernels']}[/]")
+    console.print(
+        f"clip with sound ({data['clip_form']}): {data['clip']}" if data["clip"] is not None else data["why_no_clip"]
+    )
+    console.print(f"pictures and waveforms: {data['sheet']}" if data["sheet"] is not None else data["why_no_sheet"])
+    console.print(f"all in {data['seconds']:.0f} s")

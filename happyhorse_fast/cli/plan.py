@@ -181,8 +181,9 @@ def _floor_table(ops: list[OpCost], card: Any, precision: str) -> Any:
     outside = sum(c.floor_ms for c in ops if c.kind == OUTSIDE)
     rows.append(["embedders, heads", "", *[""] * len(names), f"{outside:.1f}", f"{outside / 1e3:.3f}"])
     peak = {"bf16": card.bf16, "fp8": card.fp8}[precision]
+    what = "fp8, attention too," if precision == "fp8" else precision
     title = (
-        f"floor on {card.name}, ms per layer ({precision} {peak:g} TFLOP/s, {card.bandwidth:g} TB/s; {card.source}); "
+        f"floor on {card.name}, ms per layer ({what} {peak:g} TFLOP/s, {card.bandwidth:g} TB/s; {card.source}); "
         "s per step"
     )
     return table(title, ["layer", "count", *names, "layer ms", "step s"], rows)

@@ -76,8 +76,9 @@ class FastConfig:
 
     Attributes:
         precision: ``"bf16"``: the published rounding points. ``"fp8"``: e4m3 products (docs/OPS.md).
-        attention: Precision of attention where ``precision`` is ``"fp8"``: ``"fp8"``, ``"fp8_qk"`` (scores in fp8, the
-            weighted sum in bf16) or ``"bf16"``. fp8 attention on long sequences has collapsed in other projects.
+        attention: Precision of attention where ``precision`` is ``"fp8"``: ``"bf16"``, ``"fp8"``, or ``"fp8_qk"``
+            (scores in fp8, the weighted sum in bf16). Of all products it loses most in fp8 and is the one whose loss
+            depends on the model and the length of the sequence (docs/decisions/0010-attention-stays-bf16.md).
         sparsity: ``None``: exact: dense, and the trained window in local layers. Or a training-free policy for video
             queries; audio and text stay dense as queries and are kept as keys in every row.
         skip: Products that stay in bf16 in fp8 mode: ``"attention"``, ``"down:0-3,36-39"``, ``"*:0"``.
@@ -94,7 +95,7 @@ class FastConfig:
     """
 
     precision: Precision = "bf16"
-    attention: AttentionPrecision = "fp8"
+    attention: AttentionPrecision = "bf16"
     sparsity: Sparsity | None = None
     skip: tuple[str, ...] = ()
     exact_first_layers: int = 0

@@ -50,6 +50,16 @@ def encode_image(picture: torch.Tensor) -> torch.Tensor:
     return encode_video(load_codecs().video, value[None, None].float())
 
 
+def noise_and_text(prompt: str, noise: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What sampling a clip starts from: noise [1, 48, 13, 8, 8] and [1, 49, 64], text tokens.
+
+    Raises:
+        ValueError: ``prompt`` is not in the grammar.
+    """
+    text = encode_text(str(parse(prompt)))
+    return torch.randn(VIDEO_SHAPE, generator=noise), torch.randn(AUDIO_SHAPE, generator=noise), text
+
+
 def generate(
     model: Denoiser,
     prompt: str,
@@ -74,14 +84,13 @@ def generate(
     Raises:
         ValueError: ``prompt`` is not in the grammar, or an argument is out of range.
     """
-    text = encode_text(str(parse(prompt)))
     noise = torch.Generator().manual_seed(seed)
-    video, audio = (torch.randn(shape, generator=noise).to(model.device) for shape in (VIDEO_SHAPE, AUDIO_SHAPE))
+    video, audio, text = (x.to(model.device) for x in noise_and_text(prompt, noise))
     video, audio = sample(
         model,
         video,
         audio,
-        text.to(model.device),
+        text,
         steps=steps,
         image=None if image is None else image.to(model.device),
         noise=noise,

@@ -1,4 +1,4 @@
-"""A clip as an mp4 with sound (PyAV, extra ``video``) and as a contact sheet with its waveform (extra ``plot``)."""
+"""Pictures in; a clip out as an mp4 with sound (both PyAV, extra ``video``) and as a contact sheet (extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,44 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from happyhorse_fast.pony.codec import FPS, SAMPLE_RATE
+from happyhorse_fast.pony.codec import FPS, SAMPLE_RATE, SIDE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from happyhorse_fast.pony.generate import PonyClip
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """The middle square of a picture, scaled to the pony's size.
+
+    Args:
+        path: A PNG, a JPEG, or what else FFmpeg decodes; of a film, its first picture.
+
+    Returns:
+        [128, 128, 3] float32 in 0..1, as :func:`happyhorse_fast.pony.encode_image` takes it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImportError: PyAV is not installed.
+        ValueError: Not a picture.
+    """
+    import av
+
+    if not path.is_file():
+        raise FileNotFoundError(f"image must be a file, {path} is none")
+    try:
+        with av.open(str(path)) as container:
+            pixels = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    except (av.FFmpegError, IndexError, StopIteration) as error:
+        raise ValueError(f"image must be a picture such as a PNG or JPEG, {path} is not: {error}") from error
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = torch.from_numpy(pixels[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None].float() / 255
+    scaled = torch.nn.functional.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True)
+    return scaled[0].permute(1, 2, 0).contiguous()
 
 
 def write_mp4(path: Path, frames: torch.Tensor, samples: torch.Tensor, *, scale: int = 4) -> None:

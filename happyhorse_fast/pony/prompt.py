@@ -9,6 +9,7 @@ as one-hot vectors side by side. A word then means the same wherever it stands, 
 from __future__ import annotations
 
 import itertools
+import random
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,21 @@ def all_prompts() -> list[Prompt]:
     """Every prompt of the grammar, in a fixed order."""
     combinations = itertools.product(SIZES, COLOURS, range(1, len(COUNTS) + 1), (None, *PLACES))
     return [Prompt(*combination) for combination in combinations]
+
+
+HELD_OUT = 64
+"""Prompts that the pony never saw."""
+
+
+def held_out_prompts() -> list[Prompt]:
+    """64 of the 216 prompts, never trained on; the same on every machine."""
+    return random.Random(20).sample(all_prompts(), HELD_OUT)
+
+
+def training_prompts() -> list[Prompt]:
+    """The others."""
+    held_out = set(held_out_prompts())
+    return [prompt for prompt in all_prompts() if prompt not in held_out]
 
 
 _BY_TEXT = {str(prompt): prompt for prompt in all_prompts()}

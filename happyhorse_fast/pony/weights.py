@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,11 @@ def load_codecs() -> Codecs:
     """The codecs that the pony was trained with."""
     tensors = load_file(CODEC_FILE)
     return Codecs(LinearCodec.from_tensors(tensors, "video"), LinearCodec.from_tensors(tensors, "audio"))
+
+
+def weights_digest() -> str:
+    """SHA-256 of the weights: what a measured number holds for."""
+    return hashlib.sha256(WEIGHTS_FILE.read_bytes()).hexdigest()
 
 
 def load_model(compute_dtype: torch.dtype = torch.bfloat16) -> HappyHorse:

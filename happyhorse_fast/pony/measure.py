@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from world import COLUMN, FLOOR_ROW, PITCH, RADIUS, RGB, background
 
 from happyhorse_fast.pony.codec import FRAME_SAMPLES, SAMPLE_RATE
+from happyhorse_fast.pony.prompt import Prompt
+from happyhorse_fast.pony.scene import COLUMN, FLOOR_ROW, PITCH, RADIUS, RGB, background
 
 BALL_CONTRAST = 0.25
 """Distance in RGB from the background at which a pixel counts as ball; ringing of the codec stays below it."""
@@ -17,6 +18,8 @@ MIN_RISE = 8.0
 REACH = 14.0
 """Pixels from the floor within which a turning point is an impact and not a flaw of the motion."""
 SYNC_FRAMES = 2.0
+RATES = ("colour", "size", "bounces", "sync", "pitch", "place", "all")
+"""What a clip is judged by."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,43 @@ class Measured:
     pitch: str | None
 
     @property
+    def sync_error(self) -> float | None:
+        """Frames between an impact's picture and its sound, the largest; None where none or not as many are heard."""
+        return largest_shift(self.seen, self.heard) if self.seen else None
+
+    @property
     def in_sync(self) -> bool:
         """Whether impacts are seen, as many are heard, and each within SYNC_FRAMES of its own."""
-        pairs = zip(self.seen, self.heard, strict=False)
-        return (
-            bool(self.seen) and len(self.seen) == len(self.heard) and all(abs(a - b) <= SYNC_FRAMES for a, b in pairs)
-        )
+        error = self.sync_error
+        return error is not None and error <= SYNC_FRAMES
+
+
+def largest_shift(times: list[float], others: list[float]) -> float | None:
+    """Largest difference between impacts of the same place in two lists, in frames; None where their numbers differ."""
+    if len(times) != len(others):
+        return None
+    return max((abs(a - b) for a, b in zip(times, others, strict=True)), default=0.0)
+
+
+def judge(prompt: Prompt, found: Measured) -> dict[str, bool]:
+    """Which of the things that ``prompt`` asks for were found; ``sync`` is impacts heard within 2 frames of seen ones.
+
+    A place that the prompt leaves open counts as right.
+    """
+    right = {
+        "colour": found.colour == prompt.colour,
+        "size": found.size == prompt.size,
+        "bounces": len(found.seen) == prompt.count,
+        "sync": found.in_sync,
+        "pitch": found.pitch == prompt.size,
+        "place": found.place is not None and prompt.place in (None, found.place),
+    }
+    return right | {"all": all(right.values())}
+
+
+def rates(judged: list[dict[str, bool]]) -> dict[str, float]:
+    """Share of clips per thing asked for."""
+    return {name: sum(row[name] for row in judged) / len(judged) for name in RATES}
 
 
 def measure(frames: torch.Tensor, samples: torch.Tensor) -> Measured:

@@ -1,0 +1,170 @@
+"""One layer of the small model through the Triton kernels in Triton's interpreter: what runs without a GPU.
+
+Whether kernels are interpreted is decided when they are imported, so this takes a process of its own::
+
+    python -m happyhorse_fast.cli.interpreted_layer "a large red ball bounces twice" 0
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from happyhorse_fast.budgets import measure
+
+if TYPE_CHECKING:
+    import torch
+
+    from happyhorse_fast.model.fast_config import Precision
+
+LAYER = 1
+"""Shared weights, SwiGLU7 and a window of frames, as most layers of the full model."""
+DISTANCE: dict[Precision, float] = {"bf16": 1e-5, "fp8": 1e-4}
+"""Allowed tile distance between kernels and plain torch with their rounding points: both round at the same places, so
+what is left are flips of the last bit. A bf16 step on every element is 8e-6, an e4m3 step on one in fifty 1e-4."""
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """The layer in one precision.
+
+    Attributes:
+        precision: ``"bf16"`` or ``"fp8"``.
+        relative_l2: Of what the layer adds to the residual stream, kernels against plain torch.
+        tile_distance: Worst 128 x 128 tile of it.
+        to_float32: Relative L2 of the kernels' result to eager float32: what the precision costs.
+        passed: Whether the worst tile is within its budget.
+        seconds: In the interpreter; says nothing about a GPU.
+    """
+
+    precision: Precision
+    relative_l2: float
+    tile_distance: float
+    to_float32: float
+    passed: bool
+    seconds: float
+
+
+class InterpretedLayer:
+    """The process that runs it; :meth:`checks` waits for it."""
+
+    def __init__(self, process: subprocess.Popen[str] | None) -> None:
+        self._process = process
+
+    def checks(self) -> tuple[list[LayerCheck], str | None]:
+        """What was found per precision, and, where that is nothing, why."""
+        if self._process is None:
+            return [], "Triton is not installed, so its interpreter cannot run a layer (it is for Linux only)"
+        out, error = self._process.communicate()
+        if self._process.returncode:
+            last = (error.strip().splitlines() or ["no message"])[-1]
+            return [], f"the layer did not run in Triton's interpreter: exit code {self._process.returncode}, {last}"
+        return [LayerCheck(**entry) for entry in json.loads(out)], None
+
+
+@contextmanager
+def interpreted_layer(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
+    """Start the process; it is ended where the caller does not wait for it.
+
+    Args:
+        prompt: In the grammar of :mod:`happyhorse_fast.pony.prompt`.
+        seed: Of the noise that the layer's input is made of.
+    """
+    if importlib.util.find_spec("triton") is None:
+        yield InterpretedLayer(None)
+        return
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, prompt, str(seed)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield InterpretedLayer(process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def run_layer(prompt: str, seed: int) -> list[LayerCheck]:
+    """The layer in every precision, on what it is called with in the first denoising step.
+
+    Args:
+        prompt: In the grammar of :mod:`happyhorse_fast.pony.prompt`.
+        seed: Of the noise.
+
+    Raises:
+        BackendError: Kernels are not interpreted in this process.
+    """
+    import torch
+
+    from happyhorse_fast.cli.layer_ops import record_inputs
+    from happyhorse_fast.ops.triton.exact_interpreter import make_exact
+    from happyhorse_fast.pony import load_model
+    from happyhorse_fast.pony.generate import noise_and_text
+
+    make_exact()
+    inputs = list(noise_and_text(prompt, torch.Generator().manual_seed(seed)))
+    exact = load_model(torch.float32)
+    given = record_inputs(exact, inputs)[LAYER]
+    with torch.no_grad():
+        layer = exact.block.layers[LAYER]
+        after = layer(given.hidden, given.phases, given.clip, given.ranges, torch.float32)
+    expected = after - given.hidden
+    found = []
+    for name, budget in DISTANCE.items():
+        start = time.perf_counter()
+        plain, kernels = (_added_by_layer(given.hidden, inputs, name, backend) for backend in ("reference", "triton"))
+        error = measure(kernels, plain)
+        cost = measure(kernels, expected).relative_l2
+        passed = error.finite and error.tile_distance <= budget
+        seconds = time.perf_counter() - start
+        found.append(LayerCheck(name, error.relative_l2, error.tile_distance, cost, passed, seconds))
+    return found
+
+
+def _added_by_layer(
+    hidden: torch.Tensor, inputs: list[torch.Tensor], precision: Precision, backend: str
+) -> torch.Tensor:
+    """[N, C]: what the fast layer adds to ``hidden`` [N, C], token rows in the public order."""
+    import torch
+
+    from happyhorse_fast.model.accelerate import accelerate
+    from happyhorse_fast.model.fast_config import FastConfig
+    from happyhorse_fast.model.fast_model import build_clip_state
+    from happyhorse_fast.pony import load_model
+    from happyhorse_fast.reference import sequence
+
+    model = load_model()
+    video, audio, text = inputs
+    clip = sequence.check_inputs(model.config, video, audio, text, model.device)
+    fast = FastConfig(precision=precision, backend=backend, originals="drop")  # type: ignore[arg-type]
+    accelerate(model, fast)
+    state = build_clip_state(model.fast, clip, model.adapter.rope.bands)  # type: ignore[arg-type]
+    rows = torch.zeros(state.rows.slots, hidden.shape[1])
+    rows[state.token_rows] = hidden
+    model.block.layers[LAYER](rows, state, None)
+    return rows[state.token_rows] - hidden
+
+
+def main() -> None:
+    """Entry point of the process: prints the checks as JSON."""
+    import torch
+
+    torch.set_num_threads(1)
+    prompt, seed = sys.argv[1:]
+    print(json.dumps([asdict(check) for check in run_layer(prompt, int(seed))]))
+
+
+if __name__ == "__main__":
+    main()
