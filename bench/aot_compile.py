@@ -13,7 +13,6 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +23,9 @@ from torch._library.triton import set_wrap_triton_enabled
 from triton.backends.compiler import GPUTarget
 from triton.runtime.interpreter import InterpretedFunction
 
+from bench import disassembly
 from bench.aot_cases import Case, cases
 from bench.aot_gates import Row
-from bench.disassembly import OPCODE, tool
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.kernels.numerics import to_e4m3
 
@@ -105,9 +104,8 @@ def measure(driver: Driver, launch: Launch) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])
-        usage, listing = tool("cuobjdump", "-res-usage", cubin), tool("nvdisasm", "-c", cubin)
-    (registers,), (stack,) = (re.findall(rf"\b{what}:(\d+)", usage) for what in ("REG", "STACK"))
-    opcodes = Counter(OPCODE.findall(listing))
+        ((registers, stack, _),) = disassembly.usage(cubin).values()
+        (opcodes,) = disassembly.opcodes(cubin).values()
     case, constants, options = launch.case, launch.constants(), launch.options()
     variant = case.variants[launch.name]
     return Row(
@@ -122,8 +120,8 @@ def measure(driver: Driver, launch: Launch) -> Row:
         num_stages=options["num_stages"],
         fp_fusion=options["enable_fp_fusion"],
         products=case.products,
-        registers=int(registers),
-        stack=int(stack),
+        registers=registers,
+        stack=stack,
         spill_stores=opcodes["STL"],
         spill_loads=opcodes["LDL"],
         shuffles=opcodes["SHFL"],
