@@ -86,13 +86,11 @@ def demo(
         runs = make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
         kernels, why_no_kernels = layer.checks()
     seconds = time.perf_counter() - start
+    settings = {"prompt": prompt, "image": image, "seed": seed, "steps": steps}
     data = {
-        "prompt": prompt,
-        "image": image,
-        "seed": seed,
-        "steps": steps,
+        **settings,
         "seconds": seconds,
-        **_write(out, runs, {"prompt": prompt, "image": image, "seed": seed, "steps": steps}),
+        **_write(out, runs, settings),
         "forms": [
             {
                 "form": run.form,
