@@ -26,7 +26,7 @@ from happyhorse_fast.pony import PonyClip, generate, load_model
 from happyhorse_fast.pony.generate import VIDEO_SHAPE
 from happyhorse_fast.pony.measure import Measured, judge, largest_shift, measure
 from happyhorse_fast.pony.metrics import log_spectral_distance, psnr, ssim
-from happyhorse_fast.pony.prompt import TEXT_TOKENS, Prompt, held_out_prompts, parse
+from happyhorse_fast.pony.prompt import TEXT_TOKENS, Prompt, held_out_prompts
 from happyhorse_fast.pony.weights import weights_digest
 from happyhorse_fast.reference.sequence import Clip
 
@@ -286,7 +286,7 @@ def compare(prompt: Prompt, clip: PonyClip, exact: PonyClip, seen: Measured) -> 
         found.sync_error,
         tensor_error(clip.video, exact.video).relative_l2,
         tensor_error(clip.audio, exact.audio).relative_l2,
-        judge(parse(str(prompt)), found)["all"],
+        judge(prompt, found)["all"],
     )
 
 
