@@ -12,13 +12,13 @@ import torch
 
 from happyhorse_fast.cli import fidelity, run
 from happyhorse_fast.cli.activations import MODALITIES, TENSORS, _Sums, attention_map, measure_activations
-from happyhorse_fast.cli.fidelity import CLIP, ClipError, Fidelity, Policy, PolicyResult, Summary
+from happyhorse_fast.cli.fidelity import ClipError, Fidelity, Policy, PolicyResult, Summary
 from happyhorse_fast.cli.frame_blocks import FrameBlocks, decide_between_frames
 from happyhorse_fast.cli.layer_ops import OpResults
 from happyhorse_fast.model.accelerate import accelerate
 from happyhorse_fast.model.fast_config import FastConfig, Sparsity, Tiles, TopK
 from happyhorse_fast.pony import load_model
-from happyhorse_fast.pony.generate import noise_and_text
+from happyhorse_fast.pony.generate import CLIP, noise_and_text
 from happyhorse_fast.pony.measure import Measured, largest_shift
 from happyhorse_fast.pony.metrics import log_spectral_distance, psnr, ssim
 

@@ -8,14 +8,10 @@ import torch
 from batched import Batch
 from world import draw_scene, render_audio, render_video
 
-from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.pony import codec as codecs
+from happyhorse_fast.pony.generate import AUDIO_SHAPE, VIDEO_SHAPE
 from happyhorse_fast.pony.prompt import TEXT_CHANNELS, TEXT_TOKENS, encode_text, training_prompts
 from happyhorse_fast.pony.weights import load_codecs
-from happyhorse_fast.reference.sequence import Clip
-
-PONY_CLIP = Clip((codecs.FRAMES - 1) // 4 + 1, codecs.SIDE // 32, codecs.SIDE // 32, codecs.FRAMES, TEXT_TOKENS)
-"""Token grid of every clip."""
 
 
 class Clips:
@@ -37,8 +33,8 @@ class Clips:
         self.prompts = training_prompts()
         self.texts = {prompt: encode_text(str(prompt)) for prompt in self.prompts}
         self.fresh, self.size, self.drawn = fresh, size, 0
-        shapes = [(LATENT_CHANNELS, *PONY_CLIP[:1], codecs.SIDE // 16, codecs.SIDE // 16), (codecs.FRAMES, 64)]
-        self.pool = [torch.empty(size, *shape) for shape in (*shapes, (TEXT_TOKENS, TEXT_CHANNELS))]
+        shapes = (VIDEO_SHAPE[1:], AUDIO_SHAPE[1:], (TEXT_TOKENS, TEXT_CHANNELS))
+        self.pool = [torch.empty(size, *shape) for shape in shapes]
         while self.drawn < first:
             self.take_in(8)
 

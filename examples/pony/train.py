@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from batched import BatchedHappyHorse
-from clips import PONY_CLIP, Clips
+from clips import Clips
 from losses import flow_errors, rollout_errors
 from muon import Muon
 from safetensors.torch import save_file
 
+from happyhorse_fast.pony.generate import CLIP
 from happyhorse_fast.pony.weights import PONY, WEIGHTS_FILE
 from happyhorse_fast.reference.model import HappyHorse, Weight
 
@@ -61,7 +62,7 @@ def train(arguments: argparse.Namespace) -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     model = HappyHorse(PONY, torch.bfloat16, param_dtype=torch.float32)
     init_for_training(model, arguments.seed)
-    batched = BatchedHappyHorse(model, PONY_CLIP)
+    batched = BatchedHappyHorse(model, CLIP)
     if arguments.compile:
         batched.compile()
     stacked = [(m.weight, m.experts) for m in model.block.modules() if isinstance(m, Weight) and m.weight.dim() == 2]

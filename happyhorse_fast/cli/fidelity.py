@@ -23,17 +23,14 @@ from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.model.fast_state import FastState
 from happyhorse_fast.model.sparse_policy import SparsePolicy
 from happyhorse_fast.pony import PonyClip, generate, load_model
-from happyhorse_fast.pony.generate import VIDEO_SHAPE
+from happyhorse_fast.pony.generate import CLIP
 from happyhorse_fast.pony.measure import Measured, judge, largest_shift, measure
 from happyhorse_fast.pony.metrics import log_spectral_distance, psnr, ssim
-from happyhorse_fast.pony.prompt import TEXT_TOKENS, Prompt, held_out_prompts
+from happyhorse_fast.pony.prompt import Prompt, held_out_prompts
 from happyhorse_fast.pony.weights import weights_digest
-from happyhorse_fast.reference.sequence import Clip
 
 EAGER = "eager bf16"
 Kind = Literal["bf16", "fp8 op", "fp8", "sparsity"]
-CLIP = Clip(VIDEO_SHAPE[2], VIDEO_SHAPE[3] // 2, VIDEO_SHAPE[4] // 2, 4 * VIDEO_SHAPE[2] - 3, TEXT_TOKENS)
-"""Token grid of the pony's clips."""
 BF16_RATIO = 2.0
 """The latents of fast bf16 may be this many times as far from float32's as eager bf16's own, at the median."""
 FP8_PICTURES_DB = 30.0

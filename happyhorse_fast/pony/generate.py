@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from happyhorse_fast.config import LATENT_CHANNELS
+from happyhorse_fast.config import LATENT_CHANNELS, PATCH
 from happyhorse_fast.errors import require_tensor
 from happyhorse_fast.pony.codec import FRAMES, SIDE, decode_audio, decode_video, encode_video
-from happyhorse_fast.pony.prompt import encode_text, parse
+from happyhorse_fast.pony.prompt import TEXT_TOKENS, encode_text, parse
 from happyhorse_fast.pony.weights import PONY, load_codecs
+from happyhorse_fast.reference.sequence import Clip
 from happyhorse_fast.sampler import sample
 from happyhorse_fast.sampler.progress import Callback
 from happyhorse_fast.sampler.steps import Denoiser
@@ -18,6 +19,8 @@ from happyhorse_fast.tokens import VAE_STRIDE
 
 VIDEO_SHAPE = (1, LATENT_CHANNELS, (FRAMES - 1) // VAE_STRIDE[0] + 1, SIDE // VAE_STRIDE[1], SIDE // VAE_STRIDE[2])
 AUDIO_SHAPE = (1, FRAMES, PONY.audio_in_channels)
+CLIP = Clip(VIDEO_SHAPE[2], VIDEO_SHAPE[3] // PATCH[1], VIDEO_SHAPE[4] // PATCH[2], FRAMES, TEXT_TOKENS)
+"""Token grid of every clip."""
 
 
 @dataclass(frozen=True)
