@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 LAYER = 1
 """Shared weights, SwiGLU7 and a window of frames, as most layers of the full model."""
-DISTANCE: dict[Precision, float] = {"bf16": 1e-5, "fp8": 1e-4}
-"""Allowed tile distance between kernels and plain torch with their rounding points: both round at the same places, so
-what is left are flips of the last bit. A bf16 step on every element is 8e-6, an e4m3 step on one in fifty 1e-4."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +106,7 @@ def run_layer(prompt: str, seed: int) -> list[LayerCheck]:
     import torch
 
     from happyhorse_fast.cli.layer_ops import record_inputs
+    from happyhorse_fast.ops.self_check import CODE_DISTANCE, DISTANCE
     from happyhorse_fast.ops.triton.exact_interpreter import make_exact
     from happyhorse_fast.pony import load_model
     from happyhorse_fast.pony.generate import noise_and_text
@@ -122,7 +120,8 @@ def run_layer(prompt: str, seed: int) -> list[LayerCheck]:
         after = layer(given.hidden, given.phases, given.clip, given.ranges, torch.float32)
     expected = after - given.hidden
     found = []
-    for name, budget in DISTANCE.items():
+    budgets: dict[Precision, float] = {"bf16": DISTANCE, "fp8": CODE_DISTANCE}
+    for name, budget in budgets.items():
         start = time.perf_counter()
         plain, kernels = (_added_by_layer(given.hidden, inputs, name, backend) for backend in ("reference", "triton"))
         error = measure(kernels, plain)
