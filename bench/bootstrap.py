@@ -41,9 +41,9 @@ def exact_interpreter() -> bool:
     """Make Triton's interpreter exact where kernels are interpreted; returns whether they are."""
     if os.environ.get("TRITON_INTERPRET", "0") != "1" or importlib.util.find_spec("triton") is None:
         return False
-    if str(ROOT / "tests") not in sys.path:
-        sys.path.append(str(ROOT / "tests"))
-    importlib.import_module("interpreter")
+    from happyhorse_fast.ops.triton.exact_interpreter import make_exact
+
+    make_exact()
     return True
 
 
