@@ -12,19 +12,13 @@ sys.path.append(str(ROOT))  # an isolated build does not look here
 from csrc import native  # noqa: E402
 
 SOURCES, HEADERS = (sorted(str(p.relative_to(ROOT)) for p in native.HOST.glob(end)) for end in ("*.cpp", "*.hpp"))
-WORK = ROOT / "build" / "native"  # in the checkout, so that a second build compiles only what changed
 
 
 class BuildNative(build_ext):
     """Builds the host module, and beside it the device binaries where there is nvcc."""
 
-    def build_extension(self, ext: Extension) -> None:
-        native.build_module(Path(self.get_ext_fullpath(ext.name)), WORK / f"module-{sys.implementation.cache_tag}")
-
     def run(self) -> None:
-        super().run()
-        package = ROOT / "happyhorse_fast" if self.inplace else Path(self.build_lib) / "happyhorse_fast"
-        native.build_binaries(package / "cubins", WORK / "cubins")
+        native.build((ROOT if self.inplace else Path(self.build_lib)) / "happyhorse_fast", ROOT)
 
 
 if native.compiler() is None:

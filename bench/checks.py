@@ -10,7 +10,6 @@ import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 import argparse
 import importlib
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,10 +31,7 @@ def native(package: Path) -> int:
     if native.compiler() is None:
         print("no C++ compiler: the host module and CUDA binaries are not built")
         return 0
-    work = bootstrap.ROOT / "build" / "native"  # as setup.py: what did not change is not compiled again
-    module = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    native.build_module(module, work / f"module-{sys.implementation.cache_tag}")
-    native.build_binaries(package / "cubins", work / "cubins")
+    module = native.build(package, bootstrap.ROOT)
     print(f"built {module.name} and {len(list((package / 'cubins').iterdir())) - 1} CUDA binaries into {package}")
     return 0
 

@@ -45,6 +45,27 @@ def module_sources() -> list[Path]:
     return sorted(HOST.glob("*.cpp"))
 
 
+def build(package: Path, root: Path) -> Path:
+    """Build all that a package has beside its Python: the host module, and CUDA binaries where there is nvcc.
+
+    Args:
+        package: Where both go.
+        root: The checkout; what lies between is kept in its ``build/``, so that a second build compiles what changed.
+
+    Returns:
+        The host module.
+
+    Raises:
+        RuntimeError: As :func:`build_module` and :func:`build_binaries`.
+        CalledProcessError: Likewise.
+    """
+    work = root / "build" / "native"
+    module = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    build_module(module, work / f"module-{sys.implementation.cache_tag}")
+    build_binaries(package / "cubins", work / "cubins")
+    return module
+
+
 def build_module(output: Path, work: Path) -> None:
     """Compile and link ``happyhorse_fast._C``.
 
