@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Extra of this package that brings each, and what it is for.
 _OPTIONAL = {
     "diffusers": ("base", "UniPC steps: guided sampling, second stage"),
-    "matplotlib": ("plot", "the picture of `demo`"),
+    "matplotlib": ("plot", "the contact sheet of `demo`"),
     "av": ("video", "writing decoded clips"),
 }
 _CARDS = (80, 48, 24)
