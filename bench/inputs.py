@@ -15,6 +15,8 @@ from happyhorse_fast.ops import fp8_linear as linear
 from happyhorse_fast.ops import rmsnorm_qkv as qkv
 from happyhorse_fast.ops import select_blocks as selection
 from happyhorse_fast.ops.packing_qkv import static_qk_scale
+from happyhorse_fast.reference.fp8_linear import empty_activated
+from happyhorse_fast.reference.quantized_qkv import empty_normalised, empty_qkv
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 Given = dict[str, Any]
@@ -191,17 +193,18 @@ def moved_bytes(case: Case) -> int:
     given = make(case, "meta")
     outputs: tuple[Tensor, ...]
     if case.op == "rmsnorm_quantize":
-        outputs = qkv.empty_normalised(given["hidden"], given["fp8"])
+        outputs = empty_normalised(given["hidden"], given["fp8"])
     elif case.op in ("qkv_linear", "rmsnorm_qkv"):
         heads = given["num_heads_q"], given["num_heads_kv"]
-        outputs = qkv.empty_qkv(given["cos_sin"], *heads, given.get("out", "bf16"))
+        outputs = empty_qkv(given["cos_sin"], *heads, given.get("out", "bf16"))
     elif case.op == "block_sparse_attention":
         outputs = attention.empty_results(given["q"], case.precision == "fp8", False)
     elif case.op == "select_blocks":
         blocks = case.rows // BLOCK
         outputs = selection.empty_results(given["k"], torch.empty(blocks, blocks, device="meta"))
     elif case.op == "fp8_linear_activation":
-        outputs = linear.empty_activation(given["x"], given["weight"], given["activation"], given["fp8"])
+        n, features = given["x"].shape[0], given["weight"].shape[1]
+        outputs = empty_activated(n, features, given["activation"], given["fp8"], given["x"].device)
     else:
         outputs = (given["hidden"],)
     return sum(t.nbytes for t in (*given.values(), *outputs) if isinstance(t, Tensor))

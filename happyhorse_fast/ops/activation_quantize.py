@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 
 from happyhorse_fast.ops.checks import require, require_backend
-from happyhorse_fast.ops.fp8_linear import BF16, check_activation, empty_activated
+from happyhorse_fast.ops.fp8_linear import BF16, check_activation
 from happyhorse_fast.ops.qk_norm_rope import check_product_scales
 from happyhorse_fast.reference import fp8_linear as reference
+from happyhorse_fast.reference.fp8_linear import empty_activated
 
 
 def activation_quantize(

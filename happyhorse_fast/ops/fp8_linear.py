@@ -12,33 +12,11 @@ import torch
 
 from happyhorse_fast.ops.checks import require, require_backend
 from happyhorse_fast.reference import fp8_linear as reference
+from happyhorse_fast.reference.fp8_linear import empty_activated, empty_product
 from happyhorse_fast.reference.quantize import GROUPS
 
 ROW_TILE = 128
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
-
-
-def empty_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Result of `fp8_linear`, not yet written: [N, F] bf16."""
-    return torch.empty((x.shape[0], weight.shape[1]), dtype=BF16, device=x.device)
-
-
-def empty_activation(
-    x: torch.Tensor, weight: torch.Tensor, activation: str, fp8: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Results of `fp8_linear_activation`, not yet written: y [N, K'] and its scale [N, K' / group] or [0]."""
-    return empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)
-
-
-def empty_activated(
-    rows: int, features: int, activation: str, fp8: bool, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for a product [rows, features]."""
-    _, per, group = reference.ACTIVATIONS[activation]
-    columns = features // per
-    scales = (rows, columns // group) if fp8 else (0,)
-    y = torch.empty((rows, columns), dtype=E4M3 if fp8 else BF16, device=device)
-    return y, torch.empty(scales, dtype=torch.float32, device=device)
 
 
 def fp8_linear(
@@ -238,4 +216,4 @@ def fake_fp8_linear_activation(
     fp8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes of `fp8_linear_activation`, for every backend."""
-    return empty_activation(x, weight, activation, fp8)
+    return empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)

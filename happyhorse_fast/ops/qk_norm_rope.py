@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from happyhorse_fast.ops.checks import require, require_backend
-from happyhorse_fast.ops.rmsnorm_qkv import BF16, QKV, check_heads, check_outputs, empty_qkv, features_of
+from happyhorse_fast.ops.rmsnorm_qkv import BF16, check_heads, check_outputs, features_of
 from happyhorse_fast.reference import quantized_qkv as reference
+from happyhorse_fast.reference.quantized_qkv import QKV, empty_qkv
 
 
 def qk_norm_rope(

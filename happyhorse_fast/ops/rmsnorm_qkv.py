@@ -12,6 +12,7 @@ import torch
 
 from happyhorse_fast.ops.checks import require, require_backend
 from happyhorse_fast.reference import quantized_qkv as reference
+from happyhorse_fast.reference.quantized_qkv import QKV, empty_normalised, empty_qkv
 
 ROW_TILE = 128
 HEAD_DIMS = (32, 64, 128)
@@ -19,30 +20,6 @@ MAX_CHANNELS = 8192
 """A program of `rmsnorm_quantize` holds a row in registers: 8192 float32 are 32 in each of 256 threads."""
 OUTPUTS = ("bf16", "fp8", "fp8_qk")
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
-
-QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def empty_normalised(hidden: torch.Tensor, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Results of `rmsnorm_quantize`, not yet written: x [N, C] and its scale."""
-    rows = hidden.shape[0] if fp8 else 0
-    x = torch.empty(hidden.shape, dtype=E4M3 if fp8 else BF16, device=hidden.device)
-    return x, torch.empty(rows, dtype=torch.float32, device=hidden.device)
-
-
-def empty_qkv(cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int, out: str) -> QKV:
-    """Results of `qkv_linear`, not yet written: q, k, v, v_scale, gate."""
-    n, d = cos_sin.shape
-    slots = (n + ROW_TILE - 1) // ROW_TILE
-    device, codes = cos_sin.device, E4M3 if out != "bf16" else BF16
-    v_shape = (num_heads_kv, d, slots * ROW_TILE) if out == "fp8" else (n, num_heads_kv, d)
-    return (
-        torch.empty((n, num_heads_q, d), dtype=codes, device=device),
-        torch.empty((n, num_heads_kv, d), dtype=codes, device=device),
-        torch.empty(v_shape, dtype=E4M3 if out == "fp8" else BF16, device=device),
-        torch.empty((num_heads_kv, slots) if out == "fp8" else 0, dtype=torch.float32, device=device),
-        torch.empty((n, num_heads_q), dtype=torch.float32, device=device),
-    )
 
 
 def rmsnorm_quantize(

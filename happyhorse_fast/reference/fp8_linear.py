@@ -17,6 +17,21 @@ ACTIVATIONS = {"swiglu7": (swiglu7, 2, 64), "gelu7": (gelu7, 1, 128)}
 """Name -> (function, columns of the product per output, outputs that share a scale)."""
 
 
+def empty_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Result of `fp8_linear`, not yet written: [N, F] bf16."""
+    return torch.empty((x.shape[0], weight.shape[1]), dtype=torch.bfloat16, device=x.device)
+
+
+def empty_activated(
+    rows: int, features: int, activation: str, fp8: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activation of a product [rows, features], not yet written: y [N, K'] and its scale [N, K' / group] or [0]."""
+    _, per, group = ACTIVATIONS[activation]
+    columns = features // per
+    y = torch.empty((rows, columns), dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=device)
+    return y, torch.empty((rows, columns // group) if fp8 else 0, dtype=torch.float32, device=device)
+
+
 def products(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -55,7 +70,7 @@ def fp8_linear(
     row_tiles: torch.Tensor,
 ) -> torch.Tensor:
     """The product, [N, F] bf16."""
-    y = torch.empty(x.shape[0], weight.shape[1], dtype=torch.bfloat16, device=x.device)
+    y = empty_product(x, weight)
     for rows, product in products(x, x_scale, weight, weight_scale, row_tiles):
         y[rows] = product.bfloat16()
     return y
@@ -113,10 +128,8 @@ def _activate(
     parts: Iterator[tuple[slice, torch.Tensor]], n: int, features: int, activation: str, fp8: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The activation of (rows, their product float32 [rows, features]), written to [n, columns] and its scales."""
-    function, per, group = ACTIVATIONS[activation]
-    columns = features // per
-    y = torch.empty(n, columns, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=device)
-    y_scale = torch.empty((n, columns // group) if fp8 else 0, device=device)
+    function, _, group = ACTIVATIONS[activation]
+    y, y_scale = empty_activated(n, features, activation, fp8, device)
     for rows, product in parts:
         activated = function(product)
         if fp8:

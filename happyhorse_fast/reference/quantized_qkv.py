@@ -15,7 +15,7 @@ from happyhorse_fast.reference.rmsnorm_qkv import EPS, rms_norm
 ROW_TILE = 128
 # Rows in flight: 4096 x 7296 float32 products are 120 MB.
 ROW_CHUNK = 4096
-EMPTY = (0,)
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """q, k, v, v_scale, gate."""
@@ -33,6 +33,27 @@ def spans(row_tiles: torch.Tensor) -> Iterator[tuple[int, int, int]]:
         held = (expert, first, end)
     if held is not None:
         yield held
+
+
+def empty_normalised(hidden: torch.Tensor, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results of `rmsnorm_quantize`, not yet written: x [N, C] and its scale."""
+    x = torch.empty(hidden.shape, dtype=E4M3 if fp8 else BF16, device=hidden.device)
+    return x, torch.empty(hidden.shape[0] if fp8 else 0, dtype=torch.float32, device=hidden.device)
+
+
+def empty_qkv(cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int, out: str) -> QKV:
+    """Results of `qkv_linear`, not yet written: q, k, v, v_scale, gate."""
+    n, d = cos_sin.shape
+    slots = -(-n // ROW_TILE)
+    device, codes = cos_sin.device, E4M3 if out != "bf16" else BF16
+    v_shape = (num_heads_kv, d, slots * ROW_TILE) if out == "fp8" else (n, num_heads_kv, d)
+    return (
+        torch.empty((n, num_heads_q, d), dtype=codes, device=device),
+        torch.empty((n, num_heads_kv, d), dtype=codes, device=device),
+        torch.empty(v_shape, dtype=E4M3 if out == "fp8" else BF16, device=device),
+        torch.empty((num_heads_kv, slots) if out == "fp8" else 0, dtype=torch.float32, device=device),
+        torch.empty((n, num_heads_q), dtype=torch.float32, device=device),
+    )
 
 
 def rmsnorm_quantize(
@@ -56,14 +77,13 @@ def rmsnorm_quantize(
     """
     if branch is not None:
         hidden += branch
-    x = torch.empty(hidden.shape, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=hidden.device)
-    scale = torch.empty(hidden.shape[:1] if fp8 else EMPTY, device=hidden.device)
+    x, scale = empty_normalised(hidden, fp8)
     for expert, first, end in spans(row_tiles):
         y = rms_norm(hidden[first:end], norm_weight[expert])
         if fp8:
             x[first:end], scale[first:end] = quantize_rows(y)
         else:
-            x[first:end] = y.to(torch.bfloat16)
+            x[first:end] = y.to(BF16)
     return x, scale
 
 
@@ -103,12 +123,12 @@ def qkv_linear(
     Raises:
         ValueError: ``out`` is ``"fp8"`` and a row tile does not start on a multiple of 128.
     """
-    results = _empty_results(cos_sin, num_heads_q, num_heads_kv, out)
+    results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     for expert, first, end in spans(row_tiles):
         rows = slice(first, end)
         product = x[rows].float() @ weight[expert].float().T
         if x_scale is None or weight_scale is None:
-            product = product.to(torch.bfloat16).float()
+            product = product.to(BF16).float()
         else:
             product = product * x_scale[rows, None] * weight_scale[expert]
         _finish_rows(product, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, results)
@@ -149,7 +169,7 @@ def qk_norm_rope(
     Raises:
         ValueError: As :func:`qkv_linear`.
     """
-    results = _empty_results(cos_sin, num_heads_q, num_heads_kv, out)
+    results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     for expert, first, end in spans(row_tiles):
         rows = slice(first, end)
         part = product[rows].float()
@@ -157,23 +177,6 @@ def qk_norm_rope(
             part = part * row_scale[rows, None] * column_scale[expert]
         _finish_rows(part, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, results)
     return results
-
-
-def _empty_results(cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int, out: str) -> QKV:
-    n, d = cos_sin.shape
-    slots = -(-n // ROW_TILE)
-
-    def empty(*size: int, codes: bool) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.float8_e4m3fn if codes else torch.bfloat16, device=cos_sin.device)
-
-    fp8_qk, fp8_v = out != "bf16", out == "fp8"
-    return (
-        empty(n, num_heads_q, d, codes=fp8_qk),
-        empty(n, num_heads_kv, d, codes=fp8_qk),
-        empty(num_heads_kv, d, slots * ROW_TILE, codes=True) if fp8_v else empty(n, num_heads_kv, d, codes=False),
-        torch.empty((num_heads_kv, slots) if fp8_v else EMPTY, device=cos_sin.device),
-        torch.empty((n, num_heads_q), device=cos_sin.device),
-    )
 
 
 def _finish_rows(
@@ -194,12 +197,12 @@ def _finish_rows(
     if k_mean is not None:
         qk[1] = qk[1] - k_mean
     for which, (to, value) in enumerate(zip((q, k), qk, strict=True)):
-        if qk_scale is not None and to.dtype == torch.float8_e4m3fn:
+        if qk_scale is not None and to.dtype == E4M3:
             to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
         else:
-            to[rows] = value.to(torch.bfloat16)
-    if v.dtype == torch.bfloat16:
-        v[rows] = vs.to(torch.bfloat16)
+            to[rows] = value.to(BF16)
+    if v.dtype == BF16:
+        v[rows] = vs.to(BF16)
         return
     if first % ROW_TILE:
         raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} where out is "fp8", got {first}')
@@ -233,18 +236,13 @@ def rmsnorm_qkv(
     Returns:
         q [N, Hq, D], k and v [N, Hkv, D] bf16, gate [N, Hq] float32.
     """
-    n, d = cos_sin.shape
-    q, k, v = (
-        torch.empty((n, heads, d), dtype=torch.bfloat16, device=hidden.device)
-        for heads in (num_heads_q, num_heads_kv, num_heads_kv)
-    )
-    gate = torch.empty((n, num_heads_q), device=hidden.device)
+    q, k, v, _, gate = empty_qkv(cos_sin, num_heads_q, num_heads_kv, "bf16")
     for expert, first, end in spans(row_tiles):
         rows = slice(first, end)
         h = hidden[rows]
-        x = (h * (norm_weight[expert] + 1)).to(torch.bfloat16).float()
+        x = (h * (norm_weight[expert] + 1)).to(BF16).float()
         inverse = torch.rsqrt(h.square().mean(dim=1, keepdim=True) + EPS)
-        product = (x @ weight[expert].float().T * inverse).to(torch.bfloat16).float()
+        product = (x @ weight[expert].float().T * inverse).to(BF16).float()
         parts = epilogue(product, qk_norm[expert], cos_sin[rows], num_heads_q, num_heads_kv)
         for to, value in zip((q, k, v, gate), parts, strict=True):
             to[rows] = value.to(to.dtype)

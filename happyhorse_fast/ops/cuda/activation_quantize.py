@@ -10,7 +10,8 @@ from happyhorse_fast.ops import activation_quantize as shapes
 from happyhorse_fast.ops.cuda.arguments import address, require_vectors
 from happyhorse_fast.ops.cuda.launch import launch
 from happyhorse_fast.ops.cuda.row_spans import RowTiles
-from happyhorse_fast.ops.fp8_linear import ROW_TILE, empty_activated
+from happyhorse_fast.ops.fp8_linear import ROW_TILE
+from happyhorse_fast.reference.fp8_linear import empty_activated
 
 # Of csrc/device/activation_quantize.cu.
 THREADS, ROWS_PER_BLOCK, VECTOR_BYTES = 256, 16, 16

@@ -11,6 +11,7 @@ from happyhorse_fast.ops import fp8_linear as shapes
 from happyhorse_fast.ops.cuda.activation_quantize import finish_rows
 from happyhorse_fast.ops.cuda.library_product import check_operands, library_product
 from happyhorse_fast.ops.cuda.row_spans import RowTiles, chunks, expert_spans
+from happyhorse_fast.reference.fp8_linear import empty_activated
 
 
 @torch.library.custom_op("happyhorse_fast::fp8_linear_activation_cuda", mutates_args=())
@@ -30,7 +31,7 @@ def fp8_linear_activation(
             f"inside its sum; got {list(x_scale.shape)}"
         )
     check_operands(x, weight)
-    y, y_scale = shapes.empty_activation(x, weight, activation, fp8)
+    y, y_scale = empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)
     experts, features, _ = weight.shape
     spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=False)
     for expert, first, end in chunks(spans, features, 4 if x.dtype == shapes.E4M3 else 2):

@@ -10,7 +10,8 @@ from happyhorse_fast.ops import qk_norm_rope as shapes
 from happyhorse_fast.ops.cuda.arguments import address, require_vectors
 from happyhorse_fast.ops.cuda.launch import launch
 from happyhorse_fast.ops.cuda.row_spans import RowTiles
-from happyhorse_fast.ops.rmsnorm_qkv import QKV, ROW_TILE, empty_qkv
+from happyhorse_fast.ops.rmsnorm_qkv import ROW_TILE
+from happyhorse_fast.reference.quantized_qkv import QKV, empty_qkv
 
 STEM = "qk_norm_rope"
 # Of csrc/device/qk_norm_rope.cu.

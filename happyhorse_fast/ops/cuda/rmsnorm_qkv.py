@@ -12,6 +12,7 @@ from happyhorse_fast.ops.cuda.launch import launch
 from happyhorse_fast.ops.cuda.library_product import check_operands, library_product
 from happyhorse_fast.ops.cuda.qk_norm_rope import finish_rows
 from happyhorse_fast.ops.cuda.row_spans import RowTiles, chunks, expert_spans
+from happyhorse_fast.reference.quantized_qkv import empty_normalised, empty_qkv
 
 # Of csrc/device/rmsnorm_quantize.cu: a thread holds up to 8 vectors of 4 channels.
 VECTORS_PER_THREAD, VECTOR, WARP = 8, 4, 32
@@ -45,7 +46,7 @@ def rmsnorm_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.rmsnorm_quantize`."""
     require_vectors(VECTOR, hidden=hidden, branch=branch, norm_weight=norm_weight)
-    x, scale = shapes.empty_normalised(hidden, fp8)
+    x, scale = empty_normalised(hidden, fp8)
     channels = hidden.shape[1]
     params = RmsnormQuantizeParams(
         hidden=address(hidden),
@@ -82,7 +83,7 @@ def qkv_linear(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.qkv_linear`."""
     check_operands(x, weight)
-    results = shapes.empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
+    results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     experts, features, _ = weight.shape
     spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=out == "fp8")
     for expert, first, end in chunks(spans, features, 4 if x.dtype == shapes.E4M3 else 2):

@@ -10,6 +10,7 @@ from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, LaunchConfig, c
 from happyhorse_fast.ops import fp8_linear as shapes
 from happyhorse_fast.ops.triton.device import architecture, descriptors_work, multiprocessors, on_device
 from happyhorse_fast.ops.triton.library import kernel_op, launchable
+from happyhorse_fast.reference.fp8_linear import empty_activated, empty_product
 
 STEM = "fp8_linear"
 WIDEST_WITH_GROUPS = 128
@@ -100,7 +101,7 @@ def fp8_linear(
     row_tiles: torch.Tensor,
 ) -> torch.Tensor:
     """See :func:`happyhorse_fast.ops.fp8_linear.fp8_linear`."""
-    y = shapes.empty_product(x, weight)
+    y = empty_product(x, weight)
     config = config_of(x, x_scale, "plain")
     launch(x, x_scale, weight, weight_scale, row_tiles, y, None, "plain", config)
     return y
@@ -131,7 +132,7 @@ def fp8_linear_activation(
     fp8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.fp8_linear.fp8_linear_activation`."""
-    y, y_scale = shapes.empty_activation(x, weight, activation, fp8)
+    y, y_scale = empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)
     config = config_of(x, x_scale, activation)
     launch(x, x_scale, weight, weight_scale, row_tiles, y, y_scale, activation, config)
     return y, y_scale

@@ -11,6 +11,7 @@ from happyhorse_fast.kernels.rmsnorm_qkv import qkv_linear_kernel, rmsnorm_qkv_k
 from happyhorse_fast.ops import rmsnorm_qkv as shapes
 from happyhorse_fast.ops.triton.device import architecture, descriptors_work, multiprocessors, on_device
 from happyhorse_fast.ops.triton.library import kernel_op, launchable
+from happyhorse_fast.reference.quantized_qkv import empty_normalised, empty_qkv
 
 STEM = "rmsnorm_qkv"
 
@@ -27,7 +28,7 @@ def rmsnorm_quantize(
     if fp8:
         _require_e4m3("fp8=True", hidden.device)
     config = config_for(STEM, "rmsnorm_quantize", architecture(hidden.device))
-    x, scale = shapes.empty_normalised(hidden, fp8)
+    x, scale = empty_normalised(hidden, fp8)
     added = hidden if branch is None else branch
     channels = hidden.shape[1]
     with on_device(hidden):
@@ -72,7 +73,7 @@ def qkv_linear(
     if fp8 or out != "bf16":
         _require_e4m3(f'out="{out}" of {weight.dtype} weights', x.device)
     config = config_for(STEM, "qkv_fp8" if fp8 else "qkv_bf16", architecture(x.device))
-    q, k, v, v_scale, gate = shapes.empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
+    q, k, v, v_scale, gate = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     head_dim = cos_sin.shape[1]
     described = config.descriptors and descriptors_work(x, weight)
     with on_device(x):
@@ -127,7 +128,7 @@ def rmsnorm_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.rmsnorm_qkv`."""
     config = config_for(STEM, "fused_bf16", architecture(hidden.device))
-    q, k, v, _, gate = shapes.empty_qkv(cos_sin, num_heads_q, num_heads_kv, "bf16")
+    q, k, v, _, gate = empty_qkv(cos_sin, num_heads_q, num_heads_kv, "bf16")
     head_dim = cos_sin.shape[1]
     described = config.descriptors and descriptors_work(hidden, weight)
     with on_device(hidden):
