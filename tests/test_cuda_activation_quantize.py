@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from happyhorse_fast.ops import activation_quantize as op
 from happyhorse_fast.ops import fp8_linear as linear_ops
+from happyhorse_fast.ops.cuda import fp8_linear as linear_launcher
 from happyhorse_fast.ops.cuda.launch import launch, use_runner
 from happyhorse_fast.reference.mlp import gelu7, swiglu7
 
@@ -150,7 +151,7 @@ def test_opcheck_and_one_graph(backend, form):
 def test_opcheck_and_one_graph_with_the_library_product():
     x = torch.randn(130, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     arguments = x, None, x[None, :128].contiguous(), None, inputs((130,), 128, "bf16")[3], "gelu7", True
-    torch.library.opcheck(torch.ops.happyhorse_fast.fp8_linear_activation_cuda.default, arguments)
+    torch.library.opcheck(linear_launcher.fp8_linear_activation, arguments)
 
     def call(*arguments):
         return linear_ops.fp8_linear_activation(*arguments, backend="cuda")

@@ -11,6 +11,7 @@ from toy_denoiser import CONFIG, Latents, Toy, Velocity, clip
 
 from happyhorse_fast.errors import NonFiniteError
 from happyhorse_fast.sampler import StepInfo, sample
+from happyhorse_fast.sampler.noise import noise_source
 
 torch.set_num_threads(1)
 V, A, T = clip()
@@ -94,6 +95,16 @@ class ElsewhereGenerator(torch.Generator):
 def test_bad_noise(noise: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sample(Toy(), *clip(), noise=noise, progress=False)
+
+
+@pytest.mark.parametrize(("generator", "allowed"), [("cuda", True), ("cuda:0", True), ("cpu", True), ("cuda:1", False)])
+def test_a_generator_made_for_a_gpu_without_an_index_serves_its_first(generator: str, allowed: bool) -> None:
+    stand_in = type("", (torch.Generator,), {"device": torch.device(generator)})()
+    if allowed:
+        noise_source(stand_in, torch.device("cuda:0"), torch.float32)
+        return
+    with pytest.raises(ValueError, match="generator on cuda:0"):
+        noise_source(stand_in, torch.device("cuda:0"), torch.float32)
 
 
 def poison(modality: str, at: int, value: float) -> Velocity:

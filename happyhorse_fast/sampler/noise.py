@@ -44,7 +44,9 @@ def noise_source(noise: Noise, device: torch.device, dtype: torch.dtype) -> Draw
 
 def _seeded(generator: torch.Generator | None, device: torch.device, dtype: torch.dtype) -> Draw:
     where = device if generator is None else generator.device
-    if where not in (device, torch.device("cpu")):
+    # A generator made for "cuda" says no index; a tensor made there does.
+    elsewhere = where.type != device.type or None not in (where.index, device.index) and where.index != device.index
+    if where.type != "cpu" and elsewhere:
         raise ValueError(f"noise must be a generator on {device}, where the latents are, or on the CPU; got {where}")
 
     def draw(name: str, shape: torch.Size) -> torch.Tensor:
