@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from happyhorse_fast.reference.mlp import gelu7, swiglu7
-from happyhorse_fast.reference.quantize import quantize_groups
+from happyhorse_fast.reference.quantize import quantize_groups, scaled_rows
 
 ACTIVATIONS = {"swiglu7": (swiglu7, 2, 64), "gelu7": (gelu7, 1, 128)}
 """Name -> (function, columns of the product per output, outputs that share a scale)."""
@@ -116,10 +116,7 @@ def activation_quantize(
     def parts() -> Iterator[tuple[slice, torch.Tensor]]:
         for e, first, end in row_tiles.tolist():
             rows = slice(first, end)
-            part = product[rows].float()
-            if row_scale is not None and column_scale is not None:
-                part = part * row_scale[rows, None] * column_scale[e]
-            yield rows, part
+            yield rows, scaled_rows(product, row_scale, column_scale, rows, e)
 
     return _activate(parts(), product.shape[0], product.shape[1], activation, fp8, product.device)
 

@@ -76,6 +76,31 @@ def quantize_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return to_e4m3(weight.float() / scale[:, :, None]), scale
 
 
+def scaled_rows(
+    product: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    column_scale: torch.Tensor | None,
+    rows: slice,
+    expert: int,
+) -> torch.Tensor:
+    """Rows of a product, all of one expert: sums of products of codes times their scales, bf16 as it is.
+
+    Args:
+        product: [N, F] bf16, or float32 with its scales.
+        row_scale: [N] float32, or None.
+        column_scale: [E, F] float32, or None.
+        rows: Of product and row_scale.
+        expert: Of column_scale.
+
+    Returns:
+        [rows, F] float32.
+    """
+    part = product[rows].float()
+    if row_scale is None or column_scale is None:
+        return part
+    return part * row_scale[rows, None] * column_scale[expert]
+
+
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """code * scale, computed in ``dtype``; float64 gives the exact value.
 

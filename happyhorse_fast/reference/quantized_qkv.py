@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from happyhorse_fast.reference.quantize import e4m3_scale, quantize_rows, to_e4m3
+from happyhorse_fast.reference.quantize import e4m3_scale, quantize_rows, scaled_rows, to_e4m3
 from happyhorse_fast.reference.rmsnorm_qkv import EPS, rms_norm
 
 ROW_TILE = 128
@@ -171,10 +171,7 @@ def qk_norm_rope(
     """
     results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     for expert, first, end in spans(row_tiles):
-        rows = slice(first, end)
-        part = product[rows].float()
-        if row_scale is not None and column_scale is not None:
-            part = part * row_scale[rows, None] * column_scale[expert]
+        part = scaled_rows(product, row_scale, column_scale, slice(first, end), expert)
         _finish_rows(part, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, results)
     return results
 

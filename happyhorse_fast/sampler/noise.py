@@ -44,9 +44,9 @@ def noise_source(noise: Noise, device: torch.device, dtype: torch.dtype) -> Draw
 
 def _seeded(generator: torch.Generator | None, device: torch.device, dtype: torch.dtype) -> Draw:
     where = device if generator is None else generator.device
-    # A generator made for "cuda" says no index; a tensor made there does.
-    elsewhere = where.type != device.type or None not in (where.index, device.index) and where.index != device.index
-    if where.type != "cpu" and elsewhere:
+    if where.index is None and where.type == device.type:  # torch.Generator("cuda") says no index, a tensor there does
+        where = device
+    if where not in (device, torch.device("cpu")):
         raise ValueError(f"noise must be a generator on {device}, where the latents are, or on the CPU; got {where}")
 
     def draw(name: str, shape: torch.Size) -> torch.Tensor:
