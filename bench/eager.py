@@ -12,7 +12,7 @@ from bench.cases import Case, padded_rows
 from bench.inputs import Given
 from happyhorse_fast.reference.block_sparse_attention import fused_attention
 from happyhorse_fast.reference.fp8_linear import ACTIVATIONS
-from happyhorse_fast.reference.quantized_qkv import epilogue, spans
+from happyhorse_fast.reference.quantized_qkv import epilogue, joined
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 from happyhorse_fast.reference.sequence import dense_ranges, local_ranges
 
@@ -44,7 +44,7 @@ def prepare(case: Case, given: Given, *, compiled: bool = False) -> Function:
     if case.op == "rmsnorm_quantize":
         function = built(_norm)
         return lambda: function(given["hidden"], given["norm_weight"][0])
-    parts = [(expert, slice(first, end)) for expert, first, end in _spans(given["row_tiles"])]
+    parts = [(expert, slice(first, end)) for expert, first, end in joined(given["row_tiles"].tolist())]
     if case.op in ("qkv_linear", "rmsnorm_qkv"):
         return _qkv(given, parts, built)
     if case.op == "fp8_linear_residual":
@@ -53,17 +53,6 @@ def prepare(case: Case, given: Given, *, compiled: bool = False) -> Function:
     activation = ACTIVATIONS[given["activation"]][0]
     function = built(lambda x, weight: activation(linear(x, weight).float()).bfloat16())
     return lambda: [function(given["x"][rows], given["weight"][e]) for e, rows in parts]
-
-
-def _spans(row_tiles: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, end row), chunks of one expert joined again."""
-    joined: list[tuple[int, int, int]] = []
-    for expert, first, end in spans(row_tiles):
-        if joined and joined[-1][0] == expert and joined[-1][2] == first:
-            joined[-1] = (expert, joined[-1][1], end)
-        else:
-            joined.append((expert, first, end))
-    return joined
 
 
 def _norm(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Rows are handled in chunks, so that no op needs a [rows, features] tensor of all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 
@@ -19,20 +19,24 @@ BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """q, k, v, v_scale, gate."""
+Span = tuple[int, int, int]
+"""(expert, first row, end row)."""
 
 
-def spans(row_tiles: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+def joined(tiles: Iterable[Span], most: int | None = None) -> list[Span]:
+    """Neighbours of one expert joined, where ``most`` is given to at most that many rows."""
+    found: list[Span] = []
+    for expert, first, end in tiles:
+        if found and found[-1][0] == expert and found[-1][2] == first and (most is None or end - found[-1][1] <= most):
+            found[-1] = (expert, found[-1][1], end)
+        else:
+            found.append((expert, first, end))
+    return found
+
+
+def spans(row_tiles: torch.Tensor) -> list[Span]:
     """(expert, first row, end row) of ``row_tiles``, neighbours of one expert joined to at most ROW_CHUNK rows."""
-    held: tuple[int, int, int] | None = None
-    for expert, first, end in row_tiles.tolist():
-        if held is not None and held[0] == expert and held[2] == first and end - held[1] <= ROW_CHUNK:
-            held = (expert, held[1], end)
-            continue
-        if held is not None:
-            yield held
-        held = (expert, first, end)
-    if held is not None:
-        yield held
+    return joined(row_tiles.tolist(), ROW_CHUNK)
 
 
 def empty_normalised(hidden: torch.Tensor, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:

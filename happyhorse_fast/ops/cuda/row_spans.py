@@ -10,9 +10,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from happyhorse_fast.ops.rmsnorm_qkv import ROW_TILE
-
-Span = tuple[int, int, int]
-"""(expert, first row, end row)."""
+from happyhorse_fast.reference.quantized_qkv import Span, joined
 
 PRODUCT_BYTES = 256 * 2**20
 """Of a chunk's product: in float32 2432 rows by 27392 features, 4066 tiles of 128 x 128 for 132 multiprocessors."""
@@ -59,15 +57,11 @@ def expert_spans(row_tiles: torch.Tensor, experts: int, rows: int, *, whole_tile
     """
     if experts == 1:
         return [(0, 0, rows)]
-    spans: list[Span] = []
-    for expert, first, end in _tiles(row_tiles):
+    tiles = _tiles(row_tiles)
+    for _, first, _ in tiles:
         if whole_tiles and first % ROW_TILE:
             raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} where out is "fp8", got {first}')
-        if spans and spans[-1][0] == expert and spans[-1][2] == first:
-            spans[-1] = (expert, spans[-1][1], end)
-        else:
-            spans.append((expert, first, end))
-    return spans
+    return joined(tiles)
 
 
 def chunks(spans: list[Span], features: int, element_bytes: int) -> Iterator[Span]:
