@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout, tile_order
+from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout, dynamic, tile_order
+from happyhorse_fast.block_map.tiles import tile_window
 from happyhorse_fast.reference.sequence import Clip, local_ranges
 
 
@@ -182,6 +184,20 @@ def test_tile_window_keeps_every_pair_of_the_token_window(align):
     base = BlockMap.frame_window(layout, 0)
     within = BlockMap.tile_window(layout, columns, tile, window, base).to_dense()[0]
     assert torch.equal(within, dense & base.to_dense()[0])
+
+
+def test_a_window_within_a_base_on_a_gpu_is_made_there(monkeypatch):
+    layout = Layout(3, 256, 20, 30, align_modalities=True)
+    base = BlockMap.frame_window(layout, 1)
+    shapes = [t.shape for t in base.to_blocks()]
+    made = []
+    monkeypatch.setattr(dynamic, "assemble", lambda full, ids, *rest: made.extend((full, ids)))
+    with FakeTensorMode():
+        counts = torch.empty(base.counts.shape, dtype=torch.int32, device="cuda")
+        full, ids = (torch.empty(s, device="cuda") for s in shapes)
+        monkeypatch.setattr(BlockMap, "to_blocks", lambda self: (full.bool(), ids.int()))
+        tile_window(layout, 16, (1, 1, 1), (1, 1, 1), dataclasses.replace(base, counts=counts))
+    assert [t.device.type for t in made] == ["cuda", "cuda"]
 
 
 def pooled_inputs(heads_q=4, heads_kv=2, seed=0):

@@ -11,7 +11,7 @@ from gpu_support import DEVICE, DRY, MARKS
 from happyhorse_fast import golden
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.model.accelerate import accelerate
-from happyhorse_fast.model.fast_config import FastConfig, TopK
+from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
 
 pytestmark = MARKS
 # The smallest case: 40 s in the interpreter where the others take minutes.
@@ -49,6 +49,20 @@ def test_fp8_error_is_as_stated(name: str, attention: Any) -> None:
     model = accelerate(case.model(torch.bfloat16).to(DEVICE), fast)
     for error in errors(velocities(model, case), case):
         assert 1e-2 < error <= FP8_MODEL_BUDGET
+
+
+@pytest.mark.skipif(DRY, reason="another 80 s per policy in the interpreter")
+@pytest.mark.parametrize("sparsity", [TopK(1.0), TopP(1.0), Tiles(99, 99, 99)])
+def test_a_policy_that_keeps_everything_is_exact(sparsity: Any) -> None:
+    case = golden.load_case("local_v1_fp32")
+    exact, kept = (
+        velocities(
+            accelerate(case.model(torch.bfloat16).to(DEVICE), FastConfig(backend="triton", sparsity=policy)), case
+        )
+        for policy in (None, sparsity)
+    )
+    for a, b in zip(exact, kept, strict=True):
+        assert measure(b, a.double()).relative_l2 < 4e-3  # as tests/test_fast_model.py
 
 
 @pytest.mark.skipif(DRY, reason="another 40 s in the interpreter; `make check` runs it")

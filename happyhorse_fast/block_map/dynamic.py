@@ -44,11 +44,11 @@ def touching(spans: Sequence[tuple[int, int]], blocks: int) -> torch.Tensor:
 
 
 def select(base: BlockMap, keep: torch.Tensor) -> BlockMap:
-    """The blocks of ``base`` that ``keep`` names; a block's own mask stays as it was.
+    """The blocks of ``base`` that ``keep`` names, on its device; a block's own mask stays as it was.
 
     Args:
         base: A map with Hm = 1.
-        keep: bool [Hm, R, S].
+        keep: bool [Hm, R, S], on any device.
 
     Raises:
         ValueError: ``base`` has several heads, or the shapes do not fit.
@@ -58,6 +58,7 @@ def select(base: BlockMap, keep: torch.Tensor) -> BlockMap:
             f"keep must be [Hm, {base.rows}, {base.key_blocks}] over a base of one head, "
             f"got {list(keep.shape)} over {base.heads}"
         )
+    keep = keep.to(base.device)
     full, ids = base.to_blocks()
     return assemble(keep & full, torch.where(keep, ids, -1), base.mask_bits, base.queries, base.keys)
 

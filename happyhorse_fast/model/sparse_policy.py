@@ -30,7 +30,7 @@ class SparsePolicy:
             if rows.layout is None or columns is None:
                 raise ValueError("sparsity must be TopK or TopP where several clips share a sequence, got Tiles")
             window = (policy.frames, policy.rows, policy.columns)
-            self.static = BlockMap.tile_window(rows.layout, columns, (1, 1, 1), window, exact).to(exact.device)
+            self.static = BlockMap.tile_window(rows.layout, columns, (1, 1, 1), window, exact)
             return
         self.selector = BlockSelector(rows, exact, exact.device)
         self.video_blocks = -(-rows.starts[1] // 128)
