@@ -313,6 +313,22 @@ def test_a_run_that_fails_is_a_result_and_ends_no_other(monkeypatch, tmp_path, c
     assert "got 'fast fp4'" in capsys.readouterr().err
 
 
+def test_a_gpu_named_without_an_index_can_be_capped(monkeypatch):
+    capped = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"total_memory": 80 * 10**9}))
+
+    def limit(fraction, device=None):  # refuses a device without an index, as torch's does
+        capped.append((fraction, torch.cuda.memory._get_device_index(device)))
+
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
+    bench = sampler.Bench(torch.device("cuda"))
+    bench._cap(None)
+    bench._cap(24)
+    assert capped == [(1.0, 0), (pytest.approx((24e9 - 2**29) / 80e9), 0)]
+
+
 def test_a_larger_card_behaves_as_one_that_is_sold_as_24_gb():
     h200 = 150_754_820_096
     allowed = sampler.memory_fraction(24, h200) * h200
