@@ -130,7 +130,7 @@ class Bench:
     """
 
     def __init__(self, device: torch.device, tiny: bool = False) -> None:
-        if device.type == "cuda" and device.index is None:  # limiting a process's memory takes a device with an index
+        if device == torch.device("cuda"):  # limiting a process's memory takes a device with an index
             device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.tiny = device, tiny
         self._model: HappyHorse | None = None

@@ -44,7 +44,7 @@ def noise_source(noise: Noise, device: torch.device, dtype: torch.dtype) -> Draw
 
 def _seeded(generator: torch.Generator | None, device: torch.device, dtype: torch.dtype) -> Draw:
     where = device if generator is None else generator.device
-    if where.index is None and where.type == device.type:  # torch.Generator("cuda") says no index, a tensor there does
+    if where == torch.device(device.type):  # torch.Generator("cuda") says no index, a tensor there does
         where = device
     if where not in (device, torch.device("cpu")):
         raise ValueError(f"noise must be a generator on {device}, where the latents are, or on the CPU; got {where}")
