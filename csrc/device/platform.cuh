@@ -42,13 +42,17 @@ constexpr int WARP = 32;
 HH_DEVICE int lane_of_thread() { return static_cast<int>(threadIdx.x) % WARP; }
 HH_DEVICE int warp_of_thread() { return static_cast<int>(threadIdx.x) / WARP; }
 
-// Sum and largest of 32 lanes, the same bits in every lane.
-HH_DEVICE float warp_sum(float x) {
-  for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+// Sum and largest over LANES neighbouring lanes, a power of two, the same bits in each; all 32 lanes must come.
+template <int LANES>
+HH_DEVICE float lanes_sum(float x) {
+#pragma unroll
+  for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
   return x;
 }
-HH_DEVICE float warp_max(float x) {
-  for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+template <int LANES>
+HH_DEVICE float lanes_max(float x) {
+#pragma unroll
+  for (int step = LANES / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
   return x;
 }
 
@@ -63,8 +67,8 @@ HH_DEVICE float block_join(float x, float* scratch, float neutral, Join join) {
   return join(lane_of_thread() < warps ? scratch[lane_of_thread()] : neutral);
 }
 HH_DEVICE float block_sum(float x, float* scratch) {
-  return block_join(x, scratch, 0.0f, [](float y) { return warp_sum(y); });
+  return block_join(x, scratch, 0.0f, [](float y) { return lanes_sum<WARP>(y); });
 }
 HH_DEVICE float block_max(float x, float* scratch) {
-  return block_join(x, scratch, 0.0f, [](float y) { return warp_max(y); });
+  return block_join(x, scratch, 0.0f, [](float y) { return lanes_max<WARP>(y); });
 }

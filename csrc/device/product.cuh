@@ -98,17 +98,3 @@ HH_DEVICE void store_e4m3(e4m3* to, const float (&x)[N]) {
     *reinterpret_cast<uint2*>(to) = make_uint2(pack_e4m3(x[0], x[1], x[2], x[3]), pack_e4m3(x[4], x[5], x[6], x[7]));
   }
 }
-
-// Sum and largest over neighbouring lanes, LANES a power of two; all 32 lanes must come.
-template <int LANES>
-HH_DEVICE float lanes_sum(float x) {
-#pragma unroll
-  for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
-  return x;
-}
-template <int LANES>
-HH_DEVICE float lanes_max(float x) {
-#pragma unroll
-  for (int step = LANES / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
-  return x;
-}

@@ -197,7 +197,7 @@ HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsig
 #pragma unroll
     for (int j = 0; j < VALUES; ++j) largest = fmaxf(largest, fabsf(x[j]));
   }
-  largest = warp_max(largest);
+  largest = lanes_max<WARP>(largest);
   if (lane_of_thread() == 0) warp_largest[warp_of_thread()] = largest;
   __syncthreads();
 #pragma unroll
