@@ -238,8 +238,7 @@ def run_stage(stage: Stage, context: Context, results: Results, seconds: float) 
     print(f"== {stage.name}: {'; '.join(said)} ({took:.0f} s of {max(seconds, 0):.0f})\n", flush=True)
     for partial in results.path.parent.glob("*.partial"):  # of a write that was cut
         partial.unlink()
-    # Stages wrote into the file meanwhile.
-    fresh = Results(results.path, {k: results.data[k] for k in ("gpu", "driver", "torch", "triton", "commit")})
+    fresh = Results(results.path, results.header)  # stages wrote into the file meanwhile
     fresh.add_stage({"name": stage.name, "passed": passed, "seconds": round(took, 1), "outcome": "; ".join(said)})
     return passed
 

@@ -24,7 +24,7 @@ from bench import began, gates, roofline
 from bench.cases import Case, cases, select
 from bench.inputs import call, make, moved_bytes
 from bench.peers import Inputs, Peer, all_peers, split
-from bench.results import Json, Results, describe_machine, path_for
+from bench.results import FOLDER, Json, Results, describe_machine, path_for
 from bench.timing import Stopwatch, Timing
 from happyhorse_fast.ops.dispatch import CUDA_OPS, cuda_obstacle
 
@@ -237,7 +237,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options that benchmarks share."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"default here: {default}")
-    parser.add_argument("--results", type=Path, help="result file, or 'auto' for bench/results/<gpu>/")
+    parser.add_argument("--results", type=Path, help="result file, or the folder it goes into; 'auto': bench/results")
     parser.add_argument("--minutes", type=float, default=60.0, help="start no more work after this long")
 
 
@@ -246,7 +246,9 @@ def open_results(given: Path | None, device: torch.device) -> Results | None:
     if given is None:
         return None
     header = describe_machine(device)
-    return Results(path_for(header) if str(given) == "auto" else given, header)
+    if str(given) == "auto":
+        given = FOLDER
+    return Results(given if given.suffix == ".json" else path_for(header, given), header)
 
 
 def default_backend(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Result files: one JSON per GPU, day and commit, rewritten whole after every entry, so that a cut run loses nothing.
+"""Result files: one JSON per GPU and commit, rewritten whole after every entry, so that a cut run loses nothing.
 
     bench/results/<gpu>/<date>-<commit>.json
     {gpu, driver, torch, triton, commit, peaks, absent, stages,
@@ -118,9 +118,26 @@ def _driver() -> str:
 
 
 def path_for(header: Mapping[str, Any], folder: Path = FOLDER) -> Path:
-    """Where this run's file goes."""
+    """Where this run's file goes: the newest of this GPU, commit and software that is there, else a new one."""
     gpu = re.sub(r"[^a-z0-9]+", "-", str(header["gpu"]).lower()).strip("-")
-    return folder / gpu / f"{datetime.date.today().isoformat()}-{header['commit']}.json"
+    begun = sorted((folder / gpu).glob(f"*-{header['commit']}*.json"), reverse=True)
+    for path in begun:
+        if not differences(read(path), header):
+            return path
+    again = f"-{len(begun) + 1}" if begun else ""
+    return folder / gpu / f"{datetime.date.today().isoformat()}-{header['commit']}{again}.json"
+
+
+def differences(data: Mapping[str, Any], header: Mapping[str, Any]) -> list[str]:
+    """What keeps a file from being continued; drivers of one branch (580.159.03, 580.159.04) run the same machine."""
+    found = []
+    for name in HEADER:
+        theirs, ours = data[name], header[name]
+        if name == "driver":
+            theirs, ours = theirs.partition(".")[0], ours.partition(".")[0]
+        if theirs != ours:
+            found.append(f"{name} is {data[name]!r}, this run's is {header[name]!r}")
+    return found
 
 
 class Results:
@@ -135,13 +152,14 @@ class Results:
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self.path = path
+        self.path, self.header = path, dict(header)
         self.data: Json = {**header, "peaks": [], "absent": {}, "stages": [], "entries": [], "sampler": []}
         if path.is_file():
-            self.data = read(path)
-            for name in HEADER:
-                if self.data[name] != header[name]:
-                    raise ResultError(f"{path}: {name} is {self.data[name]!r}, this run's is {header[name]!r}")
+            data = read(path)
+            for difference in differences(data, header):
+                raise ResultError(f"{path}: {difference}")
+            drivers = dict.fromkeys([*data["driver"].split(", "), header["driver"]])
+            self.data |= data | {"driver": ", ".join(drivers)}
 
     def add_entry(self, entry: Json) -> None:
         """A microbenchmark of one case and implementation."""

@@ -133,6 +133,13 @@ def test_a_failed_command_fails_its_stage_and_its_output_is_shown(tmp_path, caps
     assert "reason" in capsys.readouterr().out
 
 
+def test_all_of_the_header_stays_though_a_stage_comes_before_the_first_entry(tmp_path):
+    # Without the architecture, preferences would not know what the file is of.
+    results = Results(tmp_path / "r.json", HEADER | {"capability": "90"})
+    gpu.run_stage(stage([]), gpu.Context(True, results.path), results, 30.0)
+    assert read(results.path)["capability"] == "90"
+
+
 def test_an_absent_tool_is_named_and_fails_nothing(tmp_path):
     passed, written = run(stage([]), tmp_path)
     assert passed is True and "compute-sanitizer is absent" in written["outcome"]

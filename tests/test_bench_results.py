@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from bench.results import ResultError, Results, path_for, read, validate
+from bench.results import ResultError, Results, differences, path_for, read, validate
 
 HEADER = {"gpu": "NVIDIA H200", "driver": "580.95", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}
 ENTRY = {
@@ -70,6 +70,21 @@ def test_another_machines_file_is_not_continued(tmp_path):
     Results(tmp_path / "r.json", HEADER).add_entry(ENTRY)
     with pytest.raises(ResultError, match=r"gpu is 'NVIDIA H200', this run's is 'NVIDIA A100'"):
         Results(tmp_path / "r.json", HEADER | {"gpu": "NVIDIA A100"})
+
+
+def test_a_run_on_the_next_machine_goes_on_in_the_same_file(tmp_path):
+    # Drivers of one branch, another day: one file; another branch or torch: a file of its own.
+    first = path_for(HEADER, tmp_path)
+    yesterday = first.with_name("2020-01-01-abc1234.json")
+    Results(yesterday, HEADER).add_entry(ENTRY)
+    patched = HEADER | {"driver": "580.95.05", "capability": "90"}
+    assert path_for(patched, tmp_path) == yesterday
+    Results(yesterday, patched).add_entry(ENTRY | {"case": "other"})
+    data = read(yesterday)
+    assert (data["driver"], data["capability"], len(data["entries"])) == ("580.95, 580.95.05", "90", 2)
+    assert path_for(patched, tmp_path) == yesterday and not differences(data, HEADER)
+    for changed in ({"driver": "590.1"}, {"torch": "2.12.0"}):
+        assert path_for(HEADER | changed, tmp_path).name == f"{first.stem}-2.json"
 
 
 def test_a_refused_entry_leaves_the_file_as_it_was(tmp_path):
