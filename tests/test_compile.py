@@ -45,6 +45,15 @@ def test_one_graph(seen_before: bool) -> None:
         assert same(compiled(*INPUTS), expected)
 
 
+def test_one_graph_under_autocast() -> None:
+    model = accelerated()
+    with torch.no_grad():
+        expected = accelerated()(*INPUTS)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert same(compiled(*INPUTS), expected)
+
+
 def test_exported() -> None:
     with torch.no_grad():
         program = torch.export.export(accelerated(), INPUTS)

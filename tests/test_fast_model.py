@@ -249,6 +249,25 @@ def test_drop_in_for_the_public_implementation(name: str) -> None:
         assert not torch.equal(model(t["tokens"], other, t["modality"], None, handler), out)
 
 
+@pytest.mark.parametrize(
+    "fast", [FastConfig(backend="reference"), FastConfig(precision="fp8", attention="fp8", backend="reference")]
+)
+def test_autocast_changes_no_bit(fast: FastConfig) -> None:
+    case = golden.load_case("local_v1_fp32")
+    t = case.tensors
+    handler = SimpleNamespace(q_ranges=t["local.q_ranges"], k_ranges=t["local.k_ranges"])
+    results = []
+    for enabled in (False, True):
+        ours = accelerate(case.model(torch.bfloat16), fast)
+        public = accelerate(PublicLayout(case.model(torch.bfloat16)), fast)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = public(t["tokens"], t["coords"], t["modality"], None, handler)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append([*run(ours, case), out])
+    for plain, under in zip(*results, strict=True):
+        assert under.dtype == torch.float32 and torch.equal(plain, under)
+
+
 def several_blocks(fast: FastConfig) -> Any:
     """A model of two layers on four frames of 128 tokens: maps that can leave something out."""
     config = golden.load_case("postnorm_v2_fp32").config.replace(

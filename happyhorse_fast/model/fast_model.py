@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,27 @@ from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 from happyhorse_fast.reference.sequence import Ranges
 
 MODALITY_EMBEDDERS = ("video_embedder", "audio_embedder", "text_embedder")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def inference(forward: Callable[P, R]) -> Callable[P, R]:
+    """A model's method without gradients and outside of autocast.
+
+    Every dtype is chosen here already; autocast would make bf16 of the float32 products at both ends.
+    """
+
+    @functools.wraps(forward)
+    @torch.no_grad()
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        model: Any = args[0]
+        kind = next(model.parameters()).device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return forward(*args, **kwargs)
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def run_layers(model: Any, hidden: torch.Tensor, state: ClipState, on_layer: LayerHook | None = None) -> None:
@@ -50,7 +72,7 @@ class AcceleratedHappyHorse:
 
     fast: FastState
 
-    @torch.no_grad()
+    @inference
     def forward(
         self: Any, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, *, on_layer: LayerHook | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +137,7 @@ class AcceleratedPublic:
 
     fast: FastState
 
-    @torch.no_grad()
+    @inference
     def forward(
         self: Any,
         x: torch.Tensor,
