@@ -1,119 +1,36 @@
-"""The attention kernels, in the strict interpreter and the CUDA shim, against float64 and within their budgets."""
+"""The attention kernels, in the strict interpreter and the CUDA shim, against float64 and within their budgets.
+
+The ops around them, and how they load: test_block_sparse_attention_ops.py.
+"""
 
 import dataclasses
 
-import interpreter  # noqa: F401  (exact arithmetic)
 import pytest
 import torch
-from cuda_shim import SHIM
+from attention_cases import (
+    CASES,
+    CUDA,
+    FORMATS,
+    FP8,
+    KERNELS,
+    MAP,
+    dense_oracle,
+    eager_bf16,
+    inputs,
+    problems,
+    run,
+    step_of,
+    values,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strict import permuted_grid, strict
-from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.tools.tensor_descriptor import TensorDescriptor
+from strict import permuted_grid
 
 from happyhorse_fast import budgets
-from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
-from happyhorse_fast.kernels import launch
+from happyhorse_fast.block_map import BlockMap, Layout
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
-from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.reference.block_sparse_attention import block_sparse_attention as exact_attention
 from happyhorse_fast.reference.sparse_attention import sparse_attention
-
-FP8 = torch.float8_e4m3fn
-FORMATS = ("bf16", "fp8_qk", "fp8")
-KERNELS = ("triton", "cuda")
-CUDA = ("bf16", "cuda")  # the one format that kernel takes
-CASES = pytest.mark.parametrize(("fmt", "backend"), [*((fmt, "triton") for fmt in FORMATS), CUDA])
-LAYOUT = Layout(3, 77, 29, 40)  # 300 tokens; no boundary on a block
-MAP = BlockMap.frame_window(LAYOUT, 0)
-
-
-def per_block(x, dims=(1, 2)):
-    """Scale of every block of 128 tokens of [N, ...], over the given dimensions too: float32."""
-    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[0] % BLOCK)).unflatten(0, (-1, BLOCK))
-    amax = padded.abs().amax(dim=(1, *(d + 1 for d in dims)))
-    return torch.where(amax > 0, amax / 448, 1.0)
-
-
-def quantised(x, scale):
-    each = scale.repeat_interleave(BLOCK, dim=0)[: x.shape[0]].view(x.shape[0], -1, 1)
-    return (x / each).clamp(-448, 448).to(FP8)
-
-
-def inputs(fmt, n=300, heads=(4, 2), d=32, m=None, seed=0, spread=1.0):
-    """Keyword arguments of the op: q, k, v and their scales."""
-    generator = torch.Generator().manual_seed(seed)
-    m = n if m is None else m
-    q, k, v = (torch.randn(t, h, d, generator=generator) for t, h in ((n, heads[0]), (m, heads[1]), (m, heads[1])))
-    q = q * spread
-    if fmt == "bf16":
-        return {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16()}
-    q_scale, k_scale = per_block(q), per_block(k)
-    given = {"q": quantised(q, q_scale), "k": quantised(k, k_scale), "v": v.bfloat16()}
-    given |= {"q_scale": q_scale, "k_scale": k_scale}
-    if fmt == "fp8":
-        v_scale = per_block(v, dims=(2,))  # [S, Hkv]
-        codes = torch.nn.functional.pad(quantised(v, v_scale).view(torch.uint8), (0, 0, 0, 0, 0, -m % BLOCK)).view(FP8)
-        given |= {"v": codes.permute(1, 2, 0).contiguous(), "v_scale": v_scale.T.contiguous()}
-    return given
-
-
-def values(given):
-    """q, k and v as float64, scales multiplied in, v as [M, Hkv, D]."""
-    q, k, v = (given[x].double() for x in "qkv")
-    if "q_scale" in given:
-        q = q * given["q_scale"].double().repeat_interleave(BLOCK)[: len(q), None, None]
-        k = k * given["k_scale"].double().repeat_interleave(BLOCK)[: len(k), None, None]
-    if "v_scale" in given:
-        v = (v * given["v_scale"].double().repeat_interleave(BLOCK, dim=1)[:, None]).permute(2, 0, 1)[: len(k)]
-    return q, k, v
-
-
-def dense_oracle(given, block_map, scale):
-    """(out, LSE) in float64 by one masked softmax over all keys."""
-    q, k, v = values(given)
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    mask = block_map.to_dense().repeat_interleave(q.shape[1] // block_map.heads, dim=0)
-    scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~mask, -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1).nan_to_num(), v), scores.logsumexp(dim=-1)
-
-
-def eager_bf16(given, block_map, scale):
-    """PyTorch's own attention in bf16."""
-    q, k, v = (given[x].transpose(0, 1)[None] for x in "qkv")
-    mask = block_map.to_dense().repeat_interleave(q.shape[1] // block_map.heads, dim=0)[None]
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1).nan_to_num()
-
-
-def step_of(given):
-    return launcher.launch_config(given["q"], given["k"], given["v"]).block_n
-
-
-def problems(given, block_map, result, scale, gate=None):
-    """Budget violations of an output, bf16 or fp8 (docs/OPS.md, happyhorse_fast.budgets)."""
-    exact, _ = dense_oracle(given, block_map, scale)
-    factor = 1.0 if gate is None else gate.double()[..., None]
-    if "q_scale" not in given:
-        eager = (eager_bf16(given, block_map, scale).float() * factor).bfloat16()
-        return budgets.bf16_violations(budgets.measure(result, exact * factor), budgets.measure(eager, exact * factor))
-    ordered, _, _ = sparse_attention(
-        **given, block_map=block_map, scale=scale, gate=gate, step=step_of(given), wide=torch.float64, round_out=False
-    )
-    found = budgets.violations(
-        budgets.measure(result, ordered), distance=budgets.ATTENTION_DISTANCE_QUANTISED_P, slope=budgets.GEMM_SLOPE
-    )
-    return found + budgets.violations(
-        budgets.measure(result, exact * factor), distance=budgets.ATTENTION_DISTANCE_EXACT_P, slope=None
-    )
-
-
-def run(given, block_map, scale=None, **options):
-    scale = given["q"].shape[2] ** -0.5 if scale is None else scale
-    with strict(seed=1), SHIM.order(2):
-        return block_sparse_attention(**given, block_map=block_map, scale=scale, **options)
 
 
 def held(given, block_map, scale=None, **options):
@@ -414,125 +331,3 @@ def test_planted_bugs_are_past_the_budget(fmt, backend, bug):
         everything = dataclasses.replace(block_map, mask_bits=torch.full_like(block_map.mask_bits, -1))
         bad = run(given, everything, backend=backend)[0]
     assert problems(given, block_map, bad, 32**-0.5)
-
-
-# The op -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_opcheck(fmt):
-    given = inputs(fmt, 130, heads=(2, 1))
-    rest = [given.get(x) for x in ("q_scale", "k_scale", "v_scale")]
-    tensors = [given[x] for x in "qkv"] + list(BlockMap.dense(130, 130).tensors())
-    for op in (
-        torch.ops.happyhorse_fast.block_sparse_attention.default,
-        torch.ops.happyhorse_fast.block_sparse_attention_reference.default,
-    ):
-        arguments = (*tensors, 0.2, *rest, torch.rand(130, 2), None, fmt == "fp8", True)
-        checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-        if fmt == "bf16":  # test_schema multiplies every input, which torch 2.13 does not do for e4m3 on the CPU
-            checks.append("test_schema")
-        torch.library.opcheck(op, arguments, test_utils=checks)
-
-
-@pytest.mark.parametrize(
-    ("fmt", "backend"), [*((f, b) for f in ("bf16", "fp8") for b in ("triton", "reference")), CUDA]
-)
-def test_compiles_as_one_graph(fmt, backend):
-    given = inputs(fmt, 130, heads=(2, 1))
-    block_map = BlockMap.dense(130, 130)
-    gate = torch.rand(130, 2)
-
-    def attention(given, block_map, gate):
-        return block_sparse_attention(
-            **given, block_map=block_map, scale=0.2, gate=gate, return_lse=True, backend=backend
-        )
-
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(given, block_map, gate), attention(given, block_map, gate), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(("fmt", "backend"), [*((f, b) for f in FORMATS for b in ("triton", "reference")), CUDA])
-def test_fake_tensors_have_the_shapes_of_a_15b_layer(fmt, backend):
-    with FakeTensorMode(), torch.device("cuda"):
-        n, blocks = 64_256, 502
-        dtype = torch.bfloat16 if fmt == "bf16" else FP8
-        v = torch.empty(8, 128, n, dtype=FP8) if fmt == "fp8" else torch.empty(n, 8, 128, dtype=torch.bfloat16)
-        block_map = BlockMap(
-            torch.empty(1, blocks, 2, dtype=torch.int32),
-            *(torch.empty(size, dtype=torch.int32) for size in ((1, blocks), (1000,), (1000,), (2, 128, 4), (blocks,))),
-            queries=n,
-            keys=n,
-        )
-        q, k = torch.empty(n, 40, 128, dtype=dtype), torch.empty(n, 8, 128, dtype=dtype)
-        scales = [torch.empty(blocks), torch.empty(blocks), torch.empty(8, blocks)]
-        names = {"bf16": [], "fp8_qk": ["q_scale", "k_scale"], "fp8": ["q_scale", "k_scale", "v_scale"]}[fmt]
-        out, out_scale, lse = block_sparse_attention(
-            q,
-            k,
-            v,
-            block_map,
-            scale=0.1,
-            **dict(zip(names, scales, strict=False)),
-            fp8_out=True,
-            return_lse=True,
-            backend=backend,
-        )
-    assert (out.shape, out.dtype, out.device.type) == ((n, 40, 128), FP8, "cuda")
-    assert out_scale.shape == (n, 40) and lse.shape == (40, n)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"q": torch.zeros(300, 4, 32)}, TypeError, "q must be bfloat16 or float8_e4m3fn, got torch.float32"),
-        ({"k": torch.zeros(300, 2, 32).to(FP8)}, TypeError, "k must be of q's dtype"),
-        ({"v": torch.zeros(2, 32, 384).to(FP8)}, TypeError, "v must be bfloat16 where q and k are"),
-        ({"v": torch.zeros(299, 2, 32).bfloat16()}, ValueError, r"v must be \[300, 2, 32\]"),
-        ({"q": torch.zeros(300, 4, 48).bfloat16()}, ValueError, "head dim of 32, 64, 128; got 48"),
-        ({"k": torch.zeros(300, 3, 32).bfloat16()}, ValueError, "divisor of q's 4 heads"),
-        ({"q": torch.zeros(4, 32).bfloat16()}, ValueError, "q must have 3 dimensions"),
-        ({"block_map": BlockMap.dense(299, 300)}, ValueError, "300 queries and k's 300 keys, got 299 and 300"),
-        ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
-        ({"q_scale": torch.ones(3)}, ValueError, "q_scale must be given exactly where q is float8_e4m3fn"),
-        ({"gate": torch.ones(300, 3)}, ValueError, r"gate must be of shape \[300, 4\], got \[300, 3\]"),
-        ({"k_mean": torch.ones(2, 32).half()}, TypeError, "k_mean must be torch.float32"),
-        ({"backend": "numpy"}, ValueError, "backend must be 'triton' or 'cuda' or 'reference', got 'numpy'"),
-        ({"q": torch.zeros(300, 4, 32, device="meta").bfloat16()}, ValueError, "on q's device meta"),
-    ],
-)
-def test_what_the_kernel_cannot_take_is_named(change, error, message):
-    with pytest.raises(error, match=message):
-        block_sparse_attention(**({**inputs("bf16"), "block_map": MAP, "scale": 0.1} | change))
-
-
-# Both ways to load --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("tile", [(128, 128), (64, 64)])
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_descriptors_and_every_tile_give_the_answer(fmt, tile, descriptors, monkeypatch):
-    config = launch.LaunchConfig(block_m=tile[0], block_n=tile[1], num_warps=8, num_stages=3, descriptors=descriptors)
-    monkeypatch.setattr(launcher, "launch_config", lambda *_, **__: config)
-    given = inputs(fmt, heads=(2, 1))
-    with permuted_grid(0):
-        out = block_sparse_attention(**given, block_map=MAP, scale=32**-0.5)[0]
-    assert problems(given, MAP, out, 32**-0.5) == []
-
-
-def test_descriptors_are_only_made_where_the_hardware_can_read_them():
-    x = torch.empty(10, 2, 32, dtype=torch.bfloat16)
-    assert not launcher.describable(x), "on the CPU"
-    made = launcher.described(torch.empty(10, 5, 32, dtype=torch.bfloat16)[:, 1:3], (64, 32))
-    assert isinstance(made, TensorDescriptor)
-    assert (made.shape, made.strides) == ([10, 64], [160, 1])
-
-
-def test_every_variant_has_a_configuration_for_each_architecture_that_can():
-    table = launch.table(launcher.STEM)
-    for fmt in FORMATS:
-        for d in (32, 64, 128):
-            wanted = [a for a in launch.ARCHITECTURES if fmt == "bf16" or (a >= launch.FP8_SINCE and a != 86)]
-            assert sorted(map(int, table[f"{fmt}_d{d}"])) == wanted
