@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench import ops
+from bench.ops_table import summary
 
 BENCH = pytest.StashKey[ops.Bench]()
 ENTRIES = pytest.StashKey[list[dict[str, Any]]]()
@@ -17,6 +18,6 @@ ENTRIES = pytest.StashKey[list[dict[str, Any]]]()
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print every entry of this run."""
     if ENTRIES in config.stash:
-        entries = config.stash[ENTRIES]
+        entries, bench = config.stash[ENTRIES], config.stash[BENCH]
         terminalreporter.section("ops")
-        terminalreporter.write_line(ops.summary(config.stash[BENCH], entries))
+        terminalreporter.write_line(summary(bench.peaks, bench.measured, bench.absent, entries))

@@ -2,7 +2,9 @@
 
     python -m bench.ops --scope main --cases attention      # see --help
 
-A case whose gate is red gets no number, neither in the table nor in the results.
+A case whose gate is red gets no number, neither in the table nor in the results. Ours is timed before its peers and
+after them, so that a chip that grew warm favours neither. After a CUDA error that nothing survives the command stops
+with exit code 3; `--keep all` goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from typing import Any
 
 import torch
 
-from bench import began, gates, roofline
+from bench import began, conditions, gates, roofline
 from bench.cases import Case, cases, select
 from bench.inputs import call, make, moved_bytes
+from bench.lost import LOST, lost
+from bench.ops_table import row, summary
 from bench.peers import Inputs, Peer, all_peers, split
 from bench.results import FOLDER, Json, Results, describe_machine, path_for
 from bench.timing import Stopwatch, Timing
@@ -30,7 +34,9 @@ from happyhorse_fast.ops.dispatch import CUDA_OPS, cuda_obstacle
 
 SETS = 2
 """Sets of inputs that calls rotate through."""
-COLUMNS = ("case", "impl", "ms", "spread", "TFLOP/s", "useful", "GB/s", "roofline", "peers: their time over ours")
+# A peer that compiles is not started with less time left: one graph takes 10 to 40 s.
+SLOW_SECONDS = 40.0
+KEEP = ("none", "peers", "all")
 
 
 @dataclass
@@ -45,6 +51,8 @@ class Bench:
         peers: Those that can run here.
         absent: Reasons of those that cannot, and of what failed.
         also: Other implementations, each timed on the cases that it has a kernel for.
+        known: What the result file holds: ceilings and peers' times in it are not measured again.
+        keep: Whether entries in it are not either: ``"all"``, else ``"peers"`` or ``"none"``.
     """
 
     device: torch.device
@@ -53,12 +61,31 @@ class Bench:
     peers: Sequence[Peer] = ()
     absent: dict[str, str] = field(default_factory=dict)
     also: Sequence[str] = ()
+    known: Json = field(default_factory=dict)
+    keep: str = "none"
 
     def __post_init__(self) -> None:
         self.stopwatch = Stopwatch(self.device)
-        self.measured = roofline.measured(self.device, self.stopwatch, seconds=min(self.seconds, 0.3))
-        self.peaks = roofline.datasheet(self.device) or self.measured
         self._peers_ms: dict[tuple[str, str, str, str], float | None] = {}
+        self._timings: dict[tuple[str, str], Timing] = {}
+        if self.keep == "none":
+            self.known = {}
+        measured = [roofline.Peaks(**peaks) for peaks in self.known.get("peaks", ()) if peaks["source"] == "measured"]
+        self.measured = (
+            measured[-1] if measured else roofline.measured(self.device, self.stopwatch, seconds=min(self.seconds, 0.3))
+        )
+        self.peaks = roofline.datasheet(self.device) or self.measured
+
+    def kept(self, case: Case) -> dict[str, Json]:
+        """Entries of a case that need not be timed again, by implementation; takes over the times of their peers."""
+        entries = [entry for entry in self.known.get("entries", ()) if entry["case"] == case.name]
+        for entry in entries:
+            for name, taken in entry["peers"].items():
+                self._peers_ms.setdefault((name, case.op, case.part, case.size.name), taken)
+        for peer in self.peers:  # what broke would break again, and may have been what ended the process
+            if f"{peer.name} on {case.name}" in self.known.get("absent", ()):
+                self._peers_ms.setdefault((peer.name, case.op, case.part, case.size.name), None)
+        return {entry["impl"]: entry for entry in entries} if self.keep == "all" else {}
 
     def gate(self, case: Case, impl: str | None = None) -> list[str]:
         """What is wrong with an implementation on this case; an error it raises is."""
@@ -79,31 +106,53 @@ class Bench:
         problems = self.gate(case, impl)
         if not problems:
             try:
-                return timed(case, impl, self.timing(case, impl), self.peaks)
+                before = conditions.read(self.device)
+                timing = self._timings[case.name, impl] = self.timing(case, impl)
+                return timed(case, impl, timing, self.peaks) | conditions.around(before, self.device)
             except Exception as error:  # memory that ran out must not end the run
                 problems = [f"{type(error).__name__}: {error}"]
         return red(case, impl, problems)
 
-    def add_peers(self, entries: Sequence[Json], case: Case, peers: Iterable[Peer]) -> None:
-        """Time those of the peers that fit into every verified entry of a case.
+    def time_again(self, entry: Json, case: Case) -> None:
+        """Pool an entry's times with those of now, after its peers: the chip has the same clocks on average."""
+        key = case.name, entry["impl"]
+        if key not in self._timings or not self.seconds:
+            return
+        first = self._timings.pop(key)
+        try:
+            again = self.timing(case, entry["impl"])
+        except RuntimeError:  # memory that a peer kept: the first times stand
+            return
+        if first.clock == again.clock:
+            pooled = timed(case, entry["impl"], Timing(first.times_ms + again.times_ms, first.clock), self.peaks)
+            after = conditions.around(entry.get("conditions", {}).get("before", {}), self.device)
+            entry |= pooled | after | {"peers": entry["peers"]}
+
+    def add_peers(self, entries: Sequence[Json], case: Case, peers: Iterable[Peer]) -> bool:
+        """Time those of the peers that fit into every verified entry of a case; whether any was timed now.
 
         A peer runs on the case's bf16 sibling, whatever the case's precision: what was timed for one serves the other.
         """
         verified = [entry for entry in entries if entry["verified"]]
         fitting = [peer for peer in peers if peer.fits(case)]
         if not verified or not fitting:
-            return
+            return False
         inputs = [Inputs(case, self.device, seed) for seed in range(SETS)]
+        timed_now = False
         for peer in fitting:
             key = (peer.name, case.op, case.part, case.size.name)
             if key not in self._peers_ms:
                 self._peers_ms[key] = self._peer_ms(peer, case, inputs)
+                timed_now = True
+                if lost(self.device):
+                    return False
             taken = self._peers_ms[key]
             if taken is not None:
                 for entry in verified:
                     entry["peers"][peer.name] = taken
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        return timed_now
 
     def _peer_ms(self, peer: Peer, case: Case, inputs: Sequence[Inputs]) -> float | None:
         """Median of a peer; None where it does not run, which is then absent with its reason."""
@@ -119,8 +168,8 @@ class Bench:
 
 
 def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
-    """What a case is timed with: the backend, and those others that have a kernel for it."""
-    return [backend, *(name for name in also if name != "cuda" or case.op in CUDA_OPS[case.precision])]
+    """What a case is timed with: the backend and the others, those that have a kernel for it."""
+    return [name for name in (backend, *also) if name != "cuda" or case.op in CUDA_OPS[case.precision]]
 
 
 def red(case: Case, impl: str, problems: Sequence[str]) -> Json:
@@ -149,67 +198,27 @@ def timed(case: Case, impl: str, timing: Timing, peaks: roofline.Peaks) -> Json:
     }
 
 
-def row(entry: Json) -> list[str]:
-    """A line of the table; a red case has its reason in place of numbers."""
-    if not entry["verified"]:
-        return [entry["case"], entry["impl"], *"------", f"NOT VERIFIED: {entry['reason']}"]
-    ours = entry["median_ms"]
-    spread = (entry["high_ms"] - entry["low_ms"]) / ours
-    peers = ", ".join(f"{name} {taken / ours:.2f}x" for name, taken in entry["peers"].items())
-    flops = [f"{entry[k]:.3g}" if entry["tflops"] else "" for k in ("tflops", "tflops_useful")]
-    return [
-        entry["case"],
-        entry["impl"],
-        f"{ours:.4g}",
-        f"{spread:.0%}",
-        *flops,
-        f"{entry['gbps']:.4g}",
-        f"{entry['roofline']:.1%}",
-        peers,
-    ]
-
-
-def table(entries: Iterable[Json]) -> str:
-    """Lines with aligned columns."""
-    lines = [list(COLUMNS), *map(row, entries)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS) - 1)]
-    return "\n".join(
-        "  ".join(
-            [
-                *(x.ljust(w) for x, w in zip(line[:2], widths[:2], strict=True)),
-                *(x.rjust(w) for x, w in zip(line[2:-1], widths[2:], strict=True)),
-                line[-1],
-            ]
-        )
-        for line in lines
-    )
-
-
-def summary(bench: Bench, entries: Sequence[Json]) -> str:
-    """The table, what it is a share of, and what is absent."""
-    peaks = bench.peaks
-    lines = [
-        table(entries),
-        "",
-        f"roofline: {peaks.source}, {peaks.bandwidth:.3g} TB/s, bf16 {peaks.bf16:.4g}"
-        + (f", fp8 {peaks.fp8:.4g} TFLOP/s" if peaks.fp8 else " TFLOP/s")
-        + f"; measured here: {bench.measured.bandwidth:.3g} TB/s, bf16 {bench.measured.bf16:.4g}"
-        + (f", fp8 {bench.measured.fp8:.4g} TFLOP/s" if bench.measured.fp8 else " TFLOP/s"),
-        *(f"absent: {name}: {reason}" for name, reason in sorted(bench.absent.items())),
-    ]
-    return "\n".join(lines)
-
-
 def run(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline: float) -> list[Json]:
     """Time cases, ours and quick peers first, then one peer that compiles after the other; stops at the deadline.
 
     Args:
         bench: Where and how.
         chosen: Cases, most important first.
-        results: Written after every entry.
+        results: Written after every entry, before its peers run.
         deadline: On ``time.monotonic``'s clock: no more work is started after it.
     """
     found: dict[Case, list[Json]] = {}
+    compared: set[Case] = set()
+
+    def write(entries: Iterable[Json]) -> None:
+        for entry in entries:
+            if entry["peers"] or case not in compared:
+                print("; ".join(row(entry)), file=sys.stderr, flush=True)
+            if results is not None:
+                results.add_entry(entry)
+        if results is not None:
+            results.add_absent(bench.absent)
+
     if results is not None:
         results.add_peaks(asdict(bench.measured))
         results.add_peaks(asdict(bench.peaks))
@@ -217,19 +226,34 @@ def run(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline:
     work = [(case, quick) for case in chosen]
     work += [(case, [peer]) for peer in bench.peers if peer.slow for case in chosen if peer.fits(case)]
     for case, peers in work:
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline - (SLOW_SECONDS if case in found and bench.device.type == "cuda" else 0):
             what = f"compared with {peers[0].name}" if case in found else "timed"
             print(f"time is up: {case.name} and later ones were not {what}", file=sys.stderr)
             break
         if case not in found:
-            found[case] = [bench.entry(case, impl) for impl in implementations(case, bench.backend, bench.also)]
-        bench.add_peers(found[case], case, peers)
-        for entry in found[case]:
-            print("; ".join(row(entry)), file=sys.stderr, flush=True)
-            if results is not None:
-                results.add_entry(entry)
-        if results is not None:
-            results.add_absent(bench.absent)
+            kept = bench.kept(case)
+            found[case] = []
+            for impl in implementations(case, bench.backend, bench.also):
+                entry = kept.get(impl) or bench.entry(case, impl)
+                reason = lost(bench.device)
+                found[case].append(red(case, impl, [reason]) if reason and entry["verified"] else entry)
+                write(found[case][-1:])
+                if reason:
+                    return _stopped(f"{case.name} {impl}", reason, found)
+        compared.add(case)
+        timed_now = bench.add_peers(found[case], case, peers)
+        reason = lost(bench.device)
+        if timed_now and peers is quick and not reason and time.monotonic() < deadline:
+            for entry in found[case]:
+                bench.time_again(entry, case)
+        write(found[case])
+        if reason:
+            return _stopped(f"a peer on {case.name}", reason, found)
+    return [entry for entries in found.values() for entry in entries]
+
+
+def _stopped(after: str, reason: str, found: dict[Case, list[Json]]) -> list[Json]:
+    print(f"STOPPED: the GPU of this process is lost after {after}: {reason}", file=sys.stderr, flush=True)
     return [entry for entries in found.values() for entry in entries]
 
 
@@ -263,21 +287,35 @@ def other_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns 1 where a gate is red."""
+    """Entry point; returns 1 where a gate is red, 3 where the GPU is lost to this process."""
     parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__.partition("\n")[0])
     arguments(parser)
     parser.add_argument("--scope", help="tiny, small, main, rest or full; by default main on a GPU, else small")
     parser.add_argument("--cases", default="", help="comma-separated words; cases whose name holds one of them")
     parser.add_argument("--seconds", type=float, default=0.3, help="about how long each call is repeated")
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--impl", default="", help="comma-separated, of triton, cuda and reference; all by default")
+    parser.add_argument("--peers", choices=("all", "quick", "slow", "none"), default="all", help="slow: they compile")
+    keep = "of the result file: nothing, ceilings and peers' times, or entries as well"
+    parser.add_argument("--keep", choices=KEEP, default="none", help=keep)
     options: Any = parser.parse_args(argv)
-    device = torch.device(options.device)
-    peers, absent = split([] if options.no_peers else all_peers(), device)
+    deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)
+    kinds = {"all": (False, True), "quick": (False,), "slow": (True,), "none": ()}[options.peers]
+    peers, absent = split([peer for peer in all_peers() if peer.slow in kinds], device)
     also, without = other_backends(device)
-    bench = Bench(device, default_backend(device), options.seconds, peers, absent | without, also)
+    able = [default_backend(device), *also]
+    impls = [impl for impl in able if not options.impl or impl in options.impl.split(",")]
+    results = open_results(options.results, device)
+    if not impls:
+        reasons = {impl: without.get(impl, f"{', '.join(able)} run here") for impl in options.impl.split(",")}
+        print("\n".join(f"not timed: {impl}: {reason}" for impl, reason in reasons.items()))
+        return 0
+    known = results.data if results is not None else {}
+    bench = Bench(device, impls[0], options.seconds, peers, absent | without, impls[1:], known, options.keep)
     chosen = select(cases(options.scope or ("main" if device.type == "cuda" else "small")), options.cases)
-    entries = run(bench, chosen, open_results(options.results, device), began(argv) + 60 * options.minutes)
-    print(summary(bench, entries))
+    entries = run(bench, chosen, results, deadline)
+    print(summary(bench.peaks, bench.measured, bench.absent, entries))
+    if lost(device):
+        return LOST
     return 0 if all(entry["verified"] for entry in entries) else 1
 
 

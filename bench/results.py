@@ -48,6 +48,7 @@ ENTRY_EXTRA: dict[str, Any] = {
     "high_ms": _NUMBER,  # and a tenth slower
     "clock": str,  # what measured it: "events", "graph" or "cpu"
     "reason": str,  # why there is no number
+    "conditions": dict,  # clock, power and temperature before and after
     "config": dict,  # launch configuration, where it is not the committed one
 }
 SAMPLER: dict[str, Any] = {
@@ -64,6 +65,8 @@ SAMPLER_EXTRA: dict[str, Any] = {
     "mask": str,  # "exact", or the share of video pairs
     "cap_gb": _NUMBER,  # size, as it is sold, of the card that memory was capped to
     "breakdown": dict,  # seconds of one step by op
+    "backend": str,  # what was asked for
+    "conditions": dict,  # clock, power and temperature before and after
     "note": str,  # what was not run as published, or why there is no number
 }
 # Numbers that may be missing: a red gate, memory that ran out.

@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 
-from bench import eager, gates, ops
+from bench import conditions, eager, gates, ops, ops_table
 from bench.bootstrap import ROOT
 from bench.cases import cases, padded_rows, select
 from bench.inputs import call, make
+from bench.lost import lost
 from bench.peers import Eager, all_peers, split
 from bench.results import Results, describe_machine, read
 
@@ -65,8 +66,8 @@ def test_a_wrong_kernel_has_no_number(name, what, bench, monkeypatch, tmp_path):
     assert entry["verified"] is False
     assert entry["reason"]
     assert [entry[k] for k in ("median_ms", "tflops", "gbps", "roofline", "peers")] == [None, None, None, None, {}]
-    assert "NOT VERIFIED" in ops.table([entry])
-    assert not any(character.isdigit() for cell in ops.row(entry)[2:8] for character in cell)
+    assert "NOT VERIFIED" in ops_table.table([entry])
+    assert not any(character.isdigit() for cell in ops_table.row(entry)[2:8] for character in cell)
     (written,) = read(tmp_path / "r.json")["entries"]
     assert written == json.loads(json.dumps(entry))
 
@@ -109,7 +110,7 @@ def test_a_slow_kernel_shows_in_the_table(bench, monkeypatch):
     assert entry["verified"] and entry["median_ms"] > 500 > honest["median_ms"]
     assert entry["peers"]["eager"] / entry["median_ms"] < 0.5, "the peer is more than twice as fast"
     assert entry["roofline"] < honest["roofline"]
-    assert "eager 0.0" in ops.table([entry])
+    assert "eager 0.0" in ops_table.table([entry])
 
 
 def test_a_peer_that_breaks_is_named_and_ends_nothing(bench):
@@ -223,6 +224,106 @@ def test_eager_computes_the_same_thing():
         elif isinstance(result, list):
             result = torch.cat(result)
         assert float((result.double() - wanted).norm() / wanted.norm()) < 1e-2, case.name
+
+
+# A CUDA error that nothing survives -----------------------------------------------------------------------------------
+
+
+class Gpu:
+    """Stands for a device that an illegal address takes from this process; what is written is read at that moment."""
+
+    def __init__(self, monkeypatch, path):
+        self.error, self.results = None, Results(path, describe_machine(CPU))
+        monkeypatch.setattr(ops, "lost", lambda device: self.error)
+
+    def crash(self):
+        self.error = "AcceleratorError: CUDA error: an illegal memory access was encountered"
+        raise RuntimeError(self.error)
+
+    @property
+    def written(self):
+        return {entry["case"]: entry["verified"] for entry in read(self.results.path)["entries"]}
+
+
+def test_a_lost_gpu_stops_the_run_at_the_case_that_lost_it(bench, monkeypatch, tmp_path, capsys):
+    gpu = Gpu(monkeypatch, tmp_path / "r.json")
+    first, second, third = select(TINY, "quantize/tiny,proj/tiny/bf16")
+    monkeypatch.setattr(gates, "call", lambda case, *rest: gpu.crash() if case == second else call(case, *rest))
+    ops.run(bench, [first, second, third], gpu.results, time.monotonic() + 60)
+    assert gpu.written == {first.name: True, second.name: False}, "the third is not blamed"
+    assert "STOPPED" in capsys.readouterr().err
+
+
+def test_a_number_is_written_before_a_peer_can_take_the_gpu(monkeypatch, tmp_path):
+    gpu, case = Gpu(monkeypatch, tmp_path / "r.json"), select(TINY, "quantize/tiny/bf16")[0]
+
+    class Crashing(Eager):
+        name = "crashing"
+
+        def prepare(self, case, inputs):
+            assert gpu.written == {case.name: True}
+            gpu.crash()
+
+    some = ops.Bench(CPU, "reference", seconds=0.0, peers=[Crashing()])
+    ops.run(some, [case, *select(TINY, "proj/tiny/bf16")], gpu.results, time.monotonic() + 60)
+    assert gpu.written == {case.name: True}
+    # Started again, it keeps what is there and does not try that peer again.
+    gpu.error = None
+    again = ops.Bench(CPU, "reference", 0.0, [Crashing()], known=gpu.results.data, keep="all")
+    monkeypatch.setattr(again, "entry", lambda case, impl: ops.red(case, impl, ["timed"]))
+    entries = ops.run(again, [case, *select(TINY, "proj/tiny/bf16")], gpu.results, time.monotonic() + 60)
+    assert [entry.get("reason") for entry in entries] == [None, "timed"]
+
+
+def test_the_other_implementation_takes_over_its_peers_times(bench, tmp_path):
+    case, peer = select(TINY, "quantize/tiny/bf16")[0], Counting("counting")
+    results = Results(tmp_path / "r.json", describe_machine(CPU))
+    ops.run(ops.Bench(CPU, "reference", 0.0, [Counting("counting")]), [case], results, time.monotonic() + 60)
+    (first,) = results.data["entries"]
+    other = ops.Bench(CPU, "reference", 0.0, [peer], known=results.data, keep="peers")
+    (entry,) = ops.run(other, [case], results, time.monotonic() + 60)
+    assert entry is not first and entry["peers"] == first["peers"] and peer.seen == []
+
+
+def test_what_a_lost_gpu_says(monkeypatch):
+    def poisoned(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", poisoned)
+    assert lost(torch.device("cuda")) == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert lost(CPU) is None
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert lost(torch.device("cuda")) is None
+
+
+def test_ours_is_timed_before_its_peers_and_after_them(monkeypatch):
+    order = []
+
+    class Noted(Counting):
+        def prepare(self, case, inputs):
+            order.append("peer")
+            return super().prepare(case, inputs)
+
+    case = select(TINY, "quantize/tiny/bf16")[0]
+    some = ops.Bench(CPU, "reference", seconds=0.01, peers=[Noted("counting")])
+    timing = some.timing
+    monkeypatch.setattr(some, "timing", lambda *given: (order.append("ours"), timing(*given))[1])
+    (entry,) = ops.run(some, [case], None, time.monotonic() + 60)
+    assert order == ["ours", "peer", "peer", "ours"] and entry["peers"]
+
+
+def test_the_state_of_the_chip_is_recorded(bench, monkeypatch):
+    answers = iter(["1980, 2619, 120.5, 41, 0x0000000000000001", "1755, 2619, 700.1, 66, 0x0000000000000004"])
+    monkeypatch.setattr(conditions, "_known_fields", lambda: tuple(conditions.FIELDS))
+    monkeypatch.setattr(conditions.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(
+        conditions.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, next(answers), "")
+    )
+    gpu = torch.device("cuda:0")
+    found = conditions.around(conditions.read(gpu), gpu)["conditions"]
+    assert found["before"]["sm_mhz"] == 1980 and found["after"]["power_w"] == 700.1
+    assert found["after"]["throttle"].endswith("4")
+    assert conditions.around({}, CPU) == {}
 
 
 def test_time_that_is_up_starts_nothing(bench, capsys):
