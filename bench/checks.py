@@ -12,12 +12,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.cases import cases, select
 from bench.gates import problems
 from bench.inputs import make
+from bench.lost import LOST, lost
 from bench.ops import implementations, other_backends
 from bench.results import describe_machine
 from happyhorse_fast.ops import self_check, trust
@@ -47,53 +49,80 @@ def build(device: torch.device) -> int:
     return 0
 
 
-def self_checks(device: torch.device, ops: Sequence[str]) -> int:
-    """The check that ``accelerate`` makes before it trusts a kernel."""
-    kept = {op: check for op, check in self_check.CHECKS.items() if not ops or op in ops}
-    self_check.CHECKS.clear()
-    self_check.CHECKS.update(kept)
+def self_checks(device: torch.device, ops: Sequence[str], impl: str = "") -> int:
+    """The check that ``accelerate`` makes before it trusts a kernel; goes on where a cut or lost process stopped."""
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-    failed = 0
-    for backend in _backends(device):
-        done = []
-        for check in self_check.run_checks(backend, device, fp8=fp8):
-            done.append(check)
-            failed += not check.passed
-            verdict = "passed" if check.passed else "FAILED"
-            print(f"{backend} {check.op} {check.variant}: {verdict}, {check.detail}, {check.seconds:.1f} s", flush=True)
-        if not ops:  # as `accelerate` would, which then need not check again
-            for precision in {False, fp8}:
-                known = [check for check in done if precision or check.variant == "bf16"]
-                trust.remember(trust.machine_key(backend, device, fp8=precision), known)
-    return int(failed > 0)
+    every = dict(self_check.CHECKS)
+    failed = False
+    for backend in _backends(device, impl):
+        key = trust.machine_key(backend, device, fp8=fp8)
+        unfinished = f"{key} unfinished"  # under the key itself, what is not there yet would count as passed
+        done = [] if ops else trust.recall(unfinished) or []
+        for op, check in every.items():
+            if (ops and op not in ops) or op in {known.op for known in done}:
+                continue
+            for found in _of_op(op, check, backend, device, fp8):
+                done.append(found)
+                verdict = "passed" if found.passed else "FAILED"
+                print(f"{backend} {op} {found.variant}: {verdict}, {found.detail}, {found.seconds:.1f} s", flush=True)
+            _remember(unfinished, done, not ops)
+            reason = lost(device)
+            if reason:
+                print(f"STOPPED: the GPU of this process is lost after {backend} {op}: {reason}", flush=True)
+                return LOST
+        failed |= any(not found.passed for found in done)
+        for precision in {False, fp8}:  # as `accelerate` would, which then need not check again
+            known = [found for found in done if precision or found.variant == "bf16"]
+            _remember(trust.machine_key(backend, device, fp8=precision), known, not ops)
+        _remember(unfinished, [], not ops)
+    return int(failed)
 
 
-def tiny(device: torch.device, words: str) -> int:
+def _of_op(op: str, check: Any, backend: str, device: torch.device, fp8: bool) -> list[self_check.KernelCheck]:
+    """An op's checks in every format."""
+    every = dict(self_check.CHECKS)
+    self_check.CHECKS.clear()
+    self_check.CHECKS[op] = check
+    try:
+        return list(self_check.run_checks(backend, device, fp8=fp8))
+    finally:
+        self_check.CHECKS.clear()
+        self_check.CHECKS.update(every)
+
+
+def _remember(key: str, checks: list[self_check.KernelCheck], whole: bool) -> None:
+    if whole:
+        trust.remember(key, checks)
+
+
+def tiny(device: torch.device, words: str, impl: str = "") -> int:
     """Gates of tiny cases: what a memory checker is put around."""
     failed = 0
-    first, *others = _backends(device)
-    for case in select(cases("tiny"), words):
-        for backend in implementations(case, first, others):
+    backends = _backends(device, impl)
+    for case in select(cases("tiny"), words) if backends else ():
+        for backend in implementations(case, backends[0], backends[1:]):
             found = problems(case, make(case, device), backend)
             failed += bool(found)
             print(f"{case.name} {backend}: {found[0] if found else 'ok'}", flush=True)
     return int(failed > 0)
 
 
-def _backends(device: torch.device) -> list[str]:
-    """Triton, and CUDA where it can run; says why where it cannot."""
+def _backends(device: torch.device, impl: str) -> list[str]:
+    """Triton, and CUDA where it can run, or the one that is named; says why where it cannot."""
     others, without = other_backends(device)
     for name, reason in without.items():
-        print(f"{name}: not checked: {reason}")
-    return ["triton", *others]
+        if impl in ("", name):
+            print(f"{name}: not checked: {reason}")
+    return [name for name in ("triton", *others) if impl in ("", name)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns 1 where something failed."""
+    """Entry point; returns 1 where something failed, 3 where the GPU is lost to this process."""
     parser = argparse.ArgumentParser(prog="python -m bench.checks", description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("native", "build", "self", "tiny"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="comma-separated: ops of the self-check, words of tiny cases' names")
+    parser.add_argument("--impl", choices=("triton", "cuda"), default="", help="of self and tiny; both by default")
     parser.add_argument("--into", type=Path, default=bootstrap.ROOT / "happyhorse_fast", help="where native builds")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
@@ -102,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.what == "build":
         return build(device)
     if options.what == "self":
-        return self_checks(device, [op for op in options.only.split(",") if op])
-    return tiny(device, options.only)
+        return self_checks(device, [op for op in options.only.split(",") if op], options.impl)
+    return tiny(device, options.only, options.impl)
 
 
 if __name__ == "__main__":
