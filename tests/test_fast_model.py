@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from interpreter import make_exact
 
 from happyhorse_fast import golden
+from happyhorse_fast.block_map import BlockSelector, Layout
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.model import accelerate as acceleration
 from happyhorse_fast.model.accelerate import accelerate, explain, restore
@@ -266,6 +268,40 @@ def test_autocast_changes_no_bit(fast: FastConfig) -> None:
             results.append([*run(ours, case), out])
     for plain, under in zip(*results, strict=True):
         assert under.dtype == torch.float32 and torch.equal(plain, under)
+
+
+@pytest.fixture
+def other_default_dtype() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("sparsity", [None, TopP(0.5)])
+def test_a_default_dtype_changes_no_bit(sparsity: Any, request: pytest.FixtureRequest) -> None:
+    case, fast = golden.load_case("local_v1_fp32"), FastConfig(backend="reference", sparsity=sparsity)
+    t = case.tensors
+    handler = SimpleNamespace(q_ranges=t["local.q_ranges"], k_ranges=t["local.k_ranges"])
+    eager = [case.model(torch.bfloat16) for _ in range(4)]
+
+    def results(first: HappyHorse, second: HappyHorse) -> list[torch.Tensor]:
+        public = accelerate(PublicLayout(second), fast)
+        with torch.no_grad():
+            out = public(t["tokens"], t["coords"], t["modality"], None, handler)
+        return [*run(accelerate(first, fast), case), out]
+
+    expected = results(*eager[:2])
+    request.getfixturevalue("other_default_dtype")
+    for plain, under in zip(expected, results(*eager[2:]), strict=True):
+        assert under.dtype == torch.float32 and torch.equal(plain, under)
+
+
+@pytest.mark.usefixtures("other_default_dtype")
+def test_a_default_dtype_leaves_packed_weights_and_selectors_alone() -> None:
+    case = golden.load_case("local_d128_fp32")
+    layer = accelerate(case.model(torch.bfloat16), FastConfig(precision="fp8", backend="reference")).block.layers[0]
+    assert {b.dtype for b in layer.buffers()} == {torch.float8_e4m3fn, torch.float32}
+    assert BlockSelector(Layout(2, 100, 3, 4), None, "cpu").inverse.dtype == torch.float32
 
 
 def several_blocks(fast: FastConfig) -> Any:

@@ -41,6 +41,21 @@ def test_there_is_a_check_of_every_kernel_that_the_dispatcher_may_choose() -> No
         assert ops and set(ops) <= set(CHECKS)
 
 
+def test_a_default_dtype_changes_no_input() -> None:
+    def drawn() -> list[torch.Tensor]:
+        weight, scale = self_check._weight(11, 384, True, CPU)
+        assert scale is not None
+        return [self_check._draw(0, 4), self_check._inputs(False, CPU)[0], weight.float(), scale]
+
+    expected = drawn()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(drawn(), expected, strict=True))
+        self_check._check_select("reference", CPU, "fp8")  # refuses scales that are not float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", VARIANTS)
 def test_the_shipped_kernels_pass_on_the_cpu(backend: str) -> None:

@@ -103,7 +103,7 @@ class BlockSelector:
             live[start:end] = 1
         self.live = live.to(device)
         tokens = live.view(base.rows, BLOCK).sum(dim=1)
-        self.inverse = torch.where(tokens > 0, 1 / tokens.clamp(min=1), 0.0).to(device)
+        self.inverse = torch.where(tokens > 0, 1 / tokens.clamp(min=1).float(), 0.0).to(device)
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(table, prefix, live, inverse): what the choice needs besides q and k."""

@@ -88,7 +88,7 @@ class ClipState:
         device = coords.device
         token_rows = rows.token_rows(device)
         rotation = pack_cos_sin(rotary_phases(coords, bands))
-        cos_sin = torch.zeros(rows.slots, rotation.shape[1], device=device)
+        cos_sin = torch.zeros(rows.slots, rotation.shape[1], dtype=torch.float32, device=device)
         cos_sin[:, : rotation.shape[1] // 2] = 1.0
         cos_sin[token_rows] = rotation
         dense_map = plan_blocks.from_ranges(*rows.to_rows(dense), rows.slots, rows.slots).to(device)

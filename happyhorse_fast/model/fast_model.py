@@ -85,7 +85,7 @@ class AcceleratedHappyHorse:
         clip = sequence.check_inputs(config, video, audio, text, self.device)
         self.fast.ensure_clip(*clip)
         state = self.fast.clips[clip]
-        hidden = torch.zeros(state.rows.slots, config.hidden_size, device=self.device)
+        hidden = torch.zeros(state.rows.slots, config.hidden_size, dtype=torch.float32, device=self.device)
         tokens = (sequence.patchify(video), audio[0], text[0])
         for rows, name, part in zip(clip.slices(), MODALITY_EMBEDDERS, tokens, strict=True):
             embed(getattr(self.adapter, name), part, state.token_rows[rows], hidden)
@@ -194,13 +194,13 @@ class AcceleratedPublic:
                 self.fast.step,
             ),
         )
-        hidden = torch.zeros(state.rows.slots, config.hidden_size, device=device)
+        hidden = torch.zeros(state.rows.slots, config.hidden_size, dtype=torch.float32, device=device)
         where = [(modality_mapping == m).nonzero()[:, 0] for m in range(3)]
         channels = (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
         for tokens, name, width in zip(where, MODALITY_EMBEDDERS, channels, strict=True):
             embed(getattr(self.adapter, name), x[tokens, :width], state.token_rows[tokens], hidden)
         run_layers(self, hidden, state)
-        out = torch.zeros(n, max(channels[:2]), device=device)
+        out = torch.zeros(n, max(channels[:2]), dtype=torch.float32, device=device)
         for tokens, name, width in zip(where[:2], ("video", "audio"), channels[:2], strict=True):
             norm, weight = getattr(self, f"final_norm_{name}").weight, getattr(self, f"final_linear_{name}").weight
             out[tokens, :width] = head(hidden, state.token_rows[tokens], norm, weight)

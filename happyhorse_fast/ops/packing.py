@@ -44,7 +44,7 @@ def pack_linear(
     if not fp8:
         packed[:, :features, :inputs] = published
         return packed, None
-    scale = torch.ones(shape[:2], device=weight.device)
+    scale = torch.ones(shape[:2], dtype=torch.float32, device=weight.device)
     for first in range(0, features, CHUNK):
         part = slice(first, min(first + CHUNK, features))
         packed[:, part, :inputs], scale[:, part] = quantize_channels(published[:, part])

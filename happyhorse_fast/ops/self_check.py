@@ -109,7 +109,7 @@ def _judge(compared: Compared) -> tuple[bool, str]:
 
 
 def _draw(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
 
 
 def _row_tiles() -> torch.Tensor:
@@ -120,14 +120,18 @@ def _row_tiles() -> torch.Tensor:
 
 def _inputs(fp8: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     x, scale = rmsnorm_quantize(
-        _draw(0, ROWS, CHANNELS), torch.zeros(3, CHANNELS), _row_tiles(), fp8=fp8, backend="reference"
+        _draw(0, ROWS, CHANNELS),
+        torch.zeros(3, CHANNELS, dtype=torch.float32),
+        _row_tiles(),
+        fp8=fp8,
+        backend="reference",
     )
     return x.to(device), scale.to(device) if fp8 else None
 
 
 def _weight(seed: int, features: int, fp8: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     # A factor per expert, so that one expert's scale used for all shows.
-    experts = torch.tensor([1.0, 3.0, 0.3]).repeat_interleave(features)[:, None]
+    experts = torch.tensor([1.0, 3.0, 0.3], dtype=torch.float32).repeat_interleave(features)[:, None]
     weight = (_draw(seed, 3 * features, CHANNELS) * experts / CHANNELS**0.5).bfloat16()
     packed, scale = pack_linear(weight, 3, fp8=fp8)
     return packed.to(device), None if scale is None else scale.to(device)
@@ -198,7 +202,7 @@ def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
     level = _draw(17, len(q) // 128, 1, 1).round().clamp(-2, 2).repeat_interleave(128, dim=0)
     dtype = torch.float8_e4m3fn if variant == "fp8" else torch.bfloat16
     q, k = ((x + level).to(dtype) for x in (q, k))
-    steps = 2.0 ** -(torch.arange(len(q) // 128) % 3) if variant == "fp8" else None
+    steps = 2.0 ** -(torch.arange(len(q) // 128) % 3).float() if variant == "fp8" else None
     compared: Compared = {}
     for name, keep, mass in (("top-k", 3, None), ("top-p", None, 0.7)):
         results = []
@@ -232,7 +236,10 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
         q, k, v = (t.bfloat16() for t in (q, k, v))
     else:
         blocks = ROWS // 128
-        scales = {"q_scale": torch.linspace(0.005, 0.01, blocks), "k_scale": torch.linspace(0.01, 0.006, blocks)}
+        scales = {
+            "q_scale": torch.linspace(0.005, 0.01, blocks, dtype=torch.float32),
+            "k_scale": torch.linspace(0.01, 0.006, blocks, dtype=torch.float32),
+        }
         q, k = (
             (x / scales[name].repeat_interleave(128)[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
             for x, name in ((q, "q_scale"), (k, "k_scale"))
