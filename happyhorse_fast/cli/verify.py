@@ -145,10 +145,6 @@ def check_kernels(device: str) -> list[KernelCheck]:
     obstacle = triton_obstacle(where)
     if obstacle is not None:
         raise ValueError(f"--kernels needs a device that runs Triton kernels: {obstacle}")
-    if where.type == "cpu":
-        from happyhorse_fast.ops.triton.exact_interpreter import make_exact
-
-        make_exact()
     # e4m3 in hardware: compute capability 8.9; the interpreter has every format.
     fp8 = where.type != "cuda" or torch.cuda.get_device_capability(where) >= (8, 9)
     found = []
