@@ -1,8 +1,9 @@
-"""Everything that needs a GPU, in one command: ``make gpu [STAGES=tests,attn] [DRY=1]``, at most 9 minutes.
+"""Everything that needs a GPU, in one command: ``make gpu [STAGES=tests,attn=200] [DRY=1]``, at most 9 minutes.
 
-Stages run most important first, each in a process of its own with a share of the time; what one leaves, the next may
-use. Every result is written as it is made, so that a cut run loses nothing. Nothing is fetched or installed. ``--dry``
-runs every stage on the CPU, with tiny shapes through Triton's interpreter, results to a temporary folder.
+Stages run most important first, each in processes of its own with a share of the time; what one leaves, the next may
+use. Every result is written as it is made, so that a cut run loses nothing, and a command that lost the GPU to a CUDA
+error is started again for what it has not done. Nothing is fetched or installed. ``--dry`` runs every stage on the CPU,
+with tiny shapes through Triton's interpreter, results to a temporary folder.
 """
 
 from __future__ import annotations
@@ -10,21 +11,28 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
+import contextlib
+import functools
+import hashlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 import bench
+from bench import archive, conditions
+from bench.lost import LOST
 from bench.results import FOLDER, Results, describe_machine, path_for
+from bench.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
+from happyhorse_fast.ops import trust
 
 TOTAL_SECONDS = 540
 # Of a dry run, whose stages only have to end: some 180 s on a free core.
@@ -36,134 +44,10 @@ KILLED_SECONDS = 4
 # Of its time a stage leaves this much unused, to write and end by itself.
 SPARE_SECONDS = 8
 TAIL_LINES = 30
-SANITIZER = "compute-sanitizer"
-GPU_TESTS = ("ops", "model", "configs", "large")
-"""Of tests/test_gpu_*.py, most important first."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """Where stages run.
-
-    Attributes:
-        dry: On the CPU, in the interpreter.
-        results: The result file that stages write into.
-    """
-
-    dry: bool
-    results: Path
-
-    def python(self, *arguments: str) -> list[str]:
-        """A command of this interpreter."""
-        return [sys.executable, "-m", *arguments]
-
-    @property
-    def device(self) -> str:
-        """Where tensors are."""
-        return "cpu" if self.dry else "cuda"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage.
-
-    Attributes:
-        name: For ``STAGES``.
-        seconds: Its share of the time.
-        commands: (context, minutes) -> commands to run one after another; an empty one names what is absent.
-    """
-
-    name: str
-    seconds: int
-    commands: Callable[[Context, float], list[list[str]]]
-
-
-def _build(context: Context, _: float) -> list[list[str]]:
-    # Into the package's own folder, where it looks; a dry run leaves the checkout as it is.
-    package = context.results.with_suffix("") / "build" if context.dry else bootstrap.ROOT / "happyhorse_fast"
-    imports = context.python("bench.checks", "build", "--device", context.device)  # seconds: the build gets the rest
-    return [imports, context.python("bench.checks", "native", "--into", str(package))]
-
-
-def _check(context: Context, _: float) -> list[list[str]]:
-    only = ["--only", "rmsnorm_quantize,fp8_linear"] if context.dry else []
-    return [context.python("bench.checks", "self", "--device", context.device, *only)]
-
-
-def _tests(context: Context, _: float) -> list[list[str]]:
-    files = [str(bootstrap.ROOT / "tests" / f"test_gpu_{name}.py") for name in GPU_TESTS]
-    plugins = ["-p", "bench.bootstrap", "-p", "no:cacheprovider"]
-    return [context.python("pytest", *plugins, "-m", "gpu", "-v", "--benchmark-disable", "--durations=5", *files)]
-
-
-def _sanitize(context: Context, _: float) -> list[list[str]]:
-    # One case per kernel: racecheck is some hundred times slower than the kernel.
-    only = "window/tiny/bf16,window/tiny/fp8,down/tiny,swiglu7/tiny/fp8,qkv,rmsnorm_quantize/tiny,select"
-    inner = context.python("bench.checks", "tiny", "--device", context.device, "--only", only)
-    if context.dry:
-        return [context.python("bench.checks", "tiny", "--device", "cpu", "--only", "down/tiny/fp8")]
-    tool = sanitizer()
-    if tool is None:
-        return [[]]
-    options = ["--target-processes", "all", "--error-exitcode", "1", "--print-limit", "20"]
-    # Without torch's cache of blocks, so that an access past a tensor is one past its allocation.
-    uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
-    return [[*uncached, tool, "--tool", name, *options, *inner] for name in ("memcheck", "racecheck")]
-
-
-def sanitizer() -> str | None:
-    """Path of compute-sanitizer, on the PATH or in CUDA's own folder; None where it is not there."""
-    return shutil.which(SANITIZER) or shutil.which(SANITIZER, path="/usr/local/cuda/bin")
-
-
-def _ops(scope: str, words: str, dry_words: str, *extra: str) -> Callable[[Context, float], list[list[str]]]:
-    def commands(context: Context, minutes: float) -> list[list[str]]:
-        what = ["--scope", "tiny" if context.dry else scope, "--cases", dry_words if context.dry else words]
-        where = ["--device", context.device, "--results", str(context.results), "--minutes", f"{minutes:.2f}"]
-        seconds = ["--seconds", "0"] if context.dry else []
-        return [context.python("bench.ops", *what, *where, *seconds, *extra)]
-
-    return commands
-
-
-def _sampler(context: Context, minutes: float) -> list[list[str]]:
-    where = ["--device", context.device, "--results", str(context.results), "--minutes", f"{minutes:.2f}"]
-    return [context.python("bench.sampler", *where, *(["--tiny"] if context.dry else []))]
-
-
-def _tune(context: Context, minutes: float) -> list[list[str]]:
-    folder = context.results.with_suffix("") / "configs"
-    where = ["--device", context.device, "--folder", str(folder), "--minutes", f"{minutes:.2f}"]
-    dry = ["--scope", "tiny", "--cases", "proj/tiny/fp8", "--limit", "1", "--seconds", "0"] if context.dry else []
-    return [context.python("bench.tune", *where, *dry)]
-
-
-LINEAR = "fp8_linear,qkv,rmsnorm"
-STAGES = (
-    Stage("build", 40, _build),
-    Stage("check", 45, _check),
-    Stage("tests", 115, _tests),
-    Stage("sanitize", 50, _sanitize),
-    Stage("attn", 75, _ops("main", "attention,select", "attention-25%/tiny/fp8,attention-dense/tiny/bf16")),
-    Stage("linear", 65, _ops("main", LINEAR, "down/tiny/fp8,qkv_linear/tiny/bf16")),
-    Stage("sampler", 100, _sampler),
-    Stage("sizes", 22, _ops("rest", "", "proj/tiny/fp8", "--no-peers")),
-    Stage("tune", 20, _tune),
-)
-"""In the order they run."""
-
-
-def chosen_stages(names: str) -> list[Stage]:
-    """Stages by name, in their own order; all where there is no name.
-
-    Raises:
-        ValueError: No such stage.
-    """
-    wanted = [name for name in names.split(",") if name]
-    for name in wanted:
-        if name not in [stage.name for stage in STAGES]:
-            raise ValueError(f"stages must be among {', '.join(s.name for s in STAGES)}; got {name!r}")
-    return [stage for stage in STAGES if not wanted or stage.name in wanted]
+# A command that lost the GPU is started again with at least this much left, of which it needs 10 s to start.
+AGAIN_SECONDS = 20
+CLOCKS = "clocks.csv"
+CLOCK_MS = 500
 
 
 def environment(dry: bool) -> dict[str, str]:
@@ -171,9 +55,22 @@ def environment(dry: bool) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(bootstrap.ROOT), os.environ.get("PYTHONPATH", "")]))
     given = {"MAX_JOBS": str(os.cpu_count()), **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     given["TRITON_INTERPRET"] = "1" if dry else "0"
+    with contextlib.suppress(OSError):  # without a cache every process checks anew, and says so
+        given.setdefault(trust.CACHE_VARIABLE, str(trust.cache_folder() / "gpu" / _sources_digest()))
     if dry:
         given |= {"CUDA_VISIBLE_DEVICES": "", "HAPPYHORSE_FAST_GPU_TESTS": "dry", "OMP_NUM_THREADS": "1"}
     return given
+
+
+@functools.cache
+def _sources_digest() -> str:
+    """Of all that a kernel's result depends on: a self-check before a launcher was changed proves nothing."""
+    digest = hashlib.sha256()
+    for folder in ("happyhorse_fast", "kernels", "csrc"):
+        for path in sorted((bootstrap.ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".json", ".cu", ".cuh") and path.name != "preferences.json":
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def run_command(command: Sequence[str], log: Path, seconds: float, dry: bool) -> tuple[int, str]:
@@ -210,6 +107,20 @@ def _killed(process: subprocess.Popen[bytes]) -> str:
     return ""
 
 
+def run_step(step: Step, log: Path, seconds: float, dry: bool) -> tuple[int, str]:
+    """(exit code, what to say of it) of a step, started again where it lost the GPU and time is left."""
+    deadline, said, more = time.monotonic() + seconds, [], list[str]()
+    while True:
+        left = deadline - time.monotonic()
+        minutes = f"{max(left - SPARE_SECONDS, 1) / 60:.2f}"
+        command = [minutes if argument == MINUTES else argument for argument in [*step.command, *more]]
+        code, outcome = run_command(command, log, left, dry)
+        said.append("lost the GPU" if code == LOST else outcome)
+        if code != LOST or step.again is None or deadline - time.monotonic() < AGAIN_SECONDS:
+            return (1 if "lost the GPU" in said else code), ", ".join(said)
+        more = list(step.again)
+
+
 def run_stage(stage: Stage, context: Context, results: Results, seconds: float) -> bool:
     """Run one stage, record how it went, and show the end of its output.
 
@@ -217,19 +128,19 @@ def run_stage(stage: Stage, context: Context, results: Results, seconds: float) 
         stage: What to run.
         context: Where.
         results: The file that the outcome goes into; the stage's commands write into it as well.
-        seconds: When it is cut. Every command may take an equal part of what is left.
+        seconds: When it is cut. A step has its weight's part of what is left.
     """
     log = context.results.with_suffix("") / "logs" / f"{stage.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     began, passed, said = time.monotonic(), True, []
-    commands = stage.commands(context, max(seconds - SPARE_SECONDS, 1) / 60)
-    for i, command in enumerate(commands):
-        if not command:
-            said.append(f"{SANITIZER} is absent: not on the PATH, nor in /usr/local/cuda/bin")
+    steps = stage.steps(context)
+    for i, step in enumerate(steps):
+        if not step.command:
+            said.append(step.absent)
             continue
-        left = (seconds - (time.monotonic() - began)) / (len(commands) - i)
-        code, outcome = run_command(command, log, left, context.dry)
+        share = step.weight / sum(later.weight for later in steps[i:])
+        code, outcome = run_step(step, log, share * (seconds - (time.monotonic() - began)), context.dry)
         passed &= code == 0
         said.append(outcome)
     took = time.monotonic() - began
@@ -264,10 +175,33 @@ def run_stages(stages: Sequence[Stage], context: Context, results: Results, dead
     return passed
 
 
+@contextlib.contextmanager
+def recorded_clocks(folder: Path, dry: bool) -> Iterator[None]:
+    """The chip's clock, power and temperature twice a second in a file, where nvidia-smi is."""
+    if dry or shutil.which(conditions.TOOL) is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    query = f"--query-gpu=timestamp,{','.join(list(conditions.FIELDS)[:-1])}"
+    with (folder / CLOCKS).open("ab") as file:
+        process = subprocess.Popen(
+            [conditions.TOOL, query, "--format=csv", f"-lms={CLOCK_MS}"], stdout=file, stderr=subprocess.DEVNULL
+        )
+        try:
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 1 where a stage failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--stages", default="", help=", ".join(stage.name for stage in STAGES))
+    stages = f"{', '.join(stage.name for stage in STAGES)}; tests=200 gives one another share of the time"
+    parser.add_argument("--stages", default="", help=stages)
+    parser.add_argument("--archive", type=Path, help="one .tgz of all that is left, kept whole while stages run")
+    for name in ("sampler", "tune"):
+        parser.add_argument(f"--{name}", default="", metavar="OPTIONS", help=f"more options of bench.{name}")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny shapes, results to a temporary folder")
     parser.add_argument("--folder", type=Path, help="where results go, by default bench/results")
     parser.add_argument(
@@ -275,7 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     began = bench.began(argv)
-    stages = chosen_stages(options.stages)
+    more = {name: shlex.split(getattr(options, name)) for name in ("sampler", "tune")}
+    chosen = chosen_stages(options.stages, every=options.dry)
+    chosen = [stage.with_options(more.get(stage.name, ())) for stage in chosen]
     seconds = options.seconds if options.seconds is not None else DRY_SECONDS if options.dry else TOTAL_SECONDS
     if seconds <= ENDING_SECONDS:
         parser.error(f"argument --seconds: must be above {ENDING_SECONDS}, got {seconds:g}")
@@ -287,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results(path_for(header, folder), header)
     context = Context(options.dry, results.path)
     print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {results.path}\n", flush=True)
-    passed = run_stages(stages, context, results, began + seconds - ENDING_SECONDS)
+    with archive.Kept(results.path.parent, options.archive), recorded_clocks(results.path.with_suffix(""), options.dry):
+        passed = run_stages(chosen, context, results, began + seconds - ENDING_SECONDS)
     print(
         f"{time.monotonic() - began:.0f} s; " + ", ".join(f"{k} {'ok' if v else 'FAILED'}" for k, v in passed.items())
     )

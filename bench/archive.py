@@ -1,0 +1,83 @@
+"""All that a run leaves, results, logs and tuned tables, in one compressed file that is always whole.
+
+A machine may give back a few small files only, and only those that are there when its time ends.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+
+MOST_BYTES = 15 << 20
+"""Of the archive."""
+LOG_BYTES = 1 << 20
+"""Of a log: its end is kept."""
+EVERY_SECONDS = 15.0
+
+
+def write(folder: Path, target: Path, log_bytes: int = LOG_BYTES) -> None:
+    """Pack a folder's files; logs lose their beginning where the archive would be too large."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target it would count as a file of its own; in another file system it cannot be renamed.
+    with tempfile.SpooledTemporaryFile(max_size=2 * MOST_BYTES) as packed:
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.resolve() != target.resolve()):
+                if path.suffix == ".partial" or "build" in path.relative_to(folder).parts:
+                    continue
+                _add(archive, path, path.relative_to(folder), log_bytes)
+        size = packed.tell()
+        if size > MOST_BYTES and log_bytes > 1024:
+            write(folder, target, log_bytes // 4)
+            return
+        packed.seek(0)
+        target.with_suffix(".partial").write_bytes(packed.read())
+    target.with_suffix(".partial").replace(target)
+
+
+def _add(archive: tarfile.TarFile, path: Path, name: Path, log_bytes: int) -> None:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:  # a stage replaced it meanwhile
+        return
+    if path.suffix != ".json" and len(content) > log_bytes:
+        content = b"(its beginning is left out)\n" + content[-log_bytes:]
+    entry = tarfile.TarInfo(str(name))
+    entry.size, entry.mtime = len(content), int(path.stat().st_mtime) if path.exists() else 0
+    archive.addfile(entry, io.BytesIO(content))
+
+
+class Kept:
+    """Packs a folder again and again while it is entered, and once more at the end.
+
+    Args:
+        folder: What to pack.
+        target: The archive; None for none.
+        every: Seconds between two.
+    """
+
+    def __init__(self, folder: Path, target: Path | None, every: float = EVERY_SECONDS) -> None:
+        self.folder, self.target, self.every = folder, target, every
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Kept:
+        if self.target is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self.target is not None:
+            self._thread.join()
+            write(self.folder, self.target)
+
+    def _run(self) -> None:
+        assert self.target is not None
+        while not self._ended.wait(self.every):
+            write(self.folder, self.target)

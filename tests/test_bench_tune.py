@@ -1,0 +1,57 @@
+"""Tuning: legal candidates, gates, and a table that is written only where one wins."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import interpreter  # noqa: F401  (exact arithmetic)
+import pytest
+import torch
+
+from bench import tune
+from bench.timing import Stopwatch
+from happyhorse_fast.kernels.launch import LaunchConfig, illegal, table
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("target", list(tune.targets("main")), ids=lambda t: f"{t.variant}-{t.case.part}")
+def test_every_candidate_is_legal_and_the_committed_one_is_first(target):
+    found = tune.candidates(target, 90)
+    assert found[0] == LaunchConfig(**table(target.stem)[target.variant]["90"])
+    assert len(found) > 1 and len(set(found)) == len(found)
+    for config in found:
+        shared = tune._shared(target, config)
+        assert illegal(config, 90, fp8=target.case.precision == "fp8", shared_bytes=shared) is None
+
+
+def test_tuning_restores_the_table_and_writes_what_wins(tmp_path, monkeypatch):
+    target = next(t for t in tune.targets("tiny") if "proj/tiny/fp8" in t.case.name)
+    before = json.dumps(table(target.stem))
+    # The interpreter's times mean nothing: warps decide here.
+    monkeypatch.setattr(tune, "time_candidate", lambda t, a, config, *_: 1.0 if config.num_warps == 4 else 2.0)
+    best = tune.tune(target, 89, Stopwatch(CPU), 0.0, time.monotonic() + 60)
+    assert best is not None and best.num_warps == 4
+    with tune.using(target, 89, best):
+        assert table(target.stem)[target.variant]["89"]["num_warps"] == 4
+    assert json.dumps(table(target.stem)) == before
+    path = tune.write(tmp_path, target, 89, best)
+    written, committed = json.loads(path.read_text()), json.loads((tune.CONFIGS / path.name).read_text())
+    changed = written[target.variant].pop("89") != committed[target.variant].pop("89")
+    assert changed and written == committed
+    lines = (tune.CONFIGS / path.name).read_text().splitlines()
+    assert sum(a != b for a, b in zip(path.read_text().splitlines(), lines, strict=True)) == 1, "one line changes"
+
+
+def test_a_candidate_that_is_wrong_or_does_not_compile_does_not_count(monkeypatch):
+    target = next(tune.targets("tiny"))
+    config = tune.candidates(target, 89)[0]
+    monkeypatch.setattr(tune, "problems", lambda *_: ["out: worst tile distance 1"])
+    assert "gate" in str(tune.time_candidate(target, 89, config, Stopwatch(CPU), 0.0))
+
+    def broken(*_):
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(tune, "problems", broken)
+    assert "out of resource" in str(tune.time_candidate(target, 89, config, Stopwatch(CPU), 0.0))
