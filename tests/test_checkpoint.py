@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -301,7 +302,7 @@ def test_interrupted_save_leaves_the_folder_as_it_was(
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    owner, name = (checkpoint, "save_file") if where == "write" else (Path, "replace")
+    owner, name = (safetensors.torch, "save_file") if where == "write" else (Path, "replace")
     monkeypatch.setattr(owner, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(weights(), folder, max_shard_bytes=4000, overwrite=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +42,7 @@ def run(model: torch.nn.Module, case: golden.GoldenCase) -> tuple[torch.Tensor, 
 def test_packed_weights_give_the_same_bits(case: golden.GoldenCase, packed: Path) -> None:
     assert is_packed(packed)
     assert (packed / "model.safetensors.index.json").is_file()
-    model = load(packed, progress=False)
+    model = load(packed, fast=FAST, progress=False)
     expected = run(accelerate(case.model(torch.bfloat16), FAST), case)
     assert all(torch.equal(a, b) for a, b in zip(run(model, case), expected, strict=True))
     assert model.fast.fast == FAST  # type: ignore[union-attr]
@@ -71,8 +73,51 @@ def test_loading_accelerated_holds_one_published_layer(case: golden.GoldenCase, 
 
 
 def test_packed_weights_carry_their_configuration(packed: Path, case: golden.GoldenCase) -> None:
-    with pytest.raises(ValueError, match="preset, config and fast must be left out"):
+    with pytest.raises(ValueError, match=r"preset and config must be left out: the folder '.*packed' is packed"):
         load(packed, config=case.config)
+
+
+@pytest.mark.filterwarnings("ignore:every op runs")
+def test_weights_packed_without_a_gpu_are_not_bound_to_plain_torch(packed: Path) -> None:
+    model = load(packed, progress=False)
+    assert model.fast.fast == dataclasses.replace(FAST, backend="auto")  # type: ignore[union-attr]
+
+
+def test_what_is_not_packed_can_be_changed(packed: Path) -> None:
+    fast = dataclasses.replace(FAST, sparsity=None, exact_first_steps=2, mlp_rows=None)
+    assert load(packed, fast=fast, progress=False).fast.fast == fast  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"skip": ()}, "down of layer 0 is bf16 there, fast asks for fp8"),
+        ({"attention": "fp8"}, "attention of layer 0 is bf16 there, fast asks for fp8"),
+    ],
+)
+def test_what_is_packed_cannot(packed: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(packed, fast=dataclasses.replace(FAST, **change))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_another_compute_dtype_is_refused(packed: Path, case: golden.GoldenCase, dtype: torch.dtype) -> None:
+    """Fast layers have the published rounding points; to take float32 and not use it would mislead."""
+    with pytest.raises(ValueError, match=r"compute_dtype must be torch\.bfloat16 with fast"):
+        load(packed, compute_dtype=dtype)
+    with pytest.raises(ValueError, match=r"compute_dtype must be torch\.bfloat16 with fast"):
+        load(packed.parent, config=case.config, compute_dtype=dtype, fast=FAST)
+
+
+def test_an_accelerated_model_is_not_a_published_checkpoint(case: golden.GoldenCase, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use save_packed, or restore"):
+        save_checkpoint(accelerate(case.model(torch.bfloat16), FAST), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_as_readable_as_the_umask_allows(packed: Path) -> None:
+    (packed / "probe").touch()
+    assert {file.stat().st_mode for file in packed.iterdir()} == {(packed / "probe").stat().st_mode}
 
 
 def _edit(packed: Path, **changes: object) -> None:

@@ -1,12 +1,8 @@
-"""Checkpoints in the published format: streamed from disk into a model, and written from one."""
+"""Checkpoints in the published format, streamed from disk into a model."""
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 import traceback
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
@@ -15,7 +11,6 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from happyhorse_fast.config import ModelConfig
@@ -23,7 +18,8 @@ from happyhorse_fast.errors import CheckpointError
 from happyhorse_fast.model.accelerate import Accelerating
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.inspect_checkpoint import BANDS_KEY, STORED_DTYPES, layer_of, read_sizes, require_sizes
-from happyhorse_fast.model.safetensors_header import INDEX_FILE, PACKED_FILE, SINGLE_FILE, TensorEntry, read_headers
+from happyhorse_fast.model.safetensors_header import TensorEntry, read_headers
+from happyhorse_fast.model.save_checkpoint import save_checkpoint
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
@@ -33,8 +29,6 @@ __all__ = ["load", "read_sizes", "save_checkpoint"]
 STAGING_BYTES = 16 << 20
 # Largest relative difference of stored and computed rotary frequencies; they agree to 2e-7 (float32 powers) at most.
 BANDS_TOLERANCE = 1e-6
-
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 Advance = Callable[[int], None]
 
@@ -56,16 +50,19 @@ def load(
 
     Args:
         path: A folder with ``model.safetensors``, or with shards named by ``model.safetensors.index.json``; or one
-            ``.safetensors`` file. A folder of packed weights carries its own configurations: then ``preset``,
-            ``config`` and ``fast`` must be left out.
+            ``.safetensors`` file. A folder of packed weights carries its own configurations: then ``preset`` and
+            ``config`` must be left out.
         preset: Name of the published configuration that the checkpoint is of; see :meth:`ModelConfig.preset`.
         config: The configuration instead. Exactly one of the two: ``local_attn_layers``, ``frame_receptive_field`` and
             ``coords_style`` cannot be read off the tensors; the sizes that can be are held against it.
         device: Where the weights go.
-        compute_dtype: Dtype of products and attention, see :class:`HappyHorse`.
+        compute_dtype: Dtype of products and attention, see :class:`HappyHorse`; with ``fast`` and for packed weights
+            bfloat16 alone.
         progress: Show a progress bar on standard error.
         fast: Accelerate as :func:`accelerate` would, layer by layer while loading: one layer's published weights are on
-            the device at a time, and they are not kept (so there is no :func:`restore`).
+            the device at a time, and they are not kept (so there is no :func:`restore`). Of packed weights it replaces
+            what they were saved with: backend, sparsity, where to stay exact; the precision of each product must be
+            that of the weights.
 
     Returns:
         The model, complete: on any error, Ctrl-C included, there is none, and its memory is free again.
@@ -75,19 +72,17 @@ def load(
             floating point, sizes other than the configuration's, NaN or Inf in a tensor, or rotary frequencies that are
             not the model's. The message names files and keys.
         TypeError: ``config`` is not a ModelConfig.
-        ValueError: Not exactly one of ``preset`` and ``config``; no such preset, device or compute dtype.
+        ValueError: Not exactly one of ``preset`` and ``config``; no such preset, device or compute dtype; ``fast`` asks
+            for another precision than packed weights have.
     """
     from happyhorse_fast.model import packed_checkpoint
 
-    place = _usable_device(device)
+    place = usable_device(device)
+    wanted = check_load(path, preset, config, compute_dtype=compute_dtype, fast=fast)
     if packed_checkpoint.is_packed(path):
-        if preset is not None or config is not None or fast is not None:
-            raise ValueError(f"preset, config and fast must be left out: {path} is packed and carries its own")
-        return packed_checkpoint.load_packed(path, place, progress=progress)
-    wanted, asked = _requested(preset, config)
+        return packed_checkpoint.load_packed(path, place, fast, progress=progress)
     model = HappyHorse(wanted, compute_dtype, device="meta")
     entries = read_headers(path)
-    require_sizes(entries, Path(path), wanted, asked)
     accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
     try:
         with progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
@@ -98,6 +93,36 @@ def load(
         model.to("meta")
         raise
     return model
+
+
+def check_load(
+    path: str | Path,
+    preset: str | None,
+    config: ModelConfig | None,
+    *,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    fast: FastConfig | None = None,
+) -> ModelConfig:
+    """What :func:`load` checks before it reads any data; arguments and errors as there.
+
+    Returns:
+        The configuration that the model would have.
+    """
+    from happyhorse_fast.model import packed_checkpoint
+
+    packed = packed_checkpoint.is_packed(path)
+    if packed and (preset is not None or config is not None):
+        raise ValueError(f"preset and config must be left out: the folder {str(path)!r} is packed and carries its own")
+    if (packed or fast is not None) and compute_dtype != torch.bfloat16:
+        raise ValueError(
+            "compute_dtype must be torch.bfloat16 with fast=... and for packed weights, whose products are in bf16 or "
+            f"fp8; got {compute_dtype}"
+        )
+    if packed:
+        return packed_checkpoint.packed_config(path, fast)[0]
+    wanted, asked = _requested(preset, config)
+    require_sizes(read_headers(path), Path(path), wanted, asked)
+    return wanted
 
 
 def _requested(preset: str | None, config: ModelConfig | None) -> tuple[ModelConfig, str]:
@@ -114,7 +139,12 @@ def _requested(preset: str | None, config: ModelConfig | None) -> tuple[ModelCon
     return config, "config"
 
 
-def _usable_device(device: torch.device | str) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device by its full name.
+
+    Raises:
+        ValueError: This machine does not have it, or it holds no data.
+    """
     try:
         place = torch.empty(0, device=device).device
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
@@ -262,107 +292,3 @@ def assign(model: nn.Module, key: str, value: torch.Tensor) -> None:
     module = model.get_submodule(owner)
     old = getattr(module, name)
     setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
-
-
-def save_checkpoint(
-    model_or_state_dict: nn.Module | Mapping[str, torch.Tensor],
-    folder: str | Path,
-    *,
-    max_shard_bytes: int = 5 << 30,
-    overwrite: bool = False,
-    beside: Mapping[str, str] | None = None,
-) -> None:
-    """Write a checkpoint in the published format: ``model.safetensors``, or shards and their index.
-
-    Everything is written aside, on the same disk, and moved into place once it is complete: an interruption leaves the
-    folder as it was.
-
-    Args:
-        model_or_state_dict: A model, or tensors by state-dict key; dtypes are kept.
-        folder: Where to write; made where it does not exist. Other files in it stay.
-        max_shard_bytes: Shards hold at most this many bytes of data, or a single tensor. One file where all fits.
-        overwrite: Replace a checkpoint that is there.
-        beside: Text files that belong to it, name -> content.
-
-    Raises:
-        FileExistsError: ``folder`` holds a checkpoint and ``overwrite`` is not set, or it is a file.
-        TypeError: Not a model and not a mapping from keys to tensors.
-        ValueError: No tensors, a tensor on ``"meta"``, or ``max_shard_bytes`` below 1.
-    """
-    tensors = _tensors_of(model_or_state_dict)
-    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r}")
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"folder must be a folder, {folder} is a file")
-    names = {SINGLE_FILE, INDEX_FILE, PACKED_FILE, *(beside or ())}
-    old = sorted(path for path in folder.glob("*") if path.name in names or _SHARD.match(path.name))
-    if old and not overwrite:
-        raise FileExistsError(f"{folder} holds a checkpoint ({old[0].name}); pass overwrite=True to replace it")
-    # Beside a folder that is still to be made, inside one that exists (which may be the root of a disk).
-    home = folder if folder.exists() else folder.parent
-    home.mkdir(parents=True, exist_ok=True)
-    aside = home / f".{folder.name}.{uuid.uuid4().hex}.partial"
-    aside.mkdir()
-    try:
-        _write_files(tensors, aside, max_shard_bytes)
-        for name, content in (beside or {}).items():
-            (aside / name).write_text(content)
-        if folder.exists():
-            _move_into(folder, aside, old)
-        else:
-            aside.replace(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _tensors_of(model_or_state_dict: object) -> dict[str, torch.Tensor]:
-    state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
-    if not isinstance(state, Mapping):
-        raise TypeError(f"model_or_state_dict must be a model or a mapping, got {type(model_or_state_dict).__name__}")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise TypeError(f"model_or_state_dict must map keys to tensors, got {key!r}: {type(value).__name__}")
-        if value.is_meta:
-            raise ValueError(f"model_or_state_dict must hold data, got {key} on the meta device")
-    if not state:
-        raise ValueError("model_or_state_dict must hold tensors, got none")
-    return dict(state)
-
-
-def _write_files(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: int) -> None:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for key, value in tensors.items():
-        if shards[-1] and filled + value.nbytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(key)
-        filled += value.nbytes
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [SINGLE_FILE]
-    for name, keys in zip(names, shards, strict=True):
-        shard = {key: tensors[key].detach().cpu().contiguous() for key in keys}
-        save_file(shard, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        total = sum(value.nbytes for value in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _move_into(folder: Path, aside: Path, old: list[Path]) -> None:
-    """Swap the old files for the new ones; an index leaves first and comes last. Undone where it is interrupted."""
-    new = sorted(aside.iterdir())
-    retired = aside / "replaced"
-    retired.mkdir()
-    moves = [(path, retired / path.name) for path in reversed(old)] + [(path, folder / path.name) for path in new]
-    try:
-        for source, target in moves:
-            source.replace(target)
-    except BaseException:
-        for source, target in reversed(moves):
-            if not source.exists():
-                target.replace(source)
-        raise

@@ -15,10 +15,11 @@ from happyhorse_fast._version import __version__
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.errors import CheckpointError
 from happyhorse_fast.model.accelerate import choose_ops, empty_accelerated
-from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.model.fast_state import FastState, is_accelerated
 from happyhorse_fast.model.inspect_checkpoint import BANDS_KEY, STORED_DTYPES
 from happyhorse_fast.model.safetensors_header import PACKED_FILE, TensorEntry, listed, read_headers
+from happyhorse_fast.model.save_checkpoint import write_checkpoint
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
@@ -39,7 +40,7 @@ def save_packed(
 
     Args:
         model: An accelerated :class:`HappyHorse`.
-        folder: Where to write.
+        folder: Where to write. It holds the model's FastConfig too, backend ``"reference"`` as ``"auto"``.
         max_shard_bytes: As for :func:`save_checkpoint`.
         overwrite: Replace a checkpoint that is there.
 
@@ -47,35 +48,57 @@ def save_packed(
         ValueError: The model is not an accelerated HappyHorse.
         FileExistsError: As for :func:`save_checkpoint`.
     """
-    from happyhorse_fast.model.checkpoint import save_checkpoint
-
     if not isinstance(model, HappyHorse) or not is_accelerated(model):
         raise ValueError("model must be an accelerated HappyHorse; call accelerate(model) first")
     state: FastState = model.fast  # type: ignore[assignment]
     fast = dataclasses.asdict(state.fast)
+    if state.fast.backend == "reference":
+        fast["backend"] = "auto"  # packed on a machine without a GPU, run on one with
     if state.fast.sparsity is not None:
         fast["sparsity"] = {"policy": type(state.fast.sparsity).__name__, **dataclasses.asdict(state.fast.sparsity)}
     description = {"format": FORMAT, "version": __version__, "config": state.config.to_dict(), "fast": fast}
-    save_checkpoint(
-        model,
-        folder,
-        max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite,
-        beside={PACKED_FILE: json.dumps(description, indent=2) + "\n"},
-    )
+    beside = {PACKED_FILE: json.dumps(description, indent=2) + "\n"}
+    write_checkpoint(model, folder, beside, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
 
 
-def load_packed(folder: str | Path, device: torch.device, *, progress: bool) -> HappyHorse:
+def packed_config(folder: str | Path, fast: FastConfig | None) -> tuple[ModelConfig, FastConfig]:
+    """A packed folder's configurations, the second replaced by ``fast`` where that is given.
+
+    Raises:
+        CheckpointError: The description is missing or not one.
+        TypeError: ``fast`` is not a FastConfig.
+        ValueError: It asks for another precision of a product than the weights were packed in.
+    """
+    config, saved = _description(Path(folder) / PACKED_FILE)
+    if fast is None:
+        return config, saved
+    if not isinstance(fast, FastConfig):
+        raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
+    for layer in range(config.num_layers):
+        for op in OPS:
+            asked, there = fast.precision_of(op, layer), saved.precision_of(op, layer)
+            if asked != there:
+                raise ValueError(
+                    f"fast must have the precision of the packed weights in {str(folder)!r}: {op} of layer {layer} is "
+                    f"{there} there, fast asks for {asked}; pack the published checkpoint again, or leave fast out"
+                )
+    return config, fast
+
+
+def load_packed(
+    folder: str | Path, device: torch.device, fast: FastConfig | None = None, *, progress: bool
+) -> HappyHorse:
     """Load packed weights; see :func:`load`, which calls this.
 
     Raises:
         CheckpointError: The description or a tensor is missing, unexpected, misshapen or of another dtype.
+        ValueError: As :func:`packed_config`.
         BackendError: As for :func:`accelerate`.
     """
     from happyhorse_fast.model.checkpoint import assign, progress_bar, read_tensor, staging_buffer
 
     folder = Path(folder)
-    config, fast = _description(folder / PACKED_FILE)
+    config, fast = packed_config(folder, fast)
     entries = read_headers(folder)
     model = empty_accelerated(config, fast, choose_ops(fast, device, None))
     _require_entries(entries, model.state_dict(), folder)
