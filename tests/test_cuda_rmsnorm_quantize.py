@@ -69,7 +69,11 @@ BUGS = {
         "p.norm_weight + static_cast<i64>(expert / 2)",
     ),
     "the last row of a tile is left out": ("if (row >= tile[2]) return;", "if (row >= tile[2] - 1) return;"),
-    "the sum is not stored": ("hidden[at] = h;", ""),
+    "the sum is not stored": ("if (at < vectors) hidden[at]", "if (at < 0) hidden[at]"),
+    "a vector of the branch is left out": (
+        "added[i] = at < vectors ?",
+        "added[i] = at < vectors - 1 ?",
+    ),
     "the mean is of one channel less": ("/ static_cast<float>(channels)", "/ static_cast<float>(channels - 1)"),
 }
 
