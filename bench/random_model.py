@@ -13,11 +13,12 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model.accelerate import empty_accelerated
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.fast_layer import FastLayer
-from happyhorse_fast.ops.dispatch import choose
+from happyhorse_fast.ops.dispatch import CUDA_OPS, STEMS, BackendError, Choice, choose, cuda_obstacle
 from happyhorse_fast.ops.packing_qkv import static_qk_scale
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
+Backend = Literal["auto", "triton", "cuda", "reference"]
 # Elements drawn at a time on their way to e4m3: 2 GB in bf16.
 CHUNK = 1 << 30
 
@@ -27,16 +28,30 @@ def random_eager(config: ModelConfig, device: torch.device, seed: int) -> HappyH
     return HappyHorse(config, device=device).init_weights(seed)
 
 
-def random_fast(
-    config: ModelConfig, fast: FastConfig, backend: Literal["auto", "reference"], device: torch.device, seed: int
-) -> HappyHorse:
+def random_fast(config: ModelConfig, fast: FastConfig, backend: Backend, device: torch.device, seed: int) -> HappyHorse:
     """An accelerated model whose packed weights are drawn, padding included, which costs what the real ones cost.
+
+    Args:
+        config: Of the model.
+        fast: How it is accelerated.
+        backend: ``"cuda"`` where it has a kernel and Triton elsewhere, both without a self-check; the rest as it says.
+        device: Where it is made.
+        seed: Of the weights.
 
     Raises:
         BackendError: ``fast`` is strict and an op has no kernel that may run.
     """
-    fast = dataclasses.replace(fast, backend=backend)
-    choices = choose(fast.backend, fast.precision, device, strict=fast.strict and backend == "auto")
+    fast = dataclasses.replace(fast, backend="triton" if backend == "cuda" else backend)
+    strict = fast.strict and backend == "auto"
+    choices = choose(fast.backend, fast.precision, device, attention=fast.attention, strict=strict)
+    if backend == "cuda":
+        obstacle = cuda_obstacle(device)
+        if obstacle is not None:
+            raise BackendError(f"backend 'cuda' cannot run: {obstacle}")
+        for op in STEMS:
+            attention = op == "block_sparse_attention" and fast.precision == "fp8"
+            if op in CUDA_OPS.get(fast.attention if attention else fast.precision, ()):
+                choices[op] = Choice(op, "cuda", "asked for")
     model = empty_accelerated(config, fast, choices).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():

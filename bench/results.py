@@ -170,7 +170,7 @@ class Results:
 
     def add_sampler(self, entry: Json) -> None:
         """A run of the sampler."""
-        self._put("sampler", entry, ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "steps"))
+        self._put("sampler", entry, ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "steps", "backend"))
 
     def add_stage(self, stage: Json) -> None:
         """Outcome of a stage of ``make gpu``."""

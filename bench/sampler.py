@@ -1,9 +1,10 @@
 """The sampler end to end: the 15B model with seeded random weights made on the device, per mode, mask and memory cap.
 
-    python -m bench.sampler --results auto --minutes 5
+    python -m bench.sampler --results auto --minutes 5 --runs "15b/1080p/fast fp8/exact/whole" --seconds-per-run 60
 
-A run times as many steps as its time allows (steps cost the same, whatever the latents hold), and says how many. The
-published two-stage path is two runs: 8 steps at 256p, and the second stage's 5 at 1080p.
+A run times as many steps as its time allows and says how many: 8 of 8 are a clip as published, fewer an estimate, since
+a chip that is warm is slower. The published two-stage path is two runs: 8 steps at 256p, and the second stage's 5 at
+1080p. No run is started that could not end in time.
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from bench import began
+from bench import began, conditions
 from bench.cases import TINY, TINY_SIZE
+from bench.lost import LOST, lost
 from bench.ops import arguments, open_results
-from bench.random_model import random_eager, random_fast
+from bench.random_model import Backend, random_eager, random_fast
 from bench.results import Json
+from bench.sampler_runs import MODES, Run, chosen, runs
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.model.fast_config import FastConfig, TopK
+from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.op_times import OpTimes
 from happyhorse_fast.ops.dispatch import BackendError
 from happyhorse_fast.reference.model import HappyHorse
@@ -37,88 +39,15 @@ from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
-BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
-FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"
-MODES = ("fast fp8", "fast fp8 linear", "fast bf16", "eager", "torch.compile")
-"""Fast fp8 has attention in fp8 too; fast fp8 linear is what FastConfig(precision="fp8") does, attention in bf16."""
-EXACT = "exact"
 FAILED = "failed"
 SEED = 0
 # Of a card's memory, for the CUDA context and libraries' workspaces, which the allocator's fraction does not hold: 0.3
 # to 0.5 GiB.
 CONTEXT_BYTES = 2**29
-# Steps are stopped after this long, two at least.
-SECONDS_PER_RUN = 8.0
-# A run that compiles is not started with less time left: a graph takes 20 to 60 s, and a layer has three kinds.
-COMPILE_SECONDS = 120.0
 
 
 class Enough(Exception):
     """Ends a run whose time is up."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a sampler.
-
-    Attributes:
-        preset: The model.
-        resolution: Of the clip, 5 s long.
-        mode: One of :data:`MODES`.
-        mask: :data:`EXACT`, or the share of video pairs such as ``"25%"``.
-        steps: Denoising steps.
-        cap_gb: Size of the card whose memory the process may use, as it is sold; None for all there is.
-    """
-
-    preset: str
-    resolution: str
-    mode: str
-    mask: str = EXACT
-    steps: int = 8
-    cap_gb: int | None = None
-
-    @property
-    def second_stage(self) -> bool:
-        """Whether it is the second stage of two."""
-        return self.preset == SECOND_STAGE
-
-    @property
-    def fast(self) -> FastConfig | None:
-        """How the model is accelerated; None in the eager modes."""
-        if not self.mode.startswith("fast"):
-            return None
-        sparsity = None if self.mask == EXACT else TopK(float(self.mask.removesuffix("%")) / 100)
-        return FastConfig(
-            precision="fp8" if "fp8" in self.mode else "bf16",
-            attention="fp8" if self.mode == "fast fp8" else "bf16",
-            sparsity=sparsity,
-            strict=True,
-        )
-
-
-def runs() -> Iterator[Run]:
-    """All runs, most important first; a model is made anew wherever preset or mode change, which takes seconds."""
-    for mask in (EXACT, "25%", "12.5%"):
-        yield Run(BASE, "1080p", "fast fp8", mask)
-    yield Run(BASE, "1080p", "fast fp8 linear")
-    yield Run(BASE, "1080p", "eager")
-    yield Run(BASE, "1080p", "fast fp8", cap_gb=24)
-    for mask in (EXACT, "25%", "12.5%"):
-        yield Run(BASE, "1080p", "fast bf16", mask)
-    for mode in ("fast fp8", "eager", "fast bf16", "fast fp8 linear"):
-        yield Run(SECOND_STAGE, "1080p", mode, steps=5)
-        yield Run(FIRST_STAGE, "256p", mode)
-        yield Run(DENSE, "1080p", mode)
-    for mode, caps in (("fast bf16", (48, 80)), ("eager", (48, 80)), ("fast fp8", (48, 80))):
-        for cap in caps:
-            yield Run(BASE, "1080p", mode, cap_gb=cap)
-    for preset, resolution, steps in (
-        (BASE, "1080p", 8),
-        (SECOND_STAGE, "1080p", 5),
-        (FIRST_STAGE, "256p", 8),
-        (DENSE, "1080p", 8),
-    ):
-        yield Run(preset, resolution, "torch.compile", steps=steps)
 
 
 class Bench:
@@ -127,17 +56,33 @@ class Bench:
     Args:
         device: Where.
         tiny: A tiny model and clip in every run's place, through the reference: to try the code without a GPU.
+        backend: Of fast models: ``"auto"``, ``"triton"`` or ``"cuda"``. Where a self-check forbids ``"auto"``,
+            Triton's kernels run nonetheless, and the run says that they are not verified.
     """
 
-    def __init__(self, device: torch.device, tiny: bool = False) -> None:
+    def __init__(self, device: torch.device, tiny: bool = False, backend: Backend = "auto") -> None:
         if device == torch.device("cuda"):  # limiting a process's memory takes a device with an index
             device = torch.device("cuda", torch.cuda.current_device())
-        self.device, self.tiny = device, tiny
+        self.device, self.tiny, self.backend = device, tiny, backend
+        self.lost: str | None = None
+        self._unverified = ""
         self._model: HappyHorse | None = None
         self._made_for: tuple[Any, ...] = ()
 
-    def run(self, run: Run, seconds: float = SECONDS_PER_RUN) -> Json:
-        """Time a run; running out of memory, a kernel that may not run, or what else goes wrong is a result."""
+    def run(self, run: Run, seconds: float | None = None) -> Json:
+        """Time a run; running out of memory, a kernel that may not run, or what else goes wrong is a result.
+
+        Afterwards ``lost`` says what took the GPU from this process, None where it works.
+        """
+        before = conditions.read(self.device)
+        entry = self._run(run, run.seconds if seconds is None else seconds)
+        self.lost = lost(self.device)
+        if self.lost is None:
+            self._cap(None)
+            entry |= conditions.around(before, self.device)
+        return entry
+
+    def _run(self, run: Run, seconds: float) -> Json:
         entry: Json = {
             "preset": run.preset,
             "resolution": run.resolution,
@@ -146,6 +91,7 @@ class Bench:
             "mask": run.mask,
             "steps": run.steps,
             "cap_gb": run.cap_gb,
+            **({"backend": self.backend} if run.fast else {}),
             **dict.fromkeys(("s_per_step", "total_s", "peak_memory_gib")),
         }
         try:
@@ -161,8 +107,6 @@ class Bench:
         except Exception as error:  # whatever a compiler or driver raises must not end the other runs
             self._forget()
             return entry | {"note": f"{FAILED}: {type(error).__name__}: {error}"}
-        finally:
-            self._cap(None)
 
     def _measure(self, model: HappyHorse, run: Run, seconds: float) -> Json:
         inputs = self._inputs(model, run)
@@ -175,6 +119,7 @@ class Bench:
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None
         if self.tiny:
             notes.append("a tiny model and clip in plain torch in this run's place")
+        notes += [self._unverified] if run.fast and self._unverified else []
         if len(times) < run.steps:
             notes.append(f"{len(times)} of {run.steps} steps timed")
         each = statistics.median(times)
@@ -264,9 +209,9 @@ class Bench:
                 if run.mode == "torch.compile" and not self.tiny:
                     torch._dynamo.config.recompile_limit = 64  # kinds of layer times masks, not 8
                     for layer in self._model.block.layers:  # a graph of the whole model would take minutes to compile
-                        layer.compile()
+                        layer.compile(dynamic=False)  # with sizes as unknowns the sort of segments breaks the graph
             else:
-                self._model = random_fast(config, fast, "reference" if self.tiny else "auto", self.device, SEED)
+                self._model = self._fast(config, fast)
             self._made_for = wanted
         assert self._model is not None
         if run.fast is not None:
@@ -275,10 +220,22 @@ class Bench:
             state.clips.clear()
         return self._model
 
+    def _fast(self, config: ModelConfig, fast: FastConfig) -> HappyHorse:
+        self._unverified = ""
+        if self.tiny:
+            return random_fast(config, fast, "reference", self.device, SEED)
+        try:
+            return random_fast(config, fast, self.backend, self.device, SEED)
+        except BackendError as error:
+            if self.backend != "auto" or self.device.type != "cuda":
+                raise
+            self._unverified = f"NOT VERIFIED, on backend triton nonetheless: {error}"
+            return random_fast(config, fast, "triton", self.device, SEED)
+
     def _forget(self) -> None:
         self._model, self._made_for = None, ()
         gc.collect()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and lost(self.device) is None:
             torch.cuda.empty_cache()
 
     def _cap(self, gb: int | None) -> None:
@@ -311,32 +268,45 @@ def line(entry: Json) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
+    """Entry point; returns 1 where a run failed, 3 where the GPU is lost to this process."""
     parser = argparse.ArgumentParser(prog="python -m bench.sampler", description=__doc__.partition("\n")[0])
     arguments(parser)
     parser.add_argument("--tiny", action="store_true", help="a tiny model in plain torch: to try this file")
     parser.add_argument("--modes", default="", help=f"comma-separated, of {', '.join(MODES)}; all by default")
+    parser.add_argument("--runs", default="", help=f"comma-separated parts of names such as {next(runs()).name}")
+    per_run = "stop a run's steps after so long, two at least; by default 40 for fast runs, 10 for others"
+    parser.add_argument("--seconds-per-run", type=float, help=per_run)
+    parser.add_argument("--backend", choices=("auto", "triton", "cuda"), default="auto", help="of fast models")
+    parser.add_argument("--keep", choices=("none", "all"), default="none", help="leave out runs the results hold")
     options = parser.parse_args(argv)
     deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)
-    results, bench = open_results(options.results, device), Bench(device, options.tiny)
-    wanted = [mode for mode in options.modes.split(",") if mode] or MODES
-    for mode in wanted:
-        if mode not in MODES:
-            parser.error(f"argument --modes: must be among {', '.join(MODES)}; got {mode!r}")
+    try:
+        wanted = chosen(options.runs, options.modes)
+    except ValueError as error:
+        parser.error(str(error))
+    results, bench = open_results(options.results, device), Bench(device, options.tiny, options.backend)
+    known = {_key(entry) for entry in results.data["sampler"]} if results and options.keep == "all" else set()
     failed = False
-    for run in runs():
-        if run.mode not in wanted:
+    for run in wanted:
+        if (run.preset, run.mode, run.mask, run.cap_gb) in known:
             continue
-        left = deadline - time.monotonic()
-        if left < (COMPILE_SECONDS if run.mode == "torch.compile" and not options.tiny else 0):
-            print(f"time is up: {run} and later ones were not run", file=sys.stderr)
-            break
-        entry = bench.run(run, min(SECONDS_PER_RUN, left))
+        left = deadline - time.monotonic() - (0.0 if options.tiny else run.least_seconds)
+        if left < 0:
+            print(f"not run: {run.name} needs {run.least_seconds:.0f} s, {-left:.0f} more than are left", flush=True)
+            continue
+        entry = bench.run(run, min(options.seconds_per_run or run.seconds, left))
         failed |= entry["s_per_step"] is None and entry["note"].startswith(FAILED)
         print(line(entry), flush=True)
         if results is not None:
             results.add_sampler(entry)
+        if bench.lost:
+            print(f"STOPPED: the GPU of this process is lost in {run.name}: {bench.lost}", file=sys.stderr)
+            return LOST
     return int(failed)
+
+
+def _key(entry: Json) -> tuple[Any, ...]:
+    return entry["preset"], entry["mode"], entry["mask"], entry["cap_gb"]
 
 
 if __name__ == "__main__":

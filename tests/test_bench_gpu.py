@@ -273,9 +273,9 @@ import importlib
 import bench.bootstrap
 for name, arguments in {STARTS!r}.items():
     assert importlib.import_module(name).main(arguments) == 0, name
-from bench import sampler
+from bench import sampler, sampler_runs
 bench = sampler.Bench(sampler.torch.device("cpu"), tiny=True)
-entry = bench.run(sampler.Run(sampler.SECOND_STAGE, "1080p", "fast fp8", steps=5))
+entry = bench.run(sampler_runs.Run(sampler_runs.SECOND_STAGE, "1080p", "fast fp8", steps=5))
 assert entry["s_per_step"] and "diffusers" in entry["note"], entry
 """
     done = subprocess.run(

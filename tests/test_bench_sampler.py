@@ -6,17 +6,22 @@ import interpreter  # noqa: F401  (exact arithmetic)
 import pytest
 import torch
 
-from bench import sampler
+from bench import random_model, sampler, sampler_runs
+from bench.cases import TINY
+from bench.lost import LOST
 from bench.results import Results, read
+from bench.sampler_runs import BASE, DENSE, FIRST_STAGE, LEAST, MODES, SECOND_STAGE, Run
+from happyhorse_fast.ops import dispatch
+from happyhorse_fast.ops.dispatch import BackendError
 
 CPU = torch.device("cpu")
 HEADER = {"gpu": "cpu", "driver": "none", "torch": "2", "triton": "3", "commit": "abc"}
 
 
 def test_the_sampler_runs_every_mode_mask_and_cap_of_the_issue():
-    runs = list(sampler.runs())
+    runs = list(sampler_runs.runs())
     assert len(set(runs)) == len(runs)
-    assert {r.mode for r in runs} == set(sampler.MODES)
+    assert {r.mode for r in runs} == set(MODES)
     assert {(r.mode, r.mask) for r in runs if r.cap_gb is None} >= {("fast fp8", m) for m in ("exact", "25%", "12.5%")}
     assert {r.cap_gb for r in runs} == {None, 24, 48, 80}
     assert {r.mode: r.fast and (r.fast.precision, r.fast.attention) for r in runs} == {
@@ -26,20 +31,20 @@ def test_the_sampler_runs_every_mode_mask_and_cap_of_the_issue():
         "eager": None,
         "torch.compile": None,
     }
-    for mode in sampler.MODES:
+    for mode in MODES:
         assert {(r.preset, r.steps) for r in runs if r.mode == mode} >= {
-            (sampler.DENSE, 8),
-            (sampler.FIRST_STAGE, 8),
-            (sampler.SECOND_STAGE, 5),
+            (DENSE, 8),
+            (FIRST_STAGE, 8),
+            (SECOND_STAGE, 5),
         }
 
 
 def test_sampler_runs_of_every_kind_are_results(tmp_path):
     bench, results = sampler.Bench(CPU, tiny=True), Results(tmp_path / "r.json", HEADER)
     for run in (
-        sampler.Run(sampler.BASE, "1080p", "fast fp8", "25%", steps=3),
-        sampler.Run(sampler.BASE, "1080p", "eager", steps=3),
-        sampler.Run(sampler.SECOND_STAGE, "1080p", "fast bf16", steps=2),
+        Run(BASE, "1080p", "fast fp8", "25%", steps=3),
+        Run(BASE, "1080p", "eager", steps=3),
+        Run(SECOND_STAGE, "1080p", "fast bf16", steps=2),
     ):
         entry = bench.run(run, seconds=60)
         assert entry["s_per_step"] > 0 and entry["total_s"] >= entry["s_per_step"]
@@ -49,7 +54,7 @@ def test_sampler_runs_of_every_kind_are_results(tmp_path):
 
 
 def test_a_run_whose_time_is_up_says_how_many_steps_it_timed():
-    entry = sampler.Bench(CPU, tiny=True).run(sampler.Run(sampler.BASE, "256p", "eager", steps=6), seconds=0.0)
+    entry = sampler.Bench(CPU, tiny=True).run(Run(BASE, "256p", "eager", steps=6), seconds=0.0)
     assert "2 of 6 steps timed" in entry["note"]
     assert entry["total_s"] == pytest.approx(6 * entry["s_per_step"])
 
@@ -74,6 +79,7 @@ def test_a_run_that_fails_is_a_result_and_ends_no_other(monkeypatch, tmp_path, c
 
 def test_a_gpu_named_without_an_index_can_be_capped(monkeypatch):
     capped = []
+    monkeypatch.setattr(sampler, "lost", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"total_memory": 80 * 10**9}))
@@ -86,6 +92,105 @@ def test_a_gpu_named_without_an_index_can_be_capped(monkeypatch):
     bench._cap(None)
     bench._cap(24)
     assert capped == [(1.0, 0), (pytest.approx((24e9 - 2**29) / 80e9), 0)]
+
+
+def test_runs_are_chosen_by_parts_of_their_names_in_that_order():
+    found = sampler_runs.chosen("15b/1080p/fast fp8/25%/whole,/24gb,sr-1080p/1080p/fast fp8/")
+    assert [(r.preset, r.mask, r.cap_gb) for r in found] == [
+        (BASE, "25%", None),
+        (BASE, "exact", 24),
+        (SECOND_STAGE, "exact", None),
+    ]
+    assert all(r.mode == "eager" for r in sampler_runs.chosen("", "eager"))
+    for words, modes in (("fast fp4", ""), ("", "fast fp4")):
+        with pytest.raises(ValueError, match="got 'fast fp4'"):
+            sampler_runs.chosen(words, modes)
+    first = [(r.mode, r.mask, r.cap_gb) for r in list(sampler_runs.runs())[:7]]
+    assert first[:2] == [("fast fp8", "exact", None), ("fast fp8", "25%", None)]
+    assert {cap for _, _, cap in first} == {None, 24, 48, 80}
+
+
+def test_a_run_that_could_not_end_in_time_is_not_started(monkeypatch, tmp_path, capsys):
+    started = []
+    monkeypatch.setattr(sampler.Bench, "run", lambda self, run, seconds: started.append((run.name, seconds)) or ENTRY)
+    monkeypatch.setattr(sampler, "line", lambda entry: "")
+    words = ["--device", "cpu", "--runs", "15b/1080p/eager/exact/whole,15b/1080p/fast fp8/exact/whole"]
+    assert sampler.main([*words, "--minutes", "1", "--seconds-per-run", "60"]) == 0
+    ((name, seconds),) = started
+    assert name.endswith("fast fp8/exact/whole") and seconds == pytest.approx(60 - LEAST["fast"], abs=1)
+    assert "not run: happyhorse-1.0-15b/1080p/eager/exact/whole needs 75 s, 15 more" in capsys.readouterr().out
+
+
+ENTRY = {"s_per_step": 1.0, "note": "", "preset": "p", "mode": "m", "mask": "exact", "cap_gb": None}
+
+
+def test_a_red_self_check_keeps_nothing_from_being_timed_but_is_said(monkeypatch):
+    asked = []
+
+    def fast(config, fast, backend, device, seed):
+        asked.append(backend)
+        if backend == "auto":
+            raise BackendError("strict: select_blocks would run as plain torch: triton's self-check failed")
+        return random_model.random_fast(config, fast, "reference", torch.device("cpu"), seed)
+
+    monkeypatch.setattr(sampler, "random_fast", fast)
+    bench = sampler.Bench(CPU)
+    bench.device = torch.device("cuda:0")
+    bench._fast(bench._config(BASE).replace(**SMALLEST), Run("", "", "fast fp8").fast)
+    assert asked == ["auto", "triton"] and bench._unverified.startswith("NOT VERIFIED")
+    named = sampler.Bench(CPU, backend="cuda")
+    named._fast(bench._config(BASE).replace(**SMALLEST), Run("", "", "fast fp8").fast)
+    assert asked[2:] == ["cuda"] and named._unverified == ""
+
+
+SMALLEST = {
+    "num_layers": 1, "hidden_size": 128, "head_dim": 64, "num_heads_q": 2, "num_heads_kv": 1, "mm_layers": (),
+    "local_attn_layers": (), "gelu7_layers": (),
+}  # fmt: skip
+
+
+def test_a_named_backend_is_not_checked_and_cuda_is_triton_where_it_has_no_kernel(monkeypatch):
+    given = {}
+    monkeypatch.setattr(random_model, "empty_accelerated", lambda config, fast, choices: given.update(choices) or 1 / 0)
+    monkeypatch.setattr(random_model, "cuda_obstacle", lambda device: None)
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: None)
+    monkeypatch.setattr(dispatch, "_failures", lambda *_: pytest.fail("a self-check"))
+    fast = Run("", "", "fast fp8").fast
+    with pytest.raises(ZeroDivisionError):
+        random_model.random_fast(None, fast, "cuda", torch.device("cuda"), 0)
+    chosen = {op: choice.backend for op, choice in given.items()}
+    assert chosen["rmsnorm_quantize"] == "cuda"
+    assert (chosen["block_sparse_attention"], chosen["fp8_linear_residual"]) == ("triton", "triton")
+
+
+def test_a_run_that_loses_the_gpu_ends_the_command_and_is_not_tried_again(monkeypatch, tmp_path):
+    lost = []
+
+    def crash(*_):
+        lost.append("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(lost[0])
+
+    monkeypatch.setattr(sampler, "lost", lambda device: lost[0] if lost else None)
+    monkeypatch.setattr(sampler, "random_eager", crash)
+    path = tmp_path / "r.json"
+    words = "15b/1080p/eager/exact/whole,sr-1080p/1080p/fast fp8/"
+    arguments = ["--tiny", "--device", "cpu", "--results", str(path), "--runs", words, "--seconds-per-run", "0.1"]
+    assert sampler.main(arguments) == LOST
+    assert [entry["mode"] for entry in read(path)["sampler"]] == ["eager"], "the next run is not blamed"
+    lost.clear()
+    assert sampler.main([*arguments, "--keep", "all"]) == 0
+    first, second = read(path)["sampler"]
+    assert "illegal memory access" in first["note"] and second["s_per_step"]
+
+
+def test_layers_compile_without_unknown_sizes(monkeypatch):
+    # With them a second mask makes sizes unknown and breaks every graph: 10 graphs in place of 4.
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: seen.append(options))
+    bench = sampler.Bench(CPU)
+    monkeypatch.setattr(bench, "_config", lambda preset: TINY)
+    bench._model_for(Run(BASE, "1080p", "torch.compile"))
+    assert seen == [{"dynamic": False}] * TINY.num_layers
 
 
 def test_a_larger_card_behaves_as_one_that_is_sold_as_24_gb():
@@ -101,6 +206,6 @@ def test_memory_that_runs_out_is_a_result(monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0")
 
     monkeypatch.setattr(sampler, "random_eager", full)
-    entry = sampler.Bench(CPU).run(sampler.Run(sampler.BASE, "1080p", "eager"))
+    entry = sampler.Bench(CPU).run(Run(BASE, "1080p", "eager"))
     assert entry["s_per_step"] is None and entry["note"] == "out of memory: CUDA out of memory"
     assert "out of memory" in sampler.line(entry)

@@ -1,0 +1,130 @@
+"""Which runs of the sampler are timed: preset, mode, mask and memory cap, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from happyhorse_fast.model.fast_config import FastConfig, TopK
+
+BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
+FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"
+MODES = ("fast fp8", "fast fp8 linear", "fast bf16", "eager", "torch.compile")
+"""Fast fp8 has attention in fp8 too; fast fp8 linear is what FastConfig(precision="fp8") does, attention in bf16."""
+EXACT = "exact"
+# Steps of a run are stopped after so long, two at least. A fast run of 8 steps at 1080p ends within it.
+SECONDS = {"fast": 40.0, "other": 10.0}
+# What a run needs at least, in seconds: weights 5, the first step with its kernels' compiles, 2 steps, and a breakdown.
+# A fast step at 1080p is predicted at 4 s, an eager one measured at 12 to 14 elsewhere; torch.compile makes 4 graphs of
+# 20 to 60 s each.
+LEAST = {"fast": 35.0, "eager": 75.0, "torch.compile": 240.0}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sampler.
+
+    Attributes:
+        preset: The model.
+        resolution: Of the clip, 5 s long.
+        mode: One of :data:`MODES`.
+        mask: :data:`EXACT`, or the share of video pairs such as ``"25%"``.
+        steps: Denoising steps.
+        cap_gb: Size of the card whose memory the process may use, as it is sold; None for all there is.
+    """
+
+    preset: str
+    resolution: str
+    mode: str
+    mask: str = EXACT
+    steps: int = 8
+    cap_gb: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as ``"happyhorse-1.0-15b/1080p/fast fp8/25%/whole"``, the last part ``"24gb"`` under a cap."""
+        cap = "whole" if self.cap_gb is None else f"{self.cap_gb}gb"
+        return f"{self.preset}/{self.resolution}/{self.mode}/{self.mask}/{cap}"
+
+    @property
+    def second_stage(self) -> bool:
+        """Whether it is the second stage of two."""
+        return self.preset == SECOND_STAGE
+
+    @property
+    def fast(self) -> FastConfig | None:
+        """How the model is accelerated; None in the eager modes."""
+        if not self.mode.startswith("fast"):
+            return None
+        sparsity = None if self.mask == EXACT else TopK(float(self.mask.removesuffix("%")) / 100)
+        return FastConfig(
+            precision="fp8" if "fp8" in self.mode else "bf16",
+            attention="fp8" if self.mode == "fast fp8" else "bf16",
+            sparsity=sparsity,
+            strict=True,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """How long its steps may take where nothing else is asked for."""
+        return SECONDS["fast" if self.fast else "other"]
+
+    @property
+    def least_seconds(self) -> float:
+        """With less time left it would be cut."""
+        return LEAST["fast" if self.fast else self.mode]
+
+
+def runs() -> Iterator[Run]:
+    """All runs, most important first; a model is made anew wherever preset, mode or cap change, which takes seconds."""
+    first = (
+        Run(BASE, "1080p", "fast fp8"),
+        Run(BASE, "1080p", "fast fp8", "25%"),
+        Run(BASE, "1080p", "fast fp8", cap_gb=24),
+        Run(SECOND_STAGE, "1080p", "fast fp8", steps=5),
+        Run(BASE, "1080p", "eager"),
+        Run(BASE, "1080p", "fast bf16", cap_gb=48),
+        Run(BASE, "1080p", "eager", cap_gb=80),
+        Run(BASE, "1080p", "fast fp8", "12.5%"),
+        Run(BASE, "1080p", "fast fp8 linear"),
+    )
+    yield from first
+    yield from (run for run in _rest() if run not in first)
+
+
+def _rest() -> Iterator[Run]:
+    for mask in (EXACT, "25%", "12.5%"):
+        yield Run(BASE, "1080p", "fast bf16", mask)
+    for mode in ("fast fp8", "eager", "fast bf16", "fast fp8 linear"):
+        yield Run(SECOND_STAGE, "1080p", mode, steps=5)
+        yield Run(FIRST_STAGE, "256p", mode)
+        yield Run(DENSE, "1080p", mode)
+    for mode in ("fast bf16", "eager", "fast fp8"):
+        for cap in (48, 80):
+            yield Run(BASE, "1080p", mode, cap_gb=cap)
+    for preset, resolution, steps in (
+        (BASE, "1080p", 8),
+        (SECOND_STAGE, "1080p", 5),
+        (FIRST_STAGE, "256p", 8),
+        (DENSE, "1080p", 8),
+    ):
+        yield Run(preset, resolution, "torch.compile", steps=steps)
+
+
+def chosen(words: str, modes: str = "") -> list[Run]:
+    """Runs whose name holds one of the comma-separated words, in the words' order; without words all, in their own.
+
+    Raises:
+        ValueError: A word is in no name, or there is no such mode.
+    """
+    for mode in filter(None, modes.split(",")):
+        if mode not in MODES:
+            raise ValueError(f"modes must be among {', '.join(MODES)}; got {mode!r}")
+    every = [run for run in runs() if not modes or run.mode in modes.split(",")]
+    found: dict[Run, None] = {}
+    for word in filter(None, words.split(",")):
+        fitting = [run for run in every if word in run.name]
+        if not fitting:
+            raise ValueError(f"runs must be parts of names such as {every[0].name}; got {word!r}")
+        found |= dict.fromkeys(fitting)
+    return list(found) if words else every
