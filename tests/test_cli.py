@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,54 @@ def test_bad_sampling_input_is_one_line(
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", 0], "steps must be at least 1, got 0"),
+        (["--guidance", 5], "guidance must come with null_text"),
+        (["--shift", -1], "shift must be finite and more than 0"),
+        (["--fast", "bf16"], "--dtype must be left out or bfloat16 with --fast, got float32"),
+        (["--sr-checkpoint", "nowhere", "--size", 12, 16], "exactly one of --sr-preset and --sr-config is required"),
+        (["--sr-checkpoint", "nowhere", "--size", 12, 16, "--sr-preset", "tiny"], "nowhere"),
+        (["--sr-checkpoint", "MODEL", "--size", 2, 4, "--sr-config", "CONFIG"], "of size, in latent positions"),
+        (["--sr-checkpoint", "MODEL", "--size", 12, 16, "--sr-config", "CONFIG", "--sr-steps", 0], "steps must be"),
+    ],
+)
+def test_what_can_be_known_before_the_weights_are_read_is(
+    options: list[object], message: str, published: Published, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Loading 15B takes minutes, and a first stage is lost where the second cannot run."""
+    folder = published("dense_v2_fp32")
+    monkeypatch.setattr("happyhorse_fast.model.checkpoint.load", lambda *_, **__: pytest.fail("loaded"))
+    named = {"MODEL": folder / "model", "CONFIG": folder / "config.json"}
+    arguments = [named.get(str(option), option) for option in options]
+    assert message in fails(capsys, *sampling(folder, tmp_path / "out.safetensors", *arguments, "--json"))
+
+
+def test_an_output_that_cannot_be_written_is_known_before_the_work(
+    published: Published, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("happyhorse_fast.model.checkpoint.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(demo_command, "make_clips", lambda *_, **__: pytest.fail("worked"))
+    nowhere = Path("/proc/clip.safetensors")  # of all folders the one that root cannot write to either
+    assert "/proc cannot" in fails(capsys, *sampling(published("dense_v2_fp32"), nowhere, "--json"))
+    assert "/proc cannot" in fails(capsys, "demo", "--out", "/proc/a/b")
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(demo_command, "require_folder", lambda _: warnings.warn("slow", stacklevel=1))
+    run(["demo", "--prompt", "a cat"])
+    assert capsys.readouterr().err.splitlines()[0] == "happyhorse-fast: slow"
+
+
+def test_problems_of_several_lines_stay_apart(monkeypatch: Patch, capsys: Capture) -> None:
+    def wrong(_: Path) -> None:
+        raise ValueError("not the model:\n  one is missing\n  two is large")
+
+    monkeypatch.setattr(demo_command, "require_folder", wrong)
+    assert fails(capsys, "demo") == "happyhorse-fast: error: not the model: one is missing; two is large\n"
+
+
+@pytest.mark.parametrize(
     ("tensors", "message"),
     [
         ({"in.video": (1,), "in.audio": (1,)}, "must hold text"),
@@ -339,7 +388,7 @@ def test_out_of_memory_is_one_line(monkeypatch: Patch, capsys: Capture, tmp_path
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
 
     monkeypatch.setattr(demo_command, "make_clips", too_large)
-    assert "`happyhorse-fast plan` says what a clip needs" in fails(capsys, "demo", "--out", tmp_path, code=1)
+    assert "`happyhorse-fast plan` says what a clip needs" in fails(capsys, "demo", "--out", tmp_path, "--json", code=1)
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch: Patch) -> None:

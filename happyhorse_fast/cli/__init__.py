@@ -7,6 +7,7 @@ tables or with ``--json`` as one JSON document; everything else goes to standard
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -52,6 +53,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Bad input becomes one line on standard error, unless ``--traceback`` asks for more.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -59,8 +66,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except _PARSE_ERROR as error:
         return _fail(error.format_message(), error.exit_code)
     except (*_USER_ERRORS, RuntimeError) as error:
-        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # by name: torch may not have been imported
-        if "--traceback" in arguments or not (out_of_memory or isinstance(error, _USER_ERRORS)):
+        name = type(error).__name__  # by name: torch may not have been imported
+        out_of_memory, expected = name == "OutOfMemoryError", isinstance(error, _USER_ERRORS) or name == "BackendError"
+        if "--traceback" in arguments or not (out_of_memory or expected):
             raise
         hint = f"; `{PROGRAM} plan` says what a clip needs" if out_of_memory else ""
         return _fail(f"{error}{hint}", 1 if out_of_memory else 2)
@@ -70,8 +78,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
+    # One line, whose parts stay apart: a checkpoint's problems come one to a line.
+    text = "".join(f"{line} " if line.endswith((":", ",", ";")) else f"{line}; " for line in lines[:-1]) + lines[-1]
+    print(f"{PROGRAM}: error: {text}", file=sys.stderr)
     return code
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Without the place in the code, which to a user of the program reads like a crash."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import typer
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.cli.forms import FORMS, Form
 from happyhorse_fast.cli.interpreted_layer import LAYER, LayerCheck, interpreted_layer
-from happyhorse_fast.cli.output import JsonOption, emit, replacing, save_tensors, table
+from happyhorse_fast.cli.output import JsonOption, emit, replacing, require_folder, save_tensors, table
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +77,11 @@ def demo(
     from happyhorse_fast.pony.media import read_image
     from happyhorse_fast.pony.prompt import parse
 
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out must be a folder, {out} is a file")
+    require_folder(out)
     prompt = str(parse(prompt))
     picture = None if image is None else read_image(image)
+    if not as_json:
+        print(f"{len(FORMS)} clips of {steps} steps on the CPU, about 40 s...", file=sys.stderr)
     start = time.perf_counter()
     # In a process of its own, so beside the forms; it takes as long as all of them.
     with _one_thread(), interpreted_layer(prompt, seed) as layer:

@@ -84,6 +84,7 @@ def require_target(path: Path, force: bool) -> None:
     Raises:
         FileExistsError: It is there and ``force`` is not set, or it is a folder.
         FileNotFoundError: Its folder is not there.
+        OSError: Nothing can be written there.
     """
     if path.is_dir():
         raise FileExistsError(f"output must be a file, {path} is a folder")
@@ -91,6 +92,31 @@ def require_target(path: Path, force: bool) -> None:
         raise FileExistsError(f"output must not exist yet, {path} does; --force replaces it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"output must be in a folder that exists, {path.parent} does not")
+    _require_writable(path.parent)
+
+
+def require_folder(path: Path) -> None:
+    """Raise where a folder cannot be made or written to, before the work that fills it; nothing is made yet.
+
+    Raises:
+        FileExistsError: It is a file.
+        OSError: Nothing can be written there.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"out must be a folder, {path} is a file")
+    _require_writable(next(place for place in (path, *path.absolute().parents) if place.exists()))
+
+
+def _require_writable(folder: Path) -> None:
+    # A file that is made tells more than os.access, which knows neither full quotas nor /proc.
+    probe = folder / f".happyhorse-fast.{os.getpid()}.partial"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"output must be in a folder that can be written to, {folder} cannot: {error.strerror}"
+        ) from error
 
 
 @contextmanager
@@ -107,8 +133,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a safetensors file, whole or not at all; metadata values are stored as JSON unless they are text."""
-    from safetensors.torch import save_file
+    from happyhorse_fast.model.save_checkpoint import write_safetensors
 
     texts = {key: value if isinstance(value, str) else json.dumps(plain(value)) for key, value in metadata.items()}
     with replacing(path) as partial:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, metadata=texts)
+        write_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from happyhorse_fast._version import __version__
 from happyhorse_fast.cli.options import ConfigOption, DeviceOption, PresetOption, read_config, usable_device
 from happyhorse_fast.cli.output import JsonOption, emit, gib, require_target, save_tensors
+from happyhorse_fast.cli.sample_inputs import Inputs, drawn, read_inputs
 from happyhorse_fast.tokens import tokens_for
 
 if TYPE_CHECKING:
@@ -57,7 +59,9 @@ def sample(
     seconds: Annotated[int, typer.Option(help="With --resolution: 3 to 15.")] = 5,
     fps: Annotated[int, typer.Option(help="With --resolution: 24 or 25.")] = 24,
     device: DeviceOption = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Compute dtype; bfloat16 as published.")] = "bfloat16",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Compute dtype; bfloat16 as published, and alone with --fast.")
+    ] = "bfloat16",
     fast: Annotated[
         Fast | None,
         typer.Option(help="Run this package's kernels instead of eager torch: bf16, exact; or fp8. Both stages."),
@@ -79,6 +83,8 @@ def sample(
     second = sr_checkpoint is not None
     if second != (size is not None) or (not second and (sr_preset is not None or sr_config is not None)):
         raise ValueError("--sr-checkpoint and --size must come together, with --sr-preset or --sr-config")
+    if fast is not None and dtype != "bfloat16":
+        raise ValueError(f"--dtype must be left out or bfloat16 with --fast, got {dtype}: fast layers are bf16 or fp8")
     tensors = read_inputs(inputs)
     first = _Stage(checkpoint, preset, config, usable_device(device), dtype, fast, not as_json)
     settings: dict[str, Any] = {
@@ -96,26 +102,21 @@ def sample(
         "device": first.device,
     }
     record = Record()
-    draw = tensors.replay if tensors.noise else _drawn(seed)
-    latents = _first_stage(
-        first,
-        tensors,
-        draw,
-        record,
-        resolution=resolution,
-        clip=(aspect, seconds, fps),
-        image_key=image_key,
-        steps=steps,
-        shift=shift,
-        guidance=guidance,
-    )
+    draw = tensors.replay if tensors.noise else drawn(seed)
+    start = _start(first, tensors, draw, resolution, (aspect, seconds, fps))
+    how = {"steps": steps, "shift": shift, "guidance": guidance, "noise": draw}
+    conditions = _conditions(tensors, image_key)
+    stage: _Stage | None = None
+    sr_how: dict[str, Any] = {"size": size, "steps": sr_steps, "shift": shift, "noise": draw}
+    _check_first_stage(first, start, conditions, how)
+    if sr_checkpoint is not None:
+        stage = _Stage(sr_checkpoint, sr_preset, sr_config, first.device, dtype, fast, not as_json, option="sr-")
+        _check_second_stage(stage, start, conditions, sr_how)
+    latents = _first_stage(first, start, conditions, record, how)
     settings |= {"steps": len(record.sigmas), "sigmas": [*record.sigmas, 0.0]}
-    if sr_checkpoint is not None and size is not None:
-        stage = _Stage(sr_checkpoint, sr_preset, sr_config, first.device, dtype, fast, not as_json)
+    if stage is not None:
         sr_record = Record()
-        latents["video"] = _second_stage(
-            stage, latents, tensors, draw, sr_record, size=size, steps=sr_steps, shift=shift
-        )
+        latents["video"] = _second_stage(stage, latents, conditions, sr_record, sr_how)
         settings |= {
             "sr_checkpoint": sr_checkpoint,
             "sr_preset": sr_preset,
@@ -136,76 +137,6 @@ def sample(
         "settings": settings,
     }
     emit(data, as_json, lambda console: _render(console, data))
-
-
-# Inputs ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Inputs:
-    """What an inputs file holds.
-
-    Attributes:
-        path: Of the file.
-        named: text, video, audio, null_text and whatever else has no other meaning, without ``in.``.
-        noise: Recorded noise by name.
-        ignored: Names that no option asked for.
-    """
-
-    path: Path
-    named: dict[str, torch.Tensor]
-    noise: dict[str, torch.Tensor]
-    ignored: set[str]
-
-    def take(self, name: str) -> torch.Tensor | None:
-        """A tensor by name, None where there is none; it is then no longer ignored."""
-        self.ignored.discard(name)
-        return self.named.get(name)
-
-    def replay(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Recorded noise, as a sampler's ``noise``.
-
-        Raises:
-            ValueError: The file holds noise, but not this one.
-        """
-        if name not in self.noise:
-            raise ValueError(f"{self.path}: holds recorded noise ({', '.join(sorted(self.noise))}), but no {name}")
-        return self.noise[name]
-
-
-def read_inputs(path: Path) -> Inputs:
-    """Read an inputs file; ``in.video`` and ``video`` mean the same.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not a safetensors file, or a name is there twice.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"inputs must be a safetensors file, there is none at {path}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"inputs must be a safetensors file, {path} is none: {error}") from error
-    noise = {name: value for name, value in tensors.items() if name.startswith("noise.")}
-    named: dict[str, torch.Tensor] = {}
-    for key in tensors.keys() - noise.keys():
-        name = key.removeprefix("in.")
-        if name in named:
-            raise ValueError(f"{path}: holds both {name} and in.{name}; one is allowed")
-        named[name] = tensors[key]
-    return Inputs(path, named, noise, set(named))
-
-
-def _drawn(seed: int) -> Any:
-    from happyhorse_fast import golden
-
-    return lambda name, shape: golden.draw(seed, name, shape)
-
-
-# Stages ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -233,7 +164,7 @@ class Record:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A checkpoint and how to run it."""
+    """A checkpoint and how to run it; ``option`` is what its options' names start with."""
 
     checkpoint: Path
     preset: str | None
@@ -242,77 +173,49 @@ class _Stage:
     dtype: Dtype
     fast: Fast | None
     progress: bool
+    option: str = ""
+
+    def check(self) -> ModelConfig:
+        """The model's configuration; raises what :meth:`load` would before it reads data."""
+        from happyhorse_fast.model.checkpoint import check_load
+        from happyhorse_fast.model.packed_checkpoint import is_packed
+
+        if self.option and not is_packed(self.checkpoint) and (self.preset is None) == (self.config is None):
+            got = "neither" if self.preset is None else "both"
+            raise ValueError(f"exactly one of --{self.option}preset and --{self.option}config is required, got {got}")
+        read = read_config(self.config)
+        return check_load(self.checkpoint, self.preset, read, compute_dtype=self._dtype(), fast=self._fast())
 
     def load(self) -> Any:
-        import torch
-
         from happyhorse_fast.model.checkpoint import load
-        from happyhorse_fast.model.fast_config import FastConfig
 
         return load(
             self.checkpoint,
             self.preset,
             read_config(self.config),
             device=self.device,
-            compute_dtype=getattr(torch, self.dtype),
+            compute_dtype=self._dtype(),
             progress=self.progress,
-            fast=None if self.fast is None else FastConfig(precision=self.fast),
+            fast=self._fast(),
         )
 
+    def _dtype(self) -> Any:
+        import torch
 
-def _first_stage(
-    stage: _Stage,
-    tensors: Inputs,
-    draw: Any,
-    record: Record,
-    *,
-    resolution: str | None,
-    clip: tuple[str, int, int],
-    image_key: str | None,
-    steps: int | None,
-    shift: float,
-    guidance: float | None,
-) -> dict[str, torch.Tensor]:
-    from happyhorse_fast.sampler import sample as run
+        return getattr(torch, self.dtype)
 
-    text, null_text = tensors.take("text"), tensors.take("null_text")
-    if text is None:
-        raise ValueError(
-            f"{tensors.path}: must hold text (or in.text) [1, L, Ct], got {', '.join(sorted(tensors.named))}"
-        )
-    image = tensors.take(image_key or "image")
-    if image_key is not None and image is None:
-        raise ValueError(f"{tensors.path}: --image-key names {image_key}, got {', '.join(sorted(tensors.named))}")
-    given = {name: tensors.take(name) for name in ("video", "audio")}
-    if resolution is not None:
-        tokens_for(resolution, *clip)  # before minutes of loading
-    model = stage.load()
-    start = _start(model.config, given, draw, tensors.path, resolution, clip)
-    video, audio = run(
-        model,
-        start["video"].to(model.device),
-        start["audio"].to(model.device),
-        text.to(model.device),
-        image=None if image is None else image.to(model.device),
-        null_text=None if null_text is None else null_text.to(model.device),
-        steps=steps,
-        shift=shift,
-        guidance=guidance,
-        noise=draw,
-        callback=record,
-        progress=stage.progress,
-    )
-    return {"video": video, "audio": audio}
+    def _fast(self) -> Any:
+        from happyhorse_fast.model.fast_config import FastConfig
+
+        return None if self.fast is None else FastConfig(precision=self.fast)
 
 
 def _start(
-    config: ModelConfig,
-    given: Mapping[str, torch.Tensor | None],
-    draw: Any,
-    path: Path,
-    resolution: str | None,
-    clip: tuple[str, int, int],
+    stage: _Stage, tensors: Inputs, draw: Any, resolution: str | None, clip: tuple[str, int, int]
 ) -> dict[str, torch.Tensor]:
+    """Video and audio to start from, on the CPU."""
+    config, path = stage.check(), tensors.path
+    given = {name: tensors.take(name) for name in ("video", "audio")}
     here = {name: value for name, value in given.items() if value is not None}
     if len(here) == len(given):
         if resolution is not None:
@@ -329,32 +232,83 @@ def _start(
     }
 
 
+def _conditions(tensors: Inputs, image_key: str | None) -> dict[str, torch.Tensor | None]:
+    """text, image and null_text, on the CPU."""
+    text, null_text = tensors.take("text"), tensors.take("null_text")
+    there = ", ".join(sorted(tensors.named))
+    if text is None:
+        raise ValueError(f"{tensors.path}: must hold text (or in.text) [1, L, Ct], got {there}")
+    image = tensors.take(image_key or "image")
+    if image_key is not None and image is None:
+        raise ValueError(f"{tensors.path}: --image-key names {image_key}, got {there}")
+    return {"text": text, "image": image, "null_text": null_text}
+
+
+class _CheckedError(Exception):
+    """A sampler has checked its arguments and asks for the first velocity."""
+
+
+class _Unloaded:
+    """A denoiser of a configuration alone: what a sampler says of its arguments is known before minutes of loading."""
+
+    def __init__(self, stage: _Stage) -> None:
+        import torch
+
+        self.config, self.device = stage.check(), torch.device("cpu")
+        self.stream_dtype = torch.promote_types(getattr(torch, stage.dtype), torch.float32)
+
+    def __call__(self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor) -> Any:
+        raise _CheckedError
+
+
+def _check_first_stage(
+    stage: _Stage, start: Mapping[str, Any], conditions: Mapping[str, Any], how: Mapping[str, Any]
+) -> None:
+    from happyhorse_fast.sampler import sample as run
+
+    with contextlib.suppress(_CheckedError):
+        run(_Unloaded(stage), start["video"], start["audio"], progress=False, **conditions, **how)
+
+
+def _check_second_stage(
+    stage: _Stage, start: Mapping[str, Any], conditions: Mapping[str, Any], how: Mapping[str, Any]
+) -> None:
+    from happyhorse_fast.sampler import super_resolve
+
+    with contextlib.suppress(_CheckedError):
+        super_resolve(_Unloaded(stage), start["video"], start["audio"], conditions["text"], progress=False, **how)
+
+
+def _first_stage(
+    stage: _Stage,
+    start: Mapping[str, torch.Tensor],
+    conditions: Mapping[str, torch.Tensor | None],
+    record: Record,
+    how: Mapping[str, Any],
+) -> dict[str, torch.Tensor]:
+    from happyhorse_fast.sampler import sample as run
+
+    model = stage.load()
+    there: dict[str, Any] = {
+        n: None if value is None else value.to(model.device) for n, value in {**start, **conditions}.items()
+    }
+    video, audio = run(model, **there, **how, callback=record, progress=stage.progress)
+    return {"video": video, "audio": audio}
+
+
 def _second_stage(
     stage: _Stage,
     latents: Mapping[str, torch.Tensor],
-    tensors: Inputs,
-    draw: Any,
+    conditions: Mapping[str, Any],
     record: Record,
-    *,
-    size: tuple[int, int],
-    steps: int,
-    shift: float,
+    how: Mapping[str, Any],
 ) -> torch.Tensor:
     from happyhorse_fast.sampler import super_resolve
 
     model = stage.load()
-    text = tensors.named["text"].to(model.device)
+    text = conditions["text"].to(model.device)
     return super_resolve(
-        model,
-        latents["video"],
-        latents["audio"],
-        text,
-        size=size,
-        steps=steps,
-        shift=shift,
-        noise=draw,
-        callback=record,
-        progress=stage.progress,
+        model, latents["video"], latents["audio"], text, **how, callback=record, progress=stage.progress
     )
 
 
