@@ -104,10 +104,20 @@ def test_every_call_finds_the_cache_cold_and_other_inputs(gpu):
 def test_the_flush_is_larger_than_any_cache(monkeypatch):
     sizes = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"L2_cache_size": 200 << 20}))
-    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: sizes.append(n * dtype.itemsize))
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: sizes.append(n * dtype.itemsize))
     Stopwatch(torch.device("cuda"))
     assert sizes == [400 << 20]
     assert timing.FLUSH_BYTES >= 4 * (50 << 20), "an H100's is 50 MB"
+
+
+def test_the_flush_leaves_nothing_to_be_written_back():
+    # A cache full of written lines would write them to memory during the next call.
+    watch = Stopwatch(CPU)
+    version, size = watch._flush._version, watch._flush.nbytes
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        watch.flush()
+    assert "aten::sum" in {event.key for event in profile.key_averages()}
+    assert watch._flush._version == version and size == timing.CPU_FLUSH_BYTES, "read, whole, and not written"
 
 
 def test_calls_are_repeated_for_about_the_time_that_was_asked_for(gpu):
