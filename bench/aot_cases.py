@@ -6,11 +6,13 @@ kernel, as one expert and three do, are compiled once.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -47,6 +49,7 @@ class Case:
         detail: What tells it from the op's other cases.
         arguments: The launcher's, on the device "meta".
         tracing: Whether the launcher is called as torch traces it: without descriptors.
+        specialized: Whether the table is taken to ask for specialized warps.
     """
 
     op: str
@@ -57,11 +60,20 @@ class Case:
     detail: str
     arguments: dict[str, Any] = field(repr=False)
     tracing: bool = False
+    specialized: bool = False
 
     def launch(self) -> None:
         """Call the launcher, pretending the architecture."""
-        with pretend(self.arch, tracing=self.tracing):
+        with pretend(self.arch, tracing=self.tracing), self._table():
             LAUNCHERS[f"happyhorse_fast::{self.op}"](**self.arguments)
+
+    def _table(self) -> contextlib.AbstractContextManager[object]:
+        """The launch table as this case takes it."""
+        if not self.specialized:
+            return contextlib.nullcontext()
+        (variant,) = self.variants.values()
+        entry = table(self.stem)[variant.removesuffix("_specialized")][str(self.arch)]
+        return mock.patch.dict(entry, specialized=True)
 
 
 def cases() -> Iterator[Case]:
@@ -166,6 +178,17 @@ def attentions(arch: int) -> Iterator[Case]:
             detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
             detail += f", {map_heads} maps" if map_heads > 1 else ""
             yield Case(stem, stem, arch, variants, fmt, described(detail, tracing), arguments, tracing)
+        if str(arch) in table(stem).get(f"{variant}_specialized", {}):
+            for map_heads, fp8_out, lse in wishes:
+                # e4m3 with an LSE and a mean of k does not take it.
+                arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse)
+                if fmt == "fp8":
+                    arguments["k_mean"] = None
+                variants = {"block_sparse_attention_hopper_kernel": f"{variant}_specialized"}
+                means = ", LSE" if lse and fmt == "fp8" else ", LSE, k_mean" if lse else ""
+                detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{means}"
+                detail += f", {map_heads} maps" if map_heads > 1 else ""
+                yield Case(stem, stem, arch, variants, fmt, f"{detail}, specialized", arguments, specialized=True)
 
 
 def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bool) -> dict[str, Any]:

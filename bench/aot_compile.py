@@ -106,6 +106,7 @@ def measure(driver: Driver, launch: Launch) -> Row:
         cubin.write_bytes(built.asm["cubin"])
         ((registers, stack, _),) = disassembly.usage(cubin).values()
         (opcodes,) = disassembly.opcodes(cubin).values()
+        exponents = disassembly.exponents_beside_products(cubin) if launch.case.specialized else []
     case, constants, options = launch.case, launch.constants(), launch.options()
     variant = case.variants[launch.name]
     return Row(
@@ -117,7 +118,7 @@ def measure(driver: Driver, launch: Launch) -> Row:
         config=asdict(config_for(case.stem, variant, case.arch)),
         tile={name.lower(): constants[name] for name in TILE if name in constants},
         num_warps=options["num_warps"],
-        num_stages=options["num_stages"],
+        num_stages=constants.get("STAGES", options["num_stages"]),
         fp_fusion=options["enable_fp_fusion"],
         products=case.products,
         registers=registers,
@@ -129,6 +130,7 @@ def measure(driver: Driver, launch: Launch) -> Row:
         tensor_core={name: opcodes[name] for name in sorted(opcodes) if name.endswith("MMA")},
         triton=triton.__version__,
         seconds=round(time.perf_counter() - started, 1),
+        exponents=min(exponents, default=0),
     )
 
 

@@ -11,6 +11,8 @@ from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, tab
 MOST_REGISTERS = 255
 MAY_SPILL = {("rmsnorm_qkv", 100), ("rmsnorm_qkv", 120), ("block_sparse_attention", 100)}
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
+EXPONENTS = 64
+"""Of a thread per step of the specialized kernel: 64 x 128 by 128 threads."""
 PRODUCTS = {"bf16": ("bf16",), "fp8": ("fp8",), "fp8_qk": ("bf16", "fp8"), "none": ()}
 """Products of a kernel -> formats that are multiplied in it."""
 TENSOR_CORES = {90: {"bf16": "HGMMA", "fp8": "QGMMA"}, 100: {"bf16": "UTCHMMA", "fp8": "UTCQMMA"}}
@@ -42,6 +44,7 @@ class Row:
         tensor_core: Number of each tensor-core instruction.
         triton: Version that compiled it.
         seconds: What compiling took.
+        exponents: With specialized warps, the fewest exponents beside products that are under way, in any loop.
     """
 
     stem: str
@@ -64,6 +67,7 @@ class Row:
     tensor_core: dict[str, int]
     triton: str
     seconds: float
+    exponents: int = 0
 
     @property
     def name(self) -> str:
@@ -92,7 +96,8 @@ def problems(row: Row) -> list[str]:
     """Gates that a row fails, each in a line; empty where it holds all.
 
     No stack and no spills, but for :data:`MAY_SPILL`; it fits the device; its configuration is legal and is the one it
-    was launched with; its listing has the tensor-core instructions of its format and no others. (Triton may take others
+    was launched with; its listing has the tensor-core instructions of its format and no others; with specialized warps
+    and P in bf16, a block's exponents stand between the start of a PV and the wait for it. (Triton may take others
     without a word: e4m3 as bf16 with max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
     """
     found = []
@@ -112,6 +117,8 @@ def problems(row: Row) -> list[str]:
     if sorted(row.tensor_core) != row.wanted:
         used = ", ".join(sorted(row.tensor_core)) or "none"
         found.append(f"tensor-core instructions {used}, not {', '.join(row.wanted) or 'none'}")
+    if config.specialized and row.products != "fp8" and row.exponents < EXPONENTS:
+        found.append(f"{row.exponents} exponents beside PV, {EXPONENTS} wanted")
     if (row.stem, row.arch) not in MAY_SPILL:
         if row.stack:
             found.append(f"{row.stack} bytes of stack")

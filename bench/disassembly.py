@@ -26,6 +26,23 @@ def usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
     return {name: (int(registers), int(stack), int(shared)) for name, registers, stack, shared in found}
 
 
+def exponents_beside_products(cubin: Path) -> list[int]:
+    """How many exponents are computed while one batch of warp-group products is still under way, at each such place.
+
+    Counted between a wait that leaves one batch and the next that leaves none.
+    """
+    found, count = [], None
+    for line in tool("nvdisasm", "-c", cubin).splitlines():
+        if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line:
+            count = 0
+        elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line and count is not None:
+            found.append(count)
+            count = None
+        elif "MUFU.EX2" in line and count is not None:
+            count += 1
+    return found
+
+
 def opcodes(cubin: Path) -> dict[str, Counter[str]]:
     """How often each instruction is in the listing of every kernel."""
     _, *parts = re.split(r"^\.text\.(\w+):$", tool("nvdisasm", "-c", cubin), flags=re.MULTILINE)

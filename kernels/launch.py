@@ -21,6 +21,8 @@ SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 12
 """Bytes of shared memory one program may use (CUDA C++ programming guide, technical specifications table)."""
 DESCRIPTORS_SINCE = 90
 """First compute capability with the tensor memory accelerator."""
+SPECIALIZED_ON = 90
+"""The one compute capability with warp-group products (wgmma), which the specialized kernel is made of."""
 FP_FUSION = True
 """Whether the compiler may fuse a * b + c into one rounding. Every launch says so: Triton 3.10 flips its default, and
 what is compiled must not depend on the version."""
@@ -38,6 +40,8 @@ class LaunchConfig:
         num_stages: Depth of the software pipeline.
         group_m: Row tiles that run side by side before the next column tile, for reuse in L2; 0 where there is none.
         descriptors: Load tiles through TMA descriptors (Hopper and later).
+        specialized: Warps of two kinds, one that loads and two groups that compute (attention on Hopper). An entry
+            that says so is launched as the entry of the same name with ``_specialized`` after it says.
     """
 
     block_m: int
@@ -47,6 +51,7 @@ class LaunchConfig:
     num_stages: int = 3
     group_m: int = 0
     descriptors: bool = False
+    specialized: bool = False
 
 
 def shared_memory_bytes(config: LaunchConfig, element_bytes: int, extra: int = 0) -> int:
@@ -76,6 +81,8 @@ def illegal(config: LaunchConfig, arch: int, *, fp8: bool, shared_bytes: int) ->
         return f"sm_{arch} has no e4m3 tensor cores (sm_{FP8_SINCE} and later have)"
     if config.descriptors and arch < DESCRIPTORS_SINCE:
         return f"sm_{arch} has no TMA descriptors (sm_{DESCRIPTORS_SINCE} and later have)"
+    if config.specialized and arch != SPECIALIZED_ON:
+        return f"sm_{arch} has no warp-group products (sm_{SPECIALIZED_ON} alone has)"
     for name in ("block_m", "block_n", "block_k", "num_warps"):
         value = getattr(config, name)
         if value & (value - 1) or (value == 0 and name != "block_k"):

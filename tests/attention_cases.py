@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import interpreter  # noqa: F401  (exact arithmetic)
 import pytest
 import torch
 from cuda_shim import SHIM
+from gluon_emulator import Emulated
 from strict import strict
 
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
+from happyhorse_fast.kernels import launch
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 FP8 = torch.float8_e4m3fn
 FORMATS = ("bf16", "fp8_qk", "fp8")
-KERNELS = ("triton", "cuda")
+KERNELS = ("triton", "specialized", "cuda")
 CUDA = ("bf16", "cuda")  # the one format that kernel takes
-CASES = pytest.mark.parametrize(("fmt", "backend"), [*((fmt, "triton") for fmt in FORMATS), CUDA])
+RUNS = [*((fmt, kernel) for kernel in ("triton", "specialized") for fmt in FORMATS), CUDA]
+CASES = pytest.mark.parametrize(("fmt", "backend"), RUNS)
+GLUON = ("hopper_sizes", "hopper_ring", "block_sparse_attention_hopper")
 LAYOUT = Layout(3, 77, 29, 40)  # 300 tokens; no boundary on a block
 MAP = BlockMap.frame_window(LAYOUT, 0)
 
@@ -82,11 +89,29 @@ def eager_bf16(given, block_map, scale):
     return out[0].transpose(0, 1).nan_to_num()
 
 
-def step_of(given):
+@contextlib.contextmanager
+def specialized(seed=1, replace=()):
+    """On the CPU, Triton's op launches what it would on sm_90 with specialized warps, in the emulator."""
+    kernel = Emulated(GLUON, "block_sparse_attention_hopper_kernel", seed, replace)
+    with contextlib.ExitStack() as stack:
+        for fmt in FORMATS:
+            for d in (32, 64, 128):
+                entry = launch.table(launcher.STEM)[f"{fmt}_d{d}"]["90"]
+                stack.enter_context(mock.patch.dict(entry, specialized=True))
+        stand_ins = {"architecture": lambda _: 90, "addressable": lambda x: type(x) is torch.Tensor}
+        stack.enter_context(
+            mock.patch.multiple(launcher, block_sparse_attention_hopper_kernel=kernel, **stand_ins)  # type: ignore[arg-type]
+        )
+        yield
+
+
+def step_of(given, backend="triton"):
+    if backend == "specialized":
+        return BLOCK
     return launcher.launch_config(given["q"], given["k"], given["v"]).block_n
 
 
-def problems(given, block_map, result, scale, gate=None):
+def problems(given, block_map, result, scale, gate=None, backend="triton"):
     """Budget violations of an output, bf16 or fp8 (docs/OPS.md, happyhorse_fast.budgets)."""
     exact, _ = dense_oracle(given, block_map, scale)
     factor = 1.0 if gate is None else gate.double()[..., None]
@@ -94,7 +119,13 @@ def problems(given, block_map, result, scale, gate=None):
         eager = (eager_bf16(given, block_map, scale).float() * factor).bfloat16()
         return budgets.bf16_violations(budgets.measure(result, exact * factor), budgets.measure(eager, exact * factor))
     ordered, _, _ = sparse_attention(
-        **given, block_map=block_map, scale=scale, gate=gate, step=step_of(given), wide=torch.float64, round_out=False
+        **given,
+        block_map=block_map,
+        scale=scale,
+        gate=gate,
+        step=step_of(given, backend),
+        wide=torch.float64,
+        round_out=False,
     )
     found = budgets.violations(
         budgets.measure(result, ordered), distance=budgets.ATTENTION_DISTANCE_QUANTISED_P, slope=budgets.GEMM_SLOPE
@@ -104,7 +135,8 @@ def problems(given, block_map, result, scale, gate=None):
     )
 
 
-def run(given, block_map, scale=None, **options):
+def run(given, block_map, scale=None, backend="triton", **options):
     scale = given["q"].shape[2] ** -0.5 if scale is None else scale
-    with strict(seed=1), SHIM.order(2):
-        return block_sparse_attention(**given, block_map=block_map, scale=scale, **options)
+    called = "triton" if backend == "specialized" else backend
+    with strict(seed=1), SHIM.order(2), specialized() if backend == "specialized" else contextlib.nullcontext():
+        return block_sparse_attention(**given, block_map=block_map, scale=scale, backend=called, **options)

@@ -64,7 +64,10 @@ def run(*command):
 
 SOME = {
     "rmsnorm_qkv": ("rmsnorm_quantize fp8 out, branch", "qkv_linear fp8, fp8 out"),
-    "block_sparse_attention": ("block_sparse_attention fp8, D 128, bf16 out",),
+    "block_sparse_attention": (
+        "block_sparse_attention fp8, D 128, bf16 out",
+        "block_sparse_attention bf16, D 128, bf16 out, specialized",
+    ),
     "fp8_linear": ("fp8_linear_activation fp8, swiglu7, fp8 out",),
     "select_blocks": ("select_blocks bf16, 1464 blocks, by number, max",),
 }
@@ -90,7 +93,9 @@ def test_every_launch_table_has_a_case_here():
 @pytest.mark.parametrize(("stem", "variant"), [(stem, variant) for stem in TABLES for variant in TABLES[stem]])
 def test_every_entry_is_there_for_each_architecture_that_can(stem, variant):
     """Entries for strided tensors: where others use descriptors, which only sm_90 and sm_100 do in attention."""
-    able = (90, 100) if variant.endswith("_strided") else [a for a in ARCHITECTURES if "fp8" not in variant or a >= 89]
+    able = [a for a in ARCHITECTURES if "fp8" not in variant or a >= 89]
+    for end, only in (("_strided", (90, 100)), ("_specialized", (90,))):
+        able = only if variant.endswith(end) else able
     assert sorted(map(int, TABLES[stem][variant])) == list(able)
 
 
@@ -180,6 +185,49 @@ def test_a_bad_row_is_caught(change, problem):
     assert gates.problems(row)[0] == f"sm_{row.arch} fp8_linear fp8, plain, bf16 out, Triton 3.7.1: " + (
         problem if row.arch != 80 else f"{problem} (sm_89 and later have)"
     )
+
+
+def test_exponents_that_are_not_beside_a_product_are_caught():
+    config = GOOD.config | {"num_warps": 4, "num_stages": 2, "specialized": True}
+    row = replace(GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", tensor_core={"HGMMA": 96})
+    assert gates.problems(replace(row, exponents=66)) == []
+    assert gates.problems(replace(row, exponents=2))[0].endswith("2 exponents beside PV, 64 wanted")
+    e4m3 = replace(row, products="fp8", tensor_core={"QGMMA": 48})  # these have theirs beside the other group's
+    assert gates.problems(e4m3) == []
+
+
+def test_without_the_wait_between_them_the_exponents_do_move_behind_pv(tmp_path):
+    """What the gate is for: if this fails, the wait in `advance` may no longer be needed."""
+    done = run("-c", MOVED.format(root=str(tmp_path)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "exponents beside PV, 64 wanted" in done.stdout
+
+
+MOVED = r"""
+import importlib.util
+import sys
+from pathlib import Path
+
+import triton
+from bench.aot_cases import cases
+from bench.aot_compile import Driver, measure, record
+from bench.aot_gates import problems
+from happyhorse_fast.kernels import block_sparse_attention_hopper as kernel
+from happyhorse_fast.ops.triton import block_sparse_attention as launcher
+
+source = Path(kernel.__file__).read_text()
+wait = "    await_full(v_ring, use, sizes.stages)\n    if not sizes.pv_fp8:\n"
+assert source.count(wait) == 1
+path = Path("{root}") / "moved.py"
+path.write_text(source.replace(wait, "    if not sizes.pv_fp8:\n"))
+spec = importlib.util.spec_from_file_location("moved", path)
+moved = sys.modules["moved"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(moved)
+launcher.block_sparse_attention_hopper_kernel = moved.block_sparse_attention_hopper_kernel
+triton.runtime.driver.set_active(driver := Driver())
+case = next(c for c in cases() if (c.arch, c.detail) == (90, "bf16, D 128, bf16 out, specialized"))
+print(problems(measure(driver, *record(driver, iter([case])))))
+"""
 
 
 def test_an_entry_that_no_case_launches_is_caught():

@@ -119,9 +119,14 @@ def test_descriptors_and_every_tile_give_the_answer(fmt, tile, descriptors, monk
 def test_descriptors_are_only_made_where_the_hardware_can_read_them():
     x = torch.empty(10, 2, 32, dtype=torch.bfloat16)
     assert not launcher.describable(x), "on the CPU"
-    made = launcher.described(torch.empty(10, 5, 32, dtype=torch.bfloat16)[:, 1:3], (64, 32))
+    packed = torch.empty(10, 5, 32, dtype=torch.bfloat16)[:, 1:3]
+    codes = torch.empty(2, 32, 128, dtype=FP8)  # v in e4m3, transposed
+    _, k, v = launcher.matrices(packed, packed, codes)
+    made = launcher.described(k, (64, 32))
     assert isinstance(made, TensorDescriptor)
-    assert (made.shape, made.strides) == ([10, 64], [160, 1])
+    assert (list(made.shape), list(made.strides)) == ([10, 64], [160, 1])
+    assert k.data_ptr() == packed.data_ptr() and v.data_ptr() == codes.data_ptr(), "views"
+    assert (list(v.shape), list(v.stride())) == ([64, 128], [128, 1])
 
 
 def test_every_variant_has_a_configuration_for_each_architecture_that_can():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.kernels.block_sparse_attention import block_sparse_attention_kernel
+from happyhorse_fast.kernels.block_sparse_attention_hopper import block_sparse_attention_hopper_kernel
+from happyhorse_fast.kernels.hopper_sizes import GROUPS
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.ops.block_sparse_attention import empty_results, fake
 from happyhorse_fast.ops.triton.device import addressable, architecture, multiprocessors, on_device
@@ -19,6 +24,7 @@ from happyhorse_fast.ops.triton.library import kernel_op, launchable
 STEM = "block_sparse_attention"
 # Warps that fill an SM's 65,536 registers at 255 a thread.
 WARPS_PER_SM = 8
+ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 def variant_of(q: Tensor, v: Tensor) -> str:
@@ -43,24 +49,39 @@ def describable(x: Tensor) -> bool:
     )
 
 
-def described(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """[A, B, C] as a matrix [A, B * C], read in tiles of ``block``."""
-    a, b, c = x.shape
-    return TensorDescriptor(x, [a, b * c], [x.stride(0), 1], list(block))
+def matrices(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as descriptors see them: [N, Hq * D], [M, Hkv * D], and [M, Hkv * D] or, e4m3, [Hkv * D, S * 128]."""
+    return q.flatten(1), k.flatten(1), v.flatten(0, 1) if is_transposed(v) else v.flatten(1)
 
 
-def launch_config(q: Tensor, k: Tensor, v: Tensor, *, lse: bool = False) -> LaunchConfig:
-    """The committed configuration for these tensors, with or without an LSE.
+def described(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
+    """A matrix, read in tiles."""
+    return TensorDescriptor.from_tensor(x, list(tile))
+
+
+def described_in_gluon(x: Tensor, tile: tuple[int, int]) -> GluonDescriptor:
+    """A matrix, read in tiles, with their layout in shared memory."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(tile), ELEMENTS[x.dtype])
+    return GluonDescriptor.from_tensor(x, list(tile), layout)
+
+
+def launch_config(q: Tensor, k: Tensor, v: Tensor, *, lse: bool = False, k_mean: bool = False) -> LaunchConfig:
+    """The committed configuration for these tensors, with or without an LSE and a mean taken off k.
 
     The "strided" entries read through pointers, in steps of 64 keys. Besides tensors that no descriptor can read, e4m3
-    with an LSE takes them: with steps of 128 keys it spills 8 bytes a thread, 32 with k_mean (Triton 3.6.0, sm_90).
+    with an LSE takes them: with steps of 128 keys it spills 8 bytes a thread, 32 with k_mean (Triton 3.6.0, sm_90). The
+    specialized kernel spills 16, with both.
     """
     name, arch = variant_of(q, v), architecture(q.device)
     config = config_for(STEM, name, arch)
-    dense = v.is_contiguous() and v.numel() > 0 if is_transposed(v) else describable(v)
-    if config.descriptors and not (dense and describable(k) and not (lse and is_transposed(v))):
+    v_dense = v.is_contiguous() and v.data_ptr() % 16 == 0 if is_transposed(v) else describable(v)
+    by_tiles = v_dense and describable(k)
+    crowded = lse and is_transposed(v)
+    if config.specialized and by_tiles and describable(q) and not (crowded and k_mean):
+        return config_for(STEM, f"{name}_specialized", arch)
+    if config.descriptors and (crowded or not by_tiles):
         config = config_for(STEM, f"{name}_strided", arch)
-    return config
+    return dataclasses.replace(config, specialized=False)
 
 
 def is_transposed(v: Tensor) -> bool:
@@ -90,63 +111,86 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`happyhorse_fast.ops.block_sparse_attention.block_sparse_attention`, which checks the arguments."""
     out, out_scale, lse = empty_results(q, fp8_out, return_lse)
-    config = launch_config(q, k, v, lse=return_lse)
-    programs = multiprocessors(q.device) * max(1, WARPS_PER_SM // config.num_warps)
+    config = launch_config(q, k, v, lse=return_lse, k_mean=k_mean is not None)
     n, m, map_rows = q.shape[0], k.shape[0], starts.shape[1]
     # Tokens may be symbolic while torch traces; what the kernel is compiled for may not.
     heads_q, d, heads_kv, map_heads = int(q.shape[1]), int(q.shape[2]), int(k.shape[1]), int(starts.shape[0])
     items = map_rows * heads_q * (BLOCK // config.block_m)
     if items == 0:
         return out, out_scale, lse
-    stride_v = (v.stride(2), v.stride(0), v.stride(1)) if is_transposed(v) else v.stride()
+    tensors = (
+        out,
+        out_scale if fp8_out else None,
+        lse if return_lse else None,
+        counts,
+        starts,
+        columns,
+        mask_ids,
+        mask_bits,
+        order,
+        q_scale,
+        k_scale,
+        v_scale,
+        gate,
+        k_mean,
+        scale * math.log2(math.e),
+    )
+    sizes: dict[str, Any] = {
+        "HEADS_Q": heads_q,
+        "HEADS_KV": heads_kv,
+        "MAP_HEADS": map_heads,
+        "D": d,
+        "BLOCK": BLOCK,
+        "num_warps": config.num_warps,
+        "enable_fp_fusion": FP_FUSION,
+    }
+    key_blocks, programs = -(-m // BLOCK), multiprocessors(q.device)
+    if config.descriptors:
+        q_matrix, k_matrix, v_matrix = matrices(q, k, v)
+        k_tile = (config.block_n, d)
+        v_tile = k_tile[::-1] if is_transposed(v) else k_tile
+    if config.specialized:
+        # Never in a trace, which has no descriptors: no wrap_triton.
+        with on_device(q):
+            block_sparse_attention_hopper_kernel[(min(items, programs),)](
+                described_in_gluon(q_matrix, (BLOCK // GROUPS.value, d)),
+                described_in_gluon(k_matrix, k_tile),
+                described_in_gluon(v_matrix, v_tile),
+                *tensors,
+                n,
+                map_rows,
+                key_blocks,
+                items,
+                STAGES=config.num_stages,
+                **sizes,
+            )
+        return out, out_scale, lse
     k_source: Any = k
     v_source: Any = v
+    stride_v = (v.stride(2), v.stride(0), v.stride(1)) if is_transposed(v) else v.stride()
     if config.descriptors:
-        k_source = described(k, (config.block_n, d))
-        if is_transposed(v):
-            v_source = TensorDescriptor(v, [heads_kv * d, v.shape[2]], [v.shape[2], 1], [d, config.block_n])
-        else:
-            v_source = described(v, (config.block_n, d))
+        k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
+    programs *= max(1, WARPS_PER_SM // config.num_warps)
     with on_device(q):
         launchable(block_sparse_attention_kernel)[(min(items, programs),)](
             q,
             k_source,
             v_source,
-            out,
-            out_scale if fp8_out else None,
-            lse if return_lse else None,
-            counts,
-            starts,
-            columns,
-            mask_ids,
-            mask_bits,
-            order,
-            q_scale,
-            k_scale,
-            v_scale,
-            gate,
-            k_mean,
-            scale * math.log2(math.e),
+            *tensors,
             n,
             m,
             map_rows,
-            -(-m // BLOCK),
+            key_blocks,
             items,
             *q.stride(),
             *k.stride(),
             *stride_v,
-            HEADS_Q=heads_q,
-            HEADS_KV=heads_kv,
-            MAP_HEADS=map_heads,
-            D=d,
-            BLOCK=BLOCK,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             PV_FP8=is_transposed(v),
             DESCRIPTORS=config.descriptors,
-            num_warps=config.num_warps,
             num_stages=config.num_stages,
-            enable_fp_fusion=FP_FUSION,
+            **sizes,
         )
     return out, out_scale, lse
 

@@ -1,0 +1,54 @@
+"""Rings of tiles in shared memory, between one warp that loads and warp groups that compute: Gluon, for Hopper."""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+
+class Ring(NamedTuple):
+    """Slots, and for each an mbarrier that says it is full and one that says it is empty."""
+
+    tiles: Any
+    full: Any
+    empty: Any
+
+
+@gluon.jit
+def make_ring(source, TILES: gl.constexpr, SLOTS: gl.constexpr, READERS: gl.constexpr):
+    """SLOTS slots of TILES tiles as the descriptor ``source`` loads them; a slot is empty once READERS said so."""
+    shape: gl.constexpr = [SLOTS * TILES] + source.block_type.shape  # noqa: RUF005 - Triton knows no star
+    tiles = gl.allocate_shared_memory(source.dtype, shape, source.layout)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=READERS)
+    return Ring(tiles, full, empty)
+
+
+@gluon.jit
+def fill(ring, use, source, row, column, TILES: gl.constexpr, SLOTS: gl.constexpr):
+    """Load TILES tiles below each other for the ring's ``use``-th use, once its slot is empty."""
+    slot = use % SLOTS
+    mbarrier.wait(ring.empty.index(slot), (use // SLOTS & 1) ^ 1)
+    full = ring.full.index(slot)
+    mbarrier.expect(full, TILES * source.block_type.nbytes)
+    for tile in gl.static_range(TILES):
+        place = [row + tile * source.block_type.shape[0], column]
+        tma.async_copy_global_to_shared(source, place, full, ring.tiles.index(slot * TILES + tile))
+
+
+@gluon.jit
+def await_full(ring, use, SLOTS: gl.constexpr):
+    """Wait until the tiles of the ring's ``use``-th use are there; returns their slot."""
+    slot = use % SLOTS
+    mbarrier.wait(ring.full.index(slot), use // SLOTS & 1)
+    return slot
+
+
+@gluon.jit
+def release(ring, slot):
+    """Say that this reader is done with a slot."""
+    mbarrier.arrive(ring.empty.index(slot), count=1)
