@@ -116,6 +116,10 @@ class Compiled(Peer):
         forget_compiled()
         return eager.prepare(case, inputs.bf16, compiled=True)
 
+    def fits(self, case: Case) -> bool:
+        # A window is 31 calls of attention, which compiles for minutes and is the same library's kernel in the end.
+        return super().fits(case) and case.part != "window"
+
 
 class Sdpa(Peer):
     """``scaled_dot_product_attention`` with one backend, dense, without the gate."""
@@ -197,6 +201,25 @@ class ScaledMM(Peer):
         return fp8_product(case.rows, features, columns, inputs.device)
 
 
+class Bf16MM(Peer):
+    """The library's bf16 product of the same shape: what a fused product is held against; no epilogue."""
+
+    name = "torch.mm bf16 (product only)"
+    ops = (*LINEAR, "rmsnorm_qkv")
+
+    def available(self, device: torch.device) -> str | None:
+        return needs_gpu(device)
+
+    def fits(self, case: Case) -> bool:
+        return super().fits(case) and case.plan.experts == 1
+
+    def prepare(self, case: Case, inputs: Inputs) -> Function:
+        from bench.roofline import bf16_product
+
+        _, features, columns = case.weight_shape(str(case.product))
+        return bf16_product(case.rows, features, columns, inputs.device)
+
+
 class TorchAO(Peer):
     """torchao's dynamic row-wise fp8 linear, which quantises its bf16 input in the call; no epilogue."""
 
@@ -234,10 +257,11 @@ def all_peers() -> Iterator[Peer]:
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
         yield Sdpa(backend)
     yield ScaledMM()
+    yield Bf16MM()
     yield from external.PEERS
     yield Flex()
     yield TorchAO()
-    yield Compiled()  # last: a window's 31 calls of attention take minutes to compile
+    yield Compiled()
 
 
 def split(peers: Iterable[Peer], device: torch.device) -> tuple[list[Peer], dict[str, str]]:

@@ -53,6 +53,64 @@ class FlashAttention3Fp8(DenseAttention):
         return lambda: flash_attn_func(q, k, v, softmax_scale=inputs.bf16["scale"], causal=False, **scales)
 
 
+class CudnnFp8(DenseAttention):
+    """cuDNN's attention on e4m3 codes with a scale per tensor, e4m3 out: q, k, v [B, H, N, D], any strides.
+
+    torch has no call of it; nvidia-cudnn-frontend does, and is no part of a torch installation.
+    """
+
+    name, module = "cuDNN fp8 (no gate)", "cudnn"
+
+    def available(self, device: torch.device) -> str | None:
+        reason = super().available(device)
+        return reason and reason.replace("cudnn is", "nvidia-cudnn-frontend is")
+
+    def fits(self, case: Case) -> bool:
+        return super().fits(case) and case.precision == "fp8"
+
+    def prepare(self, case: Case, inputs: Inputs) -> Function:
+        import cudnn
+
+        e4m3, float32 = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
+        handle = cudnn.create_handle()
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(inputs.device).cuda_stream)
+        graph = cudnn.pygraph(
+            io_data_type=e4m3, intermediate_data_type=float32, compute_data_type=float32, handle=handle
+        )
+        given = [inputs.bf16[name].to(torch.float8_e4m3fn).transpose(0, 1)[None] for name in "qkv"]
+        one = torch.ones(1, 1, 1, 1, device=inputs.device)
+        scalar = {"dim": [1, 1, 1, 1], "stride": [1, 1, 1, 1], "data_type": float32}
+        tensors = [graph.tensor(dim=list(x.shape), stride=list(x.stride()), data_type=e4m3) for x in given]
+        names = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
+        scales = {name: graph.tensor(**scalar) for name in names}
+        out, _, *largest = graph.sdpa_fp8(
+            **dict(zip("qkv", tensors, strict=True)),
+            **scales,
+            generate_stats=False,
+            attn_scale=float(inputs.bf16["scale"]),
+            use_causal_mask=False,
+        )
+        result = torch.empty_like(given[0])
+        out.set_output(True).set_dim(list(result.shape)).set_stride(list(result.stride())).set_data_type(e4m3)
+        found = [torch.empty_like(one) for _ in largest]
+        for amax in largest:
+            amax.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(float32)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+        workspace = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device=inputs.device)
+        pack = dict(zip([*tensors, out, *largest], [*given, result, *found], strict=True))
+        pack |= dict.fromkeys(scales.values(), one)
+
+        def run() -> Tensor:
+            graph.execute(pack, workspace, handle=handle)
+            return result
+
+        return run
+
+
 class FlashInferDense(DenseAttention):
     """flashinfer's prefill of one request: q [N, Hq, D], k and v [M, Hkv, D]."""
 
@@ -218,6 +276,7 @@ class Liger(Peer):
 PEERS: tuple[Peer, ...] = (
     FlashAttention3(),
     FlashAttention3Fp8(),
+    CudnnFp8(),
     FlashInferDense(),
     FlashInferSparse(),
     FlashInferVariable(),

@@ -196,7 +196,7 @@ def test_a_kernel_that_runs_out_of_memory_after_its_gate_ends_nothing(bench, mon
 def test_every_peer_of_the_issue_is_there_or_named_as_absent():
     usable, absent = split(all_peers(), CPU)
     named = " ".join([*(p.name for p in usable), *absent]).lower()
-    wanted = "eager torch.compile cudnn flash efficient flex _scaled_mm torchao flashattention-3 flashinfer"
+    wanted = "eager torch.compile cudnn flash efficient flex _scaled_mm torchao flashattention-3 flashinfer torch.mm"
     for name in f"{wanted} sageattention quack magiattention liger-kernel".split():
         assert name in named, name
     assert all(absent.values())

@@ -7,7 +7,6 @@ minutes to find.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import types
 from typing import Any
@@ -15,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.cases import cases, padded_rows, select
 from bench.gates import row_mask
-from bench.peers import Flex, Inputs, ScaledMM, Sdpa, TorchAO
+from bench.peers import Inputs, TorchAO
 from bench.peers_external import (
+    CudnnFp8,
     FlashAttention3,
     FlashAttention3Fp8,
     FlashInferDense,
@@ -31,7 +30,6 @@ from bench.peers_external import (
     Quack,
     SageAttention,
 )
-from bench.roofline import fp8_product
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 
 CPU = torch.device("cpu")
@@ -65,8 +63,7 @@ def install(monkeypatch):
     return into
 
 
-@pytest.fixture
-def no_compile(monkeypatch):
+def not_compiled(monkeypatch):
     """torch.compile as the identity, but where torch itself calls it: 10 to 30 s a call on a CPU."""
     real = torch.compile
     monkeypatch.setattr(
@@ -115,6 +112,66 @@ def test_flash_attention_3(peer, within, install):
     inputs = Inputs(case, CPU)
     assert peer.fits(case) and not peer.fits(case_of("window/tiny/fp8"))
     assert close(peer.prepare(case, inputs)()[0], exact(inputs, masked=False), within=within)
+
+
+# cuDNN ----------------------------------------------------------------------------------------------------------------
+
+
+class CudnnTensor:
+    def __init__(self, **given):
+        self.given = given
+
+    def __getattr__(self, name):  # set_output, set_dim, set_stride, set_data_type
+        assert name.startswith("set_")
+        return lambda value: self.given.update({name.removeprefix("set_"): value}) or self
+
+
+class CudnnGraph:
+    def __init__(self, io_data_type, intermediate_data_type, compute_data_type, handle):
+        self.built = []
+
+    def tensor(self, dim, stride, data_type, name=""):
+        assert isinstance(dim, list) and len(dim) == 4 and isinstance(stride, list)
+        return CudnnTensor(dim=dim, stride=stride)
+
+    def sdpa_fp8(
+        self, q, k, v, descale_q, descale_k, descale_v, descale_s, scale_s, scale_o, attn_scale=None,
+        use_causal_mask=False, generate_stats=None, name="",
+    ):  # fmt: skip
+        assert isinstance(attn_scale, float) and not use_causal_mask and generate_stats is False
+        self.scale, self.inputs = attn_scale, (q, k, v)
+        self.outputs = CudnnTensor(), None, CudnnTensor(), CudnnTensor()
+        return self.outputs
+
+    def __getattr__(self, name):
+        return lambda *_: self.built.append(name)
+
+    def get_workspace_size(self):
+        return 16
+
+    def execute(self, pack, workspace, handle):
+        wanted = "validate build_operation_graph create_execution_plans check_support build_plans"
+        assert self.built == wanted.split() and len(pack) == 12 and workspace.numel() == 16
+        for tensor, value in pack.items():
+            assert tensor.given["dim"] == list(value.shape) and tensor.given["stride"] == list(value.stride())
+        q, k, v = (pack[x][0].transpose(0, 1) for x in self.inputs)
+        out = attend(q.float(), k.float(), v.float(), None, self.scale)
+        pack[self.outputs[0]].copy_(out.transpose(0, 1)[None])
+
+
+def test_cudnn_fp8(install, monkeypatch):
+    kind, mode = types.SimpleNamespace(FP8_E4M3=1, FLOAT=2), types.SimpleNamespace(A=1, FALLBACK=2)
+    assert CudnnFp8().available(torch.device("cuda")) == "nvidia-cudnn-frontend is not installed"
+    install(
+        "cudnn", data_type=kind, heur_mode=mode, pygraph=CudnnGraph, create_handle=object,
+        set_stream=lambda handle, stream: None,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    case = case_of("dense/tiny/fp8")
+    inputs = Inputs(case, CPU)
+    assert CudnnFp8().fits(case) and not CudnnFp8().fits(case_of("dense/tiny/bf16"))
+    result = CudnnFp8().prepare(case, inputs)()[0].transpose(0, 1)
+    assert close(result, exact(inputs, masked=False), within=0.2)
 
 
 # flashinfer -----------------------------------------------------------------------------------------------------------
@@ -283,7 +340,9 @@ def test_norms(peer, install):
     assert close(result, rms_norm(inputs.bf16["hidden"], inputs.bf16["norm_weight"][0]))
 
 
-def test_torchao(install, no_compile):
+def test_torchao(install, monkeypatch):
+    not_compiled(monkeypatch)
+
     class PerRow:
         pass
 
@@ -300,40 +359,3 @@ def test_torchao(install, no_compile):
     case = case_of("down/tiny/fp8")
     result = TorchAO().prepare(case, Inputs(case, CPU))()
     assert result.shape == (case.rows, case.weight_shape("down")[1]) and not result.requires_grad
-
-
-def test_scaled_mm_takes_the_layouts_and_scales_that_it_is_given():
-    # Its meta function holds the rules of the GPU's: row-major times column-major, scales [M, 1] and [1, N] in float32.
-    case = case_of("down/tiny/fp8")
-    assert ScaledMM().fits(case) and not ScaledMM().fits(case_of("down/tiny/bf16"))
-    assert not ScaledMM().fits(case_of("gelu7/tiny/fp8")), "three experts are three products"
-    with FakeTensorMode():
-        result = fp8_product(256, 512, 1024, torch.device("cuda"))()
-        assert (result.shape, result.dtype) == ((256, 512), BF16)
-        x = torch.empty(256, 1024, dtype=torch.float8_e4m3fn, device="cuda")
-        weight = torch.empty(1024, 512, dtype=torch.float8_e4m3fn, device="cuda")  # row-major: what is not taken
-        scales = (torch.empty(s, device="cuda") for s in ((256, 1), (1, 512)))
-        with pytest.raises(RuntimeError, match="col_major"):
-            torch._scaled_mm(x, weight, *scales, out_dtype=BF16)
-
-
-@pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
-def test_sdpa_backends(backend, monkeypatch):
-    from torch.nn import attention
-
-    asked = []
-    monkeypatch.setattr(attention, "sdpa_kernel", lambda which: asked.append(which) or contextlib.nullcontext())
-    case = case_of("dense/tiny/bf16")
-    inputs = Inputs(case, CPU)
-    assert close(Sdpa(backend).prepare(case, inputs)()[0].transpose(0, 1), exact(inputs, masked=False))
-    assert asked == [getattr(attention.SDPBackend, backend)]
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("part", ["window", "25%"])
-def test_flex_attention_has_the_very_same_mask(part, no_compile):
-    case = case_of(f"attention-{part}/tiny/bf16")
-    inputs = Inputs(case, CPU)
-    wanted = exact(inputs, masked=True)
-    assert close(Flex().prepare(case, inputs)()[0].transpose(0, 1), wanted)
-    assert not close(exact(inputs, masked=False), wanted, within=0.05), "the mask leaves something out"
