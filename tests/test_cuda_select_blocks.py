@@ -224,7 +224,7 @@ def judged():
     rows[2][:2] = 0
     found = []
     for inputs_of in (tied, last):
-        for amount in ({"keep": 2}, {"mass": 0.6}):
+        for amount in ({"keep": 2}, {"mass": 0.6}, {"mass": 0.6, "pool": "mean"}):
             run = partial(select_blocks, **inputs_of, selector=chooser, **amount)
             found.append((lambda run=run: run(backend="cuda").tensors(), run(backend="reference").tensors()))
     for amount in ((40, 0), (0, 2**19)):
@@ -276,6 +276,8 @@ MUTANTS = {
         "const bool inside = column < p.blocks - 1;",
     ),
     "a channel left out": ("i < SCORE_DEPTH; ++i", "i < SCORE_DEPTH - 1; ++i"),
+    "a query head of the group left out": ("int member = 1; member < members", "int member = 2; member < members"),
+    "the last blocks left out": ("if (block < p.blocks) sums[i]", "if (block < p.blocks - 3) sums[i]"),
     "equal rows in reverse": ("(first + i + 3 < row)", "(first + i + 3 > row)"),
 }
 

@@ -1,13 +1,16 @@
 // A dynamic block map on the device, in four launches; docs/OPS.md, `select_blocks`.
 //
 // pool_blocks sums q and k per block of 128 tokens, score_blocks multiplies the sums, select_blocks chooses and
-// compacts every row, order_rows sorts the rows by length. One layer at 1080p in bf16 (40 and 8 heads of 128), predicted on an
-// H100 (3.35 TB/s, 67 float32 TFLOP/s, L2 about 5.5 TB/s), 5 s (502 blocks) and 15 s (1,464 blocks):
+// compacts every row, order_rows sorts the rows by length. One layer at 1080p in bf16 (40 and 8 heads of 128),
+// predicted on an H100 (3.35 TB/s, 67 float32 TFLOP/s, L2 about 5.5 TB/s), 5 s (502 blocks) and 15 s (1,464 blocks):
 //   pool    0.79 and 2.3 GB read, half in fp8                             0.25 and 0.70 ms
 //   score   2.6 and 22 GFLOP at two thirds of the peak; 0.13 and 1.1 GB
 //           from L2, 8 and 69 MB written                                  0.06 and 0.5 ms
 //   select  32 sums over each of 4,016 and 11,712 rows; 24 and 206 MB     0.02 and 0.08 ms
 //   order   16 and 137 million comparisons                                2 and 16 us
+// A thread of `score` loads 6 vectors of 16 bytes per 32 channels, all in flight at once, 49 KB an SM (2 blocks of
+// 256 threads, at most 128 registers), beside 2048 cycles of fmaf per scheduler. Each behind the stores of the one
+// before it they took 4 + 2 trips to L2, 2000 to 3000 cycles with 8 KB in flight: predicted 20 to 60 % slower.
 // Scores go through memory, a launch more than where each row computes its own: 138 MB there and back at 15 s, half of
 // it from L2, where a program per row reads all keys of its head, 8.8 GB. They are float32 products in float32 sums:
 // TF32 would change which blocks are chosen. fmaf is one rounding less per term; integers are exact either way.
@@ -136,27 +139,40 @@ struct ScoreBlocksParams {
   int mean;          // of the group's scores, rather than their maximum: the product of the sum of its queries
 };
 
-// ROWS rows of SCORE_DEPTH channels, the sum of `members` heads, as [channel][row]; zeros past the last block.
+// ROWS rows of SCORE_DEPTH channels, the sum of `members` heads, as [channel][row]; zeros past the last block. The
+// loads of a member are in flight together: none waits for the stores of another row.
 template <int ROWS>
 HH_DEVICE void stage(float* to, const float* from, int first, const ScoreBlocksParams& p, int members) {
   constexpr int LANES = SCORE_DEPTH / 4, STRIDE = ROWS + PAD;  // 8 lanes read 128 bytes of a row
-  const int channel = static_cast<int>(threadIdx.x) % LANES * 4;
+  constexpr int AT_ONCE = SCORE_THREADS / LANES, MINE = ROWS / AT_ONCE;
+  const int channel = static_cast<int>(threadIdx.x) % LANES * 4, row = static_cast<int>(threadIdx.x) / LANES;
+  float4 sums[MINE];
 #pragma unroll
-  for (int row = static_cast<int>(threadIdx.x) / LANES; row < ROWS; row += SCORE_THREADS / LANES) {
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int member = 0; member < members && first + row < p.blocks; ++member) {
-      const i64 entry = static_cast<i64>(member) * p.blocks + first + row;
+  for (int i = 0; i < MINE; ++i) {
+    const int block = first + row + i * AT_ONCE;
+    sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (block < p.blocks) sums[i] = *reinterpret_cast<const float4*>(from + static_cast<i64>(block) * p.d + channel);
+  }
+  for (int member = 1; member < members; ++member) {
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+      const int block = first + row + i * AT_ONCE;
+      if (block >= p.blocks) continue;
+      const i64 entry = static_cast<i64>(member) * p.blocks + block;
       const float4 x = *reinterpret_cast<const float4*>(from + entry * p.d + channel);
-      sum.x += x.x;
-      sum.y += x.y;
-      sum.z += x.z;
-      sum.w += x.w;
+      sums[i].x += x.x;
+      sums[i].y += x.y;
+      sums[i].z += x.z;
+      sums[i].w += x.w;
     }
-    float* const at = to + channel * STRIDE + row;
-    at[0] = sum.x;
-    at[STRIDE] = sum.y;
-    at[2 * STRIDE] = sum.z;
-    at[3 * STRIDE] = sum.w;
+  }
+#pragma unroll
+  for (int i = 0; i < MINE; ++i) {
+    float* const at = to + channel * STRIDE + row + i * AT_ONCE;
+    at[0] = sums[i].x;
+    at[STRIDE] = sums[i].y;
+    at[2 * STRIDE] = sums[i].z;
+    at[3 * STRIDE] = sums[i].w;
   }
 }
 
