@@ -1,6 +1,7 @@
 """Which ops run in CUDA rather than in Triton under backend "auto": only what committed results show to be faster.
 
-``make report`` writes ``happyhorse_fast/ops/preferences.json`` from the newest result file of every architecture.
+``make report`` writes ``happyhorse_fast/ops/preferences.json`` from the result files of every architecture: of a case
+that several hold the newest counts.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from bench.results import Json
+from bench.results import Json, merged
 from happyhorse_fast.ops.dispatch import CUDA_OPS, PREFERENCES
 
 Preferences = dict[str, dict[str, list[str]]]
@@ -21,19 +22,23 @@ def preferences(files: Iterable[Json]) -> Preferences:
     Args:
         files: Result files, oldest first; those of a CPU, or of no known architecture, do not count.
     """
-    newest = {data["capability"]: data for data in files if data.get("capability")}
-    found: Preferences = {}
-    for capability, data in sorted(newest.items()):
-        times: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-        for entry in data["entries"]:
+    of_gpu: dict[tuple[str, str], list[Json]] = {}
+    for data in files:
+        if data.get("capability"):
+            of_gpu.setdefault((data["capability"], data["gpu"]), []).append(data)
+    # One GPU's Triton is not held against another's CUDA; what one of an architecture is slower with is not preferred.
+    times: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, float]]] = {}
+    for (capability, gpu), several in of_gpu.items():
+        for entry in merged(several)["entries"]:
             if entry["verified"] and entry["median_ms"] is not None:
                 op, _, precision = entry["case"].split("/")
-                of_op = times.setdefault((op.partition("-")[0], precision), {})
-                of_op.setdefault(entry["case"], {})[entry["impl"]] = entry["median_ms"]
-        for (op, precision), cases in sorted(times.items()):
-            both = [ms for ms in cases.values() if {"triton", "cuda"} <= ms.keys()]
-            if op in CUDA_OPS[precision] and both and all(ms["cuda"] < ms["triton"] for ms in both):
-                found.setdefault(capability, {}).setdefault(precision, []).append(op)
+                of_op = times.setdefault((capability, precision, op.partition("-")[0]), {})
+                of_op.setdefault((gpu, entry["case"]), {})[entry["impl"]] = entry["median_ms"]
+    found: Preferences = {}
+    for (capability, precision, op), cases in sorted(times.items()):
+        both = [ms for ms in cases.values() if {"triton", "cuda"} <= ms.keys()]
+        if op in CUDA_OPS[precision] and both and all(ms["cuda"] < ms["triton"] for ms in both):
+            found.setdefault(capability, {}).setdefault(precision, []).append(op)
     return found
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.results import FOLDER, ROOT, Json, read
+from bench.results import FOLDER, ROOT, Json, merged, read
 
 NOT_GPU = ("equivalence", "memory", "pony")
 """Folders below the results that hold other files than a GPU's."""
@@ -22,7 +22,7 @@ class Report:
     """Everything committed.
 
     Attributes:
-        gpu: Result files of GPUs by path, oldest first.
+        gpu: Results of GPUs by the path of their newest file, the newest last; all files of a GPU are one.
         equivalence: Files of error measurements by path.
         memory: The memory plan, None where there is none.
         rates: How often the pony's clips are right.
@@ -51,7 +51,12 @@ def load(folder: Path = FOLDER) -> Report:
     """
     files = sorted(folder.glob("*/*.json"), key=lambda path: (path.name, path.parent.name))  # names start with a date
     runs = {path: read(path) for path in files if path.parent.name not in NOT_GPU}
-    gpu = {path: data for path, data in runs.items() if data["gpu"] != "cpu"}  # a CPU's speed is nobody's question
+    of_gpu: dict[str, list[Path]] = {}
+    for path, data in runs.items():
+        if data["gpu"] != "cpu":  # a CPU's speed is nobody's question
+            of_gpu.setdefault(data["gpu"], []).append(path)
+    gpu = {paths[-1]: merged([runs[path] for path in paths]) for paths in of_gpu.values()}
+    gpu = dict(sorted(gpu.items(), key=lambda item: item[0].name))
     equivalence = {path: json.loads(path.read_text()) for path in files if path.parent.name == "equivalence"}
     memory = [json.loads(path.read_text()) for path in files if path.parent.name == "memory"]
     pony = {path.stem: json.loads(path.read_text()) for path in files if path.parent.name == "pony"}

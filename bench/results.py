@@ -17,7 +17,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -166,28 +166,27 @@ class Results:
 
     def add_entry(self, entry: Json) -> None:
         """A microbenchmark of one case and implementation."""
-        self._put("entries", entry, ("case", "impl"))
+        self._put("entries", entry)
 
     def add_sampler(self, entry: Json) -> None:
         """A run of the sampler."""
-        self._put("sampler", entry, ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "steps", "backend"))
+        self._put("sampler", entry)
 
     def add_stage(self, stage: Json) -> None:
         """Outcome of a stage of ``make gpu``."""
-        self._put("stages", stage, ("name",))
+        self._put("stages", stage)
 
     def add_peaks(self, peaks: Json) -> None:
         """A ceiling of the machine."""
-        self._put("peaks", peaks, ("source",))
+        self._put("peaks", peaks)
 
     def add_absent(self, peers: Mapping[str, str]) -> None:
         """Peers that are not there, with the reason."""
         self.data["absent"] |= peers
         self._write()
 
-    def _put(self, name: str, entry: Json, key: tuple[str, ...]) -> None:
-        kept = [e for e in self.data[name] if any(e.get(k) != entry.get(k) for k in key)]
-        self.data[name] = [*kept, entry]
+    def _put(self, name: str, entry: Json) -> None:
+        self.data[name] = _joined(self.data[name], [entry], KEYS[name])
         self._write()
 
     def _write(self) -> None:
@@ -198,6 +197,34 @@ class Results:
             file.write("\n")
         os.chmod(file.name, 0o644)
         os.replace(file.name, self.path)
+
+
+KEYS = {
+    "entries": ("case", "impl"),
+    "sampler": ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "steps", "backend"),
+    "stages": ("name",),
+    "peaks": ("source",),
+}
+"""What an entry of each list goes by: a later one of the same takes its place."""
+
+
+def merged(files: Sequence[Json]) -> Json:
+    """Files of one GPU as one, oldest first: of what they share the newest counts, a gate that turned red included."""
+    whole: Json = {}
+    for data in files:
+        lists = {name: _joined(whole.get(name, []), data.get(name, []), key) for name, key in KEYS.items()}
+        whole = whole | data | lists | {"absent": whole.get("absent", {}) | data.get("absent", {})}
+    for name in HEADER:
+        whole[name] = ", ".join(dict.fromkeys(str(data[name]) for data in files))
+    return whole
+
+
+def _joined(earlier: Sequence[Json], later: Sequence[Json], key: tuple[str, ...]) -> list[Json]:
+    def name(entry: Json) -> tuple[Any, ...]:
+        return tuple(entry.get(part) for part in key)
+
+    replaced = {name(entry) for entry in later}
+    return [*(entry for entry in earlier if name(entry) not in replaced), *later]
 
 
 def read(path: Path) -> Json:

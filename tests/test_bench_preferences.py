@@ -11,8 +11,11 @@ def entry(op, impl, ms, *, size="1080p-5s", precision="fp8", verified=True):
     return {"case": f"{op}/{size}/{precision}", "impl": impl, "median_ms": ms, "verified": verified}
 
 
+HEADER = {"gpu": "h100", "driver": "580", "torch": "2.11", "triton": "3.6", "commit": "abc"}
+
+
 def data(*entries, capability="90"):
-    return {"capability": capability, "entries": list(entries)}
+    return {**HEADER, "capability": capability, "entries": list(entries)}
 
 
 def test_faster_in_every_case_is_preferred():
@@ -47,6 +50,20 @@ def test_the_newest_file_of_an_architecture_counts():
     new = data(entry("qkv_linear", "triton", 3.0), entry("qkv_linear", "cuda", 4.0))
     other = data(entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 4.0), capability="100")
     assert preferences.preferences([old, new, other]) == {"100": {"fp8": ["qkv_linear"]}}
+
+
+def test_what_several_calls_measured_counts_together():
+    # One call timed Triton, the next CUDA, a third one other ops only.
+    calls = [
+        data(entry("qkv_linear", "triton", 5.0)),
+        data(entry("qkv_linear", "cuda", 4.0)),
+        data(entry("rmsnorm_quantize", "triton", 1.0)),
+    ]
+    assert preferences.preferences(calls) == {"90": {"fp8": ["qkv_linear"]}}
+    red = data(entry("qkv_linear", "cuda", None, verified=False))
+    assert preferences.preferences([*calls, red]) == {}, "a gate that turned red takes it back"
+    other = data(entry("qkv_linear", "triton", 3.0)) | {"gpu": "h200"}
+    assert preferences.preferences([*calls, other]) == {"90": {"fp8": ["qkv_linear"]}}, "another GPU's Triton"
 
 
 def test_the_shipped_file_is_that_of_the_committed_results():

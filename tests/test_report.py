@@ -144,6 +144,18 @@ def test_a_faster_kernel_is_compared_with_its_best_peer(tmp_path: Path) -> None:
     assert "<tr class=mark>" not in report.page(found, [])
 
 
+def test_calls_and_days_of_one_gpu_are_shown_together(tmp_path: Path) -> None:
+    found = results(tmp_path, {"case": "attention/x"}, {"case": "norm/x"}, sampler=(RUN,))
+    (path,) = found.gpu
+    later = json.loads(path.read_text()) | {"commit": "fedcba", "sampler": []}
+    later["entries"] = [{**ENTRY, "case": "norm/x", "median_ms": 1.0}]
+    path.with_name("2026-01-03-fedcba.json").write_text(json.dumps(later))
+    (data,) = report_data.load(tmp_path).gpu.values()
+    assert {e["case"]: e["median_ms"] for e in data["entries"]} == {"attention/x": 2.0, "norm/x": 1.0}
+    assert data["sampler"] == [RUN] and data["commit"] == "abcdef, fedcba"
+    assert "attention/x" in report.readme_section(report_data.load(tmp_path))
+
+
 def test_a_planted_slow_kernel_is_marked(tmp_path: Path) -> None:
     found = results(tmp_path, {"case": "good/x"}, {"case": "slow/x", "median_ms": 4.0})
     first, second = report_data.rows_of(next(iter(found.gpu.values())))
