@@ -15,6 +15,10 @@ from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
 
 OUTSIDE = "outside layers"
 """``kind`` of the embedders and output heads, which are in no layer."""
+CARDS = (24, 48, 80)
+"""Memory that cards are sold with, GB; what a clip is said to fit."""
+CONTEXT_BYTES = 2**29
+"""Of a card's memory, for the CUDA context and libraries' workspaces, which no plan counts: 0.3 to 0.5 GiB."""
 # Bytes of an element: inputs of a product per precision, output of a branch (bf16), residual stream (float32).
 _INPUT_BYTES: dict[str, int] = {"bf16": 2, "fp8": 1}
 _BRANCH_BYTES = 2
@@ -65,6 +69,11 @@ GPUS = {
         Gpu("rtx5090", 209.5, 419, 104.8, 1.792, 32, "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"),
     )
 }
+
+
+def card_bytes(gb: int) -> float:
+    """Bytes of a card of ``gb`` GB: 10^9 each, the least that one of the name has (an L4 of 24 GB shows 22.5 GiB)."""
+    return gb * 1e9
 
 
 def gpu_named(name: str) -> Gpu:
@@ -193,6 +202,7 @@ def step_costs(
     *,
     text: int = TEXT_TOKENS,
     precision: str = "bf16",
+    attention: str | None = None,
     gpu: Gpu = GPUS["h100"],
     video_share: float | None = None,
 ) -> list[OpCost]:
@@ -204,6 +214,7 @@ def step_costs(
         text: Text tokens.
         precision: ``"bf16"`` or ``"fp8"``: of products and attention inside layers. Embedders and heads are float32 in
             both; the scales that fp8 adds (below 4 % of an fp8 activation's bytes) are left out.
+        attention: Precision of attention where it is another than the products'.
         gpu: Card whose peaks make the floor.
         video_share: Share of video pairs that every layer computes, in place of dense and window; None for the exact
             masks.
@@ -213,16 +224,19 @@ def step_costs(
     """
     if text < 1:
         raise ValueError(f"text must be at least 1 token, got {text}")
-    if precision not in _INPUT_BYTES:
-        raise ValueError(f"precision must be one of {', '.join(_INPUT_BYTES)}; got {precision!r}")
+    attention = precision if attention is None else attention
+    for name, value in (("precision", precision), ("attention", attention)):
+        if value not in _INPUT_BYTES:
+            raise ValueError(f"{name} must be one of {', '.join(_INPUT_BYTES)}; got {value!r}")
     if video_share is not None and not 0 <= video_share <= 1:
         raise ValueError(f"video_share must be from 0 to 1, got {video_share}")
     kinds = Counter(layer_kind(config, layer, clip) for layer in range(config.num_layers))
     example = {layer_kind(config, layer, clip): layer for layer in range(config.num_layers)}
     costs = []
     for kind, count in kinds.items():
-        flops, moved = _layer(config, example[kind], clip, text, _INPUT_BYTES[precision], video_share)
-        costs += [_op(op, kind, count, flops[op], moved[op], precision, gpu) for op in flops]
+        flops, moved = _layer(config, example[kind], clip, text, (precision, attention), video_share)
+        rates = {op: attention if op == "attention" else precision for op in flops}
+        costs += [_op(op, kind, count, flops[op], moved[op], rates[op], gpu) for op in flops]
     flops, moved = _outside(config, clip, text)
     return costs + [_op(op, OUTSIDE, 1, flops[op], moved[op], "fp32", gpu) for op in flops]
 
@@ -233,8 +247,15 @@ def _op(op: str, kind: str, count: int, flops: float, moved: float, precision: s
 
 
 def _layer(
-    config: ModelConfig, layer: int, clip: ClipTokens, text: int, element: int, video_share: float | None
+    config: ModelConfig,
+    layer: int,
+    clip: ClipTokens,
+    text: int,
+    precision: tuple[str, str],
+    video_share: float | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOPs and bytes by op; ``precision`` of products and of attention."""
+    element, attended = (_INPUT_BYTES[p] for p in precision)
     n, width, experts = clip.total(text), config.hidden_size, config.experts(layer)
     q, kv = config.num_heads_q * config.head_dim, config.num_heads_kv * config.head_dim
     share = video_share
@@ -246,7 +267,7 @@ def _layer(
     flops["attention"] = 4.0 * q * attention_pairs(clip, text, share)
     flops["norms"] = 0.0
     weights = {op: experts * rows * columns * element for op, (rows, columns) in matrices.items()}
-    packed = n * ((q + 2 * kv) * element + config.num_heads_q * _BRANCH_BYTES)  # q, k, v and the gate
+    packed = n * ((q + 2 * kv) * attended + config.num_heads_q * _BRANCH_BYTES)  # q, k, v and the gate
     wide = n * config.intermediate_size(layer) * element
     # A norm reads the stream and the branch before it, writes the stream and what the next product reads.
     norm = n * width * (2 * _STREAM_BYTES + _BRANCH_BYTES + element)

@@ -83,6 +83,7 @@ def test_version_and_no_command(capsys: Capture) -> None:
         (["plan", "--preset", "pony-express"], "preset must be one of"),
         (["plan", "--gpu", "tpu"], "gpu must be one of h100"),
         (["plan", "--precision", "fp8", "--gpu", "a100"], "a100 has no fp8 tensor cores"),
+        (["plan", "--attention", "fp8"], "attention must be bf16 with precision bf16, got 'fp8'"),
         (["plan", "--steps", "0"], "steps must be at least 1, got 0"),
         (["demo", "--steps", "0"], "steps"),
     ],
@@ -96,7 +97,7 @@ def test_traceback_on_request() -> None:
         run(["--traceback", "plan", "--resolution", "4k"])
 
 
-# plan and doctor ------------------------------------------------------------------------------------------------------
+# plan -----------------------------------------------------------------------------------------------------------------
 
 
 def test_plan_has_the_promised_keys(as_json: Json) -> None:
@@ -121,28 +122,6 @@ def test_plan_of_the_full_clip(as_json: Json, capsys: Capture) -> None:
     assert "64,001 tokens" in text
     assert "15.3 B parameters, 10.9 B active" in text
     assert "25% of video pairs" in text
-
-
-def test_doctor(as_json: Json, monkeypatch: Patch, capsys: Capture) -> None:
-    from happyhorse_fast.cli import doctor
-
-    monkeypatch.setattr(doctor, "_CLIPS", (("tiny", "256p"), ("happyhorse-1.0-15b", "256p")))
-    monkeypatch.setattr(doctor, "_version", lambda name: None)
-    monkeypatch.setattr(doctor, "_kernel_obstacle", lambda: "no GPU")
-    monkeypatch.setattr(doctor.shutil, "which", lambda *args, **kwargs: None)
-    data = as_json("doctor")
-    assert data["torch"]["version"] == torch.__version__
-    assert (data["driver"], data["nvcc"], data["triton"], data["nvrtc"]) == (None, None, None, None)
-    runs = {line["what"]: line for line in data["runs"]}
-    assert runs["eager bfloat16 reference"]["runs"] is True
-    assert (runs["fast fp8 kernels"]["runs"], runs["fast fp8 kernels"]["why"]) == (False, "no GPU")
-    assert runs["fast fp8 backend reference"]["runs"]
-    fits = {(m["preset"], m["form"]): m["fits"] for m in data["memory"]}
-    assert fits["tiny", "eager bfloat16"]["24 GB"]
-    for form, cards in {"eager bfloat16": (True, False), "fast fp8": (True, True)}.items():
-        assert (fits["happyhorse-1.0-15b", form]["48 GB"], fits["happyhorse-1.0-15b", form]["24 GB"]) == cards
-    assert run(["doctor"]) == 0
-    assert "what runs here" in capsys.readouterr().out
 
 
 # sample ---------------------------------------------------------------------------------------------------------------

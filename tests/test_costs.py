@@ -109,11 +109,25 @@ def test_fp8_moves_fewer_bytes_and_takes_half_the_time() -> None:
     assert 1.8 < bf16.floor_ms / fp8.floor_ms < 2.0
 
 
+def test_attention_can_stay_in_bf16() -> None:
+    """What precision="fp8" runs by default: docs/decisions/0010 gives 3.1 s a step."""
+    bf16, mixed, fp8 = (
+        {c.op: c for c in step_costs(FULL, CLIP, precision=p, attention=a)}
+        for p, a in (("bf16", None), ("fp8", "bf16"), ("fp8", None))
+    )
+    assert mixed["attention"].floor_ms == bf16["attention"].floor_ms
+    assert fp8["attention"].bytes < mixed["attention"].bytes < bf16["attention"].bytes  # its output is in fp8
+    assert all(mixed[op] == fp8[op] for op in fp8 if op not in ("attention", "qkv"))  # qkv writes what attention reads
+    step = totals(step_costs(FULL, CLIP, precision="fp8", attention="bf16")).floor_ms
+    assert step == pytest.approx(3140, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"precision": "fp8", "gpu": GPUS["a100"]}, "a100 has no fp8"),
         ({"precision": "int4"}, "precision must be one of bf16, fp8; got 'int4'"),
+        ({"attention": "int4"}, "attention must be one of bf16, fp8; got 'int4'"),
         ({"text": 0}, "text must be at least 1 token, got 0"),
         ({"video_share": 1.5}, "video_share must be from 0 to 1, got 1.5"),
     ],

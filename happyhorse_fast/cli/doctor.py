@@ -16,6 +16,7 @@ from happyhorse_fast._version import __version__
 from happyhorse_fast.cli.forms import FORMS
 from happyhorse_fast.cli.output import JsonOption, emit, table
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, card_bytes
 from happyhorse_fast.tokens import tokens_for
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ _OPTIONAL = {
     "matplotlib": ("plot", "the contact sheet of `demo`"),
     "av": ("video", "writing decoded clips"),
 }
-_CARDS = (80, 48, 24)
-# Of a card, left for the CUDA context, library workspaces and what the allocator cannot reuse; an estimate.
-_RESERVE_GIB = 1.5
 _CLIPS = (
     ("happyhorse-1.0-15b", "1080p"),
     ("happyhorse-1.0-15b", "540p"),
@@ -168,15 +166,15 @@ def _memory_fit(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Peak memory of each form that a GPU would run, for 5 s clips, and the cards it fits."""
     from happyhorse_fast.model.memory import peak_by_kind
 
-    cards: dict[str, float] = {f"{size} GB": float(size) for size in _CARDS}
-    cards |= {gpu["name"]: gpu["memory_gib"] for gpu in gpus}
+    cards: dict[str, float] = {f"{size} GB": card_bytes(size) for size in reversed(CARDS)}
+    cards |= {gpu["name"]: gpu["memory_gib"] * 2**30 for gpu in gpus}
     rows = []
     for form in FORMS:
         for preset, resolution in _CLIPS if form.precision != "fp32" else ():
-            peak = peak_by_kind(ModelConfig.preset(preset), tokens_for(resolution), form.without_weights) / 2**30
-            fits = {name: peak + _RESERVE_GIB <= size for name, size in cards.items()}
+            peak = peak_by_kind(ModelConfig.preset(preset), tokens_for(resolution), form.without_weights)
+            fits = {name: peak + CONTEXT_BYTES <= size for name, size in cards.items()}
             clip = {"preset": preset, "resolution": resolution, "form": form.name}
-            rows.append({**clip, "peak_memory_gib": peak, "fits": fits})
+            rows.append({**clip, "peak_memory_gib": peak / 2**30, "fits": fits})
     return rows
 
 
@@ -203,7 +201,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         console.print(f"{name:16} {value}")
     console.print()
     rows = [["[green]yes[/]" if r["runs"] else "[yellow]no[/]", r["what"], r["why"]] for r in data["runs"]]
-    console.print(table("what runs here", ["runs", "what", "why"], rows, left=3))
+    console.print(table("what runs here", ["runs", "what", "why"], rows, left=2, folded=[2]))
     cards = list(data["memory"][0]["fits"])
     rows = [
         [
@@ -215,5 +213,8 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         ]
         for m in data["memory"]
     ]
-    title = f"peak memory of a 5 s clip at 24 fps, GiB; to fit, {_RESERVE_GIB} GiB of the card stay free"
+    title = (
+        "peak memory of a 5 s clip at 24 fps, GiB (fp8: attention in bf16); to fit, "
+        f"{CONTEXT_BYTES / 2**30:g} GiB of the card stay free"
+    )
     console.print(table(title, ["preset", "resolution", "form", "peak", *cards], rows, left=3))

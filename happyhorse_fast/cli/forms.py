@@ -44,8 +44,8 @@ class Form:
             accelerate(model, FastConfig(precision=self.fast_precision, backend=backend))
         return model
 
-    def without_weights(self, config: ModelConfig) -> HappyHorse:
-        """The form on ``"meta"``, to measure its memory."""
+    def without_weights(self, config: ModelConfig, attention: Literal["bf16", "fp8"] = "bf16") -> HappyHorse:
+        """The form on ``"meta"``, to measure its memory; ``attention`` is its precision in fp8."""
         if not self.kernels:
             return self.eager(config, "meta")
         import torch
@@ -55,7 +55,7 @@ class Form:
         from happyhorse_fast.ops.dispatch import choose
 
         choices = choose("reference", self.fast_precision, torch.device("cpu"))
-        return empty_accelerated(config, FastConfig(precision=self.fast_precision), choices)
+        return empty_accelerated(config, FastConfig(precision=self.fast_precision, attention=attention), choices)
 
     @property
     def fast_precision(self) -> Literal["bf16", "fp8"]:

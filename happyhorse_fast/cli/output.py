@@ -51,14 +51,21 @@ def plain(value: Any) -> Any:
     raise TypeError(f"value must be plain data, got {type(value).__name__}")
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
-    """A table with its first ``left`` columns left-aligned and the others right-aligned."""
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, folded: Sequence[int] = ()
+) -> Table:
+    """A table with its first ``left`` columns left-aligned and never folded, and the others right-aligned.
+
+    ``folded`` columns hold sentences: left-aligned, and folded where the terminal is narrow. Without one rich makes
+    columns that do not fit narrower, down to nothing.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i < left else "right", no_wrap=i < left)
+        sentence = i in folded
+        made.add_column(name, justify="left" if sentence or i < left else "right", no_wrap=not sentence and i < left)
     for row in rows:
         made.add_row(*row)
     return made

@@ -27,6 +27,9 @@ def plan(
     fps: Annotated[int, typer.Option(help="24 or 25.")] = 24,
     text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
     precision: Annotated[str, typer.Option(help="bf16 or fp8.")] = "bf16",
+    attention: Annotated[
+        str, typer.Option(help="Precision of attention with --precision fp8: bf16, as it is by default, or fp8.")
+    ] = "bf16",
     gpu: Annotated[str, typer.Option(help=f"Peaks to plan with: {', '.join(GPUS)}.")] = "h100",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 8,
     video_share: Annotated[
@@ -44,6 +47,7 @@ def plan(
         tokens_for(resolution, aspect, seconds, fps),
         text=text,
         precision=precision,
+        attention=attention,
         gpu=gpu,
         steps=steps,
         video_share=video_share,
@@ -59,6 +63,7 @@ def plan_clip(
     *,
     text: int = TEXT_TOKENS,
     precision: str = "bf16",
+    attention: str = "bf16",
     gpu: str = "h100",
     steps: int = 8,
     video_share: float | None = None,
@@ -71,8 +76,12 @@ def plan_clip(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if attention != "bf16" and precision != "fp8":
+        raise ValueError(f"attention must be bf16 with precision bf16, got {attention!r}")
     card = gpu_named(gpu)
-    costs = step_costs(config, clip, text=text, precision=precision, gpu=card, video_share=video_share)
+    costs = step_costs(
+        config, clip, text=text, precision=precision, attention=attention, gpu=card, video_share=video_share
+    )
     total = totals(costs)
     counted = parameters(config)
     local = [i for i in range(config.num_layers) if config.is_local(i, clip.frame_tokens)]
@@ -89,6 +98,7 @@ def plan_clip(
             "video_share": video_share,
         },
         "precision": precision,
+        "attention": attention,
         "gpu": card,
         "steps": steps,
         "ops": costs,
@@ -101,7 +111,7 @@ def plan_clip(
             "floor_s": steps * total.floor_ms / 1e3,
         },
         "launches_per_layer": _launches(precision),
-        **_memory(config, clip, text, precision, memory),
+        **_memory(config, clip, text, (precision, attention), memory),
     }
 
 
@@ -116,16 +126,18 @@ def _launches(precision: str) -> int | None:
     return max(len(names) for names in launches_per_layer(FastConfig(precision=form.fast_precision)))
 
 
-def _memory(config: ModelConfig, clip: ClipTokens, text: int, precision: str, trace: bool) -> dict[str, Any]:
-    form = form_of(precision)
+def _memory(
+    config: ModelConfig, clip: ClipTokens, text: int, precision: tuple[str, str], trace: bool
+) -> dict[str, Any]:
+    form, attention = form_of(precision[0]), precision[1]
     if form is None:
-        return {"peak_memory_gib": None, "memory": {"form": None, "why": f"this version has no {precision} form"}}
+        return {"peak_memory_gib": None, "memory": {"form": None, "why": f"this version has no {precision[0]} form"}}
     if not trace:
         return {"peak_memory_gib": None, "memory": {"form": form.name, "why": "not traced (--no-memory)"}}
     from happyhorse_fast.model.memory import peak_memory
 
     print("tracing one forward pass under fake tensors...", file=sys.stderr)
-    peak = peak_memory(form.without_weights(config), clip, text)
+    peak = peak_memory(form.without_weights(config, attention), clip, text)  # type: ignore[arg-type]  # checked before
     return {"peak_memory_gib": peak.peak_gib, "memory": {"form": form.name, "why": None, "peak": peak}}
 
 
@@ -140,7 +152,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         f"latent {'x'.join(map(str, tokens['latent']))}; {tokens['video']:,} video + {tokens['audio']:,} audio + "
         f"{tokens['text']:,} text = {tokens['total']:,} tokens; {_masks(tokens)}\n"
     )
-    console.print(_floor_table(data["ops"], card, data["precision"]))
+    console.print(_floor_table(data["ops"], card, data["precision"], data["attention"]))
     console.print(_traffic_table(data["ops"]))
     console.print(
         f"one step: linear {number(total['linear_flops'], 'FLOP')}, attention "
@@ -152,8 +164,9 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         console.print(f"peak memory: not known, {memory['why']}")
         return
     peak = memory["peak"]
+    form = memory["form"] + (f", attention in {data['attention']}" if data["precision"] == "fp8" else "")
     console.print(
-        f"peak memory, {memory['form']}: [bold]{data['peak_memory_gib']:.1f} GiB[/], of it weights "
+        f"peak memory, {form}: [bold]{data['peak_memory_gib']:.1f} GiB[/], of it weights "
         f"{gib(peak.weight_bytes)}; reached by {peak.operation}"
     )
     rows = [[gib(a.bytes), a.dtype, str(list(a.shape)), a.made_by] for a in peak.largest]
@@ -168,7 +181,7 @@ def _masks(tokens: dict[str, Any]) -> str:
     return f"window keeps {tokens['window_share']:.0%} of video pairs in {tokens['window_layers']} layers"
 
 
-def _floor_table(ops: list[OpCost], card: Any, precision: str) -> Any:
+def _floor_table(ops: list[OpCost], card: Any, precision: str, attention: str) -> Any:
     names = ["norms", "qkv", "attention", "proj", "up", "down"]
     kinds = {c.kind: c.count for c in ops if c.kind != OUTSIDE}
     by = {(c.kind, c.op): c.floor_ms for c in ops}
@@ -180,12 +193,11 @@ def _floor_table(ops: list[OpCost], card: Any, precision: str) -> Any:
         )
     outside = sum(c.floor_ms for c in ops if c.kind == OUTSIDE)
     rows.append(["embedders, heads", "", *[""] * len(names), f"{outside:.1f}", f"{outside / 1e3:.3f}"])
-    peak = {"bf16": card.bf16, "fp8": card.fp8}[precision]
-    what = "fp8, attention too," if precision == "fp8" else precision
-    title = (
-        f"floor on {card.name}, ms per layer ({what} {peak:g} TFLOP/s, {card.bandwidth:g} TB/s; {card.source}); "
-        "s per step"
-    )
+    peaks = {"bf16": card.bf16, "fp8": card.fp8}
+    what = f"{precision} {peaks[precision]:g} TFLOP/s"
+    if precision == "fp8":
+        what += f", attention in {attention} {peaks[attention]:g} TFLOP/s"
+    title = f"floor on {card.name}, ms per layer ({what}, {card.bandwidth:g} TB/s; {card.source}); s per step"
     return table(title, ["layer", "count", *names, "layer ms", "step s"], rows)
 
 

@@ -160,7 +160,13 @@ def _render_kernels(console: Console, checked: list[KernelCheck], device: str) -
         for c in checked
     ]
     console.print(
-        table(f"kernels against their reference, on {device}", ["op", "format", "found", "s", ""], rows, left=3)
+        table(
+            f"kernels against their reference, on {device}",
+            ["op", "format", "found", "s", ""],
+            rows,
+            left=2,
+            folded=[2],
+        )
     )
     if device == "cpu":
         console.print("Run by Triton's interpreter, made exact: it shows what a kernel computes, not how a GPU rounds.")

@@ -1,0 +1,60 @@
+"""``doctor``: what it finds, what fits a card, and that a narrow terminal hides nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from happyhorse_fast.cli import doctor, run
+
+torch.set_num_threads(1)
+
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+
+
+def test_doctor(monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(doctor, "_CLIPS", (("tiny", "256p"), ("happyhorse-1.0-15b", "256p")))
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    monkeypatch.setattr(doctor, "_kernel_obstacle", lambda: "no GPU")
+    monkeypatch.setattr(doctor.shutil, "which", lambda *args, **kwargs: None)
+    assert run(["doctor", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["torch"]["version"] == torch.__version__
+    assert (data["driver"], data["nvcc"], data["triton"], data["nvrtc"]) == (None, None, None, None)
+    runs = {line["what"]: line for line in data["runs"]}
+    assert runs["eager bfloat16 reference"]["runs"] is True
+    assert (runs["fast fp8 kernels"]["runs"], runs["fast fp8 kernels"]["why"]) == (False, "no GPU")
+    assert runs["fast fp8 backend reference"]["runs"]
+    fits = {(m["preset"], m["form"]): m["fits"] for m in data["memory"]}
+    assert fits["tiny", "eager bfloat16"]["24 GB"]
+    for form, cards in {"eager bfloat16": (True, False), "fast fp8": (True, True)}.items():
+        assert (fits["happyhorse-1.0-15b", form]["48 GB"], fits["happyhorse-1.0-15b", form]["24 GB"]) == cards
+    assert run(["doctor"]) == 0
+    assert "what runs here" in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_shows_what_runs_and_why(monkeypatch: Patch, capsys: Capture) -> None:
+    """rich drops a column that may not fold where others may not either."""
+    monkeypatch.setattr(doctor, "_CLIPS", (("tiny", "256p"),))
+    why = "Triton kernels need a GPU, the model is on cpu (TRITON_INTERPRET=1 runs them slowly on the CPU)"
+    monkeypatch.setattr(doctor, "_kernel_obstacle", lambda: why)
+    monkeypatch.setattr(doctor, "_first_match", lambda *_: None)
+    data = doctor.examine()
+    console = Console(width=80, file=io.StringIO())
+    doctor._render(console, data)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    first = next(i for i, line in enumerate(lines) if line.startswith(" runs"))
+    table = lines[first + 2 : lines.index("", first)]
+    assert {line.split()[0] for line in table if line[1:2].strip()} == {"yes", "no"}
+    assert why.split()[-1] in " ".join(table)
+
+
+def test_one_rule_says_what_fits_a_card() -> None:
+    """24 x 10^9 bytes are 22.35 GiB, of which 0.5 stay free."""
+    gib = 2**30
+    assert 21.8 * gib + doctor.CONTEXT_BYTES <= doctor.card_bytes(24) < 22.0 * gib + doctor.CONTEXT_BYTES
