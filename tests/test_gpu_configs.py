@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,18 +12,23 @@ from gpu_support import DEVICE, DRY, MARKS
 from bench.gates import poisoned
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.budgets import measure, violations
-from happyhorse_fast.kernels.launch import table
+from happyhorse_fast.kernels.launch import config_for, table
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
+from happyhorse_fast.ops.triton import block_sparse_attention as launcher
+from happyhorse_fast.ops.triton.device import architecture
 from happyhorse_fast.reference.quantize import quantize_channels, quantize_groups, quantize_rows
+from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 pytestmark = MARKS
 E4M3 = torch.float8_e4m3fn
 CPU = torch.device("cpu")
 # A bf16 step on every element is 8e-6, an e4m3 step on one code in fifty 1e-4.
 DISTANCE = 2e-5
+FP8_ATTENTION_DISTANCE = 1e-3
 LINEAR = sorted(table("fp8_linear"))
 ATTENTION = sorted(table("block_sparse_attention"))
+FORM = re.compile("_(strided|specialized)$")
 # QKV product and norm have one configuration per format, and the choice of blocks one per kernel: tests/test_gpu_ops.py
 # runs them all.
 ELSEWHERE = {"rmsnorm_qkv": {"rmsnorm_quantize", "qkv_bf16", "qkv_fp8", "fused_bf16"}}
@@ -34,7 +40,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 def test_every_configuration_is_run_by_some_test() -> None:
     assert set(table("rmsnorm_qkv")) == ELSEWHERE["rmsnorm_qkv"]
-    formats = {v.removesuffix("_strided").rpartition("_d")[0] for v in ATTENTION}
+    formats = {FORM.sub("", v).rpartition("_d")[0] for v in ATTENTION}
     assert formats == {"bf16", "fp8", "fp8_qk"}
     assert {v.rpartition("_")[2] for v in LINEAR} == {"plain", "residual", "swiglu7", "gelu7"}
 
@@ -71,10 +77,18 @@ def linear(moved: list[Any], epilogue: str, hidden: torch.Tensor, backend: str) 
     return fp8_linear_activation(*moved, epilogue, False, backend=backend)[0]
 
 
+@pytest.mark.parametrize("lse", [False, True])
 @pytest.mark.parametrize("variant", ["bf16_d32", "fp8_qk_d64_strided"] if DRY else ATTENTION)
-def test_attention(variant: str) -> None:
+def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = architecture(DEVICE)
+    if str(arch) in table("block_sparse_attention")[variant]:
+        # By its name, not as the launcher picks it: some it takes for an LSE alone, some only without.
+        config = config_for("block_sparse_attention", variant, arch)
+        monkeypatch.setattr(launcher, "launch_config", lambda *_, **__: config)
+    elif not DRY:
+        pytest.skip(f"no entry for sm_{arch}")
     strided = variant.endswith("_strided")
-    fmt, _, head_dim = variant.removesuffix("_strided").rpartition("_d")
+    fmt, _, head_dim = FORM.sub("", variant).rpartition("_d")
     d, rows = int(head_dim), 256 if DRY else 1024
     heads = {"q": 4, "k": 2, "v": 2}
     # Views of one buffer with two unused channels per head: rows that no descriptor can read.
@@ -92,20 +106,17 @@ def test_attention(variant: str) -> None:
         given["v"] = (draw(5, 2, d, rows) * 50).clamp(-448, 448).to(E4M3)
         given["v_scale"] = torch.linspace(0.01, 0.02, 2 * blocks).view(2, blocks)
     block_map = BlockMap.from_ranges([(0, rows // 2), (rows // 2, rows)], [(0, rows - 50), (60, rows)], rows, rows)
-    results = []
-    for device, backend in ((DEVICE, "triton"), (CPU, "reference")):
-        moved = {name: x.to(device) for name, x in given.items()}
-        if strided:
-            moved |= {name: moved[name][..., :d] for name in "qkv" if not (fmt == "fp8" and name == "v")}
-        with poisoned():
-            results.append(
-                block_sparse_attention(
-                    **moved, block_map=block_map.to(device), scale=d**-0.5, return_lse=not strided, backend=backend
-                )
-            )
-    (out, _, lse), (wanted, _, wanted_lse) = results
-    # P is rounded in steps of the configuration's keys, which fp8 codes depend on: the reference takes 128.
-    distance = 1e-3 if fmt == "fp8" else DISTANCE
+    there = {name: x.to(DEVICE) for name, x in given.items()}
+    if strided:
+        views = {name for name in "qkv" if not (fmt == "fp8" and name == "v")}
+        there, given = ({n: x[..., :d] if n in views else x for n, x in both.items()} for both in (there, given))
+    with poisoned():
+        out, _, sums = block_sparse_attention(
+            **there, block_map=block_map.to(DEVICE), scale=d**-0.5, return_lse=lse, backend="triton"
+        )
+    step = launcher.launch_config(there["q"], there["k"], there["v"], lse=lse).block_n
+    wanted, _, wanted_sums = sparse_attention(**given, block_map=block_map, scale=d**-0.5, return_lse=lse, step=step)
+    distance = FP8_ATTENTION_DISTANCE if fmt == "fp8" else DISTANCE
     assert violations(measure(out.cpu().float(), wanted.float()), distance=distance, slope=None) == []
-    if lse.numel():
-        torch.testing.assert_close(lse.cpu(), wanted_lse, atol=1e-4, rtol=1e-4)
+    if lse:
+        torch.testing.assert_close(sums.cpu(), wanted_sums, atol=1e-4, rtol=1e-4)

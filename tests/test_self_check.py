@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import stat
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 from cuda_mutants import mutant
 from interpreter import make_exact
 
+from happyhorse_fast import golden
+from happyhorse_fast.model import fast_layer
 from happyhorse_fast.model.accelerate import accelerate, explain
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.ops import dispatch, self_check, trust
@@ -56,6 +60,53 @@ def test_a_default_dtype_changes_no_input() -> None:
         torch.set_default_dtype(torch.float32)
 
 
+def forms_in(module: Any, monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
+    """What a kernel is compiled for, of every call that a module makes of the ops that have several such forms."""
+    forms: set[tuple[Any, ...]] = set()
+
+    def seen(op: str, form: Any) -> None:
+        real = getattr(module, op)
+
+        def call(*given: Any, **options: Any) -> Any:
+            named = inspect.signature(real).bind(*given, **options)
+            named.apply_defaults()
+            forms.add((op, *form(SimpleNamespace(**named.arguments))))
+            return real(*given, **options | {"backend": "reference"})
+
+        monkeypatch.setattr(module, op, call)
+
+    def group(a: Any) -> Any:
+        return None if a.x_scale is None else a.x.shape[1] // a.x_scale[0].numel()
+
+    def layout(x: torch.Tensor) -> Any:
+        return x.dtype, x.is_contiguous()
+
+    seen("rmsnorm_quantize", lambda a: (a.fp8,))
+    seen("qkv_linear", lambda a: (a.x.dtype, a.out))
+    seen("block_sparse_attention", lambda a: (*map(layout, (a.q, a.k, a.v)), a.fp8_out, a.return_lse))
+    seen("fp8_linear_residual", lambda a: (a.x.dtype, group(a)))
+    seen("fp8_linear_activation", lambda a: (a.x.dtype, a.activation, a.fp8))
+    return forms
+
+
+@pytest.mark.parametrize(
+    ("precision", "attention"), [("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"), ("fp8", "fp8_qk")]
+)
+def test_what_a_model_runs_is_what_is_checked(precision: Any, attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = golden.load_case("local_d128_fp32").config
+    model = HappyHorse(config.replace(num_layers=2, mm_layers=(0,), gelu7_layers=(0,), local_attn_layers=(0,)))
+    accelerate(model.init_weights(0), FastConfig(backend="reference", precision=precision, attention=attention))
+    run = forms_in(fast_layer, monkeypatch)
+    with torch.no_grad():
+        model(torch.randn(1, 48, 1, 4, 4), torch.randn(1, 3, 64), torch.randn(1, 2, config.text_in_channels))
+    checked = forms_in(self_check, monkeypatch)
+    monkeypatch.setattr(self_check, "_keys_per_step", lambda *_, **__: 128)
+    for op in {op for op, *_ in run}:
+        for variant in VARIANTS["triton"][op]:
+            CHECKS[op]("triton", CPU, variant)
+    assert len(run) >= 6 and run <= checked, run - checked
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", VARIANTS)
 def test_the_shipped_kernels_pass_on_the_cpu(backend: str) -> None:
@@ -81,8 +132,9 @@ def test_attention_in_cuda_is_checked_in_bf16_alone(monkeypatch: pytest.MonkeyPa
         return {}
 
     monkeypatch.setattr(self_check, "CHECKS", dict.fromkeys(("block_sparse_attention", "fp8_linear"), check))
-    assert [(c.op, c.variant) for c in run_checks("cuda", CPU, fp8=True)] == [("block_sparse_attention", "bf16")]
-    assert judged == [("cuda", "bf16")]
+    found = [(c.op, c.variant) for c in run_checks("cuda", CPU, fp8=True)]
+    assert found == [("block_sparse_attention", "bf16"), ("block_sparse_attention", "bf16_fp8_out")]
+    assert judged == [("cuda", "bf16"), ("cuda", "bf16_fp8_out")]
     with pytest.raises(ValueError, match="backend must be 'triton' or 'cuda', got 'reference'"):
         list(run_checks("reference", CPU, fp8=False))
 

@@ -18,6 +18,7 @@ from happyhorse_fast.ops.packing import pack_linear
 from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.select_blocks import select_blocks
+from happyhorse_fast.reference.quantize import quantize_groups
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 # Three experts, the last tile of each ragged in its content but not in its rows, as the fast model lays them out.
@@ -30,22 +31,28 @@ CODE_DISTANCE = 1e-4
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "triton": {
         "rmsnorm_quantize": ("bf16", "fp8"),
-        "qkv_linear": ("bf16", "fp8", "fp8_qk"),
+        "qkv_linear": ("bf16", "fp8_x", "fp8", "fp8_qk"),
         "select_blocks": ("bf16", "fp8"),
-        "block_sparse_attention": ("bf16", "fp8", "fp8_qk"),
+        "block_sparse_attention": ("bf16", "bf16_fp8_out", "fp8", "fp8_qk"),
         "fp8_linear": ("bf16", "fp8"),
         "fp8_linear_residual": ("bf16", "fp8"),
         "fp8_linear_activation": ("bf16", "fp8"),
     },
     "cuda": {
         "rmsnorm_quantize": ("bf16", "fp8"),
-        "qkv_linear": ("bf16", "fp8", "fp8_qk"),
+        "qkv_linear": ("bf16", "fp8_x", "fp8", "fp8_qk"),
         "select_blocks": ("bf16", "fp8"),
-        "block_sparse_attention": ("bf16",),
+        "block_sparse_attention": ("bf16", "bf16_fp8_out"),
         "fp8_linear_activation": ("bf16", "fp8"),
     },
 }
-"""Formats in which a backend has a kernel of an op; an op that is not listed has none."""
+"""Formats in which a backend has a kernel of an op; an op that is not listed has none.
+
+Where a layer in fp8 keeps attention in bf16, its neighbours' formats meet there: "fp8_x" is an e4m3 product with q, k
+and v in bf16, "bf16_fp8_out" attention in bf16 with an e4m3 result. Each is a kernel that no other format compiles.
+"""
+ORDER = ("bf16", "bf16_fp8_out", "fp8_x", "fp8", "fp8_qk")
+"""Formats in the order of their checks; the first alone needs no e4m3."""
 
 Compared = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 """Name of a result -> (from the kernel, from the reference, allowed tile distance)."""
@@ -57,7 +64,7 @@ class KernelCheck:
 
     Attributes:
         op: The op.
-        variant: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
+        variant: The format, as in :data:`VARIANTS`.
         passed: Whether every result was within its budget.
         detail: The worst measured distance, or what went wrong.
         seconds: Time it took, compilation included.
@@ -85,7 +92,7 @@ def run_checks(backend: str, device: torch.device, *, fp8: bool) -> Iterator[Ker
         ValueError: There is no such backend.
     """
     require_backend(backend, tuple(VARIANTS))
-    for variant in ("bf16", "fp8", "fp8_qk") if fp8 else ("bf16",):
+    for variant in ORDER if fp8 else ORDER[:1]:
         for op, check in CHECKS.items():
             if variant not in VARIANTS[backend].get(op, ()):
                 continue
@@ -156,6 +163,7 @@ def _check_rmsnorm(backend: str, device: torch.device, variant: str) -> Compared
 
 def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
     fp8 = variant != "bf16"
+    out = "bf16" if variant == "fp8_x" else variant
     rows = 3 * ((HEADS_Q + 2 * HEADS_KV) * HEAD_DIM + HEADS_Q)
     weight = (_draw(3, rows, CHANNELS) / CHANNELS**0.5).bfloat16()
     heads = {"experts": 3, "num_heads_q": HEADS_Q, "num_heads_kv": HEADS_KV, "head_dim": HEAD_DIM}
@@ -163,7 +171,7 @@ def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
     qk_norm = pack_qk_norm(0.2 * _draw(4, 3 * HEAD_DIM), 0.2 * _draw(5, 3 * HEAD_DIM), experts=3)
     angle = _draw(6, ROWS, 3 * HEAD_DIM // 8)
     cos_sin = pack_cos_sin(torch.cat([angle.sin(), angle.cos()], dim=1))
-    qk_scale = static_qk_scale(qk_norm) if fp8 else None
+    qk_scale = None if out == "bf16" else static_qk_scale(qk_norm)
     results = []
     for where, how in ((device, backend), (torch.device("cpu"), "reference")):
         x, x_scale = _inputs(fp8, where)
@@ -177,16 +185,16 @@ def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
             _row_tiles().to(where),
             HEADS_Q,
             HEADS_KV,
-            out=variant,
+            out=out,
             qk_scale=None if qk_scale is None else qk_scale.to(where),
             backend=how,
         )
         q, k, v, v_scale, gate = (t.cpu().float() for t in outs)
-        if variant == "fp8":
-            v = v * v_scale.repeat_interleave(128, dim=1)[:, None]
+        if out == "fp8":
+            v = (v * v_scale.repeat_interleave(128, dim=1)[:, None]).permute(2, 0, 1)  # as the others: tokens first
         results.append({"q": q, "k": k, "v": v, "gate": gate[:, :, None]})
-    codes = {"q", "k"} if fp8 else set()
-    codes |= {"v"} if variant == "fp8" else set()
+    codes = set() if out == "bf16" else {"q", "k"}
+    codes |= {"v"} if out == "fp8" else set()
     return {
         name: (value, results[1][name], CODE_DISTANCE if name in codes else DISTANCE)
         for name, value in results[0].items()
@@ -232,7 +240,7 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
     q, k, v = (_draw(s, ROWS, h, HEAD_DIM) for s, h in ((7, HEADS_Q), (8, HEADS_KV), (9, HEADS_KV)))
     gate = torch.sigmoid(_draw(10, ROWS, HEADS_Q))
     scales: dict[str, Any] = {}
-    if variant == "bf16":
+    if variant.startswith("bf16"):
         q, k, v = (t.bfloat16() for t in (q, k, v))
     else:
         blocks = ROWS // 128
@@ -249,23 +257,27 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
         tiles = v.float().permute(1, 2, 0).unflatten(2, (-1, 128))
         scales["v_scale"] = tiles.abs().amax(dim=(1, 3)) / 448
         v = (tiles / scales["v_scale"][:, None, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn).flatten(2)
+        v = v.contiguous()  # as the model's, so that the same kernel reads it
     given: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "gate": gate, **scales}
     compared: Compared = {}
-    for with_lse in (False, True):  # a kernel may be launched in another way for an LSE; the model asks for none
+    # A kernel may be launched in another way for an LSE; the model asks for none, and in fp8 for e4m3 out.
+    forms = {"bf16": ((False, False), (False, True)), "bf16_fp8_out": ((True, False),)}
+    for fp8_out, with_lse in forms.get(variant, ((False, False), (True, False), (False, True))):
         there: dict[str, Any] = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()
         }
         tensors = q.to(device), k.to(device), v.to(device)
-        out, _, lse = block_sparse_attention(
-            *tensors, block_map.to(device), return_lse=with_lse, backend=backend, **there
+        results = block_sparse_attention(
+            *tensors, block_map.to(device), fp8_out=fp8_out, return_lse=with_lse, backend=backend, **there
         )
-        expected, _, expected_lse = sparse_attention(
-            q, k, v, block_map, return_lse=with_lse, step=_keys_per_step(backend, *tensors, lse=with_lse), **given
-        )
-        compared[f"out, LSE {with_lse}"] = (out, expected, DISTANCE)
+        step = _keys_per_step(backend, *tensors, lse=with_lse)
+        expected = sparse_attention(q, k, v, block_map, fp8_out=fp8_out, return_lse=with_lse, step=step, **given)
+        name = f"out{', e4m3' if fp8_out else ''}{', LSE' if with_lse else ''}"
+        out, wanted = (x.float() * x_scale[..., None] if fp8_out else x for x, x_scale, _ in (results, expected))
+        compared[name] = (out, wanted, CODE_DISTANCE if fp8_out else DISTANCE)
         if with_lse:
             # Rows without a key must say so, and not by NaN: their LSE is compared as a number of its own.
-            kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (lse, expected_lse))
+            kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (results[2], expected[2]))
             compared["lse"] = (kernels, references, DISTANCE)
     return compared
 
@@ -291,16 +303,20 @@ def _check_linear(backend: str, device: torch.device, variant: str) -> Compared:
 
 def _check_residual(backend: str, device: torch.device, variant: str) -> Compared:
     fp8 = variant == "fp8"
-    results = []
-    for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-        x, x_scale = _inputs(fp8, where)
-        if fp8:  # scales per group of channels: what this op meets in the model
-            x_scale = x_scale[:, None].expand(-1, CHANNELS // 128).contiguous() if x_scale is not None else None
-        weight, w_scale = _weight(12, 384, fp8, where)
-        hidden = _draw(13, ROWS, 384).to(where)
-        fp8_linear_residual(x, x_scale, weight, w_scale, _row_tiles().to(where), hidden, backend=how)
-        results.append(hidden)
-    return {"hidden": (results[0], results[1], DISTANCE)}
+    compared: Compared = {}
+    for group in (64, 128) if fp8 else (None,):  # behind swiglu7; behind gelu7, and attention with heads of 128
+        results = []
+        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+            x, x_scale = _inputs(False, torch.device("cpu"))
+            if group is not None:
+                x, x_scale = quantize_groups(x.float(), group)
+            weight, w_scale = _weight(12, 384, fp8, where)
+            hidden = _draw(13, ROWS, 384).to(where)
+            x_scale = None if x_scale is None else x_scale.to(where)
+            fp8_linear_residual(x.to(where), x_scale, weight, w_scale, _row_tiles().to(where), hidden, backend=how)
+            results.append(hidden)
+        compared["hidden" if group is None else f"hidden, groups of {group}"] = (results[0], results[1], DISTANCE)
+    return compared
 
 
 def _check_activation(backend: str, device: torch.device, variant: str) -> Compared:
