@@ -60,3 +60,9 @@ def test_what_an_operation_counts_as():
     with OpTimes(torch.device("cpu")) as times:
         torch.ones(8, 8) @ torch.ones(8, 8)
     assert times.calls()["products"] == 1 and times.seconds()["products"] > 0
+
+
+@pytest.mark.parametrize("device", ["xpu", "cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_named(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "--device", device]) == 2
+    assert f"device must be one that this machine has, got '{device}'" in capsys.readouterr().err

@@ -13,7 +13,10 @@ import torch
 from happyhorse_fast import golden
 from happyhorse_fast.cli import checks, run
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.model.accelerate import accelerate
 from happyhorse_fast.model.checkpoint import save_checkpoint
+from happyhorse_fast.model.fast_config import FastConfig
+from happyhorse_fast.model.packed_checkpoint import save_packed
 from happyhorse_fast.reference.model import HappyHorse
 
 torch.set_num_threads(1)
@@ -162,7 +165,12 @@ def test_the_command_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "tiny"], "preset and config must come with a checkpoint"),
+        (["--preset", "tiny"], "--preset must come with a checkpoint, got none"),
+        (["--top-k", "0.25"], "--top-k must come with --fast"),
+        (["--attention", "fp8"], "--attention must come with --fast"),
+        (["--fast", "--quick"], "--quick must come with --pony"),
+        (["--device", "cuda"], "--device must be left out, got 'cuda': the recorded cases"),
+        (["--kernels", "--device", "xpu"], "device must be one that this machine has, got 'xpu'"),
         (["nowhere", "--preset", "tiny"], "nowhere"),
         (["nowhere"], "exactly one of preset and config is required"),
         (["--grid", "1", "2"], "grid"),
@@ -174,3 +182,10 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytes
     assert out == ""
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_packed_weights_cannot_be_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_packed(accelerate(HappyHorse(SMALL).init_weights(1), FastConfig(backend="reference")), tmp_path / "packed")
+    for more in ([], ["--fast"]):
+        assert run(["verify", str(tmp_path / "packed"), "--device", "cpu", *more]) == 2
+        assert "packed holds packed ones" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from happyhorse_fast.cli.forms import FORMS, Form
+from happyhorse_fast.cli.options import DeviceOption, usable_device
 from happyhorse_fast.cli.output import JsonOption, emit, table
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import OUTSIDE, step_costs
@@ -43,13 +44,11 @@ def bench(
     seconds: Annotated[int, typer.Option(help="Length, 3 to 15.")] = 3,
     text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
     repeats: Annotated[int, typer.Option(help="Forward passes that are timed.")] = 3,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")] = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Time of every op inside a forward pass of one layer of each kind, eager and accelerated."""
-    import torch
-
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = usable_device(device)
     on_gpu = where.startswith("cuda")
     preset = preset or ("happyhorse-1.0-15b" if on_gpu else "tiny")
     resolution = resolution or ("1080p" if on_gpu else "256p")

@@ -38,9 +38,16 @@ def read_config(path: Path | None) -> ModelConfig | None:
 
 
 def usable_device(name: str) -> str:
-    """``auto`` resolved; other names as they are."""
-    if name != "auto":
-        return name
+    """``auto`` resolved; other names as they are.
+
+    Raises:
+        ValueError: This machine does not have it.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    from happyhorse_fast.model import checkpoint
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint.usable_device(name)
+    return name

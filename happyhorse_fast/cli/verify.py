@@ -23,7 +23,26 @@ if TYPE_CHECKING:
     from happyhorse_fast.reference.model import HappyHorse
 
 
+# Options that mean something in one mode alone.
+_FAST, _PONY, _CHECKPOINT = "--fast", "--pony", "a checkpoint"
+_BELONGS = {
+    "clips": _PONY,
+    "quick": _PONY,
+    "precision": _FAST,
+    "attention": _FAST,
+    "top_k": _FAST,
+    "steps": _FAST,
+    "backend": _FAST,
+    "preset": _CHECKPOINT,
+    "config": _CHECKPOINT,
+    "grid": _CHECKPOINT,
+    "text": _CHECKPOINT,
+    "seed": _CHECKPOINT,
+}
+
+
 def verify(
+    context: typer.Context,
     checkpoint: Annotated[
         Path | None, typer.Argument(help="Checkpoint folder or file; none: the recorded cases.")
     ] = None,
@@ -48,7 +67,7 @@ def verify(
     ] = None,
     steps: Annotated[int, typer.Option(help="With --fast: denoising steps behind the latents; 0: none.")] = 8,
     backend: Annotated[
-        str, typer.Option(help="With --fast: auto, triton or reference; auto on a CPU: reference.")
+        str, typer.Option(help="With --fast: auto, triton, cuda or reference; auto on a CPU: reference.")
     ] = "auto",
     grid: Annotated[
         tuple[int, int, int], typer.Option(help="Token grid for a checkpoint: latent frames, rows, columns.")
@@ -74,8 +93,13 @@ def verify(
     core, --quick 2. Budget: fast bf16's latents within 2x of eager bf16's own error at the median; fp8 is stated, and
     fails only below 30 dB.
     """
-    if checkpoint is None and (preset is not None or config is not None):
-        raise ValueError("preset and config must come with a checkpoint, got none")
+    there = {_FAST: fast, _PONY: pony, _CHECKPOINT: checkpoint is not None}
+    for name, mode in _BELONGS.items():
+        source = context.get_parameter_source(name)
+        if not there[mode] and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} must come with {mode}, got none")
+    if device not in ("auto", "cpu") and not (fast or kernels or checkpoint is not None):
+        raise ValueError(f"--device must be left out, got {device!r}: the recorded cases and --pony run on the CPU")
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
     where = usable_device(device)
@@ -240,7 +264,10 @@ def _load(
     checkpoint: Path, preset: str | None, config: Path | None, device: str, dtype: torch.dtype, quiet: bool
 ) -> HappyHorse:
     from happyhorse_fast.model.checkpoint import load
+    from happyhorse_fast.model.packed_checkpoint import is_packed
 
+    if is_packed(checkpoint):
+        raise ValueError(f"checkpoint must hold the published weights to be verified; {checkpoint} holds packed ones")
     return load(checkpoint, preset, read_config(config), device=device, compute_dtype=dtype, progress=not quiet)
 
 
