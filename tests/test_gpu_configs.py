@@ -15,6 +15,7 @@ from happyhorse_fast.budgets import measure, violations
 from happyhorse_fast.kernels.launch import config_for, table
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
+from happyhorse_fast.ops.self_check import attention_distance
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.ops.triton.device import architecture
 from happyhorse_fast.reference.quantize import quantize_channels, quantize_groups, quantize_rows
@@ -25,7 +26,6 @@ E4M3 = torch.float8_e4m3fn
 CPU = torch.device("cpu")
 # A bf16 step on every element is 8e-6, an e4m3 step on one code in fifty 1e-4.
 DISTANCE = 2e-5
-FP8_ATTENTION_DISTANCE = 1e-3
 LINEAR = sorted(table("fp8_linear"))
 ATTENTION = sorted(table("block_sparse_attention"))
 FORM = re.compile("_(strided|specialized)$")
@@ -116,7 +116,7 @@ def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> 
         )
     step = launcher.launch_config(there["q"], there["k"], there["v"], lse=lse).block_n
     wanted, _, wanted_sums = sparse_attention(**given, block_map=block_map, scale=d**-0.5, return_lse=lse, step=step)
-    distance = FP8_ATTENTION_DISTANCE if fmt == "fp8" else DISTANCE
+    distance = max(DISTANCE, attention_distance(fmt, DEVICE))
     assert violations(measure(out.cpu().float(), wanted.float()), distance=distance, slope=None) == []
     if lse:
         torch.testing.assert_close(sums.cpu(), wanted_sums, atol=1e-4, rtol=1e-4)

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
-from happyhorse_fast.budgets import measure, violations
+from happyhorse_fast.budgets import (
+    ATTENTION_DISTANCE_TENSOR_CORE,
+    ATTENTION_DISTANCE_TENSOR_CORE_E4M3_OUT,
+    measure,
+    violations,
+)
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.checks import require_backend
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
@@ -274,12 +279,19 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
         expected = sparse_attention(q, k, v, block_map, fp8_out=fp8_out, return_lse=with_lse, step=step, **given)
         name = f"out{', e4m3' if fp8_out else ''}{', LSE' if with_lse else ''}"
         out, wanted = (x.float() * x_scale[..., None] if fp8_out else x for x, x_scale, _ in (results, expected))
-        compared[name] = (out, wanted, CODE_DISTANCE if fp8_out else DISTANCE)
+        compared[name] = (out, wanted, attention_distance(variant, device, fp8_out=fp8_out))
         if with_lse:
             # Rows without a key must say so, and not by NaN: their LSE is compared as a number of its own.
             kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (results[2], expected[2]))
             compared["lse"] = (kernels, references, DISTANCE)
     return compared
+
+
+def attention_distance(variant: str, device: torch.device, *, fp8_out: bool = False) -> float:
+    """Allowed tile distance of attention: in e4m3 a GPU's tensor cores add with fewer bits than float32 has."""
+    if variant == "fp8" and device.type == "cuda":
+        return ATTENTION_DISTANCE_TENSOR_CORE_E4M3_OUT if fp8_out else ATTENTION_DISTANCE_TENSOR_CORE
+    return CODE_DISTANCE if fp8_out else DISTANCE
 
 
 def _keys_per_step(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, lse: bool) -> int:

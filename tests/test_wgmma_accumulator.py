@@ -1,0 +1,86 @@
+"""What Hopper's e4m3 accumulators cost, by their published model: within every budget of a GPU's results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from wgmma_accumulator import DEPTH, matmul, wgmma
+
+from happyhorse_fast import budgets
+from happyhorse_fast.ops import self_check
+from happyhorse_fast.reference.quantize import quantize_channels, quantize_rows
+from happyhorse_fast.reference.sparse_attention import sparse_attention
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+OPS = ("qkv_linear", "fp8_linear", "fp8_linear_residual", "fp8_linear_activation")
+
+
+def test_what_lies_13_bits_below_is_cut_off() -> None:
+    x = torch.zeros(1, 2 * DEPTH)
+    x[0, 0], x[0, 1], x[0, 2] = 1.0, 2.0**-6, -(2.0**-7)
+    ones = torch.ones(2 * DEPTH, 1)
+    assert matmul(x, ones).item() == (x @ ones).item()
+    assert matmul(x, 2.0**-7 * ones).item() == (x @ ones).item() * 2.0**-7, "only the distance counts"
+    y = torch.ones(2 * DEPTH, 1)
+    y[1:] = 2.0**-7
+    assert matmul(x, y).item() == 1 + 2.0**-13, "2^-13 stays, -2^-14 does not"
+    x[0, DEPTH], y[DEPTH] = 1.0, 2.0**-14
+    assert matmul(x, y).item() == 1 + 2.0**-13, "nor below what the accumulator holds"
+
+
+@pytest.mark.parametrize("group", [None, 64])
+@pytest.mark.parametrize("inputs", [640, 5120, 13_696])
+def test_products_stay_within_their_budget(inputs: int, group: int | None) -> None:
+    draw = torch.Generator().manual_seed(inputs)
+    x, _ = quantize_rows(torch.randn(128, inputs, generator=draw))
+    weight, _ = quantize_channels(torch.randn(1, 128, inputs, generator=draw))
+    left, right = x.float(), weight[0].float().T
+    parts = [slice(i, i + (group or inputs)) for i in range(0, inputs, group or inputs)]
+    product = sum(matmul(left[:, part], right[part]).double() for part in parts)  # a group's is promoted to float32
+    error = budgets.measure(product, left.double() @ right.double())
+    assert budgets.violations(error) == [], "13,696 in one accumulator: 3.9e-6 and 4.5e-4"
+    assert error.tile_distance > 1e-9, "nothing was cut off"
+
+
+def on_hopper(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference on Hopper's accumulators in the kernel's place."""
+    real = getattr(self_check, op)
+
+    def call(*given: Any, backend: str, **options: Any) -> Any:
+        if backend == "reference":
+            return real(*given, backend=backend, **options)
+        with wgmma() as products:
+            results = real(*given, backend="reference", **options)
+        assert products[0]
+        return results
+
+    def attention(*given: Any, backend: str, **options: Any) -> Any:
+        with wgmma((True,) if options.get("v_scale") is not None else (True, False)):  # P of bf16 is not in e4m3
+            return sparse_attention(*given, step=128, **options)
+
+    monkeypatch.setattr(self_check, op, attention if op == "block_sparse_attention" else call)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_self_check_accepts_hoppers_products(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_hopper(op, monkeypatch)
+    for variant in self_check.VARIANTS["triton"][op]:
+        if variant != "bf16":
+            assert self_check._judge(self_check.CHECKS[op]("triton", CPU, variant))[0], variant
+
+
+@pytest.mark.parametrize("variant", ["fp8", "fp8_qk"])
+def test_the_self_check_accepts_hoppers_attention(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "_keys_per_step", lambda *_, **__: 128)
+    on_hopper("block_sparse_attention", monkeypatch)
+    compared = self_check._check_attention("triton", CPU, variant)
+    exact, _ = self_check._judge(compared)
+    assert exact == (variant == "fp8_qk"), "1e-5 is not for Hopper where P is in e4m3"
+    budget = {name: self_check.attention_distance(variant, GPU, fp8_out=name == "out, e4m3") for name in compared}
+    there = {name: (*pair, budget[name]) for name, (*pair, _) in compared.items()}
+    assert self_check._judge(there)[0], self_check._judge(there)
+    for name, (result, reference, distance) in there.items():
+        wrong = {name: (1.04 * result, reference, distance)}
+        assert not self_check._judge(wrong)[0], f"{name}: a scale 4 % off"
