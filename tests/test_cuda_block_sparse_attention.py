@@ -182,7 +182,8 @@ BUGS = {
     "a key past the end is read": ("i * ROWS_AT_ONCE < end ?", "i * ROWS_AT_ONCE <= end ?"),
     "the last query is not stored": ("if (row >= rows) continue;", "if (row + 1 >= rows) continue;"),
     "the mask of the row above": ("mask[lane_of_thread() / 4 + 8 * half]", "mask[lane_of_thread() / 4]"),
-    "every row of the map has full blocks alone": ("    if (i >= n_full) {", "    if (i > n_full) {"),
+    "every row of the map has full blocks alone": ("if (i >= n_full) hide", "if (i > n_full) hide"),
+    "the mask of the block before": ("p.mask_ids[start + i]", "p.mask_ids[start + i - (i > n_full)]"),
     "fragments of p change places": (
         "pack_bf16(near[2], near[3]), pack_bf16(far[0]",
         "pack_bf16(far[0], far[1]), pack_bf16(near[2]",
