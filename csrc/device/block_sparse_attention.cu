@@ -234,6 +234,7 @@ HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4
   float of_mean[2] = {};
   if (p.lse != nullptr && p.k_mean != nullptr) {
     multiply_mean<D>(of_mean, q_tile, p.k_mean + head / (p.heads_q / p.heads_kv) * D);
+    __syncwarp();  // every lane has read q, which is overwritten below
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
