@@ -6,6 +6,7 @@ import inspect
 import json
 import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,7 +103,7 @@ def test_what_a_model_runs_is_what_is_checked(precision: Any, attention: Any, mo
     checked = forms_in(self_check, monkeypatch)
     monkeypatch.setattr(self_check, "_keys_per_step", lambda *_, **__: 128)
     for op in {op for op, *_ in run}:
-        for variant in VARIANTS["triton"][op]:
+        for variant in dispatch.checked_formats(op, precision, attention):
             CHECKS[op]("triton", CPU, variant)
     assert len(run) >= 6 and run <= checked, run - checked
 
@@ -221,6 +222,41 @@ def test_a_failed_kernel_is_not_used_and_explained(pretended_gpu: list[int], own
         accelerate(small_model(), FastConfig(strict=True))
     assert pretended_gpu == [1], "the second accelerate remembers"
     assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
+
+
+@pytest.fixture
+def checked(pretended_gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Ops and formats that were checked, on a device where attention is wrong in e4m3."""
+    done: list[tuple[str, str]] = []
+    fine = ("bf16", "bf16_fp8_out")
+
+    def checks(backend: str, *_: Any, only: Any, **__: Any) -> Iterator[KernelCheck]:
+        for op, variant in sorted(only):
+            done.append((op, variant))
+            yield KernelCheck(op, variant, op != "block_sparse_attention" or variant in fine, "", 0.0)
+
+    monkeypatch.setattr(self_check, "run_checks", checks)
+    return done
+
+
+def test_a_format_that_failed_leaves_the_others_in_use(checked: list[tuple[str, str]]) -> None:
+    def backend_of(op: str, **options: Any) -> str:
+        return dispatch.choose("auto", "fp8", CPU, **options)[op].backend
+
+    assert backend_of("block_sparse_attention", attention="fp8") == "reference"
+    assert backend_of("block_sparse_attention", attention="bf16") == "triton"
+    assert backend_of("block_sparse_attention", attention="fp8_qk") == "reference"
+    assert backend_of("block_sparse_attention", attention="bf16", mixed=True) == "triton"
+    assert len(checked) == len(set(checked)), "a check is not repeated"
+    assert set(checked) == {(op, f) for op, formats in VARIANTS["triton"].items() for f in formats}
+
+
+def test_a_model_waits_for_the_checks_of_its_own_formats_alone(checked: list[tuple[str, str]]) -> None:
+    accelerate(small_model(), FastConfig(precision="fp8"), report=lambda line: None)
+    assert {f for op, f in checked if op == "block_sparse_attention"} == {"bf16_fp8_out"}
+    assert {f for op, f in checked if op == "fp8_linear"} == {"fp8"}
+    accelerate(small_model(), FastConfig(precision="fp8", skip=["down:0"]), report=lambda line: None)
+    assert {f for op, f in checked if op == "fp8_linear"} == {"fp8", "bf16"}
 
 
 def test_what_is_remembered_depends_on_the_machine(pretended_gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,7 @@ def choose_ops(fast: FastConfig, device: torch.device, report: Callable[[str], N
         fast.precision,
         device,
         attention=fast.attention,
+        mixed=bool(fast.skip),
         strict=fast.strict,
         report=report or _to_stderr,
     )

@@ -85,6 +85,7 @@ def choose(
     device: torch.device,
     *,
     attention: str | None = None,
+    mixed: bool = False,
     strict: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Choice]:
@@ -99,6 +100,7 @@ def choose(
         precision: ``"bf16"`` or ``"fp8"``.
         device: Where the model is.
         attention: Precision of attention, where it is another: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
+        mixed: Whether a model in fp8 keeps some products in bf16.
         strict: Raise instead of falling back.
         report: Called with a line per kernel that is checked now.
 
@@ -116,7 +118,8 @@ def choose(
         obstacle = triton_obstacle(device) if backend == "triton" else cuda_obstacle(device)
         if obstacle is not None:
             raise BackendError(f"backend {backend!r} cannot run: {obstacle}")
-    candidates = _Candidates(precision, in_cuda, device, report)
+    formats = {op: checked_formats(op, precision, attention, mixed=mixed) for op in STEMS}
+    candidates = _Candidates(precision, formats, in_cuda, device, report)
     choices = {}
     for op in STEMS:
         if op in named:
@@ -140,13 +143,33 @@ def _format(op: str, precision: str, attention: str | None) -> str:
     return precision
 
 
+def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
+    """The formats of :data:`VARIANTS` that a model runs an op in; arguments as for :func:`choose`."""
+    if precision == "bf16":
+        return ("bf16",)
+    attention = attention or precision
+    own = {
+        "qkv_linear": "fp8_x" if attention == "bf16" else attention,
+        "block_sparse_attention": "bf16_fp8_out" if attention == "bf16" else attention,
+        "select_blocks": "bf16" if attention == "bf16" else "fp8",
+    }.get(op, "fp8")
+    between = tuple(f for f in VARIANTS["triton"][op] if f in ("bf16", "fp8_x", "bf16_fp8_out"))
+    return tuple(dict.fromkeys((own, *between))) if mixed else (own,)
+
+
 class _Candidates:
     """What may run on a device, found out when it is first asked for: a self-check takes seconds."""
 
     def __init__(
-        self, precision: str, in_cuda: tuple[str, ...], device: torch.device, report: Callable[[str], None] | None
+        self,
+        precision: str,
+        formats: dict[str, tuple[str, ...]],
+        in_cuda: tuple[str, ...],
+        device: torch.device,
+        report: Callable[[str], None] | None,
     ) -> None:
-        self.precision, self.in_cuda, self.device, self.report = precision, in_cuda, device, report
+        self.precision, self.formats, self.in_cuda = precision, formats, in_cuda
+        self.device, self.report = device, report
         self._failed: dict[str, dict[str, str] | str] = {}
 
     def best(self, op: str) -> Choice:
@@ -175,7 +198,7 @@ class _Candidates:
         obstacle = triton_obstacle(self.device) if backend == "triton" else cuda_obstacle(self.device)
         if obstacle is None and self.device.type != "cuda":
             obstacle = INTERPRETED_IS_SLOW
-        return obstacle or _failures(backend, self.precision, self.device, self.report)
+        return obstacle or _failures(backend, self.formats, self.device, self.report)
 
 
 def preferred(precision: str, device: torch.device) -> tuple[str, ...]:
@@ -193,20 +216,26 @@ def _preferences() -> dict[str, dict[str, list[str]]]:
 
 
 def _failures(
-    backend: str, precision: str, device: torch.device, report: Callable[[str], None] | None
+    backend: str, formats: dict[str, tuple[str, ...]], device: torch.device, report: Callable[[str], None] | None
 ) -> dict[str, str]:
-    """Ops whose kernel failed its self-check in a format that ``precision`` uses, with what was found."""
+    """Ops whose kernel failed its self-check in one of its formats, with what was found; checks what is not known."""
     from happyhorse_fast.ops import self_check, trust
 
-    fp8 = precision == "fp8"
+    fp8 = formats["fp8_linear_residual"] != ("bf16",)
+    needed = {(op, f) for op, ours in formats.items() for f in ours if f in VARIANTS[backend].get(op, ())}
     key = trust.machine_key(backend, device, fp8=fp8)
-    checks = trust.recall(key)
-    if checks is None:
-        checks = []
-        for check in self_check.run_checks(backend, device, fp8=fp8):
-            checks.append(check)
+    known = {(check.op, check.variant): check for check in trust.recall(key) or ()}
+    missing = needed - known.keys()
+    if missing:
+        for check in self_check.run_checks(backend, device, fp8=fp8, only=missing):
+            known[check.op, check.variant] = check
             if report is not None:
                 verdict = "passed" if check.passed else "FAILED"
                 report(f"self-check {check.op} {check.variant}: {verdict} ({check.detail}, {check.seconds:.1f} s)")
-        trust.remember(key, checks)
-    return {c.op: f"{backend}'s self-check failed in {c.variant}: {c.detail}" for c in checks if not c.passed}
+        trust.remember(key, list(known.values()))
+    found: dict[str, str] = {}
+    for op, variant in sorted(needed & known.keys()):
+        check = known[op, variant]
+        if not check.passed:
+            found.setdefault(op, f"{backend}'s self-check failed in {variant}: {check.detail}")
+    return found

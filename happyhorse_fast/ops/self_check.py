@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,13 +82,16 @@ class KernelCheck:
     seconds: float
 
 
-def run_checks(backend: str, device: torch.device, *, fp8: bool) -> Iterator[KernelCheck]:
+def run_checks(
+    backend: str, device: torch.device, *, fp8: bool, only: Collection[tuple[str, str]] | None = None
+) -> Iterator[KernelCheck]:
     """Check every op of a backend on a device.
 
     Args:
         backend: ``"triton"`` or ``"cuda"``.
         device: Where to run.
         fp8: Whether to check the e4m3 formats too.
+        only: The ops and formats to check, all where None.
 
     Yields:
         An outcome per op and format that the backend has. A kernel that raises has failed; the error is its detail.
@@ -99,7 +102,7 @@ def run_checks(backend: str, device: torch.device, *, fp8: bool) -> Iterator[Ker
     require_backend(backend, tuple(VARIANTS))
     for variant in ORDER if fp8 else ORDER[:1]:
         for op, check in CHECKS.items():
-            if variant not in VARIANTS[backend].get(op, ()):
+            if variant not in VARIANTS[backend].get(op, ()) or (only is not None and (op, variant) not in only):
                 continue
             start = time.perf_counter()
             try:
