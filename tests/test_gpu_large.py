@@ -8,6 +8,7 @@ from gpu_support import DEVICE, DRY, MARKS
 
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
+from happyhorse_fast.ops.dispatch import cuda_obstacle
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_residual
 from happyhorse_fast.ops.rmsnorm_qkv import rmsnorm_quantize
 
@@ -35,13 +36,22 @@ def enough_memory() -> None:
         pytest.skip("needs 24 GiB of free GPU memory")
 
 
-def test_rmsnorm_quantize() -> None:
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Of the ops that have a CUDA kernel of their own, both."""
+    reason = cuda_obstacle(DEVICE) if request.param == "cuda" else None
+    if reason:
+        pytest.skip(reason)
+    return str(request.param)
+
+
+def test_rmsnorm_quantize(backend: str) -> None:
     columns = 512 if DRY else 5120
     hidden = normal(rows_past(columns), columns, dtype=torch.float32)
     norm = normal(1, columns, dtype=torch.float32)
     last = hidden[-128:].clone()
-    x, _ = rmsnorm_quantize(hidden, norm, row_tiles(len(hidden)))
-    alone, _ = rmsnorm_quantize(last, norm, row_tiles(128))
+    x, _ = rmsnorm_quantize(hidden, norm, row_tiles(len(hidden)), backend=backend)
+    alone, _ = rmsnorm_quantize(last, norm, row_tiles(128), backend=backend)
     assert x.numel() > LIMIT and torch.equal(x[-128:], alone)
 
 
@@ -63,7 +73,7 @@ def test_linear_writes() -> None:
     assert hidden.numel() > LIMIT and torch.equal(hidden[-128:], alone)
 
 
-def test_attention_on_views_of_a_fused_product() -> None:
+def test_attention_on_views_of_a_fused_product(backend: str) -> None:
     # As SageAttention #388: v strided by a whole q, k, v row; every block of 128 tokens sees itself.
     heads_q, heads_kv, d = (2, 1, 32) if DRY else (40, 8, 128)
     heads = heads_q + 2 * heads_kv
@@ -71,7 +81,8 @@ def test_attention_on_views_of_a_fused_product() -> None:
     q, k, v = fused.split([heads_q, heads_kv, heads_kv], dim=1)
     spans = [(start, start + 128) for start in range(0, len(fused), 128)]
     block_map = BlockMap.from_ranges(spans, spans, len(fused), len(fused)).to(DEVICE)
-    out, _, _ = block_sparse_attention(q, k, v, block_map, scale=d**-0.5)
+    out, _, _ = block_sparse_attention(q, k, v, block_map, scale=d**-0.5, backend=backend)
     last = [x[-128:] for x in (q, k, v)]
-    alone, _, _ = block_sparse_attention(*last, BlockMap.dense(128, 128).to(DEVICE), scale=d**-0.5)
+    dense = BlockMap.dense(128, 128).to(DEVICE)
+    alone, _, _ = block_sparse_attention(*last, dense, scale=d**-0.5, backend=backend)
     assert fused.numel() > LIMIT and torch.equal(out[-128:], alone)
