@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import bench
-from bench import archive, conditions
+from bench import archive, conditions, targets
 from bench.lost import LOST
 from bench.results import FOLDER, Results, describe_machine, path_for
 from bench.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
@@ -225,6 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {results.path}\n", flush=True)
     with archive.Kept(results.path.parent, options.archive), recorded_clocks(results.path.with_suffix(""), options.dry):
         passed = run_stages(chosen, context, results, began + seconds - ENDING_SECONDS)
+    if not options.dry:
+        print(targets.text(Results(results.path, header).data) + "\n")
     print(
         f"{time.monotonic() - began:.0f} s; " + ", ".join(f"{k} {'ok' if v else 'FAILED'}" for k, v in passed.items())
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, exact_map, padded_rows
+from bench.specialized import running
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
 from happyhorse_fast.ops import block_sparse_attention as attention
 from happyhorse_fast.ops import fp8_linear as linear
@@ -180,7 +181,8 @@ _OPS: dict[str, Any] = {
 
 def call(case: Case, given: Given, backend: str) -> tuple[Tensor, ...]:
     """Run the op; its results as a tuple, the changed residual stream for the op that writes there."""
-    result = _OPS[case.op](**given, backend=backend)
+    with running(backend) as name:
+        result = _OPS[case.op](**given, backend=name)
     if result is None:
         return (given["hidden"],)
     if isinstance(result, BlockMap):

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-from bench import began, conditions, gates, roofline
+from bench import began, conditions, gates, roofline, specialized
 from bench.cases import Case, cases, select
 from bench.inputs import call, make, moved_bytes
 from bench.lost import LOST, lost
 from bench.ops_table import row, summary
 from bench.peers import Inputs, Peer, all_peers, split
 from bench.results import FOLDER, Json, Results, describe_machine, path_for
+from bench.specialized import GLUON, STEM
 from bench.timing import Stopwatch, Timing
 from happyhorse_fast.ops.dispatch import CUDA_OPS, cuda_obstacle
 
@@ -169,7 +170,8 @@ class Bench:
 
 def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
     """What a case is timed with: the backend and the others, those that have a kernel for it."""
-    return [name for name in (backend, *also) if name != "cuda" or case.op in CUDA_OPS[case.precision]]
+    able = {"cuda": case.op in CUDA_OPS[case.precision], GLUON: case.op == STEM}
+    return [name for name in (backend, *also) if able.get(name, True)]
 
 
 def red(case: Case, impl: str, problems: Sequence[str]) -> Json:
@@ -282,8 +284,9 @@ def default_backend(device: torch.device) -> str:
 
 def other_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
     """(implementations beside the default one that can run here, reasons of those that cannot)."""
-    obstacle = cuda_obstacle(device)
-    return ([], {"cuda": obstacle}) if obstacle else (["cuda"], {})
+    obstacles = {GLUON: specialized.obstacle(device), "cuda": cuda_obstacle(device)}
+    without = {name: reason for name, reason in obstacles.items() if reason}
+    return [name for name in obstacles if name not in without], without
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -293,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scope", help="tiny, small, main, rest or full; by default main on a GPU, else small")
     parser.add_argument("--cases", default="", help="comma-separated words; cases whose name holds one of them")
     parser.add_argument("--seconds", type=float, default=0.3, help="about how long each call is repeated")
-    parser.add_argument("--impl", default="", help="comma-separated, of triton, cuda and reference; all by default")
+    parser.add_argument("--impl", default="", help="comma-separated, of triton, gluon, cuda, reference; all by default")
     parser.add_argument("--peers", choices=("all", "quick", "slow", "none"), default="all", help="slow: they compile")
     keep = "of the result file: nothing, ceilings and peers' times, or entries as well"
     parser.add_argument("--keep", choices=KEEP, default="none", help=keep)

@@ -18,7 +18,7 @@ from happyhorse_fast.ops.packing_qkv import static_qk_scale
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
-Backend = Literal["auto", "triton", "cuda", "reference"]
+Backend = Literal["auto", "triton", "gluon", "cuda", "reference"]
 # Elements drawn at a time on their way to e4m3: 2 GB in bf16.
 CHUNK = 1 << 30
 
@@ -34,14 +34,15 @@ def random_fast(config: ModelConfig, fast: FastConfig, backend: Backend, device:
     Args:
         config: Of the model.
         fast: How it is accelerated.
-        backend: ``"cuda"`` where it has a kernel and Triton elsewhere, both without a self-check; the rest as it says.
+        backend: ``"cuda"`` where it has a kernel and Triton elsewhere, both without a self-check; ``"gluon"`` is
+            Triton, whose table :func:`bench.specialized.running` changes; the rest as it says.
         device: Where it is made.
         seed: Of the weights.
 
     Raises:
         BackendError: ``fast`` is strict and an op has no kernel that may run.
     """
-    fast = dataclasses.replace(fast, backend="triton" if backend == "cuda" else backend)
+    fast = dataclasses.replace(fast, backend="triton" if backend == "cuda" or backend == "gluon" else backend)
     strict = fast.strict and backend == "auto"
     choices = choose(fast.backend, fast.precision, device, attention=fast.attention, strict=strict)
     if backend == "cuda":

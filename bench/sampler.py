@@ -29,6 +29,7 @@ from bench.ops import arguments, open_results
 from bench.random_model import Backend, random_eager, random_fast
 from bench.results import Json
 from bench.sampler_runs import MODES, Run, chosen, runs
+from bench.specialized import running
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.op_times import OpTimes
@@ -56,8 +57,8 @@ class Bench:
     Args:
         device: Where.
         tiny: A tiny model and clip in every run's place, through the reference: to try the code without a GPU.
-        backend: Of fast models: ``"auto"``, ``"triton"`` or ``"cuda"``. Where a self-check forbids ``"auto"``,
-            Triton's kernels run nonetheless, and the run says that they are not verified.
+        backend: Of fast models: ``"auto"``, ``"triton"``, ``"gluon"`` (attention in it) or ``"cuda"``. Where a
+            self-check forbids ``"auto"``, Triton runs nonetheless, and the run says that it is not verified.
     """
 
     def __init__(self, device: torch.device, tiny: bool = False, backend: Backend = "auto") -> None:
@@ -96,8 +97,9 @@ class Bench:
         }
         try:
             self._cap(run.cap_gb)
-            model = self._model_for(run)
-            return entry | self._measure(model, run, seconds)
+            with running(self.backend if run.fast else ""):
+                model = self._model_for(run)
+                return entry | self._measure(model, run, seconds)
         except torch.cuda.OutOfMemoryError as error:
             self._forget()
             return entry | {"note": f"out of memory: {str(error).partition('. ')[0]}"}
@@ -276,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", default="", help=f"comma-separated parts of names such as {next(runs()).name}")
     per_run = "stop a run's steps after so long, two at least; by default 40 for fast runs, 10 for others"
     parser.add_argument("--seconds-per-run", type=float, help=per_run)
-    parser.add_argument("--backend", choices=("auto", "triton", "cuda"), default="auto", help="of fast models")
+    parser.add_argument("--backend", choices=("auto", "triton", "gluon", "cuda"), default="auto", help="of fast models")
     parser.add_argument("--keep", choices=("none", "all"), default="none", help="leave out runs the results hold")
     options = parser.parse_args(argv)
     deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)

@@ -1,7 +1,7 @@
 """The stages of ``make gpu``: what each runs, in which order, and which share of the time it has.
 
-What a kernel never run before may do to a process is kept from what others measured: Triton's kernels, CUDA's, and
-peers that compile run in processes of their own, in this order.
+What a kernel never run before may do to a process is kept from what others measured: Triton's kernels, Gluon's, CUDA's,
+and peers that compile run in processes of their own, in this order.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def _tests(context: Context) -> list[Step]:
     parallel = ("-n", str(WORKERS), "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     large = files.pop("large")  # needs 24 GiB that nobody else has
     return [
-        Step([*one_by_one, *parallel, "-k", "not cuda", *files.values()], 6),
+        Step([*one_by_one, *parallel, "-k", "not cuda and not gluon and not specialized", *files.values()], 6),
+        Step([*one_by_one, *parallel, "-k", "gluon or specialized", *files.values()], 2),
         Step([*one_by_one, *parallel, "-k", "cuda", files["ops"]], 2),
         Step([*one_by_one, large]),
     ]
@@ -163,9 +164,12 @@ def _ops(scope: str, words: str, dry_words: str) -> Callable[[Context], list[Ste
             return [Step(command)]
         again = ("--keep", "all")
         ours = Step([*command, "--impl", "triton", "--peers", "none" if scope == "rest" else "quick"], 5, again)
-        cuda = Step([*command, "--impl", "cuda", "--peers", "quick", "--keep", "peers"], 2, again)
+        others = [
+            Step([*command, "--impl", impl, "--peers", "quick", "--keep", "peers"], 2, again)
+            for impl in (("gluon", "cuda") if "attention" in words else ("cuda",))
+        ]
         compiled = Step([*command, "--impl", "triton", "--peers", "slow", *again], 3, again)
-        return [ours] if scope == "rest" else [ours, cuda, compiled]
+        return [ours] if scope == "rest" else [ours, *others, compiled]
 
     return steps
 

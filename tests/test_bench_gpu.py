@@ -104,8 +104,10 @@ def test_an_implementation_never_shares_a_process_with_another_one():
     for name in ("check", "attn", "linear"):
         shares = [command[command.index("--impl") + 1] for command in commands(name)]
         assert "triton" in shares and "cuda" in shares, name
-    triton, cuda, large = commands("tests")
-    assert triton[triton.index("-k") + 1] == "not cuda" and cuda[cuda.index("-k") + 1] == "cuda"
+    assert "gluon" in [command[command.index("--impl") + 1] for command in commands("attn")]
+    triton, *others, large = commands("tests")
+    assert triton[triton.index("-k") + 1] == "not cuda and not gluon and not specialized"
+    assert [command[command.index("-k") + 1] for command in others] == ["gluon or specialized", "cuda"]
     assert "-n" not in large and not any("large" in argument for argument in triton), "it needs the memory of all"
 
 

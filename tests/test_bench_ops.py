@@ -17,6 +17,8 @@ from bench.inputs import call, make
 from bench.lost import lost
 from bench.peers import Eager, all_peers, split
 from bench.results import Results, describe_machine, read
+from bench.specialized import GLUON, STEM, running
+from happyhorse_fast.kernels.launch import table
 
 CPU = torch.device("cpu")
 TINY = cases("tiny")
@@ -178,6 +180,20 @@ def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
         ("rmsnorm_quantize", "cuda"),
     }
     assert set(tried) == found
+
+
+def test_specialized_warps_are_an_implementation_of_their_own_whatever_the_table_says():
+    before = json.dumps(table(STEM))
+    with running(GLUON) as backend:
+        inside = table(STEM)
+        assert backend == "triton"
+        assert inside["bf16_d128"]["90"]["specialized"] and not inside["bf16_d128"]["80"].get("specialized")
+        assert not inside["bf16_d128_strided"]["90"].get("specialized")
+    assert json.dumps(table(STEM)) == before
+    attention, norm = select(TINY, "window/tiny/bf16,quantize/tiny/bf16")
+    assert ops.implementations(attention, "triton", [GLUON, "cuda"]) == ["triton", GLUON, "cuda"]
+    assert ops.implementations(norm, "triton", [GLUON, "cuda"]) == ["triton", "cuda"]
+    assert ops.other_backends(CPU)[1][GLUON] == "needs a GPU"
 
 
 def test_a_kernel_that_runs_out_of_memory_after_its_gate_ends_nothing(bench, monkeypatch):

@@ -1,0 +1,52 @@
+"""Attention with specialized warps (Gluon, Hopper) as an implementation of its own, ``"gluon"``.
+
+The launch table says which of Triton's two kernels runs. Here it is told to take the specialized one for a while, so
+that both are checked and timed in one run, whatever is committed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+
+from happyhorse_fast.kernels.launch import SPECIALIZED_ON, table
+
+GLUON, STEM, FORM = "gluon", "block_sparse_attention", "_specialized"
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why it cannot run there; None where it can."""
+    if device.type != "cuda":
+        return "needs a GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor != SPECIALIZED_ON:
+        return f"needs warp-group products, sm_{SPECIALIZED_ON}; this is sm_{major}{minor}"
+    return None if importlib.util.find_spec("triton.experimental.gluon") else "Triton has no Gluon"
+
+
+@contextlib.contextmanager
+def running(impl: str) -> Iterator[str]:
+    """The backend of an implementation, with the launch table that it needs while inside."""
+    if impl != GLUON:
+        yield impl
+        return
+    entries = [
+        entry
+        for variant, archs in table(STEM).items()
+        for arch, entry in archs.items()
+        if arch in table(STEM).get(f"{variant}{FORM}", {})
+    ]
+    before = [entry.get("specialized") for entry in entries]
+    try:
+        for entry in entries:
+            entry["specialized"] = True
+        yield "triton"
+    finally:
+        for entry, value in zip(entries, before, strict=True):
+            if value is None:
+                del entry["specialized"]
+            else:
+                entry["specialized"] = value

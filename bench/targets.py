@@ -1,0 +1,204 @@
+"""Targets on Hopper against the results: met, or missed by how much; and predictions beside their outcomes.
+
+python -m bench.targets                 # every GPU in bench/results
+python -m bench.targets FILE.json       # one file; --markdown for docs/notes/
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.predictions import PREDICTIONS, SIZE
+from bench.report_data import load
+from bench.results import FOLDER, Json, read
+from bench.sampler_runs import BASE, EXACT, SECOND_STAGE
+
+ATTENTION = ("window", "25%")
+PRODUCTS = ("fp8_linear_activation-swiglu7", "fp8_linear_residual-down", "qkv_linear", "fp8_linear_residual-proj")
+MEMORY_BOUND = ("rmsnorm_quantize", "select_blocks-25%")
+SCALED_MM, BF16_MM = "torch._scaled_mm (product only)", "torch.mm bf16 (product only)"
+CAPS = (80, 48, 24)
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A target and what was reached.
+
+    Attributes:
+        what: The target in words.
+        wanted: At least, or at most, this.
+        reached: None where it was not measured.
+        unit: Of both.
+        least: Whether more is better.
+        note: What the number is of, or why there is none.
+    """
+
+    what: str
+    wanted: float
+    reached: float | None
+    unit: str
+    least: bool = True
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """In words, with the share that is missing."""
+        if self.reached is None:
+            return NOT_MEASURED
+        if self.reached >= self.wanted if self.least else self.reached <= self.wanted:
+            return "met"
+        return f"missed by {abs(self.reached / self.wanted - 1):.1%}"
+
+    def cells(self) -> tuple[str, ...]:
+        """Of a table."""
+        sign, reached = ">=" if self.least else "<=", "" if self.reached is None else f"{self.reached:.4g}"
+        return self.what, f"{sign} {self.wanted:.4g} {self.unit}", reached, self.verdict, self.note
+
+
+def lines(data: Json) -> Iterator[Line]:
+    """Every target of one GPU's results."""
+    for precision, wanted in (("bf16", 530), ("fp8", 650)):
+        for part in ATTENTION:
+            entry, note = best(data, f"block_sparse_attention-{part}", precision)
+            what = f"attention {part} {precision}, computed blocks"
+            yield Line(what, wanted, entry["tflops"] if entry else None, "TFLOP/s", note=note)
+    for kind in PRODUCTS:
+        entry, note = best(data, kind, "fp8")
+        yield Line(f"{kind} fp8 with its epilogue", 1083, entry["tflops"] if entry else None, "TFLOP/s", note=note)
+        yield _against(f"{kind} fp8 against torch._scaled_mm", entry, SCALED_MM, 1.0)
+    for kind, precision, peer in (
+        ("rmsnorm_qkv", "bf16", BF16_MM),
+        ("qkv_linear", "bf16", BF16_MM),
+        ("qkv_linear", "fp8", SCALED_MM),
+    ):
+        yield _against(f"{kind} {precision} against its bare product", best(data, kind, precision)[0], peer, 1 / 1.1)
+    copy = next((peaks["bandwidth"] for peaks in data.get("peaks", ()) if peaks["source"] == "measured"), None)
+    for kind in MEMORY_BOUND:
+        for precision in ("fp8", "bf16"):
+            entry, note = best(data, kind, precision)
+            share = entry["gbps"] / 1e3 / copy * 100 if entry and copy else None
+            yield Line(f"{kind} {precision}, of copy bandwidth", 85, share, "%", note=note)
+    yield from _clip(data)
+
+
+def _against(what: str, entry: Json | None, peer: str, wanted: float) -> Line:
+    taken = entry["peers"].get(peer) if entry else None
+    note = f"{peer} {taken:.4g} ms" if taken else f"{peer} was not timed"
+    return Line(what, wanted, taken / entry["median_ms"] if taken and entry else None, "x its speed", note=note)
+
+
+def best(data: Json, kind: str, precision: str, impl: str | None = None) -> tuple[Json | None, str]:
+    """(the fastest verified entry of a case, which one it is or why there is none)."""
+    name = f"{kind}/{SIZE}/{precision}"
+    entries = [e for e in data["entries"] if e["case"] == name and impl in (None, e["impl"])]
+    timed = [entry for entry in entries if entry["verified"] and entry["median_ms"] is not None]
+    if not timed:
+        return None, "; ".join(f"{e['impl']}: not verified: {e.get('reason', '')}" for e in entries) or NOT_MEASURED
+    fastest = min(timed, key=lambda entry: entry["median_ms"])
+    return fastest, f"{fastest['impl']}, {fastest['median_ms']:.4g} ms, {fastest['roofline']:.0%} of the roofline"
+
+
+def _clip(data: Json) -> Iterator[Line]:
+    for what, preset, mask, wanted in (
+        ("8 steps, window, fp8", BASE, EXACT, 32),
+        ("8 steps, 25% of video pairs, fp8", BASE, "25%", 18),
+        ("second stage, 5 steps, fp8", SECOND_STAGE, EXACT, 18),
+    ):
+        run = _run(data, preset, "fast fp8", mask, None)
+        note = (run or {}).get("note") or ("" if run else NOT_MEASURED)
+        yield Line(what, wanted, run["total_s"] if run else None, "s", least=False, note=note)
+        if mask == EXACT and preset == BASE:
+            yield Line("peak memory", 22, run["peak_memory_gib"] if run else None, "GiB", least=False)
+    for cap in CAPS:
+        capped = [run for run in data["sampler"] if run["preset"] == BASE and run.get("cap_gb") == cap]
+        done = [run for run in capped if run["s_per_step"] is not None]
+        steps = max((steps_timed(run) for run in done), default=0) if capped else None
+        note = "; ".join(f"{run['mode']}: {run['note'] or 'whole'}" for run in capped)
+        yield Line(f"whole steps as a {cap} GB card", 8, steps, "steps", note=note)
+    for mode in ("eager", "torch.compile"):
+        run = _run(data, BASE, mode, EXACT, None)
+        ran = None if run is None or run["s_per_step"] is None else 1
+        yield Line(f"{mode} beside it", 1, ran, "run", note=(run or {}).get("note", ""))
+    stages = {stage["name"]: stage for stage in data.get("stages", ())}
+    for name in ("check", "tests", "sanitize"):
+        stage = stages.get(name)
+        passed, outcome = (int(stage["passed"]), stage["outcome"]) if stage else (None, "")
+        yield Line(f"stage {name} green", 1, passed, "run", note=outcome)
+
+
+def steps_timed(run: Json) -> int:
+    """Of a sampler run: all, or what its note says."""
+    part = next((part for part in run.get("note", "").split("; ") if part.endswith("steps timed")), None)
+    return int(part.split()[0]) if part else int(run["steps"])
+
+
+def _run(data: Json, preset: str, mode: str, mask: str, cap: int | None) -> Json | None:
+    """The fastest of several backends."""
+    key = (preset, "1080p", mode, mask, cap)
+    found = [
+        run
+        for run in data["sampler"]
+        if (run["preset"], run["resolution"], run["mode"], run.get("mask"), run.get("cap_gb")) == key
+    ]
+    return min(found, key=lambda run: run["total_s"] or float("inf"), default=None)
+
+
+def predicted(data: Json) -> Iterator[tuple[str, ...]]:
+    """Rows of predictions and outcomes."""
+    for prediction in PREDICTIONS:
+        kind, _, precision = prediction.case.partition("/")
+        entry, note = best(data, kind, precision, prediction.impl)
+        low, high = prediction.ms
+        expected = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        if entry is None:
+            yield prediction.case, prediction.impl, expected, prediction.bound, "", "", note
+            continue
+        taken = entry["median_ms"]
+        off = taken / (high if taken > high else low if taken < low else taken)
+        clock = entry.get("conditions", {}).get("after", {})
+        state = f"{clock['sm_mhz']:.0f} MHz, {clock['power_w']:.0f} W" if {"sm_mhz", "power_w"} <= clock.keys() else ""
+        yield prediction.case, prediction.impl, expected, prediction.bound, f"{taken:.3g}", f"{off:.2f}x", state
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
+    """Aligned columns, or Markdown."""
+    if markdown:
+        return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    padded = (zip(row, widths, strict=True) for row in (columns, *rows))
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in padded)
+
+
+def text(data: Json, markdown: bool = False) -> str:
+    """Both tables of one GPU's results."""
+    found = list(lines(data))
+    verdicts = [line.verdict for line in found]
+    counts = f"{verdicts.count('met')} of {len(found)} met, {verdicts.count(NOT_MEASURED)} not measured"
+    targets = table(("target", "wanted", "reached", "verdict", "of"), [line.cells() for line in found], markdown)
+    columns = ("case", "on", "predicted ms", "bound by", "ms", "off by", "state")
+    return "\n\n".join(
+        [f"{data['gpu']}, commit {data['commit']}: {counts}", targets, table(columns, list(predicted(data)), markdown)]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns 1 where there are no results."""
+    parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=Path, nargs="?", help="a result file, by default all of bench/results")
+    parser.add_argument("--markdown", action="store_true")
+    options = parser.parse_args(argv)
+    found = [read(options.file)] if options.file else list(load(FOLDER).gpu.values())
+    if not found:
+        print("no results of a GPU; `make gpu` makes them", file=sys.stderr)
+        return 1
+    print("\n\n".join(text(data, options.markdown) for data in found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Targets and predictions against results: met, missed by how much, or not measured; never silently left out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import targets
+from bench.cases import cases
+from bench.predictions import PREDICTIONS
+from bench.sampler_runs import BASE
+
+HEADER = {"gpu": "NVIDIA H100", "driver": "580.1", "torch": "2.11", "triton": "3.6", "commit": "abc"}
+PEAKS = {"bandwidth": 3.0, "bf16": 700.0, "fp8": 1200.0, "source": "measured"}
+
+
+def entry(kind, precision, ms, tflops=0.0, gbps=0.0, impl="triton", **more):
+    case = f"{kind}/1080p-5s/{precision}"
+    numbers = {"median_ms": ms, "tflops": tflops, "gbps": gbps, "roofline": 0.5}
+    return {"case": case, "impl": impl, **numbers, "peers": {}, "verified": True, **more}
+
+
+def run(**more):
+    clip = {"preset": BASE, "resolution": "1080p", "seconds": 5, "mode": "fast fp8", "mask": "exact", "steps": 8}
+    return {**clip, "cap_gb": None, "s_per_step": 3.5, "total_s": 28.0, "peak_memory_gib": 24.2, "note": "", **more}
+
+
+def verdicts(*entries, sampler=(), stages=()):
+    data = {**HEADER, "peaks": [PEAKS], "stages": list(stages), "entries": list(entries), "sampler": list(sampler)}
+    return {line.what: line for line in targets.lines(data)}
+
+
+def test_what_is_met_and_by_how_much_the_rest_is_missed():
+    found = verdicts(
+        entry("block_sparse_attention-window", "bf16", 90.0, 577.0),
+        entry("block_sparse_attention-window", "bf16", 173.0, 300.0, impl="cuda"),
+        entry("block_sparse_attention-25%", "fp8", 38.7, 585.0),
+        entry("qkv_linear", "fp8", 4.0, 1200.0, peers={targets.SCALED_MM: 3.8}),
+        entry("qkv_linear", "bf16", 8.0, 600.0, peers={targets.BF16_MM: 7.0}),
+        entry("rmsnorm_quantize", "fp8", 0.6, gbps=2700.0),
+    )
+    assert found["attention window bf16, computed blocks"].verdict == "met", "the faster of two implementations counts"
+    assert found["attention 25% fp8, computed blocks"].verdict == "missed by 10.0%"
+    assert found["qkv_linear fp8 with its epilogue"].verdict == "met"
+    assert found["qkv_linear fp8 against torch._scaled_mm"].verdict == "missed by 5.0%"
+    assert found["qkv_linear fp8 against its bare product"].verdict == "met", "within 10 %"
+    assert found["qkv_linear bf16 against its bare product"].verdict == "missed by 3.7%"
+    assert found["rmsnorm_quantize fp8, of copy bandwidth"].reached == pytest.approx(90.0)
+
+
+def test_a_red_gate_is_not_measured_and_says_why():
+    red = entry("qkv_linear", "fp8", None, verified=False, reason="NaN", tflops=None)
+    line = verdicts(red)["qkv_linear fp8 with its epilogue"]
+    assert (line.verdict, line.note) == ("not measured", "triton: not verified: NaN")
+
+
+def test_the_clip_its_memory_and_its_caps():
+    found = verdicts(
+        sampler=[
+            run(),
+            run(mask="25%", total_s=19.8),
+            run(cap_gb=24, note="3 of 8 steps timed"),
+            run(cap_gb=80, mode="eager"),
+            run(cap_gb=48, s_per_step=None, total_s=None, note="out of memory: CUDA out of memory"),
+        ],
+        stages=[{"name": "tests", "passed": False, "seconds": 9, "outcome": "exit code 1"}],
+    )
+    assert found["8 steps, window, fp8"].verdict == "met"
+    assert found["8 steps, 25% of video pairs, fp8"].verdict == "missed by 10.0%"
+    assert found["peak memory"].verdict == "missed by 10.0%"
+    caps = {cap: found[f"whole steps as a {cap} GB card"] for cap in targets.CAPS}
+    assert {cap: line.reached for cap, line in caps.items()} == {80: 8, 48: 0, 24: 3}
+    assert "out of memory" in caps[48].note
+    assert found["stage tests green"].verdict == "missed by 100.0%"
+    assert found["eager beside it"].verdict == found["stage sanitize green"].verdict == "not measured"
+
+
+def test_every_prediction_is_of_a_case_and_stands_beside_its_outcome():
+    known = {case.name for case in cases("main")}
+    assert {p.name for p in PREDICTIONS} <= known and len(PREDICTIONS) > 20
+    state = {"conditions": {"before": {}, "after": {"sm_mhz": 1755.0, "power_w": 699.0}}}
+    data = {**HEADER, "entries": [entry("qkv_linear", "fp8", 4.86, **state)], "sampler": []}
+    rows = {(row[0], row[1]): row for row in targets.predicted(data)}
+    assert rows["qkv_linear/fp8", "triton"][4:] == ("4.86", "2.00x", "1755 MHz, 699 W")
+    assert rows["qkv_linear/bf16", "triton"][4:] == ("", "", "not measured")
+    assert len(rows) == len(PREDICTIONS)
+
+
+def test_it_prints_a_file_and_says_where_there_is_none(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({**HEADER, "entries": [entry("qkv_linear", "fp8", 4.0, 1200.0)], "sampler": [run()]}))
+    assert targets.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "NVIDIA H100, commit abc: 2 of" in out and "missed by 10.0%" in out
+    assert targets.main([str(path), "--markdown"]) == 0
+    assert "| qkv_linear/fp8 | triton | 2.43 | products | 4 | 1.65x |" in capsys.readouterr().out
+    monkeypatch.setattr(targets, "FOLDER", tmp_path / "none")
+    assert targets.main([]) == 1
