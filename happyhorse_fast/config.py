@@ -6,6 +6,7 @@ Source of every number: the public description of the architecture (docs/DESIGN.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,10 +55,10 @@ class ModelConfig:
     video_in_channels: int = 192
     audio_in_channels: int = 64
     text_in_channels: int = 3584
-    mm_layers: tuple[int, ...] = field(default=())
-    local_attn_layers: tuple[int, ...] = field(default=())
-    gelu7_layers: tuple[int, ...] = field(default=())
-    post_norm_layers: tuple[int, ...] = field(default=())
+    mm_layers: Sequence[int] = field(default=())
+    local_attn_layers: Sequence[int] = field(default=())
+    gelu7_layers: Sequence[int] = field(default=())
+    post_norm_layers: Sequence[int] = field(default=())
     frame_receptive_field: int = 11
     coords_style: CoordsStyle = "v2"
     local_attn_min_frame_tokens: int = 0

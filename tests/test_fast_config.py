@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.model.accelerate import accelerate
+from happyhorse_fast.model.checkpoint import load
 from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.reference.model import HappyHorse
+
+TINY = ModelConfig.preset("tiny")
 
 
 def test_precision_per_op_and_layer() -> None:
@@ -14,7 +20,7 @@ def test_precision_per_op_and_layer() -> None:
     assert {fast.precision_of("qkv", i) for i in range(40)} == {"bf16"}
     assert fast.precision_of("attention", 4) == "fp8_qk"
     assert {fast.precision_of(op, 5) for op in ("qkv", "attention", "proj", "up", "down")} == {"bf16"}
-    assert FastConfig(attention="fp8").precision_of("attention", 0) == "bf16"
+    assert FastConfig(precision="fp8").precision_of("attention", 0) == "bf16"
 
 
 def test_where_sparsity_applies() -> None:
@@ -33,6 +39,11 @@ def test_where_sparsity_applies() -> None:
         ({"skip": ["downs"]}, ValueError, "got 'downs'"),
         ({"skip": ["down:a"]}, ValueError, "got 'down:a'"),
         ({"sparsity": 0.25}, TypeError, "sparsity must be None, TopK, TopP or Tiles; got 0.25"),
+        ({"skip": [3]}, TypeError, r"skip must be a list such as .*, got \[3\]"),
+        ({"precision": "fp8", "skip": ["down:3-1"]}, ValueError, "first layer before its last, got 'down:3-1'"),
+        ({"skip": ["down"]}, ValueError, 'skip must be .* unless precision is "fp8"'),
+        ({"attention": "fp8"}, ValueError, """attention must be 'bf16' unless precision is "fp8", got 'fp8'"""),
+        ({"mlp_rows": "a"}, ValueError, "multiple of 128, got 'a'"),
         ({"mlp_rows": 100}, ValueError, "multiple of 128, got 100"),
         ({"exact_first_steps": -1}, ValueError, "exact_first_steps must be an integer of at least 0, got -1"),
     ],
@@ -46,3 +57,18 @@ def test_refused(fields: dict[str, object], error: type[Exception], says: str) -
 def test_refused_policies(make: object) -> None:
     with pytest.raises(ValueError, match="must be"):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("fast", "config", "says"),
+    [
+        (FastConfig(precision="fp8", skip=["down", "up:0-3,6"]), TINY, "layers from 0 to 5, got 'up:0-3,6'"),
+        (FastConfig(), TINY.replace(head_dim=96), r"head_dim must be one of \(32, 64, 128\) .*, got 96"),
+    ],
+)
+def test_a_model_that_cannot_be_accelerated_so_is_refused(fast: FastConfig, config: ModelConfig, says: str) -> None:
+    FastConfig(precision="fp8", skip=["up:0-3,5"]).require_model(TINY)
+    with pytest.raises(ValueError, match=says):
+        accelerate(HappyHorse(config, device="meta"), fast)
+    with pytest.raises(ValueError, match=says):
+        load("nowhere", config=config, fast=fast)

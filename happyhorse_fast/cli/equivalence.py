@@ -112,7 +112,7 @@ class Equivalence:
 
 def forms_of(fast: FastConfig) -> Iterator[tuple[str, str, FastConfig]]:
     """(form, step, configuration) of every fast form on the way to ``fast``."""
-    yield "fast bf16", "kernels", dataclasses.replace(fast, precision="bf16", sparsity=None)
+    yield "fast bf16", "kernels", dataclasses.replace(fast, precision="bf16", attention="bf16", skip=(), sparsity=None)
     if fast.precision == "fp8":
         yield "fast fp8", "fp8", dataclasses.replace(fast, sparsity=None)
     if fast.sparsity is not None:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,19 +24,19 @@ from happyhorse_fast.ops.dispatch import Choice, choose
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
+Model = TypeVar("Model", bound=nn.Module)
 LayerTensors = Mapping[str, torch.Tensor]
 
 
-def accelerate(
-    model: nn.Module, fast: FastConfig | None = None, *, report: Callable[[str], None] | None = None
-) -> nn.Module:
-    """Replace a model's layers by fast ones, in place, one layer at a time.
+def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable[[str], None] | None = None) -> Model:
+    """Replace a model's layers by fast ones, in place, one layer at a time. For inference: it has no gradients.
 
     Beside the model itself at most one layer's packed weights are held at any time; the layers it replaces move to the
     CPU (or are dropped, see :class:`FastConfig`).
 
     Args:
         model: A :class:`HappyHorse`, or a model object of the public implementation, whose forward keeps its signature.
+            Whatever its compute dtype was, fast layers are in bf16 or fp8.
         fast: What to do; bf16 and exact by default.
         report: Called with a line per kernel checked and per fallback; by default the first go to standard error and
             the second to ``warnings``.
@@ -46,7 +46,8 @@ def accelerate(
 
     Raises:
         TypeError: ``model`` is neither, or ``fast`` is not a FastConfig.
-        ValueError: The model is accelerated already.
+        ValueError: The model is accelerated already, its head_dim is not 32, 64 or 128, or ``fast`` names a layer that
+            it does not have.
         BackendError: A backend that was asked for, or that ``strict`` needs, cannot run here.
     """
     fast = FastConfig() if fast is None else fast
@@ -55,6 +56,7 @@ def accelerate(
     if is_accelerated(model):
         raise ValueError("model is accelerated already; call restore(model) first")
     config = _config_of(model)
+    fast.require_model(config)
     device = next(model.parameters()).device
     layers: Any = model.block.layers  # type: ignore[union-attr]
     choices = choose_ops(fast, device, report)
@@ -85,12 +87,13 @@ class Accelerating:
         device: Where the weights go.
 
     Raises:
-        BackendError: As :func:`accelerate`.
+        ValueError, BackendError: As :func:`accelerate`.
     """
 
     def __init__(self, model: nn.Module, config: ModelConfig, fast: FastConfig, device: torch.device) -> None:
         if not isinstance(fast, FastConfig):
             raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
+        fast.require_model(config)
         self.model, self.device = model, device
         self.state = FastState(config, fast, choose_ops(fast, device, None), [], type(model))
 
@@ -171,8 +174,14 @@ def install(model: nn.Module, state: FastState) -> None:
     model.__class__ = type(f"Accelerated{type(model).__name__}", (forward, type(model)), {})
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Undo :func:`accelerate`, in place; the weights are the ones that were there before, bit for bit.
+
+    Args:
+        model: An accelerated model, with ``FastConfig(originals="cpu")``.
+
+    Returns:
+        ``model`` itself, of the class it had, on the device where it is now.
 
     Raises:
         ValueError: The model is not accelerated, or its original weights were dropped.
@@ -190,7 +199,7 @@ def restore(model: nn.Module) -> nn.Module:
     for index in range(len(layers)):
         layers[index] = None  # free the packed weights first, so that no layer is on the device twice
         layers[index] = state.originals[index].to(device)
-    model.__class__ = state.eager_class
+    model.__class__ = state.eager_class  # type: ignore[assignment]
     del model.fast
     return model
 
@@ -221,6 +230,9 @@ def explain(model: nn.Module) -> list[Explanation]:
 
     Args:
         model: Accelerated or not; in an eager model the five products of every layer are named.
+
+    Returns:
+        One entry per layer and op, layer by layer.
 
     Raises:
         TypeError: The model is of neither kind that :func:`accelerate` takes.

@@ -121,6 +121,8 @@ def check_load(
     if packed:
         return packed_checkpoint.packed_config(path, fast)[0]
     wanted, asked = _requested(preset, config)
+    if isinstance(fast, FastConfig):
+        fast.require_model(wanted)
     require_sizes(read_headers(path), Path(path), wanted, asked)
     return wanted
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from happyhorse_fast.config import ModelConfig
 
 Precision = Literal["bf16", "fp8"]
 AttentionPrecision = Literal["bf16", "fp8", "fp8_qk"]
@@ -81,7 +84,7 @@ class FastConfig:
             depends on the model and the length of the sequence (docs/decisions/0010-attention-stays-bf16.md).
         sparsity: ``None``: exact: dense, and the trained window in local layers. Or a training-free policy for video
             queries; audio and text stay dense as queries and are kept as keys in every row.
-        skip: Products that stay in bf16 in fp8 mode: ``"attention"``, ``"down:0-3,36-39"``, ``"*:0"``.
+        skip: Products that stay in bf16 in fp8 mode: ``"attention"``, ``"down:0-3,36-39"``, ``"*:0"``. Kept as a tuple.
         exact_first_layers: Layers at the start in which ``sparsity`` does not apply.
         exact_last_layers: Layers at the end in which it does not apply.
         exact_first_steps: Denoising steps at the start in which it does not apply.
@@ -97,7 +100,7 @@ class FastConfig:
     precision: Precision = "bf16"
     attention: AttentionPrecision = "bf16"
     sparsity: Sparsity | None = None
-    skip: tuple[str, ...] = ()
+    skip: Sequence[str] = ()
     exact_first_layers: int = 0
     exact_last_layers: int = 0
     exact_first_steps: int = 0
@@ -123,14 +126,29 @@ class FastConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
-        if self.mlp_rows is not None and (self.mlp_rows < 128 or self.mlp_rows % 128):
-            raise ValueError(f"mlp_rows must be None or a positive multiple of 128, got {self.mlp_rows!r}")
+        rows: object = self.mlp_rows
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 128 or rows % 128):
+            raise ValueError(f"mlp_rows must be None or a positive multiple of 128, got {rows!r}")
         given: object = self.skip
-        if isinstance(given, str):
-            raise TypeError(f'skip must be a list such as ["attention:0-3"], got the string {given!r}')
-        object.__setattr__(self, "skip", tuple(self.skip))
+        if not isinstance(given, (list, tuple)) or not all(isinstance(rule, str) for rule in given):
+            raise TypeError(f'skip must be a list such as ["attention:0-3"], got {given!r}')
+        object.__setattr__(self, "skip", tuple(given))
         for rule in self.skip:
             self._parse(rule)
+        for name, nothing in (("attention", "bf16"), ("skip", ())):
+            if self.precision != "fp8" and getattr(self, name) != nothing:
+                raise ValueError(f'{name} must be {nothing!r} unless precision is "fp8", got {getattr(self, name)!r}')
+
+    def require_model(self, config: ModelConfig) -> None:
+        """Raise a ValueError where a model cannot be accelerated so: ``skip`` names no layer of it, or its head_dim."""
+        from happyhorse_fast.ops.block_sparse_attention import HEAD_DIMS  # here: options need no torch
+
+        if config.head_dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim must be one of {HEAD_DIMS} in an accelerated model, got {config.head_dim}")
+        for rule in self.skip:
+            last = max((span[-1] for span in self._parse(rule)[1] or ()), default=0)
+            if last >= config.num_layers:
+                raise ValueError(f"skip must name layers from 0 to {config.num_layers - 1}, got {rule!r}")
 
     @staticmethod
     def _parse(rule: str) -> tuple[tuple[str, ...], list[range] | None]:
@@ -141,6 +159,8 @@ class FastConfig:
         if match["layers"]:
             ends = [[int(x) for x in part.split("-")] for part in match["layers"].split(",")]
             spans = [range(end[0], end[-1] + 1) for end in ends]
+            if not all(spans):
+                raise ValueError(f"skip must have each span's first layer before its last, got {rule!r}")
         return (OPS if match["op"] == "*" else (match["op"],)), spans
 
     def precision_of(self, op: str, layer: int) -> AttentionPrecision:
