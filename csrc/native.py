@@ -29,9 +29,16 @@ DEVICE_FLAGS = (*sources.OPTIONS, "-O3", "-Xptxas", "-v,-warn-lmem-usage,-Werror
 
 
 def compiler() -> list[str] | None:
-    """The C++ compiler as a command: ``CXX``, or what this Python was built with; None where it is not there."""
-    command = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-    return command if shutil.which(command[0]) else None
+    """The C++ compiler as a command, None where it is not there: ``CXX`` where that is set, and nothing else.
+
+    Else what this Python was built with, ``c++`` or ``g++``: a Python built elsewhere names a compiler of there.
+    """
+    named = os.environ.get("CXX")
+    for text in [named] if named else [sysconfig.get_config_var("CXX") or "c++", "c++", "g++"]:
+        command = shlex.split(text)
+        if command and shutil.which(command[0]):
+            return command
+    return None
 
 
 def nvcc() -> str | None:

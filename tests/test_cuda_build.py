@@ -143,6 +143,27 @@ def test_a_compiler_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch, t
         native.build_module(tmp_path / "_C.so", tmp_path / "work")
 
 
+@pytest.mark.parametrize(
+    ("built_with", "there", "found"),
+    [
+        ("elsewhere++ -pthread", ["g++"], ["g++"]),
+        ("elsewhere++ -pthread", ["c++", "g++"], ["c++"]),
+        ("elsewhere++ -pthread", ["elsewhere++", "g++"], ["elsewhere++", "-pthread"]),
+        (None, ["g++"], ["g++"]),
+        ("elsewhere++", [], None),
+    ],
+)
+def test_a_compiler_is_looked_for_where_that_of_this_python_is_not_there(
+    built_with: str | None, there: list[str], found: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in there:
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(native.sysconfig, "get_config_var", lambda _: built_with)
+    assert native.compiler() == found
+
+
 @pytest.mark.parametrize("jobs", ["0", "-1", "two", ""])
 def test_a_number_of_jobs_that_is_none_is_refused(jobs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_JOBS", jobs)
