@@ -28,6 +28,7 @@ from bench import began
 from bench.cases import Case, cases, select
 from bench.gates import problems
 from bench.inputs import call, make
+from bench.lost import LOST, lost
 from bench.timing import Stopwatch
 from happyhorse_fast.kernels.launch import LaunchConfig, illegal, shared_memory_bytes, table
 
@@ -44,10 +45,11 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
         "block_k": (64, 128),
         "num_warps": (4, 8),
         "num_stages": (3, 4, 5),
-        "group_m": (8, 16, 32),
     },
-    "rmsnorm_qkv": {"block_k": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5), "group_m": (8, 16, 32)},
+    "rmsnorm_qkv": {"block_k": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5)},
 }
+GROUP_M = (8, 16, 32)
+"""Varied for the best of the rest alone, a third of the candidates: it changes what is read from L2, not what runs."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def targets(scope: str) -> Iterator[Target]:
 
 
 def candidates(target: Target, arch: int) -> list[LaunchConfig]:
-    """Legal configurations, the committed one first.
+    """Legal configurations, the committed one first, then specialized warps where there are.
 
     Raises:
         LookupError: The table has no entry for the architecture.
@@ -94,6 +96,8 @@ def candidates(target: Target, arch: int) -> list[LaunchConfig]:
     if "group" in target.variant:  # one step of the reduction holds one group's scale
         choices.pop("block_k")
     made = [base]
+    if str(arch) in table(target.stem).get(f"{target.variant}_specialized", {}):
+        made.append(dataclasses.replace(base, specialized=True))
     for values in itertools.product(*choices.values()):
         config = dataclasses.replace(base, **dict(zip(choices, values, strict=True)))
         if (
@@ -102,6 +106,12 @@ def candidates(target: Target, arch: int) -> list[LaunchConfig]:
         ):
             made.append(config)
     return made
+
+
+def refinements(best: LaunchConfig) -> list[LaunchConfig]:
+    """Other groups of row tiles for a configuration; of attention, which has none, nothing."""
+    groups = [group for group in GROUP_M if group != best.group_m] if best.group_m else []
+    return [dataclasses.replace(best, group_m=group) for group in groups]
 
 
 def _is_fp8(target: Target) -> bool:
@@ -154,7 +164,8 @@ def write(folder: Path, target: Target, arch: int, config: LaunchConfig) -> Path
     source = path if path.is_file() else CONFIGS / path.name
     data = json.loads(source.read_text())
     fields = list(next(iter(data[target.variant].values())))
-    data[target.variant][str(arch)] = {name: getattr(config, name) for name in fields}
+    specialized = {"specialized": True} if config.specialized else {}
+    data[target.variant][str(arch)] = {name: getattr(config, name) for name in fields} | specialized
     lines = []
     for variant, entries in data.items():
         inner = ",\n".join(f'    "{name}": {json.dumps(entry)}' for name, entry in entries.items())
@@ -169,14 +180,21 @@ def write(folder: Path, target: Target, arch: int, config: LaunchConfig) -> Path
 def tune(
     target: Target, arch: int, stopwatch: Stopwatch, seconds: float, deadline: float, limit: int | None = None
 ) -> LaunchConfig | None:
-    """The best of the first ``limit`` candidates where it beats the committed one by more than the noise, else None."""
+    """The best of the first ``limit`` candidates where it beats the committed one by more than the noise, else None.
+
+    Raises:
+        RuntimeError: A candidate took the GPU from this process.
+    """
     first, *others = candidates(target, arch)
     ours = time_candidate(target, arch, first, stopwatch, seconds)
     print(f"{target.stem} {target.variant} on {target.case.name}: committed {ours}", flush=True)
     if isinstance(ours, str):
         ours = float("inf")
     best, chosen = ours * (1 - LEAST_GAIN), None
-    for config in others[:limit]:
+    work = others[:limit]
+    refined = False
+    while work:
+        config = work.pop(0)
         if time.monotonic() > deadline:
             print("  time is up", flush=True)
             break
@@ -185,6 +203,11 @@ def tune(
         print(f"  {changed}: {taken if isinstance(taken, str) else f'{taken:.4g} ms'}", flush=True)
         if not isinstance(taken, str) and taken < best:
             best, chosen = taken, config
+        reason = lost(stopwatch.device)
+        if reason:
+            raise RuntimeError(f"the GPU of this process is lost after {changed}: {reason}")
+        if not work and not refined and limit is None:
+            work, refined = refinements(chosen or first), True
     return chosen
 
 
@@ -223,6 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except LookupError as error:
             print(f"skipped: {error}")
             continue
+        except RuntimeError as error:
+            print(f"STOPPED: {error}", flush=True)
+            return LOST
         if best is None:
             continue
         for folder in (*([options.folder] if options.folder else []), *([CONFIGS] if options.write else [])):

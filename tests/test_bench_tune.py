@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 
@@ -42,6 +43,40 @@ def test_tuning_restores_the_table_and_writes_what_wins(tmp_path, monkeypatch):
     assert changed and written == committed
     lines = (tune.CONFIGS / path.name).read_text().splitlines()
     assert sum(a != b for a, b in zip(path.read_text().splitlines(), lines, strict=True)) == 1, "one line changes"
+
+
+def test_specialized_warps_are_a_candidate_and_are_written(tmp_path):
+    target = next(t for t in tune.targets("main") if "attention-window" in t.case.name)
+    plain, specialized = tune.candidates(target, 90)[:2]
+    assert specialized == dataclasses.replace(plain, specialized=True)
+    assert not any(config.specialized for config in tune.candidates(target, 89))
+    written = json.loads(tune.write(tmp_path, target, 90, specialized).read_text())
+    assert LaunchConfig(**written[target.variant]["90"]) == specialized
+    written = json.loads(tune.write(tmp_path, target, 90, plain).read_text())
+    assert LaunchConfig(**written[target.variant]["90"]) == plain
+
+
+def test_groups_of_rows_are_varied_for_the_best_alone(monkeypatch):
+    target = next(t for t in tune.targets("main") if "down/1080p-5s/fp8" in t.case.name)
+    timed = []
+
+    def taken(t, a, config, *_):
+        timed.append(config)
+        return 1.0 if config.num_stages == 5 and config.group_m == 32 else 1.5 if config.num_stages == 5 else 2.0
+
+    monkeypatch.setattr(tune, "time_candidate", taken)
+    best = tune.tune(target, 90, Stopwatch(CPU), 0.0, time.monotonic() + 60)
+    committed = timed[0].group_m
+    assert best.num_stages == 5 and best.group_m == (32 if committed != 32 else committed)
+    assert len({config.group_m for config in timed[:-2]}) == 1 and len(timed) < 3 * len(timed[:-2])
+
+
+def test_a_candidate_that_takes_the_gpu_stops_the_tuner(monkeypatch):
+    target = next(tune.targets("tiny"))
+    monkeypatch.setattr(tune, "time_candidate", lambda *_: "AcceleratorError: CUDA error: an illegal memory access")
+    monkeypatch.setattr(tune, "lost", lambda device: "CUDA error: an illegal memory access")
+    with pytest.raises(RuntimeError, match="lost after"):
+        tune.tune(target, 89, Stopwatch(CPU), 0.0, time.monotonic() + 60)
 
 
 def test_a_candidate_that_is_wrong_or_does_not_compile_does_not_count(monkeypatch):
