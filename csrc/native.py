@@ -55,6 +55,8 @@ def module_sources() -> list[Path]:
 def build(package: Path, root: Path) -> Path:
     """Build all that a package has beside its Python: the host module, and CUDA binaries where there is nvcc.
 
+    Each is tried where the other does not build: without Python's headers there are still binaries.
+
     Args:
         package: Where both go.
         root: The checkout; what lies between is kept in its ``build/``, so that a second build compiles what changed.
@@ -68,8 +70,10 @@ def build(package: Path, root: Path) -> Path:
     """
     work = root / "build" / "native"
     module = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    build_module(module, work / f"module-{sys.implementation.cache_tag}")
-    build_binaries(package / "cubins", work / "cubins")
+    try:
+        build_module(module, work / f"module-{sys.implementation.cache_tag}")
+    finally:
+        build_binaries(package / "cubins", work / "cubins")
     return module
 
 

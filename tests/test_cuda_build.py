@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,27 @@ def test_a_compiler_is_looked_for_where_that_of_this_python_is_not_there(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(native.sysconfig, "get_config_var", lambda _: built_with)
     assert native.compiler() == found
+
+
+def test_binaries_are_built_where_the_host_module_is_not_and_the_other_way_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def part(name: str, fails: bool) -> Callable[[Path, Path], None]:
+        def build(*_: Path) -> None:
+            tried.append(name)
+            if fails:
+                raise RuntimeError(f"no {name}")
+
+        return build
+
+    for failing in ("module", "binaries"):
+        for name in ("module", "binaries"):
+            monkeypatch.setattr(native, f"build_{name}", part(name, name == failing))
+        with pytest.raises(RuntimeError, match=f"no {failing}"):
+            native.build(tmp_path, tmp_path)
+    assert tried == ["module", "binaries"] * 2
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "two", ""])
