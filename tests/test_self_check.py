@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import stat
 import warnings
 from collections.abc import Iterator
@@ -272,6 +273,68 @@ def test_what_is_remembered_depends_on_the_device_code(monkeypatch: pytest.Monke
     monkeypatch.setattr("happyhorse_fast.csrc.sources.digest", lambda stem: f"another {stem}")
     assert trust.machine_key("cuda", CPU, fp8=False) not in keys
     assert trust.machine_key("triton", CPU, fp8=False) in keys
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_what_is_remembered_depends_on_what_judged_it(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = trust.machine_key(backend, CPU, fp8=True)
+    copy = tmp_path / "package"
+    shutil.copytree(trust.PACKAGE, copy, ignore=lambda folder, names: [n for n in names if n.endswith("safetensors")])
+    monkeypatch.setattr(trust, "PACKAGE", copy)
+    assert trust.machine_key(backend, CPU, fp8=True) == before
+    keys = {before}
+    for name in ("ops/triton/fp8_linear.py", "ops/self_check.py", "reference/sparse_attention.py", "budgets.py"):
+        (copy / name).write_text((copy / name).read_text() + "\n# changed\n")
+        keys.add(trust.machine_key(backend, CPU, fp8=True))
+    assert len(keys) == 5
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch, pretended_gpu: list[int]) -> dict[str, Any]:
+    """Real checks of pretended kernels: ``error`` is what qkv_linear raises, ``lost`` whether the GPU is gone then."""
+    state: dict[str, Any] = {"error": None, "lost": False, "ran": []}
+
+    def check_of(op: str) -> Any:
+        def check(*_: Any) -> self_check.Compared:
+            state["ran"].append(op)
+            if op == "qkv_linear" and state["error"] is not None:
+                raise state["error"]
+            return {}
+
+        return check
+
+    monkeypatch.setattr(self_check, "run_checks", run_checks)
+    monkeypatch.setattr(self_check, "CHECKS", {op: check_of(op) for op in CHECKS})
+    monkeypatch.setattr(self_check, "_is_lost", lambda device: state["lost"])
+    return state
+
+
+def test_a_check_that_could_not_be_made_is_made_again(faulty: dict[str, Any]) -> None:
+    faulty["error"] = torch.OutOfMemoryError("tried to allocate 2 GiB")
+    choices = dispatch.choose("auto", "bf16", CPU)
+    assert choices["qkv_linear"].backend == "reference"
+    assert "OutOfMemoryError: tried to allocate" in choices["qkv_linear"].reason
+    assert choices["fp8_linear"].backend == "triton"
+    assert set(faulty["ran"]) == set(CHECKS)
+    faulty.update(error=None, ran=[])
+    assert dispatch.choose("auto", "bf16", CPU)["qkv_linear"].backend == "triton"
+    assert faulty["ran"] == ["qkv_linear"]
+    dispatch.choose("auto", "bf16", CPU)
+    assert faulty["ran"] == ["qkv_linear"], "what passed is remembered"
+
+
+def test_a_kernel_that_loses_the_gpu_is_named_and_blames_no_other(faulty: dict[str, Any]) -> None:
+    faulty.update(error=RuntimeError("CUDA error: an illegal memory access was encountered"), lost=True)
+    with pytest.raises(dispatch.BackendError, match=r"triton's qkv_linear in bf16 ended .* illegal memory .* restart"):
+        dispatch.choose("auto", "bf16", CPU)
+    assert faulty["ran"] == ["rmsnorm_quantize", "qkv_linear"]
+    faulty.update(lost=False, ran=[])
+    choices = dispatch.choose("auto", "bf16", CPU)
+    assert choices["qkv_linear"].backend == "reference"
+    assert {c.backend for op, c in choices.items() if op != "qkv_linear"} == {"triton"}
+    assert faulty["ran"] == [op for op in CHECKS if op not in ("rmsnorm_quantize", "qkv_linear")]
 
 
 def test_a_corrupt_cache_is_said_and_checked_again(pretended_gpu: list[int], own_cache: Path) -> None:

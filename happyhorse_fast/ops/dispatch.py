@@ -108,7 +108,8 @@ def choose(
         A choice per op of :data:`STEMS`.
 
     Raises:
-        BackendError: A named backend cannot run here, or ``strict`` and an op has no kernel that may run.
+        BackendError: A named backend cannot run here, ``strict`` and an op has no kernel that may run, or a check ended
+            this process's use of the GPU.
     """
     if backend == "reference":
         return {op: Choice(op, "reference", "asked for") for op in STEMS}
@@ -218,13 +219,17 @@ def _preferences() -> dict[str, dict[str, list[str]]]:
 def _failures(
     backend: str, formats: dict[str, tuple[str, ...]], device: torch.device, report: Callable[[str], None] | None
 ) -> dict[str, str]:
-    """Ops whose kernel failed its self-check in one of its formats, with what was found; checks what is not known."""
+    """Ops whose kernel failed its self-check in one of its formats, with what was found; checks what is not known.
+
+    Raises:
+        BackendError: A kernel ended this process's use of the GPU. That is remembered, and the next process goes on.
+    """
     from happyhorse_fast.ops import self_check, trust
 
     fp8 = formats["fp8_linear_residual"] != ("bf16",)
     needed = {(op, f) for op, ours in formats.items() for f in ours if f in VARIANTS[backend].get(op, ())}
     key = trust.machine_key(backend, device, fp8=fp8)
-    known = {(check.op, check.variant): check for check in trust.recall(key) or ()}
+    known = {(c.op, c.variant): c for c in trust.recall(key) or () if c.fault != self_check.RAISED}
     missing = needed - known.keys()
     if missing:
         for check in self_check.run_checks(backend, device, fp8=fp8, only=missing):
@@ -232,7 +237,12 @@ def _failures(
             if report is not None:
                 verdict = "passed" if check.passed else "FAILED"
                 report(f"self-check {check.op} {check.variant}: {verdict} ({check.detail}, {check.seconds:.1f} s)")
-        trust.remember(key, list(known.values()))
+        trust.remember(key, [check for check in known.values() if check.fault != self_check.RAISED])
+        if check.fault == self_check.LOST:
+            raise BackendError(
+                f"{backend}'s {check.op} in {check.variant} ended this process's use of {device}: {check.detail}; "
+                "restart the process: it goes on without that kernel"
+            )
     found: dict[str, str] = {}
     for op, variant in sorted(needed & known.keys()):
         check = known[op, variant]

@@ -63,6 +63,10 @@ Compared = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 """Name of a result -> (from the kernel, from the reference, allowed tile distance)."""
 
 
+RAISED, LOST = "raised", "lost"
+"""Faults of a check, see :class:`KernelCheck`."""
+
+
 @dataclass(frozen=True)
 class KernelCheck:
     """Outcome of one kernel in one format.
@@ -73,6 +77,8 @@ class KernelCheck:
         passed: Whether every result was within its budget.
         detail: The worst measured distance, or what went wrong.
         seconds: Time it took, compilation included.
+        fault: Empty where the numbers decided. :data:`RAISED`: the check could not be made now (no memory, no compiler,
+            a full disk), which says nothing of the next process. :data:`LOST`: it ended this process's use of the GPU.
     """
 
     op: str
@@ -80,6 +86,7 @@ class KernelCheck:
     passed: bool
     detail: str
     seconds: float
+    fault: str = ""
 
 
 def run_checks(
@@ -94,7 +101,8 @@ def run_checks(
         only: The ops and formats to check, all where None.
 
     Yields:
-        An outcome per op and format that the backend has. A kernel that raises has failed; the error is its detail.
+        An outcome per op and format that the backend has. A kernel that raises has failed; the error is its detail. One
+        that ends this process's use of the GPU, as an illegal address does, is the last: later ones would be blamed.
 
     Raises:
         ValueError: There is no such backend.
@@ -104,12 +112,25 @@ def run_checks(
         for op, check in CHECKS.items():
             if variant not in VARIANTS[backend].get(op, ()) or (only is not None and (op, variant) not in only):
                 continue
-            start = time.perf_counter()
+            start, fault = time.perf_counter(), ""
             try:
                 passed, detail = _judge(check(backend, device, variant))
             except Exception as error:  # whatever a compiler or driver raises, the kernel is not to be used
                 passed, detail = False, f"{type(error).__name__}: {error}"
-            yield KernelCheck(op, variant, passed, detail, time.perf_counter() - start)
+                fault = LOST if _is_lost(device) else RAISED
+            yield KernelCheck(op, variant, passed, detail, time.perf_counter() - start, fault)
+            if fault == LOST:
+                return
+
+
+def _is_lost(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _judge(compared: Compared) -> tuple[bool, str]:

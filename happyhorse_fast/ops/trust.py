@@ -20,6 +20,10 @@ from happyhorse_fast.ops.self_check import KernelCheck
 CACHE_VARIABLE = "HAPPYHORSE_FAST_CACHE"
 """Environment variable that names another folder than ``~/.cache/happyhorse_fast``."""
 
+PACKAGE = Path(__file__).parents[1]
+JUDGED_BY = ("ops/**/*.py", "reference/*.py", "budgets.py")
+"""Files of the package, beside device code, that a verdict comes from: launchers, checks, references and budgets."""
+
 
 def cache_folder() -> Path:
     """The folder of this user's own (0700), made where it does not exist.
@@ -41,7 +45,7 @@ def cache_folder() -> Path:
 
 
 def machine_key(backend: str, device: torch.device, *, fp8: bool) -> str:
-    """Digest of all that a result depends on: hardware, driver, versions, and the kernels' source."""
+    """Digest of all that a result depends on: hardware, driver, versions, the kernels' source, launchers and checks."""
     parts = [backend, str(fp8), __version__, torch.__version__, str(torch.version.cuda)]
     try:
         parts.append(importlib.metadata.version("triton"))
@@ -51,6 +55,8 @@ def machine_key(backend: str, device: torch.device, *, fp8: bool) -> str:
         properties = torch.cuda.get_device_properties(device)
         parts += [properties.name, f"{properties.major}.{properties.minor}", _driver_version()]
     digest = hashlib.sha256("\n".join(parts).encode())
+    for file in sorted(file for pattern in JUDGED_BY for file in PACKAGE.glob(pattern)):
+        digest.update(file.read_bytes())
     if backend == "cuda":
         from happyhorse_fast.csrc import sources
 
@@ -71,7 +77,10 @@ def machine_key(backend: str, device: torch.device, *, fp8: bool) -> str:
 
 def _driver_version() -> str:
     version = Path("/proc/driver/nvidia/version")
-    return version.read_text().splitlines()[0] if version.is_file() else "unknown driver"
+    if version.is_file():
+        return version.read_text().splitlines()[0]
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # 13000: sandboxes hide /proc/driver
+    return "unknown driver" if ask is None else f"driver of CUDA {ask()}"
 
 
 def recall(key: str) -> list[KernelCheck] | None:
