@@ -53,7 +53,8 @@ def test_bad_input_is_one_line(capsys):
 
 
 def test_what_an_operation_counts_as():
-    assert group_of("happyhorse_fast::qkv_linear_reference") == "qkv_linear"
+    for backend in ("", "_reference", "_cuda"):
+        assert group_of(f"happyhorse_fast::qkv_linear{backend}") == "qkv_linear"
     assert group_of("aten::addmm") == "products"
     assert group_of("aten::_scaled_dot_product_flash_attention") == "attention"
     assert group_of("aten::mul") == "other"

@@ -66,7 +66,7 @@ class OpTimes(TorchDispatchMode):
 def group_of(name: str) -> str:
     """What an operation counts as: ``"happyhorse_fast::qkv_linear_reference"`` as ``"qkv_linear"``."""
     if name.startswith(PACKAGE):
-        return name.removeprefix(PACKAGE).removesuffix("_reference")
+        return name.removeprefix(PACKAGE).removesuffix("_reference").removesuffix("_cuda")
     base = name.removeprefix("aten::")
     if base in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm"):
         return PRODUCTS
