@@ -138,6 +138,14 @@ def test_beyond_48_kib_the_function_is_told_once_per_size(fake: FakeDriver) -> N
     assert fake.named("cuFuncSetAttribute") == [(function, "shared", 64 * 1024), (function, "shared", 96 * 1024)]
 
 
+def test_shared_memory_that_another_thread_has_raised_is_not_lowered(fake: FakeDriver) -> None:
+    function = driver.Function("handle", "origin", None)
+    for size in (96 * 1024, 64 * 1024):  # both threads have seen 48 KiB
+        driver._allow_shared(function, size, "a kernel")
+    assert fake.named("cuFuncSetAttribute") == [("handle", "shared", 96 * 1024)]
+    assert function.shared_bytes == 96 * 1024
+
+
 def test_an_empty_grid_launches_nothing(fake: FakeDriver) -> None:
     on_gpu(grid=(3, 0, 1))
     assert fake.calls == []

@@ -156,15 +156,17 @@ def _load(code: bytes) -> Any:
 
 
 def _allow_shared(function: Function, shared_bytes: int, where: str) -> None:
-    """Beyond 48 KiB a kernel must be told before it is launched."""
+    """Beyond 48 KiB a kernel must be told before it is launched; what it was told is never lowered."""
     cuda = bindings("driver")
     attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     with _lock:
+        if shared_bytes <= function.shared_bytes:
+            return  # another thread has raised it meanwhile
         _checked(
             f"{shared_bytes} bytes of shared memory for {where}",
             cuda.cuFuncSetAttribute(function.handle, attribute, shared_bytes),
         )
-        function.shared_bytes = max(function.shared_bytes, shared_bytes)
+        function.shared_bytes = shared_bytes
 
 
 def _checked(what: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
