@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,12 @@ from happyhorse_fast import golden
 from happyhorse_fast.block_map import BlockSelector, Layout
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.model import accelerate as acceleration
+from happyhorse_fast.model import fast_state
 from happyhorse_fast.model.accelerate import accelerate, explain, restore
 from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.model.fast_state import at_step, is_accelerated
 from happyhorse_fast.ops.cuda.launch import use_runner
-from happyhorse_fast.ops.dispatch import BackendError
+from happyhorse_fast.ops.dispatch import BackendError, Choice
 from happyhorse_fast.reference.model import HappyHorse, Layer
 
 make_exact()
@@ -316,6 +318,33 @@ def several_blocks(fast: FastConfig) -> Any:
         for name, shape in (("v", (1, 48, 4, 16, 32)), ("a", (1, 13, 64)), ("t", (1, 6, config.text_in_channels)))
     ]
     return accelerate(model, fast), inputs
+
+
+def test_attention_that_would_seem_to_hang_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = several_blocks(FastConfig(backend="reference"))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(*inputs)
+    monkeypatch.setattr(fast_state, "PLAIN_SECONDS_PER_BLOCK", 10.0)
+    model, inputs = several_blocks(FastConfig(backend="reference"))
+
+    def reached(*_: Any) -> None:
+        raise AssertionError("the first layer runs before anything is said")
+
+    model.block.layers[0].register_forward_pre_hook(reached)
+    said = pytest.warns(UserWarning, match=r"plain torch, 72 blocks one after another: expect at least 12 minutes")
+    with said, pytest.raises(AssertionError, match="first layer"):
+        model(*inputs)
+
+
+def test_plain_attention_on_a_gpu_is_announced_before_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: Any, **__: Any) -> dict[str, Choice]:
+        op = "block_sparse_attention"
+        return {op: Choice(op, "reference", "triton is wrong", fell_back=True)}
+
+    monkeypatch.setattr(acceleration, "choose", slow)
+    with pytest.warns(UserWarning, match="triton is wrong; attention in plain torch is for short clips: half an hour"):
+        acceleration.choose_ops(FastConfig(), torch.device("cuda"), None)
 
 
 @pytest.mark.parametrize("sparsity", [TopK(0.25), TopP(0.3), Tiles(0, 9, 9)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,11 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model.clip_state import ClipState, Step
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.ops.dispatch import Choice
+
+# About 20 operations on a block, each a launch of 10 us.
+PLAIN_SECONDS_PER_BLOCK = 2e-4
+WORTH_A_WARNING = 1.0
+"""Minutes of a forward pass that are said beforehand."""
 
 
 @dataclass
@@ -47,8 +53,25 @@ class FastState:
         if key not in self.clips:
             while len(self.clips) >= self.MOST_CLIPS:
                 self.clips.pop(next(iter(self.clips)))
-            self.clips[key] = build()
+            self.clips[key] = state = build()
+            self._warn_of_plain_attention(state)
         return self.clips[key]
+
+    def _warn_of_plain_attention(self, state: ClipState) -> None:
+        """Say before the first layer what would else look like a hang."""
+        choice = self.choices.get("block_sparse_attention")
+        if choice is None or choice.backend != "reference":
+            return
+        local = len(self.config.local_attn_layers)
+        layers = ((state.local, local), (state.dense, self.config.num_layers - local))
+        blocks = sum(sum(block_map.blocks()) * count for block_map, count in layers)
+        minutes = blocks * PLAIN_SECONDS_PER_BLOCK / 60
+        if minutes >= WORTH_A_WARNING:
+            warnings.warn(
+                f"attention runs in plain torch, {blocks:,} blocks one after another: expect at least {minutes:.0f} "
+                f"minutes per forward pass of this clip ({state.rows.slots:,} rows); {choice.reason}",
+                stacklevel=2,
+            )
 
 
 def is_accelerated(model: nn.Module) -> bool:
