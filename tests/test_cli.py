@@ -67,6 +67,13 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     assert all(name in done.stdout for name in ("demo", "sample", "verify", "plan", "doctor"))
 
 
+def test_it_runs_as_a_module_from_a_checkout() -> None:
+    """Where a checkout is used as it is there is no program happyhorse-fast."""
+    command = [sys.executable, "-m", "happyhorse_fast", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert done.stdout == f"happyhorse-fast {__version__}\n"
+
+
 def test_version_and_no_command(capsys: Capture) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"happyhorse-fast {__version__}\n"

@@ -106,7 +106,7 @@ def test_top_level_is_the_package_alone(wheel):
 
 
 def test_every_source_and_data_file_is_in_the_wheel_and_no_host_code(wheel):
-    expected = {"happyhorse_fast/kernels/__init__.py", "happyhorse_fast/csrc/__init__.py"}
+    expected = {"happyhorse_fast/kernels/__init__.py", "happyhorse_fast/csrc/__init__.py", "happyhorse_fast/py.typed"}
     for folder, prefix in (("happyhorse_fast", ""), ("kernels", "/kernels"), ("csrc", "/csrc")):
         files = (p for end in ("py", "json", "safetensors", "cu", "cuh") for p in (ROOT / folder).rglob(f"*.{end}"))
         expected |= {f"happyhorse_fast{prefix}/{p.relative_to(ROOT / folder).as_posix()}" for p in files}
@@ -198,7 +198,9 @@ def test_with_the_torch_of_the_tests_the_installed_package_works(environment):
     python, path = environment / "bin" / "python", {"PYTHONPATH": SITE_PACKAGES}
     code = "import torch, happyhorse_fast.kernels as k, happyhorse_fast.csrc as c; print(k.__file__, c.__file__)"
     assert all(Path(file).is_relative_to(environment) for file in run(python, code, **path).split())
-    data = json.loads(run(python, "from happyhorse_fast.cli import run; run(['doctor', '--json'])", **path))
+    program = "import runpy; runpy.run_module('happyhorse_fast', run_name='__main__')"
+    main = f"import sys; sys.argv[1:] = ['doctor', '--json']; {program}"
+    data = json.loads(run(python, main, **path))
     assert Path(data["cuda"]["host_module"]["found"]).is_relative_to(environment)
     assert data["cuda"]["binaries"] == {"found": None, "why": "no binaries were built: there was no nvcc"}
     assert data["cuda"]["nvrtc"]["why"] is None
