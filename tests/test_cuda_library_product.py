@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from happyhorse_fast.ops.cuda.library_product import check_operands, library_product
+from happyhorse_fast.ops.cuda.library_product import check_operands, library_product, scale_of_one
 
 E4M3 = torch.float8_e4m3fn
 
@@ -20,7 +20,8 @@ def operands(dtype, k=64):
 
 def test_sums_of_codes_stay_in_float32_and_are_the_librarys():
     x, weight = operands(E4M3)
-    product, one = library_product(x, weight[1]), torch.ones(())
+    one = scale_of_one(x)
+    product = library_product(x, weight[1], one)
     assert product.dtype == torch.float32
     exact = x.double() @ weight[1].double().T
     torch.testing.assert_close(product.double(), exact, rtol=1e-6, atol=1e-5)
@@ -29,11 +30,20 @@ def test_sums_of_codes_stay_in_float32_and_are_the_librarys():
     torch.testing.assert_close(product, on_gpu, rtol=1e-6, atol=1e-5)
 
 
+def test_the_scale_of_codes_is_float32_whatever_the_default():
+    x, _ = operands(E4M3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert scale_of_one(x).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(("dtype", "result"), [(E4M3, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_a_gpus_call_has_the_right_shape_and_dtype(dtype, result):
     with FakeTensorMode(), torch.device("cuda"):
         x, weight = torch.empty(2432, 5120, dtype=dtype), torch.empty(27_392, 5120, dtype=dtype)
-        product = library_product(x, weight)
+        product = library_product(x, weight, scale_of_one(x))
     assert (product.shape, product.dtype, product.device.type) == ((2432, 27_392), result, "cuda")
 
 

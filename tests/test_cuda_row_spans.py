@@ -106,16 +106,18 @@ def test_products_come_in_chunks_and_none_is_larger(name, monkeypatch):
         values = torch.randint(-2, 3, shape, generator=g) * (torch.rand(shape, generator=g) < 0.25)
         setattr(case, field, values.to(torch.float8_e4m3fn))
     whole = fp8_linear(case, "fp8", "cuda")
-    sizes, product = [], qkv_launcher.library_product
+    sizes, ones, product = [], [], qkv_launcher.library_product
 
-    def counted(x, weight):
+    def counted(x, weight, one):
         sizes.append(len(x))
-        return product(x, weight)
+        ones.append(one)
+        return product(x, weight, one)
 
     monkeypatch.setattr(qkv_launcher, "library_product", counted)
     monkeypatch.setattr(row_spans, "PRODUCT_BYTES", 1)
     assert same_bits(fp8_linear(case, "fp8", "cuda"), whole)
     assert sizes == {"tail-1-gqa5": [128, 1], "experts-aligned": [128, 128, 128, 57]}[name]
+    assert len({id(one) for one in ones}) == 1, "made once, not per chunk"
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -129,8 +131,9 @@ def test_an_activation_comes_in_chunks(fp8, monkeypatch):
     whole = linear_ops.fp8_linear_activation(*arguments, backend="cuda")
     expected = linear_ops.fp8_linear_activation(*arguments, backend="reference")
     assert float((whole[0].float() != expected[0].float()).float().mean()) < 1e-3
-    sizes, product = [], linear_launcher.library_product
-    monkeypatch.setattr(linear_launcher, "library_product", lambda *a: sizes.append(len(a[0])) or product(*a))
+    calls, product = [], linear_launcher.library_product
+    monkeypatch.setattr(linear_launcher, "library_product", lambda *a: calls.append(a) or product(*a))
     monkeypatch.setattr(row_spans, "PRODUCT_BYTES", 1)
     assert same_bits(linear_ops.fp8_linear_activation(*arguments, backend="cuda"), whole)
-    assert sizes == [128, 42, 128, 2]
+    assert [len(rows) for rows, *_ in calls] == [128, 42, 128, 2]
+    assert len({id(one) for *_, one in calls}) == 1, "made once, not per chunk"

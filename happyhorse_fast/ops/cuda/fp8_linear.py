@@ -9,7 +9,7 @@ import torch
 
 from happyhorse_fast.ops import fp8_linear as shapes
 from happyhorse_fast.ops.cuda.activation_quantize import finish_rows
-from happyhorse_fast.ops.cuda.library_product import check_operands, library_product
+from happyhorse_fast.ops.cuda.library_product import check_operands, library_product, scale_of_one
 from happyhorse_fast.ops.cuda.row_spans import RowTiles, chunks, expert_spans
 from happyhorse_fast.reference.fp8_linear import empty_activated
 
@@ -34,8 +34,9 @@ def fp8_linear_activation(
     y, y_scale = empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)
     experts, features, _ = weight.shape
     spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=False)
+    one = scale_of_one(x)
     for expert, first, end in chunks(spans, features, 4 if x.dtype == shapes.E4M3 else 2):
-        product = library_product(x[first:end], weight[expert])
+        product = library_product(x[first:end], weight[expert], one)
         rows = RowTiles(table=None, expert=expert, first=first, end=end)
         tiles = -(-(end - first) // shapes.ROW_TILE)
         finish_rows(product, x_scale, weight_scale, rows, tiles, activation, y, y_scale)

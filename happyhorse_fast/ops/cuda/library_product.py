@@ -29,21 +29,29 @@ def check_operands(x: torch.Tensor, weight: torch.Tensor) -> None:
     require_vectors(CODES_PER_VECTOR, x=x, weight=weight)
 
 
-def library_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def scale_of_one(x: torch.Tensor) -> torch.Tensor | None:
+    """The scale that the library asks for with codes, on the device of x; None where it asks for none.
+
+    Made once for all chunks of a call, since a kernel fills it; not kept longer, since a CUDA graph may own its memory.
+    """
+    return None if x.dtype == torch.bfloat16 else torch.ones((), dtype=torch.float32, device=x.device)
+
+
+def library_product(x: torch.Tensor, weight: torch.Tensor, one: torch.Tensor | None) -> torch.Tensor:
     """x . weight of one expert, accumulated in float32.
 
     Args:
         x: [rows, K] bf16 or e4m3, rows contiguous.
         weight: [F, K] in the dtype of x.
+        one: :func:`scale_of_one` of x.
 
     Returns:
         [rows, F]: rounded to bf16 of bf16; of e4m3 the float32 sums, without scales.
     """
-    if x.dtype == torch.bfloat16:
+    if one is None:
         return linear(x, weight)
     if x.device.type == "cpu":
         # torch._scaled_mm gives the same here, in a loop of 10 MFLOP/s (torch 2.13).
         return x.float() @ weight.float().T
-    one = torch.ones((), device=x.device)
     # use_fast_accum stays False: partial sums go to float32 registers, as the library's default has it.
     return torch._scaled_mm(x, weight.T, one, one, out_dtype=torch.float32)

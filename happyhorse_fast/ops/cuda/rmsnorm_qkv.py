@@ -9,7 +9,7 @@ import torch
 from happyhorse_fast.ops import rmsnorm_qkv as shapes
 from happyhorse_fast.ops.cuda.arguments import address, require_vectors
 from happyhorse_fast.ops.cuda.launch import launch
-from happyhorse_fast.ops.cuda.library_product import check_operands, library_product
+from happyhorse_fast.ops.cuda.library_product import check_operands, library_product, scale_of_one
 from happyhorse_fast.ops.cuda.qk_norm_rope import finish_rows
 from happyhorse_fast.ops.cuda.row_spans import RowTiles, chunks, expert_spans
 from happyhorse_fast.reference.quantized_qkv import empty_normalised, empty_qkv
@@ -86,8 +86,9 @@ def qkv_linear(
     results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     experts, features, _ = weight.shape
     spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=out == "fp8")
+    one = scale_of_one(x)
     for expert, first, end in chunks(spans, features, 4 if x.dtype == shapes.E4M3 else 2):
-        product = library_product(x[first:end], weight[expert])
+        product = library_product(x[first:end], weight[expert], one)
         rows = RowTiles(table=None, expert=expert, first=first, end=end)
         tiles = -(-(end - first) // shapes.ROW_TILE)
         finish_rows(product, x_scale, weight_scale, qk_norm, cos_sin, qk_scale, k_mean, rows, tiles, results)
