@@ -3,9 +3,11 @@
 #   make PYTEST_ARGS="-k rope" test more arguments for pytest
 #   make DEMO_ARGS=--json demo      more arguments for the demo
 #   make gpu PYTHON=python3         run with that interpreter as it is: no environment is made, nothing is installed
-#   make gpu STAGES=tests,attn      some stages only
+#   make gpu STAGES=tests,attn=200  some stages only, attn with a share of 200 s
 #   make gpu DRY=1                  every stage on the CPU with tiny shapes, results to a temporary folder
 #   make gpu RESULTS=folder         results to another folder than bench/results
+#   make gpu ARCHIVE=r.tgz          and all that is left in one file, kept whole while stages run
+#   make gpu GPU_ARGS="--seconds 300"   more arguments of bench.gpu
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -63,9 +65,9 @@ bench: $(STAMP) ## microbenchmarks of the ops: on a CPU the small cases, under 3
 # and where there is no environment yet, so is one that has torch and pytest.
 OWN := $(if $(filter command line,$(origin PYTHON)),$(PYTHON),$(if $(filter gpu,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),,\
   $(shell $(PYTHON) -c 'import torch, pytest' 2>/dev/null && echo $(PYTHON)))))
-gpu: $(if $(OWN),,$(STAMP)) ## everything that needs a GPU, at most 9 minutes: build, tests, benchmarks, tuning
+gpu: $(if $(OWN),,$(STAMP)) ## everything that needs a GPU, at most 9 minutes: build, tests, sampler, benchmarks
 	$(or $(OWN),$(BIN)/python) -m bench.gpu $(if $(STAGES),--stages $(STAGES)) $(if $(DRY),--dry) \
-	  $(if $(RESULTS),--folder $(RESULTS))
+	  $(if $(RESULTS),--folder $(RESULTS)) $(if $(ARCHIVE),--archive $(ARCHIVE)) $(GPU_ARGS)
 
 report: $(STAMP) ## docs/report/ and README's generated section, from bench/results/
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.report

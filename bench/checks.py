@@ -12,14 +12,13 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bench.cases import cases, select
 from bench.gates import problems
 from bench.inputs import make
-from bench.lost import LOST, lost
+from bench.lost import LOST
 from bench.ops import implementations, other_backends
 from bench.results import describe_machine
 from happyhorse_fast.ops import self_check, trust
@@ -50,51 +49,39 @@ def build(device: torch.device) -> int:
 
 
 def self_checks(device: torch.device, ops: Sequence[str], impl: str = "") -> int:
-    """The check that ``accelerate`` makes before it trusts a kernel; goes on where a cut or lost process stopped."""
+    """The checks that ``accelerate`` makes before it trusts a kernel; what is remembered is shown, not made again."""
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-    every = dict(self_check.CHECKS)
     failed = False
     for backend in _backends(device, impl):
         if backend not in self_check.VARIANTS:  # of Triton's kernels that one is checked which the launch table says
             continue
-        key = trust.machine_key(backend, device, fp8=fp8)
-        unfinished = f"{key} unfinished"  # under the key itself, what is not there yet would count as passed
-        done = [] if ops else trust.recall(unfinished) or []
-        for op, check in every.items():
-            if (ops and op not in ops) or op in {known.op for known in done}:
-                continue
-            for found in _of_op(op, check, backend, device, fp8):
-                done.append(found)
-                verdict = "passed" if found.passed else "FAILED"
-                print(f"{backend} {op} {found.variant}: {verdict}, {found.detail}, {found.seconds:.1f} s", flush=True)
-            _remember(unfinished, done, not ops)
-            reason = lost(device)
-            if reason:
-                print(f"STOPPED: the GPU of this process is lost after {backend} {op}: {reason}", flush=True)
+        keys = [trust.machine_key(backend, device, fp8=precision) for precision in {False, fp8}]
+        wanted = [
+            (op, variant)
+            for op, variants in self_check.VARIANTS[backend].items()
+            for variant in variants
+            if (not ops or op in ops) and (fp8 or variant == "bf16")
+        ]
+        recalled = trust.recall(trust.machine_key(backend, device, fp8=fp8)) or []
+        known = {(c.op, c.variant): c for c in recalled if c.fault != self_check.RAISED}
+        for place in wanted:
+            if place in known:
+                _show(backend, known[place], "remembered")
+        for check in self_check.run_checks(backend, device, fp8=fp8, only=set(wanted) - known.keys()):
+            known[check.op, check.variant] = check
+            _show(backend, check, f"{check.seconds:.1f} s")
+            for key in keys:  # after each one: a cut forgets nothing
+                trust.remember(key, [found for found in known.values() if found.fault != self_check.RAISED])
+            if check.fault == self_check.LOST:
+                print(f"STOPPED: {backend} {check.op} {check.variant} took the GPU from this process", flush=True)
                 return LOST
-        failed |= any(not found.passed for found in done)
-        for precision in {False, fp8}:  # as `accelerate` would, which then need not check again
-            known = [found for found in done if precision or found.variant == "bf16"]
-            _remember(trust.machine_key(backend, device, fp8=precision), known, not ops)
-        _remember(unfinished, [], not ops)
+        failed |= any(place in known and not known[place].passed for place in wanted)
     return int(failed)
 
 
-def _of_op(op: str, check: Any, backend: str, device: torch.device, fp8: bool) -> list[self_check.KernelCheck]:
-    """An op's checks in every format."""
-    every = dict(self_check.CHECKS)
-    self_check.CHECKS.clear()
-    self_check.CHECKS[op] = check
-    try:
-        return list(self_check.run_checks(backend, device, fp8=fp8))
-    finally:
-        self_check.CHECKS.clear()
-        self_check.CHECKS.update(every)
-
-
-def _remember(key: str, checks: list[self_check.KernelCheck], whole: bool) -> None:
-    if whole:
-        trust.remember(key, checks)
+def _show(backend: str, check: self_check.KernelCheck, when: str) -> None:
+    verdict = "passed" if check.passed else "FAILED"
+    print(f"{backend} {check.op} {check.variant}: {verdict}, {check.detail}, {when}", flush=True)
 
 
 def tiny(device: torch.device, words: str, impl: str = "") -> int:

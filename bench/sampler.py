@@ -40,7 +40,7 @@ from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
-FAILED = "failed"
+FAILED, NOT_RUN = "failed", "not run"
 SEED = 0
 # Of a card's memory, for the CUDA context and libraries' workspaces, which the allocator's fraction does not hold: 0.3
 # to 0.5 GiB.
@@ -105,7 +105,7 @@ class Bench:
             return entry | {"note": f"out of memory: {str(error).partition('. ')[0]}"}
         except BackendError as error:
             self._forget()
-            return entry | {"note": f"not run: {error}"}
+            return entry | {"note": f"{NOT_RUN}: {error}"}
         except Exception as error:  # whatever a compiler or driver raises must not end the other runs
             self._forget()
             return entry | {"note": f"{FAILED}: {type(error).__name__}: {error}"}
@@ -229,7 +229,7 @@ class Bench:
         try:
             return random_fast(config, fast, self.backend, self.device, SEED)
         except BackendError as error:
-            if self.backend != "auto" or self.device.type != "cuda":
+            if self.backend != "auto" or self.device.type != "cuda" or lost(self.device):
                 raise
             self._unverified = f"NOT VERIFIED, on backend triton nonetheless: {error}"
             return random_fast(config, fast, "triton", self.device, SEED)
@@ -299,7 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry = bench.run(run, min(options.seconds_per_run or run.seconds, left))
         failed |= entry["s_per_step"] is None and entry["note"].startswith(FAILED)
         print(line(entry), flush=True)
-        if results is not None:
+        # A self-check that took the GPU is remembered: started again, the run goes on without that kernel.
+        if results is not None and not (bench.lost and entry["note"].startswith(NOT_RUN)):
             results.add_sampler(entry)
         if bench.lost:
             print(f"STOPPED: the GPU of this process is lost in {run.name}: {bench.lost}", file=sys.stderr)

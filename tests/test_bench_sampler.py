@@ -134,6 +134,7 @@ def test_a_red_self_check_keeps_nothing_from_being_timed_but_is_said(monkeypatch
         return random_model.random_fast(config, fast, "reference", torch.device("cpu"), seed)
 
     monkeypatch.setattr(sampler, "random_fast", fast)
+    monkeypatch.setattr(sampler, "lost", lambda device: None)
     bench = sampler.Bench(CPU)
     bench.device = torch.device("cuda:0")
     bench._fast(bench._config(BASE).replace(**SMALLEST), Run("", "", "fast fp8").fast)
@@ -181,6 +182,21 @@ def test_a_run_that_loses_the_gpu_ends_the_command_and_is_not_tried_again(monkey
     assert sampler.main([*arguments, "--keep", "all"]) == 0
     first, second = read(path)["sampler"]
     assert "illegal memory access" in first["note"] and second["s_per_step"]
+
+
+def test_a_self_check_that_loses_the_gpu_leaves_the_run_to_the_next_process(monkeypatch, tmp_path):
+    lost = []
+
+    def fast(*_):
+        lost.append("CUDA error: an illegal memory access was encountered")
+        raise BackendError("triton's qkv_linear in fp8 ended this process's use of cuda:0; restart the process")
+
+    monkeypatch.setattr(sampler, "lost", lambda device: lost[0] if lost else None)
+    monkeypatch.setattr(sampler, "random_fast", fast)
+    path = tmp_path / "r.json"
+    arguments = ["--device", "cpu", "--results", str(path), "--runs", "15b/1080p/fast fp8/exact/whole"]
+    assert sampler.main(["--tiny", *arguments]) == LOST
+    assert not path.exists(), "no entry that --keep all would leave alone"
 
 
 def test_layers_compile_without_unknown_sizes(monkeypatch):
