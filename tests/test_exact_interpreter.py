@@ -1,4 +1,4 @@
-"""Whoever runs a kernel in Triton's interpreter gets exact results, without asking for them."""
+"""A kernel called on the CPU: exact in Triton's interpreter unasked; without it an error that says what to do."""
 
 import os
 import subprocess
@@ -17,7 +17,18 @@ for fp8 in (False, True):
 
 def test_a_kernel_under_the_interpreter_is_exact_by_itself():
     """As shipped, 3.7.1 truncates to bf16: half of the elements differ."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=False)
+    done = run(CODE, interpret="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0", "0"]
+
+
+def test_without_the_interpreter_the_error_says_what_to_do():
+    """Triton's own is "0 active drivers ([]). There should only be one."."""
+    done = run(CODE, interpret="0")
+    assert "BackendError: happyhorse_fast::rmsnorm_quantize cannot run: Triton kernels need a GPU" in done.stderr
+    assert "or pass backend='reference'" in done.stderr
+
+
+def run(code: str, interpret: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

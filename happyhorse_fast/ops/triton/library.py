@@ -26,9 +26,18 @@ def kernel_op(name: str, *, kernel: object, mutates_args: Iterable[str] = ()) ->
 
         make_exact()
 
+    def refuse(*_: object, **__: object) -> Any:
+        """Triton's own error is "0 active drivers ([])"."""
+        from happyhorse_fast.ops.dispatch import BackendError, triton_obstacle
+
+        raise BackendError(f"{name} cannot run: {triton_obstacle(torch.device('cpu'))}; or pass backend='reference'")
+
     def decorate(function: Callable[..., Any]) -> Any:
         LAUNCHERS[name] = function
-        return register(name, mutates_args=mutates_args)(function)
+        op = register(name, mutates_args=mutates_args)(function)
+        if not isinstance(kernel, InterpretedFunction):
+            op.register_kernel("cpu")(refuse)
+        return op
 
     register = torch.library.custom_op if isinstance(kernel, InterpretedFunction) else torch.library.triton_op
     return decorate
