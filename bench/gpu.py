@@ -35,8 +35,8 @@ from bench.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
 from happyhorse_fast.ops import trust
 
 TOTAL_SECONDS = 540
-# Of a dry run, whose stages only have to end: some 180 s on a free core, of which building anew is 100.
-DRY_SECONDS = 3600
+# Of a dry run, whose stages only have to end: some 180 s on a free core, 100 of them for what is built anew.
+DRY_SECONDS = 7200
 # Of the total: what lies between the last stage's end and the command's, a killed process's included.
 ENDING_SECONDS = 8
 # A process that was killed may still be freeing the GPU's memory; it is waited for so long.
@@ -185,7 +185,7 @@ def recorded_clocks(folder: Path, dry: bool) -> Iterator[None]:
     query = f"--query-gpu=timestamp,{','.join(list(conditions.FIELDS)[:-1])}"
     with (folder / CLOCKS).open("ab") as file:
         process = subprocess.Popen(
-            [conditions.TOOL, query, "--format=csv", f"-lms={CLOCK_MS}"], stdout=file, stderr=subprocess.DEVNULL
+            [conditions.TOOL, query, "--format=csv", f"--loop-ms={CLOCK_MS}"], stdout=file, stderr=subprocess.DEVNULL
         )
         try:
             yield

@@ -203,7 +203,8 @@ def sampler_table(path: Path, data: Json) -> Table:
         spent = sorted((run.get("breakdown") or {}).items(), key=lambda item: -item[1])
         notes = [f"{name} {seconds:.2f} s" for name, seconds in spent if seconds >= 0.005]
         notes += [run["note"]] if run.get("note") else []
-        rows.append((clip, run["mode"], run.get("mask") or "", card, str(run["steps"]), *cells, ", ".join(notes)))
+        on = "" if run.get("backend") in (None, "auto") else f", {run['backend']}"
+        rows.append((clip, run["mode"] + on, run.get("mask") or "", card, str(run["steps"]), *cells, ", ".join(notes)))
     columns = ("clip", "mode", "mask", "card", "steps", "s/step", "total s", "peak GiB", "of a step, and notes")
     return Table(f"Sampler, {data['gpu']}: {path.stem}", columns, tuple(rows))
 

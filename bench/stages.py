@@ -168,7 +168,7 @@ def _ops(scope: str, words: str, dry_words: str) -> Callable[[Context], list[Ste
             Step([*command, "--impl", impl, "--peers", "quick", "--keep", "peers"], 2, again)
             for impl in (("gluon", "cuda") if "attention" in words else ("cuda",))
         ]
-        compiled = Step([*command, "--impl", "triton", "--peers", "slow", *again], 3, again)
+        compiled = Step([*command, "--peers", "slow", *again], 3, again)  # beside what every implementation left
         return [ours] if scope == "rest" else [ours, *others, compiled]
 
     return steps

@@ -61,6 +61,11 @@ def test_without_workers_the_run_ends_and_says_so(tmp_path):
     assert "'measured' == 'allowed'" in before_the_end, "a cut run shows why as well"
 
 
+def test_no_test_of_a_kind_is_no_failure(tmp_path):
+    code, out = run(tmp_path, "-p", "no:xdist", "-k", "gluon")
+    assert code == 0 and "13 deselected" in out, out
+
+
 @pytest.mark.slow  # 30 s: workers import torch
 def test_a_worker_that_lost_the_gpu_is_replaced(tmp_path):
     code, out = run(tmp_path, "-n", "2", "--dist", "worksteal")
