@@ -28,7 +28,7 @@ AOT := $(BIN)/python -m bench.aot --jobs $(JOBS) --also $(AOT_FOLDER) $(AOT_ARGS
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --benchmark-disable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check sanitize aot aot-check report lint typecheck format clean
+.PHONY: help demo test check sanitize aot aot-check bench gpu report lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
