@@ -11,23 +11,30 @@ from typing import TYPE_CHECKING, Any
 from happyhorse_fast._version import __version__
 
 if TYPE_CHECKING:
-    from happyhorse_fast.block_map import BlockMap
+    from happyhorse_fast.block_map import BlockMap, Layout
     from happyhorse_fast.config import ModelConfig
-    from happyhorse_fast.model.accelerate import accelerate, explain, restore
+    from happyhorse_fast.errors import CheckpointError, NonFiniteError
+    from happyhorse_fast.model.accelerate import Explanation, accelerate, explain, restore
     from happyhorse_fast.model.checkpoint import load, save_checkpoint
     from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
     from happyhorse_fast.model.packed_checkpoint import save_packed
+    from happyhorse_fast.ops.dispatch import BackendError
     from happyhorse_fast.reference.model import HappyHorse
     from happyhorse_fast.sampler.sample import sample
     from happyhorse_fast.sampler.super_resolve import super_resolve
     from happyhorse_fast.tokens import ClipTokens, tokens_for
 
 _WHERE = {
+    "BackendError": "ops.dispatch",
     "BlockMap": "block_map",
+    "CheckpointError": "errors",
     "ClipTokens": "tokens",
+    "Explanation": "model.accelerate",
     "FastConfig": "model.fast_config",
     "HappyHorse": "reference.model",
+    "Layout": "block_map",
     "ModelConfig": "config",
+    "NonFiniteError": "errors",
     "Tiles": "model.fast_config",
     "TopK": "model.fast_config",
     "TopP": "model.fast_config",
@@ -43,11 +50,16 @@ _WHERE = {
 }
 
 __all__ = [
+    "BackendError",
     "BlockMap",
+    "CheckpointError",
     "ClipTokens",
+    "Explanation",
     "FastConfig",
     "HappyHorse",
+    "Layout",
     "ModelConfig",
+    "NonFiniteError",
     "Tiles",
     "TopK",
     "TopP",

@@ -45,6 +45,15 @@ def test_import_and_public_names_load_nothing_heavy():
     assert result["missing"] == []
 
 
+def test_what_the_public_functions_raise_and_take_is_public():
+    import happyhorse_fast as hh
+
+    assert issubclass(hh.BackendError, RuntimeError)
+    assert issubclass(hh.CheckpointError, Exception) and issubclass(hh.NonFiniteError, Exception)
+    assert hh.Layout(frames=2, frame_tokens=4, audio=1, text=1).slots == 10
+    assert "Explanation" in dir(hh)
+
+
 def test_import_takes_less_than_two_seconds_after_torch():
     seconds = min(probe(modules())["seconds"] for _ in range(2))
     assert seconds < 2, f"{seconds:.2f} s"

@@ -131,6 +131,7 @@ def test_guided_steps_are_diffusers_bit_for_bit(steps: int, conditioned: bool) -
         (video, audio), timesteps = guided_by_hand(model, inputs, null, steps, image, late=2.0)
         (unswitched, same_audio), _ = guided_by_hand(model, inputs, null, steps, image, late=5.0)
     assert len(infos) == steps
+    assert "tensor(" not in repr(infos[0]), "a log line, not two latents in full"
     assert min(timesteps) <= 500 < max(timesteps), f"both scales must be used; timesteps {timesteps}"
     assert torch.equal(got[0], video) and torch.equal(got[1], audio)
     assert not torch.equal(got[0], unswitched), "the video's scale falls to 2 at t <= 500"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,8 +30,8 @@ class StepInfo:
     sigma: float
     seconds: float
     memory_bytes: int | None
-    video: torch.Tensor
-    audio: torch.Tensor
+    video: torch.Tensor = field(repr=False)
+    audio: torch.Tensor = field(repr=False)
 
 
 Callback = Callable[[StepInfo], object]
