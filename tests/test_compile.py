@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from happyhorse_fast import golden
 from happyhorse_fast.model.accelerate import accelerate
-from happyhorse_fast.model.fast_config import FastConfig
+from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK
 from happyhorse_fast.ops.fp8_linear import fp8_linear_activation
 from happyhorse_fast.ops.rmsnorm_qkv import rmsnorm_quantize
 
@@ -43,6 +43,17 @@ def test_one_graph(seen_before: bool) -> None:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert same(compiled(*INPUTS), expected)
         assert same(compiled(*INPUTS), expected)
+
+
+@pytest.mark.parametrize("sparsity", [Tiles(1, 1, 1), TopK(0.5)])
+def test_a_sparse_model_is_one_graph_and_exports(sparsity: Tiles | TopK) -> None:
+    case, fast = golden.load_case("local_v1_fp32"), FastConfig(backend="reference", sparsity=sparsity)
+    inputs = tuple(case.tensors[f"in.{name}"] for name in ("video", "audio", "text"))
+    models = [accelerate(case.model(torch.bfloat16), fast) for _ in range(3)]
+    with torch.no_grad():
+        expected = models[0](*inputs)
+        assert same(torch.compile(models[1], fullgraph=True, backend="aot_eager")(*inputs), expected)
+        assert same(torch.export.export(models[2], inputs).module()(*inputs), expected)
 
 
 def test_one_graph_under_autocast() -> None:

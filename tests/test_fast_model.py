@@ -19,6 +19,7 @@ from happyhorse_fast.model import fast_state
 from happyhorse_fast.model.accelerate import accelerate, explain, restore
 from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.model.fast_state import at_step, is_accelerated
+from happyhorse_fast.model.sparse_policy import SparsePolicy
 from happyhorse_fast.ops.cuda.launch import use_runner
 from happyhorse_fast.ops.dispatch import BackendError, Choice
 from happyhorse_fast.reference.model import HappyHorse, Layer
@@ -318,6 +319,20 @@ def several_blocks(fast: FastConfig) -> Any:
         for name, shape in (("v", (1, 48, 4, 16, 32)), ("a", (1, 13, 64)), ("t", (1, 6, config.text_in_channels)))
     ]
     return accelerate(model, fast), inputs
+
+
+@pytest.mark.parametrize("sparsity", [TopK(0.25), TopP(0.3), Tiles(0, 9, 9)])
+def test_a_policys_first_step_makes_nothing(sparsity: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = several_blocks(FastConfig(backend="reference", sparsity=sparsity, exact_first_steps=1))
+    with torch.no_grad(), at_step(model, 0, 8):
+        model(*inputs)
+
+    def made(*_: Any) -> None:
+        raise AssertionError("a CUDA graph of a sparse step would wait for the device here")
+
+    monkeypatch.setattr(SparsePolicy, "__init__", made)
+    with torch.no_grad(), at_step(model, 1, 8):
+        model(*inputs)
 
 
 def test_attention_that_would_seem_to_hang_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:

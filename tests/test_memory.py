@@ -10,7 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import parameters
 from happyhorse_fast.model import memory
+from happyhorse_fast.model.accelerate import empty_accelerated
+from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK
 from happyhorse_fast.model.memory import StorageMeter, one_layer_per_kind, peak_by_kind, peak_memory
+from happyhorse_fast.ops.dispatch import choose
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.tokens import ClipTokens, tokens_for
 
@@ -162,6 +165,16 @@ def test_operations_that_need_a_cuda_build_run_on_fake_cuda() -> None:
         q, k = (torch.empty(1, h, 9, 16, device="cuda", dtype=torch.bfloat16) for h in (5, 1))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
         assert (out.shape, out.device.type) == (q.shape, "cuda")
+
+
+@pytest.mark.parametrize("sparsity", [TopK(0.5), Tiles(1, 1, 1)])
+def test_a_sparse_models_masks_are_counted(sparsity: TopK | Tiles) -> None:
+    def peak(policy: TopK | Tiles | None) -> int:
+        choices = choose("reference", "bf16", torch.device("cpu"))
+        return peak_memory(empty_accelerated(TINY, FastConfig(sparsity=policy), choices), CLIP, 8).peak_bytes
+
+    blocks = -(-CLIP.total(8) // 128)
+    assert peak(sparsity) - peak(None) >= 4 * blocks**2, "a table of blocks, or a map"
 
 
 def test_a_model_without_a_config_is_named() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -108,6 +109,13 @@ class BlockSelector:
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(table, prefix, live, inverse): what the choice needs besides q and k."""
         return self.table, self.prefix, self.live, self.inverse
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BlockSelector:
+        """A copy with every tensor replaced by what ``change`` makes of it."""
+        other = copy.copy(self)
+        other.base = self.base.changed(change)
+        other.table, other.prefix, other.live, other.inverse = map(change, self.tensors())
+        return other
 
     def top_k(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +181,11 @@ class BlockMap:
 
     def to(self, device: torch.device | str) -> BlockMap:
         """A copy on another device."""
-        counts, starts, columns, mask_ids, mask_bits, order = (t.to(device) for t in self.tensors())
+        return self.changed(lambda tensor: tensor.to(device))
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BlockMap:
+        """A copy with every tensor replaced by what ``change`` makes of it."""
+        counts, starts, columns, mask_ids, mask_bits, order = map(change, self.tensors())
         return BlockMap(counts, starts, columns, mask_ids, mask_bits, order, self.queries, self.keys)
 
     def blocks(self) -> tuple[int, int]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -43,6 +41,7 @@ class ClipState:
         dense: Map of the layers without a window.
         local: Map of the layers with one; the same object where the clip is below the window's size.
         step: Where in a sampler's run the model is.
+        policies: What makes sparse maps within ``dense`` (True) and ``local`` (False), where there is a policy.
     """
 
     rows: PaddedRows
@@ -55,8 +54,8 @@ class ClipState:
     dense: BlockMap
     local: BlockMap
     step: Step
+    policies: dict[bool, SparsePolicy] = field(default_factory=dict)
     _tiles: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
-    _policies: dict[bool, SparsePolicy] = field(default_factory=dict)
     _scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -72,7 +71,7 @@ class ClipState:
         step: Step,
         columns: int | None = None,
     ) -> ClipState:
-        """Compute the state of one clip.
+        """Compute the state of one clip; waits for the device, so that no forward pass does.
 
         Args:
             rows: Where tokens sit.
@@ -84,6 +83,9 @@ class ClipState:
             num_layers: Layers of the model.
             step: Shared with the model.
             columns: Token columns of a frame, where the sequence is one clip.
+
+        Raises:
+            ValueError: ``sparsity`` is ``Tiles`` and the sequence is not one clip.
         """
         device = coords.device
         token_rows = rows.token_rows(device)
@@ -95,15 +97,20 @@ class ClipState:
         local_map = dense_map
         if local is not None:
             local_map = plan_blocks.from_ranges(*rows.to_rows(local), rows.slots, rows.slots).to(device)
-        return cls(rows, device, fast, num_layers, columns, token_rows, cos_sin, dense_map, local_map, step)
+        policies = {}
+        if fast.sparsity is not None:
+            # One per exact map: the two differ only where the clip has a window.
+            exact = {exact_map is dense_map: exact_map for exact_map in (dense_map, local_map)}
+            policies = {which: SparsePolicy(fast.sparsity, exact[which], rows, columns) for which in exact}
+        return cls(rows, device, fast, num_layers, columns, token_rows, cos_sin, dense_map, local_map, step, policies)
 
     def fake(self, device: torch.device | str) -> ClipState:
-        """The same shapes on a device that need not exist; to be called under a FakeTensorMode, before a policy ran."""
+        """The same shapes on a device that need not exist; to be called under a FakeTensorMode."""
 
         def like(x: torch.Tensor) -> torch.Tensor:
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
-        maps = {id(m): dataclasses.replace(m, **_each(m, like)) for m in (self.dense, self.local)}
+        maps = {id(m): m.changed(like) for m in (self.dense, self.local)}
         return dataclasses.replace(
             self,
             device=torch.device(device),
@@ -111,14 +118,15 @@ class ClipState:
             cos_sin=like(self.cos_sin),
             dense=maps[id(self.dense)],
             local=maps[id(self.local)],
+            policies={which: policy.changed(like) for which, policy in self.policies.items()},
             _tiles={},
-            _policies={},
             _scales={},
         )
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything that takes memory on the device."""
-        return [self.token_rows, self.cos_sin, *self.dense.tensors(), *self.local.tensors()]
+        policies = (x for policy in self.policies.values() for x in policy.tensors())
+        return [self.token_rows, self.cos_sin, *self.dense.tensors(), *self.local.tensors(), *policies]
 
     def row_tiles(self, experts: int, first: int = 0, end: int | None = None) -> torch.Tensor:
         """:meth:`PaddedRows.row_tiles` on the device, made once."""
@@ -147,16 +155,7 @@ class ClipState:
     ) -> BlockMap:
         """The layer's block map: the exact one, or what the sparsity policy makes of it from q and k."""
         exact = self.local if plan.local else self.dense
-        sparsity = self.fast.sparsity
-        if sparsity is None or not self.fast.is_sparse(plan.index, self.num_layers, self.step.index, self.step.count):
+        if not self.fast.is_sparse(plan.index, self.num_layers, self.step.index, self.step.count):
             return exact
-        # One policy per exact map: the two differ only where the clip has a window.
-        which = exact is self.dense
-        if which not in self._policies:
-            self._policies[which] = SparsePolicy(sparsity, exact, self.rows, self.columns)
-        return self._policies[which].map(q, k, q_scale, k_scale, plan.backend["select_blocks"])
-
-
-def _each(block_map: BlockMap, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    fields = ((field.name, getattr(block_map, field.name)) for field in dataclasses.fields(block_map))
-    return {name: change(value) for name, value in fields if isinstance(value, torch.Tensor)}
+        policy = self.policies[exact is self.dense]
+        return policy.map(q, k, q_scale, k_scale, plan.backend["select_blocks"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 
 from happyhorse_fast.block_map import BlockMap, BlockSelector
@@ -34,6 +37,21 @@ class SparsePolicy:
             return
         self.selector = BlockSelector(rows, exact, exact.device)
         self.video_blocks = -(-rows.starts[1] // 128)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What it holds on the device."""
+        if self.static is not None:
+            return self.static.tensors()
+        return *self.selector.base.tensors(), *self.selector.tensors()
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> SparsePolicy:
+        """A copy with every tensor replaced by what ``change`` makes of it."""
+        other = copy.copy(self)
+        if self.static is not None:
+            other.static = self.static.changed(change)
+        else:
+            other.selector = self.selector.changed(change)
+        return other
 
     def map(
         self,
