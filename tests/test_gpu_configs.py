@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -84,6 +85,7 @@ def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> 
     if str(arch) in table("block_sparse_attention")[variant]:
         # By its name, not as the launcher picks it: some it takes for an LSE alone, some only without.
         config = config_for("block_sparse_attention", variant, arch)
+        config = dataclasses.replace(config, specialized=variant.endswith("_specialized"))
         monkeypatch.setattr(launcher, "launch_config", lambda *_, **__: config)
     elif not DRY:
         pytest.skip(f"no entry for sm_{arch}")
