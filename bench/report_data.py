@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.results import FOLDER, ROOT, Json, merged, read
+from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 
 NOT_GPU = ("equivalence", "memory", "pony")
 """Folders below the results that hold other files than a GPU's."""
 RATES = (ROOT / "examples/pony/results/rates.json", ROOT / "examples/pony/results/image/rates.json")
 """How often the pony's clips are right: from a prompt, and from a prompt and a first picture."""
-CARDS = (24, 48, 80)
-"""GB; taken as 10^9 bytes, the least that a card of the name has (an L4 or A10G of 24 GB shows 22.5 GiB)."""
-_CONTEXT_GIB = 0.5  # CUDA context and library workspaces, which the plan does not count: 0.3 to 0.5 GiB
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def rows_of(data: Json) -> list[Row]:
 
 def fits(peak_gib: float, card_gb: int) -> bool:
     """Whether a clip whose tensors peak at ``peak_gib`` runs on a card of ``card_gb``."""
-    return peak_gib + _CONTEXT_GIB <= card_gb * 1e9 / 2**30
+    return peak_gib * 2**30 + CONTEXT_BYTES <= card_bytes(card_gb)
 
 
 def worst(form: Json, kind: str, modality: str, measure: str = "relative_l2") -> float | None:

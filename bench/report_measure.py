@@ -170,12 +170,12 @@ def measure_pony() -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to four significant digits: what the report shows, in a third of the size."""
+    """Floats to five significant digits: what the report shows is rounded from them once, in two fifths of the size."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def write(path: Path, data: Json) -> None:

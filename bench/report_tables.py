@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.report_data import CARDS, Report, fits, rows_of, worst
+from bench.report_data import Report, fits, rows_of, worst
 from bench.results import Json
+from happyhorse_fast.costs import CARDS, CONTEXT_BYTES
 
 FORM_ORDER = ("eager bf16", "fast bf16", "fast fp8", "fast fp8 + sparsity")
 NO_GPU = "No results of a GPU are committed yet, so there is no measured speed here."
@@ -66,7 +67,8 @@ def memory_table(data: Json) -> Table:
         ("clip", "form", "peak", "of it weights", "fits a card of"),
         tuple(rows),
         "Planned, not measured on a GPU: live tensors of a forward pass under fake tensors. A card of N GB counts as "
-        f"N x 10^9 bytes, 0.5 GiB of it for the CUDA context. fast fp8: attention in {data['attention']}.",
+        f"N x 10^9 bytes, {CONTEXT_BYTES / 2**30:g} GiB of it for the CUDA context. fast fp8: attention in "
+        f"{data['attention']}.",
     )
 
 
@@ -85,7 +87,13 @@ def _number(value: float | None, form: str = ".1e") -> str:
 
 
 def _attention(cases: list[Json]) -> str:
-    return f"fast fp8: attention in {' and '.join(sorted({case['attention'] for case in cases}))} as well."
+    return f"Attention in fast fp8: {' and '.join(sorted({case['attention'] for case in cases}))}."
+
+
+def _with_attention(form: str, cases: list[Json]) -> str:
+    """A form's name in a table where it has attention in fp8, which it does not by default."""
+    kinds = sorted({case["attention"] for case in cases} - {"bf16"})
+    return f"{form}, attention {' and '.join(kinds)}" if "fp8" in form and kinds else form
 
 
 def error_table(cases: list[Json]) -> Table:
@@ -133,7 +141,7 @@ def error_summary(cases: list[Json]) -> Table:
         rows.append((f"`{case['case']}`", *cells))
     return Table(
         "Error of the velocity, video / audio: relative L2 to float32",
-        ("case", *FORM_ORDER),
+        ("case", *(_with_attention(name, cases) for name in FORM_ORDER)),
         tuple(rows),
         "Small models with seeded random weights. For sparsity (a quarter of the video blocks) that is a hard case: "
         f"random weights attend to all keys alike, so every block that is left out counts. {_attention(cases)}",
