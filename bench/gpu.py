@@ -30,7 +30,7 @@ import torch
 import bench
 from bench import archive, conditions, targets
 from bench.lost import LOST
-from bench.results import FOLDER, Results, describe_machine, path_for
+from bench.results import COMMIT_VARIABLE, FOLDER, Results, describe_machine, path_for
 from bench.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
 from happyhorse_fast.ops import trust
 
@@ -176,6 +176,20 @@ def run_stages(stages: Sequence[Stage], context: Context, results: Results, dead
 
 
 @contextlib.contextmanager
+def of_commit(name: str) -> Iterator[None]:
+    """All stages are of one commit, whatever is committed or edited meanwhile."""
+    before = os.environ.get(COMMIT_VARIABLE)
+    os.environ[COMMIT_VARIABLE] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[COMMIT_VARIABLE]
+        else:
+            os.environ[COMMIT_VARIABLE] = before
+
+
+@contextlib.contextmanager
 def recorded_clocks(folder: Path, dry: bool) -> Iterator[None]:
     """The chip's clock, power and temperature twice a second in a file, where nvidia-smi is."""
     if dry or shutil.which(conditions.TOOL) is None:
@@ -224,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = Context(options.dry, results.path)
     print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {results.path}\n", flush=True)
     logs = results.path.with_suffix("") / "logs"
-    with archive.Kept(results.path.parent, options.archive), recorded_clocks(logs, options.dry):
+    kept = archive.Kept(results.path.parent, options.archive)
+    with kept, recorded_clocks(logs, options.dry), of_commit(header["commit"]):
         passed = run_stages(chosen, context, results, began + seconds - ENDING_SECONDS)
     if not options.dry:
         print(targets.text(Results(results.path, header).data) + "\n")

@@ -219,6 +219,16 @@ def test_all_that_a_run_leaves_is_one_small_file(tmp_path):
     assert target.stat().st_size < 100_000 and list(target.parent.iterdir()) == [target]
 
 
+def test_a_commit_during_a_run_makes_no_other_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMMIT", raising=False)
+    code = "from bench.results import commit; import bench.results as r; r._git = lambda *_: 'later'; print(commit())"
+    monkeypatch.setattr(stages, "STAGES", [Stage("a", 10, lambda _: [Step([sys.executable, "-c", code])])])
+    monkeypatch.setattr(gpu, "describe_machine", lambda device: HEADER)
+    assert gpu.main(["--dry", "--folder", str(tmp_path), "--seconds", "60"]) == 0
+    assert next(tmp_path.glob("*/*/logs/a.log")).read_text().split() == [HEADER["commit"]]
+    assert "COMMIT" not in os.environ
+
+
 def test_what_was_checked_with_other_sources_proves_nothing(monkeypatch):
     monkeypatch.delenv(gpu.trust.CACHE_VARIABLE, raising=False)
     here = gpu.environment(dry=False)[gpu.trust.CACHE_VARIABLE]
