@@ -180,13 +180,9 @@ def attentions(arch: int) -> Iterator[Case]:
             yield Case(stem, stem, arch, variants, fmt, described(detail, tracing), arguments, tracing)
         if str(arch) in table(stem).get(f"{variant}_specialized", {}):
             for map_heads, fp8_out, lse in wishes:
-                # e4m3 with an LSE and a mean of k does not take it.
                 arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse)
-                if fmt == "fp8":
-                    arguments["k_mean"] = None
                 variants = {"block_sparse_attention_hopper_kernel": f"{variant}_specialized"}
-                means = ", LSE" if lse and fmt == "fp8" else ", LSE, k_mean" if lse else ""
-                detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{means}"
+                detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
                 detail += f", {map_heads} maps" if map_heads > 1 else ""
                 yield Case(stem, stem, arch, variants, fmt, f"{detail}, specialized", arguments, specialized=True)
 

@@ -21,7 +21,7 @@ from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.block_map.bits import unpack
 from happyhorse_fast.reference.fp8_linear import ACTIVATIONS
-from happyhorse_fast.reference.quantize import dequantize
+from happyhorse_fast.reference.quantize import dequantize, token_order
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 
 # An e4m3 output is 3.3e-4 from the exact value by its own rounding; a scale that is 4 % off is 8e-4 away.
@@ -165,7 +165,7 @@ def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, blo
     scale = given["qk_scale"][expert].double()
     for which, name in enumerate(("q", "k")):
         yield name, out[name][rows].double() * scale[which], exact[name], E4M3_DISTANCE, CODE_SLOPE
-    values = out["v"][:, :, rows].double() * out["v_scale"][:, block, None, None].double()
+    values = token_order(out["v"])[:, :, rows].double() * out["v_scale"][:, block, None, None].double()
     yield "v", values.permute(2, 0, 1), exact["v"], E4M3_DISTANCE, CODE_SLOPE
     yield "gate", out["gate"][rows], exact["gate"], budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
 
@@ -181,7 +181,7 @@ def _attention(case: Case, given: Given, results: tuple[Tensor, ...], rows: slic
     if case.precision == "fp8":
         q = q * given["q_scale"][block].double()
         k = k * given["k_scale"].double().repeat_interleave(BLOCK)[: len(k), None]
-        v = (v[head].double() * given["v_scale"][head].double().repeat_interleave(BLOCK)).T[: len(k)]
+        v = (token_order(v[head]).double() * given["v_scale"][head].double().repeat_interleave(BLOCK)).T[: len(k)]
     else:
         v = v[:, head].double()
     scores = (torch.einsum("qgd,kd->qgk", q, k) * given["scale"]).masked_fill(~mask[:, None], -torch.inf)

@@ -73,6 +73,15 @@ def load_columns(
 
 
 @triton.jit
+def in_fragment_order(p):
+    """Columns of P in the order of v's tokens (docs/OPS.md): on sm_89, 90 and 120 no thread gives another any."""
+    ROWS: tl.constexpr = p.shape[0]
+    COLUMNS: tl.constexpr = p.shape[1]
+    split = tl.reshape(p, (ROWS, COLUMNS // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(split, (0, 1, 3, 2, 4)), (ROWS, COLUMNS))
+
+
+@triton.jit
 def attend(
     q,
     k,
@@ -101,7 +110,7 @@ def attend(
     alpha = tl.exp2(row_max - shift)
     if PV_FP8:
         p = tl.exp2(s * scale - (shift - P_EXPONENT)[:, None])
-        acc = acc * alpha[:, None] + tl.dot(p.to(tl.float8e4nv), tl.trans(v)) * v_scale
+        acc = acc * alpha[:, None] + tl.dot(in_fragment_order(p.to(tl.float8e4nv)), tl.trans(v)) * v_scale
     else:
         p = tl.exp2(s * scale - shift[:, None])
         acc = tl.dot(p.to(tl.bfloat16), v, acc * alpha[:, None])

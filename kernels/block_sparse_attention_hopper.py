@@ -13,10 +13,10 @@ Predicted per 128 x 128 x 128 tile (8.4 MFLOP) on an H100 SM, in cycles; instruc
 |---|---|---|---|---|---|
 | bf16 | 2048 | 1056 | 972 | 2999 | 570 to 650 TFLOP/s, bound by the products |
 | e4m3 q and k | 1536 | 1056 | 974 | - | 700 to 790 |
-| e4m3 | 1024 | 1056 | 1550 | 1928 | 700 to 850, bound by what is issued |
+| e4m3 | 1024 | 1056 | 1084 | 1928 | 750 to 950, bound by all three |
 
-Of the e4m3 loop's instructions 230 only bring P into the layout of an operand; v with its tokens in the order of the
-fragments would do without.
+In e4m3 772 instructions a step were 542 once v's tokens were in fragment order (docs/OPS.md) and P crossed the loop in
+float32: bringing P into the layout of an operand took 230.
 """
 
 from typing import Any, NamedTuple
@@ -67,12 +67,15 @@ class Scales(NamedTuple):
 
 
 class Running(NamedTuple):
-    """The online softmax between two steps; ``alpha`` and ``pv_scale`` belong to ``p``, whose PV is yet to come."""
+    """The online softmax between two steps; ``alpha`` belongs to ``p``, whose PV is yet to come.
+
+    bf16 P is kept as PV's operand. e4m3 P is kept in float32, in the registers that S will take: as 64 codes of 8 bits
+    it would cost a thread 200 instructions a step to pack and unpack.
+    """
 
     acc: Any
     p: Any
     alpha: Any
-    pv_scale: Any
     row_sum: Any
     row_max: Any
 
@@ -135,16 +138,11 @@ def softmax(s, row_sum, row_max, scale, BIAS: gl.constexpr, MASKED: gl.constexpr
 
 
 @gluon.jit
-def scales_at(work, scales, at):
-    """(of QK, of PV) in one step."""
-    s_scale = scales.softmax
-    pv_scale = 1.0
-    if scales.k is not None:
-        column = gl.load(work.columns + at)
-        s_scale = s_scale * gl.load(scales.k + column)
-        if scales.v is not None:
-            pv_scale = gl.load(scales.v + column)
-    return s_scale, pv_scale
+def scale_at(work, of_blocks, at, scale):
+    """``scale`` times that of the listed block, where blocks have scales."""
+    if of_blocks is not None:
+        scale = scale * gl.load(of_blocks + gl.load(work.columns + at))
+    return scale
 
 
 @gluon.jit
@@ -154,22 +152,35 @@ def start_qk(q_tile, k_ring, stage, zero):
 
 
 @gluon.jit
+def bf16_operand(p, sizes: gl.constexpr):
+    """P as PV's operand."""
+    return gl.convert_layout(p.to(gl.bfloat16), sizes.p_layout)
+
+
+@gluon.jit
+def e4m3_operand(p, sizes: gl.constexpr):
+    """P as PV's operand, its columns in the order of v's tokens: no thread gives another any."""
+    split = p.to(gl.float8e4nv).reshape([sizes.rows, sizes.block // 16, 2, 4, 2])
+    return gl.convert_layout(split.permute((0, 1, 3, 2, 4)).reshape([sizes.rows, sizes.block]), sizes.p_layout)
+
+
+@gluon.jit
 def start_pv(running, v_ring, stage, zero, sizes: gl.constexpr):
     """Issue PV: e4m3 apart, because its scale is this block's own, bf16 into the accumulator."""
     if sizes.pv_fp8:
         v = v_ring.tiles.index(stage).permute((1, 0))
-        pending = warpgroup_mma(running.p, v, zero, use_acc=False, is_async=True)
+        pending = warpgroup_mma(e4m3_operand(running.p, sizes), v, zero, use_acc=False, is_async=True)
     else:
         pending = warpgroup_mma(running.p, v_ring.tiles.index(stage), running.acc, is_async=True)
     return pending
 
 
 @gluon.jit
-def add_pv(running, pv, sizes: gl.constexpr):
+def add_pv(running, pv, scale, sizes: gl.constexpr):
     """The accumulator with a finished PV, which in bf16 it went into."""
     acc = pv
     if sizes.pv_fp8:
-        acc = running.acc * gl.convert_layout(running.alpha, sizes.o_row)[:, None] + pv * running.pv_scale
+        acc = running.acc * gl.convert_layout(running.alpha, sizes.o_row)[:, None] + pv * scale
     return acc
 
 
@@ -196,16 +207,18 @@ def advance(
     nothing of this group runs beside them.
 
     e4m3: PV, then QK, and the accumulator is scaled and added to beside QK. With the softmax there as well S, PV, the
-    accumulator and P are 208 registers, and 56 bytes a thread spill. As more is issued than multiplied, the other
-    group's products are enough beside the softmax.
+    accumulator and P are 208 registers, and 56 bytes a thread spill. As much is issued as multiplied, so the other
+    group's products are enough beside the softmax. PV is not begun a step earlier: a product that is under way where a
+    loop turns makes ptxas wait for each of its instructions.
     """
     before = (use - 1) % sizes.stages
-    s_scale, pv_scale = scales_at(work, scales, at)
+    s_scale = scale_at(work, scales.k, at, scales.softmax)
+    pv_scale = scale_at(work, scales.v, at - 1, 1.0)
     stage = await_full(k_ring, use, sizes.stages)
     if sizes.pv_fp8:
         pv_pending = start_pv(running, v_ring, before, zero, sizes)
         s_pending = start_qk(q_tile, k_ring, stage, zero_s)
-        acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
+        acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), pv_scale, sizes)
         release(v_ring, before)
         s = warpgroup_mma_wait(0, deps=[s_pending])
     else:
@@ -220,7 +233,8 @@ def advance(
     if not sizes.pv_fp8:
         acc = warpgroup_mma_wait(0, deps=[pv_pending]) * gl.convert_layout(alpha, sizes.o_row)[:, None]
         release(v_ring, before)
-    return Running(acc, gl.convert_layout(p.to(v_ring.tiles.dtype), sizes.p_layout), alpha, pv_scale, row_sum, row_max)
+        p = bf16_operand(p, sizes)
+    return Running(acc, p, alpha, row_sum, row_max)
 
 
 @gluon.jit
@@ -258,7 +272,7 @@ def compute(WHICH: gl.constexpr, common, sizes: gl.constexpr):
         row_sum = gl.full([ROWS], 0.0, gl.float32, layout=sizes.s_row)
         row_max = gl.full([ROWS], -float("inf"), gl.float32, layout=sizes.s_row)
         if n_all > 0:
-            s_scale, pv_scale = scales_at(work, scaled, start)
+            s_scale = scale_at(work, scaled.k, start, scaled.softmax)
             stage = await_full(k_ring, use, STAGES)
             s = warpgroup_mma_wait(0, deps=[start_qk(q_tile, k_ring, stage, zero_s)])
             release(k_ring, stage)
@@ -266,8 +280,9 @@ def compute(WHICH: gl.constexpr, common, sizes: gl.constexpr):
                 s = hide(s, work, start, FIRST, sizes)
             p, alpha, row_sum, row_max = softmax(s, row_sum, row_max, s_scale, sizes.bias, True)
             await_full(v_ring, use, STAGES)
-            p = gl.convert_layout(p.to(v_ring.tiles.dtype), sizes.p_layout)
-            running = Running(acc, p, alpha, pv_scale, row_sum, row_max)
+            if not sizes.pv_fp8:
+                p = bf16_operand(p, sizes)
+            running = Running(acc, p, alpha, row_sum, row_max)
             for j in range(1, n_full):
                 running = advance(
                     running, j + use, j + start, q_tile, k_ring, v_ring, work, scaled, zero_s, zero, FIRST, False, sizes
@@ -280,7 +295,7 @@ def compute(WHICH: gl.constexpr, common, sizes: gl.constexpr):
             last = (use - 1) % STAGES
             pv = warpgroup_mma_wait(0, deps=[start_pv(running, v_ring, last, zero, sizes)])
             release(v_ring, last)
-            acc = add_pv(running, pv, sizes)
+            acc = add_pv(running, pv, scale_at(work, scaled.v, start + n_all - 1, 1.0), sizes)
             row_sum = running.row_sum
             row_max = running.row_max
         release(q_ring, slot)

@@ -17,6 +17,7 @@ from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
 from happyhorse_fast.kernels import launch
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
+from happyhorse_fast.reference.quantize import fragment_order, token_order
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 FP8 = torch.float8_e4m3fn
@@ -56,7 +57,7 @@ def inputs(fmt, n=300, heads=(4, 2), d=32, m=None, seed=0, spread=1.0):
     if fmt == "fp8":
         v_scale = per_block(v, dims=(2,))  # [S, Hkv]
         codes = torch.nn.functional.pad(quantised(v, v_scale).view(torch.uint8), (0, 0, 0, 0, 0, -m % BLOCK)).view(FP8)
-        given |= {"v": codes.permute(1, 2, 0).contiguous(), "v_scale": v_scale.T.contiguous()}
+        given |= {"v": fragment_order(codes.permute(1, 2, 0)), "v_scale": v_scale.T.contiguous()}
     return given
 
 
@@ -67,7 +68,9 @@ def values(given):
         q = q * given["q_scale"].double().repeat_interleave(BLOCK)[: len(q), None, None]
         k = k * given["k_scale"].double().repeat_interleave(BLOCK)[: len(k), None, None]
     if "v_scale" in given:
-        v = (v * given["v_scale"].double().repeat_interleave(BLOCK, dim=1)[:, None]).permute(2, 0, 1)[: len(k)]
+        v = (token_order(v) * given["v_scale"].double().repeat_interleave(BLOCK, dim=1)[:, None]).permute(2, 0, 1)[
+            : len(k)
+        ]
     return q, k, v
 
 

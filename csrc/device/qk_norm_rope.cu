@@ -163,7 +163,7 @@ HH_KERNEL(qk_norm_rope, QkNormRopeParams, THREADS) {
 
 // 128 rows of v of one head, transposed through shared memory. They are copied there at once: loads to registers came one
 // at a time, ptxas prefers 32 registers to eight loads in flight. A thread then stores codes of 32 rows of a channel, a
-// whole sector of 32 bytes; neither way do lanes meet in a bank.
+// whole sector of 32 bytes, in fragment order (docs/OPS.md); neither way do lanes meet in a bank.
 template <int D, int VALUES>
 HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsigned char* shared) {
   constexpr int LANES = D / VALUES, VECTORS = ROW_TILE * LANES;
@@ -213,7 +213,8 @@ HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsig
       float codes[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int at = (strip + i + j) * D + channel;
+        const int token = i / 16 * 16 + j / 2 * 8 + i % 16 / 2 + j % 2;  // whose place is i + j
+        const int at = (strip + token) * D + channel;
         if constexpr (VALUES == 8) {
           codes[j] = to_float(reinterpret_cast<const bf16*>(held)[at]) * inverse;
         } else {

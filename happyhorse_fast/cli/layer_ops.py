@@ -21,7 +21,7 @@ from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.reference import block_sparse_attention as reference_attention
 from happyhorse_fast.reference.mlp import gelu7, swiglu7
 from happyhorse_fast.reference.model import ROW_CHUNK, HappyHorse, Layer
-from happyhorse_fast.reference.quantize import dequantize, quantize_groups, to_e4m3
+from happyhorse_fast.reference.quantize import dequantize, quantize_groups, to_e4m3, token_order
 from happyhorse_fast.reference.quantized_qkv import quantize_v
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm, rmsnorm_qkv
 from happyhorse_fast.reference.sequence import Clip, Ranges, row_chunks
@@ -235,7 +235,7 @@ class _FastOps:
             for code, scale in zip((q, k), scales, strict=True)
         )
         if out == "fp8":
-            v = (v.float() * v_scale.repeat_interleave(BLOCK, dim=1)[:, None]).permute(2, 0, 1)
+            v = (token_order(v).float() * v_scale.repeat_interleave(BLOCK, dim=1)[:, None]).permute(2, 0, 1)
         return q, k, self._tokens(v.float()), self._tokens(gate)
 
     def _row_scales(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:

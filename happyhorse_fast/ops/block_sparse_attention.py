@@ -40,7 +40,8 @@ def block_sparse_attention(
     Args:
         q: [N, Hq, D], D 32, 64 or 128, any strides; bf16, or e4m3 codes.
         k: [M, Hkv, D], any strides, of q's dtype.
-        v: bf16 [M, Hkv, D], any strides; or e4m3 [Hkv, D, S * 128], transposed, finite past key M.
+        v: bf16 [M, Hkv, D], any strides; or e4m3 [Hkv, D, S * 128], transposed, tokens in
+            `reference.quantize.fragment_order`, finite past key M.
         block_map: N queries and M keys, for one head or Hkv heads; S = ceil(M / 128), R = ceil(N / 128).
         scale: Softmax scale, positive.
         q_scale: float32 [R], with e4m3 q: value = code * q_scale[i // 128].

@@ -43,7 +43,7 @@ def products(
 
     bf16 products are rounded to bf16; products of codes are not, and are multiplied by x_scale, then weight_scale.
     """
-    expert, wide = -1, torch.empty(0)
+    expert, wide = -1, torch.empty(0, dtype=torch.float32)
     for e, first, end in row_tiles.tolist():
         if e != expert:
             expert, wide = e, weight[e].float().T
@@ -55,7 +55,7 @@ def products(
             yield rows, (codes @ wide) * x_scale[rows, None] * weight_scale[e]
         else:
             group = x.shape[1] // x_scale.shape[1]
-            product = torch.zeros(len(codes), wide.shape[1], device=x.device)
+            product = torch.zeros(len(codes), wide.shape[1], dtype=torch.float32, device=x.device)
             for g in range(x_scale.shape[1]):
                 part = slice(g * group, (g + 1) * group)
                 product += (codes[:, part] @ wide[part]) * x_scale[rows, g, None]

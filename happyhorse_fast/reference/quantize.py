@@ -28,6 +28,24 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def fragment_order(v: torch.Tensor) -> torch.Tensor:
+    """Tokens in the order in which tensor cores hold P, so that no thread has to exchange codes of P with another.
+
+    Of 16 tokens, token 8 i + 2 t + b (i and b below 2, t below 4) goes to place 4 t + 2 i + b: thread t of a quad holds
+    tokens 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of a product's result, and as an operand's wants places 4 t to 4 t + 3
+    (PTX ISA 8.7, fragments of wgmma.m64n8k32 and mma.m16n8k32).
+
+    Args:
+        v: [..., N], N a multiple of 16.
+    """
+    return v.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
+
+
+def token_order(v: torch.Tensor) -> torch.Tensor:
+    """What :func:`fragment_order` was given."""
+    return v.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
+
+
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One scale per row (token).
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
-from happyhorse_fast.reference.quantize import e4m3_scale, quantize_rows, scaled_rows, to_e4m3
+from happyhorse_fast.reference.quantize import e4m3_scale, fragment_order, quantize_rows, scaled_rows, to_e4m3
 from happyhorse_fast.reference.rmsnorm_qkv import EPS, rms_norm
 
 ROW_TILE = 128
@@ -288,7 +288,7 @@ def rotate_pairs(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_v(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per head and 128 rows, codes transposed.
+    """One scale per head and 128 rows, codes transposed and in :func:`fragment_order`.
 
     Args:
         v: [N, Hkv, D] float32.
@@ -299,4 +299,4 @@ def quantize_v(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     padded = torch.nn.functional.pad(v, (0, 0, 0, 0, 0, -v.shape[0] % ROW_TILE))
     tiles = padded.permute(1, 2, 0).unflatten(2, (-1, ROW_TILE))  # [Hkv, D, S, 128]
     scale = e4m3_scale(tiles.abs().amax(dim=(1, 3)))
-    return to_e4m3(tiles * (1 / scale)[:, None, :, None]).flatten(2), scale
+    return fragment_order(to_e4m3(tiles * (1 / scale)[:, None, :, None]).flatten(2)), scale

@@ -6,6 +6,7 @@ import torch
 
 from happyhorse_fast.block_map.bits import BLOCK, unpack
 from happyhorse_fast.block_map.map import BlockMap
+from happyhorse_fast.reference.quantize import token_order
 
 P_SCALE = 256.0
 """What P is multiplied by before it becomes e4m3."""
@@ -39,7 +40,7 @@ def sparse_attention(
     Args:
         q: [N, Hq, D] bf16, or e4m3 codes with ``q_scale`` float32 [R].
         k: [M, Hkv, D] bf16, or e4m3 codes with ``k_scale`` float32 [S].
-        v: [M, Hkv, D] bf16, or e4m3 [Hkv, D, S * 128] with ``v_scale`` float32 [Hkv, S].
+        v: [M, Hkv, D] bf16, or e4m3 [Hkv, D, S * 128] in `quantize.fragment_order` with ``v_scale`` float32 [Hkv, S].
         block_map: N queries, M keys, one head or Hkv heads.
         scale: Softmax scale.
         q_scale: See ``q``.
@@ -71,7 +72,7 @@ def sparse_attention(
     keys = keys.permute(2, 0, 3, 1)  # [Hkv, S, D, 128]
     queries = queries.unflatten(2, (hkv, group)).permute(2, 0, 3, 1, 4)  # [Hkv, R, G, 128, D]
     if fp8_v:
-        values = v.to(wide).unflatten(2, (width, BLOCK)).permute(0, 2, 3, 1)
+        values = token_order(v).to(wide).unflatten(2, (width, BLOCK)).permute(0, 2, 3, 1)
     else:
         values = _blocks(v.to(wide), width).permute(2, 0, 1, 3)  # [Hkv, S, 128, D]
 

@@ -65,21 +65,20 @@ def described_in_gluon(x: Tensor, tile: tuple[int, int]) -> GluonDescriptor:
     return GluonDescriptor.from_tensor(x, list(tile), layout)
 
 
-def launch_config(q: Tensor, k: Tensor, v: Tensor, *, lse: bool = False, k_mean: bool = False) -> LaunchConfig:
-    """The committed configuration for these tensors, with or without an LSE and a mean taken off k.
+def launch_config(q: Tensor, k: Tensor, v: Tensor, *, lse: bool = False) -> LaunchConfig:
+    """The committed configuration for these tensors, with or without an LSE.
 
     The "strided" entries read through pointers, in steps of 64 keys. Besides tensors that no descriptor can read, e4m3
     with an LSE takes them: with steps of 128 keys it spills 8 bytes a thread, 32 with k_mean (Triton 3.6.0, sm_90). The
-    specialized kernel spills 16, with both.
+    specialized kernel spills nothing.
     """
     name, arch = variant_of(q, v), architecture(q.device)
     config = config_for(STEM, name, arch)
     v_dense = v.is_contiguous() and v.data_ptr() % 16 == 0 if is_transposed(v) else describable(v)
     by_tiles = v_dense and describable(k)
-    crowded = lse and is_transposed(v)
-    if config.specialized and by_tiles and describable(q) and not (crowded and k_mean):
+    if config.specialized and by_tiles and describable(q):
         return config_for(STEM, f"{name}_specialized", arch)
-    if config.descriptors and (crowded or not by_tiles):
+    if config.descriptors and (not by_tiles or (lse and is_transposed(v))):
         config = config_for(STEM, f"{name}_strided", arch)
     return dataclasses.replace(config, specialized=False)
 
@@ -111,7 +110,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`happyhorse_fast.ops.block_sparse_attention.block_sparse_attention`, which checks the arguments."""
     out, out_scale, lse = empty_results(q, fp8_out, return_lse)
-    config = launch_config(q, k, v, lse=return_lse, k_mean=k_mean is not None)
+    config = launch_config(q, k, v, lse=return_lse)
     n, m, map_rows = q.shape[0], k.shape[0], starts.shape[1]
     # Tokens may be symbolic while torch traces; what the kernel is compiled for may not.
     heads_q, d, heads_kv, map_heads = int(q.shape[1]), int(q.shape[2]), int(k.shape[1]), int(starts.shape[0])
