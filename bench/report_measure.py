@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.results import FOLDER, ROOT, Json, describe_machine
+from bench.results import COMMIT_VARIABLE, FOLDER, ROOT, Json, commit, describe_machine
 from happyhorse_fast.cli.activations import measure_activations
 from happyhorse_fast.cli.equivalence import equivalence_golden
 from happyhorse_fast.cli.fidelity import measure_fidelity, policies
@@ -202,9 +203,15 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; by default all of them")
-    chosen = parser.parse_args().parts
+    parser.add_argument("--dirty", action="store_true", help="measure sources that no commit has; not to be committed")
+    options = parser.parse_args()
+    chosen = options.parts
     if unknown := set(chosen) - PARTS.keys():
         parser.error(f"part must be one of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
+    sources = commit()
+    if sources.endswith("-dirty") and not options.dirty:
+        parser.error(f"sources must be committed first, for the results to name them ({sources}); or --dirty")
+    os.environ[COMMIT_VARIABLE] = sources  # the first file that is written is no change of the sources
     torch.set_num_threads(1)
     for part in chosen or PARTS:
         PARTS[part]()
