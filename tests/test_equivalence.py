@@ -125,7 +125,7 @@ def test_float32_ops_are_the_models(name: str) -> None:
         torch.testing.assert_close(after, case.tensors[f"layer.{index}.out"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "attention"), [("bf16", "fp8"), ("fp8", "fp8"), ("fp8", "fp8_qk")])
+@pytest.mark.parametrize(("precision", "attention"), [("bf16", "bf16"), ("fp8", "fp8"), ("fp8", "fp8_qk")])
 def test_fast_ops_on_the_interpreter_and_in_plain_torch_agree(precision: Any, attention: Any) -> None:
     model, inputs = small()
     video, audio, text = inputs
