@@ -48,6 +48,11 @@ def test_from_ranges_is_the_union(case):
     held(BlockMap.from_ranges(*case), brute_force(*case))
 
 
+def test_maps_are_compared_by_identity():
+    a = BlockMap.dense(130, 130)
+    assert a == a and a != BlockMap.dense(130, 130)
+
+
 def test_overlapping_unsorted_and_touching_ranges_count_once():
     q = torch.tensor([[100, 300], [0, 300], [0, 128], [0, 128], [5, 5]])
     k = torch.tensor([[0, 200], [128, 256], [0, 64], [64, 128], [0, 300]])

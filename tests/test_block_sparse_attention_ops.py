@@ -135,3 +135,8 @@ def test_every_variant_has_a_configuration_for_each_architecture_that_can():
         for d in (32, 64, 128):
             wanted = [a for a in launch.ARCHITECTURES if fmt == "bf16" or (a >= launch.FP8_SINCE and a != 86)]
             assert sorted(map(int, table[f"{fmt}_d{d}"])) == wanted
+
+
+def test_a_map_that_is_none_is_named():
+    with pytest.raises(TypeError, match=r"block_map must be a BlockMap, such as .*; got NoneType"):
+        block_sparse_attention(**inputs("bf16", 130, heads=(2, 1)), block_map=None, scale=0.2, backend="reference")

@@ -1,9 +1,19 @@
 """Every path, make target, command and link that the documentation names exists."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+from happyhorse_fast.ops import (
+    activation_quantize,
+    block_sparse_attention,
+    fp8_linear,
+    qk_norm_rope,
+    rmsnorm_qkv,
+    select_blocks,
+)
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = (".cu", ".cuh", ".hpp", ".json", ".md", ".py", ".safetensors", ".toml", ".txt", ".yaml")
@@ -108,6 +118,29 @@ def test_the_python_examples_of_the_readme_run_on_a_cpu_but_the_last():
         exec(example, names)
     assert names["video"].shape == names["velocity_video"].shape == (1, 48, 3, 8, 8)
     assert names["audio"].isfinite().all()
+
+
+def test_the_python_example_of_the_ops_runs():
+    (example,) = python_examples(ROOT / "docs/OPS.md")
+    names: dict = {}
+    exec(example, names)
+    assert names["y"].shape == (261, 512)
+    assert names["y"].isfinite().all()
+
+
+def test_the_signatures_of_the_ops_are_the_functions():
+    """Names, order, and what is by keyword alone; `keep | mass` are two."""
+    modules = (rmsnorm_qkv, qk_norm_rope, block_sparse_attention, select_blocks, fp8_linear, activation_quantize)
+    signatures = re.findall(r"^`(\w+)\((.*)\) -> ", (ROOT / "docs/OPS.md").read_text(), flags=re.MULTILINE)
+    assert len(signatures) == 10
+    for name, parameters in signatures:
+        (function,) = (getattr(module, name) for module in modules if hasattr(module, name) and name in vars(module))
+        written = [p.split("=")[0].strip() for p in parameters.replace(" | ", ", ").split(",")]
+        real = inspect.signature(function).parameters.values()
+        by_place = [p.name for p in real if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert written == [*by_place, "*", *(p.name for p in real if p.kind is p.KEYWORD_ONLY)], name
+        defaults = dict(re.findall(r"(\w+)=(\"?[\w]+\"?)", parameters))
+        assert {p.name: repr(p.default).replace("'", '"') for p in real if p.name in defaults} == defaults, name
 
 
 def test_what_exists_is_not_reported(tmp_path):

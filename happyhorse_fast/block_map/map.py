@@ -18,7 +18,7 @@ Ranges = Sequence[Sequence[int]] | torch.Tensor
 """Rows of (start, end), half open: a list of pairs or an integer tensor [rows, 2]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: tensors have no truth value
 class BlockMap:
     """Per block of 128 queries, the blocks of 128 keys it attends to: compressed rows, full blocks first.
 

@@ -59,10 +59,12 @@ def block_sparse_attention(
         scaled scores, size [0] without ``return_lse``. A row without a key gives 0 and -inf.
 
     Raises:
-        TypeError: A tensor of another dtype than listed.
+        TypeError: A tensor of another dtype than listed, or no BlockMap.
         ValueError: Another shape, device, layout or value; the message names it, what came and what is allowed.
     """
     require_backend(backend, ("triton", "cuda", "reference"))
+    if not isinstance(block_map, BlockMap):
+        raise TypeError(f"block_map must be a BlockMap, such as BlockMap.dense(N, M); got {type(block_map).__name__}")
     _check(q, k, v, block_map, scale, q_scale, k_scale, v_scale, gate, k_mean)
     tensors = block_map.tensors()
     if backend == "cuda":
