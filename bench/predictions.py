@@ -44,7 +44,7 @@ def _attention(part: str, tflop: float) -> tuple[Prediction, ...]:
         Prediction(f"{kind}/bf16", "triton", at(487, 530), "products, after the softmax"),
         Prediction(f"{kind}/fp8", "triton", at(487, 650), "products, then exponents"),
         Prediction(f"{kind}/bf16", "gluon", at(570, 650), "products"),
-        Prediction(f"{kind}/fp8", "gluon", at(700, 850), "instructions issued"),
+        Prediction(f"{kind}/fp8", "gluon", at(750, 950), "products, exponents, instructions"),
         Prediction(f"{kind}/bf16", "cuda", at(300, 300), "shared memory, then mma.sync"),
     )
 
