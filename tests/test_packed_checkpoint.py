@@ -137,6 +137,7 @@ def test_a_corrupt_description_is_refused(packed: Path) -> None:
         load(packed)
 
 
+@pytest.mark.filterwarnings("ignore:every op runs")
 def test_weights_of_another_precision_are_refused(packed: Path) -> None:
     fast = json.loads((packed / "happyhorse_fast.json").read_text())["fast"]
     _edit(packed, fast=fast | {"skip": []})
