@@ -19,7 +19,7 @@ GLUON, STEM, FORM = "gluon", "block_sparse_attention", "_specialized"
 
 def obstacle(device: torch.device) -> str | None:
     """Why it cannot run there; None where it can."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return "needs a GPU"
     major, minor = torch.cuda.get_device_capability(device)
     if 10 * major + minor != SPECIALIZED_ON:
