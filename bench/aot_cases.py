@@ -6,16 +6,15 @@ kernel, as one expert and three do, are compiled once.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 
+from bench.specialized import FORM, GLUON, running
 from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, config_for, table
 from happyhorse_fast.ops.triton import block_sparse_attention, fp8_linear, rmsnorm_qkv, select_blocks
 from happyhorse_fast.ops.triton.device import pretend
@@ -64,16 +63,8 @@ class Case:
 
     def launch(self) -> None:
         """Call the launcher, pretending the architecture."""
-        with pretend(self.arch, tracing=self.tracing), self._table():
+        with pretend(self.arch, tracing=self.tracing), running(GLUON if self.specialized else "triton"):
             LAUNCHERS[f"happyhorse_fast::{self.op}"](**self.arguments)
-
-    def _table(self) -> contextlib.AbstractContextManager[object]:
-        """The launch table as this case takes it."""
-        if not self.specialized:
-            return contextlib.nullcontext()
-        (variant,) = self.variants.values()
-        entry = table(self.stem)[variant.removesuffix("_specialized")][str(self.arch)]
-        return mock.patch.dict(entry, specialized=True)
 
 
 def cases() -> Iterator[Case]:
@@ -167,6 +158,7 @@ def attentions(arch: int) -> Iterator[Case]:
         if str(arch) not in table(stem)[variant]:
             continue
         ways = loads(stem, variant, arch)
+        specialized = str(arch) in table(stem).get(f"{variant}{FORM}", {})
         wishes = [(1, False, False), (1, fmt != "bf16", True)]
         if d == HEAD_DIM:
             wishes.append((HEADS_KV, fmt != "bf16", False))
@@ -178,12 +170,8 @@ def attentions(arch: int) -> Iterator[Case]:
             detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
             detail += f", {map_heads} maps" if map_heads > 1 else ""
             yield Case(stem, stem, arch, variants, fmt, described(detail, tracing), arguments, tracing)
-        if str(arch) in table(stem).get(f"{variant}_specialized", {}):
-            for map_heads, fp8_out, lse in wishes:
-                arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse)
-                variants = {"block_sparse_attention_hopper_kernel": f"{variant}_specialized"}
-                detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
-                detail += f", {map_heads} maps" if map_heads > 1 else ""
+            if specialized and not tracing:
+                variants = {"block_sparse_attention_hopper_kernel": f"{variant}{FORM}"}
                 yield Case(stem, stem, arch, variants, fmt, f"{detail}, specialized", arguments, specialized=True)
 
 

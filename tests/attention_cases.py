@@ -12,9 +12,9 @@ from cuda_shim import SHIM
 from gluon_emulator import Emulated
 from strict import strict
 
+from bench.specialized import GLUON, running
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
-from happyhorse_fast.kernels import launch
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.reference.quantize import fragment_order, token_order
@@ -26,7 +26,7 @@ KERNELS = ("triton", "specialized", "cuda")
 CUDA = ("bf16", "cuda")  # the one format that kernel takes
 RUNS = [*((fmt, kernel) for kernel in ("triton", "specialized") for fmt in FORMATS), CUDA]
 CASES = pytest.mark.parametrize(("fmt", "backend"), RUNS)
-GLUON = ("hopper_sizes", "hopper_ring", "block_sparse_attention_hopper")
+GLUON_MODULES = ("hopper_sizes", "hopper_ring", "block_sparse_attention_hopper")
 LAYOUT = Layout(3, 77, 29, 40)  # 300 tokens; no boundary on a block
 MAP = BlockMap.frame_window(LAYOUT, 0)
 
@@ -95,16 +95,13 @@ def eager_bf16(given, block_map, scale):
 @contextlib.contextmanager
 def specialized(seed=1, replace=()):
     """On the CPU, Triton's op launches what it would on sm_90 with specialized warps, in the emulator."""
-    kernel = Emulated(GLUON, "block_sparse_attention_hopper_kernel", seed, replace)
-    with contextlib.ExitStack() as stack:
-        for fmt in FORMATS:
-            for d in (32, 64, 128):
-                entry = launch.table(launcher.STEM)[f"{fmt}_d{d}"]["90"]
-                stack.enter_context(mock.patch.dict(entry, specialized=True))
-        stand_ins = {"architecture": lambda _: 90, "addressable": lambda x: type(x) is torch.Tensor}
-        stack.enter_context(
-            mock.patch.multiple(launcher, block_sparse_attention_hopper_kernel=kernel, **stand_ins)  # type: ignore[arg-type]
-        )
+    kernel = Emulated(GLUON_MODULES, "block_sparse_attention_hopper_kernel", seed, replace)
+    stand_ins = {
+        "block_sparse_attention_hopper_kernel": kernel,
+        "architecture": lambda _: 90,
+        "addressable": lambda x: type(x) is torch.Tensor,
+    }
+    with running(GLUON), mock.patch.multiple(launcher, **stand_ins):
         yield
 
 
