@@ -13,7 +13,7 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model.accelerate import empty_accelerated
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.fast_layer import FastLayer
-from happyhorse_fast.ops.dispatch import CUDA_OPS, STEMS, BackendError, Choice, choose, cuda_obstacle
+from happyhorse_fast.ops.dispatch import BackendError, Choice, choose, cuda_obstacle, cuda_ops
 from happyhorse_fast.ops.packing_qkv import static_qk_scale
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
@@ -49,10 +49,7 @@ def random_fast(config: ModelConfig, fast: FastConfig, backend: Backend, device:
         obstacle = cuda_obstacle(device)
         if obstacle is not None:
             raise BackendError(f"backend 'cuda' cannot run: {obstacle}")
-        for op in STEMS:
-            attention = op == "block_sparse_attention" and fast.precision == "fp8"
-            if op in CUDA_OPS.get(fast.attention if attention else fast.precision, ()):
-                choices[op] = Choice(op, "cuda", "asked for")
+        choices |= {op: Choice(op, "cuda", "asked for") for op in cuda_ops(fast.precision, fast.attention)}
     model = empty_accelerated(config, fast, choices).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():

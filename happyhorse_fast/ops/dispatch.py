@@ -113,7 +113,7 @@ def choose(
     """
     if backend == "reference":
         return {op: Choice(op, "reference", "asked for") for op in STEMS}
-    in_cuda = tuple(op for op in STEMS if op in CUDA_OPS.get(_format(op, precision, attention), ()))
+    in_cuda = cuda_ops(precision, attention)
     named = {"triton": tuple(STEMS), "cuda": in_cuda}.get(backend, ())
     if named:
         obstacle = triton_obstacle(device) if backend == "triton" else cuda_obstacle(device)
@@ -135,6 +135,11 @@ def choose(
             raise BackendError(f"strict: {op} would run as {where}: {choice.reason}")
         choices[op] = choice
     return choices
+
+
+def cuda_ops(precision: str, attention: str | None) -> tuple[str, ...]:
+    """Ops of a model that have a CUDA kernel; arguments as for :func:`choose`."""
+    return tuple(op for op in STEMS if op in CUDA_OPS.get(_format(op, precision, attention), ()))
 
 
 def _format(op: str, precision: str, attention: str | None) -> str:
