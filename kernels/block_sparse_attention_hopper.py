@@ -29,11 +29,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from happyhorse_fast.kernels import numerics
+from happyhorse_fast.kernels import block_sparse_attention, numerics
 from happyhorse_fast.kernels.block_sparse_attention import LOG_2
 from happyhorse_fast.kernels.hopper_ring import await_full, fill, make_ring, release
 from happyhorse_fast.kernels.hopper_sizes import GROUPS, sizes_of
 
+in_fragment_order = gluon.jit(block_sparse_attention.in_fragment_order.fn)
 scale_of = gluon.jit(numerics.scale_of.fn)
 to_e4m3 = gluon.jit(numerics.to_e4m3.fn)
 
@@ -160,8 +161,7 @@ def bf16_operand(p, sizes: gl.constexpr):
 @gluon.jit
 def e4m3_operand(p, sizes: gl.constexpr):
     """P as PV's operand, its columns in the order of v's tokens: no thread gives another any."""
-    split = p.to(gl.float8e4nv).reshape([sizes.rows, sizes.block // 16, 2, 4, 2])
-    return gl.convert_layout(split.permute((0, 1, 3, 2, 4)).reshape([sizes.rows, sizes.block]), sizes.p_layout)
+    return gl.convert_layout(in_fragment_order(p.to(gl.float8e4nv)), sizes.p_layout)
 
 
 @gluon.jit

@@ -127,6 +127,8 @@ class Emulated:
             "exp2": torch.exp2,
             "log2": torch.log2,
             "convert_layout": lambda x, layout: x,
+            "reshape": lambda x, shape: x.reshape(shape),
+            "permute": lambda x, order: x.permute(order),
             "static_range": range,
             "program_id": lambda axis: self.program.index,
             "num_programs": lambda axis: self.program.grid,

@@ -99,7 +99,7 @@ BF16 = PLANTED | {
 E4M3 = PLANTED | {
     "v never released": ("        release(v_ring, before)\n        s = warp", "        s = warp"),
     "scale of the next v": ("scale_at(work, scales.v, at - 1, 1.0)", "scale_at(work, scales.v, at, 1.0)"),
-    "tokens in their own order": ("permute((0, 1, 3, 2, 4)).reshape", "permute((0, 1, 2, 3, 4)).reshape"),
+    "tokens in their own order": ("in_fragment_order(p.to(gl.float8e4nv))", "p.to(gl.float8e4nv)"),
     "scale of k forgotten": ("scale_at(work, scales.k, at, scales.softmax)", "scales.softmax"),
 }
 
