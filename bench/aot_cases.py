@@ -70,7 +70,7 @@ class Case:
 def cases() -> Iterator[Case]:
     """All cases."""
     for arch in ARCHITECTURES:
-        for make in (norms, qkv_products, fused_products, attentions, linears, selections):
+        for make in (norms, qkv_products, attentions, linears, selections):
             yield from make(arch)
 
 
@@ -109,27 +109,21 @@ def norms(arch: int) -> Iterator[Case]:
         yield Case("rmsnorm_quantize", "rmsnorm_qkv", arch, variants, "none", detail, arguments)
 
 
-def qkv(experts: int, fmt: str) -> dict[str, Any]:
-    """Arguments that both QKV products take."""
-    features = (HEADS_Q + 2 * HEADS_KV + 1) * HEAD_DIM
-    return {
-        "weight": meta(experts, features, HIDDEN, dtype=DTYPES[fmt]),
-        "qk_norm": meta(experts, 2, HEAD_DIM),
-        "cos_sin": meta(ROWS, HEAD_DIM),
-        "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
-        "num_heads_q": HEADS_Q,
-        "num_heads_kv": HEADS_KV,
-    }
-
-
 def qkv_products(arch: int) -> Iterator[Case]:
     """`qkv_linear`: inputs and outputs in every format, with a mean of k to take off and without."""
     outs = ("bf16", "fp8", "fp8_qk") if arch >= FP8_SINCE else ("bf16",)
+    features = (HEADS_Q + 2 * HEADS_KV + 1) * HEAD_DIM
     for fmt, out, k_mean, experts in itertools.product(formats(arch), outs, (False, True), EXPERTS):
-        arguments = qkv(experts, fmt) | {
+        arguments = {
             "x": meta(ROWS, HIDDEN, dtype=DTYPES[fmt]),
             "x_scale": meta(ROWS) if fmt == "fp8" else None,
-            "weight_scale": meta(experts, (HEADS_Q + 2 * HEADS_KV + 1) * HEAD_DIM) if fmt == "fp8" else None,
+            "weight": meta(experts, features, HIDDEN, dtype=DTYPES[fmt]),
+            "weight_scale": meta(experts, features) if fmt == "fp8" else None,
+            "qk_norm": meta(experts, 2, HEAD_DIM),
+            "cos_sin": meta(ROWS, HEAD_DIM),
+            "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
+            "num_heads_q": HEADS_Q,
+            "num_heads_kv": HEADS_KV,
             "out": out,
             "qk_scale": None if out == "bf16" else meta(experts, 2),
             "k_mean": meta(HEADS_KV, HEAD_DIM) if k_mean else None,
@@ -139,15 +133,6 @@ def qkv_products(arch: int) -> Iterator[Case]:
             detail = described(f"{fmt}, {out} out{', k_mean' if k_mean else ''}", tracing)
             variants = {"qkv_linear_kernel": variant}
             yield Case("qkv_linear", "rmsnorm_qkv", arch, variants, fmt, detail, arguments, tracing)
-
-
-def fused_products(arch: int) -> Iterator[Case]:
-    """`rmsnorm_qkv`, bf16 only."""
-    for experts, tracing in itertools.product(EXPERTS, loads("rmsnorm_qkv", "fused_bf16", arch)):
-        arguments = qkv(experts, "bf16") | {"hidden": meta(ROWS, HIDDEN), "norm_weight": meta(experts, HIDDEN)}
-        variants = {"rmsnorm_qkv_kernel": "fused_bf16"}
-        detail = described("bf16", tracing)
-        yield Case("rmsnorm_qkv", "rmsnorm_qkv", arch, variants, "bf16", detail, arguments, tracing)
 
 
 def attentions(arch: int) -> Iterator[Case]:

@@ -43,7 +43,6 @@ MASKS = ("window", "dense", "25%", "12.5%")
 
 # What a case's op is called in happyhorse_fast.costs.
 _COSTED = {
-    "rmsnorm_qkv": "qkv",
     "qkv_linear": "qkv",
     "block_sparse_attention": "attention",
     "proj": "proj",
@@ -212,7 +211,6 @@ def cases_of(size: Size) -> Iterator[Case]:
         yield Case("rmsnorm_quantize", "", precision, size, shared)
         yield Case("select_blocks", "25%", precision, size, shared)
         yield Case("fp8_linear_activation", "gelu7", precision, size, sandwich)
-    yield Case("rmsnorm_qkv", "", "bf16", size, shared)
 
 
 def cases(scope: str) -> list[Case]:

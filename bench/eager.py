@@ -45,7 +45,7 @@ def prepare(case: Case, given: Given, *, compiled: bool = False) -> Function:
         function = built(_norm)
         return lambda: function(given["hidden"], given["norm_weight"][0])
     parts = [(expert, slice(first, end)) for expert, first, end in joined(given["row_tiles"].tolist())]
-    if case.op in ("qkv_linear", "rmsnorm_qkv"):
+    if case.op == "qkv_linear":
         return _qkv(given, parts, built)
     if case.op == "fp8_linear_residual":
         function = built(_add_product)
@@ -66,23 +66,13 @@ def _add_product(hidden: Tensor, x: Tensor, weight: Tensor) -> None:
 def _qkv(given: Given, parts: list[tuple[int, slice]], built: Callable[..., Callable[..., object]]) -> Function:
     heads = given["num_heads_q"], given["num_heads_kv"]
 
-    def layer(x: Tensor, weight: Tensor, qk_norm: Tensor, cos_sin: Tensor, norm: Tensor | None) -> tuple[Tensor, ...]:
-        x = x if norm is None else _norm(x, norm)
+    def layer(x: Tensor, weight: Tensor, qk_norm: Tensor, cos_sin: Tensor) -> tuple[Tensor, ...]:
         q, k, v, gate = epilogue(linear(x, weight).float(), qk_norm, cos_sin, *heads)
         return q.bfloat16(), k.bfloat16(), v.bfloat16(), gate
 
     function = built(layer)
-    fused = "norm_weight" in given
-    x = given["hidden" if fused else "x"]
     return lambda: [
-        function(
-            x[rows],
-            given["weight"][e],
-            given["qk_norm"][e],
-            given["cos_sin"][rows],
-            given["norm_weight"][e] if fused else None,
-        )
-        for e, rows in parts
+        function(given["x"][rows], given["weight"][e], given["qk_norm"][e], given["cos_sin"][rows]) for e, rows in parts
     ]
 
 

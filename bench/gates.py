@@ -102,7 +102,7 @@ def _compare(
         else:
             values = dequantize(results[0][rows], results[1][rows], torch.float64)
             yield "x", values, exact, E4M3_DISTANCE, CODE_SLOPE
-    elif case.op in ("qkv_linear", "rmsnorm_qkv"):
+    elif case.op == "qkv_linear":
         yield from _qkv(case, given, results, rows, block)
     elif before is not None:
         added = results[0][rows].double() - before[rows].double()
@@ -125,20 +125,19 @@ def _normed(given: Given, rows: slice, block: int) -> Tensor:
     return rms_norm(given["hidden"][rows].double(), given["norm_weight"][_expert(given, block)].double())
 
 
-def _product(given: Given, rows: slice, block: int, x: Tensor | None = None) -> Tensor:
+def _product(given: Given, rows: slice, block: int) -> Tensor:
     """x . weight of one block's expert in float64, [rows, F]."""
     expert = _expert(given, block)
     weight = given["weight"][expert]
-    if x is None:
-        x = given["x"][rows].double()
-        if given.get("x_scale") is not None:
-            x = dequantize(given["x"][rows], given["x_scale"][rows], torch.float64)
+    x = given["x"][rows].double()
+    if given["x_scale"] is not None:
+        x = dequantize(given["x"][rows], given["x_scale"][rows], torch.float64)
     # In parts: 27,392 x 5120 in float64 are 1.1 GB.
     parts = []
     for first in range(0, weight.shape[0], 4096):
         part = slice(first, first + 4096)
         wide = weight[part].double()
-        if given.get("weight_scale") is not None:
+        if given["weight_scale"] is not None:
             wide = wide * given["weight_scale"][expert, part, None].double()
         parts.append(x @ wide.T)
     return torch.cat(parts, dim=1)
@@ -147,8 +146,7 @@ def _product(given: Given, rows: slice, block: int, x: Tensor | None = None) -> 
 def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, block: int) -> Iterator[Compared]:
     heads_q, heads_kv, d = case.plan.num_heads_q, case.plan.num_heads_kv, case.plan.head_dim
     expert = _expert(given, block)
-    x = _normed(given, rows, block) if case.op == "rmsnorm_qkv" else None
-    heads = _product(given, rows, block, x).unflatten(1, (-1, d))
+    heads = _product(given, rows, block).unflatten(1, (-1, d))
     q, k, v, gates = heads.split([heads_q, heads_kv, heads_kv, heads.shape[1] - heads_q - 2 * heads_kv], dim=1)
     cos, sin = given["cos_sin"][rows].double()[:, None].chunk(2, dim=2)
     exact = {"v": v, "gate": gates.flatten(1)[:, :heads_q].sigmoid()}
@@ -156,8 +154,7 @@ def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, blo
         value = rms_norm(value, given["qk_norm"][expert, which].double())
         a, b = value[..., 0::2], value[..., 1::2]
         exact[name] = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    names = ("q", "k", "v", "gate") if case.op == "rmsnorm_qkv" else ("q", "k", "v", "v_scale", "gate")
-    out = dict(zip(names, results, strict=True))
+    out = dict(zip(("q", "k", "v", "v_scale", "gate"), results, strict=True))
     if case.precision == "bf16":
         for name, value in exact.items():
             yield name, out[name][rows], value, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE

@@ -80,14 +80,6 @@ def _qkv(case: Case, draw: Draw) -> Given:
     }
 
 
-def _rmsnorm_qkv(case: Case, draw: Draw) -> Given:
-    given = _qkv(case, draw)
-    for name in ("x", "x_scale", "weight_scale", "out", "qk_scale"):
-        del given[name]
-    norm = _rmsnorm(case, draw)
-    return given | {"hidden": norm["hidden"], "norm_weight": norm["norm_weight"]}
-
-
 def _attention(case: Case, draw: Draw) -> Given:
     plan, rows = case.plan, case.rows
     shapes = {
@@ -164,7 +156,6 @@ _MAKERS = {
     "fp8_linear_activation": _activation,
     "fp8_linear_residual": _residual,
     "qkv_linear": _qkv,
-    "rmsnorm_qkv": _rmsnorm_qkv,
     "rmsnorm_quantize": _rmsnorm,
     "select_blocks": _select,
 }
@@ -173,7 +164,6 @@ _OPS: dict[str, Any] = {
     "fp8_linear_activation": linear.fp8_linear_activation,
     "fp8_linear_residual": linear.fp8_linear_residual,
     "qkv_linear": qkv.qkv_linear,
-    "rmsnorm_qkv": qkv.rmsnorm_qkv,
     "rmsnorm_quantize": qkv.rmsnorm_quantize,
     "select_blocks": selection.select_blocks,
 }
@@ -196,9 +186,9 @@ def moved_bytes(case: Case) -> int:
     outputs: tuple[Tensor, ...]
     if case.op == "rmsnorm_quantize":
         outputs = empty_normalised(given["hidden"], given["fp8"])
-    elif case.op in ("qkv_linear", "rmsnorm_qkv"):
+    elif case.op == "qkv_linear":
         heads = given["num_heads_q"], given["num_heads_kv"]
-        outputs = empty_qkv(given["cos_sin"], *heads, given.get("out", "bf16"))
+        outputs = empty_qkv(given["cos_sin"], *heads, given["out"])
     elif case.op == "block_sparse_attention":
         outputs = attention.empty_results(given["q"], case.precision == "fp8", False)
     elif case.op == "select_blocks":

@@ -92,7 +92,7 @@ class Eager(Peer):
     """Plain PyTorch in bf16."""
 
     name = "eager"
-    ops = (*LINEAR, *ATTENTION, *NORM, "rmsnorm_qkv", "select_blocks")
+    ops = (*LINEAR, *ATTENTION, *NORM, "select_blocks")
 
     def available(self, device: torch.device) -> str | None:
         return None
@@ -106,7 +106,7 @@ class Compiled(Peer):
 
     name = "torch.compile"
     slow = True
-    ops = (*LINEAR, *ATTENTION, *NORM, "rmsnorm_qkv")
+    ops = (*LINEAR, *ATTENTION, *NORM)
 
     def available(self, device: torch.device) -> str | None:
         # 10 to 30 s a case on one core: 40 cases would take longer than everything else together.
@@ -205,7 +205,7 @@ class Bf16MM(Peer):
     """The library's bf16 product of the same shape: what a fused product is held against; no epilogue."""
 
     name = "torch.mm bf16 (product only)"
-    ops = (*LINEAR, "rmsnorm_qkv")
+    ops = LINEAR
 
     def available(self, device: torch.device) -> str | None:
         return needs_gpu(device)

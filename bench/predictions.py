@@ -62,7 +62,6 @@ PREDICTIONS = (
     Prediction("fp8_linear_residual-proj/bf16", "triton", (3.41, 3.41), "products"),
     Prediction("qkv_linear/fp8", "triton", (2.43, 2.43), "products"),
     Prediction("qkv_linear/bf16", "triton", (4.85, 4.85), "products"),
-    Prediction("rmsnorm_qkv/bf16", "triton", (4.85, 4.85), "products"),
     # Without a branch, as the case is: 4 bytes read, 1 or 2 written per element.
     Prediction("rmsnorm_quantize/fp8", "triton", (0.49, 0.49), "memory"),
     Prediction("rmsnorm_quantize/bf16", "triton", (0.59, 0.59), "memory"),

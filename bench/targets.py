@@ -72,7 +72,6 @@ def lines(data: Json) -> Iterator[Line]:
         yield Line(f"{kind} fp8 with its epilogue", 1083, entry["tflops"] if entry else None, "TFLOP/s", note=note)
         yield _against(f"{kind} fp8 against torch._scaled_mm", entry, SCALED_MM, 1.0)
     for kind, precision, peer in (
-        ("rmsnorm_qkv", "bf16", BF16_MM),
         ("qkv_linear", "bf16", BF16_MM),
         ("qkv_linear", "fp8", SCALED_MM),
     ):

@@ -11,7 +11,10 @@ result moved once:
 |---|---|---|---|---|
 | rmsnorm_quantize, with a branch | 0 | 0 | 3.62 / 3.95 | 1.08 / 1.18 |
 | qkv_linear | 4.80 | 2.43 / 4.85 | 0.87 / 1.70 | 0.26 / 0.51 |
-| rmsnorm_qkv | 4.80 | - / 4.85 | - / 2.36 | - / 0.70 |
+
+Norm and product in one kernel took 19.2 ms on an H200, the two here 8.6 (docs/decisions/0013-*.md): every column tile
+reads its row tile again, 57 times in all, which is 75 GB of float32 through L2 rather than 37.5 of bf16 or 18.8 of
+codes, and norms it again.
 
 The epilogue reads 64 KB of cosines and sines per tile of q and k, 1.6 GB from L2 in all; they are float32 and stay so.
 """
@@ -252,57 +255,4 @@ def qkv_linear_kernel(
         store_head(
             product, head, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, q, k, v, v_scale, gate, slots,
             D, HQ, HKV, FP8_QK, FP8_V, HAS_MEAN, BLOCK_M,
-        )  # fmt: skip
-
-
-@triton.jit
-def rmsnorm_qkv_kernel(
-    hidden,
-    norm_weight,
-    weight,
-    qk_norm,
-    cos_sin,
-    row_tiles,
-    q,
-    k,
-    v,
-    gate,
-    tiles,
-    hidden_stride,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    HQ: tl.constexpr,
-    HKV: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """Norm and product in one: the row's rsqrt(mean square) is applied to the accumulator."""
-    HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
-    for tile in tl.range(tl.program_id(0), tiles * HEADS, tl.num_programs(0)):
-        m, head = grouped_tile(tile, tiles, HEADS, GROUP_M)
-        expert = tl.load(row_tiles + 3 * m)
-        first = tl.load(row_tiles + 3 * m + 1)
-        end = tl.load(row_tiles + 3 * m + 2)
-        feature = (expert * HEADS + head) * D
-        product = tl.zeros((BLOCK_M, D), tl.float32)
-        # Squares are summed across threads once, after the loop: within it that would be four shuffles a step.
-        squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for at in tl.range(0, C, BLOCK_K):
-            column = at + tl.arange(0, BLOCK_K)
-            norm = tl.load(norm_weight + expert * C + column, mask=column < C, other=0.0) + 1.0
-            if DESCRIPTORS:
-                h = hidden.load([first, at])
-                b = weight.load([feature, at])
-            else:
-                h = load_rows(hidden, first, end - 1, hidden_stride, at, C, BLOCK_M, BLOCK_K)
-                b = load_rows(weight, feature, feature + D - 1, C, at, C, D, BLOCK_K)
-            squares += h * h
-            product = tl.dot((h * norm[None, :]).to(tl.bfloat16), b.T, product)
-        inverse = tl.rsqrt(tl.sum(squares, 1) / C + EPS)
-        product = (product * inverse[:, None]).to(tl.bfloat16).to(tl.float32)
-        store_head(
-            product, head, expert, first, end, qk_norm, cos_sin, qk_norm, qk_norm, q, k, v, gate, gate, 0,
-            D, HQ, HKV, False, False, False, BLOCK_M,
         )  # fmt: skip

@@ -13,10 +13,8 @@ from happyhorse_fast.reference import rmsnorm_qkv as eager
 from happyhorse_fast.reference.quantize import dequantize
 from happyhorse_fast.reference.rotary import apply_rotary
 
-BACKENDS = ("triton", "reference")
 KERNELS = ("triton", "cuda")
-QKV_BACKENDS = (*KERNELS, "reference")
-"""Of `qkv_linear`; `rmsnorm_qkv`, the two in one, has no CUDA kernel."""
+BACKENDS = (*KERNELS, "reference")
 NAMES = ("q", "k", "v", "gate")
 # Rows per expert (tails of 0, 1 and 127, boundaries off and on the grid of 128), C, D, Hq, Hkv.
 SHAPES = {
@@ -70,6 +68,11 @@ def make(shape, seed=0):
 
 def tail(case):
     return case.qk_norm, case.cos_sin, case.row_tiles, *case.heads
+
+
+def bf16_linear(case, backend="triton"):
+    x, scale = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend=backend)
+    return ops.qkv_linear(x, scale, case.weight, None, *tail(case), "bf16", backend=backend)
 
 
 def fp8_linear(case, out="bf16", backend="triton", **given):

@@ -32,7 +32,7 @@ ATTENTION = sorted(table("block_sparse_attention"))
 FORM = re.compile("_(strided|specialized)$")
 # QKV product and norm have one configuration per format, and the choice of blocks one per kernel: tests/test_gpu_ops.py
 # runs them all.
-ELSEWHERE = {"rmsnorm_qkv": {"rmsnorm_quantize", "qkv_bf16", "qkv_fp8", "fused_bf16"}}
+ELSEWHERE = {"rmsnorm_qkv": {"rmsnorm_quantize", "qkv_bf16", "qkv_fp8"}}
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:

@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import report, report_data, report_figures, report_measure, report_pony, report_tables
-from bench.results import ResultError
+from bench import preferences, report, report_data, report_figures, report_measure, report_pony, report_tables, targets
+from bench.results import HEADER, ResultError, Results, read
 from happyhorse_fast.cli import fidelity
 from happyhorse_fast.pony.weights import weights_digest
 
@@ -155,6 +155,18 @@ def test_calls_and_days_of_one_gpu_are_shown_together(tmp_path: Path) -> None:
     assert {e["case"]: e["median_ms"] for e in data["entries"]} == {"attention/x": 2.0, "norm/x": 1.0}
     assert data["sampler"] == [RUN] and data["commit"] == "abcdef, fedcba"
     assert "attention/x" in report.readme_section(report_data.load(tmp_path))
+
+
+def test_a_case_that_is_no_longer_run_is_still_shown(tmp_path: Path) -> None:
+    """Results of an op that is gone, as of the single kernel for norm and QKV, stay what was measured."""
+    gone = "rmsnorm_qkv/1080p-5s/bf16"
+    found = results(tmp_path, {"case": gone}, {"case": "qkv_linear/1080p-5s/bf16"})
+    assert text_of(found).count(gone) == 2, "in README and on the page"
+    ((path, data),) = found.gpu.items()
+    assert gone not in targets.text(data)
+    assert preferences.preferences([data | {"capability": "90"}]) == {}
+    Results(path, {name: data[name] for name in HEADER}).add_entry(ENTRY | {"case": "other/1080p-5s/bf16"})
+    assert gone in [entry["case"] for entry in read(path)["entries"]]
 
 
 def test_a_planted_slow_kernel_is_marked(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from qkv_cases import (
     BACKENDS,
     KERNELS,
     NAMES,
-    QKV_BACKENDS,
     SHAPES,
+    bf16_linear,
     bf16_problems,
     exact,
     fp8_linear,
@@ -35,7 +35,7 @@ from happyhorse_fast.reference import rmsnorm_qkv as eager
 from happyhorse_fast.reference.quantize import token_order
 
 
-@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("branch", [False, True], ids=["alone", "branch"])
 @pytest.mark.parametrize("name", ["one-tile", "tail-1-gqa5", "experts-off-grid"])
@@ -58,7 +58,7 @@ def test_normalised_rows(name, branch, fp8, backend):
         assert budgets.bf16_violations(budgets.measure(x, truth), budgets.measure(rounded, truth)) == []
 
 
-@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_of_zeros_has_scale_one_and_zero_codes(backend):
     hidden, row_tiles = torch.zeros(3, 64), torch.tensor([[0, 0, 3]], dtype=torch.int32)
     x, scale = ops.rmsnorm_quantize(hidden, torch.zeros(1, 64), row_tiles, fp8=True, backend=backend)
@@ -66,21 +66,16 @@ def test_a_row_of_zeros_has_scale_one_and_zero_codes(backend):
     assert x.float().eq(0).all()
 
 
-@pytest.mark.parametrize("backend", QKV_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_bf16_in_two_kernels_and_in_one(name, backend):
+def test_bf16(name, backend):
     case = make(SHAPES[name])
     with strict(seed=2):
-        x, scale = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend=backend)
-        *two, gate = ops.qkv_linear(x, scale, case.weight, None, *tail(case), "bf16", backend=backend)
-    assert bf16_problems(case, (*two[:3], gate)) == []
-    if backend in BACKENDS:
-        with strict(seed=2):
-            one = ops.rmsnorm_qkv(case.hidden, case.norm, case.weight, *tail(case), backend=backend)
-        assert bf16_problems(case, one) == []
+        result = bf16_linear(case, backend)
+    assert bf16_problems(case, without_scale(result)) == []
 
 
-@pytest.mark.parametrize("backend", QKV_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ALIGNED)
 def test_fp8_in_every_output_kind(name, backend):
     case = make(SHAPES[name])
@@ -108,7 +103,7 @@ def test_fp8_in_every_output_kind(name, backend):
         assert steps(v[:, :, rows], want / v_scale[:, tile, None, None].double()) <= 1
 
 
-@pytest.mark.parametrize("backend", QKV_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_experts_off_the_grid_in_fp8(backend):
     case = make(SHAPES["experts-off-grid"])
     assert fp8_problems(without_scale(fp8_linear(case, backend=backend)), exact(case)) == []
@@ -117,14 +112,14 @@ def test_experts_off_the_grid_in_fp8(backend):
             fp8_linear(case, "fp8", backend)
 
 
-@pytest.mark.parametrize("backend", QKV_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mean_is_taken_off_k(backend):
     case = make(SHAPES["d128-gqa5"])
     truth = exact(case, case.k_mean)
     assert fp8_problems(without_scale(fp8_linear(case, backend=backend, k_mean=case.k_mean)), truth) == []
 
 
-@pytest.mark.parametrize("backend", QKV_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16_operands_with_fp8_outputs(backend):
     case = make(SHAPES["experts-aligned"])
     x, _ = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend="reference")
@@ -137,21 +132,15 @@ def test_bf16_operands_with_fp8_outputs(backend):
     assert torch.equal(codes[4], plain[4])
 
 
-@pytest.mark.parametrize(
-    ("kind", "kernel"), [("fused", "triton"), *((kind, kernel) for kind in ("bf16", "fp8") for kernel in KERNELS)]
-)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
 def test_kernel_and_reference_agree_to_the_last_rounding(kind, kernel):
     # Only the order of float32 sums differs: a few values fall on the other side of a rounding boundary.
     case = make(SHAPES["experts-aligned"])
-    results = []
-    for backend in (kernel, "reference"):
-        if kind == "fused":
-            results.append(ops.rmsnorm_qkv(case.hidden, case.norm, case.weight, *tail(case), backend=backend))
-        elif kind == "fp8":
-            results.append(fp8_linear(case, "fp8", backend))
-        else:
-            x, _ = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend=backend)
-            results.append(ops.qkv_linear(x, None, case.weight, None, *tail(case), "bf16", backend=backend))
+    results = [
+        fp8_linear(case, "fp8", backend) if kind == "fp8" else bf16_linear(case, backend)
+        for backend in (kernel, "reference")
+    ]
     for got, want in zip(*results, strict=True):
         if got.dtype in (torch.bfloat16, torch.float8_e4m3fn):
             assert float((got.float() != want.float()).float().mean()) < 0.01
@@ -163,8 +152,7 @@ def test_kernel_and_reference_agree_to_the_last_rounding(kind, kernel):
 def test_the_reference_is_the_eager_model(name):
     # Same rounding points; sums in another order move a bf16 product to its neighbour now and then.
     case = make(SHAPES[name])
-    x, _ = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend="reference")
-    result = ops.qkv_linear(x, None, case.weight, None, *tail(case), "bf16", backend="reference")
+    result = bf16_linear(case, "reference")
     for got, want in zip(without_scale(result), published(case, torch.bfloat16), strict=True):
         if got.dtype == torch.bfloat16:
             assert float((got != want).float().mean()) < 1e-3
@@ -219,7 +207,7 @@ def test_planted_bugs_are_caught():
         assert fp8_problems(result, truth)[0].startswith(f"{name}: worst tile distance 1.000")
         result[i] = good[i] * 1.04
         assert any(p.startswith(f"{name}: worst tile slope") for p in fp8_problems(result, truth))
-    bf16 = ops.rmsnorm_qkv(case.hidden, case.norm, case.weight, *tail(case))
+    bf16 = without_scale(bf16_linear(case))
     for factor in (1.04, 0):
         broken = [bf16[0] * factor, *bf16[1:]]
         assert any(p.startswith("q: mean") for p in bf16_problems(case, broken))
@@ -230,19 +218,17 @@ def test_the_order_of_programs_does_not_change_a_bit():
     runs = []
     for seed in (1, 2):
         with strict(seed):
-            runs.append([*fp8_linear(case, "fp8"), *ops.rmsnorm_qkv(case.hidden, case.norm, case.weight, *tail(case))])
+            runs.append([*fp8_linear(case, "fp8"), *bf16_linear(case)])
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bf16", "fused"])
+@pytest.mark.parametrize("kind", ["fp8", "bf16"])
 def test_descriptors_load_what_pointers_do(kind):
     case = make(SHAPES["experts-off-grid"])
     x, _ = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles)
 
     def run():
-        if kind == "fused":
-            return ops.rmsnorm_qkv(case.hidden, case.norm, case.weight, *tail(case))
         if kind == "fp8":
             return fp8_linear(case)
         return ops.qkv_linear(x, None, case.weight, None, *tail(case), "bf16")
@@ -297,7 +283,7 @@ def test_any_shape(rows, c, d, hkv, group, seed):
     case = make((tuple(rows), c, d, hkv * group, hkv), seed)
     truth = exact(case)
     with strict(seed):
-        bf16 = ops.rmsnorm_qkv(case.hidden, case.norm, case.weight, *tail(case))
+        bf16 = without_scale(bf16_linear(case))
         for backend in KERNELS:
             assert fp8_problems(without_scale(fp8_linear(case, backend=backend)), truth) == []
     # With a single value the budget's ratios to eager's error are luck; the error itself is 3e-3 of rounding to bf16.

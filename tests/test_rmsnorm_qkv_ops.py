@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
-from qkv_cases import BACKENDS, QKV_BACKENDS, SHAPES, make, tail
+from qkv_cases import BACKENDS, SHAPES, make, tail
 
 from happyhorse_fast import budgets
 from happyhorse_fast.kernels.launch import ARCHITECTURES, config_for, illegal, shared_memory_bytes, table
@@ -25,12 +25,11 @@ def op_calls(case):
         yield f"qkv_linear{suffix}", (x, None, case.weight, None, *heads, "bf16")
         fp8 = (case.x, case.x_scale, case.codes, case.weight_scale, *heads, "fp8", case.qk_scale, case.k_mean)
         yield f"qkv_linear{suffix}", fp8
-        yield f"rmsnorm_qkv{suffix}", (case.hidden, case.norm, case.weight, *heads)
     yield "qkv_linear_cuda", (x, None, case.weight, None, *heads, "bf16")
     yield "qkv_linear_cuda", fp8
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(10))
 def test_opcheck(index):
     name, arguments = list(op_calls(make(SHAPES["one-tile"])))[index]
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -40,7 +39,7 @@ def test_opcheck(index):
     torch.library.opcheck(getattr(torch.ops.happyhorse_fast, name).default, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("backend", QKV_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_the_wrappers_compile_into_one_graph(backend, fp8):
     case = make(SHAPES["one-tile"])
@@ -51,10 +50,7 @@ def test_the_wrappers_compile_into_one_graph(backend, fp8):
         arguments = (x, scale, *weights, *tail(case))
         if fp8:
             return ops.qkv_linear(*arguments, "fp8", case.qk_scale, backend=backend)
-        two = ops.qkv_linear(*arguments, "bf16", backend=backend)
-        if backend not in BACKENDS:
-            return two
-        return (*two, *ops.rmsnorm_qkv(hidden, case.norm, case.weight, *tail(case), backend=backend))
+        return ops.qkv_linear(*arguments, "bf16", backend=backend)
 
     hidden, compiled_hidden = case.hidden.clone(), case.hidden.clone()
     expected = layer(hidden, case.branch)
@@ -64,7 +60,7 @@ def test_the_wrappers_compile_into_one_graph(backend, fp8):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@pytest.mark.parametrize("backend", QKV_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_fake_cuda_tensors_have_the_real_shapes(backend):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -131,7 +127,19 @@ def test_a_wrong_layout_is_named():
     with pytest.raises(ValueError, match="x_scale must be None or empty where x is bf16"):
         ops.qkv_linear(case.x.bfloat16(), case.x_scale, case.weight, None, *tail(case), "bf16")
     with pytest.raises(ValueError, match=r"cos_sin must have D = 32, 64 or 128 columns"):
-        ops.rmsnorm_qkv(case.hidden, case.norm, case.weight, case.qk_norm, torch.zeros(128, 48), case.row_tiles, 2, 1)
+        ops.qkv_linear(
+            case.x.bfloat16(), None, case.weight, None, case.qk_norm, torch.zeros(128, 48), case.row_tiles, 2, 1, "bf16"
+        )
+
+
+def test_the_single_kernel_that_is_gone_names_what_to_call():
+    says = "rmsnorm_qkv is gone: call rmsnorm_quantize, then qkv_linear; one kernel for both took 19.2 ms"
+    with pytest.raises(ImportError, match=says):
+        from happyhorse_fast.ops.rmsnorm_qkv import rmsnorm_qkv  # noqa: F401
+    with pytest.raises(ImportError, match=says):
+        _ = ops.rmsnorm_qkv
+    assert not hasattr(ops, "rmsnorm_kvq")
+    assert not hasattr(torch.ops.happyhorse_fast, "rmsnorm_qkv")
 
 
 @pytest.mark.parametrize("d", [32, 64, 128])
@@ -162,7 +170,7 @@ def test_no_normalised_q_or_k_leaves_its_static_scale():
 
 
 def test_committed_configurations_are_legal():
-    bytes_of = {"rmsnorm_quantize": 0, "qkv_bf16": 2, "qkv_fp8": 1, "fused_bf16": 4}
+    bytes_of = {"rmsnorm_quantize": 0, "qkv_bf16": 2, "qkv_fp8": 1}
     assert set(table("rmsnorm_qkv")) == set(bytes_of)
     for variant, width in bytes_of.items():
         fp8 = variant == "qkv_fp8"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from happyhorse_fast.reference.quantize import e4m3_scale, fragment_order, quantize_rows, scaled_rows, to_e4m3
-from happyhorse_fast.reference.rmsnorm_qkv import EPS, rms_norm
+from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 
 ROW_TILE = 128
 # Rows in flight: 4096 x 7296 float32 products are 120 MB.
@@ -210,44 +210,6 @@ def _finish_rows(
     tiles = slice(first // ROW_TILE, -(-end // ROW_TILE))
     slot = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
     v[:, :, slot], v_scale[:, tiles] = quantize_v(vs)
-
-
-def rmsnorm_qkv(
-    hidden: torch.Tensor,
-    norm_weight: torch.Tensor,
-    weight: torch.Tensor,
-    qk_norm: torch.Tensor,
-    cos_sin: torch.Tensor,
-    row_tiles: torch.Tensor,
-    num_heads_q: int,
-    num_heads_kv: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Norm and product in one: rows are scaled after the product instead of before its rounding to bf16.
-
-    Args:
-        hidden: [N, C] float32.
-        norm_weight: [E, C] float32.
-        weight: [E, F, C] bf16.
-        qk_norm: [E, 2, D] float32.
-        cos_sin: [N, D] float32.
-        row_tiles: [tiles, 3] int32.
-        num_heads_q: Hq.
-        num_heads_kv: Hkv.
-
-    Returns:
-        q [N, Hq, D], k and v [N, Hkv, D] bf16, gate [N, Hq] float32.
-    """
-    q, k, v, _, gate = empty_qkv(cos_sin, num_heads_q, num_heads_kv, "bf16")
-    for expert, first, end in spans(row_tiles):
-        rows = slice(first, end)
-        h = hidden[rows]
-        x = (h * (norm_weight[expert] + 1)).to(BF16).float()
-        inverse = torch.rsqrt(h.square().mean(dim=1, keepdim=True) + EPS)
-        product = (x @ weight[expert].float().T * inverse).to(BF16).float()
-        parts = epilogue(product, qk_norm[expert], cos_sin[rows], num_heads_q, num_heads_kv)
-        for to, value in zip((q, k, v, gate), parts, strict=True):
-            to[rows] = value.to(to.dtype)
-    return q, k, v, gate
 
 
 def epilogue(

@@ -7,7 +7,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, LaunchConfig, config_for
-from happyhorse_fast.kernels.rmsnorm_qkv import qkv_linear_kernel, rmsnorm_qkv_kernel, rmsnorm_quantize_kernel
+from happyhorse_fast.kernels.rmsnorm_qkv import qkv_linear_kernel, rmsnorm_quantize_kernel
 from happyhorse_fast.ops import rmsnorm_qkv as shapes
 from happyhorse_fast.ops.triton.device import architecture, descriptors_work, multiprocessors, on_device
 from happyhorse_fast.ops.triton.library import kernel_op, launchable
@@ -115,51 +115,6 @@ def qkv_linear(
     return q, k, v, v_scale, gate
 
 
-@kernel_op("happyhorse_fast::rmsnorm_qkv", kernel=rmsnorm_qkv_kernel)
-def rmsnorm_qkv(
-    hidden: torch.Tensor,
-    norm_weight: torch.Tensor,
-    weight: torch.Tensor,
-    qk_norm: torch.Tensor,
-    cos_sin: torch.Tensor,
-    row_tiles: torch.Tensor,
-    num_heads_q: int,
-    num_heads_kv: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`happyhorse_fast.ops.rmsnorm_qkv.rmsnorm_qkv`."""
-    config = config_for(STEM, "fused_bf16", architecture(hidden.device))
-    q, k, v, _, gate = empty_qkv(cos_sin, num_heads_q, num_heads_kv, "bf16")
-    head_dim = cos_sin.shape[1]
-    described = config.descriptors and descriptors_work(hidden, weight)
-    with on_device(hidden):
-        launchable(rmsnorm_qkv_kernel)[_grid(hidden.device, row_tiles, weight, head_dim)](
-            _tiled(hidden, shapes.ROW_TILE, config) if described else hidden,
-            norm_weight,
-            _tiled(weight.flatten(0, 1), head_dim, config) if described else weight,
-            qk_norm,
-            cos_sin,
-            row_tiles,
-            q,
-            k,
-            v,
-            gate,
-            row_tiles.shape[0],
-            hidden.stride(0),
-            C=hidden.shape[1],
-            D=head_dim,
-            HQ=num_heads_q,
-            HKV=num_heads_kv,
-            DESCRIPTORS=described,
-            BLOCK_M=shapes.ROW_TILE,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=FP_FUSION,
-        )
-    return q, k, v, gate
-
-
 def _require_e4m3(what: str, device: torch.device) -> None:
     """Triton has no e4m3 below sm_89: not as an operand, and not as a cast either."""
     if architecture(device) < FP8_SINCE:
@@ -177,4 +132,3 @@ def _grid(device: torch.device, row_tiles: torch.Tensor, weight: torch.Tensor, h
 
 rmsnorm_quantize.register_fake(shapes.fake_rmsnorm_quantize)
 qkv_linear.register_fake(shapes.fake_qkv_linear)
-rmsnorm_qkv.register_fake(shapes.fake_rmsnorm_qkv)
