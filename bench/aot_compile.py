@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ def measure(driver: Driver, launch: Launch) -> Row:
         variant=variant,
         detail=case.detail,
         arch=case.arch,
-        config=asdict(config_for(case.stem, variant, case.arch)),
+        # An entry may ask for specialized warps: then another entry is launched, and a case of its own tells it so.
+        config=asdict(replace(config_for(case.stem, variant, case.arch), specialized=case.specialized)),
         tile={name.lower(): constants[name] for name in TILE if name in constants},
         num_warps=options["num_warps"],
         num_stages=constants.get("STAGES", options["num_stages"]),

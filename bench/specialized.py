@@ -1,7 +1,7 @@
 """Attention with specialized warps (Gluon, Hopper) as an implementation of its own, ``"gluon"``.
 
-The launch table says which of Triton's two kernels runs. Here it is told to take the specialized one for a while, so
-that both are checked and timed in one run, whatever is committed.
+The launch table says which of Triton's two kernels runs. Here it is told to take one of them for a while, so that both
+are checked and timed in one run, whatever is committed: ``"gluon"`` is the specialized one, ``"triton"`` the plain one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Iterator
 
 import torch
 
-from happyhorse_fast.kernels.launch import SPECIALIZED_ON, table
+from happyhorse_fast.kernels.launch import SPECIALIZED_ON, LaunchConfig, table
+from happyhorse_fast.model.fast_state import FastState
+from happyhorse_fast.ops.dispatch import attention_is_specialized
 
 GLUON, STEM, FORM = "gluon", "block_sparse_attention", "_specialized"
 
@@ -27,10 +29,24 @@ def obstacle(device: torch.device) -> str | None:
     return None if importlib.util.find_spec("triton.experimental.gluon") else "Triton has no Gluon"
 
 
+def impl_of(config: LaunchConfig) -> str:
+    """The implementation that a configuration of attention is of."""
+    return GLUON if config.specialized else "triton"
+
+
+def attention_kernel(state: FastState, device: torch.device) -> str:
+    """The kernel that an accelerated model's attention runs in: ``"gluon"``, or its backend."""
+    backend = state.choices[STEM].backend
+    precision = state.fast.attention if state.fast.precision == "fp8" else "bf16"
+    if backend == "triton" and attention_is_specialized(precision, state.config.head_dim, device):
+        return GLUON
+    return backend
+
+
 @contextlib.contextmanager
 def running(impl: str) -> Iterator[str]:
-    """The backend of an implementation, with the launch table that it needs while inside."""
-    if impl != GLUON:
+    """The backend of an implementation, with the launch table that it needs while inside; ``"auto"`` takes it as is."""
+    if impl not in (GLUON, "triton"):
         yield impl
         return
     entries = [
@@ -42,7 +58,7 @@ def running(impl: str) -> Iterator[str]:
     before = [entry.get("specialized") for entry in entries]
     try:
         for entry in entries:
-            entry["specialized"] = True
+            entry["specialized"] = impl == GLUON
         yield "triton"
     finally:
         for entry, value in zip(entries, before, strict=True):

@@ -29,6 +29,7 @@ from bench.cases import Case, cases, select
 from bench.gates import problems
 from bench.inputs import call, make
 from bench.lost import LOST, lost
+from bench.specialized import impl_of
 from bench.timing import Stopwatch
 from happyhorse_fast.kernels.launch import LaunchConfig, illegal, shared_memory_bytes, table
 
@@ -83,7 +84,7 @@ def targets(scope: str) -> Iterator[Target]:
 
 
 def candidates(target: Target, arch: int) -> list[LaunchConfig]:
-    """Legal configurations, the committed one first, then specialized warps where there are.
+    """Legal configurations, the committed one first, then, where there are both, the other of plain and specialized.
 
     Raises:
         LookupError: The table has no entry for the architecture.
@@ -97,9 +98,10 @@ def candidates(target: Target, arch: int) -> list[LaunchConfig]:
         choices.pop("block_k")
     made = [base]
     if str(arch) in table(target.stem).get(f"{target.variant}_specialized", {}):
-        made.append(dataclasses.replace(base, specialized=True))
+        made.append(dataclasses.replace(base, specialized=not base.specialized))
+    plain = dataclasses.replace(base, specialized=False)  # what varies is the plain kernel's
     for values in itertools.product(*choices.values()):
-        config = dataclasses.replace(base, **dict(zip(choices, values, strict=True)))
+        config = dataclasses.replace(plain, **dict(zip(choices, values, strict=True)))
         if (
             config not in made
             and illegal(config, arch, fp8=_is_fp8(target), shared_bytes=_shared(target, config)) is None
@@ -148,11 +150,12 @@ def time_candidate(
     device = stopwatch.device
     with using(target, arch, config):
         try:
-            found = problems(target.case, make(target.case, device), "triton")
+            impl = impl_of(config)
+            found = problems(target.case, make(target.case, device), impl)
             if found:
                 return f"gate: {found[0]}"
             sets = (make(target.case, device, seed) for seed in range(SEEDS))
-            calls = [functools.partial(call, target.case, given, "triton") for given in sets]
+            calls = [functools.partial(call, target.case, given, impl) for given in sets]
             return stopwatch.time(calls, seconds=seconds).median_ms
         except Exception as error:  # out of shared memory or registers, whatever the compiler raises
             return f"{type(error).__name__}: {str(error)[:120]}"

@@ -189,6 +189,10 @@ def test_specialized_warps_are_an_implementation_of_their_own_whatever_the_table
         assert backend == "triton"
         assert inside["bf16_d128"]["90"]["specialized"] and not inside["bf16_d128"]["80"].get("specialized")
         assert not inside["bf16_d128_strided"]["90"].get("specialized")
+    with running("triton"):
+        assert not any(entry.get("specialized") for entry in (table(STEM)[f"{f}_d128"]["90"] for f in ("bf16", "fp8")))
+    with running("auto"):
+        assert table(STEM)["bf16_d128"]["90"]["specialized"], "what is committed"
     assert json.dumps(table(STEM)) == before
     attention, norm = select(TINY, "window/tiny/bf16,quantize/tiny/bf16")
     assert ops.implementations(attention, "triton", [GLUON, "cuda"]) == ["triton", GLUON, "cuda"]

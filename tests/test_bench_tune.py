@@ -47,8 +47,9 @@ def test_tuning_restores_the_table_and_writes_what_wins(tmp_path, monkeypatch):
 
 def test_specialized_warps_are_a_candidate_and_are_written(tmp_path):
     target = next(t for t in tune.targets("main") if "attention-window" in t.case.name)
-    plain, specialized = tune.candidates(target, 90)[:2]
+    specialized, plain, *others = tune.candidates(target, 90)
     assert specialized == dataclasses.replace(plain, specialized=True)
+    assert others and not any(config.specialized for config in others), "the specialized kernel has its own entry"
     assert not any(config.specialized for config in tune.candidates(target, 89))
     written = json.loads(tune.write(tmp_path, target, 90, specialized).read_text())
     assert LaunchConfig(**written[target.variant]["90"]) == specialized

@@ -8,6 +8,7 @@ import torch
 from attention_cases import FORMATS, MAP, inputs, problems, specialized
 from gluon_emulator import Emulated, EmulationError
 
+from bench.specialized import running
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.kernels import launch
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
@@ -44,10 +45,23 @@ def test_taken_where_tiles_can_be_described(fmt, monkeypatch):
         assert not launched(fmt, monkeypatch, given), f"{name} with channels apart"
 
 
-def test_not_taken_unless_the_table_says_so():
-    q = torch.empty(256, 2, 128, dtype=torch.bfloat16, device="meta")
+def test_taken_on_hopper_for_heads_of_128_and_nowhere_else():
+    q, narrow = (torch.empty(256, 2, d, dtype=torch.bfloat16, device="meta") for d in (128, 64))
+    codes = q.to(torch.float8_e4m3fn)
+    transposed = torch.empty(2, 128, 256, dtype=torch.float8_e4m3fn, device="meta")
+    for given in ((q, q, q), (codes, codes, q), (codes, codes, transposed)):
+        with pretend(90):
+            assert launcher.launch_config(*given).specialized
+            assert launcher.launch_config(*given, lse=True).specialized
+        with pretend(90, tracing=True):  # a trace holds no descriptors: plain Triton, through pointers
+            assert not launcher.launch_config(*given).specialized
+            assert not launcher.launch_config(*given).descriptors
+        with pretend(100):
+            assert not launcher.launch_config(*given).specialized
     with pretend(90):
-        assert not launcher.launch_config(q, q, q).specialized
+        assert not launcher.launch_config(narrow, narrow, narrow).specialized, "measured at 128 alone"
+        with running("triton"):
+            assert not launcher.launch_config(q, q, q).specialized, "the plain kernel, by its name"
     assert launch.config_for(launcher.STEM, "bf16_d128_specialized", 90).specialized
     config = launch.config_for(launcher.STEM, "bf16_d128_specialized", 90)
     assert launch.illegal(config, 90, fp8=False, shared_bytes=0) is None

@@ -25,7 +25,9 @@ from happyhorse_fast.ops import dispatch, self_check, trust
 from happyhorse_fast.ops import fp8_linear as linear
 from happyhorse_fast.ops.cuda.launch import use_runner
 from happyhorse_fast.ops.self_check import CHECKS, VARIANTS, KernelCheck, run_checks
+from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 make_exact()
 CPU = torch.device("cpu")
@@ -102,7 +104,7 @@ def test_what_a_model_runs_is_what_is_checked(precision: Any, attention: Any, mo
     with torch.no_grad():
         model(torch.randn(1, 48, 1, 4, 4), torch.randn(1, 3, 64), torch.randn(1, 2, config.text_in_channels))
     checked = forms_in(self_check, monkeypatch)
-    monkeypatch.setattr(self_check, "_keys_per_step", lambda *_, **__: 128)
+    monkeypatch.setattr(self_check, "_loads", lambda *_, **__: (128, False))
     for op in {op for op, *_ in run}:
         for variant in dispatch.checked_formats(op, precision, attention):
             CHECKS[op]("triton", CPU, variant)
@@ -185,6 +187,25 @@ def test_a_kernel_planted_wrong_fails(change: Any, monkeypatch: pytest.MonkeyPat
     assert all(c.passed for c in run_checks("triton", CPU, fp8=True))
 
 
+@pytest.mark.parametrize("variant", VARIANTS["triton"]["block_sparse_attention"])
+def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, specialized = [], []
+
+    def reference(q: Any, k: Any, v: Any, block_map: Any, *, backend: str, **given: Any) -> Any:
+        config = launcher.launch_config(q, k, v, lse=given["return_lse"])
+        specialized.append(config.specialized)
+        asked.append((given["fp8_out"], given["return_lse"], config.descriptors))
+        return sparse_attention(q, k, v, block_map, step=config.block_n, **given)
+
+    monkeypatch.setattr(launcher, "architecture", lambda _: 90)
+    monkeypatch.setattr(launcher, "addressable", lambda _: True)
+    monkeypatch.setattr(self_check, "block_sparse_attention", reference)
+    compared = CHECKS["block_sparse_attention"]("triton", CPU, variant)
+    assert self_check._judge(compared)[0], "the reference passes in steps of either kernel"
+    assert specialized == [True] * (len(asked) - 1) + [False]
+    assert asked[-1] == (variant != "bf16", False, False), "as torch.compile launches it for the model"
+
+
 def found(bad: str) -> list[KernelCheck]:
     return [KernelCheck(op, "bf16", op != bad, "worst tile distance 8.0e-4, budget 1.0e-5", 0.1) for op in CHECKS]
 
@@ -223,6 +244,23 @@ def test_a_failed_kernel_is_not_used_and_explained(pretended_gpu: list[int], own
         accelerate(small_model(), FastConfig(strict=True))
     assert pretended_gpu == [1], "the second accelerate remembers"
     assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
+
+
+def test_explain_says_where_attention_is_the_hopper_kernel(
+    pretended_gpu: list[int], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = accelerate(small_model(), FastConfig()), []
+    assert not any("Gluon" in e.reason for e in explain(model))
+    monkeypatch.setattr("happyhorse_fast.model.accelerate.attention_is_specialized", lambda *a: asked.append(a) or True)
+    assert {e.op for e in explain(model) if "in Gluon, for Hopper" in e.reason} == {"block_sparse_attention"}
+    assert set(asked) == {("bf16", model.config.head_dim, CPU)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    on = [(f, d) for f in ("bf16", "fp8", "fp8_qk") for d in (64, 128)
+          if dispatch.attention_is_specialized(f, d, torch.device("cuda", 0))]  # fmt: skip
+    assert on == [("bf16", 128), ("fp8", 128), ("fp8_qk", 128)]
+    assert not dispatch.attention_is_specialized("bf16", 128, CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert not dispatch.attention_is_specialized("fp8", 128, torch.device("cuda", 0))
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_the_self_check_accepts_hoppers_products(op: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("variant", ["fp8", "fp8_qk"])
 def test_the_self_check_accepts_hoppers_attention(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_check, "_keys_per_step", lambda *_, **__: 128)
+    monkeypatch.setattr(self_check, "_loads", lambda *_, **__: (128, False))
     on_hopper("block_sparse_attention", monkeypatch)
     compared = self_check._check_attention("triton", CPU, variant)
     exact, _ = self_check._judge(compared)

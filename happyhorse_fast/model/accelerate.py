@@ -20,7 +20,7 @@ from happyhorse_fast.model.fast_layer import FastLayer, LayerPlan, pack_layer, p
 from happyhorse_fast.model.fast_state import FastState, is_accelerated
 from happyhorse_fast.model.inspect_checkpoint import sizes_of
 from happyhorse_fast.model.safetensors_header import TensorEntry
-from happyhorse_fast.ops.dispatch import Choice, choose
+from happyhorse_fast.ops.dispatch import Choice, attention_is_specialized, choose
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
@@ -275,10 +275,13 @@ def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
                 continue
             if op == "select_blocks" and (not sparse or isinstance(state.fast.sparsity, Tiles)):
                 continue
-            mask = ""
+            mask, reason, precision = "", choice.reason, plan.precision[products[op]]
             if op == "block_sparse_attention":
                 mask = repr(state.fast.sparsity) if sparse else _exact_mask(plan.local)
-            yield Explanation(plan.index, op, plan.precision[products[op]], choice.backend, mask, choice.reason)
+                device = next(layer.buffers()).device
+                if choice.backend == "triton" and attention_is_specialized(precision, plan.head_dim, device):
+                    reason += "; in Gluon, for Hopper (under torch.compile in plain Triton, through pointers)"
+            yield Explanation(plan.index, op, precision, choice.backend, mask, reason)
 
 
 def _config_of(model: nn.Module) -> ModelConfig:

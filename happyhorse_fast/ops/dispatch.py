@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.ops.self_check import VARIANTS
 
 STEMS = {
@@ -205,6 +206,23 @@ class _Candidates:
         if obstacle is None and self.device.type != "cuda":
             obstacle = INTERPRETED_IS_SLOW
         return obstacle or _failures(backend, self.formats, self.device, self.report)
+
+
+def attention_is_specialized(precision: str, head_dim: int, device: torch.device) -> bool:
+    """Whether Triton's attention on ``device`` is its Hopper kernel, in Gluon, wherever tiles can be described.
+
+    Args:
+        precision: Of attention: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
+        head_dim: Channels per head.
+        device: Where the model is.
+    """
+    if device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        return config_for("block_sparse_attention", f"{precision}_d{head_dim}", 10 * major + minor).specialized
+    except LookupError:  # no such kernel there
+        return False
 
 
 def preferred(precision: str, device: torch.device) -> tuple[str, ...]:
