@@ -1,7 +1,7 @@
-"""``make report``: one HTML page, its pictures, and generated sections of two READMEs, from the committed results.
+"""``make report``: one HTML page, its pictures, and generated sections of READMEs and notes, from committed results.
 
-python -m bench.report              # docs/report/, then README and examples/pony/README
-python -m bench.report --readme     # the READMEs' sections alone
+python -m bench.report              # docs/report/, then README, examples/pony/README and docs/notes/hopper.md
+python -m bench.report --readme     # the sections alone
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import html
 import re
 from pathlib import Path
 
-from bench import preferences, report_figures
+from bench import preferences, report_figures, targets
 from bench import report_pony as pony
 from bench import report_tables as tables
-from bench.report_data import Report, load
+from bench.report_data import Report, load, verified
 from bench.results import ROOT
 
 PAGE = "index.html"
-README_CASES = 30
 README = ROOT / "README.md"
 PONY_README = ROOT / "examples" / "pony" / "README.md"
+NOTES = ROOT / "docs" / "notes" / "hopper.md"
 OUT = ROOT / "docs" / "report"
 BEGIN, END = "<!-- generated: python -m bench.report --readme -->", "<!-- end of generated -->"
 # Name of a picture -> what it shows and how to read it.
 CAPTIONS = {
-    "roofline": "Where the layer's ops can go at most. Hollow rings are ceilings, dots are measurements.",
+    "clip": "Seconds of a whole clip by form and op; hatched bars are extrapolated from the steps that were timed.",
+    "roofline": "Where the layer's ops can go at most: by the datasheet, and by what was ever measured on that card.",
     "peers": "Each verified case against the fastest peer of the same run.",
     "floor": "Prediction from peaks and bandwidth; hatched because nothing of it is measured.",
     "memory": "What lives beside the weights while a layer runs.",
@@ -45,7 +46,7 @@ h2{margin:2.4rem 0 .4rem;border-bottom:1px solid #e6e8eb}
 img{max-width:100%;height:auto}figure{margin:1rem 0}figcaption,.note{color:#6b737d;font-size:.86rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
 th,td{padding:.22rem .7rem;border-bottom:1px solid #e6e8eb;text-align:right;white-space:nowrap}
-th:first-child,td:first-child,td:nth-child(2){text-align:left}tr.mark td{background:#fff0f0;color:#c92a2a}
+th:first-child,td:first-child,td:nth-child(2),.text{text-align:left}tr.mark td{background:#fff0f0;color:#c92a2a}
 .none{background:#fff8e6;border-left:4px solid #f0b429;padding:.6rem 1rem}
 """
 
@@ -62,11 +63,12 @@ def page(report: Report, pictures: list[Path]) -> str:
         image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
         return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
-    speed = [table.html() for table in tables.gpu_tables(report)] or [f"<p class=none>{tables.NO_GPU}</p>"]
+    speed = [f"<p>{html.escape(verified(*item))}</p>" for item in reversed(report.gpu.items())]
+    speed += [table.html() for table in tables.gpu_tables(report)] or [f"<p class=none>{tables.NO_GPU}</p>"]
     parts = [
         "<h2>Speed</h2>",
         *speed,
-        *map(figure, ("peers", "roofline", "floor")),
+        *map(figure, ("clip", "peers", "roofline", "floor")),
         "<h2>Memory and launches</h2>",
         *map(figure, ("memory",)),
         *(
@@ -110,8 +112,11 @@ def readme_section(report: Report) -> str:
     """What stands between README's markers."""
     parts = []
     newest = dataclasses.replace(report, gpu=dict(list(report.gpu.items())[-1:]))
-    speed = tables.gpu_tables(newest, README_CASES)
+    speed = tables.gpu_tables(newest, every=False)
     parts += [table.markdown() for table in speed] or [tables.NO_GPU]
+    if newest.gpu:
+        parts[:0] = [verified(*item) for item in newest.gpu.items()]
+        parts.insert(1, "![Seconds of a clip by form and op](docs/report/clip.png)")
     if report.memory is not None:
         parts += [tables.memory_table(report.memory).markdown()]
         parts += ["![Live memory along a layer of each kind](docs/report/memory.png)"]
@@ -125,6 +130,16 @@ def readme_section(report: Report) -> str:
         "All of it, with the roofline, each op's error and the block maps: `docs/report/index.html` (`make report`)."
     ]
     return "\n\n".join(parts)
+
+
+def notes_section(report: Report) -> str:
+    """Targets, clip, ops and predictions of every GPU, for the notes on Hopper."""
+    return "\n\n".join(targets.text(data, markdown=True) for data in report.gpu.values()) or tables.NO_GPU
+
+
+def sections(report: Report) -> dict[Path, str]:
+    """What stands between the markers of each file."""
+    return {README: readme_section(report), PONY_README: pony.own_section(report), NOTES: notes_section(report)}
 
 
 def with_section(readme: str, section: str) -> str:
@@ -149,14 +164,14 @@ def write_report(report: Report, out: Path) -> list[Path]:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="write README's section alone")
+    parser.add_argument("--readme", action="store_true", help="write the sections alone")
     options = parser.parse_args()
     report = load()
     if not options.readme:
         for path in write_report(report, OUT):
             print(path)
         preferences.write(report.gpu.values())
-    for path, section in ((README, readme_section(report)), (PONY_README, pony.own_section(report))):
+    for path, section in sections(report).items():
         path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")
 
 

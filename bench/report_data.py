@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.results import FOLDER, ROOT, Json, merged, read
+from bench.roofline import Peaks
+from bench.sampler_runs import EXACT, SECOND_STAGE
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 
 NOT_GPU = ("equivalence", "memory", "pony")
@@ -76,7 +78,8 @@ class Row:
         tflops: On computed FLOPs.
         tflops_useful: On the model's own.
         gbps: Bytes moved per second.
-        roofline: Share of the roofline.
+        roofline: Share of the roofline of the datasheet.
+        reachable: Share of the roofline of :func:`measured_ceilings`, None where nothing was measured.
         best: Name of the fastest peer.
         ratio: The best peer's time over this one's; below 1 it is slower.
     """
@@ -90,11 +93,48 @@ class Row:
     tflops_useful: float | None = None
     gbps: float | None = None
     roofline: float | None = None
+    reachable: float | None = None
     best: str | None = None
     ratio: float | None = None
 
 
-def row_of(entry: Json) -> Row:
+def ceilings(data: Json) -> list[Peaks]:
+    """Ceilings of one GPU: the datasheet's first, then those measured; either where there is one."""
+    stated = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] != "measured"]
+    measured = measured_ceilings(data)
+    return [*stated, *([measured] if measured else [])]
+
+
+def measured_ceilings(data: Json) -> Peaks | None:
+    """The most that was reached there: the library's products and a large copy, or a kernel that did better.
+
+    The copy alone is no ceiling: on an H200 it moves 2.8 TB/s, and `rmsnorm_quantize` 4.2.
+    """
+    found = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] == "measured"]
+    if not found:
+        return None
+    timed = [entry for entry in data["entries"] if entry["verified"] and entry["median_ms"] is not None]
+
+    def best(name: str, precision: str) -> float:
+        return max((entry[name] or 0.0 for entry in timed if entry["case"].endswith(precision)), default=0.0)
+
+    return Peaks(
+        max(found[-1].bandwidth, best("gbps", "") / 1e3),
+        max(found[-1].bf16, best("tflops", "bf16")),
+        max(found[-1].fp8, best("tflops", "fp8")) if found[-1].fp8 else None,
+        "measured",
+    )
+
+
+def share_of(entry: Json, peaks: Peaks | None) -> float | None:
+    """A verified entry's share of a roofline: of the products' rate or of the bandwidth, whichever binds it."""
+    if peaks is None:
+        return None
+    rate = peaks.fp8 if entry["case"].endswith("fp8") and peaks.fp8 else peaks.bf16
+    return max((entry["tflops"] or 0.0) / rate, (entry["gbps"] or 0.0) / 1e3 / peaks.bandwidth)
+
+
+def row_of(entry: Json, measured: Peaks | None = None) -> Row:
     """An entry as it is shown; one that is not verified shows no number, its peers' included."""
     case, impl = entry["case"], entry["impl"]
     reason = entry.get("reason") or "its correctness gate is red"
@@ -104,22 +144,107 @@ def row_of(entry: Json) -> Row:
     if taken is None:
         return Row(case, impl, "not verified", f"no number: {reason}")
     numbers = (taken, entry["tflops"], entry.get("tflops_useful"), entry["gbps"], entry["roofline"])
+    reachable = share_of(entry, measured)
     peers: dict[str, float] = entry["peers"]
     if not peers:
-        return Row(case, impl, "alone", "no peer ran", *numbers)
+        return Row(case, impl, "alone", "no peer ran", *numbers, reachable)
     best = min(peers, key=lambda name: peers[name])
     ratio = peers[best] / taken
     if ratio < 1:
-        return Row(case, impl, "slower", f"SLOWER than {best}: {ratio:.2f}x", *numbers, best, ratio)
-    return Row(case, impl, "fastest", f"{ratio:.2f}x {best}", *numbers, best, ratio)
+        return Row(case, impl, "slower", f"SLOWER than {best}: {ratio:.2f}x", *numbers, reachable, best, ratio)
+    return Row(case, impl, "fastest", f"{ratio:.2f}x {best}", *numbers, reachable, best, ratio)
 
 
 def rows_of(data: Json) -> list[Row]:
     """All microbenchmarks of a file; those that need attention first."""
     order = {"not verified": 0, "slower": 1, "alone": 2, "fastest": 3}
+    measured = measured_ceilings(data)
     return sorted(
-        (row_of(entry) for entry in data["entries"]), key=lambda row: (order[row.verdict], row.case, row.impl)
+        (row_of(entry, measured) for entry in data["entries"]), key=lambda row: (order[row.verdict], row.case, row.impl)
     )
+
+
+def verified(path: Path, data: Json) -> str:
+    """What was verified on a GPU, in a sentence.
+
+    Args:
+        path: Its newest result file; a folder of the same stem beside it may hold what ``python -m bench.checks self``
+            printed, ``self-check.txt``.
+        data: Its results.
+    """
+    whole = sum(entry["verified"] for entry in data["entries"])
+    parts = [f"{whole} of {len(data['entries'])} pairs of op and kernel passed their gate against float64"]
+    checks = path.with_suffix("") / "self-check.txt"
+    if checks.is_file():
+        lines = checks.read_text().splitlines()
+        parts.append(f"{sum(': passed,' in line for line in lines)} of {len(lines)} self-checks passed")
+    sizes = sorted({entry["case"].split("/")[1] for entry in data["entries"]})
+    at = f" at {', '.join(sizes)}" if sizes else ""
+    where = f"{data['gpu']}, commit {data['commit']}, torch {data['torch']}, Triton {data['triton']}"
+    return f"Verified on {where}, driver {data['driver']}: {parts[0]}{at}{''.join(f'; {p}' for p in parts[1:])}."
+
+
+def steps_timed(run: Json) -> int:
+    """Of a sampler run: all, or what its note says."""
+    part = next((part for part in (run.get("note") or "").split("; ") if part.endswith("steps timed")), None)
+    return int(part.split()[0]) if part else int(run["steps"])
+
+
+FORMS = {
+    "eager": "eager bf16",
+    "torch.compile": "torch.compile, bf16",
+    "fast bf16": "fast bf16",
+    "fast fp8": "fast fp8, attention fp8",
+    "fast fp8 linear": "fast fp8, attention bf16 (the default of fp8)",
+}
+KERNELS = {"triton": "plain Triton", "gluon": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
+"""How a kernel of attention is called where a backend of that name also runs other ops."""
+
+
+def form_of(run: Json) -> str:
+    """A sampler run in words: what runs, the kernel of attention, the mask, the card."""
+    kernel = run.get("attention") or run.get("backend") or ""
+    parts = [FORMS.get(run["mode"], run["mode"]), KERNELS.get(kernel, kernel)]
+    parts += [f"{run['mask']} of video pairs"] if run.get("mask", EXACT) != EXACT else []
+    parts += [f"as a {run['cap_gb']} GB card"] if run.get("cap_gb") else []
+    return ", ".join(filter(None, parts))
+
+
+def total_of(run: Json) -> str:
+    """Seconds of a clip; after ~ where not all of its steps were timed."""
+    if run["total_s"] is None:
+        return ""
+    return f"{'~' if steps_timed(run) < run['steps'] else ''}{run['total_s']:.1f}"
+
+
+PARTS = (
+    ("attention", ("block_sparse_attention", "attention")),
+    ("selection", ("select_blocks",)),
+    ("proj + down", ("fp8_linear_residual",)),
+    ("up", ("fp8_linear_activation",)),
+    ("QKV", ("qkv_linear",)),
+    ("norms", ("rmsnorm_quantize",)),
+    ("eager's products", ()),
+    ("rest", ("other",)),
+)
+"""What a step's seconds are shown by, and the ops of a breakdown that count there."""
+
+
+def parts_of(run: Json) -> dict[str, float]:
+    """Seconds of a profiled step by :data:`PARTS`; empty where none was profiled."""
+    spent = dict(run.get("breakdown") or {})
+    if not spent:
+        return {}
+    found = {name: sum(spent.pop(op, 0.0) for op in ops) for name, ops in PARTS}
+    # In a fast model "products" are the embedders and output heads alone.
+    found["rest" if run["mode"].startswith("fast") else "eager's products"] += spent.pop("products", 0.0)
+    found["rest"] += sum(spent.values())
+    return {name: seconds for name, seconds in found.items() if seconds}
+
+
+def clips(data: Json) -> list[Json]:
+    """Runs of the sampler by clip, the slowest first; those that failed at the end."""
+    return sorted(data["sampler"], key=lambda run: (run["preset"] == SECOND_STAGE, -(run["total_s"] or 0.0)))
 
 
 def fits(peak_gib: float, card_gb: int) -> bool:

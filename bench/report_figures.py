@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from bench.report_data import Report, rows_of, worst
+from bench.report_clip import clip
+from bench.report_data import Report, measured_ceilings, rows_of, worst
+from bench.report_style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, TEAL, VIOLET, blank_figure, clean
 from bench.results import Json
 from happyhorse_fast.block_map import BlockMap, Layout
 from happyhorse_fast.cli.layer_ops import OPS
@@ -23,16 +24,6 @@ from happyhorse_fast.reference.rotary import apply_rotary, frequency_bands, rota
 from happyhorse_fast.reference.sequence import Clip, coordinates
 from happyhorse_fast.tokens import TEXT_TOKENS, tokens_for
 
-INK, FAINT, GRID = "#1b1f24", "#6b737d", "#e6e8eb"
-BLUE, ORANGE, GREEN, VIOLET, TEAL, RED, GREY = (
-    "#1f6feb",
-    "#d9480f",
-    "#2b8a3e",
-    "#862e9c",
-    "#0b7285",
-    "#c92a2a",
-    "#868e96",
-)
 FORM_STYLE = {
     "eager bf16": (GREY, "o"),
     "fast bf16": (BLUE, "s"),
@@ -60,6 +51,8 @@ def figures(report: Report) -> dict[str, Figure]:
     made: dict[str, Figure] = {"roofline": roofline(report), "floor": floor(), "block_maps": block_maps()}
     if report.gpu:
         made["peers"] = peers(report)
+        if any(run["total_s"] is not None for run in list(report.gpu.values())[-1]["sampler"]):
+            made["clip"] = clip(report)
     if report.cases:
         made["error_per_layer"] = error_per_layer(report.cases)
         made["error_per_op"] = error_per_op(report.cases)
@@ -80,28 +73,6 @@ def save(made: dict[str, Figure], folder: Path) -> list[Path]:
     return paths
 
 
-def blank_figure(width: float, height: float, title: str, note: str) -> Figure:
-    """A figure of so many inches with its title above and a note, folded, below."""
-    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-    lines = textwrap.fill(note, int(width * 14.5))  # characters of 8.5 pt that fit an inch
-    figure.supxlabel(lines, x=0.01, ha="left", fontsize=8.5, color=FAINT)
-    return figure
-
-
-def clean(axes: Axes, title: str = "") -> Axes:
-    """Axes in the report's style."""
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
-    axes.tick_params(labelsize=8.5, colors=FAINT, length=3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#c5cad0")
-    axes.grid(True, color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.xaxis.label.set(color=INK, fontsize=9)
-    axes.yaxis.label.set(color=INK, fontsize=9)
-    return axes
-
-
 # Speed ----------------------------------------------------------------------------------------------------------------
 
 
@@ -116,44 +87,63 @@ def _card(report: Report) -> Gpu:
 
 
 def roofline(report: Report) -> Figure:
-    """Attainable TFLOP/s over FLOP per byte; the model's ops as hollow ceilings, measurements filled."""
+    """Attainable TFLOP/s over FLOP per byte: the datasheet's roof and the measured one, the ops' ceilings, what ran."""
     card = _card(report)
     newest = list(report.gpu.values())[-1:]  # one card: another's rates would not lie under this roof
     measured = [row for data in newest for row in rows_of(data) if row.tflops and row.gbps]
+    reached = measured_ceilings(newest[0]) if newest else None
     state = f"filled: measured ({len(measured)})" if measured else "nothing measured on a GPU is committed yet"
+    roof = f"dashed: the most that was measured there ({reached.bandwidth:.2g} TB/s); " if reached else ""
     note = (
-        f"hollow: the ceiling at an op's FLOP per byte, a prediction from {card.source}; {state}. Norms have no FLOPs."
+        f"solid: {card.source}; {roof}hollow: the ceiling at an op's FLOP per byte, a prediction; {state}: square "
+        "Gluon, circle Triton, triangle CUDA. Norms have no FLOPs."
     )
-    figure = blank_figure(9.5, 5.6, f"Roofline, {card.name.upper()}: {WHAT}", note)
+    figure = blank_figure(10.5, 6.4, f"Roofline, {card.name.upper()}: {WHAT}", note)
     axes = clean(figure.add_subplot())
-    reach = np.logspace(1.5, 5.2, 200)
+    reach = np.logspace(0.4, 5.2, 200)
     for precision, colour in (("bf16", BLUE), ("fp8", ORANGE)):
         if precision == "fp8" and card.fp8 is None:
             continue
         peak = card.rate(precision) / 1e12
         axes.plot(reach, np.minimum(peak, reach * card.bandwidth), color=colour, lw=2)
-        axes.annotate(f"{precision}: {peak:,.0f} TFLOP/s", (reach[0] * 1.1, peak), color=colour, fontsize=9)
+        axes.annotate(
+            f"{precision}, datasheet: {peak:,.0f}", (reach[0] * 1.1, peak), color=colour, fontsize=9, va="bottom"
+        )
+        rate = getattr(reached, precision) if reached else None
+        if reached and rate:
+            axes.plot(reach, np.minimum(rate, reach * reached.bandwidth), color=colour, lw=1.4, ls="--")
+            axes.annotate(
+                f"{precision}, measured: {rate:,.0f}", (reach[0] * 1.1, rate), color=colour, fontsize=9, va="bottom"
+            )
         above = precision == "fp8"
         for names, intensity in _joined(_intensities(precision)).items():
             ceiling = min(peak, intensity * card.bandwidth)
             axes.plot(intensity, ceiling, "o", mfc="white", mec=colour, ms=7)
-            axes.annotate(
-                names,
-                (intensity, ceiling),
-                (0, 9 if above else -9),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if above else "top",
-                fontsize=8.5,
-                color=INK,
-                rotation=90,
-            )
+            if above:  # in bf16 the same ops stand below: names there would lie on what was measured
+                axes.annotate(
+                    names,
+                    (intensity, ceiling),
+                    (0, 9),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    fontsize=8.5,
+                    color=INK,
+                    rotation=90,
+                )
     for row in measured:
-        colour = ORANGE if "fp8" in row.case else BLUE
         assert row.tflops is not None and row.gbps is not None
-        axes.plot(1e3 * row.tflops / row.gbps, row.tflops, "o", color=colour, ms=5, alpha=0.8)
+        axes.plot(
+            1e3 * row.tflops / row.gbps,
+            row.tflops,
+            {"gluon": "s", "cuda": "^"}.get(row.impl, "o"),
+            color=ORANGE if "fp8" in row.case else BLUE,
+            ms=5,
+            alpha=0.8,
+        )
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of compulsory traffic", ylabel="TFLOP/s")
-    axes.set_ylim(90, 8000)
+    axes.set_xlim(reach[0], reach[-1])
+    axes.set_ylim(3, 40000)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
     return figure
 
@@ -213,11 +203,16 @@ def floor() -> Figure:
 
 
 def peers(report: Report) -> Figure:
-    """Time of each verified case over the best peer's; red where it is slower, no bar where it is not verified."""
+    """Each case's fastest kernel of ours over its best peer; red where slower, no bar where one is not verified."""
     path, data = list(report.gpu.items())[-1]
-    ranked = [row for row in rows_of(data) if row.ratio is not None or row.verdict == "not verified"]
+    compared = [row for row in rows_of(data) if row.ratio is not None or row.verdict == "not verified"]
+    best: dict[str, float] = {}
+    for row in compared:
+        best[row.case] = max(best.get(row.case, 0.0), row.ratio or 0.0)
+    ranked = [row for row in compared if row.ratio in (None, best[row.case])]
     rows = ranked[:MOST_BARS]
-    note = f"{path.parent.name}/{path.name}; ratio: best peer's time over ours, in one run; red: slower than the peer; "
+    note = f"{path.parent.name}/{path.name}; our fastest kernel of each case; ratio: the best peer's time over ours; "
+    note += "red: slower. Product only: without the norm, activation or residual that ours has in it; "
     note += f"{len(rows)} of {len(ranked)} cases, those that need attention first"
     figure = blank_figure(9.5, 1.6 + 0.27 * max(len(rows), 1), f"Against the best peer, {data['gpu']}", note)
     axes = clean(figure.add_subplot())
@@ -228,6 +223,7 @@ def peers(report: Report) -> Figure:
         axes.barh(place, row.ratio, color=RED if row.ratio < 1 else GREEN, height=0.66, alpha=0.85)
         axes.annotate(f" {row.note}", (row.ratio, place), va="center", fontsize=8, color=RED if row.ratio < 1 else INK)
     axes.axvline(1, color=INK, lw=1)
+    axes.margins(y=0.01)
     axes.set_yticks(range(len(rows)), [f"{row.case}  {row.impl}" for row in rows], fontsize=8, color=INK)
     axes.invert_yaxis()
     axes.set_xlim(0, max([row.ratio for row in rows if row.ratio is not None], default=1) * 1.45)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.report_data import Report
-from bench.report_figures import BLUE, FAINT, GREY, INK, ORANGE, VIOLET, blank_figure, clean
+from bench.report_style import BLUE, FAINT, GREY, INK, ORANGE, VIOLET, blank_figure, clean
 from bench.report_tables import Table
 from bench.results import Json
 from happyhorse_fast.cli import fidelity_tables

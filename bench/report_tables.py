@@ -7,11 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.report_data import Report, fits, rows_of, worst
+from bench.report_data import (
+    KERNELS,
+    Report,
+    ceilings,
+    clips,
+    fits,
+    form_of,
+    parts_of,
+    row_of,
+    rows_of,
+    share_of,
+    steps_timed,
+    total_of,
+    worst,
+)
 from bench.results import Json
+from bench.sampler_runs import SECOND_STAGE
 from happyhorse_fast.costs import CARDS, CONTEXT_BYTES
 
 FORM_ORDER = ("eager bf16", "fast bf16", "fast fp8", "fast fp8 + sparsity")
+MOST_AT_RIGHT = 24
+"""Characters of a column's longest cell past which it is text and stands at the left."""
 NO_GPU = "No results of a GPU are committed yet, so there is no measured speed here."
 
 
@@ -33,19 +50,27 @@ class Table:
     note: str = ""
     marks: frozenset[int] = frozenset()
 
+    @property
+    def at_left(self) -> tuple[bool, ...]:
+        """Of each column, whether it is read as text: the first, and those with a long cell."""
+        cells = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
+        long = [max(map(len, column), default=0) > MOST_AT_RIGHT for column in cells]
+        return (True, *long[1:])
+
     def markdown(self) -> str:
-        """GitHub's dialect; the first column at the left, the others at the right."""
+        """GitHub's dialect; text at the left, numbers at the right."""
         lines = [f"**{self.title}**", "", f"| {' | '.join(self.columns)} |"]
-        lines.append("|" + "---|" + "---:|" * (len(self.columns) - 1))
+        lines.append("|" + "".join("---|" if left else "---:|" for left in self.at_left))
         lines += [f"| {' | '.join(row)} |" for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else [])])
 
     def html(self) -> str:
         """A table element with its title and note; marked rows have the class ``mark``."""
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
+        kind = ["", *(" class=text" if left else "" for left in self.at_left[1:])]  # the page has the first at the left
+        head = "".join(f"<th{of}>{html.escape(column)}</th>" for of, column in zip(kind, self.columns, strict=True))
         body = "".join(
             f"<tr{' class=mark' if place in self.marks else ''}>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+            + "".join(f"<td{of}>{html.escape(cell)}</td>" for of, cell in zip(kind, row, strict=True))
             + "</tr>"
             for place, row in enumerate(self.rows)
         )
@@ -180,52 +205,119 @@ def _pairs(cells: list[str]) -> list[str]:
     return joined
 
 
-def bench_table(path: Path, data: Json, most: int | None = None) -> Table:
-    """A GPU's microbenchmarks, at most so many: what is not verified has no number, what is slower is marked."""
+def shown(table: Table) -> str:
+    """A table for a terminal: its title, aligned columns, its note."""
+    widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+    padded = (zip(row, widths, strict=True) for row in (table.columns, *table.rows))
+    lines = ["  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in padded]
+    return "\n".join([table.title, *lines, *([table.note] if table.note else [])])
+
+
+def _ceilings_note(data: Json) -> str:
+    """What the shares of a roofline are of."""
+    parts = []
+    for peaks in ceilings(data):
+        fp8 = f", fp8 {peaks.fp8:,.0f}" if peaks.fp8 else ""
+        parts.append(f"{peaks.source}: bf16 {peaks.bf16:,.0f}{fp8} TFLOP/s, {peaks.bandwidth:.2g} TB/s")
+    return f"Ceilings: {'; '.join(parts)}." if parts else ""
+
+
+def bench_table(path: Path, data: Json) -> Table:
+    """A GPU's microbenchmarks: what is not verified has no number, what is slower is marked."""
     rows: list[tuple[str, ...]] = []
     marks: set[int] = set()
-    every = rows_of(data)
-    for row in every[:most]:
+    for row in rows_of(data):
         if row.verdict in ("slower", "not verified"):
             marks.add(len(rows))
         numbers: list[Any] = [row.median_ms, row.tflops, row.tflops_useful, row.gbps]
         cells = ["" if value is None else f"{value:,.3g}" for value in numbers]
-        share = "" if row.roofline is None else f"{row.roofline:.0%}"
-        rows.append((row.case, row.impl, *cells, share, row.note))
+        shares = ["" if value is None else f"{value:.0%}" for value in (row.roofline, row.reachable)]
+        rows.append((row.case, row.impl, *cells, *shares, row.note))
     title = f"{data['gpu']}: {path.stem}, torch {data['torch']}, Triton {data['triton']}, driver {data['driver']}"
-    columns = ("case", "on", "ms", "TFLOP/s", "useful", "GB/s", "of roofline", "best peer")
+    columns = ("case", "on", "ms", "TFLOP/s", "useful", "GB/s", "of datasheet", "of measured", "best peer")
     absent = "; ".join(f"{name}: {why}" for name, why in data.get("absent", {}).items())
-    notes = [f"{len(rows)} of {len(every)} cases, those that need attention first."] if len(rows) < len(every) else []
-    notes += [f"Peers that were absent: {absent}."] if absent else []
-    return Table(title, columns, tuple(rows), " ".join(notes), frozenset(marks))
+    notes = [_ceilings_note(data), f"Peers that were absent: {absent}." if absent else ""]
+    return Table(title, columns, tuple(rows), " ".join(filter(None, notes)), frozenset(marks))
 
 
-def sampler_table(path: Path, data: Json) -> Table:
-    """A GPU's sampler runs."""
+def ops_table(data: Json) -> Table:
+    """A row per case of a GPU: all of our kernels, the fastest first, and all peers."""
     rows = []
-    for run in data["sampler"]:
-        numbers = [run["s_per_step"], run["total_s"], run["peak_memory_gib"]]
-        cells = ["" if value is None else f"{value:.2f}" for value in numbers]
-        clip = f"{run['preset']}, {run['resolution']}, {run['seconds']} s"
-        card = f"{run['cap_gb']} GB" if run.get("cap_gb") else "whole"
-        spent = sorted((run.get("breakdown") or {}).items(), key=lambda item: -item[1])
-        notes = [f"{name} {seconds:.2f} s" for name, seconds in spent if seconds >= 0.005]
-        notes += [run["note"]] if run.get("note") else []
-        on = "" if run.get("backend") in (None, "auto") else f", {run['backend']}"
-        rows.append((clip, run["mode"] + on, run.get("mask") or "", card, str(run["steps"]), *cells, ", ".join(notes)))
-    columns = ("clip", "mode", "mask", "card", "steps", "s/step", "total s", "peak GiB", "of a step, and notes")
-    return Table(f"Sampler, {data['gpu']}: {path.stem}", columns, tuple(rows))
+    by_case: dict[str, list[Json]] = {}
+    for entry in data["entries"]:
+        by_case.setdefault(entry["case"], []).append(entry)
+    measured = ceilings(data)[-1:]
+    sizes = {name.split("/")[1] for name in by_case}
+    for case in sorted(by_case, key=lambda name: (name.split("/")[::2], name)):
+        entries = sorted(by_case[case], key=lambda entry: entry["median_ms"] or float("inf"))
+        first, name = entries[0], case
+        if len(sizes) == 1 and case.count("/") == 2:
+            name = "/".join(case.split("/")[::2])
+        if not first["verified"] or first["median_ms"] is None:
+            rows.append((name, row_of(first).note, "", "", ""))
+            continue
+        ours = ", ".join(
+            f"{KERNELS.get(e['impl'], e['impl'])} {_short(e['median_ms'])}" if e["median_ms"] else row_of(e).note
+            for e in entries
+        )
+        rate = f"{first['tflops']:,.0f} TFLOP/s" if (first["tflops"] or 0) > 100 else f"{first['gbps'] / 1e3:.2f} TB/s"
+        peers = sorted(first["peers"].items(), key=lambda item: item[1])
+        share = share_of(first, measured[0]) if measured else None
+        against = ", ".join(f"{name} {_short(ms)} ({_against(ms / first['median_ms'])})" for name, ms in peers)
+        rows.append((name, ours, rate, "" if share is None else f"{share:.0%}", against))
+    title = f"Every op against its peers at {', '.join(sorted(sizes))}, ms, {data['gpu']}, commit {data['commit']}"
+    columns = ("case", "ours, fastest first", "rate", "of the measured ceiling", "peers (their time over ours)")
+    note = (
+        "Every case passed its gate against float64 at this shape before it was timed, or says that it did not. "
+        "Product only: without the norm, activation or residual that ours has in it. No "
+        "gate: its numbers were not checked. eager is the reference in bf16, for fp8 cases too. "
+        f"{_ceilings_note(data)} Each kernel was timed by itself on a chip held at its power limit: differences "
+        "under 20 % may be the order of timing."
+    )
+    return Table(title, columns, tuple(rows), note)
 
 
-def gpu_tables(report: Report, most: int | None = None) -> list[Table]:
+def _against(ratio: float) -> str:
+    return f"{ratio:.2f}x{': ours is SLOWER' if round(ratio, 2) < 1 else ''}"
+
+
+def _short(ms: float) -> str:
+    return f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+
+
+def clip_table(data: Json) -> Table:
+    """A GPU's runs of the sampler, the slowest first."""
+    rows = []
+    for run in clips(data):
+        failed = run["s_per_step"] is None
+        numbers = "" if failed else f"{run['s_per_step']:.2f}"
+        peak = "" if run["peak_memory_gib"] is None else f"{run['peak_memory_gib']:.1f}"
+        parts = ", ".join(f"{name} {s:.2f}" for name, s in parts_of(run).items() if s >= 0.005)
+        notes = [part for part in (run.get("note") or "").split("; ") if not part.endswith("steps timed")]
+        timed = "" if failed else f"{steps_timed(run)} of {run['steps']}"
+        cells = (numbers, total_of(run), timed, peak, "; ".join(filter(None, [parts, *notes])))
+        rows.append((clip_of(run), form_of(run), *cells))
+    columns = ("clip", "form", "s/step", "denoising, s", "steps timed", "peak GiB", "seconds of a profiled step")
+    note = "~: extrapolated from the median of the steps that were timed. Wall time of denoising alone, random weights."
+    return Table(f"The clip, {data['gpu']}, commit {data['commit']}", columns, tuple(rows), note)
+
+
+def clip_of(run: Json) -> str:
+    """Model and clip of a run."""
+    stage = " (second stage)" if run["preset"] == SECOND_STAGE else ""
+    return f"{run['preset']}{stage}, {run['resolution']}, {run['seconds']} s"
+
+
+def gpu_tables(report: Report, *, every: bool = True) -> list[Table]:
     """Tables of every GPU file, newest first.
 
     Args:
         report: The results.
-        most: Microbenchmarks to show of each file; None for all.
+        every: Whether to show every entry by itself too.
     """
     tables = []
     for path, data in reversed(report.gpu.items()):
-        tables += [sampler_table(path, data)] if data["sampler"] else []
-        tables += [bench_table(path, data, most)] if data["entries"] else []
+        tables += [clip_table(data)] if data["sampler"] else []
+        tables += [ops_table(data)] if data["entries"] else []
+        tables += [bench_table(path, data)] if data["entries"] and every else []
     return tables

@@ -65,7 +65,8 @@ SAMPLER_EXTRA: dict[str, Any] = {
     "mask": str,  # "exact", or the share of video pairs
     "cap_gb": _NUMBER,  # size, as it is sold, of the card that memory was capped to
     "breakdown": dict,  # seconds of one step by op
-    "backend": str,  # what was asked for
+    "backend": str,  # what was asked for; eager modes have none
+    "attention": str,  # kernel that attention ran in: what "auto" took is not what it takes at another commit
     "conditions": dict,  # clock, power and temperature before and after
     "note": str,  # what was not run as published, or why there is no number
 }
@@ -201,7 +202,7 @@ class Results:
 
 KEYS = {
     "entries": ("case", "impl"),
-    "sampler": ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "steps", "backend"),
+    "sampler": ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "steps", "backend", "attention"),
     "stages": ("name",),
     "peaks": ("source",),
 }

@@ -29,7 +29,7 @@ from bench.ops import arguments, open_results
 from bench.random_model import Backend, random_eager, random_fast
 from bench.results import Json
 from bench.sampler_runs import MODES, Run, chosen, runs
-from bench.specialized import running
+from bench.specialized import attention_kernel, running
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.op_times import OpTimes
@@ -112,6 +112,7 @@ class Bench:
 
     def _measure(self, model: HappyHorse, run: Run, seconds: float) -> Json:
         inputs = self._inputs(model, run)
+        state: Any = model.fast if run.fast else None
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -129,6 +130,7 @@ class Bench:
         counted = run.mode != "torch.compile" and run.cap_gb is None
         breakdown = self._breakdown(model, inputs) if counted else None
         return {
+            **({"attention": attention_kernel(state, self.device)} if run.fast else {}),
             "s_per_step": each,
             "total_s": sum(times) if len(times) == run.steps else each * run.steps,
             "peak_memory_gib": peak,
@@ -290,7 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = {_key(entry) for entry in results.data["sampler"]} if results and options.keep == "all" else set()
     failed = False
     for run in wanted:
-        if (run.preset, run.mode, run.mask, run.cap_gb) in known:
+        backend = options.backend if run.fast else None
+        if (run.preset, run.resolution, run.mode, run.mask, run.cap_gb, backend) in known:
             continue
         left = deadline - time.monotonic() - (0.0 if options.tiny else run.least_seconds)
         if left < 0:
@@ -309,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _key(entry: Json) -> tuple[Any, ...]:
-    return entry["preset"], entry["mode"], entry["mask"], entry["cap_gb"]
+    return tuple(entry.get(name) for name in ("preset", "resolution", "mode", "mask", "cap_gb", "backend"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ DEVICE = Path(__file__).parent / "device"
 OPTIONS = ("-std=c++17", "--fmad=false")
 """Options of nvcc and NVRTC alike. No contraction of a * b + c into one rounding but where fmaf is written: the tests
 run the same sources on the host with -ffp-contract=off, and the bits must be the same. Expected to cost little, since
-memory or tensor cores bound the kernels; not measured on a GPU yet."""
+memory or tensor cores bound the kernels; the difference was not measured."""
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 """What binaries are built for. A GPU runs those of its major version and a lower minor one; sm_90a runs on 9.0 alone,
 and may use the instructions that only Hopper has."""

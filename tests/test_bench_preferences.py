@@ -20,14 +20,31 @@ def data(*entries, capability="90"):
 
 def test_faster_in_every_case_is_preferred():
     file = data(
-        entry("rmsnorm_quantize", "triton", 1.2),
-        entry("rmsnorm_quantize", "cuda", 1.1),
+        entry("rmsnorm_quantize", "triton", 1.5),
+        entry("rmsnorm_quantize", "cuda", 1.2),
         entry("rmsnorm_quantize", "triton", 3.0, size="1080p-15s"),
-        entry("rmsnorm_quantize", "cuda", 2.9, size="1080p-15s"),
+        entry("rmsnorm_quantize", "cuda", 2.0, size="1080p-15s"),
         entry("block_sparse_attention-window", "triton", 9.0, precision="bf16"),
-        entry("block_sparse_attention-window", "cuda", 8.0, precision="bf16"),
+        entry("block_sparse_attention-window", "cuda", 6.0, precision="bf16"),
     )
     assert preferences.preferences([file]) == {"90": {"bf16": ["block_sparse_attention"], "fp8": ["rmsnorm_quantize"]}}
+
+
+def test_what_the_order_of_timing_may_explain_is_not_preferred():
+    file = data(
+        entry("rmsnorm_quantize", "triton", 1.24),
+        entry("rmsnorm_quantize", "cuda", 1.0),
+        entry("select_blocks", "triton", 2.0),
+        entry("select_blocks", "cuda", 1.0),
+        entry("select_blocks", "triton", 1.2, size="540p-5s"),
+        entry("select_blocks", "cuda", 1.0, size="540p-5s"),
+    )
+    assert preferences.preferences([file]) == {}
+
+
+def test_on_an_h200_blocks_are_selected_in_cuda_and_nothing_else_is_preferred():
+    # 0.33 against 0.56 ms; rmsnorm_quantize and qkv_linear are 8 % faster, each timed by itself.
+    assert preferences.preferences(load().gpu.values()) == {"90": {"bf16": ["select_blocks"], "fp8": ["select_blocks"]}}
 
 
 def test_what_is_not_shown_is_not_preferred():
@@ -38,17 +55,17 @@ def test_what_is_not_shown_is_not_preferred():
         entry("select_blocks", "cuda", 1.5, size="540p-5s"),
     )
     red = data(entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", None, verified=False))
-    alone = data(entry("qkv_linear", "cuda", 4.0))
-    no_kernel = data(entry("fp8_linear", "triton", 5.0), entry("fp8_linear", "cuda", 4.0))
-    unknown = {"entries": [entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 4.0)]}
+    alone = data(entry("qkv_linear", "cuda", 3.5))
+    no_kernel = data(entry("fp8_linear", "triton", 5.0), entry("fp8_linear", "cuda", 3.5))
+    unknown = {"entries": [entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 3.5)]}
     for file in (slower_once, red, alone, no_kernel, unknown):
         assert preferences.preferences([file]) == {}
 
 
 def test_the_newest_file_of_an_architecture_counts():
-    old = data(entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 4.0))
-    new = data(entry("qkv_linear", "triton", 3.0), entry("qkv_linear", "cuda", 4.0))
-    other = data(entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 4.0), capability="100")
+    old = data(entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 3.5))
+    new = data(entry("qkv_linear", "triton", 3.0), entry("qkv_linear", "cuda", 3.5))
+    other = data(entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 3.5), capability="100")
     assert preferences.preferences([old, new, other]) == {"100": {"fp8": ["qkv_linear"]}}
 
 
@@ -56,7 +73,7 @@ def test_what_several_calls_measured_counts_together():
     # One call timed Triton, the next CUDA, a third one other ops only.
     calls = [
         data(entry("qkv_linear", "triton", 5.0)),
-        data(entry("qkv_linear", "cuda", 4.0)),
+        data(entry("qkv_linear", "cuda", 3.5)),
         data(entry("rmsnorm_quantize", "triton", 1.0)),
     ]
     assert preferences.preferences(calls) == {"90": {"fp8": ["qkv_linear"]}}

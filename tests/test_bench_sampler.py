@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import interpreter  # noqa: F401  (exact arithmetic)
 import pytest
 import torch
@@ -11,8 +13,11 @@ from bench.cases import TINY
 from bench.lost import LOST
 from bench.results import Results, read
 from bench.sampler_runs import BASE, DENSE, FIRST_STAGE, LEAST, MODES, SECOND_STAGE, Run
+from bench.specialized import attention_kernel, running
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.model.fast_state import FastState
 from happyhorse_fast.ops import dispatch
-from happyhorse_fast.ops.dispatch import BackendError
+from happyhorse_fast.ops.dispatch import BackendError, Choice
 
 CPU = torch.device("cpu")
 HEADER = {"gpu": "cpu", "driver": "none", "torch": "2", "triton": "3", "commit": "abc"}
@@ -122,6 +127,41 @@ def test_a_run_that_could_not_end_in_time_is_not_started(monkeypatch, tmp_path, 
 
 
 ENTRY = {"s_per_step": 1.0, "note": "", "preset": "p", "mode": "m", "mask": "exact", "cap_gb": None}
+
+
+def test_runs_of_another_backend_are_not_left_out(monkeypatch, tmp_path):
+    path, words = tmp_path / "r.json", "15b/1080p/eager/exact/whole,15b/1080p/fast fp8/exact/whole"
+    results = Results(path, HEADER)
+    for run in sampler_runs.chosen(words):
+        kept = sampler.Bench(CPU, tiny=True, backend="gluon").run(run, seconds=0.0)
+        assert kept.get("backend") == ("gluon" if run.fast else None)
+        results.add_sampler(kept)
+    assert [run.get("attention") for run in results.data["sampler"]] == [None, "reference"]
+    timed = []
+    monkeypatch.setattr(sampler, "open_results", lambda *_: Results(path, HEADER))
+    monkeypatch.setattr(sampler.Bench, "run", lambda self, run, _: timed.append((self.backend, run.mode)) or ENTRY)
+    monkeypatch.setattr(sampler, "line", lambda entry: "")
+    monkeypatch.setattr(Results, "add_sampler", lambda *_: None)
+    for backend in ("gluon", "triton"):
+        sampler.main(["--tiny", "--device", "cpu", "--results", str(path), "--runs", words, "--keep", "all",
+                      "--backend", backend])  # fmt: skip
+    assert timed == [("triton", "fast fp8")]
+
+
+def test_the_kernel_that_attention_ran_in_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    gpu, fast = torch.device("cuda:0"), Run("", "", "fast fp8").fast
+    choices = {"block_sparse_attention": Choice("block_sparse_attention", "triton", "")}
+    state = FastState(ModelConfig.preset(BASE), fast, choices, [], torch.nn.Module)
+    for backend, kernel in (("auto", "gluon"), ("gluon", "gluon"), ("triton", "triton")):
+        with running(backend):
+            assert attention_kernel(state, gpu) == kernel
+    small = dataclasses.replace(state, config=state.config.replace(head_dim=64))
+    assert attention_kernel(small, gpu) == "triton", "not measured, so not on"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert attention_kernel(state, gpu) == "triton"
+    state.choices["block_sparse_attention"] = Choice("block_sparse_attention", "cuda", "")
+    assert attention_kernel(state, gpu) == "cuda"
 
 
 def test_a_red_self_check_keeps_nothing_from_being_timed_but_is_said(monkeypatch):

@@ -36,10 +36,19 @@ def backends(choices: dict[str, dispatch.Choice]) -> dict[str, str]:
     return {op: choice.backend for op, choice in choices.items()}
 
 
-def test_auto_takes_triton_and_checks_nothing_else(machine):
+def test_auto_takes_triton_and_checks_nothing_else(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
     choices = choose("auto", "fp8", GPU)
     assert backends(choices) == dict.fromkeys(STEMS, "triton")
     assert machine["checked"] == ["triton"]
+
+
+def test_auto_takes_cuda_where_committed_results_show_it_faster(machine):
+    choices = choose("auto", "fp8", GPU)
+    assert backends(choices) == dict.fromkeys(STEMS, "triton") | {"select_blocks": "cuda"}, "on sm_90"
+    machine["cuda"] = "cuda-bindings is not installed"
+    choice = choose("auto", "fp8", GPU, strict=True)["select_blocks"]
+    assert (choice.backend, choice.fell_back) == ("triton", False) and machine["cuda"] in choice.reason
 
 
 def test_cuda_takes_the_place_of_a_triton_kernel_that_failed(machine):
