@@ -205,6 +205,7 @@ class _Votes:
         products = [
             (f"block.layers.{i}.attention.linear_qkv.weight", rows(i, "attention.linear_qkv", 2)) for i in layers
         ]
+        self._require_gates(products, heads_q, head_dim)
         heads_kv = self._most(
             "num_heads_kv", [(k, (n - heads_q * (head_dim + 1)) // (2 * head_dim)) for k, n in products]
         )
@@ -229,6 +230,19 @@ class _Votes:
             gelu7_layers=tuple(i for i in layers if self._is_gelu7(i, kinds, rows(i, "mlp.up_gate_proj", 2))),
             post_norm_layers=post_norms,
         )
+
+    def _require_gates(self, products: list[tuple[str, int]], heads_q: int, head_dim: int) -> None:
+        """Raise where most QKV weights have rows for q, k and v and none for a gate per query head."""
+        whole = 2 * head_dim
+        gated = Counter((rows - heads_q * (head_dim + 1)) % whole == 0 for _, rows in products)[True]
+        plain = Counter((rows - heads_q * head_dim) % whole == 0 for _, rows in products)[True]
+        if plain > max(gated, len(products) // 2):
+            key = products[0][0]
+            raise CheckpointError(
+                f"{self.path}: attention gating is off: {key} in {self.entries[key].file} is "
+                f"{list(self.entries[key].shape)}, rows for q, k and v and none for a gate; only models with one gate "
+                f"per query head ({heads_q} more rows per expert) can run"
+            )
 
     def _experts(self, layer: int, hidden: int) -> int:
         names = ("attention.pre_norm", "mlp.pre_norm", "attention.linear_proj", "mlp.down_proj")

@@ -6,8 +6,10 @@ rather than by the safetensors library, whose errors name neither file nor key.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from happyhorse_fast.errors import CheckpointError
+from happyhorse_fast.model.checkpoint_keys import model_keys
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+"""As diffusers names a single file; shards have an index of that name too."""
 PACKED_FILE = "happyhorse_fast.json"
 """Marks a folder of packed weights, and holds their configurations."""
 
@@ -27,6 +32,8 @@ _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _LISTED = 5
+_INDEX_SUFFIX = ".safetensors.index.json"
+_WHOLE_NAMES = (SINGLE_FILE, INDEX_FILE, DIFFUSERS_FILE, DIFFUSERS_FILE + ".index.json")
 
 
 @dataclass(frozen=True)
@@ -61,46 +68,76 @@ def read_headers(path: str | Path) -> dict[str, TensorEntry]:
     """Every tensor of a checkpoint by key, in the order of its files and of the data in them; no data are read.
 
     Args:
-        path: A folder with ``model.safetensors``, or with shards named by ``model.safetensors.index.json``; or one
-            ``.safetensors`` file.
+        path: A folder with ``model.safetensors``, or with shards named by ``model.safetensors.index.json`` (or either
+            under diffusers' name, ``diffusion_pytorch_model``); or one ``.safetensors`` file or index. Keys may have
+            a prefix that all share, such as ``module.`` or ``transformer.``; entries have none.
 
     Raises:
-        CheckpointError: No such folder or file, a pickle, a missing or truncated shard, a corrupt index or header, an
-            index that disagrees with its shards, or a key in two shards; the message names the files and keys.
+        CheckpointError: No such folder or file, a link to nowhere, a FIFO or device, a pickle, a missing or truncated
+            shard, a corrupt index or header, an index that disagrees with its shards, a key in two shards, or keys of
+            more than one model; the message names the files and keys.
     """
     path = Path(path)
+    entries = _read(path)
+    keys = model_keys(entries, path)
+    return {keys[key]: dataclasses.replace(entry, key=keys[key]) for key, entry in entries.items()}
+
+
+def _read(path: Path) -> dict[str, TensorEntry]:
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such folder or file")
+        raise CheckpointError(f"{path}: {_absent(path)}")
+    require_regular_file(path)
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _read_shards(path.parent, path)
     if path.suffix in _PICKLE_SUFFIXES:
         raise CheckpointError(_pickle_message(str(path)))
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: a checkpoint is a folder or a .safetensors file")
-    return _read_file(path)
+        raise CheckpointError(f"{path}: a checkpoint is a folder or a .safetensors file, or its {_INDEX_SUFFIX}")
+    return read_file(path)
+
+
+def _absent(path: Path) -> str:
+    return f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "no such folder or file"
+
+
+def require_regular_file(file: Path) -> None:
+    """Raise a CheckpointError for a link to nowhere, and for a FIFO or device, which has no size and may block."""
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        raise CheckpointError(f"{file}: {_absent(file)}" if not file.exists() else f"{file}: {error}") from error
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+        what = kinds.get(stat.S_IFMT(mode), "a folder")
+        raise CheckpointError(f"{file}: must be a regular file, as its parts are read by their place; it is {what}")
 
 
 def _read_folder(folder: Path) -> dict[str, TensorEntry]:
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if single.exists() and index.exists():
-        raise CheckpointError(
-            f"{folder}: holds both {SINGLE_FILE} and {INDEX_FILE}; remove one, or name the file to load"
-        )
-    if single.exists():
-        return _read_file(single)
-    if index.exists():
-        return _read_shards(folder, index)
+    there = [name for name in _WHOLE_NAMES if (folder / name).exists() or (folder / name).is_symlink()]
+    if len(there) > 1:
+        raise CheckpointError(f"{folder}: holds both {' and '.join(there)}; remove one, or name the file to load")
+    if there:
+        file = folder / there[0]
+        require_regular_file(file)
+        return _read_shards(folder, file) if file.name.endswith(_INDEX_SUFFIX) else read_file(file)
     names = sorted(entry.name for entry in folder.iterdir())
-    others = [name for name in names if name.endswith(".safetensors")]
+    others = [name for name in names if name.endswith(_INDEX_SUFFIX)]
+    others += [name for name in names if name.endswith(".safetensors")]
+    missing = f"neither {SINGLE_FILE} nor {INDEX_FILE}"
     if others:
         raise CheckpointError(
-            f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; it holds {listed(others)}: name one file to load it, "
-            "or restore the index of these shards"
+            f"{folder}: {missing}; it holds {listed(others)}: name one file to load it, or restore the index of these "
+            "shards"
         )
+    inside = [name for name in names if any((folder / name / whole).exists() for whole in _WHOLE_NAMES)]
+    if inside:
+        raise CheckpointError(f"{folder}: {missing}; its folder {listed(inside)} has one: name that")
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
         raise CheckpointError(_pickle_message(f"{folder}: no safetensors file, but {listed(pickles)}"))
-    raise CheckpointError(f"{folder}: no safetensors file: neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise CheckpointError(f"{folder}: no safetensors file: {missing}")
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
@@ -116,11 +153,13 @@ def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
         )
     absent = [name for name in shards if not (folder / name).exists()]
     if absent:
-        examples = (f"{name} (with {next(k for k, shard in weight_map.items() if shard == name)})" for name in absent)
+        why = {name: f", {_absent(folder / name)}" if (folder / name).is_symlink() else "" for name in absent}
+        first = {name: next(key for key, shard in weight_map.items() if shard == name) for name in absent}
+        examples = (f"{name} (with {first[name]}{why[name]})" for name in absent)
         raise CheckpointError(
             f"{index}: {len(absent)} of {len(shards)} shards are missing from {folder}: {listed(examples)}"
         )
-    headers = {name: _read_file(folder / name) for name in shards}
+    headers = {name: read_file(folder / name) for name in shards}
     count = Counter(key for header in headers.values() for key in header)
     twice = (
         f"{key} in {' and '.join(name for name, header in headers.items() if key in header)}"
@@ -161,7 +200,9 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_file(file: Path) -> dict[str, TensorEntry]:
+def read_file(file: Path) -> dict[str, TensorEntry]:
+    """As :func:`read_headers`, of one safetensors file of whatever it holds, keys as they are."""
+    require_regular_file(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -201,7 +242,18 @@ def _read_file(file: Path) -> dict[str, TensorEntry]:
         )
     if end != size:
         raise CheckpointError(f"{file}: corrupt: {size - end} bytes after the end of the last tensor")
-    return {entry.key: entry for entry in entries}
+    by_key = {entry.key: entry for entry in entries}
+    return by_key | _tied(by_key, header.get("__metadata__"))
+
+
+def _tied(entries: dict[str, TensorEntry], metadata: object) -> dict[str, TensorEntry]:
+    """Tensors that safetensors' save_model left out because they share memory with another, which metadata names."""
+    named = metadata.items() if isinstance(metadata, dict) else ()
+    return {
+        key: dataclasses.replace(entries[kept], key=key)
+        for key, kept in named
+        if isinstance(kept, str) and kept in entries and key not in entries
+    }
 
 
 def _entry(file: Path, key: str, fields: object, data_start: int) -> TensorEntry:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import torch
 from torch import nn
 
 from happyhorse_fast.model.fast_state import is_accelerated
-from happyhorse_fast.model.safetensors_header import INDEX_FILE, PACKED_FILE, SINGLE_FILE
+from happyhorse_fast.model.safetensors_header import DIFFUSERS_FILE, INDEX_FILE, PACKED_FILE, SINGLE_FILE
 
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_SHARD = re.compile(r"(?:diffusion_pytorch_)?model-\d+-of-\d+\.safetensors")
 
 
 def save_checkpoint(
@@ -65,7 +66,7 @@ def write_checkpoint(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"folder must be a folder, {folder} is a file")
-    names = {SINGLE_FILE, INDEX_FILE, PACKED_FILE, *beside}
+    names = {SINGLE_FILE, INDEX_FILE, PACKED_FILE, DIFFUSERS_FILE, DIFFUSERS_FILE + ".index.json", *beside}
     old = sorted(path for path in folder.glob("*") if path.name in names or _SHARD.match(path.name))
     if old and not overwrite:
         raise FileExistsError(f"{folder} holds a checkpoint ({old[0].name}); pass overwrite=True to replace it")
@@ -114,6 +115,10 @@ def _write_files(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_by
         names = [SINGLE_FILE]
     for name, keys in zip(names, shards, strict=True):
         shard = {key: tensors[key].detach().cpu().contiguous() for key in keys}
+        storages = Counter(value.untyped_storage().data_ptr() for value in shard.values())
+        for key, value in shard.items():
+            if storages[value.untyped_storage().data_ptr()] > 1:  # tied: the format has no two names for one tensor
+                shard[key] = value.clone()
         write_safetensors(shard, folder / name, {"format": "pt"})
     if len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
