@@ -64,7 +64,7 @@ def test_packed_weights_may_have_a_prefix(tmp_path: Path) -> None:
     save_packed(model, tmp_path / "packed")
     file = tmp_path / "packed" / "model.safetensors"
     save_file({f"module.{key}": value for key, value in load_file(file).items()}, file)
-    state = load(tmp_path / "packed", progress=False).state_dict()
+    state = load(tmp_path / "packed", fast=fast, progress=False).state_dict()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 

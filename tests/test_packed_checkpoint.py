@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from public_model import DiTModel
 
 import happyhorse_fast as hh
 from happyhorse_fast import golden
@@ -148,3 +149,9 @@ def test_weights_of_another_precision_are_refused(packed: Path) -> None:
 def test_an_eager_model_is_not_packed(case: golden.GoldenCase, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be an accelerated HappyHorse"):
         save_packed(case.model(), tmp_path)
+
+
+def test_a_model_of_the_public_implementation_is_not_packed(case: golden.GoldenCase, tmp_path: Path) -> None:
+    model = accelerate(DiTModel(case.model(torch.bfloat16)), FAST)
+    with pytest.raises(ValueError, match=r"got AcceleratedDiTModel of the public .* save_packed what load\("):
+        save_packed(model, tmp_path)

@@ -19,6 +19,7 @@ from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles
 from happyhorse_fast.model.fast_layer import FastLayer, LayerPlan, pack_layer, packed_shapes
 from happyhorse_fast.model.fast_state import FastState, is_accelerated
 from happyhorse_fast.model.inspect_checkpoint import sizes_of
+from happyhorse_fast.model.refusals import require_acceleratable
 from happyhorse_fast.model.safetensors_header import TensorEntry
 from happyhorse_fast.ops.dispatch import Choice, attention_is_specialized, choose
 from happyhorse_fast.reference.model import HappyHorse
@@ -45,9 +46,10 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
         ``model`` itself.
 
     Raises:
-        TypeError: ``model`` is neither, or ``fast`` is not a FastConfig.
-        ValueError: The model is accelerated already, its head_dim is not 32, 64 or 128, or ``fast`` names a layer that
-            it does not have.
+        TypeError: ``model`` is neither or wraps one, or ``fast`` is not a FastConfig.
+        ValueError: The model carries what packed layers would leave out (hooks inside it, a forward of its own,
+            parametrised, sharded or quantised weights, ...), is accelerated already, its head_dim is not
+            32, 64 or 128, or ``fast`` names a layer that it does not have.
         BackendError: A backend that was asked for, or that ``strict`` needs, cannot run here.
     """
     fast = FastConfig() if fast is None else fast
@@ -55,6 +57,7 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
         raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
     if is_accelerated(model):
         raise ValueError("model is accelerated already; call restore(model) first")
+    require_acceleratable(model, fast)
     config = _config_of(model)
     fast.require_model(config)
     device = next(model.parameters()).device

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model.fast_config import OPS, FastConfig
+from happyhorse_fast.model.safetensors_header import listed
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.dispatch import Choice
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
@@ -99,6 +100,32 @@ class FastLayer(nn.Module):
         for first in range(0, hidden.shape[0], step):
             end = min(first + step, hidden.shape[0])
             self._mlp(hidden[first:end], state.row_tiles(self.plan.experts, first, end))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        self.require_packed(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def require_packed(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise where a state dict has other tensors for this layer than its own packed ones.
+
+        ``load_state_dict(strict=False)`` would drop published weights, and scales, without a word.
+
+        Args:
+            state_dict: Tensors by key.
+            prefix: What the layer's keys start with, such as ``"block.layers.0."``.
+
+        Raises:
+            RuntimeError: As ``load_state_dict`` raises; it names the keys.
+        """
+        own = dict(self.named_buffers())
+        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        astray = [f"{prefix}{key}" for key, value in given.items() if key not in own or value.dtype != own[key].dtype]
+        if astray:
+            raise RuntimeError(
+                f"state_dict must hold packed weights as this accelerated layer has them ({', '.join(own)}), got "
+                f"{listed(astray)}: call restore(model), load_state_dict, then accelerate(model); or load(folder, "
+                "fast=...) for a new model. Nothing was loaded"
+            )
 
     def _attention(self, hidden: torch.Tensor, state: ClipState) -> None:
         plan, use = self.plan, self.plan.precision

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -16,12 +16,14 @@ from happyhorse_fast.errors import require_tensor
 from happyhorse_fast.model.clip_state import ClipState
 from happyhorse_fast.model.fast_state import FastState
 from happyhorse_fast.model.padded_rows import PaddedRows, Spans, worth_aligning
+from happyhorse_fast.model.refusals import require_running
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.model import ROW_CHUNK, LayerHook
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 from happyhorse_fast.reference.sequence import Ranges
 
 MODALITY_EMBEDDERS = ("video_embedder", "audio_embedder", "text_embedder")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -36,6 +38,8 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
     @torch.no_grad()
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         model: Any = args[0]
+        if not torch.compiler.is_compiling():
+            require_running(model)
         kind = next(model.parameters()).device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
@@ -49,7 +53,11 @@ def run_layers(model: Any, hidden: torch.Tensor, state: ClipState, on_layer: Lay
     """Update the padded residual stream, float32 [rows, C], in place, layer by layer."""
     rows_in_mlp = model.fast.fast.mlp_rows
     for index, layer in enumerate(model.block.layers):
-        layer(hidden, state, rows_in_mlp)
+        if layer(hidden, state, rows_in_mlp) is not None:
+            raise ValueError(
+                f"a forward hook on block.layers.{index} returned a value, which nothing would take: a packed layer "
+                "updates the residual stream in place, and so must its hooks"
+            )
         if on_layer is not None:
             on_layer(index, hidden[state.token_rows])
 
@@ -67,10 +75,20 @@ def head(hidden: torch.Tensor, rows: torch.Tensor, norm: torch.Tensor, weight: t
     return torch.cat(chunks)
 
 
-class AcceleratedHappyHorse:
-    """Forward pass over packed layers, in the place of ``HappyHorse.forward``; made by ``accelerate``."""
+class Accelerated:
+    """What both kinds of accelerated model share."""
 
     fast: FastState
+
+    def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        # Before anything is copied: the embedders come before the layers, which refuse what is not packed.
+        for index, layer in enumerate(self.block.layers):
+            layer.require_packed(state_dict, f"{prefix}block.layers.{index}.")
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
+
+
+class AcceleratedHappyHorse(Accelerated):
+    """Forward pass over packed layers, in the place of ``HappyHorse.forward``; made by ``accelerate``."""
 
     @inference
     def forward(
@@ -132,10 +150,8 @@ def build_clip_state(state: FastState, clip: sequence.Clip, bands: torch.Tensor)
     )
 
 
-class AcceleratedPublic:
+class AcceleratedPublic(Accelerated):
     """Forward pass over packed layers with the public implementation's signature; made by ``accelerate``."""
-
-    fast: FastState
 
     @inference
     def forward(
@@ -160,15 +176,19 @@ class AcceleratedPublic:
             [N, max(video, audio channels)]; zero where a token has no velocity, as in the public implementation.
 
         Raises:
-            TypeError, ValueError: A tensor of the wrong rank, size or device.
+            TypeError, ValueError: A tensor of the wrong rank, size, dtype or device; another modality.
         """
         config = self.fast.config
         device = next(self.parameters()).device
-        x = require_tensor("x", x, ("N", x.shape[1] if x.dim() == 2 else "channels"), device=device)
+        channels = (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
+        x = require_tensor("x", x, ("N", "channels"), device=device)
+        if x.shape[1] < max(channels):
+            raise ValueError(
+                f"x must have at least {max(channels)} channels, the widest modality's; got {list(x.shape)}"
+            )
         n = x.shape[0]
         coords = require_tensor("coords_mapping", coords_mapping, (n, 9), device=device).float()
-        if modality_mapping.shape != (n,):
-            raise ValueError(f"modality_mapping must be of shape [{n}], got {list(modality_mapping.shape)}")
+        _check_modality(modality_mapping, n, device)
         local: Ranges | None = None
         if config.local_attn_layers:
             if local_attn_handler is None:
@@ -196,7 +216,6 @@ class AcceleratedPublic:
         )
         hidden = torch.zeros(state.rows.slots, config.hidden_size, dtype=torch.float32, device=device)
         where = [(modality_mapping == m).nonzero()[:, 0] for m in range(3)]
-        channels = (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
         for tokens, name, width in zip(where, MODALITY_EMBEDDERS, channels, strict=True):
             embed(getattr(self.adapter, name), x[tokens, :width], state.token_rows[tokens], hidden)
         run_layers(self, hidden, state)
@@ -207,11 +226,23 @@ class AcceleratedPublic:
         return out
 
 
+def _check_modality(modality: object, n: int, device: torch.device) -> None:
+    if not isinstance(modality, torch.Tensor) or modality.dtype not in _INTEGERS:
+        what = modality.dtype if isinstance(modality, torch.Tensor) else type(modality).__name__
+        raise TypeError(f"modality_mapping must be a tensor of integers [{n}], got {what}")
+    if modality.shape != (n,):
+        raise ValueError(f"modality_mapping must be of shape [{n}], got {list(modality.shape)}")
+    if modality.device != device:
+        raise ValueError(f"modality_mapping must be on device {device}, where the model is; got {modality.device}")
+
+
 def _spans(modality: torch.Tensor, coords: torch.Tensor) -> Spans:
     """(first, end, modality) of every run of tokens; video is cut into its latent frames, whose time differs."""
     change = (modality[1:] != modality[:-1]) | ((modality[1:] == 0) & (coords[1:, 0] != coords[:-1, 0]))
     cuts = [0, *(change.nonzero()[:, 0] + 1).tolist(), len(modality)]
     kinds = modality[torch.tensor(cuts[:-1], device=modality.device)].tolist()
+    if strange := sorted({*kinds} - {0, 1, 2}):
+        raise ValueError(f"modality_mapping must hold 0 (video), 1 (audio) and 2 (text), got {strange}")
     return list(zip(cuts[:-1], cuts[1:], kinds, strict=True))
 
 

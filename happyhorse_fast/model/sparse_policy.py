@@ -20,10 +20,10 @@ class SparsePolicy:
         policy: What to keep.
         exact: The layer's exact map: dense, or the trained window.
         rows: Where tokens sit.
-        columns: Token columns of a frame, which ``Tiles`` needs; None where the sequence is not one clip.
+        columns: Token columns of a frame, which ``Tiles`` needs; None where they are not known.
 
     Raises:
-        ValueError: ``Tiles`` for a sequence that is not one clip.
+        ValueError: ``Tiles`` without them.
     """
 
     def __init__(self, policy: Sparsity, exact: BlockMap, rows: PaddedRows, columns: int | None) -> None:
@@ -31,7 +31,7 @@ class SparsePolicy:
         self.static: BlockMap | None = None
         if isinstance(policy, Tiles):
             if rows.layout is None or columns is None:
-                raise ValueError("sparsity must be TopK or TopP where several clips share a sequence, got Tiles")
+                raise ValueError("sparsity must be TopK or TopP where a frame's token columns are not known, got Tiles")
             window = (policy.frames, policy.rows, policy.columns)
             self.static = BlockMap.tile_window(rows.layout, columns, (1, 1, 1), window, exact)
             return
