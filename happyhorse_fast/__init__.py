@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from happyhorse_fast.model.accelerate import Explanation, accelerate, explain, restore
     from happyhorse_fast.model.checkpoint import load, save_checkpoint
     from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
+    from happyhorse_fast.model.lora import merge_lora
     from happyhorse_fast.model.packed_checkpoint import save_packed
     from happyhorse_fast.ops.dispatch import BackendError
     from happyhorse_fast.reference.model import HappyHorse
@@ -41,6 +42,7 @@ _WHERE = {
     "accelerate": "model.accelerate",
     "explain": "model.accelerate",
     "load": "model.checkpoint",
+    "merge_lora": "model.lora",
     "restore": "model.accelerate",
     "sample": "sampler",
     "save_checkpoint": "model.checkpoint",
@@ -67,6 +69,7 @@ __all__ = [
     "accelerate",
     "explain",
     "load",
+    "merge_lora",
     "restore",
     "sample",
     "save_checkpoint",

@@ -19,6 +19,7 @@ from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles
 from happyhorse_fast.model.fast_layer import FastLayer, LayerPlan, pack_layer, packed_shapes
 from happyhorse_fast.model.fast_state import FastState, is_accelerated
 from happyhorse_fast.model.inspect_checkpoint import sizes_of
+from happyhorse_fast.model.lora import unmerge
 from happyhorse_fast.model.refusals import require_acceleratable
 from happyhorse_fast.model.safetensors_header import TensorEntry
 from happyhorse_fast.ops.dispatch import Choice, attention_is_specialized, choose
@@ -181,18 +182,20 @@ def install(model: nn.Module, state: FastState) -> None:
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`accelerate`, in place; the weights are the ones that were there before, bit for bit.
+    """Undo :func:`accelerate` and every :func:`merge_lora`, in place; the weights are what they were, bit for bit.
 
     Args:
-        model: An accelerated model, with ``FastConfig(originals="cpu")``.
+        model: An accelerated model, with ``FastConfig(originals="cpu")``; or one with LoRAs merged into it.
 
     Returns:
         ``model`` itself, of the class it had, on the device where it is now.
 
     Raises:
-        ValueError: The model is not accelerated, or its original weights were dropped.
+        ValueError: The model is neither, its original weights were dropped, or merged ones were changed since.
     """
     if not is_accelerated(model):
+        if unmerge(model):
+            return model
         raise ValueError("model is not accelerated; there is nothing to restore")
     state: FastState = model.fast  # type: ignore[assignment]
     if not state.originals:
@@ -207,6 +210,7 @@ def restore(model: Model) -> Model:
         layers[index] = state.originals[index].to(device)
     model.__class__ = state.eager_class  # type: ignore[assignment]
     del model.fast
+    unmerge(model)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from itertools import groupby
@@ -18,6 +18,8 @@ from happyhorse_fast.errors import CheckpointError
 from happyhorse_fast.model.accelerate import Accelerating
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.inspect_checkpoint import BANDS_KEY, STORED_DTYPES, layer_of, read_sizes, require_sizes
+from happyhorse_fast.model.lora import add_updates, plan_updates
+from happyhorse_fast.model.lora_file import Lora, Update
 from happyhorse_fast.model.safetensors_header import TensorEntry, read_headers
 from happyhorse_fast.model.save_checkpoint import save_checkpoint
 from happyhorse_fast.reference.model import HappyHorse
@@ -42,6 +44,7 @@ def load(
     compute_dtype: torch.dtype = torch.bfloat16,
     progress: bool = True,
     fast: FastConfig | None = None,
+    lora: Sequence[tuple[Lora, float]] = (),
 ) -> HappyHorse:
     """Load a checkpoint: in the published format, or packed by :func:`save_packed`.
 
@@ -63,6 +66,8 @@ def load(
             the device at a time, and they are not kept (so there is no :func:`restore`). Of packed weights it replaces
             what they were saved with: backend, sparsity, where to stay exact; the precision of each product must be
             that of the weights.
+        lora: (LoRA, scale) pairs, merged as :func:`merge_lora` does, layer by layer, before a layer is packed. The
+            original weights are not kept. Not for packed weights.
 
     Returns:
         The model, complete: on any error, Ctrl-C included, there is none, and its memory is free again.
@@ -73,20 +78,25 @@ def load(
             not the model's. The message names files and keys.
         TypeError: ``config`` is not a ModelConfig.
         ValueError: Not exactly one of ``preset`` and ``config``; no such preset, device or compute dtype; ``fast`` asks
-            for another precision than packed weights have.
+            for another precision than packed weights have; ``lora`` for packed weights, or one that does not fit.
     """
     from happyhorse_fast.model import packed_checkpoint
 
     place = usable_device(device)
     wanted = check_load(path, preset, config, compute_dtype=compute_dtype, fast=fast)
     if packed_checkpoint.is_packed(path):
+        if lora:
+            raise ValueError(
+                f"lora must be left out: the folder {str(path)!r} is packed; load the published checkpoint"
+            )
         return packed_checkpoint.load_packed(path, place, fast, progress=progress)
     model = HappyHorse(wanted, compute_dtype, device="meta")
+    updates = plan_updates(model, lora)
     entries = read_headers(path)
     accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
     try:
         with progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
-            _stream(model, entries, place, advance, accelerating)
+            _stream(model, entries, place, advance, accelerating, updates)
     except BaseException as error:
         # The error outlives this call, and the frames it refers to hold tensors.
         traceback.clear_frames(error.__traceback__)
@@ -188,10 +198,11 @@ def _stream(
     device: torch.device,
     advance: Advance,
     accelerating: Accelerating | None,
+    updates: Mapping[str, Sequence[Update]],
 ) -> None:
     """Fill a model on ``"meta"`` tensor by tensor: the rotary frequencies first, then in the files' order.
 
-    Where the model is accelerated, layer by layer instead; a layer is packed once it is complete.
+    Where the model is accelerated, layer by layer instead; a layer is packed once it is complete and has its LoRAs.
     """
     staging = staging_buffer(device)
     bands = frequency_bands(model.get_buffer(BANDS_KEY).shape[0] * 8)
@@ -211,6 +222,7 @@ def _stream(
     rest = [entry for key, entry in entries.items() if key != BANDS_KEY]
     if accelerating is None:
         _fill(model, rest, like, device, staging, advance)
+        _merge(model, updates, updates)
         return
     of_layer = itemgetter(0)
     keyed = sorted(
@@ -218,9 +230,15 @@ def _stream(
     )
     for layer, together in groupby(keyed, key=of_layer):
         _fill(model, [entry for _, entry in together], like, device, staging, advance)
+        _merge(model, updates, [path for path in updates if layer_of(path) == layer])
         if layer is not None:
             accelerating.pack(layer)
     accelerating.finish()
+
+
+def _merge(model: nn.Module, updates: Mapping[str, Sequence[Update]], paths: Iterable[str]) -> None:
+    for path in paths:
+        add_updates(model.get_submodule(path), updates[path])
 
 
 def _fill(

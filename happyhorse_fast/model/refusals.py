@@ -101,7 +101,7 @@ def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
     if problems:
         raise ValueError(
             f"model must not carry what packed layers leave out ({len(problems)}): {listed(problems)}. Remove it "
-            "before accelerate: bake parametrised weights in (remove_parametrizations), "
+            "before accelerate: merge LoRAs with merge_lora, bake parametrised weights in (remove_parametrizations), "
             "put code around the model in place of hooks inside it"
         )
 
