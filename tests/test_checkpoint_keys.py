@@ -66,6 +66,15 @@ def test_packed_weights_may_have_a_prefix(tmp_path: Path) -> None:
     save_file({f"module.{key}": value for key, value in load_file(file).items()}, file)
     state = load(tmp_path / "packed", fast=fast, progress=False).state_dict()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    description = tmp_path / "packed" / "happyhorse_fast.json"
+    description.unlink()
+    description.symlink_to("gone")
+    with pytest.raises(CheckpointError, match=r"happyhorse_fast.json: a link to gone, which is not there"):
+        load(tmp_path / "packed", progress=False)
+    description.unlink()
+    os.mkfifo(description)
+    with pytest.raises(CheckpointError, match=r"happyhorse_fast.json: must be a regular file"):
+        load(tmp_path / "packed", progress=False)
 
 
 @pytest.mark.parametrize(

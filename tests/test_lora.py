@@ -166,7 +166,7 @@ def test_a_peft_folder_is_read_with_its_configuration(
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "any.safetensors"])
 def test_a_diffusers_file_is_read_with_its_metadata(name: str, tmp_path: Path) -> None:
     pairs = halves()
-    packed = json.dumps({f"transformer.{key}": value for key, value in CONFIG.items()})
+    packed = json.dumps({f"transformer.{key}": value for key, value in CONFIG.items()} | {"text_encoder.lora_alpha": 9})
     write(tmp_path, keyed("diffusers", pairs), name, format="pt", lora_adapter_metadata=packed)
     for source in (tmp_path, tmp_path / name):
         assert differing(merge_lora(model(), source, 2.0), expected((pairs, 3.0))) == []

@@ -152,7 +152,7 @@ CARRIED: list[tuple[str, Callable[[Any], object], tuple[str, ...]]] = [
         ("linear_proj: forward pre-hook (L1Unstructured)",),
     ),
     ("peft", wrap_qkv, ("linear_qkv: added or replaced, is a LoraLayer", "base_layer, lora_A")),
-    ("quantised", replace_embedder, ("adapter.video_embedder: a subclass's own forward (Quantised)",)),
+    ("quantised", replace_embedder, ("adapter.video_embedder: replaced, is a test_refusals.Quantised",)),
     ("module", lambda m: setattr(layer(m).mlp, "lora", nn.Linear(2, 2)), ("block.layers.1.mlp: added", "holds lora")),
     (
         "parameter",
@@ -189,6 +189,8 @@ def test_what_packed_layers_would_leave_out_is_named(
         (happyhorse, lambda m: become(OwnLayer)(layer(m)), "block.layers.1: a subclass's own forward (OwnLayer)"),
         (happyhorse, lambda m: become(public_model.MLP)(layer(m).mlp), "is a MLP in the place of MLP"),
         (happyhorse, lambda m: setattr(layer(m).mlp.down_proj, "of", hook), "down_proj: of is replaced"),
+        (happyhorse, lambda m: m.block.layers.pop(-1), "block.layers: 5 layers, its configuration has 6"),
+        (happyhorse, lambda m: setattr(m, "config", m.config.replace(gelu7_layers=())), "down_proj.weight: is ["),
         (public, become(OwnPublic), "model: a subclass's own forward (OwnPublic)"),
         (public, lambda m: become(OwnLinear)(layer(m).mlp.down_proj), "mlp.down_proj: a subclass's own forward"),
         (public, lambda m: become(Weight)(layer(m).mlp.pre_norm), "block.layers.1.mlp.pre_norm: replaced, is a Weight"),
@@ -279,6 +281,29 @@ def test_a_wrapped_model_is_refused_by_name(wrapper: str, inner: str) -> None:
     assert not is_accelerated(model.module)
 
 
+class CPUOffloadWrapper:
+    """As the public implementation has it: no module, and finds attributes of what it wraps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def test_what_is_wrapped_is_named_and_left_alone() -> None:
+    inner = public()
+    for wrapper, name in (
+        (nn.ModuleDict({"net": inner}), "ModuleDict"),
+        (CPUOffloadWrapper(inner), "CPUOffloadWrapper"),
+    ):
+        with pytest.raises(TypeError, match=rf"got {name} around one: pass what it wraps, model\.(net|model)"):
+            accelerate(wrapper, FAST)
+    with pytest.raises(TypeError, match=r"got dict$"):
+        accelerate({}, FAST)  # type: ignore[type-var]
+    assert type(inner) is DiTModel
+
+
 @pytest.fixture
 def one_process() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -358,6 +383,10 @@ def test_hooks_that_would_not_run_are_named_at_the_next_call(make: Callable[[], 
             run(model)
         assert named in str(caught.value)
         handle.remove()
+    old.attention.linear_qkv.forward = hook  # as kohya's scripts put a LoRA in
+    with pytest.raises(ValueError, match=r"layers.1.attention.linear_qkv got a forward of its own after accelerate"):
+        run(model)
+    del old.attention.linear_qkv.forward
     handle = layer(model).register_forward_hook(lambda module, args, out: args[0] * 2)
     with pytest.raises(ValueError, match=r"hook on block.layers.1 returned a value"):
         run(model)

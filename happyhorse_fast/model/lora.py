@@ -60,10 +60,6 @@ def merge_lora(model: nn.Module, lora: Lora, scale: float = 1.0) -> nn.Module:
         ValueError: The model is accelerated; keys that fit no module, shapes or ranks that do not fit, methods other
             than LoRA, NaN or Inf, or weights changed since an earlier merge. The message names the keys.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a HappyHorse or a model of the public implementation, got {type(model).__name__}"
-        )
     require_unwrapped(model)
     if is_accelerated(model):
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -125,11 +125,17 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, s
         config = _parsed(beside.read_text(), beside)
     elif "lora_adapter_metadata" in metadata:
         packed = _parsed(metadata["lora_adapter_metadata"], file)
-        config = {key.removeprefix("transformer."): value for key, value in packed.items()}
+        config = {key: value for prefix in ("", *_PREFIXES) for key, value in _below(prefix, packed)}
         config = config if "lora_alpha" in config else None
     if config is not None:
         _require_plain_lora(config, file)
     return tensors, config, str(file)
+
+
+def _below(prefix: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if key.startswith(prefix) and "." not in key.removeprefix(prefix):
+            yield key.removeprefix(prefix), value
 
 
 def _file_of(path: Path) -> Path:

@@ -18,7 +18,13 @@ from happyhorse_fast.model.accelerate import choose_ops, empty_accelerated
 from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.model.fast_state import FastState, is_accelerated
 from happyhorse_fast.model.inspect_checkpoint import BANDS_KEY, STORED_DTYPES
-from happyhorse_fast.model.safetensors_header import PACKED_FILE, TensorEntry, listed, read_headers
+from happyhorse_fast.model.safetensors_header import (
+    PACKED_FILE,
+    TensorEntry,
+    listed,
+    read_headers,
+    require_regular_file,
+)
 from happyhorse_fast.model.save_checkpoint import write_checkpoint
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
@@ -30,7 +36,8 @@ _POLICIES = {policy.__name__: policy for policy in (TopK, TopP, Tiles)}
 
 def is_packed(path: str | Path) -> bool:
     """Whether a folder holds packed weights."""
-    return (Path(path) / PACKED_FILE).is_file()
+    description = Path(path) / PACKED_FILE
+    return description.exists() or description.is_symlink()
 
 
 def save_packed(
@@ -125,6 +132,7 @@ def load_packed(
 
 
 def _description(file: Path) -> tuple[ModelConfig, FastConfig]:
+    require_regular_file(file)
     try:
         content = json.loads(file.read_text())
         if content["format"] != FORMAT:

@@ -85,8 +85,8 @@ def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
             implementation. The message names modules and kinds.
     """
     require_unwrapped(model)
-    if not isinstance(model, HappyHorse) and not hasattr(getattr(model, "block", None), "layers"):
-        return  # not a model at all, which is said where its configuration is read
+    if not _is_model(model):
+        return  # which is said where its configuration is read
     require_one_rank(model)
     _require_whole_weights(model)
     if isinstance(fast.sparsity, Tiles) and not isinstance(model, HappyHorse):
@@ -94,7 +94,7 @@ def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
             "sparsity must be TopK or TopP for a model object of the public implementation, whose forward is not told "
             "how many columns a frame has; got Tiles. A HappyHorse of the same checkpoint (load) takes it"
         )
-    problems = [*_global_hooks(), *_gates(model), *_outward_ties(model)]
+    problems = [*_global_hooks(), *_gates(model), *_outward_ties(model), *_other_sizes(model)]
     classes: dict[tuple[str, int], tuple[str, type]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         problems += _problems(path, module, isinstance(model, HappyHorse), classes)
@@ -132,6 +132,16 @@ def require_running(model: nn.Module) -> None:
         if module is None:
             continue
         left += module._modules.values()
+        if (
+            "forward" in vars(module)
+            and type(module) is not FastLayer
+            and module not in (model, parts.block)
+            and _is_overridden(module, "forward", vars(module)["forward"], "part")
+        ):
+            raise ValueError(
+                f"{_path_of(model, module)} got a forward of its own after accelerate, which does not run: call "
+                "restore(model) first"
+            )
         hooks = module._backward_hooks or module._backward_pre_hooks
         if module is not model and type(module) is not FastLayer:
             hooks = hooks or module._forward_hooks or module._forward_pre_hooks
@@ -183,8 +193,12 @@ def _names(kind: type) -> list[str]:
     return [base.__name__ for base in kind.__mro__]
 
 
-def require_unwrapped(model: nn.Module) -> None:
-    """Raise a TypeError where a model wraps another: DistributedDataParallel, PeftModel, ..."""
+def _is_model(model: object) -> bool:
+    return isinstance(model, HappyHorse) or hasattr(getattr(model, "block", None), "layers")
+
+
+def require_unwrapped(model: object) -> None:
+    """Raise a TypeError where a model wraps another (DistributedDataParallel, PeftModel, ...) or is no module."""
     for name, inner in _WRAPPERS.items():
         if name in _names(type(model)):
             what = _WHOLE if name in (*_SPLIT, "DeepSpeedEngine") else f"pass what it wraps, model.{inner}"
@@ -192,6 +206,14 @@ def require_unwrapped(model: nn.Module) -> None:
                 "model must be a HappyHorse or a model object of the public implementation, got "
                 f"{type(model).__name__} around one: {what}"
             )
+    inside = model._modules if isinstance(model, nn.Module) else getattr(model, "__dict__", {})
+    wrapped = [name for name, value in inside.items() if _is_model(value)]
+    if not isinstance(model, nn.Module) or (wrapped and not _is_model(model)):
+        hint = f" around one: pass what it wraps, model.{wrapped[0]}" if wrapped else ""
+        raise TypeError(
+            "model must be a HappyHorse or a model object of the public implementation, got "
+            f"{type(model).__name__}{hint}"
+        )
 
 
 def _require_whole_weights(model: nn.Module) -> None:
@@ -238,6 +260,18 @@ def _outward_ties(model: nn.Module) -> Iterator[str]:
             yield f"{key}: tied to {outside[id(value)]}, which stays as it is where the layer is packed"
 
 
+def _other_sizes(model: nn.Module) -> Iterator[str]:
+    if not isinstance(model, HappyHorse):
+        return  # its sizes are read off its weights
+    wanted = {key: tuple(like.shape) for key, like in HappyHorse(model.config, device="meta").named_parameters()}
+    there = {key: tuple(value.shape) for key, value in model.named_parameters(remove_duplicate=False)}
+    for key in (key for key in wanted if key in there and there[key] != wanted[key]):
+        yield f"{key}: is {list(there[key])}, its configuration makes it {list(wanted[key])}"
+    layers: Any = model.block.layers
+    if len(layers) != model.config.num_layers:
+        yield f"block.layers: {len(layers)} layers, its configuration has {model.config.num_layers}"
+
+
 def _role(path: str) -> str:
     match path.split("."):
         case ["block", "layers", _]:
@@ -252,8 +286,10 @@ def _problems(
 ) -> Iterator[str]:
     """What one module of a model carries that packed layers leave out."""
     name, role = path or "model", _role(path)
-    kinds = _BACKWARD_HOOKS | (_FORWARD_HOOKS if path else {}) | (_STATE_HOOKS if layer_of(path) is not None else {})
-    for attribute, kind in kinds.items():
+    attributes = (
+        _BACKWARD_HOOKS | (_FORWARD_HOOKS if path else {}) | (_STATE_HOOKS if layer_of(path) is not None else {})
+    )
+    for attribute, kind in attributes.items():
         for hook in getattr(module, attribute).values():
             yield f"{name}: {kind} ({_called(hook)})"
     if parametrize.is_parametrized(module):
@@ -265,10 +301,11 @@ def _problems(
         if _is_overridden(module, attribute, value, path):
             yield f"{name}: {attribute} is replaced on the instance ({_called(value)})"
     overriding = _overriding(type(module))
-    if overriding:
+    if role in _LINEARS and type(module) is not nn.Linear:
+        there = f"{type(module).__module__}.{type(module).__qualname__}"
+        yield f"{name}: replaced, is a {there} in the place of a torch.nn.Linear"
+    elif overriding:
         yield f"{name}: a subclass's own {overriding[1]} ({overriding[0].__qualname__})"
-    elif role in _LINEARS and type(module) is not nn.Linear:
-        yield f"{name}: replaced, is a {type(module).__qualname__} in the place of a torch.nn.Linear"
     elif ours and not isinstance(module, _CLASSES.get(role, nn.Module)):
         yield f"{name}: replaced, is a {type(module).__qualname__} in the place of {_CLASSES[role].__name__}"
     else:
