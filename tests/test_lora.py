@@ -178,16 +178,17 @@ def test_merged_while_loading(fast: FastConfig | None, max_shard_bytes: int, tmp
     save_checkpoint(model(), tmp_path / "base", max_shard_bytes=max_shard_bytes)
     first, second = halves(1), halves(2)
     folder = write(tmp_path / "lora", keyed("peft", first), "adapter_model.safetensors", CONFIG)
-    loras = [(folder, 1.0), (keyed("kohya", second), 0.5)]
-    loaded = load(tmp_path / "base", config=CASE.config, fast=fast, lora=loras, progress=False)
-    merged = merge_lora(merge_lora(model(), *loras[0]), *loras[1])
+    loras = [folder, keyed("kohya", second)]
+    loaded = load(tmp_path / "base", config=CASE.config, fast=fast, lora=loras, lora_scale=[1.0, 0.5], progress=False)
+    merged = merge_lora(model(), loras, [1.0, 0.5])
+    assert differing(merged, expected((first, 1.5), (second, 0.5))) == []
     if fast is not None:
         accelerate(merged, fast)
         with pytest.raises(ValueError, match="were dropped"):
             restore(loaded)
     assert differing(loaded, merged.state_dict()) == []
     with pytest.raises(ValueError, match="keys of modules that the model does not have"):
-        load(tmp_path / "base", config=CASE.config, lora=[({"x.lora_A.weight": torch.ones(1, 1)}, 1.0)], progress=False)
+        load(tmp_path / "base", config=CASE.config, lora={"x.lora_A.weight": torch.ones(1, 1)}, progress=False)
     if fast is not None:
         save_packed(loaded, tmp_path / "packed")
         with pytest.raises(ValueError, match="lora must be left out"):
@@ -209,6 +210,21 @@ def test_ambient_precision_changes_no_bit(precision: str) -> None:
         torch.set_float32_matmul_precision(before)
     assert after == ("highest" if precision == "autocast" else precision)
     assert differing(merged, wanted) == []
+
+
+def test_ambient_modes_change_no_bit(tmp_path: Path) -> None:
+    pairs = halves()
+    folder = write(tmp_path, keyed("peft", pairs), "adapter_model.safetensors", CONFIG)
+    with torch.inference_mode():
+        made = model()
+    with torch.device("meta"):
+        merge_lora(made, folder)
+    assert differing(made, expected((pairs, 1.5))) == []
+    assert differing(restore(made), model().state_dict()) == []
+    other = model()
+    with torch.inference_mode():
+        merge_lora(other, folder)
+    assert differing(restore(other), model().state_dict()) == []
 
 
 def test_a_copy_is_restored_for_itself() -> None:
@@ -364,8 +380,12 @@ def test_misuse_is_named() -> None:
             merge_lora(model(), tensors, scale)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scale must be finite"):
         merge_lora(model(), tensors, math.inf)
-    with pytest.raises(TypeError, match="lora must be a folder, a file or tensors by key, got list"):
-        merge_lora(model(), [tensors])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="lora must be a folder, a file or tensors by key, got int"):
+        merge_lora(model(), [tensors, 1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one for each of the 2 LoRAs, got 1"):
+        merge_lora(model(), [tensors, tensors], [1.0])
+    with pytest.raises(ValueError, match=r"model must hold data, .*weight is on the meta device"):
+        merge_lora(model().to("meta"), tensors)
     with pytest.raises(TypeError, match="must map keys to tensors"):
         merge_lora(model(), {"a": 1})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="model must be a HappyHorse"):

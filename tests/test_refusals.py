@@ -161,7 +161,7 @@ CARRIED: list[tuple[str, Callable[[Any], object], tuple[str, ...]]] = [
     ),
     ("buffer", lambda m: m.register_buffer("mean", torch.ones(1)), ("model: added parameters or buffers mean",)),
     ("bias", lambda m: setattr(layer(m).mlp.down_proj, "bias", nn.Parameter(torch.ones(1))), ("buffers bias",)),
-    ("integers", integers, ("block.layers.1.mlp.down_proj.weight is torch.int8", "quantises itself")),
+    ("integers", integers, ("block.layers.1.mlp.down_proj.weight is torch.int8", "quantises by itself")),
 ]
 
 

@@ -44,7 +44,8 @@ def load(
     compute_dtype: torch.dtype = torch.bfloat16,
     progress: bool = True,
     fast: FastConfig | None = None,
-    lora: Sequence[tuple[Lora, float]] = (),
+    lora: Lora | Sequence[Lora] = (),
+    lora_scale: float | Sequence[float] = 1.0,
 ) -> HappyHorse:
     """Load a checkpoint: in the published format, or packed by :func:`save_packed`.
 
@@ -52,9 +53,10 @@ def load(
     straight into the memory and the dtype it stays in: linear weights inside layers in bfloat16, the rest in float32.
 
     Args:
-        path: A folder with ``model.safetensors``, or with shards named by ``model.safetensors.index.json``; or one
-            ``.safetensors`` file. A folder of packed weights carries its own configurations: then ``preset`` and
-            ``config`` must be left out.
+        path: A folder with ``model.safetensors``, or with shards named by ``model.safetensors.index.json`` (or either
+            under diffusers' name, ``diffusion_pytorch_model``); or one ``.safetensors`` file or index. A prefix that
+            all keys share, such as ``module.``, is taken off. A folder of packed weights carries its own
+            configurations: then ``preset`` and ``config`` must be left out.
         preset: Name of the published configuration that the checkpoint is of; see :meth:`ModelConfig.preset`.
         config: The configuration instead. Exactly one of the two: ``local_attn_layers``, ``frame_receptive_field`` and
             ``coords_style`` cannot be read off the tensors; the sizes that can be are held against it.
@@ -66,8 +68,9 @@ def load(
             the device at a time, and they are not kept (so there is no :func:`restore`). Of packed weights it replaces
             what they were saved with: backend, sparsity, where to stay exact; the precision of each product must be
             that of the weights.
-        lora: (LoRA, scale) pairs, merged as :func:`merge_lora` does, layer by layer, before a layer is packed. The
-            original weights are not kept. Not for packed weights.
+        lora: What :func:`merge_lora` takes, merged as there, layer by layer, before a layer is packed. The original
+            weights are not kept. Not for packed weights.
+        lora_scale: Its ``scale``.
 
     Returns:
         The model, complete: on any error, Ctrl-C included, there is none, and its memory is free again.
@@ -91,7 +94,7 @@ def load(
             )
         return packed_checkpoint.load_packed(path, place, fast, progress=progress)
     model = HappyHorse(wanted, compute_dtype, device="meta")
-    updates = plan_updates(model, lora)
+    updates = plan_updates(model, lora, lora_scale)
     entries = read_headers(path)
     accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
     try:

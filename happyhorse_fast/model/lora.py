@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from torch.nn.utils import parametrize
 
 from happyhorse_fast.model.fast_state import is_accelerated
 from happyhorse_fast.model.lora_file import Lora, Update, read_lora
-from happyhorse_fast.model.refusals import require_unwrapped
+from happyhorse_fast.model.refusals import require_unwrapped, require_whole_weights
 
+Model = TypeVar("Model", bound=nn.Module)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -33,11 +35,11 @@ class Merged:
     bits: torch.Tensor
 
 
-def merge_lora(model: nn.Module, lora: Lora, scale: float = 1.0) -> nn.Module:
-    """Add a LoRA to a model's weights, in place, before it is accelerated.
+def merge_lora(model: Model, lora: Lora | Sequence[Lora], scale: float | Sequence[float] = 1.0) -> Model:
+    """Add LoRAs to a model's weights, in place, before it is accelerated.
 
-    A weight becomes W + scale * alpha / r * (up @ down), in float32, rounded once to its dtype. Several LoRAs: call it
-    again; every weight is made anew from the original and all of them, so it is rounded once, not once per LoRA.
+    A weight becomes W + scale * alpha / r * (up @ down), in float32, rounded once to its dtype. Several LoRAs are added
+    in order, in one call or in several: every weight is made anew from the original and all of them, and rounded once.
     ``restore(model)`` takes them all out, also after ``accelerate(model)``. The original weights are kept on the CPU
     for that (30 GB where a 15B model is merged whole), and freed with its layers by ``FastConfig(originals="drop")``.
 
@@ -48,8 +50,8 @@ def merge_lora(model: nn.Module, lora: Lora, scale: float = 1.0) -> nn.Module:
             (``transformer.<path>.lora_A.weight`` or ``.lora.down.weight``) or kohya
             (``lora_unet_<path>.lora_down.weight``). ``<path>`` is a module with a matrix, such as
             ``block.layers.0.attention.linear_qkv``; up is [out features, r], of three experts [3 * out features, r].
-            Where nothing says alpha, it is the rank, and ``scale`` the whole factor.
-        scale: Strength; may be negative.
+            Where nothing says alpha, it is the rank, and ``scale`` the whole factor. Or a list of such.
+        scale: Strength; may be negative. Of several, one for all or one each.
 
     Returns:
         ``model`` itself. On any error its weights are what they were.
@@ -61,12 +63,15 @@ def merge_lora(model: nn.Module, lora: Lora, scale: float = 1.0) -> nn.Module:
             than LoRA, NaN or Inf, or weights changed since an earlier merge. The message names the keys.
     """
     require_unwrapped(model)
+    require_whole_weights(model)
     if is_accelerated(model):
         raise ValueError(
             "model must not be accelerated, its weights are packed: call restore(model) (which takes out LoRAs merged "
             "before), merge_lora, then accelerate(model); or load(..., lora=...)"
         )
-    updates = plan_updates(model, [(lora, scale)])
+    updates = plan_updates(model, lora, scale)
+    if meta := next((path for path in updates if model.get_submodule(path).weight.is_meta), None):
+        raise ValueError(f"model must hold data, {meta}.weight is on the meta device")
     before: dict[str, Merged | None] = {}
     try:
         for path in updates:
@@ -80,8 +85,10 @@ def merge_lora(model: nn.Module, lora: Lora, scale: float = 1.0) -> nn.Module:
     return model
 
 
-def plan_updates(model: nn.Module, loras: Iterable[tuple[Lora, float]]) -> dict[str, list[Update]]:
-    """The updates of several LoRAs by module path, held against the model's shapes; the model may be on ``"meta"``.
+def plan_updates(
+    model: nn.Module, lora: Lora | Sequence[Lora], scale: float | Sequence[float]
+) -> dict[str, list[Update]]:
+    """The updates of LoRAs by module path, held against the model's shapes; the model may be on ``"meta"``.
 
     Raises:
         CheckpointError, TypeError, ValueError: As :func:`merge_lora`.
@@ -89,8 +96,12 @@ def plan_updates(model: nn.Module, loras: Iterable[tuple[Lora, float]]) -> dict[
     modules = {path: module for path, module in model.named_modules() if path and _matrix(module) is not None}
     count = Counter(id(_matrix(module)) for module in modules.values())
     updates: dict[str, list[Update]] = {}
-    for lora, scale in loras:
-        for update in read_lora(lora, scale, modules):
+    loras: list[Any] = list(lora) if isinstance(lora, list | tuple) else [lora]
+    scales: list[Any] = list(scale) if isinstance(scale, list | tuple) else [scale] * len(loras)
+    if len(scales) != len(loras):
+        raise ValueError(f"scale must be one number or one for each of the {len(loras)} LoRAs, got {len(scales)}")
+    for one, strength in zip(loras, scales, strict=True):
+        for update in read_lora(one, strength, modules):
             weight = _matrix(modules[update.path])
             assert weight is not None
             if count[id(weight)] > 1:
@@ -111,8 +122,7 @@ def add_updates(module: nn.Module, updates: Iterable[Update]) -> None:
         ValueError: NaN or Inf would be in it.
     """
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    with torch.no_grad():
-        weight.copy_(_sum(weight, tuple(updates), weight.device))
+    _copy(weight, _sum(weight, tuple(updates), weight.device))
 
 
 def unmerge(model: nn.Module) -> bool:
@@ -152,8 +162,7 @@ def _write(module: nn.Module, merged: Merged | None, updates: tuple[Update, ...]
     original = merged.original if merged else weight.detach().to("cpu", copy=True)
     value = _sum(original, updates, weight.device)
     module.merged_lora = Merged(original, updates, _bits(value))  # type: ignore[assignment]
-    with torch.no_grad():
-        weight.copy_(value)
+    _copy(weight, value)
 
 
 def _rewrite(module: nn.Module, merged: Merged | None) -> None:
@@ -163,12 +172,17 @@ def _rewrite(module: nn.Module, merged: Merged | None) -> None:
         return  # not written yet, or there was nothing
     assert now is not None
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    with torch.no_grad():
-        weight.copy_(_sum(now.original, merged.updates, weight.device) if merged else now.original)
+    _copy(weight, _sum(now.original, merged.updates, weight.device) if merged else now.original)
     if merged:
         module.merged_lora = merged  # type: ignore[assignment]
     else:
         del module.merged_lora
+
+
+def _copy(weight: torch.Tensor, value: torch.Tensor) -> None:
+    # A model made in inference mode can be written to in that mode alone.
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        weight.copy_(value)
 
 
 def _bits(weight: torch.Tensor) -> torch.Tensor:

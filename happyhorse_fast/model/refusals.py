@@ -88,7 +88,7 @@ def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
     if not _is_model(model):
         return  # which is said where its configuration is read
     require_one_rank(model)
-    _require_whole_weights(model)
+    require_whole_weights(model)
     if isinstance(fast.sparsity, Tiles) and not isinstance(model, HappyHorse):
         raise ValueError(
             "sparsity must be TopK or TopP for a model object of the public implementation, whose forward is not told "
@@ -216,7 +216,8 @@ def require_unwrapped(model: object) -> None:
         )
 
 
-def _require_whole_weights(model: nn.Module) -> None:
+def require_whole_weights(model: nn.Module) -> None:
+    """Raise a ValueError where weights are sharded or quantised."""
     for path, module in model.named_modules():
         if split := [name for name in _SPLIT if name in _names(type(module))]:
             raise ValueError(f"model must not be sharded, {path or 'model'} is a {split[0]}: {_WHOLE}")
@@ -230,8 +231,8 @@ def _require_whole_weights(model: nn.Module) -> None:
         if type(value.data) not in (torch.Tensor, FakeTensor) or value.dtype not in _FLOATS:
             what = type(value.data).__name__ if type(value.data) is not torch.Tensor else str(value.dtype)
             raise ValueError(
-                f"model must hold bfloat16, float16, float32 or float64 weights, {key} is {what}: accelerate "
-                "quantises itself (FastConfig), from the unquantised weights"
+                f"model must hold bfloat16, float16, float32 or float64 weights, {key} is {what}: "
+                "accelerate quantises by itself (FastConfig), from the unquantised weights"
             )
 
 
