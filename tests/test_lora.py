@@ -390,6 +390,8 @@ def test_misuse_is_named() -> None:
         merge_lora(model(), {"a": 1})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="model must be a HappyHorse"):
         merge_lora({}, tensors)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got Linear$"):
+        merge_lora(torch.nn.Linear(2, 2), tensors)
     with pytest.raises(TypeError, match="got DataParallel around one"):
         merge_lora(torch.nn.DataParallel(model()), tensors)
     with pytest.raises(ValueError, match=r"must not be accelerated.*call restore\(model\)"):

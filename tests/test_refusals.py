@@ -189,6 +189,9 @@ def test_what_packed_layers_would_leave_out_is_named(
         (happyhorse, lambda m: become(OwnLayer)(layer(m)), "block.layers.1: a subclass's own forward (OwnLayer)"),
         (happyhorse, lambda m: become(public_model.MLP)(layer(m).mlp), "is a MLP in the place of MLP"),
         (happyhorse, lambda m: setattr(layer(m).mlp.down_proj, "of", hook), "down_proj: of is replaced"),
+        (happyhorse, lambda m: setattr(layer(m), "mlp", None), "block.layers.1.mlp.up_gate_proj.weight: is missing"),
+        (happyhorse, lambda m: delattr(layer(m).mlp, "down_proj"), "mlp.down_proj.weight: is missing"),
+        (happyhorse, lambda m: setattr(layer(m).mlp.down_proj, "weight", None), "down_proj.weight: is missing"),
         (happyhorse, lambda m: m.block.layers.pop(-1), "block.layers: 5 layers, its configuration has 6"),
         (happyhorse, lambda m: setattr(m, "config", m.config.replace(gelu7_layers=())), "down_proj.weight: is ["),
         (public, become(OwnPublic), "model: a subclass's own forward (OwnPublic)"),
@@ -245,6 +248,39 @@ def test_what_still_works_is_kept(make: Callable[[], Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("make", [happyhorse, public])
+def test_changed_rotary_frequencies_are_kept(make: Callable[[], Any]) -> None:
+    def changed(model: Any) -> Any:
+        model.adapter.rope.bands = model.adapter.rope.bands * 1.5
+        return model
+
+    plain, ours = run(accelerate(make(), FAST)), run(accelerate(changed(make()), FAST))
+    assert max(float((a - b).norm() / b.norm()) for a, b in zip(ours, plain, strict=True)) > 0.05
+    if make is happyhorse:
+        for a, b in zip(ours, run(changed(happyhorse())), strict=True):
+            assert float((a - b).norm() / b.norm()) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k: {"q_ranges": q + 5, "k_ranges": k}, r"within the \d+ tokens of the sequence, got \["),
+        (lambda q, k: {"q_ranges": q.flip(1), "k_ranges": k}, r"within the \d+ tokens"),
+        (lambda q, k: {"q_ranges": q, "k_ranges": k - 1}, r"within the \d+ tokens"),
+        (lambda q, k: {"q_ranges": q, "k_ranges": k[1:]}, r"q_ranges and k_ranges \[R, 2\]"),
+        (lambda q, k: {"q_ranges": q}, "got .* and NoneType"),
+    ],
+)
+def test_local_ranges_are_checked(change: Callable[..., dict[str, torch.Tensor]], message: str) -> None:
+    model, t = accelerate(public(), FAST), CASE.tensors
+    handler = SimpleNamespace(**change(t["local.q_ranges"], t["local.k_ranges"]))
+    with pytest.raises(ValueError, match=message):
+        model(t["tokens"], t["coords"], t["modality"], None, handler)
+    handler = SimpleNamespace(q_ranges=t["local.q_ranges"], k_ranges=t["local.k_ranges"])
+    with pytest.raises(FloatingPointError, match="coords_mapping must be finite"):
+        model(t["tokens"], t["coords"] * float("nan"), t["modality"], None, handler)
+
+
 def test_layers_that_share_weights_stay_so() -> None:
     model, twin = happyhorse(), happyhorse()
     for m in (model, twin):
@@ -299,7 +335,7 @@ def test_what_is_wrapped_is_named_and_left_alone() -> None:
     ):
         with pytest.raises(TypeError, match=rf"got {name} around one: pass what it wraps, model\.(net|model)"):
             accelerate(wrapper, FAST)
-    with pytest.raises(TypeError, match=r"got dict$"):
+    with pytest.raises(TypeError, match=r"\(adapter, block.layers, final_norm_video, ...\), got dict$"):
         accelerate({}, FAST)  # type: ignore[type-var]
     assert type(inner) is DiTModel
 

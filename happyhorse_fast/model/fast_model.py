@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import _disable_current_modes
 
-from happyhorse_fast.errors import require_tensor
+from happyhorse_fast.errors import require_finite, require_tensor
 from happyhorse_fast.model.clip_state import ClipState
 from happyhorse_fast.model.fast_state import FastState
 from happyhorse_fast.model.padded_rows import PaddedRows, Spans, worth_aligning
@@ -176,7 +176,9 @@ class AcceleratedPublic(Accelerated):
             [N, max(video, audio channels)]; zero where a token has no velocity, as in the public implementation.
 
         Raises:
-            TypeError, ValueError: A tensor of the wrong rank, size, dtype or device; another modality.
+            TypeError, ValueError: A tensor of the wrong rank, size, dtype or device; another modality; ranges outside
+                of the sequence.
+            NonFiniteError: NaN or Inf in coords_mapping.
         """
         config = self.fast.config
         device = next(self.parameters()).device
@@ -188,6 +190,7 @@ class AcceleratedPublic(Accelerated):
             )
         n = x.shape[0]
         coords = require_tensor("coords_mapping", coords_mapping, (n, 9), device=device).float()
+        require_finite("coords_mapping", coords)
         _check_modality(modality_mapping, n, device)
         local: Ranges | None = None
         if config.local_attn_layers:
@@ -195,8 +198,7 @@ class AcceleratedPublic(Accelerated):
                 raise ValueError(
                     f"local_attn_handler must not be None: layers {list(config.local_attn_layers)} are local"
                 )
-            pairs = torch.cat([local_attn_handler.q_ranges, local_attn_handler.k_ranges], dim=1)
-            local = [(q0, q1, k0, k1) for q0, q1, k0, k1 in pairs.tolist()]
+            local = _local_ranges(local_attn_handler, n)
         spans = _spans(modality_mapping, coords)
         # 2 MB at 1080p: a digest costs milliseconds, a stale rotation would be silent.
         digest = hashlib.blake2b(coords.cpu().numpy().tobytes()).digest()
@@ -224,6 +226,19 @@ class AcceleratedPublic(Accelerated):
             norm, weight = getattr(self, f"final_norm_{name}").weight, getattr(self, f"final_linear_{name}").weight
             out[tokens, :width] = head(hidden, state.token_rows[tokens], norm, weight)
         return out
+
+
+def _local_ranges(handler: Any, n: int) -> Ranges:
+    """(q start, q end, k start, k end) of the local layers, which must lie in the sequence."""
+    ranges: list[Any] = [getattr(handler, name, None) for name in ("q_ranges", "k_ranges")]
+    shapes = [list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in ranges]
+    if not all(isinstance(x, torch.Tensor) and x.dim() == 2 and x.shape == (len(ranges[0]), 2) for x in ranges):
+        raise ValueError(f"local_attn_handler must have q_ranges and k_ranges [R, 2], got {shapes[0]} and {shapes[1]}")
+    pairs: list[list[int]] = torch.cat(ranges, dim=1).tolist()
+    for pair in pairs:
+        if not (0 <= pair[0] <= pair[1] <= n and 0 <= pair[2] <= pair[3] <= n):
+            raise ValueError(f"local_attn_handler must have ranges within the {n} tokens of the sequence, got {pair}")
+    return [(q0, q1, k0, k1) for q0, q1, k0, k1 in pairs]
 
 
 def _check_modality(modality: object, n: int, device: torch.device) -> None:

@@ -85,8 +85,6 @@ def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
             implementation. The message names modules and kinds.
     """
     require_unwrapped(model)
-    if not _is_model(model):
-        return  # which is said where its configuration is read
     require_one_rank(model)
     require_whole_weights(model)
     if isinstance(fast.sparsity, Tiles) and not isinstance(model, HappyHorse):
@@ -98,7 +96,7 @@ def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
     classes: dict[tuple[str, int], tuple[str, type]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         problems += _problems(path, module, isinstance(model, HappyHorse), classes)
-    if problems:
+    if problems := problems or list(_missing(model)):
         raise ValueError(
             f"model must not carry what packed layers leave out ({len(problems)}): {listed(problems)}. Remove it "
             "before accelerate: merge LoRAs with merge_lora, bake parametrised weights in (remove_parametrizations), "
@@ -198,7 +196,7 @@ def _is_model(model: object) -> bool:
 
 
 def require_unwrapped(model: object) -> None:
-    """Raise a TypeError where a model wraps another (DistributedDataParallel, PeftModel, ...) or is no module."""
+    """Raise a TypeError where a model wraps another (DistributedDataParallel, PeftModel, ...), or is none."""
     for name, inner in _WRAPPERS.items():
         if name in _names(type(model)):
             what = _WHOLE if name in (*_SPLIT, "DeepSpeedEngine") else f"pass what it wraps, model.{inner}"
@@ -208,11 +206,11 @@ def require_unwrapped(model: object) -> None:
             )
     inside = model._modules if isinstance(model, nn.Module) else getattr(model, "__dict__", {})
     wrapped = [name for name, value in inside.items() if _is_model(value)]
-    if not isinstance(model, nn.Module) or (wrapped and not _is_model(model)):
+    if not isinstance(model, nn.Module) or not _is_model(model):
         hint = f" around one: pass what it wraps, model.{wrapped[0]}" if wrapped else ""
         raise TypeError(
-            "model must be a HappyHorse or a model object of the public implementation, got "
-            f"{type(model).__name__}{hint}"
+            "model must be a HappyHorse or a model object of the public implementation (adapter, block.layers, "
+            f"final_norm_video, ...), got {type(model).__name__}{hint}"
         )
 
 
@@ -271,6 +269,14 @@ def _other_sizes(model: nn.Module) -> Iterator[str]:
     layers: Any = model.block.layers
     if len(layers) != model.config.num_layers:
         yield f"block.layers: {len(layers)} layers, its configuration has {model.config.num_layers}"
+
+
+def _missing(model: nn.Module) -> Iterator[str]:
+    if isinstance(model, HappyHorse):
+        there = model.state_dict().keys()
+        yield from (
+            f"{key}: is missing" for key in HappyHorse(model.config, device="meta").state_dict() if key not in there
+        )
 
 
 def _role(path: str) -> str:
