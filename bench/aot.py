@@ -84,7 +84,7 @@ class Compiles:
                 self.expected += data["kernels"]
             elif "failure" in data:
                 self.failures.append(data["failure"])
-                self.console.print(f"[red]{data['failure']}", highlight=False)
+                self.console.print(data["failure"], style="red", highlight=False)
             else:
                 self.rows.append(row := Row(**data))
                 place = f"{len(self.rows)}/{self.expected}"
@@ -164,7 +164,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.only and (options.write or options.check):
         parser.error("--write and --check are about all cases, so not with --only")
-    console, started = Console(width=None if sys.stdout.isatty() else 200), time.perf_counter()
+    width = None if sys.stdout.isatty() else 200
+    console, started = Console(width=width, markup=False, emoji=False), time.perf_counter()
     compiles = Compiles(console, options.only)
     folders = [None, *(folder.resolve() for folder in options.also)]
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -184,7 +185,7 @@ def main() -> int:
     if options.check:
         found += differences(document(rows, versions))
     for problem in found:
-        console.print(problem, style="red", highlight=False, markup=False)
+        console.print(problem, style="red", highlight=False)
     minutes = (time.perf_counter() - started) / 60
     console.print(f"{len(rows)} compiles, {len(found)} problems, {minutes:.1f} minutes", highlight=False)
     return 1 if found else 0

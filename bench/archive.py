@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+from happyhorse_fast.files import replacing
+
 MOST_BYTES = 15 << 20
 """Of the archive."""
 LOG_BYTES = 1 << 20
@@ -34,8 +36,8 @@ def write(folder: Path, target: Path, log_bytes: int = LOG_BYTES) -> None:
             write(folder, target, log_bytes // 4)
             return
         packed.seek(0)
-        target.with_suffix(".partial").write_bytes(packed.read())
-    target.with_suffix(".partial").replace(target)
+        with replacing(target, end=".partial") as partial:
+            partial.write_bytes(packed.read())
 
 
 def _add(archive: tarfile.TarFile, path: Path, name: Path, log_bytes: int) -> None:

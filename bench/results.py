@@ -16,13 +16,14 @@ import math
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from happyhorse_fast.files import replacing
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "bench" / "results"
@@ -193,11 +194,8 @@ class Results:
     def _write(self) -> None:
         validate(self.data, str(self.path))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".partial", delete=False) as file:
-            json.dump(self.data, file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, self.path)
+        with replacing(self.path, end=".partial") as partial:
+            partial.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n")
 
 
 KEYS = {

@@ -31,6 +31,7 @@ from bench.inputs import call, make
 from bench.lost import LOST, lost
 from bench.specialized import impl_of
 from bench.timing import Stopwatch
+from happyhorse_fast.files import replacing
 from happyhorse_fast.kernels.launch import LaunchConfig, illegal, shared_memory_bytes, table
 
 CONFIGS = bootstrap.ROOT / "kernels" / "configs"
@@ -174,9 +175,8 @@ def write(folder: Path, target: Target, arch: int, config: LaunchConfig) -> Path
         inner = ",\n".join(f'    "{name}": {json.dumps(entry)}' for name, entry in entries.items())
         lines.append(f'  "{variant}": {{\n{inner}\n  }}')
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    partial.replace(path)
+    with replacing(path, end=".partial") as partial:
+        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return path
 
 

@@ -17,6 +17,42 @@ class NonFiniteError(FloatingPointError):
     """NaN or Inf where finite numbers are needed; the message names the tensor and how many elements are affected."""
 
 
+def plain_number(value: object) -> object:
+    """A scalar of numpy, or a tensor or array without dimensions, as Python's number; anything else as it is."""
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False):
+        return item()
+    return value
+
+
+def whole_number(value: object) -> int | None:
+    """An int of Python, numpy or torch as Python's; None where it is none, a float without a fraction included."""
+    number = plain_number(value)
+    return number if isinstance(number, int) and not isinstance(number, bool) else None
+
+
+def real_number(value: object) -> float | None:
+    """A number of Python, numpy or torch as a float; None where it is none, or a bool."""
+    number = plain_number(value)
+    return float(number) if isinstance(number, (int, float)) and not isinstance(number, bool) else None
+
+
+def require_whole(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    """A whole number within bounds, as :func:`whole_number` takes it.
+
+    Raises:
+        TypeError: Not a whole number.
+        ValueError: Out of bounds.
+    """
+    allowed = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    number = whole_number(value)
+    if number is None:
+        raise TypeError(f"{name} must be an integer, {allowed}; got {value!r} of type {type(value).__name__}")
+    if number < minimum or (maximum is not None and number > maximum):
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number
+
+
 def require_tensor(
     name: str,
     value: object,

@@ -14,10 +14,13 @@ MAX_LINES = 400
 LAYERS = {
     "_version": 0,
     "block_map": 0,
+    "ambient": 0,
     "budgets": 0,
     "config": 0,
     "costs": 0,
     "errors": 0,
+    "files": 0,
+    "optional": 0,
     "tokens": 0,
     "reference": 1,
     "kernels": 2,

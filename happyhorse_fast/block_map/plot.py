@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from happyhorse_fast import optional
 from happyhorse_fast.block_map.bits import BLOCK
 from happyhorse_fast.block_map.layout import Layout
 from happyhorse_fast.block_map.map import BlockMap
@@ -25,6 +26,7 @@ def plot(
     head: int,
 ) -> Any:
     """See :meth:`BlockMap.plot`."""
+    optional.require("matplotlib", "BlockMap.plot")
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -6,12 +6,15 @@ tables or with ``--json`` as one JSON document; everything else goes to standard
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from typer.core import TyperCommand
 
 from happyhorse_fast._version import __version__
 from happyhorse_fast.cli import bench, demo, doctor, plan, sample, verify
@@ -23,13 +26,22 @@ _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NonFiniteError)
 # The base of typer's parse errors, in whichever copy of click this typer brings.
 _PARSE_ERROR: Any = typer.BadParameter.mro()[2]
 
+
+class _Command(TyperCommand):
+    """A command whose help has its brackets: typer takes ``[on the left]`` for a style of rich's, and drops it."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        shown = copy.copy(self)
+        shown.help = escape(self.help or "")
+        shown.params = [copy.copy(parameter) for parameter in self.params]
+        for parameter in shown.params:
+            parameter.help = escape(getattr(parameter, "help", None) or "")  # type: ignore[attr-defined]
+        super(_Command, shown).format_help(ctx, formatter)
+
+
 app = typer.Typer(name=PROGRAM, add_completion=False, pretty_exceptions_enable=False)
-app.command()(demo.demo)
-app.command()(sample.sample)
-app.command()(verify.verify)
-app.command()(plan.plan)
-app.command()(bench.bench)
-app.command()(doctor.doctor)
+for _function in (demo.demo, sample.sample, verify.verify, plan.plan, bench.bench, doctor.doctor):
+    app.command(cls=_Command)(_function)
 
 
 @app.callback(invoke_without_command=True)

@@ -14,7 +14,7 @@ import typer
 
 from happyhorse_fast.cli.forms import FORMS, Form
 from happyhorse_fast.cli.options import DeviceOption, usable_device
-from happyhorse_fast.cli.output import JsonOption, emit, table
+from happyhorse_fast.cli.output import JsonOption, emit, literal, table
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import OUTSIDE, step_costs
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
@@ -149,8 +149,11 @@ def _flops(config: ModelConfig, clip: ClipTokens, text: int) -> dict[str, float]
 
 def _render(console: Console, data: dict[str, Any]) -> None:
     console.print(
-        f"[bold]{data['preset']}[/], {data['layers']} layers (one of each kind), {data['resolution']} "
-        f"{data['seconds']} s, {data['tokens']:,} tokens, on {data['device']}, torch {data['torch']}\n"
+        literal(
+            (data["preset"], "bold"),
+            f", {data['layers']} layers (one of each kind), {data['resolution']} {data['seconds']} s, "
+            f"{data['tokens']:,} tokens, on {data['device']}, torch {data['torch']}\n",
+        )
     )
     for form in data["forms"]:
         rows = [
@@ -160,7 +163,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         title = f"{form['form']}: {form['ms']:.2f} ms a pass"
         console.print(table(title, ["op", "runs as", "calls", "ms", "share", "useful TFLOP/s"], rows, left=2))
         for reason in form["fallbacks"]:
-            console.print(f"slower than it could be: {reason}")
+            console.print(literal(f"slower than it could be: {reason}"))
 
 
 def _rate(op: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from happyhorse_fast import optional
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.cli.forms import FORMS, Form
 from happyhorse_fast.cli.interpreted_layer import LAYER, LayerCheck, interpreted_layer
-from happyhorse_fast.cli.output import JsonOption, emit, replacing, require_folder, save_tensors, table
+from happyhorse_fast.cli.output import JsonOption, emit, literal, save_tensors, table, verdict
+from happyhorse_fast.files import real_path, replacing, require_folder, require_target
 
 if TYPE_CHECKING:
     import torch
@@ -72,14 +73,20 @@ def demo(
 ) -> None:
     """Make a clip with sound on the CPU: 7.4 M parameters, 8 steps, eager and in every fast form (backend reference).
 
-    One layer also runs through the Triton kernels, in Triton's interpreter; exit code 1 where it is off.
+    One layer also runs through the Triton kernels, in Triton's interpreter; exit code 1 where it is off, or where the
+    clip or the contact sheet could not be written: the latents are there first.
     """
     from happyhorse_fast.pony.media import read_image
     from happyhorse_fast.pony.prompt import parse
 
     require_folder(out)
+    for name in (CLIP, SHEET, LATENTS) if out.is_dir() else ():
+        require_target(out / name, force=True)
     prompt = str(parse(prompt))
     picture = None if image is None else read_image(image)
+    why_not = _missing()
+    for reason in why_not.values():
+        print(reason, file=sys.stderr)
     if not as_json:
         print(f"{len(FORMS)} clips of {steps} steps on the CPU, about 40 s...", file=sys.stderr)
     start = time.perf_counter()
@@ -92,7 +99,7 @@ def demo(
     data = {
         **settings,
         "seconds": seconds,
-        **_write(out, runs, settings),
+        **_write(out, runs, settings, why_not),
         "forms": [
             {
                 "form": run.form,
@@ -108,7 +115,8 @@ def demo(
         "why_no_kernels": why_no_kernels,
     }
     emit(data, as_json, lambda console: _render(console, data, kernels))
-    if not all(check.passed for check in kernels):
+    failed = [key for key, name in (("clip", CLIP), ("sheet", SHEET)) if data[key] is None and name not in why_not]
+    if failed or not all(check.passed for check in kernels):
         raise typer.Exit(1)
 
 
@@ -158,11 +166,19 @@ def make_clips(
     return runs
 
 
-def _write(out: Path, runs: list[ClipRun], settings: dict[str, Any]) -> dict[str, Any]:
-    """Save what can be saved here; paths, and reasons where an optional package is missing."""
+def _missing() -> dict[str, str]:
+    """Name of each file that cannot be made here -> why: said before the work, not after it."""
+    found = {name: optional.obstacle(package) for name, package in ((CLIP, "av"), (SHEET, "matplotlib"))}
+    return {name: f"no {name}: {why}" for name, why in found.items() if why is not None}
+
+
+def _write(out: Path, runs: list[ClipRun], settings: dict[str, Any], why_not: dict[str, str]) -> dict[str, Any]:
+    """Save what can be saved here, what took the time first; paths, and reasons where there is none."""
     from happyhorse_fast.pony.media import contact_sheet, write_mp4
 
-    out.mkdir(parents=True, exist_ok=True)
+    real_path(out).mkdir(parents=True, exist_ok=True)
+    latents = {f"{run.form}.{name}": getattr(run.clip, name) for run in runs for name in ("video", "audio")}
+    save_tensors(out / LATENTS, latents, settings)
     shown = next(run for run in runs if run.form == SHOWN).clip
 
     def film(path: Path) -> None:
@@ -172,10 +188,8 @@ def _write(out: Path, runs: list[ClipRun], settings: dict[str, Any]) -> dict[str
         titled = [replace(run.clip, prompt=f"{run.clip.prompt} ({run.form})") for run in runs]
         contact_sheet(titled).savefig(path)
 
-    film_path, why_no_film = _with("av", "video", out / CLIP, film)
-    sheet_path, why_no_sheet = _with("matplotlib", "plot", out / SHEET, sheet)
-    latents = {f"{run.form}.{name}": getattr(run.clip, name) for run in runs for name in ("video", "audio")}
-    save_tensors(out / LATENTS, latents, settings)
+    film_path, why_no_film = _made(out / CLIP, film, why_not.get(CLIP))
+    sheet_path, why_no_sheet = _made(out / SHEET, sheet, why_not.get(SHEET))
     return {
         "clip": film_path,
         "clip_form": SHOWN,
@@ -186,11 +200,14 @@ def _write(out: Path, runs: list[ClipRun], settings: dict[str, Any]) -> dict[str
     }
 
 
-def _with(package: str, extra: str, path: Path, write: Callable[[Path], None]) -> tuple[Path | None, str | None]:
-    if importlib.util.find_spec(package) is None:
-        return None, f'no {path.name}: {package} is not installed (pip install "happyhorse-fast[{extra}]")'
-    with replacing(path) as partial:
-        write(partial)
+def _made(path: Path, write: Callable[[Path], None], why_not: str | None) -> tuple[Path | None, str | None]:
+    if why_not is not None:
+        return None, why_not
+    try:
+        with replacing(path) as partial:
+            write(partial)
+    except Exception as error:  # whatever a codec or a font raises, the rest is still to be saved and shown
+        return None, f"no {path.name}: {optional.said(error)}"
     return path, None
 
 
@@ -208,8 +225,10 @@ def _render(console: Console, data: dict[str, Any], kernels: list[LayerCheck]) -
     title = f"{data['prompt']!r}, {data['steps']} steps on the CPU, seed {data['seed']}"
     console.print(table(title, ["form", "video error", "audio error", "pictures dB", "seconds"], rows))
     console.print(
-        "error: relative L2 of the latents; pictures: PSNR against the first form. Fast forms run in plain torch here, "
-        "with the\nkernels' rounding points (backend reference): their seconds say nothing about a GPU."
+        literal(
+            "error: relative L2 of the latents; pictures: PSNR against the first form. Fast forms run in plain torch "
+            "here, with the\nkernels' rounding points (backend reference): their seconds say nothing about a GPU."
+        )
     )
     if kernels:
         rows = [
@@ -219,7 +238,7 @@ def _render(console: Console, data: dict[str, Any], kernels: list[LayerCheck]) -
                 f"{check.relative_l2:.1e}",
                 f"{check.to_float32:.1e}",
                 f"{check.seconds:.1f}",
-                "[green]pass[/]" if check.passed else "[bold red]FAIL[/]",
+                verdict(check.passed),
             ]
             for check in kernels
         ]
@@ -227,9 +246,7 @@ def _render(console: Console, data: dict[str, Any], kernels: list[LayerCheck]) -
         console.print(table(f"layer {data['layer']} through the Triton kernels, interpreted", columns, rows))
         console.print("worst tile, relative L2: of what the layer adds, against backend reference")
     else:
-        console.print(f"[yellow]{data['why_no_kernels']}[/]")
-    console.print(
-        f"clip with sound ({data['clip_form']}): {data['clip']}" if data["clip"] is not None else data["why_no_clip"]
-    )
-    console.print(f"pictures and waveforms: {data['sheet']}" if data["sheet"] is not None else data["why_no_sheet"])
+        console.print(literal((data["why_no_kernels"], "yellow")))
+    for key, what in (("clip", f"clip with sound ({data['clip_form']})"), ("sheet", "pictures and waveforms")):
+        console.print(literal(data[f"why_no_{key}"] if data[key] is None else f"{what}: {data[key]}"))
     console.print(f"all in {data['seconds']:.0f} s")

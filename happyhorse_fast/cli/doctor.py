@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -12,22 +11,24 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from happyhorse_fast import optional
 from happyhorse_fast._version import __version__
 from happyhorse_fast.cli.forms import FORMS
-from happyhorse_fast.cli.output import JsonOption, emit, table
+from happyhorse_fast.cli.output import JsonOption, emit, literal, table, verdict
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, card_bytes
 from happyhorse_fast.tokens import tokens_for
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 
-# Extra of this package that brings each, and what it is for.
+# What each is for.
 _OPTIONAL = {
-    "diffusers": ("base", "UniPC steps: guided sampling, second stage"),
-    "matplotlib": ("plot", "the contact sheet of `demo`"),
-    "av": ("video", "writing decoded clips"),
+    "diffusers": "UniPC steps: guided sampling, second stage",
+    "matplotlib": "the contact sheet of `demo`",
+    "av": "writing decoded clips, reading pictures",
 }
 _CLIPS = (
     ("happyhorse-1.0-15b", "1080p"),
@@ -107,10 +108,13 @@ def _nvcc() -> dict[str, str] | None:
 
 
 def _first_match(command: list[str], pattern: str) -> str | None:
-    """First match in a program's output; None where there is no such program or it fails."""
+    """First match in a program's output; None where there is no such program, it fails or hangs."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.SubprocessError):  # there, but not to be run, or without an answer
+        return None
     match = re.search(pattern, done.stdout) if done.returncode == 0 else None
     return match.group() if match else None
 
@@ -133,10 +137,9 @@ def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
             lines.append({"what": f"{form.name} kernels", "runs": obstacle is None, "why": why})
             why = "plain torch with the kernels' rounding: an oracle, not fast"
             lines.append({"what": f"{form.name} backend reference", "runs": True, "why": why})
-    for name, (extra, purpose) in _OPTIONAL.items():
-        there = importlib.util.find_spec(name) is not None
-        why = f"{name} is installed" if there else f'needs {name}: pip install "happyhorse-fast[{extra}]"'
-        lines.append({"what": purpose, "runs": there, "why": why})
+    for name, purpose in _OPTIONAL.items():
+        obstacle = optional.obstacle(name)
+        lines.append({"what": purpose, "runs": obstacle is None, "why": obstacle or f"{name} imports"})
     return lines
 
 
@@ -198,9 +201,9 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         **{name: version or absent for name, version in data["optional"].items()},
     }
     for name, value in facts.items():
-        console.print(f"{name:16} {value}")
+        console.print(literal(f"{name:16} {value}"))
     console.print()
-    rows = [["[green]yes[/]" if r["runs"] else "[yellow]no[/]", r["what"], r["why"]] for r in data["runs"]]
+    rows = [[_answer(r["runs"], "yes"), r["what"], r["why"]] for r in data["runs"]]
     console.print(table("what runs here", ["runs", "what", "why"], rows, left=2, folded=[2]))
     cards = list(data["memory"][0]["fits"])
     rows = [
@@ -209,7 +212,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
             m["resolution"],
             m["form"],
             f"{m['peak_memory_gib']:.1f}",
-            *("[green]fits[/]" if m["fits"][card] else "[yellow]no[/]" for card in cards),
+            *(_answer(m["fits"][card], "fits") for card in cards),
         ]
         for m in data["memory"]
     ]
@@ -218,3 +221,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         f"{CONTEXT_BYTES / 2**30:g} GiB of the card stay free"
     )
     console.print(table(title, ["preset", "resolution", "form", "peak", *cards], rows, left=3))
+
+
+def _answer(right: bool, yes: str) -> Text:
+    return verdict(right, yes, "no", "yellow")

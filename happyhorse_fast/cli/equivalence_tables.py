@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from happyhorse_fast.cli.equivalence import Distance, Equivalence, FormErrors
 from happyhorse_fast.cli.layer_ops import OPS
-from happyhorse_fast.cli.output import table
+from happyhorse_fast.cli.output import literal, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,9 +21,12 @@ def render(console: Console, found: list[Equivalence]) -> None:
         video, audio, text = case.tokens
         backends = sorted({backend for form in case.forms for backend in form.backends})
         console.print(
-            f"[bold]{case.case}[/]: {case.layers} layers of {case.hidden_size}, {video:,} video + {audio:,} audio + "
-            f"{text:,} text tokens, on {case.device}, fast forms on {', '.join(backends)}"
-            f"{f'; sparsity {case.sparsity}' if case.sparsity else ''}"
+            literal(
+                (case.case, "bold"),
+                f": {case.layers} layers of {case.hidden_size}, {video:,} video + {audio:,} audio + {text:,} text "
+                f"tokens, on {case.device}, fast forms on {', '.join(backends)}"
+                f"{f'; sparsity {case.sparsity}' if case.sparsity else ''}",
+            )
         )
         console.print(_by_place(case, "relative L2 to float32", lambda d: f"{d.relative_l2:.2e}"))
         console.print(
@@ -32,10 +35,12 @@ def render(console: Console, found: list[Equivalence]) -> None:
         console.print(_end_to_end(case))
         for form in case.forms:
             for violation in form.violations:
-                console.print(f"[red]{form.form}: {violation}[/]")
+                console.print(literal((f"{form.form}: {violation}", "red")))
     console.print(
-        "op: each on its float32 input, worst layer; layer: the residual stream after it, errors of all layers before "
-        "included; added: distance to the form before, in units of float32's norm"
+        literal(
+            "op: each on its float32 input, worst layer; layer: the residual stream after it, errors of all layers "
+            "before included; added: distance to the form before, in units of float32's norm"
+        )
     )
 
 

@@ -7,7 +7,6 @@ Whether kernels are interpreted is decided when they are imported, so this takes
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -53,13 +52,13 @@ class LayerCheck:
 class InterpretedLayer:
     """The process that runs it; :meth:`checks` waits for it."""
 
-    def __init__(self, process: subprocess.Popen[str] | None) -> None:
-        self._process = process
+    def __init__(self, process: subprocess.Popen[str] | None, why_not: str = "Triton is not installed") -> None:
+        self._process, self._why_not = process, why_not
 
     def checks(self) -> tuple[list[LayerCheck], str | None]:
         """What was found per precision, and, where that is nothing, why."""
         if self._process is None:
-            return [], "Triton is not installed, so its interpreter cannot run a layer (it is for Linux only)"
+            return [], f"{self._why_not}, so its interpreter cannot run a layer (it is for Linux only)"
         out, error = self._process.communicate()
         if self._process.returncode:
             last = (error.strip().splitlines() or ["no message"])[-1]
@@ -75,8 +74,11 @@ def interpreted_layer(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
         prompt: In the grammar of :mod:`happyhorse_fast.pony.prompt`.
         seed: Of the noise that the layer's input is made of.
     """
-    if importlib.util.find_spec("triton") is None:
-        yield InterpretedLayer(None)
+    from happyhorse_fast.ops.dispatch import triton_missing
+
+    why_not = triton_missing()
+    if why_not is not None:
+        yield InterpretedLayer(None, why_not)
         return
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, prompt, str(seed)],

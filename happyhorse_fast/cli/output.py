@@ -1,22 +1,23 @@
-"""How commands print and write: one JSON document or tables, and files that are complete or not there."""
+"""How commands print and write: one JSON document or tables, and safetensors files."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from happyhorse_fast.files import replacing
+
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
@@ -28,10 +29,23 @@ def emit(data: Mapping[str, Any], as_json: bool, render: Callable[[Console], Non
         return
     from rich.console import Console
 
-    console = Console(highlight=False)
+    # What is printed holds paths and messages, whose brackets and colons are no markup: styles come from `literal`.
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, 120))  # a pipe has no width; do not fold tables
+        console.width = max(console.width, 120)  # a pipe has no width; do not fold tables
     render(console)
+
+
+def literal(*parts: str | tuple[str, str]) -> Text:
+    """Words to print as they are, whatever brackets they hold; a pair is (words, style)."""
+    from rich.text import Text
+
+    return Text.assemble(*parts)
+
+
+def verdict(passed: bool, yes: str = "pass", no: str = "FAIL", no_style: str = "bold red") -> Text:
+    """A cell that says how a check went."""
+    return literal((yes, "green") if passed else (no, no_style))
 
 
 def plain(value: Any) -> Any:
@@ -52,22 +66,30 @@ def plain(value: Any) -> Any:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, folded: Sequence[int] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    *,
+    left: int = 1,
+    folded: Sequence[int] = (),
 ) -> Table:
-    """A table with its first ``left`` columns left-aligned and never folded, and the others right-aligned.
+    """A table of words as they are, or of what :func:`literal` made.
 
-    ``folded`` columns hold sentences: left-aligned, and folded where the terminal is narrow. Without one rich makes
-    columns that do not fit narrower, down to nothing.
+    Its first ``left`` columns are left-aligned and never folded, the others right-aligned. ``folded`` columns hold
+    sentences: left-aligned, and folded where the terminal is narrow. Without one rich makes columns that do not fit
+    narrower, down to nothing.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    made = Table(title=literal(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(columns):
         sentence = i in folded
-        made.add_column(name, justify="left" if sentence or i < left else "right", no_wrap=not sentence and i < left)
+        made.add_column(
+            literal(name), justify="left" if sentence or i < left else "right", no_wrap=not sentence and i < left
+        )
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*(literal(cell) if isinstance(cell, str) else cell for cell in row))
     return made
 
 
@@ -83,59 +105,6 @@ def number(value: float, unit: str = "") -> str:
 def gib(size: float) -> str:
     """Bytes as GiB, as MiB below a tenth of one."""
     return f"{size / 2**30:.2f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def require_target(path: Path, force: bool) -> None:
-    """Raise where a file cannot be written, before the work that makes it.
-
-    Raises:
-        FileExistsError: It is there and ``force`` is not set, or it is a folder.
-        FileNotFoundError: Its folder is not there.
-        OSError: Nothing can be written there.
-    """
-    if path.is_dir():
-        raise FileExistsError(f"output must be a file, {path} is a folder")
-    if path.exists() and not force:
-        raise FileExistsError(f"output must not exist yet, {path} does; --force replaces it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"output must be in a folder that exists, {path.parent} does not")
-    _require_writable(path.parent)
-
-
-def require_folder(path: Path) -> None:
-    """Raise where a folder cannot be made or written to, before the work that fills it; nothing is made yet.
-
-    Raises:
-        FileExistsError: It is a file.
-        OSError: Nothing can be written there.
-    """
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"out must be a folder, {path} is a file")
-    _require_writable(next(place for place in (path, *path.absolute().parents) if place.exists()))
-
-
-def _require_writable(folder: Path) -> None:
-    # A file that is made tells more than os.access, which knows neither full quotas nor /proc.
-    probe = folder / f".happyhorse-fast.{os.getpid()}.partial"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"output must be in a folder that can be written to, {folder} cannot: {error.strerror}"
-        ) from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which takes its place at the end; removed on any error, Ctrl-C included."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from happyhorse_fast.cli.forms import form_of
-from happyhorse_fast.cli.output import JsonOption, emit, gib, number, table
+from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals, window_share
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
@@ -144,30 +144,41 @@ def _memory(
 def _render(console: Console, data: dict[str, Any]) -> None:
     counted, tokens, total, card = data["parameters"], data["tokens"], data["totals"], data["gpu"]
     console.print(
-        f"[bold]{data['preset']}[/], {data['resolution']} {data['aspect']}, {data['seconds']} s at {data['fps']} fps: "
-        f"{counted['total'] / 1e9:.1f} B parameters, {counted['active_per_token'] / 1e9:.1f} B active per token, "
-        f"weights {gib(counted['bytes'])} as published"
+        literal(
+            (data["preset"], "bold"),
+            f", {data['resolution']} {data['aspect']}, {data['seconds']} s at {data['fps']} fps: "
+            f"{counted['total'] / 1e9:.1f} B parameters, {counted['active_per_token'] / 1e9:.1f} B active per token, "
+            f"weights {gib(counted['bytes'])} as published",
+        )
     )
     console.print(
-        f"latent {'x'.join(map(str, tokens['latent']))}; {tokens['video']:,} video + {tokens['audio']:,} audio + "
-        f"{tokens['text']:,} text = {tokens['total']:,} tokens; {_masks(tokens)}\n"
+        literal(
+            f"latent {'x'.join(map(str, tokens['latent']))}; {tokens['video']:,} video + {tokens['audio']:,} audio + "
+            f"{tokens['text']:,} text = {tokens['total']:,} tokens; {_masks(tokens)}\n"
+        )
     )
     console.print(_floor_table(data["ops"], card, data["precision"], data["attention"]))
     console.print(_traffic_table(data["ops"]))
     console.print(
-        f"one step: linear {number(total['linear_flops'], 'FLOP')}, attention "
-        f"{number(total['attention_flops'], 'FLOP')}, {number(total['bytes'], 'B')}; floor "
-        f"{total['floor_ms_per_step'] / 1e3:.2f} s, {data['steps']} steps [bold]{total['floor_s']:.1f} s[/]"
+        literal(
+            f"one step: linear {number(total['linear_flops'], 'FLOP')}, attention "
+            f"{number(total['attention_flops'], 'FLOP')}, {number(total['bytes'], 'B')}; floor "
+            f"{total['floor_ms_per_step'] / 1e3:.2f} s, {data['steps']} steps ",
+            (f"{total['floor_s']:.1f} s", "bold"),
+        )
     )
     memory = data["memory"]
     if data["peak_memory_gib"] is None:
-        console.print(f"peak memory: not known, {memory['why']}")
+        console.print(literal(f"peak memory: not known, {memory['why']}"))
         return
     peak = memory["peak"]
     form = memory["form"] + (f", attention in {data['attention']}" if data["precision"] == "fp8" else "")
     console.print(
-        f"peak memory, {form}: [bold]{data['peak_memory_gib']:.1f} GiB[/], of it weights "
-        f"{gib(peak.weight_bytes)}; reached by {peak.operation}"
+        literal(
+            f"peak memory, {form}: ",
+            (f"{data['peak_memory_gib']:.1f} GiB", "bold"),
+            f", of it weights {gib(peak.weight_bytes)}; reached by {peak.operation}",
+        )
     )
     rows = [[gib(a.bytes), a.dtype, str(list(a.shape)), a.made_by] for a in peak.largest]
     console.print(table("largest at the peak, without weights", ["size", "dtype", "shape", "made by"], rows, left=4))

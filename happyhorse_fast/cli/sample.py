@@ -12,9 +12,10 @@ import typer
 
 from happyhorse_fast._version import __version__
 from happyhorse_fast.cli.options import ConfigOption, DeviceOption, PresetOption, read_config, usable_device
-from happyhorse_fast.cli.output import JsonOption, emit, gib, require_target, save_tensors
+from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, save_tensors
 from happyhorse_fast.cli.sample_inputs import Inputs, drawn, read_inputs
-from happyhorse_fast.tokens import tokens_for
+from happyhorse_fast.files import require_target
+from happyhorse_fast.tokens import VAE_STRIDE, tokens_for
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,11 @@ def sample(
         Path | None, typer.Option(help="Second stage: its configuration, in place of a preset.")
     ] = None,
     size: Annotated[
-        tuple[int, int] | None, typer.Option(help="Second stage: latent rows and columns (pixels / 16) to make.")
+        tuple[int, int] | None,
+        typer.Option(
+            help="Second stage: latent rows and columns to make, pixels / 16, both even and no fewer than the first "
+            "stage's: 68 120 for 1080p at 16:9 (1088 x 1920 pixels), 32 56 for 540p (512 x 896)."
+        ),
     ] = None,
     sr_steps: Annotated[int, typer.Option(help="Second stage: UniPC steps.")] = 5,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
@@ -87,6 +92,7 @@ def sample(
         raise ValueError(f"--dtype must be left out or bfloat16 with --fast, got {dtype}: fast layers are bf16 or fp8")
     tensors = read_inputs(inputs)
     first = _Stage(checkpoint, preset, config, usable_device(device), dtype, fast, not as_json)
+    drawn_clip = (None,) * 4 if resolution is None else (resolution, aspect, seconds, fps)
     settings: dict[str, Any] = {
         "version": __version__,
         "checkpoint": checkpoint,
@@ -94,6 +100,8 @@ def sample(
         "config": config,
         "inputs": inputs,
         "seed": seed,
+        # A clip from noise in the inputs has the length and rate that whoever made the noise meant.
+        **dict(zip(("resolution", "aspect", "seconds", "fps"), drawn_clip, strict=True)),
         "noise": "recorded in the inputs" if tensors.noise else f"drawn by name from seed {seed}",
         "shift": shift,
         "guidance": guidance,
@@ -122,10 +130,13 @@ def sample(
             "sr_preset": sr_preset,
             "sr_config": sr_config,
             "sr_steps": sr_steps,
+            "size": size,
             "sr_sigmas": [*sr_record.sigmas, 0.0],
         }
         record.seconds += sr_record.seconds
         record.memory_bytes = max(record.memory_bytes or 0, sr_record.memory_bytes or 0) or None
+    rows, columns = latents["video"].shape[3:]
+    settings["pixels"] = [rows * VAE_STRIDE[1], columns * VAE_STRIDE[2]]
     save_tensors(output, latents, settings)
     data = {
         "output": output,
@@ -315,7 +326,8 @@ def _second_stage(
 def _render(console: Console, data: Mapping[str, Any]) -> None:
     seconds = data["seconds_per_step"]
     peak = f", peak {gib(data['peak_memory_bytes'])}" if data["peak_memory_bytes"] is not None else ""
-    console.print(f"[bold]{data['output']}[/]: video {data['video']}, audio {data['audio']}")
-    console.print(f"{len(seconds)} steps in {sum(seconds):.2f} s, {sum(seconds) / len(seconds):.3f} s per step{peak}")
+    console.print(literal((str(data["output"]), "bold"), f": video {data['video']}, audio {data['audio']}"))
+    per_step = sum(seconds) / len(seconds)
+    console.print(literal(f"{len(seconds)} steps in {sum(seconds):.2f} s, {per_step:.3f} s per step{peak}"))
     if data["ignored"]:
-        console.print(f"not used of {data['settings']['inputs']}: {', '.join(data['ignored'])}")
+        console.print(literal(f"not used of {data['settings']['inputs']}: {', '.join(data['ignored'])}"))

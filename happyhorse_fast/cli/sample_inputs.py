@@ -43,19 +43,19 @@ class Inputs:
 
 
 def read_inputs(path: Path) -> Inputs:
-    """Read an inputs file; ``in.video`` and ``video`` mean the same.
+    """Read an inputs file, or a FIFO to its end; ``in.video`` and ``video`` mean the same.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: Not a safetensors file, or a name is there twice.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"inputs must be a safetensors file, there is none at {path}")
     try:
-        tensors = load_file(path)
+        tensors = load_file(path) if path.is_file() else load(path.read_bytes())
     except SafetensorError as error:
         raise ValueError(f"inputs must be a safetensors file, {path} is none: {error}") from error
     noise = {name: value for name, value in tensors.items() if name.startswith("noise.")}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from happyhorse_fast.cli.options import ConfigOption, DeviceOption, PresetOption, read_config, usable_device
-from happyhorse_fast.cli.output import JsonOption, emit, plain, table
+from happyhorse_fast.cli.output import JsonOption, emit, literal, plain, table, verdict
 
 if TYPE_CHECKING:
     import torch
@@ -179,10 +179,7 @@ def check_kernels(device: str) -> list[KernelCheck]:
 
 
 def _render_kernels(console: Console, checked: list[KernelCheck], device: str) -> None:
-    rows = [
-        [c.op, c.variant, c.detail, f"{c.seconds:.1f}", "[green]pass[/]" if c.passed else "[bold red]FAIL[/]"]
-        for c in checked
-    ]
+    rows: list[list[Any]] = [[c.op, c.variant, c.detail, f"{c.seconds:.1f}", verdict(c.passed)] for c in checked]
     console.print(
         table(
             f"kernels against their reference, on {device}",
@@ -193,7 +190,8 @@ def _render_kernels(console: Console, checked: list[KernelCheck], device: str) -
         )
     )
     if device == "cpu":
-        console.print("Run by Triton's interpreter, made exact: it shows what a kernel computes, not how a GPU rounds.")
+        note = "Run by Triton's interpreter, made exact: it shows what a kernel computes, not how a GPU rounds."
+        console.print(literal(note))
 
 
 def _pony(clips: int, quick: bool) -> tuple[Fidelity, list[str]]:
@@ -218,9 +216,9 @@ def _render_pony(console: Console, found: dict[str, Any]) -> None:
     from happyhorse_fast.cli import fidelity_tables
 
     console.print(table(fidelity_tables.title(found), fidelity_tables.COLUMNS, fidelity_tables.rows(found)))
-    console.print(fidelity_tables.NOTE)
+    console.print(literal(fidelity_tables.NOTE))
     for violation in found["violations"]:
-        console.print(f"[red]{violation}[/]")
+        console.print(literal((violation, "red")))
 
 
 def _fast_config(precision: str, attention: str, top_k: float | None, backend: str, device: str) -> FastConfig:
@@ -293,19 +291,18 @@ _COLUMNS = {
 
 
 def _render(console: Console, comparisons: list[Comparison]) -> None:
-    rows = []
+    rows: list[list[Any]] = []
     for c in comparisons:
         cells = [_cell(c.worst(prefix), name == "worst layer") for name, prefix in _COLUMNS.items()]
         budgets = [f"{max(group):.0e}" if (group := _budgets(c, prefix)) else "" for prefix in ("out.", "sampler.")]
-        verdict = "[yellow]skipped[/]" if c.skipped else "[green]pass[/]" if c.passed else "[bold red]FAIL[/]"
-        rows.append([c.name, *cells, *budgets, verdict])
+        rows.append([c.name, *cells, *budgets, literal(("skipped", "yellow")) if c.skipped else verdict(c.passed)])
     console.print(table("relative L2 error", ["case", *_COLUMNS, "model budget", "sampler budget", ""], rows))
     for c in comparisons:
         for m in c.measurements:
             if not m.passed:
-                console.print(f"[red]{c.name}: {m.what} is off by {m.error:.2e}, budget {m.budget:.0e}[/]")
+                console.print(literal((f"{c.name}: {m.what} is off by {m.error:.2e}, budget {m.budget:.0e}", "red")))
         if c.skipped:
-            console.print(f"[yellow]{c.name}: {c.skipped}[/]")
+            console.print(literal((f"{c.name}: {c.skipped}", "yellow")))
         if any(m.cosine is not None for m in c.measurements):
             console.print(_layer_table(c))
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from happyhorse_fast.errors import whole_number
+from happyhorse_fast.files import is_special, real_path
 from happyhorse_fast.model.fast_state import is_accelerated
 from happyhorse_fast.model.safetensors_header import DIFFUSERS_FILE, INDEX_FILE, PACKED_FILE, SINGLE_FILE
 
@@ -29,7 +31,7 @@ def save_checkpoint(
     """Write a checkpoint in the published format: ``model.safetensors``, or shards and their index.
 
     Everything is written aside, on the same disk, and moved into place once it is complete: an interruption leaves the
-    folder as it was.
+    folder as it was. A link to a folder is followed; a link in it, as to a shared cache, is replaced, its target kept.
 
     Args:
         model_or_state_dict: A model that is not accelerated, or tensors by state-dict key; dtypes are kept.
@@ -61,7 +63,8 @@ def write_checkpoint(
 ) -> None:
     """As :func:`save_checkpoint`, of any model, with text files (name -> content) that belong to it."""
     tensors = _tensors_of(model_or_state_dict)
-    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+    most = whole_number(max_shard_bytes)
+    if most is None or most < 1:
         raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r}")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -70,13 +73,17 @@ def write_checkpoint(
     old = sorted(path for path in folder.glob("*") if path.name in names or _SHARD.match(path.name))
     if old and not overwrite:
         raise FileExistsError(f"{folder} holds a checkpoint ({old[0].name}); pass overwrite=True to replace it")
+    irregular = [path.name for path in old if path.is_dir() or is_special(path)]
+    if irregular:
+        raise FileExistsError(f"{folder} must hold files that can be replaced; {irregular[0]} is no regular file")
+    folder = real_path(folder)  # through a link, also one whose target is still to be made
     # Beside a folder that is still to be made, inside one that exists (which may be the root of a disk).
     home = folder if folder.exists() else folder.parent
     home.mkdir(parents=True, exist_ok=True)
     aside = home / f".{folder.name}.{uuid.uuid4().hex}.partial"
     aside.mkdir()
     try:
-        _write_files(tensors, aside, max_shard_bytes)
+        _write_files(tensors, aside, most)
         for name, content in beside.items():
             (aside / name).write_text(content)
         if folder.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from happyhorse_fast import optional
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.ops.self_check import VARIANTS
 
@@ -60,10 +60,9 @@ def triton_obstacle(device: torch.device) -> str | None:
 
     On the CPU they run in Triton's interpreter only, which is for tests: about 10 s a layer at 1,750 tokens.
     """
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type == "cuda":
-        return None
+    why_not = triton_missing()
+    if why_not is not None or device.type == "cuda":
+        return why_not
     from triton.runtime.interpreter import InterpretedFunction
 
     from happyhorse_fast.kernels import numerics
@@ -71,6 +70,20 @@ def triton_obstacle(device: torch.device) -> str | None:
     if isinstance(numerics.to_e4m3, InterpretedFunction):
         return None
     return f"Triton kernels need a GPU, the model is on {device} (TRITON_INTERPRET=1 runs them slowly on the CPU)"
+
+
+def triton_missing() -> str | None:
+    """Why Triton cannot be used on any device; None where it imports, and kernels can be defined with it."""
+    optional.hide_broken_triton()
+    why_not = optional.obstacle("triton")
+    if why_not is not None:
+        return why_not.replace("triton", "Triton", 1)
+    try:
+        from happyhorse_fast.kernels import numerics  # noqa: F401
+        from happyhorse_fast.ops.triton import library  # noqa: F401
+    except Exception as error:  # of a version that the kernels are not for, or in parts
+        return f"Triton is installed but its kernels do not import: {optional.said(error)}"
+    return None
 
 
 def cuda_obstacle(device: torch.device) -> str | None:
@@ -112,6 +125,7 @@ def choose(
         BackendError: A named backend cannot run here, ``strict`` and an op has no kernel that may run, or a check ended
             this process's use of the GPU.
     """
+    optional.hide_broken_triton()  # torch's tracer, which an accelerated model is prepared for, imports it
     if backend == "reference":
         return {op: Choice(op, "reference", "asked for") for op in STEMS}
     in_cuda = cuda_ops(precision, attention)

@@ -20,6 +20,8 @@ import torch
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
 from happyhorse_fast.block_map.map import Ranges
+from happyhorse_fast.errors import require_whole
+from happyhorse_fast.optional import said
 
 Backend: TypeAlias = Literal["auto", "cpp", "python"]
 MOST = 2**31 - 1
@@ -56,6 +58,7 @@ def from_ranges(q_ranges: Ranges, k_ranges: Ranges, queries: int, keys: int, *, 
             would have more blocks than int32 numbers.
         RuntimeError: ``"cpp"`` where the module is not compiled.
     """
+    queries, keys = require_whole("queries", queries, 0), require_whole("keys", keys, 0)
     _check_size("queries", queries)
     _check_size("keys", keys)
     if _in_python(backend):
@@ -83,6 +86,8 @@ def frame_window(
         ValueError: R is negative, there is no layout, or one is too large.
         RuntimeError: As for :func:`from_ranges`.
     """
+    if receptive_field is not None:
+        receptive_field = require_whole("receptive_field", receptive_field, 0)
     clips = [layouts] if isinstance(layouts, Layout) else list(layouts)
     for clip in clips:
         for name in ("frames", "frame_tokens", "audio", "text"):
@@ -93,7 +98,7 @@ def frame_window(
     if _in_python(backend):
         _check_python(slots, slots)
         return BlockMap.frame_window(clips, receptive_field)
-    if not clips or (receptive_field is not None and receptive_field < 0):  # Python says what is wrong
+    if not clips:  # Python says what is wrong
         return BlockMap.frame_window(clips, receptive_field)
     from happyhorse_fast import _C
 
@@ -139,10 +144,10 @@ def host_module_obstacle() -> str | None:
     """Why block maps and schedules are made in Python; None where the compiled module makes them."""
     try:
         from happyhorse_fast import _C  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # built for another Python, or broken
         if importlib.util.find_spec("happyhorse_fast._C") is None:
             return "happyhorse_fast._C is not compiled: the package was installed without a C++ compiler"
-        return f"happyhorse_fast._C cannot be loaded: {error}"
+        return f"happyhorse_fast._C cannot be loaded: {said(error)}"
     return None
 
 

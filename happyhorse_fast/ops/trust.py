@@ -8,13 +8,13 @@ import importlib.metadata
 import json
 import os
 import stat
-import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 
 from happyhorse_fast._version import __version__
+from happyhorse_fast.files import replacing
 from happyhorse_fast.ops.self_check import KernelCheck
 
 CACHE_VARIABLE = "HAPPYHORSE_FAST_CACHE"
@@ -31,8 +31,7 @@ def cache_folder() -> Path:
     Raises:
         OSError: It cannot be made, belongs to somebody else, or others may write to it.
     """
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "happyhorse_fast"
-    folder = Path(os.environ.get(CACHE_VARIABLE) or default)
+    folder = _cache_path()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if hasattr(os, "getuid") and found.st_uid != os.getuid():
@@ -42,6 +41,19 @@ def cache_folder() -> Path:
             f"{folder} may be written by others (mode {found.st_mode & 0o777:o}); set {CACHE_VARIABLE}"
         )
     return folder
+
+
+def _cache_path() -> Path:
+    try:
+        named = os.environ.get(CACHE_VARIABLE)
+        if named:
+            return Path(named).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME")
+        # A relative one is to be ignored (XDG base directory specification).
+        shared = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
+        return shared / "happyhorse_fast"
+    except RuntimeError as error:  # no HOME, and no entry in the password file: as in many containers
+        raise FileNotFoundError(f"there is no folder for the cache: {error} Set {CACHE_VARIABLE}") from error
 
 
 def machine_key(backend: str, device: torch.device, *, fp8: bool) -> str:
@@ -104,10 +116,12 @@ def remember(key: str, checks: list[KernelCheck]) -> None:
         try:
             stored = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
+            stored = None
+        if not isinstance(stored, dict):  # nothing yet, or not what was written
             stored = {}
         stored[key] = [dataclasses.asdict(check) for check in checks]
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            json.dump(stored, file, indent=1)
-        os.replace(file.name, path)
+        with replacing(path) as partial:
+            partial.touch(0o600)
+            partial.write_text(json.dumps(stored, indent=1))
     except OSError as error:
         warnings.warn(f"self-check cannot be remembered: {error}", stacklevel=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from happyhorse_fast import optional
 from happyhorse_fast.pony.codec import FPS, SAMPLE_RATE, SIDE
+from happyhorse_fast.pony.orientation import exif_orientation, turned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,32 +22,41 @@ if TYPE_CHECKING:
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """The middle square of a picture, scaled to the pony's size.
+    """The middle square of a picture as viewers show it, scaled to the pony's size.
+
+    Turned as its EXIF orientation says, or a film's display matrix; what is transparent is white.
 
     Args:
-        path: A PNG, a JPEG, or what else FFmpeg decodes; of a film, its first picture.
+        path: A PNG, a JPEG, or what else FFmpeg decodes; of a film, its first picture. A FIFO is read to its end.
 
     Returns:
         [128, 128, 3] float32 in 0..1, as :func:`happyhorse_fast.pony.encode_image` takes it.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ImportError: PyAV is not installed.
+        ImportError: PyAV is not installed or does not import.
         ValueError: Not a picture.
     """
+    optional.require("av", "reading a picture")
     import av
 
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"image must be a file, {path} is none")
+    content = path.read_bytes()  # once: a FIFO gives it once
     try:
-        with av.open(str(path)) as container:
-            pixels = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        with av.open(io.BytesIO(content)) as container:
+            frame = next(container.decode(video=0))
+            coded, rotation = frame.to_ndarray(format="rgba"), frame.rotation
     except (av.FFmpegError, IndexError, StopIteration) as error:
         raise ValueError(f"image must be a picture such as a PNG or JPEG, {path} is not: {error}") from error
+    orientation = exif_orientation(content)  # tells mirrored pictures too, of which `rotation` has the turn alone
+    pixels = np.rot90(coded, round(rotation / 90)) if orientation is None else turned(coded, orientation)
     height, width, _ = pixels.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    square = torch.from_numpy(pixels[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None].float() / 255
+    middle = pixels[top : top + side, left : left + side].astype(np.float32) / 255
+    colour, alpha = middle[..., :3], middle[..., 3:]
+    square = torch.from_numpy(colour * alpha + (1 - alpha)).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).contiguous()
 
@@ -59,8 +71,9 @@ def write_mp4(path: Path, frames: torch.Tensor, samples: torch.Tensor, *, scale:
         scale: Every pixel becomes scale x scale pixels, so that players need not enlarge it.
 
     Raises:
-        ImportError: PyAV is not installed.
+        ImportError: PyAV is not installed or does not import.
     """
+    optional.require("av", "writing a clip")
     import av
 
     pictures = (frames * 255).round().byte().numpy().repeat(scale, axis=1).repeat(scale, axis=2)
@@ -82,8 +95,9 @@ def contact_sheet(clips: list[PonyClip], *, pictures: int = 13) -> Figure:
     """Clips one below the other: pictures from start to end, with the waveform under them on the same time axis.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: matplotlib is not installed or does not import.
     """
+    optional.require("matplotlib", "a contact sheet")
     from matplotlib.figure import Figure
 
     width, wave, title = 12.7, 0.45, 0.22  # inches

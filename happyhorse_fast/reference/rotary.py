@@ -8,7 +8,10 @@ import torch
 def frequency_bands(head_dim: int, device: torch.device | None = None) -> torch.Tensor:
     """[B] float32, B = head_dim / 8: 10000^(-i/B). The same operations as the public code, so the same bits."""
     count = head_dim // 8
-    exponent = torch.arange(count, dtype=torch.int64, device=device).to(torch.float32) / count
+    place = torch.arange(count, dtype=torch.int64, device=device).to(torch.float32)
+    if place.is_meta:
+        return place  # arithmetic there loads torch's tracer
+    exponent = place / count
     return 1.0 / (10000.0**exponent)
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from happyhorse_fast import optional
 from happyhorse_fast.sampler.levels import unshifted_levels
 
 
@@ -35,17 +36,19 @@ def unipc_scheduler(steps: int, shift: float) -> UniPC:
         Scheduler with ``sigmas`` [steps + 1] and ``timesteps`` [steps], both on the CPU, wherever the latents are.
 
     Raises:
-        ImportError: diffusers is not installed; says what to install.
+        ImportError: diffusers is not installed or does not import; says what to install.
     """
-    try:
-        from diffusers import UniPCMultistepScheduler
-    except ImportError as error:
-        raise ImportError(
-            'UniPC steps (guidance, super_resolve) need diffusers: pip install "happyhorse-fast[base]"'
-        ) from error
+    optional.require("diffusers", "a UniPC step (guidance, super_resolve)")
+    from diffusers import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     scheduler.set_timesteps(sigmas=unshifted_levels(steps))
     # By index: beyond about 200 steps the first timesteps, which are whole numbers, repeat and name no single step.
     scheduler.set_begin_index(0)
     return scheduler
+
+
+def unipc_step(scheduler: UniPC, velocity: torch.Tensor, index: int, latent: torch.Tensor) -> torch.Tensor:
+    """A latent one noise level lower; its products are in the latent's dtype, whatever torch's settings are."""
+    (lower,) = scheduler.step(velocity, scheduler.timesteps[index], latent, return_dict=False)
+    return lower

@@ -48,7 +48,7 @@ def version() -> int:
     cuda = bindings("driver")
     try:
         (number,) = _checked("cuDriverGetVersion", cuda.cuDriverGetVersion())
-    except RuntimeError as error:  # cuda-bindings loads libcuda at its first call
+    except Exception as error:  # cuda-bindings loads libcuda at its first call
         if isinstance(error, CudaError):
             raise
         raise CudaError(f"no NVIDIA driver is found ({error})") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from happyhorse_fast.optional import said
+
 
 class CudaError(RuntimeError):
     """A CUDA kernel cannot be compiled, loaded or launched; the message says which, and why."""
@@ -21,10 +23,11 @@ def bindings(name: str) -> Any:
     """
     try:
         return importlib.import_module(f"cuda.bindings.{name}")
-    except ImportError as error:
+    except Exception as error:  # a broken one may raise anything
+        missing = isinstance(error, ModuleNotFoundError)
+        state = f"is not installed ({error})" if missing else f"is installed but does not import ({said(error)})"
         raise CudaError(
-            f"cuda-bindings is not installed ({error}): pip install 'happyhorse-fast[cuda]', or [cuda12] with a torch "
-            "for CUDA 12"
+            f"cuda-bindings {state}: pip install 'happyhorse-fast[cuda]', or [cuda12] with a torch for CUDA 12"
         ) from error
 
 

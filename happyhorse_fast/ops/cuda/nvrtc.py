@@ -7,12 +7,12 @@ translation unit, options, NVRTC and driver, with a digest before the code.
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 import warnings
 from pathlib import Path
 
 from happyhorse_fast.csrc import sources
+from happyhorse_fast.files import replacing
 from happyhorse_fast.ops.cuda.binaries import Capability
 from happyhorse_fast.ops.cuda.errors import CudaError, bindings, cuda_version
 
@@ -26,7 +26,7 @@ def version() -> int:
     nvrtc = bindings("nvrtc")
     try:
         status, major, minor = nvrtc.nvrtcVersion()
-    except RuntimeError as error:  # cuda-bindings loads the library at its first call
+    except Exception as error:  # cuda-bindings loads the library at its first call
         raise CudaError(f"NVRTC is not installed ({_first_line(error)}): pip install nvidia-cuda-nvrtc") from error
     if int(status) != 0:
         raise CudaError(f"NVRTC does not tell its version: {status.name}")
@@ -132,7 +132,11 @@ def compiled(stem: str, capability: Capability, driver: int) -> bytes:
         CudaError: It does not compile.
     """
     wanted = target(capability, _supported())
-    path = cache_path(stem, wanted, driver)
+    try:
+        path = cache_path(stem, wanted, driver)
+    except OSError as error:
+        warnings.warn(f"compiled kernels of {stem} cannot be kept: {error}", stacklevel=2)
+        return compile(stem, wanted)
     try:
         return _unpacked(path.read_bytes())
     except FileNotFoundError:
@@ -141,9 +145,9 @@ def compiled(stem: str, capability: Capability, driver: int) -> bytes:
         warnings.warn(f"{path} cannot be used and is compiled again: {error}", stacklevel=2)
         code = compile(stem, wanted)
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(_packed(code))
-        os.replace(file.name, path)
+        with replacing(path) as partial:
+            partial.touch(0o600)
+            partial.write_bytes(_packed(code))
     except OSError as error:
         warnings.warn(f"compiled kernels of {stem} cannot be kept: {error}", stacklevel=2)
     return code

@@ -1,0 +1,71 @@
+"""Whether an optional package works here: found out by importing it, since one that is installed may be broken."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+EXTRAS = {"av": "video", "diffusers": "base", "matplotlib": "plot"}
+"""Package -> extra of this package that brings it."""
+PARTS = {"diffusers": "diffusers.schedulers.scheduling_unipc_multistep", "matplotlib": "matplotlib.figure"}
+"""The module to import in a package's place, where the package itself imports what is used of it only later."""
+
+
+_BROKEN: dict[str, str] = {}
+"""Why each package that was found broken is, once it is kept from being imported again."""
+
+
+def obstacle(package: str) -> str | None:
+    """Why an optional package cannot be used, and what to install; None where it can.
+
+    Args:
+        package: Its import name.
+    """
+    extra = EXTRAS.get(package)
+    advice = "" if extra is None else f' (pip install "happyhorse-fast[{extra}]")'
+    if package in _BROKEN and sys.modules.get(package, _BROKEN) is None:
+        return _BROKEN[package]
+    if package == "diffusers":  # which imports torch's tracer
+        hide_broken_triton()
+    try:
+        importlib.import_module(package)
+        importlib.import_module(PARTS.get(package, package))
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            return f"{package} is not installed{advice}"
+        return _broken(package, error)
+    except Exception as error:  # whatever a broken package raises, it is not to be used
+        return _broken(package, error)
+    return None
+
+
+def hide_broken_triton() -> None:
+    """Make a Triton that raises look like one that is missing: torch expects an ImportError alone.
+
+    Its tracer, which tensors without data need too (the device "meta"), would else raise wherever it is first used.
+    """
+    why_not = obstacle("triton")
+    if why_not is not None and "triton" not in sys.modules and "is not installed" not in why_not:
+        _BROKEN["triton"] = why_not
+        sys.modules["triton"] = None  # type: ignore[assignment]  # what Python's import takes as absent
+
+
+def require(package: str, purpose: str) -> None:
+    """Raise where an optional package cannot be used.
+
+    Raises:
+        ImportError: Says what for, why not, and what to install.
+    """
+    why_not = obstacle(package)
+    if why_not is not None:
+        raise ImportError(f"{purpose} needs {package}: {why_not}")
+
+
+def _broken(package: str, error: Exception) -> str:
+    return f"{package} is installed but does not import: {said(error)}"
+
+
+def said(error: Exception) -> str:
+    """An error's type and the first line of its message."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
