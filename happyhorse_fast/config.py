@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from happyhorse_fast.errors import whole_number
+
 CoordsStyle = Literal["v1", "v2"]
 
 LATENT_CHANNELS = 48
@@ -68,10 +70,9 @@ class ModelConfig:
             object.__setattr__(self, name, self._layer_list(name))
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.name in ("frame_receptive_field", "local_attn_min_frame_tokens"):
-                _require_int(f.name, value, minimum=0)
-            elif f.type == "int":
-                _require_int(f.name, value, minimum=1)
+            if f.type == "int":
+                least = 0 if f.name in ("frame_receptive_field", "local_attn_min_frame_tokens") else 1
+                object.__setattr__(self, f.name, _require_int(f.name, value, minimum=least))
         if self.head_dim % 8:
             raise ValueError(f"head_dim must be a multiple of 8 (head_dim / 8 rotary bands), got {self.head_dim}")
         if self.num_heads_q % self.num_heads_kv:
@@ -92,10 +93,10 @@ class ModelConfig:
         value = getattr(self, name)
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise TypeError(f"{name} must be a list of layer numbers, got {value!r}")
-        layers = tuple(value)
+        layers = tuple(_require_int(f"{name}[...]", layer, minimum=0) for layer in value)
+        count = whole_number(self.num_layers)
         for layer in layers:
-            _require_int(f"{name}[...]", layer, minimum=0)
-            if isinstance(self.num_layers, int) and layer >= self.num_layers:
+            if count is not None and layer >= count:
                 raise ValueError(f"{name} names layer {layer}, but there are num_layers={self.num_layers} (0-based)")
         if len(set(layers)) != len(layers):
             raise ValueError(f"{name} names a layer twice: {list(layers)}")
@@ -166,11 +167,13 @@ class ModelConfig:
         return cls(**_PRESETS[name])
 
 
-def _require_int(name: str, value: object, *, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _require_int(name: str, value: object, *, minimum: int) -> int:
+    number = whole_number(value)
+    if number is None:
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if value < minimum:
+    if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return number
 
 
 _FULL: dict[str, Any] = {

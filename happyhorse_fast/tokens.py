@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from happyhorse_fast.config import PATCH
+from happyhorse_fast.errors import real_number
 
 VAE_STRIDE = (4, 16, 16)
 """Frames, rows and columns of pixels per latent position."""
@@ -59,7 +60,7 @@ def tokens_for(resolution: str, aspect: str = "16:9", seconds: int = 5, fps: int
     Args:
         resolution: ``"1080p"`` (1920x1088 pixels at 16:9), ``"540p"`` (896x512) or ``"256p"`` (448x256).
         aspect: ``"16:9"``, ``"9:16"``, or ``"1:1"`` (both sides are the short one).
-        seconds: Whole seconds, 3 to 15.
+        seconds: Whole seconds, 3 to 15; of any type, as for ``fps``.
         fps: 24 or 25 frames per second.
 
     Returns:
@@ -72,11 +73,12 @@ def tokens_for(resolution: str, aspect: str = "16:9", seconds: int = 5, fps: int
         raise ValueError(f"resolution must be one of {', '.join(_SIDES)}; got {resolution!r}")
     if aspect not in _ASPECTS:
         raise ValueError(f"aspect must be one of {', '.join(_ASPECTS)}; got {aspect!r}")
-    if isinstance(seconds, bool) or seconds not in _SECONDS:
+    length, rate = real_number(seconds), real_number(fps)
+    if length is None or length not in _SECONDS:
         raise ValueError(f"seconds must be a whole number from {_SECONDS[0]} to {_SECONDS[-1]}; got {seconds!r}")
-    if isinstance(fps, bool) or fps not in _FPS:
+    if rate is None or rate not in _FPS:
         raise ValueError(f"fps must be one of {', '.join(map(str, _FPS))}; got {fps!r}")
     short, long = _SIDES[resolution]
     rows, columns = {"16:9": (short, long), "9:16": (long, short), "1:1": (short, short)}[aspect]
-    frames = int(seconds) * fps + 1
+    frames = int(length) * int(rate) + 1
     return ClipTokens((frames - 1) // VAE_STRIDE[0] + 1, rows // VAE_STRIDE[1], columns // VAE_STRIDE[2], audio=frames)

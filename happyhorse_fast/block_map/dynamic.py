@@ -12,6 +12,7 @@ from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import BLOCK
 from happyhorse_fast.block_map.layout import Layout, frame_window
 from happyhorse_fast.block_map.map import BlockMap
+from happyhorse_fast.errors import real_number, require_whole
 
 FULL, ABSENT = -1, -2
 """Entries of a selector's ``table`` that name no mask."""
@@ -182,9 +183,10 @@ class BlockSelector:
         """
         if (keep is None) == (mass is None):
             raise ValueError(f"exactly one of keep and mass must be given, got keep={keep} and mass={mass}")
-        if keep is not None and keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
-        if mass is not None and not 0 < mass <= 1:
+        if keep is not None:
+            keep = require_whole("keep", keep, 1)
+        share = real_number(mass)
+        if mass is not None and (share is None or not 0 < share <= 1):
             raise ValueError(f"mass must satisfy 0 < mass <= 1, got {mass}")
         if pool not in ("max", "mean"):
             raise ValueError(f'pool must be "max" or "mean", got {pool!r}')
@@ -195,8 +197,8 @@ class BlockSelector:
             raise ValueError(f"q must have a multiple of k's heads and its D, got {list(q.shape)} and {list(k.shape)}")
         if keep is not None:
             return min(keep, len(self.prefix)), 0
-        assert mass is not None
-        return 0, max(1, round(mass * 2**MASS_BITS))
+        assert share is not None
+        return 0, max(1, round(share * 2**MASS_BITS))
 
 
 def choose(

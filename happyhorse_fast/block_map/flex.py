@@ -9,6 +9,7 @@ import torch
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import BLOCK, pack, unpack
 from happyhorse_fast.block_map.map import BlockMap
+from happyhorse_fast.errors import require_whole
 
 # Blocks of 128 x 128 that one call of a mask_mod evaluates: 256 of them are 4 M pairs, 32 MiB per int64 index.
 BLOCKS_AT_A_TIME = 256
@@ -34,7 +35,9 @@ def from_flex(block_mask: Any) -> BlockMap:
         ragged = full.new_zeros(heads, rows)
 
     where = partial.nonzero()  # [blocks, 3]: head, row, column
-    masks = [_evaluate(block_mask.mask_mod, part, queries, keys) for part in where.split(BLOCKS_AT_A_TIME)]
+    # Of no blocks, split makes one empty part, which vmap does not take.
+    parts = where.split(BLOCKS_AT_A_TIME) if len(where) else ()
+    masks = [_evaluate(block_mask.mask_mod, part, queries, keys) for part in parts]
     extra = ragged.nonzero()
     if len(extra):
         inside = torch.arange(BLOCK, device=full.device) < keys % BLOCK
@@ -76,6 +79,7 @@ def to_flex(block_map: BlockMap, num_heads_q: int | None) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     heads = block_map.heads
+    num_heads_q = None if num_heads_q is None else require_whole("num_heads_q", num_heads_q, 1)
     if heads > 1 and (num_heads_q is None or num_heads_q % heads):
         raise ValueError(f"num_heads_q must be a multiple of the map's {heads} heads, got {num_heads_q}")
     full, ids = block_map.to_blocks()

@@ -12,6 +12,7 @@ import torch
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import BLOCK, WORDS
 from happyhorse_fast.block_map.map import BlockMap
+from happyhorse_fast.errors import require_whole
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 # Masks of 2 KiB that are built at a time: 8 MiB, whatever the number of partial blocks.
@@ -30,9 +31,7 @@ def from_ranges(
     where the pieces that cover all its keys add up to all its queries. All of it in array operations; only the masks
     of partial blocks are looked up one by one, to keep one copy of each.
     """
-    for name, size in (("queries", queries), ("keys", keys)):
-        if size < 0:
-            raise ValueError(f"{name} must be at least 0, got {size}")
+    queries, keys = require_whole("queries", queries, 0), require_whole("keys", keys, 0)
     q, k = _checked("q_ranges", q_ranges, queries), _checked("k_ranges", k_ranges, keys)
     if len(q) != len(k):
         raise ValueError(f"q_ranges and k_ranges must have as many rows, got {len(q)} and {len(k)}")

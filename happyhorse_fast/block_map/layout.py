@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from happyhorse_fast.block_map.bits import BLOCK
 from happyhorse_fast.block_map.map import BlockMap
+from happyhorse_fast.errors import require_whole
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Layout:
         align_modalities: Audio, text and what follows start on a multiple of 128 slots.
 
     Raises:
+        TypeError: A size is no whole number.
         ValueError: A size is negative.
     """
 
@@ -34,8 +36,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("frames", "frame_tokens", "audio", "text"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            object.__setattr__(self, name, require_whole(name, getattr(self, name), 0))
 
     @property
     def frame_slots(self) -> int:
@@ -80,8 +81,8 @@ def frame_window(layouts: Layout | Sequence[Layout], receptive_field: int | None
     layouts = [layouts] if isinstance(layouts, Layout) else list(layouts)
     if not layouts:
         raise ValueError("layouts must name at least one clip, got none")
-    if receptive_field is not None and receptive_field < 0:
-        raise ValueError(f"receptive_field must be at least 0, or None for no window, got {receptive_field}")
+    if receptive_field is not None:
+        receptive_field = require_whole("receptive_field", receptive_field, 0)
     queries: list[tuple[int, int]] = []
     keys: list[tuple[int, int]] = []
     origin = 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from happyhorse_fast.block_map.bits import BLOCK
 from happyhorse_fast.block_map.dynamic import select, touching
 from happyhorse_fast.block_map.layout import Layout, frame_window
 from happyhorse_fast.block_map.map import BlockMap
+from happyhorse_fast.errors import require_whole
 
 
 def tile_order(frames: int, rows: int, columns: int, tile: tuple[int, int, int]) -> torch.Tensor:
@@ -19,9 +22,10 @@ def tile_order(frames: int, rows: int, columns: int, tile: tuple[int, int, int])
     Raises:
         ValueError: A size is less than 1.
     """
-    for name, size in (("frames", frames), ("rows", rows), ("columns", columns), *(("tile", t) for t in tile)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    frames, rows, columns = (
+        require_whole(name, size, 1) for name, size in (("frames", frames), ("rows", rows), ("columns", columns))
+    )
+    tile = _three("tile", tile, 1)
     t, h, w = torch.meshgrid(*(torch.arange(n) for n in (frames, rows, columns)), indexing="ij")
     across = [-(-n // s) for n, s in zip((frames, rows, columns), tile, strict=True)]
     key = ((t // tile[0]) * across[1] + h // tile[1]) * across[2] + w // tile[2]
@@ -40,10 +44,10 @@ def tile_window(
     A block spans the tiles of its tokens, a box in tile coordinates; two blocks see each other where their boxes are at
     most ``window`` apart along every axis. Blocks that hold audio or text see and are seen by every block.
     """
-    if columns < 1 or layout.frame_tokens % columns:
+    columns = require_whole("columns", columns, 1)
+    tile, window = _three("tile", tile, 1), _three("window", window, 0)
+    if layout.frame_tokens % columns:
         raise ValueError(f"columns must divide the {layout.frame_tokens} tokens of a frame, got {columns}")
-    if min(window) < 0:
-        raise ValueError(f"window must be at least 0 along every axis, got {window}")
     rows = layout.frame_tokens // columns
     order = tile_order(layout.frames, rows, columns, tile)
     place = torch.stack([order // (rows * columns), order // columns % rows, order % columns])  # [3, V]
@@ -59,3 +63,8 @@ def tile_window(
     prefix = touching(layout.prefix_spans(), blocks)
     keep = near | prefix[:, None] | prefix[None, :]
     return select(frame_window(layout, None) if base is None else base, keep[None])
+
+
+def _three(name: str, sizes: Sequence[int], least: int) -> tuple[int, int, int]:
+    t, h, w = (require_whole(name, size, least) for size in sizes)
+    return t, h, w

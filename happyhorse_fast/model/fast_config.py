@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.errors import real_number, whole_number
 
 Precision = Literal["bf16", "fp8"]
 AttentionPrecision = Literal["bf16", "fp8", "fp8_qk"]
@@ -27,7 +28,7 @@ class TopK:
     keep: float = 0.25
 
     def __post_init__(self) -> None:
-        _require_share("keep", self.keep)
+        object.__setattr__(self, "keep", _require_share("keep", self.keep))
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class TopP:
     mass: float = 0.9
 
     def __post_init__(self) -> None:
-        _require_share("mass", self.mass)
+        object.__setattr__(self, "mass", _require_share("mass", self.mass))
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,24 @@ class Tiles:
 
     def __post_init__(self) -> None:
         for name in ("frames", "rows", "columns"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+            object.__setattr__(self, name, _require_count(name, getattr(self, name)))
 
 
 Sparsity = TopK | TopP | Tiles
 
 
-def _require_share(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+def _require_share(name: str, value: object) -> float:
+    number = real_number(value)
+    if number is None or not 0 < number <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+    return number
+
+
+def _require_count(name: str, value: object) -> int:
+    number = whole_number(value)
+    if number is None or number < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +131,12 @@ class FastConfig:
         if self.sparsity is not None and not isinstance(self.sparsity, Sparsity):
             raise TypeError(f"sparsity must be None, TopK, TopP or Tiles; got {self.sparsity!r}")
         for name in ("exact_first_layers", "exact_last_layers", "exact_first_steps", "exact_last_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
-        rows: object = self.mlp_rows
-        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 128 or rows % 128):
-            raise ValueError(f"mlp_rows must be None or a positive multiple of 128, got {rows!r}")
+            object.__setattr__(self, name, _require_count(name, getattr(self, name)))
+        if self.mlp_rows is not None:
+            rows = whole_number(self.mlp_rows)
+            if rows is None or rows < 128 or rows % 128:
+                raise ValueError(f"mlp_rows must be None or a positive multiple of 128, got {self.mlp_rows!r}")
+            object.__setattr__(self, "mlp_rows", rows)
         given: object = self.skip
         if not isinstance(given, (list, tuple)) or not all(isinstance(rule, str) for rule in given):
             raise TypeError(f'skip must be a list such as ["attention:0-3"], got {given!r}')

@@ -6,22 +6,7 @@ import math
 
 import torch
 
-from happyhorse_fast.errors import require_finite, require_tensor
-
-
-def require_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
-    """A whole number within bounds.
-
-    Raises:
-        TypeError: Not an int.
-        ValueError: Out of bounds.
-    """
-    allowed = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, {allowed}; got {value!r} of type {type(value).__name__}")
-    if value < minimum or (maximum is not None and value > maximum):
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-    return value
+from happyhorse_fast.errors import real_number, require_finite, require_tensor
 
 
 def require_positive(name: str, value: object) -> float:
@@ -78,6 +63,7 @@ def prepare_image(image: object, video: torch.Size, device: torch.device, dtype:
 
 
 def _require_number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = real_number(value)
+    if number is None:
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    return float(value)
+    return number

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from happyhorse_fast.errors import require_finite, require_tensor
+from happyhorse_fast.errors import require_finite, require_tensor, require_whole
 from happyhorse_fast.reference.sequence import Clip, check_inputs, check_time_axis
-from happyhorse_fast.sampler.arguments import prepare_image, require_callback, require_int, require_positive
+from happyhorse_fast.sampler.arguments import prepare_image, require_callback, require_positive
 from happyhorse_fast.sampler.distilled import DISTILLED_STEPS, sample_distilled
 from happyhorse_fast.sampler.guided import GUIDED_STEPS, sample_guided
 from happyhorse_fast.sampler.noise import Noise, noise_source
@@ -68,7 +68,7 @@ def sample(
     require_denoiser("model", model)
     clip = check_inputs(model.config, video, audio, text, model.device)
     default = DISTILLED_STEPS if guidance is None else GUIDED_STEPS
-    steps = default if steps is None else require_int("steps", steps, 1)
+    steps = default if steps is None else require_whole("steps", steps, 1)
     shift = require_positive("shift", shift)
     guidance_audio = require_positive("guidance_audio", guidance_audio)
     require_callback(callback)

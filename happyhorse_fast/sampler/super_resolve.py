@@ -8,18 +8,18 @@ import torch
 from torch.nn.functional import interpolate
 
 from happyhorse_fast.config import PATCH
+from happyhorse_fast.errors import require_whole
 from happyhorse_fast.reference.sequence import check_inputs
 from happyhorse_fast.sampler.arguments import (
     prepare_image,
     require_callback,
     require_fraction,
-    require_int,
     require_positive,
 )
 from happyhorse_fast.sampler.noise import Noise, noise_source
 from happyhorse_fast.sampler.progress import Callback
 from happyhorse_fast.sampler.steps import Denoiser, latent_dtype, predict, require_denoiser, run_steps
-from happyhorse_fast.sampler.unipc import unipc_scheduler
+from happyhorse_fast.sampler.unipc import unipc_scheduler, unipc_step
 
 SIGNAL_LEVELS = 1000
 """Entries of the signal table."""
@@ -92,9 +92,9 @@ def super_resolve(
     require_denoiser("sr_model", sr_model)
     check_inputs(sr_model.config, video, audio, text, sr_model.device)
     height, width = _check_size(size, video.shape)
-    steps = require_int("steps", steps, 1)
+    steps = require_whole("steps", steps, 1)
     shift = require_positive("shift", shift)
-    noise_index = require_int("noise_index", noise_index, 0, SIGNAL_LEVELS - 1)
+    noise_index = require_whole("noise_index", noise_index, 0, SIGNAL_LEVELS - 1)
     audio_noise = require_fraction("audio_noise", audio_noise)
     require_callback(callback)
     dtype = latent_dtype(sr_model)
@@ -103,7 +103,8 @@ def super_resolve(
     image = prepare_image(image, target, sr_model.device, dtype)
     solver = unipc_scheduler(steps, shift)
 
-    video, audio = interpolate(video.to(dtype), target[2:], mode="trilinear", align_corners=True), audio.to(dtype)
+    video = interpolate(video.to(dtype), target[2:], mode="trilinear", align_corners=True)
+    audio = audio.to(dtype)
     if noise_index:
         signal = float(signal_table()[noise_index])
         video = signal * video + (1 - signal**2) ** 0.5 * draw("noise.sr.video", video.shape)
@@ -112,8 +113,7 @@ def super_resolve(
 
     def advance(i: int, video: torch.Tensor, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         velocity, _ = predict(sr_model, video, audio, text, f"step {i + 1} of {steps}")
-        (video,) = solver.step(velocity, solver.timesteps[i], video, return_dict=False)
-        return video, audio
+        return unipc_step(solver, velocity, i, video), audio
 
     sigmas = solver.sigmas[:-1].tolist()
     title = "super-resolution"
@@ -126,8 +126,9 @@ def super_resolve(
 def _check_size(size: object, video: torch.Size) -> tuple[int, int]:
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise TypeError(f"size must be (H, W), latent rows and columns, got {size!r}")
+    found = []
     for axis, patch, value, least in zip("HW", PATCH[1:], size, video[3:], strict=True):
-        require_int(f"{axis} of size, in latent positions,", value, least)
-        if value % patch:
+        found.append(require_whole(f"{axis} of size, in latent positions,", value, least))
+        if found[-1] % patch:
             raise ValueError(f"{axis} of size must be a multiple of {patch} (patches are 1x2x2), got {tuple(size)}")
-    return size[0], size[1]
+    return found[0], found[1]
