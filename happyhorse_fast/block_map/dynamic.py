@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import BLOCK
 from happyhorse_fast.block_map.layout import Layout, frame_window
@@ -36,6 +37,7 @@ class Slots(Protocol):
     def prefix_spans(self) -> list[tuple[int, int]]: ...
 
 
+@ambient.makes_tensors
 def touching(spans: Sequence[tuple[int, int]], blocks: int) -> torch.Tensor:
     """bool [blocks]: which blocks hold a token of a span."""
     held = torch.zeros(blocks, dtype=torch.bool)
@@ -87,6 +89,7 @@ class BlockSelector:
         ValueError: ``base`` is of another size than the layout, has several heads, or is missing.
     """
 
+    @ambient.makes_tensors
     def __init__(self, layout: Slots, base: BlockMap | None, device: torch.device | str) -> None:
         if base is None:
             if not isinstance(layout, Layout):
@@ -201,6 +204,7 @@ class BlockSelector:
         return 0, max(1, round(share * 2**MASS_BITS))
 
 
+@ambient.independent
 def choose(
     q: torch.Tensor,
     k: torch.Tensor,

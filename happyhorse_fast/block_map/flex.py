@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import BLOCK, pack, unpack
 from happyhorse_fast.block_map.map import BlockMap
@@ -15,6 +16,7 @@ from happyhorse_fast.errors import require_whole
 BLOCKS_AT_A_TIME = 256
 
 
+@ambient.makes_tensors
 def from_flex(block_mask: Any) -> BlockMap:
     """See :meth:`BlockMap.from_flex`."""
     if tuple(block_mask.BLOCK_SIZE) != (BLOCK, BLOCK):

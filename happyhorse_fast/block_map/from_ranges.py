@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import BLOCK, WORDS
 from happyhorse_fast.block_map.map import BlockMap
@@ -19,6 +20,7 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 MASK_CHUNK = 4096
 
 
+@ambient.makes_tensors
 def from_ranges(
     q_ranges: Sequence[Sequence[int]] | torch.Tensor,
     k_ranges: Sequence[Sequence[int]] | torch.Tensor,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.block_map.bits import BLOCK
 from happyhorse_fast.block_map.dynamic import select, touching
 from happyhorse_fast.block_map.layout import Layout, frame_window
@@ -13,6 +14,7 @@ from happyhorse_fast.block_map.map import BlockMap
 from happyhorse_fast.errors import require_whole
 
 
+@ambient.makes_tensors
 def tile_order(frames: int, rows: int, columns: int, tile: tuple[int, int, int]) -> torch.Tensor:
     """Video tokens listed tile by tile, row-major among tiles and within a tile: int64 [T * H * W].
 
@@ -32,6 +34,7 @@ def tile_order(frames: int, rows: int, columns: int, tile: tuple[int, int, int])
     return torch.argsort(key.flatten(), stable=True)
 
 
+@ambient.makes_tensors
 def tile_window(
     layout: Layout,
     columns: int,

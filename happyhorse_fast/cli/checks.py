@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from happyhorse_fast import golden
+from happyhorse_fast import ambient, golden
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.golden import GoldenCase
@@ -84,6 +84,7 @@ def _error(what: str, value: torch.Tensor, expected: torch.Tensor, budget: float
 # Recorded cases -------------------------------------------------------------------------------------------------------
 
 
+@ambient.independent
 def verify_case(case: GoldenCase, model: HappyHorse | None = None) -> Comparison:
     """Hold the eager model against one recorded case: sequence, every layer, velocities, and the sampler it has.
 
@@ -226,6 +227,7 @@ def in_dtype(model: HappyHorse, dtype: torch.dtype) -> HappyHorse:
     return other
 
 
+@ambient.independent
 def seeded_inputs(
     config: ModelConfig, grid: tuple[int, int, int], *, text: int, seed: int, device: torch.device
 ) -> list[torch.Tensor]:
@@ -245,6 +247,7 @@ def seeded_inputs(
     return [golden.draw(seed, name, shape).to(device) for name, shape in shapes.items()]
 
 
+@ambient.independent
 def verify_model(
     model: HappyHorse,
     grid: tuple[int, int, int] = (3, 4, 6),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from happyhorse_fast import golden
+from happyhorse_fast import ambient, golden
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.cli.checks import in_dtype, seeded_inputs
@@ -119,6 +119,7 @@ def forms_of(fast: FastConfig) -> Iterator[tuple[str, str, FastConfig]]:
         yield f"fast {fast.precision} + sparsity", "sparsity", fast
 
 
+@ambient.independent
 def equivalence(
     model: HappyHorse, inputs: list[torch.Tensor], case: str, fast: FastConfig, *, steps: int = 8, seed: int = 0
 ) -> Equivalence:

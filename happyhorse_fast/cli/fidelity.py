@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.budgets import measure as tensor_error
 from happyhorse_fast.cli.frame_blocks import FrameBlocks, decide_between_frames
@@ -210,6 +211,7 @@ class Fidelity:
     results: tuple[PolicyResult, ...]
 
 
+@ambient.independent
 def measure_fidelity(
     chosen: tuple[Policy, ...],
     clips: int,
@@ -296,6 +298,7 @@ def settings(fast: FastConfig | None) -> str:
     return ", ".join(f"{n}={getattr(fast, n)!r}" for n in fields if getattr(fast, n) != getattr(default, n))
 
 
+@ambient.independent
 def kept_share(model: Any, steps: int) -> float:
     """Share of the exact maps' video-to-video pairs that a model's sparsity computes; 1 where there is none.
 

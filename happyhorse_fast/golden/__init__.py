@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from happyhorse_fast import ambient
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
@@ -48,6 +49,7 @@ class GoldenCase:
         """The case's weights under the published keys, in the published dtypes."""
         return recipe_weights(self.config, self.seed)
 
+    @ambient.makes_tensors
     def model(self, compute_dtype: torch.dtype | None = None) -> HappyHorse:
         """The eager model with the case's weights, in the recorded or another compute dtype."""
         model = HappyHorse(self.config, compute_dtype or self.compute_dtype)
@@ -60,6 +62,7 @@ def names() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.safetensors"))
 
 
+@ambient.makes_tensors
 def load_case(name: str) -> GoldenCase:
     """Read one case.
 
@@ -80,12 +83,14 @@ def load_case(name: str) -> GoldenCase:
     return GoldenCase(name, config, dtype, int(metadata["seed"]), tensors)
 
 
+@ambient.makes_tensors
 def draw(seed: int, name: str, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:
     """Standard normal float32 on the CPU from the generator that ``seed`` and ``name`` give."""
     generator = torch.Generator().manual_seed(seed * 1000003 + zlib.crc32(name.encode()))
     return torch.randn(*shape, generator=generator)
 
 
+@ambient.makes_tensors
 def recipe_weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     """Weights of any configuration by the recorded recipe: norms 0.2 z, biases 0.1 z, matrices z / sqrt(fan_in)."""
     weights = {}

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from happyhorse_fast import ambient
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model import fast_model
 from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles
@@ -30,6 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 LayerTensors = Mapping[str, torch.Tensor]
 
 
+@ambient.makes_tensors
 def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable[[str], None] | None = None) -> Model:
     """Replace a model's layers by fast ones, in place, one layer at a time. For inference: it has no gradients.
 
@@ -101,6 +103,7 @@ class Accelerating:
         self.model, self.device = model, device
         self.state = FastState(config, fast, choose_ops(fast, device, None), [], type(model))
 
+    @ambient.makes_tensors
     def pack(self, index: int) -> None:
         """Pack one layer, whose published tensors are on the device."""
         layers: Any = self.model.block.layers  # type: ignore[union-attr]
@@ -149,7 +152,7 @@ def choose_ops(fast: FastConfig, device: torch.device, report: Callable[[str], N
         if device.type == "cuda" and backend == "reference" and "block_sparse_attention" in ops:
             # 502 x 502 blocks in 40 layers at 0.2 ms (fast_state.PLAIN_SECONDS_PER_BLOCK): 34 minutes.
             line += "; attention in plain torch is for short clips: half an hour a step of a dense model at 1080p"
-        report(line) if report else warnings.warn(line, stacklevel=3)
+        report(line) if report else warnings.warn(line, stacklevel=5)  # past two wrappers
     return choices
 
 
@@ -181,6 +184,7 @@ def install(model: nn.Module, state: FastState) -> None:
     model.__class__ = type(f"Accelerated{type(model).__name__}", (forward, type(model)), {})
 
 
+@ambient.makes_tensors
 def restore(model: Model) -> Model:
     """Undo :func:`accelerate` and every :func:`merge_lora`, in place; the weights are what they were, bit for bit.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from happyhorse_fast import ambient
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.errors import CheckpointError
 from happyhorse_fast.model.accelerate import Accelerating
@@ -35,6 +36,7 @@ BANDS_TOLERANCE = 1e-6
 Advance = Callable[[int], None]
 
 
+@ambient.makes_tensors
 def load(
     path: str | Path,
     preset: str | None = None,

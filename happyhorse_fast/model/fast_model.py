@@ -9,15 +9,16 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from torch.utils._python_dispatch import _disable_current_modes
 
+from happyhorse_fast import ambient
 from happyhorse_fast.errors import require_finite, require_tensor
 from happyhorse_fast.model.clip_state import ClipState
 from happyhorse_fast.model.fast_state import FastState
 from happyhorse_fast.model.padded_rows import PaddedRows, Spans, worth_aligning
 from happyhorse_fast.model.refusals import require_running
 from happyhorse_fast.reference import sequence
+from happyhorse_fast.reference.float32 import linear
 from happyhorse_fast.reference.model import ROW_CHUNK, LayerHook
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 from happyhorse_fast.reference.sequence import Ranges
@@ -29,11 +30,12 @@ R = TypeVar("R")
 
 
 def inference(forward: Callable[P, R]) -> Callable[P, R]:
-    """A model's method without gradients and outside of autocast.
+    """A model's method without gradients, and whatever torch's settings are.
 
-    Every dtype is chosen here already; autocast would make bf16 of the float32 products at both ends.
+    Every dtype is chosen here already; autocast, also in a graph, would make bf16 of the float32 products at both ends.
     """
 
+    @ambient.makes_tensors  # a clip's state is kept for later calls
     @functools.wraps(forward)
     @torch.no_grad()
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

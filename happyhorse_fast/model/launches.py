@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from happyhorse_fast import ambient
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model.accelerate import accelerate
 from happyhorse_fast.model.fast_config import FastConfig
@@ -49,6 +50,7 @@ class LaunchCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@ambient.independent
 def launches_per_layer(fast: FastConfig) -> list[list[str]]:
     """Names of the launches of each kind of layer, on the second forward pass of a clip.
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from happyhorse_fast import ambient
 from happyhorse_fast.model.fast_state import is_accelerated
 from happyhorse_fast.model.lora_file import Lora, Update, read_lora
 from happyhorse_fast.model.refusals import require_unwrapped, require_whole_weights
@@ -189,22 +189,10 @@ def _bits(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().view(_BITS[weight.dtype.itemsize]).sum(0, dtype=torch.int64).cpu()
 
 
-@contextlib.contextmanager
-def _in_float32(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32, whatever TF32, bf16 or autocast the process is set to."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False), torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _sum(original: torch.Tensor, updates: tuple[Update, ...], device: torch.device) -> torch.Tensor:
     """original [out, in] plus its updates, summed in float32 (float64 for float64) in order, in its own dtype."""
     wide = torch.promote_types(original.dtype, torch.float32)
-    with _in_float32(device):
+    with ambient.held(), torch.no_grad():  # products in float32, whatever the process is set to
         total = original.detach().to(device, wide, copy=True)
         for update in updates:
             up, down = update.up.to(device, wide), update.down.to(device, wide)

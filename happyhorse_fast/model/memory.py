@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from happyhorse_fast import ambient
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import layer_kind
 from happyhorse_fast.model.clip_state import ClipState
@@ -194,6 +195,7 @@ def _view(tensor: torch.Tensor, index: Any) -> torch.Tensor:
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@ambient.independent
 def fake_copy(model: Module, device: str) -> Module:
     """A copy of a model with fake tensors on ``device`` in place of its own, shared where they were shared.
 
@@ -209,6 +211,7 @@ def fake_copy(model: Module, device: str) -> Module:
 Call = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], object]
 
 
+@ambient.independent
 def peak_memory(
     model: nn.Module, clip: ClipTokens, text: int = TEXT_TOKENS, *, device: str = "cuda", call: Call | None = None
 ) -> PeakMemory:
@@ -266,6 +269,7 @@ def one_layer_per_kind(config: ModelConfig, clip: ClipTokens) -> ModelConfig:
     return config.replace(num_layers=len(first), **kept)
 
 
+@ambient.independent
 def peak_by_kind(
     config: ModelConfig, clip: ClipTokens, build: Callable[[ModelConfig], nn.Module], *, text: int = TEXT_TOKENS
 ) -> int:

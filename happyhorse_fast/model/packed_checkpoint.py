@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from happyhorse_fast import ambient
 from happyhorse_fast._version import __version__
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.errors import CheckpointError
@@ -98,6 +99,7 @@ def packed_config(folder: str | Path, fast: FastConfig | None) -> tuple[ModelCon
     return config, fast
 
 
+@ambient.makes_tensors
 def load_packed(
     folder: str | Path, device: torch.device, fast: FastConfig | None = None, *, progress: bool
 ) -> HappyHorse:

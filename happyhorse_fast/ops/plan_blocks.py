@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
 from happyhorse_fast.block_map.map import Ranges
 from happyhorse_fast.errors import require_whole
@@ -43,6 +44,7 @@ class Schedule(NamedTuple):
     items: torch.Tensor
 
 
+@ambient.makes_tensors
 def from_ranges(q_ranges: Ranges, k_ranges: Ranges, queries: int, keys: int, *, backend: Backend = "auto") -> BlockMap:
     """:meth:`BlockMap.from_ranges`, compiled.
 
@@ -72,6 +74,7 @@ def from_ranges(q_ranges: Ranges, k_ranges: Ranges, queries: int, keys: int, *, 
     return _block_map(_C.from_ranges(q, k, queries, keys), queries, keys)
 
 
+@ambient.makes_tensors
 def frame_window(
     layouts: Layout | Sequence[Layout], receptive_field: int | None, *, backend: Backend = "auto"
 ) -> BlockMap:
@@ -107,6 +110,7 @@ def frame_window(
     return _block_map(_C.frame_window(np.array(fields, dtype=np.int64), reach), slots, slots)
 
 
+@ambient.makes_tensors
 def schedule(
     lengths: torch.Tensor | npt.ArrayLike, programs: int, query_heads: int = 1, *, backend: Backend = "auto"
 ) -> Schedule:

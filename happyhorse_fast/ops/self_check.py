@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
 from happyhorse_fast.budgets import (
     ATTENTION_DISTANCE_TENSOR_CORE,
@@ -114,7 +115,8 @@ def run_checks(
                 continue
             start, fault = time.perf_counter(), ""
             try:
-                passed, detail = _judge(check(backend, device, variant))
+                with ambient.held():  # a caller's TF32 would fail a right kernel, and be remembered
+                    passed, detail = _judge(check(backend, device, variant))
             except Exception as error:  # whatever a compiler or driver raises, the kernel is not to be used
                 passed, detail = False, f"{type(error).__name__}: {error}"
                 fault = LOST if _is_lost(device) else RAISED

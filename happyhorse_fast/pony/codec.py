@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.tokens import VAE_STRIDE
 
 FPS = 24
@@ -63,11 +64,13 @@ def video_blocks(frames: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
 
 
+@ambient.independent
 def encode_video(codec: LinearCodec, frames: torch.Tensor) -> torch.Tensor:
     """[B, F, H, W, 3] in 0..1 -> [B, 48, T, H/16, W/16]."""
     return codec.encode(video_blocks(frames)).permute(0, 4, 1, 2, 3)
 
 
+@ambient.independent
 def decode_video(codec: LinearCodec, latent: torch.Tensor) -> torch.Tensor:
     """[B, 48, T, H/16, W/16] -> [B, 4 (T - 1) + 1, H, W, 3], clamped to 0..1; the first picture is its group's mean."""
     st, sh, sw = VAE_STRIDE
@@ -78,11 +81,13 @@ def decode_video(codec: LinearCodec, latent: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, x[:, 1:].flatten(1, 2)], dim=1).clamp(0.0, 1.0)
 
 
+@ambient.independent
 def encode_audio(codec: LinearCodec, samples: torch.Tensor) -> torch.Tensor:
     """[B, frames * FRAME_SAMPLES] in -1..1 -> [B, frames, 64]."""
     return codec.encode(samples.unflatten(1, (-1, FRAME_SAMPLES)))
 
 
+@ambient.independent
 def decode_audio(codec: LinearCodec, latent: torch.Tensor) -> torch.Tensor:
     """[B, frames, 64] -> [B, frames * FRAME_SAMPLES], clamped to -1..1."""
     return codec.decode(latent).flatten(1).clamp(-1.0, 1.0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.config import LATENT_CHANNELS, PATCH
 from happyhorse_fast.errors import require_tensor
 from happyhorse_fast.pony.codec import FRAMES, SIDE, decode_audio, decode_video, encode_video
@@ -42,6 +43,7 @@ class PonyClip:
     audio: torch.Tensor
 
 
+@ambient.independent
 def encode_image(picture: torch.Tensor) -> torch.Tensor:
     """[128, 128, 3] float32 in 0..1 -> [1, 48, 1, 8, 8], as ``image`` of :func:`generate` and ``sample`` take it.
 
@@ -53,6 +55,7 @@ def encode_image(picture: torch.Tensor) -> torch.Tensor:
     return encode_video(load_codecs().video, value[None, None].float())
 
 
+@ambient.independent
 def noise_and_text(prompt: str, noise: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What sampling a clip starts from: noise [1, 48, 13, 8, 8] and [1, 49, 64], text tokens.
 

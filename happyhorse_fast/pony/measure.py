@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.pony.codec import FRAME_SAMPLES, SAMPLE_RATE
 from happyhorse_fast.pony.prompt import Prompt
 from happyhorse_fast.pony.scene import COLUMN, FLOOR_ROW, PITCH, RADIUS, RGB, background
@@ -82,6 +83,7 @@ def rates(judged: list[dict[str, bool]]) -> dict[str, float]:
     return {name: sum(row[name] for row in judged) / len(judged) for name in RATES}
 
 
+@ambient.independent
 def measure(frames: torch.Tensor, samples: torch.Tensor) -> Measured:
     """Read one clip.
 

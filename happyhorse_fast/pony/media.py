@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from happyhorse_fast import optional
+from happyhorse_fast import ambient, optional
 from happyhorse_fast.pony.codec import FPS, SAMPLE_RATE, SIDE
 from happyhorse_fast.pony.orientation import exif_orientation, turned
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from happyhorse_fast.pony.generate import PonyClip
 
 
+@ambient.independent
 def read_image(path: Path) -> torch.Tensor:
     """The middle square of a picture as viewers show it, scaled to the pony's size.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import conv2d
 
+from happyhorse_fast import ambient
 from happyhorse_fast.pony.codec import FRAME_SAMPLES
 
 MOST_DB = 100.0
@@ -13,6 +14,7 @@ _WINDOW, _SIGMA = 11, 1.5  # pixels
 _K1, _K2 = 0.01, 0.03
 
 
+@ambient.independent
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio over each clip, at most 100 dB.
 
@@ -27,6 +29,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (-10 * error.clamp(min=1e-30).log10()).clamp(max=MOST_DB)
 
 
+@ambient.independent
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Structural similarity of each picture: Wang et al., "Image quality assessment", 2004, equations 13 and 17.
 

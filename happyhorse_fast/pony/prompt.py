@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from happyhorse_fast import ambient
+
 SIZES = ("large", "medium", "small")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 COUNTS = ("once", "twice", "three times")
@@ -86,6 +88,7 @@ def parse(text: str) -> Prompt:
     return found
 
 
+@ambient.independent
 def encode_text(text: str) -> torch.Tensor:
     """[1, TEXT_TOKENS, TEXT_CHANNELS] float32: per word its letters as one-hot vectors, zeros after the last.
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
+from happyhorse_fast import ambient
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.pony.codec import LinearCodec
 from happyhorse_fast.pony.prompt import TEXT_CHANNELS
@@ -42,6 +43,7 @@ class Codecs(NamedTuple):
 
 
 @lru_cache(maxsize=1)
+@ambient.makes_tensors
 def load_codecs() -> Codecs:
     """The codecs that the pony was trained with."""
     tensors = load_file(CODEC_FILE)
@@ -53,6 +55,7 @@ def weights_digest() -> str:
     return hashlib.sha256(WEIGHTS_FILE.read_bytes()).hexdigest()
 
 
+@ambient.makes_tensors
 def load_model(compute_dtype: torch.dtype = torch.bfloat16) -> HappyHorse:
     """The trained model on the CPU.
 

@@ -6,6 +6,8 @@ import itertools
 
 import torch
 
+from happyhorse_fast import ambient
+from happyhorse_fast.reference.float32 import matmul
 from happyhorse_fast.reference.sequence import Ranges
 
 # Bytes of scores that one chunk of queries may take: 256 MiB keeps eager attention small beside the weights.
@@ -39,6 +41,7 @@ def segments_of(ranges: Ranges, total: int) -> list[tuple[int, int, list[tuple[i
     return segments
 
 
+@ambient.independent
 def block_sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: Ranges, *, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,13 +75,14 @@ def block_sparse_attention(
         for first in range(start, end, rows):
             part = slice(first, min(first + rows, end))
             queries = q[part].to(wide).unflatten(1, (hkv, hq // hkv)).permute(1, 2, 0, 3).flatten(1, 2)  # [Hkv, G*M, D]
-            scores = (queries @ keys) * scale
+            scores = matmul(queries, keys) * scale
             lse[:, part] = scores.logsumexp(dim=-1).reshape(hq, -1)
-            result = (scores.softmax(dim=-1) @ values).unflatten(1, (hq // hkv, -1))  # [Hkv, G, M, D]
+            result = matmul(scores.softmax(dim=-1), values).unflatten(1, (hq // hkv, -1))  # [Hkv, G, M, D]
             out[part] = result.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
     return out, lse
 
 
+@ambient.independent
 def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: Ranges) -> torch.Tensor:
     """The same attention through PyTorch's fused kernels, which take 16-bit tensors on a GPU; shapes as above."""
     out = torch.zeros_like(q)

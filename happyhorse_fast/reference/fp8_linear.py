@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.reference.mlp import gelu7, swiglu7
 from happyhorse_fast.reference.quantize import quantize_groups, scaled_rows
 
@@ -62,6 +63,7 @@ def products(
             yield rows, product * weight_scale[e]
 
 
+@ambient.independent
 def fp8_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -76,6 +78,7 @@ def fp8_linear(
     return y
 
 
+@ambient.independent
 def fp8_linear_residual(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -89,6 +92,7 @@ def fp8_linear_residual(
         hidden[rows] += product
 
 
+@ambient.independent
 def fp8_linear_activation(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -103,6 +107,7 @@ def fp8_linear_activation(
     return _activate(parts, x.shape[0], weight.shape[1], activation, fp8, x.device)
 
 
+@ambient.independent
 def activation_quantize(
     product: torch.Tensor,
     row_scale: torch.Tensor | None,

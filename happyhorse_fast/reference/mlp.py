@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import linear
+
+from happyhorse_fast import ambient
+from happyhorse_fast.reference.float32 import linear
 
 LIMIT = 7.0
 ALPHA = 1.702
@@ -21,6 +23,7 @@ def swiglu7(x: torch.Tensor) -> torch.Tensor:
     return a * torch.sigmoid(ALPHA * a) * (b + 1)
 
 
+@ambient.independent
 def mlp(
     x: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor, *, gated: bool, stream: torch.dtype
 ) -> torch.Tensor:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
+from happyhorse_fast import ambient
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.block_sparse_attention import block_sparse_attention, fused_attention
+from happyhorse_fast.reference.float32 import linear
 from happyhorse_fast.reference.mlp import mlp
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm, rmsnorm_qkv
 from happyhorse_fast.reference.rotary import frequency_bands, rotary_phases
@@ -149,15 +150,23 @@ class Rope(nn.Module):
         self.register_buffer("bands", frequency_bands(head_dim, device))
 
 
+def _linear(inputs: int, outputs: int, device: torch.device | None, *, bias: bool = True) -> nn.Linear:
+    """A float32 linear layer that starts at zero, as every other weight; torch's own start draws random numbers."""
+    made = nn.Linear(inputs, outputs, bias=bias, device="meta", dtype=torch.float32)
+    for name, like in list(made.named_parameters()):
+        setattr(made, name, nn.Parameter(torch.zeros(like.shape, dtype=torch.float32, device=device)))
+    return made
+
+
 class Adapter(nn.Module):
     """Float32 embedders of the three modalities, and the rotary frequencies."""
 
     def __init__(self, config: ModelConfig, device: torch.device | None) -> None:
         super().__init__()
         width = config.hidden_size
-        self.video_embedder = nn.Linear(config.video_in_channels, width, device=device, dtype=torch.float32)
-        self.text_embedder = nn.Linear(config.text_in_channels, width, device=device, dtype=torch.float32)
-        self.audio_embedder = nn.Linear(config.audio_in_channels, width, device=device, dtype=torch.float32)
+        self.video_embedder = _linear(config.video_in_channels, width, device)
+        self.text_embedder = _linear(config.text_in_channels, width, device)
+        self.audio_embedder = _linear(config.audio_in_channels, width, device)
         self.rope = Rope(config.head_dim, device)
 
 
@@ -167,10 +176,6 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
-
-
-def _head_linear(width: int, channels: int, device: torch.device | None) -> nn.Linear:
-    return nn.Linear(width, channels, bias=False, device=device, dtype=torch.float32)
 
 
 LayerHook = Callable[[int, torch.Tensor], None]
@@ -214,8 +219,8 @@ class HappyHorse(nn.Module):
         self.block = Block(config, param_dtype, where)
         self.final_norm_video = Weight(1, config.hidden_size, dtype=torch.float32, device=where)
         self.final_norm_audio = Weight(1, config.hidden_size, dtype=torch.float32, device=where)
-        self.final_linear_video = _head_linear(config.hidden_size, config.video_in_channels, where)
-        self.final_linear_audio = _head_linear(config.hidden_size, config.audio_in_channels, where)
+        self.final_linear_video = _linear(config.hidden_size, config.video_in_channels, where, bias=False)
+        self.final_linear_audio = _linear(config.hidden_size, config.audio_in_channels, where, bias=False)
 
     @property
     def device(self) -> torch.device:
@@ -242,6 +247,7 @@ class HappyHorse(nn.Module):
                 parameter.normal_(0.0, fan_in**-0.5, generator=generator)
         return self
 
+    @ambient.independent
     def forward(
         self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, *, on_layer: LayerHook | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,6 +258,9 @@ class HappyHorse(nn.Module):
             audio: [1, A, Ca] noisy latent.
             text: [1, L, Ct] embedding of the prompt.
             on_layer: Called with (layer, residual stream [N, hidden]) after every layer.
+
+        torch's settings do not reach it (TF32 and the like, autocast, default device and dtype, attention kernels):
+        float32 products are in float32. A backward pass follows them.
 
         Returns:
             video [1, C, T, H, W] and audio [1, A, Ca] velocities in the stream's dtype.

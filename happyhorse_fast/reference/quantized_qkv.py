@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.reference.quantize import e4m3_scale, fragment_order, quantize_rows, scaled_rows, to_e4m3
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 
@@ -60,6 +61,7 @@ def empty_qkv(cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int, out: s
     )
 
 
+@ambient.independent
 def rmsnorm_quantize(
     hidden: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -91,6 +93,7 @@ def rmsnorm_quantize(
     return x, scale
 
 
+@ambient.independent
 def qkv_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -139,6 +142,7 @@ def qkv_linear(
     return results
 
 
+@ambient.independent
 def qk_norm_rope(
     product: torch.Tensor,
     row_scale: torch.Tensor | None,

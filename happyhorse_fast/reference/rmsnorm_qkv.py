@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import linear
 
+from happyhorse_fast import ambient
+from happyhorse_fast.reference.float32 import linear
 from happyhorse_fast.reference.rotary import apply_rotary
 
 EPS = 1e-6
@@ -15,6 +16,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS) * (weight.to(x.dtype) + 1)
 
 
+@ambient.independent
 def rmsnorm_qkv(
     hidden: torch.Tensor,
     norm_weight: torch.Tensor,

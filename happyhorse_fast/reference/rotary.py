@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from happyhorse_fast import ambient
+
 
 def frequency_bands(head_dim: int, device: torch.device | None = None) -> torch.Tensor:
     """[B] float32, B = head_dim / 8: 10000^(-i/B). The same operations as the public code, so the same bits."""
@@ -15,6 +17,7 @@ def frequency_bands(head_dim: int, device: torch.device | None = None) -> torch.
     return 1.0 / (10000.0**exponent)
 
 
+@ambient.independent
 def rotary_phases(coords: torch.Tensor, bands: torch.Tensor) -> torch.Tensor:
     """Sine and cosine of every token's phases.
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.config import PATCH, CoordsStyle, ModelConfig
 from happyhorse_fast.errors import require_finite, require_tensor
 
@@ -131,6 +132,7 @@ def modality_of_tokens(clip: Clip, device: torch.device | None = None) -> torch.
     return torch.repeat_interleave(torch.arange(3, device=device), sizes, output_size=clip.total)
 
 
+@ambient.independent
 def coordinates(clip: Clip, style: CoordsStyle, device: torch.device | None = None) -> torch.Tensor:
     """Nine float32 coordinates per token: (t, h, w), its grid (T, H, W), and a reference grid (rT, rH, rW).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from happyhorse_fast import ambient
 from happyhorse_fast.block_map.bits import BLOCK, unpack
 from happyhorse_fast.block_map.map import BlockMap
 from happyhorse_fast.reference.quantize import token_order
@@ -13,6 +14,7 @@ P_SCALE = 256.0
 E4M3_MAX = 448.0
 
 
+@ambient.independent
 def sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,

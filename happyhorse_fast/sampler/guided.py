@@ -6,7 +6,7 @@ import torch
 
 from happyhorse_fast.sampler.progress import Callback
 from happyhorse_fast.sampler.steps import Denoiser, predict, run_steps
-from happyhorse_fast.sampler.unipc import unipc_scheduler
+from happyhorse_fast.sampler.unipc import unipc_scheduler, unipc_step
 
 GUIDED_STEPS = 32
 """Steps that the published base model is sampled with."""
@@ -46,9 +46,7 @@ def sample_guided(
         null_video, null_audio = predict(model, video, audio, null_text, f"{where} (null_text)")
         video_velocity = null_video + video_guidance(guidance, int(t)) * (text_video - null_video)
         audio_velocity = null_audio + guidance_audio * (text_audio - null_audio)
-        (video,) = video_solver.step(video_velocity, t, video, return_dict=False)
-        (audio,) = audio_solver.step(audio_velocity, t, audio, return_dict=False)
-        return video, audio
+        return unipc_step(video_solver, video_velocity, i, video), unipc_step(audio_solver, audio_velocity, i, audio)
 
     sigmas = video_solver.sigmas[:-1].tolist()
     return run_steps(

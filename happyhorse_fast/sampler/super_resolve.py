@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch.nn.functional import interpolate
 
+from happyhorse_fast import ambient
 from happyhorse_fast.config import PATCH
 from happyhorse_fast.errors import require_whole
 from happyhorse_fast.reference.sequence import check_inputs
@@ -26,6 +27,7 @@ SIGNAL_LEVELS = 1000
 
 
 @cache
+@ambient.makes_tensors
 def signal_table() -> torch.Tensor:
     """How much of the signal is kept per noise index; index 0 is the cleanest, 999 is pure noise.
 
@@ -103,7 +105,8 @@ def super_resolve(
     image = prepare_image(image, target, sr_model.device, dtype)
     solver = unipc_scheduler(steps, shift)
 
-    video = interpolate(video.to(dtype), target[2:], mode="trilinear", align_corners=True)
+    with ambient.held():
+        video = interpolate(video.to(dtype), target[2:], mode="trilinear", align_corners=True)
     audio = audio.to(dtype)
     if noise_index:
         signal = float(signal_table()[noise_index])

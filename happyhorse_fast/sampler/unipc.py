@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from happyhorse_fast import optional
+from happyhorse_fast import ambient, optional
 from happyhorse_fast.sampler.levels import unshifted_levels
 
 
@@ -22,6 +22,7 @@ class UniPC(Protocol):
         """(velocity, timestep, latent) -> (latent one level lower, as a new tensor,)."""
 
 
+@ambient.makes_tensors
 def unipc_scheduler(steps: int, shift: float) -> UniPC:
     """A scheduler for one latent over one run; it keeps that latent's history.
 
@@ -48,6 +49,7 @@ def unipc_scheduler(steps: int, shift: float) -> UniPC:
     return scheduler
 
 
+@ambient.independent
 def unipc_step(scheduler: UniPC, velocity: torch.Tensor, index: int, latent: torch.Tensor) -> torch.Tensor:
     """A latent one noise level lower; its products are in the latent's dtype, whatever torch's settings are."""
     (lower,) = scheduler.step(velocity, scheduler.timesteps[index], latent, return_dict=False)

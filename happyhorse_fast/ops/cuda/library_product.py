@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from happyhorse_fast import ambient
 from happyhorse_fast.ops.cuda.arguments import require_vectors
 
 FP8_SINCE = (8, 9)
@@ -37,6 +38,7 @@ def scale_of_one(x: torch.Tensor) -> torch.Tensor | None:
     return None if x.dtype == torch.bfloat16 else torch.ones((), dtype=torch.float32, device=x.device)
 
 
+@ambient.independent
 def library_product(x: torch.Tensor, weight: torch.Tensor, one: torch.Tensor | None) -> torch.Tensor:
     """x . weight of one expert, accumulated in float32.
 
