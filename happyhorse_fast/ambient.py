@@ -76,6 +76,12 @@ class _Float32Products(_Setting):
         return True
 
 
+def _bf16_sums() -> tuple[bool, ...]:
+    """Whether bf16 products may round partial sums to bf16, and newer torch: whether they may split K."""
+    allowed = _C._get_cublas_allow_bf16_reduced_precision_reduction()
+    return allowed if isinstance(allowed, tuple) else (allowed,)
+
+
 def _attention(kind: str) -> _Setting:
     return _Setting(getattr(_C, f"_get_{kind}_sdp_enabled"), getattr(_C, f"_set_sdp_use_{kind}"), True)
 
@@ -84,9 +90,9 @@ SETTINGS = (
     _Float32Products(),
     # Partial sums of bf16 products as torch has them by default, which is how the published numbers were made.
     _Setting(
-        _C._get_cublas_allow_bf16_reduced_precision_reduction,
+        _bf16_sums,
         lambda value: _C._set_cublas_allow_bf16_reduced_precision_reduction(*value),
-        (True, True),
+        (True,) * len(_bf16_sums()),
     ),
     *(_attention(kind) for kind in ("flash", "mem_efficient", "cudnn", "math")),
     _Setting(_C._get_math_sdp_allow_fp16_bf16_reduction, _C._set_math_sdp_allow_fp16_bf16_reduction, False),

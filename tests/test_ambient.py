@@ -229,7 +229,14 @@ def state() -> list[Any]:
 
 # The interpreter takes seconds, so only what a verdict could hang on.
 CHECKED_UNDER = ("matmul medium", "device meta", "dtype float64", "autocast cpu", "inference_mode", "deterministic")
-CASES = [(name, part) for name in SETTINGS for part in PARTS if part != "self-check" or name in CHECKED_UNDER]
+# One setting of a kind in every run of the tests, the others with the slow ones: all take 100 s.
+QUICK = ("matmul medium", "device meta", "dtype bfloat16", "autocast cpu")
+CASES = [
+    pytest.param(name, part, marks=[] if name in QUICK and part != "self-check" else pytest.mark.slow)
+    for name in SETTINGS
+    for part in PARTS
+    if part != "self-check" or name in CHECKED_UNDER
+]
 
 
 def first_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> str | None:
@@ -263,6 +270,7 @@ def test_a_setting_that_is_not_held_is_seen(
     assert first_difference(found, unset["eager"]) is not None
 
 
+@pytest.mark.slow
 def test_threads_change_the_order_of_sums_and_no_more(folder: Path, unset: dict[str, list[torch.Tensor]]) -> None:
     with torch_setting("set_num_threads", 2, torch.get_num_threads):
         for found, expected in zip(CASE.model(torch.float32)(*INPUTS), unset["eager"], strict=False):
@@ -288,7 +296,7 @@ def test_what_inference_mode_made_can_be_trained() -> None:
 # Graphs ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compute", ["eager", "fast", "exported"])
+@pytest.mark.parametrize("compute", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("eager", "fast")), "exported"])
 def test_a_graph_is_exact_in_float32_too(compute: str) -> None:
     torch._dynamo.reset()
     model = CASE.model(torch.float32)
@@ -306,6 +314,7 @@ def test_a_graph_is_exact_in_float32_too(compute: str) -> None:
     assert first_difference(list(found), list(expected)) is None
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_the_products_of_a_graph() -> None:
     torch._dynamo.reset()
 
