@@ -221,7 +221,7 @@ class Bench:
         if run.fast is not None:
             state: Any = self._model.fast
             state.fast = run.fast
-            state.clips.clear()
+            state.forget()
         return self._model
 
     def _fast(self, config: ModelConfig, fast: FastConfig) -> HappyHorse:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
     from happyhorse_fast.model.lora import merge_lora
     from happyhorse_fast.model.packed_checkpoint import save_packed
+    from happyhorse_fast.model.step import at_step
     from happyhorse_fast.ops.dispatch import BackendError
     from happyhorse_fast.reference.model import HappyHorse
     from happyhorse_fast.sampler.sample import sample
@@ -40,6 +41,7 @@ _WHERE = {
     "TopK": "model.fast_config",
     "TopP": "model.fast_config",
     "accelerate": "model.accelerate",
+    "at_step": "model.step",
     "explain": "model.accelerate",
     "load": "model.checkpoint",
     "merge_lora": "model.lora",
@@ -67,6 +69,7 @@ __all__ = [
     "TopP",
     "__version__",
     "accelerate",
+    "at_step",
     "explain",
     "load",
     "merge_lora",

@@ -73,8 +73,9 @@ def test_exported() -> None:
         assert same(program.module()(*INPUTS), accelerated()(*INPUTS))
 
 
-def test_a_second_clip_shape_after_compiling() -> None:
-    compiled = torch.compile(accelerated(), fullgraph=True, dynamic=False, backend="aot_eager")
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_a_second_clip_shape_after_compiling(dynamic: bool | None) -> None:
+    compiled = torch.compile(accelerated(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
     shorter = (INPUTS[0][:, :, :2].contiguous(), INPUTS[1][:, :5].contiguous(), INPUTS[2])
     with torch.no_grad():
         compiled(*INPUTS)

@@ -21,7 +21,7 @@ from happyhorse_fast.model.accelerate import accelerate
 from happyhorse_fast.model.checkpoint import save_checkpoint
 from happyhorse_fast.model.fast_config import FastConfig, TopK
 from happyhorse_fast.model.fast_layer import FastLayer
-from happyhorse_fast.model.fast_model import build_clip_state
+from happyhorse_fast.model.fast_state import build_clip_state
 from happyhorse_fast.ops import self_check
 from happyhorse_fast.ops.cuda.launch import use_runner
 from happyhorse_fast.ops.self_check import KernelCheck

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from interpreter import make_exact
+from small_models import PublicLayout
 
 from happyhorse_fast import golden
 from happyhorse_fast.block_map import BlockSelector, Layout
@@ -18,8 +19,9 @@ from happyhorse_fast.model import accelerate as acceleration
 from happyhorse_fast.model import fast_state
 from happyhorse_fast.model.accelerate import accelerate, explain, restore
 from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
-from happyhorse_fast.model.fast_state import at_step, is_accelerated
+from happyhorse_fast.model.fast_state import is_accelerated
 from happyhorse_fast.model.sparse_policy import SparsePolicy
+from happyhorse_fast.model.step import at_step
 from happyhorse_fast.ops.cuda.launch import use_runner
 from happyhorse_fast.ops.dispatch import BackendError, Choice
 from happyhorse_fast.reference.model import HappyHorse, Layer
@@ -217,19 +219,6 @@ def test_a_policy_that_keeps_everything_is_exact(sparsity: Any) -> None:
         assert relative_l2(b, a) < 4e-3
 
 
-class PublicLayout(torch.nn.Module):
-    """The public implementation's attributes around our eager layers, without its forward pass."""
-
-    def __init__(self, model: HappyHorse) -> None:
-        super().__init__()
-        for name in ("adapter", "block", "final_norm_video", "final_norm_audio"):
-            setattr(self, name, getattr(model, name))
-        self.final_linear_video, self.final_linear_audio = model.final_linear_video, model.final_linear_audio
-        self.config = SimpleNamespace(hidden_size=model.config.hidden_size)
-        for i, layer in enumerate(self.block.layers):
-            layer.attention.config = SimpleNamespace(use_local_attn=i in model.config.local_attn_layers)
-
-
 @pytest.mark.parametrize("name", ["local_v1_fp32", "local_d128_fp32"])
 def test_drop_in_for_the_public_implementation(name: str) -> None:
     case = golden.load_case(name)
@@ -324,14 +313,14 @@ def several_blocks(fast: FastConfig) -> Any:
 @pytest.mark.parametrize("sparsity", [TopK(0.25), TopP(0.3), Tiles(0, 9, 9)])
 def test_a_policys_first_step_makes_nothing(sparsity: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = several_blocks(FastConfig(backend="reference", sparsity=sparsity, exact_first_steps=1))
-    with torch.no_grad(), at_step(model, 0, 8):
+    with torch.no_grad(), at_step(0, 8):
         model(*inputs)
 
     def made(*_: Any) -> None:
         raise AssertionError("a CUDA graph of a sparse step would wait for the device here")
 
     monkeypatch.setattr(SparsePolicy, "__init__", made)
-    with torch.no_grad(), at_step(model, 1, 8):
+    with torch.no_grad(), at_step(1, 8):
         model(*inputs)
 
 
@@ -371,7 +360,7 @@ def test_a_policy_applies_where_and_when_it_may(sparsity: Any) -> None:
         expected = exact(*inputs)[0]
         errors = []
         for step in (0, 1, 7):
-            with at_step(sparse, step, 8):
+            with at_step(step, 8):
                 errors.append(relative_l2(sparse(*inputs)[0], expected))
     assert errors[0] == errors[2] == 0
     assert 1e-3 < errors[1] < 1

@@ -18,8 +18,7 @@ from happyhorse_fast.cli.checks import in_dtype, seeded_inputs
 from happyhorse_fast.cli.layer_ops import OPS, OpResults, eager_ops, fast_ops, record_inputs
 from happyhorse_fast.model.accelerate import accelerate
 from happyhorse_fast.model.fast_config import FastConfig
-from happyhorse_fast.model.fast_model import build_clip_state
-from happyhorse_fast.model.fast_state import FastState, is_accelerated
+from happyhorse_fast.model.fast_state import FastState, build_clip_state, is_accelerated
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.sampler import sample

@@ -41,6 +41,8 @@ class FrameBlocks(ClipState):
         k: torch.Tensor,
         q_scale: torch.Tensor | None,
         k_scale: torch.Tensor | None,
+        *,
+        exact: bool = False,
     ) -> BlockMap:
         """What the policy makes of q and k [rows, heads, D] in bf16, a frame at a time.
 
@@ -49,7 +51,7 @@ class FrameBlocks(ClipState):
         """
         if q_scale is not None or k_scale is not None:
             raise ValueError("attention must be bf16 where sparsity decides between frames, got codes with scales")
-        return self._narrow(self.wide.block_map(plan, self._spread(q), self._spread(k), None, None))
+        return self._narrow(self.wide.block_map(plan, self._spread(q), self._spread(k), None, None, exact=exact))
 
     def _spread(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_zeros(self.wide.rows.slots, *x.shape[1:])
@@ -91,7 +93,6 @@ def decide_between_frames(model: Any, clip: Clip) -> FrameBlocks:
         model.adapter.rope.bands,
         fast.fast,
         config.num_layers,
-        fast.step,
         clip.columns,
     )
     state = FrameBlocks.build(PaddedRows.of(clip, windowed=True), *arguments)

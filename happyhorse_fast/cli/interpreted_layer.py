@@ -140,7 +140,7 @@ def _added_by_layer(
 
     from happyhorse_fast.model.accelerate import accelerate
     from happyhorse_fast.model.fast_config import FastConfig
-    from happyhorse_fast.model.fast_model import build_clip_state
+    from happyhorse_fast.model.fast_state import build_clip_state
     from happyhorse_fast.pony import load_model
     from happyhorse_fast.reference import sequence
 

@@ -16,6 +16,8 @@ from torch import nn
 from happyhorse_fast import ambient
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model import fast_model
+from happyhorse_fast.model.compiled import state_dict_of, unwrapped
+from happyhorse_fast.model.dtypes import require_published_dtypes
 from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles
 from happyhorse_fast.model.fast_layer import FastLayer, LayerPlan, pack_layer, packed_shapes
 from happyhorse_fast.model.fast_state import FastState, is_accelerated
@@ -23,9 +25,9 @@ from happyhorse_fast.model.inspect_checkpoint import sizes_of
 from happyhorse_fast.model.lora import unmerge
 from happyhorse_fast.model.refusals import require_acceleratable
 from happyhorse_fast.model.safetensors_header import TensorEntry
+from happyhorse_fast.model.untraced import load_compiler, untraced
 from happyhorse_fast.ops.dispatch import Choice, attention_is_specialized, choose
 from happyhorse_fast.reference.model import HappyHorse
-from happyhorse_fast.reference.rotary import frequency_bands
 
 Model = TypeVar("Model", bound=nn.Module)
 LayerTensors = Mapping[str, torch.Tensor]
@@ -40,7 +42,8 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
 
     Args:
         model: A :class:`HappyHorse`, or a model object of the public implementation, whose forward keeps its signature.
-            Whatever its compute dtype was, fast layers are in bf16 or fp8.
+            Whatever its compute dtype was, fast layers are in bf16 or fp8. What ``torch.compile`` wraps is accelerated
+            inside its wrapper.
         fast: What to do; bf16 and exact by default.
         report: Called with a line per kernel checked and per fallback; by default the first go to standard error and
             the second to ``warnings``.
@@ -51,25 +54,27 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
     Raises:
         TypeError: ``model`` is neither or wraps one, or ``fast`` is not a FastConfig.
         ValueError: The model carries what packed layers would leave out (hooks inside it, a forward of its own,
-            parametrised, sharded or quantised weights, ...), is accelerated already, its head_dim is not
-            32, 64 or 128, or ``fast`` names a layer that it does not have.
+            parametrised, sharded or quantised weights, ...), is accelerated already, has a tensor of a dtype that it is
+            not published in, its head_dim is not 32, 64 or 128, or ``fast`` names a layer that it does not have.
         BackendError: A backend that was asked for, or that ``strict`` needs, cannot run here.
     """
     fast = FastConfig() if fast is None else fast
     if not isinstance(fast, FastConfig):
         raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
-    if is_accelerated(model):
+    inner: Any = unwrapped(model)
+    if is_accelerated(inner):
         raise ValueError("model is accelerated already; call restore(model) first")
-    require_acceleratable(model, fast)
-    config = _config_of(model)
+    require_acceleratable(inner, fast)
+    config = _config_of(inner)
     fast.require_model(config)
-    device = next(model.parameters()).device
-    layers: Any = model.block.layers  # type: ignore[union-attr]
+    require_published_dtypes(inner)
+    device = next(inner.parameters()).device
+    layers: Any = inner.block.layers
     choices = choose_ops(fast, device, report)
     originals: list[nn.Module] = []
     try:
         for index, layer in enumerate(layers):
-            packed = make_fast_layer(layer.state_dict(), config, fast, index, choices, device)
+            packed = make_fast_layer(state_dict_of(layer), config, fast, index, choices, device)
             if fast.originals == "cpu":
                 originals.append(layer)  # before it moves, so that no interruption loses it
                 layer.to("cpu")
@@ -79,7 +84,7 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
         for index, original in enumerate(originals):
             layers[index] = original.to(device)
         raise
-    install(model, FastState(config, fast, choices, originals, type(model)))
+    install(inner, FastState(config, fast, choices, originals, type(inner)))
     return model
 
 
@@ -101,7 +106,8 @@ class Accelerating:
             raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
         fast.require_model(config)
         self.model, self.device = model, device
-        self.state = FastState(config, fast, choose_ops(fast, device, None), [], type(model))
+        choices = choose_ops(fast, device, None)
+        self.state = FastState(config, fast, choices, [], type(model))
 
     @ambient.makes_tensors
     def pack(self, index: int) -> None:
@@ -131,15 +137,17 @@ def empty_accelerated(config: ModelConfig, fast: FastConfig, choices: Mapping[st
 
 def choose_ops(fast: FastConfig, device: torch.device, report: Callable[[str], None] | None) -> dict[str, Choice]:
     """The implementation of every op, with fallbacks said once."""
-    choices = choose(
-        fast.backend,
-        fast.precision,
-        device,
-        attention=fast.attention,
-        mixed=bool(fast.skip),
-        strict=fast.strict,
-        report=report or _to_stderr,
-    )
+    load_compiler()
+    with untraced():  # a self-check's verdict is remembered
+        choices = choose(
+            fast.backend,
+            fast.precision,
+            device,
+            attention=fast.attention,
+            mixed=bool(fast.skip),
+            strict=fast.strict,
+            report=report or _to_stderr,
+        )
     reasons: dict[tuple[str, str], list[str]] = {}
     for choice in choices.values():
         if choice.fell_back:
@@ -174,14 +182,10 @@ def make_fast_layer(
 
 def install(model: nn.Module, state: FastState) -> None:
     """Make the model run its packed layers."""
-    forward = fast_model.AcceleratedHappyHorse if isinstance(model, HappyHorse) else fast_model.AcceleratedPublic
     published: Any = model
-    bands: torch.Tensor = published.adapter.rope.bands
-    kept = frequency_bands(state.config.head_dim) if bands.is_meta else bands.detach().cpu()
-    # Asked when a clip is new: a model that is still to be loaded is on "meta" now.
-    state.ensure_clip = fast_model.clip_builder(state, lambda: published.final_norm_video.weight.device, kept)
+    state.take_bands(published.adapter.rope.bands)
     model.fast = state  # type: ignore[assignment]
-    model.__class__ = type(f"Accelerated{type(model).__name__}", (forward, type(model)), {})
+    model.__class__ = fast_model.accelerated_class(type(model))  # type: ignore[arg-type]
 
 
 @ambient.makes_tensors
@@ -197,24 +201,26 @@ def restore(model: Model) -> Model:
     Raises:
         ValueError: The model is neither, its original weights were dropped, or merged ones were changed since.
     """
-    if not is_accelerated(model):
-        if unmerge(model):
+    inner: Any = unwrapped(model)
+    if not is_accelerated(inner):
+        if unmerge(inner):
             return model
         raise ValueError("model is not accelerated; there is nothing to restore")
-    state: FastState = model.fast  # type: ignore[assignment]
+    state: FastState = inner.fast
     if not state.originals:
         raise ValueError(
             'the original weights were dropped (FastConfig(originals="drop"), or a model loaded with fast=...); '
             "load the checkpoint again without fast="
         )
-    device = next(model.parameters()).device
-    layers: Any = model.block.layers  # type: ignore[union-attr]
+    device = next(inner.parameters()).device
+    state.restored = True  # before a layer goes, for calls in other threads
+    layers: Any = inner.block.layers
     for index in range(len(layers)):
         layers[index] = None  # free the packed weights first, so that no layer is on the device twice
         layers[index] = state.originals[index].to(device)
-    model.__class__ = state.eager_class  # type: ignore[assignment]
-    del model.fast
-    unmerge(model)
+    inner.__class__ = state.eager_class
+    del inner.fast
+    unmerge(inner)
     return model
 
 
@@ -251,6 +257,7 @@ def explain(model: nn.Module) -> list[Explanation]:
     Raises:
         TypeError: The model is of neither kind that :func:`accelerate` takes.
     """
+    model = unwrapped(model)
     if is_accelerated(model):
         return list(_explanations(model.fast, model.block.layers))  # type: ignore[arg-type,union-attr]
     config = _config_of(model)
@@ -308,6 +315,6 @@ def _config_of(model: nn.Module) -> ModelConfig:
         ) from error
     entries = {
         key: TensorEntry(key, Path("model"), "F32", tuple(value.shape), 0, 0)
-        for key, value in model.state_dict().items()
+        for key, value in state_dict_of(model).items()
     }
     return ModelConfig(**dataclasses.asdict(sizes_of(entries, Path("model"))), local_attn_layers=tuple(local))

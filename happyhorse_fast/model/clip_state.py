@@ -1,4 +1,4 @@
-"""What depends on a clip's shape only, computed once: layout, rotary phases, row tiles, block maps."""
+"""What depends on a clip's shape only, made once, never changed: layout, rotary phases, row tiles, block maps."""
 
 from __future__ import annotations
 
@@ -17,22 +17,16 @@ from happyhorse_fast.ops.packing_qkv import pack_cos_sin
 from happyhorse_fast.reference.rotary import rotary_phases
 from happyhorse_fast.reference.sequence import Ranges
 
-
-@dataclass
-class Step:
-    """Where in a sampler's run the model is: ``index`` of ``count``, both None outside a sampler."""
-
-    index: int | None = None
-    count: int | None = None
+Span = tuple[int, int, int]
+"""(experts, first row, end row) of a table of row tiles."""
 
 
 @dataclass
 class ClipState:
-    """Everything a forward pass needs beside weights and latents.
+    """Everything a forward pass needs beside weights and latents; threads share it, so no forward pass changes it.
 
     Attributes:
         rows: Where tokens sit.
-        device: Where the tensors are.
         fast: The acceleration's configuration.
         num_layers: Layers of the model.
         columns: Token columns of a frame, where the sequence is one clip.
@@ -40,12 +34,12 @@ class ClipState:
         cos_sin: [rows, D] float32, see docs/OPS.md; padding rows do not rotate.
         dense: Map of the layers without a window.
         local: Map of the layers with one; the same object where the clip is below the window's size.
-        step: Where in a sampler's run the model is.
         policies: What makes sparse maps within ``dense`` (True) and ``local`` (False), where there is a policy.
+        tiles: [tiles, 3] int32 tables of :meth:`PaddedRows.row_tiles` by (experts, first row, end row): of all rows,
+            and of those that are in the MLP at once.
     """
 
     rows: PaddedRows
-    device: torch.device
     fast: FastConfig
     num_layers: int
     columns: int | None
@@ -53,10 +47,8 @@ class ClipState:
     cos_sin: torch.Tensor
     dense: BlockMap
     local: BlockMap
-    step: Step
     policies: dict[bool, SparsePolicy] = field(default_factory=dict)
-    _tiles: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
-    _scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    tiles: dict[Span, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -68,7 +60,6 @@ class ClipState:
         bands: torch.Tensor,
         fast: FastConfig,
         num_layers: int,
-        step: Step,
         columns: int | None = None,
     ) -> ClipState:
         """Compute the state of one clip; waits for the device, so that no forward pass does.
@@ -81,7 +72,6 @@ class ClipState:
             bands: [B].
             fast: The acceleration's configuration.
             num_layers: Layers of the model.
-            step: Shared with the model.
             columns: Token columns of a frame, where the sequence is one clip.
 
         Raises:
@@ -102,7 +92,10 @@ class ClipState:
             # One per exact map: the two differ only where the clip has a window.
             exact = {exact_map is dense_map: exact_map for exact_map in (dense_map, local_map)}
             policies = {which: SparsePolicy(fast.sparsity, exact[which], rows, columns) for which in exact}
-        return cls(rows, device, fast, num_layers, columns, token_rows, cos_sin, dense_map, local_map, step, policies)
+        part = fast.mlp_rows or rows.slots
+        spans = {(0, rows.slots), *((first, min(first + part, rows.slots)) for first in range(0, rows.slots, part))}
+        tiles = {(experts, *span): rows.row_tiles(experts, *span, device) for experts in (1, 3) for span in spans}
+        return cls(rows, fast, num_layers, columns, token_rows, cos_sin, dense_map, local_map, policies, tiles)
 
     def fake(self, device: torch.device | str) -> ClipState:
         """The same shapes on a device that need not exist; to be called under a FakeTensorMode."""
@@ -113,37 +106,38 @@ class ClipState:
         maps = {id(m): m.changed(like) for m in (self.dense, self.local)}
         return dataclasses.replace(
             self,
-            device=torch.device(device),
             token_rows=like(self.token_rows),
             cos_sin=like(self.cos_sin),
             dense=maps[id(self.dense)],
             local=maps[id(self.local)],
             policies={which: policy.changed(like) for which, policy in self.policies.items()},
-            _tiles={},
-            _scales={},
+            tiles={key: like(table) for key, table in self.tiles.items()},
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.token_rows.device
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything that takes memory on the device."""
         policies = (x for policy in self.policies.values() for x in policy.tensors())
-        return [self.token_rows, self.cos_sin, *self.dense.tensors(), *self.local.tensors(), *policies]
+        maps = (*self.dense.tensors(), *self.local.tensors())
+        return [self.token_rows, self.cos_sin, *maps, *policies, *self.tiles.values()]
 
     def row_tiles(self, experts: int, first: int = 0, end: int | None = None) -> torch.Tensor:
-        """:meth:`PaddedRows.row_tiles` on the device, made once."""
-        key = (experts, first, end)
-        if key not in self._tiles:
-            self._tiles[key] = self.rows.row_tiles(experts, first, end, self.device)
-        return self._tiles[key]
+        """:meth:`PaddedRows.row_tiles` on the device; made anew for rows that :attr:`tiles` has no table of."""
+        span = (experts, first, self.rows.slots if end is None else end)
+        table = self.tiles.get(span)
+        return self.rows.row_tiles(*span, self.device) if table is None else table
 
     def block_scales(self, layer: FastLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """float32 scales of the layer's q and k codes per block of 128 rows, made once; None in bf16."""
-        plan = layer.plan
-        if plan.precision["attention"] == "bf16":
+        """float32 scales of the layer's q and k codes per block of 128 rows, [blocks] each; None in bf16."""
+        if layer.plan.precision["attention"] == "bf16":
             return None, None
-        if plan.index not in self._scales:
-            scales = layer.qk_scale.index_select(0, self.row_tiles(plan.experts)[:, 0])
-            self._scales[plan.index] = scales[:, 0].contiguous(), scales[:, 1].contiguous()
-        return self._scales[plan.index]
+        experts = self.row_tiles(layer.plan.experts)[:, 0]
+        q_scale, k_scale = layer.qk_scale.T.index_select(1, experts).unbind()
+        return q_scale, k_scale
 
     def block_map(
         self,
@@ -152,10 +146,14 @@ class ClipState:
         k: torch.Tensor,
         q_scale: torch.Tensor | None,
         k_scale: torch.Tensor | None,
+        *,
+        exact: bool = False,
     ) -> BlockMap:
-        """The layer's block map: the exact one, or what the sparsity policy makes of it from q and k."""
-        exact = self.local if plan.local else self.dense
-        if not self.fast.is_sparse(plan.index, self.num_layers, self.step.index, self.step.count):
-            return exact
-        policy = self.policies[exact is self.dense]
-        return policy.map(q, k, q_scale, k_scale, plan.backend["select_blocks"])
+        """The layer's block map: the exact one, or what the sparsity policy makes of it from q and k.
+
+        ``exact``: whether the policy does not apply at this denoising step.
+        """
+        whole = self.local if plan.local else self.dense
+        if exact or not self.fast.is_sparse(plan.index, self.num_layers, None, None):
+            return whole
+        return self.policies[whole is self.dense].map(q, k, q_scale, k_scale, plan.backend["select_blocks"])

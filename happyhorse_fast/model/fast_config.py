@@ -67,6 +67,11 @@ class Tiles:
 Sparsity = TopK | TopP | Tiles
 
 
+def is_exact_step(step: int, steps: int, first: int, last: int) -> bool:
+    """Whether a step (0-based) is one of the ``first`` first or the ``last`` last of a run."""
+    return not first <= step < steps - last
+
+
 def _require_share(name: str, value: object) -> float:
     number = real_number(value)
     if number is None or not 0 < number <= 1:
@@ -95,7 +100,8 @@ class FastConfig:
         skip: Products that stay in bf16 in fp8 mode: ``"attention"``, ``"down:0-3,36-39"``, ``"*:0"``. Kept as a tuple.
         exact_first_layers: Layers at the start in which ``sparsity`` does not apply.
         exact_last_layers: Layers at the end in which it does not apply.
-        exact_first_steps: Denoising steps at the start in which it does not apply.
+        exact_first_steps: Denoising steps at the start in which it does not apply. Samplers say which step a
+            call is of; in a loop of your own ``at_step`` does.
         exact_last_steps: Denoising steps at the end in which it does not apply.
         backend: ``"auto"`` takes, per op, the fastest that passed its self-check on this machine; ``"triton"``,
             ``"cuda"`` and ``"reference"`` (plain torch with the kernels' rounding) are taken as they are.
@@ -182,11 +188,11 @@ class FastConfig:
         return self.attention if op == "attention" else "fp8"
 
     def is_sparse(self, layer: int, num_layers: int, step: int | None, steps: int | None) -> bool:
-        """Whether ``sparsity`` applies to a layer at a denoising step (0-based; ``None``: not inside a sampler)."""
+        """Whether ``sparsity`` applies to a layer at a denoising step (0-based; ``None``: at those where it may)."""
         if self.sparsity is None:
             return False
         if not self.exact_first_layers <= layer < num_layers - self.exact_last_layers:
             return False
         if step is None or steps is None:
             return True
-        return self.exact_first_steps <= step < steps - self.exact_last_steps
+        return not is_exact_step(step, steps, self.exact_first_steps, self.exact_last_steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.model.dtypes import require_kept_dtypes
 from happyhorse_fast.model.fast_config import OPS, FastConfig
 from happyhorse_fast.model.safetensors_header import listed
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
@@ -87,15 +88,22 @@ class FastLayer(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value)
 
-    def forward(self, hidden: torch.Tensor, state: ClipState, rows_in_mlp: int | None) -> None:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FastLayer:
+        """What ``nn.Module.to`` and its like come down to; a TypeError where some tensor's dtype would change."""
+        require_kept_dtypes(self, fn)
+        moved: FastLayer = super()._apply(fn, recurse)
+        return moved
+
+    def forward(self, hidden: torch.Tensor, state: ClipState, rows_in_mlp: int | None, *, exact: bool = False) -> None:
         """Update the residual stream in place.
 
         Args:
             hidden: [rows, C] float32, the padded sequence.
             state: What depends on the clip only: row tiles, rotary phases, block maps.
             rows_in_mlp: Rows that are in the MLP at once, a multiple of 128, or None for all.
+            exact: Whether a sparsity policy does not apply at this denoising step.
         """
-        self._attention(hidden, state)
+        self._attention(hidden, state, exact)
         step = rows_in_mlp or hidden.shape[0]
         for first in range(0, hidden.shape[0], step):
             end = min(first + step, hidden.shape[0])
@@ -127,7 +135,7 @@ class FastLayer(nn.Module):
                 "fast=...) for a new model. Nothing was loaded"
             )
 
-    def _attention(self, hidden: torch.Tensor, state: ClipState) -> None:
+    def _attention(self, hidden: torch.Tensor, state: ClipState, exact: bool) -> None:
         plan, use = self.plan, self.plan.precision
         tiles = state.row_tiles(plan.experts)
         x, x_scale = rmsnorm_quantize(
@@ -157,7 +165,7 @@ class FastLayer(nn.Module):
             q,
             k,
             v,
-            state.block_map(plan, q, k, q_scale, k_scale),
+            state.block_map(plan, q, k, q_scale, k_scale, exact=exact),
             scale=plan.head_dim**-0.5,
             q_scale=q_scale,
             k_scale=k_scale,

@@ -9,19 +9,22 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from happyhorse_fast import ambient
 from happyhorse_fast.errors import require_finite, require_tensor
 from happyhorse_fast.model.clip_state import ClipState
+from happyhorse_fast.model.dtypes import require_kept_dtypes
+from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.fast_state import FastState
 from happyhorse_fast.model.padded_rows import PaddedRows, Spans, worth_aligning
 from happyhorse_fast.model.refusals import require_running
+from happyhorse_fast.model.step import answer, is_exact
+from happyhorse_fast.model.untraced import load_compiler
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.float32 import linear
-from happyhorse_fast.reference.model import ROW_CHUNK, LayerHook
+from happyhorse_fast.reference.model import ROW_CHUNK, HappyHorse, LayerHook
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
-from happyhorse_fast.reference.sequence import Ranges
+from happyhorse_fast.reference.sequence import Clip, Ranges
 
 MODALITY_EMBEDDERS = ("video_embedder", "audio_embedder", "text_embedder")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -41,6 +44,7 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         model: Any = args[0]
         if not torch.compiler.is_compiling():
+            model.fast.require_packed()
             require_running(model)
         kind = next(model.parameters()).device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -51,11 +55,28 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def run_layers(model: Any, hidden: torch.Tensor, state: ClipState, on_layer: LayerHook | None = None) -> None:
+def packed_layers(model: Any) -> list[nn.Module]:
+    """The layers as they are now: a :func:`restore` in another thread changes nothing for who holds them.
+
+    Raises:
+        RuntimeError: They were given back already.
+    """
+    layers = list(model.block.layers)
+    model.fast.require_packed()  # in this order: restore says so before it takes the first
+    return layers
+
+
+def run_layers(
+    layers: list[nn.Module],
+    fast: FastConfig,
+    hidden: torch.Tensor,
+    state: ClipState,
+    on_layer: LayerHook | None = None,
+) -> None:
     """Update the padded residual stream, float32 [rows, C], in place, layer by layer."""
-    rows_in_mlp = model.fast.fast.mlp_rows
-    for index, layer in enumerate(model.block.layers):
-        if layer(hidden, state, rows_in_mlp) is not None:
+    exact = is_exact(fast)
+    for index, layer in enumerate(layers):
+        if layer(hidden, state, fast.mlp_rows, exact=exact) is not None:
             raise ValueError(
                 f"a forward hook on block.layers.{index} returned a value, which nothing would take: a packed layer "
                 "updates the residual stream in place, and so must its hooks"
@@ -78,9 +99,29 @@ def head(hidden: torch.Tensor, rows: torch.Tensor, norm: torch.Tensor, weight: t
 
 
 class Accelerated:
-    """What both kinds of accelerated model share."""
+    """What a model of either signature does while its layers are packed."""
 
     fast: FastState
+
+    def __reduce_ex__(self: Any, protocol: object) -> Any:
+        """For ``copy``; :class:`FastState` refuses ``pickle``. A ``__deepcopy__`` would hide that of torch.compile."""
+        return _new, (self.fast.eager_class,), self.__getstate__()
+
+    def _apply(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """What ``nn.Module.to`` and its like come down to; the clips' states are made anew where the model goes.
+
+        Raises:
+            TypeError: Some tensor's dtype would change.
+        """
+        require_kept_dtypes(self, fn)
+        self.fast.forget()
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module.load_state_dict``; rotations are made anew of the frequencies that came."""
+        result = super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+        self.fast.take_bands(self.adapter.rope.bands)
+        return result
 
     def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         # Before anything is copied: the embedders come before the layers, which refuse what is not packed.
@@ -96,60 +137,32 @@ class AcceleratedHappyHorse(Accelerated):
     def forward(
         self: Any, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, *, on_layer: LayerHook | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Velocities of one clip; arguments, results and errors as ``HappyHorse.forward``.
+        """Velocities of one clip; arguments and results as ``HappyHorse.forward``.
 
-        Under torch.compile a graph belongs to one clip shape, whose block maps are its constants: pass
-        ``dynamic=False`` where shapes change, or the second shape cannot be traced.
+        Under torch.compile a graph belongs to one clip shape, whose block maps are its constants: every shape has its
+        own, and ``dynamic=True`` cannot be traced. Where sparsity goes by the step, there is one graph of the exact
+        steps and one of the others.
+
+        Raises:
+            TypeError, ValueError, NonFiniteError: As ``HappyHorse.forward``.
+            ValueError: Sparsity goes by the step, and the call is not inside ``at_step``.
+            RuntimeError: A shape's first call is in the capture of a CUDA graph; or the layers were given back.
         """
         config = self.config
-        clip = sequence.check_inputs(config, video, audio, text, self.device)
-        self.fast.ensure_clip(*clip)
-        state = self.fast.clips[clip]
+        # Whole numbers, whatever traces this call: torch.jit.trace has tensors for sizes, torch.compile unknowns.
+        clip = Clip(*[len(range(size)) for size in sequence.check_inputs(config, video, audio, text, self.device)])
+        layers = packed_layers(self)
+        state = self.fast.clip(clip, self.device)
         hidden = torch.zeros(state.rows.slots, config.hidden_size, dtype=torch.float32, device=self.device)
         tokens = (sequence.patchify(video), audio[0], text[0])
         for rows, name, part in zip(clip.slices(), MODALITY_EMBEDDERS, tokens, strict=True):
             embed(getattr(self.adapter, name), part, state.token_rows[rows], hidden)
         del tokens, part
-        run_layers(self, hidden, state, on_layer)
+        run_layers(layers, self.fast.fast, hidden, state, on_layer)
         video_rows, audio_rows, _ = (state.token_rows[rows] for rows in clip.slices())
         video_out = head(hidden, video_rows, self.final_norm_video.weight, self.final_linear_video.weight)
         audio_out = head(hidden, audio_rows, self.final_norm_audio.weight, self.final_linear_audio.weight)
         return sequence.unpatchify(video_out, clip), audio_out.unsqueeze(0)
-
-
-def clip_builder(state: FastState, device: Callable[[], torch.device], bands: torch.Tensor) -> Callable[..., bool]:
-    """What makes sure that a clip's state is there, by its five sizes.
-
-    While torch compiles or exports, this runs for real and once: the state is made of real tensors, outside of every
-    tracing mode. ``bands`` are therefore a copy that no mode can replace.
-    """
-
-    @torch.compiler.assume_constant_result
-    def ensure_clip(*sizes: int) -> bool:
-        clip = sequence.Clip(*sizes)
-        with _disable_current_modes():
-            state.clip_state(clip, lambda: build_clip_state(state, clip, bands.to(device())))
-        return True
-
-    return ensure_clip
-
-
-def build_clip_state(state: FastState, clip: sequence.Clip, bands: torch.Tensor) -> ClipState:
-    """The state of one clip, on the device of the rotary frequencies ``bands``."""
-    config = state.config
-    windowed = any(config.is_local(i, clip.frame_tokens) for i in config.local_attn_layers)
-    local = sequence.local_ranges(clip, config.frame_receptive_field) if windowed else None
-    return ClipState.build(
-        PaddedRows.of(clip, windowed=windowed),
-        sequence.dense_ranges(clip),
-        local,
-        sequence.coordinates(clip, config.coords_style, bands.device),
-        bands,
-        state.fast,
-        config.num_layers,
-        state.step,
-        clip.columns,
-    )
 
 
 class AcceleratedPublic(Accelerated):
@@ -181,9 +194,12 @@ class AcceleratedPublic(Accelerated):
             TypeError, ValueError: A tensor of the wrong rank, size, dtype or device; another modality; ranges outside
                 of the sequence.
             NonFiniteError: NaN or Inf in coords_mapping.
+            ValueError: Sparsity goes by the step, and the call is not inside ``at_step``.
+            RuntimeError: As :meth:`AcceleratedHappyHorse.forward`.
         """
         config = self.fast.config
         device = next(self.parameters()).device
+        layers = packed_layers(self)
         channels = (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
         x = require_tensor("x", x, ("N", "channels"), device=device)
         if x.shape[1] < max(channels):
@@ -194,40 +210,66 @@ class AcceleratedPublic(Accelerated):
         coords = require_tensor("coords_mapping", coords_mapping, (n, 9), device=device).float()
         require_finite("coords_mapping", coords)
         _check_modality(modality_mapping, n, device)
+        state, where = self._layout(coords, modality_mapping, local_attn_handler)
+        hidden = torch.zeros(state.rows.slots, config.hidden_size, dtype=torch.float32, device=device)
+        for tokens, name, width in zip(where, MODALITY_EMBEDDERS, channels, strict=True):
+            embed(getattr(self.adapter, name), x[tokens, :width], state.token_rows[tokens], hidden)
+        run_layers(layers, self.fast.fast, hidden, state)
+        out = torch.zeros(n, max(channels[:2]), dtype=torch.float32, device=device)
+        for tokens, name, width in zip(where[:2], ("video", "audio"), channels[:2], strict=True):
+            norm, weight = getattr(self, f"final_norm_{name}").weight, getattr(self, f"final_linear_{name}").weight
+            out[tokens, :width] = head(hidden, state.token_rows[tokens], norm, weight)
+        return out
+
+    def _layout(
+        self: Any, coords: torch.Tensor, modality: torch.Tensor, local_attn_handler: Any
+    ) -> tuple[ClipState, list[torch.Tensor]]:
+        """The state of a sequence, and the tokens [M] of each modality: read off values, so no graph can hold it."""
+        from torch._subclasses.fake_tensor import FakeTensor  # here: it loads Triton
+
+        config = self.fast.config
+        if isinstance(coords, FakeTensor) or coords.is_meta:
+            raise TypeError(
+                f"coords_mapping must hold data, got a {type(coords).__name__} on {coords.device}: the layout of a "
+                "packed sequence is read off its values, so it can be neither exported nor traced with fake tensors"
+            )
         local: Ranges | None = None
         if config.local_attn_layers:
             if local_attn_handler is None:
                 raise ValueError(
                     f"local_attn_handler must not be None: layers {list(config.local_attn_layers)} are local"
                 )
-            local = _local_ranges(local_attn_handler, n)
-        spans = _spans(modality_mapping, coords)
+            local = _local_ranges(local_attn_handler, len(coords))
+        spans = _spans(modality, coords)
         # 2 MB at 1080p: a digest costs milliseconds, a stale rotation would be silent.
         digest = hashlib.blake2b(coords.cpu().numpy().tobytes()).digest()
         key = (tuple(spans), None if local is None else tuple(local), digest)
-        state = self.fast.clip_state(
-            key,
-            lambda: ClipState.build(
-                PaddedRows.of_spans(spans, align=_aligned(spans, local is not None)),
-                [(0, n, 0, n)],
-                local,
-                coords,
-                self.adapter.rope.bands,
-                self.fast.fast,
-                config.num_layers,
-                self.fast.step,
-            ),
-        )
-        hidden = torch.zeros(state.rows.slots, config.hidden_size, dtype=torch.float32, device=device)
-        where = [(modality_mapping == m).nonzero()[:, 0] for m in range(3)]
-        for tokens, name, width in zip(where, MODALITY_EMBEDDERS, channels, strict=True):
-            embed(getattr(self.adapter, name), x[tokens, :width], state.token_rows[tokens], hidden)
-        run_layers(self, hidden, state)
-        out = torch.zeros(n, max(channels[:2]), dtype=torch.float32, device=device)
-        for tokens, name, width in zip(where[:2], ("video", "audio"), channels[:2], strict=True):
-            norm, weight = getattr(self, f"final_norm_{name}").weight, getattr(self, f"final_linear_{name}").weight
-            out[tokens, :width] = head(hidden, state.token_rows[tokens], norm, weight)
-        return out
+
+        def build() -> ClipState:
+            rows = PaddedRows.of_spans(spans, align=_aligned(spans, local is not None))
+            ranges = [(0, len(coords), 0, len(coords))]
+            bands = self.fast.bands.to(coords.device)
+            return ClipState.build(rows, ranges, local, coords, bands, self.fast.fast, config.num_layers)
+
+        where = [(modality == m).nonzero()[:, 0] for m in range(3)]
+        return self.fast.clip_state(key, coords.device, build), where
+
+
+@functools.cache
+def accelerated_class(eager: type[nn.Module]) -> type[nn.Module]:
+    """The class of an accelerated model; one per class, so that what torch compiled for it holds for the next model."""
+    name = f"Accelerated{eager.__name__}"
+    # torch.compiler loads Triton, so not where these are defined.
+    load_compiler()
+    torch.compiler.assume_constant_result(FastState.keep)
+    torch.compiler.assume_constant_result(answer)
+    if issubclass(eager, HappyHorse):
+        return type(name, (AcceleratedHappyHorse, eager), {})
+    return type(name, (AcceleratedPublic, eager), {"_layout": torch.compiler.disable(AcceleratedPublic._layout)})
+
+
+def _new(eager: type[nn.Module]) -> Any:
+    return object.__new__(accelerated_class(eager))  # type: ignore[arg-type]
 
 
 def _local_ranges(handler: Any, n: int) -> Ranges:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,8 +24,10 @@ from happyhorse_fast import ambient
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import layer_kind
 from happyhorse_fast.model.clip_state import ClipState
-from happyhorse_fast.model.fast_model import build_clip_state
-from happyhorse_fast.model.fast_state import is_accelerated
+from happyhorse_fast.model.compiled import unwrapped
+from happyhorse_fast.model.fast_config import FastConfig
+from happyhorse_fast.model.fast_state import build_clip_state, is_accelerated
+from happyhorse_fast.model.step import at_step
 from happyhorse_fast.reference.rotary import frequency_bands
 from happyhorse_fast.reference.sequence import Clip
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
@@ -205,6 +208,8 @@ def fake_copy(model: Module, device: str) -> Module:
     for tensor in (*model.parameters(), *model.buffers()):
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+    if is_accelerated(model):
+        fakes[id(model.fast.originals)] = []  # type: ignore[union-attr]  # they are on the CPU, and stay there
     return copy.deepcopy(model, fakes)
 
 
@@ -227,6 +232,7 @@ def peak_memory(
     Raises:
         TypeError: The model has no :class:`ModelConfig` under ``config``.
     """
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
         raise TypeError(f"model must have a ModelConfig as its attribute config, got {type(config).__name__}")
@@ -241,7 +247,6 @@ def peak_memory(
         if state is not None:
             pretended = state.fake(device)
             fake.fast.clips = {grid: pretended}  # type: ignore[union-attr]
-            fake.fast.ensure_clip = lambda *_: True  # type: ignore[union-attr]
             meter.register(pretended.tensors(), "clip state")
         shapes = (
             (1, config.latent_channels, clip.T, clip.H, clip.W),
@@ -251,10 +256,18 @@ def peak_memory(
         inputs = [torch.empty(shape, device=device) for shape in shapes]
         weights = meter.register((*fake.parameters(), *fake.buffers()), "weights")
         meter.register(inputs, "inputs")
-        with _FakeCuda(), meter:
+        with _FakeCuda(), meter, _at_a_sparse_step(model):
             out = fake(*inputs) if call is None else call(fake, *inputs)
         del out
     return PeakMemory(meter.peak_bytes, weights, meter.operation, meter.largest(without="weights"))
+
+
+def _at_a_sparse_step(model: nn.Module) -> AbstractContextManager[None]:
+    """Where an accelerated model's sparsity applies, if it goes by the step: there its maps take memory too."""
+    if not is_accelerated(model):
+        return nullcontext()
+    fast: FastConfig = model.fast.fast  # type: ignore[union-attr,assignment]
+    return at_step(fast.exact_first_steps, fast.exact_first_steps + fast.exact_last_steps + 1)
 
 
 def one_layer_per_kind(config: ModelConfig, clip: ClipTokens) -> ModelConfig:

@@ -16,6 +16,7 @@ from happyhorse_fast._version import __version__
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.errors import CheckpointError
 from happyhorse_fast.model.accelerate import choose_ops, empty_accelerated
+from happyhorse_fast.model.compiled import unwrapped
 from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.model.fast_state import FastState, is_accelerated
 from happyhorse_fast.model.inspect_checkpoint import BANDS_KEY, STORED_DTYPES
@@ -56,6 +57,7 @@ def save_packed(
         ValueError: The model is not an accelerated HappyHorse.
         FileExistsError: As for :func:`save_checkpoint`.
     """
+    model = unwrapped(model)
     if is_accelerated(model) and not isinstance(model, HappyHorse):
         raise ValueError(
             f"model must be an accelerated HappyHorse, got {type(model).__name__} of the public implementation, whose "

@@ -15,6 +15,7 @@ from torch import nn
 
 from happyhorse_fast.errors import whole_number
 from happyhorse_fast.files import is_special, real_path
+from happyhorse_fast.model.compiled import published_key, unwrapped
 from happyhorse_fast.model.fast_state import is_accelerated
 from happyhorse_fast.model.safetensors_header import DIFFUSERS_FILE, INDEX_FILE, PACKED_FILE, SINGLE_FILE
 
@@ -34,7 +35,8 @@ def save_checkpoint(
     folder as it was. A link to a folder is followed; a link in it, as to a shared cache, is replaced, its target kept.
 
     Args:
-        model_or_state_dict: A model that is not accelerated, or tensors by state-dict key; dtypes are kept.
+        model_or_state_dict: A model that is not accelerated, or tensors by state-dict key; dtypes are kept. Names that
+            ``torch.compile`` puts into keys (``_orig_mod``) are left out.
         folder: Where to write; made where it does not exist. Other files in it stay.
         max_shard_bytes: Shards hold at most this many bytes of data, or a single tensor. One file where all fits.
         overwrite: Replace a checkpoint that is there.
@@ -45,7 +47,7 @@ def save_checkpoint(
         TypeError: Not a model and not a mapping from keys to tensors.
         ValueError: The model is accelerated; no tensors, a tensor on ``"meta"``, or ``max_shard_bytes`` below 1.
     """
-    if isinstance(model_or_state_dict, nn.Module) and is_accelerated(model_or_state_dict):
+    if isinstance(model_or_state_dict, nn.Module) and is_accelerated(unwrapped(model_or_state_dict)):
         raise ValueError(
             "model is accelerated, its weights are packed: use save_packed, or restore(model) first for a checkpoint "
             "in the published format"
@@ -105,7 +107,7 @@ def _tensors_of(model_or_state_dict: object) -> dict[str, torch.Tensor]:
             raise ValueError(f"model_or_state_dict must hold data, got {key} on the meta device")
     if not state:
         raise ValueError("model_or_state_dict must hold tensors, got none")
-    return dict(state)
+    return {published_key(key): value for key, value in state.items()}
 
 
 def _write_files(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: int) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from happyhorse_fast import ambient
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.model.untraced import untraced
 from happyhorse_fast.pony.codec import LinearCodec
 from happyhorse_fast.pony.prompt import TEXT_CHANNELS
 from happyhorse_fast.reference.model import HappyHorse
@@ -46,8 +47,9 @@ class Codecs(NamedTuple):
 @ambient.makes_tensors
 def load_codecs() -> Codecs:
     """The codecs that the pony was trained with."""
-    tensors = load_file(CODEC_FILE)
-    return Codecs(LinearCodec.from_tensors(tensors, "video"), LinearCodec.from_tensors(tensors, "audio"))
+    with untraced():  # kept for every later call
+        tensors = load_file(CODEC_FILE)
+        return Codecs(LinearCodec.from_tensors(tensors, "video"), LinearCodec.from_tensors(tensors, "audio"))
 
 
 def weights_digest() -> str:

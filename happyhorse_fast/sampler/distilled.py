@@ -45,6 +45,4 @@ def sample_distilled(
         )
 
     title = "distilled sampling"
-    return run_steps(
-        model, advance, sigmas[:-1], video, audio, title=title, image=image, callback=callback, progress=progress
-    )
+    return run_steps(advance, sigmas[:-1], video, audio, title=title, image=image, callback=callback, progress=progress)

@@ -50,5 +50,5 @@ def sample_guided(
 
     sigmas = video_solver.sigmas[:-1].tolist()
     return run_steps(
-        model, advance, sigmas, video, audio, title="guided sampling", image=image, callback=callback, progress=progress
+        advance, sigmas, video, audio, title="guided sampling", image=image, callback=callback, progress=progress
     )

@@ -10,7 +10,7 @@ import torch
 
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.errors import require_finite, require_tensor
-from happyhorse_fast.model.fast_state import at_step
+from happyhorse_fast.model.step import at_step
 from happyhorse_fast.sampler.progress import Callback, StepInfo, peak_memory, step_display
 
 Advance = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -78,7 +78,6 @@ def predict(
 
 
 def run_steps(
-    model: Denoiser,
     advance: Advance,
     sigmas: Sequence[float],
     video: torch.Tensor,
@@ -92,8 +91,7 @@ def run_steps(
     """Take one step per noise level.
 
     Args:
-        model: Told its place in the run, where it is accelerated: its sparsity may depend on the step.
-        advance: The step.
+        advance: The step; what it calls knows its place in the run (:func:`at_step`).
         sigmas: Noise levels that the steps start from; their number is the number of steps.
         video: [1, C, T, H, W] to start from; left as it is.
         audio: [1, A, Ca] to start from; left as it is.
@@ -110,7 +108,7 @@ def run_steps(
     with step_display(title, steps, progress) as show:
         for i, sigma in enumerate(sigmas):
             start = time.perf_counter()
-            with at_step(model, i, steps):
+            with at_step(i, steps):
                 video, audio = advance(i, video, audio)
             video = _with_image(video, image)
             if video.is_cuda:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch.nn.functional import interpolate
 
@@ -26,7 +24,6 @@ SIGNAL_LEVELS = 1000
 """Entries of the signal table."""
 
 
-@cache
 @ambient.makes_tensors
 def signal_table() -> torch.Tensor:
     """How much of the signal is kept per noise index; index 0 is the cleanest, 999 is pure noise.
@@ -120,9 +117,7 @@ def super_resolve(
 
     sigmas = solver.sigmas[:-1].tolist()
     title = "super-resolution"
-    video, _ = run_steps(
-        sr_model, advance, sigmas, video, audio, title=title, image=image, callback=callback, progress=progress
-    )
+    video, _ = run_steps(advance, sigmas, video, audio, title=title, image=image, callback=callback, progress=progress)
     return video
 
 
