@@ -395,7 +395,11 @@ def test_compiled_layers_are_seen_through(public: bool, tmp_path: Path) -> None:
         again = load(tmp_path / "published", config=CONFIG, progress=False)
         assert same(call(again), call(eager_model()))
     model = PublicLayout(model) if public else model
-    assert same(call(hh.accelerate(model, REFERENCE), public), call(fast_model(public), public))
+    expected = call(fast_model(public), public)
+    assert same(call(hh.accelerate(model, REFERENCE), public), expected)
+    packed_layer = model.block.layers[0]
+    model.block.layers[0] = compiled(packed_layer)
+    assert same(call(model, public), expected)
     hh.restore(model)
     assert type(model.block.layers[0]).__name__ == "OptimizedModule"
 

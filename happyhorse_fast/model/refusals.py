@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrize
 
+from happyhorse_fast.model.compiled import published_key, state_dict_of, unwrapped
 from happyhorse_fast.model.fast_config import FastConfig, Tiles
 from happyhorse_fast.model.fast_layer import FastLayer
 from happyhorse_fast.model.inspect_checkpoint import layer_of
@@ -95,7 +96,8 @@ def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
     problems = [*_global_hooks(), *_gates(model), *_outward_ties(model), *_other_sizes(model)]
     classes: dict[tuple[str, int], tuple[str, type]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        problems += _problems(path, module, isinstance(model, HappyHorse), classes)
+        if unwrapped(module) is module:  # what torch.compile wraps comes by itself
+            problems += _problems(published_key(path), module, isinstance(model, HappyHorse), classes)
     if problems := problems or list(_missing(model)):
         raise ValueError(
             f"model must not carry what packed layers leave out ({len(problems)}): {listed(problems)}. Remove it "
@@ -119,7 +121,7 @@ def require_running(model: nn.Module) -> None:
     embedders = (getattr(parts.adapter, name) for name in _LINEARS[:3])
     linears = (*embedders, parts.final_linear_video, parts.final_linear_audio)
     kinds = [(linears, nn.Linear), (parts.block.layers, FastLayer)]
-    for module in (module for modules, kind in kinds for module in modules if type(module) is not kind):
+    for module in (module for modules, kind in kinds for module in modules if type(unwrapped(module)) is not kind):
         raise ValueError(
             f"{_path_of(model, module)} was replaced after accelerate, is a {type(module).__qualname__}: call "
             "restore(model), replace it, then accelerate(model), which says whether it can be kept"
@@ -132,6 +134,7 @@ def require_running(model: nn.Module) -> None:
         left += module._modules.values()
         if (
             "forward" in vars(module)
+            and unwrapped(module) is module  # torch.compile's wrapper has one
             and type(module) is not FastLayer
             and module not in (model, parts.block)
             and _is_overridden(module, "forward", vars(module)["forward"], "part")
@@ -263,7 +266,7 @@ def _other_sizes(model: nn.Module) -> Iterator[str]:
     if not isinstance(model, HappyHorse):
         return  # its sizes are read off its weights
     wanted = {key: tuple(like.shape) for key, like in HappyHorse(model.config, device="meta").named_parameters()}
-    there = {key: tuple(value.shape) for key, value in model.named_parameters(remove_duplicate=False)}
+    there = {published_key(key): tuple(value.shape) for key, value in model.named_parameters(remove_duplicate=False)}
     for key in (key for key in wanted if key in there and there[key] != wanted[key]):
         yield f"{key}: is {list(there[key])}, its configuration makes it {list(wanted[key])}"
     layers: Any = model.block.layers
@@ -273,7 +276,7 @@ def _other_sizes(model: nn.Module) -> Iterator[str]:
 
 def _missing(model: nn.Module) -> Iterator[str]:
     if isinstance(model, HappyHorse):
-        there = model.state_dict().keys()
+        there = state_dict_of(model).keys()
         yield from (
             f"{key}: is missing" for key in HappyHorse(model.config, device="meta").state_dict() if key not in there
         )
