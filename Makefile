@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment in $(VENV), pinned by constraints.txt.
 #   make PYTHON=python3.12 test     another interpreter for a new environment
 #   make PYTEST_ARGS="-k rope" test more arguments for pytest
+#   make SEED=7 FUZZ_ARGS="-k schedules" fuzz   examples drawn from that seed, for some tests
 #   make DEMO_ARGS=--json demo      more arguments for the demo
 #   make gpu PYTHON=python3         run with that interpreter as it is: no environment is made, nothing is installed
 #   make gpu STAGES=tests,attn=200  some stages only, attn with a share of 200 s
@@ -13,6 +14,8 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
+SEED ?=
 DEMO_ARGS ?=
 # Kernels compile on the Triton of constraints.txt, and on this one: what torch 2.11 for CUDA 13 brings.
 AOT_TRITON := 3.6.0
@@ -25,10 +28,10 @@ AOT := $(BIN)/python -m bench.aot --jobs $(JOBS) --also $(AOT_FOLDER) $(AOT_ARGS
 # One thread per worker: two workers with a thread per core each would fight over two cores.
 # `pytest`, not `python -m pytest`: the latter puts the checkout first on sys.path, and `import kernels` would then find
 # the folder of that name.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --benchmark-disable
+PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n $(JOBS) --benchmark-disable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check sanitize aot aot-check bench gpu report lint typecheck format clean
+.PHONY: help demo test check fuzz sanitize aot aot-check bench gpu report lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -39,8 +42,14 @@ demo: $(STAMP) ## a prompt becomes a clip with sound, 8 steps on the CPU, eager 
 test: $(STAMP) ## the tests, without the slow proofs: at most 10 minutes on 2 cores
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
-check: $(STAMP) aot-check sanitize ## the slow proofs: at most 60 minutes on 2 cores
+check: $(STAMP) aot-check sanitize fuzz ## the slow proofs: at most 60 minutes on 2 cores
 	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
+
+fuzz: $(STAMP) ## 20 times the examples of `make test`, from a fresh seed, which it tells where one fails
+	@seed=$(or $(SEED),$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')); \
+	echo "fuzz: SEED=$$seed"; \
+	$(PYTEST) -m "hypothesis and not gpu" --hypothesis-profile=fuzz --hypothesis-seed=$$seed $(FUZZ_ARGS) || { \
+	  echo "failed with SEED=$$seed; the same examples again: make SEED=$$seed FUZZ_ARGS='-k NAME' fuzz" >&2; exit 1; }
 
 # Planted bugs are left out: some read where they should not, which ends a sanitized run.
 SANITIZED := $(addprefix tests/test_cuda_,activation_quantize.py async_copy.py block_sparse_attention.py \

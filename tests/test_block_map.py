@@ -6,7 +6,8 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -42,7 +43,7 @@ def ranges(draw):
     return [q for q, _ in rows], [k for _, k in rows], queries, keys
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(ranges())
 def test_from_ranges_is_the_union(case):
     held(BlockMap.from_ranges(*case), brute_force(*case))

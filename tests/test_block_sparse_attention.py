@@ -22,7 +22,8 @@ from attention_cases import (
     step_of,
     values,
 )
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from strict import permuted_grid
 
@@ -263,7 +264,7 @@ def cases(draw):
     return fmt, backend, n, m, heads, rows
 
 
-@settings(max_examples=16, deadline=None)
+@examples(16)
 @given(cases())
 def test_any_ranges(case):
     fmt, backend, n, m, heads, rows = case

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -92,7 +93,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(config=configs(), max_shard_bytes=st.integers(1, 100_000))
 def test_round_trip_of_any_model(config: ModelConfig, max_shard_bytes: int) -> None:
     model = HappyHorse(config).init_weights(3)

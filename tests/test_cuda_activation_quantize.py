@@ -9,7 +9,8 @@ import pytest
 import torch
 from cuda_mutants import mutant
 from cuda_shim import SHIM, Shim
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from strict import poisoned_outputs
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -64,7 +65,7 @@ def test_against_the_reference(activation, fp8, form):
     assert_agrees(inputs((129, 72, 255), 2048 + 384, form), activation, fp8)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@examples(10)
 @given(
     sizes=st.lists(st.integers(1, 150), min_size=1, max_size=3),
     groups=st.integers(1, 18),

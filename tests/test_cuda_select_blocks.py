@@ -8,7 +8,8 @@ import pytest
 import torch
 from cuda_mutants import mutant
 from cuda_shim import SHIM, ShimError
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from select_cases import ALIGNED, RAGGED, SCORES, cases, differences, held, inputs, integers, selector
 from strict import poisoned_outputs
@@ -54,7 +55,7 @@ def test_many_blocks_take_several_tiles_of_scores_and_warps_of_columns():
     held(chooser, integers(layout, heads=(2, 1), distinct=150), backend="cuda", keep=60)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(cases())
 def test_any_layout(case):
     layout, radius, heads, seed, amount = case
@@ -153,7 +154,7 @@ def unequal(ours, wanted):
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     blocks=st.sampled_from([1, 2, 31, 33, 255, 256, 257, 300, 513]),
     distinct=st.sampled_from([1, 5, 1000]),

@@ -9,7 +9,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import E4M3, EPILOGUES, IMPLEMENTED, KERNELS, ROWS, Case, row_tiles, run_epilogue
 from strict import checked_memory, checked_overflow, permuted_grid, poisoned_outputs, strict
@@ -198,7 +199,7 @@ def test_inputs_past_2_31_elements():
     assert violations(measure(y[-100:], case.exact())) == []
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@examples(12)
 @given(
     sizes=st.lists(st.integers(1, 150), min_size=1, max_size=3),
     f=st.integers(1, 3),

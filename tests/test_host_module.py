@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from fuzz import examples
 from host_cases import (
     FAR,
     FAR_ROWS,
@@ -23,7 +24,7 @@ from host_cases import (
     same,
     table,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from happyhorse_fast import _C  # a checkout is built with it, so these tests fail where it is missing
@@ -37,7 +38,7 @@ PROGRAMS = 132  # multiprocessors of an H100
 # Maps from ranges -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(good_ranges(), FORMS)
 def test_maps_from_ranges_are_pythons(case, form):
     q, k, queries, keys = case
@@ -48,7 +49,7 @@ def test_maps_from_ranges_are_pythons(case, form):
     assert same(outcome(lambda: plan_blocks.from_ranges(q, k, queries, keys, backend="cpp")), expected)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(any_ranges())
 def test_errors_of_ranges_are_pythons(case):
     q, k, queries, keys = case
@@ -56,7 +57,7 @@ def test_errors_of_ranges_are_pythons(case):
     assert same(outcome(lambda: _C.from_ranges(int64(q), int64(k), queries, keys)), expected)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(good_ranges(), st.data())
 def test_errors_of_one_bad_range_are_pythons(case, data):
     """A single number just past what is allowed, or far past it, among good ranges."""
@@ -74,7 +75,7 @@ def test_errors_of_one_bad_range_are_pythons(case, data):
     assert same(outcome(lambda: _C.from_ranges(int64(lists[0]), int64(lists[1]), queries, keys)), expected)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(any_ranges((*FAR, 2**63, 2**64, 10**30, 0.5, float("nan"), None, "1")), FORMS)
 def test_errors_of_anything_are_pythons(case, form):
     q, k, queries, keys = case
@@ -132,7 +133,7 @@ sizes = st.integers(0, 6), st.integers(0, 300), st.integers(0, 140), st.integers
 layouts = st.lists(st.builds(Layout, *sizes, st.booleans(), st.booleans()), min_size=1, max_size=3)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(layouts, st.none() | st.integers(0, 7) | st.sampled_from([MOST, 2**63 - 1]))
 def test_maps_from_windows_are_pythons(clips, radius):
     expected = outcome(lambda: BlockMap.frame_window(clips, radius))

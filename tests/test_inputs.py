@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from happyhorse_fast.config import ModelConfig
@@ -72,7 +73,7 @@ def test_refused(model: torch.nn.Module, arguments: Any, error: type[Exception],
         model(*arguments)
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(1, 5))
 def test_any_shape_has_velocities_of_its_shape(frames: int, rows: int, columns: int, audio: int, text: int) -> None:
     inputs = clip((1, 48, frames, 2 * rows, 2 * columns), (1, audio, 64), (1, text, 8))

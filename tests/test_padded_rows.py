@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from happyhorse_fast.block_map import BlockMap
@@ -32,7 +33,7 @@ def _dense(ranges: Ranges, n: int) -> torch.Tensor:
     return mask
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(clips, st.integers(0, 3), st.booleans(), st.booleans())
 def test_ranges_keep_their_meaning(clip: Clip, receptive_field: int, local: bool, align: bool) -> None:
     spans = [(f * clip.frame_tokens, (f + 1) * clip.frame_tokens, 0) for f in range(clip.frames)]

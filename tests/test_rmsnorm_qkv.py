@@ -6,7 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from qkv_cases import (
     ALIGNED,
@@ -270,7 +271,7 @@ def test_a_row_table_that_leaves_the_tensor_is_seen_by_the_strict_interpreter():
         fp8_linear(case)
 
 
-@settings(max_examples=5, deadline=None)
+@examples(5)
 @given(
     rows=st.lists(st.integers(1, 140), min_size=1, max_size=2),
     c=st.integers(2, 8).map(lambda i: 16 * i),

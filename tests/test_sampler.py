@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from toy_denoiser import CONFIG, Latents, Toy, clip, relative_l2, replay
 
@@ -209,7 +210,7 @@ def test_noise_makes_a_run_repeatable() -> None:
 # Properties ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     shape=st.fixed_dictionaries(
         {"t": st.integers(1, 4), "h": st.sampled_from([2, 4]), "w": st.sampled_from([2, 6]), "a": st.integers(1, 5)}

@@ -7,7 +7,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from select_cases import ALIGNED, KERNELS, RAGGED, SCORES, cases, differences, held, inputs, integers, kept, selector
 from strict import permuted_grid, strict
 
@@ -163,7 +164,7 @@ def test_rows_are_ordered_longest_first_and_equal_ones_as_they_come(rows):
     assert torch.equal(order, counts[:, 1].argsort(descending=True, stable=True).to(torch.int32))
 
 
-@settings(max_examples=6, deadline=None)
+@examples(6)
 @given(cases())
 def test_any_layout(case):
     layout, radius, heads, seed, amount = case

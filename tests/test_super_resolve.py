@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from toy_denoiser import clip, relative_l2, replay
 
@@ -207,7 +208,7 @@ def test_without_diffusers_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     assert model.calls == []
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     shape=st.fixed_dictionaries(
         {"t": st.integers(1, 4), "h": st.sampled_from([2, 4]), "w": st.sampled_from([2, 6]), "a": st.integers(2, 5)}
