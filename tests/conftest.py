@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,3 +60,11 @@ def cuda_runner() -> Iterator[None]:
     """CUDA kernels of tensors on the CPU run in the shim of csrc/; it is built at the first launch."""
     with use_runner(SHIM):
         yield
+
+
+@pytest.fixture
+def sigint_raises() -> Iterator[None]:
+    """A shell's background job starts with SIGINT ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

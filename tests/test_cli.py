@@ -353,6 +353,7 @@ def test_an_interrupted_write_leaves_what_was_there(
     assert output.read_bytes() == b"precious"
 
 
+@pytest.mark.usefixtures("sigint_raises")
 def test_ctrl_c_exits_130_and_leaves_no_file(
     published: Published, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
