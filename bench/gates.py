@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ CODE_SLOPE = 5e-3
 ALL_BLOCKS_UP_TO = 8
 DRAWN_BLOCKS = 6
 # Dynamic choices between scores that differ by their rounding alone may fall either way.
-SAME_BLOCKS = 0.99
+SAME_BLOCKS = Fraction(99, 100)
 
 Compared = tuple[str, Tensor, Tensor, float, float]
 """(name, result [rows, ...], exact, allowed tile distance, allowed tile slope)."""
@@ -216,5 +217,6 @@ def _selection_problems(given: Given, results: tuple[Tensor, ...]) -> list[str]:
         return ["map: rows keep another number of blocks than the reference's"]
     (ours, our_ids), (theirs, their_ids) = found.to_blocks(), wanted.to_blocks()
     ours, theirs = ours | (our_ids >= 0), theirs | (their_ids >= 0)
-    share = float((ours & theirs).sum() / theirs.sum())
-    return [] if share >= SAME_BLOCKS else [f"map: {share:.2%} of the reference's blocks, at least {SAME_BLOCKS:.0%}"]
+    share = Fraction(int((ours & theirs).sum()), int(theirs.sum()))
+    least = f"at least {float(SAME_BLOCKS):.0%}"
+    return [] if share >= SAME_BLOCKS else [f"map: {float(share):.2%} of the reference's blocks, {least}"]
