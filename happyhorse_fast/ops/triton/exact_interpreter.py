@@ -14,6 +14,8 @@ import torch
 import triton.language as tl
 import triton.runtime.interpreter as interp
 
+from happyhorse_fast.ops.triton.interpreter_memory import remember
+
 TORCH = {
     tl.bfloat16: torch.bfloat16,
     tl.float16: torch.float16,
@@ -79,3 +81,4 @@ def make_exact() -> None:
     interp._convert_float = convert
     interp.InterpreterBuilder.create_dot = dot
     interp.InterpreterBuilder.binary_op = binary
+    remember()
