@@ -33,6 +33,7 @@ struct Thread {
 
 struct Warp {
   int arrived = 0;
+  const Thread* first = nullptr;  // of those that wait for the others, all at one site
   unsigned char given[LANES][PAYLOAD];
   unsigned char taken[LANES][PAYLOAD];
 };
@@ -50,6 +51,7 @@ struct Block {
   std::unique_ptr<unsigned char, Free> shared;
   std::size_t shared_bytes;
   int in_barrier;
+  const Thread* first_in_barrier;
   Thread* running;
   std::string problem;
 };
@@ -229,10 +231,10 @@ void fail(Site site, const char* problem) { throw std::runtime_error(describe(si
 
 void barrier(Site site) {
   Block& block = *current;
-  for (const Thread& other : block.threads) {
-    if (other.state == State::in_barrier && !same(other.site, site)) {
-      throw std::runtime_error(describe(site) + ", while " + name(other) + " waits in " + describe(other.site));
-    }
+  if (block.in_barrier == 0) block.first_in_barrier = block.running;
+  const Thread& first = *block.first_in_barrier;
+  if (block.in_barrier > 0 && !same(first.site, site)) {
+    throw std::runtime_error(describe(site) + ", while " + name(first) + " waits in " + describe(first.site));
   }
   if (++block.in_barrier < static_cast<int>(block.threads.size())) {
     wait(State::in_barrier, site);
@@ -250,12 +252,10 @@ const unsigned char* exchange(Site site, unsigned mask, const void* given, std::
   Warp& warp = block.warps[me / LANES];
   if (mask != 0xffffffffu) fail(site, "the mask must name all 32 lanes");
   if (bytes > PAYLOAD) fail(site, "too many bytes for an exchange");
-  for (unsigned i = first; i < first + LANES; ++i) {
-    const Thread& other = block.threads[i];
-    if (other.state == State::in_exchange && !same(other.site, site)) {
-      throw std::runtime_error(describe(site) + ", while " + name(other) + " of the warp waits in " +
-                               describe(other.site));
-    }
+  if (warp.arrived == 0) warp.first = block.running;
+  if (warp.arrived > 0 && !same(warp.first->site, site)) {
+    throw std::runtime_error(describe(site) + ", while " + name(*warp.first) + " of the warp waits in " +
+                             describe(warp.first->site));
   }
   std::memcpy(warp.given[me % LANES], given, bytes);
   if (++warp.arrived < LANES) {

@@ -1,6 +1,7 @@
 // A CUDA thread as a fiber: a stack of its own, entered and left by the scheduler of its block.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstddef>
@@ -29,14 +30,18 @@ class Fiber {
   static void enter(unsigned low, unsigned high);
 
   std::unique_ptr<char[]> stack_;
-  ucontext_t here_{}, scheduler_{};
+  ucontext_t here_{};
   void (*entry_)(void*) = nullptr;
   void* argument_ = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
+  ucontext_t scheduler_{};
   void* fake_here_ = nullptr;
   void* fake_scheduler_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   std::size_t scheduler_size_ = 0;
+#else
+  jmp_buf entered_{}, left_{};
+  bool begun_ = false;
 #endif
 };
 
