@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -53,6 +54,12 @@ def pytest_collectstart() -> None:
 def pytest_runtest_setup() -> None:
     """Before any fixture, so that no test draws what the tests before it left."""
     seed()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: searching it for garbage again and again took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -30,4 +30,4 @@ def mutant(folder: Path, stem: str, old: str, new: str) -> Shim:
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {stem}.cu and its headers"
     path = folder / f"{stem}.cu"
     path.write_text(source.replace(old, new))
-    return Shim([path])
+    return Shim([path], once=True)

@@ -47,19 +47,24 @@ class _Launch(ctypes.Structure):
     ]
 
 
-def build(folder: Path, sources: list[Path], *, sanitize: bool) -> Path:
-    """Compile ``sources`` and the shim into a shared library in ``folder``; what is there is not compiled again."""
-    flags = [*FLAGS, *(SANITIZERS if sanitize else ()), "-O1" if sanitize else "-O2"]
+def build(folder: Path, sources: list[Path], *, sanitize: bool, once: bool = False) -> Path:
+    """Compile ``sources`` and the shim into a shared library in ``folder``; what is there is not compiled again.
+
+    Of sources that run ``once`` it optimises less: compiling them takes longer than running them.
+    """
+    flags = [*FLAGS, *(SANITIZERS if sanitize else ())]
+    shim = sorted(CSRC.glob("shim/*.cpp"))
     common = hashlib.sha256(" ".join(flags).encode())
     for header in sorted([*CSRC.glob("device/*.cuh"), *CSRC.glob("shim/*.hpp")]):
         common.update(header.name.encode() + header.read_bytes())
     folder.mkdir(parents=True, exist_ok=True)
     objects = []
-    for source in [*sources, *sorted(CSRC.glob("shim/*.cpp"))]:
+    for source in [*sources, *shim]:
+        level = "-O1" if sanitize or (once and source not in shim) else "-O2"
         digest = common.copy()
-        digest.update(source.read_bytes())
+        digest.update(level.encode() + source.read_bytes())
         objects.append(folder / f"{source.stem}-{digest.hexdigest()[:16]}.o")
-        _make(objects[-1], [*flags, "-c", "-x", "c++", str(source)])
+        _make(objects[-1], [*flags, level, "-c", "-x", "c++", str(source)])
     whole = hashlib.sha256("\n".join(path.name for path in objects).encode())
     library = folder / f"shim-{whole.hexdigest()[:16]}.so"
     _make(library, [*flags, "-shared", *map(str, objects)])
@@ -86,17 +91,19 @@ class Shim:
 
     Args:
         sources: Files with kernels; all of csrc/device/ where None.
+        once: Whether they run but once, so that they are to be compiled fast.
     """
 
-    def __init__(self, sources: list[Path] | None = None) -> None:
-        self.sources = sorted(CSRC.glob("device/*.cu")) if sources is None else sources
+    def __init__(self, sources: list[Path] | None = None, *, once: bool = False) -> None:
+        self.sources, self._once = sorted(CSRC.glob("device/*.cu")) if sources is None else sources, once
         self.launches: list[str] = []
         self._order = 0
 
     @functools.cached_property
     def library(self) -> ctypes.CDLL:
         sanitize = os.environ.get("HAPPYHORSE_FAST_SANITIZE") == "1"
-        return ctypes.CDLL(str(build(CSRC.parent / ".build" / "shim", self.sources, sanitize=sanitize)))
+        folder = CSRC.parent / ".build" / "shim"
+        return ctypes.CDLL(str(build(folder, self.sources, sanitize=sanitize, once=self._once)))
 
     @contextlib.contextmanager
     def order(self, seed: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Kernels compiled without a GPU: one per stem here, all in `make aot-check`; and what its gates must catch."""
+"""Kernels compiled without a GPU: a few here, all in `make aot-check`; and what its gates must catch."""
 
 import importlib.util
 import json
@@ -73,7 +73,10 @@ SOME = {
 }
 
 
-@pytest.mark.parametrize("stem", SOME)
+slow = pytest.mark.slow  # 3 to 5 s each, and `make check` compiles all of them first
+
+
+@pytest.mark.parametrize("stem", [pytest.param(s, marks=() if s == "fp8_linear" else slow) for s in SOME])
 def test_a_kernel_of_every_stem_holds_its_gates_on_hopper(stem):
     done = run("-m", "bench.aot_compile", "--only", "|".join(f"^sm_90 {case}$" for case in SOME[stem]))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -105,11 +108,15 @@ def test_every_entry_is_there_for_each_architecture_that_can(stem, variant):
         # Deeper than shared memory: Triton compiles it without a word.
         ("table('fp8_linear')['fp8_plain']['90']['num_stages'] = 6", "bytes of shared memory, sm_90 has 232448"),
         # One step of a wide tile in four warps: more registers than there are.
-        ("table('fp8_linear')['fp8_plain']['90']['num_warps'] = 4", "spills: "),
+        pytest.param("table('fp8_linear')['fp8_plain']['90']['num_warps'] = 4", "spills: ", marks=slow),
         # A launcher that leaves it to the compiler's default.
-        ("fp8_linear.FP_FUSION = None", "launched without enable_fp_fusion"),
+        pytest.param("fp8_linear.FP_FUSION = None", "launched without enable_fp_fusion", marks=slow),
         # One that launches something else than the table says.
-        ("fp8_linear.config_of = lambda *_: config_for('fp8_linear', 'fp8_group128_plain', 90)", "launched with tiles"),
+        pytest.param(
+            "fp8_linear.config_of = lambda *_: config_for('fp8_linear', 'fp8_group128_plain', 90)",
+            "launched with tiles",
+            marks=slow,
+        ),
     ],
     ids=["stages", "warps", "fusion", "another entry"],
 )
@@ -196,6 +203,7 @@ def test_exponents_that_are_not_beside_a_product_are_caught():
     assert gates.problems(e4m3) == []
 
 
+@slow
 def test_without_the_wait_between_them_the_exponents_do_move_behind_pv(tmp_path):
     """What the gate is for: if this fails, the wait in `advance` may no longer be needed."""
     done = run("-c", MOVED.format(root=str(tmp_path)))

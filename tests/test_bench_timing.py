@@ -157,6 +157,7 @@ def test_what_was_measured_is_played_back():
         recorded.call()
 
 
+@pytest.mark.slow  # 9 s: all that `make bench` imports
 def test_pytest_benchmark_compares_the_files_of_runs(tmp_path):
     # Without what says that this is a worker of a run in parallel, in which pytest-benchmark saves nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

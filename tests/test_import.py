@@ -39,10 +39,14 @@ def modules() -> list[str]:
     return ["happyhorse_fast", *(name for name in optional if importlib.util.find_spec(name))]
 
 
-def test_import_and_public_names_load_nothing_heavy():
-    result = probe(modules())
-    assert result["loaded"] == []
-    assert result["missing"] == []
+@pytest.fixture(scope="module")
+def imported() -> dict:
+    return probe(modules())
+
+
+def test_import_and_public_names_load_nothing_heavy(imported):
+    assert imported["loaded"] == []
+    assert imported["missing"] == []
 
 
 def test_what_the_public_functions_raise_and_take_is_public():
@@ -54,8 +58,8 @@ def test_what_the_public_functions_raise_and_take_is_public():
     assert "Explanation" in dir(hh)
 
 
-def test_import_takes_less_than_two_seconds_after_torch():
-    seconds = min(probe(modules())["seconds"] for _ in range(2))
+def test_import_takes_less_than_two_seconds_after_torch(imported):
+    seconds = imported["seconds"] if imported["seconds"] < 2 else probe(modules())["seconds"]  # the machine was busy
     assert seconds < 2, f"{seconds:.2f} s"
 
 
