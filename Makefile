@@ -39,7 +39,7 @@ help: ## list the targets
 demo: $(STAMP) ## a prompt becomes a clip with sound, 8 steps on the CPU, eager beside fast
 	$(BIN)/happyhorse-fast demo $(DEMO_ARGS)
 
-test: $(STAMP) ## the tests, without the slow proofs: at most 10 minutes on 2 cores
+test: $(STAMP) ## the tests, without the slow proofs: at most 5 minutes on 2 cores
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 check: $(STAMP) aot-check sanitize fuzz ## the slow proofs: at most 60 minutes on 2 cores
