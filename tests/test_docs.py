@@ -111,7 +111,7 @@ def python_examples(document: Path) -> list[str]:
 
 def test_the_python_examples_of_the_readme_run_on_a_cpu_but_the_last():
     *examples, last = python_examples(ROOT / "README.md")
-    assert len(examples) == 2
+    assert len(examples) == 3
     assert 'device="cuda"' in last
     names: dict = {}
     for example in examples:
