@@ -52,7 +52,7 @@ void visible_keys(const Place& place, std::int64_t first, std::int64_t end, Span
 BlockMap frame_window(const std::vector<Layout>& layouts, std::optional<std::int64_t> receptive_field) {
   if (layouts.empty()) refuse("layouts must name at least one clip, got none");
   if (receptive_field && *receptive_field < 0) {
-    refuse("receptive_field must be at least 0, or None for no window, got " + std::to_string(*receptive_field));
+    refuse("receptive_field must be at least 0, got " + std::to_string(*receptive_field));
   }
   std::vector<Place> places;
   std::int64_t slots = 0;
