@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from bench.cases import cases, select
+from bench.comparison import implementations
 from bench.gates import problems
 from bench.inputs import make
 from bench.lost import LOST
-from bench.ops import implementations, other_backends
+from bench.ops import other_backends
 from bench.results import describe_machine
 from happyhorse_fast.ops import self_check, trust
 from happyhorse_fast.ops.dispatch import STEMS, cuda_obstacle

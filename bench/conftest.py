@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from bench import ops
+from bench.comparison import Bench
 from bench.ops_table import summary
 
-BENCH = pytest.StashKey[ops.Bench]()
+BENCH = pytest.StashKey[Bench]()
 ENTRIES = pytest.StashKey[list[dict[str, Any]]]()
 
 

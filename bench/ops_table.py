@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.results import Json
+from bench.results import Json, ratio
 from bench.roofline import Peaks
 
-COLUMNS = ("case", "impl", "ms", "spread", "TFLOP/s", "useful", "GB/s", "roofline", "peers: their time over ours")
+COLUMNS = (
+    *("case", "impl", "ms", "spread", "TFLOP/s", "useful", "GB/s", "roofline", "of measured", "MHz", "W"),
+    "peers: their time over ours",
+)
+NOT_INTERLEAVED = "not interleaved"
 
 
 def row(entry: Json) -> list[str]:
     """A line of the table; a red case has its reason in place of numbers."""
     if not entry["verified"]:
-        return [entry["case"], entry["impl"], *"------", f"NOT VERIFIED: {entry['reason']}"]
+        return [entry["case"], entry["impl"], *"-" * (len(COLUMNS) - 3), f"NOT VERIFIED: {entry['reason']}"]
     ours = entry["median_ms"]
     spread = (entry["high_ms"] - entry["low_ms"]) / ours
-    peers = ", ".join(f"{name} {taken / ours:.2f}x" for name, taken in entry["peers"].items())
+    ratios = {name: ratio(entry, name) for name in entry["peers"]}
+    peers = ", ".join(f"{n} {NOT_INTERLEAVED if x is None else f'{x:.2f}x'}" for n, x in ratios.items())
+    measured, mhz, watts = (entry.get(name) for name in ("roofline_measured", "sm_mhz", "power_w"))
     flops = [f"{entry[k]:.3g}" if entry["tflops"] else "" for k in ("tflops", "tflops_useful")]
     return [
         entry["case"],
@@ -26,6 +32,8 @@ def row(entry: Json) -> list[str]:
         *flops,
         f"{entry['gbps']:.4g}",
         f"{entry['roofline']:.1%}",
+        "" if measured is None else f"{measured:.1%}",
+        *("" if value is None else f"{value:.0f}" for value in (mhz, watts)),
         peers,
     ]
 
@@ -48,13 +56,17 @@ def table(entries: Iterable[Json]) -> str:
 
 def summary(peaks: Peaks, measured: Peaks, absent: Mapping[str, str], entries: Sequence[Json]) -> str:
     """The table, what it is a share of, and what is absent."""
+    given, here = (
+        f"{p.bandwidth:.3g} TB/s, bf16 {p.bf16:.4g}" + (f", fp8 {p.fp8:.4g} TFLOP/s" if p.fp8 else " TFLOP/s")
+        for p in (peaks, measured)
+    )
+    state = "" if measured.sm_mhz is None or measured.power_w is None else (
+        f", products at {measured.sm_mhz:.0f} MHz and {measured.power_w:.0f} W"
+    )  # fmt: skip
     lines = [
         table(entries),
         "",
-        f"roofline: {peaks.source}, {peaks.bandwidth:.3g} TB/s, bf16 {peaks.bf16:.4g}"
-        + (f", fp8 {peaks.fp8:.4g} TFLOP/s" if peaks.fp8 else " TFLOP/s")
-        + f"; measured here: {measured.bandwidth:.3g} TB/s, bf16 {measured.bf16:.4g}"
-        + (f", fp8 {measured.fp8:.4g} TFLOP/s" if measured.fp8 else " TFLOP/s"),
+        f"roofline: {peaks.source}, {given}; measured here: {here}{state}",
         *(f"absent: {name}: {reason}" for name, reason in sorted(absent.items())),
     ]
     return "\n".join(lines)

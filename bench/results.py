@@ -1,7 +1,7 @@
 """Result files: one JSON per GPU and commit, rewritten whole after every entry, so that a cut run loses nothing.
 
     bench/results/<gpu>/<date>-<commit>.json
-    {gpu, driver, torch, triton, commit, peaks, absent, stages,
+    {gpu, driver, torch, triton, commit, peaks, absent, stages, gates,
      entries: [{case, impl, median_ms, tflops, gbps, roofline, peers: {name: ms}, verified, ...}],
      sampler: [{preset, resolution, seconds, mode, steps, s_per_step, total_s, peak_memory_gib, ...}]}
 
@@ -49,7 +49,11 @@ ENTRY_EXTRA: dict[str, Any] = {
     "high_ms": _NUMBER,  # and a tenth slower
     "clock": str,  # what measured it: "events", "graph" or "cpu"
     "reason": str,  # why there is no number
-    "conditions": dict,  # clock, power and temperature before and after
+    "roofline_measured": _NUMBER,  # share of the ceilings measured on this machine, not of the datasheet's
+    "span": str,  # in which it and its peers took turns; comparable are times of one span alone
+    "sm_mhz": _NUMBER,  # clock in the span
+    "power_w": _NUMBER,  # and power, medians
+    "conditions": dict,  # clock, power and temperature at both ends of the span
     "config": dict,  # launch configuration, where it is not the committed one
 }
 SAMPLER: dict[str, Any] = {
@@ -68,7 +72,9 @@ SAMPLER_EXTRA: dict[str, Any] = {
     "breakdown": dict,  # seconds of one step by op
     "backend": str,  # what was asked for; eager modes have none
     "attention": str,  # kernel that attention ran in: what "auto" took is not what it takes at another commit
-    "conditions": dict,  # clock, power and temperature before and after
+    "sm_mhz": _NUMBER,  # clock while the steps ran
+    "power_w": _NUMBER,  # and power, medians
+    "conditions": dict,  # clock, power and temperature before and after the steps
     "note": str,  # what was not run as published, or why there is no number
 }
 # Numbers that may be missing: a red gate, memory that ran out.
@@ -158,7 +164,7 @@ class Results:
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path, self.header = path, dict(header)
-        self.data: Json = {**header, "peaks": [], "absent": {}, "stages": [], "entries": [], "sampler": []}
+        self.data: Json = {**header, "peaks": [], "absent": {}, "stages": [], "gates": [], "entries": [], "sampler": []}
         if path.is_file():
             data = read(path)
             for difference in differences(data, header):
@@ -169,6 +175,10 @@ class Results:
     def add_entry(self, entry: Json) -> None:
         """A microbenchmark of one case and implementation."""
         self._put("entries", entry)
+
+    def add_gate(self, case: Any, impl: str, passed: bool) -> None:
+        """Whether an implementation may be timed on a case (:class:`bench.cases.Case`)."""
+        self._put("gates", {"case": case.name, "impl": impl, "passed": passed})
 
     def add_sampler(self, entry: Json) -> None:
         """A run of the sampler."""
@@ -201,6 +211,7 @@ class Results:
 KEYS = {
     "entries": ("case", "impl"),
     "sampler": ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "steps", "backend", "attention"),
+    "gates": ("case", "impl"),
     "stages": ("name",),
     "peaks": ("source",),
 }
@@ -216,6 +227,16 @@ def merged(files: Sequence[Json]) -> Json:
     for name in HEADER:
         whole[name] = ", ".join(dict.fromkeys(str(data[name]) for data in files))
     return whole
+
+
+def ratio(entry: Json, peer: str) -> float | None:
+    """A peer's time over an entry's own, above 1 where ours is faster; None where they did not take turns in a span."""
+    return entry["peers"][peer] / entry["median_ms"] if entry.get("span") and peer in entry["peers"] else None
+
+
+def comparable(one: Json, other: Json) -> bool:
+    """Whether the times of two entries are of one span: a cool chip's are up to 20 % below a warm one's."""
+    return bool(one.get("span")) and one.get("span") == other.get("span")
 
 
 def _joined(earlier: Sequence[Json], later: Sequence[Json], key: tuple[str, ...]) -> list[Json]:
@@ -249,7 +270,7 @@ def validate(data: object, where: str) -> None:
     """
     if not isinstance(data, dict):
         raise ResultError(f"{where}: must be an object, got {type(data).__name__}")
-    extra = {"capability": str, "peaks": list, "absent": dict, "stages": list}
+    extra = {"capability": str, "peaks": list, "absent": dict, "stages": list, "gates": list}
     _fields(data, HEADER | {"entries": list, "sampler": list}, extra, where)
     for i, entry in enumerate(data["entries"]):
         here = f"{where}: entries[{i}]"
@@ -260,6 +281,8 @@ def validate(data: object, where: str) -> None:
             raise ResultError(f"{here}: {entry['case']} has neither a time nor a reason")
         for name, taken in entry["peers"].items():
             _number(taken, f"{here}: peers[{name!r}]")
+    for i, gate in enumerate(data.get("gates", ())):
+        _fields(gate, {"case": str, "impl": str, "passed": bool}, {}, f"{where}: gates[{i}]")
     for i, run in enumerate(data["sampler"]):
         _fields(run, SAMPLER, SAMPLER_EXTRA, f"{where}: sampler[{i}]")
 

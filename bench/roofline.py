@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from bench.cases import FULL_SIZES, SMALL_SIZE, Case, cases_of
-from bench.timing import Stopwatch
+from bench.cases import FULL_SIZES, SMALL_SIZE, cases_of
+from bench.conditions import Monitor
+from bench.timing import SPAN_SECONDS, WARM_SECONDS, Prepared, Span, Stopwatch
 from happyhorse_fast.costs import GPUS
 
+MEASURED = "measured"
+"""Source of ceilings that are not a maker's."""
 # Products of the 15B model whose shapes the library is measured at; the better one is the ceiling.
 _SHAPES = ("qkv", "up")
 COPY_BYTES = 4 << 30
@@ -25,13 +29,17 @@ class Peaks:
         bandwidth: Memory, TB/s, bytes read plus bytes written.
         bf16: TFLOP/s.
         fp8: TFLOP/s, None where there is none.
-        source: ``"measured"``, or where the maker states them.
+        source: :data:`MEASURED`, or where the maker states them.
+        sm_mhz: Clock that the products were measured at, None where it is not known.
+        power_w: Power, likewise.
     """
 
     bandwidth: float
     bf16: float
     fp8: float | None
     source: str
+    sm_mhz: float | None = None
+    power_w: float | None = None
 
     def floor_ms(self, flops: float, moved: float, precision: str) -> float:
         """Least time for so many FLOPs and bytes."""
@@ -50,29 +58,45 @@ def datasheet(device: torch.device) -> Peaks | None:
     return None
 
 
-def measured(device: torch.device, stopwatch: Stopwatch, *, seconds: float = 0.5) -> Peaks:
-    """A large copy, and the library's bf16 and row-wise fp8 products at the model's shapes."""
-    size = COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
-    copied = stopwatch.time([large_copy(size, device)], seconds=seconds).median_ms
-    on = FULL_SIZES[0] if device.type == "cuda" else SMALL_SIZE
-    case = next(c for c in cases_of(on) if c.op == "qkv_linear")
-    best = {
-        name: _best(case, maker, stopwatch, seconds) for name, maker in (("bf16", bf16_product), ("fp8", fp8_product))
-    }
-    return Peaks(2 * size / copied / 1e9, best["bf16"] or 0.0, best["fp8"], "measured")
+def measured(
+    device: torch.device, stopwatch: Stopwatch, *, seconds: float = 0.5, monitor: Monitor | None = None
+) -> Peaks:
+    """A large copy, and the library's bf16 and row-wise fp8 products at the model's shapes in turns, on a warm chip.
 
+    Args:
+        device: Of the stopwatch.
+        stopwatch: Times them.
+        seconds: About how long each is repeated; on a GPU spans are a second at least, 0 on a CPU is one call.
+        monitor: Knows the clock and power that the products ran at.
+    """
+    on_gpu = device.type == "cuda"
+    size = COPY_BYTES if on_gpu else CPU_COPY_BYTES
+    warm = WARM_SECONDS if on_gpu else 0.0
 
-def _best(case: Case, maker: Callable[..., Callable[[], object]], stopwatch: Stopwatch, seconds: float) -> float | None:
-    rates = []
-    for name in _SHAPES:
+    def span(contestants: dict[str, Prepared]) -> Span:
+        whole = seconds * len(contestants)
+        return stopwatch.interleave(contestants, seconds=max(SPAN_SECONDS, whole) if on_gpu else whole, warm=warm)
+
+    copied = span({"copy": stopwatch.prepare([large_copy(size, device)], dry=not seconds)}).timings["copy"].median_ms
+    case = next(c for c in cases_of(FULL_SIZES[0] if on_gpu else SMALL_SIZE) if c.op == "qkv_linear")
+    prepared, flops = {}, {}
+    for (precision, maker), name in itertools.product((("bf16", bf16_product), ("fp8", fp8_product)), _SHAPES):
         _, features, inputs = case.weight_shape(name)
         try:
-            call = maker(case.rows, features, inputs, stopwatch.device)
-            taken = stopwatch.time([call], seconds=seconds, graph=False).median_ms
+            call = maker(case.rows, features, inputs, device)
+            prepared[f"{precision} {name}"] = stopwatch.prepare([call], dry=not seconds, graph=False)
         except (RuntimeError, NotImplementedError, ValueError):  # no fp8 on this device
-            return None
-        rates.append(2.0 * case.rows * features * inputs / taken / 1e9)
-    return max(rates)
+            continue
+        flops[f"{precision} {name}"] = 2.0 * case.rows * features * inputs
+    products = span(prepared)
+    rates: dict[str, float] = {}
+    for name, timing in products.timings.items():
+        precision = name.split()[0]
+        rates[precision] = max(rates.get(precision, 0.0), flops[name] / timing.median_ms / 1e9)
+    state = monitor.during(products.began, products.ended) if monitor else {}
+    return Peaks(
+        2 * size / copied / 1e9, rates["bf16"], rates.get("fp8"), MEASURED, state.get("sm_mhz"), state.get("power_w")
+    )
 
 
 def large_copy(size: int, device: torch.device) -> Callable[[], object]:

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from bench import began, conditions
+from bench import began
 from bench.cases import TINY, TINY_SIZE
+from bench.conditions import Monitor
 from bench.lost import LOST, lost
 from bench.ops import arguments, open_results
 from bench.random_model import Backend, random_eager, random_fast
@@ -59,12 +60,15 @@ class Bench:
         tiny: A tiny model and clip in every run's place, through the reference: to try the code without a GPU.
         backend: Of fast models: ``"auto"``, ``"triton"``, ``"gluon"`` (attention in it) or ``"cuda"``. Where a
             self-check forbids ``"auto"``, Triton runs nonetheless, and the run says that it is not verified.
+        monitor: Samples the GPU's state.
     """
 
-    def __init__(self, device: torch.device, tiny: bool = False, backend: Backend = "auto") -> None:
+    def __init__(
+        self, device: torch.device, tiny: bool = False, backend: Backend = "auto", monitor: Monitor | None = None
+    ) -> None:
         if device == torch.device("cuda"):  # limiting a process's memory takes a device with an index
             device = torch.device("cuda", torch.cuda.current_device())
-        self.device, self.tiny, self.backend = device, tiny, backend
+        self.device, self.tiny, self.backend, self.monitor = device, tiny, backend, monitor
         self.lost: str | None = None
         self._unverified = ""
         self._model: HappyHorse | None = None
@@ -75,12 +79,10 @@ class Bench:
 
         Afterwards ``lost`` says what took the GPU from this process, None where it works.
         """
-        before = conditions.read(self.device)
         entry = self._run(run, run.seconds if seconds is None else seconds)
         self.lost = lost(self.device)
         if self.lost is None:
             self._cap(None)
-            entry |= conditions.around(before, self.device)
         return entry
 
     def _run(self, run: Run, seconds: float) -> Json:
@@ -118,7 +120,9 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
         with torch.no_grad():
             model(*inputs)  # compiles, and makes what depends on the clip's shape
+        began = time.monotonic()
         times, notes = self._sample(model, run, inputs, seconds)
+        chip = self.monitor.during(began, time.monotonic()) if self.monitor else {}
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None
         if self.tiny:
             notes.append("a tiny model and clip in plain torch in this run's place")
@@ -136,6 +140,7 @@ class Bench:
             "peak_memory_gib": peak,
             "breakdown": breakdown,
             "note": "; ".join(notes),
+            **chip,
         }
 
     def _sample(
@@ -267,8 +272,10 @@ def line(entry: Json) -> str:
         return f"{where}: {entry['note']}"
     numbers = f"{entry['s_per_step']:.3f} s/step, {entry['steps']} steps {entry['total_s']:.1f} s"
     note = f" ({entry['note']})" if entry["note"] else ""
-    peak = entry["peak_memory_gib"]
-    return f"{where}: {numbers}{'' if peak is None else f', peak {peak:.1f} GiB'}{note}"
+    peak, mhz, watts = (entry.get(name) for name in ("peak_memory_gib", "sm_mhz", "power_w"))
+    numbers += "" if peak is None else f", peak {peak:.1f} GiB"
+    numbers += "" if mhz is None or watts is None else f", {mhz:.0f} MHz, {watts:.0f} W"
+    return f"{where}: {numbers}{note}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -288,26 +295,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = chosen(options.runs, options.modes)
     except ValueError as error:
         parser.error(str(error))
-    results, bench = open_results(options.results, device), Bench(device, options.tiny, options.backend)
+    results = open_results(options.results, device)
     known = {_key(entry) for entry in results.data["sampler"]} if results and options.keep == "all" else set()
     failed = False
-    for run in wanted:
-        backend = options.backend if run.fast else None
-        if (run.preset, run.resolution, run.mode, run.mask, run.cap_gb, backend) in known:
-            continue
-        left = deadline - time.monotonic() - (0.0 if options.tiny else run.least_seconds)
-        if left < 0:
-            print(f"not run: {run.name} needs {run.least_seconds:.0f} s, {-left:.0f} more than are left", flush=True)
-            continue
-        entry = bench.run(run, min(options.seconds_per_run or run.seconds, left))
-        failed |= entry["s_per_step"] is None and entry["note"].startswith(FAILED)
-        print(line(entry), flush=True)
-        # A self-check that took the GPU is remembered: started again, the run goes on without that kernel.
-        if results is not None and not (bench.lost and entry["note"].startswith(NOT_RUN)):
-            results.add_sampler(entry)
-        if bench.lost:
-            print(f"STOPPED: the GPU of this process is lost in {run.name}: {bench.lost}", file=sys.stderr)
-            return LOST
+    with Monitor(device) as monitor:
+        bench = Bench(device, options.tiny, options.backend, monitor)
+        for run in wanted:
+            backend = options.backend if run.fast else None
+            if (run.preset, run.resolution, run.mode, run.mask, run.cap_gb, backend) in known:
+                continue
+            left = deadline - time.monotonic() - (0.0 if options.tiny else run.least_seconds)
+            if left < 0:
+                print(
+                    f"not run: {run.name} needs {run.least_seconds:.0f} s, {-left:.0f} more than are left", flush=True
+                )
+                continue
+            entry = bench.run(run, min(options.seconds_per_run or run.seconds, left))
+            failed |= entry["s_per_step"] is None and entry["note"].startswith(FAILED)
+            print(line(entry), flush=True)
+            # A self-check that took the GPU is remembered: started again, the run goes on without that kernel.
+            if results is not None and not (bench.lost and entry["note"].startswith(NOT_RUN)):
+                results.add_sampler(entry)
+            if bench.lost:
+                print(f"STOPPED: the GPU of this process is lost in {run.name}: {bench.lost}", file=sys.stderr)
+                return LOST
     return int(failed)
 
 

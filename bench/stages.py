@@ -1,7 +1,8 @@
 """The stages of ``make gpu``: what each runs, in which order, and which share of the time it has.
 
-What a kernel never run before may do to a process is kept from what others measured: Triton's kernels, Gluon's, CUDA's,
-and peers that compile run in processes of their own, in this order.
+What a kernel never run before may do to a process is kept from what others measured: the gates of Triton's kernels, of
+Gluon's and of CUDA's run in processes of their own. Those that passed then take turns with their peers in one process,
+since only times of one span are comparable; and once more with the peers that compile, in another.
 """
 
 from __future__ import annotations
@@ -163,13 +164,15 @@ def _ops(scope: str, words: str, dry_words: str) -> Callable[[Context], list[Ste
         if context.dry:
             return [Step(command)]
         again = ("--keep", "all")
-        ours = Step([*command, "--impl", "triton", "--peers", "none" if scope == "rest" else "quick"], 5, again)
-        others = [
-            Step([*command, "--impl", impl, "--peers", "quick", "--keep", "peers"], 2, again)
-            for impl in (("gluon", "cuda") if "attention" in words else ("cuda",))
+        if scope == "rest":
+            return [Step([*command, "--impl", "triton", "--peers", "none"], again=again)]
+        gates = [
+            Step([*command, "--impl", impl, "--gates"], weight, again)
+            for impl, weight in (("triton", 2), ("gluon", 1), ("cuda", 1))
+            if impl != "gluon" or "attention" in words
         ]
-        compiled = Step([*command, "--peers", "slow", *again], 3, again)  # beside what every implementation left
-        return [ours] if scope == "rest" else [ours, *others, compiled]
+        turns = Step([*command, "--peers", "quick", "--keep", "gates"], 5, again)
+        return [*gates, turns, Step([*command, "--peers", "all", *again], 3, again)]  # with those that compile
 
     return steps
 

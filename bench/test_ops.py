@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from bench import ops
+from bench import comparison, ops
 from bench.cases import Case, cases
+from bench.conditions import Monitor
 from bench.conftest import BENCH, ENTRIES
 from bench.peers import all_peers, split
 from bench.timing import Recorded
@@ -26,33 +28,30 @@ def benchmarks() -> list[Any]:
     return [
         pytest.param(case, impl, id=case.name if impl == BACKEND else f"{case.name}/{impl}")
         for case in cases(SCOPE)
-        for impl in ops.implementations(case, BACKEND, OTHERS)
+        for impl in comparison.implementations(case, BACKEND, OTHERS)
     ]
 
 
 @pytest.fixture(scope="session")
-def bench(pytestconfig: pytest.Config) -> ops.Bench:
-    """Peaks and peers of this machine, found once."""
+def bench(pytestconfig: pytest.Config) -> Iterator[comparison.Bench]:
+    """Peers of this machine, found once."""
     peers, absent = split(all_peers(), DEVICE)
-    made = ops.Bench(DEVICE, BACKEND, seconds=0.2, peers=peers, absent=absent | WITHOUT)
-    pytestconfig.stash[BENCH] = made
-    pytestconfig.stash[ENTRIES] = []
-    return made
+    made = comparison.Bench(DEVICE, BACKEND, seconds=0.2, peers=peers, absent=absent | WITHOUT)
+    with Monitor(DEVICE) as made.monitor:
+        pytestconfig.stash[BENCH] = made
+        pytestconfig.stash[ENTRIES] = []
+        yield made
 
 
 @pytest.mark.benchmark(timer=RECORDED.seconds)
 @pytest.mark.parametrize(("case", "impl"), benchmarks())
-def test_op(case: Case, impl: str, benchmark: Any, bench: ops.Bench, pytestconfig: pytest.Config) -> None:
+def test_op(case: Case, impl: str, benchmark: Any, bench: comparison.Bench, pytestconfig: pytest.Config) -> None:
     """Gate, then time; a red gate fails and leaves no number."""
     entries = pytestconfig.stash[ENTRIES]
-    problems = bench.gate(case, impl)
-    if problems:
-        entries.append(ops.red(case, impl, problems))
-        pytest.fail(problems[0])
-    timing = bench.timing(case, impl)
+    bench.backend = impl
+    timing = bench.compare((case,), bench.peers, entries.append).get((case, impl))
+    if timing is None:
+        pytest.fail(entries[-1]["reason"])
     RECORDED.load(timing)
     benchmark.pedantic(RECORDED.call, rounds=len(timing.times_ms))
-    entry = ops.timed(case, impl, timing, bench.peaks)
-    bench.add_peers([entry], case, bench.peers)
-    benchmark.extra_info.update(entry)
-    entries.append(entry)
+    benchmark.extra_info.update(entries[-1])

@@ -3,7 +3,8 @@
     python -m bench.tune --cases swiglu7 --minutes 5 --write
     python -m bench.tune --dry            # only shows the candidates
 
-A candidate counts only if the case's gate is green with it. Users' processes never tune: what is committed runs.
+A candidate counts only if the case's gate is green with it; the best one and it take turns (:mod:`bench.timing`).
+Users' processes never tune: what is committed runs.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ import torch
 from bench import began
 from bench.cases import Case, cases, select
 from bench.gates import problems
-from bench.inputs import call, make
+from bench.inputs import Given, call, make
 from bench.lost import LOST, lost
 from bench.specialized import impl_of
-from bench.timing import Stopwatch
+from bench.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
 from happyhorse_fast.files import replacing
 from happyhorse_fast.kernels.launch import LaunchConfig, illegal, shared_memory_bytes, table
 
 CONFIGS = bootstrap.ROOT / "kernels" / "configs"
-# A candidate must be faster than the committed one by more than two runs of the same configuration differ.
+# A candidate must be faster than the best one by more than two runs of the same configuration differ.
 LEAST_GAIN = 0.02
 SEEDS = 2
 # What is varied around the committed configuration, per stem. Attention's block_n is its step of P, which accuracy
@@ -144,22 +145,43 @@ def using(target: Target, arch: int, config: LaunchConfig) -> Iterator[None]:
             entries[str(arch)] = before
 
 
-def time_candidate(
-    target: Target, arch: int, config: LaunchConfig, stopwatch: Stopwatch, seconds: float
-) -> float | str:
-    """Milliseconds, or why the candidate does not count."""
+def prepare(target: Target, arch: int, config: LaunchConfig, stopwatch: Stopwatch, *, dry: bool) -> Prepared | str:
+    """A configuration that is ready to take turns, or why it does not count."""
     device = stopwatch.device
-    with using(target, arch, config):
-        try:
-            impl = impl_of(config)
+    impl = impl_of(config)
+
+    def launch(given: Given) -> None:
+        with using(target, arch, config):
+            call(target.case, given, impl)
+
+    try:
+        with using(target, arch, config):
             found = problems(target.case, make(target.case, device), impl)
-            if found:
-                return f"gate: {found[0]}"
-            sets = (make(target.case, device, seed) for seed in range(SEEDS))
-            calls = [functools.partial(call, target.case, given, impl) for given in sets]
-            return stopwatch.time(calls, seconds=seconds).median_ms
-        except Exception as error:  # out of shared memory or registers, whatever the compiler raises
-            return f"{type(error).__name__}: {str(error)[:120]}"
+        if found:
+            return f"gate: {found[0]}"
+        sets = (make(target.case, device, seed) for seed in range(SEEDS))
+        return stopwatch.prepare([functools.partial(launch, given) for given in sets], dry=dry)
+    except Exception as error:  # out of shared memory or registers, whatever the compiler raises
+        return f"{type(error).__name__}: {str(error)[:120]}"
+
+
+def beaten(best: Prepared, candidate: Prepared, stopwatch: Stopwatch, seconds: float) -> tuple[bool, str]:
+    """(whether a candidate is faster than the best by more than the noise, both times in words).
+
+    Both take turns: briefly, and where the candidate wins again for a whole span on a warm chip, which decides.
+
+    Raises:
+        Failed: A call raised.
+    """
+    said = []
+    spans = ((seconds, 0.0), (max(SPAN_SECONDS, seconds), WARM_SECONDS)) if seconds else ((0.0, 0.0),)
+    for timed, warm in spans:
+        span = stopwatch.interleave({"best": best, "candidate": candidate}, seconds=timed, warm=warm)
+        ours, theirs = (span.timings[name].median_ms for name in ("candidate", "best"))
+        said.append(f"{ours:.4g} ms beside {theirs:.4g}")
+        if ours >= theirs * (1 - LEAST_GAIN):
+            return False, ", ".join(said)
+    return True, ", ".join(said)
 
 
 def write(folder: Path, target: Target, arch: int, config: LaunchConfig) -> Path:
@@ -189,11 +211,9 @@ def tune(
         RuntimeError: A candidate took the GPU from this process.
     """
     first, *others = candidates(target, arch)
-    ours = time_candidate(target, arch, first, stopwatch, seconds)
-    print(f"{target.stem} {target.variant} on {target.case.name}: committed {ours}", flush=True)
-    if isinstance(ours, str):
-        ours = float("inf")
-    best, chosen = ours * (1 - LEAST_GAIN), None
+    best, chosen = prepare(target, arch, first, stopwatch, dry=not seconds), None
+    state = best if isinstance(best, str) else f"about {best.about_ms:.4g} ms"
+    print(f"{target.stem} {target.variant} on {target.case.name}: committed {state}", flush=True)
     work = others[:limit]
     refined = False
     while work:
@@ -201,11 +221,17 @@ def tune(
         if time.monotonic() > deadline:
             print("  time is up", flush=True)
             break
-        taken = time_candidate(target, arch, config, stopwatch, seconds)
+        candidate = prepare(target, arch, config, stopwatch, dry=not seconds)
+        won, said = False, candidate if isinstance(candidate, str) else "the first that counts"
+        if not isinstance(candidate, str):
+            try:
+                won, said = (True, said) if isinstance(best, str) else beaten(best, candidate, stopwatch, seconds)
+            except Failed as error:
+                said = str(error)
         changed = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(first, k)}
-        print(f"  {changed}: {taken if isinstance(taken, str) else f'{taken:.4g} ms'}", flush=True)
-        if not isinstance(taken, str) and taken < best:
-            best, chosen = taken, config
+        print(f"  {changed}: {said}", flush=True)
+        if won:
+            best, chosen = candidate, config
         reason = lost(stopwatch.device)
         if reason:
             raise RuntimeError(f"the GPU of this process is lost after {changed}: {reason}")
@@ -224,7 +250,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="write tables there, beside --write")
     parser.add_argument("--write", action="store_true", help="write the best to kernels/configs")
     parser.add_argument("--dry", action="store_true", help="show the candidates of sm_90, and time nothing")
-    parser.add_argument("--seconds", type=float, default=0.1, help="about how long each candidate is repeated")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.1,
+        help="of turns that a candidate takes with the best before one whole span decides",
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="start no more candidates after this long")
     options = parser.parse_args(argv)
     deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)

@@ -10,23 +10,41 @@ import time
 import pytest
 import torch
 
-from bench import conditions, eager, gates, ops, ops_table
+from bench import comparison, eager, gates, ops, ops_table
 from bench.bootstrap import ROOT
 from bench.cases import cases, padded_rows, select
+from bench.comparison import Bench, groups, implementations
+from bench.conditions import Monitor
 from bench.inputs import call, make
 from bench.lost import lost
 from bench.peers import Eager, all_peers, split
-from bench.results import Results, describe_machine, read
+from bench.results import Results, comparable, describe_machine, ratio, read
+from bench.roofline import Peaks
 from bench.specialized import GLUON, STEM, running
 from happyhorse_fast.kernels.launch import table
 
 CPU = torch.device("cpu")
+FOREVER = float("inf")
 TINY = cases("tiny")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def ceilings(monkeypatch):
+    """Not measured for every test anew."""
+    monkeypatch.setattr(Bench, "measured", Peaks(1.0, 1.0, None, "measured"))
+
+
+@pytest.fixture
 def bench():
-    return ops.Bench(CPU, "reference", seconds=0.0, peers=[Eager()])
+    return Bench(CPU, "reference", seconds=0.0, peers=[Eager()])
+
+
+def compared(bench, chosen, deadline=FOREVER):
+    """Entries of one group."""
+    entries = []
+    (group,) = groups(chosen)
+    bench.compare(group, bench.peers, entries.append, deadline)
+    return entries
 
 
 def planted(monkeypatch, change):
@@ -69,7 +87,7 @@ def test_a_wrong_kernel_has_no_number(name, what, bench, monkeypatch, tmp_path):
     assert entry["reason"]
     assert [entry[k] for k in ("median_ms", "tflops", "gbps", "roofline", "peers")] == [None, None, None, None, {}]
     assert "NOT VERIFIED" in ops_table.table([entry])
-    assert not any(character.isdigit() for cell in ops_table.row(entry)[2:8] for character in cell)
+    assert not any(character.isdigit() for cell in ops_table.row(entry)[2:-1] for character in cell)
     (written,) = read(tmp_path / "r.json")["entries"]
     assert written == json.loads(json.dumps(entry))
 
@@ -79,7 +97,7 @@ def test_a_kernel_that_raises_has_no_number(bench, monkeypatch):
         raise RuntimeError("out of resource: shared memory")
 
     monkeypatch.setattr(gates, "call", broken)
-    entry = bench.entry(TINY[0])
+    (entry,) = compared(bench, TINY[:1])
     assert (entry["verified"], entry["median_ms"]) == (False, None)
     assert "out of resource" in entry["reason"]
 
@@ -99,32 +117,29 @@ def test_a_sampled_gate_sees_an_unwritten_tile_anywhere(monkeypatch):
 
 def test_a_slow_kernel_shows_in_the_table(bench, monkeypatch):
     case = select(TINY, "proj/tiny/bf16")[0]
-    honest = bench.entry(case)
-    bench.add_peers([honest], case, bench.peers)
+    (honest,) = compared(bench, [case])
 
     def slow(*arguments):
         time.sleep(0.5)
         return call(*arguments)
 
-    monkeypatch.setattr(ops, "call", slow)
-    entry = bench.entry(case)
-    bench.add_peers([entry], case, bench.peers)
+    monkeypatch.setattr(comparison, "call", slow)
+    (entry,) = compared(bench, [case])
     assert entry["verified"] and entry["median_ms"] > 500 > honest["median_ms"]
     assert entry["peers"]["eager"] / entry["median_ms"] < 0.5, "the peer is more than twice as fast"
     assert entry["roofline"] < honest["roofline"]
     assert "eager 0.0" in ops_table.table([entry])
 
 
-def test_a_peer_that_breaks_is_named_and_ends_nothing(bench):
+def test_a_peer_that_breaks_is_named_and_ends_nothing():
     class Broken(Eager):
         name = "broken"
 
         def prepare(self, case, inputs):
             raise RuntimeError("no kernel image is available")
 
-    entry = bench.entry(TINY[8])
-    both = ops.Bench(CPU, "reference", seconds=0.0, peers=[Broken(), Eager()])
-    both.add_peers([entry], TINY[8], both.peers)
+    both = Bench(CPU, "reference", seconds=0.0, peers=[Broken(), Eager()])
+    (entry,) = compared(both, TINY[8:9])
     assert set(entry["peers"]) == {"eager"}
     assert both.absent == {f"broken on {TINY[8].name}": "RuntimeError: no kernel image is available"}
 
@@ -144,22 +159,55 @@ class Counting(Eager):
 SEEN: list[str] = []
 
 
-def test_a_peer_is_timed_once_for_both_precisions_on_rotated_inputs():
+def test_a_peer_takes_turns_with_both_precisions_once_on_rotated_inputs():
     peer = Counting("counting")
-    both = ops.Bench(CPU, "reference", seconds=0.0, peers=[peer])
+    both = Bench(CPU, "reference", seconds=0.0, peers=[peer])
     fp8, bf16 = select(TINY, "quantize/tiny")
-    entries = ops.run(both, [fp8, bf16], None, time.monotonic() + 60)
+    entries = ops.run(both, [fp8, bf16], None, FOREVER)
     assert peer.seen == [(fp8.name, 0), (fp8.name, 1)]
     assert entries[0]["peers"] == entries[1]["peers"] != {}
+    assert comparable(*entries)
 
 
-def test_a_peer_that_compiles_runs_after_all_others_and_for_all_cases_before_the_next():
-    peers = [Counting("last a", slow=True), Counting("last b", slow=True), Counting("quick")]
-    some = ops.Bench(CPU, "reference", seconds=0.0, peers=peers)
+def test_times_of_two_spans_are_not_compared(bench):
+    case = select(TINY, "quantize/tiny/bf16")[0]
+    (one,), (other,) = compared(bench, [case]), compared(bench, [case])
+    assert not comparable(one, other), "the chip may have been cool in one"
+    assert ratio(one, "eager") == one["peers"]["eager"] / one["median_ms"]
+    before = {name: value for name, value in one.items() if name != "span"}  # results from before there were spans
+    assert not comparable(before, before) and ratio(before, "eager") is None
+    assert ops_table.row(before)[-1] == "eager not interleaved" and "x" in ops_table.row(one)[-1]
+
+
+def test_a_peer_that_compiles_takes_turns_after_all_others_were_timed():
+    peers = [Counting("slow a", slow=True), Counting("slow b", slow=True), Counting("quick")]
+    some = Bench(CPU, "reference", seconds=0.0, peers=peers)
     SEEN.clear()
-    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), None, time.monotonic() + 60)
-    assert SEEN == ["quick"] * 4 + ["last a"] * 2 + ["last b"] * 2
-    assert all(set(entry["peers"]) == {"quick", "last a", "last b"} for entry in entries)
+    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), None, FOREVER)
+    assert SEEN == ["quick"] * 4 + ["slow a", "slow b", "quick", "quick"] * 2
+    assert all(set(entry["peers"]) == {"quick", "slow a", "slow b"} for entry in entries), "all of one span"
+
+
+def test_without_a_peer_that_compiles_nothing_is_timed_again():
+    class Absent(Counting):
+        def prepare(self, case, inputs):
+            raise LookupError("no such form")
+
+    quick = Counting("quick")
+    some = Bench(CPU, "reference", seconds=0.0, peers=[quick, Absent("absent", slow=True)])
+    (group,), written = groups(select(TINY, "quantize/tiny/bf16")), []
+    some.compare(group, [quick], written.append)
+    assert some.compare(group, some.peers, written.append) == {} and len(written) == 1
+
+
+def test_a_peer_that_does_not_fit_the_time_left_is_left_out(monkeypatch):
+    some = Bench(CPU, "reference", seconds=0.0, peers=[Counting("quick"), Counting("endless")])
+    prepare, made = some.stopwatch.prepare, []
+    monkeypatch.setattr(some.stopwatch, "prepare", lambda *a, **k: made.append(prepare(*a, **k)) or made[-1])
+    monkeypatch.setattr(some.stopwatch, "least_seconds", lambda prepared: 100.0 if prepared is made[-1] else 0.0)
+    (entry,) = compared(some, select(TINY, "quantize/tiny/bf16"), time.monotonic() + 60)
+    assert set(entry["peers"]) == {"quick"}
+    assert list(some.absent.values()) == ["needs 100 s, 60 were left"]
 
 
 def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
@@ -170,8 +218,8 @@ def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
         return call(case, given, "reference")
 
     monkeypatch.setattr(gates, "call", counted)
-    monkeypatch.setattr(ops, "call", counted)
-    some = ops.Bench(CPU, "triton", seconds=0.0, also=["cuda"])
+    monkeypatch.setattr(comparison, "call", counted)
+    some = Bench(CPU, "triton", seconds=0.0, also=["cuda"])
     entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), None, time.monotonic() + 60)
     found = {(entry["case"].partition("-")[0].partition("/")[0], entry["impl"]) for entry in entries}
     assert found == {
@@ -195,8 +243,8 @@ def test_specialized_warps_are_an_implementation_of_their_own_whatever_the_table
         assert table(STEM)["bf16_d128"]["90"]["specialized"], "what is committed"
     assert json.dumps(table(STEM)) == before
     attention, norm = select(TINY, "window/tiny/bf16,quantize/tiny/bf16")
-    assert ops.implementations(attention, "triton", [GLUON, "cuda"]) == ["triton", GLUON, "cuda"]
-    assert ops.implementations(norm, "triton", [GLUON, "cuda"]) == ["triton", "cuda"]
+    assert implementations(attention, "triton", [GLUON, "cuda"]) == ["triton", GLUON, "cuda"]
+    assert implementations(norm, "triton", [GLUON, "cuda"]) == ["triton", "cuda"]
     assert ops.other_backends(CPU)[1][GLUON] == "needs a GPU"
 
 
@@ -204,8 +252,8 @@ def test_a_kernel_that_runs_out_of_memory_after_its_gate_ends_nothing(bench, mon
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(ops, "call", full)
-    entry = bench.entry(select(TINY, "quantize/tiny/bf16")[0])
+    monkeypatch.setattr(comparison, "call", full)
+    (entry,) = compared(bench, select(TINY, "quantize/tiny/bf16"))
     assert (entry["verified"], entry["median_ms"], entry["reason"]) == (
         False,
         None,
@@ -254,7 +302,7 @@ class Gpu:
 
     def __init__(self, monkeypatch, path):
         self.error, self.results = None, Results(path, describe_machine(CPU))
-        monkeypatch.setattr(ops, "lost", lambda device: self.error)
+        monkeypatch.setattr(comparison, "lost", lambda device: self.error)
 
     def crash(self):
         self.error = "AcceleratorError: CUDA error: an illegal memory access was encountered"
@@ -267,42 +315,73 @@ class Gpu:
 
 def test_a_lost_gpu_stops_the_run_at_the_case_that_lost_it(bench, monkeypatch, tmp_path, capsys):
     gpu = Gpu(monkeypatch, tmp_path / "r.json")
-    first, second, third = select(TINY, "quantize/tiny,proj/tiny/bf16")
+    first, second, third = select(TINY, "quantize/tiny/fp8,swiglu7/tiny/bf16,qkv_linear/tiny/bf16")
     monkeypatch.setattr(gates, "call", lambda case, *rest: gpu.crash() if case == second else call(case, *rest))
     ops.run(bench, [first, second, third], gpu.results, time.monotonic() + 60)
     assert gpu.written == {first.name: True, second.name: False}, "the third is not blamed"
     assert "STOPPED" in capsys.readouterr().err
 
 
-def test_a_number_is_written_before_a_peer_can_take_the_gpu(monkeypatch, tmp_path):
+def test_a_peer_that_takes_the_gpu_is_left_out_when_the_run_starts_again(monkeypatch, tmp_path):
     gpu, case = Gpu(monkeypatch, tmp_path / "r.json"), select(TINY, "quantize/tiny/bf16")[0]
 
     class Crashing(Eager):
         name = "crashing"
 
         def prepare(self, case, inputs):
-            assert gpu.written == {case.name: True}
             gpu.crash()
 
-    some = ops.Bench(CPU, "reference", seconds=0.0, peers=[Crashing()])
-    ops.run(some, [case, *select(TINY, "proj/tiny/bf16")], gpu.results, time.monotonic() + 60)
-    assert gpu.written == {case.name: True}
-    # Started again, it keeps what is there and does not try that peer again.
+    def run(keep):
+        known = json.loads(json.dumps(gpu.results.data))
+        peers = [Crashing(), Counting("counting")]
+        return ops.run(Bench(CPU, "reference", 0.0, peers, known=known, keep=keep), [case], gpu.results, FOREVER)
+
+    assert run("none") == []
+    assert gpu.results.data["gates"] == [{"case": case.name, "impl": "reference", "passed": True}]
     gpu.error = None
-    again = ops.Bench(CPU, "reference", 0.0, [Crashing()], known=gpu.results.data, keep="all")
-    monkeypatch.setattr(again, "entry", lambda case, impl: ops.red(case, impl, ["timed"]))
-    entries = ops.run(again, [case, *select(TINY, "proj/tiny/bf16")], gpu.results, time.monotonic() + 60)
-    assert [entry.get("reason") for entry in entries] == [None, "timed"]
+    monkeypatch.setattr(Bench, "gate", lambda *_: pytest.fail("gated already"))
+    (entry,) = run("all")
+    assert entry["verified"] and set(entry["peers"]) == {"counting"}
+    monkeypatch.setattr(Bench, "compare", lambda *_: pytest.fail("timed already"))
+    assert run("all") == [entry]
 
 
-def test_the_other_implementation_takes_over_its_peers_times(bench, tmp_path):
-    case, peer = select(TINY, "quantize/tiny/bf16")[0], Counting("counting")
+def test_a_gpu_lost_in_turns_is_held_against_the_peers_then_against_ours(monkeypatch, tmp_path):
+    gpu, case = Gpu(monkeypatch, tmp_path / "r.json"), select(TINY, "quantize/tiny/bf16")[0]
+
+    def run():
+        gpu.error = None
+        known = json.loads(json.dumps(gpu.results.data))
+        bench = Bench(CPU, "reference", 0.0, [Counting("counting")], known=known, keep="all")
+        monkeypatch.setattr(bench.stopwatch, "interleave", lambda *_, **__: gpu.crash())
+        return ops.run(bench, [case], gpu.results, FOREVER)
+
+    assert run() == [] and f"counting on {case.name}" in gpu.results.data["absent"]
+    (entry,) = run()
+    assert not entry["verified"] and "illegal memory access" in entry["reason"]
+    assert run() == [entry], "not tried a third time"
+
+
+def test_gates_alone_time_nothing_and_are_not_made_again(monkeypatch, tmp_path):
     results = Results(tmp_path / "r.json", describe_machine(CPU))
-    ops.run(ops.Bench(CPU, "reference", 0.0, [Counting("counting")]), [case], results, time.monotonic() + 60)
-    (first,) = results.data["entries"]
-    other = ops.Bench(CPU, "reference", 0.0, [peer], known=results.data, keep="peers")
-    (entry,) = ops.run(other, [case], results, time.monotonic() + 60)
-    assert entry is not first and entry["peers"] == first["peers"] and peer.seen == []
+    good, bad = select(TINY, "quantize/tiny/bf16")[0], select(TINY, "proj/tiny/bf16")[0]
+    gate = Bench.gate
+    monkeypatch.setattr(Bench, "gate", lambda self, case, impl: ["wrong"] if case == bad else gate(self, case, impl))
+    assert ops.run_gates(Bench(CPU, "reference", 0.0), [good, bad], results, FOREVER) is False
+    assert [entry["case"] for entry in results.data["entries"]] == [bad.name], "the red one alone has an entry"
+    monkeypatch.setattr(Bench, "gate", lambda *_: pytest.fail("gated already"))
+    known = read(results.path)
+    (entry,) = ops.run(Bench(CPU, "reference", 0.0, known=known, keep="gates"), [good, bad], results, FOREVER)
+    assert entry["case"] == good.name and entry["verified"]
+    assert {entry["case"]: entry["verified"] for entry in results.data["entries"]} == {good.name: True, bad.name: False}
+
+
+def test_a_number_stays_where_its_gate_is_made_again(tmp_path):
+    results = Results(tmp_path / "r.json", describe_machine(CPU))
+    case = select(TINY, "quantize/tiny/bf16")[0]
+    (entry,) = ops.run(Bench(CPU, "reference", 0.0), [case], results, FOREVER)
+    assert ops.run_gates(Bench(CPU, "reference", 0.0, known=results.data), [case], results, FOREVER)
+    assert results.data["entries"] == [entry]
 
 
 def test_what_a_lost_gpu_says(monkeypatch):
@@ -316,34 +395,22 @@ def test_what_a_lost_gpu_says(monkeypatch):
     assert lost(torch.device("cuda")) is None
 
 
-def test_ours_is_timed_before_its_peers_and_after_them(monkeypatch):
-    order = []
+def test_the_state_of_the_chip_in_the_span_is_in_entry_and_table(bench):
+    asked = []
 
-    class Noted(Counting):
-        def prepare(self, case, inputs):
-            order.append("peer")
-            return super().prepare(case, inputs)
+    class Sampled(Monitor):
+        def during(self, began, ended):
+            asked.append((began, ended))
+            return {"sm_mhz": 1395.0, "power_w": 699.0, "conditions": {"before": {}, "after": {}}}
 
     case = select(TINY, "quantize/tiny/bf16")[0]
-    some = ops.Bench(CPU, "reference", seconds=0.01, peers=[Noted("counting")])
-    timing = some.timing
-    monkeypatch.setattr(some, "timing", lambda *given: (order.append("ours"), timing(*given))[1])
-    (entry,) = ops.run(some, [case], None, time.monotonic() + 60)
-    assert order == ["ours", "peer", "peer", "ours"] and entry["peers"]
-
-
-def test_the_state_of_the_chip_is_recorded(bench, monkeypatch):
-    answers = iter(["1980, 2619, 120.5, 41, 0x0000000000000001", "1755, 2619, 700.1, 66, 0x0000000000000004"])
-    monkeypatch.setattr(conditions, "_known_fields", lambda: tuple(conditions.FIELDS))
-    monkeypatch.setattr(conditions.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr(
-        conditions.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, next(answers), "")
-    )
-    gpu = torch.device("cuda:0")
-    found = conditions.around(conditions.read(gpu), gpu)["conditions"]
-    assert found["before"]["sm_mhz"] == 1980 and found["after"]["power_w"] == 700.1
-    assert found["after"]["throttle"].endswith("4")
-    assert conditions.around({}, CPU) == {}
+    assert not {"sm_mhz", "power_w"} & compared(bench, [case])[0].keys()
+    bench.monitor, began = Sampled(CPU), time.monotonic()
+    (entry,) = compared(bench, [case])
+    (span,) = asked
+    assert began < span[0] < span[1] < time.monotonic()
+    line = dict(zip(ops_table.COLUMNS, ops_table.row(entry), strict=True))
+    assert (line["MHz"], line["W"]) == ("1395", "699") and line["of measured"].endswith("%")
 
 
 def test_time_that_is_up_starts_nothing(bench, capsys):

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from bench.cases import cases
 from bench.results import ResultError, Results, differences, merged, path_for, read, validate
 
 HEADER = {"gpu": "NVIDIA H200", "driver": "580.95", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234"}
@@ -115,6 +116,20 @@ def test_a_refused_entry_leaves_the_file_as_it_was(tmp_path):
 
 def whole(**changes):
     return {**HEADER, "entries": [copy.deepcopy(ENTRY)], "sampler": [copy.deepcopy(RUN)], **changes}
+
+
+def test_files_from_before_there_were_spans_still_load(tmp_path):
+    assert not {"span", "sm_mhz", "power_w", "roofline_measured"} & ENTRY.keys() and "gates" not in whole()
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(whole()))
+    results = Results(path, HEADER)
+    newer = ENTRY | {"span": "0123456789ab", "sm_mhz": 1395.0, "power_w": 699.0, "roofline_measured": 0.9}
+    results.add_entry(newer)
+    results.add_sampler(RUN | {"sm_mhz": 1395.0, "power_w": 699.0})
+    results.add_gate(cases("tiny")[0], "triton", True)
+    assert read(path)["entries"] == [newer] and read(path)["gates"][0]["passed"] is True
+    with pytest.raises(ResultError, match=r"gates\[0\]: passed must be bool"):
+        validate(whole(gates=[{"case": "a", "impl": "triton", "passed": "yes"}]), "here")
 
 
 def test_red_cases_and_memory_that_ran_out_are_results():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import interpreter  # noqa: F401  (exact arithmetic)
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from bench import random_model, sampler, sampler_runs
 from bench.cases import TINY
+from bench.conditions import Monitor
 from bench.lost import LOST
 from bench.results import Results, read
 from bench.sampler_runs import BASE, DENSE, FIRST_STAGE, LEAST, MODES, SECOND_STAGE, Run
@@ -56,6 +58,21 @@ def test_sampler_runs_of_every_kind_are_results(tmp_path):
         assert entry["breakdown"] and "tiny model" in entry["note"]
         results.add_sampler(entry)
     assert len(read(tmp_path / "r.json")["sampler"]) == 3
+
+
+def test_a_run_says_at_which_clock_and_power_its_steps_ran():
+    asked = []
+
+    class Sampled(Monitor):
+        def during(self, began, ended):
+            asked.append(ended - began)
+            return {"sm_mhz": 1420.0, "power_w": 698.6}
+
+    bench = sampler.Bench(CPU, tiny=True, monitor=Sampled(CPU))
+    began = time.monotonic()
+    entry = bench.run(Run(BASE, "256p", "fast bf16"))
+    assert (entry["sm_mhz"], entry["power_w"]) == (1420.0, 698.6) and "1420 MHz, 699 W" in sampler.line(entry)
+    assert entry["total_s"] <= asked[0] < time.monotonic() - began, "of its steps, not of making the model"
 
 
 def test_a_run_whose_time_is_up_says_how_many_steps_it_timed():

@@ -9,12 +9,19 @@ import time
 import interpreter  # noqa: F401  (exact arithmetic)
 import pytest
 import torch
+from simulated_gpu import Gpu, install
 
 from bench import tune
-from bench.timing import Stopwatch
+from bench.timing import Prepared, Stopwatch
 from happyhorse_fast.kernels.launch import LaunchConfig, illegal, table
 
 CPU = torch.device("cpu")
+
+
+def takes(monkeypatch, ms):
+    """Let a configuration take so long, whatever it does."""
+    monkeypatch.setattr(tune, "prepare", lambda t, a, config, *_, **__: Prepared([], "cpu", ms(config)))
+    monkeypatch.setattr(tune, "beaten", lambda best, other, *_: (other.about_ms < best.about_ms, ""))
 
 
 @pytest.mark.parametrize("target", list(tune.targets("main")), ids=lambda t: f"{t.variant}-{t.case.part}")
@@ -31,7 +38,7 @@ def test_tuning_restores_the_table_and_writes_what_wins(tmp_path, monkeypatch):
     target = next(t for t in tune.targets("tiny") if "proj/tiny/fp8" in t.case.name)
     before = json.dumps(table(target.stem))
     # The interpreter's times mean nothing: warps decide here.
-    monkeypatch.setattr(tune, "time_candidate", lambda t, a, config, *_: 1.0 if config.num_warps == 4 else 2.0)
+    takes(monkeypatch, lambda config: 1.0 if config.num_warps == 4 else 2.0)
     best = tune.tune(target, 89, Stopwatch(CPU), 0.0, time.monotonic() + 60)
     assert best is not None and best.num_warps == 4
     with tune.using(target, 89, best):
@@ -61,11 +68,11 @@ def test_groups_of_rows_are_varied_for_the_best_alone(monkeypatch):
     target = next(t for t in tune.targets("main") if "down/1080p-5s/fp8" in t.case.name)
     timed = []
 
-    def taken(t, a, config, *_):
+    def taken(config):
         timed.append(config)
         return 1.0 if config.num_stages == 5 and config.group_m == 32 else 1.5 if config.num_stages == 5 else 2.0
 
-    monkeypatch.setattr(tune, "time_candidate", taken)
+    takes(monkeypatch, taken)
     best = tune.tune(target, 90, Stopwatch(CPU), 0.0, time.monotonic() + 60)
     committed = timed[0].group_m
     assert best.num_stages == 5 and best.group_m == (32 if committed != 32 else committed)
@@ -74,7 +81,7 @@ def test_groups_of_rows_are_varied_for_the_best_alone(monkeypatch):
 
 def test_a_candidate_that_takes_the_gpu_stops_the_tuner(monkeypatch):
     target = next(tune.targets("tiny"))
-    monkeypatch.setattr(tune, "time_candidate", lambda *_: "AcceleratorError: CUDA error: an illegal memory access")
+    monkeypatch.setattr(tune, "prepare", lambda *_, **__: "AcceleratorError: CUDA error: an illegal memory access")
     monkeypatch.setattr(tune, "lost", lambda device: "CUDA error: an illegal memory access")
     with pytest.raises(RuntimeError, match="lost after"):
         tune.tune(target, 89, Stopwatch(CPU), 0.0, time.monotonic() + 60)
@@ -84,10 +91,24 @@ def test_a_candidate_that_is_wrong_or_does_not_compile_does_not_count(monkeypatc
     target = next(tune.targets("tiny"))
     config = tune.candidates(target, 89)[0]
     monkeypatch.setattr(tune, "problems", lambda *_: ["out: worst tile distance 1"])
-    assert "gate" in str(tune.time_candidate(target, 89, config, Stopwatch(CPU), 0.0))
+    assert "gate" in str(tune.prepare(target, 89, config, Stopwatch(CPU), dry=True))
 
     def broken(*_):
         raise RuntimeError("out of resource")
 
     monkeypatch.setattr(tune, "problems", broken)
-    assert "out of resource" in str(tune.time_candidate(target, 89, config, Stopwatch(CPU), 0.0))
+    assert "out of resource" in str(tune.prepare(target, 89, config, Stopwatch(CPU), dry=True))
+
+
+def test_a_candidate_that_only_met_another_chip_does_not_win(monkeypatch):
+    # The same work beside the committed one's, on a chip that slows down by a fifth as it warms.
+    gpu = install(monkeypatch, Gpu(slower=0.2))
+    watch = gpu.stopwatch()
+
+    def taking(work_ms):
+        return Prepared([lambda: gpu.launch("call", 0.01, work_ms)], "events", work_ms)
+
+    assert not tune.beaten(taking(6.0), taking(6.0), watch, 0.1)[0]
+    assert not tune.beaten(taking(6.0), taking(5.95), watch, 0.1)[0], "within the noise"
+    won, said = tune.beaten(taking(6.0), taking(5.5), watch, 0.1)
+    assert won and said.count("beside") == 2, "once more, warm"

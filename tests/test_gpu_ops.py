@@ -10,9 +10,10 @@ import torch
 from gpu_support import DEVICE, DRY, MARKS, RERUNS, captured, side_stream, synchronize
 
 from bench.cases import Case, cases, select
+from bench.comparison import implementations
 from bench.gates import problems
 from bench.inputs import call, make
-from bench.ops import implementations, other_backends
+from bench.ops import other_backends
 from happyhorse_fast.ops.self_check import run_checks
 
 pytestmark = MARKS
