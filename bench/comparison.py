@@ -90,8 +90,14 @@ class Bench:
         return roofline.datasheet(self.device) or self.measured
 
     def ours(self, group: Group) -> list[Ours]:
-        """Every implementation of every case of a group."""
-        return [(case, impl) for case in group for impl in implementations(case, self.backend, self.also)]
+        """Every implementation of every case of a group.
+
+        One besides ``backend`` whose gate another process should have held, and was perhaps cut in, is not among them:
+        what hung there would hang here, and leave the others without a number.
+        """
+        every = [(case, impl) for case in group for impl in implementations(case, self.backend, self.also)]
+        alone = self.keep == "none"
+        return [(c, impl) for c, impl in every if alone or impl == self.backend or (c.name, impl) in self._gates]
 
     def done(self, group: Group, peers: Iterable[Peer]) -> list[Json]:
         """Entries of a group that the result file holds, with these peers; empty where one is missing."""

@@ -1,8 +1,8 @@
 """The stages of ``make gpu``: what each runs, in which order, and which share of the time it has.
 
-What a kernel never run before may do to a process is kept from what others measured: the gates of Triton's kernels, of
-Gluon's and of CUDA's run in processes of their own. Those that passed then take turns with their peers in one process,
-since only times of one span are comparable; and once more with the peers that compile, in another.
+What a kernel never run before may do to a process is kept from what others measured: Gluon's and CUDA's kernels are
+held against their gates in processes of their own. Those that passed then take turns with Triton's and with peers in
+one process, since only times of one span are comparable; and once more with the peers that compile, in another.
 """
 
 from __future__ import annotations
@@ -161,17 +161,20 @@ def _ops(scope: str, words: str, dry_words: str) -> Callable[[Context], list[Ste
     def steps(context: Context) -> list[Step]:
         what = ("--scope", "tiny" if context.dry else scope, "--cases", dry_words if context.dry else words)
         command = context.bench("bench.ops", *what, *(("--seconds", "0") if context.dry else ()))
-        if context.dry:
-            return [Step(command)]
         again = ("--keep", "all")
+        if context.dry:
+            return (
+                [Step(command)]
+                if scope == "rest"
+                else [Step([*command, "--gates"]), Step([*command, "--keep", "gates"])]
+            )
         if scope == "rest":
             return [Step([*command, "--impl", "triton", "--peers", "none"], again=again)]
         gates = [
-            Step([*command, "--impl", impl, "--gates"], weight, again)
-            for impl, weight in (("triton", 2), ("gluon", 1), ("cuda", 1))
-            if impl != "gluon" or "attention" in words
+            Step([*command, "--impl", impl, "--gates"], again=again)
+            for impl in (("gluon", "cuda") if "attention" in words else ("cuda",))
         ]
-        turns = Step([*command, "--peers", "quick", "--keep", "gates"], 5, again)
+        turns = Step([*command, "--peers", "quick", "--keep", "gates"], 6, again)
         return [*gates, turns, Step([*command, "--peers", "all", *again], 3, again)]  # with those that compile
 
     return steps

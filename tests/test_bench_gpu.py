@@ -101,15 +101,15 @@ def test_the_stage_of_the_other_sizes_times_no_case_again_without_its_peers():
 
 
 def test_an_implementation_shares_a_process_with_another_one_only_once_its_gates_are_known():
-    for name in ("check", "attn", "linear"):
-        shares = [command[command.index("--impl") + 1] for command in commands(name) if "--impl" in command]
-        assert "triton" in shares and "cuda" in shares and ("gluon" in shares) == (name == "attn"), name
-    for name in ("attn", "linear"):
+    checks = [command[command.index("--impl") + 1] for command in commands("check")]
+    assert checks == ["triton", "cuda"]
+    for name, kept_apart in (("attn", ["gluon", "cuda"]), ("linear", ["cuda"])):
         *gates, turns, compiled = commands(name)
-        assert all("--gates" in command and "--impl" in command for command in gates)
-        assert all("--gates" not in command and "--impl" not in command for command in (turns, compiled))
-        assert [command[command.index("--keep") + 1] for command in (turns, compiled)] == ["gates", "all"]
-        assert [command[command.index("--peers") + 1] for command in (turns, compiled)] == ["quick", "all"]
+        assert [command[command.index("--impl") + 1] for command in gates] == kept_apart
+        assert all("--gates" in command for command in gates)
+        for command, peers, keep in ((turns, "quick", "gates"), (compiled, "all", "all")):
+            assert command[command.index("--peers") + 1] == peers and command[command.index("--keep") + 1] == keep
+            assert not {"--gates", "--impl"} & set(command)
     triton, *others, large = commands("tests")
     assert triton[triton.index("-k") + 1] == "not cuda and not gluon and not specialized"
     assert [command[command.index("-k") + 1] for command in others] == ["gluon or specialized", "cuda"]

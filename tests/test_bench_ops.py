@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from comparison_cases import CEILINGS, CPU, FOREVER, SEEN, Counting, compared
 
 from bench import comparison, eager, gates, ops, ops_table
 from bench.bootstrap import ROOT
@@ -16,35 +17,23 @@ from bench.cases import cases, padded_rows, select
 from bench.comparison import Bench, groups, implementations
 from bench.conditions import Monitor
 from bench.inputs import call, make
-from bench.lost import lost
 from bench.peers import Eager, all_peers, split
 from bench.results import Results, comparable, describe_machine, ratio, read
-from bench.roofline import Peaks
 from bench.specialized import GLUON, STEM, running
 from happyhorse_fast.kernels.launch import table
 
-CPU = torch.device("cpu")
-FOREVER = float("inf")
 TINY = cases("tiny")
 
 
 @pytest.fixture(autouse=True)
 def ceilings(monkeypatch):
     """Not measured for every test anew."""
-    monkeypatch.setattr(Bench, "measured", Peaks(1.0, 1.0, None, "measured"))
+    monkeypatch.setattr(Bench, "measured", CEILINGS)
 
 
 @pytest.fixture
 def bench():
     return Bench(CPU, "reference", seconds=0.0, peers=[Eager()])
-
-
-def compared(bench, chosen, deadline=FOREVER):
-    """Entries of one group."""
-    entries = []
-    (group,) = groups(chosen)
-    bench.compare(group, bench.peers, entries.append, deadline)
-    return entries
 
 
 def planted(monkeypatch, change):
@@ -142,21 +131,6 @@ def test_a_peer_that_breaks_is_named_and_ends_nothing():
     (entry,) = compared(both, TINY[8:9])
     assert set(entry["peers"]) == {"eager"}
     assert both.absent == {f"broken on {TINY[8].name}": "RuntimeError: no kernel image is available"}
-
-
-class Counting(Eager):
-    """Eager PyTorch that tells what it was prepared for."""
-
-    def __init__(self, name, slow=False):
-        self.name, self.slow, self.seen = name, slow, []
-
-    def prepare(self, case, inputs):
-        self.seen.append((case.name, inputs.seed))
-        SEEN.append(self.name)
-        return super().prepare(case, inputs)
-
-
-SEEN: list[str] = []
 
 
 def test_a_peer_takes_turns_with_both_precisions_once_on_rotated_inputs():
@@ -292,107 +266,6 @@ def test_eager_computes_the_same_thing():
         elif isinstance(result, list):
             result = torch.cat(result)
         assert float((result.double() - wanted).norm() / wanted.norm()) < 1e-2, case.name
-
-
-# A CUDA error that nothing survives -----------------------------------------------------------------------------------
-
-
-class Gpu:
-    """Stands for a device that an illegal address takes from this process; what is written is read at that moment."""
-
-    def __init__(self, monkeypatch, path):
-        self.error, self.results = None, Results(path, describe_machine(CPU))
-        monkeypatch.setattr(comparison, "lost", lambda device: self.error)
-
-    def crash(self):
-        self.error = "AcceleratorError: CUDA error: an illegal memory access was encountered"
-        raise RuntimeError(self.error)
-
-    @property
-    def written(self):
-        return {entry["case"]: entry["verified"] for entry in read(self.results.path)["entries"]}
-
-
-def test_a_lost_gpu_stops_the_run_at_the_case_that_lost_it(bench, monkeypatch, tmp_path, capsys):
-    gpu = Gpu(monkeypatch, tmp_path / "r.json")
-    first, second, third = select(TINY, "quantize/tiny/fp8,swiglu7/tiny/bf16,qkv_linear/tiny/bf16")
-    monkeypatch.setattr(gates, "call", lambda case, *rest: gpu.crash() if case == second else call(case, *rest))
-    ops.run(bench, [first, second, third], gpu.results, time.monotonic() + 60)
-    assert gpu.written == {first.name: True, second.name: False}, "the third is not blamed"
-    assert "STOPPED" in capsys.readouterr().err
-
-
-def test_a_peer_that_takes_the_gpu_is_left_out_when_the_run_starts_again(monkeypatch, tmp_path):
-    gpu, case = Gpu(monkeypatch, tmp_path / "r.json"), select(TINY, "quantize/tiny/bf16")[0]
-
-    class Crashing(Eager):
-        name = "crashing"
-
-        def prepare(self, case, inputs):
-            gpu.crash()
-
-    def run(keep):
-        known = json.loads(json.dumps(gpu.results.data))
-        peers = [Crashing(), Counting("counting")]
-        return ops.run(Bench(CPU, "reference", 0.0, peers, known=known, keep=keep), [case], gpu.results, FOREVER)
-
-    assert run("none") == []
-    assert gpu.results.data["gates"] == [{"case": case.name, "impl": "reference", "passed": True}]
-    gpu.error = None
-    monkeypatch.setattr(Bench, "gate", lambda *_: pytest.fail("gated already"))
-    (entry,) = run("all")
-    assert entry["verified"] and set(entry["peers"]) == {"counting"}
-    monkeypatch.setattr(Bench, "compare", lambda *_: pytest.fail("timed already"))
-    assert run("all") == [entry]
-
-
-def test_a_gpu_lost_in_turns_is_held_against_the_peers_then_against_ours(monkeypatch, tmp_path):
-    gpu, case = Gpu(monkeypatch, tmp_path / "r.json"), select(TINY, "quantize/tiny/bf16")[0]
-
-    def run():
-        gpu.error = None
-        known = json.loads(json.dumps(gpu.results.data))
-        bench = Bench(CPU, "reference", 0.0, [Counting("counting")], known=known, keep="all")
-        monkeypatch.setattr(bench.stopwatch, "interleave", lambda *_, **__: gpu.crash())
-        return ops.run(bench, [case], gpu.results, FOREVER)
-
-    assert run() == [] and f"counting on {case.name}" in gpu.results.data["absent"]
-    (entry,) = run()
-    assert not entry["verified"] and "illegal memory access" in entry["reason"]
-    assert run() == [entry], "not tried a third time"
-
-
-def test_gates_alone_time_nothing_and_are_not_made_again(monkeypatch, tmp_path):
-    results = Results(tmp_path / "r.json", describe_machine(CPU))
-    good, bad = select(TINY, "quantize/tiny/bf16")[0], select(TINY, "proj/tiny/bf16")[0]
-    gate = Bench.gate
-    monkeypatch.setattr(Bench, "gate", lambda self, case, impl: ["wrong"] if case == bad else gate(self, case, impl))
-    assert ops.run_gates(Bench(CPU, "reference", 0.0), [good, bad], results, FOREVER) is False
-    assert [entry["case"] for entry in results.data["entries"]] == [bad.name], "the red one alone has an entry"
-    monkeypatch.setattr(Bench, "gate", lambda *_: pytest.fail("gated already"))
-    known = read(results.path)
-    (entry,) = ops.run(Bench(CPU, "reference", 0.0, known=known, keep="gates"), [good, bad], results, FOREVER)
-    assert entry["case"] == good.name and entry["verified"]
-    assert {entry["case"]: entry["verified"] for entry in results.data["entries"]} == {good.name: True, bad.name: False}
-
-
-def test_a_number_stays_where_its_gate_is_made_again(tmp_path):
-    results = Results(tmp_path / "r.json", describe_machine(CPU))
-    case = select(TINY, "quantize/tiny/bf16")[0]
-    (entry,) = ops.run(Bench(CPU, "reference", 0.0), [case], results, FOREVER)
-    assert ops.run_gates(Bench(CPU, "reference", 0.0, known=results.data), [case], results, FOREVER)
-    assert results.data["entries"] == [entry]
-
-
-def test_what_a_lost_gpu_says(monkeypatch):
-    def poisoned(device):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", poisoned)
-    assert lost(torch.device("cuda")) == "RuntimeError: CUDA error: an illegal memory access was encountered"
-    assert lost(CPU) is None
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert lost(torch.device("cuda")) is None
 
 
 def test_the_state_of_the_chip_in_the_span_is_in_entry_and_table(bench):
