@@ -9,6 +9,8 @@
 #   make gpu RESULTS=folder         results to another folder than bench/results
 #   make gpu ARCHIVE=r.tgz          and all that is left in one file, kept whole while stages run
 #   make gpu GPU_ARGS="--seconds 300"   more arguments of bench.gpu
+#   make prime GPU_PYTHON=3.13      for a GPU machine with that Python; without a GPU, before make gpu
+#   make prime PRIME_ARGS="--key triton-key.txt"    for the build of Triton whose key make gpu left there
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,7 +33,7 @@ AOT := $(BIN)/python -m bench.aot --jobs $(JOBS) --also $(AOT_FOLDER) $(AOT_ARGS
 PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n $(JOBS) --benchmark-disable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz sanitize aot aot-check bench gpu report lint typecheck format clean
+.PHONY: help demo test check fuzz sanitize aot aot-check bench prime gpu report lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +72,12 @@ bench: $(STAMP) ## microbenchmarks of the ops: on a CPU the small cases, under 3
 	OMP_NUM_THREADS=1 $(BIN)/pytest bench/test_ops.py -p no:xdist --benchmark-autosave \
 	  --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname -q $(BENCH_ARGS)
 
+# The GPU's machine has this Python: a cache is of one build of Triton, and its builds differ by Python.
+GPU_PYTHON ?= 3.12
+PRIME_ARGS ?= --build $(AOT_FOLDER)-python$(GPU_PYTHON)
+prime: $(STAMP) $(AOT_FOLDER)/.installed $(AOT_FOLDER)-python$(GPU_PYTHON)/.installed ## before `make gpu`, without a GPU: compile what it launches
+	$(BIN)/python -m bench.prime --jobs $(JOBS) --triton $(AOT_FOLDER) $(PRIME_ARGS)
+
 # A GPU machine may have neither a network nor a place to install into: an interpreter that is named is used as it is,
 # and where there is no environment yet, so is one that has torch and pytest.
 OWN := $(if $(filter command line,$(origin PYTHON)),$(PYTHON),$(if $(filter gpu,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),,\
@@ -93,7 +101,7 @@ format: $(STAMP) ## rewrite the sources as ruff formats them
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, build outputs and caches
-	rm -rf $(VENV) .aot build dist *.egg-info .benchmarks .build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .aot .primed build dist *.egg-info .benchmarks .build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf happyhorse_fast/cubins happyhorse_fast/_C*.so
 	find csrc happyhorse_fast kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -116,6 +124,12 @@ NATIVE := $(wildcard csrc/*.py csrc/device/*.cu csrc/device/*.cuh csrc/host/*.cp
 $(STAMP): $(BIN)/python pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools pybind11 ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+# For its library alone, which the cache's keys depend on: it runs under another Python.
+$(AOT_FOLDER)-python$(GPU_PYTHON)/.installed: $(STAMP)
+	$(BIN)/python -m pip install -q --upgrade --no-deps --only-binary :all: --python-version $(GPU_PYTHON) \
+	  --target $(AOT_FOLDER)-python$(GPU_PYTHON) triton==$(AOT_TRITON)
 	@touch $@
 
 # Beside the environment, because two versions do not install in one; what comes first on PYTHONPATH is imported.

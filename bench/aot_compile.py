@@ -8,12 +8,13 @@ what is compiled is what is launched.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,19 +78,29 @@ class Launch:
         return dict(json.loads(self.specialised)["options"])
 
 
-def record(driver: Driver, given: Iterator[Case]) -> list[Launch]:
-    """The distinct kernels that the cases launch, in their order; none is compiled."""
-    found: dict[tuple[int, str], Launch] = {}
+@contextlib.contextmanager
+def recording(launched: Callable[[Any, str], None]) -> Iterator[None]:
+    """Hand kernels that are launched inside over as (jitted function, specialisation); none is compiled."""
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-        launch = Launch(case, fn.jit_function, compile["specialization_data"])
-        found.setdefault((case.arch, launch.specialised), launch)
+        launched(fn.jit_function, compile["specialization_data"])
         return True  # do not compile, do not launch
 
     with triton.knobs.runtime.scope(), triton.knobs.language.scope(), set_wrap_triton_enabled(False):
         triton.knobs.runtime.jit_cache_hook = hook
         # The other default, so that a launch that does not say which it wants shows.
         triton.knobs.language.default_fp_fusion = False
+        yield
+
+
+def record(driver: Driver, given: Iterator[Case]) -> list[Launch]:
+    """The distinct kernels that the cases launch, in their order."""
+    found: dict[tuple[int, str], Launch] = {}
+
+    def launched(kernel: Any, specialised: str) -> None:
+        found.setdefault((case.arch, specialised), Launch(case, kernel, specialised))
+
+    with recording(launched):
         for case in given:
             driver.arch = case.arch
             case.launch()

@@ -2,7 +2,8 @@
 
 Stages run most important first, each in processes of its own with a share of the time; what one leaves, the next may
 use. Every result is written as it is made, so that a cut run loses nothing, and a command that lost the GPU to a CUDA
-error is started again for what it has not done. Nothing is fetched or installed. ``--dry`` runs every stage on the CPU,
+error is started again for what it has not done. Nothing is fetched or installed; kernels that `make prime` compiled
+before are not compiled. ``--dry`` runs every stage on the CPU,
 with tiny shapes through Triton's interpreter, results to a temporary folder.
 """
 
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 
 import bench
-from bench import archive, conditions, targets
+from bench import archive, conditions, primed, targets
 from bench.lost import LOST
 from bench.results import COMMIT_VARIABLE, FOLDER, Results, describe_machine, path_for
 from bench.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
@@ -48,6 +49,8 @@ TAIL_LINES = 30
 AGAIN_SECONDS = 20
 CLOCKS = "clocks.csv"
 CLOCK_MS = 500
+CACHE_VARIABLE = "TRITON_CACHE_DIR"
+KEY = "triton-key.txt"
 
 
 def environment(dry: bool) -> dict[str, str]:
@@ -208,6 +211,41 @@ def recorded_clocks(folder: Path, dry: bool) -> Iterator[None]:
             process.wait()
 
 
+@contextlib.contextmanager
+def primed_kernels(folder: Path, arch: str | None, logs: Path) -> Iterator[None]:
+    """Stages find what `make prime` compiled for this GPU and this build of Triton; says how much they compile.
+
+    Args:
+        folder: That holds packed caches.
+        arch: Compute capability, ``"90"``; None where there is no GPU, and nothing is compiled.
+        logs: Gets Triton's key where no cache is for it.
+    """
+    if arch is None or CACHE_VARIABLE in os.environ:
+        yield
+        return
+    key = primed.version_key()
+    packed = primed.find(int(arch), key, folder)
+    if packed is None:
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / KEY).write_text(key + "\n")
+        print(
+            f"no kernels are primed for sm_{arch} and this build of Triton, so every one compiles now; before the next "
+            f"run: make prime PRIME_ARGS='--arch {arch} --key {logs / KEY}'\n",
+            flush=True,
+        )
+        yield
+        return
+    cache = primed.unpack(packed)
+    before = primed.kernels(cache)
+    print(f"{before} kernels were compiled ahead: {packed}\n", flush=True)
+    os.environ |= {CACHE_VARIABLE: str(cache), bootstrap.PRIMED_VARIABLE: "1"}
+    try:
+        yield
+    finally:
+        del os.environ[CACHE_VARIABLE], os.environ[bootstrap.PRIMED_VARIABLE]
+        print(f"{primed.kernels(cache) - before} kernels compiled beside the {before} that were there", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 1 where a stage failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
@@ -218,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", default="", metavar="OPTIONS", help=f"more options of bench.{name}")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny shapes, results to a temporary folder")
     parser.add_argument("--folder", type=Path, help="where results go, by default bench/results")
+    parser.add_argument("--primed", type=Path, default=primed.FOLDER, help="with what `make prime` compiled; .primed")
     parser.add_argument(
         "--seconds", type=float, help=f"for all chosen stages together; {TOTAL_SECONDS}, dry {DRY_SECONDS}"
     )
@@ -239,7 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {results.path}\n", flush=True)
     logs = results.path.with_suffix("") / "logs"
     kept = archive.Kept(results.path.parent, options.archive)
-    with kept, recorded_clocks(logs, options.dry), of_commit(header["commit"]):
+    compiled = primed_kernels(options.primed, None if options.dry else header["capability"], logs)
+    with kept, recorded_clocks(logs, options.dry), of_commit(header["commit"]), compiled:
         passed = run_stages(chosen, context, results, began + seconds - ENDING_SECONDS)
     if not options.dry:
         print(targets.text(Results(results.path, header).data) + "\n")

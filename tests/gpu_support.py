@@ -1,4 +1,5 @@
-"""Where the GPU tests run: on CUDA, or, as a dry run of their bodies, on the CPU through the interpreter."""
+"""Where the GPU tests run: on CUDA; on the CPU through the interpreter, as a dry run of their bodies; or on the CPU to
+find out what they launch."""
 
 from __future__ import annotations
 
@@ -12,14 +13,19 @@ import torch
 
 import bench.bootstrap as bootstrap
 
-DRY = os.environ.get("HAPPYHORSE_FAST_GPU_TESTS") == "dry"
+MODE = os.environ.get("HAPPYHORSE_FAST_GPU_TESTS", "")
+DRY = MODE == "dry"
 """Set by ``make gpu DRY=1``: tiny shapes, few of them, in the interpreter, so that no test's body is untried."""
-DEVICE = torch.device("cpu" if DRY else "cuda")
+RECORDED = MODE == "recorded"
+"""Set by ``make prime``: ops launch nothing, are recorded, and give the reference's results (``bench.stand_in``)."""
+DEVICE = torch.device("cpu" if DRY or RECORDED else "cuda")
 RERUNS = 2 if DRY else 1000
 
 
 def obstacle() -> str | None:
     """Why GPU tests cannot run here; None where they can."""
+    if RECORDED:
+        return None
     if DRY:
         return None if bootstrap.INTERPRETED else "a dry run needs TRITON_INTERPRET=1"
     if not torch.cuda.is_available():

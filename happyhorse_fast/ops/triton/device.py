@@ -18,7 +18,7 @@ PRETENDED_PROGRAMS = 132
 
 @dataclass(frozen=True)
 class Pretence:
-    """What launchers are told of the device "meta": compute capability, and whether torch is tracing them."""
+    """What launchers are told in place of a GPU: compute capability, and whether torch is tracing them."""
 
     arch: int
     tracing: bool
@@ -29,7 +29,10 @@ _pretence: Pretence | None = None
 
 @contextlib.contextmanager
 def pretend(arch: int, *, tracing: bool = False) -> Iterator[None]:
-    """Launch for tensors on the device "meta" as on a GPU of compute capability ``arch``: to compile ahead of time."""
+    """Launch for tensors on the device "meta" as on a GPU of compute capability ``arch``: to compile ahead of time.
+
+    Whoever asks how tensors on the CPU would be launched is told the same.
+    """
     global _pretence
     before, _pretence = _pretence, Pretence(arch, tracing)
     try:
@@ -44,14 +47,14 @@ def addressable(x: torch.Tensor) -> bool:
     A descriptor cannot be recorded in a graph ("TMA descriptor capturing not yet supported in non-dynamo tracing",
     torch 2.13), and there ``x`` is a subclass of a tensor.
     """
-    if x.is_meta and _pretence is not None:
+    if not x.is_cuda and _pretence is not None:
         return not _pretence.tracing
     return x.is_cuda and type(x) is torch.Tensor
 
 
 def architecture(device: torch.device) -> int:
     """Compute capability as 90 for 9.0."""
-    if device.type == "meta" and _pretence is not None:
+    if device.type != "cuda" and _pretence is not None:
         return _pretence.arch
     if device.type != "cuda":
         return INTERPRETED_ARCHITECTURE

@@ -1,0 +1,162 @@
+"""Every launch of a GPU run, found without one: the tables' (bench/aot_cases.py), benchmark cases, self-checks, tests.
+
+python -m bench.launches --arch 90 > launches.jsonl    one kernel as Triton specialises it a line
+"""
+
+from __future__ import annotations
+
+import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from bench import aot_cases
+from bench.aot_compile import Driver, recording
+from bench.cases import Case, cases, exact_map, padded_rows
+from bench.inputs import Given, call, make
+from bench.specialized import GLUON, STEM, running
+from bench.stand_in import stand_in
+from happyhorse_fast.block_map import BlockMap, BlockSelector
+from happyhorse_fast.kernels.launch import FP8_SINCE, SPECIALIZED_ON
+from happyhorse_fast.ops.select_blocks import empty_results
+from happyhorse_fast.ops.self_check import run_checks
+
+SCOPES = ("tiny", "small", "main")
+"""Sizes of benchmark cases that a GPU run meets."""
+TESTS = ("configs", "model", "large")
+"""Of tests/test_gpu_*.py; what test_gpu_ops.py launches are benchmark cases."""
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that launches.
+
+    Attributes:
+        name: For :data:`bench.prime`'s ``--only``.
+        launch: Launches, where :func:`bench.stand_in.stand_in` is entered.
+    """
+
+    name: str
+    launch: Callable[[], object] = field(repr=False)
+
+
+def sources(arch: int) -> Iterator[Source]:
+    """What a GPU run launches on an architecture, the same launch several times where several make it."""
+    for case in aot_cases.cases():
+        if case.arch == arch and not case.tracing:  # torch.compile keeps what it compiles elsewhere
+            yield Source(f"table {case.op} {case.detail}", case.launch)
+    for scope in SCOPES:
+        for bench_case in cases(scope):
+            if bench_case.precision == "fp8" and arch < FP8_SINCE:
+                continue
+            for impl in ("triton", GLUON):
+                if impl == "triton" or (bench_case.op == STEM and arch == SPECIALIZED_ON):
+                    yield Source(f"case {bench_case.name} {impl}", lambda c=bench_case, i=impl: launch(c, i))  # type: ignore[misc]
+    yield Source("self-check", lambda: self_checks(arch))
+    for name in TESTS:
+        yield Source(f"test {name}", lambda name=name: run_tests(name))  # type: ignore[misc]
+
+
+def launch(case: Case, impl: str) -> None:
+    """Call the op of a benchmark case on tensors without data."""
+    given = make(case, META)
+    if case.op == "select_blocks":
+        given["selector"] = selector(case)
+    if "block_map" in given:
+        given["block_map"] = block_map(case, given)
+    call(case, given, impl)
+
+
+def selector(case: Case) -> BlockSelector:
+    """A case's, without data."""
+    return BlockSelector(padded_rows(case.size), exact_map(case.size, False), CPU).changed(lambda x: x.to(META))
+
+
+def block_map(case: Case, given: Given) -> BlockMap:
+    """A case's, without data."""
+    if case.keep is None:
+        return exact_map(case.size, case.part == "window").to(META)
+    chooser = selector(case)
+    return chooser.block_map(empty_results(given["k"], chooser.table))
+
+
+def self_checks(arch: int) -> None:
+    """What `accelerate` checks before it trusts a kernel, with specialized warps and without.
+
+    Raises:
+        RuntimeError: A check fails, though the reference is compared with itself.
+    """
+    for impl in ("triton", GLUON) if arch == SPECIALIZED_ON else ("triton",):
+        with running(impl):
+            failed = [check for check in run_checks("triton", CPU, fp8=arch >= FP8_SINCE) if not check.passed]
+        if failed:
+            raise RuntimeError(f"self-check of {impl} with a stand-in GPU: {failed[0]}")
+
+
+def run_tests(name: str) -> None:
+    """Tests of a GPU, whose results here say nothing.
+
+    Raises:
+        RuntimeError: pytest could not run them.
+    """
+    file = str(bootstrap.ROOT / "tests" / f"test_gpu_{name}.py")
+    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", "-q", "-x", "--tb=short", "--benchmark-disable")
+    stdout, sys.stdout = sys.stdout, sys.stderr
+    try:
+        code = pytest.main([*options, file])
+    finally:
+        sys.stdout = stdout
+    if code != pytest.ExitCode.OK:
+        raise RuntimeError(f"{file} ended with {code!r} on a stand-in GPU")
+
+
+def found(arch: int, only: str = "") -> list[dict[str, Any]]:
+    """The distinct kernels that a GPU run launches: module, name, specialisation, and what launches it first.
+
+    Args:
+        arch: Compute capability as 90 for 9.0.
+        only: Regular expression that the name of a source must contain.
+    """
+    kernels: dict[str, dict[str, Any]] = {}
+
+    def launched(kernel: Any, specialised: str) -> None:
+        place = {"module": kernel.fn.__module__, "kernel": kernel.fn.__name__}
+        kernels.setdefault(specialised, {**place, "specialised": specialised, "source": source.name})
+
+    driver = Driver()
+    driver.arch = arch
+    triton.runtime.driver.set_active(driver)
+    with recording(launched), stand_in(arch):
+        for source in sources(arch):
+            if re.search(only, source.name):
+                source.launch()
+    return list(kernels.values())
+
+
+def main() -> None:
+    """Print them, one a line as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--only", default="", help="regular expression that a source's name must contain")
+    options = parser.parse_args()
+    if bootstrap.INTERPRETED:
+        sys.exit("TRITON_INTERPRET must not be set: nothing would be compiled")
+    # The tests' own set-up would have kernels interpreted.
+    os.environ |= {"TRITON_INTERPRET": "0", "HAPPYHORSE_FAST_GPU_TESTS": "recorded"}
+    for kernel in found(options.arch, options.only):
+        print(json.dumps(kernel), flush=True)
+
+
+if __name__ == "__main__":
+    main()
