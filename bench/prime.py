@@ -25,6 +25,9 @@ from bench import primed
 from bench.bootstrap import PRIMED_VARIABLE
 from bench.results import ROOT
 
+KERNELS_EACH = 30
+"""Of one process: the compiler's memory grows."""
+
 
 def environment(triton: Path | None, cache: Path) -> dict[str, str]:
     """Kernels compiled, by a version's folder before the installed one, only what a launch needs into a cache."""
@@ -38,7 +41,8 @@ def lines(command: Sequence[str], env: dict[str, str]) -> Iterator[dict[str, Any
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     yield from map(json.loads, process.stdout)
-    process.wait()
+    if process.wait() not in (0, 1):  # a signal's: what is missing is counted, and said
+        print(f"{' '.join(command[:4])} ended with {process.returncode}", file=sys.stderr, flush=True)
 
 
 def prime(arch: int, triton: Path | None, jobs: int, key: Sequence[str], cache: Path, only: str = "") -> dict[str, Any]:
@@ -63,12 +67,12 @@ def prime(arch: int, triton: Path | None, jobs: int, key: Sequence[str], cache: 
     print(f"{len(found)} kernels to compile for sm_{arch} ({time.monotonic() - began:.0f} s)", flush=True)
     done: dict[str, Any] = {"arch": arch, "kernels": len(found), "new": 0, "failures": []}
     with tempfile.TemporaryDirectory() as folder:
-        launches = Path(folder) / "launches.jsonl"
+        launches, shards = Path(folder) / "launches.jsonl", -(-len(found) // KERNELS_EACH)
         launches.write_text("".join(json.dumps(kernel) + "\n" for kernel in found))
 
         def shard(number: int) -> None:
-            options = (str(launches), *architecture, "--shard", f"{number}/{jobs}", *key)
-            missing = len(found[number::jobs])
+            options = (str(launches), *architecture, "--shard", f"{number}/{shards}", *key)
+            missing = len(found[number::shards])
             for said in lines([sys.executable, "-m", "bench.prime_compile", *options], env):
                 if "key" in said:
                     done.update(said)
@@ -81,10 +85,10 @@ def prime(arch: int, triton: Path | None, jobs: int, key: Sequence[str], cache: 
                 state = said.get("failure") or ("compiled" if said["new"] else "was there")
                 print(f"{what}: {state} ({said['seconds']} s)", flush=True)
             if missing:
-                done["failures"].append(f"shard {number} of {jobs} ended {missing} kernels early")
+                done["failures"].append(f"shard {number} of {shards} ended {missing} kernels early")
 
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(shard, range(jobs)))
+            list(pool.map(shard, range(shards)))
     return done
 
 
