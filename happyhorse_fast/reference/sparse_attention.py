@@ -27,6 +27,7 @@ def sparse_attention(
     v_scale: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     k_mean: torch.Tensor | None = None,
+    bounded: bool = False,
     fp8_out: bool = False,
     return_lse: bool = False,
     step: int = BLOCK,
@@ -34,14 +35,17 @@ def sparse_attention(
     exact_p: bool = False,
     round_out: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One online softmax per query over the blocks of its row, in the row's order: full blocks, then partial ones.
+    """One softmax per query over the blocks of its row, in the row's order: full blocks, then partial ones.
 
-    P is rounded where the kernel rounds it, relative to the maximum so far: to bf16, or to e4m3 codes of
-    256 * exp(s - m) where v is e4m3. The row sum is taken before that rounding.
+    P is rounded where the kernel rounds it: to bf16, or to e4m3 codes of 256 * exp(s - m) where v is e4m3. With a
+    running maximum m it is exp(s - m), and the row sum is taken before that rounding. ``bounded`` (see
+    `reference.score_bound`) it is exp(s), and the output is divided by the sum of the rounded P: the largest P of a row
+    is not 1 there, and a row of one key would be off by the rounding of that P, up to 2^-9. The LSE is of the sum
+    before rounding in both.
 
     Args:
-        q: [N, Hq, D] bf16, or e4m3 codes with ``q_scale`` float32 [R].
-        k: [M, Hkv, D] bf16, or e4m3 codes with ``k_scale`` float32 [S].
+        q: [N, Hq, D] bf16; int8 codes with ``q_scale`` float32 [N, Hq]; or e4m3 codes with ``q_scale`` float32 [R].
+        k: [M, Hkv, D] bf16; int8 codes with ``k_scale`` float32 [Hkv, S]; or e4m3 codes with ``k_scale`` float32 [S].
         v: [M, Hkv, D] bf16, or e4m3 [Hkv, D, S * 128] in `quantize.fragment_order` with ``v_scale`` float32 [Hkv, S].
         block_map: N queries, M keys, one head or Hkv heads.
         scale: Softmax scale.
@@ -50,6 +54,7 @@ def sparse_attention(
         v_scale: See ``v``.
         gate: float32 [N, Hq], multiplies the normalised output.
         k_mean: float32 [Hkv, D] that was subtracted from k; scale * q.k_mean is added to the LSE.
+        bounded: No maximum: p = exp(s).
         fp8_out: e4m3 output with one scale per row and head.
         return_lse: Whether the LSE is wanted.
         step: Keys per step of the online softmax: 128, or 64 or 32 as a kernel with narrower tiles goes.
@@ -69,8 +74,12 @@ def sparse_attention(
     queries = _blocks(q.to(wide), rows)  # [R, 128, Hq, D]
     keys = _blocks(k.to(wide), width)
     if q_scale is not None and k_scale is not None:
-        queries = queries * q_scale.to(wide)[:, None, None, None]
-        keys = keys * k_scale.to(wide)[:, None, None, None]
+        if q.dtype == torch.int8:
+            queries = queries * _blocks(q_scale.to(wide)[:, :, None], rows)
+            keys = keys * k_scale.to(wide).T[:, None, :, None]
+        else:
+            queries = queries * q_scale.to(wide)[:, None, None, None]
+            keys = keys * k_scale.to(wide)[:, None, None, None]
     keys = keys.permute(2, 0, 3, 1)  # [Hkv, S, D, 128]
     queries = queries.unflatten(2, (hkv, group)).permute(2, 0, 3, 1, 4)  # [Hkv, R, G, 128, D]
     if fp8_v:
@@ -87,25 +96,27 @@ def sparse_attention(
         head, row = divmod(place, rows)
         heads = slice(None) if block_map.heads == 1 else slice(head, head + 1)
         acc, row_sum = out[heads, row], torch.zeros_like(lse[heads, row])  # [heads, G, 128, D], [heads, G, 128]
-        row_max = torch.full_like(row_sum, -torch.inf)
+        row_max = torch.full_like(row_sum, 0.0 if bounded else -torch.inf)
+        log_sum = row_sum  # before rounding, for the LSE
         for at in range(start, start + n_all):
             for part in (slice(first, first + step) for first in range(0, BLOCK, step)):
                 s = (queries[heads, row] @ keys[heads, columns[at], None, :, part]) * scale  # [heads, G, 128, step]
                 if at >= start + n_full:
                     s = s.masked_fill(~masks[ids[at], :, part], -torch.inf)
-                new_max = torch.maximum(row_max, s.amax(dim=-1))
+                new_max = row_max if bounded else torch.maximum(row_max, s.amax(dim=-1))
                 shift = torch.where(new_max == -torch.inf, 0.0, new_max)
                 alpha, p = torch.exp(row_max - shift), torch.exp(s - shift.unsqueeze(-1))
-                row_sum, row_max = row_sum * alpha + p.sum(dim=-1), new_max
+                log_sum, row_max = log_sum * alpha + p.sum(dim=-1), new_max
                 value = values[heads, columns[at], None, part]
                 if not exact_p:
                     p = (p * P_SCALE).to(torch.float8_e4m3fn).to(wide) / P_SCALE if fp8_v else p.bfloat16().to(wide)
+                row_sum = row_sum + p.sum(dim=-1) if bounded else log_sum
                 product = p @ value
                 if v_scale is not None:
                     product = product * v_scale[heads, columns[at], None, None, None].to(wide)
                 acc = acc * alpha.unsqueeze(-1) + product
         out[heads, row] = acc / torch.where(row_sum > 0, row_sum, 1.0).unsqueeze(-1)
-        lse[heads, row] = row_max + row_sum.log()
+        lse[heads, row] = row_max + log_sum.log()
 
     if k_mean is not None:
         lse = lse + torch.einsum("hrgid,hd->hrgi", queries, k_mean.to(wide)) * scale
