@@ -138,21 +138,23 @@ def qkv_products(arch: int) -> Iterator[Case]:
 def attentions(arch: int) -> Iterator[Case]:
     """`block_sparse_attention`: formats, head dims, both ways to load; with what the model asks for, and with all."""
     stem = "block_sparse_attention"
-    for fmt, d in itertools.product(("bf16", "fp8", "fp8_qk"), HEAD_DIMS):
+    for fmt, d, bounded in itertools.product(("bf16", "fp8", "int8_qk"), HEAD_DIMS, (False, True)):
+        if bounded and fmt == "fp8":
+            continue
         variant = f"{fmt}_d{d}"
         if str(arch) not in table(stem)[variant]:
             continue
         ways = loads(stem, variant, arch)
-        specialized = str(arch) in table(stem).get(f"{variant}{FORM}", {})
+        specialized = False
         wishes = [(1, False, False), (1, fmt != "bf16", True)]
         if d == HEAD_DIM:
             wishes.append((HEADS_KV, fmt != "bf16", False))
         for tracing, (map_heads, fp8_out, lse) in itertools.product(ways, wishes):
-            arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse)
+            arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse, bounded)
             # Where a table has descriptors, e4m3 with an LSE still reads through pointers.
             pointers = True in ways and (tracing or (fmt == "fp8" and lse))
             variants = {"block_sparse_attention_kernel": f"{variant}_strided" if pointers else variant}
-            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
+            detail = f"{fmt}{', bounded' if bounded else ''}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
             detail += f", {map_heads} maps" if map_heads > 1 else ""
             yield Case(stem, stem, arch, variants, fmt, described(detail, tracing), arguments, tracing)
             if specialized and not tracing:
@@ -160,10 +162,10 @@ def attentions(arch: int) -> Iterator[Case]:
                 yield Case(stem, stem, arch, variants, fmt, f"{detail}, specialized", arguments, specialized=True)
 
 
-def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bool) -> dict[str, Any]:
+def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bool, bounded: bool) -> dict[str, Any]:
     """Arguments of `block_sparse_attention`: dense tensors as `qkv_linear` gives them, and a gate."""
     blocks = BLOCKS[0]
-    codes = BF16 if fmt == "bf16" else E4M3
+    codes = {"bf16": BF16, "int8_qk": torch.int8, "fp8": E4M3}[fmt]
     v = meta(HEADS_KV, d, ROWS, dtype=E4M3) if fmt == "fp8" else meta(ROWS, HEADS_KV, d, dtype=BF16)
     listed = map_heads * blocks * blocks
     return {
@@ -177,8 +179,10 @@ def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bo
         "mask_bits": meta(4, 128, 4, dtype=I32),
         "order": meta(map_heads * blocks, dtype=I32),
         "scale": d**-0.5,
-        "q_scale": None if fmt == "bf16" else meta(blocks),
-        "k_scale": None if fmt == "bf16" else meta(blocks),
+        "bounded": bounded,
+        "flag": None,
+        "q_scale": {"bf16": None, "int8_qk": meta(ROWS, HEADS_Q), "fp8": meta(blocks)}[fmt],
+        "k_scale": {"bf16": None, "int8_qk": meta(HEADS_KV, blocks), "fp8": meta(blocks)}[fmt],
         "v_scale": meta(HEADS_KV, blocks) if fmt == "fp8" else None,
         "gate": meta(ROWS, HEADS_Q),
         "k_mean": meta(HEADS_KV, d) if lse else None,

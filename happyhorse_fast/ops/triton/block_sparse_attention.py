@@ -31,7 +31,7 @@ def variant_of(q: Tensor, v: Tensor) -> str:
     """Name of the launch table's entry: format and head dim."""
     formats = {
         (torch.bfloat16, torch.bfloat16): "bf16",
-        (torch.float8_e4m3fn, torch.bfloat16): "fp8_qk",
+        (torch.int8, torch.bfloat16): "int8_qk",
         (torch.float8_e4m3fn, torch.float8_e4m3fn): "fp8",
     }
     return f"{formats[q.dtype, v.dtype]}_d{int(q.shape[2])}"
@@ -100,6 +100,8 @@ def block_sparse_attention(
     mask_bits: Tensor,
     order: Tensor,
     scale: float,
+    bounded: bool,
+    flag: Tensor | None,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
@@ -132,6 +134,7 @@ def block_sparse_attention(
         v_scale,
         gate,
         k_mean,
+        flag,
         scale * math.log2(math.e),
     )
     sizes: dict[str, Any] = {
@@ -170,27 +173,30 @@ def block_sparse_attention(
     if config.descriptors:
         k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
     programs *= max(1, WARPS_PER_SM // config.num_warps)
+    forms = (bounded,) if flag is None else (True, False)
     with on_device(q):
-        launchable(block_sparse_attention_kernel)[(min(items, programs),)](
-            q,
-            k_source,
-            v_source,
-            *tensors,
-            n,
-            m,
-            map_rows,
-            key_blocks,
-            items,
-            *q.stride(),
-            *k.stride(),
-            *stride_v,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            PV_FP8=is_transposed(v),
-            DESCRIPTORS=config.descriptors,
-            num_stages=config.num_stages,
-            **sizes,
-        )
+        for form in forms:
+            launchable(block_sparse_attention_kernel)[(min(items, programs),)](
+                q,
+                k_source,
+                v_source,
+                *tensors,
+                n,
+                m,
+                map_rows,
+                key_blocks,
+                items,
+                *q.stride(),
+                *k.stride(),
+                *stride_v,
+                BLOCK_M=config.block_m,
+                BLOCK_N=config.block_n,
+                PV_FP8=is_transposed(v),
+                DESCRIPTORS=config.descriptors,
+                BOUNDED=form,
+                num_stages=config.num_stages,
+                **sizes,
+            )
     return out, out_scale, lse
 
 
