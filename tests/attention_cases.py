@@ -18,6 +18,7 @@ from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
+from happyhorse_fast.ops.triton import block_sparse_attention_hopper as hopper_launcher
 from happyhorse_fast.reference.quantize import fragment_order, token_order
 from happyhorse_fast.reference.score_bound import LIMIT, effective_bound
 from happyhorse_fast.reference.sparse_attention import sparse_attention
@@ -36,7 +37,15 @@ bounded form alone where v is bf16."""
 KERNELS = tuple(FORMS)
 RUNS = [(fmt, kernel) for kernel, formats in FORMS.items() for fmt in formats]
 CASES = pytest.mark.parametrize(("fmt", "backend"), RUNS)
-GLUON_MODULES = ("hopper_sizes", "hopper_ring", "block_sparse_attention_hopper")
+GLUON_MODULES = (
+    "hopper_barriers",
+    "hopper_sizes",
+    "hopper_ring",
+    "hopper_scores",
+    "hopper_bounded",
+    "hopper_e4m3",
+    "block_sparse_attention_hopper",
+)
 LAYOUT = Layout(3, 77, 29, 40)  # 300 tokens; no boundary on a block
 MAP = BlockMap.frame_window(LAYOUT, 0)
 
@@ -162,12 +171,9 @@ def eager_bf16(given, block_map, scale):
 def specialized(seed=1, replace=()):
     """On the CPU, Triton's op launches what it would on sm_90 with specialized warps, in the emulator."""
     kernel = Emulated(GLUON_MODULES, "block_sparse_attention_hopper_kernel", seed, replace)
-    stand_ins = {
-        "block_sparse_attention_hopper_kernel": kernel,
-        "architecture": lambda _: 90,
-        "addressable": lambda x: type(x) is torch.Tensor,
-    }
-    with running(GLUON), mock.patch.multiple(launcher, **stand_ins):
+    stand_ins = {"architecture": lambda _: 90, "addressable": lambda x: type(x) is torch.Tensor}
+    in_its_place = mock.patch.object(hopper_launcher, "block_sparse_attention_hopper_kernel", kernel)
+    with running(GLUON), mock.patch.multiple(launcher, **stand_ins), in_its_place:
         yield
 
 

@@ -12,6 +12,8 @@ compiler checks them. What a GPU would punish, and plain execution lets pass, ra
   same when it is issued and when it is waited for. Neither may be under way when the program ends.
 - A result of a product cannot be used before it was waited for, and waits retire products in their order.
 - An mbarrier counts arrivals and bytes; too many of either, or a use before `fence_async_shared`, raises.
+- A named barrier counts warps; more in a phase than it was said to have, another number of them, or the same ones twice
+  raise, and so does a product that is issued after its group let the other one issue its own.
 - A load or store outside of its tensor raises, as does one at an address that nothing allocated.
 - float32 -> e4m3 beyond 448 is NaN, so that a missing clamp shows.
 """
@@ -30,6 +32,7 @@ from unittest import mock
 
 import torch
 import triton.language as tl
+from gluon_assembly import assembly
 from gluon_machine import Barrier, Described, DType, EmulationError, Memory, Pointer, Product, Program, Value, value
 
 __all__ = ["Emulated", "EmulationError"]
@@ -59,6 +62,7 @@ class Emulated:
             self.rng.shuffle(order)
             for index in order:
                 self.program = Program(index, grid[0], self.rng, self.late)
+                self.warps = num_warps
                 self.kernel(*map(_argument, arguments), **constants)
 
         return launch
@@ -132,7 +136,12 @@ class Emulated:
             "static_range": range,
             "program_id": lambda axis: self.program.index,
             "num_programs": lambda axis: self.program.grid,
-            "warp_specialize": lambda functions, warps, registers: self.program.specialize(functions),
+            "warp_specialize": lambda functions, warps, _: self.program.specialize(functions, [self.warps, *warps]),
+            "inline_asm_elementwise": lambda *arguments: assembly(self.program, *arguments),
+            "split": lambda x: tuple(part.contiguous() for part in x.unbind(dim=-1)),
+            "join": lambda a, b: torch.stack((a, b), dim=-1).as_subclass(Value),
+            "int8": torch.int8,
+            "int16": torch.int16,
             "float32": torch.float32,
             "bfloat16": torch.bfloat16,
             "float8e4nv": torch.float8_e4m3fn,
@@ -192,9 +201,14 @@ class Emulated:
                 raise EmulationError(f"a product of {list(left.shape)} and {list(b.data.shape)} into {list(acc.shape)}")
             if left.dtype != b.data.dtype:
                 raise EmulationError(f"a product of {left.dtype} and {b.data.dtype}")
+            whole = torch.int32 if left.dtype == torch.int8 else torch.float32
+            if acc.dtype != whole:
+                raise EmulationError(f"a product of {left.dtype} into {acc.dtype}")
             started = acc.clone() if use_acc else torch.zeros_like(acc)
             made = Product(a, b, started, (left.clone(), b.data.clone()))
             assert self.program.current is not None
+            if self.program.current.passed:
+                raise EmulationError("a product behind the turn that was passed")
             self.program.current.products.append(made)
             return made
 
@@ -202,14 +216,17 @@ class Emulated:
             self.program.turn("a wait for products")
             assert self.program.current is not None
             queue = self.program.current.products
+            if outstanding == 0:
+                self.program.current.passed = False
             while len(queue) > outstanding:
                 first = queue.pop(0)
                 now = (first.a.data if isinstance(first.a, Memory) else first.a, first.b.data)
                 for before, after in zip(first.seen, now, strict=True):
                     if not torch.equal(_bits(before), _bits(after)):
                         raise EmulationError("an operand changed while a product read it")
-                left, right = (x.as_subclass(torch.Tensor).float() for x in first.seen)
-                first.result = (left @ right + first.acc.as_subclass(torch.Tensor)).as_subclass(Value)
+                started = first.acc.as_subclass(torch.Tensor)
+                left, right = (x.as_subclass(torch.Tensor).to(started.dtype) for x in first.seen)
+                first.result = (left @ right + started).as_subclass(Value)
             if any(d.result is None for d in deps):
                 raise EmulationError("a result used before its product was waited for")
             results = [d.result for d in deps]

@@ -8,23 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.kernels.block_sparse_attention import block_sparse_attention_kernel
-from happyhorse_fast.kernels.block_sparse_attention_hopper import block_sparse_attention_hopper_kernel
-from happyhorse_fast.kernels.hopper_sizes import GROUPS
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.ops.block_sparse_attention import empty_results, fake
+from happyhorse_fast.ops.triton import block_sparse_attention_hopper as hopper
 from happyhorse_fast.ops.triton.device import addressable, architecture, multiprocessors, on_device
 from happyhorse_fast.ops.triton.library import kernel_op, launchable
 
 STEM = "block_sparse_attention"
 # Warps that fill an SM's 65,536 registers at 255 a thread.
 WARPS_PER_SM = 8
-ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 def variant_of(q: Tensor, v: Tensor) -> str:
@@ -59,14 +55,10 @@ def described(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, list(tile))
 
 
-def described_in_gluon(x: Tensor, tile: tuple[int, int]) -> GluonDescriptor:
-    """A matrix, read in tiles, with their layout in shared memory."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(tile), ELEMENTS[x.dtype])
-    return GluonDescriptor.from_tensor(x, list(tile), layout)
+def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse: bool = False) -> LaunchConfig:
+    """The committed configuration for these tensors, with or without a bound on their scores and an LSE.
 
-
-def launch_config(q: Tensor, k: Tensor, v: Tensor, *, lse: bool = False) -> LaunchConfig:
-    """The committed configuration for these tensors, with or without an LSE.
+    The specialized kernel has a running maximum where v is e4m3, and none otherwise.
 
     The "strided" entries read through pointers, in steps of 64 keys. Besides tensors that no descriptor can read, e4m3
     with an LSE takes them: with steps of 128 keys it spills 8 bytes a thread, 32 with k_mean (Triton 3.6.0, sm_90). The
@@ -76,7 +68,7 @@ def launch_config(q: Tensor, k: Tensor, v: Tensor, *, lse: bool = False) -> Laun
     config = config_for(STEM, name, arch)
     v_dense = v.is_contiguous() and v.data_ptr() % 16 == 0 if is_transposed(v) else describable(v)
     by_tiles = v_dense and describable(k)
-    if config.specialized and by_tiles and describable(q):
+    if config.specialized and by_tiles and describable(q) and (bounded or is_transposed(v)):
         return config_for(STEM, f"{name}_specialized", arch)
     if config.descriptors and (not by_tiles or (lse and is_transposed(v))):
         config = config_for(STEM, f"{name}_strided", arch)
@@ -112,7 +104,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`happyhorse_fast.ops.block_sparse_attention.block_sparse_attention`, which checks the arguments."""
     out, out_scale, lse = empty_results(q, fp8_out, return_lse)
-    config = launch_config(q, k, v, lse=return_lse)
+    config = launch_config(q, k, v, bounded=bounded or flag is not None, lse=return_lse)
     n, m, map_rows = q.shape[0], k.shape[0], starts.shape[1]
     # Tokens may be symbolic while torch traces; what the kernel is compiled for may not.
     heads_q, d, heads_kv, map_heads = int(q.shape[1]), int(q.shape[2]), int(k.shape[1]), int(starts.shape[0])
@@ -151,29 +143,19 @@ def block_sparse_attention(
         q_matrix, k_matrix, v_matrix = matrices(q, k, v)
         k_tile = (config.block_n, d)
         v_tile = k_tile[::-1] if is_transposed(v) else k_tile
+    forms = (bounded,) if flag is None else (True, False)
     if config.specialized:
         # Never in a trace, which has no descriptors: no wrap_triton.
         with on_device(q):
-            block_sparse_attention_hopper_kernel[(min(items, programs),)](
-                described_in_gluon(q_matrix, (BLOCK // GROUPS.value, d)),
-                described_in_gluon(k_matrix, k_tile),
-                described_in_gluon(v_matrix, v_tile),
-                *tensors,
-                n,
-                map_rows,
-                key_blocks,
-                items,
-                STAGES=config.num_stages,
-                **sizes,
-            )
-        return out, out_scale, lse
+            hopper.launch(config, q_matrix, k_matrix, v_matrix, tensors, (n, map_rows, key_blocks, items), sizes)
+        forms = forms[1:]
+        config = launch_config(q, k, v, lse=return_lse)
     k_source: Any = k
     v_source: Any = v
     stride_v = (v.stride(2), v.stride(0), v.stride(1)) if is_transposed(v) else v.stride()
     if config.descriptors:
         k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
     programs *= max(1, WARPS_PER_SM // config.num_warps)
-    forms = (bounded,) if flag is None else (True, False)
     with on_device(q):
         for form in forms:
             launchable(block_sparse_attention_kernel)[(min(items, programs),)](
