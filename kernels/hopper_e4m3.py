@@ -3,7 +3,7 @@
 P needs the maximum, because e4m3 has no room for a bound's slack. v's scale of a block is a part of P's exponent: P is
 2^8 * 2^(s - m) with s the score plus log2 of v's scale, and m the largest of those. So blocks add up without a product
 by their scale. Each block's PV is still added to the accumulator in float32: the tensor cores' own sum of e4m3 products
-keeps 13 fraction bits, and over the 502 blocks of a 1080p clip a channel of v with a mean loses up to half of its value
+keeps 13 fraction bits, and over the 502 blocks of a 1080p clip a channel whose mean is half its spread loses a third
 (tests/test_wgmma_accumulator.py).
 """
 

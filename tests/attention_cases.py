@@ -208,6 +208,7 @@ def problems(given, block_map, result, scale, gate=None, backend="triton"):
         scale=scale,
         gate=gate,
         step=step_of(given, backend),
+        folded=backend == "specialized",
         wide=torch.float64,
         round_out=False,
     )

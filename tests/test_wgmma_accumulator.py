@@ -44,6 +44,23 @@ def test_products_stay_within_their_budget(inputs: int, group: int | None) -> No
     assert error.tile_distance > 1e-9, "nothing was cut off"
 
 
+def test_a_mean_of_v_is_lost_unless_every_block_goes_to_float32() -> None:
+    """Attention over 16,384 keys, 128 to a block: what the Hopper kernel's additions in float32 are for."""
+    draw = torch.Generator().manual_seed(0)
+    scores, v = torch.randn(8, 16_384, generator=draw) * 1.44, torch.randn(16_384, 8, generator=draw) + 0.5
+    p = torch.exp2(scores - scores.amax(dim=1, keepdim=True) + 8).to(torch.float8_e4m3fn).float()
+    v = (v * (448 / v.abs().max())).to(torch.float8_e4m3fn).float()
+    exact = p.double() @ v.double()
+
+    def lost(keys: int) -> float:
+        parts = [slice(i, i + keys) for i in range(0, len(v), keys)]
+        return float((sum(matmul(p[:, i], v[i]).double() for i in parts) - exact).norm() / exact.norm())
+
+    assert lost(128) < 2e-4
+    assert lost(2048) > 1e-2
+    assert lost(16_384) > 0.1, "0.32 over 65,536 keys, where a mean of 0 costs 0.007"
+
+
 def on_hopper(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference on Hopper's accumulators in the kernel's place."""
     real = getattr(self_check, op)

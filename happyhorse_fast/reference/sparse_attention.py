@@ -28,6 +28,7 @@ def sparse_attention(
     gate: torch.Tensor | None = None,
     k_mean: torch.Tensor | None = None,
     bounded: bool = False,
+    folded: bool = False,
     fp8_out: bool = False,
     return_lse: bool = False,
     step: int = BLOCK,
@@ -43,6 +44,9 @@ def sparse_attention(
     is not 1 there, and a row of one key would be off by the rounding of that P, up to 2^-9. The LSE is of the sum
     before rounding in both.
 
+    ``folded``, v's scale is in P before it is rounded: codes are of 256 * exp(s - m) times it, with m the maximum of
+    the scores plus its logarithm. So blocks of v with large values keep more of P's bits.
+
     Args:
         q: [N, Hq, D] bf16; int8 codes with ``q_scale`` float32 [N, Hq]; or e4m3 codes with ``q_scale`` float32 [R].
         k: [M, Hkv, D] bf16; int8 codes with ``k_scale`` float32 [Hkv, S]; or e4m3 codes with ``k_scale`` float32 [S].
@@ -55,6 +59,7 @@ def sparse_attention(
         gate: float32 [N, Hq], multiplies the normalised output.
         k_mean: float32 [Hkv, D] that was subtracted from k; scale * q.k_mean is added to the LSE.
         bounded: No maximum: p = exp(s).
+        folded: P times v's scale is what becomes e4m3; with ``v_scale``, and steps of 128 keys.
         fp8_out: e4m3 output with one scale per row and head.
         return_lse: Whether the LSE is wanted.
         step: Keys per step of the online softmax: 128, or 64 or 32 as a kernel with narrower tiles goes.
@@ -103,17 +108,23 @@ def sparse_attention(
                 s = (queries[heads, row] @ keys[heads, columns[at], None, :, part]) * scale  # [heads, G, 128, step]
                 if at >= start + n_full:
                     s = s.masked_fill(~masks[ids[at], :, part], -torch.inf)
+                v_part = (
+                    v_scale[heads, columns[at], None, None, None].to(wide) if v_scale is not None else s.new_ones(())
+                )
+                if folded:
+                    s = s + v_part.log()
                 new_max = row_max if bounded else torch.maximum(row_max, s.amax(dim=-1))
                 shift = torch.where(new_max == -torch.inf, 0.0, new_max)
                 alpha, p = torch.exp(row_max - shift), torch.exp(s - shift.unsqueeze(-1))
-                log_sum, row_max = log_sum * alpha + p.sum(dim=-1), new_max
+                own = p / v_part if folded else p
+                log_sum, row_max = log_sum * alpha + own.sum(dim=-1), new_max
                 value = values[heads, columns[at], None, part]
                 if not exact_p:
                     p = (p * P_SCALE).to(torch.float8_e4m3fn).to(wide) / P_SCALE if fp8_v else p.bfloat16().to(wide)
                 row_sum = row_sum + p.sum(dim=-1) if bounded else log_sum
                 product = p @ value
-                if v_scale is not None:
-                    product = product * v_scale[heads, columns[at], None, None, None].to(wide)
+                if not folded:
+                    product = product * v_part
                 acc = acc * alpha.unsqueeze(-1) + product
         out[heads, row] = acc / torch.where(row_sum > 0, row_sum, 1.0).unsqueeze(-1)
         lse[heads, row] = row_max + log_sum.log()

@@ -104,13 +104,12 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`happyhorse_fast.ops.block_sparse_attention.block_sparse_attention`, which checks the arguments."""
     out, out_scale, lse = empty_results(q, fp8_out, return_lse)
-    config = launch_config(q, k, v, bounded=bounded or flag is not None, lse=return_lse)
     n, m, map_rows = q.shape[0], k.shape[0], starts.shape[1]
     # Tokens may be symbolic while torch traces; what the kernel is compiled for may not.
     heads_q, d, heads_kv, map_heads = int(q.shape[1]), int(q.shape[2]), int(k.shape[1]), int(starts.shape[0])
-    items = map_rows * heads_q * (BLOCK // config.block_m)
-    if items == 0:
+    if map_rows * heads_q == 0:
         return out, out_scale, lse
+    forms = (bounded,) if flag is None else (True, False)
     tensors = (
         out,
         out_scale if fp8_out else None,
@@ -135,25 +134,26 @@ def block_sparse_attention(
         "MAP_HEADS": map_heads,
         "D": d,
         "BLOCK": BLOCK,
-        "num_warps": config.num_warps,
         "enable_fp_fusion": FP_FUSION,
     }
     key_blocks, programs = -(-m // BLOCK), multiprocessors(q.device)
-    if config.descriptors:
-        q_matrix, k_matrix, v_matrix = matrices(q, k, v)
-        k_tile = (config.block_n, d)
-        v_tile = k_tile[::-1] if is_transposed(v) else k_tile
-    forms = (bounded,) if flag is None else (True, False)
+    config = launch_config(q, k, v, bounded=forms[0], lse=return_lse)
     if config.specialized:
         # Never in a trace, which has no descriptors: no wrap_triton.
         with on_device(q):
-            hopper.launch(config, q_matrix, k_matrix, v_matrix, tensors, (n, map_rows, key_blocks, items), sizes)
+            hopper.launch(config, *matrices(q, k, v), tensors, (n, map_rows, key_blocks, map_rows * heads_q), sizes)
         forms = forms[1:]
-        config = launch_config(q, k, v, lse=return_lse)
+        if not forms:
+            return out, out_scale, lse
+        config = launch_config(q, k, v, bounded=False, lse=return_lse)
+    items = map_rows * heads_q * (BLOCK // config.block_m)
     k_source: Any = k
     v_source: Any = v
     stride_v = (v.stride(2), v.stride(0), v.stride(1)) if is_transposed(v) else v.stride()
     if config.descriptors:
+        _, k_matrix, v_matrix = matrices(q, k, v)
+        k_tile = (config.block_n, d)
+        v_tile = k_tile[::-1] if is_transposed(v) else k_tile
         k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
     programs *= max(1, WARPS_PER_SM // config.num_warps)
     with on_device(q):
@@ -176,6 +176,7 @@ def block_sparse_attention(
                 PV_FP8=is_transposed(v),
                 DESCRIPTORS=config.descriptors,
                 BOUNDED=form,
+                num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 **sizes,
             )

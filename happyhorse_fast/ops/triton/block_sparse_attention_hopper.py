@@ -52,5 +52,6 @@ def launch(
         *tensors,
         *numbers,
         STAGES=config.num_stages,
+        num_warps=config.num_warps,
         **sizes,
     )
