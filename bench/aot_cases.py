@@ -70,7 +70,7 @@ class Case:
 def cases() -> Iterator[Case]:
     """All cases."""
     for arch in ARCHITECTURES:
-        for make in (norms, qkv_products, attentions, linears, selections):
+        for make in (norms, qkv_products, attentions, specialized_attentions, linears, selections):
             yield from make(arch)
 
 
@@ -145,7 +145,6 @@ def attentions(arch: int) -> Iterator[Case]:
         if str(arch) not in table(stem)[variant]:
             continue
         ways = loads(stem, variant, arch)
-        specialized = False
         wishes = [(1, False, False), (1, fmt != "bf16", True)]
         if d == HEAD_DIM:
             wishes.append((HEADS_KV, fmt != "bf16", False))
@@ -157,9 +156,28 @@ def attentions(arch: int) -> Iterator[Case]:
             detail = f"{fmt}{', bounded' if bounded else ''}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
             detail += f", {map_heads} maps" if map_heads > 1 else ""
             yield Case(stem, stem, arch, variants, fmt, described(detail, tracing), arguments, tracing)
-            if specialized and not tracing:
-                variants = {"block_sparse_attention_hopper_kernel": f"{variant}{FORM}"}
-                yield Case(stem, stem, arch, variants, fmt, f"{detail}, specialized", arguments, specialized=True)
+
+
+def specialized_attentions(arch: int) -> Iterator[Case]:
+    """The same op with specialized warps; bf16 also with a flag, where the plain kernel is launched beside it."""
+    stem = "block_sparse_attention"
+    for fmt, d in itertools.product(("bf16", "int8_qk", "fp8"), HEAD_DIMS):
+        variant = f"{fmt}_d{d}"
+        if str(arch) not in table(stem).get(f"{variant}{FORM}", {}):
+            continue
+        wishes = [(1, False, False), (1, fmt != "bf16", True)]
+        if d == HEAD_DIM:
+            wishes.append((HEADS_KV, fmt != "bf16", False))
+        for map_heads, fp8_out, lse in wishes:
+            arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse, fmt != "fp8")
+            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
+            detail += f", {map_heads} maps" if map_heads > 1 else ""
+            variants = {"block_sparse_attention_hopper_kernel": f"{variant}{FORM}"}
+            yield Case(stem, stem, arch, variants, fmt, f"{detail}, specialized", arguments, specialized=True)
+            if fmt == "bf16" and map_heads == 1 and not lse:
+                variants = variants | {"block_sparse_attention_kernel": variant}
+                arguments = arguments | {"flag": meta(1, dtype=I32)}
+                yield Case(stem, stem, arch, variants, fmt, f"{detail}, flag, specialized", arguments, specialized=True)
 
 
 def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bool, bounded: bool) -> dict[str, Any]:

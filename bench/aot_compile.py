@@ -27,9 +27,12 @@ from triton.runtime.interpreter import InterpretedFunction
 from bench import disassembly
 from bench.aot_cases import Case, cases
 from bench.aot_gates import Row
+from happyhorse_fast.kernels.hopper_barriers import TURNS
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.kernels.numerics import to_e4m3
 
+GROUP_THREADS = 256
+"""Of both groups that take turns."""
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 
 
@@ -118,6 +121,9 @@ def measure(driver: Driver, launch: Launch) -> Row:
         ((registers, stack, _),) = disassembly.usage(cubin).values()
         (opcodes,) = disassembly.opcodes(cubin).values()
         exponents = disassembly.exponents_beside_products(cubin) if launch.case.specialized else []
+        turns = (
+            disassembly.turns(cubin, (TURNS.value, TURNS.value + 1), GROUP_THREADS) if launch.case.specialized else []
+        )
     case, constants, options = launch.case, launch.constants(), launch.options()
     variant = case.variants[launch.name]
     return Row(
@@ -143,6 +149,7 @@ def measure(driver: Driver, launch: Launch) -> Row:
         triton=triton.__version__,
         seconds=round(time.perf_counter() - started, 1),
         exponents=min(exponents, default=0),
+        turns=[list(turn) for turn in turns],
     )
 
 

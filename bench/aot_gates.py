@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, table
@@ -13,9 +13,11 @@ MAY_SPILL = {("rmsnorm_qkv", 100), ("rmsnorm_qkv", 120), ("block_sparse_attentio
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
 EXPONENTS = 64
 """Of a thread per step of the specialized kernel: 64 x 128 by 128 threads."""
-PRODUCTS = {"bf16": ("bf16",), "fp8": ("fp8",), "fp8_qk": ("bf16", "fp8"), "none": ()}
+TURNS = 4
+"""Its two groups, each in its loop over full blocks and that over partial ones."""
+PRODUCTS = {"bf16": ("bf16",), "fp8": ("fp8",), "int8_qk": ("bf16", "int8"), "none": ()}
 """Products of a kernel -> formats that are multiplied in it."""
-TENSOR_CORES = {90: {"bf16": "HGMMA", "fp8": "QGMMA"}, 100: {"bf16": "UTCHMMA", "fp8": "UTCQMMA"}}
+TENSOR_CORES = {90: {"bf16": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA"}, 100: {"bf16": "UTCHMMA", "fp8": "UTCQMMA"}}
 """Instructions of the generations that have their own."""
 
 
@@ -45,6 +47,7 @@ class Row:
         triton: Version that compiled it.
         seconds: What compiling took.
         exponents: With specialized warps, the fewest exponents beside products that are under way, in any loop.
+        turns: With specialized warps, each loop's products before a group passes its turn, behind that, and passes.
     """
 
     stem: str
@@ -68,6 +71,7 @@ class Row:
     triton: str
     seconds: float
     exponents: int = 0
+    turns: list[list[int]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -97,8 +101,9 @@ def problems(row: Row) -> list[str]:
 
     No stack and no spills, but for :data:`MAY_SPILL`; it fits the device; its configuration is legal and is the one it
     was launched with; its listing has the tensor-core instructions of its format and no others; with specialized warps
-    and P in bf16, a block's exponents stand between the start of a PV and the wait for it. (Triton may take others
-    without a word: e4m3 as bf16 with max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
+    and P in bf16, a block's exponents stand between the start of a PV and the wait for it, and a group passes its turn
+    once, behind its last product. (Triton may take others without a word: e4m3 as bf16 with max_num_imprecise_acc=0,
+    sm_80's instructions on sm_100 with 16 warps.)
     """
     found = []
     config = LaunchConfig(**row.config)
@@ -119,6 +124,12 @@ def problems(row: Row) -> list[str]:
         found.append(f"tensor-core instructions {used}, not {', '.join(row.wanted) or 'none'}")
     if config.specialized and row.products != "fp8" and row.exponents < EXPONENTS:
         found.append(f"{row.exponents} exponents beside PV, {EXPONENTS} wanted")
+    if config.specialized and row.products != "fp8":
+        if len(row.turns) != TURNS:
+            found.append(f"{len(row.turns)} turns, {TURNS} wanted")
+        for before, behind, passes in row.turns:
+            if not before or behind or passes != 1:
+                found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
     if (row.stem, row.arch) not in MAY_SPILL:
         if row.stack:
             found.append(f"{row.stack} bytes of stack")

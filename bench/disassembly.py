@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
 _USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
@@ -40,6 +41,46 @@ def exponents_beside_products(cubin: Path) -> list[int]:
             count = None
         elif "MUFU.EX2" in line and count is not None:
             count += 1
+    return found
+
+
+class Turn(NamedTuple):
+    """Products of a warp group between a wait for its turn and the end of its step: before it passes, and behind."""
+
+    before: int
+    behind: int
+    passes: int
+
+
+def turns(cubin: Path, numbers: tuple[int, int], threads: int) -> list[Turn]:
+    """Every turn in the listing: from a wait at one of two named barriers on, to the wait for all products.
+
+    Args:
+        cubin: The binary.
+        numbers: Of the barriers; to pass is to arrive at the other one.
+        threads: That meet there.
+    """
+    sync = re.compile(r"BAR\.SYNC\S* 0x([0-9a-f]+), " + hex(threads) + r"\b")
+    arrive = re.compile(r"BAR\.ARV 0x([0-9a-f]+), " + hex(threads) + r"\b")
+    found: list[Turn] = []
+    number: int | None = None
+    counts = [0, 0]
+    passes = 0
+    for line in tool("nvdisasm", "-c", cubin).splitlines():
+        code = OPCODE.search(line)
+        if (at := sync.search(line)) and int(at[1], 16) in numbers:
+            if number is not None:
+                found.append(Turn(*counts, passes))
+            number, counts, passes = int(at[1], 16), [0, 0], 0
+        elif number is None or code is None:
+            continue
+        elif (at := arrive.search(line)) and int(at[1], 16) in numbers and int(at[1], 16) != number:
+            passes += 1
+        elif code[1].endswith("GMMA"):
+            counts[passes > 0] += 1
+        elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
+            found.append(Turn(*counts, passes))
+            number = None
     return found
 
 

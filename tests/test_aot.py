@@ -67,6 +67,7 @@ SOME = {
     "block_sparse_attention": (
         "block_sparse_attention fp8, D 128, bf16 out",
         "block_sparse_attention bf16, D 128, bf16 out, specialized",
+        "block_sparse_attention int8_qk, D 128, bf16 out, specialized",
     ),
     "fp8_linear": ("fp8_linear_activation fp8, swiglu7, fp8 out",),
     "select_blocks": ("select_blocks bf16, 1464 blocks, by number, max",),
@@ -177,7 +178,7 @@ def test_spills_are_known_by_table_and_architecture_and_never_on_hopper():
         ({"tensor_core": {"HMMA": 1, "QGMMA": 4}}, "tensor-core instructions HMMA, QGMMA, not QGMMA"),
         ({"tensor_core": {}}, "tensor-core instructions none, not QGMMA"),
         ({"products": "bf16"}, "tensor-core instructions QGMMA, not HGMMA"),
-        ({"products": "fp8_qk"}, "tensor-core instructions QGMMA, not HGMMA, QGMMA"),
+        ({"products": "int8_qk"}, "tensor-core instructions QGMMA, not HGMMA, IGMMA"),
         ({"products": "none"}, "tensor-core instructions QGMMA, not none"),
         ({"num_warps": 4}, "launched with 4 warps and 4 stages, not as 'fp8_plain' says"),
         ({"tile": {"block_k": 64}}, "launched with tiles {'block_k': 64}, not {'block_k': 128} as 'fp8_plain' says"),
@@ -194,21 +195,39 @@ def test_a_bad_row_is_caught(change, problem):
     )
 
 
-def test_exponents_that_are_not_beside_a_product_are_caught():
+def test_steps_of_the_specialized_kernel_in_another_order_are_caught():
     config = GOOD.config | {"num_warps": 4, "num_stages": 2, "specialized": True}
     row = replace(GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", tensor_core={"HGMMA": 96})
-    assert gates.problems(replace(row, exponents=66)) == []
+    row = replace(row, exponents=66, turns=[[16, 0, 1]] * 4)
+    assert gates.problems(row) == []
     assert gates.problems(replace(row, exponents=2))[0].endswith("2 exponents beside PV, 64 wanted")
-    e4m3 = replace(row, products="fp8", tensor_core={"QGMMA": 48})  # these have theirs beside the other group's
-    assert gates.problems(e4m3) == []
+    assert gates.problems(replace(row, turns=[[16, 0, 1]] * 3))[0].endswith("3 turns, 4 wanted")
+    for wrong in ([8, 8, 1], [0, 16, 1], [16, 0, 0], [16, 0, 2], [0, 0, 1]):
+        (found,) = gates.problems(replace(row, turns=[[16, 0, 1], [16, 0, 1], wrong, [16, 0, 1]]))
+        assert f"a turn of {wrong[0]} products, passed {wrong[2]} times, with {wrong[1]} behind it" in found
+    # e4m3 has its exponents beside the other group's products, and no turns.
+    assert gates.problems(replace(row, products="fp8", tensor_core={"QGMMA": 48}, exponents=0, turns=[])) == []
 
 
 @slow
-def test_without_the_wait_between_them_the_exponents_do_move_behind_pv(tmp_path):
-    """What the gate is for: if this fails, the wait in `advance` may no longer be needed."""
-    done = run("-c", MOVED.format(root=str(tmp_path)))
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        # What the wait in `advance` is for: if this passes, it may no longer be needed.
+        ("    await_full(v_ring, use, sizes.stages)\n    acc = ", "    acc = ", "exponents beside PV, 64 wanted"),
+        (
+            "    pv_pending = ",
+            "    pass_turn(GROUP)\n    pv_pending = ",
+            "a turn of 8 products, passed 2 times, with 8 behind",
+        ),
+        ("    pass_turn(GROUP)\n", "", "passed 0 times"),
+    ],
+    ids=["exponents behind PV", "a turn passed before PV", "no turn passed"],
+)
+def test_the_compiled_order_is_seen(old, new, problem, tmp_path):
+    done = run("-c", MOVED.format(root=str(tmp_path), old=old, new=new))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "exponents beside PV, 64 wanted" in done.stdout
+    assert problem in done.stdout
 
 
 MOVED = r"""
@@ -221,17 +240,16 @@ from bench.aot_cases import cases
 from bench.aot_compile import Driver, measure, record
 from bench.aot_gates import problems
 from happyhorse_fast.kernels import block_sparse_attention_hopper as kernel
-from happyhorse_fast.ops.triton import block_sparse_attention as launcher
+from happyhorse_fast.kernels import hopper_bounded
 
-source = Path(kernel.__file__).read_text()
-wait = "    await_full(v_ring, use, sizes.stages)\n    if not sizes.pv_fp8:\n"
-assert source.count(wait) == 1
-path = Path("{root}") / "moved.py"
-path.write_text(source.replace(wait, "    if not sizes.pv_fp8:\n"))
+source = Path(hopper_bounded.__file__).read_text()
+assert source.count({old!r}) == 1
+path = Path({root!r}) / "moved.py"
+path.write_text(source.replace({old!r}, {new!r}))
 spec = importlib.util.spec_from_file_location("moved", path)
 moved = sys.modules["moved"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(moved)
-launcher.block_sparse_attention_hopper_kernel = moved.block_sparse_attention_hopper_kernel
+kernel.attend_bounded = moved.attend_bounded
 triton.runtime.driver.set_active(driver := Driver())
 case = next(c for c in cases() if (c.arch, c.detail) == (90, "bf16, D 128, bf16 out, specialized"))
 print(problems(measure(driver, *record(driver, iter([case])))))
