@@ -26,13 +26,11 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from bench import disassembly
 from bench.aot_cases import Case, cases
-from bench.aot_gates import Row
+from bench.aot_gates import EXPONENTS, GROUP_THREADS, Row
 from happyhorse_fast.kernels.hopper_barriers import TURNS
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.kernels.numerics import to_e4m3
 
-GROUP_THREADS = 256
-"""Of both groups that take turns."""
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 
 
@@ -120,10 +118,7 @@ def measure(driver: Driver, launch: Launch) -> Row:
         cubin.write_bytes(built.asm["cubin"])
         ((registers, stack, _),) = disassembly.usage(cubin).values()
         (opcodes,) = disassembly.opcodes(cubin).values()
-        exponents = disassembly.exponents_beside_products(cubin) if launch.case.specialized else []
-        turns = (
-            disassembly.turns(cubin, (TURNS.value, TURNS.value + 1), GROUP_THREADS) if launch.case.specialized else []
-        )
+        order = specialized_order(cubin) if launch.case.specialized else {}
     case, constants, options = launch.case, launch.constants(), launch.options()
     variant = case.variants[launch.name]
     return Row(
@@ -148,9 +143,18 @@ def measure(driver: Driver, launch: Launch) -> Row:
         tensor_core={name: opcodes[name] for name in sorted(opcodes) if name.endswith("MMA")},
         triton=triton.__version__,
         seconds=round(time.perf_counter() - started, 1),
-        exponents=min(exponents, default=0),
-        turns=[list(turn) for turn in turns],
+        **order,
     )
+
+
+def specialized_order(cubin: Path) -> dict[str, Any]:
+    """Fields of a Row that say in which order the specialized kernel's instructions stand."""
+    return {
+        "exponents": min(disassembly.exponents_beside_products(cubin), default=0),
+        "turns": [list(turn) for turn in disassembly.turns(cubin, (TURNS.value, TURNS.value + 1), GROUP_THREADS)],
+        "barriers": [list(barrier) for barrier in disassembly.named_barriers(cubin)],
+        "step": min(disassembly.steps(cubin, EXPONENTS), default=0),
+    }
 
 
 def main() -> None:

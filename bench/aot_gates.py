@@ -15,6 +15,10 @@ EXPONENTS = 64
 """Of a thread per step of the specialized kernel: 64 x 128 by 128 threads."""
 TURNS = 4
 """Its two groups, each in its loop over full blocks and that over partial ones."""
+GROUP_THREADS = 256
+"""Of both."""
+RESERVED = 4
+"""Named barriers that Triton may use for itself in a kernel of three partitions."""
 PRODUCTS = {"bf16": ("bf16",), "fp8": ("fp8",), "int8_qk": ("bf16", "int8"), "none": ()}
 """Products of a kernel -> formats that are multiplied in it."""
 TENSOR_CORES = {90: {"bf16": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA"}, 100: {"bf16": "UTCHMMA", "fp8": "UTCQMMA"}}
@@ -48,6 +52,8 @@ class Row:
         seconds: What compiling took.
         exponents: With specialized warps, the fewest exponents beside products that are under way, in any loop.
         turns: With specialized warps, each loop's products before a group passes its turn, behind that, and passes.
+        barriers: With specialized warps, numbers of named barriers, and the threads that meet there, 0 for all.
+        step: With specialized warps, instructions of the shortest loop over blocks.
     """
 
     stem: str
@@ -72,6 +78,8 @@ class Row:
     seconds: float
     exponents: int = 0
     turns: list[list[int]] = field(default_factory=list)
+    barriers: list[list[int]] = field(default_factory=list)
+    step: int = 0
 
     @property
     def name(self) -> str:
@@ -93,7 +101,8 @@ class Row:
     def summary(self) -> str:
         """Its numbers in a line."""
         spills = f", {self.spill_stores} STL" if self.spill_stores else ""
-        return f"{self.registers} registers{spills}, {self.shared} bytes shared, {self.instructions}"
+        step = f", {self.step} instructions a step" if self.step else ""
+        return f"{self.registers} registers{spills}{step}, {self.shared} bytes shared, {self.instructions}"
 
 
 def problems(row: Row) -> list[str]:
@@ -124,12 +133,17 @@ def problems(row: Row) -> list[str]:
         found.append(f"tensor-core instructions {used}, not {', '.join(row.wanted) or 'none'}")
     if config.specialized and row.products != "fp8" and row.exponents < EXPONENTS:
         found.append(f"{row.exponents} exponents beside PV, {EXPONENTS} wanted")
-    if config.specialized and row.products != "fp8":
-        if len(row.turns) != TURNS:
-            found.append(f"{len(row.turns)} turns, {TURNS} wanted")
-        for before, behind, passes in row.turns:
-            if not before or behind or passes != 1:
-                found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
+    taking_turns = config.specialized and row.products != "fp8"
+    if taking_turns and len(row.turns) != TURNS:
+        found.append(f"{len(row.turns)} turns, {TURNS} wanted")
+    for before, behind, passes in row.turns:
+        if not before or behind or passes != 1:
+            found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
+    own = [barrier for barrier in row.barriers if barrier[0] >= RESERVED]
+    if config.specialized and (len(own), *{threads for _, threads in own}) != (
+        (2, GROUP_THREADS) if taking_turns else (0,)
+    ):
+        found.append(f"named barriers {own}, not {'two of both groups' if taking_turns else 'none'}")
     if (row.stem, row.arch) not in MAY_SPILL:
         if row.stack:
             found.append(f"{row.stack} bytes of stack")

@@ -84,6 +84,30 @@ def turns(cubin: Path, numbers: tuple[int, int], threads: int) -> list[Turn]:
     return found
 
 
+def steps(cubin: Path, exponents: int) -> list[int]:
+    """Instructions of every loop that has warp-group products and at least so many exponents, but no such loop in it."""
+    listing, labels = [], {}
+    found: list[tuple[int, int]] = []
+    for line in tool("nvdisasm", "-c", cubin).splitlines():
+        if (label := re.match(r"(\.L_\w+):", line)) is not None:
+            labels[label[1]] = len(listing)
+        elif (code := OPCODE.search(line)) is not None:
+            listing.append("MUFU.EX2" if "MUFU.EX2" in line else code[1])
+            back = re.search(r"BRA `\((\.L_\w+)\)", line)
+            if back is not None and (first := labels.get(back[1])) is not None:
+                body = listing[first:]
+                if body.count("MUFU.EX2") >= exponents and any(name.endswith("GMMA") for name in body):
+                    found.append((first, len(listing)))
+    inner = [(a, b) for a, b in found if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)]
+    return [b - a for a, b in inner]
+
+
+def named_barriers(cubin: Path) -> list[tuple[int, int]]:
+    """Numbers of named barriers that instructions hold, and of threads; 0 threads: all of the block."""
+    found = re.findall(r"BAR\.(?:SYNC\S*|ARV) 0x([0-9a-f]+)(?:, 0x([0-9a-f]+))?", tool("nvdisasm", "-c", cubin))
+    return sorted({(int(number, 16), int(threads or "0", 16)) for number, threads in found})
+
+
 def opcodes(cubin: Path) -> dict[str, Counter[str]]:
     """How often each instruction is in the listing of every kernel."""
     _, *parts = re.split(r"^\.text\.(\w+):$", tool("nvdisasm", "-c", cubin), flags=re.MULTILINE)

@@ -61,15 +61,13 @@ def sums(p, sizes: gl.constexpr):
 
 
 @gluon.jit
-def probabilities(s, k_scale, work, scales, at, first, MASKED: gl.constexpr, sizes: gl.constexpr):
-    """P of a block. Masked after its scale, which rounds to 0 where q's or k's values are tiny: -inf * 0 is NaN."""
+def scaled(s, scales, k_scale, sizes: gl.constexpr):
+    """Scores in powers of two. They are masked after this: a scale may round to 0, and -inf * 0 is NaN."""
     if sizes.int8:
         t = s.to(gl.float32) * (scales.scores * k_scale)[:, None]
     else:
         t = s * scales.scores
-    if MASKED:
-        t = hide(t, work, at, first, sizes)
-    return gl.exp2(t)
+    return t
 
 
 @gluon.jit
@@ -120,7 +118,10 @@ def advance(
     pass_turn(GROUP)
     s = warpgroup_mma_wait(1, deps=[s_pending])
     release(k_ring, stage, K_SLOTS if sizes.named else 0)
-    p = probabilities(s, running.k_scale, work, scales, at, GROUP * sizes.rows, MASKED, sizes)
+    t = scaled(s, scales, running.k_scale, sizes)
+    if MASKED:
+        t = hide(t, work, at, GROUP * sizes.rows, sizes)
+    p = gl.exp2(t)
     await_full(v_ring, use, sizes.stages)
     acc = warpgroup_mma_wait(0, deps=[pv_pending])
     release(v_ring, before, V_SLOTS if sizes.named else 0)
@@ -142,10 +143,10 @@ def attend_bounded(item, use, k_ring, v_ring, work, scales, GROUP: gl.constexpr,
     stage = await_full(k_ring, use, sizes.stages)
     s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, k_ring, stage, sizes)])
     release(k_ring, stage, K_SLOTS if sizes.named else 0)
+    t = scaled(s, scales, k_scale, sizes)
     if item.n_full == 0:
-        p = probabilities(s, k_scale, work, scales, item.start, GROUP * sizes.rows, True, sizes)
-    else:
-        p = probabilities(s, k_scale, work, scales, item.start, GROUP * sizes.rows, False, sizes)
+        t = hide(t, work, item.start, GROUP * sizes.rows, sizes)
+    p = gl.exp2(t)
     await_full(v_ring, use, sizes.stages)
     words = packed(p, sizes)
     log_sum = sums(p, sizes) if sizes.lse else 0.0

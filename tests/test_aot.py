@@ -198,15 +198,19 @@ def test_a_bad_row_is_caught(change, problem):
 def test_steps_of_the_specialized_kernel_in_another_order_are_caught():
     config = GOOD.config | {"num_warps": 4, "num_stages": 2, "specialized": True}
     row = replace(GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", tensor_core={"HGMMA": 96})
-    row = replace(row, exponents=66, turns=[[16, 0, 1]] * 4)
+    row = replace(row, exponents=66, turns=[[16, 0, 1]] * 4, barriers=[[0, 128], [1, 0], [6, 256], [7, 256]])
     assert gates.problems(row) == []
     assert gates.problems(replace(row, exponents=2))[0].endswith("2 exponents beside PV, 64 wanted")
     assert gates.problems(replace(row, turns=[[16, 0, 1]] * 3))[0].endswith("3 turns, 4 wanted")
     for wrong in ([8, 8, 1], [0, 16, 1], [16, 0, 0], [16, 0, 2], [0, 0, 1]):
         (found,) = gates.problems(replace(row, turns=[[16, 0, 1], [16, 0, 1], wrong, [16, 0, 1]]))
         assert f"a turn of {wrong[0]} products, passed {wrong[2]} times, with {wrong[1]} behind it" in found
+    for barriers in ([[6, 256]], [[6, 256], [7, 128]], [[4, 128], [6, 256], [7, 256]]):
+        assert "two of both groups" in gates.problems(replace(row, barriers=barriers))[0], "Triton has come to use more"
     # e4m3 has its exponents beside the other group's products, and no turns.
-    assert gates.problems(replace(row, products="fp8", tensor_core={"QGMMA": 48}, exponents=0, turns=[])) == []
+    e4m3 = replace(row, products="fp8", tensor_core={"QGMMA": 48}, exponents=0, turns=[], barriers=[[1, 0]])
+    assert gates.problems(e4m3) == []
+    assert "named barriers" in gates.problems(replace(e4m3, barriers=row.barriers))[0]
 
 
 @slow

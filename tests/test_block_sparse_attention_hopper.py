@@ -214,12 +214,10 @@ def test_one_huge_row_and_others_tiny(fmt):
         assert problems(given, MAP, attention(given, replace=MASKED_FIRST)[0], SCALE, backend="specialized")
 
 
-SCALED = "        t = s.to(gl.float32) * (scales"
-HIDE = "    if MASKED:\n        t = hide(t, work, at, first, sizes)\n"
-MASKED_FIRST = (
-    (SCALED, "        s = hide(s.to(gl.float32), work, at, first, sizes) if MASKED else s\n" + SCALED),
-    (HIDE, ""),
-)
+SCALED = "    t = scaled(s, scales, running"
+HIDE = "    if MASKED:\n        t = hide(t, work, at, GROUP * sizes.rows, sizes)\n"
+HIDE_FIRST = "    if MASKED:\n        s = hide(s.to(gl.float32), work, at, GROUP * sizes.rows, sizes)\n"
+MASKED_FIRST = ((HIDE, ""), (SCALED, HIDE_FIRST + SCALED))
 
 
 @pytest.mark.parametrize("fmt", BOUNDED)
@@ -274,7 +272,7 @@ TURN = "    pass_turn(GROUP)\n" + STEP
 V_WAIT = "    await_full(v_ring, use, sizes.stages)\n    acc = "
 K_WAIT = "    stage = await_full(k_ring, use, sizes.stages)\n    await_turn"
 V_RELEASE = "    release(v_ring, before, V_SLOTS if sizes.named else 0)\n    log_sum"
-K_RELEASE = "    release(k_ring, stage, K_SLOTS if sizes.named else 0)\n    p = probabilities(s, running"
+K_RELEASE = "    release(k_ring, stage, K_SLOTS if sizes.named else 0)\n    t = scaled(s, scales, running"
 ISSUE_QK = "    s_pending = start_qk(item.q_tile, k_ring, stage, sizes)\n    pv_pending = warpgroup"
 SUMS = (
     ("running.row_sum + sums_of_packed(words, sizes)", "running.row_sum + sums(p, sizes)"),
@@ -283,7 +281,7 @@ SUMS = (
 IN_TURNS = {
     "v not awaited": (V_WAIT, "    acc = "),
     "k not awaited": (K_WAIT, "    stage = use % sizes.stages\n    await_turn"),
-    "k never released": (K_RELEASE, "    p = probabilities(s, running"),
+    "k never released": (K_RELEASE, "    t = scaled(s, scales, running"),
     "v never released": (V_RELEASE, "    log_sum"),
     "k released early": (STEP, "    release(k_ring, stage, K_SLOTS if sizes.named else 0)\n" + STEP),
     "v released early": (STEP, "    release(v_ring, before, V_SLOTS if sizes.named else 0)\n" + STEP),
@@ -306,7 +304,7 @@ BF16 = {
     "three readers": ("k_ring = make_ring(k, 1, STAGES, GROUPS)", "k_ring = make_ring(k, 1, STAGES, 3)"),
 }
 INT8 = {
-    "k's scale of the next block": ("probabilities(s, running.k_scale", "probabilities(s, next_scale"),
+    "k's scale of the next block": ("scaled(s, scales, running.k_scale", "scaled(s, scales, next_scale"),
     "column of another block": ("column_of(work, gl.minimum(at + 2", "column_of(work, gl.minimum(at + 1"),
     "scales of another head": ("of_k += kv_head * key_blocks", "of_k += 0"),
     "q's scale of another head": ("sizes.heads_q + head, mask=live, other=1.0", "sizes.heads_q, mask=live, other=1.0"),
