@@ -33,7 +33,19 @@ from unittest import mock
 import torch
 import triton.language as tl
 from gluon_assembly import assembly
-from gluon_machine import Barrier, Described, DType, EmulationError, Memory, Pointer, Product, Program, Value, value
+from gluon_machine import (
+    PRODUCTS,
+    Barrier,
+    Described,
+    DType,
+    EmulationError,
+    Memory,
+    Pointer,
+    Product,
+    Program,
+    Value,
+    value,
+)
 
 __all__ = ["Emulated", "EmulationError"]
 
@@ -213,7 +225,7 @@ class Emulated:
             return made
 
         def await_products(outstanding: int, deps: Sequence[Product]) -> Any:
-            self.program.turn("a wait for products")
+            self.program.turn(PRODUCTS)
             assert self.program.current is not None
             queue = self.program.current.products
             if outstanding == 0:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 TIMEOUT = 60.0
+PRODUCTS = "a wait for products"
 RESERVED = 4
 """Named barriers that Triton may use for itself: one of the block, one to start partitions, one of each other."""
 FORMATS = {torch.bfloat16: 16, torch.float8_e4m3fn: 8, torch.int8: 8, torch.float32: 32, torch.int64: 64}
@@ -249,7 +250,9 @@ class Program:
                 if not choices:
                     where = "; ".join(f"{p.name} at {p.at}" for p in self.partitions if not p.done)
                     raise EmulationError(f"deadlock in program {self.index}: {where}")
-                chosen = self.rng.choice(choices)
+                # Products take long: mostly, others go on for as long as they can.
+                others = [c for c in choices if c == "copy" or c.at != PRODUCTS]
+                chosen = self.rng.choice(others if others and self.rng.random() < 0.9 else choices)
                 if chosen == "copy":
                     self.copies.pop(self.rng.randrange(len(self.copies)))()
                     continue

@@ -274,6 +274,8 @@ K_WAIT = "    stage = await_full(k_ring, use, sizes.stages)\n    await_turn"
 V_RELEASE = "    release(v_ring, before, V_SLOTS if sizes.named else 0)\n    log_sum"
 K_RELEASE = "    release(k_ring, stage, K_SLOTS if sizes.named else 0)\n    t = scaled(s, scales, running"
 ISSUE_QK = "    s_pending = start_qk(item.q_tile, k_ring, stage, sizes)\n    pv_pending = warpgroup"
+FREE_V = "    release(v_ring, before, V_SLOTS if sizes.named else 0)\n"
+WAIT_PV = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n"
 SUMS = (
     ("running.row_sum + sums_of_packed(words, sizes)", "running.row_sum + sums(p, sizes)"),
     ("Running(zero, words, sums_of_packed(words, sizes),", "Running(zero, words, sums(p, sizes),"),
@@ -283,8 +285,8 @@ IN_TURNS = {
     "k not awaited": (K_WAIT, "    stage = use % sizes.stages\n    await_turn"),
     "k never released": (K_RELEASE, "    t = scaled(s, scales, running"),
     "v never released": (V_RELEASE, "    log_sum"),
-    "k released early": (STEP, "    release(k_ring, stage, K_SLOTS if sizes.named else 0)\n" + STEP),
-    "v released early": (STEP, "    release(v_ring, before, V_SLOTS if sizes.named else 0)\n" + STEP),
+    # k released early harms nothing: the loading warp waits for this step's v before it comes to that slot of k.
+    "v released early": (WAIT_PV + FREE_V, FREE_V + WAIT_PV),
     "result before its wait": (STEP, STEP.replace("(1,", "(2,")),
     "turn not passed": (TURN, STEP),
     "turn passed twice": (TURN, "    pass_turn(GROUP)\n" + TURN),
@@ -313,7 +315,9 @@ INT8 = {
     "a release of other size": ("        arrive_at(slot + NAMED, 288)", "        arrive_at(slot + NAMED, 256)"),
 }  # fmt: skip
 E4M3_STEP = "    s = warpgroup_mma_wait(0, deps=[s_pending])\n"
-WAIT_PV = "    acc = add_pv(running, warpgroup_mma_wait(1"
+E4M3_FREE_K = "    release(k_ring, stage, K_SLOTS)\n"
+E4M3_FREE_V = "    release(v_ring, before, V_SLOTS)\n"
+E4M3_PV = "    acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)\n"
 E4M3 = {
     "v not awaited": ("    await_full(v_ring, use, sizes.stages)\n    row_sum", "    row_sum"),
     "k not awaited": (
@@ -322,8 +326,8 @@ E4M3 = {
     ),
     "k never released": (E4M3_STEP + "    release(k_ring, stage, K_SLOTS)\n", E4M3_STEP),
     "v never released": ("    release(v_ring, before, V_SLOTS)\n" + E4M3_STEP, E4M3_STEP),
-    "k released early": (E4M3_STEP, "    release(k_ring, stage, K_SLOTS)\n" + E4M3_STEP),
-    "v released early": (WAIT_PV, "    release(v_ring, before, V_SLOTS)\n" + WAIT_PV),
+    "k released early": (E4M3_STEP + E4M3_FREE_K, E4M3_FREE_K + E4M3_STEP),
+    "v released early": (E4M3_PV + E4M3_FREE_V, E4M3_FREE_V + E4M3_PV),
     "no guard of empty rows": ('new_max == -float("inf"), 0.0', "new_max == 1.0, 0.0"),
     "sum not rescaled": ("running.row_sum * per_thread(alpha, running.row_sum) + total", "running.row_sum + total"),
     "accumulator not rescaled": (
