@@ -182,10 +182,14 @@ def form_of(backend):
     return "bounded" if backend == "specialized" or backend.endswith(" bounded") else "running"
 
 
-def step_of(given, backend="triton"):
-    if backend == "specialized":
-        return BLOCK
-    return launcher.launch_config(given["q"], given["k"], given["v"]).block_n
+def rounding(given, backend="triton"):
+    """Arguments of `sparse_attention` that put P's rounding where a kernel of :data:`FORMS` has it."""
+    bounded = form_of(backend) == "bounded" and given["v"].dtype == torch.bfloat16
+    if backend.startswith("cuda"):
+        return {"step": BLOCK, "folded": False, "bounded": bounded}
+    with specialized() if backend == "specialized" else contextlib.nullcontext():
+        config = launcher.launch_config(given["q"], given["k"], given["v"], bounded=bounded)
+    return launcher.rounding_of(config, given["v"]) | {"bounded": bounded}
 
 
 def problems(given, block_map, result, scale, gate=None, backend="triton"):
@@ -207,8 +211,7 @@ def problems(given, block_map, result, scale, gate=None, backend="triton"):
         block_map=block_map,
         scale=scale,
         gate=gate,
-        step=step_of(given, backend),
-        folded=backend == "specialized",
+        **rounding(given, backend),
         wide=torch.float64,
         round_out=False,
     )

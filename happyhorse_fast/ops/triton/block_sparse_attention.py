@@ -75,6 +75,11 @@ def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse
     return dataclasses.replace(config, specialized=False)
 
 
+def rounding_of(config: LaunchConfig, v: Tensor) -> dict[str, Any]:
+    """Arguments of `reference.sparse_attention` that put P's rounding where a launch of this configuration has it."""
+    return {"step": config.block_n, "folded": config.specialized and is_transposed(v)}
+
+
 def is_transposed(v: Tensor) -> bool:
     """e4m3 v is [Hkv, D, S * 128], bf16 v [M, Hkv, D]."""
     return v.dtype == torch.float8_e4m3fn
