@@ -70,7 +70,7 @@ def turns(cubin: Path, numbers: tuple[int, int], threads: int) -> list[Turn]:
         code = OPCODE.search(line)
         if (at := sync.search(line)) and int(at[1], 16) in numbers:
             if number is not None:
-                found.append(Turn(*counts, passes))
+                found.append(Turn(counts[0], counts[1], passes))
             number, counts, passes = int(at[1], 16), [0, 0], 0
         elif number is None or code is None:
             continue
@@ -79,14 +79,15 @@ def turns(cubin: Path, numbers: tuple[int, int], threads: int) -> list[Turn]:
         elif code[1].endswith("GMMA"):
             counts[passes > 0] += 1
         elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
-            found.append(Turn(*counts, passes))
+            found.append(Turn(counts[0], counts[1], passes))
             number = None
     return found
 
 
 def steps(cubin: Path, exponents: int) -> list[int]:
     """Instructions of every loop that has warp-group products and at least so many exponents, but no such loop in it."""
-    listing, labels = [], {}
+    listing: list[str] = []
+    labels: dict[str, int] = {}
     found: list[tuple[int, int]] = []
     for line in tool("nvdisasm", "-c", cubin).splitlines():
         if (label := re.match(r"(\.L_\w+):", line)) is not None:

@@ -114,7 +114,7 @@ def block_sparse_attention(
     heads_q, d, heads_kv, map_heads = int(q.shape[1]), int(q.shape[2]), int(k.shape[1]), int(starts.shape[0])
     if map_rows * heads_q == 0:
         return out, out_scale, lse
-    forms = (bounded,) if flag is None else (True, False)
+    forms = [bounded] if flag is None else [True, False]
     tensors = (
         out,
         out_scale if fp8_out else None,
