@@ -1,8 +1,8 @@
 """Named barriers (PTX `bar`) between the warps of the Hopper attention kernel; Gluon itself offers mbarriers alone.
 
 Such a barrier completes when the stated number of threads has come to it. A warp that syncs waits for that, one that
-arrives does not. There are 16: Triton takes those up to 3 for three partitions (`bench.disassembly` sees it), turns two
-and slots of k and v four each.
+arrives does not. There are 16: Triton takes the first for itself (`bench.aot_gates` sees to it), turns take two,
+and slots of k and v up to four each.
 """
 
 from triton.experimental import gluon
@@ -12,6 +12,8 @@ TURNS = gl.constexpr(6)
 """Group 0's turn; the next is group 1's."""
 K_SLOTS = gl.constexpr(8)
 V_SLOTS = gl.constexpr(12)
+NAMED_SLOTS = 4
+"""Of k, and of v, at most."""
 
 
 @gluon.constexpr_function

@@ -6,6 +6,8 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from happyhorse_fast.kernels.hopper_barriers import NAMED_SLOTS
+
 GROUPS = gl.constexpr(2)
 """Warp groups that compute."""
 
@@ -23,6 +25,10 @@ class Sizes:
     q_bits: int
     v_bits: int
     lse: bool
+
+    def __post_init__(self) -> None:
+        if self.named and self.stages > NAMED_SLOTS:
+            raise ValueError(f"stages must be at most {NAMED_SLOTS} with named barriers, got {self.stages}")
 
     @property
     def rows(self) -> Any:

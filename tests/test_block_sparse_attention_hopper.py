@@ -24,6 +24,7 @@ from gluon_emulator import Emulated, EmulationError
 from bench.specialized import running
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.kernels import launch
+from happyhorse_fast.kernels.hopper_sizes import Sizes
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.ops.triton.device import pretend
@@ -116,6 +117,14 @@ def test_taken_on_hopper_for_heads_of_128_and_nowhere_else():
     assert launch.illegal(config, 90, fp8=False, shared_bytes=0) is None
     for arch in (80, 100, 120):
         assert launch.illegal(config, arch, fp8=False, shared_bytes=0)
+
+
+def test_no_more_slots_than_there_are_named_barriers():
+    assert Sizes(4, 2, 1, 32, 128, 4, q_bits=8, v_bits=8, lse=False).named
+    assert not Sizes(4, 2, 1, 32, 128, 5, q_bits=16, v_bits=16, lse=False).named
+    for v_bits in (8, 16):
+        with pytest.raises(ValueError, match="stages must be at most 4"):
+            Sizes(4, 2, 1, 32, 128, 5, q_bits=8, v_bits=v_bits, lse=False)
 
 
 # Results --------------------------------------------------------------------------------------------------------------
