@@ -150,7 +150,7 @@ def measure(driver: Driver, launch: Launch) -> Row:
 def specialized_order(cubin: Path) -> dict[str, Any]:
     """Fields of a Row that say in which order the specialized kernel's instructions stand."""
     return {
-        "exponents": min(disassembly.exponents_beside_products(cubin), default=0),
+        "exponents": disassembly.exponents_beside_products(cubin),
         "turns": [list(turn) for turn in disassembly.turns(cubin, (TURNS.value, TURNS.value + 1), GROUP_THREADS)],
         "barriers": [list(barrier) for barrier in disassembly.named_barriers(cubin)],
         "step": min(disassembly.steps(cubin, EXPONENTS), default=0),

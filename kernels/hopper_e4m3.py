@@ -121,21 +121,26 @@ def advance(
 ):
     """PV of the block before this one, QK and softmax of this one; ``last`` is the last listed block.
 
-    PV, then QK, and the accumulator is scaled and added to beside QK. With the softmax there as well S, PV, the
-    accumulator and P are 208 registers, and 56 bytes a thread spill. As much is issued as multiplied, so the other
-    group's products are enough beside the softmax. PV is not begun a step earlier: a product that is under way where a
-    loop turns makes ptxas wait for each of its instructions.
+    QK, then PV, and the softmax runs beside PV, as `hopper_bounded.advance` has it. S, PV, the accumulator and P are
+    208 registers of 240: with a mask, or what an LSE keeps for later, some would spill. There PV comes first, is added
+    beside QK, and the softmax has the other group's products beside it.
     """
+    BESIDE: gl.constexpr = not MASKED and not sizes.lse
     before = (use - 1) % sizes.stages
     next_k = gl.load(scales.k + running.column)
     next_v = v_scale_of(scales.v, running.column)
     next_column = gl.load(work.columns + gl.minimum(at + 2, last))
     stage = await_full(k_ring, use, sizes.stages)
-    pv_pending = start_pv(running, v_ring, before, sizes)
-    s_pending = start_qk(item.q_tile, k_ring, stage, sizes)
-    acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
-    release(v_ring, before, V_SLOTS)
-    s = warpgroup_mma_wait(0, deps=[s_pending])
+    if BESIDE:
+        s_pending = start_qk(item.q_tile, k_ring, stage, sizes)
+        pv_pending = start_pv(running, v_ring, before, sizes)
+        s = warpgroup_mma_wait(1, deps=[s_pending])
+    else:
+        pv_pending = start_pv(running, v_ring, before, sizes)
+        s_pending = start_qk(item.q_tile, k_ring, stage, sizes)
+        acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
+        release(v_ring, before, V_SLOTS)
+        s = warpgroup_mma_wait(0, deps=[s_pending])
     release(k_ring, stage, K_SLOTS)
     if MASKED:
         s = hide(s, work, at, first, sizes)
@@ -143,6 +148,9 @@ def advance(
         s, running.row_max, scales.scores, running.k_scale, running.v_scale, MASKED, sizes
     )
     await_full(v_ring, use, sizes.stages)
+    if BESIDE:
+        acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
+        release(v_ring, before, V_SLOTS)
     row_sum = running.row_sum * per_thread(alpha, running.row_sum) + total
     return Running(acc, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, next_column)
 

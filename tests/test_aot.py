@@ -68,6 +68,7 @@ SOME = {
         "block_sparse_attention fp8, D 128, bf16 out",
         "block_sparse_attention bf16, D 128, bf16 out, specialized",
         "block_sparse_attention int8_qk, D 128, bf16 out, specialized",
+        "block_sparse_attention fp8, D 128, bf16 out, specialized",
     ),
     "fp8_linear": ("fp8_linear_activation fp8, swiglu7, fp8 out",),
     "select_blocks": ("select_blocks bf16, 1464 blocks, by number, max",),
@@ -198,19 +199,25 @@ def test_a_bad_row_is_caught(change, problem):
 def test_steps_of_the_specialized_kernel_in_another_order_are_caught():
     config = GOOD.config | {"num_warps": 4, "num_stages": 2, "specialized": True}
     row = replace(GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", tensor_core={"HGMMA": 96})
-    row = replace(row, exponents=66, turns=[[16, 0, 1]] * 4, barriers=[[0, 128], [1, 0], [6, 256], [7, 256]])
+    row = replace(
+        row, exponents=[64, 65, 64, 66], turns=[[16, 0, 1]] * 4, barriers=[[0, 128], [1, 0], [6, 256], [7, 256]]
+    )
     assert gates.problems(row) == []
-    assert gates.problems(replace(row, exponents=2))[0].endswith("2 exponents beside PV, 64 wanted")
+    moved = gates.problems(replace(row, exponents=[64, 2, 64, 64]))[0]
+    assert moved.endswith("3 loops with 64 exponents beside PV, 4 wanted")
     assert gates.problems(replace(row, turns=[[16, 0, 1]] * 3))[0].endswith("3 turns, 4 wanted")
     for wrong in ([8, 8, 1], [0, 16, 1], [16, 0, 0], [16, 0, 2], [0, 0, 1]):
         (found,) = gates.problems(replace(row, turns=[[16, 0, 1], [16, 0, 1], wrong, [16, 0, 1]]))
         assert f"a turn of {wrong[0]} products, passed {wrong[2]} times, with {wrong[1]} behind it" in found
     for barriers in ([[6, 256]], [[6, 256], [7, 128]], [[4, 128], [6, 256], [7, 256]]):
         assert "two of both groups" in gates.problems(replace(row, barriers=barriers))[0], "Triton has come to use more"
-    # e4m3 has its exponents beside the other group's products, and no turns.
-    e4m3 = replace(row, products="fp8", tensor_core={"QGMMA": 48}, exponents=0, turns=[], barriers=[[1, 0]])
+    e4m3 = replace(
+        row, products="fp8", tensor_core={"QGMMA": 48}, exponents=[66, 0, 66, 0], turns=[], barriers=[[1, 0]]
+    )
     assert gates.problems(e4m3) == []
     assert "named barriers" in gates.problems(replace(e4m3, barriers=row.barriers))[0]
+    assert "1 loops with 64 exponents beside PV, 2 wanted" in gates.problems(replace(e4m3, exponents=[66, 0, 0, 0]))[0]
+    assert gates.problems(replace(e4m3, exponents=[0, 0, 0, 0], detail="fp8, bf16 out, LSE")) == []
 
 
 @slow
@@ -218,7 +225,11 @@ def test_steps_of_the_specialized_kernel_in_another_order_are_caught():
     ("old", "new", "problem"),
     [
         # What the wait in `advance` is for: if this passes, it may no longer be needed.
-        ("    await_full(v_ring, use, sizes.stages)\n    acc = ", "    acc = ", "exponents beside PV, 64 wanted"),
+        (
+            "    await_full(v_ring, use, sizes.stages)\n    acc = ",
+            "    acc = ",
+            "0 loops with 64 exponents beside PV, 4 wanted",
+        ),
         (
             "    pv_pending = ",
             "    pass_turn(GROUP)\n    pv_pending = ",

@@ -35,6 +35,9 @@ SCALE = 32**-0.5
 UNEVEN = BlockMap.from_ranges([(0, 100), (100, 250), (290, 400)], [(30, 400), (0, 333), (0, 1)], 400, 400)
 """Rows that begin with a partial block, rows without a key, and a last block of queries that is not whole."""
 
+LONG = BlockMap.dense(150, 1000)
+"""More steps over full blocks than slots."""
+
 
 def attention(given, block_map=MAP, seed=1, replace=(), **options):
     """The op through the emulated kernel."""
@@ -323,20 +326,23 @@ INT8 = {
     "slots of k and v at one barrier": ("V_SLOTS = gl.constexpr(12)", "V_SLOTS = gl.constexpr(8)"),
     "a release of other size": ("        arrive_at(slot + NAMED, 288)", "        arrive_at(slot + NAMED, 256)"),
 }  # fmt: skip
-E4M3_STEP = "    s = warpgroup_mma_wait(0, deps=[s_pending])\n"
-E4M3_FREE_K = "    release(k_ring, stage, K_SLOTS)\n"
-E4M3_FREE_V = "    release(v_ring, before, V_SLOTS)\n"
-E4M3_PV = "    acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)\n"
+E4M3_BESIDE = "        s = warpgroup_mma_wait(1, deps=[s_pending])\n"
+E4M3_BEHIND = "        s = warpgroup_mma_wait(0, deps=[s_pending])\n"
+E4M3_PV = "        acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)\n"
+E4M3_PV_FIRST = "        acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)\n"
+FREE_IT = "        release(v_ring, before, V_SLOTS)\n"
+AWAIT_V = "    await_full(v_ring, use, sizes.stages)\n    if BESIDE"
+AWAIT_K = "    stage = await_full(k_ring, use, sizes.stages)\n    if BESIDE"
 E4M3 = {
-    "v not awaited": ("    await_full(v_ring, use, sizes.stages)\n    row_sum", "    row_sum"),
-    "k not awaited": (
-        "    stage = await_full(k_ring, use, sizes.stages)\n    pv_pending",
-        "    stage = use % sizes.stages\n    pv_pending",
-    ),
-    "k never released": (E4M3_STEP + "    release(k_ring, stage, K_SLOTS)\n", E4M3_STEP),
-    "v never released": ("    release(v_ring, before, V_SLOTS)\n" + E4M3_STEP, E4M3_STEP),
-    "k released early": (E4M3_STEP + E4M3_FREE_K, E4M3_FREE_K + E4M3_STEP),
-    "v released early": (E4M3_PV + E4M3_FREE_V, E4M3_FREE_V + E4M3_PV),
+    "v not awaited": (AWAIT_V, "    if BESIDE"),
+    "k not awaited": (AWAIT_K, "    stage = use % sizes.stages\n    if BESIDE"),
+    "k never released": ("    release(k_ring, stage, K_SLOTS)\n    if MASKED", "    if MASKED"),
+    "v never released": (E4M3_PV + FREE_IT, E4M3_PV),
+    "v never released behind QK": (E4M3_PV_FIRST + FREE_IT, E4M3_PV_FIRST),
+    "v released early": (E4M3_PV + FREE_IT, FREE_IT + E4M3_PV),
+    "v released early behind QK": (E4M3_PV_FIRST + FREE_IT, FREE_IT + E4M3_PV_FIRST),
+    "result before its wait": (E4M3_BESIDE, E4M3_BESIDE.replace("(1,", "(2,")),
+    "result before its wait behind QK": (E4M3_BEHIND, E4M3_BEHIND.replace("(0,", "(1,")),
     "no guard of empty rows": ('new_max == -float("inf"), 0.0', "new_max == 1.0, 0.0"),
     "sum not rescaled": ("running.row_sum * per_thread(alpha, running.row_sum) + total", "running.row_sum + total"),
     "accumulator not rescaled": (
@@ -358,23 +364,25 @@ BUGS = {
 }
 
 
-def planted(fmt, seed, replace):
+def planted(fmt, seed, replace, block_map=UNEVEN):
     """What is found of an output with bugs planted."""
-    given = inputs(fmt, 400, heads=(6, 2), spread=3.0)
-    if "v_scale" in given:
-        given["v_scale"] *= torch.tensor([1.0, 0.25, 4.0, 1.0])
-    if given["q"].dtype == torch.int8:
-        given["k_scale"] *= torch.tensor([1.0, 0.25, 0.5, 1.0])
+    given = inputs(fmt, block_map.queries, heads=(6, 2), m=block_map.keys, spread=3.0)
+    by_block = torch.tensor([1.0, 0.25, 4.0, 1.0]).repeat(2)[: block_map.key_blocks]
+    if fmt == "fp8":
+        given["v_scale"] *= by_block
+    if fmt == "int8_qk":
+        given["k_scale"] *= by_block / 4
     try:
-        out = attention(given, UNEVEN, seed, replace)[0]
+        out = attention(given, block_map, seed, replace)[0]
     except EmulationError as error:
         return [str(error)]
-    return problems(given, UNEVEN, out, SCALE, backend="specialized")
+    return problems(given, block_map, out, SCALE, backend="specialized")
 
 
 @pytest.mark.parametrize(("fmt", "bug"), [(fmt, bug) for fmt, bugs in BUGS.items() for bug in bugs])
 def test_planted_bugs_are_caught(fmt, bug):
-    assert any(planted(fmt, seed, [BUGS[fmt][bug]]) for seed in (1, 2))
+    found = (planted(fmt, seed, [BUGS[fmt][bug]], m) for m in (UNEVEN, LONG) for seed in (1, 2))
+    assert any(found)
 
 
 @pytest.mark.parametrize("fmt", BOUNDED)
@@ -387,4 +395,4 @@ def test_sums_of_p_before_rounding_are_caught_by_one_key(fmt):
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("seed", range(4))
 def test_without_them_nothing_is_found(fmt, seed):
-    assert planted(fmt, seed, []) == []
+    assert planted(fmt, seed, []) == planted(fmt, seed, [], LONG) == []
