@@ -85,7 +85,7 @@ def turns(cubin: Path, numbers: tuple[int, int], threads: int) -> list[Turn]:
 
 
 def steps(cubin: Path, exponents: int) -> list[int]:
-    """Instructions of every loop that has warp-group products and at least so many exponents, but no such loop in it."""
+    """Instructions of every loop with warp-group products and at least so many exponents, and no such loop in it."""
     listing: list[str] = []
     labels: dict[str, int] = {}
     found: list[tuple[int, int]] = []
