@@ -299,7 +299,7 @@ IN_TURNS = {
     "v never released": (V_RELEASE, "    log_sum"),
     # k released early harms nothing: the loading warp waits for this step's v before it comes to that slot of k.
     "v released early": (WAIT_PV + FREE_V, FREE_V + WAIT_PV),
-    "result before its wait": (STEP, STEP.replace("(1,", "(2,")),
+    "result before its wait": (TURN, TURN.replace("(1,", "(2,")),
     "turn not passed": (TURN, STEP),
     "turn passed twice": (TURN, "    pass_turn(GROUP)\n" + TURN),
     "turn passed too early": (ISSUE_QK, "    pass_turn(GROUP)\n" + ISSUE_QK),
