@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -111,7 +110,7 @@ def norms(arch: int) -> Iterator[Case]:
 
 def qkv_products(arch: int) -> Iterator[Case]:
     """`qkv_linear`: inputs and outputs in every format, with a mean of k to take off and without."""
-    outs = ("bf16", "fp8", "fp8_qk") if arch >= FP8_SINCE else ("bf16",)
+    outs = ("bf16", "int8_qk", "fp8") if arch >= FP8_SINCE else ("bf16", "int8_qk")
     features = (HEADS_Q + 2 * HEADS_KV + 1) * HEAD_DIM
     for fmt, out, k_mean, experts in itertools.product(formats(arch), outs, (False, True), EXPERTS):
         arguments = {
@@ -125,7 +124,7 @@ def qkv_products(arch: int) -> Iterator[Case]:
             "num_heads_q": HEADS_Q,
             "num_heads_kv": HEADS_KV,
             "out": out,
-            "qk_scale": None if out == "bf16" else meta(experts, 2),
+            "qk_scale": meta(experts, 2) if out == "fp8" else None,
             "k_mean": meta(HEADS_KV, HEAD_DIM) if k_mean else None,
         }
         variant = f"qkv_{fmt}"
@@ -248,9 +247,13 @@ def selections(arch: int) -> Iterator[Case]:
     """`select_blocks`: its three kernels, for both lengths of clip and both ways to choose and to pool."""
     pairs = ((0, round(0.9 * 2**20)), (125, 0))
     # 90 % of the softmax, or a quarter of the blocks.
-    for fmt, blocks, (keep, mass), mean in itertools.product(formats(arch), BLOCKS, pairs, (False, True)):
-        codes = DTYPES[fmt]
-        scales = partial(meta, blocks) if fmt == "fp8" else lambda: None
+    for fmt, blocks, (keep, mass), mean in itertools.product(("int8", *formats(arch)), BLOCKS, pairs, (False, True)):
+        codes = {**DTYPES, "int8": torch.int8}[fmt]
+        q_scale, k_scale = {
+            "bf16": (None, None),
+            "int8": (meta(blocks * 128, HEADS_Q), meta(HEADS_KV, blocks)),
+            "fp8": (meta(blocks), meta(blocks)),
+        }[fmt]
         arguments = {
             "q": meta(blocks * 128, HEADS_Q, HEAD_DIM, dtype=codes),
             "k": meta(blocks * 128, HEADS_KV, HEAD_DIM, dtype=codes),
@@ -258,8 +261,8 @@ def selections(arch: int) -> Iterator[Case]:
             "prefix": meta(blocks, dtype=torch.int8),
             "live": meta(blocks * 128, dtype=torch.int8),
             "inverse": meta(blocks),
-            "q_scale": scales(),
-            "k_scale": scales(),
+            "q_scale": q_scale,
+            "k_scale": k_scale,
             "keep": keep,
             "mass": mass,
             "mean": mean,

@@ -155,14 +155,14 @@ def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, blo
         value = rms_norm(value, given["qk_norm"][expert, which].double())
         a, b = value[..., 0::2], value[..., 1::2]
         exact[name] = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    out = dict(zip(("q", "k", "v", "v_scale", "gate"), results, strict=True))
+    out = dict(zip(("q", "k", "v", "q_scale", "k_scale", "v_scale", "gate"), results, strict=True))
     if case.precision == "bf16":
         for name, value in exact.items():
             yield name, out[name][rows], value, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
         return
-    scale = given["qk_scale"][expert].double()
-    for which, name in enumerate(("q", "k")):
-        yield name, out[name][rows].double() * scale[which], exact[name], E4M3_DISTANCE, CODE_SLOPE
+    for name in ("q", "k"):
+        codes, scale = out[name][rows].double(), out[f"{name}_scale"][block].double()
+        yield name, codes * scale, exact[name], E4M3_DISTANCE, CODE_SLOPE
     values = token_order(out["v"])[:, :, rows].double() * out["v_scale"][:, block, None, None].double()
     yield "v", values.permute(2, 0, 1), exact["v"], E4M3_DISTANCE, CODE_SLOPE
     yield "gate", out["gate"][rows], exact["gate"], budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE

@@ -74,6 +74,7 @@ def _fill(layer: FastLayer, generator: torch.Generator) -> None:
         elif name.endswith("_norm"):
             value.normal_(0.0, 0.2, generator=generator)
     layer.qk_scale.copy_(static_qk_scale(layer.qk_norm))
+    layer.find_bound()
 
 
 def _fill_codes(codes: Tensor, generator: torch.Generator) -> None:

@@ -22,7 +22,7 @@ The epilogue reads 64 KB of cosines and sines per tile of q and k, 1.6 GB from L
 import triton
 import triton.language as tl
 
-from happyhorse_fast.kernels.numerics import grouped_tile, scale_of, sigmoid, to_e4m3
+from happyhorse_fast.kernels.numerics import grouped_tile, int8_scale_of, scale_of, sigmoid, to_e4m3, to_int8
 
 EPS = tl.constexpr(1e-6)
 
@@ -123,14 +123,31 @@ def store_transposed(tile, value, inverse, slots, COLUMNS: tl.constexpr, BLOCK_M
 
 
 @triton.jit
-def store_v_codes(v, v_scale, product, first, end, head, slots, D: tl.constexpr, BLOCK_M: tl.constexpr):
+def store_v_codes(v, v_scale, product, first, end, head, blocks, D: tl.constexpr, BLOCK_M: tl.constexpr):
     """Quantise a tile by its own maximum and store it transposed, rows past its end as zeros."""
     row = tl.arange(0, BLOCK_M)
     held = tl.where((row < end - first)[:, None], product, 0.0)
     # Over both axes at once: row by row and then over rows, Triton 3.7.1 fails to compile for sm_100.
     scale = scale_of(tl.max(tl.abs(held)))
+    slots = blocks * BLOCK_M
     store_transposed(v + (head * D).to(tl.int64) * slots + first, held, 1.0 / scale, slots, D, BLOCK_M)
-    tl.store(v_scale + head * (slots // BLOCK_M) + first // BLOCK_M, scale)
+    tl.store(v_scale + head * blocks + first // BLOCK_M, scale)
+
+
+@triton.jit
+def store_q_codes(q, q_scale, y, start, head, live, HQ: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Quantise every row of a tile of q to int8 by its own maximum."""
+    scale = int8_scale_of(tl.max(tl.abs(y), 1))[:, None]
+    store_rows(q, to_int8(y * (1.0 / scale)), start, head, live, HQ, D, BLOCK_M)
+    tl.store(q_scale + start * HQ + (tl.arange(0, BLOCK_M)[:, None] * HQ + head), scale, mask=live)
+
+
+@triton.jit
+def store_k_codes(k, k_scale, y, start, head, live, blocks, HKV: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Quantise a tile of k to int8 by its own maximum; rows past its end do not count."""
+    scale = int8_scale_of(tl.max(tl.abs(tl.where(live, y, 0.0))))  # over both axes at once, as for v
+    store_rows(k, to_int8(y * (1.0 / scale)), start, head, live, HKV, D, BLOCK_M)
+    tl.store(k_scale + head * blocks + start // BLOCK_M, scale)
 
 
 @triton.jit
@@ -147,14 +164,16 @@ def store_head(
     q,
     k,
     v,
+    q_scale,
+    k_scale,
     v_scale,
     gate,
-    slots,
+    blocks,
     D: tl.constexpr,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
-    FP8_QK: tl.constexpr,
-    FP8_V: tl.constexpr,
+    INT8_QK: tl.constexpr,
+    FP8_OUT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -171,18 +190,29 @@ def store_head(
         if HAS_MEAN:
             if head >= HQ:
                 y -= tl.load(k_mean + (head - HQ) * D + column)[None, :]
-        if FP8_QK:
-            # The reciprocal of a scalar, once: on paper a division per element is 1024 of the tile's 20480 cycles.
-            value = to_e4m3(y * (1.0 / tl.load(qk_scale + which)))
+        if INT8_QK:
+            if head < HQ:
+                store_q_codes(q, q_scale, y, start, head, live, HQ, D, BLOCK_M)
+            else:
+                store_k_codes(k, k_scale, y, start, head - HQ, live, blocks, HKV, D, BLOCK_M)
         else:
-            value = y.to(tl.bfloat16)
-        if head < HQ:
-            store_rows(q, value, start, head, live, HQ, D, BLOCK_M)
-        else:
-            store_rows(k, value, start, head - HQ, live, HKV, D, BLOCK_M)
+            if FP8_OUT:
+                scale = tl.load(qk_scale + which)
+                # The reciprocal of a scalar, once: on paper a division per element is 1024 of the tile's 20480 cycles.
+                value = to_e4m3(y * (1.0 / scale))
+                if head == 0:
+                    tl.store(q_scale + first // BLOCK_M, scale)
+                elif head == HQ:
+                    tl.store(k_scale + first // BLOCK_M, scale)
+            else:
+                value = y.to(tl.bfloat16)
+            if head < HQ:
+                store_rows(q, value, start, head, live, HQ, D, BLOCK_M)
+            else:
+                store_rows(k, value, start, head - HQ, live, HKV, D, BLOCK_M)
     elif head < HQ + 2 * HKV:
-        if FP8_V:
-            store_v_codes(v, v_scale, product, first, end, head - (HQ + HKV), slots, D, BLOCK_M)
+        if FP8_OUT:
+            store_v_codes(v, v_scale, product, first, end, head - (HQ + HKV), blocks, D, BLOCK_M)
         else:
             store_rows(v, product.to(tl.bfloat16), start, head - (HQ + HKV), live, HKV, D, BLOCK_M)
     else:
@@ -205,18 +235,20 @@ def qkv_linear_kernel(
     q,
     k,
     v,
+    q_scale,
+    k_scale,
     v_scale,
     gate,
     tiles,
     x_stride,
-    slots,
+    blocks,
     C: tl.constexpr,
     D: tl.constexpr,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     FP8: tl.constexpr,
-    FP8_QK: tl.constexpr,
-    FP8_V: tl.constexpr,
+    INT8_QK: tl.constexpr,
+    FP8_OUT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -253,6 +285,6 @@ def qkv_linear_kernel(
         else:
             product = product.to(tl.bfloat16).to(tl.float32)
         store_head(
-            product, head, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, q, k, v, v_scale, gate, slots,
-            D, HQ, HKV, FP8_QK, FP8_V, HAS_MEAN, BLOCK_M,
+            product, head, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, q, k, v, q_scale, k_scale, v_scale,
+            gate, blocks, D, HQ, HKV, INT8_QK, FP8_OUT, HAS_MEAN, BLOCK_M,
         )  # fmt: skip

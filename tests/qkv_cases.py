@@ -78,7 +78,7 @@ def bf16_linear(case, backend="triton"):
 def fp8_linear(case, out="bf16", backend="triton", **given):
     arguments = {"x_scale": case.x_scale, "weight": case.codes, "weight_scale": case.weight_scale} | given
     k_mean = arguments.pop("k_mean", None)
-    scale = None if out == "bf16" else case.qk_scale
+    scale = case.qk_scale if out == "fp8" else None
     return ops.qkv_linear(case.x, *arguments.values(), *tail(case), out, scale, k_mean, backend=backend)
 
 
@@ -134,6 +134,11 @@ def bf16_problems(case, result, truth=None):
     return found
 
 
+def int8_steps(codes, values):
+    """Largest distance of int8 codes from the nearest ones to float64 values."""
+    return int((codes.int() - values.round().clamp(-127, 127).int()).abs().max())
+
+
 def fp8_problems(result, truth):
     return [
         f"{name}: {problem}"
@@ -143,5 +148,5 @@ def fp8_problems(result, truth):
 
 
 def without_scale(result):
-    q, k, v, _, gate = result
+    q, k, v, *_, gate = result
     return q, k, v, gate

@@ -10,7 +10,8 @@ import torch
 
 from happyhorse_fast.ops import dispatch, trust
 from happyhorse_fast.ops.cuda.launch import use_runner
-from happyhorse_fast.ops.dispatch import CUDA_OPS, STEMS, BackendError, choose
+from happyhorse_fast.ops.dispatch import CUDA_OPS, STEMS, BackendError, checked_formats, choose
+from happyhorse_fast.ops.formats import VARIANTS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -109,9 +110,43 @@ def test_a_named_backend_is_taken_as_it_is(machine):
 
 def test_attention_of_another_precision_counts_as_what_it_is(machine):
     assert choose("cuda", "fp8", GPU, attention="bf16")["block_sparse_attention"].backend == "cuda"
-    choice = choose("cuda", "fp8", GPU, attention="fp8_qk")["block_sparse_attention"]
-    assert (choice.backend, choice.fell_back) == ("triton", True)
-    assert choice.reason.startswith("no cuda kernel of it in fp8_qk; ")
+    for precision in ("bf16", "fp8"):
+        choices = choose("cuda", precision, GPU, attention="int8_qk")
+        assert choices["qkv_linear"].backend == choices["select_blocks"].backend == "cuda"
+        choice = choices["block_sparse_attention"]
+        assert (choice.backend, choice.fell_back) == ("triton", True)
+        assert choice.reason.startswith("no cuda kernel of it in int8_qk; ")
+
+
+CHECKED = {
+    ("bf16", "bf16", False): (["bf16"], ["bf16"], ["bf16"], ["bf16"]),
+    ("bf16", "int8_qk", False): (["int8_qk"], ["int8_qk"], ["int8_qk"], ["bf16"]),
+    ("bf16", "fp8", False): (["bf16_x_fp8"], ["fp8"], ["fp8"], ["bf16"]),
+    ("fp8", "bf16", False): (["fp8_x"], ["bf16_fp8_out"], ["bf16"], ["fp8"]),
+    ("fp8", "int8_qk", False): (["fp8_x_int8_qk"], ["int8_qk_fp8_out"], ["int8_qk"], ["fp8"]),
+    ("fp8", "fp8", False): (["fp8"], ["fp8"], ["fp8"], ["fp8"]),
+    ("bf16", "int8_qk", True): (["bf16", "int8_qk"], ["bf16", "int8_qk"], ["bf16", "int8_qk"], ["bf16"]),
+    ("fp8", "int8_qk", True): (
+        ["bf16", "fp8_x", "fp8_x_int8_qk", "int8_qk"],
+        ["bf16", "bf16_fp8_out", "int8_qk", "int8_qk_fp8_out"],
+        ["bf16", "int8_qk"],
+        ["bf16", "fp8"],
+    ),
+    ("fp8", "fp8", True): (
+        ["bf16", "bf16_x_fp8", "fp8", "fp8_x"],
+        ["bf16", "bf16_fp8_out", "fp8"],
+        ["bf16", "fp8"],
+        ["bf16", "fp8"],
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", CHECKED, ids=str)
+def test_the_formats_in_which_a_model_runs_an_op(asked: Any) -> None:
+    precision, attention, mixed = asked
+    ops = ("qkv_linear", "block_sparse_attention", "select_blocks", "fp8_linear")
+    assert tuple(sorted(checked_formats(op, precision, attention, mixed=mixed)) for op in ops) == CHECKED[asked]
+    assert all(set(checked_formats(op, precision, attention, mixed=mixed)) <= set(VARIANTS["triton"][op]) for op in ops)
 
 
 def test_a_runner_for_tests_is_not_chosen_by_itself():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -42,7 +43,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 def test_every_configuration_is_run_by_some_test() -> None:
     assert set(table("rmsnorm_qkv")) == ELSEWHERE["rmsnorm_qkv"]
     formats = {FORM.sub("", v).rpartition("_d")[0] for v in ATTENTION}
-    assert formats == {"bf16", "fp8", "fp8_qk"}
+    assert formats == {"bf16", "int8_qk", "fp8"}
     assert {v.rpartition("_")[2] for v in LINEAR} == {"plain", "residual", "swiglu7", "gelu7"}
 
 
@@ -79,7 +80,7 @@ def linear(moved: list[Any], epilogue: str, hidden: torch.Tensor, backend: str) 
 
 
 @pytest.mark.parametrize("lse", [False, True])
-@pytest.mark.parametrize("variant", ["bf16_d32", "fp8_qk_d64_strided"] if DRY else ATTENTION)
+@pytest.mark.parametrize("variant", ["bf16_d32", "int8_qk_d64_strided"] if DRY else ATTENTION)
 def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arch = architecture(DEVICE)
     if str(arch) in table("block_sparse_attention")[variant]:
@@ -97,14 +98,14 @@ def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> 
     wide = {name: draw(i, rows, n, d + 8) for i, (name, n) in enumerate(heads.items())}
     values: dict[str, Any] = {name: (x if strided else x[..., :d].contiguous()) for name, x in wide.items()}
     blocks = rows // 128
-    scales = {"q_scale": torch.full((blocks,), 0.01), "k_scale": torch.linspace(0.01, 0.02, blocks)}
-    given: dict[str, Any] = {}
-    if fmt == "bf16":
-        given = {name: x.bfloat16() for name, x in values.items()}
-    else:
-        given = {name: (values[name] * 50).clamp(-448, 448).to(E4M3) for name in "qk"} | scales
-        given["v"] = values["v"].bfloat16()
-    if fmt == "fp8":
+    given: dict[str, Any] = {name: x.bfloat16() for name, x in values.items()}
+    if fmt == "int8_qk":
+        given |= {name: (values[name] * 30).round().clamp(-127, 127).to(torch.int8) for name in "qk"}
+        given["q_scale"] = torch.linspace(0.02, 0.04, rows * heads["q"]).view(rows, -1)
+        given["k_scale"] = torch.linspace(0.02, 0.04, heads["k"] * blocks).view(-1, blocks)
+    elif fmt == "fp8":
+        given |= {name: (values[name] * 50).clamp(-448, 448).to(E4M3) for name in "qk"}
+        given |= {"q_scale": torch.full((blocks,), 0.01), "k_scale": torch.linspace(0.01, 0.02, blocks)}
         given["v"] = (draw(5, 2, d, rows) * 50).clamp(-448, 448).to(E4M3)
         given["v_scale"] = torch.linspace(0.01, 0.02, 2 * blocks).view(2, blocks)
     block_map = BlockMap.from_ranges([(0, rows // 2), (rows // 2, rows)], [(0, rows - 50), (60, rows)], rows, rows)
@@ -112,12 +113,20 @@ def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> 
     if strided:
         views = {name for name in "qkv" if not (fmt == "fp8" and name == "v")}
         there, given = ({n: x[..., :d] if n in views else x for n, x in both.items()} for both in (there, given))
+    bounded = variant.endswith("_specialized") and fmt != "fp8"  # the specialized kernel's form
     with poisoned():
         out, _, sums = block_sparse_attention(
-            **there, block_map=block_map.to(DEVICE), scale=d**-0.5, return_lse=lse, backend="triton"
+            **there,
+            block_map=block_map.to(DEVICE),
+            scale=d**-0.5,
+            bound=50.0 if bounded else math.inf,
+            return_lse=lse,
+            backend="triton",
         )
     step = launcher.launch_config(there["q"], there["k"], there["v"], lse=lse).block_n
-    wanted, _, wanted_sums = sparse_attention(**given, block_map=block_map, scale=d**-0.5, return_lse=lse, step=step)
+    wanted, _, wanted_sums = sparse_attention(
+        **given, block_map=block_map, scale=d**-0.5, bounded=bounded, return_lse=lse, step=step
+    )
     distance = max(DISTANCE, attention_distance(fmt, DEVICE))
     assert violations(measure(out.cpu().float(), wanted.float()), distance=distance, slope=None) == []
     if lse:

@@ -24,12 +24,15 @@ def op_calls(case):
         yield f"rmsnorm_quantize{suffix}", (case.hidden, case.norm, case.row_tiles)
         yield f"qkv_linear{suffix}", (x, None, case.weight, None, *heads, "bf16")
         fp8 = (case.x, case.x_scale, case.codes, case.weight_scale, *heads, "fp8", case.qk_scale, case.k_mean)
+        int8 = (x, None, case.weight, None, *heads, "int8_qk")
         yield f"qkv_linear{suffix}", fp8
+        yield f"qkv_linear{suffix}", int8
     yield "qkv_linear_cuda", (x, None, case.weight, None, *heads, "bf16")
     yield "qkv_linear_cuda", fp8
+    yield "qkv_linear_cuda", int8
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(13))
 def test_opcheck(index):
     name, arguments = list(op_calls(make(SHAPES["one-tile"])))[index]
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -74,9 +77,18 @@ def test_fake_cuda_tensors_have_the_real_shapes(backend):
         weight_scale, qk_norm = torch.empty(3, 57 * d, **options), torch.empty(3, 2, d, **options)
         cos_sin, qk_scale = torch.empty(n, d, **options), torch.empty(3, 2, **options)
         tables = (weight, weight_scale, qk_norm, cos_sin, row_tiles)
-        q, k, v, v_scale, gate = ops.qkv_linear(x, scale, *tables, hq, hkv, "fp8", qk_scale, backend=backend)
-    assert (q.shape, k.shape, v.shape) == ((n, hq, d), (n, hkv, d), (hkv, d, n))
-    assert (v_scale.shape, gate.shape, q.device.type) == ((hkv, n // 128), (n, hq), "cuda")
+        results = ops.qkv_linear(x, scale, *tables, hq, hkv, "fp8", qk_scale, backend=backend)
+        of_int8 = ops.qkv_linear(x, scale, *tables, hq, hkv, "int8_qk", backend=backend)
+    blocks = n // 128
+    fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
+    assert [x.shape for x in results] == [
+        (n, hq, d), (n, hkv, d), (hkv, d, n), (blocks,), (blocks,), (hkv, blocks), (n, hq)
+    ]  # fmt: skip
+    assert [x.shape for x in of_int8] == [
+        (n, hq, d), (n, hkv, d), (n, hkv, d), (n, hq), (hkv, blocks), (0,), (n, hq)
+    ]  # fmt: skip
+    assert [x.dtype for x in (*results[:3], *of_int8[:3])] == [fp8] * 3 + [torch.int8] * 2 + [bf16]
+    assert {x.device.type for x in (*results, *of_int8)} == {"cuda"}
 
 
 @pytest.mark.parametrize(
@@ -88,8 +100,9 @@ def test_fake_cuda_tensors_have_the_real_shapes(backend):
         ({"weight_scale": None}, TypeError, "weight_scale must be a tensor"),
         ({"num_heads_q": 3}, ValueError, r"weight must be of shape \[E, 192, 160\], got \[1, 160, 160\]"),
         ({"num_heads_kv": 3}, ValueError, "num_heads_q must be a multiple of num_heads_kv, got 2 and 3"),
-        ({"out": "fp16"}, ValueError, "out must be one of 'bf16', 'fp8', 'fp8_qk'; got 'fp16'"),
+        ({"out": "fp16"}, ValueError, "out must be one of 'bf16', 'int8_qk', 'fp8'; got 'fp16'"),
         ({"out": "bf16"}, ValueError, 'qk_scale must be None where out is "bf16"'),
+        ({"out": "int8_qk"}, ValueError, 'qk_scale must be None where out is "int8_qk"'),
         ({"qk_scale": None}, TypeError, r"qk_scale must be a tensor of shape \[1, 2\]"),
         ({"backend": "cudnn"}, ValueError, "backend must be 'triton' or 'cuda' or 'reference', got 'cudnn'"),
     ],
@@ -110,10 +123,10 @@ def test_e4m3_below_sm_89_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="fp8=True needs e4m3, from sm_89 on; cpu is sm_86"):
         ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, fp8=True)
     x, _ = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles)
-    for out in ("fp8", "fp8_qk"):
-        with pytest.raises(ValueError, match=f'out="{out}" of torch.bfloat16 weights needs e4m3'):
-            ops.qkv_linear(x, None, case.weight, None, *tail(case), out, case.qk_scale)
-    ops.qkv_linear(x, None, case.weight, None, *tail(case), "bf16")
+    with pytest.raises(ValueError, match=r'out="fp8" of torch\.bfloat16 weights needs e4m3'):
+        ops.qkv_linear(x, None, case.weight, None, *tail(case), "fp8", case.qk_scale)
+    for out in ("bf16", "int8_qk"):
+        ops.qkv_linear(x, None, case.weight, None, *tail(case), out)
 
 
 def test_a_wrong_layout_is_named():

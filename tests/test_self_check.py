@@ -94,7 +94,7 @@ def forms_in(module: Any, monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...
 
 
 @pytest.mark.parametrize(
-    ("precision", "attention"), [("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"), ("fp8", "fp8_qk")]
+    ("precision", "attention"), [(x, y) for x in ("bf16", "fp8") for y in ("bf16", "int8_qk", "fp8")]
 )
 def test_what_a_model_runs_is_what_is_checked(precision: Any, attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = golden.load_case("local_d128_fp32").config
@@ -267,7 +267,7 @@ def test_explain_says_where_attention_is_the_hopper_kernel(
 def checked(pretended_gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Ops and formats that were checked, on a device where attention is wrong in e4m3."""
     done: list[tuple[str, str]] = []
-    fine = ("bf16", "bf16_fp8_out")
+    fine = ("bf16", "bf16_fp8_out", "int8_qk", "int8_qk_fp8_out")
 
     def checks(backend: str, *_: Any, only: Any, **__: Any) -> Iterator[KernelCheck]:
         for op, variant in sorted(only):
@@ -284,8 +284,10 @@ def test_a_format_that_failed_leaves_the_others_in_use(checked: list[tuple[str, 
 
     assert backend_of("block_sparse_attention", attention="fp8") == "reference"
     assert backend_of("block_sparse_attention", attention="bf16") == "triton"
-    assert backend_of("block_sparse_attention", attention="fp8_qk") == "reference"
+    assert backend_of("block_sparse_attention", attention="int8_qk") == "triton"
     assert backend_of("block_sparse_attention", attention="bf16", mixed=True) == "triton"
+    assert backend_of("block_sparse_attention", attention="int8_qk", mixed=True) == "triton"
+    assert backend_of("block_sparse_attention", attention="fp8", mixed=True) == "reference"
     assert len(checked) == len(set(checked)), "a check is not repeated"
     assert set(checked) == {(op, f) for op, formats in VARIANTS["triton"].items() for f in formats}
 

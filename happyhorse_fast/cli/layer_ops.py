@@ -22,7 +22,7 @@ from happyhorse_fast.reference import block_sparse_attention as reference_attent
 from happyhorse_fast.reference.mlp import gelu7, swiglu7
 from happyhorse_fast.reference.model import ROW_CHUNK, HappyHorse, Layer
 from happyhorse_fast.reference.quantize import dequantize, quantize_groups, to_e4m3, token_order
-from happyhorse_fast.reference.quantized_qkv import quantize_v
+from happyhorse_fast.reference.quantized_qkv import quantize_k, quantize_q, quantize_v
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm, rmsnorm_qkv
 from happyhorse_fast.reference.sequence import Clip, Ranges, row_chunks
 
@@ -166,6 +166,24 @@ def fast_ops(layer: FastLayer, state: ClipState, given: LayerInputs, exact: OpRe
     return _FastOps(layer, state).run(given, exact)
 
 
+@torch.no_grad()
+def attention_in(precision: str, layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
+    """Attention alone in a format that need not be the layer's, [N, Hq * D] after the gate, in plain torch.
+
+    Its own error: with the rounding points of the kernels, over the exact mask, its result rounded to bf16.
+
+    Args:
+        precision: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        layer: Packed.
+        state: Of the clip.
+        exact: The eager layer's results in float32.
+    """
+    ops = _FastOps(layer, state)
+    ops.precision = {**ops.precision, "attention": precision, "proj": "bf16"}
+    ops.backend = {**ops.backend, "block_sparse_attention": "reference"}
+    return ops._attention(exact)
+
+
 class _FastOps:
     def __init__(self, layer: FastLayer, state: ClipState) -> None:
         self.layer, self.state, self.plan = layer, state, layer.plan
@@ -215,7 +233,7 @@ class _FastOps:
 
     def _qkv(self, x: torch.Tensor, x_scale: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         plan, out = self.plan, self.precision["attention"]
-        q, k, v, v_scale, gate = qkv_linear(
+        q, k, v, q_scale, k_scale, v_scale, gate = qkv_linear(
             x,
             x_scale,
             *self._weight("qkv"),
@@ -225,48 +243,43 @@ class _FastOps:
             plan.num_heads_q,
             plan.num_heads_kv,
             out=out,
-            qk_scale=None if out == "bf16" else self.layer.qk_scale,
+            qk_scale=self.layer.qk_scale if out == "fp8" else None,
             backend=self.backend["qkv_linear"],
         )
         published = torch.argsort(rotary_permutation(plan.head_dim)).to(q.device)
-        scales = self._row_scales()
-        q, k = (
-            self._tokens(code.float() if scale is None else code.float() * scale)[..., published]
-            for code, scale in zip((q, k), scales, strict=True)
-        )
+        q, k = q.float(), k.float()
+        if out == "int8_qk":
+            q, k = q * q_scale[..., None], k * _each_row(k_scale)[:, : len(k)].T[..., None]
+        elif out == "fp8":
+            q, k = (x * _each_row(scale)[: len(x), None, None] for x, scale in ((q, q_scale), (k, k_scale)))
+        q, k = (self._tokens(x)[..., published] for x in (q, k))
         if out == "fp8":
-            v = (token_order(v).float() * v_scale.repeat_interleave(BLOCK, dim=1)[:, None]).permute(2, 0, 1)
+            v = (token_order(v).float() * _each_row(v_scale)[:, None]).permute(2, 0, 1)
         return q, k, self._tokens(v.float()), self._tokens(gate)
-
-    def _row_scales(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Scales of q and k codes per row, [rows, 1, 1]; None in bf16."""
-        q_scale, k_scale = self.state.block_scales(self.layer)
-        if q_scale is None or k_scale is None:
-            return None, None
-        each_q, each_k = (s.repeat_interleave(BLOCK)[: self.state.rows.slots, None, None] for s in (q_scale, k_scale))
-        return each_q, each_k
 
     def _attention(self, exact: OpResults) -> torch.Tensor:
         plan, out = self.plan, self.precision["attention"]
         q, k, v = (self._rows(x) for x in (exact.q, exact.k, exact.v))
-        q_rows, k_rows = self._row_scales()
-        if q_rows is None or k_rows is None:
+        q_scale = k_scale = v_scale = None
+        if out == "bf16":
             q, k = q.bfloat16(), k.bfloat16()
+        elif out == "int8_qk":
+            q, q_scale = quantize_q(q)
+            k, k_scale = quantize_k(k)
+            k_scale = k_scale.contiguous()
         else:
-            q, k = to_e4m3(q / q_rows), to_e4m3(k / k_rows)
-        v_scale = None
-        if out == "fp8":
+            of_blocks = self.layer.qk_scale.index_select(0, self.tiles[:, 0])  # as the epilogue of QKV gives them
+            q_scale, k_scale = of_blocks.T.contiguous()
+            q, k = (to_e4m3(x / _each_row(scale)[: len(x), None, None]) for x, scale in ((q, q_scale), (k, k_scale)))
             v, v_scale = quantize_v(v)
-        else:
-            v = v.bfloat16()
-        q_scale, k_scale = self.state.block_scales(self.layer)
         fp8_out = self.precision["proj"] == "fp8"
         attended, out_scale, _ = block_sparse_attention(
             q,
             k,
-            v,
+            v if out == "fp8" else v.bfloat16(),
             self.state.block_map(plan, q, k, q_scale, k_scale),
             scale=plan.head_dim**-0.5,
+            bound=self.layer.bound.effective,
             q_scale=q_scale,
             k_scale=k_scale,
             v_scale=v_scale,
@@ -303,6 +316,11 @@ class _FastOps:
         branch = torch.zeros(x.shape[0], width, device=x.device)
         fp8_linear_residual(x, x_scale, weight, scale, self.tiles, branch, backend=self.backend["fp8_linear_residual"])
         return self._tokens(branch)
+
+
+def _each_row(scale: torch.Tensor) -> torch.Tensor:
+    """[..., S] of blocks -> [..., S * 128] of their rows."""
+    return scale.repeat_interleave(BLOCK, dim=-1)
 
 
 def _values(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

@@ -28,6 +28,7 @@ from happyhorse_fast.model.safetensors_header import TensorEntry
 from happyhorse_fast.model.untraced import load_compiler, untraced
 from happyhorse_fast.ops.dispatch import Choice, attention_is_specialized, choose
 from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.reference.score_bound import LIMIT
 
 Model = TypeVar("Model", bound=nn.Module)
 LayerTensors = Mapping[str, torch.Tensor]
@@ -231,10 +232,10 @@ class Explanation:
     Attributes:
         layer: Layer number.
         op: The op.
-        precision: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``, of the product the op is or feeds; eager: the compute dtype.
+        precision: ``"bf16"``, ``"fp8"`` or ``"int8_qk"``, of the product the op is or feeds; eager: the compute dtype.
         backend: The implementation, or ``"eager"``.
         mask: For attention: ``"dense"``, ``"window"`` or the sparsity policy.
-        reason: Why this implementation, and why not a faster one.
+        reason: Why this implementation, and why not a faster one; of attention also which softmax it has, and why.
     """
 
     layer: int
@@ -296,10 +297,22 @@ def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
             mask, reason, precision = "", choice.reason, plan.precision[products[op]]
             if op == "block_sparse_attention":
                 mask = repr(state.fast.sparsity) if sparse else _exact_mask(plan.local)
-                device = next(layer.buffers()).device
-                if choice.backend == "triton" and attention_is_specialized(precision, plan.head_dim, device):
-                    reason += "; in Gluon, for Hopper (under torch.compile in plain Triton, through pointers)"
+                reason = f"{reason}; {_softmax(layer)}"
             yield Explanation(plan.index, op, precision, choice.backend, mask, reason)
+
+
+def _softmax(layer: FastLayer) -> str:
+    """Which softmax the layer's attention has, and why; on a GPU with a kernel for Hopper, also which kernel runs."""
+    plan, device = layer.plan, layer.qkv_weight.device
+    precision = plan.precision["attention"]
+    e4m3 = precision == "fp8"
+    said = "running maximum, which P in e4m3 needs" if e4m3 else layer.bound.softmax
+    if plan.backend["block_sparse_attention"] == "triton" and attention_is_specialized(precision, plan.head_dim, device):
+        if e4m3 or layer.bound.effective <= LIMIT:
+            said += "; in Gluon, for Hopper (under torch.compile in plain Triton, through pointers)"
+        else:
+            said += "; in plain Triton, Hopper's kernel is for bounded scores"
+    return said
 
 
 def _config_of(model: nn.Module) -> ModelConfig:

@@ -11,7 +11,9 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.errors import real_number, whole_number
 
 Precision = Literal["bf16", "fp8"]
-AttentionPrecision = Literal["bf16", "fp8", "fp8_qk"]
+AttentionPrecision = Literal["bf16", "int8_qk", "fp8"]
+GONE_ATTENTION = "fp8_qk"
+"""What older configurations and packed weights may ask for."""
 OPS = ("qkv", "attention", "proj", "up", "down")
 """The products of a layer whose precision can be chosen, in order."""
 _SKIP = re.compile(r"^(?P<op>[a-z]+|\*)(?::(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*))?$")
@@ -91,13 +93,14 @@ class FastConfig:
     """How to accelerate a model. Immutable; everything that is not exact is opt-in.
 
     Attributes:
-        precision: ``"bf16"``: the published rounding points. ``"fp8"``: e4m3 products (docs/OPS.md).
-        attention: Precision of attention where ``precision`` is ``"fp8"``: ``"bf16"``, ``"fp8"``, or ``"fp8_qk"``
-            (scores in fp8, the weighted sum in bf16). Of all products it loses most in fp8 and is the one whose loss
-            depends on the model and the length of the sequence (docs/decisions/0010-attention-stays-bf16.md).
+        precision: Of the linear products. ``"bf16"``: the published rounding points. ``"fp8"``: e4m3 (docs/OPS.md).
+        attention: Of attention, whatever ``precision`` is: ``"bf16"``; ``"int8_qk"`` (scores of int8 codes with a scale
+            per token and head of q and per 128 tokens and head of k, the weighted sum in bf16); or ``"fp8"`` (all in
+            e4m3). Of all products it is the one whose loss depends on the model and the length of the sequence
+            (docs/decisions/0010-attention-stays-bf16.md).
         sparsity: ``None``: exact: dense, and the trained window in local layers. Or a training-free policy for video
             queries; audio and text stay dense as queries and are kept as keys in every row.
-        skip: Products that stay in bf16 in fp8 mode: ``"attention"``, ``"down:0-3,36-39"``, ``"*:0"``. Kept as a tuple.
+        skip: Products that stay in bf16 all the same: ``"attention"``, ``"down:0-3,36-39"``, ``"*:0"``; a tuple.
         exact_first_layers: Layers at the start in which ``sparsity`` does not apply.
         exact_last_layers: Layers at the end in which it does not apply.
         exact_first_steps: Denoising steps at the start in which it does not apply. Samplers say which step a
@@ -127,13 +130,14 @@ class FastConfig:
     def __post_init__(self) -> None:
         allowed = {
             "precision": ("bf16", "fp8"),
-            "attention": ("bf16", "fp8", "fp8_qk"),
+            "attention": ("bf16", "int8_qk", "fp8"),
             "backend": ("auto", "triton", "cuda", "reference"),
             "originals": ("cpu", "drop"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}")
+                hint = "; int8_qk is in its place" if getattr(self, name) == GONE_ATTENTION else ""
+                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}{hint}")
         if self.sparsity is not None and not isinstance(self.sparsity, Sparsity):
             raise TypeError(f"sparsity must be None, TopK, TopP or Tiles; got {self.sparsity!r}")
         for name in ("exact_first_layers", "exact_last_layers", "exact_first_steps", "exact_last_steps"):
@@ -149,9 +153,8 @@ class FastConfig:
         object.__setattr__(self, "skip", tuple(given))
         for rule in self.skip:
             self._parse(rule)
-        for name, nothing in (("attention", "bf16"), ("skip", ())):
-            if self.precision != "fp8" and getattr(self, name) != nothing:
-                raise ValueError(f'{name} must be {nothing!r} unless precision is "fp8", got {getattr(self, name)!r}')
+        if self.skip and self.precision == self.attention == "bf16":
+            raise ValueError(f"skip must be () where precision and attention are bf16, got {self.skip!r}")
 
     def require_model(self, config: ModelConfig) -> None:
         """Raise a ValueError where a model cannot be accelerated so: ``skip`` names no layer of it, or its head_dim."""
@@ -178,14 +181,12 @@ class FastConfig:
         return (OPS if match["op"] == "*" else (match["op"],)), spans
 
     def precision_of(self, op: str, layer: int) -> AttentionPrecision:
-        """Precision of one product of one layer: ``"bf16"``, ``"fp8"``, or ``"fp8_qk"`` for attention."""
-        if self.precision == "bf16":
-            return "bf16"
+        """Precision of one product of one layer: ``"bf16"``, ``"fp8"``, or ``"int8_qk"`` for attention."""
         for rule in self.skip:
             ops, spans = self._parse(rule)
             if op in ops and (spans is None or any(layer in span for span in spans)):
                 return "bf16"
-        return self.attention if op == "attention" else "fp8"
+        return self.attention if op == "attention" else self.precision
 
     def is_sparse(self, layer: int, num_layers: int, step: int | None, steps: int | None) -> bool:
         """Whether ``sparsity`` applies to a layer at a denoising step (0-based; ``None``: at those where it may)."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.model.attention_bound import UNKNOWN, AttentionBound, packed_bound
 from happyhorse_fast.model.dtypes import require_kept_dtypes
 from happyhorse_fast.model.fast_config import OPS, FastConfig
 from happyhorse_fast.model.safetensors_header import listed
@@ -39,7 +40,7 @@ class LayerPlan:
         num_heads_q: Hq.
         num_heads_kv: Hkv.
         head_dim: D.
-        precision: ``"bf16"``, ``"fp8"`` or (attention) ``"fp8_qk"`` for each of ``OPS``.
+        precision: ``"bf16"``, ``"fp8"`` or (attention) ``"int8_qk"`` for each of ``OPS``.
         backend: ``"triton"``, ``"cuda"`` or ``"reference"`` for each op stem's function.
     """
 
@@ -73,6 +74,10 @@ class FastLayer(nn.Module):
     """Packed weights of one layer, as buffers, and its forward pass.
 
     Made by :func:`pack_layer`; the buffers' names and dtypes are the packed checkpoint's format.
+
+    Attributes:
+        plan: What the layer is, and how it runs.
+        bound: How large its scores and values can be; unknown until there are weights.
     """
 
     attn_norm: torch.Tensor
@@ -85,8 +90,16 @@ class FastLayer(nn.Module):
     def __init__(self, plan: LayerPlan, buffers: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.plan = plan
+        self.bound: AttentionBound = UNKNOWN
         for name, value in buffers.items():
             self.register_buffer(name, value)
+
+    def find_bound(self) -> None:
+        """Set :attr:`bound` from the weights; waits for the device."""
+        plan = self.plan
+        start = (plan.num_heads_q + plan.num_heads_kv) * plan.head_dim
+        v_rows = slice(start, start + plan.num_heads_kv * plan.head_dim)
+        self.bound = packed_bound(self.attn_norm, self.qk_norm, self.qkv_weight, self._scale("qkv"), v_rows)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FastLayer:
         """What ``nn.Module.to`` and its like come down to; a TypeError where some tensor's dtype would change."""
@@ -145,7 +158,7 @@ class FastLayer(nn.Module):
             fp8=use["qkv"] == "fp8",
             backend=plan.backend["rmsnorm_quantize"],
         )
-        q, k, v, v_scale, gate = qkv_linear(
+        q, k, v, *scales, gate = qkv_linear(
             x,
             x_scale if use["qkv"] == "fp8" else None,
             self.qkv_weight,
@@ -156,20 +169,21 @@ class FastLayer(nn.Module):
             plan.num_heads_q,
             plan.num_heads_kv,
             out=use["attention"],
-            qk_scale=self.qk_scale if use["attention"] != "bf16" else None,
+            qk_scale=self.qk_scale if use["attention"] == "fp8" else None,
             backend=plan.backend["qkv_linear"],
         )
         del x
-        q_scale, k_scale = state.block_scales(self)
+        q_scale, k_scale, v_scale = (scale if scale.numel() else None for scale in scales)
         attended, out_scale, _ = block_sparse_attention(
             q,
             k,
             v,
             state.block_map(plan, q, k, q_scale, k_scale, exact=exact),
             scale=plan.head_dim**-0.5,
+            bound=self.bound.effective,
             q_scale=q_scale,
             k_scale=k_scale,
-            v_scale=v_scale if use["attention"] == "fp8" else None,
+            v_scale=v_scale,
             gate=gate,
             fp8_out=use["proj"] == "fp8",
             backend=plan.backend["block_sparse_attention"],
@@ -270,7 +284,9 @@ def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: tor
         buffers[f"{name}_weight"], scales[f"{name}_scale"] = pack_linear(
             of(key), experts, fp8=plan.precision[name] == "fp8", pad_f_to=pad_f_to, pad_k_to=pad_k_to
         )
-    return FastLayer(plan, buffers | {k: v for k, v in scales.items() if v is not None})
+    layer = FastLayer(plan, buffers | {k: v for k, v in scales.items() if v is not None})
+    layer.find_bound()
+    return layer
 
 
 def packed_shapes(config: ModelConfig, plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from happyhorse_fast import optional
 from happyhorse_fast.kernels.launch import config_for
-from happyhorse_fast.ops.self_check import VARIANTS
+from happyhorse_fast.ops.formats import ATTENTION, QKV, VARIANTS, WITHOUT_E4M3
 
 STEMS = {
     "rmsnorm_quantize": "rmsnorm_qkv",
@@ -113,8 +114,8 @@ def choose(
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
         precision: ``"bf16"`` or ``"fp8"``.
         device: Where the model is.
-        attention: Precision of attention, where it is another: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
-        mixed: Whether a model in fp8 keeps some products in bf16.
+        attention: Precision of attention, where it is another: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        mixed: Whether the model keeps some products in bf16 all the same.
         strict: Raise instead of falling back.
         report: Called with a line per kernel that is checked now.
 
@@ -159,23 +160,23 @@ def cuda_ops(precision: str, attention: str | None) -> tuple[str, ...]:
 
 def _format(op: str, precision: str, attention: str | None) -> str:
     """The format that a model of a precision has an op in."""
-    if op == "block_sparse_attention" and precision == "fp8" and attention is not None:
+    if op == "block_sparse_attention" and attention is not None:
         return attention
     return precision
 
 
 def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
     """The formats of :data:`VARIANTS` that a model runs an op in; arguments as for :func:`choose`."""
-    if precision == "bf16":
-        return ("bf16",)
-    attention = attention or precision
-    own = {
-        "qkv_linear": "fp8_x" if attention == "bf16" else attention,
-        "block_sparse_attention": "bf16_fp8_out" if attention == "bf16" else attention,
-        "select_blocks": "bf16" if attention == "bf16" else "fp8",
-    }.get(op, "fp8")
-    between = tuple(f for f in VARIANTS["triton"][op] if f in ("bf16", "fp8_x", "bf16_fp8_out"))
-    return tuple(dict.fromkeys((own, *between))) if mixed else (own,)
+    of_products, of_attention = (
+        (own, "bf16") if mixed and own != "bf16" else (own,) for own in (precision, attention or precision)
+    )
+    if op == "qkv_linear":
+        pairs = list(itertools.product(of_products, of_attention))
+        return tuple(name for name, pair in QKV.items() if pair in pairs)
+    if op == "block_sparse_attention":
+        pairs = list(itertools.product(of_attention, (*of_products, None)))
+        return tuple(name for name, pair in ATTENTION.items() if pair in pairs)
+    return of_attention if op == "select_blocks" else of_products
 
 
 class _Candidates:
@@ -263,7 +264,7 @@ def _failures(
     """
     from happyhorse_fast.ops import self_check, trust
 
-    fp8 = formats["fp8_linear_residual"] != ("bf16",)
+    fp8 = any(f not in WITHOUT_E4M3 for ours in formats.values() for f in ours)
     needed = {(op, f) for op, ours in formats.items() for f in ours if f in VARIANTS[backend].get(op, ())}
     key = trust.machine_key(backend, device, fp8=fp8)
     known = {(c.op, c.variant): c for c in trust.recall(key) or () if c.fault != self_check.RAISED}

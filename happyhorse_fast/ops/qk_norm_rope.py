@@ -37,17 +37,17 @@ def qk_norm_rope(
         column_scale: [E, F] float32 where product is float32, else None.
         qk_norm: [E, 2, D] float32, channels permuted like the product's.
         cos_sin: [N, D] float32, from `packing_qkv.pack_cos_sin`.
-        row_tiles: [tiles, 3] int32 on the device; every tile starts on a multiple of 128 where ``out`` is ``"fp8"``.
+        row_tiles: [tiles, 3] int32 on the device; every tile starts on a multiple of 128 unless ``out`` is
+            ``"bf16"``.
         num_heads_q: Hq.
         num_heads_kv: Hkv; divides Hq.
-        out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
-        qk_scale: [E, 2] float32, where q and k become e4m3.
+        out: ``"bf16"``, ``"int8_qk"`` (v in bf16) or ``"fp8"``.
+        qk_scale: [E, 2] float32 where ``out`` is ``"fp8"``, else None.
         k_mean: [Hkv, D] float32, or None.
         backend: ``"cuda"`` (tensors that start on 16 bytes, and rows of product too) or ``"reference"``.
 
     Returns:
-        q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or transposed [Hkv, D, S * 128], v_scale [Hkv, S] or [0], and
-        gate [N, Hq] float32.
+        q, k, v, q_scale, k_scale, v_scale and gate, as `qkv_linear`.
 
     Raises:
         TypeError, ValueError: An argument of another dtype, shape, device or layout, one that is missing or has no

@@ -18,7 +18,7 @@ ROW_TILE = 128
 HEAD_DIMS = (32, 64, 128)
 MAX_CHANNELS = 8192
 """A program of `rmsnorm_quantize` holds a row in registers: 8192 float32 are 32 in each of 256 threads."""
-OUTPUTS = ("bf16", "fp8", "fp8_qk")
+OUTPUTS = ("bf16", "int8_qk", "fp8")
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 
 
@@ -86,11 +86,11 @@ def qkv_linear(
         weight_scale: [E, F] float32 where weight is e4m3, else None.
         qk_norm: [E, 2, D] float32, channels permuted like the weight's.
         cos_sin: [N, D] float32, from `packing_qkv.pack_cos_sin`.
-        row_tiles: [tiles, 3] int32; every tile starts on a multiple of 128 where ``out`` is ``"fp8"``.
+        row_tiles: [tiles, 3] int32; every tile starts on a multiple of 128 unless ``out`` is ``"bf16"``.
         num_heads_q: Hq.
         num_heads_kv: Hkv; divides Hq.
-        out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
-        qk_scale: [E, 2] float32, where q and k become e4m3.
+        out: ``"bf16"``, ``"int8_qk"`` (v in bf16) or ``"fp8"``.
+        qk_scale: [E, 2] float32 where ``out`` is ``"fp8"``, else None.
         k_mean: [Hkv, D] float32, or None.
         backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
             256 MB, each followed by `qk_norm_rope`. With several experts the host then reads ``row_tiles`` once per
@@ -98,8 +98,8 @@ def qkv_linear(
             same tensor. C is a multiple of 16 where x is e4m3, rows and their starts of 16 bytes.
 
     Returns:
-        q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or transposed [Hkv, D, S * 128], v_scale [Hkv, S] or [0], and
-        gate [N, Hq] float32.
+        q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or in fp8 transposed [Hkv, D, S * 128]; q_scale, k_scale and
+        v_scale as `block_sparse_attention` takes them, of size [0] where it takes none; gate [N, Hq] float32.
 
     Raises:
         TypeError, ValueError: An argument of another dtype, shape, device or layout, one that is missing or has no
@@ -159,11 +159,10 @@ def check_outputs(
     """Hold what decides how q, k and v are written against the contract."""
     if out not in OUTPUTS:
         raise ValueError(f"out must be one of {', '.join(map(repr, OUTPUTS))}; got {out!r}")
-    if out == "bf16":
-        if qk_scale is not None:
-            raise ValueError(f'qk_scale must be None where out is "bf16", got shape {list(qk_scale.shape)}')
-    else:
+    if out == "fp8":
         require("qk_scale", qk_scale, (torch.float32,), (experts, 2), device=device)
+    elif qk_scale is not None:
+        raise ValueError(f'qk_scale must be None where out is "{out}", got shape {list(qk_scale.shape)}')
     if k_mean is not None:
         require("k_mean", k_mean, (torch.float32,), (num_heads_kv, head_dim), device=device)
 

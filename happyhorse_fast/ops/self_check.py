@@ -19,12 +19,14 @@ from happyhorse_fast.budgets import (
 )
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.checks import require_backend
+from happyhorse_fast.ops.formats import ATTENTION, ORDER, QKV, VARIANTS, WITHOUT_E4M3
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.packing import pack_linear
 from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.select_blocks import select_blocks
 from happyhorse_fast.reference.quantize import quantize_groups
+from happyhorse_fast.reference.quantized_qkv import quantize_k, quantize_q
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 # Three experts, the last tile of each ragged in its content but not in its rows, as the fast model lays them out.
@@ -33,32 +35,6 @@ ROWS, CHANNELS, HEADS_Q, HEADS_KV, HEAD_DIM = 512, 640, 5, 1, 128
 # 8e-6, an e4m3 step on one code in fifty 1e-4.
 DISTANCE = 1e-5
 CODE_DISTANCE = 1e-4
-
-VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "triton": {
-        "rmsnorm_quantize": ("bf16", "fp8"),
-        "qkv_linear": ("bf16", "fp8_x", "fp8", "fp8_qk"),
-        "select_blocks": ("bf16", "fp8"),
-        "block_sparse_attention": ("bf16", "bf16_fp8_out", "fp8", "fp8_qk"),
-        "fp8_linear": ("bf16", "fp8"),
-        "fp8_linear_residual": ("bf16", "fp8"),
-        "fp8_linear_activation": ("bf16", "fp8"),
-    },
-    "cuda": {
-        "rmsnorm_quantize": ("bf16", "fp8"),
-        "qkv_linear": ("bf16", "fp8_x", "fp8", "fp8_qk"),
-        "select_blocks": ("bf16", "fp8"),
-        "block_sparse_attention": ("bf16", "bf16_fp8_out"),
-        "fp8_linear_activation": ("bf16", "fp8"),
-    },
-}
-"""Formats in which a backend has a kernel of an op; an op that is not listed has none.
-
-Where a layer in fp8 keeps attention in bf16, its neighbours' formats meet there: "fp8_x" is an e4m3 product with q, k
-and v in bf16, "bf16_fp8_out" attention in bf16 with an e4m3 result. Each is a kernel that no other format compiles.
-"""
-ORDER = ("bf16", "bf16_fp8_out", "fp8_x", "fp8", "fp8_qk")
-"""Formats in the order of their checks; the first alone needs no e4m3."""
 
 Compared = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 """Name of a result -> (from the kernel, from the reference, allowed tile distance)."""
@@ -109,7 +85,7 @@ def run_checks(
         ValueError: There is no such backend.
     """
     require_backend(backend, tuple(VARIANTS))
-    for variant in ORDER if fp8 else ORDER[:1]:
+    for variant in ORDER if fp8 else WITHOUT_E4M3:
         for op, check in CHECKS.items():
             if variant not in VARIANTS[backend].get(op, ()) or (only is not None and (op, variant) not in only):
                 continue
@@ -193,8 +169,7 @@ def _check_rmsnorm(backend: str, device: torch.device, variant: str) -> Compared
 
 
 def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8 = variant != "bf16"
-    out = "bf16" if variant == "fp8_x" else variant
+    fp8, out = QKV[variant][0] == "fp8", QKV[variant][1]
     rows = 3 * ((HEADS_Q + 2 * HEADS_KV) * HEAD_DIM + HEADS_Q)
     weight = (_draw(3, rows, CHANNELS) / CHANNELS**0.5).bfloat16()
     heads = {"experts": 3, "num_heads_q": HEADS_Q, "num_heads_kv": HEADS_KV, "head_dim": HEAD_DIM}
@@ -202,7 +177,7 @@ def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
     qk_norm = pack_qk_norm(0.2 * _draw(4, 3 * HEAD_DIM), 0.2 * _draw(5, 3 * HEAD_DIM), experts=3)
     angle = _draw(6, ROWS, 3 * HEAD_DIM // 8)
     cos_sin = pack_cos_sin(torch.cat([angle.sin(), angle.cos()], dim=1))
-    qk_scale = None if out == "bf16" else static_qk_scale(qk_norm)
+    qk_scale = static_qk_scale(qk_norm) if out == "fp8" else None
     results = []
     for where, how in ((device, backend), (torch.device("cpu"), "reference")):
         x, x_scale = _inputs(fp8, where)
@@ -220,7 +195,9 @@ def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
             qk_scale=None if qk_scale is None else qk_scale.to(where),
             backend=how,
         )
-        q, k, v, v_scale, gate = (t.cpu().float() for t in outs)
+        q, k, v, q_scale, k_scale, v_scale, gate = (t.cpu().float() for t in outs)
+        if out == "int8_qk":
+            q, k = q * q_scale[:, :, None], k * k_scale.repeat_interleave(128, dim=1).T[:, :, None]
         if out == "fp8":
             v = (v * v_scale.repeat_interleave(128, dim=1)[:, None]).permute(2, 0, 1)  # as the others: tokens first
         results.append({"q": q, "k": k, "v": v, "gate": gate[:, :, None]})
@@ -239,9 +216,14 @@ def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
     q, k = (_draw(s, layout.slots, h, HEAD_DIM).round() for s, h in ((15, HEADS_Q), (16, HEADS_KV)))
     # Blocks that differ by at most 2, so that the largest product, (2 * 128)^2 * 128, and its noise stay below 2^24.
     level = _draw(17, len(q) // 128, 1, 1).round().clamp(-2, 2).repeat_interleave(128, dim=0)
-    dtype = torch.float8_e4m3fn if variant == "fp8" else torch.bfloat16
+    dtype = {"bf16": torch.bfloat16, "int8_qk": torch.int8, "fp8": torch.float8_e4m3fn}[variant]
     q, k = ((x + level).to(dtype) for x in (q, k))
-    steps = 2.0 ** -(torch.arange(len(q) // 128) % 3).float() if variant == "fp8" else None
+    # Powers of two, so that sums are exact in any order.
+    steps = 2.0 ** -(torch.arange(len(q) // 128) % 3).float()
+    scales: dict[str, Any] = {"q_scale": steps, "k_scale": steps.flip(0)} if variant == "fp8" else {}
+    if variant == "int8_qk":
+        rows = 2.0 ** -(torch.arange(len(q) * HEADS_Q) % 3).float().view(-1, HEADS_Q)
+        scales = {"q_scale": rows, "k_scale": steps.expand(HEADS_KV, -1).contiguous()}
     compared: Compared = {}
     for name, keep, mass in (("top-k", 3, None), ("top-p", None, 0.7)):
         results = []
@@ -252,8 +234,7 @@ def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
                 BlockSelector(layout, base, where),
                 keep=keep,
                 mass=mass,
-                q_scale=None if steps is None else steps.to(where),
-                k_scale=None if steps is None else steps.flip(0).to(where),
+                **{name: scale.to(where) for name, scale in scales.items()},
                 backend=how,
             )
             full, ids = block_map.to_blocks()
@@ -273,6 +254,11 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
     scales: dict[str, Any] = {}
     if variant.startswith("bf16"):
         q, k, v = (t.bfloat16() for t in (q, k, v))
+    elif variant.startswith("int8_qk"):
+        v = v.bfloat16()
+        q, scales["q_scale"] = quantize_q(q)
+        k, k_scale = quantize_k(k)
+        scales["k_scale"] = k_scale.contiguous()
     else:
         blocks = ROWS // 128
         scales = {
@@ -283,8 +269,6 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
             (x / scales[name].repeat_interleave(128)[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
             for x, name in ((q, "q_scale"), (k, "k_scale"))
         )
-        v = v.bfloat16()
-    if variant == "fp8":
         tiles = v.float().permute(1, 2, 0).unflatten(2, (-1, 128))
         scales["v_scale"] = tiles.abs().amax(dim=(1, 3)) / 448
         v = (tiles / scales["v_scale"][:, None, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn).flatten(2)
@@ -292,25 +276,26 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
     given: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "gate": gate, **scales}
     compared: Compared = {}
     # A kernel may be launched in another way for an LSE; the model asks for none, and in fp8 for e4m3 out.
-    forms = {"bf16": ((False, False), (False, True)), "bf16_fp8_out": ((True, False),)}
-    wanted = [(*form, False) for form in forms.get(variant, ((False, False), (True, False), (False, True)))]
+    plain, to_fp8, with_lse = (False, False), (True, False), (False, True)
+    forms = {"bf16": (plain, with_lse), "fp8": (to_fp8,), None: (plain, to_fp8, with_lse)}
+    wanted = [(*form, False) for form in forms[ATTENTION[variant][1]]]
     if _loads(backend, q.to(device), k.to(device), v.to(device))[1]:
         # torch.compile takes another kernel, which reads through pointers, for the result that a model asks for.
-        wanted.append((variant != "bf16", False, True))
-    for fp8_out, with_lse, apart in wanted:
+        wanted.append((ATTENTION[variant][1] != "bf16", False, True))
+    for fp8_out, lse, apart in wanted:
         there: dict[str, Any] = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()
         }
         tensors = q.to(device), _apart(k.to(device)) if apart else k.to(device), v.to(device)
         results = block_sparse_attention(
-            *tensors, block_map.to(device), fp8_out=fp8_out, return_lse=with_lse, backend=backend, **there
+            *tensors, block_map.to(device), fp8_out=fp8_out, return_lse=lse, backend=backend, **there
         )
-        step = _loads(backend, *tensors, lse=with_lse)[0]
-        expected = sparse_attention(q, k, v, block_map, fp8_out=fp8_out, return_lse=with_lse, step=step, **given)
-        name = f"out{', e4m3' if fp8_out else ''}{', LSE' if with_lse else ''}{', pointers' if apart else ''}"
+        step = _loads(backend, *tensors, lse=lse)[0]
+        expected = sparse_attention(q, k, v, block_map, fp8_out=fp8_out, return_lse=lse, step=step, **given)
+        name = f"out{', e4m3' if fp8_out else ''}{', LSE' if lse else ''}{', pointers' if apart else ''}"
         out, exact = (x.float() * x_scale[..., None] if fp8_out else x for x, x_scale, _ in (results, expected))
         compared[name] = (out, exact, attention_distance(variant, device, fp8_out=fp8_out))
-        if with_lse:
+        if lse:
             # Rows without a key must say so, and not by NaN: their LSE is compared as a number of its own.
             kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (results[2], expected[2]))
             compared["lse"] = (kernels, references, DISTANCE)

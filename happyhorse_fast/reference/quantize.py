@@ -1,10 +1,11 @@
-"""Quantisation to e4m3, in plain torch and to the bit as docs/OPS.md states it: value = code * scale."""
+"""Quantisation to e4m3 and int8, in plain torch and to the bit as docs/OPS.md states it: value = code * scale."""
 
 from __future__ import annotations
 
 import torch
 
 E4M3_MAX = 448.0
+INT8_MAX = 127.0
 GROUPS = (32, 64, 128)
 """Channels that may share a scale inside a row."""
 
@@ -26,6 +27,24 @@ def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
     """Clamp to +-448, then cast: the cast alone gives NaN or saturates past it, depending on the release."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def int8_scale(amax: torch.Tensor) -> torch.Tensor:
+    """Scale that maps ``amax`` to the largest code, 127.
+
+    Args:
+        amax: Largest magnitudes, any shape, float.
+
+    Returns:
+        amax * (1/127) in float32; 1 where that is zero.
+    """
+    scale = amax.float() * (1.0 / INT8_MAX)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def to_int8(x: torch.Tensor) -> torch.Tensor:
+    """Round to the nearest integer, ties to even, and clamp to +-127: -128 is no code, so that a sign is a sign."""
+    return x.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
 def fragment_order(v: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,15 @@ from collections.abc import Iterable
 import torch
 
 from happyhorse_fast import ambient
-from happyhorse_fast.reference.quantize import e4m3_scale, fragment_order, quantize_rows, scaled_rows, to_e4m3
+from happyhorse_fast.reference.quantize import (
+    e4m3_scale,
+    fragment_order,
+    int8_scale,
+    quantize_rows,
+    scaled_rows,
+    to_e4m3,
+    to_int8,
+)
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 
 ROW_TILE = 128
@@ -18,8 +26,8 @@ ROW_TILE = 128
 ROW_CHUNK = 4096
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 
-QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""q, k, v, v_scale, gate."""
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""q, k, v, q_scale, k_scale, v_scale, gate."""
 Span = tuple[int, int, int]
 """(expert, first row, end row)."""
 
@@ -47,17 +55,27 @@ def empty_normalised(hidden: torch.Tensor, fp8: bool) -> tuple[torch.Tensor, tor
 
 
 def empty_qkv(cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int, out: str) -> QKV:
-    """Results of `qkv_linear`, not yet written: q, k, v, v_scale, gate."""
+    """Results of `qkv_linear`, not yet written: q, k, v, q_scale, k_scale, v_scale, gate."""
     n, d = cos_sin.shape
-    slots = -(-n // ROW_TILE)
-    device, codes = cos_sin.device, E4M3 if out != "bf16" else BF16
-    v_shape = (num_heads_kv, d, slots * ROW_TILE) if out == "fp8" else (n, num_heads_kv, d)
+    blocks = -(-n // ROW_TILE)
+    none = (0,)
+    codes = {"bf16": BF16, "int8_qk": torch.int8, "fp8": E4M3}[out]
+    q_scale = {"bf16": none, "int8_qk": (n, num_heads_q), "fp8": (blocks,)}[out]
+    k_scale = {"bf16": none, "int8_qk": (num_heads_kv, blocks), "fp8": (blocks,)}[out]
+    v_shape = (num_heads_kv, d, blocks * ROW_TILE) if out == "fp8" else (n, num_heads_kv, d)
+    v_scale = (num_heads_kv, blocks) if out == "fp8" else none
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=cos_sin.device)
+
     return (
-        torch.empty((n, num_heads_q, d), dtype=codes, device=device),
-        torch.empty((n, num_heads_kv, d), dtype=codes, device=device),
-        torch.empty(v_shape, dtype=E4M3 if out == "fp8" else BF16, device=device),
-        torch.empty((num_heads_kv, slots) if out == "fp8" else 0, dtype=torch.float32, device=device),
-        torch.empty((n, num_heads_q), dtype=torch.float32, device=device),
+        empty((n, num_heads_q, d), codes),
+        empty((n, num_heads_kv, d), codes),
+        empty(v_shape, E4M3 if out == "fp8" else BF16),
+        empty(q_scale),
+        empty(k_scale),
+        empty(v_scale),
+        empty((n, num_heads_q)),
     )
 
 
@@ -120,15 +138,15 @@ def qkv_linear(
         row_tiles: [tiles, 3] int32.
         num_heads_q: Hq.
         num_heads_kv: Hkv.
-        out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
-        qk_scale: [E, 2] float32, for the two fp8 kinds.
+        out: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        qk_scale: [E, 2] float32, for ``"fp8"``.
         k_mean: [Hkv, D] float32, or None.
 
     Returns:
-        q, k, v, v_scale, gate as docs/OPS.md states them.
+        q, k, v, q_scale, k_scale, v_scale, gate as docs/OPS.md states them.
 
     Raises:
-        ValueError: ``out`` is ``"fp8"`` and a row tile does not start on a multiple of 128.
+        ValueError: ``out`` is not ``"bf16"`` and a row tile does not start on a multiple of 128.
     """
     results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     for expert, first, end in spans(row_tiles):
@@ -167,12 +185,12 @@ def qk_norm_rope(
         row_tiles: [tiles, 3] int32.
         num_heads_q: Hq.
         num_heads_kv: Hkv.
-        out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
-        qk_scale: [E, 2] float32, for the two fp8 kinds.
+        out: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        qk_scale: [E, 2] float32, for ``"fp8"``.
         k_mean: [Hkv, D] float32, or None.
 
     Returns:
-        q, k, v, v_scale, gate.
+        q, k, v, q_scale, k_scale, v_scale, gate.
 
     Raises:
         ValueError: As :func:`qkv_linear`.
@@ -196,24 +214,29 @@ def _finish_rows(
     results: QKV,
 ) -> None:
     """Write what rows ``first`` to ``end`` of the product, float32 [rows, F] with its scales, become in ``results``."""
-    q, k, v, v_scale, gate = results
+    q, k, v, q_scale, k_scale, v_scale, gate = results
     rows = slice(first, end)
-    *qk, vs, gate[rows] = epilogue(product, qk_norm[expert], cos_sin[rows], q.shape[1], k.shape[1])
+    queries, keys, values, gate[rows] = epilogue(product, qk_norm[expert], cos_sin[rows], q.shape[1], k.shape[1])
     if k_mean is not None:
-        qk[1] = qk[1] - k_mean
-    for which, (to, value) in enumerate(zip((q, k), qk, strict=True)):
-        if qk_scale is not None and to.dtype == E4M3:
-            to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
-        else:
-            to[rows] = value.to(BF16)
+        keys = keys - k_mean
     if v.dtype == BF16:
-        v[rows] = vs.to(BF16)
+        v[rows] = values.to(BF16)
+    if q.dtype == BF16:
+        q[rows], k[rows] = queries.to(BF16), keys.to(BF16)
         return
     if first % ROW_TILE:
-        raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} where out is "fp8", got {first}')
+        raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} unless out is "bf16", got {first}')
     tiles = slice(first // ROW_TILE, -(-end // ROW_TILE))
-    slot = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
-    v[:, :, slot], v_scale[:, tiles] = quantize_v(vs)
+    if q.dtype == torch.int8:
+        q[rows], q_scale[rows] = quantize_q(queries)
+        k[rows], k_scale[:, tiles] = quantize_k(keys)
+        return
+    assert qk_scale is not None
+    for which, (to, scale, value) in enumerate(((q, q_scale, queries), (k, k_scale, keys))):
+        to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
+        scale[tiles] = qk_scale[expert, which]
+    slots = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
+    v[:, :, slots], v_scale[:, tiles] = quantize_v(values)
 
 
 def epilogue(
@@ -251,6 +274,34 @@ def rotate_pairs(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     cos, sin = cos_sin[:, None].chunk(2, dim=2)
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def quantize_q(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per token and head.
+
+    Args:
+        q: [N, Hq, D] float32.
+
+    Returns:
+        codes [N, Hq, D] int8, scale [N, Hq] float32.
+    """
+    scale = int8_scale(q.abs().amax(dim=2))
+    return to_int8(q * (1 / scale)[:, :, None]), scale
+
+
+def quantize_k(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per head and 128 rows.
+
+    Args:
+        k: [N, Hkv, D] float32.
+
+    Returns:
+        codes [N, Hkv, D] int8, scale [Hkv, S] float32, S = N / 128 rounded up.
+    """
+    padded = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, -k.shape[0] % ROW_TILE))
+    tiles = padded.unflatten(0, (-1, ROW_TILE))  # [S, 128, Hkv, D]
+    scale = int8_scale(tiles.abs().amax(dim=(1, 3)))
+    return to_int8(tiles * (1 / scale)[:, None, :, None]).flatten(0, 1)[: k.shape[0]], scale.T
 
 
 def quantize_v(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,8 +36,8 @@ def effective_bound(scores: float, v_max: float) -> float:
     return scores + max(0.0, math.log2(max(v_max, FREE_V) / FREE_V))
 
 
-def norm_bound(q_norm: Tensor, k_norm: Tensor, v_max: float = FREE_V) -> float:
-    """:func:`effective_bound` of a layer whose q and k are RMS-normalised per head, from its weights alone.
+def norm_scores(q_norm: Tensor, k_norm: Tensor) -> float:
+    """Bound on the scores of a layer whose q and k are RMS-normalised per head, from its weights alone.
 
     A row of x / rms(x) has the norm sqrt(D), rotation keeps it, and the softmax scale is D^-0.5:
     |s| <= sqrt(D) max|1 + w_q| max|1 + w_k|, times :data:`MARGIN` for rounding.
@@ -45,13 +45,26 @@ def norm_bound(q_norm: Tensor, k_norm: Tensor, v_max: float = FREE_V) -> float:
     Args:
         q_norm: Weights w_q of the QK-norm, [..., D]; all experts', since any may meet any.
         k_norm: Weights w_k, [..., D].
+
+    Returns:
+        In powers of two; NaN or inf where a weight is not finite.
+    """
+    widest = float((1 + q_norm.double()).abs().max()) * float((1 + k_norm.double()).abs().max())
+    return MARGIN * math.log2(math.e) * math.sqrt(q_norm.shape[-1]) * widest
+
+
+def norm_bound(q_norm: Tensor, k_norm: Tensor, v_max: float = FREE_V) -> float:
+    """:func:`effective_bound` of such a layer.
+
+    Args:
+        q_norm: As for :func:`norm_scores`.
+        k_norm: As for :func:`norm_scores`.
         v_max: Bound on |v|.
 
     Returns:
         In powers of two; inf where a weight is not finite.
     """
-    widest = float((1 + q_norm.double()).abs().max()) * float((1 + k_norm.double()).abs().max())
-    scores = MARGIN * math.log2(math.e) * math.sqrt(q_norm.shape[-1]) * widest
+    scores = norm_scores(q_norm, k_norm)
     bound = effective_bound(scores, v_max) if math.isfinite(v_max) else math.inf
     return bound if math.isfinite(bound) else math.inf
 

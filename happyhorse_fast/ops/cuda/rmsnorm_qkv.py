@@ -80,12 +80,12 @@ def qkv_linear(
     out: str,
     qk_scale: torch.Tensor | None = None,
     k_mean: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.qkv_linear`."""
     check_operands(x, weight)
     results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     experts, features, _ = weight.shape
-    spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=out == "fp8")
+    spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=out != "bf16")
     one = scale_of_one(x)
     for expert, first, end in chunks(spans, features, 4 if x.dtype == shapes.E4M3 else 2):
         product = library_product(x[first:end], weight[expert], one)

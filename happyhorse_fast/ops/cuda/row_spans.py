@@ -60,7 +60,7 @@ def expert_spans(row_tiles: torch.Tensor, experts: int, rows: int, *, whole_tile
     tiles = _tiles(row_tiles)
     for _, first, _ in tiles:
         if whole_tiles and first % ROW_TILE:
-            raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} where out is "fp8", got {first}')
+            raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} unless out is "bf16", got {first}')
     return joined(tiles)
 
 

@@ -67,13 +67,13 @@ def qkv_linear(
     out: str,
     qk_scale: torch.Tensor | None = None,
     k_mean: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.qkv_linear`."""
     fp8 = weight.dtype == torch.float8_e4m3fn
-    if fp8 or out != "bf16":
+    if fp8 or out == "fp8":
         _require_e4m3(f'out="{out}" of {weight.dtype} weights', x.device)
     config = config_for(STEM, "qkv_fp8" if fp8 else "qkv_bf16", architecture(x.device))
-    q, k, v, v_scale, gate = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
+    q, k, v, q_scale, k_scale, v_scale, gate = results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     head_dim = cos_sin.shape[1]
     described = config.descriptors and descriptors_work(x, weight)
     with on_device(x):
@@ -91,18 +91,20 @@ def qkv_linear(
             q,
             k,
             v,
+            q_scale,
+            k_scale,
             v_scale,
             gate,
             row_tiles.shape[0],
             x.stride(0),
-            v.shape[2],
+            -(-x.shape[0] // shapes.ROW_TILE),
             C=x.shape[1],
             D=head_dim,
             HQ=num_heads_q,
             HKV=num_heads_kv,
             FP8=fp8,
-            FP8_QK=out != "bf16",
-            FP8_V=out == "fp8",
+            INT8_QK=out == "int8_qk",
+            FP8_OUT=out == "fp8",
             HAS_MEAN=k_mean is not None,
             DESCRIPTORS=described,
             BLOCK_M=shapes.ROW_TILE,
@@ -112,7 +114,7 @@ def qkv_linear(
             num_stages=config.num_stages,
             enable_fp_fusion=FP_FUSION,
         )
-    return q, k, v, v_scale, gate
+    return results
 
 
 def _require_e4m3(what: str, device: torch.device) -> None:
