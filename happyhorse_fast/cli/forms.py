@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from happyhorse_fast.config import ModelConfig
 
 if TYPE_CHECKING:
+    from happyhorse_fast.model.fast_config import AttentionPrecision
     from happyhorse_fast.reference.model import HappyHorse
 
 
@@ -17,7 +18,7 @@ class Form:
 
     Attributes:
         name: Shown to the user.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp8"``: of products and attention.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp8"``: of products; attention is in bf16 in the fast ones.
         kernels: Whether it runs this package's kernels, so needs a GPU to be fast; False for plain torch.
     """
 
@@ -44,8 +45,8 @@ class Form:
             accelerate(model, FastConfig(precision=self.fast_precision, backend=backend))
         return model
 
-    def without_weights(self, config: ModelConfig, attention: Literal["bf16", "fp8"] = "bf16") -> HappyHorse:
-        """The form on ``"meta"``, to measure its memory; ``attention`` is its precision in fp8."""
+    def without_weights(self, config: ModelConfig, attention: AttentionPrecision = "bf16") -> HappyHorse:
+        """The form on ``"meta"``, to measure its memory; ``attention`` is its precision of attention."""
         if not self.kernels:
             return self.eager(config, "meta")
         import torch

@@ -61,7 +61,7 @@ def verify(
     clips: Annotated[int, typer.Option(help="With --pony: held-out prompts, 1 to 64.")] = 8,
     quick: Annotated[bool, typer.Option("--quick", help="With --pony: the main policies alone.")] = False,
     precision: Annotated[str, typer.Option(help="With --fast: bf16 or fp8.")] = "fp8",
-    attention: Annotated[str, typer.Option(help="With --fast in fp8: bf16, fp8 or fp8_qk.")] = "bf16",
+    attention: Annotated[str, typer.Option(help="With --fast: attention in bf16, int8_qk or fp8.")] = "bf16",
     top_k: Annotated[
         float | None, typer.Option(help="With --fast: also with this share of video blocks, such as 0.25.")
     ] = None,
@@ -84,8 +84,9 @@ def verify(
     against float64 on seeded inputs.
 
     --fast, on the recorded cases or a checkpoint: eager bf16, fast bf16, fast fp8 and fast with --top-k against eager
-    float32, so that what kernels, fp8 and sparsity cost shows separately. Budget: fast bf16 within 2x of eager bf16's
-    own error; fp8 is stated, and fails only past 0.3.
+    float32, so that what kernels, fp8 and sparsity cost shows separately; and attention alone in every format, layer
+    by layer, beside the bound that decides its softmax. Budget: fast bf16 within 2x of eager bf16's own error; fp8 is
+    stated, and fails only past 0.3.
 
     --kernels: the self-check of every kernel that "auto" relies on, run now.
 
