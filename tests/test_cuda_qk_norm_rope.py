@@ -103,7 +103,7 @@ MUTANTS = {
     "last row of v left out": ("at / LANES < rows ? 16", "at / LANES + 1 < rows ? 16"),
     "every second batch of heads": ("start += TOGETHER * IN_FLIGHT", "start += 2 * TOGETHER * IN_FLIGHT"),
     "gates of one warp only": ("head < p.heads_q; head += WARP", "head < WARP; head += WARP"),
-    "norm of expert 0": ("p.qk_norm + (2 * expert + kind) * D", "p.qk_norm + kind * D"),
+    "norm of expert 0": ("p.qk_norm + (2 * expert + kind) * D", "p.qk_norm + (0 * expert + kind) * D"),
     "scales of q and k swapped": (
         "p.q_scale[block] = p.qk_scale[2 * tile.expert];",
         "p.q_scale[block] = p.qk_scale[1];",
