@@ -111,17 +111,14 @@ def test_explain_says_it_per_layer(case: golden.GoldenCase) -> None:
 def test_explain_says_what_runs_on_hopper_past_the_limit(
     arch: int, case: golden.GoldenCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from happyhorse_fast.ops.triton import device
-
     model: Any = accelerate(case.model(torch.bfloat16), FastConfig(backend="triton"))
     layer = model.block.layers[0]
-    monkeypatch.setattr(device, "architecture", lambda _: arch)
     specialized = config_for("block_sparse_attention", "bf16_d128", arch).specialized
-    for bound, plain in ((AttentionBound(30.0, 1.0), False), (AttentionBound(130.0, 1.0), specialized)):
+    assert specialized == (arch == 90)
+    monkeypatch.setattr(acceleration, "attention_is_specialized", lambda *_: specialized)
+    for bound, runs in ((AttentionBound(30.0, 1.0), "in Gluon, for Hopper"), (AttentionBound(130.0, 1.0), "in plain")):
         layer.bound = bound
-        with monkeypatch.context() as patch:
-            patch.setattr(acceleration, "_is_on_gpu", lambda _: True)
-            assert ("the plain Triton kernel runs" in lines(model)[0]) == plain
+        assert (runs in lines(model)[0]) == specialized
 
 
 def description(folder: Path) -> dict[str, Any]:

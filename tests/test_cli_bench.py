@@ -34,6 +34,18 @@ def test_every_op_of_every_form_is_timed(data):
     assert all(op["ms"] >= 0 for form in forms.values() for op in form["ops"])
 
 
+def test_attention_of_the_fast_forms_is_what_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "_form", lambda form, config, clip, text, how, device: asked.append(how) or {})
+    assert bench.measure("tiny", CLIP, text=8, repeats=2, device="cpu", attention="int8_qk")["attention"] == "int8_qk"
+    assert set(asked) == {("int8_qk", 2)}
+    with pytest.raises(
+        ValueError, match="attention must be one of bf16, int8_qk, fp8; got 'fp8_qk'; int8_qk is in its"
+    ):
+        monkeypatch.undo()
+        bench.measure("tiny", CLIP, text=8, repeats=1, device="cpu", attention="fp8_qk")
+
+
 def test_eager_products_hold_attention_where_there_is_no_fused_kernel(data):
     eager = {op["op"]: op for op in data["forms"][0]["ops"]}
     assert "attention" not in eager and eager["products"]["tflops"] > 0

@@ -107,7 +107,7 @@ def test_fp8_in_every_output_kind(name, backend):
         assert steps(v[:, :, rows], want / v_scale[:, tile, None, None].double()) <= 1
 
 
-@pytest.mark.parametrize("backend", QKV_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("x", ["bf16", "fp8"])
 @pytest.mark.parametrize("name", ALIGNED)
 def test_int8_queries_and_keys(name, x, backend):
@@ -145,7 +145,7 @@ def test_int8_queries_and_keys(name, x, backend):
         assert (error <= 0.5001 * scale[:, None] + 2**-8 * near.abs()).all()
 
 
-@pytest.mark.parametrize("backend", QKV_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_zeros_have_int8_scales_of_one(backend):
     case = make(SHAPES["experts-aligned"])
     case.x = torch.zeros_like(case.x.float()).bfloat16()
@@ -170,7 +170,7 @@ def test_int8_codes_are_rounded_to_the_nearest_even_and_clamped():
     assert codes.tolist() == wanted == reference_int8(x).tolist()
 
 
-@pytest.mark.parametrize("backend", QKV_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_experts_off_the_grid_in_fp8(backend):
     case = make(SHAPES["experts-off-grid"])
     assert fp8_problems(without_scale(fp8_linear(case, backend=backend)), exact(case)) == []

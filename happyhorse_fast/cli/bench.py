@@ -43,6 +43,7 @@ def bench(
     resolution: Annotated[str | None, typer.Option(help="1080p, 540p or 256p; 1080p on a GPU, else 256p.")] = None,
     seconds: Annotated[int, typer.Option(help="Length, 3 to 15.")] = 3,
     text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
+    attention: Annotated[str, typer.Option(help="Of the fast forms: attention in bf16, int8_qk or fp8.")] = "bf16",
     repeats: Annotated[int, typer.Option(help="Forward passes that are timed.")] = 3,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -52,12 +53,15 @@ def bench(
     on_gpu = where.startswith("cuda")
     preset = preset or ("happyhorse-1.0-15b" if on_gpu else "tiny")
     resolution = resolution or ("1080p" if on_gpu else "256p")
-    data = measure(preset, tokens_for(resolution, "16:9", seconds), text=text, repeats=repeats, device=where)
+    clip = tokens_for(resolution, "16:9", seconds)
+    data = measure(preset, clip, text=text, attention=attention, repeats=repeats, device=where)
     data = {"preset": preset, "resolution": resolution, "seconds": seconds, **data}
     emit(data, as_json, lambda console: _render(console, data))
 
 
-def measure(preset: str, clip: ClipTokens, *, text: int, repeats: int, device: str) -> dict[str, Any]:
+def measure(
+    preset: str, clip: ClipTokens, *, text: int, repeats: int, device: str, attention: str = "bf16"
+) -> dict[str, Any]:
     """What :func:`bench` prints, as plain data.
 
     Args:
@@ -66,6 +70,7 @@ def measure(preset: str, clip: ClipTokens, *, text: int, repeats: int, device: s
         text: Text tokens.
         repeats: Forward passes per form.
         device: Where to run.
+        attention: Precision of attention of the fast forms.
 
     Raises:
         ValueError: An argument is out of range.
@@ -86,19 +91,22 @@ def measure(preset: str, clip: ClipTokens, *, text: int, repeats: int, device: s
         "torch": torch.__version__,
         "layers": config.num_layers,
         "tokens": clip.total(text),
+        "attention": attention,
         "repeats": repeats,
-        "forms": [_form(form, config, clip, text, repeats, where) for form in forms],
+        "forms": [_form(form, config, clip, text, (attention, repeats), where) for form in forms],
     }
 
 
 def _form(
-    form: Form, config: ModelConfig, clip: ClipTokens, text: int, repeats: int, device: torch.device
+    form: Form, config: ModelConfig, clip: ClipTokens, text: int, how: tuple[str, int], device: torch.device
 ) -> dict[str, Any]:
     import torch
 
     from happyhorse_fast.model.op_times import OpTimes
 
-    model = form.apply(form.eager(config, str(device)).init_weights(_SEED))
+    attention, repeats = how
+    eager = form.eager(config, str(device)).init_weights(_SEED)
+    model = form.apply(eager, attention)  # type: ignore[arg-type]  # FastConfig checks it
     state: Any = getattr(model, "fast", None)
     draw = torch.Generator(device).manual_seed(_SEED)
     inputs = [
@@ -152,7 +160,8 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         literal(
             (data["preset"], "bold"),
             f", {data['layers']} layers (one of each kind), {data['resolution']} {data['seconds']} s, "
-            f"{data['tokens']:,} tokens, on {data['device']}, torch {data['torch']}\n",
+            f"{data['tokens']:,} tokens, on {data['device']}, torch {data['torch']}; attention of the fast forms in "
+            f"{data['attention']}\n",
         )
     )
     for form in data["forms"]:

@@ -34,7 +34,7 @@ class Form:
 
         return HappyHorse(config, torch.float32 if self.precision == "fp32" else torch.bfloat16, device=device)
 
-    def apply(self, model: HappyHorse) -> HappyHorse:
+    def apply(self, model: HappyHorse, attention: AttentionPrecision = "bf16") -> HappyHorse:
         """Bring an eager model with its weights into the form, in place; on the CPU through backend reference."""
         if self.kernels:
             from happyhorse_fast.model.accelerate import accelerate
@@ -42,7 +42,7 @@ class Form:
 
             on_gpu = model.device.type == "cuda"
             backend: Literal["auto", "reference"] = "auto" if on_gpu else "reference"
-            accelerate(model, FastConfig(precision=self.fast_precision, backend=backend))
+            accelerate(model, FastConfig(precision=self.fast_precision, attention=attention, backend=backend))
         return model
 
     def without_weights(self, config: ModelConfig, attention: AttentionPrecision = "bf16") -> HappyHorse:

@@ -307,7 +307,9 @@ def _softmax(layer: FastLayer) -> str:
     precision = plan.precision["attention"]
     e4m3 = precision == "fp8"
     said = "running maximum, which P in e4m3 needs" if e4m3 else layer.bound.softmax
-    if plan.backend["block_sparse_attention"] == "triton" and attention_is_specialized(precision, plan.head_dim, device):
+    if plan.backend["block_sparse_attention"] == "triton" and attention_is_specialized(
+        precision, plan.head_dim, device
+    ):
         if e4m3 or layer.bound.effective <= LIMIT:
             said += "; in Gluon, for Hopper (under torch.compile in plain Triton, through pointers)"
         else:

@@ -227,7 +227,7 @@ def attention_is_specialized(precision: str, head_dim: int, device: torch.device
     """Whether Triton's attention on ``device`` is its Hopper kernel, in Gluon, wherever tiles can be described.
 
     Args:
-        precision: Of attention: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
+        precision: Of attention: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
         head_dim: Channels per head.
         device: Where the model is.
     """

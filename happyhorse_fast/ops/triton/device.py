@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from happyhorse_fast.kernels.launch import config_for
-
 # In the interpreter: a few programs, so that each walks several tiles, and the first architecture that has e4m3.
 INTERPRETED_PROGRAMS = 4
 INTERPRETED_ARCHITECTURE = 89
@@ -62,11 +60,6 @@ def architecture(device: torch.device) -> int:
         return INTERPRETED_ARCHITECTURE
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def is_specialized(stem: str, variant: str, device: torch.device) -> bool:
-    """Whether the launch table asks for specialized warps there."""
-    return config_for(stem, variant, architecture(device)).specialized
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def convert(data: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> n
 
 
 def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-    """Product of the exact values, accumulated in float32; of int8 in int32, by way of float64, which holds every sum."""
+    """Product of the exact values, accumulated in float32; of int8 in int32, through float64, which holds every sum."""
     wide = torch.float64 if a.dtype.scalar == tl.int8 else torch.float32
     product = to_torch(a.data, a.dtype.scalar).to(wide) @ to_torch(b.data, b.dtype.scalar).to(wide)
     return interp.TensorHandle(product.numpy().astype(d.data.dtype) + d.data, d.dtype.scalar)
