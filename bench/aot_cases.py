@@ -135,25 +135,30 @@ def qkv_products(arch: int) -> Iterator[Case]:
 
 
 def attentions(arch: int) -> Iterator[Case]:
-    """`block_sparse_attention`: formats, head dims, both ways to load; with what the model asks for, and with all."""
+    """`block_sparse_attention`: formats, forms of the softmax, head dims, both ways to load; bf16 also with a flag.
+
+    With what the model asks for, and with all. A case with a flag launches both forms.
+    """
     stem = "block_sparse_attention"
     for fmt, d, bounded in itertools.product(("bf16", "fp8", "int8_qk"), HEAD_DIMS, (False, True)):
-        if bounded and fmt == "fp8":
-            continue
         variant = f"{fmt}_d{d}"
-        if str(arch) not in table(stem)[variant]:
+        if (bounded and fmt == "fp8") or str(arch) not in table(stem)[variant]:
             continue
-        ways = loads(stem, variant, arch)
-        wishes = [(1, False, False), (1, fmt != "bf16", True)]
+        ways, to_fp8 = loads(stem, variant, arch), arch >= FP8_SINCE
+        wishes = [(1, False, False, False), (1, to_fp8, True, False)]
         if d == HEAD_DIM:
-            wishes.append((HEADS_KV, fmt != "bf16", False))
-        for tracing, (map_heads, fp8_out, lse) in itertools.product(ways, wishes):
+            wishes.append((HEADS_KV, to_fp8, False, False))
+        if fmt == "bf16" and bounded:
+            wishes.append((1, False, False, True))
+        for tracing, (map_heads, fp8_out, lse, flag) in itertools.product(ways, wishes):
             arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse, bounded)
-            # Where a table has descriptors, e4m3 with an LSE still reads through pointers.
-            pointers = True in ways and (tracing or (fmt == "fp8" and lse))
+            # Where a table has descriptors, a bounded softmax and e4m3 with an LSE still read through pointers.
+            pointers = True in ways and (tracing or (lse and (bounded or fmt == "fp8")))
             variants = {"block_sparse_attention_kernel": f"{variant}_strided" if pointers else variant}
-            detail = f"{fmt}{', bounded' if bounded else ''}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
+            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
             detail += f", {map_heads} maps" if map_heads > 1 else ""
+            if flag:
+                arguments, detail = arguments | {"flag": meta(1, dtype=I32)}, f"{detail}, flag"
             yield Case(stem, stem, arch, variants, fmt, described(detail, tracing), arguments, tracing)
 
 

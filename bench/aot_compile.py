@@ -125,7 +125,7 @@ def measure(driver: Driver, launch: Launch) -> Row:
         stem=case.stem,
         kernel=launch.name,
         variant=variant,
-        detail=case.detail,
+        detail=f"{case.detail}{', bounded' if constants.get('BOUNDED') else ''}",
         arch=case.arch,
         # An entry may ask for specialized warps: then another entry is launched, and a case of its own tells it so.
         config=asdict(replace(config_for(case.stem, variant, case.arch), specialized=case.specialized)),

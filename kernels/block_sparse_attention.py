@@ -85,9 +85,35 @@ def in_fragment_order(p):
 
 
 @triton.jit
-def scores(q, k):
-    """q.k in float32. int8 codes: their int32 sums are at most 127 * 127 * 128, which float32 holds exactly."""
-    return tl.dot(q, tl.trans(k)).to(tl.float32)
+def rounded(p):
+    """P in bf16, and the same values in float32.
+
+    In PTX, for two at a time: what is both multiplied and added up ptxas would convert one by one, in the unit that
+    computes the exponents.
+    """
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
+        "=r,=r,=r,f,f",
+        [p],
+        dtype=(tl.bfloat16, tl.float32),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def scores(q, k, BIASED: tl.constexpr):
+    """q.k in float32. int8 codes: their int32 sums are at most 127 * 127 * 128, which float32 holds exactly.
+
+    BIASED, a sum begins as the bits of 1.5 * 2^23 and so ends as those of 1.5 * 2^23 plus it: a subtraction in place of
+    sm_80's only conversion, which has a quarter of its rate, in the unit of the exponents.
+    """
+    if BIASED:
+        start = tl.full([q.shape[0], k.shape[0]], 0x4B400000, dtype=tl.int32)
+        s = tl.dot(q, tl.trans(k), start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - 12582912.0
+    else:
+        s = tl.dot(q, tl.trans(k)).to(tl.float32)
+    return s
 
 
 @triton.jit
@@ -111,44 +137,58 @@ def attend(
     visible,
     MASKED: tl.constexpr,
     PV_FP8: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     """One step with a running maximum, in powers of two: (acc, row_sum, row_max) after the keys in ``k``.
 
-    Args of note: ``scale`` > 0 includes log2(e) and the scales of q and k, one number or one a row; ``v_scale`` belongs to
-    this step's v alone, which is why its product is not accumulated in the tensor core but added to ``acc`` in float32.
+    Args of note: ``scale`` > 0 includes log2(e) and the scales of q and k, one number or one a row; ``v_scale`` belongs
+    to this step's v alone, so its product is not accumulated in the tensor core but added to ``acc`` in float32.
     """
-    s = scores(q, k)
-    if MASKED:
-        s = tl.where(visible, s, -float("inf"))
-    new_max = tl.maximum(row_max, tl.max(s, axis=1) * scale)
-    shift = new_max
-    if MASKED:  # a row that has seen no key: -inf - -inf would be NaN
-        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+    s = scores(q, k, BIASED)
+    if MASKED:  # behind the scale, which may be so small that it is 0: -inf * 0 would be NaN
+        s = tl.where(visible, s * over_rows(scale), -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(s, axis=1))
+    else:
+        new_max = tl.maximum(row_max, tl.max(s, axis=1) * scale)
+        s = s * over_rows(scale)
+    shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # no key yet: -inf - -inf would be NaN
     alpha = tl.exp2(row_max - shift)
     if PV_FP8:
-        p = tl.exp2(s * scale - (shift - P_EXPONENT)[:, None])
+        p = tl.exp2(s - (shift - P_EXPONENT)[:, None])
         acc = acc * alpha[:, None] + tl.dot(in_fragment_order(p.to(tl.float8e4nv)), tl.trans(v)) * v_scale
     else:
-        p = tl.exp2(s * over_rows(scale) - shift[:, None])
+        p = tl.exp2(s - shift[:, None])
         acc = tl.dot(p.to(tl.bfloat16), v, acc * alpha[:, None])
     return acc, row_sum * alpha + tl.sum(p, axis=1), new_max
 
 
 @triton.jit
-def attend_bounded(q, k, v, acc, row_sum, log_sum, scale, visible, MASKED: tl.constexpr, LSE: tl.constexpr):
+def attend_bounded(
+    q,
+    k,
+    v,
+    acc,
+    row_sum,
+    log_sum,
+    scale,
+    visible,
+    MASKED: tl.constexpr,
+    LSE: tl.constexpr,
+    BIASED: tl.constexpr,
+):
     """One step without a maximum, in powers of two: (acc, row_sum, log_sum) after the keys in ``k``.
 
     ``row_sum`` is of P as it is multiplied, rounded to bf16; ``log_sum`` of P before that, where an LSE is wanted.
     """
-    s = scores(q, k)
+    s = scores(q, k, BIASED) * over_rows(scale)
     if MASKED:
         s = tl.where(visible, s, -float("inf"))
-    p = tl.exp2(s * over_rows(scale))
-    rounded = p.to(tl.bfloat16)
-    acc = tl.dot(rounded, v, acc)
+    p = tl.exp2(s)
+    in_bf16, multiplied = rounded(p)
+    acc = tl.dot(in_bf16, v, acc)
     if LSE:
         log_sum += tl.sum(p, axis=1)
-    return acc, row_sum + tl.sum(rounded.to(tl.float32), axis=1), log_sum
+    return acc, row_sum + tl.sum(multiplied, axis=1), log_sum
 
 
 @triton.jit
@@ -196,14 +236,15 @@ def block_sparse_attention_kernel(
     PV_FP8: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BOUNDED: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     """Every work item of one launch: BLOCK is the map's, 128. ``scale`` is the softmax scale times log2(e).
 
     Strides of v are of (key, head, channel), in either layout.
-    q_scale and k_scale come with int8 (per token and head; per head and block) and e4m3 q and k (per block), v_scale with
-    e4m3 v; out_scale asks for e4m3 output; lse, gate and k_mean are None where they are not wanted. Where ``flag`` is
-    given, the form of the softmax that it does not name has nothing to do. Rows of ``columns`` list full blocks first: the
-    first loop has no mask.
+    q_scale and k_scale come with int8 (per token and head; per head and block) and e4m3 q and k (per block), v_scale
+    with e4m3 v; out_scale asks for e4m3 output; lse, gate and k_mean are None where they are not wanted. Where ``flag``
+    is given, the form of the softmax that it does not name has nothing to do. BIASED: see :func:`scores`. Rows of
+    ``columns`` list full blocks first: the first loop has no mask.
     """
     HALVES: tl.constexpr = BLOCK // BLOCK_M
     STEPS: tl.constexpr = BLOCK // BLOCK_N
@@ -212,7 +253,8 @@ def block_sparse_attention_kernel(
     SHARED: tl.constexpr = HEADS_Q // MAP_HEADS  # query heads that walk the same row of the map
     GROUP: tl.constexpr = HEADS_Q // HEADS_KV
     if flag is not None:
-        items = tl.where((tl.load(flag) != 0) == BOUNDED, items, 0)
+        if (tl.load(flag) != 0) != BOUNDED:
+            return
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
         entry = tl.load(order + item // (HALVES * SHARED))
         head = entry // map_rows * SHARED + item // HALVES % SHARED
@@ -264,11 +306,11 @@ def block_sparse_attention_kernel(
                 step_v_scale = 1.0
             if BOUNDED:
                 acc, row_sum, other = attend_bounded(
-                    q_tile, k_tile, v_tile, acc, row_sum, other, step_scale, None, False, lse is not None
+                    q_tile, k_tile, v_tile, acc, row_sum, other, step_scale, None, False, lse is not None, BIASED
                 )
             else:
                 acc, row_sum, other = attend(
-                    q_tile, k_tile, v_tile, acc, row_sum, other, step_scale, step_v_scale, None, False, PV_FP8
+                    q_tile, k_tile, v_tile, acc, row_sum, other, step_scale, step_v_scale, None, False, PV_FP8, BIASED
                 )
 
         for step in tl.range(n_full * STEPS, n_all * STEPS, num_stages=1):
@@ -294,14 +336,14 @@ def block_sparse_attention_kernel(
                 step_v_scale = 1.0
             if BOUNDED:
                 acc, row_sum, other = attend_bounded(
-                    q_tile, k_tile, v_tile, acc, row_sum, other, step_scale, visible, True, lse is not None
+                    q_tile, k_tile, v_tile, acc, row_sum, other, step_scale, visible, True, lse is not None, BIASED
                 )
             else:
                 acc, row_sum, other = attend(
-                    q_tile, k_tile, v_tile, acc, row_sum, other, step_scale, step_v_scale, visible, True, PV_FP8
+                    q_tile, k_tile, v_tile, acc, row_sum, other, step_scale, step_v_scale, visible, True, PV_FP8, BIASED
                 )
 
-        row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # no key: 0 / 1, and an LSE of -inf + 0
+        row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # no key: 0 / 1, and an LSE of -inf + 0; NaN stays
         factor = 1.0 / row_sum
         if gate is not None:
             factor *= tl.load(gate + query.to(tl.int64) * HEADS_Q + head, mask=live, other=0.0)

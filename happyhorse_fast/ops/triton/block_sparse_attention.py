@@ -21,6 +21,8 @@ from happyhorse_fast.ops.triton.library import kernel_op, launchable
 STEM = "block_sparse_attention"
 # Warps that fill an SM's 65,536 registers at 255 a thread.
 WARPS_PER_SM = 8
+I2FP_SINCE = 86
+"""First compute capability that makes int32 float32 at the rate of additions."""
 
 
 def variant_of(q: Tensor, v: Tensor) -> str:
@@ -60,9 +62,9 @@ def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse
 
     The specialized kernel has a running maximum where v is e4m3, and none otherwise.
 
-    The "strided" entries read through pointers, in steps of 64 keys. Besides tensors that no descriptor can read, e4m3
-    with an LSE takes them: with steps of 128 keys it spills 8 bytes a thread, 32 with k_mean (Triton 3.6.0, sm_90). The
-    specialized kernel spills nothing.
+    The "strided" entries read through pointers, in steps of 64 keys. Besides tensors that no descriptor can read, an
+    LSE takes them where the softmax is bounded or v is e4m3: in steps of 128 keys, with k_mean, those spill 24 and 32
+    bytes a thread on sm_90. The specialized kernel spills nothing.
     """
     name, arch = variant_of(q, v), architecture(q.device)
     config = config_for(STEM, name, arch)
@@ -70,7 +72,7 @@ def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse
     by_tiles = v_dense and describable(k)
     if config.specialized and by_tiles and describable(q) and (bounded or is_transposed(v)):
         return config_for(STEM, f"{name}_specialized", arch)
-    if config.descriptors and (not by_tiles or (lse and is_transposed(v))):
+    if config.descriptors and (not by_tiles or (lse and (bounded or is_transposed(v)))):
         config = config_for(STEM, f"{name}_strided", arch)
     return dataclasses.replace(config, specialized=False)
 
@@ -181,6 +183,7 @@ def block_sparse_attention(
                 PV_FP8=is_transposed(v),
                 DESCRIPTORS=config.descriptors,
                 BOUNDED=form,
+                BIASED=q.dtype == torch.int8 and architecture(q.device) < I2FP_SINCE,
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 **sizes,

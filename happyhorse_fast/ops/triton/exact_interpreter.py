@@ -2,7 +2,8 @@
 
 As shipped (3.6.0, 3.7.1) it multiplies and adds the raw bits of bf16, truncates float32 -> bf16 and wraps float32 ->
 e4m3. :func:`make_exact` replaces those three places: dots and arithmetic on the exact values with float32
-accumulation, casts to the nearest even, and e4m3 overflow as NaN, so that a kernel that forgets to clamp shows.
+accumulation, casts to the nearest even, and e4m3 overflow as NaN, so that a kernel that forgets to clamp shows. It also
+teaches it the one line of PTX that a kernel has.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ BITS = {
     tl.bfloat16: (np.int16, np.uint16, torch.int16),
     tl.float8e4nv: (np.uint8, np.uint8, torch.uint8),
 }
+ROUNDED = "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;"
 ARITHMETIC = (np.add, np.subtract, np.multiply, np.divide, np.minimum, np.maximum)
 
 
@@ -62,7 +64,7 @@ def convert(data: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> n
 
 
 def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-    """Product of the exact values, accumulated in float32; of int8 in int32, through float64, which holds every sum."""
+    """Product of the exact values, accumulated in float32; of int8 in int32, by way of float64, which is exact."""
     wide = torch.float64 if a.dtype.scalar == tl.int8 else torch.float32
     product = to_torch(a.data, a.dtype.scalar).to(wide) @ to_torch(b.data, b.dtype.scalar).to(wide)
     return interp.TensorHandle(product.numpy().astype(d.data.dtype) + d.data, d.dtype.scalar)
@@ -77,9 +79,26 @@ def binary(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
     return interp.TensorHandle(to_numpy(torch.from_numpy(np.asarray(result)).bfloat16(), dtype), dtype)
 
 
+class Results(tuple[Any, ...]):
+    """What a line of PTX gives, as Triton asks for it."""
+
+    def get_result(self, place: int) -> Any:
+        return self[place]
+
+
+def assembly(self: Any, asm: str, constraints: str, values: Any, types: Any, is_pure: bool, pack: int) -> Results:
+    """float32 rounded to bf16, in bf16 and in float32; nothing else is known."""
+    if (asm, constraints, pack) != (ROUNDED, "=r,=r,=r,f,f", 2):
+        raise NotImplementedError(f"the interpreter does not know the assembly {asm!r}")
+    rounded = torch.from_numpy(np.ascontiguousarray(values[0].data)).bfloat16()
+    wide = interp.TensorHandle(rounded.float().numpy(), tl.float32)
+    return Results((interp.TensorHandle(to_numpy(rounded, tl.bfloat16), tl.bfloat16), wide))
+
+
 def make_exact() -> None:
     """Install the replacements in this process; idempotent."""
     interp._convert_float = convert
     interp.InterpreterBuilder.create_dot = dot
     interp.InterpreterBuilder.binary_op = binary
     remember()
+    interp.InterpreterBuilder.create_inline_asm = assembly
