@@ -1,5 +1,5 @@
-// Block-sparse attention, FlashAttention's online softmax over a block map, bf16; docs/OPS.md. The simple form, with
-// mma.sync and cp.async of sm_80: a second opinion on the Triton kernel.
+// Block-sparse attention over a block map, bf16, with FlashAttention's online softmax or, where scores are bounded, no
+// maximum; docs/OPS.md. The simple form, with mma.sync and cp.async of sm_80: a second opinion on the Triton kernel.
 //
 // A block makes one head's output of 128 queries, 16 in each of 8 warps, a block of 128 keys at a time. k and v have a
 // buffer each, and one is copied while the other is multiplied. Scores and output take 128 of at most 242 registers a
@@ -41,6 +41,7 @@ struct BlockSparseAttentionParams {
   const int* order;        // [Hm * R], longest first
   const float* gate;       // [N, Hq] or null
   const float* k_mean;     // [Hkv, D] or null
+  const int* flag;         // or null: not 0 where the bounded form is to run, 0 where the other
   i64 q_token, q_head;     // strides, in elements
   i64 k_token, k_head;
   i64 v_token, v_head;
@@ -165,19 +166,44 @@ HH_DEVICE void hide(float (&s)[BLOCK / 8][4], const uint4* mask) {
   }
 }
 
+// What a lane keeps of its two rows, over its keys alone: the lanes of a row share their factors.
+struct Rows {
+  float sum[2];    // of p: before it is rounded with a maximum, after it without
+  float other[2];  // the maximum, or the sum before rounding, for the LSE
+};
+
+// One step without a maximum: scores become p = 2^(scale * s), as it is multiplied, rounded to bf16.
+HH_DEVICE void soften_bounded(float (&s)[BLOCK / 8][4], Rows& rows, float scale, bool lse) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float before = 0.0f, after = 0.0f;
+#pragma unroll
+    for (int j = 0; j < BLOCK / 8; ++j) {
+      float(&pair)[4] = s[j];
+      const float left = power_of_two(pair[2 * half] * scale), right = power_of_two(pair[2 * half + 1] * scale);
+      const u32 rounded = pack_bf16(left, right);
+      pair[2 * half] = low_bf16(rounded);
+      pair[2 * half + 1] = high_bf16(rounded);
+      if (lse) before += left + right;
+      after += pair[2 * half] + pair[2 * half + 1];
+    }
+    rows.sum[half] += after;
+    rows.other[half] += before;
+  }
+}
+
 // One step of the online softmax, in powers of two: scores become p = 2^(scale * s - maximum), and what is summed so
-// far is scaled to the new maximum. row_sum is of this lane's keys alone: the lanes of a row share their factors.
+// far is scaled to the new maximum.
 template <int D>
-HH_DEVICE void soften(float (&s)[BLOCK / 8][4], float (&acc)[D / 8][4], float (&row_max)[2], float (&row_sum)[2],
-                      float scale) {
+HH_DEVICE void soften(float (&s)[BLOCK / 8][4], float (&acc)[D / 8][4], Rows& rows, float scale) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float largest = minus_infinity();
 #pragma unroll
     for (int j = 0; j < BLOCK / 8; ++j) largest = fmaxf(largest, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-    const float maximum = fmaxf(row_max[half], quad_max(largest) * scale);
+    const float maximum = fmaxf(rows.other[half], quad_max(largest) * scale);
     const float shift = maximum == minus_infinity() ? 0.0f : maximum;  // no key yet: -inf - -inf would be NaN
-    const float factor = power_of_two(row_max[half] - shift);
+    const float factor = power_of_two(rows.other[half] - shift);
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < BLOCK / 8; ++j) {
@@ -187,8 +213,8 @@ HH_DEVICE void soften(float (&s)[BLOCK / 8][4], float (&acc)[D / 8][4], float (&
         sum += s[j][e];
       }
     }
-    row_max[half] = maximum;
-    row_sum[half] = fmaf(row_sum[half], factor, sum);
+    rows.other[half] = maximum;
+    rows.sum[half] = fmaf(rows.sum[half], factor, sum);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
       acc[j][2 * half] *= factor;
@@ -228,9 +254,9 @@ HH_DEVICE void store_rows(u8* out, i64 stride, const u8* tile, int rows) {
 }
 
 // Normalises, gates and stores what the steps have summed.
-template <int D>
-HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4], const float (&row_max)[2],
-                      const float (&row_sum)[2], u8* q_tile, int head, int first_query) {
+template <int D, bool BOUNDED>
+HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4], const Rows& rows, u8* q_tile,
+                      int head, int first_query) {
   float of_mean[2] = {};
   if (p.lse != nullptr && p.k_mean != nullptr) {
     multiply_mean<D>(of_mean, q_tile, p.k_mean + head / (p.heads_q / p.heads_kv) * D);
@@ -241,11 +267,11 @@ HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4
     const int row = warp_of_thread() * ROWS + 8 * half + lane_of_thread() / 4, query = first_query + row;
     const bool live = query < p.queries, writes = live && first_column() == 0;
     const i64 token = static_cast<i64>(query) * p.heads_q + head;
-    float sum = quad_sum(row_sum[half]);
-    if (!(sum > 0.0f)) sum = 1.0f;  // no key: 0 / 1, and an LSE of -inf + 0
+    float sum = quad_sum(rows.sum[half]);
+    if (sum == 0.0f) sum = 1.0f;  // no key: 0 / 1, and an LSE of -inf + 0
+    const float log_sum = BOUNDED ? log2f(quad_sum(rows.other[half])) : rows.other[half] + log2f(sum);
     if (p.lse != nullptr && writes) {
-      p.lse[static_cast<i64>(head) * p.queries + query] =
-          (row_max[half] + log2f(sum) + of_mean[half] * p.scale) * LOG_2;
+      p.lse[static_cast<i64>(head) * p.queries + query] = (log_sum + of_mean[half] * p.scale) * LOG_2;
     }
     float factor = 1.0f / sum;
     if (p.gate != nullptr && live) factor *= p.gate[token];
@@ -286,8 +312,9 @@ HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4
   }
 }
 
-template <int D>
+template <int D, bool BOUNDED>
 HH_DEVICE void attend(const BlockSparseAttentionParams& p) {
+  if (p.flag != nullptr && (*p.flag != 0) != BOUNDED) return;  // the other form's turn
   HH_SHARED_MEMORY(q_tile);
   u8* const k_tile = q_tile + BLOCK * 2 * D;
   u8* const v_tile = k_tile + BLOCK * 2 * D;
@@ -302,7 +329,8 @@ HH_DEVICE void attend(const BlockSparseAttentionParams& p) {
   const bf16* const v_head = p.v + kv_head * p.v_head;
 
   float acc[D / 8][4] = {};
-  float row_max[2] = {minus_infinity(), minus_infinity()}, row_sum[2] = {};
+  Rows rows = {};
+  if (!BOUNDED) rows.other[0] = rows.other[1] = minus_infinity();
 
   copy_block<D>(q_tile, p.q + head * p.q_head, p.q_token, first_query, p.queries);
   int column = n_all > 0 ? p.columns[start] : 0;
@@ -320,7 +348,11 @@ HH_DEVICE void attend(const BlockSparseAttentionParams& p) {
     __syncthreads();  // v is there, and every warp has read k
     if (i + 1 < n_all) copy_block<D>(k_tile, k_head, p.k_token, next * BLOCK, p.keys);
     if (i >= n_full) hide(s, p.mask_bits + static_cast<i64>(mask) * BLOCK + warp_of_thread() * ROWS);
-    soften<D>(s, acc, row_max, row_sum, p.scale);
+    if (BOUNDED) {
+      soften_bounded(s, rows, p.scale, p.lse != nullptr);
+    } else {
+      soften<D>(s, acc, rows, p.scale);
+    }
     multiply_pv<D>(acc, s, v_tile);
     column = next;
   }
@@ -329,10 +361,13 @@ HH_DEVICE void attend(const BlockSparseAttentionParams& p) {
     __syncthreads();  // q is there
   }
 
-  finish<D>(p, acc, row_max, row_sum, q_tile, head, first_query);
+  finish<D, BOUNDED>(p, acc, rows, q_tile, head, first_query);
 }
 
 // Grid: (R * Hq). Shared memory: 768 * D bytes, a block each of q, k and v.
-HH_KERNEL(block_sparse_attention_d32, BlockSparseAttentionParams, THREADS) { attend<32>(p); }
-HH_KERNEL(block_sparse_attention_d64, BlockSparseAttentionParams, THREADS) { attend<64>(p); }
-HH_KERNEL(block_sparse_attention_d128, BlockSparseAttentionParams, THREADS) { attend<128>(p); }
+HH_KERNEL(block_sparse_attention_d32, BlockSparseAttentionParams, THREADS) { attend<32, false>(p); }
+HH_KERNEL(block_sparse_attention_d32_bounded, BlockSparseAttentionParams, THREADS) { attend<32, true>(p); }
+HH_KERNEL(block_sparse_attention_d64, BlockSparseAttentionParams, THREADS) { attend<64, false>(p); }
+HH_KERNEL(block_sparse_attention_d64_bounded, BlockSparseAttentionParams, THREADS) { attend<64, true>(p); }
+HH_KERNEL(block_sparse_attention_d128, BlockSparseAttentionParams, THREADS) { attend<128, false>(p); }
+HH_KERNEL(block_sparse_attention_d128_bounded, BlockSparseAttentionParams, THREADS) { attend<128, true>(p); }
