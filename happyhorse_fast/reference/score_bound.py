@@ -97,6 +97,8 @@ def scores_fit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         int32 [1]: 1 where :func:`effective_bound` is at most the limit; 0 also where a tensor holds inf or NaN.
     """
+    if q.shape[0] == 0 or k.shape[0] == 0:  # no scores; the largest of none is an error
+        return torch.ones(1, dtype=torch.int32, device=q.device)
     group = q.shape[1] // k.shape[1]
     norm, f32 = torch.linalg.vector_norm, torch.float32
     q_norm, k_norm = (norm(x, dim=2, dtype=f32).amax(dim=0) for x in (q, k))
