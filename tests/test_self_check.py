@@ -104,7 +104,8 @@ def test_what_a_model_runs_is_what_is_checked(precision: Any, attention: Any, mo
     with torch.no_grad():
         model(torch.randn(1, 48, 1, 4, 4), torch.randn(1, 3, 64), torch.randn(1, 2, config.text_in_channels))
     checked = forms_in(self_check, monkeypatch)
-    monkeypatch.setattr(self_check, "_loads", lambda *_, **__: (128, False))
+    monkeypatch.setattr(self_check, "_rounding", lambda *_, **__: {"step": 128})
+    monkeypatch.setattr(self_check, "_by_descriptors", lambda *_, **__: False)
     for op in {op for op, *_ in run}:
         for variant in dispatch.checked_formats(op, precision, attention):
             CHECKS[op]("triton", CPU, variant)

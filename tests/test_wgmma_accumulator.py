@@ -12,6 +12,7 @@ from wgmma_accumulator import DEPTH, matmul, wgmma
 from happyhorse_fast import budgets
 from happyhorse_fast.ops import self_check
 from happyhorse_fast.reference.quantize import quantize_channels, quantize_rows
+from happyhorse_fast.reference.score_bound import LIMIT
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -74,9 +75,10 @@ def on_hopper(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert products[0]
         return results
 
-    def attention(*given: Any, backend: str, **options: Any) -> Any:
-        with wgmma() if options.get("v_scale") is not None else contextlib.nullcontext():  # int8 is added in int32
-            return sparse_attention(*given, step=128, **options)
+    def attention(*, backend: str, bound: float, **options: Any) -> Any:
+        with wgmma() if "v_scale" in options else contextlib.nullcontext():  # int8 is added in int32
+            bounded = "v_scale" not in options and bound <= LIMIT
+            return sparse_attention(**options, step=128, bounded=bounded)
 
     monkeypatch.setattr(self_check, op, attention if op == "block_sparse_attention" else call)
 
@@ -91,7 +93,8 @@ def test_the_self_check_accepts_hoppers_products(op: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("variant", ["fp8", "int8_qk"])
 def test_the_self_check_accepts_hoppers_attention(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_check, "_loads", lambda *_, **__: (128, False))
+    monkeypatch.setattr(self_check, "_rounding", lambda *_, **__: {"step": 128})
+    monkeypatch.setattr(self_check, "_by_descriptors", lambda *_, **__: False)
     on_hopper("block_sparse_attention", monkeypatch)
     compared = self_check._check_attention("triton", CPU, variant)
     exact, _ = self_check._judge(compared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -19,14 +20,15 @@ from happyhorse_fast.budgets import (
 )
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.checks import require_backend
-from happyhorse_fast.ops.formats import ATTENTION, ORDER, QKV, VARIANTS, WITHOUT_E4M3
+from happyhorse_fast.ops.formats import ORDER, QKV, VARIANTS, WITHOUT_E4M3
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.packing import pack_linear
 from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.select_blocks import select_blocks
+from happyhorse_fast.reference.attention_operands import attention_operands
 from happyhorse_fast.reference.quantize import quantize_groups
-from happyhorse_fast.reference.quantized_qkv import quantize_k, quantize_q
+from happyhorse_fast.reference.score_bound import LIMIT
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 # Three experts, the last tile of each ragged in its content but not in its rows, as the fast model lays them out.
@@ -250,55 +252,45 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
         [(0, 200), (200, 384), (200, 384)], [(0, ROWS), (0, 300), (ROWS - 100, ROWS)], ROWS, ROWS
     )
     q, k, v = (_draw(s, ROWS, h, HEAD_DIM) for s, h in ((7, HEADS_Q), (8, HEADS_KV), (9, HEADS_KV)))
-    gate = torch.sigmoid(_draw(10, ROWS, HEADS_Q))
-    scales: dict[str, Any] = {}
-    if variant.startswith("bf16"):
-        q, k, v = (t.bfloat16() for t in (q, k, v))
-    elif variant.startswith("int8_qk"):
-        v = v.bfloat16()
-        q, scales["q_scale"] = quantize_q(q)
-        k, k_scale = quantize_k(k)
-        scales["k_scale"] = k_scale.contiguous()
+    given: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "gate": torch.sigmoid(_draw(10, ROWS, HEADS_Q))}
+    given |= attention_operands(variant.removesuffix("_fp8_out"), q, k, v)
+    # Forms of the softmax -> (bound, whether it is the bounded one, factor of q). Norms of these are at most 40; where
+    # no bound is given, both forms are launched, and what the device finds lets one compute.
+    softmax: dict[str, tuple[float | None, bool, float]] = {", running": (math.inf, False, 1.0)}
+    if variant == "fp8":
+        softmax = {"": (math.inf, False, 1.0)}
     else:
-        blocks = ROWS // 128
-        scales = {
-            "q_scale": torch.linspace(0.005, 0.01, blocks, dtype=torch.float32),
-            "k_scale": torch.linspace(0.01, 0.006, blocks, dtype=torch.float32),
-        }
-        q, k = (
-            (x / scales[name].repeat_interleave(128)[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
-            for x, name in ((q, "q_scale"), (k, "k_scale"))
-        )
-        tiles = v.float().permute(1, 2, 0).unflatten(2, (-1, 128))
-        scales["v_scale"] = tiles.abs().amax(dim=(1, 3)) / 448
-        v = (tiles / scales["v_scale"][:, None, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn).flatten(2)
-        v = v.contiguous()  # as the model's, so that the same kernel reads it
-    given: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "gate": gate, **scales}
-    compared: Compared = {}
+        softmax |= {", bounded": (LIMIT, True, 1.0)}
+    if variant == "bf16":
+        softmax |= {", found small": (None, True, 1.0), ", found large": (None, False, 30.0)}
     # A kernel may be launched in another way for an LSE; the model asks for none, and in fp8 for e4m3 out.
     plain, to_fp8, with_lse = (False, False), (True, False), (False, True)
-    forms = {"bf16": (plain, with_lse), "fp8": (to_fp8,), None: (plain, to_fp8, with_lse)}
-    wanted = [(*form, False) for form in forms[ATTENTION[variant][1]]]
-    if _loads(backend, q.to(device), k.to(device), v.to(device))[1]:
-        # torch.compile takes another kernel, which reads through pointers, for the result that a model asks for.
-        wanted.append((ATTENTION[variant][1] != "bf16", False, True))
-    for fp8_out, lse, apart in wanted:
-        there: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()
-        }
-        tensors = q.to(device), _apart(k.to(device)) if apart else k.to(device), v.to(device)
-        results = block_sparse_attention(
-            *tensors, block_map.to(device), fp8_out=fp8_out, return_lse=lse, backend=backend, **there
-        )
-        step = _loads(backend, *tensors, lse=lse)[0]
-        expected = sparse_attention(q, k, v, block_map, fp8_out=fp8_out, return_lse=lse, step=step, **given)
-        name = f"out{', e4m3' if fp8_out else ''}{', LSE' if lse else ''}{', pointers' if apart else ''}"
-        out, exact = (x.float() * x_scale[..., None] if fp8_out else x for x, x_scale, _ in (results, expected))
-        compared[name] = (out, exact, attention_distance(variant, device, fp8_out=fp8_out))
-        if lse:
-            # Rows without a key must say so, and not by NaN: their LSE is compared as a number of its own.
-            kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (results[2], expected[2]))
-            compared["lse"] = (kernels, references, DISTANCE)
+    results_of = (to_fp8,) if variant.endswith("_fp8_out") else (plain, with_lse)
+    if variant == "fp8":
+        results_of = (*results_of, to_fp8)
+    compared: Compared = {}
+    for form, (bound, bounded, factor) in softmax.items():
+        inputs = given | ({"q": given["q"] * factor} if factor != 1 else {})
+        there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        wanted = [(*result, False) for result in results_of]
+        if bound is not None and _by_descriptors(backend, there["q"], there["k"], there["v"], bounded=bounded):
+            # torch.compile takes another kernel, which reads through pointers, for the result that a model asks for.
+            wanted.append((results_of[-1][0], False, True))
+        for fp8_out, lse, apart in wanted:
+            options = {"fp8_out": fp8_out, "return_lse": lse}
+            operands = there | ({"k": _apart(there["k"])} if apart else {})
+            results = block_sparse_attention(
+                **operands, block_map=block_map.to(device), bound=bound, backend=backend, **options
+            )
+            rounding = _rounding(backend, operands["q"], operands["k"], operands["v"], bounded=bounded, lse=lse)
+            expected = sparse_attention(**inputs, block_map=block_map, bounded=bounded, **options, **rounding)
+            name = f"out{form}{', e4m3' if fp8_out else ''}{', LSE' if lse else ''}{', pointers' if apart else ''}"
+            out, exact = (x.float() * x_scale[..., None] if fp8_out else x for x, x_scale, _ in (results, expected))
+            compared[name] = (out, exact, attention_distance(variant, device, fp8_out=fp8_out))
+            if lse:
+                # Rows without a key must say so, and not by NaN: their LSE is compared as a number of its own.
+                kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (results[2], expected[2]))
+                compared[f"lse{form}"] = (kernels, references, DISTANCE)
     return compared
 
 
@@ -314,14 +306,24 @@ def _apart(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(*x.shape[:2], 2 * x.shape[2])[..., : x.shape[2]].copy_(x)
 
 
-def _loads(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, lse: bool = False) -> tuple[int, bool]:
-    """(Keys that share a running maximum, since codes of P differ with it by more than the budget; by descriptors)."""
+def _rounding(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bounded: bool, lse: bool
+) -> dict[str, Any]:
+    """Where a kernel rounds P: codes differ between steps of 128 and 32 keys, by more than the budget."""
     if backend == "cuda":
-        return BLOCK, False
+        return {"step": BLOCK}
+    from happyhorse_fast.ops.triton.block_sparse_attention import launch_config, rounding_of
+
+    return rounding_of(launch_config(q, k, v, bounded=bounded, lse=lse), v)
+
+
+def _by_descriptors(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bounded: bool) -> bool:
+    """Whether the kernel reads tiles through descriptors, which a trace has none of."""
+    if backend == "cuda":
+        return False
     from happyhorse_fast.ops.triton.block_sparse_attention import launch_config
 
-    config = launch_config(q, k, v, lse=lse)
-    return config.block_n, config.descriptors
+    return launch_config(q, k, v, bounded=bounded).descriptors
 
 
 def _check_linear(backend: str, device: torch.device, variant: str) -> Compared:
