@@ -277,7 +277,7 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
             # torch.compile takes another kernel, which reads through pointers, for the result that a model asks for.
             wanted.append((results_of[-1][0], False, True))
         for fp8_out, lse, apart in wanted:
-            options = {"fp8_out": fp8_out, "return_lse": lse}
+            options: dict[str, Any] = {"fp8_out": fp8_out, "return_lse": lse}
             operands = there | ({"k": _apart(there["k"])} if apart else {})
             results = block_sparse_attention(
                 **operands, block_map=block_map.to(device), bound=bound, backend=backend, **options
