@@ -75,8 +75,8 @@ def attention(
     if not batched:
         out, _, lse = call(q, k, v)
         return (out, lse) if return_lse else out
-    # One launch an item: batch and heads fold into one dimension in few layouts, and items whose scores are bounded
-    # need not do as those whose are not.
+    # One launch an item: batch and heads fold into one dimension in few layouts, and an item whose scores are bounded
+    # need not do as one whose are not.
     parts = [call(*(x.transpose(0, 1) for x in item)) for item in zip(q, k, v, strict=True)]
     outs, lses = ([part[i] for part in parts] for i in (0, 2))
     out = (outs[0].unsqueeze(0) if len(outs) == 1 else torch.stack(outs)).transpose(1, 2)
