@@ -98,6 +98,19 @@ def inputs(fmt, n=300, heads=(4, 2), d=32, m=None, seed=0, spread=1.0):
     return given | {"v": fragment_order(codes.permute(1, 2, 0)), "v_scale": v_scale.T.contiguous()}
 
 
+def formatted(fmt, q, k, v):
+    """q, k and v of float32 as keyword arguments of the op."""
+    if fmt == "int8_qk":
+        return with_int8_qk(q, k) | {"v": v.bfloat16()}
+    return {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16()}
+
+
+def normed(tokens, heads, d, seed):
+    """[tokens, heads, D] in float32, every row of norm 1."""
+    x = torch.randn(tokens, heads, d, generator=torch.Generator().manual_seed(seed))
+    return x / x.norm(dim=2, keepdim=True)
+
+
 def values(given):
     """q, k and v as float64, scales multiplied in, v as [M, Hkv, D]."""
     q, k, v = (given[x].double() for x in "qkv")

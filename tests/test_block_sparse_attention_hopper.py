@@ -13,11 +13,12 @@ from attention_cases import (
     MAP,
     bound_of,
     dense_oracle,
+    formatted,
     inputs,
+    normed,
     problems,
     run,
     specialized,
-    with_int8_qk,
 )
 from gluon_emulator import Emulated, EmulationError
 
@@ -168,18 +169,6 @@ def one_key(fmt, **options):
 def test_one_key_alone_gives_its_v_exactly(fmt):
     out, expected = one_key(fmt)
     assert torch.equal(out, expected), "as eager attention in bf16 does, whose largest P is 1"
-
-
-def formatted(fmt, q, k, v):
-    """q, k and v of float32 as keyword arguments of the op."""
-    if fmt == "int8_qk":
-        return with_int8_qk(q, k) | {"v": v.bfloat16()}
-    return {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16()}
-
-
-def normed(tokens, heads, d, seed):
-    x = torch.randn(tokens, heads, d, generator=torch.Generator().manual_seed(seed))
-    return x / x.norm(dim=2, keepdim=True)
 
 
 @pytest.mark.parametrize("fmt", BOUNDED)
