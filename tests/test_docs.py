@@ -121,12 +121,14 @@ def test_the_python_examples_of_the_readme_run_on_a_cpu_but_the_last():
     assert names["audio"].isfinite().all()
 
 
-def test_the_python_example_of_the_ops_runs():
-    (example,) = python_examples(ROOT / "docs/OPS.md")
+def test_the_python_examples_of_the_ops_run():
     names: dict = {}
-    exec(example, names)
+    ops, attention = python_examples(ROOT / "docs/OPS.md")
+    exec(ops, names)
     assert names["y"].shape == (261, 512)
     assert names["y"].isfinite().all()
+    exec(attention, names)
+    assert names["out"].shape == names["q"].shape and names["lse"].shape == (1, 4, 300)
 
 
 def test_the_signatures_of_the_ops_are_the_functions():

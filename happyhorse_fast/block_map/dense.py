@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from happyhorse_fast.block_map.bits import BLOCK, pack
@@ -14,7 +16,7 @@ def dense(queries: int, keys: int, device: torch.device | str | None = None) -> 
         if size < 0:
             raise ValueError(f"{name} must be at least 0, got {size}")
     rows, width = -(-queries // BLOCK), -(-keys // BLOCK)
-    int32 = {"dtype": torch.int32, "device": device}
+    int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
     row, column, place = (torch.arange(size, **int32) for size in (rows, width, BLOCK))
     mask_ids = torch.full((rows, width), -1, **int32)
     masks = torch.ones(0, BLOCK, BLOCK, dtype=torch.bool, device=device)

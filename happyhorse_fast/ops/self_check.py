@@ -271,7 +271,7 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
     compared: Compared = {}
     for form, (bound, bounded, factor) in softmax.items():
         inputs = given | ({"q": given["q"] * factor} if factor != 1 else {})
-        there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        there: dict[str, Any] = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         wanted = [(*result, False) for result in results_of]
         if bound is not None and _by_descriptors(backend, there["q"], there["k"], there["v"], bounded=bounded):
             # torch.compile takes another kernel, which reads through pointers, for the result that a model asks for.
