@@ -263,8 +263,8 @@ BUGS = {
     "every row of the map has full blocks alone": ("if (i >= n_full) hide", "if (i > n_full) hide"),
     "the mask of the block before": ("p.mask_ids[start + i]", "p.mask_ids[start + i - (i > n_full)]"),
     "fragments of p change places": (
-        "pack_bf16(near[2], near[3]), pack_bf16(far[0]",
-        "pack_bf16(far[0], far[1]), pack_bf16(near[2]",
+        "p[2 * depth][1], p[2 * depth + 1][0]",
+        "p[2 * depth + 1][0], p[2 * depth][1]",
     ),
     "the output keeps an old maximum": ("      acc[j][2 * half + 1] *= factor;\n    }\n  }\n}", "    }\n  }\n}"),
     "no key makes NaN": ("maximum == minus_infinity() ? 0.0f : maximum", "maximum"),
@@ -282,14 +282,17 @@ RUNNING_ALONE = (
 """Bugs of code that the bounded form has not."""
 
 
-PAIR = "pair[2 * half] + pair[2 * half + 1]"
-LSE_WANTED = "soften_bounded(s, rows, p.scale, p.lse != nullptr)"
+PAIR = "low_bf16(p[j][half]) + high_bf16(p[j][half])"
+LSE_WANTED = "soften_bounded(weights, s, rows, p.scale, p.lse != nullptr)"
 BOUNDED_BUGS = {
     "P is summed before it is rounded": (f"after += {PAIR}", "after += left + right"),
     "the LSE is of P after rounding": ("before += left + right", f"before += {PAIR}"),
-    "the LSE has no sum": (LSE_WANTED, "soften_bounded(s, rows, p.scale, false)"),
+    "the LSE has no sum": (LSE_WANTED, "soften_bounded(weights, s, rows, p.scale, false)"),
     "the maximum is kept": ("    if (BOUNDED) {\n", "    if (false) {\n"),
-    "halves of a pair change places": ("pair[2 * half] = low_bf16(rounded)", "pair[2 * half] = high_bf16(rounded)"),
+    "halves of a pair change places": (
+        "= pack_bf16(left, right);\n      if (lse)",
+        "= pack_bf16(right, left);\n      if (lse)",
+    ),
 }
 FLAG_BUGS = {
     "the flag is ignored": ("  if (p.flag != nullptr && (*p.flag != 0) != BOUNDED) return;", " "),

@@ -2,7 +2,7 @@
 // maximum; docs/OPS.md. The simple form, with mma.sync and cp.async of sm_80: a second opinion on the Triton kernel.
 //
 // A block makes one head's output of 128 queries, 16 in each of 8 warps, a block of 128 keys at a time. k and v have a
-// buffer each, and one is copied while the other is multiplied. Scores and output take 128 of at most 242 registers a
+// buffer each, and one is copied while the other is multiplied. Scores and output take 128 of at most 255 registers a
 // thread at head dim 128; 32 queries a warp would halve what is read from shared memory, and spill.
 //
 // One block per row of the map and head, not a persistent grid: the hardware hands blocks out in order as SMs become
@@ -133,15 +133,13 @@ HH_DEVICE void multiply_qk(float (&s)[BLOCK / 8][4], const u8* q_tile, const u8*
   }
 }
 
-// acc += p . v, with p rounded to bf16: its fragments lie in the lanes as those of a left operand do.
+// acc += p . v, with p as pairs of bf16: its fragments lie in the lanes as those of a left operand do.
 template <int D>
-HH_DEVICE void multiply_pv(float (&acc)[D / 8][4], const float (&p)[BLOCK / 8][4], const u8* v_tile) {
+HH_DEVICE void multiply_pv(float (&acc)[D / 8][4], const u32 (&p)[BLOCK / 8][2], const u8* v_tile) {
   const int lane = lane_of_thread(), at = byte_of<D>(lane % 16, lane / 16);
 #pragma unroll
   for (int depth = 0; depth < BLOCK / 16; ++depth) {
-    const float(&near)[4] = p[2 * depth], (&far)[4] = p[2 * depth + 1];
-    const u32 a[4] = {pack_bf16(near[0], near[1]), pack_bf16(near[2], near[3]), pack_bf16(far[0], far[1]),
-                      pack_bf16(far[2], far[3])};
+    const u32 a[4] = {p[2 * depth][0], p[2 * depth][1], p[2 * depth + 1][0], p[2 * depth + 1][1]};
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {
       u32 b[4];  // 8 channels and the next 8
@@ -172,30 +170,29 @@ struct Rows {
   float other[2];  // the maximum, or the sum before rounding, for the LSE
 };
 
-// One step without a maximum: scores become p = 2^(scale * s), as it is multiplied, rounded to bf16.
-HH_DEVICE void soften_bounded(float (&s)[BLOCK / 8][4], Rows& rows, float scale, bool lse) {
+// One step without a maximum: p = 2^(scale * s). Sums are of p as it is multiplied, rounded to bf16.
+HH_DEVICE void soften_bounded(u32 (&p)[BLOCK / 8][2], const float (&s)[BLOCK / 8][4], Rows& rows, float scale,
+                              bool lse) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float before = 0.0f, after = 0.0f;
 #pragma unroll
     for (int j = 0; j < BLOCK / 8; ++j) {
-      float(&pair)[4] = s[j];
-      const float left = power_of_two(pair[2 * half] * scale), right = power_of_two(pair[2 * half + 1] * scale);
-      const u32 rounded = pack_bf16(left, right);
-      pair[2 * half] = low_bf16(rounded);
-      pair[2 * half + 1] = high_bf16(rounded);
+      const float left = power_of_two(s[j][2 * half] * scale), right = power_of_two(s[j][2 * half + 1] * scale);
+      p[j][half] = pack_bf16(left, right);
       if (lse) before += left + right;
-      after += pair[2 * half] + pair[2 * half + 1];
+      after += low_bf16(p[j][half]) + high_bf16(p[j][half]);
     }
     rows.sum[half] += after;
     rows.other[half] += before;
   }
 }
 
-// One step of the online softmax, in powers of two: scores become p = 2^(scale * s - maximum), and what is summed so
-// far is scaled to the new maximum.
+// One step of the online softmax, in powers of two: p = 2^(scale * s - maximum), and what is summed so far is scaled to
+// the new maximum.
 template <int D>
-HH_DEVICE void soften(float (&s)[BLOCK / 8][4], float (&acc)[D / 8][4], Rows& rows, float scale) {
+HH_DEVICE void soften(u32 (&p)[BLOCK / 8][2], const float (&s)[BLOCK / 8][4], float (&acc)[D / 8][4], Rows& rows,
+                      float scale) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float largest = minus_infinity();
@@ -207,11 +204,10 @@ HH_DEVICE void soften(float (&s)[BLOCK / 8][4], float (&acc)[D / 8][4], Rows& ro
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < BLOCK / 8; ++j) {
-#pragma unroll
-      for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        s[j][e] = power_of_two(fmaf(s[j][e], scale, -shift));
-        sum += s[j][e];
-      }
+      const float left = power_of_two(fmaf(s[j][2 * half], scale, -shift));
+      const float right = power_of_two(fmaf(s[j][2 * half + 1], scale, -shift));
+      sum = sum + left + right;
+      p[j][half] = pack_bf16(left, right);
     }
     rows.other[half] = maximum;
     rows.sum[half] = fmaf(rows.sum[half], factor, sum);
@@ -348,12 +344,13 @@ HH_DEVICE void attend(const BlockSparseAttentionParams& p) {
     __syncthreads();  // v is there, and every warp has read k
     if (i + 1 < n_all) copy_block<D>(k_tile, k_head, p.k_token, next * BLOCK, p.keys);
     if (i >= n_full) hide(s, p.mask_bits + static_cast<i64>(mask) * BLOCK + warp_of_thread() * ROWS);
+    u32 weights[BLOCK / 8][2];
     if (BOUNDED) {
-      soften_bounded(s, rows, p.scale, p.lse != nullptr);
+      soften_bounded(weights, s, rows, p.scale, p.lse != nullptr);
     } else {
-      soften<D>(s, acc, rows, p.scale);
+      soften<D>(weights, s, acc, rows, p.scale);
     }
-    multiply_pv<D>(acc, s, v_tile);
+    multiply_pv<D>(acc, weights, v_tile);
     column = next;
   }
   if (n_all == 0) {
