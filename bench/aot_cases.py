@@ -149,7 +149,7 @@ def attentions(arch: int) -> Iterator[Case]:
         if d == HEAD_DIM:
             wishes.append((HEADS_KV, to_fp8, False, False))
         if fmt == "bf16" and bounded:
-            wishes.append((1, False, False, True))
+            wishes += [(1, False, False, True), (1, False, True, True)]
         for tracing, (map_heads, fp8_out, lse, flag) in itertools.product(ways, wishes):
             arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse, bounded)
             # Where a table has descriptors, a bounded softmax and e4m3 with an LSE still read through pointers.

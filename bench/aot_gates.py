@@ -21,8 +21,11 @@ RESERVED = 4
 """Named barriers that Triton may use for itself in a kernel of three partitions."""
 PRODUCTS = {"bf16": ("bf16",), "fp8": ("fp8",), "int8_qk": ("bf16", "int8"), "none": ()}
 """Products of a kernel -> formats that are multiplied in it."""
-TENSOR_CORES = {90: {"bf16": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA"}, 100: {"bf16": "UTCHMMA", "fp8": "UTCQMMA"}}
-"""Instructions of the generations that have their own."""
+TENSOR_CORES = {
+    90: {"bf16": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA"},
+    100: {"bf16": "UTCHMMA", "int8": "IMMA", "fp8": "UTCQMMA"},
+}
+"""Instructions of the generations that have their own; for int8 Triton takes the old one on sm_100."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Row:
     @property
     def wanted(self) -> list[str]:
         """The tensor-core instructions that it must have, and no others."""
-        names = TENSOR_CORES.get(self.arch, {"bf16": "HMMA", "fp8": "QMMA"})
+        names = TENSOR_CORES.get(self.arch, {"bf16": "HMMA", "int8": "IMMA", "fp8": "QMMA"})
         return sorted(names[fmt] for fmt in PRODUCTS[self.products])
 
     @property
