@@ -1,8 +1,8 @@
 """Compile every launch of the committed tables without a GPU, hold the gates, and write or check docs/AOT.md.
 
-python -m bench.aot --also .aot/triton-3.6.0 --write    what `make aot` runs
-python -m bench.aot --also .aot/triton-3.6.0 --check    what `make aot-check` runs
-python -m bench.aot --only "sm_90 fp8_linear fp8"       some cases, printed alone
+python -m bench.aot --also .aot/triton-3.6.0 --also .aot/triton-3.8.0 --write    what `make aot` runs
+python -m bench.aot --also .aot/triton-3.6.0 --also .aot/triton-3.8.0 --check    what `make aot-check` runs
+python -m bench.aot --only "sm_90 fp8_linear fp8"    some cases, printed alone
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INTRODUCTION = """# Ahead-of-time compiles
 
 Written by `make aot`; `make aot-check`, part of `make check`, compiles again and fails where a gate fails or this page
 differs. Every launch that the tables in `kernels/configs/` allow at the 15B model's shapes, as Triton's JIT specialises
-it, compiled without a GPU by Triton {versions}. A cell with two values has them in this order.
+it, compiled without a GPU by Triton {versions}. A cell with several values has them in this order.
 
 Every kernel fits its device, and products use the tensor-core instruction of their format and no other. None has stack
 or spills but for those of `MAY_SPILL` in `bench/aot_gates.py`; on sm_90 none at all. "Traced" is a launch as
