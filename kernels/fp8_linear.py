@@ -124,6 +124,7 @@ def fp8_linear_kernel(
     K: tl.constexpr,
     ROW_TILE: tl.constexpr,
     FP8: tl.constexpr,
+    PER_ROW: tl.constexpr,
     GROUP: tl.constexpr,
     EPILOGUE: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -135,7 +136,8 @@ def fp8_linear_kernel(
 ):
     """x and weight are pointers, or TMA descriptors with DESCRIPTORS; ``tiles`` is the length of ``row_tiles``.
 
-    GROUP is 0 for one x_scale per row: the product of codes accumulates in the tensor core alone, whose default never
+    PER_ROW is 1 for one x_scale per row, 0 for one of the tensor.
+    GROUP is 0 for these: the product of codes accumulates in the tensor core alone, whose default never
     leaves it (turning promotion on by max_num_imprecise_acc = 32 spills, 0 silently leaves the fp8 tensor cores). Else
     GROUP is BLOCK_K, and each step's product is scaled and added in float32; a tile 256 wide is then two products side
     by side, because one step's product beside the accumulator of all 256 columns spills.
@@ -181,7 +183,7 @@ def fp8_linear_kernel(
                     right = tl.fma(tl.dot(a, c.T), step[:, None], right)
         factor = tl.full((BLOCK_M,), 1.0, tl.float32)
         if FP8 and GROUP == 0:
-            factor = tl.load(x_scale + first + row)
+            factor = tl.load(x_scale + (first + row) * PER_ROW)
         finish(
             product, factor, weight_scale, out, out_scale, first, end, expert, feature,
             F, F % BLOCK_N != 0, FP8, EPILOGUE, QUANTIZE, BLOCK_M, WIDTH,

@@ -80,6 +80,12 @@ def test_fp8_within_the_gemm_budget(experts, k, group, epilogue, backend):
         assert_close_to_float64(Case(ROWS[experts], 256, k, fp8=True, group=group), epilogue, backend)
 
 
+@pytest.mark.parametrize(("epilogue", "backend"), IMPLEMENTED)
+def test_one_scale_for_the_tensor(epilogue, backend):
+    with strict():
+        assert_close_to_float64(Case(ROWS[3], 256, 176, fp8=True, static=True), epilogue, backend)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("activation", "group"), [("swiglu7", 64), ("gelu7", 128)])

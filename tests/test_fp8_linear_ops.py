@@ -197,7 +197,7 @@ def test_quantising_names_a_wrong_argument():
         quantize_groups(torch.zeros(2, 64), 16)
     with pytest.raises(ValueError, match="group must divide the 96 channels of x, got 64"):
         quantize_groups(torch.zeros(2, 96), 64)
-    with pytest.raises(ValueError, match=r"scale must be \[2\] or \[2, 'K / group'\] for codes \[2, 96\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"scale must be \[1\], \[2\] or \[2, 'K / group'\] for codes \[2, 96\]"):
         dequantize(torch.zeros(2, 96).to(E4M3), torch.ones(3))
 
 

@@ -151,6 +151,8 @@ def _check(
         return None
     require("weight_scale", weight_scale, (torch.float32,), weight.shape[:2], device=device)
     grouped = isinstance(x_scale, torch.Tensor) and x_scale.dim() == 2
+    if isinstance(x_scale, torch.Tensor) and x_scale.shape == (1,):
+        n = 1
     scale = require("x_scale", x_scale, (torch.float32,), (n, "K / group") if grouped else (n,), device=device)
     if grouped and not any(scale.shape[1] * group == k for group in GROUPS):
         raise ValueError(f"x_scale must be [{n}] or [{n}, {k} / group], group 32, 64 or 128; got {list(scale.shape)}")

@@ -53,7 +53,7 @@ def products(
         if x_scale is None or weight_scale is None:
             yield rows, (codes @ wide).bfloat16().float()
         elif x_scale.dim() == 1:
-            yield rows, (codes @ wide) * x_scale[rows, None] * weight_scale[e]
+            yield rows, (codes @ wide) * x_scale.expand(len(x))[rows, None] * weight_scale[e]
         else:
             group = x.shape[1] // x_scale.shape[1]
             product = torch.zeros(len(codes), wide.shape[1], dtype=torch.float32, device=x.device)

@@ -100,6 +100,19 @@ def quantize_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Te
     return to_e4m3(grouped / scale[:, :, None]).flatten(1), scale
 
 
+def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """One scale for the tensor, known beforehand.
+
+    Args:
+        x: Any shape, float32 or narrower.
+        scale: [1] float32.
+
+    Returns:
+        Codes of x's shape, e4m3, of x * (1 / scale); what is past 448 scales becomes that.
+    """
+    return to_e4m3(x.float() * (1.0 / scale))
+
+
 def quantize_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One scale per output channel of each expert.
 
@@ -143,7 +156,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
 
     Args:
         codes: [..., K] e4m3.
-        scale: [...] (one per row or output channel), or [..., K / group].
+        scale: [1] (one for all), [...] (one per row or output channel), or [..., K / group].
         dtype: Dtype of the result, float32 or float64.
 
     Returns:
@@ -153,11 +166,13 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
         ValueError: The shapes do not belong together.
     """
     values, factors = codes.to(dtype), scale.to(dtype)
+    if scale.shape == (1,):
+        return values * factors
     if scale.shape == codes.shape[:-1]:
         return values * factors[..., None]
     if scale.shape[:-1] != codes.shape[:-1] or codes.shape[-1] % scale.shape[-1]:
         raise ValueError(
-            f"scale must be {list(codes.shape[:-1])} or {[*codes.shape[:-1], 'K / group']} for codes "
+            f"scale must be [1], {list(codes.shape[:-1])} or {[*codes.shape[:-1], 'K / group']} for codes "
             f"{list(codes.shape)}, got {list(scale.shape)}"
         )
     groups = scale.shape[-1]

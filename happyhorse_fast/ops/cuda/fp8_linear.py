@@ -31,6 +31,8 @@ def fp8_linear_activation(
             f"inside its sum; got {list(x_scale.shape)}"
         )
     check_operands(x, weight)
+    if x_scale is not None:
+        x_scale = x_scale.expand(x.shape[0]).contiguous()
     y, y_scale = empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)
     experts, features, _ = weight.shape
     spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=False)

@@ -73,6 +73,7 @@ def launch(
             K=k,
             ROW_TILE=shapes.ROW_TILE,
             FP8=x.dtype != torch.bfloat16,
+            PER_ROW=int(x_scale is not None and x_scale.numel() > 1),
             GROUP=group,
             EPILOGUE=epilogue,
             QUANTIZE=out.dtype == torch.float8_e4m3fn,
