@@ -208,7 +208,7 @@ def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bo
         "v_scale": meta(HEADS_KV, blocks) if fmt == "fp8" else None,
         "gate": meta(ROWS, HEADS_Q),
         "k_mean": meta(HEADS_KV, d) if lse else None,
-        "fp8_out": fp8_out,
+        "out_scale": meta(1) if fp8_out else None,
         "return_lse": lse,
     }
 

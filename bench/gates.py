@@ -186,7 +186,7 @@ def _attention(case: Case, given: Given, results: tuple[Tensor, ...], rows: slic
     exact = scores.softmax(dim=-1) @ v * given["gate"][rows, heads].double()[..., None]
     out = results[0][rows, heads]
     if case.precision == "fp8":
-        values = out.double() * results[1][rows, heads].double()[..., None]
+        values = dequantize(out, results[1], torch.float64)
         yield f"out, head {head}", values, exact, ATTENTION_FP8_DISTANCE, CODE_SLOPE
     else:
         yield f"out, head {head}", out, exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE

@@ -14,7 +14,7 @@ beside 1024 of exponents, which two warp groups hide behind each other's product
 import triton
 import triton.language as tl
 
-from happyhorse_fast.kernels.numerics import scale_of, to_e4m3
+from happyhorse_fast.kernels.numerics import to_e4m3
 
 P_EXPONENT = tl.constexpr(8.0)
 """P is multiplied by 2^8 before it becomes e4m3: at most 256, so no clamp, and kept down to 2^-17."""
@@ -347,13 +347,13 @@ def block_sparse_attention_kernel(
         factor = 1.0 / row_sum
         if gate is not None:
             factor *= tl.load(gate + query.to(tl.int64) * HEADS_Q + head, mask=live, other=0.0)
+        if out_scale is not None:
+            factor *= 1.0 / tl.load(out_scale)
         result = acc * factor[:, None]
         token = query.to(tl.int64) * HEADS_Q + head
         place = out + token[:, None] * D + channel[None, :]
         if out_scale is not None:
-            quantised = scale_of(tl.max(tl.abs(result), axis=1))
-            tl.store(out_scale + token, quantised, mask=live)
-            tl.store(place, to_e4m3(result / quantised[:, None]), mask=live[:, None])
+            tl.store(place, to_e4m3(result), mask=live[:, None])
         else:
             tl.store(place, result.to(tl.bfloat16), mask=live[:, None])
 

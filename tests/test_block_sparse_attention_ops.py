@@ -32,7 +32,8 @@ def test_opcheck(fmt, flag):
         torch.ops.happyhorse_fast.block_sparse_attention.default,
         torch.ops.happyhorse_fast.block_sparse_attention_reference.default,
     ):
-        arguments = (*tensors, 0.2, fmt != "fp8", flag, *rest, torch.rand(130, 2), None, fmt == "fp8", True)
+        out_scale = torch.full((1,), 0.01) if fmt == "fp8" else None
+        arguments = (*tensors, 0.2, fmt != "fp8", flag, *rest, torch.rand(130, 2), None, out_scale, True)
         checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
         if fmt == "bf16":  # test_schema multiplies every input, which torch 2.13 does not do for e4m3 on the CPU
             checks.append("test_schema")
@@ -84,7 +85,7 @@ def test_fake_tensors_have_the_shapes_of_a_15b_layer(fmt, backend):
             backend=backend,
         )
     assert (out.shape, out.dtype, out.device.type) == ((n, 40, 128), FP8, "cuda")
-    assert out_scale.shape == (n, 40) and lse.shape == (40, n)
+    assert out_scale.shape == (1,) and lse.shape == (40, n)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from happyhorse_fast.ops.cuda.launch import use_runner
 from happyhorse_fast.ops.self_check import CHECKS, VARIANTS, KernelCheck, run_checks
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.reference.model import HappyHorse
-from happyhorse_fast.reference.sparse_attention import sparse_attention
+from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
 
 make_exact()
 CPU = torch.device("cpu")
@@ -80,7 +80,9 @@ def forms_in(module: Any, monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...
         monkeypatch.setattr(module, op, call)
 
     def group(a: Any) -> Any:
-        return None if a.x_scale is None else a.x.shape[1] // a.x_scale[0].numel()
+        if a.x_scale is None or a.x_scale.dim() == 1:
+            return None if a.x_scale is None else len(a.x_scale) == 1
+        return a.x.shape[1] // a.x_scale.shape[1]
 
     def layout(x: torch.Tensor) -> Any:
         return x.dtype, x.is_contiguous()
@@ -192,11 +194,13 @@ def test_a_kernel_planted_wrong_fails(change: Any, monkeypatch: pytest.MonkeyPat
 def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, specialized = [], []
 
-    def reference(q: Any, k: Any, v: Any, block_map: Any, *, backend: str, **given: Any) -> Any:
+    def reference(q: Any, k: Any, v: Any, block_map: Any, *, backend: str, fp8_out: bool, **given: Any) -> Any:
         config = launcher.launch_config(q, k, v, lse=given["return_lse"])
         specialized.append(config.specialized)
-        asked.append((given["fp8_out"], given["return_lse"], config.descriptors))
-        return sparse_attention(q, k, v, block_map, step=config.block_n, **given)
+        asked.append((fp8_out, given["return_lse"], config.descriptors))
+        scale = output_scale(v, given.get("v_scale"), given["gate"]) if fp8_out else None
+        out, lse = sparse_attention(q, k, v, block_map, step=config.block_n, out_scale=scale, **given)
+        return out, scale, lse
 
     monkeypatch.setattr(launcher, "architecture", lambda _: 90)
     monkeypatch.setattr(launcher, "addressable", lambda _: True)

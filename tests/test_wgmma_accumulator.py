@@ -13,7 +13,7 @@ from happyhorse_fast import budgets
 from happyhorse_fast.ops import self_check
 from happyhorse_fast.reference.quantize import quantize_channels, quantize_rows
 from happyhorse_fast.reference.score_bound import LIMIT
-from happyhorse_fast.reference.sparse_attention import sparse_attention
+from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 OPS = ("qkv_linear", "fp8_linear", "fp8_linear_residual", "fp8_linear_activation")
@@ -75,10 +75,12 @@ def on_hopper(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert products[0]
         return results
 
-    def attention(*, backend: str, bound: float, **options: Any) -> Any:
+    def attention(*, backend: str, bound: float, fp8_out: bool, **options: Any) -> Any:
+        scale = output_scale(options["v"], options.get("v_scale"), options["gate"]) if fp8_out else None
         with wgmma() if "v_scale" in options else contextlib.nullcontext():  # int8 is added in int32
             bounded = "v_scale" not in options and bound <= LIMIT
-            return sparse_attention(**options, step=128, bounded=bounded)
+            out, lse = sparse_attention(**options, step=128, bounded=bounded, out_scale=scale)
+            return out, scale, lse
 
     monkeypatch.setattr(self_check, op, attention if op == "block_sparse_attention" else call)
 

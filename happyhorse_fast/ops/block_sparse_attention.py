@@ -11,7 +11,7 @@ from torch import Tensor
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.ops.checks import require, require_backend
 from happyhorse_fast.reference.score_bound import LIMIT, scores_fit
-from happyhorse_fast.reference.sparse_attention import sparse_attention
+from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
 
 HEAD_DIMS = (32, 64, 128)
 Results = tuple[Tensor, Tensor, Tensor]
@@ -58,14 +58,14 @@ def block_sparse_attention(
         v_scale: float32 [Hkv, S], with e4m3 v.
         gate: float32 [N, Hq], multiplies the normalised output.
         k_mean: float32 [Hkv, D] that was subtracted from k (which leaves the softmax as it is): the LSE adds it back.
-        fp8_out: e4m3 output with a scale per row and head, rather than bf16.
+        fp8_out: e4m3 output with one scale, rather than bf16.
         return_lse: Whether the log-sum-exp is wanted.
         backend: ``"triton"``; ``"cuda"``, which takes bf16 alone, with contiguous channels (last stride 1) and every
             head's rows aligned to 16 bytes; or ``"reference"`` for plain torch with the same rounding points.
 
     Returns:
-        out [N, Hq, D]; out_scale float32 [N, Hq], size [0] without ``fp8_out``; LSE float32 [Hq, N], natural log of the
-        scaled scores, size [0] without ``return_lse``. A row without a key gives 0 and -inf.
+        out [N, Hq, D]; out_scale float32 [1], max|v| * max|gate| / 448, size [0] without ``fp8_out``; LSE float32
+        [Hq, N], natural log of the scaled scores, size [0] without ``return_lse``. A row without a key: 0 and -inf.
 
     Raises:
         TypeError: A tensor of another dtype than listed, or no BlockMap.
@@ -78,6 +78,7 @@ def block_sparse_attention(
     tensors = block_map.tensors()
     bounded = v.dtype == torch.bfloat16 and bound is not None and bound <= LIMIT
     flag = scores_fit(q, k, v, scale) if bound is None and q.dtype == torch.bfloat16 else None
+    out_scale = output_scale(v, v_scale, gate) if fp8_out else None
     if backend == "cuda":
         if q.dtype != torch.bfloat16:
             raise ValueError(
@@ -85,21 +86,25 @@ def block_sparse_attention(
             )
         from happyhorse_fast.ops.cuda import block_sparse_attention as cuda
 
-        return cuda.block_sparse_attention(q, k, v, *tensors, scale, bounded, flag, gate, k_mean, fp8_out, return_lse)
-    options = (scale, bounded, flag, q_scale, k_scale, v_scale, gate, k_mean, fp8_out, return_lse)
-    if backend == "reference":
-        return _reference(q, k, v, *tensors, *options)
-    from happyhorse_fast.ops.triton import block_sparse_attention as triton
+        out, lse = cuda.block_sparse_attention(
+            q, k, v, *tensors, scale, bounded, flag, gate, k_mean, out_scale, return_lse
+        )
+    else:
+        op: Any = _reference
+        if backend == "triton":
+            from happyhorse_fast.ops.triton import block_sparse_attention as triton
 
-    return triton.block_sparse_attention(q, k, v, *tensors, *options)
+            op = triton.block_sparse_attention
+        options = (scale, bounded, flag, q_scale, k_scale, v_scale, gate, k_mean, out_scale, return_lse)
+        out, lse = op(q, k, v, *tensors, *options)
+    return out, q.new_empty(0, dtype=torch.float32) if out_scale is None else out_scale, lse
 
 
-def empty_results(q: Tensor, fp8_out: bool, return_lse: bool) -> Results:
-    """Unwritten (out, out_scale, lse) of the shapes and dtypes that every implementation gives."""
+def empty_results(q: Tensor, fp8_out: bool, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Unwritten (out, lse) of the shapes and dtypes that every implementation gives."""
     n, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=torch.float8_e4m3fn if fp8_out else torch.bfloat16, device=q.device)
-    out_scale = torch.empty((n, heads) if fp8_out else (0,), dtype=torch.float32, device=q.device)
-    return out, out_scale, torch.empty((heads, n) if return_lse else (0,), dtype=torch.float32, device=q.device)
+    return out, torch.empty((heads, n) if return_lse else (0,), dtype=torch.float32, device=q.device)
 
 
 @torch.library.custom_op("happyhorse_fast::block_sparse_attention_reference", mutates_args=())
@@ -121,9 +126,9 @@ def _reference(
     v_scale: Tensor | None,
     gate: Tensor | None,
     k_mean: Tensor | None,
-    fp8_out: bool,
+    out_scale: Tensor | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     block_map = BlockMap(counts, starts, columns, mask_ids, mask_bits, order, queries=q.shape[0], keys=k.shape[0])
     return sparse_attention(
         q,
@@ -137,15 +142,15 @@ def _reference(
         gate=gate,
         k_mean=k_mean,
         bounded=bounded if flag is None else bool(flag),
-        fp8_out=fp8_out,
+        out_scale=out_scale,
         return_lse=return_lse,
     )
 
 
 @_reference.register_fake
-def fake(q: Tensor, *rest: Any) -> Results:
-    """Shapes and dtypes alone; arguments as the op's, the last two fp8_out and return_lse."""
-    return empty_results(q, rest[-2], rest[-1])
+def fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes alone; arguments as the op's, the last two out_scale and return_lse."""
+    return empty_results(q, rest[-2] is not None, rest[-1])
 
 
 def _check(

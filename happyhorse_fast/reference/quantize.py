@@ -21,7 +21,7 @@ def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
         scale would underflow.
     """
     scale = amax.float() * (1.0 / E4M3_MAX)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:

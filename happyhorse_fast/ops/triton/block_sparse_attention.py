@@ -106,20 +106,20 @@ def block_sparse_attention(
     v_scale: Tensor | None,
     gate: Tensor | None,
     k_mean: Tensor | None,
-    fp8_out: bool,
+    out_scale: Tensor | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """See :func:`happyhorse_fast.ops.block_sparse_attention.block_sparse_attention`, which checks the arguments."""
-    out, out_scale, lse = empty_results(q, fp8_out, return_lse)
+    out, lse = empty_results(q, out_scale is not None, return_lse)
     n, m, map_rows = q.shape[0], k.shape[0], starts.shape[1]
     # Tokens may be symbolic while torch traces; what the kernel is compiled for may not.
     heads_q, d, heads_kv, map_heads = int(q.shape[1]), int(q.shape[2]), int(k.shape[1]), int(starts.shape[0])
     if map_rows * heads_q == 0:
-        return out, out_scale, lse
+        return out, lse
     forms = [bounded] if flag is None else [True, False]
     tensors = (
         out,
-        out_scale if fp8_out else None,
+        out_scale,
         lse if return_lse else None,
         counts,
         starts,
@@ -151,7 +151,7 @@ def block_sparse_attention(
             hopper.launch(config, *matrices(q, k, v), tensors, (n, map_rows, key_blocks, map_rows * heads_q), sizes)
         forms = forms[1:]
         if not forms:
-            return out, out_scale, lse
+            return out, lse
         config = launch_config(q, k, v, bounded=False, lse=return_lse)
     items = map_rows * heads_q * (BLOCK // config.block_m)
     k_source: Any = k
@@ -188,7 +188,7 @@ def block_sparse_attention(
                 num_stages=config.num_stages,
                 **sizes,
             )
-    return out, out_scale, lse
+    return out, lse
 
 
 block_sparse_attention.register_fake(fake)
