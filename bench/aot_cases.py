@@ -213,37 +213,42 @@ def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bo
     }
 
 
-def linear_shapes(epilogue: str, group: int) -> tuple[int, int]:
-    """(F, K) where the model meets a product: projection, up, and down with the groups that up's epilogue writes."""
-    if epilogue in ("swiglu7", "gelu7"):
-        return (UP if epilogue == "swiglu7" else GELU, HIDDEN)
-    return (HIDDEN, {64: DOWN, 128: GELU}.get(group, HIDDEN))
+def linear_shapes(epilogue: str) -> tuple[tuple[int, int], ...]:
+    """(F, K) where the model meets a product: up; proj; and down, of which SwiGLU7's alone is no multiple of 256."""
+    of = {"swiglu7": ((UP, HIDDEN),), "gelu7": ((GELU, HIDDEN),), "residual": ((HIDDEN, HIDDEN), (HIDDEN, DOWN))}
+    return of.get(epilogue, ((HIDDEN, HIDDEN),))
 
 
 def linears(arch: int) -> Iterator[Case]:
-    """`fp8_linear` and its epilogues: every entry of the table, both outputs of an activation, both ways to load."""
+    """`fp8_linear` and its epilogues: every entry of the table, both outputs of an activation, both ways to load.
+
+    In e4m3 up has an x_scale per row, the others have one, and proj's shape both.
+    """
     for variant, known in table("fp8_linear").items():
-        fmt, *middle, epilogue = variant.split("_")
+        fmt, epilogue = variant.split("_")
         if str(arch) not in known:
             continue
-        group = int(middle[0].removeprefix("group")) if middle else 0
-        features, inputs = linear_shapes(epilogue, group)
         activation = epilogue in ("swiglu7", "gelu7")
         outs = formats(arch) if activation else ("float32" if epilogue == "residual" else "bf16",)
-        for experts, out, tracing in itertools.product(EXPERTS, outs, loads("fp8_linear", variant, arch)):
+        products = [(*shape, activation) for shape in linear_shapes(epilogue)]
+        if fmt == "fp8" and not activation:
+            products.append((HIDDEN, HIDDEN, True))
+        for (features, inputs, per_row), experts, out, tracing in itertools.product(
+            products, EXPERTS, outs, loads("fp8_linear", variant, arch)
+        ):
             arguments = {
                 "x": meta(ROWS, inputs, dtype=DTYPES[fmt]),
-                "x_scale": None if fmt == "bf16" else meta(ROWS, inputs // group) if group else meta(ROWS),
+                "x_scale": None if fmt == "bf16" else meta(ROWS if per_row else 1),
                 "weight": meta(experts, features, inputs, dtype=DTYPES[fmt]),
                 "weight_scale": None if fmt == "bf16" else meta(experts, features),
                 "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
             }
-            op = "fp8_linear"
+            op, scales = "fp8_linear", " per row" if per_row and not activation else ""
             if activation:
                 op, arguments = "fp8_linear_activation", arguments | {"activation": epilogue, "fp8": out == "fp8"}
             elif epilogue == "residual":
                 op, arguments = "fp8_linear_residual", arguments | {"hidden": meta(ROWS, features)}
-            detail = f"{fmt}{f' per {group}' if group else ''}, {epilogue}, {out} out"
+            detail = f"{fmt}{scales}, {epilogue}, {out} out{f', K {inputs}' if inputs != HIDDEN else ''}"
             variants = {"fp8_linear_kernel": variant}
             yield Case(op, "fp8_linear", arch, variants, fmt, described(detail, tracing), arguments, tracing)
 

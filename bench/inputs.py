@@ -69,7 +69,7 @@ def _qkv(case: Case, draw: Draw) -> Given:
     qk_norm = draw.normal(plan.experts, 2, plan.head_dim, scale=0.2)
     angle = draw.normal(case.rows, plan.head_dim // 2)
     return {
-        **_operands(case, draw, "qkv", group=None),
+        **_operands(case, draw, "qkv"),
         "qk_norm": qk_norm,
         "cos_sin": torch.cat([angle.cos(), angle.sin()], dim=1),
         "row_tiles": _row_tiles(case, draw),
@@ -122,18 +122,18 @@ def _select(case: Case, draw: Draw) -> Given:
 
 
 def _residual(case: Case, draw: Draw) -> Given:
-    # What the op before it writes: attention one scale per head, an activation one per 64 or 128 channels.
-    group = case.plan.head_dim if case.part == "proj" else 64 if case.plan.gated else 128
-    given = _operands(case, draw, case.part, group=group) | {"row_tiles": _row_tiles(case, draw)}
+    given = _operands(case, draw, case.part) | {"row_tiles": _row_tiles(case, draw)}
+    if case.precision == "fp8":
+        given["x_scale"] = draw.scales(1)  # as attention and an activation write it
     return given | {"hidden": draw.normal(case.rows, case.weight_shape(case.part)[1])}
 
 
 def _activation(case: Case, draw: Draw) -> Given:
-    given = _operands(case, draw, "up", group=None) | {"row_tiles": _row_tiles(case, draw)}
+    given = _operands(case, draw, "up") | {"row_tiles": _row_tiles(case, draw)}
     return given | {"activation": case.part, "fp8": case.precision == "fp8"}
 
 
-def _operands(case: Case, draw: Draw, name: str, group: int | None) -> Given:
+def _operands(case: Case, draw: Draw, name: str) -> Given:
     experts, features, inputs = case.weight_shape(name)
     if case.precision == "bf16":
         x = draw.normal(case.rows, inputs, dtype=BF16)
@@ -141,7 +141,7 @@ def _operands(case: Case, draw: Draw, name: str, group: int | None) -> Given:
         return {"x": x, "x_scale": None, "weight": weight, "weight_scale": None}
     return {
         "x": draw.codes(case.rows, inputs),
-        "x_scale": draw.scales(case.rows, *([] if group is None else [inputs // group])),
+        "x_scale": draw.scales(case.rows),
         "weight": draw.codes(experts, features, inputs),
         "weight_scale": draw.scales(experts, features, size=inputs**-0.5),
     }
@@ -184,19 +184,20 @@ def moved_bytes(case: Case) -> int:
     """Bytes that the op must move: every input read once, every output written once; block maps are left out."""
     given = make(case, "meta")
     outputs: tuple[Tensor, ...]
+    scale = (torch.empty(1, dtype=torch.float32, device="meta"),) if case.precision == "fp8" else ()
     if case.op == "rmsnorm_quantize":
         outputs = empty_normalised(given["hidden"], given["fp8"])
     elif case.op == "qkv_linear":
         heads = given["num_heads_q"], given["num_heads_kv"]
         outputs = empty_qkv(given["cos_sin"], *heads, given["out"])
     elif case.op == "block_sparse_attention":
-        outputs = attention.empty_results(given["q"], case.precision == "fp8", False)
+        outputs = (*attention.empty_results(given["q"], case.precision == "fp8", False), *scale)
     elif case.op == "select_blocks":
         blocks = case.rows // BLOCK
         outputs = selection.empty_results(given["k"], torch.empty(blocks, blocks, device="meta"))
     elif case.op == "fp8_linear_activation":
         n, features = given["x"].shape[0], given["weight"].shape[1]
-        outputs = empty_activated(n, features, given["activation"], given["fp8"], given["x"].device)
+        outputs = (empty_activated(n, features, given["activation"], given["fp8"], given["x"].device), *scale)
     else:
         outputs = (given["hidden"],)
     return sum(t.nbytes for t in (*given.values(), *outputs) if isinstance(t, Tensor))

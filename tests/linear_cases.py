@@ -13,7 +13,6 @@ from happyhorse_fast.reference.quantize import (
     dequantize,
     e4m3_scale,
     quantize_channels,
-    quantize_groups,
     quantize_rows,
     quantize_static,
 )
@@ -38,7 +37,7 @@ def row_tiles(sizes) -> torch.Tensor:
 class Case:
     """Inputs of an op, quantised where fp8 (``static``: by one scale), and what they stand for in float64."""
 
-    def __init__(self, sizes, f, k, fp8, group=0, seed=0, static=False):
+    def __init__(self, sizes, f, k, fp8, static=False, seed=0):
         gen = torch.Generator().manual_seed(seed)
         n, experts = sum(sizes), len(sizes)
         # Rows, channels and experts of different size, so that a scale read from the wrong place shows.
@@ -49,7 +48,7 @@ class Case:
         self.tiles = row_tiles(sizes)
         self.expert = torch.repeat_interleave(torch.arange(experts), torch.tensor(sizes))
         if fp8:
-            self.x, self.x_scale = quantize_groups(x, group) if group else quantize_rows(x)
+            self.x, self.x_scale = quantize_rows(x)
             if static:
                 self.x_scale = e4m3_scale(x.abs().amax()).reshape(1)
                 self.x = quantize_static(x, self.x_scale)

@@ -20,7 +20,7 @@ from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp
 from happyhorse_fast.ops.self_check import attention_distance
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.ops.triton.device import architecture
-from happyhorse_fast.reference.quantize import quantize_channels, quantize_groups, quantize_rows
+from happyhorse_fast.reference.quantize import e4m3_scale, quantize_channels, quantize_rows, quantize_static
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 pytestmark = MARKS
@@ -47,16 +47,20 @@ def test_every_configuration_is_run_by_some_test() -> None:
     assert {v.rpartition("_")[2] for v in LINEAR} == {"plain", "residual", "swiglu7", "gelu7"}
 
 
-@pytest.mark.parametrize("variant", ["bf16_plain", "fp8_group64_residual"] if DRY else LINEAR)
+@pytest.mark.parametrize("variant", ["bf16_plain", "fp8_residual"] if DRY else LINEAR)
 def test_linear(variant: str) -> None:
-    precision, *group, epilogue = variant.split("_")
+    precision, epilogue = variant.split("_")
     rows, features, inputs = (128, 128, 128) if DRY else (640, 768, 1024)
     x, weight = draw(0, rows, inputs), draw(1, 2, features, inputs) / inputs**0.5
     x_scale = weight_scale = None
     if precision == "bf16":
         x, weight = x.bfloat16(), weight.bfloat16()
     else:
-        x, x_scale = quantize_groups(x, int(group[0].removeprefix("group"))) if group else quantize_rows(x)
+        if epilogue == "residual":
+            x_scale = e4m3_scale(x.abs().amax()).reshape(1)
+            x = quantize_static(x, x_scale)
+        else:
+            x, x_scale = quantize_rows(x)
         weight, weight_scale = quantize_channels(weight)
     starts = torch.arange(0, rows, 128, dtype=torch.int32)
     tiles = torch.stack([(starts >= rows // 2).to(torch.int32), starts, starts + 128], dim=1)

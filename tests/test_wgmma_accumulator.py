@@ -32,16 +32,13 @@ def test_what_lies_13_bits_below_is_cut_off() -> None:
     assert matmul(x, y).item() == 1 + 2.0**-13, "nor below what the accumulator holds"
 
 
-@pytest.mark.parametrize("group", [None, 64])
 @pytest.mark.parametrize("inputs", [640, 5120, 13_696])
-def test_products_stay_within_their_budget(inputs: int, group: int | None) -> None:
+def test_products_stay_within_their_budget(inputs: int) -> None:
     draw = torch.Generator().manual_seed(inputs)
     x, _ = quantize_rows(torch.randn(128, inputs, generator=draw))
     weight, _ = quantize_channels(torch.randn(1, 128, inputs, generator=draw))
     left, right = x.float(), weight[0].float().T
-    parts = [slice(i, i + (group or inputs)) for i in range(0, inputs, group or inputs)]
-    product = sum(matmul(left[:, part], right[part]).double() for part in parts)  # a group's is promoted to float32
-    error = budgets.measure(product, left.double() @ right.double())
+    error = budgets.measure(matmul(left, right).double(), left.double() @ right.double())
     assert budgets.violations(error) == [], "13,696 in one accumulator: 3.9e-6 and 4.5e-4"
     assert error.tile_distance > 1e-9, "nothing was cut off"
 
