@@ -65,7 +65,7 @@ def load_tiles(q, k, v, q_ring, k_ring, v_ring, work, sizes: gl.constexpr):
 @gluon.jit
 def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
     """A computing group: queries GROUP * 64 and on of every item."""
-    q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, k_mean, queries, key_blocks = common
+    q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, queries, key_blocks = common
     ROWS: gl.constexpr = sizes.rows
     FIRST: gl.constexpr = GROUP * ROWS
     if not sizes.e4m3 and GROUP == 1:
@@ -92,11 +92,6 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         n_full = gl.load(work.counts + entry * 2)
         n_all = gl.load(work.counts + entry * 2 + 1)
         item = Item(q_tile, gl.load(work.starts + entry), n_full, n_all)
-        if lse is not None and k_mean is not None:  # here, where q as float32 has the registers of acc
-            channel = gl.arange(0, sizes.d, layout=gl.SliceLayout(0, sizes.o_layout))
-            mean = gl.load(k_mean + kv_head * sizes.d + channel)
-            of_mean = gl.sum(q_tile.load(sizes.o_layout).to(gl.float32) * mean[None, :], axis=1)
-            of_mean = gl.convert_layout(of_mean, sizes.s_row) * of_item.scores
         acc = gl.full([ROWS, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
         row_sum = gl.full([ROWS], 0.0, gl.float32, layout=sizes.s_row)
         log_sum = row_sum
@@ -123,8 +118,6 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
                 log_sum = row_max + gl.log2(row_sum) - P_EXPONENT
             else:
                 log_sum = gl.log2(log_sum)
-            if k_mean is not None:
-                log_sum += of_mean
             gl.store(lse + head.to(gl.int64) * queries + query, log_sum * LOG_2, mask=live)
 
 
@@ -162,7 +155,6 @@ def block_sparse_attention_hopper_kernel(
     k_scale,
     v_scale,
     gate,
-    k_mean,
     flag,
     scale,
     queries,
@@ -179,8 +171,8 @@ def block_sparse_attention_hopper_kernel(
     """Every work item of one launch; q, k and v are TMA descriptors, ``scale`` is the softmax scale times log2(e).
 
     Where a ``flag`` is given and 0 there are no items: the scores have no bound, and another kernel is launched too.
-    q_scale and k_scale come with q and k of 8 bits, v_scale with e4m3 v; out_scale asks for e4m3 output; lse, gate and
-    k_mean are None where they are not wanted.
+    q_scale and k_scale come with q and k of 8 bits, v_scale with e4m3 v; out_scale asks for e4m3 output; lse and
+    gate are None where they are not wanted.
     """
     sizes: gl.constexpr = sizes_of(
         HEADS_Q,
@@ -201,7 +193,7 @@ def block_sparse_attention_hopper_kernel(
     fence_async_shared()
     work = Work(counts, starts, columns, mask_ids, mask_bits, order, map_rows, items)
     scales = Scales(scale, q_scale, k_scale, v_scale)
-    common = (q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, k_mean, queries, key_blocks)
+    common = (q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, queries, key_blocks)
     gl.warp_specialize(
         [
             (compute, (0, common, sizes)),

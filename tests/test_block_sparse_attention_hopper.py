@@ -64,8 +64,8 @@ def launched(monkeypatch, given, **options):
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_taken_where_tiles_can_be_described(fmt, monkeypatch):
-    given, mean = inputs(fmt), torch.zeros(2, 32)
-    for options in ({}, {"return_lse": True}, {"k_mean": mean}, {"k_mean": mean, "return_lse": True}):
+    given = inputs(fmt)
+    for options in ({}, {"return_lse": True}):
         assert launched(monkeypatch, given, **options) == ["hopper"]
     for name in "qk":
         apart = given | {name: given[name].transpose(0, 2).contiguous().transpose(0, 2)}

@@ -43,7 +43,6 @@ def inputs(d=32, queries=QUERIES, keys=KEYS, heads=HEADS, seed=0):
     shapes = {"q": (queries, heads[0], d), "k": (keys, heads[1], d), "v": (keys, heads[1], d)}
     given = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
     options = {"gate": torch.rand(queries, heads[0], generator=generator), "scale": d**-0.5}
-    options["k_mean"] = torch.randn(heads[1], d, generator=generator)
     return {name: followed_by_nan(x) for name, x in given.items()} | options
 
 
@@ -131,7 +130,7 @@ def test_one_key_alone_gives_its_v_exactly(form):
 
 def by_flag(given, value, shim=SHIM):
     """(out, LSE) of the op with a flag."""
-    options = [given["scale"], False, torch.tensor([value], dtype=torch.int32), given["gate"], None, None, True]
+    options = [given["scale"], False, torch.tensor([value], dtype=torch.int32), given["gate"], None, True]
     op = torch.ops.happyhorse_fast.block_sparse_attention_cuda
     with use_runner(shim), poisoned_outputs():
         out, lse = op(*(given[x] for x in "qkv"), *MAP.tensors(), *options)
@@ -140,7 +139,7 @@ def by_flag(given, value, shim=SHIM):
 
 def wide():
     """Scores that only a running maximum takes: the bounded form overflows."""
-    given = inputs() | {"k_mean": None}
+    given = inputs()
     return given | {"q": given["q"] * 60}
 
 
@@ -160,10 +159,9 @@ def test_of_two_launches_the_flag_lets_one_compute():
 
 
 def test_what_fits_is_found_on_the_device():
-    for given in (inputs(), wide()):
+    for given, form in ((inputs(), "bounded"), (wide(), "running")):
         with poisoned_outputs():
             out, _, lse = block_sparse_attention(**given, block_map=MAP, return_lse=True, backend="cuda")
-        form = "running" if given["k_mean"] is None else "bounded"
         assert same((out, lse), attention(given, form=form)[::2])
 
 

@@ -29,7 +29,6 @@ def block_sparse_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     gate: Tensor | None = None,
-    k_mean: Tensor | None = None,
     fp8_out: bool = False,
     return_lse: bool = False,
     backend: str = "triton",
@@ -57,7 +56,6 @@ def block_sparse_attention(
         k_scale: float32 [Hkv, S] with int8 k: value = code * k_scale[h, j // 128]; [S] with e4m3 k.
         v_scale: float32 [Hkv, S], with e4m3 v.
         gate: float32 [N, Hq], multiplies the normalised output.
-        k_mean: float32 [Hkv, D] that was subtracted from k (which leaves the softmax as it is): the LSE adds it back.
         fp8_out: e4m3 output with one scale, rather than bf16.
         return_lse: Whether the log-sum-exp is wanted.
         backend: ``"triton"``; ``"cuda"``, which takes bf16 alone, with contiguous channels (last stride 1) and every
@@ -74,7 +72,7 @@ def block_sparse_attention(
     require_backend(backend, ("triton", "cuda", "reference"))
     if not isinstance(block_map, BlockMap):
         raise TypeError(f"block_map must be a BlockMap, such as BlockMap.dense(N, M); got {type(block_map).__name__}")
-    _check(q, k, v, block_map, scale, bound, q_scale, k_scale, v_scale, gate, k_mean)
+    _check(q, k, v, block_map, scale, bound, q_scale, k_scale, v_scale, gate)
     tensors = block_map.tensors()
     bounded = v.dtype == torch.bfloat16 and bound is not None and bound <= LIMIT
     flag = scores_fit(q, k, v, scale) if bound is None and q.dtype == torch.bfloat16 else None
@@ -86,16 +84,14 @@ def block_sparse_attention(
             )
         from happyhorse_fast.ops.cuda import block_sparse_attention as cuda
 
-        out, lse = cuda.block_sparse_attention(
-            q, k, v, *tensors, scale, bounded, flag, gate, k_mean, out_scale, return_lse
-        )
+        out, lse = cuda.block_sparse_attention(q, k, v, *tensors, scale, bounded, flag, gate, out_scale, return_lse)
     else:
         op: Any = _reference
         if backend == "triton":
             from happyhorse_fast.ops.triton import block_sparse_attention as triton
 
             op = triton.block_sparse_attention
-        options = (scale, bounded, flag, q_scale, k_scale, v_scale, gate, k_mean, out_scale, return_lse)
+        options = (scale, bounded, flag, q_scale, k_scale, v_scale, gate, out_scale, return_lse)
         out, lse = op(q, k, v, *tensors, *options)
     return out, q.new_empty(0, dtype=torch.float32) if out_scale is None else out_scale, lse
 
@@ -125,7 +121,6 @@ def _reference(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     gate: Tensor | None,
-    k_mean: Tensor | None,
     out_scale: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -140,7 +135,6 @@ def _reference(
         k_scale=k_scale,
         v_scale=v_scale,
         gate=gate,
-        k_mean=k_mean,
         bounded=bounded if flag is None else bool(flag),
         out_scale=out_scale,
         return_lse=return_lse,
@@ -164,7 +158,6 @@ def _check(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     gate: Tensor | None,
-    k_mean: Tensor | None,
 ) -> None:
     fp8 = torch.float8_e4m3fn
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -215,7 +208,6 @@ def _check(
         raise ValueError(
             f"k, v and block_map must be on q's device {q.device}, got {k.device}, {v.device} and {block_map.device}"
         )
-    extra = (("gate", gate, (n, heads_q)), ("k_mean", k_mean, (heads_kv, d)))
-    for name, value, shape in (*((s[0], s[1], s[2]) for s in scales), *extra):
+    for name, value, shape in (*((s[0], s[1], s[2]) for s in scales), ("gate", gate, (n, heads_q))):
         if value is not None:
             require(name, value, (torch.float32,), shape, device=q.device)

@@ -51,7 +51,6 @@ def sparse_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
     bounded: bool = False,
     folded: bool = False,
     out_scale: torch.Tensor | None = None,
@@ -82,7 +81,6 @@ def sparse_attention(
         k_scale: See ``k``.
         v_scale: See ``v``.
         gate: float32 [N, Hq], multiplies the normalised output.
-        k_mean: float32 [Hkv, D] that was subtracted from k; scale * q.k_mean is added to the LSE.
         bounded: No maximum: p = exp(s).
         folded: P times v's scale is what becomes e4m3; with ``v_scale``, and steps of 128 keys.
         out_scale: float32 [1], for e4m3 output: codes are of result * (1 / out_scale); see :func:`output_scale`.
@@ -154,8 +152,6 @@ def sparse_attention(
         out[heads, row] = acc / torch.where(row_sum > 0, row_sum, 1.0).unsqueeze(-1)
         lse[heads, row] = row_max + log_sum.log()
 
-    if k_mean is not None:
-        lse = lse + torch.einsum("hrgid,hd->hrgi", queries, k_mean.to(wide)) * scale
     result = out.permute(1, 3, 0, 2, 4).reshape(-1, hq, d)[:n]
     no_sums = q.new_empty(0, dtype=torch.float32)
     sums = lse.permute(0, 2, 1, 3).reshape(hq, -1)[:, :n].float().contiguous() if return_lse else no_sums

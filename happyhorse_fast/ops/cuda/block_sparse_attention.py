@@ -40,7 +40,6 @@ class BlockSparseAttentionParams(ctypes.Structure):
         ("mask_bits", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
         ("gate", ctypes.c_void_p),
-        ("k_mean", ctypes.c_void_p),
         ("flag", ctypes.c_void_p),
         ("q_token", ctypes.c_int64),
         ("q_head", ctypes.c_int64),
@@ -73,7 +72,6 @@ def block_sparse_attention(
     bounded: bool,
     flag: Tensor | None,
     gate: Tensor | None,
-    k_mean: Tensor | None,
     out_scale: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -108,7 +106,6 @@ def block_sparse_attention(
         mask_bits=address(mask_bits),
         order=address(order),
         gate=address(gate),
-        k_mean=address(k_mean),
         flag=address(flag),
         q_token=q.stride(0),
         q_head=q.stride(1),

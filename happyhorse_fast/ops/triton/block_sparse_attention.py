@@ -105,7 +105,6 @@ def block_sparse_attention(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     gate: Tensor | None,
-    k_mean: Tensor | None,
     out_scale: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -131,7 +130,6 @@ def block_sparse_attention(
         k_scale,
         v_scale,
         gate,
-        k_mean,
         flag,
         scale * math.log2(math.e),
     )
