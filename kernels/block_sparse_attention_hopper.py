@@ -105,7 +105,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         release(q_ring, slot, 0)
         turn += 1
 
-        row_sum = gl.where(row_sum > 0, row_sum, 1.0)  # no key: 0 / 1
+        row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # no key: 0 / 1; NaN stays
         factor = 1.0 / row_sum
         if gate is not None:
             factor *= gl.load(gate + query.to(gl.int64) * sizes.heads_q + head, mask=live, other=0.0)

@@ -73,6 +73,17 @@ def test_taken_where_tiles_can_be_described(fmt, monkeypatch):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
+def test_a_row_of_nan_has_an_lse_of_nan(fmt):
+    given = inputs(fmt)
+    if fmt == "fp8":
+        given["q"].view(torch.uint8)[3] = 0x7F
+    else:
+        (given["q_scale"] if fmt == "int8_qk" else given["q"])[3] = torch.nan
+    out, _, lse = attention(given, bound=LIMIT, return_lse=True)
+    assert out[3].isnan().all() and lse[:, 3].isnan().all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
 def test_without_a_bound_the_plain_kernel_keeps_a_maximum(fmt, monkeypatch):
     given = inputs(fmt)
     e4m3 = fmt == "fp8"

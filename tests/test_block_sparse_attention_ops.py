@@ -33,7 +33,7 @@ def test_opcheck(fmt, flag):
         torch.ops.happyhorse_fast.block_sparse_attention_reference.default,
     ):
         out_scale = torch.full((1,), 0.01) if fmt == "fp8" else None
-        arguments = (*tensors, 0.2, fmt != "fp8", flag, *rest, torch.rand(130, 2), None, out_scale, True)
+        arguments = (*tensors, 0.2, fmt != "fp8", flag, *rest, torch.rand(130, 2), out_scale, True)
         checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
         if fmt == "bf16":  # test_schema multiplies every input, which torch 2.13 does not do for e4m3 on the CPU
             checks.append("test_schema")
@@ -169,9 +169,9 @@ def test_every_variant_has_a_configuration_for_each_architecture_that_can():
 
 
 def test_a_bounded_softmax_with_an_lse_reads_through_pointers():
-    """Through descriptors it spills."""
+    """Through descriptors it spills in the plain kernel."""
     x = torch.empty(256, 2, 128, dtype=torch.bfloat16, device="meta")
-    with pretend(90):
+    with pretend(100):
         assert launcher.launch_config(x, x, x, bounded=True).descriptors
         assert launcher.launch_config(x, x, x, lse=True).descriptors
         assert not launcher.launch_config(x, x, x, bounded=True, lse=True).descriptors

@@ -368,7 +368,7 @@ def test_opcheck():
     tensors = [given[name] for name in "qkv"] + list(BlockMap.dense(130, 130).tensors())
     torch.library.opcheck(
         torch.ops.happyhorse_fast.block_sparse_attention_cuda.default,
-        (*tensors, 0.2, False, torch.ones(1, dtype=torch.int32), given["gate"], None, None, True),
+        (*tensors, 0.2, False, torch.ones(1, dtype=torch.int32), given["gate"], None, True),
         test_utils=["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"],
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.ops.checks import require, require_backend
-from happyhorse_fast.reference.score_bound import LIMIT, scores_fit
+from happyhorse_fast.reference.score_bound import score_limit, scores_fit
 from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
 
 HEAD_DIMS = (32, 64, 128)
@@ -49,7 +49,8 @@ def block_sparse_attention(
         block_map: N queries and M keys, for one head or Hkv heads; S = ceil(M / 128), R = ceil(N / 128).
         scale: Softmax scale, positive.
         bound: Promise that |scale * q.k| * log2(e), plus log2(max|v| / 256) where that is positive, is at most this for
-            every query and key (`score_bound.norm_bound` has it from weights); a wrong one can overflow. inf: nothing
+            every query and key (`score_bound.norm_bound` has it from weights); a wrong one can overflow, and a max|v|
+            below 2^-17 lose bits. inf: nothing
             is known, a running maximum is kept. None: in bf16 it is found on the device, without waiting for it; in
             int8 as inf. Without meaning where v is e4m3, whose P needs the maximum.
         q_scale: float32 [N, Hq] with int8 q: value = code * q_scale[i, h]; [R] with e4m3 q: code * q_scale[i // 128].
@@ -74,7 +75,7 @@ def block_sparse_attention(
         raise TypeError(f"block_map must be a BlockMap, such as BlockMap.dense(N, M); got {type(block_map).__name__}")
     _check(q, k, v, block_map, scale, bound, q_scale, k_scale, v_scale, gate)
     tensors = block_map.tensors()
-    bounded = v.dtype == torch.bfloat16 and bound is not None and bound <= LIMIT
+    bounded = v.dtype == torch.bfloat16 and bound is not None and bound <= score_limit(k.shape[0])
     flag = scores_fit(q, k, v, scale) if bound is None and q.dtype == torch.bfloat16 else None
     out_scale = output_scale(v, v_scale, gate) if fp8_out else None
     if backend == "cuda":

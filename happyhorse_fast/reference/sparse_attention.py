@@ -65,7 +65,7 @@ def sparse_attention(
     P is rounded where the kernel rounds it: to bf16, or to e4m3 codes of 256 * exp(s - m) where v is e4m3. With a
     running maximum m it is exp(s - m), and the row sum is taken before that rounding. ``bounded`` (see
     `reference.score_bound`) it is exp(s), and the output is divided by the sum of the rounded P: the largest P of a row
-    is not 1 there, and a row of one key would be off by the rounding of that P, up to 2^-9. The LSE is of the sum
+    is not 1 there, and a row of one key would be off by the rounding of that P, up to 2^-8. The LSE is of the sum
     before rounding in both.
 
     ``folded``, v's scale is in P before it is rounded: codes are of 256 * exp(s - m) times it, with m the maximum of

@@ -141,28 +141,25 @@ def block_sparse_attention(
         "BLOCK": BLOCK,
         "enable_fp_fusion": FP_FUSION,
     }
-    key_blocks, programs = -(-m // BLOCK), multiprocessors(q.device)
-    config = launch_config(q, k, v, bounded=forms[0], lse=return_lse)
-    if config.specialized:
-        # Never in a trace, which has no descriptors: no wrap_triton.
-        with on_device(q):
-            hopper.launch(config, *matrices(q, k, v), tensors, (n, map_rows, key_blocks, map_rows * heads_q), sizes)
-        forms = forms[1:]
-        if not forms:
-            return out, lse
-        config = launch_config(q, k, v, bounded=False, lse=return_lse)
-    items = map_rows * heads_q * (BLOCK // config.block_m)
-    k_source: Any = k
-    v_source: Any = v
+    key_blocks = -(-m // BLOCK)
     stride_v = (v.stride(2), v.stride(0), v.stride(1)) if is_transposed(v) else v.stride()
-    if config.descriptors:
-        _, k_matrix, v_matrix = matrices(q, k, v)
-        k_tile = (config.block_n, d)
-        v_tile = k_tile[::-1] if is_transposed(v) else k_tile
-        k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
-    programs *= max(1, WARPS_PER_SM // config.num_warps)
-    with on_device(q):
-        for form in forms:
+    for form in forms:
+        config = launch_config(q, k, v, bounded=form, lse=return_lse)
+        if config.specialized:
+            # Never in a trace, which has no descriptors: no wrap_triton.
+            with on_device(q):
+                hopper.launch(config, *matrices(q, k, v), tensors, (n, map_rows, key_blocks, map_rows * heads_q), sizes)
+            continue
+        items = map_rows * heads_q * (BLOCK // config.block_m)
+        programs = multiprocessors(q.device) * max(1, WARPS_PER_SM // config.num_warps)
+        k_source: Any = k
+        v_source: Any = v
+        if config.descriptors:
+            _, k_matrix, v_matrix = matrices(q, k, v)
+            k_tile = (config.block_n, d)
+            v_tile = k_tile[::-1] if is_transposed(v) else k_tile
+            k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
+        with on_device(q):
             launchable(block_sparse_attention_kernel)[(min(items, programs),)](
                 q,
                 k_source,
