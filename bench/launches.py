@@ -23,8 +23,9 @@ import triton
 from bench import aot_cases
 from bench.aot_compile import Driver, recording
 from bench.cases import Case, cases, exact_map, padded_rows
+from bench.comparison import implementations
 from bench.inputs import Given, call, make
-from bench.specialized import GLUON, STEM, running
+from bench.specialized import GLUON, running
 from bench.stand_in import stand_in
 from happyhorse_fast.block_map import BlockMap, BlockSelector
 from happyhorse_fast.kernels.launch import FP8_SINCE, SPECIALIZED_ON
@@ -56,13 +57,13 @@ def sources(arch: int) -> Iterator[Source]:
     for case in aot_cases.cases():
         if case.arch == arch and not case.tracing:  # torch.compile keeps what it compiles elsewhere
             yield Source(f"table {case.op} {case.detail}", case.launch)
+    also = (GLUON,) if arch == SPECIALIZED_ON else ()
     for scope in SCOPES:
         for bench_case in cases(scope):
             if bench_case.precision == "fp8" and arch < FP8_SINCE:
                 continue
-            for impl in ("triton", GLUON):
-                if impl == "triton" or (bench_case.op == STEM and arch == SPECIALIZED_ON):
-                    yield Source(f"case {bench_case.name} {impl}", lambda c=bench_case, i=impl: launch(c, i))  # type: ignore[misc]
+            for impl in implementations(bench_case, "triton", also):
+                yield Source(f"case {bench_case.name} {impl}", lambda c=bench_case, i=impl: launch(c, i))  # type: ignore[misc]
     yield Source("self-check", lambda: self_checks(arch))
     for name in TESTS:
         yield Source(f"test {name}", lambda name=name: run_tests(name))  # type: ignore[misc]

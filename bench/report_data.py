@@ -130,7 +130,7 @@ def share_of(entry: Json, peaks: Peaks | None) -> float | None:
     """A verified entry's share of a roofline: of the products' rate or of the bandwidth, whichever binds it."""
     if peaks is None:
         return None
-    rate = peaks.fp8 if entry["case"].endswith("fp8") and peaks.fp8 else peaks.bf16
+    rate = peaks.rate(entry["case"].rpartition("/")[2])
     return max((entry["tflops"] or 0.0) / rate, (entry["gbps"] or 0.0) / 1e3 / peaks.bandwidth)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from bench.specialized import STEM
+from bench.cases import STEM
 from happyhorse_fast.ops import block_sparse_attention as attention
 from happyhorse_fast.ops import dispatch, trust
 from happyhorse_fast.ops.triton import block_sparse_attention as attention_launcher
