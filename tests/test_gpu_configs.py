@@ -79,9 +79,19 @@ def linear(moved: list[Any], epilogue: str, hidden: torch.Tensor, backend: str) 
     return fp8_linear_activation(*moved, epilogue, False, backend=backend)[0]
 
 
+def forms(variant: str) -> tuple[bool, ...]:
+    """Of the softmax that a configuration has: bounded or not."""
+    if variant.startswith("fp8"):
+        return (False,)
+    return (True,) if variant.endswith("_specialized") else (False, True)
+
+
 @pytest.mark.parametrize("lse", [False, True])
-@pytest.mark.parametrize("variant", ["bf16_d32", "int8_qk_d64_strided"] if DRY else ATTENTION)
-def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variant", "bounded"),
+    [(v, b) for v in (("bf16_d32", "int8_qk_d64_strided") if DRY else ATTENTION) for b in forms(v)],
+)
+def test_attention(variant: str, bounded: bool, lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arch = architecture(DEVICE)
     if str(arch) in table("block_sparse_attention")[variant]:
         # By its name, not as the launcher picks it: some it takes for an LSE alone, some only without.
@@ -113,7 +123,6 @@ def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> 
     if strided:
         views = {name for name in "qkv" if not (fmt == "fp8" and name == "v")}
         there, given = ({n: x[..., :d] if n in views else x for n, x in both.items()} for both in (there, given))
-    bounded = variant.endswith("_specialized") and fmt != "fp8"  # the specialized kernel's form
     with poisoned():
         out, _, sums = block_sparse_attention(
             **there,
