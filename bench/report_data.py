@@ -196,6 +196,7 @@ FORMS = {
     "fast bf16": "fast bf16",
     "fast fp8": "fast fp8, attention fp8",
     "fast fp8 linear": "fast fp8, attention bf16 (the default of fp8)",
+    "fast fp8 int8_qk": "fast fp8, attention int8_qk",
 }
 KERNELS = {"triton": "plain Triton", "gluon": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
 """How a kernel of attention is called where a backend of that name also runs other ops."""

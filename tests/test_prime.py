@@ -98,6 +98,15 @@ def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
         assert f"{name}_kernel" in names
 
 
+@pytest.mark.parametrize("mode", ["fast fp8 linear", "fast fp8 int8_qk"])
+def test_what_a_clips_layers_launch_is_primed(mode):
+    # With 40 heads, one map and e4m3 out: no case, table or self-check makes this launch.
+    only = f"^clip happyhorse-1.0-15b/1080p/{mode}/exact/whole$"
+    found = [json.loads(line)["kernel"] for line in run("-m", "bench.launches", "--only", only).splitlines()]
+    assert found.count("block_sparse_attention_hopper_kernel") == 1
+    assert "block_sparse_attention_kernel" not in found, "a known bound needs no other form"
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     return prime(SOME, tmp_path_factory.mktemp("primed"))
