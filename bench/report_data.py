@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.results import FOLDER, ROOT, Json, merged, read
+from bench.results import FOLDER, NOT_INTERLEAVED, ROOT, Json, merged, ratio, read
 from bench.roofline import Peaks
 from bench.sampler_runs import EXACT, SECOND_STAGE
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
@@ -149,10 +149,11 @@ def row_of(entry: Json, measured: Peaks | None = None) -> Row:
     if not peers:
         return Row(case, impl, "alone", "no peer ran", *numbers, reachable)
     best = min(peers, key=lambda name: peers[name])
-    ratio = peers[best] / taken
-    if ratio < 1:
-        return Row(case, impl, "slower", f"SLOWER than {best}: {ratio:.2f}x", *numbers, reachable, best, ratio)
-    return Row(case, impl, "fastest", f"{ratio:.2f}x {best}", *numbers, reachable, best, ratio)
+    times = peers[best] / taken
+    apart = f", {NOT_INTERLEAVED}" if ratio(entry, best) is None else ""
+    if times < 1:
+        return Row(case, impl, "slower", f"SLOWER than {best}: {times:.2f}x{apart}", *numbers, reachable, best, times)
+    return Row(case, impl, "fastest", f"{times:.2f}x {best}{apart}", *numbers, reachable, best, times)
 
 
 def rows_of(data: Json) -> list[Row]:

@@ -236,6 +236,10 @@ def ratio(entry: Json, peer: str) -> float | None:
     return entry["peers"][peer] / entry["median_ms"] if entry.get("span") and peer in entry["peers"] else None
 
 
+NOT_INTERLEAVED = "not interleaved"
+"""Said of a comparison that no span is behind."""
+
+
 def comparable(one: Json, other: Json) -> bool:
     """Whether the times of two entries are of one span: a cool chip's are up to 20 % below a warm one's."""
     return bool(one.get("span")) and one.get("span") == other.get("span")

@@ -17,7 +17,7 @@ from bench.inputs import BOUNDED, FOUND, RUNNING
 from bench.predictions import PREDICTIONS, SIZE, Prediction
 from bench.report_data import ceilings, form_of, load, measured_ceilings, share_of, steps_timed
 from bench.report_tables import Table, clip_table, ops_table, shown
-from bench.results import FOLDER, Json, comparable, read
+from bench.results import FOLDER, NOT_INTERLEAVED, Json, comparable, ratio, read
 from bench.sampler_runs import BASE, EXACT, SECOND_STAGE
 
 ATTENTION = ("window", "25%")
@@ -107,6 +107,8 @@ def lines(data: Json) -> Iterator[Line]:
 def _against(what: str, entry: Json | None, peer: str, wanted: float) -> Line:
     taken = entry["peers"].get(peer) if entry else None
     note = f"{peer} {taken:.4g} ms" if taken else f"{peer} was not timed"
+    if taken and entry and ratio(entry, peer) is None:
+        note += f", {NOT_INTERLEAVED}"
     return Line(what, wanted, taken / entry["median_ms"] if taken and entry else None, "x its speed", note=note)
 
 
