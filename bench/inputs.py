@@ -183,7 +183,8 @@ def _row_tiles(case: Case, draw: Draw) -> Tensor:
 
 def _drop_in(q: Tensor, k: Tensor, v: Tensor, *, backend: str, **options: Any) -> tuple[Tensor]:
     """`attention` as any model calls it, on [1, heads, tokens, D] views of what a layer has."""
-    out = sdpa.attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), backend=backend, **options)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = sdpa.attention(q, k, v, backend=backend, **options)
     assert isinstance(out, Tensor)
     return (out[0].transpose(0, 1),)
 

@@ -113,7 +113,8 @@ def clip(run: Run) -> None:
     choices = choose("triton", fast.precision, META, attention=fast.attention)
     model = empty_accelerated(config, fast, choices)
     grid = Size(run.name, config, tokens_for(run.resolution, "16:9", 5)).grid
-    state = build_clip_state(model.fast, grid, frequency_bands(config.head_dim, CPU)).fake(META)
+    made: Any = model.fast
+    state = build_clip_state(made, grid, frequency_bands(config.head_dim, CPU)).fake(META)
     hidden = torch.empty(state.rows.slots, config.hidden_size, device=META)
     for layer in model.block.layers:
         assert isinstance(layer, FastLayer)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from happyhorse_fast.model.fast_config import FastConfig, TopK
+from happyhorse_fast.model.fast_config import AttentionPrecision, FastConfig, TopK
 
 BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
 FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"
 MODES = ("fast fp8", "fast fp8 linear", "fast fp8 int8_qk", "fast bf16", "eager", "torch.compile")
 """Fast fp8 has attention in fp8 too; fast fp8 linear is what FastConfig(precision="fp8") does, attention in bf16."""
-_ATTENTION = {"fast fp8": "fp8", "fast fp8 int8_qk": "int8_qk"}
+_ATTENTION: dict[str, AttentionPrecision] = {"fast fp8": "fp8", "fast fp8 int8_qk": "int8_qk"}
 EXACT = "exact"
 # Steps of a run are stopped after so long, two at least. A fast run of 8 steps at 1080p ends within it.
 SECONDS = {"fast": 40.0, "other": 10.0}
