@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case
+from bench.cases import DROP_IN, STEM, Case
 from bench.inputs import Given, call
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap
@@ -95,7 +95,7 @@ def _blocks(count: int) -> list[int]:
 def _compare(
     case: Case, given: Given, results: tuple[Tensor, ...], before: Tensor | None, rows: slice, block: int
 ) -> Iterator[Compared]:
-    if case.op == "block_sparse_attention":
+    if case.op in (STEM, DROP_IN):
         yield from _attention(case, given, results, rows, block)
     elif case.op == "rmsnorm_quantize":
         exact = _normed(given, rows, block)
@@ -171,7 +171,7 @@ def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, blo
 
 
 def _attention(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, block: int) -> Iterator[Compared]:
-    """One group of query heads, drawn with the block; all keys."""
+    """One group of query heads, drawn with the block; all keys. Codes are what they stand for."""
     heads_kv, group = case.plan.num_heads_kv, case.plan.num_heads_q // case.plan.num_heads_kv
     head = block % heads_kv
     heads = slice(head * group, (head + 1) * group)
@@ -184,8 +184,13 @@ def _attention(case: Case, given: Given, results: tuple[Tensor, ...], rows: slic
         v = (token_order(v[head]).double() * given["v_scale"][head].double().repeat_interleave(BLOCK)).T[: len(k)]
     else:
         v = v[:, head].double()
+    if case.precision == "int8_qk":
+        q = q * given["q_scale"][rows, heads, None].double()
+        k = k * given["k_scale"][head].double().repeat_interleave(BLOCK)[: len(k), None]
     scores = (torch.einsum("qgd,kd->qgk", q, k) * given["scale"]).masked_fill(~mask[:, None], -torch.inf)
-    exact = scores.softmax(dim=-1) @ v * given["gate"][rows, heads].double()[..., None]
+    exact = scores.softmax(dim=-1) @ v
+    if "gate" in given:
+        exact = exact * given["gate"][rows, heads].double()[..., None]
     out = results[0][rows, heads]
     if case.precision == "fp8":
         values = dequantize(out, results[1], torch.float64)

@@ -83,9 +83,19 @@ def linear(moved: list[Any], epilogue: str, hidden: torch.Tensor, backend: str) 
     return fp8_linear_activation(*moved, epilogue, False, backend=backend)[0]
 
 
+def forms(variant: str) -> tuple[bool, ...]:
+    """Of the softmax that a configuration has: bounded or not."""
+    if variant.startswith("fp8"):
+        return (False,)
+    return (True,) if variant.endswith("_specialized") else (False, True)
+
+
 @pytest.mark.parametrize("lse", [False, True])
-@pytest.mark.parametrize("variant", ["bf16_d32", "int8_qk_d64_strided"] if DRY else ATTENTION)
-def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variant", "bounded"),
+    [(v, b) for v in (("bf16_d32", "int8_qk_d64_strided") if DRY else ATTENTION) for b in forms(v)],
+)
+def test_attention(variant: str, bounded: bool, lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arch = architecture(DEVICE)
     if str(arch) in table("block_sparse_attention")[variant]:
         # By its name, not as the launcher picks it: some it takes for an LSE alone, some only without.
@@ -117,7 +127,6 @@ def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> 
     if strided:
         views = {name for name in "qkv" if not (fmt == "fp8" and name == "v")}
         there, given = ({n: x[..., :d] if n in views else x for n, x in both.items()} for both in (there, given))
-    bounded = variant.endswith("_specialized") and fmt != "fp8"  # the specialized kernel's form
     with poisoned():
         out, _, sums = block_sparse_attention(
             **there,
@@ -127,10 +136,9 @@ def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> 
             return_lse=lse,
             backend="triton",
         )
-    step = launcher.launch_config(there["q"], there["k"], there["v"], lse=lse).block_n
-    wanted, wanted_sums = sparse_attention(
-        **given, block_map=block_map, scale=d**-0.5, bounded=bounded, return_lse=lse, step=step
-    )
+    config = launcher.launch_config(there["q"], there["k"], there["v"], bounded=bounded, lse=lse)
+    options = {"scale": d**-0.5, "bounded": bounded, "return_lse": lse} | launcher.rounding_of(config, there["v"])
+    wanted, wanted_sums = sparse_attention(**given, block_map=block_map, **options)
     distance = max(DISTANCE, attention_distance(fmt, DEVICE))
     assert violations(measure(out.cpu().float(), wanted.float()), distance=distance, slope=None) == []
     if lse:
