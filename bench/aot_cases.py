@@ -109,10 +109,10 @@ def norms(arch: int) -> Iterator[Case]:
 
 
 def qkv_products(arch: int) -> Iterator[Case]:
-    """`qkv_linear`: inputs and outputs in every format, with a mean of k to take off and without."""
+    """`qkv_linear`: inputs and outputs in every format."""
     outs = ("bf16", "int8_qk", "fp8") if arch >= FP8_SINCE else ("bf16", "int8_qk")
     features = (HEADS_Q + 2 * HEADS_KV + 1) * HEAD_DIM
-    for fmt, out, k_mean, experts in itertools.product(formats(arch), outs, (False, True), EXPERTS):
+    for fmt, out, experts in itertools.product(formats(arch), outs, EXPERTS):
         arguments = {
             "x": meta(ROWS, HIDDEN, dtype=DTYPES[fmt]),
             "x_scale": meta(ROWS) if fmt == "fp8" else None,
@@ -125,11 +125,10 @@ def qkv_products(arch: int) -> Iterator[Case]:
             "num_heads_kv": HEADS_KV,
             "out": out,
             "qk_scale": meta(experts, 2) if out == "fp8" else None,
-            "k_mean": meta(HEADS_KV, HEAD_DIM) if k_mean else None,
         }
         variant = f"qkv_{fmt}"
         for tracing in loads("rmsnorm_qkv", variant, arch):
-            detail = described(f"{fmt}, {out} out{', k_mean' if k_mean else ''}", tracing)
+            detail = described(f"{fmt}, {out} out", tracing)
             variants = {"qkv_linear_kernel": variant}
             yield Case("qkv_linear", "rmsnorm_qkv", arch, variants, fmt, detail, arguments, tracing)
 
@@ -155,7 +154,7 @@ def attentions(arch: int) -> Iterator[Case]:
             # Where a table has descriptors, a bounded softmax and e4m3 with an LSE still read through pointers.
             pointers = True in ways and (tracing or (lse and (bounded or fmt == "fp8")))
             variants = {"block_sparse_attention_kernel": f"{variant}_strided" if pointers else variant}
-            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
+            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE' if lse else ''}"
             detail += f", {map_heads} maps" if map_heads > 1 else ""
             if flag:
                 arguments, detail = arguments | {"flag": meta(1, dtype=I32)}, f"{detail}, flag"
@@ -174,7 +173,7 @@ def specialized_attentions(arch: int) -> Iterator[Case]:
             wishes.append((HEADS_KV, fmt != "bf16", False))
         for map_heads, fp8_out, lse in wishes:
             arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse, fmt != "fp8")
-            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE, k_mean' if lse else ''}"
+            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE' if lse else ''}"
             detail += f", {map_heads} maps" if map_heads > 1 else ""
             variants = {"block_sparse_attention_hopper_kernel": f"{variant}{FORM}"}
             yield Case(stem, stem, arch, variants, fmt, f"{detail}, specialized", arguments, specialized=True)
@@ -207,43 +206,47 @@ def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bo
         "k_scale": {"bf16": None, "int8_qk": meta(HEADS_KV, blocks), "fp8": meta(blocks)}[fmt],
         "v_scale": meta(HEADS_KV, blocks) if fmt == "fp8" else None,
         "gate": meta(ROWS, HEADS_Q),
-        "k_mean": meta(HEADS_KV, d) if lse else None,
-        "fp8_out": fp8_out,
+        "out_scale": meta(1) if fp8_out else None,
         "return_lse": lse,
     }
 
 
-def linear_shapes(epilogue: str, group: int) -> tuple[int, int]:
-    """(F, K) where the model meets a product: projection, up, and down with the groups that up's epilogue writes."""
-    if epilogue in ("swiglu7", "gelu7"):
-        return (UP if epilogue == "swiglu7" else GELU, HIDDEN)
-    return (HIDDEN, {64: DOWN, 128: GELU}.get(group, HIDDEN))
+def linear_shapes(epilogue: str) -> tuple[tuple[int, int], ...]:
+    """(F, K) where the model meets a product: up; proj; and down, of which SwiGLU7's alone is no multiple of 256."""
+    of = {"swiglu7": ((UP, HIDDEN),), "gelu7": ((GELU, HIDDEN),), "residual": ((HIDDEN, HIDDEN), (HIDDEN, DOWN))}
+    return of.get(epilogue, ((HIDDEN, HIDDEN),))
 
 
 def linears(arch: int) -> Iterator[Case]:
-    """`fp8_linear` and its epilogues: every entry of the table, both outputs of an activation, both ways to load."""
+    """`fp8_linear` and its epilogues: every entry of the table, both outputs of an activation, both ways to load.
+
+    In e4m3 up has an x_scale per row, the others have one, and proj's shape both.
+    """
     for variant, known in table("fp8_linear").items():
-        fmt, *middle, epilogue = variant.split("_")
+        fmt, epilogue = variant.split("_")
         if str(arch) not in known:
             continue
-        group = int(middle[0].removeprefix("group")) if middle else 0
-        features, inputs = linear_shapes(epilogue, group)
         activation = epilogue in ("swiglu7", "gelu7")
         outs = formats(arch) if activation else ("float32" if epilogue == "residual" else "bf16",)
-        for experts, out, tracing in itertools.product(EXPERTS, outs, loads("fp8_linear", variant, arch)):
+        products = [(*shape, activation) for shape in linear_shapes(epilogue)]
+        if fmt == "fp8" and not activation:
+            products.append((HIDDEN, HIDDEN, True))
+        for (features, inputs, per_row), experts, out, tracing in itertools.product(
+            products, EXPERTS, outs, loads("fp8_linear", variant, arch)
+        ):
             arguments = {
                 "x": meta(ROWS, inputs, dtype=DTYPES[fmt]),
-                "x_scale": None if fmt == "bf16" else meta(ROWS, inputs // group) if group else meta(ROWS),
+                "x_scale": None if fmt == "bf16" else meta(ROWS if per_row else 1),
                 "weight": meta(experts, features, inputs, dtype=DTYPES[fmt]),
                 "weight_scale": None if fmt == "bf16" else meta(experts, features),
                 "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
             }
-            op = "fp8_linear"
+            op, scales = "fp8_linear", " per row" if per_row and not activation else ""
             if activation:
                 op, arguments = "fp8_linear_activation", arguments | {"activation": epilogue, "fp8": out == "fp8"}
             elif epilogue == "residual":
                 op, arguments = "fp8_linear_residual", arguments | {"hidden": meta(ROWS, features)}
-            detail = f"{fmt}{f' per {group}' if group else ''}, {epilogue}, {out} out"
+            detail = f"{fmt}{scales}, {epilogue}, {out} out{f', K {inputs}' if inputs != HIDDEN else ''}"
             variants = {"fp8_linear_kernel": variant}
             yield Case(op, "fp8_linear", arch, variants, fmt, described(detail, tracing), arguments, tracing)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.results import Json, ratio
+from bench.results import NOT_INTERLEAVED, Json, ratio
 from bench.roofline import Peaks
 
 COLUMNS = (
     *("case", "impl", "ms", "spread", "TFLOP/s", "useful", "GB/s", "roofline", "of measured", "MHz", "W"),
     "peers: their time over ours",
 )
-NOT_INTERLEAVED = "not interleaved"
 
 
 def row(entry: Json) -> list[str]:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from bench import eager
-from bench.cases import Case
+from bench.cases import DROP_IN, STEM, Case
 from bench.inputs import Given, make
 
 Function = Callable[[], object]
 LINEAR = ("fp8_linear_activation", "fp8_linear_residual", "qkv_linear")
-ATTENTION = ("block_sparse_attention",)
+ATTENTION = (STEM,)
+DENSE = (STEM, DROP_IN)
+"""Attention without a gate is what peers that attend densely do."""
 NORM = ("rmsnorm_quantize",)
 
 
@@ -124,7 +126,7 @@ class Compiled(Peer):
 class Sdpa(Peer):
     """``scaled_dot_product_attention`` with one backend, dense, without the gate."""
 
-    ops = ATTENTION
+    ops = DENSE
 
     def __init__(self, backend: str) -> None:
         self.backend = backend

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.results import FOLDER, ROOT, Json, merged, read
+from bench.results import FOLDER, NOT_INTERLEAVED, ROOT, Json, merged, ratio, read
 from bench.roofline import Peaks
 from bench.sampler_runs import EXACT, SECOND_STAGE
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
@@ -130,7 +130,7 @@ def share_of(entry: Json, peaks: Peaks | None) -> float | None:
     """A verified entry's share of a roofline: of the products' rate or of the bandwidth, whichever binds it."""
     if peaks is None:
         return None
-    rate = peaks.fp8 if entry["case"].endswith("fp8") and peaks.fp8 else peaks.bf16
+    rate = peaks.rate(entry["case"].rpartition("/")[2])
     return max((entry["tflops"] or 0.0) / rate, (entry["gbps"] or 0.0) / 1e3 / peaks.bandwidth)
 
 
@@ -149,10 +149,11 @@ def row_of(entry: Json, measured: Peaks | None = None) -> Row:
     if not peers:
         return Row(case, impl, "alone", "no peer ran", *numbers, reachable)
     best = min(peers, key=lambda name: peers[name])
-    ratio = peers[best] / taken
-    if ratio < 1:
-        return Row(case, impl, "slower", f"SLOWER than {best}: {ratio:.2f}x", *numbers, reachable, best, ratio)
-    return Row(case, impl, "fastest", f"{ratio:.2f}x {best}", *numbers, reachable, best, ratio)
+    times = peers[best] / taken
+    apart = f", {NOT_INTERLEAVED}" if ratio(entry, best) is None else ""
+    if times < 1:
+        return Row(case, impl, "slower", f"SLOWER than {best}: {times:.2f}x{apart}", *numbers, reachable, best, times)
+    return Row(case, impl, "fastest", f"{times:.2f}x {best}{apart}", *numbers, reachable, best, times)
 
 
 def rows_of(data: Json) -> list[Row]:
@@ -196,6 +197,7 @@ FORMS = {
     "fast bf16": "fast bf16",
     "fast fp8": "fast fp8, attention fp8",
     "fast fp8 linear": "fast fp8, attention bf16 (the default of fp8)",
+    "fast fp8 int8_qk": "fast fp8, attention int8_qk",
 }
 KERNELS = {"triton": "plain Triton", "gluon": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
 """How a kernel of attention is called where a backend of that name also runs other ops."""

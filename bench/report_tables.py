@@ -271,10 +271,18 @@ def ops_table(data: Json) -> Table:
         "Every case passed its gate against float64 at this shape before it was timed, or says that it did not. "
         "Product only: without the norm, activation or residual that ours has in it. No "
         "gate: its numbers were not checked. eager is the reference in bf16, for fp8 cases too. "
-        f"{_ceilings_note(data)} Each kernel was timed by itself on a chip held at its power limit: differences "
-        "under 20 % may be the order of timing."
+        f"{_ceilings_note(data)} {_turns_note(data)}"
     )
     return Table(title, columns, tuple(rows), note)
+
+
+def _turns_note(data: Json) -> str:
+    """How times that are compared were taken."""
+    alone = [entry for entry in data["entries"] if entry["peers"] and not entry.get("span")]
+    if not alone:
+        return "What is compared took turns on a warm chip."
+    which = "Each kernel was" if not any(entry.get("span") for entry in data["entries"]) else "Some kernels were"
+    return f"{which} timed alone on a chip held at its power limit: differences under 20 % may be the order of timing."
 
 
 def _against(ratio: float) -> str:

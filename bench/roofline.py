@@ -32,6 +32,7 @@ class Peaks:
         source: :data:`MEASURED`, or where the maker states them.
         sm_mhz: Clock that the products were measured at, None where it is not known.
         power_w: Power, likewise.
+        int8: TOP/s of int8 products; None where that is not known: then as fp8, whose rate it has on Hopper.
     """
 
     bandwidth: float
@@ -40,11 +41,17 @@ class Peaks:
     source: str
     sm_mhz: float | None = None
     power_w: float | None = None
+    int8: float | None = None
+
+    def rate(self, precision: str) -> float:
+        """TFLOP/s in ``"bf16"``, ``"fp8"`` or ``"int8_qk"`` (half int8, half bf16); without 8 bits that of bf16."""
+        if precision == "int8_qk":
+            return 2 / (1 / (self.int8 or self.fp8 or self.bf16) + 1 / self.bf16)
+        return self.fp8 if precision == "fp8" and self.fp8 is not None else self.bf16
 
     def floor_ms(self, flops: float, moved: float, precision: str) -> float:
         """Least time for so many FLOPs and bytes."""
-        rate = self.fp8 if precision == "fp8" and self.fp8 is not None else self.bf16
-        return 1e3 * max(flops / (rate * 1e12), moved / (self.bandwidth * 1e12))
+        return 1e3 * max(flops / (self.rate(precision) * 1e12), moved / (self.bandwidth * 1e12))
 
 
 def datasheet(device: torch.device) -> Peaks | None:
@@ -54,7 +61,7 @@ def datasheet(device: torch.device) -> Peaks | None:
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
     for gpu in GPUS.values():
         if gpu.name in name:
-            return Peaks(gpu.bandwidth, gpu.bf16, gpu.fp8, gpu.source)
+            return Peaks(gpu.bandwidth, gpu.bf16, gpu.fp8, gpu.source, int8=gpu.int8)
     return None
 
 

@@ -196,7 +196,13 @@ STAGES = (
     Stage("check", 60, _check),
     Stage("tests", 120, _tests),
     Stage("sampler", 132, _sampler),
-    Stage("attn", 90, _ops("main", "attention,select", "attention-25%/tiny/fp8,attention-dense/tiny/bf16")),
+    Stage(
+        "attn",
+        90,
+        _ops(
+            "main", "attention,select", "attention-25%/tiny/fp8,attention-dense/tiny/bf16,attention-dense/tiny/int8_qk"
+        ),
+    ),
     Stage("linear", 80, _ops("main", LINEAR, "down/tiny/fp8,qkv_linear/tiny/bf16")),
     Stage("sanitize", 150, _sanitize, default=False),
     Stage("sizes", 300, _ops("rest", "", "proj/tiny/fp8"), default=False),

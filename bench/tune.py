@@ -79,8 +79,7 @@ def targets(scope: str) -> Iterator[Target]:
         elif case.op == "fp8_linear_activation":
             yield Target("fp8_linear", f"{precision}_{case.part}", case)
         elif case.op == "fp8_linear_residual":
-            group = case.plan.head_dim if case.part == "proj" else 64 if case.plan.gated else 128
-            yield Target("fp8_linear", "bf16_residual" if precision == "bf16" else f"fp8_group{group}_residual", case)
+            yield Target("fp8_linear", f"{precision}_residual", case)
         elif case.op == "qkv_linear":
             yield Target("rmsnorm_qkv", f"qkv_{precision}", case)
 
@@ -95,9 +94,7 @@ def candidates(target: Target, arch: int) -> list[LaunchConfig]:
     if committed is None:
         raise LookupError(f"{target.stem} {target.variant} has no configuration for sm_{arch}")
     base = LaunchConfig(**committed)
-    choices = dict(CHOICES[target.stem])
-    if "group" in target.variant:  # one step of the reduction holds one group's scale
-        choices.pop("block_k")
+    choices = CHOICES[target.stem]
     made = [base]
     if str(arch) in table(target.stem).get(f"{target.variant}_specialized", {}):
         made.append(dataclasses.replace(base, specialized=not base.specialized))

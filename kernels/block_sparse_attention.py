@@ -14,7 +14,7 @@ beside 1024 of exponents, which two warp groups hide behind each other's product
 import triton
 import triton.language as tl
 
-from happyhorse_fast.kernels.numerics import scale_of, to_e4m3
+from happyhorse_fast.kernels.numerics import to_e4m3
 
 P_EXPONENT = tl.constexpr(8.0)
 """P is multiplied by 2^8 before it becomes e4m3: at most 256, so no clamp, and kept down to 2^-17."""
@@ -209,7 +209,6 @@ def block_sparse_attention_kernel(
     k_scale,
     v_scale,
     gate,
-    k_mean,
     flag,
     scale,
     queries,
@@ -242,7 +241,7 @@ def block_sparse_attention_kernel(
 
     Strides of v are of (key, head, channel), in either layout.
     q_scale and k_scale come with int8 (per token and head; per head and block) and e4m3 q and k (per block), v_scale
-    with e4m3 v; out_scale asks for e4m3 output; lse, gate and k_mean are None where they are not wanted. Where ``flag``
+    with e4m3 v; out_scale asks for e4m3 output; lse and gate are None where they are not wanted. Where ``flag``
     is given, the form of the softmax that it does not name has nothing to do. BIASED: see :func:`scores`. Rows of
     ``columns`` list full blocks first: the first loop has no mask.
     """
@@ -277,9 +276,6 @@ def block_sparse_attention_kernel(
             k_scales += kv_head * key_blocks
         elif q_scale is not None:
             row_scale = scale * tl.load(q_scale + block_row)
-        if lse is not None and k_mean is not None:  # here, where q as float32 has the registers of acc
-            mean = tl.load(k_mean + kv_head * D + channel)
-            of_mean = tl.sum(q_tile.to(tl.float32) * mean[None, :], axis=1) * row_scale
         acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
         if BOUNDED:
@@ -347,13 +343,13 @@ def block_sparse_attention_kernel(
         factor = 1.0 / row_sum
         if gate is not None:
             factor *= tl.load(gate + query.to(tl.int64) * HEADS_Q + head, mask=live, other=0.0)
+        if out_scale is not None:
+            factor *= 1.0 / tl.load(out_scale)
         result = acc * factor[:, None]
         token = query.to(tl.int64) * HEADS_Q + head
         place = out + token[:, None] * D + channel[None, :]
         if out_scale is not None:
-            quantised = scale_of(tl.max(tl.abs(result), axis=1))
-            tl.store(out_scale + token, quantised, mask=live)
-            tl.store(place, to_e4m3(result / quantised[:, None]), mask=live[:, None])
+            tl.store(place, to_e4m3(result), mask=live[:, None])
         else:
             tl.store(place, result.to(tl.bfloat16), mask=live[:, None])
 
@@ -364,6 +360,4 @@ def block_sparse_attention_kernel(
                 log_sum = other + tl.log2(row_sum)
             if PV_FP8:
                 log_sum -= P_EXPONENT
-            if k_mean is not None:
-                log_sum += of_mean
             tl.store(lse + head.to(tl.int64) * queries + query, log_sum * LOG_2, mask=live)

@@ -22,7 +22,6 @@ from happyhorse_fast.kernels.hopper_ring import await_full, fill, make_ring, rel
 from happyhorse_fast.kernels.hopper_scores import Item, Scales, Work
 from happyhorse_fast.kernels.hopper_sizes import GROUPS, sizes_of
 
-scale_of = gluon.jit(numerics.scale_of.fn)
 to_e4m3 = gluon.jit(numerics.to_e4m3.fn)
 
 Q_SLOTS = gl.constexpr(2)
@@ -66,7 +65,7 @@ def load_tiles(q, k, v, q_ring, k_ring, v_ring, work, sizes: gl.constexpr):
 @gluon.jit
 def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
     """A computing group: queries GROUP * 64 and on of every item."""
-    q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, k_mean, queries, key_blocks = common
+    q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, queries, key_blocks = common
     ROWS: gl.constexpr = sizes.rows
     FIRST: gl.constexpr = GROUP * ROWS
     if not sizes.e4m3 and GROUP == 1:
@@ -93,11 +92,6 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         n_full = gl.load(work.counts + entry * 2)
         n_all = gl.load(work.counts + entry * 2 + 1)
         item = Item(q_tile, gl.load(work.starts + entry), n_full, n_all)
-        if lse is not None and k_mean is not None:  # here, where q as float32 has the registers of acc
-            channel = gl.arange(0, sizes.d, layout=gl.SliceLayout(0, sizes.o_layout))
-            mean = gl.load(k_mean + kv_head * sizes.d + channel)
-            of_mean = gl.sum(q_tile.load(sizes.o_layout).to(gl.float32) * mean[None, :], axis=1)
-            of_mean = gl.convert_layout(of_mean, sizes.s_row) * of_item.scores
         acc = gl.full([ROWS, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
         row_sum = gl.full([ROWS], 0.0, gl.float32, layout=sizes.s_row)
         log_sum = row_sum
@@ -111,10 +105,12 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         release(q_ring, slot, 0)
         turn += 1
 
-        row_sum = gl.where(row_sum > 0, row_sum, 1.0)  # no key: 0 / 1
+        row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # no key: 0 / 1; NaN stays
         factor = 1.0 / row_sum
         if gate is not None:
             factor *= gl.load(gate + query.to(gl.int64) * sizes.heads_q + head, mask=live, other=0.0)
+        if out_scale is not None:
+            factor *= 1.0 / gl.load(out_scale)
         result = acc * gl.convert_layout(factor, sizes.o_row)[:, None]
         store_result(result, out, out_scale, row * sizes.block + FIRST, head, queries, sizes)
         if lse is not None:  # no key: -inf + log2(1), or log2(0)
@@ -122,24 +118,19 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
                 log_sum = row_max + gl.log2(row_sum) - P_EXPONENT
             else:
                 log_sum = gl.log2(log_sum)
-            if k_mean is not None:
-                log_sum += of_mean
             gl.store(lse + head.to(gl.int64) * queries + query, log_sum * LOG_2, mask=live)
 
 
 @gluon.jit
 def store_result(result, out, out_scale, first, head, queries, sizes: gl.constexpr):
-    """Quantise by row where asked for, and store 16 bytes a thread at a time."""
+    """Round, to e4m3 where there is a scale, and store 16 bytes a thread at a time."""
     D: gl.constexpr = sizes.d
     EACH: gl.constexpr = 8 if out_scale is None else 16
     layout: gl.constexpr = gl.BlockedLayout([1, EACH], [32 * EACH // D, D // EACH], [4, 1], [1, 0])
     if out_scale is None:
         value = result.to(gl.bfloat16)
     else:
-        scale = scale_of(gl.max(gl.abs(result), axis=1))
-        value = to_e4m3(result / scale[:, None])
-        query = first + gl.arange(0, sizes.rows, layout=sizes.o_row)
-        gl.store(out_scale + query.to(gl.int64) * sizes.heads_q + head, scale, mask=query < queries)
+        value = to_e4m3(result)
     query = first + gl.arange(0, sizes.rows, layout=gl.SliceLayout(1, layout))
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     place = out + (query.to(gl.int64) * sizes.heads_q + head)[:, None] * D + channel[None, :]
@@ -164,7 +155,6 @@ def block_sparse_attention_hopper_kernel(
     k_scale,
     v_scale,
     gate,
-    k_mean,
     flag,
     scale,
     queries,
@@ -181,8 +171,8 @@ def block_sparse_attention_hopper_kernel(
     """Every work item of one launch; q, k and v are TMA descriptors, ``scale`` is the softmax scale times log2(e).
 
     Where a ``flag`` is given and 0 there are no items: the scores have no bound, and another kernel is launched too.
-    q_scale and k_scale come with q and k of 8 bits, v_scale with e4m3 v; out_scale asks for e4m3 output; lse, gate and
-    k_mean are None where they are not wanted.
+    q_scale and k_scale come with q and k of 8 bits, v_scale with e4m3 v; out_scale asks for e4m3 output; lse and
+    gate are None where they are not wanted.
     """
     sizes: gl.constexpr = sizes_of(
         HEADS_Q,
@@ -203,7 +193,7 @@ def block_sparse_attention_hopper_kernel(
     fence_async_shared()
     work = Work(counts, starts, columns, mask_ids, mask_bits, order, map_rows, items)
     scales = Scales(scale, q_scale, k_scale, v_scale)
-    common = (q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, k_mean, queries, key_blocks)
+    common = (q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, queries, key_blocks)
     gl.warp_specialize(
         [
             (compute, (0, common, sizes)),

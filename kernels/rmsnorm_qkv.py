@@ -160,7 +160,6 @@ def store_head(
     qk_norm,
     cos_sin,
     qk_scale,
-    k_mean,
     q,
     k,
     v,
@@ -174,7 +173,6 @@ def store_head(
     HKV: tl.constexpr,
     INT8_QK: tl.constexpr,
     FP8_OUT: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """The epilogue: what one tile of the product becomes, by the kind of its head (q, k, v or gates)."""
@@ -187,9 +185,6 @@ def store_head(
         norm = tl.load(qk_norm + which * D + column) + 1.0
         inverse = tl.rsqrt(tl.sum(product * product, 1) / D + EPS)
         y = rotate(product * inverse[:, None] * norm[None, :], cos_sin + start * D, live, D, BLOCK_M)
-        if HAS_MEAN:
-            if head >= HQ:
-                y -= tl.load(k_mean + (head - HQ) * D + column)[None, :]
         if INT8_QK:
             if head < HQ:
                 store_q_codes(q, q_scale, y, start, head, live, HQ, D, BLOCK_M)
@@ -231,7 +226,6 @@ def qkv_linear_kernel(
     cos_sin,
     row_tiles,
     qk_scale,
-    k_mean,
     q,
     k,
     v,
@@ -249,7 +243,6 @@ def qkv_linear_kernel(
     FP8: tl.constexpr,
     INT8_QK: tl.constexpr,
     FP8_OUT: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -285,6 +278,6 @@ def qkv_linear_kernel(
         else:
             product = product.to(tl.bfloat16).to(tl.float32)
         store_head(
-            product, head, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, q, k, v, q_scale, k_scale, v_scale,
-            gate, blocks, D, HQ, HKV, INT8_QK, FP8_OUT, HAS_MEAN, BLOCK_M,
+            product, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v, q_scale, k_scale, v_scale,
+            gate, blocks, D, HQ, HKV, INT8_QK, FP8_OUT, BLOCK_M,
         )  # fmt: skip

@@ -81,6 +81,14 @@ def with_int8_qk(q, k):
     }
 
 
+def with_e4m3_v(v):
+    """v as e4m3 codes in fragment order and their scales, of float32 [M, Hkv, D]."""
+    v_scale = per_block(v, dims=(2,))  # [S, Hkv]
+    codes = quantised(v, v_scale).view(torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, 0, 0, -len(v) % BLOCK)).view(FP8)
+    return {"v": fragment_order(codes.permute(1, 2, 0)), "v_scale": v_scale.T.contiguous()}
+
+
 def inputs(fmt, n=300, heads=(4, 2), d=32, m=None, seed=0, spread=1.0):
     """Keyword arguments of the op: q, k, v and their scales."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,9 +101,7 @@ def inputs(fmt, n=300, heads=(4, 2), d=32, m=None, seed=0, spread=1.0):
         return with_int8_qk(q, k) | {"v": v.bfloat16()}
     q_scale, k_scale = per_block(q), per_block(k)
     given = {"q": quantised(q, q_scale), "k": quantised(k, k_scale), "q_scale": q_scale, "k_scale": k_scale}
-    v_scale = per_block(v, dims=(2,))  # [S, Hkv]
-    codes = torch.nn.functional.pad(quantised(v, v_scale).view(torch.uint8), (0, 0, 0, 0, 0, -m % BLOCK)).view(FP8)
-    return given | {"v": fragment_order(codes.permute(1, 2, 0)), "v_scale": v_scale.T.contiguous()}
+    return given | with_e4m3_v(v)
 
 
 def formatted(fmt, q, k, v):
@@ -219,7 +225,7 @@ def problems(given, block_map, result, scale, gate=None, backend="triton"):
     if "q_scale" not in given:
         eager = (eager_bf16(given, block_map, scale).float() * factor).bfloat16()
         return budgets.bf16_violations(budgets.measure(result, exact * factor), budgets.measure(eager, exact * factor))
-    ordered, _, _ = sparse_attention(
+    ordered, _ = sparse_attention(
         **given,
         block_map=block_map,
         scale=scale,

@@ -54,7 +54,6 @@ def make(shape, seed=0):
         k_norm=normal(experts * d, scale=0.2),
         phases=torch.cat([angles.sin(), angles.cos()], dim=1),
         row_tiles=torch.tensor(tiles, dtype=torch.int32),
-        k_mean=normal(hkv, d),
     )
     sizes = {"experts": experts, "num_heads_q": hq, "num_heads_kv": hkv, "head_dim": d}
     case.weight, _ = packing.pack_qkv_weight(case.published, **sizes)
@@ -77,9 +76,8 @@ def bf16_linear(case, backend="triton"):
 
 def fp8_linear(case, out="bf16", backend="triton", **given):
     arguments = {"x_scale": case.x_scale, "weight": case.codes, "weight_scale": case.weight_scale} | given
-    k_mean = arguments.pop("k_mean", None)
     scale = case.qk_scale if out == "fp8" else None
-    return ops.qkv_linear(case.x, *arguments.values(), *tail(case), out, scale, k_mean, backend=backend)
+    return ops.qkv_linear(case.x, *arguments.values(), *tail(case), out, scale, backend=backend)
 
 
 def published(case, dtype):
@@ -96,7 +94,7 @@ def published(case, dtype):
     return q[..., order], k[..., order], v, gate.sigmoid()
 
 
-def exact(case, k_mean=None):
+def exact(case):
     """q, k, v, gate in float64 from the same quantised inputs."""
     hq, hkv = case.heads
     x, weight = (
@@ -113,8 +111,7 @@ def exact(case, k_mean=None):
         parts.append((q, k, v, gates.flatten(1)[:, :hq].sigmoid()))
     q, k, v, gate = (torch.cat(p) for p in zip(*parts, strict=True))
     order = torch.argsort(back)
-    k = k[..., order]
-    return q[..., order], k if k_mean is None else k - k_mean.double(), v, gate
+    return q[..., order], k[..., order], v, gate
 
 
 def steps(codes, values):

@@ -16,7 +16,7 @@ from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.model import accelerate as acceleration
 from happyhorse_fast.model import fast_layer
 from happyhorse_fast.model.accelerate import accelerate, empty_accelerated, explain
-from happyhorse_fast.model.attention_bound import UNKNOWN, AttentionBound
+from happyhorse_fast.model.attention_bound import UNKNOWN, AttentionBound, packed_bound
 from happyhorse_fast.model.checkpoint import load
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.packed_checkpoint import save_packed
@@ -62,6 +62,14 @@ def test_it_is_what_the_published_weights_give(case: golden.GoldenCase) -> None:
     attention = eager.block.layers[0].attention
     wanted = norm_bound(*(x.weight.detach().unflatten(0, (-1, 128)) for x in (attention.q_norm, attention.k_norm)))
     assert accelerate(eager, FastConfig(backend="reference")).block.layers[0].bound.effective == pytest.approx(wanted)
+
+
+def test_nan_in_the_weights_of_one_expert_is_no_bound() -> None:
+    norm, weight = torch.zeros(2, 8), torch.ones(2, 6, 8).bfloat16()
+    qk_norm = torch.zeros(2, 2, 4)
+    assert packed_bound(norm, qk_norm, weight, None, slice(4, 6)).effective < LIMIT
+    weight[1, 5, 3] = math.nan
+    assert packed_bound(norm, qk_norm, weight, None, slice(4, 6)).effective == math.inf
 
 
 def test_a_forward_pass_does_not_look_for_it(case: golden.GoldenCase, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import pytest
 import torch
 
 from bench.cases import (
+    DROP_IN,
     FULL,
     FULL_SIZES,
     MASKS,
@@ -25,6 +27,7 @@ from happyhorse_fast.costs import layer_kind, step_costs
 from happyhorse_fast.model.fast_config import TopK
 from happyhorse_fast.model.sparse_policy import SparsePolicy
 from happyhorse_fast.ops.dispatch import STEMS
+from happyhorse_fast.reference.score_bound import LIMIT
 
 MAIN = FULL_SIZES[0]
 
@@ -116,6 +119,25 @@ def test_sparse_cases_keep_what_the_models_policy_keeps():
     policy = SparsePolicy(TopK(0.25), exact_map(SMALL_SIZE, False), padded_rows(SMALL_SIZE), None)
     chosen = policy.map(given["q"], given["k"], None, None, "reference")
     assert torch.equal(chosen.counts, given["block_map"].counts)
+
+
+@pytest.mark.parametrize("case", select(cases("small"), "attention-dense"), ids=lambda c: c.name)
+def test_scores_of_a_case_stay_below_its_bound_as_a_models_do(case):
+    given = make(case, "cpu")
+    if case.precision == "fp8":
+        assert "bound" not in given, "without meaning: P in e4m3 needs the maximum"
+        return
+    q, k = given["q"].float(), given["k"].float()
+    if case.precision == "int8_qk":
+        q, k = q * given["q_scale"][..., None], k * given["k_scale"].T.repeat_interleave(128, dim=0)[..., None]
+    largest = torch.einsum("qhd,kd->hqk", q, k[:, 0]).abs().max() * given["scale"] / math.log(2)
+    if case.op == DROP_IN:
+        assert "bound" not in given and largest < LIMIT
+        return
+    assert largest <= given["bound"] <= LIMIT
+    rms = q.square().mean(dim=2).sqrt()
+    assert rms.std() < 0.04 * rms.mean(), "normalised: 0.025 by the weights, 0.06 without a norm"
+    assert make(case, "meta")["bound"] == given["bound"], "what is compiled ahead is what runs"
 
 
 @pytest.mark.parametrize("case", cases("tiny"), ids=lambda c: c.name)

@@ -9,7 +9,8 @@ import torch
 from test_bench_peers import BF16, CPU, case_of, close, exact, not_compiled
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.peers import Bf16MM, Compiled, Flex, Inputs, ScaledMM, Sdpa
+from bench.cases import cases, select
+from bench.peers import Bf16MM, Compiled, Eager, Flex, Inputs, ScaledMM, Sdpa
 from bench.roofline import fp8_product
 
 
@@ -33,12 +34,14 @@ def test_every_product_is_held_against_the_librarys_bf16_one():
         case = case_of(words)
         assert Bf16MM().fits(case)
         assert Bf16MM().prepare(case, Inputs(case, CPU))().shape == (case.rows, case.weight_shape(case.product)[1])
-    for words in ("gelu7/tiny/fp8", "dense/tiny/fp8", "quantize/tiny/bf16"):
+    for words in ("gelu7/tiny/fp8", "sparse_attention-dense/tiny/fp8", "quantize/tiny/bf16"):
         assert not Bf16MM().fits(case_of(words))
 
 
 def test_no_window_is_compiled_for_minutes():
-    assert Compiled().fits(case_of("dense/tiny/fp8")) and not Compiled().fits(case_of("window/tiny/fp8"))
+    assert Compiled().fits(case_of("sparse_attention-dense/tiny/fp8")) and not Compiled().fits(
+        case_of("window/tiny/fp8")
+    )
 
 
 @pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
@@ -47,7 +50,9 @@ def test_sdpa_backends(backend, monkeypatch):
 
     asked = []
     monkeypatch.setattr(attention, "sdpa_kernel", lambda which: asked.append(which) or contextlib.nullcontext())
-    case = case_of("dense/tiny/bf16")
+    case = case_of("sparse_attention-dense/tiny/bf16")
+    _, found = select(cases("tiny"), "attention-dense/tiny/bf16")  # without a gate and a known bound, as a peer has it
+    assert Sdpa(backend).fits(case) and Sdpa(backend).fits(found) and not Eager().fits(found)
     inputs = Inputs(case, CPU)
     assert close(Sdpa(backend).prepare(case, inputs)()[0].transpose(0, 1), exact(inputs, masked=False))
     assert asked == [getattr(attention.SDPBackend, backend)]

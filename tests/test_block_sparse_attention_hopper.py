@@ -64,12 +64,23 @@ def launched(monkeypatch, given, **options):
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_taken_where_tiles_can_be_described(fmt, monkeypatch):
-    given, mean = inputs(fmt), torch.zeros(2, 32)
-    for options in ({}, {"return_lse": True}, {"k_mean": mean}, {"k_mean": mean, "return_lse": True}):
+    given = inputs(fmt)
+    for options in ({}, {"return_lse": True}):
         assert launched(monkeypatch, given, **options) == ["hopper"]
     for name in "qk":
         apart = given | {name: given[name].transpose(0, 2).contiguous().transpose(0, 2)}
         assert launched(monkeypatch, apart) == ["plain"], f"{name} with channels apart"
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_row_of_nan_has_an_lse_of_nan(fmt):
+    given = inputs(fmt)
+    if fmt == "fp8":
+        given["q"].view(torch.uint8)[3] = 0x7F
+    else:
+        (given["q_scale"] if fmt == "int8_qk" else given["q"])[3] = torch.nan
+    out, _, lse = attention(given, bound=LIMIT, return_lse=True)
+    assert out[3].isnan().all() and lse[:, 3].isnan().all()
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

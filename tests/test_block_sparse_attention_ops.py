@@ -32,7 +32,8 @@ def test_opcheck(fmt, flag):
         torch.ops.happyhorse_fast.block_sparse_attention.default,
         torch.ops.happyhorse_fast.block_sparse_attention_reference.default,
     ):
-        arguments = (*tensors, 0.2, fmt != "fp8", flag, *rest, torch.rand(130, 2), None, fmt == "fp8", True)
+        out_scale = torch.full((1,), 0.01) if fmt == "fp8" else None
+        arguments = (*tensors, 0.2, fmt != "fp8", flag, *rest, torch.rand(130, 2), out_scale, True)
         checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
         if fmt == "bf16":  # test_schema multiplies every input, which torch 2.13 does not do for e4m3 on the CPU
             checks.append("test_schema")
@@ -84,7 +85,7 @@ def test_fake_tensors_have_the_shapes_of_a_15b_layer(fmt, backend):
             backend=backend,
         )
     assert (out.shape, out.dtype, out.device.type) == ((n, 40, 128), FP8, "cuda")
-    assert out_scale.shape == (n, 40) and lse.shape == (40, n)
+    assert out_scale.shape == (1,) and lse.shape == (40, n)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,6 @@ def test_fake_tensors_have_the_shapes_of_a_15b_layer(fmt, backend):
             "q_scale must be given exactly where q has 8 bits; q is torch.bfloat16",
         ),
         ({"gate": torch.ones(300, 3)}, ValueError, r"gate must be of shape \[300, 4\], got \[300, 3\]"),
-        ({"k_mean": torch.ones(2, 32).half()}, TypeError, "k_mean must be torch.float32"),
         ({"backend": "numpy"}, ValueError, "backend must be 'triton' or 'cuda' or 'reference', got 'numpy'"),
         ({"q": torch.zeros(300, 4, 32, device="meta").bfloat16()}, ValueError, "on q's device meta"),
     ],
@@ -169,9 +169,9 @@ def test_every_variant_has_a_configuration_for_each_architecture_that_can():
 
 
 def test_a_bounded_softmax_with_an_lse_reads_through_pointers():
-    """Through descriptors it spills."""
+    """Through descriptors it spills in the plain kernel."""
     x = torch.empty(256, 2, 128, dtype=torch.bfloat16, device="meta")
-    with pretend(90):
+    with pretend(100):
         assert launcher.launch_config(x, x, x, bounded=True).descriptors
         assert launcher.launch_config(x, x, x, lse=True).descriptors
         assert not launcher.launch_config(x, x, x, bounded=True, lse=True).descriptors

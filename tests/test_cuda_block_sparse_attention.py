@@ -43,7 +43,6 @@ def inputs(d=32, queries=QUERIES, keys=KEYS, heads=HEADS, seed=0):
     shapes = {"q": (queries, heads[0], d), "k": (keys, heads[1], d), "v": (keys, heads[1], d)}
     given = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
     options = {"gate": torch.rand(queries, heads[0], generator=generator), "scale": d**-0.5}
-    options["k_mean"] = torch.randn(heads[1], d, generator=generator)
     return {name: followed_by_nan(x) for name, x in given.items()} | options
 
 
@@ -64,7 +63,7 @@ def same(first, second):
 def problems(given, result, block_map=MAP, form="running"):
     """What is wrong with (out, LSE), against float64 with P rounded where the form of the kernel rounds it."""
     out, lse = result
-    exact, _, exact_lse = sparse_attention(
+    exact, exact_lse = sparse_attention(
         **given,
         block_map=block_map,
         bounded=form == "bounded",
@@ -91,7 +90,7 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(fp8_out, form):
             results.append(attention(given, form=form, fp8_out=fp8_out))
     assert all(same(results[0], other) for other in results[1:])
     out, out_scale, lse = results[0]
-    value = out.float() * out_scale[..., None] if fp8_out else out
+    value = out.float() * out_scale if fp8_out else out
     if not fp8_out:
         assert problems(given, (value, lse), form=form) == []
     empty = slice(190, None)
@@ -131,16 +130,16 @@ def test_one_key_alone_gives_its_v_exactly(form):
 
 def by_flag(given, value, shim=SHIM):
     """(out, LSE) of the op with a flag."""
-    options = [given["scale"], False, torch.tensor([value], dtype=torch.int32), given["gate"], None, False, True]
+    options = [given["scale"], False, torch.tensor([value], dtype=torch.int32), given["gate"], None, True]
     op = torch.ops.happyhorse_fast.block_sparse_attention_cuda
     with use_runner(shim), poisoned_outputs():
-        out, _, lse = op(*(given[x] for x in "qkv"), *MAP.tensors(), *options)
+        out, lse = op(*(given[x] for x in "qkv"), *MAP.tensors(), *options)
     return out, lse
 
 
 def wide():
     """Scores that only a running maximum takes: the bounded form overflows."""
-    given = inputs() | {"k_mean": None}
+    given = inputs()
     return given | {"q": given["q"] * 60}
 
 
@@ -160,10 +159,9 @@ def test_of_two_launches_the_flag_lets_one_compute():
 
 
 def test_what_fits_is_found_on_the_device():
-    for given in (inputs(), wide()):
+    for given, form in ((inputs(), "bounded"), (wide(), "running")):
         with poisoned_outputs():
             out, _, lse = block_sparse_attention(**given, block_map=MAP, return_lse=True, backend="cuda")
-        form = "running" if given["k_mean"] is None else "bounded"
         assert same((out, lse), attention(given, form=form)[::2])
 
 
@@ -300,6 +298,27 @@ FLAG_BUGS = {
 }
 
 
+E4M3_BUGS = {
+    "the scale for its reciprocal": ("factor *= 1.0f / *p.out_scale", "factor *= *p.out_scale"),
+    "no scale": ("if (p.out_scale != nullptr) factor", "if (false) factor"),
+    "neighbours change places": ("static_cast<u16>(low | high << 8)", "static_cast<u16>(high | low << 8)"),
+}
+
+
+def e4m3_is_right(shim):
+    """Whether e4m3 output is within one rounding of what bf16 output has: 2^-4, or half the smallest code."""
+    given = inputs()
+    with use_runner(shim):
+        plain = attention(given)[0].float()
+        codes, scale, _ = attention(given, fp8_out=True)
+    return bool(((codes.float() * scale - plain).abs() <= plain.abs() * (2**-4 + 2**-8) + 2**-10 * scale).all())
+
+
+@pytest.mark.parametrize("bug", E4M3_BUGS)
+def test_a_planted_bug_of_e4m3_output_is_caught(bug, tmp_path):
+    assert e4m3_is_right(SHIM) and not e4m3_is_right(mutant(tmp_path, STEM, *E4M3_BUGS[bug]))
+
+
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(bug, tmp_path):
     bad = mutant(tmp_path, STEM, *BUGS[bug])
@@ -349,7 +368,7 @@ def test_opcheck():
     tensors = [given[name] for name in "qkv"] + list(BlockMap.dense(130, 130).tensors())
     torch.library.opcheck(
         torch.ops.happyhorse_fast.block_sparse_attention_cuda.default,
-        (*tensors, 0.2, False, torch.ones(1, dtype=torch.int32), given["gate"], None, False, True),
+        (*tensors, 0.2, False, torch.ones(1, dtype=torch.int32), given["gate"], None, True),
         test_utils=["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"],
     )
 

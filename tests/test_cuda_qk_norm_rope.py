@@ -31,10 +31,10 @@ def product_of(case, form):
     return product, case.x_scale, case.weight_scale
 
 
-def run(case, form, out, backend="cuda", k_mean=None, product=None):
+def run(case, form, out, backend="cuda", product=None):
     product, *scales = product_of(case, form) if product is None else (product, None, None)
     qk_scale = case.qk_scale if out == "fp8" else None
-    return op.qk_norm_rope(product, *scales, *tail(case), out, qk_scale, k_mean, backend=backend)
+    return op.qk_norm_rope(product, *scales, *tail(case), out, qk_scale, backend=backend)
 
 
 def same_bits(a, b):
@@ -49,8 +49,8 @@ def test_against_the_reference(name, out, form):
         out = "bf16"
     case = make(SHAPES[name])
     with poisoned_outputs():
-        result = run(case, form, out, k_mean=case.k_mean)
-        expected = run(case, form, out, "reference", case.k_mean)
+        result = run(case, form, out)
+        expected = run(case, form, out, "reference")
     for got, want in zip(result[:2], expected[:2], strict=True):
         assert got.dtype == want.dtype
         # Sums in another order: now and then a value falls on the other side of a rounding boundary.
@@ -72,12 +72,12 @@ def test_against_the_reference(name, out, form):
 def test_it_is_what_qkv_linear_makes_of_its_own_product(out, form):
     case = make(SHAPES["experts-aligned"])
     if form == "float32":
-        expected = fp8_linear(case, out, "cuda", k_mean=case.k_mean)
+        expected = fp8_linear(case, out, "cuda")
     else:
         x, _ = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend="reference")
-        scales = (case.qk_scale if out == "fp8" else None), case.k_mean
-        expected = ops.qkv_linear(x, None, case.weight, None, *tail(case), out, *scales, backend="cuda")
-    assert same_bits(run(case, form, out, k_mean=case.k_mean), expected)
+        qk_scale = case.qk_scale if out == "fp8" else None
+        expected = ops.qkv_linear(x, None, case.weight, None, *tail(case), out, qk_scale, backend="cuda")
+    assert same_bits(run(case, form, out), expected)
 
 
 @pytest.mark.parametrize("out", ["int8_qk", "fp8"])
@@ -87,7 +87,7 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(form, out):
         case, results = make(shape), []
         for order in (0, 1, 2):
             with SHIM.order(order), poisoned_outputs():
-                results.append(run(case, form, out, k_mean=case.k_mean))
+                results.append(run(case, form, out))
         assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
 
 
@@ -119,7 +119,6 @@ INT8_MUTANTS = {
     "last row of k left out": ("const bool inside = row < tile.end;", "const bool inside = row + 1 < tile.end;"),
     "norm of q": ("p.qk_norm + (2 * tile.expert + 1) * D", "p.qk_norm + 2 * tile.expert * D"),
     "scale of head 0": ("p.k_scale[head * p.blocks", "p.k_scale[0 * p.blocks"),
-    "the mean stays": ("    subtract_mean(p, head * D + channel, x);\n", ""),
     "truncated": ("return bits_of(x + 12582912.0f) & 0xffu;", "return static_cast<u32>(static_cast<int>(x)) & 0xffu;"),
 }
 ALL_MUTANTS = {bug: (edit, "fp8") for bug, edit in MUTANTS.items()}
@@ -130,13 +129,13 @@ ALL_MUTANTS |= {bug: (edit, "int8_qk") for bug, edit in INT8_MUTANTS.items()}
 def test_a_planted_bug_is_caught(bug, tmp_path):
     case = make(WIDE)
     edit, out = ALL_MUTANTS[bug]
-    good = run(case, "float32", out, k_mean=case.k_mean)
+    good = run(case, "float32", out)
     broken = mutant(tmp_path, "qk_norm_rope", *edit)
 
     def caught(order):
         try:
             with use_runner(broken), poisoned_outputs(), broken.order(order):
-                return not same_bits(run(case, "float32", out, k_mean=case.k_mean), good)
+                return not same_bits(run(case, "float32", out), good)
         except ShimError:
             return True
 
@@ -180,7 +179,7 @@ def test_rows_of_the_product_may_be_apart():
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck_and_one_graph(backend, form):
     case = make(SHAPES["one-tile"])
-    arguments = (*product_of(case, form), *tail(case), "fp8", case.qk_scale, case.k_mean)
+    arguments = (*product_of(case, form), *tail(case), "fp8", case.qk_scale)
     registered = getattr(torch.ops.happyhorse_fast, f"qk_norm_rope_{backend}").default
     torch.library.opcheck(registered, arguments)
 

@@ -21,7 +21,7 @@ def same_bits(a, b):
 
 @pytest.fixture
 def capturing():
-    with mock.patch.object(row_spans, "_is_capturing", return_value=True) as patched:
+    with mock.patch.object(row_spans, "is_capturing", return_value=True) as patched:
         yield patched
 
 

@@ -20,7 +20,7 @@ from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp
 from happyhorse_fast.ops.self_check import attention_distance
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.ops.triton.device import architecture
-from happyhorse_fast.reference.quantize import quantize_channels, quantize_groups, quantize_rows
+from happyhorse_fast.reference.quantize import e4m3_scale, quantize_channels, quantize_rows, quantize_static
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 pytestmark = MARKS
@@ -47,16 +47,20 @@ def test_every_configuration_is_run_by_some_test() -> None:
     assert {v.rpartition("_")[2] for v in LINEAR} == {"plain", "residual", "swiglu7", "gelu7"}
 
 
-@pytest.mark.parametrize("variant", ["bf16_plain", "fp8_group64_residual"] if DRY else LINEAR)
+@pytest.mark.parametrize("variant", ["bf16_plain", "fp8_residual"] if DRY else LINEAR)
 def test_linear(variant: str) -> None:
-    precision, *group, epilogue = variant.split("_")
+    precision, epilogue = variant.split("_")
     rows, features, inputs = (128, 128, 128) if DRY else (640, 768, 1024)
     x, weight = draw(0, rows, inputs), draw(1, 2, features, inputs) / inputs**0.5
     x_scale = weight_scale = None
     if precision == "bf16":
         x, weight = x.bfloat16(), weight.bfloat16()
     else:
-        x, x_scale = quantize_groups(x, int(group[0].removeprefix("group"))) if group else quantize_rows(x)
+        if epilogue == "residual":
+            x_scale = e4m3_scale(x.abs().amax()).reshape(1)
+            x = quantize_static(x, x_scale)
+        else:
+            x, x_scale = quantize_rows(x)
         weight, weight_scale = quantize_channels(weight)
     starts = torch.arange(0, rows, 128, dtype=torch.int32)
     tiles = torch.stack([(starts >= rows // 2).to(torch.int32), starts, starts + 128], dim=1)
@@ -79,9 +83,19 @@ def linear(moved: list[Any], epilogue: str, hidden: torch.Tensor, backend: str) 
     return fp8_linear_activation(*moved, epilogue, False, backend=backend)[0]
 
 
+def forms(variant: str) -> tuple[bool, ...]:
+    """Of the softmax that a configuration has: bounded or not."""
+    if variant.startswith("fp8"):
+        return (False,)
+    return (True,) if variant.endswith("_specialized") else (False, True)
+
+
 @pytest.mark.parametrize("lse", [False, True])
-@pytest.mark.parametrize("variant", ["bf16_d32", "int8_qk_d64_strided"] if DRY else ATTENTION)
-def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variant", "bounded"),
+    [(v, b) for v in (("bf16_d32", "int8_qk_d64_strided") if DRY else ATTENTION) for b in forms(v)],
+)
+def test_attention(variant: str, bounded: bool, lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arch = architecture(DEVICE)
     if str(arch) in table("block_sparse_attention")[variant]:
         # By its name, not as the launcher picks it: some it takes for an LSE alone, some only without.
@@ -113,7 +127,6 @@ def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> 
     if strided:
         views = {name for name in "qkv" if not (fmt == "fp8" and name == "v")}
         there, given = ({n: x[..., :d] if n in views else x for n, x in both.items()} for both in (there, given))
-    bounded = variant.endswith("_specialized") and fmt != "fp8"  # the specialized kernel's form
     with poisoned():
         out, _, sums = block_sparse_attention(
             **there,
@@ -123,10 +136,9 @@ def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> 
             return_lse=lse,
             backend="triton",
         )
-    step = launcher.launch_config(there["q"], there["k"], there["v"], lse=lse).block_n
-    wanted, _, wanted_sums = sparse_attention(
-        **given, block_map=block_map, scale=d**-0.5, bounded=bounded, return_lse=lse, step=step
-    )
+    config = launcher.launch_config(there["q"], there["k"], there["v"], bounded=bounded, lse=lse)
+    options = {"scale": d**-0.5, "bounded": bounded, "return_lse": lse} | launcher.rounding_of(config, there["v"])
+    wanted, wanted_sums = sparse_attention(**given, block_map=block_map, **options)
     distance = max(DISTANCE, attention_distance(fmt, DEVICE))
     assert violations(measure(out.cpu().float(), wanted.float()), distance=distance, slope=None) == []
     if lse:

@@ -15,9 +15,9 @@ import triton
 from bench import gpu, prime_compile, primed
 from bench.bootstrap import PRIMED_VARIABLE, ROOT
 
-# Three ops of one tiny layer, five kernels, and the specialized one.
+# Three ops of one tiny layer, five kernels, and the specialized one; with a flag the plain one is launched beside it.
 SOME = "^case (rmsnorm_quantize|qkv_linear|select_blocks-25%)/tiny/bf16 triton$"
-GLUON = "^case block_sparse_attention-dense/tiny/bf16 gluon$"
+GLUON = "^case (block_sparse_attention-dense/tiny/(bf16|int8_qk)|attention-dense/tiny/bf16) gluon$"
 
 # What a GPU run does, but for the launch itself: Triton's JIT specialises and looks, and compiles what is not there.
 JIT = """
@@ -87,6 +87,7 @@ def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
     assert [name for name, there in looked if not there] == []
     assert sorted(path.name for path in cache.iterdir()) == before, "nothing was compiled"
     names = [name for name, _ in looked]
+    assert names.count("block_sparse_attention_hopper_kernel") == 3, "bf16, int8_qk, bf16 with a flag"
     for name in (
         "rmsnorm_quantize",
         "qkv_linear",
@@ -94,8 +95,18 @@ def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
         "select_blocks",
         "order_rows",
         "block_sparse_attention_hopper",
+        "block_sparse_attention",
     ):
         assert f"{name}_kernel" in names
+
+
+@pytest.mark.parametrize("mode", ["fast fp8 linear", "fast fp8 int8_qk"])
+def test_what_a_clips_layers_launch_is_primed(mode):
+    # With 40 heads, one map and e4m3 out: no case, table or self-check makes this launch.
+    only = f"^clip happyhorse-1.0-15b/1080p/{mode}/exact/whole$"
+    found = [json.loads(line)["kernel"] for line in run("-m", "bench.launches", "--only", only).splitlines()]
+    assert found.count("block_sparse_attention_hopper_kernel") == 1
+    assert "block_sparse_attention_kernel" not in found, "a known bound needs no other form"
 
 
 @pytest.fixture(scope="module")

@@ -194,6 +194,19 @@ def test_a_planted_wrong_kernel_shows_no_number(tmp_path: Path) -> None:
     assert "<tr class=mark>" in text
 
 
+def test_a_ratio_without_a_span_behind_it_says_so(tmp_path: Path) -> None:
+    apart, turns = {**ENTRY, "case": "slow/x", "median_ms": 4.0}, {**ENTRY, "case": "good/x", "span": "a"}
+    slow, good = report_data.rows_of({"entries": [apart, turns]})
+    assert slow.note == "SLOWER than sdpa-cudnn: 0.75x, not interleaved" and good.note == "1.50x sdpa-cudnn"
+    header = {"gpu": "NVIDIA H200", "commit": "abcdef"}
+    for entries, said in (
+        ([apart], "Each kernel was timed alone"),
+        ([apart, turns], "Some kernels were timed alone"),
+        ([turns], "What is compared took turns"),
+    ):
+        assert said in report_tables.ops_table({**header, "entries": entries}).note
+
+
 def test_a_wrong_kernel_with_a_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match="wrong/x is not verified"):
         results(tmp_path, {"case": "wrong/x", "verified": False})

@@ -23,7 +23,7 @@ def op_calls(case):
         yield f"rmsnorm_quantize{suffix}", (case.hidden, case.norm, case.row_tiles, case.branch, True)
         yield f"rmsnorm_quantize{suffix}", (case.hidden, case.norm, case.row_tiles)
         yield f"qkv_linear{suffix}", (x, None, case.weight, None, *heads, "bf16")
-        fp8 = (case.x, case.x_scale, case.codes, case.weight_scale, *heads, "fp8", case.qk_scale, case.k_mean)
+        fp8 = (case.x, case.x_scale, case.codes, case.weight_scale, *heads, "fp8", case.qk_scale)
         int8 = (x, None, case.weight, None, *heads, "int8_qk")
         yield f"qkv_linear{suffix}", fp8
         yield f"qkv_linear{suffix}", int8

@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention as eager
 import happyhorse_fast
 from happyhorse_fast import BlockMap, attention
 from happyhorse_fast.ops import sdpa
-from happyhorse_fast.reference.score_bound import scores_fit
+from happyhorse_fast.reference import score_bound
+from happyhorse_fast.reference.score_bound import LIMIT, score_limit, scores_fit
 
 U = 2.0**-8
 """Half a step of bf16, relative."""
@@ -51,6 +52,42 @@ def run(q, k, v, backend="reference", **options):
 
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
+
+
+@BACKENDS
+@pytest.mark.parametrize("power", [0, -20, -44, -60])
+def test_small_values_keep_their_bits(power, backend):
+    q, k, v = drawn(batch=1, heads=(2, 1))
+    k = k[:, :, :1].expand_as(k) * (1 + torch.arange(150)[:, None] / 1000).bfloat16()
+    k = (k * (16 / k.float().norm(dim=-1).amax())).bfloat16()
+    q = (-k.expand(1, 2, -1, -1) * 1.4).bfloat16()  # every score of a row is near -90 in powers of two
+    v = v * 2.0**power
+    scores = (q.float() @ k.float().transpose(-1, -2)) * 32**-0.5 * math.log2(math.e)
+    assert scores.min() > -100 and scores.max() < -60
+    assert far(run(q, k, v, backend), q, k, v, bounded=False) <= 1
+
+
+def test_what_fits_counts_small_values_short_rows_and_many_keys(monkeypatch):
+    def fits(q, k, v, scale=1.0):
+        return bool(scores_fit(*(torch.full((3, 2, 32), x).bfloat16() for x in (q, k, v)), scale))
+
+    assert fits(1.0, 2.0, 1.0) and not fits(1.0, 2.25, 1.0)  # 92 and 104 in powers of two
+    assert fits(1.0, 2.0, 2.0**-24) and not fits(1.0, 2.0, 2.0**-26)
+    assert not fits(1.0, 1.0, 0.0)
+    assert not fits(2.0**-76, 2.0**61, 1.0, 2.0**18), "the square of q is 0 in float32"
+    assert score_limit(2**19) == LIMIT and score_limit(2**21) == LIMIT - 2
+    monkeypatch.setattr(score_bound, "KEYS", 2**-10)
+    assert not fits(1.0, 2.0, 1.0) and fits(1.0, 1.75, 1.0)
+
+
+def test_a_map_for_a_graph_is_not_remembered(monkeypatch):
+    q, k, v = drawn(batch=1, n=131, m=133)
+    before = sdpa._remembered.cache_info().currsize
+    monkeypatch.setattr(sdpa, "is_capturing", lambda device: True)
+    first = run(q, k, v)
+    assert sdpa._remembered.cache_info().currsize == before
+    monkeypatch.undo()
+    assert torch.equal(run(q, k, v), first) and sdpa._remembered.cache_info().misses
 
 
 @BACKENDS

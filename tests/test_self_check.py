@@ -27,7 +27,8 @@ from happyhorse_fast.ops.cuda.launch import use_runner
 from happyhorse_fast.ops.self_check import CHECKS, VARIANTS, KernelCheck, run_checks
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.reference.model import HappyHorse
-from happyhorse_fast.reference.sparse_attention import sparse_attention
+from happyhorse_fast.reference.score_bound import LIMIT, scores_fit
+from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
 
 make_exact()
 CPU = torch.device("cpu")
@@ -79,8 +80,8 @@ def forms_in(module: Any, monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...
 
         monkeypatch.setattr(module, op, call)
 
-    def group(a: Any) -> Any:
-        return None if a.x_scale is None else a.x.shape[1] // a.x_scale[0].numel()
+    def one_scale(a: Any) -> Any:
+        return None if a.x_scale is None else len(a.x_scale) == 1
 
     def layout(x: torch.Tensor) -> Any:
         return x.dtype, x.is_contiguous()
@@ -88,7 +89,7 @@ def forms_in(module: Any, monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...
     seen("rmsnorm_quantize", lambda a: (a.fp8,))
     seen("qkv_linear", lambda a: (a.x.dtype, a.out))
     seen("block_sparse_attention", lambda a: (*map(layout, (a.q, a.k, a.v)), a.fp8_out, a.return_lse))
-    seen("fp8_linear_residual", lambda a: (a.x.dtype, group(a)))
+    seen("fp8_linear_residual", lambda a: (a.x.dtype, one_scale(a)))
     seen("fp8_linear_activation", lambda a: (a.x.dtype, a.activation, a.fp8))
     return forms
 
@@ -190,21 +191,29 @@ def test_a_kernel_planted_wrong_fails(change: Any, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("variant", VARIANTS["triton"]["block_sparse_attention"])
 def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, specialized = [], []
+    asked = []
 
-    def reference(q: Any, k: Any, v: Any, block_map: Any, *, backend: str, **given: Any) -> Any:
-        config = launcher.launch_config(q, k, v, lse=given["return_lse"])
-        specialized.append(config.specialized)
-        asked.append((given["fp8_out"], given["return_lse"], config.descriptors))
-        return sparse_attention(q, k, v, block_map, step=config.block_n, **given)
+    def reference(
+        q: Any, k: Any, v: Any, block_map: Any, *, bound: float | None, backend: str, fp8_out: bool, **given: Any
+    ) -> Any:
+        bounded = bool(scores_fit(q, k, v, given["scale"])) if bound is None else bound <= LIMIT
+        config = launcher.launch_config(q, k, v, bounded=bounded, lse=given["return_lse"])
+        asked.append((bounded, fp8_out, given["return_lse"], config.specialized))
+        scale = output_scale(v, given.get("v_scale"), given["gate"]) if fp8_out else None
+        options = launcher.rounding_of(config, v) | {"bounded": bounded, "out_scale": scale}
+        out, lse = sparse_attention(q, k, v, block_map, **options, **given)
+        return out, scale, lse
 
     monkeypatch.setattr(launcher, "architecture", lambda _: 90)
     monkeypatch.setattr(launcher, "addressable", lambda _: True)
     monkeypatch.setattr(self_check, "block_sparse_attention", reference)
     compared = CHECKS["block_sparse_attention"]("triton", CPU, variant)
     assert self_check._judge(compared)[0], "the reference passes in steps of either kernel"
-    assert specialized == [True] * (len(asked) - 1) + [False]
-    assert asked[-1] == (variant != "bf16", False, False), "as torch.compile launches it for the model"
+    e4m3, to_fp8 = variant == "fp8", variant.endswith("fp8_out") or variant == "fp8"
+    for specialized in (True, False):  # and False as torch.compile launches it for the model
+        assert (not e4m3, to_fp8, False, specialized) in asked
+    assert all(found[3] == (e4m3 or found[0]) for found in asked if found[2]), "with an LSE"
+    assert e4m3 or (False, to_fp8, False, False) in asked, "a running maximum"
 
 
 def found(bad: str) -> list[KernelCheck]:
@@ -256,9 +265,9 @@ def test_explain_says_where_attention_is_the_hopper_kernel(
     assert {e.op for e in explain(model) if "in Gluon, for Hopper" in e.reason} == {"block_sparse_attention"}
     assert set(asked) == {("bf16", model.config.head_dim, CPU)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    on = [(f, d) for f in ("bf16", "fp8", "fp8_qk") for d in (64, 128)
+    on = [(f, d) for f in ("bf16", "fp8", "int8_qk") for d in (64, 128)
           if dispatch.attention_is_specialized(f, d, torch.device("cuda", 0))]  # fmt: skip
-    assert on == [("bf16", 128), ("fp8", 128), ("fp8_qk", 128)]
+    assert on == [("bf16", 128), ("fp8", 128), ("int8_qk", 128)]
     assert not dispatch.attention_is_specialized("bf16", 128, CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert not dispatch.attention_is_specialized("fp8", 128, torch.device("cuda", 0))

@@ -31,7 +31,7 @@ struct BlockSparseAttentionParams {
   const bf16* k;           // [M, Hkv, D]
   const bf16* v;           // [M, Hkv, D]
   void* out;               // [N, Hq, D] bf16, or e4m3 with out_scale
-  float* out_scale;        // [N, Hq] or null
+  const float* out_scale;  // [1] or null
   float* lse;              // [Hq, N] or null
   const int* counts;       // [Hm, R, 2]: full blocks, all blocks
   const int* starts;       // [Hm, R]
@@ -40,7 +40,6 @@ struct BlockSparseAttentionParams {
   const uint4* mask_bits;  // [masks, 128]
   const int* order;        // [Hm * R], longest first
   const float* gate;       // [N, Hq] or null
-  const float* k_mean;     // [Hkv, D] or null
   const int* flag;         // or null: not 0 where the bounded form is to run, 0 where the other
   i64 q_token, q_head;     // strides, in elements
   i64 k_token, k_head;
@@ -219,23 +218,6 @@ HH_DEVICE void soften(u32 (&p)[BLOCK / 8][2], const float (&s)[BLOCK / 8][4], fl
   }
 }
 
-// q . mean of this lane's two rows.
-template <int D>
-HH_DEVICE void multiply_mean(float (&of_mean)[2], const u8* q_tile, const float* mean) {
-#pragma unroll
-  for (int depth = 0; depth < D / 16; ++depth) {
-    u32 a[4];
-    load_q<D>(a, q_tile, depth);
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      const float* const at = mean + 16 * depth + part / 2 * 8 + first_column();
-      of_mean[part % 2] = fmaf(low_bf16(a[part]), at[0], fmaf(high_bf16(a[part]), at[1], of_mean[part % 2]));
-    }
-  }
-  of_mean[0] = quad_sum(of_mean[0]);
-  of_mean[1] = quad_sum(of_mean[1]);
-}
-
 // Stores a warp's rows from shared memory, 16 bytes a lane; out, BYTES a row, is of the block's first query.
 template <int D, int BYTES>
 HH_DEVICE void store_rows(u8* out, i64 stride, const u8* tile, int rows) {
@@ -253,32 +235,24 @@ HH_DEVICE void store_rows(u8* out, i64 stride, const u8* tile, int rows) {
 template <int D, bool BOUNDED>
 HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4], const Rows& rows, u8* q_tile,
                       int head, int first_query) {
-  float of_mean[2] = {};
-  if (p.lse != nullptr && p.k_mean != nullptr) {
-    multiply_mean<D>(of_mean, q_tile, p.k_mean + head / (p.heads_q / p.heads_kv) * D);
-    __syncwarp();  // every lane has read q, which is overwritten below
-  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_of_thread() * ROWS + 8 * half + lane_of_thread() / 4, query = first_query + row;
-    const bool live = query < p.queries, writes = live && first_column() == 0;
+    const bool live = query < p.queries;
     const i64 token = static_cast<i64>(query) * p.heads_q + head;
     float sum = quad_sum(rows.sum[half]);
-    if (sum == 0.0f) sum = 1.0f;  // no key: 0 / 1, and an LSE of -inf + 0
+    if (sum == 0.0f) sum = 1.0f;  // no key: 0 / 1, and an LSE of -inf
     const float log_sum = BOUNDED ? log2f(quad_sum(rows.other[half])) : rows.other[half] + log2f(sum);
-    if (p.lse != nullptr && writes) {
-      p.lse[static_cast<i64>(head) * p.queries + query] = (log_sum + of_mean[half] * p.scale) * LOG_2;
+    if (p.lse != nullptr && live && first_column() == 0) {
+      p.lse[static_cast<i64>(head) * p.queries + query] = log_sum * LOG_2;
     }
     float factor = 1.0f / sum;
     if (p.gate != nullptr && live) factor *= p.gate[token];
-    float largest = 0.0f;
+    if (p.out_scale != nullptr) factor *= 1.0f / *p.out_scale;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
-#pragma unroll
-      for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        acc[j][e] *= factor;
-        largest = fmaxf(largest, fabsf(acc[j][e]));
-      }
+      acc[j][2 * half] *= factor;
+      acc[j][2 * half + 1] *= factor;
     }
     // Into this warp's rows of q, which no other warp reads, and from there to memory in whole rows.
     if (p.out_scale == nullptr) {
@@ -288,11 +262,9 @@ HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4
             pack_bf16(acc[j][2 * half], acc[j][2 * half + 1]);
       }
     } else {
-      const float scale = scale_of(quad_max(largest));
-      if (writes) p.out_scale[token] = scale;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
-        const u32 low = to_e4m3(acc[j][2 * half] / scale).bits, high = to_e4m3(acc[j][2 * half + 1] / scale).bits;
+        const u32 low = to_e4m3(acc[j][2 * half]).bits, high = to_e4m3(acc[j][2 * half + 1]).bits;
         *reinterpret_cast<u16*>(q_tile + byte_of<D>(row, j / 2) + j % 2 * 8 + first_column()) =
             static_cast<u16>(low | high << 8);
       }

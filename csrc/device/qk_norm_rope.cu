@@ -23,7 +23,6 @@ struct QkNormRopeParams {
   const float* qk_norm;       // [E, 2, D]
   const float* cos_sin;       // [N, D]
   const float* qk_scale;      // [E, 2] in FP8
-  const float* k_mean;        // [Hkv, D], or null
   void* q;                    // [N, Hq, D]
   void* k;                    // [N, Hkv, D]
   void* v;                    // [N, Hkv, D] bf16, or e4m3 [Hkv, D, 128 blocks] in FP8
@@ -63,16 +62,6 @@ HH_DEVICE float largest_of(const float (&x)[VALUES]) {
 #pragma unroll
   for (int i = 0; i < VALUES; ++i) largest = fmaxf(largest, fabsf(x[i]));
   return largest;
-}
-
-// Takes k's mean off VALUES of its channels, where there is one.
-template <int VALUES>
-HH_DEVICE void subtract_mean(const QkNormRopeParams& p, int offset, float (&x)[VALUES]) {
-  if (p.k_mean == nullptr) return;
-  float mean[VALUES];
-  load_floats(p.k_mean + offset, mean);
-#pragma unroll
-  for (int i = 0; i < VALUES; ++i) x[i] -= mean[i];
 }
 
 // What a lane keeps of its row for all heads, and the arithmetic on VALUES channels of one of them.
@@ -143,7 +132,6 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
       float scale = 1.0f;
       if (p.format == INT8_QK) scale = int8_scale_of(lanes_max<LANES>(largest_of(x)));
       if (!is_mine(head)) continue;
-      if (is_k) subtract_mean(p, (head - p.heads_q) * D + channel, x);
       // One store for all three: one of its own for v was compiled to stores of 4 bytes.
       void* const out = is_q ? p.q : is_v ? p.v : p.k;
       const int place = is_q ? head : is_v ? head - heads_qk : head - p.heads_q;
@@ -234,7 +222,6 @@ HH_DEVICE void finish_k(const QkNormRopeParams& p, const RowTile& tile, float* s
       x[j + 1] = x[j + 1] * inverse * (norm[j + 1] + 1.0f);
       rotate(x[j], x[j + 1], cosine[j / 2], sine[j / 2]);
     }
-    subtract_mean(p, head * D + channel, x);
     largest = fmaxf(largest, largest_of(x));
   }
   const float scale = int8_scale_of(block_max(largest, scratch)), inverse_scale = 1.0f / scale;

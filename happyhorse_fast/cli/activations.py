@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from happyhorse_fast.cli.layer_ops import LayerInputs, OpResults, eager_ops
+from happyhorse_fast.ops.fp8_linear import static_scale
 from happyhorse_fast.ops.packing_qkv import static_qk_scale
 from happyhorse_fast.pony import generate
 from happyhorse_fast.reference.model import HappyHorse, Layer
-from happyhorse_fast.reference.quantize import E4M3_MAX, quantize_groups, quantize_rows, to_e4m3
+from happyhorse_fast.reference.quantize import E4M3_MAX, quantize_rows, to_e4m3
 from happyhorse_fast.reference.quantized_qkv import quantize_v
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 from happyhorse_fast.reference.sequence import Clip, Ranges, row_chunks
+from happyhorse_fast.reference.sparse_attention import output_scale
 
 TENSORS = ("residual", "qkv input", "q", "k", "v", "proj input", "up input", "down input")
 """What is looked at in a layer; all but the residual stream become e4m3 in fp8."""
@@ -169,11 +171,6 @@ def _tensors(
     def units(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return x.float() / scale
 
-    def grouped(x: torch.Tensor, group: int) -> torch.Tensor:
-        wide = torch.nn.functional.pad(x, (0, -x.shape[1] % group))
-        scale = quantize_groups(wide, group)[1].repeat_interleave(group, dim=1)
-        return units(x, scale[:, : x.shape[1]])
-
     up_input = torch.cat([rms_norm(results.middle[rows], layer.mlp.pre_norm.of(e)) for e, rows in chunks])
     yield "residual", given.hidden, None
     yield "qkv input", results.norm, units(results.norm, quantize_rows(results.norm)[1][:, None])
@@ -186,9 +183,10 @@ def _tensors(
         yield name, x.flatten(1), units(x.flatten(1), scale)
     v_scale = quantize_v(results.v)[1].repeat_interleave(128, dim=1)[:, : len(results.v)].T  # [N, Hkv]
     yield "v", results.v.flatten(1), units(results.v, v_scale[:, :, None]).flatten(1)
-    yield "proj input", results.attention, grouped(results.attention, results.q.shape[2])
+    yield "proj input", results.attention, units(results.attention, output_scale(results.v, None, results.gate))
     yield "up input", up_input, units(up_input, quantize_rows(up_input)[1][:, None])
-    yield "down input", results.up, grouped(results.up, 64 if layer.mlp.gated else 128)
+    down_scale = static_scale("swiglu7" if layer.mlp.gated else "gelu7", True, results.up.device)
+    yield "down input", results.up, units(results.up, down_scale)
 
 
 def attention_map(layer: int, step: int, results: OpResults, clip: Clip, ranges: Ranges) -> AttentionMap:

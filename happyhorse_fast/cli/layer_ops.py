@@ -15,16 +15,17 @@ from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.model.clip_state import ClipState
 from happyhorse_fast.model.fast_layer import FastLayer
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
-from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
+from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual, static_scale
 from happyhorse_fast.ops.packing_qkv import rotary_permutation
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.reference import block_sparse_attention as reference_attention
 from happyhorse_fast.reference.mlp import gelu7, swiglu7
 from happyhorse_fast.reference.model import ROW_CHUNK, HappyHorse, Layer
-from happyhorse_fast.reference.quantize import dequantize, quantize_groups, to_e4m3, token_order
+from happyhorse_fast.reference.quantize import dequantize, quantize_static, to_e4m3, token_order
 from happyhorse_fast.reference.quantized_qkv import quantize_k, quantize_q, quantize_v
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm, rmsnorm_qkv
 from happyhorse_fast.reference.sequence import Clip, Ranges, row_chunks
+from happyhorse_fast.reference.sparse_attention import output_scale
 
 OPS = ("norm", "qkv", "attention", "proj", "up", "down")
 """``norm`` is the one before QKV; ``qkv`` and ``up`` start from the residual stream, so they hold their norm too."""
@@ -189,6 +190,7 @@ class _FastOps:
         self.layer, self.state, self.plan = layer, state, layer.plan
         self.tiles = state.row_tiles(layer.plan.experts)
         self.precision, self.backend = layer.plan.precision, layer.plan.backend
+        self.activation = "swiglu7" if self.plan.gated else "gelu7"
 
     def run(self, given: LayerInputs, exact: OpResults) -> OpResults:
         width = given.hidden.shape[1]
@@ -202,10 +204,10 @@ class _FastOps:
             v=v,
             gate=gate,
             attention=self._attention(exact),
-            proj=self._product("proj", exact.attention, self.plan.head_dim, width),
+            proj=self._product("proj", exact.attention, output_scale(exact.v.float(), None, exact.gate.float()), width),
             middle=given.hidden[:0],
             up=up[:, : exact.up.shape[1]],
-            down=self._product("down", exact.up, 64 if self.plan.gated else 128, width),
+            down=self._product("down", exact.up, static_scale(self.activation, True, exact.up.device), width),
         )
 
     def _rows(self, tokens: torch.Tensor, columns: int | None = None) -> torch.Tensor:
@@ -297,20 +299,20 @@ class _FastOps:
             x_scale,
             *self._weight("up"),
             self.tiles,
-            activation="swiglu7" if self.plan.gated else "gelu7",
+            activation=self.activation,
             fp8=fp8,
             backend=self.backend["fp8_linear_activation"],
         )
         return self._tokens(_values(y, y_scale if fp8 else None))
 
-    def _product(self, name: str, tokens: torch.Tensor, group: int, width: int) -> torch.Tensor:
+    def _product(self, name: str, tokens: torch.Tensor, of_codes: torch.Tensor, width: int) -> torch.Tensor:
         """proj or down of a float32 input, in the format that the op before would have written it."""
         weight, scale = self._weight(name)
         x, x_scale = self._rows(tokens, weight.shape[2]), None
         if scale is None:
             x = x.bfloat16()
         else:
-            x, x_scale = quantize_groups(x, group)
+            x, x_scale = quantize_static(x, of_codes), of_codes
         if hasattr(self.layer, "attn_post_norm"):
             return self._tokens(fp8_linear(x, x_scale, weight, scale, self.tiles, backend=self.backend["fp8_linear"]))
         branch = torch.zeros(x.shape[0], width, device=x.device)

@@ -67,10 +67,11 @@ def packed_bound(
         qkv_scale: [E, F] float32, or None.
         v_rows: Of F, those that make v.
     """
-    v_max = 0.0
+    of_experts = []
     for expert in range(len(attn_norm)):  # an expert at a time: in float32 one of the 15B model's is 21 MB
         weight = qkv_weight[expert : expert + 1, v_rows]
         if qkv_scale is not None:
             weight = dequantize(weight, qkv_scale[expert : expert + 1, v_rows])
-        v_max = max(v_max, value_bound(attn_norm[expert : expert + 1], weight))
+        of_experts.append(value_bound(attn_norm[expert : expert + 1], weight))
+    v_max = float(torch.tensor(of_experts, dtype=torch.float64).max())  # NaN where one is; Python's max may drop it
     return AttentionBound(norm_scores(qk_norm[:, 0], qk_norm[:, 1]), v_max)

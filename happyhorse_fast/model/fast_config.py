@@ -136,7 +136,8 @@ class FastConfig:
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                hint = "; int8_qk is in its place" if getattr(self, name) == GONE_ATTENTION else ""
+                gone = name == "attention" and self.attention == GONE_ATTENTION
+                hint = "; int8_qk is in its place" if gone else ""
                 raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}{hint}")
         if self.sparsity is not None and not isinstance(self.sparsity, Sparsity):
             raise TypeError(f"sparsity must be None, TopK, TopP or Tiles; got {self.sparsity!r}")
@@ -152,9 +153,9 @@ class FastConfig:
             raise TypeError(f'skip must be a list such as ["attention:0-3"], got {given!r}')
         object.__setattr__(self, "skip", tuple(given))
         for rule in self.skip:
-            self._parse(rule)
-        if self.skip and self.precision == self.attention == "bf16":
-            raise ValueError(f"skip must be () where precision and attention are bf16, got {self.skip!r}")
+            ops, _ = self._parse(rule)
+            if all((self.attention if op == "attention" else self.precision) == "bf16" for op in ops):
+                raise ValueError(f"skip must name products that are not in bf16 anyway, got {rule!r}")
 
     def require_model(self, config: ModelConfig) -> None:
         """Raise a ValueError where a model cannot be accelerated so: ``skip`` names no layer of it, or its head_dim."""

@@ -95,7 +95,7 @@ class FastLayer(nn.Module):
             self.register_buffer(name, value)
 
     def find_bound(self) -> None:
-        """Set :attr:`bound` from the weights; waits for the device."""
+        """Set :attr:`bound` from the weights, which whoever changes a buffer in place calls; waits for the device."""
         plan = self.plan
         start = (plan.num_heads_q + plan.num_heads_kv) * plan.head_dim
         v_rows = slice(start, start + plan.num_heads_kv * plan.head_dim)
@@ -125,6 +125,8 @@ class FastLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         self.require_packed(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if not self.qkv_weight.is_meta:
+            self.find_bound()
 
     def require_packed(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise where a state dict has other tensors for this layer than its own packed ones.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.ops.checks import require, require_backend
-from happyhorse_fast.reference.score_bound import LIMIT, scores_fit
-from happyhorse_fast.reference.sparse_attention import sparse_attention
+from happyhorse_fast.reference.score_bound import score_limit, scores_fit
+from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
 
 HEAD_DIMS = (32, 64, 128)
 Results = tuple[Tensor, Tensor, Tensor]
@@ -29,7 +29,6 @@ def block_sparse_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     gate: Tensor | None = None,
-    k_mean: Tensor | None = None,
     fp8_out: bool = False,
     return_lse: bool = False,
     backend: str = "triton",
@@ -50,22 +49,22 @@ def block_sparse_attention(
         block_map: N queries and M keys, for one head or Hkv heads; S = ceil(M / 128), R = ceil(N / 128).
         scale: Softmax scale, positive.
         bound: Promise that |scale * q.k| * log2(e), plus log2(max|v| / 256) where that is positive, is at most this for
-            every query and key (`score_bound.norm_bound` has it from weights); a wrong one can overflow. inf: nothing
+            every query and key (`score_bound.norm_bound` has it from weights); a wrong one can overflow, and a max|v|
+            below 2^-17 lose bits. inf: nothing
             is known, a running maximum is kept. None: in bf16 it is found on the device, without waiting for it; in
             int8 as inf. Without meaning where v is e4m3, whose P needs the maximum.
         q_scale: float32 [N, Hq] with int8 q: value = code * q_scale[i, h]; [R] with e4m3 q: code * q_scale[i // 128].
         k_scale: float32 [Hkv, S] with int8 k: value = code * k_scale[h, j // 128]; [S] with e4m3 k.
         v_scale: float32 [Hkv, S], with e4m3 v.
         gate: float32 [N, Hq], multiplies the normalised output.
-        k_mean: float32 [Hkv, D] that was subtracted from k (which leaves the softmax as it is): the LSE adds it back.
-        fp8_out: e4m3 output with a scale per row and head, rather than bf16.
+        fp8_out: e4m3 output with one scale, rather than bf16.
         return_lse: Whether the log-sum-exp is wanted.
         backend: ``"triton"``; ``"cuda"``, which takes bf16 alone, with contiguous channels (last stride 1) and every
             head's rows aligned to 16 bytes; or ``"reference"`` for plain torch with the same rounding points.
 
     Returns:
-        out [N, Hq, D]; out_scale float32 [N, Hq], size [0] without ``fp8_out``; LSE float32 [Hq, N], natural log of the
-        scaled scores, size [0] without ``return_lse``. A row without a key gives 0 and -inf.
+        out [N, Hq, D]; out_scale float32 [1], max|v| * max|gate| / 448, size [0] without ``fp8_out``; LSE float32
+        [Hq, N], natural log of the scaled scores, size [0] without ``return_lse``. A row without a key: 0 and -inf.
 
     Raises:
         TypeError: A tensor of another dtype than listed, or no BlockMap.
@@ -74,10 +73,11 @@ def block_sparse_attention(
     require_backend(backend, ("triton", "cuda", "reference"))
     if not isinstance(block_map, BlockMap):
         raise TypeError(f"block_map must be a BlockMap, such as BlockMap.dense(N, M); got {type(block_map).__name__}")
-    _check(q, k, v, block_map, scale, bound, q_scale, k_scale, v_scale, gate, k_mean)
+    _check(q, k, v, block_map, scale, bound, q_scale, k_scale, v_scale, gate)
     tensors = block_map.tensors()
-    bounded = v.dtype == torch.bfloat16 and bound is not None and bound <= LIMIT
+    bounded = v.dtype == torch.bfloat16 and bound is not None and bound <= score_limit(k.shape[0])
     flag = scores_fit(q, k, v, scale) if bound is None and q.dtype == torch.bfloat16 else None
+    out_scale = output_scale(v, v_scale, gate) if fp8_out else None
     if backend == "cuda":
         if q.dtype != torch.bfloat16:
             raise ValueError(
@@ -85,21 +85,23 @@ def block_sparse_attention(
             )
         from happyhorse_fast.ops.cuda import block_sparse_attention as cuda
 
-        return cuda.block_sparse_attention(q, k, v, *tensors, scale, bounded, flag, gate, k_mean, fp8_out, return_lse)
-    options = (scale, bounded, flag, q_scale, k_scale, v_scale, gate, k_mean, fp8_out, return_lse)
-    if backend == "reference":
-        return _reference(q, k, v, *tensors, *options)
-    from happyhorse_fast.ops.triton import block_sparse_attention as triton
+        out, lse = cuda.block_sparse_attention(q, k, v, *tensors, scale, bounded, flag, gate, out_scale, return_lse)
+    else:
+        op: Any = _reference
+        if backend == "triton":
+            from happyhorse_fast.ops.triton import block_sparse_attention as triton
 
-    return triton.block_sparse_attention(q, k, v, *tensors, *options)
+            op = triton.block_sparse_attention
+        options = (scale, bounded, flag, q_scale, k_scale, v_scale, gate, out_scale, return_lse)
+        out, lse = op(q, k, v, *tensors, *options)
+    return out, q.new_empty(0, dtype=torch.float32) if out_scale is None else out_scale, lse
 
 
-def empty_results(q: Tensor, fp8_out: bool, return_lse: bool) -> Results:
-    """Unwritten (out, out_scale, lse) of the shapes and dtypes that every implementation gives."""
+def empty_results(q: Tensor, fp8_out: bool, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Unwritten (out, lse) of the shapes and dtypes that every implementation gives."""
     n, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=torch.float8_e4m3fn if fp8_out else torch.bfloat16, device=q.device)
-    out_scale = torch.empty((n, heads) if fp8_out else (0,), dtype=torch.float32, device=q.device)
-    return out, out_scale, torch.empty((heads, n) if return_lse else (0,), dtype=torch.float32, device=q.device)
+    return out, torch.empty((heads, n) if return_lse else (0,), dtype=torch.float32, device=q.device)
 
 
 @torch.library.custom_op("happyhorse_fast::block_sparse_attention_reference", mutates_args=())
@@ -120,10 +122,9 @@ def _reference(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     gate: Tensor | None,
-    k_mean: Tensor | None,
-    fp8_out: bool,
+    out_scale: Tensor | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     block_map = BlockMap(counts, starts, columns, mask_ids, mask_bits, order, queries=q.shape[0], keys=k.shape[0])
     return sparse_attention(
         q,
@@ -135,17 +136,16 @@ def _reference(
         k_scale=k_scale,
         v_scale=v_scale,
         gate=gate,
-        k_mean=k_mean,
         bounded=bounded if flag is None else bool(flag),
-        fp8_out=fp8_out,
+        out_scale=out_scale,
         return_lse=return_lse,
     )
 
 
 @_reference.register_fake
-def fake(q: Tensor, *rest: Any) -> Results:
-    """Shapes and dtypes alone; arguments as the op's, the last two fp8_out and return_lse."""
-    return empty_results(q, rest[-2], rest[-1])
+def fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes alone; arguments as the op's, the last two out_scale and return_lse."""
+    return empty_results(q, rest[-2] is not None, rest[-1])
 
 
 def _check(
@@ -159,7 +159,6 @@ def _check(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     gate: Tensor | None,
-    k_mean: Tensor | None,
 ) -> None:
     fp8 = torch.float8_e4m3fn
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -210,7 +209,6 @@ def _check(
         raise ValueError(
             f"k, v and block_map must be on q's device {q.device}, got {k.device}, {v.device} and {block_map.device}"
         )
-    extra = (("gate", gate, (n, heads_q)), ("k_mean", k_mean, (heads_kv, d)))
-    for name, value, shape in (*((s[0], s[1], s[2]) for s in scales), *extra):
+    for name, value, shape in (*((s[0], s[1], s[2]) for s in scales), ("gate", gate, (n, heads_q))):
         if value is not None:
             require(name, value, (torch.float32,), shape, device=q.device)

@@ -12,8 +12,7 @@ import torch
 
 from happyhorse_fast.ops.checks import require, require_backend
 from happyhorse_fast.reference import fp8_linear as reference
-from happyhorse_fast.reference.fp8_linear import empty_activated, empty_product
-from happyhorse_fast.reference.quantize import GROUPS
+from happyhorse_fast.reference.fp8_linear import activation_scale, empty_activated, empty_product
 
 ROW_TILE = 128
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -32,7 +31,7 @@ def fp8_linear(
 
     Args:
         x: [N, K] bf16 or e4m3.
-        x_scale: float32, [N] or [N, K / group] (group 32, 64 or 128) where x is e4m3; else None or of size [0].
+        x_scale: float32, [N] (one per row) or [1] (one for all) where x is e4m3; else None or of size [0].
         weight: [E, F, K] in the dtype of x.
         weight_scale: [E, F] float32 where weight is e4m3, else None.
         row_tiles: [tiles, 3] int32 (expert, first row, end row): at most 128 rows each, every row once.
@@ -102,15 +101,15 @@ def fp8_linear_activation(
         weight_scale: As in :func:`fp8_linear`.
         row_tiles: As in :func:`fp8_linear`.
         activation: ``"swiglu7"`` (F = 2K', gate and linear interleaved) or ``"gelu7"`` (F = K').
-        fp8: Whether the result is e4m3 with scales, rather than bf16; x may be of either dtype.
+        fp8: Whether the result is e4m3, rather than bf16; x may be of either dtype.
         backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
             256 MB, each followed by `activation_quantize`. With several experts the host then reads ``row_tiles`` once
             per tensor, which waits for the device and cannot happen in a CUDA graph's capture: call once before, with
-            the same tensor. Where x is e4m3, x_scale is [N] and K a multiple of 16.
+            the same tensor. Where x is e4m3, K is a multiple of 16.
 
     Returns:
-        y [N, K'] bf16 and a scale of size [0]; or y e4m3 and its scale [N, K' / group] float32, group 64 for swiglu7
-        and 128 for gelu7.
+        y [N, K'] bf16 and a scale of size [0]; or y e4m3 and its scale [1] float32, which is static: 56 / 448 of
+        swiglu7 and 7 / 448 of gelu7, whose outputs are bounded by 56 and 7.
 
     Raises:
         TypeError, ValueError: As in :func:`fp8_linear`, or an activation there is not.
@@ -120,7 +119,15 @@ def fp8_linear_activation(
     check_activation(activation, "weight", weight.shape[1])
     launcher = _launcher(backend, ("triton", "cuda", "reference"))
     op = _activation_reference if launcher is None else launcher.fp8_linear_activation
-    return op(x, x_scale, weight, weight_scale, row_tiles, activation, fp8)
+    y = op(x, x_scale, weight, weight_scale, row_tiles, activation, fp8)
+    return y, static_scale(activation, fp8, x.device)
+
+
+def static_scale(activation: str, fp8: bool, device: torch.device) -> torch.Tensor:
+    """Scale that an activation's result comes with: float32 [1], or [0] of a bf16 one."""
+    if not fp8:
+        return torch.empty(0, dtype=torch.float32, device=device)
+    return torch.full((1,), activation_scale(activation), dtype=torch.float32, device=device)
 
 
 def check_activation(activation: str, name: str, features: int) -> None:
@@ -150,10 +157,9 @@ def _check(
                 raise ValueError(f"{name} must be None or empty where x is bf16, got shape {list(scale.shape)}")
         return None
     require("weight_scale", weight_scale, (torch.float32,), weight.shape[:2], device=device)
-    grouped = isinstance(x_scale, torch.Tensor) and x_scale.dim() == 2
-    scale = require("x_scale", x_scale, (torch.float32,), (n, "K / group") if grouped else (n,), device=device)
-    if grouped and not any(scale.shape[1] * group == k for group in GROUPS):
-        raise ValueError(f"x_scale must be [{n}] or [{n}, {k} / group], group 32, 64 or 128; got {list(scale.shape)}")
+    scale = require("x_scale", x_scale, (torch.float32,), (f"{n} or 1",), device=device)
+    if scale.shape[0] not in (1, n):
+        raise ValueError(f"x_scale must be of shape [{n} or 1], one per row or one for all, got {list(scale.shape)}")
     return scale
 
 
@@ -214,6 +220,6 @@ def fake_fp8_linear_activation(
     row_tiles: torch.Tensor,
     activation: str,
     fp8: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes of `fp8_linear_activation`, for every backend."""
+) -> torch.Tensor:
+    """Shape of `fp8_linear_activation`'s y, for every backend."""
     return empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)

@@ -24,7 +24,6 @@ def qk_norm_rope(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
     *,
     backend: str = "cuda",
 ) -> QKV:
@@ -43,7 +42,6 @@ def qk_norm_rope(
         num_heads_kv: Hkv; divides Hq.
         out: ``"bf16"``, ``"int8_qk"`` (v in bf16) or ``"fp8"``.
         qk_scale: [E, 2] float32 where ``out`` is ``"fp8"``, else None.
-        k_mean: [Hkv, D] float32, or None.
         backend: ``"cuda"`` (tensors that start on 16 bytes, and rows of product too) or ``"reference"``.
 
     Returns:
@@ -63,7 +61,7 @@ def qk_norm_rope(
     experts = qk_norm.shape[0]
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
     check_product_scales(product, row_scale, column_scale, experts)
-    check_outputs(out, qk_scale, k_mean, experts, num_heads_kv, d, device)
+    check_outputs(out, qk_scale, experts, device)
     require_backend(backend, ("cuda", "reference"))
     op = _reference
     if backend == "cuda":
@@ -81,7 +79,6 @@ def qk_norm_rope(
         num_heads_kv,
         out,
         qk_scale,
-        k_mean,
     )
 
 
@@ -115,7 +112,6 @@ def fake_qk_norm_rope(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
 ) -> QKV:
     """Shapes of `qk_norm_rope`, for both backends."""
     return empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)

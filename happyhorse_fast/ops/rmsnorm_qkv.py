@@ -73,7 +73,6 @@ def qkv_linear(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
     *,
     backend: str = "triton",
 ) -> QKV:
@@ -91,7 +90,6 @@ def qkv_linear(
         num_heads_kv: Hkv; divides Hq.
         out: ``"bf16"``, ``"int8_qk"`` (v in bf16) or ``"fp8"``.
         qk_scale: [E, 2] float32 where ``out`` is ``"fp8"``, else None.
-        k_mean: [Hkv, D] float32, or None.
         backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
             256 MB, each followed by `qk_norm_rope`. With several experts the host then reads ``row_tiles`` once per
             tensor, which waits for the device and cannot happen in a CUDA graph's capture: call once before, with the
@@ -123,12 +121,10 @@ def qkv_linear(
         if weight_scale is not None:
             raise ValueError(f"weight_scale must be None where weight is bf16, got shape {list(weight_scale.shape)}")
         x_scale = None
-    check_outputs(out, qk_scale, k_mean, experts, num_heads_kv, d, device)
+    check_outputs(out, qk_scale, experts, device)
     launcher = _launcher(backend)
     op = _qkv_linear_reference if launcher is None else launcher.qkv_linear
-    return op(
-        x, x_scale, weight, weight_scale, qk_norm, cos_sin, row_tiles, num_heads_q, num_heads_kv, out, qk_scale, k_mean
-    )
+    return op(x, x_scale, weight, weight_scale, qk_norm, cos_sin, row_tiles, num_heads_q, num_heads_kv, out, qk_scale)
 
 
 def features_of(num_heads_q: int, num_heads_kv: int, head_dim: int) -> int:
@@ -150,10 +146,7 @@ def check_heads(cos_sin: torch.Tensor, n: int, num_heads_q: int, num_heads_kv: i
 def check_outputs(
     out: str,
     qk_scale: torch.Tensor | None,
-    k_mean: torch.Tensor | None,
     experts: int,
-    num_heads_kv: int,
-    head_dim: int,
     device: torch.device,
 ) -> None:
     """Hold what decides how q, k and v are written against the contract."""
@@ -163,8 +156,6 @@ def check_outputs(
         require("qk_scale", qk_scale, (torch.float32,), (experts, 2), device=device)
     elif qk_scale is not None:
         raise ValueError(f'qk_scale must be None where out is "{out}", got shape {list(qk_scale.shape)}')
-    if k_mean is not None:
-        require("k_mean", k_mean, (torch.float32,), (num_heads_kv, head_dim), device=device)
 
 
 def _launcher(backend: str) -> Any:
@@ -215,7 +206,6 @@ def fake_qkv_linear(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
 ) -> QKV:
     """Shapes of `qkv_linear`, for every backend."""
     return empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)

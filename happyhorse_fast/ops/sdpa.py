@@ -10,7 +10,7 @@ from torch import Tensor
 
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.ops.block_sparse_attention import HEAD_DIMS, block_sparse_attention
-from happyhorse_fast.ops.checks import require_backend
+from happyhorse_fast.ops.checks import is_capturing, require_backend
 
 MAPS = 8
 """Dense maps that are remembered; of 64,256 tokens one has 2 MB, of 187,392 17 MB."""
@@ -119,11 +119,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
 
 
 def _dense(queries: int, keys: int, like: Tensor) -> BlockMap:
-    if type(like) is not torch.Tensor or torch.compiler.is_compiling():  # what a trace makes must not outlive it
-        return BlockMap.dense(queries, keys, like.device)
-    return _remembered(queries, keys, like.device)
+    device = like.device
+    # What a trace makes must not outlive it, and what a graph reads must not be forgotten before the graph is.
+    if type(like) is not torch.Tensor or torch.compiler.is_compiling() or is_capturing(device):
+        return BlockMap.dense(queries, keys, device)
+    # Another stream would read a map that this one has yet to write.
+    return _remembered(queries, keys, device, torch.cuda.current_stream(device) if device.type == "cuda" else None)
 
 
 @functools.lru_cache(maxsize=MAPS)
-def _remembered(queries: int, keys: int, device: torch.device) -> BlockMap:
+def _remembered(queries: int, keys: int, device: torch.device, stream: object) -> BlockMap:
     return BlockMap.dense(queries, keys, device)

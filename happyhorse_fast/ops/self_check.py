@@ -27,9 +27,9 @@ from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.select_blocks import select_blocks
 from happyhorse_fast.reference.attention_operands import attention_operands
-from happyhorse_fast.reference.quantize import quantize_groups
+from happyhorse_fast.reference.quantize import dequantize, quantize_static
 from happyhorse_fast.reference.score_bound import LIMIT
-from happyhorse_fast.reference.sparse_attention import sparse_attention
+from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
 
 # Three experts, the last tile of each ragged in its content but not in its rows, as the fast model lays them out.
 ROWS, CHANNELS, HEADS_Q, HEADS_KV, HEAD_DIM = 512, 640, 5, 1, 128
@@ -277,19 +277,28 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
             # torch.compile takes another kernel, which reads through pointers, for the result that a model asks for.
             wanted.append((results_of[-1][0], False, True))
         for fp8_out, lse, apart in wanted:
-            options: dict[str, Any] = {"fp8_out": fp8_out, "return_lse": lse}
             operands = there | ({"k": _apart(there["k"])} if apart else {})
-            results = block_sparse_attention(
-                **operands, block_map=block_map.to(device), bound=bound, backend=backend, **options
+            out, out_scale, sums = block_sparse_attention(
+                **operands,
+                block_map=block_map.to(device),
+                bound=bound,
+                fp8_out=fp8_out,
+                return_lse=lse,
+                backend=backend,
             )
-            rounding = _rounding(backend, operands["q"], operands["k"], operands["v"], bounded=bounded, lse=lse)
-            expected = sparse_attention(**inputs, block_map=block_map, bounded=bounded, **options, **rounding)
+            options = _rounding(backend, operands["q"], operands["k"], operands["v"], bounded=bounded, lse=lse)
+            if fp8_out:
+                options |= {"out_scale": output_scale(given["v"], given.get("v_scale"), given["gate"])}
+            exact, exact_sums = sparse_attention(
+                **inputs, block_map=block_map, bounded=bounded, return_lse=lse, **options
+            )
             name = f"out{form}{', e4m3' if fp8_out else ''}{', LSE' if lse else ''}{', pointers' if apart else ''}"
-            out, exact = (x.float() * x_scale[..., None] if fp8_out else x for x, x_scale, _ in (results, expected))
+            if fp8_out:
+                out, exact = dequantize(out, out_scale), dequantize(exact, options["out_scale"])
             compared[name] = (out, exact, attention_distance(variant, device, fp8_out=fp8_out))
             if lse:
                 # Rows without a key must say so, and not by NaN: their LSE is compared as a number of its own.
-                kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (results[2], expected[2]))
+                kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (sums, exact_sums))
                 compared[f"lse{form}"] = (kernels, references, DISTANCE)
     return compared
 
@@ -327,31 +336,38 @@ def _by_descriptors(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 
 def _check_linear(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8 = variant == "fp8"
-    results = []
-    for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-        x, x_scale = _inputs(fp8, where)
-        weight, w_scale = _weight(11, 384, fp8, where)
-        results.append(fp8_linear(x, x_scale, weight, w_scale, _row_tiles().to(where), backend=how))
-    return {"y": (results[0], results[1], DISTANCE)}
+    compared: Compared = {}
+    for name, x, x_scale in _static_and_rows(variant == "fp8"):
+        results = []
+        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+            weight, w_scale = _weight(11, 384, variant == "fp8", where)
+            scale = None if x_scale is None else x_scale.to(where)
+            results.append(fp8_linear(x.to(where), scale, weight, w_scale, _row_tiles().to(where), backend=how))
+        compared[f"y{name}"] = (results[0], results[1], DISTANCE)
+    return compared
 
 
 def _check_residual(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8 = variant == "fp8"
     compared: Compared = {}
-    for group in (64, 128) if fp8 else (None,):  # behind swiglu7; behind gelu7, and attention with heads of 128
+    for name, x, x_scale in _static_and_rows(variant == "fp8"):
         results = []
         for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            x, x_scale = _inputs(False, torch.device("cpu"))
-            if group is not None:
-                x, x_scale = quantize_groups(x.float(), group)
-            weight, w_scale = _weight(12, 384, fp8, where)
+            weight, w_scale = _weight(12, 384, variant == "fp8", where)
             hidden = _draw(13, ROWS, 384).to(where)
-            x_scale = None if x_scale is None else x_scale.to(where)
-            fp8_linear_residual(x.to(where), x_scale, weight, w_scale, _row_tiles().to(where), hidden, backend=how)
+            scale = None if x_scale is None else x_scale.to(where)
+            fp8_linear_residual(x.to(where), scale, weight, w_scale, _row_tiles().to(where), hidden, backend=how)
             results.append(hidden)
-        compared["hidden" if group is None else f"hidden, groups of {group}"] = (results[0], results[1], DISTANCE)
+        compared[f"hidden{name}"] = (results[0], results[1], DISTANCE)
     return compared
+
+
+def _static_and_rows(fp8: bool) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """(form, x, x_scale) of a product's inputs on the CPU: in e4m3 with a scale per row, and with one."""
+    x, x_scale = _inputs(fp8, torch.device("cpu"))
+    yield "", x, x_scale
+    if x_scale is not None:
+        one = torch.full((1,), 2**-6)
+        yield ", one scale", quantize_static(dequantize(x, x_scale), one), one
 
 
 def _check_activation(backend: str, device: torch.device, variant: str) -> Compared:
@@ -365,9 +381,7 @@ def _check_activation(backend: str, device: torch.device, variant: str) -> Compa
             y, y_scale = fp8_linear_activation(
                 x, x_scale, weight, w_scale, _row_tiles().to(where), activation=activation, fp8=fp8, backend=how
             )
-            if fp8:
-                y = y.float() * y_scale.repeat_interleave(y.shape[1] // y_scale.shape[1], dim=1)
-            results.append(y)
+            results.append(dequantize(y, y_scale) if fp8 else y)
         compared[activation] = (results[0], results[1], CODE_DISTANCE if fp8 else DISTANCE)
     return compared
 

@@ -6,8 +6,6 @@ import torch
 
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
-GROUPS = (32, 64, 128)
-"""Channels that may share a scale inside a row."""
 
 
 def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
@@ -21,7 +19,7 @@ def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
         scale would underflow.
     """
     scale = amax.float() * (1.0 / E4M3_MAX)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -78,26 +76,17 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return to_e4m3(x.float() / scale[:, None]), scale
 
 
-def quantize_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per row and ``group`` neighbouring channels.
+def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """One scale for the tensor, known beforehand.
 
     Args:
-        x: [N, K], float32 or narrower.
-        group: 32, 64 or 128; divides K.
+        x: Any shape, float32 or narrower.
+        scale: [1] float32.
 
     Returns:
-        codes [N, K] e4m3, scale [N, K / group] float32.
-
-    Raises:
-        ValueError: ``group`` is not allowed or does not divide K.
+        Codes of x's shape, e4m3, of x * (1 / scale); what is past 448 scales becomes that.
     """
-    if group not in GROUPS:
-        raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}; got {group}")
-    if x.shape[1] % group:
-        raise ValueError(f"group must divide the {x.shape[1]} channels of x, got {group}")
-    grouped = x.float().unflatten(1, (-1, group))
-    scale = e4m3_scale(grouped.abs().amax(dim=2))
-    return to_e4m3(grouped / scale[:, :, None]).flatten(1), scale
+    return to_e4m3(x.float() * (1.0 / scale))
 
 
 def quantize_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +132,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
 
     Args:
         codes: [..., K] e4m3.
-        scale: [...] (one per row or output channel), or [..., K / group].
+        scale: [1] (one for all), or [...] (one per row or output channel).
         dtype: Dtype of the result, float32 or float64.
 
     Returns:
@@ -152,13 +141,8 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
     Raises:
         ValueError: The shapes do not belong together.
     """
-    values, factors = codes.to(dtype), scale.to(dtype)
-    if scale.shape == codes.shape[:-1]:
-        return values * factors[..., None]
-    if scale.shape[:-1] != codes.shape[:-1] or codes.shape[-1] % scale.shape[-1]:
+    if scale.shape not in ((1,), codes.shape[:-1]):
         raise ValueError(
-            f"scale must be {list(codes.shape[:-1])} or {[*codes.shape[:-1], 'K / group']} for codes "
-            f"{list(codes.shape)}, got {list(scale.shape)}"
+            f"scale must be [1] or {list(codes.shape[:-1])} for codes {list(codes.shape)}, got {list(scale.shape)}"
         )
-    groups = scale.shape[-1]
-    return (values.unflatten(-1, (groups, -1)) * factors[..., None]).flatten(-2)
+    return codes.to(dtype) * scale.to(dtype)[..., None]

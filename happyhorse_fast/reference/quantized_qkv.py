@@ -124,7 +124,6 @@ def qkv_linear(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
 ) -> QKV:
     """QKV product and its epilogue.
 
@@ -140,7 +139,6 @@ def qkv_linear(
         num_heads_kv: Hkv.
         out: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
         qk_scale: [E, 2] float32, for ``"fp8"``.
-        k_mean: [Hkv, D] float32, or None.
 
     Returns:
         q, k, v, q_scale, k_scale, v_scale, gate as docs/OPS.md states them.
@@ -156,7 +154,7 @@ def qkv_linear(
             product = product.to(BF16).float()
         else:
             product = product * x_scale[rows, None] * weight_scale[expert]
-        _finish_rows(product, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, results)
+        _finish_rows(product, expert, first, end, qk_norm, cos_sin, qk_scale, results)
     return results
 
 
@@ -172,7 +170,6 @@ def qk_norm_rope(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
 ) -> QKV:
     """The epilogue of :func:`qkv_linear` on a product that is there already.
 
@@ -187,7 +184,6 @@ def qk_norm_rope(
         num_heads_kv: Hkv.
         out: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
         qk_scale: [E, 2] float32, for ``"fp8"``.
-        k_mean: [Hkv, D] float32, or None.
 
     Returns:
         q, k, v, q_scale, k_scale, v_scale, gate.
@@ -198,7 +194,7 @@ def qk_norm_rope(
     results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     for expert, first, end in spans(row_tiles):
         part = scaled_rows(product, row_scale, column_scale, slice(first, end), expert)
-        _finish_rows(part, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, results)
+        _finish_rows(part, expert, first, end, qk_norm, cos_sin, qk_scale, results)
     return results
 
 
@@ -210,15 +206,12 @@ def _finish_rows(
     qk_norm: torch.Tensor,
     cos_sin: torch.Tensor,
     qk_scale: torch.Tensor | None,
-    k_mean: torch.Tensor | None,
     results: QKV,
 ) -> None:
     """Write what rows ``first`` to ``end`` of the product, float32 [rows, F] with its scales, become in ``results``."""
     q, k, v, q_scale, k_scale, v_scale, gate = results
     rows = slice(first, end)
     queries, keys, values, gate[rows] = epilogue(product, qk_norm[expert], cos_sin[rows], q.shape[1], k.shape[1])
-    if k_mean is not None:
-        keys = keys - k_mean
     if v.dtype == BF16:
         v[rows] = values.to(BF16)
     if q.dtype == BF16:

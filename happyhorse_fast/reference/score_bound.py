@@ -2,10 +2,11 @@
 
 softmax(s) = exp2(s - m) / sum(exp2(s - m)) for any m. The maximum of a row keeps exp2 in range; where a bound on every
 score does that too, m = 0 will do, and no maximum is found, compared or corrected for. In powers of two, with B the
-bound: a row's largest term is at least 2^-B, a sum of up to 2^20 terms at most 2^(B + 20), and of terms times v at most
-2^(B + 20) max|v|. float32 holds terms down to 2^-126 and sums below 2^128. B <= 100 leaves a row's largest term 2^26
-above what is lost, its sums at most 2^120 and, with max|v| <= 2^8, below 2^128. A larger v takes its power of two
-from B.
+bound: a row's largest term is at least 2^-B, a sum of up to 2^19 terms at most 2^(B + 19), and of terms times v at most
+2^(B + 19) max|v|. float32 holds normal numbers down to 2^-126 and sums below 2^128. B <= 100 leaves a row's largest
+term 2^26 above what is lost, its sums at most 2^119 and, with max|v| <= 2^8, at most 2^127. A larger v, and more keys,
+take their powers of two from B. So does a v whose largest element is below 2^-17: its products with P would come within
+2^9 of what float32 rounds to 0. (Elements of v 2^32 times smaller than the largest of their head may become 0.)
 """
 
 from __future__ import annotations
@@ -17,13 +18,22 @@ from torch import Tensor
 
 LIMIT = 100.0
 """Largest bound, in powers of two, under which the softmax goes without a maximum."""
-KEYS = 2**20
+KEYS = 2**19
 """Keys that :data:`LIMIT` leaves room for."""
 FREE_V = 256.0
 """max|v| that :data:`LIMIT` leaves room for."""
+SMALL_V = 2.0**-17
+"""max|v| of a head from which on products with P keep their bits."""
+SMALLEST_NORM = 2.0**-50
+"""A shorter row of q or k counts as this long: from here on float32 holds the squares that matter."""
 MARGIN = 1.07
 """What rounding adds to a product of norms: k in int8, with a scale per 128 keys, passes its norm by up to
 sqrt(D) / 254 = 4.4 % at D = 128, q with a scale of its own by 2.3 %; in bf16 both stay within 0.4 %."""
+
+
+def score_limit(keys: int) -> float:
+    """:data:`LIMIT`, less what more keys than :data:`KEYS` take of it."""
+    return LIMIT - math.log2(keys / KEYS) if keys > KEYS else LIMIT
 
 
 def effective_bound(scores: float, v_max: float) -> float:
@@ -95,13 +105,15 @@ def scores_fit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         scale: Softmax scale.
 
     Returns:
-        int32 [1]: 1 where :func:`effective_bound` is at most the limit; 0 also where a tensor holds inf or NaN.
+        int32 [1]: 1 where :func:`effective_bound`, with what a small v adds, is at most :func:`score_limit`; 0 also
+        where a tensor holds inf or NaN, or v of a head nothing but 0.
     """
     if q.shape[0] == 0 or k.shape[0] == 0:  # no scores; the largest of none is an error
         return torch.ones(1, dtype=torch.int32, device=q.device)
     group = q.shape[1] // k.shape[1]
     norm, f32 = torch.linalg.vector_norm, torch.float32
-    q_norm, k_norm = (norm(x, dim=2, dtype=f32).amax(dim=0) for x in (q, k))
+    q_norm, k_norm = (norm(x, dim=2, dtype=f32).amax(dim=0).clamp(min=SMALLEST_NORM) for x in (q, k))
     scores = (q_norm * k_norm.repeat_interleave(group)).amax() * (scale * math.log2(math.e) * (1 + 2**-10))
-    v_part = (norm(v, ord=math.inf, dtype=f32) / FREE_V).clamp(min=1).log2()
-    return (scores + v_part <= LIMIT).int().reshape(1)
+    v_max = norm(v, ord=math.inf, dim=(0, 2), dtype=f32)  # of each head
+    v_part = (v_max / FREE_V).clamp(min=1).log2() + (SMALL_V / v_max).clamp(min=1).log2()
+    return (scores + v_part.amax() <= score_limit(k.shape[0])).int().reshape(1)

@@ -31,7 +31,6 @@ class QkNormRopeParams(ctypes.Structure):
         ("qk_norm", ctypes.c_void_p),
         ("cos_sin", ctypes.c_void_p),
         ("qk_scale", ctypes.c_void_p),
-        ("k_mean", ctypes.c_void_p),
         ("q", ctypes.c_void_p),
         ("k", ctypes.c_void_p),
         ("v", ctypes.c_void_p),
@@ -57,7 +56,6 @@ def finish_rows(
     qk_norm: torch.Tensor,
     cos_sin: torch.Tensor,
     qk_scale: torch.Tensor | None,
-    k_mean: torch.Tensor | None,
     rows: RowTiles,
     tiles: int,
     results: QKV,
@@ -70,7 +68,7 @@ def finish_rows(
         ValueError: Rows or addresses are not what 16-byte loads need.
     """
     require_vectors(VECTOR_BYTES // product.element_size(), product=product)
-    require_vectors(VECTOR_BYTES // 4, column_scale=column_scale, qk_norm=qk_norm, cos_sin=cos_sin, k_mean=k_mean)
+    require_vectors(VECTOR_BYTES // 4, column_scale=column_scale, qk_norm=qk_norm, cos_sin=cos_sin)
     q, k, v, q_scale, k_scale, v_scale, gate = results
     head_dim = cos_sin.shape[1]
     params = QkNormRopeParams(
@@ -80,7 +78,6 @@ def finish_rows(
         qk_norm=address(qk_norm),
         cos_sin=address(cos_sin),
         qk_scale=address(qk_scale),
-        k_mean=address(k_mean),
         q=address(q),
         k=address(k),
         v=address(v),
@@ -118,13 +115,12 @@ def qk_norm_rope(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.qk_norm_rope.qk_norm_rope`."""
     results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     rows = RowTiles(table=address(row_tiles))
     tiles = row_tiles.shape[0]
-    finish_rows(product, row_scale, column_scale, qk_norm, cos_sin, qk_scale, k_mean, rows, tiles, results)
+    finish_rows(product, row_scale, column_scale, qk_norm, cos_sin, qk_scale, rows, tiles, results)
     return results
 
 

@@ -79,7 +79,6 @@ def qkv_linear(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.qkv_linear`."""
     check_operands(x, weight)
@@ -91,7 +90,7 @@ def qkv_linear(
         product = library_product(x[first:end], weight[expert], one)
         rows = RowTiles(table=None, expert=expert, first=first, end=end)
         tiles = -(-(end - first) // shapes.ROW_TILE)
-        finish_rows(product, x_scale, weight_scale, qk_norm, cos_sin, qk_scale, k_mean, rows, tiles, results)
+        finish_rows(product, x_scale, weight_scale, qk_norm, cos_sin, qk_scale, rows, tiles, results)
     return results
 
 

@@ -105,21 +105,20 @@ def block_sparse_attention(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     gate: Tensor | None,
-    k_mean: Tensor | None,
-    fp8_out: bool,
+    out_scale: Tensor | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """See :func:`happyhorse_fast.ops.block_sparse_attention.block_sparse_attention`, which checks the arguments."""
-    out, out_scale, lse = empty_results(q, fp8_out, return_lse)
+    out, lse = empty_results(q, out_scale is not None, return_lse)
     n, m, map_rows = q.shape[0], k.shape[0], starts.shape[1]
     # Tokens may be symbolic while torch traces; what the kernel is compiled for may not.
     heads_q, d, heads_kv, map_heads = int(q.shape[1]), int(q.shape[2]), int(k.shape[1]), int(starts.shape[0])
     if map_rows * heads_q == 0:
-        return out, out_scale, lse
+        return out, lse
     forms = [bounded] if flag is None else [True, False]
     tensors = (
         out,
-        out_scale if fp8_out else None,
+        out_scale,
         lse if return_lse else None,
         counts,
         starts,
@@ -131,7 +130,6 @@ def block_sparse_attention(
         k_scale,
         v_scale,
         gate,
-        k_mean,
         flag,
         scale * math.log2(math.e),
     )
@@ -143,28 +141,25 @@ def block_sparse_attention(
         "BLOCK": BLOCK,
         "enable_fp_fusion": FP_FUSION,
     }
-    key_blocks, programs = -(-m // BLOCK), multiprocessors(q.device)
-    config = launch_config(q, k, v, bounded=forms[0], lse=return_lse)
-    if config.specialized:
-        # Never in a trace, which has no descriptors: no wrap_triton.
-        with on_device(q):
-            hopper.launch(config, *matrices(q, k, v), tensors, (n, map_rows, key_blocks, map_rows * heads_q), sizes)
-        forms = forms[1:]
-        if not forms:
-            return out, out_scale, lse
-        config = launch_config(q, k, v, bounded=False, lse=return_lse)
-    items = map_rows * heads_q * (BLOCK // config.block_m)
-    k_source: Any = k
-    v_source: Any = v
+    key_blocks = -(-m // BLOCK)
     stride_v = (v.stride(2), v.stride(0), v.stride(1)) if is_transposed(v) else v.stride()
-    if config.descriptors:
-        _, k_matrix, v_matrix = matrices(q, k, v)
-        k_tile = (config.block_n, d)
-        v_tile = k_tile[::-1] if is_transposed(v) else k_tile
-        k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
-    programs *= max(1, WARPS_PER_SM // config.num_warps)
-    with on_device(q):
-        for form in forms:
+    for form in forms:
+        config = launch_config(q, k, v, bounded=form, lse=return_lse)
+        if config.specialized:
+            # Never in a trace, which has no descriptors: no wrap_triton.
+            with on_device(q):
+                hopper.launch(config, *matrices(q, k, v), tensors, (n, map_rows, key_blocks, map_rows * heads_q), sizes)
+            continue
+        items = map_rows * heads_q * (BLOCK // config.block_m)
+        programs = multiprocessors(q.device) * max(1, WARPS_PER_SM // config.num_warps)
+        k_source: Any = k
+        v_source: Any = v
+        if config.descriptors:
+            _, k_matrix, v_matrix = matrices(q, k, v)
+            k_tile = (config.block_n, d)
+            v_tile = k_tile[::-1] if is_transposed(v) else k_tile
+            k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
+        with on_device(q):
             launchable(block_sparse_attention_kernel)[(min(items, programs),)](
                 q,
                 k_source,
@@ -188,7 +183,7 @@ def block_sparse_attention(
                 num_stages=config.num_stages,
                 **sizes,
             )
-    return out, out_scale, lse
+    return out, lse
 
 
 block_sparse_attention.register_fake(fake)

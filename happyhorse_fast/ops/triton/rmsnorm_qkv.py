@@ -66,7 +66,6 @@ def qkv_linear(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.qkv_linear`."""
     fp8 = weight.dtype == torch.float8_e4m3fn
@@ -87,7 +86,6 @@ def qkv_linear(
             cos_sin,
             row_tiles,
             qk_norm if qk_scale is None else qk_scale,
-            qk_norm if k_mean is None else k_mean,
             q,
             k,
             v,
@@ -105,7 +103,6 @@ def qkv_linear(
             FP8=fp8,
             INT8_QK=out == "int8_qk",
             FP8_OUT=out == "fp8",
-            HAS_MEAN=k_mean is not None,
             DESCRIPTORS=described,
             BLOCK_M=shapes.ROW_TILE,
             BLOCK_K=config.block_k,
