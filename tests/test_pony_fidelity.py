@@ -234,7 +234,10 @@ def test_every_layer_and_tensor_is_looked_at() -> None:
         if r.tensor == "residual":
             assert r.error is None
         else:
-            assert r.saturated == 0 and r.lost is not None and r.lost < 1e-3
+            # Below 2^-10 scales a value is lost: 7.8e-4 / r of normal values whose RMS is r scales. SwiGLU7's static
+            # scale does not follow a layer, r is 0.8 and more here, and a product of two factors is small more often.
+            lost = 4e-3 if r.tensor == "down input" else 1e-3
+            assert r.saturated == 0 and r.lost is not None and r.lost < lost
             assert r.error is not None and 0.01 < r.error < 0.04, f"measured {r}"
     assert [m.layer for m in maps] == list(range(6)) and {m.step for m in maps} == {1}
     for m in maps:
