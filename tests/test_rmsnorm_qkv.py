@@ -33,6 +33,7 @@ from strict import strict
 from triton.runtime.errors import InterpreterError
 
 from happyhorse_fast import budgets
+from happyhorse_fast.kernels.launch import LaunchConfig
 from happyhorse_fast.kernels.numerics import to_int8
 from happyhorse_fast.ops import rmsnorm_qkv as ops
 from happyhorse_fast.ops.triton import rmsnorm_qkv as launcher
@@ -301,6 +302,23 @@ def test_descriptors_load_what_pointers_do(kind):
         for a, b in zip(run(), pointers, strict=True):
             torch.testing.assert_close(a.float(), b.float(), rtol=2**-7, atol=2**-9)
     used.assert_called_once()
+
+
+@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("out", ["bf16", "int8_qk", "fp8"])
+@pytest.mark.parametrize("name", ALIGNED)
+def test_two_heads_a_tile_give_the_bits_of_one(name, out, described, monkeypatch):
+    """Tiles of a q and a k head, of v and gates, half past the product's end, and half in the next expert."""
+    case = make(SHAPES[name])
+    monkeypatch.setattr(launcher, "descriptors_work", lambda *_: described)
+    results = []
+    for width in (128, 256):
+        config = LaunchConfig(block_m=128, block_n=width, block_k=64, group_m=4, descriptors=described)
+        monkeypatch.setattr(launcher, "config_for", lambda *_, config=config: config)
+        with strict(seed=5):
+            results.append(fp8_linear(case, out, k_mean=case.k_mean))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one.view(torch.uint8), two.view(torch.uint8))
 
 
 @pytest.mark.parametrize("backend", KERNELS)

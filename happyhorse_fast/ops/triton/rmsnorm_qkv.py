@@ -74,13 +74,14 @@ def qkv_linear(
     config = config_for(STEM, "qkv_fp8" if fp8 else "qkv_bf16", architecture(x.device))
     q, k, v, q_scale, k_scale, v_scale, gate = results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     head_dim = cos_sin.shape[1]
+    width = config.block_n // 128 * head_dim
     described = config.descriptors and descriptors_work(x, weight)
     with on_device(x):
-        launchable(qkv_linear_kernel)[_grid(x.device, row_tiles, weight, head_dim)](
+        launchable(qkv_linear_kernel)[_grid(x.device, row_tiles, weight, width)](
             _tiled(x, shapes.ROW_TILE, config) if described else x,
             # A kernel takes a pointer for every argument: one that its flags leave unread stands in for a None.
             qk_norm if x_scale is None else x_scale,
-            _tiled(weight.flatten(0, 1), head_dim, config) if described else weight,
+            _tiled(weight.flatten(0, 1), width, config) if described else weight,
             qk_norm if weight_scale is None else weight_scale,
             qk_norm,
             cos_sin,
@@ -105,6 +106,7 @@ def qkv_linear(
             FP8_OUT=out == "fp8",
             DESCRIPTORS=described,
             BLOCK_M=shapes.ROW_TILE,
+            BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
             num_warps=config.num_warps,
@@ -124,8 +126,8 @@ def _tiled(x: torch.Tensor, rows: int, config: LaunchConfig) -> TensorDescriptor
     return TensorDescriptor.from_tensor(x, [rows, config.block_k])
 
 
-def _grid(device: torch.device, row_tiles: torch.Tensor, weight: torch.Tensor, head_dim: int) -> tuple[int]:
-    tiles = row_tiles.shape[0] * (weight.shape[1] // head_dim)
+def _grid(device: torch.device, row_tiles: torch.Tensor, weight: torch.Tensor, width: int) -> tuple[int]:
+    tiles = row_tiles.shape[0] * -(-weight.shape[1] // width)
     return (min(tiles, multiprocessors(device)),)
 
 
