@@ -15,11 +15,11 @@ import torch
 
 from bench.specialized import FORM, GLUON, running
 from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, config_for, table
-from happyhorse_fast.ops.triton import block_sparse_attention, fp8_linear, rmsnorm_qkv, select_blocks
+from happyhorse_fast.ops.triton import block_sparse_attention, fp8_linear, quantize_rows, rmsnorm_qkv, select_blocks
 from happyhorse_fast.ops.triton.device import pretend
 from happyhorse_fast.ops.triton.library import LAUNCHERS
 
-STEMS = tuple(module.STEM for module in (rmsnorm_qkv, block_sparse_attention, fp8_linear, select_blocks))
+STEMS = tuple(module.STEM for module in (rmsnorm_qkv, quantize_rows, block_sparse_attention, fp8_linear, select_blocks))
 """Every launch table."""
 
 ROWS, HIDDEN, HEADS_Q, HEADS_KV, HEAD_DIM = 64_256, 5120, 40, 8, 128
@@ -69,7 +69,7 @@ class Case:
 def cases() -> Iterator[Case]:
     """All cases."""
     for arch in ARCHITECTURES:
-        for make in (norms, qkv_products, attentions, specialized_attentions, linears, selections):
+        for make in (norms, row_codes, qkv_products, attentions, specialized_attentions, linears, selections):
             yield from make(arch)
 
 
@@ -106,6 +106,16 @@ def norms(arch: int) -> Iterator[Case]:
         variants = {"rmsnorm_quantize_kernel": "rmsnorm_quantize"}
         detail = f"{fmt} out{', branch' if branch else ''}"
         yield Case("rmsnorm_quantize", "rmsnorm_qkv", arch, variants, "none", detail, arguments)
+
+
+def row_codes(arch: int) -> Iterator[Case]:
+    """`quantize_rows`: every width of the table, the model's where it has one, as they are and through a Hadamard."""
+    for channels, through in itertools.product((4096, HIDDEN, DOWN, GELU), (False, True)):
+        arguments = {"x": meta(ROWS, channels, dtype=BF16), "hadamard": through}
+        variants = {"quantize_rows_kernel": quantize_rows.variant_of(channels)}
+        detail = f"{channels} channels{', Hadamard' if through else ''}"
+        products = "bf16" if through else "none"
+        yield Case("quantize_rows", "quantize_rows", arch, variants, products, detail, arguments)
 
 
 def qkv_products(arch: int) -> Iterator[Case]:

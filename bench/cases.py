@@ -105,7 +105,7 @@ class Case:
     Attributes:
         op: Name of the function in ``happyhorse_fast.ops``.
         part: Which of several uses of it: ``"proj"``, ``"down"``, an activation, or one of :data:`MASKS`; else "".
-        precision: ``"bf16"`` or ``"fp8"``.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``.
         size: Clip and model.
         layer: Layer of the model whose weights' shapes it takes.
     """
@@ -145,6 +145,8 @@ class Case:
     @property
     def product(self) -> str | None:
         """Which of the layer's weights the op multiplies by, None for the others."""
+        if self.op == "quantize_rows":
+            return None
         costed = _COSTED.get(self.part, _COSTED.get(self.op))
         return None if costed == "attention" else costed
 
@@ -164,7 +166,7 @@ class Case:
         """FLOPs of the model's own tokens, features and pairs; 0 for norms."""
         if self.op == "select_blocks":
             return self.computed_flops()
-        costed = _COSTED.get(self.part, _COSTED.get(self.op))
+        costed = "attention" if self.op == "block_sparse_attention" else self.product
         if costed is None:
             return 0.0
         size = self.size
@@ -211,6 +213,8 @@ def cases_of(size: Size) -> Iterator[Case]:
         yield Case("rmsnorm_quantize", "", precision, size, shared)
         yield Case("select_blocks", "25%", precision, size, shared)
         yield Case("fp8_linear_activation", "gelu7", precision, size, sandwich)
+    for part in ("down", "proj"):
+        yield Case("quantize_rows", part, "int8", size, shared)
 
 
 def cases(scope: str) -> list[Case]:

@@ -11,7 +11,7 @@ from happyhorse_fast.ops import fp8_linear as ops
 from happyhorse_fast.ops.packing import pack_linear, unpack_linear
 from happyhorse_fast.ops.triton import fp8_linear as launcher
 from happyhorse_fast.reference import fp8_linear as reference
-from happyhorse_fast.reference.quantize import dequantize, e4m3_scale, quantize_channels, quantize_rows, quantize_static
+from happyhorse_fast.reference.quantize import dequantize, e4m3_channels, e4m3_rows, e4m3_scale, quantize_static
 
 # The sigmoid of a large negative number: exp overflows to infinity, and 1 / (1 + inf) is the right 0.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -159,7 +159,7 @@ def test_packing_pads_and_unpacks_exactly(experts):
     assert packed[:, 40:].eq(0).all() and packed[:, :, 52:].eq(0).all()
     assert torch.equal(unpack_linear(packed, None, features=40, inputs=52), weight)
     codes, scale = pack_linear(weight, experts, fp8=True, pad_k_to=64)
-    expected, expected_scale = quantize_channels(weight.unflatten(0, (experts, 40)))
+    expected, expected_scale = e4m3_channels(weight.unflatten(0, (experts, 40)))
     assert torch.equal(codes[:, :40, :52].view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(scale[:, :40], expected_scale) and scale[:, 40:].eq(1).all()
     restored = unpack_linear(codes, scale, features=40, inputs=52)
@@ -227,6 +227,6 @@ def test_the_error_of_codes_is_their_mantissas_down_to_a_20000th_of_the_bound(si
 def test_scales_of_zeros_and_of_the_largest():
     x = torch.zeros(3, 64)
     x[1, 5], x[2, 7] = 1e-44, -3e38
-    codes, scale = quantize_rows(x)
+    codes, scale = e4m3_rows(x)
     assert scale[:2].tolist() == [1.0, 1.0]
     assert codes.float().isfinite().all() and codes[2, 7].float() == -448

@@ -20,7 +20,7 @@ from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp
 from happyhorse_fast.ops.self_check import attention_distance
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.ops.triton.device import architecture
-from happyhorse_fast.reference.quantize import e4m3_scale, quantize_channels, quantize_rows, quantize_static
+from happyhorse_fast.reference.quantize import e4m3_channels, e4m3_rows, e4m3_scale, quantize_static
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 pytestmark = MARKS
@@ -60,8 +60,8 @@ def test_linear(variant: str) -> None:
             x_scale = e4m3_scale(x.abs().amax()).reshape(1)
             x = quantize_static(x, x_scale)
         else:
-            x, x_scale = quantize_rows(x)
-        weight, weight_scale = quantize_channels(weight)
+            x, x_scale = e4m3_rows(x)
+        weight, weight_scale = e4m3_channels(weight)
     starts = torch.arange(0, rows, 128, dtype=torch.int32)
     tiles = torch.stack([(starts >= rows // 2).to(torch.int32), starts, starts + 128], dim=1)
     arguments = (x, x_scale, weight, weight_scale, tiles)

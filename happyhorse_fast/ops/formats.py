@@ -5,6 +5,7 @@ from __future__ import annotations
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "triton": {
         "rmsnorm_quantize": ("bf16", "fp8"),
+        "quantize_rows": ("int8",),
         "qkv_linear": ("bf16", "int8_qk", "bf16_x_fp8", "fp8_x", "fp8_x_int8_qk", "fp8"),
         "select_blocks": ("bf16", "int8_qk", "fp8"),
         "block_sparse_attention": ("bf16", "int8_qk", "bf16_fp8_out", "int8_qk_fp8_out", "fp8"),
@@ -42,7 +43,7 @@ ATTENTION = {
     "fp8": ("fp8", None),
 }
 """Formats of attention: its own, and its result's; None for both."""
-WITHOUT_E4M3 = ("bf16", "int8_qk")
+WITHOUT_E4M3 = ("bf16", "int8_qk", "int8")
 """Formats that every GPU has."""
 ORDER = (*WITHOUT_E4M3, "bf16_x_fp8", "bf16_fp8_out", "int8_qk_fp8_out", "fp8_x", "fp8_x_int8_qk", "fp8")
 """Formats in the order of their checks."""

@@ -11,7 +11,7 @@ import math
 import torch
 from torch.nn.functional import pad
 
-from happyhorse_fast.reference.quantize import E4M3_MAX, dequantize, quantize_channels
+from happyhorse_fast.reference.quantize import E4M3_MAX, dequantize, e4m3_channels
 
 
 def rotary_permutation(head_dim: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def pack_qkv_weight(
     if not fp8:
         return packed.to(torch.bfloat16), None
     # An expert at a time: in float32 three of the 15B model's are 448 MB.
-    codes, scale = zip(*(quantize_channels(packed[e : e + 1]) for e in range(experts)), strict=True)
+    codes, scale = zip(*(e4m3_channels(packed[e : e + 1]) for e in range(experts)), strict=True)
     return torch.cat(codes), torch.cat(scale)
 
 

@@ -24,6 +24,7 @@ from happyhorse_fast.ops.formats import ORDER, QKV, VARIANTS, WITHOUT_E4M3
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.packing import pack_linear
 from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
+from happyhorse_fast.ops.quantize_rows import quantize_rows
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.select_blocks import select_blocks
 from happyhorse_fast.reference.attention_operands import attention_operands
@@ -168,6 +169,19 @@ def _check_rmsnorm(backend: str, device: torch.device, variant: str) -> Compared
         "hidden": (hidden, hidden_reference, DISTANCE),
         "x": (x, x_reference, CODE_DISTANCE if fp8 else DISTANCE),
     }
+
+
+def _check_rows(backend: str, device: torch.device, variant: str) -> Compared:
+    compared: Compared = {}
+    # Of the 15B model's widths the one that fills its registers least evenly.
+    for rows, channels, hadamard in ((ROWS, CHANNELS, False), (ROWS, CHANNELS, True), (8, 13696, True)):
+        x = (_draw(18, rows, channels) * _draw(19, rows, 1).exp()).bfloat16()
+        results = []
+        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+            codes, scale = quantize_rows(x.to(where), hadamard, backend=how)
+            results.append(codes.float() * scale[:, None])
+        compared[f"{channels} channels{', Hadamard' if hadamard else ''}"] = (results[0], results[1], DISTANCE)
+    return compared
 
 
 def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
@@ -388,6 +402,7 @@ def _check_activation(backend: str, device: torch.device, variant: str) -> Compa
 
 CHECKS: dict[str, Callable[[str, torch.device, str], Compared]] = {
     "rmsnorm_quantize": _check_rmsnorm,
+    "quantize_rows": _check_rows,
     "qkv_linear": _check_qkv,
     "select_blocks": _check_select,
     "block_sparse_attention": _check_attention,

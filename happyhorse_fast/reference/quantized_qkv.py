@@ -11,10 +11,10 @@ import torch
 
 from happyhorse_fast import ambient
 from happyhorse_fast.reference.quantize import (
+    e4m3_rows,
     e4m3_scale,
     fragment_order,
     int8_scale,
-    quantize_rows,
     scaled_rows,
     to_e4m3,
     to_int8,
@@ -105,7 +105,7 @@ def rmsnorm_quantize(
     for expert, first, end in spans(row_tiles):
         y = rms_norm(hidden[first:end], norm_weight[expert])
         if fp8:
-            x[first:end], scale[first:end] = quantize_rows(y)
+            x[first:end], scale[first:end] = e4m3_rows(y)
         else:
             x[first:end] = y.to(BF16)
     return x, scale
