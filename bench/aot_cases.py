@@ -94,14 +94,14 @@ def described(detail: str, tracing: bool) -> str:
 
 
 def norms(arch: int) -> Iterator[Case]:
-    """`rmsnorm_quantize`: both outputs, with a branch to add and without."""
-    for fmt, branch, experts in itertools.product(formats(arch), (False, True), EXPERTS):
+    """`rmsnorm_quantize`: every output, with a branch to add and without."""
+    for fmt, branch, experts in itertools.product(("int8", *formats(arch)), (False, True), EXPERTS):
         arguments = {
             "hidden": meta(ROWS, HIDDEN),
             "norm_weight": meta(experts, HIDDEN),
             "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
             "branch": meta(ROWS, HIDDEN, dtype=BF16) if branch else None,
-            "fp8": fmt == "fp8",
+            "out": fmt,
         }
         variants = {"rmsnorm_quantize_kernel": "rmsnorm_quantize"}
         detail = f"{fmt} out{', branch' if branch else ''}"

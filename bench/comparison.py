@@ -287,7 +287,7 @@ def groups(chosen: Iterable[Case]) -> list[Group]:
 
 def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
     """What a case is timed with: the backend and the others, those that have a kernel for it."""
-    able = {"cuda": case.op in CUDA_OPS.get(case.precision, ()), GLUON: case.op == STEM}
+    able = {"cuda": case.op in CUDA_OPS[case.precision], GLUON: case.op == STEM}
     return [name for name in (backend, *also) if able.get(name, True)]
 
 

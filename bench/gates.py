@@ -106,7 +106,7 @@ def _compare(
             yield "x", results[0][rows], exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
         else:
             values = dequantize(results[0][rows], results[1][rows], torch.float64)
-            yield "x", values, exact, E4M3_DISTANCE, CODE_SLOPE
+            yield "x", values, exact, E4M3_DISTANCE if case.precision == "fp8" else INT8_DISTANCE, CODE_SLOPE
     elif case.op == "quantize_rows":
         x = given["x"][rows].double()
         values = dequantize(results[0][rows], results[1][rows], torch.float64)

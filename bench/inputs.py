@@ -62,7 +62,7 @@ def _rmsnorm(case: Case, draw: Draw) -> Given:
         "hidden": draw.normal(case.rows, channels),
         "norm_weight": draw.normal(case.plan.experts, channels, scale=0.2),
         "row_tiles": _row_tiles(case, draw),
-        "fp8": case.precision == "fp8",
+        "out": case.precision,
     }
 
 
@@ -195,7 +195,7 @@ def moved_bytes(case: Case) -> int:
     outputs: tuple[Tensor, ...]
     scale = (torch.empty(1, dtype=torch.float32, device="meta"),) if case.precision == "fp8" else ()
     if case.op == "rmsnorm_quantize":
-        outputs = empty_normalised(given["hidden"], given["fp8"])
+        outputs = empty_normalised(given["hidden"], given["out"])
     elif case.op == "quantize_rows":
         outputs = empty_codes(given["x"])
     elif case.op == "qkv_linear":

@@ -41,7 +41,7 @@ def preferences(files: Iterable[Json]) -> Preferences:
     found: Preferences = {}
     for (capability, precision, op), cases in sorted(times.items()):
         both = [ms for ms in cases.values() if {"triton", "cuda"} <= ms.keys()]
-        if op in CUDA_OPS.get(precision, ()) and both and all(ms["cuda"] * LEAST_GAIN <= ms["triton"] for ms in both):
+        if op in CUDA_OPS[precision] and both and all(ms["cuda"] * LEAST_GAIN <= ms["triton"] for ms in both):
             found.setdefault(capability, {}).setdefault(precision, []).append(op)
     return found
 

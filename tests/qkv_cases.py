@@ -62,7 +62,7 @@ def make(shape, seed=0):
     case.qk_norm = packing.pack_qk_norm(case.q_norm, case.k_norm, experts=experts)
     case.cos_sin = packing.pack_cos_sin(case.phases)
     case.qk_scale = packing.static_qk_scale(case.qk_norm)
-    case.x, case.x_scale = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, fp8=True, backend="reference")
+    case.x, case.x_scale = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, out="fp8", backend="reference")
     return case
 
 

@@ -155,7 +155,7 @@ class FastLayer(nn.Module):
             hidden,
             self.attn_norm,
             tiles,
-            fp8=use["qkv"] == "fp8",
+            out=use["qkv"],
             backend=plan.backend["rmsnorm_quantize"],
         )
         q, k, v, *scales, gate = qkv_linear(
@@ -196,7 +196,7 @@ class FastLayer(nn.Module):
     def _mlp(self, hidden: torch.Tensor, tiles: torch.Tensor) -> None:
         plan, use = self.plan, self.plan.precision
         x, x_scale = rmsnorm_quantize(
-            hidden, self.mlp_norm, tiles, fp8=use["up"] == "fp8", backend=plan.backend["rmsnorm_quantize"]
+            hidden, self.mlp_norm, tiles, out=use["up"], backend=plan.backend["rmsnorm_quantize"]
         )
         y, y_scale = fp8_linear_activation(
             x,

@@ -27,7 +27,7 @@ STEMS = {
 }
 """Every op the fast model calls, and the stem its kernel, tests and benchmark cases go by."""
 
-CUDA_OPS = {p: tuple(op for op, formats in VARIANTS["cuda"].items() if p in formats) for p in ("bf16", "fp8")}
+CUDA_OPS = {p: tuple(op for op, formats in VARIANTS["cuda"].items() if p in formats) for p in ("bf16", "int8", "fp8")}
 """Ops that have a CUDA kernel in a format; Triton has all of them in all formats."""
 PREFERENCES = Path(__file__).with_name("preferences.json")
 """{"90": {"fp8": ["rmsnorm_quantize"]}}: ops that committed results show faster in CUDA than in Triton on an

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "triton": {
-        "rmsnorm_quantize": ("bf16", "fp8"),
+        "rmsnorm_quantize": ("bf16", "int8", "fp8"),
         "quantize_rows": ("int8",),
         "qkv_linear": ("bf16", "int8_qk", "bf16_x_fp8", "fp8_x", "fp8_x_int8_qk", "fp8"),
         "select_blocks": ("bf16", "int8_qk", "fp8"),
@@ -14,7 +14,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "fp8_linear_activation": ("bf16", "fp8"),
     },
     "cuda": {
-        "rmsnorm_quantize": ("bf16", "fp8"),
+        "rmsnorm_quantize": ("bf16", "int8", "fp8"),
         "qkv_linear": ("bf16", "int8_qk", "bf16_x_fp8", "fp8_x", "fp8_x_int8_qk", "fp8"),
         "select_blocks": ("bf16", "int8_qk", "fp8"),
         "block_sparse_attention": ("bf16", "bf16_fp8_out"),

@@ -28,7 +28,7 @@ def quantize_rows(x: torch.Tensor, hadamard: bool, *, backend: str = "triton") -
 
     Returns:
         codes [N, K] int8 and scale [N] float32; value = code * scale, of what the Hadamard gives where there is one. A
-        row with a NaN has a scale of NaN.
+        row with a NaN has a scale that is not finite.
 
     Raises:
         TypeError, ValueError: An argument of another dtype, shape or layout, or a backend there is not.

@@ -12,7 +12,7 @@ import torch
 
 from happyhorse_fast.ops.checks import require, require_backend
 from happyhorse_fast.reference import quantized_qkv as reference
-from happyhorse_fast.reference.quantized_qkv import QKV, empty_normalised, empty_qkv
+from happyhorse_fast.reference.quantized_qkv import NORMALISED, QKV, empty_normalised, empty_qkv
 
 ROW_TILE = 128
 HEAD_DIMS = (32, 64, 128)
@@ -27,7 +27,7 @@ def rmsnorm_quantize(
     norm_weight: torch.Tensor,
     row_tiles: torch.Tensor,
     branch: torch.Tensor | None = None,
-    fp8: bool = False,
+    out: str = "bf16",
     *,
     backend: str = "triton",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,14 +38,14 @@ def rmsnorm_quantize(
         norm_weight: [E, C] float32.
         row_tiles: [tiles, 3] int32 (expert, first row, end row).
         branch: [N, C] bf16, rows contiguous, or None.
-        fp8: e4m3 with a scale per row, rather than bf16.
+        out: ``"bf16"``, or ``"int8"`` or ``"fp8"`` (e4m3) with a scale per row.
         backend: ``"triton"``, ``"cuda"`` (C a multiple of 4) or ``"reference"``.
 
     Returns:
-        x [N, C] bf16 and a scale of size [0]; or x [N, C] e4m3 and its scale [N] float32.
+        x [N, C] bf16 and a scale of size [0]; or x [N, C] int8 or e4m3 and its scale [N] float32.
 
     Raises:
-        TypeError, ValueError: An argument of another dtype, shape, device or layout; a backend there is not.
+        TypeError, ValueError: An argument of another dtype, shape, device or layout; a backend or ``out`` there is not.
     """
     device = hidden.device
     require("hidden", hidden, (torch.float32,), ("N", "C"), device=device, strided_rows=True)
@@ -56,9 +56,11 @@ def rmsnorm_quantize(
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
     if branch is not None:
         require("branch", branch, (BF16,), (n, c), device=device, strided_rows=True)
+    if out not in NORMALISED:
+        raise ValueError(f"out must be one of {', '.join(map(repr, NORMALISED))}; got {out!r}")
     launcher = _launcher(backend)
     op = _rmsnorm_quantize_reference if launcher is None else launcher.rmsnorm_quantize
-    return op(hidden, norm_weight, row_tiles, branch, fp8)
+    return op(hidden, norm_weight, row_tiles, branch, out)
 
 
 def qkv_linear(
@@ -196,10 +198,10 @@ def fake_rmsnorm_quantize(
     norm_weight: torch.Tensor,
     row_tiles: torch.Tensor,
     branch: torch.Tensor | None = None,
-    fp8: bool = False,
+    out: str = "bf16",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes of `rmsnorm_quantize`, for every backend."""
-    return empty_normalised(hidden, fp8)
+    return empty_normalised(hidden, out)
 
 
 @_qkv_linear_reference.register_fake

@@ -140,7 +140,7 @@ def _inputs(fp8: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor
         _draw(0, ROWS, CHANNELS),
         torch.zeros(3, CHANNELS, dtype=torch.float32),
         _row_tiles(),
-        fp8=fp8,
+        out="fp8" if fp8 else "bf16",
         backend="reference",
     )
     return x.to(device), scale.to(device) if fp8 else None
@@ -155,19 +155,18 @@ def _weight(seed: int, features: int, fp8: bool, device: torch.device) -> tuple[
 
 
 def _check_rmsnorm(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8 = variant == "fp8"
     norm, branch = 0.2 * _draw(1, 3, CHANNELS), _draw(2, ROWS, CHANNELS).bfloat16()
     results = []
     for where, how in ((device, backend), (torch.device("cpu"), "reference")):
         hidden = _draw(0, ROWS, CHANNELS).to(where)
         x, scale = rmsnorm_quantize(
-            hidden, norm.to(where), _row_tiles().to(where), branch.to(where), fp8=fp8, backend=how
+            hidden, norm.to(where), _row_tiles().to(where), branch.to(where), out=variant, backend=how
         )
-        results.append((hidden, x.float() * scale[:, None] if fp8 else x))
+        results.append((hidden, x if variant == "bf16" else x.float() * scale[:, None]))
     (hidden, x), (hidden_reference, x_reference) = results
     return {
         "hidden": (hidden, hidden_reference, DISTANCE),
-        "x": (x, x_reference, CODE_DISTANCE if fp8 else DISTANCE),
+        "x": (x, x_reference, CODE_DISTANCE if variant == "fp8" else DISTANCE),
     }
 
 

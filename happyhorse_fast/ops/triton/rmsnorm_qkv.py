@@ -22,13 +22,13 @@ def rmsnorm_quantize(
     norm_weight: torch.Tensor,
     row_tiles: torch.Tensor,
     branch: torch.Tensor | None = None,
-    fp8: bool = False,
+    out: str = "bf16",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.rmsnorm_quantize`."""
-    if fp8:
-        _require_e4m3("fp8=True", hidden.device)
+    if out == "fp8":
+        _require_e4m3('out="fp8"', hidden.device)
     config = config_for(STEM, "rmsnorm_quantize", architecture(hidden.device))
-    x, scale = empty_normalised(hidden, fp8)
+    x, scale = empty_normalised(hidden, out)
     added = hidden if branch is None else branch
     channels = hidden.shape[1]
     with on_device(hidden):
@@ -43,7 +43,7 @@ def rmsnorm_quantize(
             added.stride(0),
             C=channels,
             HAS_BRANCH=branch is not None,
-            FP8=fp8,
+            OUT=out,
             BLOCK_M=config.block_m,
             BLOCK_C=triton.next_power_of_2(channels),
             num_warps=config.num_warps,
