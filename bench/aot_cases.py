@@ -31,7 +31,7 @@ BLOCKS = (502, 1464)
 HEAD_DIMS = (32, 64, 128)
 EXPERTS = (1, 3)
 BF16, E4M3, F32, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32
-DTYPES = {"bf16": BF16, "fp8": E4M3}
+DTYPES = {"bf16": BF16, "int8": torch.int8, "fp8": E4M3}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
 
 def formats(arch: int) -> tuple[str, ...]:
     """Formats of inputs that an architecture has."""
-    return ("bf16", "fp8") if arch >= FP8_SINCE else ("bf16",)
+    return ("bf16", "int8", "fp8") if arch >= FP8_SINCE else ("bf16", "int8")
 
 
 def loads(stem: str, variant: str, arch: int) -> tuple[bool, ...]:
@@ -95,7 +95,7 @@ def described(detail: str, tracing: bool) -> str:
 
 def norms(arch: int) -> Iterator[Case]:
     """`rmsnorm_quantize`: every output, with a branch to add and without."""
-    for fmt, branch, experts in itertools.product(("int8", *formats(arch)), (False, True), EXPERTS):
+    for fmt, branch, experts in itertools.product(formats(arch), (False, True), EXPERTS):
         arguments = {
             "hidden": meta(ROWS, HIDDEN),
             "norm_weight": meta(experts, HIDDEN),
@@ -125,9 +125,9 @@ def qkv_products(arch: int) -> Iterator[Case]:
     for fmt, out, k_mean, experts in itertools.product(formats(arch), outs, (False, True), EXPERTS):
         arguments = {
             "x": meta(ROWS, HIDDEN, dtype=DTYPES[fmt]),
-            "x_scale": meta(ROWS) if fmt == "fp8" else None,
+            "x_scale": None if fmt == "bf16" else meta(ROWS),
             "weight": meta(experts, features, HIDDEN, dtype=DTYPES[fmt]),
-            "weight_scale": meta(experts, features) if fmt == "fp8" else None,
+            "weight_scale": None if fmt == "bf16" else meta(experts, features),
             "qk_norm": meta(experts, 2, HEAD_DIM),
             "cos_sin": meta(ROWS, HEAD_DIM),
             "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
@@ -232,15 +232,16 @@ def linear_shapes(epilogue: str) -> tuple[tuple[int, int], ...]:
 def linears(arch: int) -> Iterator[Case]:
     """`fp8_linear` and its epilogues: every entry of the table, both outputs of an activation, both ways to load.
 
-    In e4m3 up has an x_scale per row, the others have one, and proj's shape both.
+    In int8 all have an x_scale per row, in e4m3 up; there the others have one, and proj's shape both.
     """
     for variant, known in table("fp8_linear").items():
         fmt, epilogue = variant.split("_")
         if str(arch) not in known:
             continue
         activation = epilogue in ("swiglu7", "gelu7")
-        outs = formats(arch) if activation else ("float32" if epilogue == "residual" else "bf16",)
-        products = [(*shape, activation) for shape in linear_shapes(epilogue)]
+        of_bf16 = ("bf16",) if fmt == "int8" or arch < FP8_SINCE else ("bf16", "fp8")
+        outs = of_bf16 if activation else ("float32" if epilogue == "residual" else "bf16",)
+        products = [(*shape, activation or fmt == "int8") for shape in linear_shapes(epilogue)]
         if fmt == "fp8" and not activation:
             products.append((HIDDEN, HIDDEN, True))
         for (features, inputs, per_row), experts, out, tracing in itertools.product(
@@ -253,7 +254,7 @@ def linears(arch: int) -> Iterator[Case]:
                 "weight_scale": None if fmt == "bf16" else meta(experts, features),
                 "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
             }
-            op, scales = "fp8_linear", " per row" if per_row and not activation else ""
+            op, scales = "fp8_linear", " per row" if per_row and fmt == "fp8" and not activation else ""
             if activation:
                 op, arguments = "fp8_linear_activation", arguments | {"activation": epilogue, "fp8": out == "fp8"}
             elif epilogue == "residual":
@@ -267,8 +268,8 @@ def selections(arch: int) -> Iterator[Case]:
     """`select_blocks`: its three kernels, for both lengths of clip and both ways to choose and to pool."""
     pairs = ((0, round(0.9 * 2**20)), (125, 0))
     # 90 % of the softmax, or a quarter of the blocks.
-    for fmt, blocks, (keep, mass), mean in itertools.product(("int8", *formats(arch)), BLOCKS, pairs, (False, True)):
-        codes = {**DTYPES, "int8": torch.int8}[fmt]
+    for fmt, blocks, (keep, mass), mean in itertools.product(formats(arch), BLOCKS, pairs, (False, True)):
+        codes = DTYPES[fmt]
         q_scale, k_scale = {
             "bf16": (None, None),
             "int8": (meta(blocks * 128, HEADS_Q), meta(HEADS_KV, blocks)),

@@ -258,7 +258,8 @@ def qkv_linear_kernel(
     D: tl.constexpr,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
-    FP8: tl.constexpr,
+    CODES: tl.constexpr,
+    INT8: tl.constexpr,
     INT8_QK: tl.constexpr,
     FP8_OUT: tl.constexpr,
     HAS_MEAN: tl.constexpr,
@@ -269,10 +270,13 @@ def qkv_linear_kernel(
 ):
     """x . weight per head, and its epilogue; x and weight are pointers, or TMA descriptors with DESCRIPTORS.
 
+    CODES says that the operands have scales, INT8 that they are int8 and not e4m3: their sum is exact, in int32.
+
     e4m3 products accumulate as the tensor core does by default, over all of C: only hardware shows what that costs in
     accuracy. Promoting to float32 every 128 took 163 registers instead of 102 in a smaller kernel (this one has 255 of
     255 without it), and max_num_imprecise_acc=0 silently leaves the fp8 tensor cores.
     """
+    SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
     HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
     for tile in tl.range(tl.program_id(0), tiles * HEADS, tl.num_programs(0)):
         m, head = grouped_tile(tile, tiles, HEADS, GROUP_M)
@@ -280,7 +284,7 @@ def qkv_linear_kernel(
         first = tl.load(row_tiles + 3 * m + 1)
         end = tl.load(row_tiles + 3 * m + 2)
         feature = (expert * HEADS + head) * D
-        product = tl.zeros((BLOCK_M, D), tl.float32)
+        product = tl.zeros((BLOCK_M, D), SUM)
         for at in tl.range(0, C, BLOCK_K):
             if DESCRIPTORS:
                 a = x.load([first, at])
@@ -288,11 +292,11 @@ def qkv_linear_kernel(
             else:
                 a = load_rows(x, first, end - 1, x_stride, at, C, BLOCK_M, BLOCK_K)
                 b = load_rows(weight, feature, feature + D - 1, C, at, C, D, BLOCK_K)
-            product = tl.dot(a, b.T, product)
-        if FP8:
+            product = tl.dot(a, b.T, product, out_dtype=SUM)
+        if CODES:
             row = tl.arange(0, BLOCK_M)
             scales = tl.load(x_scale + first + row, mask=row < end - first, other=0.0)
-            product *= scales[:, None]
+            product = product.to(tl.float32) * scales[:, None]
             product *= tl.load(weight_scale + feature + tl.arange(0, D))[None, :]
         else:
             product = product.to(tl.bfloat16).to(tl.float32)

@@ -187,7 +187,7 @@ def test_no_normalised_q_or_k_leaves_its_static_scale():
 
 
 def test_committed_configurations_are_legal():
-    bytes_of = {"rmsnorm_quantize": 0, "qkv_bf16": 2, "qkv_fp8": 1}
+    bytes_of = {"rmsnorm_quantize": 0, "qkv_bf16": 2, "qkv_int8": 1, "qkv_fp8": 1}
     assert set(table("rmsnorm_qkv")) == set(bytes_of)
     for variant, width in bytes_of.items():
         fp8 = variant == "qkv_fp8"

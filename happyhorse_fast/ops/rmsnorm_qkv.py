@@ -19,7 +19,7 @@ HEAD_DIMS = (32, 64, 128)
 MAX_CHANNELS = 8192
 """A program of `rmsnorm_quantize` holds a row in registers: 8192 float32 are 32 in each of 256 threads."""
 OUTPUTS = ("bf16", "int8_qk", "fp8")
-BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 
 
 def rmsnorm_quantize(
@@ -82,10 +82,10 @@ def qkv_linear(
     """QKV product with scales, QK-norm, rotation, gate and quantisation in its epilogue.
 
     Args:
-        x: [N, C] bf16, or e4m3 with ``x_scale``; rows contiguous.
-        x_scale: [N] float32 where x is e4m3; else None, or empty as `rmsnorm_quantize` gives it.
+        x: [N, C] bf16, or int8 or e4m3 with ``x_scale``; rows contiguous.
+        x_scale: [N] float32 where x is codes; else None, or empty as `rmsnorm_quantize` gives it.
         weight: [E, F, C] in the dtype of x, as `packing_qkv.pack_qkv_weight` makes it.
-        weight_scale: [E, F] float32 where weight is e4m3, else None.
+        weight_scale: [E, F] float32 where weight is codes, else None.
         qk_norm: [E, 2, D] float32, channels permuted like the weight's.
         cos_sin: [N, D] float32, from `packing_qkv.pack_cos_sin`.
         row_tiles: [tiles, 3] int32; every tile starts on a multiple of 128 unless ``out`` is ``"bf16"``.
@@ -97,7 +97,7 @@ def qkv_linear(
         backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
             256 MB, each followed by `qk_norm_rope`. With several experts the host then reads ``row_tiles`` once per
             tensor, which waits for the device and cannot happen in a CUDA graph's capture: call once before, with the
-            same tensor. C is a multiple of 16 where x is e4m3, rows and their starts of 16 bytes.
+            same tensor. C is a multiple of 16 where x is codes, rows and their starts of 16 bytes.
 
     Returns:
         q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or in fp8 transposed [Hkv, D, S * 128]; q_scale, k_scale and
@@ -109,14 +109,14 @@ def qkv_linear(
         RuntimeError: ``"cuda"`` in a capture with ``row_tiles`` of several experts that the host has not read.
     """
     device = x.device
-    require("x", x, (BF16, E4M3), ("N", "C"), device=device, strided_rows=True)
+    require("x", x, (BF16, INT8, E4M3), ("N", "C"), device=device, strided_rows=True)
     n, c = x.shape
     d = check_heads(cos_sin, n, num_heads_q, num_heads_kv, device)
     require("weight", weight, (x.dtype,), ("E", features_of(num_heads_q, num_heads_kv, d), c), device=device)
     experts = weight.shape[0]
     require("qk_norm", qk_norm, (torch.float32,), (experts, 2, d), device=device)
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
-    if x.dtype == E4M3:
+    if x.dtype != BF16:
         require("x_scale", x_scale, (torch.float32,), (n,), device=device)
         require("weight_scale", weight_scale, (torch.float32,), weight.shape[:2], device=device)
     else:

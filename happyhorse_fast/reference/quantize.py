@@ -8,6 +8,8 @@ E4M3_MAX = 448.0
 INT8_MAX = 127.0
 SMALLEST_INT8_SCALE = 2.0**-126
 """Below it 1 / scale may be infinite in float32."""
+FORMATS = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+"""Formats of a product's operands, by their names."""
 HADAMARD = 64
 """Neighbouring channels that :func:`hadamard` mixes."""
 
@@ -154,6 +156,11 @@ def int8_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     scale = int8_scale(weight.float().abs().amax(dim=2))
     return to_int8(weight.float() * (1 / scale)[:, :, None]), scale
+
+
+def widened(codes: torch.Tensor) -> torch.Tensor:
+    """Operand of a product of codes: float32, and float64 of int8, whose sum is exact in int32 and not in float32."""
+    return codes.double() if codes.dtype == torch.int8 else codes.float()
 
 
 def scaled_rows(

@@ -19,6 +19,7 @@ from happyhorse_fast.reference.quantize import (
     scaled_rows,
     to_e4m3,
     to_int8,
+    widened,
 )
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 
@@ -132,9 +133,9 @@ def qkv_linear(
     """QKV product and its epilogue.
 
     Args:
-        x: [N, C] bf16, or e4m3 with ``x_scale``.
+        x: [N, C] bf16, or int8 or e4m3 with ``x_scale``.
         x_scale: [N] float32, or None.
-        weight: [E, F, C] bf16, or e4m3 with ``weight_scale``.
+        weight: [E, F, C] in the dtype of x, codes with ``weight_scale``.
         weight_scale: [E, F] float32, or None.
         qk_norm: [E, 2, D] float32.
         cos_sin: [N, D] float32.
@@ -154,7 +155,7 @@ def qkv_linear(
     results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     for expert, first, end in spans(row_tiles):
         rows = slice(first, end)
-        product = x[rows].float() @ weight[expert].float().T
+        product = (widened(x[rows]) @ widened(weight[expert]).T).float()
         if x_scale is None or weight_scale is None:
             product = product.to(BF16).float()
         else:
