@@ -15,11 +15,11 @@ import torch
 
 from bench.specialized import FORM, GLUON, running
 from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, config_for, table
-from happyhorse_fast.ops.triton import block_sparse_attention, fp8_linear, rmsnorm_qkv, select_blocks
+from happyhorse_fast.ops.triton import block_sparse_attention, fp8_linear, quantize_rows, rmsnorm_qkv, select_blocks
 from happyhorse_fast.ops.triton.device import pretend
 from happyhorse_fast.ops.triton.library import LAUNCHERS
 
-STEMS = tuple(module.STEM for module in (rmsnorm_qkv, block_sparse_attention, fp8_linear, select_blocks))
+STEMS = tuple(module.STEM for module in (rmsnorm_qkv, quantize_rows, block_sparse_attention, fp8_linear, select_blocks))
 """Every launch table."""
 
 ROWS, HIDDEN, HEADS_Q, HEADS_KV, HEAD_DIM = 64_256, 5120, 40, 8, 128
@@ -31,7 +31,7 @@ BLOCKS = (502, 1464)
 HEAD_DIMS = (32, 64, 128)
 EXPERTS = (1, 3)
 BF16, E4M3, F32, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32
-DTYPES = {"bf16": BF16, "fp8": E4M3}
+DTYPES = {"bf16": BF16, "int8": torch.int8, "fp8": E4M3}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Case:
 def cases() -> Iterator[Case]:
     """All cases."""
     for arch in ARCHITECTURES:
-        for make in (norms, qkv_products, attentions, specialized_attentions, linears, selections):
+        for make in (norms, row_codes, qkv_products, attentions, specialized_attentions, linears, selections):
             yield from make(arch)
 
 
@@ -80,7 +80,7 @@ def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
 
 def formats(arch: int) -> tuple[str, ...]:
     """Formats of inputs that an architecture has."""
-    return ("bf16", "fp8") if arch >= FP8_SINCE else ("bf16",)
+    return ("bf16", "int8", "fp8") if arch >= FP8_SINCE else ("bf16", "int8")
 
 
 def loads(stem: str, variant: str, arch: int) -> tuple[bool, ...]:
@@ -94,18 +94,28 @@ def described(detail: str, tracing: bool) -> str:
 
 
 def norms(arch: int) -> Iterator[Case]:
-    """`rmsnorm_quantize`: both outputs, with a branch to add and without."""
+    """`rmsnorm_quantize`: every output, with a branch to add and without."""
     for fmt, branch, experts in itertools.product(formats(arch), (False, True), EXPERTS):
         arguments = {
             "hidden": meta(ROWS, HIDDEN),
             "norm_weight": meta(experts, HIDDEN),
             "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
             "branch": meta(ROWS, HIDDEN, dtype=BF16) if branch else None,
-            "fp8": fmt == "fp8",
+            "out": fmt,
         }
         variants = {"rmsnorm_quantize_kernel": "rmsnorm_quantize"}
         detail = f"{fmt} out{', branch' if branch else ''}"
         yield Case("rmsnorm_quantize", "rmsnorm_qkv", arch, variants, "none", detail, arguments)
+
+
+def row_codes(arch: int) -> Iterator[Case]:
+    """`quantize_rows`: every width of the table, the model's where it has one, as they are and through a Hadamard."""
+    for channels, through in itertools.product((4096, HIDDEN, DOWN, GELU), (False, True)):
+        arguments = {"x": meta(ROWS, channels, dtype=BF16), "hadamard": through}
+        variants = {"quantize_rows_kernel": quantize_rows.variant_of(channels)}
+        detail = f"{channels} channels{', Hadamard' if through else ''}"
+        products = "bf16" if through else "none"
+        yield Case("quantize_rows", "quantize_rows", arch, variants, products, detail, arguments)
 
 
 def qkv_products(arch: int) -> Iterator[Case]:
@@ -115,9 +125,9 @@ def qkv_products(arch: int) -> Iterator[Case]:
     for fmt, out, experts in itertools.product(formats(arch), outs, EXPERTS):
         arguments = {
             "x": meta(ROWS, HIDDEN, dtype=DTYPES[fmt]),
-            "x_scale": meta(ROWS) if fmt == "fp8" else None,
+            "x_scale": None if fmt == "bf16" else meta(ROWS),
             "weight": meta(experts, features, HIDDEN, dtype=DTYPES[fmt]),
-            "weight_scale": meta(experts, features) if fmt == "fp8" else None,
+            "weight_scale": None if fmt == "bf16" else meta(experts, features),
             "qk_norm": meta(experts, 2, HEAD_DIM),
             "cos_sin": meta(ROWS, HEAD_DIM),
             "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
@@ -220,15 +230,16 @@ def linear_shapes(epilogue: str) -> tuple[tuple[int, int], ...]:
 def linears(arch: int) -> Iterator[Case]:
     """`fp8_linear` and its epilogues: every entry of the table, both outputs of an activation, both ways to load.
 
-    In e4m3 up has an x_scale per row, the others have one, and proj's shape both.
+    In int8 all have an x_scale per row, in e4m3 up; there the others have one, and proj's shape both.
     """
     for variant, known in table("fp8_linear").items():
         fmt, epilogue = variant.split("_")
         if str(arch) not in known:
             continue
         activation = epilogue in ("swiglu7", "gelu7")
-        outs = formats(arch) if activation else ("float32" if epilogue == "residual" else "bf16",)
-        products = [(*shape, activation) for shape in linear_shapes(epilogue)]
+        of_bf16 = ("bf16",) if fmt == "int8" or arch < FP8_SINCE else ("bf16", "fp8")
+        outs = of_bf16 if activation else ("float32" if epilogue == "residual" else "bf16",)
+        products = [(*shape, activation or fmt == "int8") for shape in linear_shapes(epilogue)]
         if fmt == "fp8" and not activation:
             products.append((HIDDEN, HIDDEN, True))
         for (features, inputs, per_row), experts, out, tracing in itertools.product(
@@ -241,7 +252,7 @@ def linears(arch: int) -> Iterator[Case]:
                 "weight_scale": None if fmt == "bf16" else meta(experts, features),
                 "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
             }
-            op, scales = "fp8_linear", " per row" if per_row and not activation else ""
+            op, scales = "fp8_linear", " per row" if per_row and fmt == "fp8" and not activation else ""
             if activation:
                 op, arguments = "fp8_linear_activation", arguments | {"activation": epilogue, "fp8": out == "fp8"}
             elif epilogue == "residual":
@@ -255,8 +266,8 @@ def selections(arch: int) -> Iterator[Case]:
     """`select_blocks`: its three kernels, for both lengths of clip and both ways to choose and to pool."""
     pairs = ((0, round(0.9 * 2**20)), (125, 0))
     # 90 % of the softmax, or a quarter of the blocks.
-    for fmt, blocks, (keep, mass), mean in itertools.product(("int8", *formats(arch)), BLOCKS, pairs, (False, True)):
-        codes = {**DTYPES, "int8": torch.int8}[fmt]
+    for fmt, blocks, (keep, mass), mean in itertools.product(formats(arch), BLOCKS, pairs, (False, True)):
+        codes = DTYPES[fmt]
         q_scale, k_scale = {
             "bf16": (None, None),
             "int8": (meta(blocks * 128, HEADS_Q), meta(HEADS_KV, blocks)),

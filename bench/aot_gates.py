@@ -19,7 +19,7 @@ GROUP_THREADS = 256
 """Of both."""
 RESERVED = 4
 """Named barriers that Triton may use for itself in a kernel of three partitions."""
-PRODUCTS = {"bf16": ("bf16",), "fp8": ("fp8",), "int8_qk": ("bf16", "int8"), "none": ()}
+PRODUCTS = {"bf16": ("bf16",), "int8": ("int8",), "fp8": ("fp8",), "int8_qk": ("bf16", "int8"), "none": ()}
 """Products of a kernel -> formats that are multiplied in it."""
 TENSOR_CORES = {
     90: {"bf16": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA"},

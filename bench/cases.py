@@ -109,7 +109,7 @@ class Case:
     Attributes:
         op: Name of the function in ``happyhorse_fast.ops``.
         part: Which of several uses of it: ``"proj"``, ``"down"``, an activation, or one of :data:`MASKS`; else "".
-        precision: ``"bf16"`` or ``"fp8"``; of attention and of what chooses its blocks also ``"int8_qk"``.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``; of attention and of what chooses its blocks ``"int8_qk"``.
         size: Clip and model.
         layer: Layer of the model whose weights' shapes it takes.
     """
@@ -149,6 +149,8 @@ class Case:
     @property
     def product(self) -> str | None:
         """Which of the layer's weights the op multiplies by, None for the others."""
+        if self.op == "quantize_rows":
+            return None
         costed = _COSTED.get(self.part, _COSTED.get(self.op))
         return None if costed == "attention" else costed
 
@@ -168,7 +170,7 @@ class Case:
         """FLOPs of the model's own tokens, features and pairs; 0 for norms."""
         if self.op == "select_blocks":
             return self.computed_flops()
-        costed = _COSTED.get(self.part, _COSTED.get(self.op))
+        costed = "attention" if self.op == "block_sparse_attention" else self.product
         if costed is None:
             return 0.0
         size = self.size
@@ -220,6 +222,8 @@ def cases_of(size: Size) -> Iterator[Case]:
         yield Case("fp8_linear_residual", "proj", precision, size, shared)
         yield Case("rmsnorm_quantize", "", precision, size, shared)
         yield Case("fp8_linear_activation", "gelu7", precision, size, sandwich)
+    for part in ("down", "proj"):
+        yield Case("quantize_rows", part, "int8", size, shared)
 
 
 def cases(scope: str) -> list[Case]:

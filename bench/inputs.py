@@ -13,11 +13,13 @@ from bench.specialized import running
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
 from happyhorse_fast.ops import block_sparse_attention as attention
 from happyhorse_fast.ops import fp8_linear as linear
+from happyhorse_fast.ops import quantize_rows as row_codes
 from happyhorse_fast.ops import rmsnorm_qkv as qkv
 from happyhorse_fast.ops import sdpa
 from happyhorse_fast.ops import select_blocks as selection
 from happyhorse_fast.ops.packing_qkv import static_qk_scale
 from happyhorse_fast.reference.fp8_linear import empty_activated
+from happyhorse_fast.reference.quantize_rows import empty_codes
 from happyhorse_fast.reference.quantized_qkv import empty_normalised, empty_qkv, quantize_k, quantize_q
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 from happyhorse_fast.reference.score_bound import LIMIT, norm_bound, scores_fit
@@ -70,8 +72,13 @@ def _rmsnorm(case: Case, draw: Draw) -> Given:
         "hidden": draw.normal(case.rows, channels),
         "norm_weight": draw.normal(case.plan.experts, channels, scale=0.2),
         "row_tiles": _row_tiles(case, draw),
-        "fp8": case.precision == "fp8",
+        "out": case.precision,
     }
+
+
+def _rows(case: Case, draw: Draw) -> Given:
+    x = draw.normal(case.rows, case.weight_shape(case.part)[2], dtype=BF16)
+    return {"x": x, "hadamard": case.part == "down"}
 
 
 def _qkv(case: Case, draw: Draw) -> Given:
@@ -195,6 +202,7 @@ _MAKERS = {
     "fp8_linear_activation": _activation,
     "fp8_linear_residual": _residual,
     "qkv_linear": _qkv,
+    "quantize_rows": _rows,
     "rmsnorm_quantize": _rmsnorm,
     "select_blocks": _select,
 }
@@ -204,6 +212,7 @@ _OPS: dict[str, Any] = {
     "fp8_linear_activation": linear.fp8_linear_activation,
     "fp8_linear_residual": linear.fp8_linear_residual,
     "qkv_linear": qkv.qkv_linear,
+    "quantize_rows": row_codes.quantize_rows,
     "rmsnorm_quantize": qkv.rmsnorm_quantize,
     "select_blocks": selection.select_blocks,
 }
@@ -226,7 +235,9 @@ def moved_bytes(case: Case) -> int:
     outputs: tuple[Tensor, ...]
     scale = (torch.empty(1, dtype=torch.float32, device="meta"),) if case.precision == "fp8" else ()
     if case.op == "rmsnorm_quantize":
-        outputs = empty_normalised(given["hidden"], given["fp8"])
+        outputs = empty_normalised(given["hidden"], given["out"])
+    elif case.op == "quantize_rows":
+        outputs = empty_codes(given["x"])
     elif case.op == "qkv_linear":
         heads = given["num_heads_q"], given["num_heads_kv"]
         outputs = empty_qkv(given["cos_sin"], *heads, given["out"])

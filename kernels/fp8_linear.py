@@ -1,4 +1,4 @@
-"""x . weight with its epilogue, bf16 or e4m3, rows grouped by expert; docs/OPS.md states tensors, layouts and rounding.
+"""x . weight with its epilogue, bf16, int8 or e4m3, rows grouped by expert; docs/OPS.md has tensors and rounding.
 
 A program computes tiles of BLOCK_M rows of one expert by BLOCK_N features. The grid is persistent: programs walk all
 tiles in steps of the grid's size, GROUP_M row tiles per column tile, so that a weight tile is read from L2.
@@ -45,7 +45,7 @@ def finish(
     feature,
     F: tl.constexpr,
     RAGGED: tl.constexpr,
-    FP8: tl.constexpr,
+    CODES: tl.constexpr,
     EPILOGUE: tl.constexpr,
     INVERSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -62,16 +62,16 @@ def finish(
         left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         finish(
             left, factor, weight_scale, out, first, end, expert, feature,
-            F, RAGGED, FP8, EPILOGUE, INVERSE, BLOCK_M, BLOCK_N // 2,
+            F, RAGGED, CODES, EPILOGUE, INVERSE, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         finish(
             right, factor, weight_scale, out, first, end, expert, feature + BLOCK_N // 2,
-            F, RAGGED, FP8, EPILOGUE, INVERSE, BLOCK_M, BLOCK_N // 2,
+            F, RAGGED, CODES, EPILOGUE, INVERSE, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
-        if FP8:
+        if CODES:
             channel = tl.minimum(feature + tl.arange(0, BLOCK_N), F - 1)
-            product = product * factor[:, None] * tl.load(weight_scale + expert * F + channel)[None, :]
+            product = product.to(tl.float32) * factor[:, None] * tl.load(weight_scale + expert * F + channel)[None, :]
         else:
             product = product.to(tl.bfloat16).to(tl.float32)
         if EPILOGUE == "swiglu7":
@@ -115,7 +115,8 @@ def fp8_linear_kernel(
     F: tl.constexpr,
     K: tl.constexpr,
     ROW_TILE: tl.constexpr,
-    FP8: tl.constexpr,
+    CODES: tl.constexpr,
+    INT8: tl.constexpr,
     PER_ROW: tl.constexpr,
     EPILOGUE: tl.constexpr,
     INVERSE: tl.constexpr,
@@ -127,11 +128,13 @@ def fp8_linear_kernel(
 ):
     """x and weight are pointers, or TMA descriptors with DESCRIPTORS; ``tiles`` is the length of ``row_tiles``.
 
+    CODES says that the operands have scales, INT8 that they are int8 and not e4m3: their sum, in int32, is exact.
     PER_ROW is 1 for an x_scale per row, 0 for one of the tensor. INVERSE is 1 / scale of e4m3 results, 0 where they are
-    bf16. The product of codes accumulates in the tensor core alone, whose default never leaves it (turning promotion on
-    by max_num_imprecise_acc = 32 spills, 0 silently leaves the fp8 tensor cores).
+    bf16. A product of e4m3 accumulates in the tensor core alone, whose default never leaves it (turning promotion on by
+    max_num_imprecise_acc = 32 spills, 0 silently leaves the fp8 tensor cores).
     """
     PARTS: tl.constexpr = ROW_TILE // BLOCK_M
+    SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
     COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     # Flattened, the next tile's operands are loaded during the epilogue.
     for tile in tl.range(tl.program_id(0), tiles * PARTS * COLUMN_TILES, tl.num_programs(0), flatten=True):
@@ -145,7 +148,7 @@ def fp8_linear_kernel(
         last = expert * F + F - 1
         # A part may lie past the end of a short row tile: then every row repeats the last one, and none is stored.
         row = tl.minimum(tl.arange(0, BLOCK_M), end - 1 - first)
-        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        product = tl.zeros((BLOCK_M, BLOCK_N), SUM)
         for at in tl.range(0, K, BLOCK_K):
             if DESCRIPTORS:
                 a = x.load([first, at])
@@ -153,11 +156,11 @@ def fp8_linear_kernel(
             else:
                 a = load_tile(x, first, end - 1, at, K, BLOCK_M, BLOCK_K)
                 b = load_tile(weight, channel, last, at, K, BLOCK_N, BLOCK_K)
-            product = tl.dot(a, b.T, product)
+            product = tl.dot(a, b.T, product, out_dtype=SUM)
         factor = tl.full((BLOCK_M,), 1.0, tl.float32)
-        if FP8:
+        if CODES:
             factor = tl.load(x_scale + (first + row) * PER_ROW)
         finish(
             product, factor, weight_scale, out, first, end, expert, feature,
-            F, F % BLOCK_N != 0, FP8, EPILOGUE, INVERSE, BLOCK_M, BLOCK_N,
+            F, F % BLOCK_N != 0, CODES, EPILOGUE, INVERSE, BLOCK_M, BLOCK_N,
         )  # fmt: skip

@@ -32,9 +32,18 @@ def to_int8(x):
 
 @triton.jit
 def int8_scale_of(amax):
-    """Scale that maps amax to 127; 1 where that is 0."""
+    """Scale that maps amax to 127; 1 where that is below 2^-126 and 1 / scale may be infinite. NaN stays."""
     scale = amax * (1.0 / 127.0)
-    return tl.where(scale > 0, scale, 1.0)
+    return tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+
+
+@triton.jit
+def largest_magnitude(x, axis: tl.constexpr):
+    """max|x| of float32 over an axis, or over all with None; NaN where there is one, which no int8 code could say.
+
+    Magnitudes are ordered as their bits are, with NaN above all; tl.max of floats leaves it out.
+    """
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ epilogue with branches: Triton 3.7.1.)
 Predicted for 64,256 rows of the 15B model on an H100 (peaks 1979 fp8, 989 bf16 TFLOP/s, 3.35 TB/s), each operand and
 result moved once:
 
-| kernel | TFLOP | ms at peak, fp8 / bf16 | GB fp8 / bf16 | ms of memory, fp8 / bf16 |
+| kernel | TFLOP | ms at peak, 8 bits / bf16 | GB 8 bits / bf16 | ms of memory, 8 bits / bf16 |
 |---|---|---|---|---|
 | rmsnorm_quantize, with a branch | 0 | 0 | 3.62 / 3.95 | 1.08 / 1.18 |
 | qkv_linear | 4.80 | 2.43 / 4.85 | 0.87 / 1.70 | 0.26 / 0.51 |
@@ -27,7 +27,15 @@ The epilogue reads 64 KB of cosines and sines per tile of q and k, 1.6 GB from L
 import triton
 import triton.language as tl
 
-from happyhorse_fast.kernels.numerics import grouped_tile, int8_scale_of, scale_of, sigmoid, to_e4m3, to_int8
+from happyhorse_fast.kernels.numerics import (
+    grouped_tile,
+    int8_scale_of,
+    largest_magnitude,
+    scale_of,
+    sigmoid,
+    to_e4m3,
+    to_int8,
+)
 
 EPS = tl.constexpr(1e-6)
 ROTATED = tl.constexpr(32)
@@ -46,7 +54,7 @@ def rmsnorm_quantize_kernel(
     branch_stride,
     C: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
-    FP8: tl.constexpr,
+    OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -68,9 +76,13 @@ def rmsnorm_quantize_kernel(
     inverse = tl.rsqrt(tl.sum(h * h, 1) / C + EPS)
     y = h * inverse[:, None] * (weight + 1.0)[None, :]
     out = x + place * C + column[None, :]
-    if FP8:
+    if OUT == "fp8":
         row_scale = scale_of(tl.max(tl.abs(y), 1))
         tl.store(out, to_e4m3(y / row_scale[:, None]), mask=mask)
+        tl.store(scale + row, row_scale, mask=live)
+    elif OUT == "int8":
+        row_scale = int8_scale_of(largest_magnitude(y, 1))
+        tl.store(out, to_int8(y * (1.0 / row_scale)[:, None]), mask=mask)
         tl.store(scale + row, row_scale, mask=live)
     else:
         tl.store(out, y.to(tl.bfloat16), mask=mask)
@@ -175,7 +187,7 @@ def store_heads(
     D: tl.constexpr,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
-    FP8: tl.constexpr,
+    CODES: tl.constexpr,
     INT8_QK: tl.constexpr,
     FP8_OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -192,19 +204,19 @@ def store_heads(
         left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, PART * D)), (0, 2, 1)))
         store_heads(
             left, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
-            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, FP8, INT8_QK, FP8_OUT, BLOCK_M, PART,
+            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M, PART,
         )  # fmt: skip
         store_heads(
             right, factor, weight_scale, head + PART, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
-            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, FP8, INT8_QK, FP8_OUT, BLOCK_M, PART,
+            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M, PART,
         )  # fmt: skip
     elif head < HEADS:  # the last tile may be wider than what is left of the product
         row = tl.arange(0, BLOCK_M)
         column = tl.arange(0, D)
         live = (row < end - first)[:, None]
         start = first.to(tl.int64)
-        if FP8:
-            product *= factor[:, None]
+        if CODES:
+            product = product.to(tl.float32) * factor[:, None]
             product *= tl.load(weight_scale + (expert * HEADS + head) * D + column)[None, :]
         else:
             product = product.to(tl.bfloat16).to(tl.float32)
@@ -268,7 +280,8 @@ def qkv_linear_kernel(
     D: tl.constexpr,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
-    FP8: tl.constexpr,
+    CODES: tl.constexpr,
+    INT8: tl.constexpr,
     INT8_QK: tl.constexpr,
     FP8_OUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -281,10 +294,13 @@ def qkv_linear_kernel(
 
     x and weight are pointers, or TMA descriptors with DESCRIPTORS.
 
+    CODES says that the operands have scales, INT8 that they are int8 and not e4m3: their sum is exact, in int32.
+
     e4m3 products accumulate as the tensor core does by default, over all of C: only hardware shows what that costs in
     accuracy. Promoting to float32 every 128 took 163 registers instead of 102 in a smaller kernel (this one has 255 of
     255 without it), and max_num_imprecise_acc=0 silently leaves the fp8 tensor cores.
     """
+    SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
     HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
     TILE_HEADS: tl.constexpr = BLOCK_N // 128
     COLUMN_TILES: tl.constexpr = (HEADS + TILE_HEADS - 1) // TILE_HEADS
@@ -298,7 +314,7 @@ def qkv_linear_kernel(
         end = tl.load(row_tiles + 3 * m + 2)
         feature = (expert * HEADS + head) * D
         last = (expert + 1) * (HEADS * D) - 1
-        product = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+        product = tl.zeros((BLOCK_M, WIDTH), SUM)
         for at in tl.range(0, C, BLOCK_K):
             if DESCRIPTORS:
                 a = x.load([first, at])
@@ -306,12 +322,12 @@ def qkv_linear_kernel(
             else:
                 a = load_rows(x, first, end - 1, x_stride, at, C, BLOCK_M, BLOCK_K)
                 b = load_rows(weight, feature, last, C, at, C, WIDTH, BLOCK_K)
-            product = tl.dot(a, b.T, product)
+            product = tl.dot(a, b.T, product, out_dtype=SUM)
         factor = tl.full((BLOCK_M,), 1.0, tl.float32)
-        if FP8:
+        if CODES:
             row = tl.arange(0, BLOCK_M)
             factor = tl.load(x_scale + first + row, mask=row < end - first, other=0.0)
         store_heads(
             product, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
-            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, FP8, INT8_QK, FP8_OUT, BLOCK_M, TILE_HEADS,
+            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M, TILE_HEADS,
         )  # fmt: skip

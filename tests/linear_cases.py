@@ -11,9 +11,9 @@ from happyhorse_fast.ops import fp8_linear as ops
 from happyhorse_fast.reference import fp8_linear as reference
 from happyhorse_fast.reference.quantize import (
     dequantize,
+    e4m3_channels,
+    e4m3_rows,
     e4m3_scale,
-    quantize_channels,
-    quantize_rows,
     quantize_static,
 )
 
@@ -48,11 +48,11 @@ class Case:
         self.tiles = row_tiles(sizes)
         self.expert = torch.repeat_interleave(torch.arange(experts), torch.tensor(sizes))
         if fp8:
-            self.x, self.x_scale = quantize_rows(x)
+            self.x, self.x_scale = e4m3_rows(x)
             if static:
                 self.x_scale = e4m3_scale(x.abs().amax()).reshape(1)
                 self.x = quantize_static(x, self.x_scale)
-            self.weight, self.weight_scale = quantize_channels(weight)
+            self.weight, self.weight_scale = e4m3_channels(weight)
             self.wide_x = dequantize(self.x, self.x_scale, torch.float64)
             self.wide_weight = dequantize(self.weight, self.weight_scale, torch.float64)
         else:

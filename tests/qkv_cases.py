@@ -29,8 +29,8 @@ ALIGNED = ("one-tile", "tail-1-gqa5", "tail-127-mha", "experts-aligned", "many-g
 SHAPES["experts-aligned"] = ((128, 256, 57), 160, 32, 4, 2)
 
 
-def make(shape, seed=0):
-    """A case: published and packed weights, inputs in float32 and in e4m3."""
+def make(shape, seed=0, codes="fp8"):
+    """A case: published and packed weights, inputs in float32 and in codes, e4m3 or int8."""
     rows, c, d, hq, hkv = shape
     g = torch.Generator().manual_seed(seed)
 
@@ -57,11 +57,11 @@ def make(shape, seed=0):
     )
     sizes = {"experts": experts, "num_heads_q": hq, "num_heads_kv": hkv, "head_dim": d}
     case.weight, _ = packing.pack_qkv_weight(case.published, **sizes)
-    case.codes, case.weight_scale = packing.pack_qkv_weight(case.published, fp8=True, **sizes)
+    case.codes, case.weight_scale = packing.pack_qkv_weight(case.published, to=codes, **sizes)
     case.qk_norm = packing.pack_qk_norm(case.q_norm, case.k_norm, experts=experts)
     case.cos_sin = packing.pack_cos_sin(case.phases)
     case.qk_scale = packing.static_qk_scale(case.qk_norm)
-    case.x, case.x_scale = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, fp8=True, backend="reference")
+    case.x, case.x_scale = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, out=codes, backend="reference")
     return case
 
 

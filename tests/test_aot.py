@@ -70,6 +70,7 @@ SOME = {
         "block_sparse_attention int8_qk, D 128, bf16 out, specialized",
         "block_sparse_attention fp8, D 128, bf16 out, specialized",
     ),
+    "quantize_rows": ("quantize_rows 13696 channels, Hadamard",),
     "fp8_linear": ("fp8_linear_activation fp8, swiglu7, fp8 out",),
     "select_blocks": ("select_blocks bf16, 1464 blocks, by number, max",),
 }

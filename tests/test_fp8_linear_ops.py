@@ -11,7 +11,15 @@ from happyhorse_fast.ops import fp8_linear as ops
 from happyhorse_fast.ops.packing import pack_linear, unpack_linear
 from happyhorse_fast.ops.triton import fp8_linear as launcher
 from happyhorse_fast.reference import fp8_linear as reference
-from happyhorse_fast.reference.quantize import dequantize, e4m3_scale, quantize_channels, quantize_rows, quantize_static
+from happyhorse_fast.reference.quantize import (
+    dequantize,
+    e4m3_channels,
+    e4m3_rows,
+    e4m3_scale,
+    hadamard,
+    int8_channels,
+    quantize_static,
+)
 
 # The sigmoid of a large negative number: exp overflows to infinity, and 1 / (1 + inf) is the right 0.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -74,7 +82,7 @@ MISTAKES = {
     "x dtype": (
         {"x": torch.zeros(4, 64)},
         TypeError,
-        "x must be torch.bfloat16 or torch.float8_e4m3fn, got torch.float32",
+        "x must be torch.bfloat16 or torch.int8 or torch.float8_e4m3fn, got torch.float32",
     ),
     "x strides": ({"x": torch.zeros(64, 4).to(E4M3).T}, ValueError, "x must be contiguous, got strides"),
     "weight inputs": (
@@ -146,32 +154,41 @@ def test_every_committed_configuration_is_legal_and_none_is_missing():
         assert set(archs) == {str(a) for a in ARCHITECTURES if not fp8 or a >= FP8_SINCE}, variant
         for arch, fields in archs.items():
             config = LaunchConfig(**fields)
-            needed = shared_memory_bytes(config, element_bytes=1 if fp8 else 2)
+            needed = shared_memory_bytes(config, element_bytes=2 if variant.startswith("bf16") else 1)
             assert illegal(config, int(arch), fp8=fp8, shared_bytes=needed) is None, (variant, arch)
-    assert set(table("fp8_linear")) == {f"{f}_{e}" for f in ("bf16", "fp8") for e in EPILOGUES}
+    assert set(table("fp8_linear")) == {f"{f}_{e}" for f in ("bf16", "int8", "fp8") for e in EPILOGUES}
 
 
 @pytest.mark.parametrize("experts", [1, 3])
 def test_packing_pads_and_unpacks_exactly(experts):
     weight = torch.randn(experts * 40, 52).bfloat16()
-    packed, scale = pack_linear(weight, experts, fp8=False, pad_k_to=64)
+    packed, scale = pack_linear(weight, experts, pad_k_to=64)
     assert packed.shape == (experts, 128, 64) and scale is None
     assert packed[:, 40:].eq(0).all() and packed[:, :, 52:].eq(0).all()
     assert torch.equal(unpack_linear(packed, None, features=40, inputs=52), weight)
-    codes, scale = pack_linear(weight, experts, fp8=True, pad_k_to=64)
-    expected, expected_scale = quantize_channels(weight.unflatten(0, (experts, 40)))
+    codes, scale = pack_linear(weight, experts, "fp8", pad_k_to=64)
+    expected, expected_scale = e4m3_channels(weight.unflatten(0, (experts, 40)))
     assert torch.equal(codes[:, :40, :52].view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(scale[:, :40], expected_scale) and scale[:, 40:].eq(1).all()
     restored = unpack_linear(codes, scale, features=40, inputs=52)
     torch.testing.assert_close(restored, weight, rtol=2**-3, atol=1e-2)
+    for through in (False, True):
+        codes, scale = pack_linear(weight, experts, "int8", pad_k_to=64, through_hadamard=through)
+        padded = torch.nn.functional.pad(weight.float().unflatten(0, (experts, 40)), (0, 12))
+        expected, expected_scale = int8_channels(hadamard(padded) if through else padded)
+        assert torch.equal(codes[:, :40], expected) and torch.equal(scale[:, :40], expected_scale)
+        assert not codes[:, 40:].any() and scale[:, 40:].eq(1).all()
+        restored = unpack_linear(codes, scale, features=40, inputs=52, through_hadamard=through)
+        # Half a step of the largest of 64 values; the Hadamard adds up 64 such errors over 8.
+        assert float((restored - weight).norm() / weight.norm()) < 0.01
 
 
 def test_padding_is_exact_through_an_mlp():
     gen = torch.Generator().manual_seed(3)
     up, down = torch.randn(2 * 2 * 100, 96, generator=gen) / 8, torch.randn(2 * 96, 100, generator=gen) / 8
     x, hidden, tiles = torch.randn(150, 96, generator=gen).bfloat16(), torch.zeros(150, 96), row_tiles((100, 50))
-    up_packed, _ = pack_linear(up, 2, fp8=False)
-    down_packed, _ = pack_linear(down, 2, fp8=False, pad_f_to=1, pad_k_to=64)
+    up_packed, _ = pack_linear(up, 2)
+    down_packed, _ = pack_linear(down, 2, pad_f_to=1, pad_k_to=64)
     assert up_packed.shape == (2, 256, 96) and down_packed.shape == (2, 96, 128)
     with strict():
         y, _ = ops.fp8_linear_activation(x, None, up_packed, None, tiles, "swiglu7", False)
@@ -190,11 +207,14 @@ def test_padding_is_exact_through_an_mlp():
         ({"experts": 3}, "experts must divide the 4 rows of weight, got 3"),
         ({"experts": 1, "pad_f_to": 0}, "pad_f_to must be at least 1, got 0"),
         ({"experts": 1, "pad_k_to": -1}, "pad_k_to must be at least 1, got -1"),
+        ({"experts": 1, "to": "int4"}, "to must be one of 'bf16', 'int8', 'fp8'; got 'int4'"),
+        ({"experts": 1, "to": "fp8", "through_hadamard": True}, 'through_hadamard must be False unless to is "int8"'),
+        ({"experts": 1, "to": "int8", "through_hadamard": True}, "a multiple of 64 channels K, got 4"),
     ],
 )
 def test_packing_names_a_wrong_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
-        pack_linear(torch.zeros(4, 4), fp8=False, **arguments)
+        pack_linear(torch.zeros(4, 4), **arguments)
 
 
 def test_quantising_names_a_wrong_argument():
@@ -227,6 +247,6 @@ def test_the_error_of_codes_is_their_mantissas_down_to_a_20000th_of_the_bound(si
 def test_scales_of_zeros_and_of_the_largest():
     x = torch.zeros(3, 64)
     x[1, 5], x[2, 7] = 1e-44, -3e38
-    codes, scale = quantize_rows(x)
+    codes, scale = e4m3_rows(x)
     assert scale[:2].tolist() == [1.0, 1.0]
     assert codes.float().isfinite().all() and codes[2, 7].float() == -448

@@ -20,7 +20,14 @@ from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp
 from happyhorse_fast.ops.self_check import attention_distance
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.ops.triton.device import architecture
-from happyhorse_fast.reference.quantize import e4m3_scale, quantize_channels, quantize_rows, quantize_static
+from happyhorse_fast.reference.quantize import (
+    e4m3_channels,
+    e4m3_rows,
+    e4m3_scale,
+    int8_channels,
+    int8_rows,
+    quantize_static,
+)
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 pytestmark = MARKS
@@ -33,7 +40,7 @@ ATTENTION = sorted(table("block_sparse_attention"))
 FORM = re.compile("_(strided|specialized)$")
 # QKV product and norm have one configuration per format, and the choice of blocks one per kernel: tests/test_gpu_ops.py
 # runs them all.
-ELSEWHERE = {"rmsnorm_qkv": {"rmsnorm_quantize", "qkv_bf16", "qkv_fp8"}}
+ELSEWHERE = {"rmsnorm_qkv": {"rmsnorm_quantize", "qkv_bf16", "qkv_int8", "qkv_fp8"}}
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -55,13 +62,15 @@ def test_linear(variant: str) -> None:
     x_scale = weight_scale = None
     if precision == "bf16":
         x, weight = x.bfloat16(), weight.bfloat16()
+    elif precision == "int8":
+        (x, x_scale), (weight, weight_scale) = int8_rows(x), int8_channels(weight)
     else:
         if epilogue == "residual":
             x_scale = e4m3_scale(x.abs().amax()).reshape(1)
             x = quantize_static(x, x_scale)
         else:
-            x, x_scale = quantize_rows(x)
-        weight, weight_scale = quantize_channels(weight)
+            x, x_scale = e4m3_rows(x)
+        weight, weight_scale = e4m3_channels(weight)
     starts = torch.arange(0, rows, 128, dtype=torch.int32)
     tiles = torch.stack([(starts >= rows // 2).to(torch.int32), starts, starts + 128], dim=1)
     arguments = (x, x_scale, weight, weight_scale, tiles)

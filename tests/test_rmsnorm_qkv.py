@@ -43,19 +43,23 @@ from happyhorse_fast.reference.quantize import token_order
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("out", ["bf16", "int8", "fp8"])
 @pytest.mark.parametrize("branch", [False, True], ids=["alone", "branch"])
 @pytest.mark.parametrize("name", ["one-tile", "tail-1-gqa5", "experts-off-grid"])
-def test_normalised_rows(name, branch, fp8, backend):
+def test_normalised_rows(name, branch, out, backend):
     case = make(SHAPES[name])
     before = case.hidden.clone()
     with strict(seed=1):
         x, scale = ops.rmsnorm_quantize(
-            case.hidden, case.norm, case.row_tiles, case.branch if branch else None, fp8, backend=backend
+            case.hidden, case.norm, case.row_tiles, case.branch if branch else None, out, backend=backend
         )
     assert torch.equal(case.hidden, before + case.branch if branch else before)
     truth = torch.cat([eager.rms_norm(case.hidden[a:b].double(), case.norm[e]) for e, a, b in case.spans])
-    if fp8:
+    if out == "int8":
+        torch.testing.assert_close(scale.double(), truth.abs().amax(1) / 127, rtol=1e-6, atol=0)
+        assert ((x.double() - truth / scale[:, None].double()).abs() <= 0.501).all()
+        assert x.abs().amax(1).eq(127).all()
+    elif out == "fp8":
         torch.testing.assert_close(scale.double(), truth.abs().amax(1) / 448, rtol=1e-6, atol=0)
         assert steps(x, truth / scale[:, None].double()) <= 1
         assert float(x.float().abs().amax(1).min()) == 448
@@ -66,11 +70,29 @@ def test_normalised_rows(name, branch, fp8, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_of_zeros_has_scale_one_and_zero_codes(backend):
+@pytest.mark.parametrize("out", ["int8", "fp8"])
+def test_a_row_of_zeros_has_scale_one_and_zero_codes(out, backend):
     hidden, row_tiles = torch.zeros(3, 64), torch.tensor([[0, 0, 3]], dtype=torch.int32)
-    x, scale = ops.rmsnorm_quantize(hidden, torch.zeros(1, 64), row_tiles, fp8=True, backend=backend)
+    x, scale = ops.rmsnorm_quantize(hidden, torch.zeros(1, 64), row_tiles, out=out, backend=backend)
     assert scale.tolist() == [1, 1, 1]
     assert x.float().eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_a_row_shows_in_int8_as_well(bad, backend):
+    hidden, row_tiles = make(SHAPES["one-tile"]).hidden[:3], torch.tensor([[0, 0, 3]], dtype=torch.int32)
+    hidden[1, 7] = bad
+    x, scale = ops.rmsnorm_quantize(hidden, torch.zeros(1, 160), row_tiles, out="int8", backend=backend)
+    assert (x.double() * scale[:, None].double()).isfinite().all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_outlier_among_ones_saturates_and_leaves_them_nothing_in_int8(backend):
+    hidden, row_tiles = torch.ones(2, 160), torch.tensor([[0, 0, 2]], dtype=torch.int32)
+    hidden[1, 3] = -1e4
+    x, _ = ops.rmsnorm_quantize(hidden, torch.zeros(1, 160), row_tiles, out="int8", backend=backend)
+    assert x[0].eq(127).all() and x[1].nonzero().tolist() == [[3]] and int(x[1, 3]) == -127
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -316,7 +338,7 @@ def test_two_heads_a_tile_give_the_bits_of_one(name, out, described, monkeypatch
         config = LaunchConfig(block_m=128, block_n=width, block_k=64, group_m=4, descriptors=described)
         monkeypatch.setattr(launcher, "config_for", lambda *_, config=config: config)
         with strict(seed=5):
-            results.append(fp8_linear(case, out, k_mean=case.k_mean))
+            results.append(fp8_linear(case, out))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one.view(torch.uint8), two.view(torch.uint8))
 

@@ -11,7 +11,7 @@ from wgmma_accumulator import DEPTH, matmul, wgmma
 
 from happyhorse_fast import budgets
 from happyhorse_fast.ops import self_check
-from happyhorse_fast.reference.quantize import quantize_channels, quantize_rows
+from happyhorse_fast.reference.quantize import e4m3_channels, e4m3_rows
 from happyhorse_fast.reference.score_bound import LIMIT
 from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
 
@@ -35,8 +35,8 @@ def test_what_lies_13_bits_below_is_cut_off() -> None:
 @pytest.mark.parametrize("inputs", [640, 5120, 13_696])
 def test_products_stay_within_their_budget(inputs: int) -> None:
     draw = torch.Generator().manual_seed(inputs)
-    x, _ = quantize_rows(torch.randn(128, inputs, generator=draw))
-    weight, _ = quantize_channels(torch.randn(1, 128, inputs, generator=draw))
+    x, _ = e4m3_rows(torch.randn(128, inputs, generator=draw))
+    weight, _ = e4m3_channels(torch.randn(1, 128, inputs, generator=draw))
     left, right = x.float(), weight[0].float().T
     error = budgets.measure(matmul(left, right).double(), left.double() @ right.double())
     assert budgets.violations(error) == [], "13,696 in one accumulator: 3.9e-6 and 4.5e-4"

@@ -120,10 +120,10 @@ HH_SHARED_FUNCTION u32 pack_int8(float a, float b, float c, float d) {
   return int8_bits(a) | int8_bits(b) << 8 | int8_bits(c) << 16 | int8_bits(d) << 24;
 }
 
-// value = code * scale; 1 for zeros.
+// value = code * scale; 1 for zeros, and for scales below 2^-126, whose reciprocal may be infinite. NaN stays.
 HH_SHARED_FUNCTION float int8_scale_of(float amax) {
   const float scale = amax * (1.0f / INT8_LIMIT);
-  return scale > 0.0f ? scale : 1.0f;
+  return scale < 0x1p-126f ? 1.0f : scale;
 }
 
 HH_SHARED_FUNCTION float inverse_rms(float sum_of_squares, int channels) {

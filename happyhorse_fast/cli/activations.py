@@ -12,7 +12,7 @@ from happyhorse_fast.ops.fp8_linear import static_scale
 from happyhorse_fast.ops.packing_qkv import static_qk_scale
 from happyhorse_fast.pony import generate
 from happyhorse_fast.reference.model import HappyHorse, Layer
-from happyhorse_fast.reference.quantize import E4M3_MAX, quantize_rows, to_e4m3
+from happyhorse_fast.reference.quantize import E4M3_MAX, e4m3_rows, to_e4m3
 from happyhorse_fast.reference.quantized_qkv import quantize_v
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 from happyhorse_fast.reference.sequence import Clip, Ranges, row_chunks
@@ -173,7 +173,7 @@ def _tensors(
 
     up_input = torch.cat([rms_norm(results.middle[rows], layer.mlp.pre_norm.of(e)) for e, rows in chunks])
     yield "residual", given.hidden, None
-    yield "qkv input", results.norm, units(results.norm, quantize_rows(results.norm)[1][:, None])
+    yield "qkv input", results.norm, units(results.norm, e4m3_rows(results.norm)[1][:, None])
     attention = layer.attention
     for which, (name, x) in enumerate((("q", results.q), ("k", results.k))):
         scale = torch.empty(len(x), 1)
@@ -184,7 +184,7 @@ def _tensors(
     v_scale = quantize_v(results.v)[1].repeat_interleave(128, dim=1)[:, : len(results.v)].T  # [N, Hkv]
     yield "v", results.v.flatten(1), units(results.v, v_scale[:, :, None]).flatten(1)
     yield "proj input", results.attention, units(results.attention, output_scale(results.v, None, results.gate))
-    yield "up input", up_input, units(up_input, quantize_rows(up_input)[1][:, None])
+    yield "up input", up_input, units(up_input, e4m3_rows(up_input)[1][:, None])
     down_scale = static_scale("swiglu7" if layer.mlp.gated else "gelu7", True, results.up.device)
     yield "down input", results.up, units(results.up, down_scale)
 

@@ -223,11 +223,11 @@ class _FastOps:
         return rows[self.state.token_rows]
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor, feeds: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        fp8 = self.precision[feeds] == "fp8"
+        out = self.precision[feeds]
         x, scale = rmsnorm_quantize(
-            self._rows(hidden), weight, self.tiles, fp8=fp8, backend=self.backend["rmsnorm_quantize"]
+            self._rows(hidden), weight, self.tiles, out=out, backend=self.backend["rmsnorm_quantize"]
         )
-        return x, scale if fp8 else None
+        return x, None if out == "bf16" else scale
 
     def _weight(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         scale = getattr(self.layer, f"{name}_scale") if self.precision[name] == "fp8" else None

@@ -157,7 +157,7 @@ class FastLayer(nn.Module):
             hidden,
             self.attn_norm,
             tiles,
-            fp8=use["qkv"] == "fp8",
+            out=use["qkv"],
             backend=plan.backend["rmsnorm_quantize"],
         )
         q, k, v, *scales, gate = qkv_linear(
@@ -198,7 +198,7 @@ class FastLayer(nn.Module):
     def _mlp(self, hidden: torch.Tensor, tiles: torch.Tensor) -> None:
         plan, use = self.plan, self.plan.precision
         x, x_scale = rmsnorm_quantize(
-            hidden, self.mlp_norm, tiles, fp8=use["up"] == "fp8", backend=plan.backend["rmsnorm_quantize"]
+            hidden, self.mlp_norm, tiles, out=use["up"], backend=plan.backend["rmsnorm_quantize"]
         )
         y, y_scale = fp8_linear_activation(
             x,
@@ -274,7 +274,7 @@ def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: tor
         num_heads_q=plan.num_heads_q,
         num_heads_kv=plan.num_heads_kv,
         head_dim=plan.head_dim,
-        fp8=plan.precision["qkv"] == "fp8",
+        to=plan.precision["qkv"],
     )
     linears = {
         "proj": ("attention.linear_proj.weight", 1),
@@ -284,7 +284,7 @@ def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: tor
     for name, (key, pad_f_to) in linears.items():
         pad_k_to = _FEATURE_TILE // (2 if plan.gated else 1) if name == "down" else 1
         buffers[f"{name}_weight"], scales[f"{name}_scale"] = pack_linear(
-            of(key), experts, fp8=plan.precision[name] == "fp8", pad_f_to=pad_f_to, pad_k_to=pad_k_to
+            of(key), experts, plan.precision[name], pad_f_to=pad_f_to, pad_k_to=pad_k_to
         )
     layer = FastLayer(plan, buffers | {k: v for k, v in scales.items() if v is not None})
     layer.find_bound()

@@ -17,6 +17,7 @@ from happyhorse_fast.ops.formats import ATTENTION, QKV, VARIANTS, WITHOUT_E4M3
 
 STEMS = {
     "rmsnorm_quantize": "rmsnorm_qkv",
+    "quantize_rows": "quantize_rows",
     "qkv_linear": "rmsnorm_qkv",
     "select_blocks": "select_blocks",
     "block_sparse_attention": "block_sparse_attention",
@@ -26,7 +27,7 @@ STEMS = {
 }
 """Every op the fast model calls, and the stem its kernel, tests and benchmark cases go by."""
 
-CUDA_OPS = {p: tuple(op for op, formats in VARIANTS["cuda"].items() if p in formats) for p in ("bf16", "fp8")}
+CUDA_OPS = {p: tuple(op for op, formats in VARIANTS["cuda"].items() if p in formats) for p in ("bf16", "int8", "fp8")}
 """Ops that have a CUDA kernel in a format; Triton has all of them in all formats."""
 PREFERENCES = Path(__file__).with_name("preferences.json")
 """{"90": {"fp8": ["rmsnorm_quantize"]}}: ops that committed results show faster in CUDA than in Triton on an
@@ -120,25 +121,26 @@ def choose(
         report: Called with a line per kernel that is checked now.
 
     Returns:
-        A choice per op of :data:`STEMS`.
+        A choice per op of :data:`STEMS` that a model of this precision can call.
 
     Raises:
         BackendError: A named backend cannot run here, ``strict`` and an op has no kernel that may run, or a check ended
             this process's use of the GPU.
     """
     optional.hide_broken_triton()  # torch's tracer, which an accelerated model is prepared for, imports it
+    found = {op: checked_formats(op, precision, attention, mixed=mixed) for op in STEMS}
+    formats = {op: of for op, of in found.items() if of}
     if backend == "reference":
-        return {op: Choice(op, "reference", "asked for") for op in STEMS}
+        return {op: Choice(op, "reference", "asked for") for op in formats}
     in_cuda = cuda_ops(precision, attention)
-    named = {"triton": tuple(STEMS), "cuda": in_cuda}.get(backend, ())
+    named = {"triton": tuple(formats), "cuda": in_cuda}.get(backend, ())
     if named:
         obstacle = triton_obstacle(device) if backend == "triton" else cuda_obstacle(device)
         if obstacle is not None:
             raise BackendError(f"backend {backend!r} cannot run: {obstacle}")
-    formats = {op: checked_formats(op, precision, attention, mixed=mixed) for op in STEMS}
     candidates = _Candidates(precision, formats, in_cuda, device, report)
     choices = {}
-    for op in STEMS:
+    for op in formats:
         if op in named:
             choices[op] = Choice(op, backend, "asked for")
             continue
@@ -166,7 +168,10 @@ def _format(op: str, precision: str, attention: str | None) -> str:
 
 
 def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
-    """The formats of :data:`VARIANTS` that a model runs an op in; arguments as for :func:`choose`."""
+    """The formats of :data:`VARIANTS` that a model runs an op in, none where it has no use for it.
+
+    Arguments are those of :func:`choose`.
+    """
     of_products, of_attention = (
         (own, "bf16") if mixed and own != "bf16" else (own,) for own in (precision, attention or precision)
     )
@@ -176,6 +181,8 @@ def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bo
     if op == "block_sparse_attention":
         pairs = list(itertools.product(of_attention, (*of_products, None)))
         return tuple(name for name, pair in ATTENTION.items() if pair in pairs)
+    if op == "quantize_rows":
+        return tuple(p for p in of_products if p == "int8")
     return of_attention if op == "select_blocks" else of_products
 
 

@@ -15,7 +15,7 @@ from happyhorse_fast.reference import fp8_linear as reference
 from happyhorse_fast.reference.fp8_linear import activation_scale, empty_activated, empty_product
 
 ROW_TILE = 128
-BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 
 
 def fp8_linear(
@@ -30,10 +30,10 @@ def fp8_linear(
     """x . weight of each row's expert, accumulated in float32 and rounded to bf16 once.
 
     Args:
-        x: [N, K] bf16 or e4m3.
-        x_scale: float32, [N] (one per row) or [1] (one for all) where x is e4m3; else None or of size [0].
+        x: [N, K] bf16, int8 or e4m3.
+        x_scale: float32, [N] (one per row) or [1] (one for all) where x is codes; else None or of size [0].
         weight: [E, F, K] in the dtype of x.
-        weight_scale: [E, F] float32 where weight is e4m3, else None.
+        weight_scale: [E, F] float32 where weight is codes, else None.
         row_tiles: [tiles, 3] int32 (expert, first row, end row): at most 128 rows each, every row once.
         backend: ``"triton"`` or ``"reference"``.
 
@@ -101,11 +101,12 @@ def fp8_linear_activation(
         weight_scale: As in :func:`fp8_linear`.
         row_tiles: As in :func:`fp8_linear`.
         activation: ``"swiglu7"`` (F = 2K', gate and linear interleaved) or ``"gelu7"`` (F = K').
-        fp8: Whether the result is e4m3, rather than bf16; x may be of either dtype.
+        fp8: Whether the result is e4m3, rather than bf16, whichever of the two x is; of int8 it is bf16, which
+            `quantize_rows` takes.
         backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
             256 MB, each followed by `activation_quantize`. With several experts the host then reads ``row_tiles`` once
             per tensor, which waits for the device and cannot happen in a CUDA graph's capture: call once before, with
-            the same tensor. Where x is e4m3, K is a multiple of 16.
+            the same tensor. Where x is codes, K is a multiple of 16.
 
     Returns:
         y [N, K'] bf16 and a scale of size [0]; or y e4m3 and its scale [1] float32, which is static: 56 / 448 of
@@ -117,6 +118,8 @@ def fp8_linear_activation(
     """
     x_scale = _check(x, x_scale, weight, weight_scale, row_tiles)
     check_activation(activation, "weight", weight.shape[1])
+    if fp8 and x.dtype == INT8:
+        raise ValueError("fp8 must be False where x is int8: the result is bf16, for quantize_rows")
     launcher = _launcher(backend, ("triton", "cuda", "reference"))
     op = _activation_reference if launcher is None else launcher.fp8_linear_activation
     y = op(x, x_scale, weight, weight_scale, row_tiles, activation, fp8)
@@ -147,7 +150,7 @@ def _check(
 ) -> torch.Tensor | None:
     """Hold the common arguments against the contract; the x_scale to go on with."""
     device = x.device
-    require("x", x, (BF16, E4M3), ("N", "K"), device=device)
+    require("x", x, (BF16, INT8, E4M3), ("N", "K"), device=device)
     n, k = x.shape
     require("weight", weight, (x.dtype,), ("E", "F", k), device=device)
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)

@@ -12,14 +12,14 @@ import torch
 
 from happyhorse_fast.ops.checks import require, require_backend
 from happyhorse_fast.reference import quantized_qkv as reference
-from happyhorse_fast.reference.quantized_qkv import QKV, empty_normalised, empty_qkv
+from happyhorse_fast.reference.quantized_qkv import NORMALISED, QKV, empty_normalised, empty_qkv
 
 ROW_TILE = 128
 HEAD_DIMS = (32, 64, 128)
 MAX_CHANNELS = 8192
 """A program of `rmsnorm_quantize` holds a row in registers: 8192 float32 are 32 in each of 256 threads."""
 OUTPUTS = ("bf16", "int8_qk", "fp8")
-BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 
 
 def rmsnorm_quantize(
@@ -27,7 +27,7 @@ def rmsnorm_quantize(
     norm_weight: torch.Tensor,
     row_tiles: torch.Tensor,
     branch: torch.Tensor | None = None,
-    fp8: bool = False,
+    out: str = "bf16",
     *,
     backend: str = "triton",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,14 +38,14 @@ def rmsnorm_quantize(
         norm_weight: [E, C] float32.
         row_tiles: [tiles, 3] int32 (expert, first row, end row).
         branch: [N, C] bf16, rows contiguous, or None.
-        fp8: e4m3 with a scale per row, rather than bf16.
+        out: ``"bf16"``, or ``"int8"`` or ``"fp8"`` (e4m3) with a scale per row.
         backend: ``"triton"``, ``"cuda"`` (C a multiple of 4) or ``"reference"``.
 
     Returns:
-        x [N, C] bf16 and a scale of size [0]; or x [N, C] e4m3 and its scale [N] float32.
+        x [N, C] bf16 and a scale of size [0]; or x [N, C] int8 or e4m3 and its scale [N] float32.
 
     Raises:
-        TypeError, ValueError: An argument of another dtype, shape, device or layout; a backend there is not.
+        TypeError, ValueError: An argument of another dtype, shape, device or layout; a backend or ``out`` there is not.
     """
     device = hidden.device
     require("hidden", hidden, (torch.float32,), ("N", "C"), device=device, strided_rows=True)
@@ -56,9 +56,11 @@ def rmsnorm_quantize(
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
     if branch is not None:
         require("branch", branch, (BF16,), (n, c), device=device, strided_rows=True)
+    if out not in NORMALISED:
+        raise ValueError(f"out must be one of {', '.join(map(repr, NORMALISED))}; got {out!r}")
     launcher = _launcher(backend)
     op = _rmsnorm_quantize_reference if launcher is None else launcher.rmsnorm_quantize
-    return op(hidden, norm_weight, row_tiles, branch, fp8)
+    return op(hidden, norm_weight, row_tiles, branch, out)
 
 
 def qkv_linear(
@@ -79,10 +81,10 @@ def qkv_linear(
     """QKV product with scales, QK-norm, rotation, gate and quantisation in its epilogue.
 
     Args:
-        x: [N, C] bf16, or e4m3 with ``x_scale``; rows contiguous.
-        x_scale: [N] float32 where x is e4m3; else None, or empty as `rmsnorm_quantize` gives it.
+        x: [N, C] bf16, or int8 or e4m3 with ``x_scale``; rows contiguous.
+        x_scale: [N] float32 where x is codes; else None, or empty as `rmsnorm_quantize` gives it.
         weight: [E, F, C] in the dtype of x, as `packing_qkv.pack_qkv_weight` makes it.
-        weight_scale: [E, F] float32 where weight is e4m3, else None.
+        weight_scale: [E, F] float32 where weight is codes, else None.
         qk_norm: [E, 2, D] float32, channels permuted like the weight's.
         cos_sin: [N, D] float32, from `packing_qkv.pack_cos_sin`.
         row_tiles: [tiles, 3] int32; every tile starts on a multiple of 128 unless ``out`` is ``"bf16"``.
@@ -93,7 +95,7 @@ def qkv_linear(
         backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
             256 MB, each followed by `qk_norm_rope`. With several experts the host then reads ``row_tiles`` once per
             tensor, which waits for the device and cannot happen in a CUDA graph's capture: call once before, with the
-            same tensor. C is a multiple of 16 where x is e4m3, rows and their starts of 16 bytes.
+            same tensor. C is a multiple of 16 where x is codes, rows and their starts of 16 bytes.
 
     Returns:
         q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or in fp8 transposed [Hkv, D, S * 128]; q_scale, k_scale and
@@ -105,14 +107,14 @@ def qkv_linear(
         RuntimeError: ``"cuda"`` in a capture with ``row_tiles`` of several experts that the host has not read.
     """
     device = x.device
-    require("x", x, (BF16, E4M3), ("N", "C"), device=device, strided_rows=True)
+    require("x", x, (BF16, INT8, E4M3), ("N", "C"), device=device, strided_rows=True)
     n, c = x.shape
     d = check_heads(cos_sin, n, num_heads_q, num_heads_kv, device)
     require("weight", weight, (x.dtype,), ("E", features_of(num_heads_q, num_heads_kv, d), c), device=device)
     experts = weight.shape[0]
     require("qk_norm", qk_norm, (torch.float32,), (experts, 2, d), device=device)
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
-    if x.dtype == E4M3:
+    if x.dtype != BF16:
         require("x_scale", x_scale, (torch.float32,), (n,), device=device)
         require("weight_scale", weight_scale, (torch.float32,), weight.shape[:2], device=device)
     else:
@@ -187,10 +189,10 @@ def fake_rmsnorm_quantize(
     norm_weight: torch.Tensor,
     row_tiles: torch.Tensor,
     branch: torch.Tensor | None = None,
-    fp8: bool = False,
+    out: str = "bf16",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes of `rmsnorm_quantize`, for every backend."""
-    return empty_normalised(hidden, fp8)
+    return empty_normalised(hidden, out)
 
 
 @_qkv_linear_reference.register_fake

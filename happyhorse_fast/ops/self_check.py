@@ -24,6 +24,7 @@ from happyhorse_fast.ops.formats import ORDER, QKV, VARIANTS, WITHOUT_E4M3
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.packing import pack_linear
 from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
+from happyhorse_fast.ops.quantize_rows import quantize_rows
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.select_blocks import select_blocks
 from happyhorse_fast.reference.attention_operands import attention_operands
@@ -134,55 +135,67 @@ def _row_tiles() -> torch.Tensor:
     return torch.stack([experts, starts, starts + 128], dim=1)
 
 
-def _inputs(fp8: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _inputs(fmt: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     x, scale = rmsnorm_quantize(
         _draw(0, ROWS, CHANNELS),
         torch.zeros(3, CHANNELS, dtype=torch.float32),
         _row_tiles(),
-        fp8=fp8,
+        out=fmt,
         backend="reference",
     )
-    return x.to(device), scale.to(device) if fp8 else None
+    return x.to(device), None if fmt == "bf16" else scale.to(device)
 
 
-def _weight(seed: int, features: int, fp8: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _weight(seed: int, features: int, fmt: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     # A factor per expert, so that one expert's scale used for all shows.
     experts = torch.tensor([1.0, 3.0, 0.3], dtype=torch.float32).repeat_interleave(features)[:, None]
     weight = (_draw(seed, 3 * features, CHANNELS) * experts / CHANNELS**0.5).bfloat16()
-    packed, scale = pack_linear(weight, 3, fp8=fp8)
+    packed, scale = pack_linear(weight, 3, fmt)
     return packed.to(device), None if scale is None else scale.to(device)
 
 
 def _check_rmsnorm(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8 = variant == "fp8"
     norm, branch = 0.2 * _draw(1, 3, CHANNELS), _draw(2, ROWS, CHANNELS).bfloat16()
     results = []
     for where, how in ((device, backend), (torch.device("cpu"), "reference")):
         hidden = _draw(0, ROWS, CHANNELS).to(where)
         x, scale = rmsnorm_quantize(
-            hidden, norm.to(where), _row_tiles().to(where), branch.to(where), fp8=fp8, backend=how
+            hidden, norm.to(where), _row_tiles().to(where), branch.to(where), out=variant, backend=how
         )
-        results.append((hidden, x.float() * scale[:, None] if fp8 else x))
+        results.append((hidden, x if variant == "bf16" else x.float() * scale[:, None]))
     (hidden, x), (hidden_reference, x_reference) = results
     return {
         "hidden": (hidden, hidden_reference, DISTANCE),
-        "x": (x, x_reference, CODE_DISTANCE if fp8 else DISTANCE),
+        "x": (x, x_reference, CODE_DISTANCE if variant == "fp8" else DISTANCE),
     }
 
 
+def _check_rows(backend: str, device: torch.device, variant: str) -> Compared:
+    compared: Compared = {}
+    # Of the 15B model's widths the one that fills its registers least evenly.
+    for rows, channels, hadamard in ((ROWS, CHANNELS, False), (ROWS, CHANNELS, True), (8, 13696, True)):
+        x = (_draw(18, rows, channels) * _draw(19, rows, 1).exp()).bfloat16()
+        results = []
+        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+            codes, scale = quantize_rows(x.to(where), hadamard, backend=how)
+            results.append(codes.float() * scale[:, None])
+        compared[f"{channels} channels{', Hadamard' if hadamard else ''}"] = (results[0], results[1], DISTANCE)
+    return compared
+
+
 def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8, out = QKV[variant][0] == "fp8", QKV[variant][1]
+    fmt, out = QKV[variant]
     rows = 3 * ((HEADS_Q + 2 * HEADS_KV) * HEAD_DIM + HEADS_Q)
     weight = (_draw(3, rows, CHANNELS) / CHANNELS**0.5).bfloat16()
     heads = {"experts": 3, "num_heads_q": HEADS_Q, "num_heads_kv": HEADS_KV, "head_dim": HEAD_DIM}
-    packed, w_scale = pack_qkv_weight(weight, fp8=fp8, **heads)
+    packed, w_scale = pack_qkv_weight(weight, to=fmt, **heads)
     qk_norm = pack_qk_norm(0.2 * _draw(4, 3 * HEAD_DIM), 0.2 * _draw(5, 3 * HEAD_DIM), experts=3)
     angle = _draw(6, ROWS, 3 * HEAD_DIM // 8)
     cos_sin = pack_cos_sin(torch.cat([angle.sin(), angle.cos()], dim=1))
     qk_scale = static_qk_scale(qk_norm) if out == "fp8" else None
     results = []
     for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-        x, x_scale = _inputs(fp8, where)
+        x, x_scale = _inputs(fmt, where)
         outs = qkv_linear(
             x,
             x_scale,
@@ -337,10 +350,10 @@ def _by_descriptors(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 def _check_linear(backend: str, device: torch.device, variant: str) -> Compared:
     compared: Compared = {}
-    for name, x, x_scale in _static_and_rows(variant == "fp8"):
+    for name, x, x_scale in _static_and_rows(variant):
         results = []
         for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            weight, w_scale = _weight(11, 384, variant == "fp8", where)
+            weight, w_scale = _weight(11, 384, variant, where)
             scale = None if x_scale is None else x_scale.to(where)
             results.append(fp8_linear(x.to(where), scale, weight, w_scale, _row_tiles().to(where), backend=how))
         compared[f"y{name}"] = (results[0], results[1], DISTANCE)
@@ -349,10 +362,10 @@ def _check_linear(backend: str, device: torch.device, variant: str) -> Compared:
 
 def _check_residual(backend: str, device: torch.device, variant: str) -> Compared:
     compared: Compared = {}
-    for name, x, x_scale in _static_and_rows(variant == "fp8"):
+    for name, x, x_scale in _static_and_rows(variant):
         results = []
         for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            weight, w_scale = _weight(12, 384, variant == "fp8", where)
+            weight, w_scale = _weight(12, 384, variant, where)
             hidden = _draw(13, ROWS, 384).to(where)
             scale = None if x_scale is None else x_scale.to(where)
             fp8_linear_residual(x.to(where), scale, weight, w_scale, _row_tiles().to(where), hidden, backend=how)
@@ -361,11 +374,11 @@ def _check_residual(backend: str, device: torch.device, variant: str) -> Compare
     return compared
 
 
-def _static_and_rows(fp8: bool) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+def _static_and_rows(fmt: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
     """(form, x, x_scale) of a product's inputs on the CPU: in e4m3 with a scale per row, and with one."""
-    x, x_scale = _inputs(fp8, torch.device("cpu"))
+    x, x_scale = _inputs(fmt, torch.device("cpu"))
     yield "", x, x_scale
-    if x_scale is not None:
+    if fmt == "fp8" and x_scale is not None:
         one = torch.full((1,), 2**-6)
         yield ", one scale", quantize_static(dequantize(x, x_scale), one), one
 
@@ -376,8 +389,8 @@ def _check_activation(backend: str, device: torch.device, variant: str) -> Compa
     for activation in ("swiglu7", "gelu7"):
         results = []
         for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            x, x_scale = _inputs(fp8, where)
-            weight, w_scale = _weight(14, 512, fp8, where)
+            x, x_scale = _inputs(variant, where)
+            weight, w_scale = _weight(14, 512, variant, where)
             y, y_scale = fp8_linear_activation(
                 x, x_scale, weight, w_scale, _row_tiles().to(where), activation=activation, fp8=fp8, backend=how
             )
@@ -388,6 +401,7 @@ def _check_activation(backend: str, device: torch.device, variant: str) -> Compa
 
 CHECKS: dict[str, Callable[[str, torch.device, str], Compared]] = {
     "rmsnorm_quantize": _check_rmsnorm,
+    "quantize_rows": _check_rows,
     "qkv_linear": _check_qkv,
     "select_blocks": _check_select,
     "block_sparse_attention": _check_attention,

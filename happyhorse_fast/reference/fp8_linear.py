@@ -12,7 +12,7 @@ import torch
 
 from happyhorse_fast import ambient
 from happyhorse_fast.reference.mlp import LIMIT, gelu7, swiglu7
-from happyhorse_fast.reference.quantize import E4M3_MAX, quantize_static, scaled_rows
+from happyhorse_fast.reference.quantize import E4M3_MAX, quantize_static, scaled_rows, widened
 
 ACTIVATIONS = {"swiglu7": (swiglu7, 2, LIMIT * (LIMIT + 1)), "gelu7": (gelu7, 1, LIMIT)}
 """Name -> (function, columns of the product per output, bound of its outputs)."""
@@ -51,13 +51,13 @@ def products(
     expert, wide = -1, torch.empty(0, dtype=torch.float32)
     for e, first, end in row_tiles.tolist():
         if e != expert:
-            expert, wide = e, weight[e].float().T
+            expert, wide = e, widened(weight[e]).T
         rows = slice(first, end)
-        codes = x[rows].float()
+        codes = widened(x[rows])
         if x_scale is None or weight_scale is None:
             yield rows, (codes @ wide).bfloat16().float()
         else:
-            yield rows, (codes @ wide) * x_scale.expand(len(x))[rows, None] * weight_scale[e]
+            yield rows, (codes @ wide).float() * x_scale.expand(len(x))[rows, None] * weight_scale[e]
 
 
 @ambient.independent

@@ -6,6 +6,12 @@ import torch
 
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
+SMALLEST_INT8_SCALE = 2.0**-126
+"""Below it 1 / scale may be infinite in float32."""
+FORMATS = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+"""Formats of a product's operands, by their names."""
+HADAMARD = 64
+"""Neighbouring channels that :func:`hadamard` mixes."""
 
 
 def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
@@ -34,10 +40,11 @@ def int8_scale(amax: torch.Tensor) -> torch.Tensor:
         amax: Largest magnitudes, any shape, float.
 
     Returns:
-        amax * (1/127) in float32; 1 where that is zero.
+        amax * (1/127) in float32; 1 where that is below 2^-126: a row of zeros, or one whose scale would have no
+        reciprocal. NaN stays, since no code could say it.
     """
     scale = amax.float() * (1.0 / INT8_MAX)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale < SMALLEST_INT8_SCALE, torch.ones_like(scale), scale)
 
 
 def to_int8(x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +70,30 @@ def token_order(v: torch.Tensor) -> torch.Tensor:
     return v.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Each 64 neighbouring channels times the orthonormal Hadamard matrix: h[i, j] = (-1)^popcount(i & j) / 8.
+
+    It is its own inverse, and leaves a product as it is where both operands go through it; an outlier among 64 channels
+    becomes a share of an eighth in each of them. What `quantize_rows` does to activations is done to weights at load.
+
+    Args:
+        x: [..., K], K a multiple of 64, float32 or float64.
+
+    Returns:
+        Of the shape and dtype of ``x``; sums of 64 values in that dtype, then times 1/8.
+
+    Raises:
+        ValueError: 64 does not divide K.
+    """
+    if x.shape[-1] % HADAMARD:
+        raise ValueError(f"x must have a multiple of {HADAMARD} channels K, got {x.shape[-1]}")
+    signs = x.new_ones(1, 1)
+    while len(signs) < HADAMARD:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    return (x.unflatten(-1, (-1, HADAMARD)) @ signs).flatten(-2) * 0.125
+
+
+def e4m3_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One scale per row (token).
 
     Args:
@@ -74,6 +104,19 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     scale = e4m3_scale(x.float().abs().amax(dim=1))
     return to_e4m3(x.float() / scale[:, None]), scale
+
+
+def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per row (token).
+
+    Args:
+        x: [N, K], float32 or narrower.
+
+    Returns:
+        codes [N, K] int8, scale [N] float32.
+    """
+    scale = int8_scale(x.float().abs().amax(dim=1))
+    return to_int8(x.float() * (1 / scale)[:, None]), scale
 
 
 def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -89,7 +132,7 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return to_e4m3(x.float() * (1.0 / scale))
 
 
-def quantize_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def e4m3_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One scale per output channel of each expert.
 
     Args:
@@ -100,6 +143,24 @@ def quantize_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """
     scale = e4m3_scale(weight.float().abs().amax(dim=2))
     return to_e4m3(weight.float() / scale[:, :, None]), scale
+
+
+def int8_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per output channel of each expert.
+
+    Args:
+        weight: [E, F, K], float32 or narrower.
+
+    Returns:
+        codes [E, F, K] int8, scale [E, F] float32.
+    """
+    scale = int8_scale(weight.float().abs().amax(dim=2))
+    return to_int8(weight.float() * (1 / scale)[:, :, None]), scale
+
+
+def widened(codes: torch.Tensor) -> torch.Tensor:
+    """Operand of a product of codes: float32, and float64 of int8, whose sum is exact in int32 and not in float32."""
+    return codes.double() if codes.dtype == torch.int8 else codes.float()
 
 
 def scaled_rows(
@@ -131,7 +192,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
     """code * scale, computed in ``dtype``; float64 gives the exact value.
 
     Args:
-        codes: [..., K] e4m3.
+        codes: [..., K] e4m3 or int8.
         scale: [1] (one for all), or [...] (one per row or output channel).
         dtype: Dtype of the result, float32 or float64.
 

@@ -11,13 +11,15 @@ import torch
 
 from happyhorse_fast import ambient
 from happyhorse_fast.reference.quantize import (
+    e4m3_rows,
     e4m3_scale,
     fragment_order,
+    int8_rows,
     int8_scale,
-    quantize_rows,
     scaled_rows,
     to_e4m3,
     to_int8,
+    widened,
 )
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 
@@ -25,6 +27,8 @@ ROW_TILE = 128
 # Rows in flight: 4096 x 7296 float32 products are 120 MB.
 ROW_CHUNK = 4096
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+NORMALISED = {"bf16": BF16, "int8": torch.int8, "fp8": E4M3}
+"""What `rmsnorm_quantize` may give, by ``out``."""
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """q, k, v, q_scale, k_scale, v_scale, gate."""
@@ -48,10 +52,10 @@ def spans(row_tiles: torch.Tensor) -> list[Span]:
     return joined(row_tiles.tolist(), ROW_CHUNK)
 
 
-def empty_normalised(hidden: torch.Tensor, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_normalised(hidden: torch.Tensor, out: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Results of `rmsnorm_quantize`, not yet written: x [N, C] and its scale."""
-    x = torch.empty(hidden.shape, dtype=E4M3 if fp8 else BF16, device=hidden.device)
-    return x, torch.empty(hidden.shape[0] if fp8 else 0, dtype=torch.float32, device=hidden.device)
+    x = torch.empty(hidden.shape, dtype=NORMALISED[out], device=hidden.device)
+    return x, torch.empty(0 if out == "bf16" else hidden.shape[0], dtype=torch.float32, device=hidden.device)
 
 
 def empty_qkv(cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int, out: str) -> QKV:
@@ -85,7 +89,7 @@ def rmsnorm_quantize(
     norm_weight: torch.Tensor,
     row_tiles: torch.Tensor,
     branch: torch.Tensor | None = None,
-    fp8: bool = False,
+    out: str = "bf16",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Residual add, RMSNorm and cast of whole rows.
 
@@ -94,20 +98,20 @@ def rmsnorm_quantize(
         norm_weight: [E, C] float32.
         row_tiles: [tiles, 3] int32.
         branch: [N, C] bf16, or None.
-        fp8: e4m3 with one scale per row rather than bf16.
+        out: ``"bf16"``, or ``"int8"`` or ``"fp8"`` with one scale per row.
 
     Returns:
-        x [N, C] bf16 and an empty scale, or x e4m3 and its scale [N] float32.
+        x [N, C] bf16 and an empty scale, or x int8 or e4m3 and its scale [N] float32.
     """
     if branch is not None:
         hidden += branch
-    x, scale = empty_normalised(hidden, fp8)
+    x, scale = empty_normalised(hidden, out)
     for expert, first, end in spans(row_tiles):
         y = rms_norm(hidden[first:end], norm_weight[expert])
-        if fp8:
-            x[first:end], scale[first:end] = quantize_rows(y)
-        else:
+        if out == "bf16":
             x[first:end] = y.to(BF16)
+        else:
+            x[first:end], scale[first:end] = int8_rows(y) if out == "int8" else e4m3_rows(y)
     return x, scale
 
 
@@ -128,9 +132,9 @@ def qkv_linear(
     """QKV product and its epilogue.
 
     Args:
-        x: [N, C] bf16, or e4m3 with ``x_scale``.
+        x: [N, C] bf16, or int8 or e4m3 with ``x_scale``.
         x_scale: [N] float32, or None.
-        weight: [E, F, C] bf16, or e4m3 with ``weight_scale``.
+        weight: [E, F, C] in the dtype of x, codes with ``weight_scale``.
         weight_scale: [E, F] float32, or None.
         qk_norm: [E, 2, D] float32.
         cos_sin: [N, D] float32.
@@ -149,7 +153,7 @@ def qkv_linear(
     results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     for expert, first, end in spans(row_tiles):
         rows = slice(first, end)
-        product = x[rows].float() @ weight[expert].float().T
+        product = (widened(x[rows]) @ widened(weight[expert]).T).float()
         if x_scale is None or weight_scale is None:
             product = product.to(BF16).float()
         else:

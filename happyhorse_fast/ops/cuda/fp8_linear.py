@@ -32,7 +32,7 @@ def fp8_linear_activation(
     experts, features, _ = weight.shape
     spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=False)
     one = scale_of_one(x)
-    for expert, first, end in chunks(spans, features, 4 if x.dtype == shapes.E4M3 else 2):
+    for expert, first, end in chunks(spans, features, 2 if x.dtype == shapes.BF16 else 4):
         product = library_product(x[first:end], weight[expert], one)
         rows = RowTiles(table=None, expert=expert, first=first, end=end)
         tiles = -(-(end - first) // shapes.ROW_TILE)

@@ -11,6 +11,7 @@ from happyhorse_fast.ops import fp8_linear as shapes
 from happyhorse_fast.ops.triton.device import architecture, descriptors_work, multiprocessors, on_device
 from happyhorse_fast.ops.triton.library import kernel_op, launchable
 from happyhorse_fast.reference.fp8_linear import activation_scale, empty_activated, empty_product
+from happyhorse_fast.reference.quantize import FORMATS
 
 STEM = "fp8_linear"
 ACCUMULATORS_PER_SM = 128 * 256
@@ -54,7 +55,8 @@ def launch(
             F=features,
             K=k,
             ROW_TILE=shapes.ROW_TILE,
-            FP8=x.dtype != torch.bfloat16,
+            CODES=x.dtype != torch.bfloat16,
+            INT8=x.dtype == torch.int8,
             PER_ROW=int(x_scale is not None and x_scale.numel() > 1),
             EPILOGUE=epilogue,
             INVERSE=1.0 / activation_scale(epilogue) if out.dtype == torch.float8_e4m3fn else 0.0,
@@ -71,8 +73,7 @@ def launch(
 
 def config_of(x: torch.Tensor, epilogue: str) -> LaunchConfig:
     """The committed configuration for these inputs on their device."""
-    fmt = "bf16" if x.dtype == torch.bfloat16 else "fp8"
-    return config_for(STEM, f"{fmt}_{epilogue}", architecture(x.device))
+    return config_for(STEM, f"{FORMATS[x.dtype]}_{epilogue}", architecture(x.device))
 
 
 @kernel_op("happyhorse_fast::fp8_linear", kernel=fp8_linear_kernel)

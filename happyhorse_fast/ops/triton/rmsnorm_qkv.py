@@ -11,6 +11,7 @@ from happyhorse_fast.kernels.rmsnorm_qkv import qkv_linear_kernel, rmsnorm_quant
 from happyhorse_fast.ops import rmsnorm_qkv as shapes
 from happyhorse_fast.ops.triton.device import architecture, descriptors_work, multiprocessors, on_device
 from happyhorse_fast.ops.triton.library import kernel_op, launchable
+from happyhorse_fast.reference.quantize import FORMATS
 from happyhorse_fast.reference.quantized_qkv import empty_normalised, empty_qkv
 
 STEM = "rmsnorm_qkv"
@@ -22,13 +23,13 @@ def rmsnorm_quantize(
     norm_weight: torch.Tensor,
     row_tiles: torch.Tensor,
     branch: torch.Tensor | None = None,
-    fp8: bool = False,
+    out: str = "bf16",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.rmsnorm_quantize`."""
-    if fp8:
-        _require_e4m3("fp8=True", hidden.device)
+    if out == "fp8":
+        _require_e4m3('out="fp8"', hidden.device)
     config = config_for(STEM, "rmsnorm_quantize", architecture(hidden.device))
-    x, scale = empty_normalised(hidden, fp8)
+    x, scale = empty_normalised(hidden, out)
     added = hidden if branch is None else branch
     channels = hidden.shape[1]
     with on_device(hidden):
@@ -43,7 +44,7 @@ def rmsnorm_quantize(
             added.stride(0),
             C=channels,
             HAS_BRANCH=branch is not None,
-            FP8=fp8,
+            OUT=out,
             BLOCK_M=config.block_m,
             BLOCK_C=triton.next_power_of_2(channels),
             num_warps=config.num_warps,
@@ -68,10 +69,10 @@ def qkv_linear(
     qk_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.qkv_linear`."""
-    fp8 = weight.dtype == torch.float8_e4m3fn
-    if fp8 or out == "fp8":
+    fmt = FORMATS[weight.dtype]
+    if "fp8" in (fmt, out):
         _require_e4m3(f'out="{out}" of {weight.dtype} weights', x.device)
-    config = config_for(STEM, "qkv_fp8" if fp8 else "qkv_bf16", architecture(x.device))
+    config = config_for(STEM, f"qkv_{fmt}", architecture(x.device))
     q, k, v, q_scale, k_scale, v_scale, gate = results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     head_dim = cos_sin.shape[1]
     width = config.block_n // 128 * head_dim
@@ -101,7 +102,8 @@ def qkv_linear(
             D=head_dim,
             HQ=num_heads_q,
             HKV=num_heads_kv,
-            FP8=fp8,
+            CODES=fmt != "bf16",
+            INT8=fmt == "int8",
             INT8_QK=out == "int8_qk",
             FP8_OUT=out == "fp8",
             DESCRIPTORS=described,
