@@ -75,6 +75,11 @@ class Launch:
         names = [self.kernel.arg_names[path[0]] for path in data["constant_keys"]]
         return dict(zip(names, data["constant_vals"], strict=True))
 
+    def pointers(self) -> list[str]:
+        """Names of the arguments that are pointers."""
+        signature = json.loads(self.specialised)["signature"]
+        return sorted(name for name, kind in signature.items() if str(kind).startswith("*"))
+
     def options(self) -> dict[str, Any]:
         return dict(json.loads(self.specialised)["options"])
 
@@ -141,6 +146,9 @@ def measure(driver: Driver, launch: Launch) -> Row:
         shuffles=opcodes["SHFL"],
         shared=int(built.metadata.shared),
         tensor_core={name: opcodes[name] for name in sorted(opcodes) if name.endswith("MMA")},
+        reduces=opcodes["UTMAREDG"],
+        stores=opcodes["STG"],
+        pointers=launch.pointers(),
         triton=triton.__version__,
         seconds=round(time.perf_counter() - started, 1),
         **order,

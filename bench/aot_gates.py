@@ -57,6 +57,9 @@ class Row:
         turns: With specialized warps, each loop's products before a group passes its turn, behind that, and passes.
         barriers: With specialized warps, numbers of named barriers, and the threads that meet there, 0 for all.
         step: With specialized warps, instructions of the shortest loop over blocks.
+        reduces: UTMAREDG instructions: additions by the memory.
+        stores: STG instructions.
+        pointers: Arguments that are pointers, by name.
     """
 
     stem: str
@@ -83,6 +86,9 @@ class Row:
     turns: list[list[int]] = field(default_factory=list)
     barriers: list[list[int]] = field(default_factory=list)
     step: int = 0
+    reduces: int = 0
+    stores: int = 0
+    pointers: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -114,7 +120,8 @@ def problems(row: Row) -> list[str]:
     No stack and no spills, but for :data:`MAY_SPILL`; it fits the device; its configuration is legal and is the one it
     was launched with; its listing has the tensor-core instructions of its format and no others; with specialized warps,
     a block's exponents stand between the start of a PV and the wait for it, and with P in bf16 a group passes its turn
-    once, behind its last product. (Triton may take others without a word: e4m3 as bf16 with max_num_imprecise_acc=0,
+    once, behind its last product; where its configuration says so, the memory adds, and there is no other way to the
+    result. (Triton may take others without a word: e4m3 as bf16 with max_num_imprecise_acc=0,
     sm_80's instructions on sm_100 with 16 warps.)
     """
     found = []
@@ -150,6 +157,11 @@ def problems(row: Row) -> list[str]:
         (2, GROUP_THREADS) if taking_turns else (0,)
     ):
         found.append(f"named barriers {own}, not {'two of both groups' if taking_turns else 'none'}")
+    reducing = config.reduce and not row.detail.endswith("traced")
+    if bool(row.reduces) != reducing:
+        found.append(f"{row.reduces} additions by the memory, {'some' if reducing else 'none'} wanted")
+    if reducing and (row.stores or "out" in row.pointers):
+        found.append(f"{row.stores} STG and pointers {', '.join(row.pointers)} beside additions by the memory")
     if (row.stem, row.arch) not in MAY_SPILL:
         if row.stack:
             found.append(f"{row.stack} bytes of stack")

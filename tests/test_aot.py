@@ -71,7 +71,10 @@ SOME = {
         "block_sparse_attention fp8, D 128, bf16 out, specialized",
     ),
     "quantize_rows": ("quantize_rows 13696 channels, Hadamard",),
-    "fp8_linear": ("fp8_linear_activation fp8, swiglu7, fp8 out",),
+    "fp8_linear": (
+        "fp8_linear_activation fp8, swiglu7, fp8 out",
+        "fp8_linear_residual fp8, residual, float32 out",
+    ),
     "select_blocks": ("select_blocks bf16, 1464 blocks, by number, max",),
 }
 
@@ -187,6 +190,16 @@ def test_spills_are_known_by_table_and_architecture_and_never_on_hopper():
         ({"fp_fusion": False}, "launched without enable_fp_fusion=FP_FUSION"),
         ({"config": GOOD.config | {"block_n": 192}}, "block_n must be a power of two, got 192"),
         ({"arch": 80, "tensor_core": {"QMMA": 4}}, "sm_80 has no e4m3 tensor cores"),
+        ({"config": GOOD.config | {"reduce": True}}, "0 additions by the memory, some wanted"),
+        ({"reduces": 4}, "4 additions by the memory, none wanted"),
+        (
+            {"config": GOOD.config | {"reduce": True}, "reduces": 4, "stores": 2},
+            "2 STG and pointers  beside additions by the memory",
+        ),
+        (
+            {"config": GOOD.config | {"reduce": True}, "reduces": 4, "pointers": ["out", "x_scale"]},
+            "0 STG and pointers out, x_scale beside additions by the memory",
+        ),
         ({"arch": 100}, "tensor-core instructions QGMMA, not UTCQMMA"),
     ],
 )

@@ -62,6 +62,9 @@ def fp8_linear_residual(
 ) -> None:
     """hidden += x . weight, in place; the product is rounded to bf16 first where x is bf16.
 
+    On sm_90 and sm_100 the memory adds where hidden, x and weight start on 16 bytes with rows of a multiple of 16; else
+    the kernel loads, adds and stores. docs/OPS.md says what differs.
+
     Args:
         x: As in :func:`fp8_linear`.
         x_scale: As in :func:`fp8_linear`.

@@ -72,10 +72,10 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def descriptors_work(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether both operands of a product can be read through TMA descriptors in this call: 16-byte aligned rows."""
-    return addressable(x) and all(
-        t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0 for t in (x, weight)
+def descriptors_work(*tensors: torch.Tensor) -> bool:
+    """Whether tensors of one device can be reached through TMA descriptors in this call: 16-byte aligned rows."""
+    return addressable(tensors[0]) and all(
+        t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0 for t in tensors
     )
 
 

@@ -3,7 +3,7 @@
 As shipped (3.6.0, 3.7.1) it multiplies and adds the raw bits of bf16, truncates float32 -> bf16 and wraps float32 ->
 e4m3. :func:`make_exact` replaces those three places: dots and arithmetic on the exact values with float32
 accumulation, casts to the nearest even, and e4m3 overflow as NaN, so that a kernel that forgets to clamp shows. It also
-teaches it the one line of PTX that a kernel has.
+teaches it the one line of PTX that a kernel has, and to add through a descriptor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interp
+from triton._C.libtriton import ir
 
 from happyhorse_fast.ops.triton.interpreter_memory import remember
 
@@ -95,6 +96,17 @@ def assembly(self: Any, asm: str, constraints: str, values: Any, types: Any, is_
     return Results((interp.TensorHandle(to_numpy(rounded, tl.bfloat16), tl.bfloat16), wide))
 
 
+def descriptor_reduce(self: Any, kind: Any, desc: Any, value: Any, indices: Any) -> None:
+    """A sum in place of what a descriptor holds, clipped at its bounds; no other reduction is known."""
+    if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD:
+        raise NotImplementedError(f"the interpreter does not know the reduction {kind}")
+    places, mask = desc.materialize_pointers(indices)
+    other = interp.TensorHandle(np.zeros_like(value.data), value.dtype.scalar)
+    held = self.create_masked_load(places, mask, other, None, None, False)
+    added = interp.TensorHandle(held.data + value.data, value.dtype.scalar)
+    self.create_masked_store(places, added, mask, None, None)
+
+
 def make_exact() -> None:
     """Install the replacements in this process; idempotent."""
     interp._convert_float = convert
@@ -102,3 +114,4 @@ def make_exact() -> None:
     interp.InterpreterBuilder.binary_op = binary
     remember()
     interp.InterpreterBuilder.create_inline_asm = assembly
+    interp.InterpreterBuilder.create_descriptor_reduce = descriptor_reduce

@@ -16,6 +16,8 @@ from happyhorse_fast.reference.quantize import FORMATS
 STEM = "fp8_linear"
 ACCUMULATORS_PER_SM = 128 * 256
 """float32 accumulators that programs of one multiprocessor may hold: half of its registers."""
+REDUCED_COLUMNS = 64
+"""Columns that the hardware adds at a time: 32 KiB of shared memory beside four stages of a tile of 128 x 256."""
 
 
 def launch(
@@ -38,6 +40,7 @@ def launch(
         raise ValueError(f"fp8 must be False on sm_{arch}: it has no casts to e4m3 (sm_{FP8_SINCE} and later have)")
     _, features, k = weight.shape
     described = config.descriptors and descriptors_work(x, weight)
+    reduced = epilogue == "residual" and config.reduce and described and descriptors_work(out)
     tiles = row_tiles.shape[0] * (shapes.ROW_TILE // config.block_m) * -(-features // config.block_n)
     programs = multiprocessors(x.device) * max(1, ACCUMULATORS_PER_SM // (config.block_m * config.block_n))
     with on_device(x):
@@ -50,7 +53,7 @@ def launch(
             else weight,
             row_tiles if weight_scale is None else weight_scale,
             row_tiles,
-            out,
+            TensorDescriptor.from_tensor(out, [config.block_m, REDUCED_COLUMNS]) if reduced else out,
             row_tiles.shape[0],
             F=features,
             K=k,
@@ -60,6 +63,7 @@ def launch(
             PER_ROW=int(x_scale is not None and x_scale.numel() > 1),
             EPILOGUE=epilogue,
             INVERSE=1.0 / activation_scale(epilogue) if out.dtype == torch.float8_e4m3fn else 0.0,
+            REDUCE=REDUCED_COLUMNS if reduced else 0,
             DESCRIPTORS=described,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
