@@ -138,7 +138,7 @@ class Case:
     @property
     def plan(self) -> LayerPlan:
         """Experts, heads and precision of the layer."""
-        fast = FastConfig(precision="fp8" if self.precision == "fp8" else "bf16")
+        fast = FastConfig(precision=self.precision)
         return LayerPlan.of(self.size.config, fast, self.layer, {})
 
     def weight_shape(self, name: str) -> tuple[int, int, int]:
