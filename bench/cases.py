@@ -138,7 +138,7 @@ class Case:
     @property
     def plan(self) -> LayerPlan:
         """Experts, heads and precision of the layer."""
-        fast = FastConfig(precision=self.precision)
+        fast = FastConfig(precision=self.precision)  # type: ignore[arg-type]
         return LayerPlan.of(self.size.config, fast, self.layer, {})
 
     def weight_shape(self, name: str) -> tuple[int, int, int]:

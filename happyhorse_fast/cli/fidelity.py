@@ -70,12 +70,15 @@ def policies(*, quick: bool = False) -> tuple[Policy, ...]:
     def sparse(name: str, sparsity: TopK | Tiles | None, **options: Any) -> Policy:
         return Policy(name, "sparsity", fast(sparsity=sparsity, **options), frame_blocks=True)
 
+    of_ops: tuple[tuple[Kind, str, str], ...] = (("int8 op", "int8", "int8_qk"), ("fp8 op", "fp8", "fp8"))
     every = (
         Policy(EAGER, "bf16", None),
         Policy("fast bf16", "bf16", fast()),
-        *(Policy(f"{op} alone", "fp8 op", fast(precision="fp8", attention="fp8", skip=alone(op))) for op in OPS),
-        *(Policy(f"{op} alone", "int8 op", fast(precision="int8", skip=alone(op))) for op in OPS if op != "attention"),
-        Policy("attention alone, int8_qk", "int8 op", fast(attention="int8_qk")),
+        *(
+            Policy(f"{op} alone", kind, fast(precision=precision, attention=attention, skip=alone(op)))
+            for kind, precision, attention in of_ops
+            for op in OPS
+        ),
         Policy("all but attention", "int8", fast(precision="int8")),
         Policy("all, attention int8_qk", "int8", fast(precision="int8", attention="int8_qk")),
         Policy("all but qkv and attention", "fp8", fast(precision="fp8", skip=("qkv",))),

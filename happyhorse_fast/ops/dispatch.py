@@ -181,8 +181,8 @@ def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bo
     if op == "block_sparse_attention":
         # In int8 attention's result is bf16: `quantize_rows` makes codes of it.
         results = {"bf16" if p == "int8" else p for p in of_products}
-        pairs = list(itertools.product(of_attention, (*results, None)))
-        return tuple(name for name, pair in ATTENTION.items() if pair in pairs)
+        formats = list(itertools.product(of_attention, (*results, None)))
+        return tuple(name for name, pair in ATTENTION.items() if pair in formats)
     if op == "quantize_rows":
         return tuple(p for p in of_products if p == "int8")
     return of_attention if op == "select_blocks" else of_products
