@@ -138,7 +138,8 @@ class Case:
     @property
     def plan(self) -> LayerPlan:
         """Experts, heads and precision of the layer."""
-        fast = FastConfig(precision="fp8" if self.precision == "fp8" else "bf16")
+        of_products = self.precision if self.precision in ("int8", "fp8") else "bf16"
+        fast = FastConfig(precision=of_products)  # type: ignore[arg-type]
         return LayerPlan.of(self.size.config, fast, self.layer, {})
 
     def weight_shape(self, name: str) -> tuple[int, int, int]:
@@ -170,7 +171,7 @@ class Case:
         """FLOPs of the model's own tokens, features and pairs; 0 for norms."""
         if self.op == "select_blocks":
             return self.computed_flops()
-        costed = "attention" if self.op == "block_sparse_attention" else self.product
+        costed = None if self.op == "quantize_rows" else _COSTED.get(self.part, _COSTED.get(self.op))
         if costed is None:
             return 0.0
         size = self.size

@@ -19,8 +19,10 @@ from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
 Backend = Literal["auto", "triton", "gluon", "cuda", "reference"]
-# Elements drawn at a time on their way to e4m3: 2 GB in bf16.
+# Elements drawn at a time on their way to codes: 2 GB in bf16.
 CHUNK = 1 << 30
+# Codes spread over their format: one in 16,000 of a normal distribution is clamped at 448 or 127.
+SPREAD = {torch.float8_e4m3fn: CODE_SPREAD, torch.int8: 31.75}
 
 
 def random_eager(config: ModelConfig, device: torch.device, seed: int) -> HappyHorse:
@@ -66,9 +68,9 @@ def _fill(layer: FastLayer, generator: torch.Generator) -> None:
     for name, value in buffers.items():
         if name.endswith("_weight"):
             inputs = value.shape[-1]
-            if value.dtype == torch.float8_e4m3fn:
+            if value.dtype in SPREAD:
                 _fill_codes(value, generator)
-                buffers[name.replace("_weight", "_scale")].fill_(inputs**-0.5 / CODE_SPREAD)
+                buffers[name.replace("_weight", "_scale")].fill_(inputs**-0.5 / SPREAD[value.dtype])
             else:
                 value.normal_(0.0, inputs**-0.5, generator=generator)
         elif name.endswith("_norm"):
@@ -80,4 +82,5 @@ def _fill(layer: FastLayer, generator: torch.Generator) -> None:
 def _fill_codes(codes: Tensor, generator: torch.Generator) -> None:
     for part in codes.view(-1).split(CHUNK):
         drawn = torch.empty(part.shape, dtype=torch.bfloat16, device=part.device)
-        part.copy_(drawn.normal_(0.0, CODE_SPREAD, generator=generator).clamp_(-448, 448))
+        spread = SPREAD[codes.dtype]
+        part.copy_(drawn.normal_(0.0, spread, generator=generator).clamp_(-4 * spread, 4 * spread))

@@ -9,9 +9,10 @@ from happyhorse_fast.model.fast_config import AttentionPrecision, FastConfig, To
 
 BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
 FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"
-MODES = ("fast fp8", "fast fp8 linear", "fast fp8 int8_qk", "fast bf16", "eager", "torch.compile")
-"""Fast fp8 has attention in fp8 too; fast fp8 linear is what FastConfig(precision="fp8") does, attention in bf16."""
-_ATTENTION: dict[str, AttentionPrecision] = {"fast fp8": "fp8", "fast fp8 int8_qk": "int8_qk"}
+MODES = ("fast fp8", "fast int8", "fast fp8 linear", "fast fp8 int8_qk", "fast bf16", "eager", "torch.compile")
+"""Fast fp8 has attention in fp8 too, fast int8 in int8_qk; fast fp8 linear is what FastConfig(precision="fp8") does,
+with attention in bf16."""
+_ATTENTION: dict[str, AttentionPrecision] = {"fast fp8": "fp8", "fast int8": "int8_qk", "fast fp8 int8_qk": "int8_qk"}
 EXACT = "exact"
 # Steps of a run are stopped after so long, two at least. A fast run of 8 steps at 1080p ends within it.
 SECONDS = {"fast": 40.0, "other": 10.0}
@@ -59,7 +60,7 @@ class Run:
             return None
         sparsity = None if self.mask == EXACT else TopK(float(self.mask.removesuffix("%")) / 100)
         return FastConfig(
-            precision="fp8" if "fp8" in self.mode else "bf16",
+            precision=self.mode.split()[1],  # type: ignore[arg-type]
             attention=_ATTENTION.get(self.mode, "bf16"),
             sparsity=sparsity,
             strict=True,
@@ -84,6 +85,7 @@ def runs() -> Iterator[Run]:
         Run(BASE, "1080p", "fast fp8 linear"),
         Run(BASE, "1080p", "fast fp8 int8_qk"),
         Run(BASE, "1080p", "fast fp8", cap_gb=24),
+        Run(BASE, "1080p", "fast int8"),
         Run(SECOND_STAGE, "1080p", "fast fp8", steps=5),
         Run(BASE, "1080p", "eager"),
         Run(BASE, "1080p", "fast bf16", cap_gb=48),
@@ -98,11 +100,11 @@ def runs() -> Iterator[Run]:
 def _rest() -> Iterator[Run]:
     for mask in (EXACT, "25%", "12.5%"):
         yield Run(BASE, "1080p", "fast bf16", mask)
-    for mode in ("fast fp8", "eager", "fast bf16", "fast fp8 linear", "fast fp8 int8_qk"):
+    for mode in ("fast fp8", "fast int8", "eager", "fast bf16", "fast fp8 linear", "fast fp8 int8_qk"):
         yield Run(SECOND_STAGE, "1080p", mode, steps=5)
         yield Run(FIRST_STAGE, "256p", mode)
         yield Run(DENSE, "1080p", mode)
-    for mode in ("fast bf16", "eager", "fast fp8"):
+    for mode in ("fast bf16", "eager", "fast fp8", "fast int8"):
         for cap in (48, 80):
             yield Run(BASE, "1080p", mode, cap_gb=cap)
     for preset, resolution, steps in (

@@ -22,7 +22,7 @@ CONTEXT_BYTES = 2**29
 """Of a card's memory, for the CUDA context and libraries' workspaces, which no plan counts: 0.3 to 0.5 GiB."""
 # Bytes of an element: inputs of a product per precision, output of a branch (bf16), residual stream (float32); of
 # attention q and k, and v.
-_INPUT_BYTES: dict[str, int] = {"bf16": 2, "fp8": 1}
+_INPUT_BYTES: dict[str, int] = {"bf16": 2, "int8": 1, "fp8": 1}
 _ATTENTION_BYTES: dict[str, tuple[int, int]] = {"bf16": (2, 2), "int8_qk": (1, 2), "fp8": (1, 1)}
 _BRANCH_BYTES = 2
 _STREAM_BYTES = 4
@@ -53,13 +53,14 @@ class Gpu:
     source: str
 
     def rate(self, precision: str) -> float:
-        """Peak FLOP/s in ``"bf16"``, ``"fp8"`` or ``"fp32"``; ``"int8_qk"``: one product in int8, one in bf16.
+        """Peak FLOP/s in ``"bf16"``, ``"int8"``, ``"fp8"`` or ``"fp32"``; ``"int8_qk"``: a product of each.
 
         Raises:
             ValueError: The card has no tensor cores for it.
         """
         half_and_half = 2 / (1 / self.int8 + 1 / self.bf16)
-        peak = {"bf16": self.bf16, "int8_qk": half_and_half, "fp8": self.fp8, "fp32": self.fp32}[precision]
+        rates = {"bf16": self.bf16, "int8": self.int8, "int8_qk": half_and_half, "fp8": self.fp8, "fp32": self.fp32}
+        peak = rates[precision]
         if peak is None:
             raise ValueError(f"precision must be one that the gpu has: {self.name} has no {precision} tensor cores")
         return peak * 1e12
@@ -218,8 +219,9 @@ def step_costs(
         config: The model.
         clip: Latent size.
         text: Text tokens.
-        precision: ``"bf16"`` or ``"fp8"``: of products and attention inside layers. Embedders and heads are float32 in
-            both; the scales that 8 bits add (below 4 % of such an activation's bytes) are left out.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``: of products and attention (int8: ``"int8_qk"``) inside layers.
+            Embedders and heads are float32 in all; the scales that 8 bits add (below 4 % of such an activation's bytes)
+            are left out.
         attention: Precision of attention where it is another than the products', or ``"int8_qk"``.
         gpu: Card whose peaks make the floor.
         video_share: Share of video pairs that every layer computes, in place of dense and window; None for the exact
@@ -230,7 +232,8 @@ def step_costs(
     """
     if text < 1:
         raise ValueError(f"text must be at least 1 token, got {text}")
-    attention = precision if attention is None else attention
+    if attention is None:
+        attention = "int8_qk" if precision == "int8" else precision
     known: tuple[tuple[str, str, Iterable[str]], ...] = (
         ("precision", precision, _INPUT_BYTES),
         ("attention", attention, _ATTENTION_BYTES),
@@ -289,6 +292,12 @@ def _layer(
         "up": n * width * element + weights["up"] + wide,
         "down": wide + weights["down"] + n * width * _BRANCH_BYTES,
     }
+    if precision[0] == "int8":
+        # Attention and up write bf16, and a pass of its own makes codes of it.
+        flops["quantize"] = 0.0
+        moved["attention"] += n * q * (_BRANCH_BYTES - element)
+        moved["up"] += wide * (_BRANCH_BYTES - element)
+        moved["quantize"] = (n * q + wide) * (_BRANCH_BYTES + element)
     return {op: flops[op] for op in moved}, moved
 
 

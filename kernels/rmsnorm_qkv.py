@@ -216,15 +216,16 @@ def store_heads(
         live = (row < end - first)[:, None]
         start = first.to(tl.int64)
         if CODES:
-            x = product.to(tl.float32) * factor[:, None]
-            x *= tl.load(weight_scale + (expert * HEADS + head) * D + column)[None, :]
+            # Of another name: in a branch taken at run time a variable keeps its type, and int8's product is int32.
+            scaled = product.to(tl.float32) * factor[:, None]
+            scaled *= tl.load(weight_scale + (expert * HEADS + head) * D + column)[None, :]
         else:
-            x = product.to(tl.bfloat16).to(tl.float32)
+            scaled = product.to(tl.bfloat16).to(tl.float32)
         if head < HQ + HKV:
             which = expert * 2 + (head >= HQ).to(tl.int32)
             norm = tl.load(qk_norm + which * D + column) + 1.0
-            inverse = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
-            y = rotate(x * inverse[:, None] * norm[None, :], cos_sin + start * D, live, D, D, BLOCK_M)
+            inverse = tl.rsqrt(tl.sum(scaled * scaled, 1) / D + EPS)
+            y = rotate(scaled * inverse[:, None] * norm[None, :], cos_sin + start * D, live, D, D, BLOCK_M)
             if INT8_QK:
                 if head < HQ:
                     store_q_codes(q, q_scale, y, start, head, live, HQ, D, BLOCK_M)
@@ -247,13 +248,13 @@ def store_heads(
                     store_rows(k, value, start, head - HQ, live, HKV, D, BLOCK_M)
         elif head < HQ + 2 * HKV:
             if FP8_OUT:
-                store_v_codes(v, v_scale, x, first, end, head - (HQ + HKV), blocks, D, BLOCK_M)
+                store_v_codes(v, v_scale, scaled, first, end, head - (HQ + HKV), blocks, D, BLOCK_M)
             else:
-                store_rows(v, x.to(tl.bfloat16), start, head - (HQ + HKV), live, HKV, D, BLOCK_M)
+                store_rows(v, scaled.to(tl.bfloat16), start, head - (HQ + HKV), live, HKV, D, BLOCK_M)
         else:
             head_q = (head - (HQ + 2 * HKV)) * D + column
             mask = live & (head_q < HQ)[None, :]
-            tl.store(gate + start * HQ + (row[:, None] * HQ + head_q[None, :]), sigmoid(x), mask=mask)
+            tl.store(gate + start * HQ + (row[:, None] * HQ + head_q[None, :]), sigmoid(scaled), mask=mask)
 
 
 @triton.jit

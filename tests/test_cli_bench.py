@@ -23,10 +23,10 @@ def data():
 
 def test_every_op_of_every_form_is_timed(data):
     forms = {form["form"]: form for form in data["forms"]}
-    assert set(forms) == {"eager bfloat16", "fast bfloat16", "fast fp8"}
-    for name in ("fast bfloat16", "fast fp8"):
+    assert set(forms) == {"eager bfloat16", "fast bfloat16", "fast int8", "fast fp8"}
+    for name in ("fast bfloat16", "fast int8", "fast fp8"):
         ops = {op["op"]: op for op in forms[name]["ops"]}
-        assert set(ops) >= USED
+        assert set(ops) >= USED | ({"quantize_rows"} if name == "fast int8" else set())
         assert ops["qkv_linear"]["calls"] == data["layers"]
         assert ops["fp8_linear_residual"]["calls"] == 2 * data["layers"]
         assert ops["qkv_linear"]["backend"] == "reference" and ops["products"]["tflops"] is None

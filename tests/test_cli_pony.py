@@ -150,7 +150,7 @@ def test_a_kernel_that_is_off_by_four_percent_is_found(monkeypatch: Patch) -> No
         return added
 
     monkeypatch.setattr(interpreted_layer, "_added_by_layer", planted)
-    assert [check.passed for check in interpreted_layer.run_layer("a large red ball bounces twice", 0)] == [False] * 2
+    assert [check.passed for check in interpreted_layer.run_layer("a large red ball bounces twice", 0)] == [False] * 3
 
 
 def test_why_the_layer_did_not_run() -> None:

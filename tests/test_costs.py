@@ -136,9 +136,9 @@ def test_attention_can_stay_in_bf16() -> None:
     ("arguments", "message"),
     [
         ({"precision": "fp8", "gpu": GPUS["a100"]}, "a100 has no fp8"),
-        ({"precision": "int4"}, "precision must be one of bf16, fp8; got 'int4'"),
+        ({"precision": "int4"}, "precision must be one of bf16, int8, fp8; got 'int4'"),
         ({"attention": "int4"}, "attention must be one of bf16, int8_qk, fp8; got 'int4'"),
-        ({"precision": "int8_qk"}, "precision must be one of bf16, fp8; got 'int8_qk'"),
+        ({"precision": "int8_qk"}, "precision must be one of bf16, int8, fp8; got 'int8_qk'"),
         ({"text": 0}, "text must be at least 1 token, got 0"),
         ({"video_share": 1.5}, "video_share must be from 0 to 1, got 1.5"),
     ],

@@ -154,7 +154,8 @@ def test_float32_ops_are_the_models(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "attention"), [("bf16", "bf16"), ("bf16", "int8_qk"), ("fp8", "fp8"), ("fp8", "int8_qk")]
+    ("precision", "attention"),
+    [("bf16", "bf16"), ("bf16", "int8_qk"), ("int8", "int8_qk"), ("fp8", "fp8"), ("fp8", "int8_qk")],
 )
 def test_fast_ops_on_the_interpreter_and_in_plain_torch_agree(
     precision: Any, attention: Any, monkeypatch: pytest.MonkeyPatch
@@ -214,6 +215,7 @@ def test_a_planted_wrong_op_is_found_and_named(monkeypatch: pytest.MonkeyPatch, 
     [
         ("kernels", "layer.3.video", 2.1e-3, "layer.3.video is off by 2.10e-03, budget 2.00e-03"),
         ("fp8", "op.1.up.audio", 0.4, "budget 3.00e-01"),
+        ("int8", "op.1.up.audio", 0.4, "budget 3.00e-01"),
         ("sparsity", "velocity.audio", 1.2, "budget 1.00e+00"),
         ("sparsity", "op.0.attention.video", float("inf"), "NaN or Inf"),
         ("fp8", "layer.0.video", float("nan"), "NaN or Inf"),
@@ -265,7 +267,7 @@ def test_the_command_fails_past_a_budget(capsys: pytest.CaptureFixture[str], mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--fast", "--precision", "int4"], "precision must be one of bf16, fp8"),
+        (["--fast", "--precision", "int4"], "precision must be one of bf16, int8, fp8"),
         (["--fast", "--top-k", "0"], "keep must be above 0"),
         (["--fast", "--steps", "-1"], "steps must be at least 0"),
         (["--fast", "--backend", "cuda"], "backend 'cuda' cannot run: CUDA kernels need a GPU"),

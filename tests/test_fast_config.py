@@ -45,7 +45,7 @@ def test_where_sparsity_applies() -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "says"),
     [
-        ({"precision": "int8"}, ValueError, "precision must be one of bf16, fp8; got 'int8'"),
+        ({"precision": "int4"}, ValueError, "precision must be one of bf16, int8, fp8; got 'int4'"),
         ({"backend": "cpu"}, ValueError, "backend must be one of"),
         ({"skip": "down"}, TypeError, "skip must be a list"),
         ({"skip": ["downs"]}, ValueError, "got 'downs'"),

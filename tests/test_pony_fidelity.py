@@ -147,17 +147,15 @@ def test_what_every_policy_costs(measured: Fidelity) -> None:
 def test_every_policy_that_was_asked_for_is_measured() -> None:
     every = fidelity.policies()
     assert len({(p.kind, p.name) for p in every}) == len(every)
-    fp8 = [p for p in every if p.kind == "fp8 op"]
-    alone = [
-        [op for op in ("qkv", "attention", "proj", "up", "down") if p.fast.precision_of(op, 0) != "bf16"]
-        for p in fp8
-        if p.fast is not None
-    ]
-    assert sorted(map(str, alone)) == sorted(
-        map(str, [[x] for x in ("qkv", "attention", "proj", "up", "down")] + [["attention"]])
-    )
+    for kind in ("int8", "fp8"):
+        alone = [
+            [op for op in ("qkv", "attention", "proj", "up", "down") if p.fast.precision_of(op, 0) != "bf16"]
+            for p in every
+            if p.kind == f"{kind} op" and p.fast is not None
+        ]
+        assert sorted(alone) == sorted([x] for x in ("qkv", "attention", "proj", "up", "down"))
     kinds = {p.kind for p in fidelity.policies(quick=True)}
-    assert kinds == {"bf16", "fp8", "sparsity"}
+    assert kinds == {"bf16", "int8", "fp8", "sparsity"}
 
 
 def planted(found: Fidelity, kind: str, **changes: Any) -> Fidelity:

@@ -21,7 +21,7 @@ from happyhorse_fast import golden
 from happyhorse_fast.model import fast_layer
 from happyhorse_fast.model.accelerate import accelerate, explain
 from happyhorse_fast.model.fast_config import FastConfig
-from happyhorse_fast.ops import dispatch, self_check, trust
+from happyhorse_fast.ops import check_inputs, dispatch, self_check, trust
 from happyhorse_fast.ops import fp8_linear as linear
 from happyhorse_fast.ops.cuda.launch import use_runner
 from happyhorse_fast.ops.self_check import CHECKS, VARIANTS, KernelCheck, run_checks
@@ -52,9 +52,9 @@ def test_there_is_a_check_of_every_kernel_that_the_dispatcher_may_choose() -> No
 
 def test_a_default_dtype_changes_no_input() -> None:
     def drawn() -> list[torch.Tensor]:
-        weight, scale = self_check._weight(11, 384, "fp8", CPU)
+        weight, scale = check_inputs.packed_weight(11, 384, "fp8", CPU)
         assert scale is not None
-        return [self_check._draw(0, 4), self_check._inputs("bf16", CPU)[0], weight.float(), scale]
+        return [check_inputs.draw(0, 4), check_inputs.inputs("bf16", CPU)[0], weight.float(), scale]
 
     expected = drawn()
     torch.set_default_dtype(torch.bfloat16)

@@ -65,10 +65,10 @@ class FormErrors:
     """One form's distances.
 
     Attributes:
-        form: ``"eager bf16"``, ``"fast bf16"``, ``"fast fp8"`` or ``"fast bf16, attention int8_qk"``, or the last one
-            ``"+ sparsity"``.
-        step: What sets it apart from the form before: ``"bf16"``, ``"kernels"``, ``"fp8"``, ``"attention"`` or
-            ``"sparsity"``.
+        form: ``"eager bf16"``, ``"fast bf16"``, ``"fast int8"``, ``"fast fp8"`` or ``"fast bf16, attention int8_qk"``,
+            or the last one ``"+ sparsity"``.
+        step: What sets it apart from the form before: ``"bf16"``, ``"kernels"``, ``"int8"``, ``"fp8"``,
+            ``"attention"`` or ``"sparsity"``.
         backends: Implementations that its ops ran on; empty for eager PyTorch.
         errors: Distance per result.
         violations: What is past its budget, as sentences with the measured number.
@@ -138,8 +138,8 @@ def forms_of(fast: FastConfig) -> Iterator[tuple[str, str, FastConfig]]:
     """(form, step, configuration) of every fast form on the way to ``fast``."""
     yield "fast bf16", "kernels", dataclasses.replace(fast, precision="bf16", attention="bf16", skip=(), sparsity=None)
     name = f"fast {fast.precision}"
-    if fast.precision == "fp8":
-        yield name, "fp8", dataclasses.replace(fast, sparsity=None)
+    if fast.precision != "bf16":
+        yield name, fast.precision, dataclasses.replace(fast, sparsity=None)
     elif fast.attention != "bf16":
         name += f", attention {fast.attention}"
         yield name, "attention", dataclasses.replace(fast, sparsity=None)
@@ -300,14 +300,14 @@ def _distance(what: str, x: torch.Tensor, before: torch.Tensor, y: torch.Tensor)
 
 
 def violations(step: str, errors: dict[str, Distance], eager: dict[str, Distance]) -> Iterator[str]:
-    """What is past its budget: bf16 against eager bf16's own error; fp8 and sparsity against sanity alone."""
+    """What is past its budget: bf16 against eager bf16's own error; 8 bits and sparsity against sanity alone."""
     for what, error in errors.items():
         if not math.isfinite(error.relative_l2):
             yield f"{what} holds NaN or Inf"
             continue
         if step == "kernels":
             budget, of = BF16_RATIO * eager[what].relative_l2, f"{BF16_RATIO:g} x eager bf16's own"
-        elif step in ("fp8", "attention"):
+        elif step in ("int8", "fp8", "attention"):
             budget, of = FP8_SANITY, f"sanity bound of {step}"
         elif what.startswith("velocity"):
             budget, of = SPARSE_SANITY, "sanity bound of sparsity"

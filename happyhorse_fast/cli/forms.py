@@ -18,7 +18,7 @@ class Form:
 
     Attributes:
         name: Shown to the user.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp8"``: of products; attention is in bf16 in the fast ones.
+        precision: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"fp8"``: of products; attention is in bf16 in the fast ones.
         kernels: Whether it runs this package's kernels, so needs a GPU to be fast; False for plain torch.
     """
 
@@ -59,15 +59,16 @@ class Form:
         return empty_accelerated(config, FastConfig(precision=self.fast_precision, attention=attention), choices)
 
     @property
-    def fast_precision(self) -> Literal["bf16", "fp8"]:
+    def fast_precision(self) -> Literal["bf16", "int8", "fp8"]:
         """Precision of the acceleration."""
-        return "fp8" if self.precision == "fp8" else "bf16"
+        return self.precision if self.precision in ("int8", "fp8") else "bf16"  # type: ignore[return-value]
 
 
 FORMS = (
     Form("eager float32", "fp32", kernels=False),
     Form("eager bfloat16", "bf16", kernels=False),
     Form("fast bfloat16", "bf16", kernels=True),
+    Form("fast int8", "int8", kernels=True),
     Form("fast fp8", "fp8", kernels=True),
 )
 """The first is what the others are measured against; a later form of a precision is preferred to an earlier one."""

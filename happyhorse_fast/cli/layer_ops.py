@@ -17,6 +17,7 @@ from happyhorse_fast.model.fast_layer import FastLayer
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual, static_scale
 from happyhorse_fast.ops.packing_qkv import rotary_permutation
+from happyhorse_fast.ops.quantize_rows import quantize_rows
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.reference import block_sparse_attention as reference_attention
 from happyhorse_fast.reference.mlp import gelu7, swiglu7
@@ -230,7 +231,7 @@ class _FastOps:
         return x, None if out == "bf16" else scale
 
     def _weight(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        scale = getattr(self.layer, f"{name}_scale") if self.precision[name] == "fp8" else None
+        scale = None if self.precision[name] == "bf16" else getattr(self.layer, f"{name}_scale")
         return getattr(self.layer, f"{name}_weight"), scale
 
     def _qkv(self, x: torch.Tensor, x_scale: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -311,6 +312,8 @@ class _FastOps:
         x, x_scale = self._rows(tokens, weight.shape[2]), None
         if scale is None:
             x = x.bfloat16()
+        elif self.precision[name] == "int8":
+            x, x_scale = quantize_rows(x.bfloat16(), name == "down", backend=self.backend["quantize_rows"])
         else:
             x, x_scale = quantize_static(x, of_codes), of_codes
         if hasattr(self.layer, "attn_post_norm"):

@@ -26,7 +26,7 @@ def plan(
     seconds: Annotated[int, typer.Option(help="Length, 3 to 15.")] = 5,
     fps: Annotated[int, typer.Option(help="24 or 25.")] = 24,
     text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
-    precision: Annotated[str, typer.Option(help="bf16 or fp8.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="bf16, int8 or fp8.")] = "bf16",
     attention: Annotated[
         str, typer.Option(help="Precision of attention: bf16, as it is by default, int8_qk or fp8.")
     ] = "bf16",

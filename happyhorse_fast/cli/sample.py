@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from happyhorse_fast.sampler import StepInfo
 
 Dtype = Literal["bfloat16", "float32", "float64"]
-Fast = Literal["bf16", "fp8"]
+Fast = Literal["bf16", "int8", "fp8"]
 Attention = Literal["bf16", "int8_qk", "fp8"]
 
 

@@ -60,7 +60,7 @@ def verify(
     ] = False,
     clips: Annotated[int, typer.Option(help="With --pony: held-out prompts, 1 to 64.")] = 8,
     quick: Annotated[bool, typer.Option("--quick", help="With --pony: the main policies alone.")] = False,
-    precision: Annotated[str, typer.Option(help="With --fast: bf16 or fp8.")] = "fp8",
+    precision: Annotated[str, typer.Option(help="With --fast: bf16, int8 or fp8.")] = "fp8",
     attention: Annotated[str, typer.Option(help="With --fast: attention in bf16, int8_qk or fp8.")] = "bf16",
     top_k: Annotated[
         float | None, typer.Option(help="With --fast: also with this share of video blocks, such as 0.25.")
@@ -83,16 +83,16 @@ def verify(
     (relative L2 at most 1e-5 in float32, 2e-2 in bfloat16, 1e-4 for samplers). With one: its float32 and bfloat16
     against float64 on seeded inputs.
 
-    --fast, on the recorded cases or a checkpoint: eager bf16, fast bf16, fast fp8 and fast with --top-k against eager
-    float32, so that what kernels, fp8 and sparsity cost shows separately; and attention alone in every format, layer
-    by layer, beside the bound that decides its softmax. Budget: fast bf16 within 2x of eager bf16's own error; fp8 is
-    stated, and fails only past 0.3.
+    --fast, on the recorded cases or a checkpoint: eager bf16, fast bf16, fast int8 or fp8 and fast with --top-k against
+    eager float32, so that what kernels, 8 bits and sparsity cost shows separately; and attention alone in every format,
+    layer by layer, beside the bound that decides its softmax. Budget: fast bf16 within 2x of eager bf16's own error;
+    int8 and fp8 are stated, and fail only past 0.3.
 
     --kernels: the self-check of every kernel that "auto" relies on, run now.
 
     --pony: pictures, sound and times of impacts against float32's clip of the same noise, on the CPU; 5 minutes of one
-    core, --quick 2. Budget: fast bf16's latents within 2x of eager bf16's own error at the median; fp8 is stated, and
-    fails only below 30 dB.
+    core, --quick 2. Budget: fast bf16's latents within 2x of eager bf16's own error at the median; int8
+    and fp8 are stated, and fail only below 40 and 30 dB.
     """
     there = {_FAST: fast, _PONY: pony, _CHECKPOINT: checkpoint is not None}
     for name, mode in _BELONGS.items():

@@ -232,7 +232,8 @@ class Explanation:
     Attributes:
         layer: Layer number.
         op: The op.
-        precision: ``"bf16"``, ``"fp8"`` or ``"int8_qk"``, of the product the op is or feeds; eager: the compute dtype.
+        precision: ``"bf16"``, ``"int8"``, ``"fp8"`` or ``"int8_qk"``, of the product the op is or feeds; eager:
+            the compute dtype.
         backend: The implementation, or ``"eager"``.
         mask: For attention: ``"dense"``, ``"window"`` or the sparsity policy.
         reason: Why this implementation, and why not a faster one; of attention also which softmax it has, and why.
@@ -281,6 +282,7 @@ def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
         "qkv_linear": "qkv",
         "select_blocks": "attention",
         "block_sparse_attention": "attention",
+        "quantize_rows": "proj",
         "fp8_linear_residual": "proj",
         "fp8_linear_activation": "up",
         "fp8_linear": "down",
@@ -294,10 +296,15 @@ def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
                 continue
             if op == "select_blocks" and (not sparse or isinstance(state.fast.sparsity, Tiles)):
                 continue
+            fed = {plan.precision[name] for name in ("proj", "down")}
+            if op == "quantize_rows" and "int8" not in fed:
+                continue
             mask, reason, precision = "", choice.reason, plan.precision[products[op]]
             if op == "block_sparse_attention":
                 mask = repr(state.fast.sparsity) if sparse else _exact_mask(plan.local)
                 reason = f"{reason}; {_softmax(layer)}"
+            if op == "quantize_rows":
+                precision = "int8"
             yield Explanation(plan.index, op, precision, choice.backend, mask, reason)
 
 

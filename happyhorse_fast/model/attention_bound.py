@@ -57,13 +57,13 @@ def packed_bound(
 ) -> AttentionBound:
     """The bounds of a layer as its kernels multiply it; waits for the device.
 
-    In e4m3 a row of x is off by at most 2^-4, and :data:`score_bound.MARGIN` covers that too; the weights are taken as
-    their codes stand for.
+    In e4m3 a row of x is off by at most 2^-4, and :data:`score_bound.MARGIN` covers that too, as it does half a step of
+    int8 where a row's largest value is at most 17 times its RMS; the weights are taken as their codes stand for.
 
     Args:
         attn_norm: [E, C] float32.
         qk_norm: [E, 2, D] float32.
-        qkv_weight: [E, F, C] bf16, or e4m3 with ``qkv_scale``.
+        qkv_weight: [E, F, C] bf16, or codes with ``qkv_scale``.
         qkv_scale: [E, F] float32, or None.
         v_rows: Of F, those that make v.
     """

@@ -1,4 +1,4 @@
-"""One layer of the fast model: packed weights, and seven launches over the padded sequence (docs/OPS.md)."""
+"""One layer of the fast model: packed weights, and seven launches, in int8 nine, over padded rows (docs/OPS.md)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from happyhorse_fast.model.safetensors_header import listed
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.dispatch import Choice
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
-from happyhorse_fast.ops.packing import pack_linear
+from happyhorse_fast.ops.packing import DTYPES, pack_linear
 from happyhorse_fast.ops.packing_qkv import pack_qk_norm, pack_qkv_weight, static_qk_scale
+from happyhorse_fast.ops.quantize_rows import quantize_rows
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 
@@ -40,7 +41,7 @@ class LayerPlan:
         num_heads_q: Hq.
         num_heads_kv: Hkv.
         head_dim: D.
-        precision: ``"bf16"``, ``"fp8"`` or (attention) ``"int8_qk"`` for each of ``OPS``.
+        precision: ``"bf16"``, ``"int8"``, ``"fp8"`` or (attention) ``"int8_qk"`` for each of ``OPS``.
         backend: ``"triton"``, ``"cuda"`` or ``"reference"`` for each op stem's function.
     """
 
@@ -162,7 +163,7 @@ class FastLayer(nn.Module):
         )
         q, k, v, *scales, gate = qkv_linear(
             x,
-            x_scale if use["qkv"] == "fp8" else None,
+            None if use["qkv"] == "bf16" else x_scale,
             self.qkv_weight,
             self._scale("qkv"),
             self.qk_norm,
@@ -191,9 +192,11 @@ class FastLayer(nn.Module):
             backend=plan.backend["block_sparse_attention"],
         )
         del q, k, v
-        self._add_branch(
-            hidden, attended.flatten(1), out_scale if use["proj"] == "fp8" else None, "proj", "attn_post_norm", tiles
-        )
+        x, x_scale = attended.flatten(1), out_scale
+        del attended
+        if use["proj"] == "int8":
+            x, x_scale = quantize_rows(x, False, backend=plan.backend["quantize_rows"])
+        self._add_branch(hidden, x, None if use["proj"] == "bf16" else x_scale, "proj", "attn_post_norm", tiles)
 
     def _mlp(self, hidden: torch.Tensor, tiles: torch.Tensor) -> None:
         plan, use = self.plan, self.plan.precision
@@ -202,7 +205,7 @@ class FastLayer(nn.Module):
         )
         y, y_scale = fp8_linear_activation(
             x,
-            x_scale if use["up"] == "fp8" else None,
+            None if use["up"] == "bf16" else x_scale,
             self.up_weight,
             self._scale("up"),
             tiles,
@@ -211,10 +214,12 @@ class FastLayer(nn.Module):
             backend=plan.backend["fp8_linear_activation"],
         )
         del x
-        self._add_branch(hidden, y, y_scale if use["down"] == "fp8" else None, "down", "mlp_post_norm", tiles)
+        if use["down"] == "int8":
+            y, y_scale = quantize_rows(y, True, backend=plan.backend["quantize_rows"])
+        self._add_branch(hidden, y, None if use["down"] == "bf16" else y_scale, "down", "mlp_post_norm", tiles)
 
     def _scale(self, name: str) -> torch.Tensor | None:
-        return getattr(self, f"{name}_scale") if self.plan.precision[name] == "fp8" else None
+        return None if self.plan.precision[name] == "bf16" else getattr(self, f"{name}_scale")
 
     def _add_branch(
         self,
@@ -239,7 +244,7 @@ class FastLayer(nn.Module):
 
 
 def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: torch.device) -> FastLayer:
-    """Pack one layer's published weights for the kernels; exact in bf16, quantised once per output channel in fp8.
+    """Pack one layer's published weights for the kernels; exact in bf16, else quantised once per output channel.
 
     Args:
         tensors: The layer's tensors under their published keys (``attention.linear_qkv.weight``, ...), on any device.
@@ -284,7 +289,12 @@ def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: tor
     for name, (key, pad_f_to) in linears.items():
         pad_k_to = _FEATURE_TILE // (2 if plan.gated else 1) if name == "down" else 1
         buffers[f"{name}_weight"], scales[f"{name}_scale"] = pack_linear(
-            of(key), experts, plan.precision[name], pad_f_to=pad_f_to, pad_k_to=pad_k_to
+            of(key),
+            experts,
+            plan.precision[name],
+            pad_f_to=pad_f_to,
+            pad_k_to=pad_k_to,
+            through_hadamard=name == "down" and plan.precision[name] == "int8",
         )
     layer = FastLayer(plan, buffers | {k: v for k, v in scales.items() if v is not None})
     layer.find_bound()
@@ -317,8 +327,7 @@ def packed_shapes(config: ModelConfig, plan: LayerPlan) -> dict[str, tuple[tuple
     if plan.index in config.post_norm_layers:
         shapes |= {"attn_post_norm": ((e, c), f32), "mlp_post_norm": ((e, c), f32)}
     for name, (f, k) in features.items():
-        fp8 = plan.precision[name] == "fp8"
-        shapes[f"{name}_weight"] = ((e, f, k), torch.float8_e4m3fn if fp8 else torch.bfloat16)
-        if fp8:
+        shapes[f"{name}_weight"] = ((e, f, k), DTYPES[plan.precision[name]])
+        if plan.precision[name] != "bf16":
             shapes[f"{name}_scale"] = ((e, f), f32)
     return shapes

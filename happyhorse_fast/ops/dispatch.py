@@ -113,7 +113,7 @@ def choose(
 
     Args:
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
-        precision: ``"bf16"`` or ``"fp8"``.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``.
         device: Where the model is.
         attention: Precision of attention, where it is another: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
         mixed: Whether the model keeps some products in bf16 all the same.
@@ -179,8 +179,10 @@ def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bo
         pairs = list(itertools.product(of_products, of_attention))
         return tuple(name for name, pair in QKV.items() if pair in pairs)
     if op == "block_sparse_attention":
-        pairs = list(itertools.product(of_attention, (*of_products, None)))
-        return tuple(name for name, pair in ATTENTION.items() if pair in pairs)
+        # In int8 attention's result is bf16: `quantize_rows` makes codes of it.
+        results = {"bf16" if p == "int8" else p for p in of_products}
+        formats = list(itertools.product(of_attention, (*results, None)))
+        return tuple(name for name, pair in ATTENTION.items() if pair in formats)
     if op == "quantize_rows":
         return tuple(p for p in of_products if p == "int8")
     return of_attention if op == "select_blocks" else of_products

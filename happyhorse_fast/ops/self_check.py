@@ -19,10 +19,20 @@ from happyhorse_fast.budgets import (
     violations,
 )
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
+from happyhorse_fast.ops.check_inputs import (
+    CHANNELS,
+    HEAD_DIM,
+    HEADS_KV,
+    HEADS_Q,
+    ROWS,
+    draw,
+    inputs,
+    packed_weight,
+    row_tiles,
+)
 from happyhorse_fast.ops.checks import require_backend
 from happyhorse_fast.ops.formats import ORDER, QKV, VARIANTS, WITHOUT_E4M3
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
-from happyhorse_fast.ops.packing import pack_linear
 from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
 from happyhorse_fast.ops.quantize_rows import quantize_rows
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
@@ -32,8 +42,6 @@ from happyhorse_fast.reference.quantize import dequantize, quantize_static
 from happyhorse_fast.reference.score_bound import LIMIT
 from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
 
-# Three experts, the last tile of each ragged in its content but not in its rows, as the fast model lays them out.
-ROWS, CHANNELS, HEADS_Q, HEADS_KV, HEAD_DIM = 512, 640, 5, 1, 128
 # Kernel and reference share every rounding point, so they differ by rounding flips: a bf16 step on every element is
 # 8e-6, an e4m3 step on one code in fifty 1e-4.
 DISTANCE = 1e-5
@@ -125,42 +133,13 @@ def _judge(compared: Compared) -> tuple[bool, str]:
     return True, f"worst tile distance {worst:.1e}"
 
 
-def _draw(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
-
-
-def _row_tiles() -> torch.Tensor:
-    starts = torch.arange(0, ROWS, 128, dtype=torch.int32)
-    experts = torch.tensor([0, 0, 1, 2], dtype=torch.int32)
-    return torch.stack([experts, starts, starts + 128], dim=1)
-
-
-def _inputs(fmt: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    x, scale = rmsnorm_quantize(
-        _draw(0, ROWS, CHANNELS),
-        torch.zeros(3, CHANNELS, dtype=torch.float32),
-        _row_tiles(),
-        out=fmt,
-        backend="reference",
-    )
-    return x.to(device), None if fmt == "bf16" else scale.to(device)
-
-
-def _weight(seed: int, features: int, fmt: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    # A factor per expert, so that one expert's scale used for all shows.
-    experts = torch.tensor([1.0, 3.0, 0.3], dtype=torch.float32).repeat_interleave(features)[:, None]
-    weight = (_draw(seed, 3 * features, CHANNELS) * experts / CHANNELS**0.5).bfloat16()
-    packed, scale = pack_linear(weight, 3, fmt)
-    return packed.to(device), None if scale is None else scale.to(device)
-
-
 def _check_rmsnorm(backend: str, device: torch.device, variant: str) -> Compared:
-    norm, branch = 0.2 * _draw(1, 3, CHANNELS), _draw(2, ROWS, CHANNELS).bfloat16()
+    norm, branch = 0.2 * draw(1, 3, CHANNELS), draw(2, ROWS, CHANNELS).bfloat16()
     results = []
     for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-        hidden = _draw(0, ROWS, CHANNELS).to(where)
+        hidden = draw(0, ROWS, CHANNELS).to(where)
         x, scale = rmsnorm_quantize(
-            hidden, norm.to(where), _row_tiles().to(where), branch.to(where), out=variant, backend=how
+            hidden, norm.to(where), row_tiles().to(where), branch.to(where), out=variant, backend=how
         )
         results.append((hidden, x if variant == "bf16" else x.float() * scale[:, None]))
     (hidden, x), (hidden_reference, x_reference) = results
@@ -174,7 +153,7 @@ def _check_rows(backend: str, device: torch.device, variant: str) -> Compared:
     compared: Compared = {}
     # Of the 15B model's widths the one that fills its registers least evenly.
     for rows, channels, hadamard in ((ROWS, CHANNELS, False), (ROWS, CHANNELS, True), (8, 13696, True)):
-        x = (_draw(18, rows, channels) * _draw(19, rows, 1).exp()).bfloat16()
+        x = (draw(18, rows, channels) * draw(19, rows, 1).exp()).bfloat16()
         results = []
         for where, how in ((device, backend), (torch.device("cpu"), "reference")):
             codes, scale = quantize_rows(x.to(where), hadamard, backend=how)
@@ -186,16 +165,16 @@ def _check_rows(backend: str, device: torch.device, variant: str) -> Compared:
 def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
     fmt, out = QKV[variant]
     rows = 3 * ((HEADS_Q + 2 * HEADS_KV) * HEAD_DIM + HEADS_Q)
-    weight = (_draw(3, rows, CHANNELS) / CHANNELS**0.5).bfloat16()
+    weight = (draw(3, rows, CHANNELS) / CHANNELS**0.5).bfloat16()
     heads = {"experts": 3, "num_heads_q": HEADS_Q, "num_heads_kv": HEADS_KV, "head_dim": HEAD_DIM}
     packed, w_scale = pack_qkv_weight(weight, to=fmt, **heads)
-    qk_norm = pack_qk_norm(0.2 * _draw(4, 3 * HEAD_DIM), 0.2 * _draw(5, 3 * HEAD_DIM), experts=3)
-    angle = _draw(6, ROWS, 3 * HEAD_DIM // 8)
+    qk_norm = pack_qk_norm(0.2 * draw(4, 3 * HEAD_DIM), 0.2 * draw(5, 3 * HEAD_DIM), experts=3)
+    angle = draw(6, ROWS, 3 * HEAD_DIM // 8)
     cos_sin = pack_cos_sin(torch.cat([angle.sin(), angle.cos()], dim=1))
     qk_scale = static_qk_scale(qk_norm) if out == "fp8" else None
     results = []
     for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-        x, x_scale = _inputs(fmt, where)
+        x, x_scale = inputs(fmt, where)
         outs = qkv_linear(
             x,
             x_scale,
@@ -203,7 +182,7 @@ def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
             None if w_scale is None else w_scale.to(where),
             qk_norm.to(where),
             cos_sin.to(where),
-            _row_tiles().to(where),
+            row_tiles().to(where),
             HEADS_Q,
             HEADS_KV,
             out=out,
@@ -228,9 +207,9 @@ def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
     # Small integers, whose scores are the same in any order of summation, and tie: the map must be the same exactly.
     layout = Layout(4, 250, 40, 60, align_frames=True, align_modalities=True)
     base = BlockMap.frame_window(layout, 2)
-    q, k = (_draw(s, layout.slots, h, HEAD_DIM).round() for s, h in ((15, HEADS_Q), (16, HEADS_KV)))
+    q, k = (draw(s, layout.slots, h, HEAD_DIM).round() for s, h in ((15, HEADS_Q), (16, HEADS_KV)))
     # Blocks that differ by at most 2, so that the largest product, (2 * 128)^2 * 128, and its noise stay below 2^24.
-    level = _draw(17, len(q) // 128, 1, 1).round().clamp(-2, 2).repeat_interleave(128, dim=0)
+    level = draw(17, len(q) // 128, 1, 1).round().clamp(-2, 2).repeat_interleave(128, dim=0)
     dtype = {"bf16": torch.bfloat16, "int8_qk": torch.int8, "fp8": torch.float8_e4m3fn}[variant]
     q, k = ((x + level).to(dtype) for x in (q, k))
     # Powers of two, so that sums are exact in any order.
@@ -264,8 +243,8 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
     block_map = BlockMap.from_ranges(
         [(0, 200), (200, 384), (200, 384)], [(0, ROWS), (0, 300), (ROWS - 100, ROWS)], ROWS, ROWS
     )
-    q, k, v = (_draw(s, ROWS, h, HEAD_DIM) for s, h in ((7, HEADS_Q), (8, HEADS_KV), (9, HEADS_KV)))
-    given: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "gate": torch.sigmoid(_draw(10, ROWS, HEADS_Q))}
+    q, k, v = (draw(s, ROWS, h, HEAD_DIM) for s, h in ((7, HEADS_Q), (8, HEADS_KV), (9, HEADS_KV)))
+    given: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "gate": torch.sigmoid(draw(10, ROWS, HEADS_Q))}
     given |= attention_operands(variant.removesuffix("_fp8_out"), q, k, v)
     # Forms of the softmax -> (bound, whether it is the bounded one, factor of q). Norms of these are at most 40; where
     # no bound is given, both forms are launched, and what the device finds lets one compute.
@@ -353,9 +332,9 @@ def _check_linear(backend: str, device: torch.device, variant: str) -> Compared:
     for name, x, x_scale in _static_and_rows(variant):
         results = []
         for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            weight, w_scale = _weight(11, 384, variant, where)
+            weight, w_scale = packed_weight(11, 384, variant, where)
             scale = None if x_scale is None else x_scale.to(where)
-            results.append(fp8_linear(x.to(where), scale, weight, w_scale, _row_tiles().to(where), backend=how))
+            results.append(fp8_linear(x.to(where), scale, weight, w_scale, row_tiles().to(where), backend=how))
         compared[f"y{name}"] = (results[0], results[1], DISTANCE)
     return compared
 
@@ -365,10 +344,10 @@ def _check_residual(backend: str, device: torch.device, variant: str) -> Compare
     for name, x, x_scale in _static_and_rows(variant):
         results = []
         for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            weight, w_scale = _weight(12, 384, variant, where)
-            hidden = _draw(13, ROWS, 384).to(where)
+            weight, w_scale = packed_weight(12, 384, variant, where)
+            hidden = draw(13, ROWS, 384).to(where)
             scale = None if x_scale is None else x_scale.to(where)
-            fp8_linear_residual(x.to(where), scale, weight, w_scale, _row_tiles().to(where), hidden, backend=how)
+            fp8_linear_residual(x.to(where), scale, weight, w_scale, row_tiles().to(where), hidden, backend=how)
             results.append(hidden)
         compared[f"hidden{name}"] = (results[0], results[1], DISTANCE)
     return compared
@@ -376,7 +355,7 @@ def _check_residual(backend: str, device: torch.device, variant: str) -> Compare
 
 def _static_and_rows(fmt: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
     """(form, x, x_scale) of a product's inputs on the CPU: in e4m3 with a scale per row, and with one."""
-    x, x_scale = _inputs(fmt, torch.device("cpu"))
+    x, x_scale = inputs(fmt, torch.device("cpu"))
     yield "", x, x_scale
     if fmt == "fp8" and x_scale is not None:
         one = torch.full((1,), 2**-6)
@@ -389,10 +368,10 @@ def _check_activation(backend: str, device: torch.device, variant: str) -> Compa
     for activation in ("swiglu7", "gelu7"):
         results = []
         for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            x, x_scale = _inputs(variant, where)
-            weight, w_scale = _weight(14, 512, variant, where)
+            x, x_scale = inputs(variant, where)
+            weight, w_scale = packed_weight(14, 512, variant, where)
             y, y_scale = fp8_linear_activation(
-                x, x_scale, weight, w_scale, _row_tiles().to(where), activation=activation, fp8=fp8, backend=how
+                x, x_scale, weight, w_scale, row_tiles().to(where), activation=activation, fp8=fp8, backend=how
             )
             results.append(dequantize(y, y_scale) if fp8 else y)
         compared[activation] = (results[0], results[1], CODE_DISTANCE if fp8 else DISTANCE)
