@@ -110,6 +110,7 @@ def clip(run: Run) -> None:
     """Launch what the layers of a sampler's run do, by the table's own choice of kernels."""
     config, fast = ModelConfig.preset(run.preset), run.fast
     assert fast is not None
+    fast = fast.on()
     choices = choose("triton", fast.precision, META, attention=fast.attention)
     model = empty_accelerated(config, fast, choices)
     grid = Size(run.name, config, tokens_for(run.resolution, "16:9", 5)).grid

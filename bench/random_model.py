@@ -13,7 +13,7 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model.accelerate import empty_accelerated
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.fast_layer import FastLayer
-from happyhorse_fast.ops.dispatch import BackendError, Choice, choose, cuda_obstacle, cuda_ops
+from happyhorse_fast.ops.dispatch import BackendError, Choice, choose, compute_capability, cuda_obstacle, cuda_ops
 from happyhorse_fast.ops.packing_qkv import static_qk_scale
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
@@ -44,7 +44,9 @@ def random_fast(config: ModelConfig, fast: FastConfig, backend: Backend, device:
     Raises:
         BackendError: ``fast`` is strict and an op has no kernel that may run.
     """
-    fast = dataclasses.replace(fast, backend="triton" if backend == "cuda" or backend == "gluon" else backend)
+    fast = dataclasses.replace(
+        fast.on(compute_capability(device)), backend="triton" if backend == "cuda" or backend == "gluon" else backend
+    )
     strict = fast.strict and backend == "auto"
     choices = choose(fast.backend, fast.precision, device, attention=fast.attention, strict=strict)
     if backend == "cuda":

@@ -25,7 +25,7 @@ from happyhorse_fast.cli.forms import FORMS, Form
 from happyhorse_fast.cli.output import plain
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import layer_kind
-from happyhorse_fast.model.fast_config import FastConfig, TopK
+from happyhorse_fast.model.fast_config import FastConfig, TopK, default_attention
 from happyhorse_fast.model.fast_state import is_accelerated
 from happyhorse_fast.model.launches import launches_per_layer
 from happyhorse_fast.model.memory import StorageMeter, one_layer_per_kind, peak_by_kind, peak_memory, weight_bytes
@@ -63,7 +63,7 @@ def measure_memory() -> Json:
     """Peaks of whole models, live bytes along one layer of each kind, and launches; under fake tensors."""
     return {
         **describe_machine(torch.device("cpu")),
-        "attention": FastConfig().attention,
+        "attention": {precision: default_attention(precision) for precision in ("bf16", "int8", "fp8")},
         "peaks": [_peak(form, *clip) for clip in CLIPS for form in SHOWN],
         "timelines": [_timeline(form, *TRACED) for form in SHOWN],
         "launches": [_launches(precision, masks) for precision in ("bf16", "fp8") for masks in (None, TopK(0.25))],

@@ -10,8 +10,8 @@ from happyhorse_fast.model.fast_config import AttentionPrecision, FastConfig, To
 BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
 FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"
 MODES = ("fast fp8", "fast int8", "fast fp8 linear", "fast fp8 int8_qk", "fast bf16", "eager", "torch.compile")
-"""Fast fp8 has attention in fp8 too, fast int8 in int8_qk; fast fp8 linear is what FastConfig(precision="fp8") does,
-with attention in bf16."""
+"""Fast fp8 has attention in fp8 too, fast int8 in int8_qk; fast fp8 linear has it in bf16, and fast fp8
+int8_qk is what FastConfig(precision="fp8") does."""
 _ATTENTION: dict[str, AttentionPrecision] = {"fast fp8": "fp8", "fast int8": "int8_qk", "fast fp8 int8_qk": "int8_qk"}
 EXACT = "exact"
 # Steps of a run are stopped after so long, two at least. A fast run of 8 steps at 1080p ends within it.

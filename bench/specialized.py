@@ -38,7 +38,7 @@ def impl_of(config: LaunchConfig) -> str:
 def attention_kernel(state: FastState, device: torch.device) -> str:
     """The kernel that an accelerated model's attention runs in: ``"gluon"``, or its backend."""
     backend = state.choices[STEM].backend
-    if backend == "triton" and attention_is_specialized(state.fast.attention, state.config.head_dim, device):
+    if backend == "triton" and attention_is_specialized(state.fast.attention_format, state.config.head_dim, device):
         return GLUON
     return backend
 

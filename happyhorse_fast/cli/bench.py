@@ -43,7 +43,10 @@ def bench(
     resolution: Annotated[str | None, typer.Option(help="1080p, 540p or 256p; 1080p on a GPU, else 256p.")] = None,
     seconds: Annotated[int, typer.Option(help="Length, 3 to 15.")] = 3,
     text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
-    attention: Annotated[str, typer.Option(help="Of the fast forms: attention in bf16, int8_qk or fp8.")] = "bf16",
+    attention: Annotated[
+        str | None,
+        typer.Option(help="Of the fast forms: attention in bf16, int8_qk or fp8; left out, FastConfig's default."),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Forward passes that are timed.")] = 3,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -60,7 +63,7 @@ def bench(
 
 
 def measure(
-    preset: str, clip: ClipTokens, *, text: int, repeats: int, device: str, attention: str = "bf16"
+    preset: str, clip: ClipTokens, *, text: int, repeats: int, device: str, attention: str | None = None
 ) -> dict[str, Any]:
     """What :func:`bench` prints, as plain data.
 
@@ -70,7 +73,7 @@ def measure(
         text: Text tokens.
         repeats: Forward passes per form.
         device: Where to run.
-        attention: Precision of attention of the fast forms.
+        attention: Precision of attention of the fast forms; None: each form's default.
 
     Raises:
         ValueError: An argument is out of range.
@@ -98,7 +101,7 @@ def measure(
 
 
 def _form(
-    form: Form, config: ModelConfig, clip: ClipTokens, text: int, how: tuple[str, int], device: torch.device
+    form: Form, config: ModelConfig, clip: ClipTokens, text: int, how: tuple[str | None, int], device: torch.device
 ) -> dict[str, Any]:
     import torch
 
@@ -161,7 +164,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
             (data["preset"], "bold"),
             f", {data['layers']} layers (one of each kind), {data['resolution']} {data['seconds']} s, "
             f"{data['tokens']:,} tokens, on {data['device']}, torch {data['torch']}; attention of the fast forms in "
-            f"{data['attention']}\n",
+            f"{data['attention'] or 'int8_qk beside 8-bit products, else bf16'}\n",
         )
     )
     for form in data["forms"]:

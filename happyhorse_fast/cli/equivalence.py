@@ -140,8 +140,8 @@ def forms_of(fast: FastConfig) -> Iterator[tuple[str, str, FastConfig]]:
     name = f"fast {fast.precision}"
     if fast.precision != "bf16":
         yield name, fast.precision, dataclasses.replace(fast, sparsity=None)
-    elif fast.attention != "bf16":
-        name += f", attention {fast.attention}"
+    elif fast.attention_format != "bf16":
+        name += f", attention {fast.attention_format}"
         yield name, "attention", dataclasses.replace(fast, sparsity=None)
     if fast.sparsity is not None:
         yield f"{name} + sparsity", "sparsity", fast
@@ -207,7 +207,7 @@ def equivalence(
         tokens,
         video_rows // BLOCK,
         steps,
-        fast.attention,
+        fast.attention_format,
         None if fast.sparsity is None else str(fast.sparsity),
         tuple(found),
         formats,

@@ -20,7 +20,7 @@ from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.budgets import measure as tensor_error
 from happyhorse_fast.cli.frame_blocks import FrameBlocks, decide_between_frames
 from happyhorse_fast.model.accelerate import accelerate
-from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles, TopK, TopP, default_attention
 from happyhorse_fast.model.fast_state import FastState
 from happyhorse_fast.model.sparse_policy import SparsePolicy
 from happyhorse_fast.pony import PonyClip, generate, load_model
@@ -62,7 +62,7 @@ def policies(*, quick: bool = False) -> tuple[Policy, ...]:
     """Everything that is measured, or with ``quick`` the main ones: bf16, 8 bits as a whole, a quarter of the pairs."""
 
     def fast(**options: Any) -> FastConfig:
-        return FastConfig(backend="reference", originals="drop", **options)
+        return FastConfig(**{"attention": "bf16", **options}, backend="reference", originals="drop")
 
     def alone(op: str) -> tuple[str, ...]:
         return tuple(other for other in OPS if other != op)
@@ -296,7 +296,7 @@ def settings(fast: FastConfig | None) -> str:
     """What sets an acceleration apart from the default, where and in which parts it ran left out."""
     if fast is None:
         return ""
-    default = FastConfig()
+    default = dataclasses.replace(FastConfig(), attention=default_attention(fast.precision))
     fields = (f.name for f in dataclasses.fields(fast) if f.name not in ("backend", "originals", "mlp_rows"))
     return ", ".join(f"{n}={getattr(fast, n)!r}" for n in fields if getattr(fast, n) != getattr(default, n))
 

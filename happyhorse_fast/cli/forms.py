@@ -18,7 +18,7 @@ class Form:
 
     Attributes:
         name: Shown to the user.
-        precision: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"fp8"``: of products; attention is in bf16 in the fast ones.
+        precision: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"fp8"``: of products.
         kernels: Whether it runs this package's kernels, so needs a GPU to be fast; False for plain torch.
     """
 
@@ -34,7 +34,7 @@ class Form:
 
         return HappyHorse(config, torch.float32 if self.precision == "fp32" else torch.bfloat16, device=device)
 
-    def apply(self, model: HappyHorse, attention: AttentionPrecision = "bf16") -> HappyHorse:
+    def apply(self, model: HappyHorse, attention: AttentionPrecision | None = None) -> HappyHorse:
         """Bring an eager model with its weights into the form, in place; on the CPU through backend reference."""
         if self.kernels:
             from happyhorse_fast.model.accelerate import accelerate
@@ -45,7 +45,7 @@ class Form:
             accelerate(model, FastConfig(precision=self.fast_precision, attention=attention, backend=backend))
         return model
 
-    def without_weights(self, config: ModelConfig, attention: AttentionPrecision = "bf16") -> HappyHorse:
+    def without_weights(self, config: ModelConfig, attention: AttentionPrecision | None = None) -> HappyHorse:
         """The form on ``"meta"``, to measure its memory; ``attention`` is its precision of attention."""
         if not self.kernels:
             return self.eager(config, "meta")

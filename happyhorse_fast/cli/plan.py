@@ -11,6 +11,7 @@ from happyhorse_fast.cli.forms import form_of
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals, window_share
+from happyhorse_fast.model.fast_config import default_attention
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ def plan(
     text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
     precision: Annotated[str, typer.Option(help="bf16, int8 or fp8.")] = "bf16",
     attention: Annotated[
-        str, typer.Option(help="Precision of attention: bf16, as it is by default, int8_qk or fp8.")
-    ] = "bf16",
+        str | None,
+        typer.Option(help="Precision of attention: bf16, int8_qk or fp8; by default as FastConfig's on an H100."),
+    ] = None,
     gpu: Annotated[str, typer.Option(help=f"Peaks to plan with: {', '.join(GPUS)}.")] = "h100",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 8,
     video_share: Annotated[
@@ -63,7 +65,7 @@ def plan_clip(
     *,
     text: int = TEXT_TOKENS,
     precision: str = "bf16",
-    attention: str = "bf16",
+    attention: str | None = None,
     gpu: str = "h100",
     steps: int = 8,
     video_share: float | None = None,
@@ -77,6 +79,8 @@ def plan_clip(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     card = gpu_named(gpu)
+    if attention is None:
+        attention = default_attention("bf16" if precision == "fp32" else precision)
     costs = step_costs(
         config, clip, text=text, precision=precision, attention=attention, gpu=card, video_share=video_share
     )

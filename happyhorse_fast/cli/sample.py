@@ -70,7 +70,7 @@ def sample(
     ] = None,
     attention: Annotated[
         Attention | None,
-        typer.Option(help="With --fast: precision of attention, bf16 where left out. Both stages."),
+        typer.Option(help="With --fast: precision of attention; left out, FastConfig's default. Both stages."),
     ] = None,
     sr_checkpoint: Annotated[Path | None, typer.Option(help="Second stage: its checkpoint.")] = None,
     sr_preset: Annotated[str | None, typer.Option(help="Second stage: its preset.")] = None,
@@ -97,7 +97,7 @@ def sample(
         raise ValueError(f"--dtype must be left out or bfloat16 with --fast, got {dtype}: fast layers are bf16 or fp8")
     if attention is not None and fast is None:
         raise ValueError(f"--attention must come with --fast, got {attention} without it")
-    how_fast = None if fast is None else (fast, attention or "bf16")
+    how_fast = None if fast is None else (fast, attention)
     tensors = read_inputs(inputs)
     first = _Stage(checkpoint, preset, config, usable_device(device), dtype, how_fast, not as_json)
     drawn_clip = (None,) * 4 if resolution is None else (resolution, aspect, seconds, fps)
@@ -196,7 +196,7 @@ class _Stage:
     config: Path | None
     device: str
     dtype: Dtype
-    fast: tuple[Fast, Attention] | None
+    fast: tuple[Fast, Attention | None] | None
     progress: bool
     option: str = ""
 

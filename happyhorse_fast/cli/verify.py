@@ -61,7 +61,9 @@ def verify(
     clips: Annotated[int, typer.Option(help="With --pony: held-out prompts, 1 to 64.")] = 8,
     quick: Annotated[bool, typer.Option("--quick", help="With --pony: the main policies alone.")] = False,
     precision: Annotated[str, typer.Option(help="With --fast: bf16, int8 or fp8.")] = "fp8",
-    attention: Annotated[str, typer.Option(help="With --fast: attention in bf16, int8_qk or fp8.")] = "bf16",
+    attention: Annotated[
+        str | None, typer.Option(help="With --fast: attention in bf16, int8_qk or fp8; left out, FastConfig's default.")
+    ] = None,
     top_k: Annotated[
         float | None, typer.Option(help="With --fast: also with this share of video blocks, such as 0.25.")
     ] = None,
@@ -222,7 +224,7 @@ def _render_pony(console: Console, found: dict[str, Any]) -> None:
         console.print(literal((violation, "red")))
 
 
-def _fast_config(precision: str, attention: str, top_k: float | None, backend: str, device: str) -> FastConfig:
+def _fast_config(precision: str, attention: str | None, top_k: float | None, backend: str, device: str) -> FastConfig:
     from happyhorse_fast.model.fast_config import FastConfig, TopK
 
     if backend == "auto" and not device.startswith("cuda"):

@@ -26,7 +26,7 @@ from happyhorse_fast.model.lora import unmerge
 from happyhorse_fast.model.refusals import require_acceleratable
 from happyhorse_fast.model.safetensors_header import TensorEntry
 from happyhorse_fast.model.untraced import load_compiler, untraced
-from happyhorse_fast.ops.dispatch import Choice, attention_is_specialized, choose
+from happyhorse_fast.ops.dispatch import Choice, attention_is_specialized, choose, compute_capability
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.score_bound import LIMIT
 
@@ -70,6 +70,7 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
     fast.require_model(config)
     require_published_dtypes(inner)
     device = next(inner.parameters()).device
+    fast = fast.on(compute_capability(device))
     layers: Any = inner.block.layers
     choices = choose_ops(fast, device, report)
     originals: list[nn.Module] = []
@@ -106,6 +107,7 @@ class Accelerating:
         if not isinstance(fast, FastConfig):
             raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
         fast.require_model(config)
+        fast = fast.on(compute_capability(device))
         self.model, self.device = model, device
         choices = choose_ops(fast, device, None)
         self.state = FastState(config, fast, choices, [], type(model))
@@ -126,6 +128,7 @@ class Accelerating:
 
 def empty_accelerated(config: ModelConfig, fast: FastConfig, choices: Mapping[str, Choice]) -> HappyHorse:
     """An accelerated model on ``"meta"``, its packed weights to be filled in; to load into, or to measure."""
+    fast = fast.on()
     model = HappyHorse(config, device="meta")
     layers: Any = model.block.layers
     for index in range(config.num_layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,25 @@ Precision = Literal["bf16", "int8", "fp8"]
 AttentionPrecision = Literal["bf16", "int8_qk", "fp8"]
 MLP_ROWS = {"bf16": 65536, "int8": 32768, "fp8": 65536}
 """Default rows in the MLP at once: in int8 its activations are there in bf16 and as codes."""
+INT8_MEASURED_UNTIL = 90
+"""Newer compute capabilities multiply int8 as sm_80 does, in Triton; what that costs is not measured."""
 GONE_ATTENTION = "fp8_qk"
 """What older configurations and packed weights may ask for."""
 OPS = ("qkv", "attention", "proj", "up", "down")
 """The products of a layer whose precision can be chosen, in order."""
 _SKIP = re.compile(r"^(?P<op>[a-z]+|\*)(?::(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*))?$")
+
+
+def default_attention(precision: str, arch: int | None = None) -> AttentionPrecision:
+    """Precision of attention where none is asked for: ``"int8_qk"`` beside products of 8 bits, else ``"bf16"``.
+
+    On the pony int8_qk costs whole clips less than 3 dB beside either (docs/decisions/0010-attention-stays-bf16.md).
+
+    Args:
+        precision: Of the products.
+        arch: Compute capability, such as 90; ``"bf16"`` from sm_100 on. None: a CPU.
+    """
+    return "bf16" if precision == "bf16" or (arch or 0) > INT8_MEASURED_UNTIL else "int8_qk"
 
 
 @dataclass(frozen=True)
@@ -101,8 +116,8 @@ class FastConfig:
             but is not measured on sm_100 and sm_120, where Triton takes the instructions of sm_80.
         attention: Of attention, whatever ``precision`` is: ``"bf16"``; ``"int8_qk"`` (scores of int8 codes with a scale
             per token and head of q and per 128 tokens and head of k, the weighted sum in bf16); or ``"fp8"`` (all in
-            e4m3). Of all products it is the one whose loss depends on the model and the length of the sequence
-            (docs/decisions/0010-attention-stays-bf16.md).
+            e4m3), whose loss depends on the model and the length of the sequence
+            (docs/decisions/0010-attention-stays-bf16.md). None: :func:`default_attention`.
         sparsity: ``None``: exact: dense, and the trained window in local layers. Or a training-free policy for video
             queries; audio and text stay dense as queries and are kept as keys in every row.
         skip: Products that stay in bf16 all the same: ``"attention"``, ``"down:0-3,36-39"``, ``"*:0"``; a tuple.
@@ -120,7 +135,7 @@ class FastConfig:
     """
 
     precision: Precision = "bf16"
-    attention: AttentionPrecision = "bf16"
+    attention: AttentionPrecision | None = None
     sparsity: Sparsity | None = None
     skip: Sequence[str] = ()
     exact_first_layers: int = 0
@@ -140,7 +155,7 @@ class FastConfig:
             "originals": ("cpu", "drop"),
         }
         for name, values in allowed.items():
-            if getattr(self, name) not in values:
+            if getattr(self, name) not in values and (name, self.attention) != ("attention", None):
                 gone = name == "attention" and self.attention == GONE_ATTENTION
                 hint = "; int8_qk is in its place" if gone else ""
                 raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}{hint}")
@@ -160,8 +175,19 @@ class FastConfig:
         object.__setattr__(self, "skip", tuple(given))
         for rule in self.skip:
             ops, _ = self._parse(rule)
-            if all((self.attention if op == "attention" else self.precision) == "bf16" for op in ops):
+            if all((self.attention_format if op == "attention" else self.precision) == "bf16" for op in ops):
                 raise ValueError(f"skip must name products that are not in bf16 anyway, got {rule!r}")
+
+    @property
+    def attention_format(self) -> AttentionPrecision:
+        """``attention``, or its default on a GPU where int8 was measured."""
+        return self.attention or default_attention(self.precision)
+
+    def on(self, arch: int | None = None) -> FastConfig:
+        """The same for a GPU of compute capability ``arch`` (None: a CPU), with no default left open."""
+        if self.attention is not None:
+            return self
+        return dataclasses.replace(self, attention=default_attention(self.precision, arch))
 
     def require_model(self, config: ModelConfig) -> None:
         """Raise a ValueError where a model cannot be accelerated so: ``skip`` names no layer of it, or its head_dim."""
@@ -193,7 +219,7 @@ class FastConfig:
             ops, spans = self._parse(rule)
             if op in ops and (spans is None or any(layer in span for span in spans)):
                 return "bf16"
-        return self.attention if op == "attention" else self.precision
+        return self.attention_format if op == "attention" else self.precision
 
     def is_sparse(self, layer: int, num_layers: int, step: int | None, steps: int | None) -> bool:
         """Whether ``sparsity`` applies to a layer at a denoising step (0-based; ``None``: at those where it may)."""

@@ -100,6 +100,8 @@ def packed_config(folder: str | Path, fast: FastConfig | None) -> tuple[ModelCon
         return config, saved
     if not isinstance(fast, FastConfig):
         raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
+    if fast.attention is None:
+        fast = dataclasses.replace(fast, attention=saved.attention)
     for layer in range(config.num_layers):
         for op in OPS:
             asked, there = fast.precision_of(op, layer), saved.precision_of(op, layer)

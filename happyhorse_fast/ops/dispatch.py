@@ -232,6 +232,14 @@ class _Candidates:
         return obstacle or _failures(backend, self.formats, self.device, self.report)
 
 
+def compute_capability(device: torch.device) -> int | None:
+    """As 90 for 9.0; None where ``device`` is no GPU."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def attention_is_specialized(precision: str, head_dim: int, device: torch.device) -> bool:
     """Whether Triton's attention on ``device`` is its Hopper kernel, in Gluon, wherever tiles can be described.
 
@@ -240,21 +248,18 @@ def attention_is_specialized(precision: str, head_dim: int, device: torch.device
         head_dim: Channels per head.
         device: Where the model is.
     """
-    if device.type != "cuda":
+    arch = compute_capability(device)
+    if arch is None:
         return False
-    major, minor = torch.cuda.get_device_capability(device)
     try:
-        return config_for("block_sparse_attention", f"{precision}_d{head_dim}", 10 * major + minor).specialized
+        return config_for("block_sparse_attention", f"{precision}_d{head_dim}", arch).specialized
     except LookupError:  # no such kernel there
         return False
 
 
 def preferred(precision: str, device: torch.device) -> tuple[str, ...]:
     """Ops that run in CUDA rather than in Triton on this device's architecture, from :data:`PREFERENCES`."""
-    if device.type != "cuda":
-        return ()
-    major, minor = torch.cuda.get_device_capability(device)
-    return tuple(_preferences().get(str(10 * major + minor), {}).get(precision, ()))
+    return tuple(_preferences().get(str(compute_capability(device)), {}).get(precision, ()))
 
 
 @functools.cache
