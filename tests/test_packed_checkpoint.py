@@ -20,7 +20,7 @@ from happyhorse_fast.model.fast_config import FastConfig, TopK
 from happyhorse_fast.model.memory import StorageMeter
 from happyhorse_fast.model.packed_checkpoint import is_packed, save_packed
 
-FAST = FastConfig(precision="fp8", skip=["down:0"], sparsity=TopK(0.5), backend="reference")
+FAST = FastConfig(precision="fp8", attention="bf16", skip=["down:0"], sparsity=TopK(0.5), backend="reference")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,11 @@ def test_packed_weights_carry_their_configuration(packed: Path, case: golden.Gol
 def test_weights_packed_without_a_gpu_are_not_bound_to_plain_torch(packed: Path) -> None:
     model = load(packed, progress=False)
     assert model.fast.fast == dataclasses.replace(FAST, backend="auto")  # type: ignore[union-attr]
+
+
+def test_attention_is_what_was_packed_where_nothing_is_asked(packed: Path) -> None:
+    fast = dataclasses.replace(FAST, attention=None, sparsity=None)
+    assert load(packed, fast=fast, progress=False).fast.fast.attention == "bf16"  # type: ignore[union-attr]
 
 
 def test_what_is_not_packed_can_be_changed(packed: Path) -> None:

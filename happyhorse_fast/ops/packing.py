@@ -62,9 +62,10 @@ def pack_linear(
     scale = torch.ones(shape[:2], dtype=torch.float32, device=weight.device)
     for first in range(0, features, CHUNK):
         part = slice(first, min(first + CHUNK, features))
-        wide = torch.nn.functional.pad(published[:, part].float(), (0, shape[2] - inputs))
-        wide = hadamard(wide) if through_hadamard else wide
-        packed[:, part], scale[:, part] = QUANTIZE[to](wide)
+        values = published[:, part]
+        if through_hadamard:
+            values = hadamard(torch.nn.functional.pad(values.float(), (0, shape[2] - inputs)))
+        packed[:, part, : values.shape[2]], scale[:, part] = QUANTIZE[to](values)
     return packed, scale
 
 
