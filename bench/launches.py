@@ -110,8 +110,7 @@ def clip(run: Run) -> None:
     """Launch what the layers of a sampler's run do, by the table's own choice of kernels."""
     config, fast = ModelConfig.preset(run.preset), run.fast
     assert fast is not None
-    fast = fast.on()
-    choices = choose("triton", fast.precision, META, attention=fast.attention)
+    choices = choose("triton", fast.precision, META, attention=fast.attention_format)
     model = empty_accelerated(config, fast, choices)
     grid = Size(run.name, config, tokens_for(run.resolution, "16:9", 5)).grid
     made: Any = model.fast
@@ -121,7 +120,7 @@ def clip(run: Run) -> None:
         assert isinstance(layer, FastLayer)
         layer.bound = BOUND
         with torch.no_grad():
-            layer(hidden, state, fast.mlp_rows)
+            layer(hidden, state, fast.rows_in_mlp)
 
 
 def self_checks(arch: int) -> None:

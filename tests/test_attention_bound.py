@@ -44,8 +44,12 @@ def test_no_score_and_no_value_of_a_run_passes_its_bound(
     as_it_is, seen = fast_layer.block_sparse_attention, []
 
     def watched(q: Any, k: Any, v: Any, block_map: Any, **options: Any) -> Any:
-        keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = torch.einsum("ihd,jhd->hij", q.float(), keys).abs().max() * options["scale"] * math.log2(math.e)
+        queries, keys = q.float(), k.float()
+        if q.dtype == torch.int8:
+            queries *= options["q_scale"][:, :, None]
+            keys *= options["k_scale"].T.repeat_interleave(128, dim=0)[: len(k), :, None]
+        keys = keys.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = torch.einsum("ihd,jhd->hij", queries, keys).abs().max() * options["scale"] * math.log2(math.e)
         seen.append((float(scores), float(v.float().abs().max()), options["bound"]))
         return as_it_is(q, k, v, block_map, **options)
 

@@ -22,7 +22,7 @@ def test_precision_per_op_and_layer() -> None:
     assert {fast.precision_of("qkv", i) for i in range(40)} == {"bf16"}
     assert fast.precision_of("attention", 4) == "int8_qk"
     assert {fast.precision_of(op, 5) for op in ("qkv", "attention", "proj", "up", "down")} == {"bf16"}
-    assert FastConfig(precision="fp8").precision_of("attention", 0) == "bf16"
+    assert FastConfig(precision="fp8").precision_of("attention", 0) == "int8_qk"
 
 
 @pytest.mark.parametrize("attention", ["bf16", "int8_qk", "fp8"])

@@ -77,10 +77,11 @@ def test_mlp_in_chunks_gives_the_same_bits() -> None:
 
 
 def test_the_mlp_is_in_chunks_by_default() -> None:
-    assert FastConfig(precision="int8").mlp_rows == 32768
-    assert FastConfig(precision="fp8").mlp_rows == FastConfig().mlp_rows == 65536
-    assert FastConfig(precision="int8", mlp_rows=65536).mlp_rows == 65536
-    assert FastConfig(precision="int8", mlp_rows=None).mlp_rows is None
+    assert FastConfig(precision="int8").rows_in_mlp == 32768
+    assert FastConfig(precision="fp8").rows_in_mlp == FastConfig().rows_in_mlp == 65536
+    assert FastConfig(precision="int8", mlp_rows=65536).rows_in_mlp == 65536
+    assert FastConfig(precision="int8", mlp_rows=None).rows_in_mlp is None
+    assert dataclasses.replace(FastConfig(), precision="int8").rows_in_mlp == 32768
 
 
 def test_downs_weight_went_through_the_hadamard_and_no_other() -> None:
@@ -109,7 +110,7 @@ def test_packed_weights_are_saved_and_loaded_as_they_are(tmp_path: Path) -> None
     model = accelerated(case, attention="int8_qk")
     packed_checkpoint.save_packed(model, tmp_path / "packed")
     loaded = packed_checkpoint.load_packed(tmp_path / "packed", torch.device("cpu"), progress=False)
-    assert loaded.fast.fast.precision == "int8" and loaded.fast.fast.mlp_rows == 32768
+    assert loaded.fast.fast.precision == "int8" and loaded.fast.fast.rows_in_mlp == 32768
     assert loaded.block.layers[0].up_weight.dtype == torch.int8
     assert torch.equal(run(loaded, case), run(model, case))
     with pytest.raises(ValueError, match="qkv of layer 0 is int8 there, fast asks for fp8"):

@@ -84,13 +84,8 @@ def test_weights_packed_without_a_gpu_are_not_bound_to_plain_torch(packed: Path)
     assert model.fast.fast == dataclasses.replace(FAST, backend="auto")  # type: ignore[union-attr]
 
 
-def test_attention_is_what_was_packed_where_nothing_is_asked(packed: Path) -> None:
-    fast = dataclasses.replace(FAST, attention=None, sparsity=None)
-    assert load(packed, fast=fast, progress=False).fast.fast.attention == "bf16"  # type: ignore[union-attr]
-
-
 def test_what_is_not_packed_can_be_changed(packed: Path) -> None:
-    fast = dataclasses.replace(FAST, sparsity=None, exact_first_steps=2, mlp_rows=None)
+    fast = dataclasses.replace(FAST, sparsity=None, exact_first_steps=2, mlp_rows=None, attention="fp8")
     assert load(packed, fast=fast, progress=False).fast.fast == fast  # type: ignore[union-attr]
 
 
@@ -98,7 +93,7 @@ def test_what_is_not_packed_can_be_changed(packed: Path) -> None:
     ("change", "message"),
     [
         ({"skip": ()}, "down of layer 0 is bf16 there, fast asks for fp8"),
-        ({"attention": "fp8"}, "attention of layer 0 is bf16 there, fast asks for fp8"),
+        ({"precision": "int8"}, "qkv of layer 0 is fp8 there, fast asks for int8"),
     ],
 )
 def test_what_is_packed_cannot(packed: Path, change: dict[str, Any], message: str) -> None:

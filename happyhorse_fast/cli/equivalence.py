@@ -21,6 +21,7 @@ from happyhorse_fast.model.clip_state import ClipState
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.fast_layer import FastLayer
 from happyhorse_fast.model.fast_state import FastState, build_clip_state, is_accelerated
+from happyhorse_fast.ops.dispatch import compute_capability
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.sampler import sample
@@ -184,6 +185,7 @@ def equivalence(
     del eager_model, eager
     video_rows = 0
     formats: tuple[LayerAttention, ...] = ()
+    fast = fast.on(compute_capability(model.device))
     for form, step, how in forms_of(fast):
         accelerated = accelerate(in_dtype(model, torch.bfloat16), dataclasses.replace(how, originals="drop"))
         carried: FastState = accelerated.fast  # type: ignore[assignment]

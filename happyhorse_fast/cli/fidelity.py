@@ -297,7 +297,7 @@ def settings(fast: FastConfig | None) -> str:
     if fast is None:
         return ""
     default = dataclasses.replace(FastConfig(), attention=default_attention(fast.precision))
-    fields = (f.name for f in dataclasses.fields(fast) if f.name not in ("backend", "originals", "mlp_rows"))
+    fields = (f.name for f in dataclasses.fields(fast) if f.name not in ("backend", "originals"))
     return ", ".join(f"{n}={getattr(fast, n)!r}" for n in fields if getattr(fast, n) != getattr(default, n))
 
 

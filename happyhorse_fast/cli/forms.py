@@ -55,8 +55,9 @@ class Form:
         from happyhorse_fast.model.fast_config import FastConfig
         from happyhorse_fast.ops.dispatch import choose
 
-        choices = choose("reference", self.fast_precision, torch.device("cpu"))
-        return empty_accelerated(config, FastConfig(precision=self.fast_precision, attention=attention), choices)
+        fast = FastConfig(precision=self.fast_precision, attention=attention)
+        choices = choose("reference", fast.precision, torch.device("cpu"), attention=fast.attention_format)
+        return empty_accelerated(config, fast, choices)
 
     @property
     def fast_precision(self) -> Literal["bf16", "int8", "fp8"]:

@@ -70,13 +70,13 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
     fast.require_model(config)
     require_published_dtypes(inner)
     device = next(inner.parameters()).device
-    fast = fast.on(compute_capability(device))
+    here = fast.on(compute_capability(device))
     layers: Any = inner.block.layers
-    choices = choose_ops(fast, device, report)
+    choices = choose_ops(here, device, report)
     originals: list[nn.Module] = []
     try:
         for index, layer in enumerate(layers):
-            packed = make_fast_layer(state_dict_of(layer), config, fast, index, choices, device)
+            packed = make_fast_layer(state_dict_of(layer), config, here, index, choices, device)
             if fast.originals == "cpu":
                 originals.append(layer)  # before it moves, so that no interruption loses it
                 layer.to("cpu")
@@ -107,9 +107,9 @@ class Accelerating:
         if not isinstance(fast, FastConfig):
             raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
         fast.require_model(config)
-        fast = fast.on(compute_capability(device))
         self.model, self.device = model, device
-        choices = choose_ops(fast, device, None)
+        self.here = fast.on(compute_capability(device))
+        choices = choose_ops(self.here, device, None)
         self.state = FastState(config, fast, choices, [], type(model))
 
     @ambient.makes_tensors
@@ -119,20 +119,28 @@ class Accelerating:
         tensors = layers[index].state_dict()
         layers[index] = None
         state = self.state
-        layers[index] = make_fast_layer(tensors, state.config, state.fast, index, state.choices, self.device)
+        layers[index] = make_fast_layer(tensors, state.config, self.here, index, state.choices, self.device)
 
     def finish(self) -> None:
         """Make the model run its packed layers, once all are."""
         install(self.model, self.state)
 
 
-def empty_accelerated(config: ModelConfig, fast: FastConfig, choices: Mapping[str, Choice]) -> HappyHorse:
-    """An accelerated model on ``"meta"``, its packed weights to be filled in; to load into, or to measure."""
-    fast = fast.on()
+def empty_accelerated(
+    config: ModelConfig, fast: FastConfig, choices: Mapping[str, Choice], arch: int | None = None
+) -> HappyHorse:
+    """An accelerated model on ``"meta"``, its packed weights to be filled in; to load into, or to measure.
+
+    Args:
+        config: The model's configuration.
+        fast: How it is accelerated.
+        choices: Implementation per op.
+        arch: Compute capability that it is for.
+    """
     model = HappyHorse(config, device="meta")
     layers: Any = model.block.layers
     for index in range(config.num_layers):
-        plan = LayerPlan.of(config, fast, index, choices)
+        plan = LayerPlan.of(config, fast.on(arch), index, choices)
         shapes = packed_shapes(config, plan)
         layers[index] = FastLayer(plan, {k: torch.empty(s, dtype=d, device="meta") for k, (s, d) in shapes.items()})
     install(model, FastState(config, fast, dict(choices), [], HappyHorse))

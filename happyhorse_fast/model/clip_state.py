@@ -92,7 +92,7 @@ class ClipState:
             # One per exact map: the two differ only where the clip has a window.
             exact = {exact_map is dense_map: exact_map for exact_map in (dense_map, local_map)}
             policies = {which: SparsePolicy(fast.sparsity, exact[which], rows, columns) for which in exact}
-        part = fast.mlp_rows or rows.slots
+        part = fast.rows_in_mlp or rows.slots
         spans = {(0, rows.slots), *((first, min(first + part, rows.slots)) for first in range(0, rows.slots, part))}
         tiles = {(experts, *span): rows.row_tiles(experts, *span, device) for experts in (1, 3) for span in spans}
         return cls(rows, fast, num_layers, columns, token_rows, cos_sin, dense_map, local_map, policies, tiles)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +129,7 @@ class FastConfig:
         backend: ``"auto"`` takes, per op, the fastest that passed its self-check on this machine; ``"triton"``,
             ``"cuda"`` and ``"reference"`` (plain torch with the kernels' rounding) are taken as they are.
         strict: With ``"auto"``: raise instead of falling back to a slower implementation.
-        mlp_rows: Rows of the sequence that are in the MLP at once, a bound on memory: by default (0) 65,536, all of a
+        mlp_rows: Rows of the sequence that are in the MLP at once, a bound on memory: by default 65,536, all of a
             5 s clip at 1080p (64,256), a third of a 15 s one; in int8 32,768. ``None`` for all.
         originals: Where the unpacked weights go: ``"cpu"`` keeps them there for :func:`restore`, ``"drop"`` frees them.
     """
@@ -144,7 +144,7 @@ class FastConfig:
     exact_last_steps: int = 0
     backend: Literal["auto", "triton", "cuda", "reference"] = "auto"
     strict: bool = False
-    mlp_rows: int | None = 0
+    mlp_rows: int | Literal["auto"] | None = "auto"
     originals: Literal["cpu", "drop"] = "cpu"
 
     def __post_init__(self) -> None:
@@ -163,11 +163,10 @@ class FastConfig:
             raise TypeError(f"sparsity must be None, TopK, TopP or Tiles; got {self.sparsity!r}")
         for name in ("exact_first_layers", "exact_last_layers", "exact_first_steps", "exact_last_steps"):
             object.__setattr__(self, name, _require_count(name, getattr(self, name)))
-        if self.mlp_rows is not None:
+        if self.mlp_rows not in (None, "auto"):
             rows = whole_number(self.mlp_rows)
-            rows = MLP_ROWS[self.precision] if rows == 0 else rows
             if rows is None or rows < 128 or rows % 128:
-                raise ValueError(f"mlp_rows must be None, 0 or a positive multiple of 128, got {self.mlp_rows!r}")
+                raise ValueError(f'mlp_rows must be None, "auto" or a positive multiple of 128, got {self.mlp_rows!r}')
             object.__setattr__(self, "mlp_rows", rows)
         given: object = self.skip
         if not isinstance(given, (list, tuple)) or not all(isinstance(rule, str) for rule in given):
@@ -183,11 +182,18 @@ class FastConfig:
         """``attention``, or its default on a GPU where int8 was measured."""
         return self.attention or default_attention(self.precision)
 
+    @property
+    def rows_in_mlp(self) -> int | None:
+        """``mlp_rows``, or its default for the precision; None for all rows."""
+        return MLP_ROWS[self.precision] if self.mlp_rows == "auto" else self.mlp_rows
+
     def on(self, arch: int | None = None) -> FastConfig:
-        """The same for a GPU of compute capability ``arch`` (None: a CPU), with no default left open."""
+        """The same with its default of attention written out, for compute capability ``arch`` (None: a CPU)."""
         if self.attention is not None:
             return self
-        return dataclasses.replace(self, attention=default_attention(self.precision, arch))
+        written = copy.copy(self)  # not replace(), which would refuse to skip what the default leaves in bf16 here
+        object.__setattr__(written, "attention", default_attention(self.precision, arch))
+        return written
 
     def require_model(self, config: ModelConfig) -> None:
         """Raise a ValueError where a model cannot be accelerated so: ``skip`` names no layer of it, or its head_dim."""

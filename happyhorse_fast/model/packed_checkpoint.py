@@ -30,6 +30,7 @@ from happyhorse_fast.model.safetensors_header import (
     require_regular_file,
 )
 from happyhorse_fast.model.save_checkpoint import write_checkpoint
+from happyhorse_fast.ops.dispatch import compute_capability
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
@@ -100,10 +101,8 @@ def packed_config(folder: str | Path, fast: FastConfig | None) -> tuple[ModelCon
         return config, saved
     if not isinstance(fast, FastConfig):
         raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
-    if fast.attention is None:
-        fast = dataclasses.replace(fast, attention=saved.attention)
     for layer in range(config.num_layers):
-        for op in OPS:
+        for op in (op for op in OPS if op != "attention"):  # whose format touches no packed tensor
             asked, there = fast.precision_of(op, layer), saved.precision_of(op, layer)
             if asked != there:
                 raise ValueError(
@@ -129,7 +128,8 @@ def load_packed(
     folder = Path(folder)
     config, fast = packed_config(folder, fast)
     entries = read_headers(folder)
-    model = empty_accelerated(config, fast, choose_ops(fast, device, None))
+    arch = compute_capability(device)
+    model = empty_accelerated(config, fast, choose_ops(fast.on(arch), device, None), arch)
     _require_entries(entries, model.state_dict(), folder)
     staging = staging_buffer(device)
     try:

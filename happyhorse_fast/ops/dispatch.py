@@ -115,7 +115,7 @@ def choose(
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
         precision: ``"bf16"``, ``"int8"`` or ``"fp8"``.
         device: Where the model is.
-        attention: Precision of attention, where it is another: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        attention: Precision of attention: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``; None: of 8 bits where products are.
         mixed: Whether the model keeps some products in bf16 all the same.
         strict: Raise instead of falling back.
         report: Called with a line per kernel that is checked now.
@@ -128,6 +128,7 @@ def choose(
             this process's use of the GPU.
     """
     optional.hide_broken_triton()  # torch's tracer, which an accelerated model is prepared for, imports it
+    attention = attention or ("int8_qk" if precision == "int8" else precision)
     found = {op: checked_formats(op, precision, attention, mixed=mixed) for op in STEMS}
     formats = {op: of for op, of in found.items() if of}
     if backend == "reference":
