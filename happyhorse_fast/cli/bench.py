@@ -94,7 +94,6 @@ def measure(
         "torch": torch.__version__,
         "layers": config.num_layers,
         "tokens": clip.total(text),
-        "attention": attention,
         "repeats": repeats,
         "forms": [_form(form, config, clip, text, (attention, repeats), where) for form in forms],
     }
@@ -107,9 +106,9 @@ def _form(
 
     from happyhorse_fast.model.op_times import OpTimes
 
-    attention, repeats = how
+    asked, repeats = how
     eager = form.eager(config, str(device)).init_weights(_SEED)
-    model = form.apply(eager, attention)  # type: ignore[arg-type]  # FastConfig checks it
+    model = form.apply(eager, asked)  # type: ignore[arg-type]  # FastConfig checks it
     state: Any = getattr(model, "fast", None)
     draw = torch.Generator(device).manual_seed(_SEED)
     inputs = [
@@ -147,7 +146,9 @@ def _form(
         )
     fallbacks = sorted({c.reason for c in state.choices.values() if c.fell_back}) if state is not None else []
     total = statistics.median(sum(each.values()) for each in passes)
-    return {"form": form.name, "ms": 1e3 * total, "ops": ops, "fallbacks": fallbacks}
+    layers: Any = model.block.layers
+    attention = None if state is None else layers[0].plan.precision["attention"]
+    return {"form": form.name, "attention": attention, "ms": 1e3 * total, "ops": ops, "fallbacks": fallbacks}
 
 
 def _flops(config: ModelConfig, clip: ClipTokens, text: int) -> dict[str, float]:
@@ -163,8 +164,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         literal(
             (data["preset"], "bold"),
             f", {data['layers']} layers (one of each kind), {data['resolution']} {data['seconds']} s, "
-            f"{data['tokens']:,} tokens, on {data['device']}, torch {data['torch']}; attention of the fast forms in "
-            f"{data['attention'] or 'int8_qk beside 8-bit products, else bf16'}\n",
+            f"{data['tokens']:,} tokens, on {data['device']}, torch {data['torch']}\n",
         )
     )
     for form in data["forms"]:
@@ -172,7 +172,8 @@ def _render(console: Console, data: dict[str, Any]) -> None:
             [op["op"], op["backend"], str(op["calls"]), f"{op['ms']:.3f}", f"{op['ms'] / form['ms']:.0%}", _rate(op)]
             for op in form["ops"]
         ]
-        title = f"{form['form']}: {form['ms']:.2f} ms a pass"
+        within = f", attention in {form['attention']}" if form["attention"] else ""
+        title = f"{form['form']}{within}: {form['ms']:.2f} ms a pass"
         console.print(table(title, ["op", "runs as", "calls", "ms", "share", "useful TFLOP/s"], rows, left=2))
         for reason in form["fallbacks"]:
             console.print(literal(f"slower than it could be: {reason}"))
