@@ -27,7 +27,7 @@ _SKIP = re.compile(r"^(?P<op>[a-z]+|\*)(?::(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+
 def default_attention(precision: str, arch: int | None = None) -> AttentionPrecision:
     """Precision of attention where none is asked for: ``"int8_qk"`` beside products of 8 bits, else ``"bf16"``.
 
-    On the pony int8_qk costs whole clips less than 3 dB beside either (docs/decisions/0010-attention-stays-bf16.md).
+    On the pony int8_qk costs whole clips less than 3 dB beside either (docs/decisions/0015-int8-beside-e4m3.md).
 
     Args:
         precision: Of the products.
@@ -117,7 +117,7 @@ class FastConfig:
         attention: Of attention, whatever ``precision`` is: ``"bf16"``; ``"int8_qk"`` (scores of int8 codes with a scale
             per token and head of q and per 128 tokens and head of k, the weighted sum in bf16); or ``"fp8"`` (all in
             e4m3), whose loss depends on the model and the length of the sequence
-            (docs/decisions/0010-attention-stays-bf16.md). None: :func:`default_attention`.
+            (docs/decisions/0015-int8-beside-e4m3.md). None: :func:`default_attention`.
         sparsity: ``None``: exact: dense, and the trained window in local layers. Or a training-free policy for video
             queries; audio and text stay dense as queries and are kept as keys in every row.
         skip: Products that stay in bf16 all the same: ``"attention"``, ``"down:0-3,36-39"``, ``"*:0"``; a tuple.
