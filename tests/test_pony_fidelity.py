@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from happyhorse_fast.cli import fidelity, run
-from happyhorse_fast.cli.activations import MODALITIES, TENSORS, _Sums, attention_map, measure_activations
+from happyhorse_fast.cli.activations import MODALITIES, TENSORS, Sums, attention_map, measure_activations
 from happyhorse_fast.cli.fidelity import ClipError, Fidelity, Policy, PolicyResult, Summary
 from happyhorse_fast.cli.frame_blocks import FrameBlocks, decide_between_frames
 from happyhorse_fast.cli.layer_ops import OpResults
@@ -249,7 +249,7 @@ def test_every_layer_and_tensor_is_looked_at() -> None:
 
 def test_planted_outliers_and_saturation_show() -> None:
     x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
-    flat, loud, clipped = _Sums(), _Sums(), _Sums()
+    flat, loud, clipped = Sums(), Sums(), Sums()
     flat.add(x, 100 * x)
     loud.add(x * torch.where(torch.arange(64) == 3, 50.0, 1.0), None)
     clipped.add(x, 1000 * x)

@@ -73,7 +73,7 @@ class AttentionMap:
     mass: tuple[tuple[float, ...], ...]
 
 
-class _Sums:
+class Sums:
     """Moments of one tensor, added up step by step in float64."""
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ def measure_activations(
         steps: Denoising steps.
         map_steps: 0-based steps of which attention maps are kept.
     """
-    sums: dict[tuple[int, str, str], _Sums] = {}
+    sums: dict[tuple[int, str, str], Sums] = {}
     maps: list[AttentionMap] = []
     calls = [0] * len(model.block.layers)
 
@@ -143,9 +143,9 @@ def measure_activations(
             given = LayerInputs(*arguments[:4])  # type: ignore[arg-type]
             results = eager_ops(layer, given, torch.float32)
             rows = dict(zip(MODALITIES, given.clip.slices(), strict=False))
-            for name, x, scaled in _tensors(layer, given, results):
+            for name, x, scaled in tensors(layer, given, results):
                 for modality, part in rows.items():
-                    of = sums.setdefault((index, name, modality), _Sums())
+                    of = sums.setdefault((index, name, modality), Sums())
                     of.add(x[part], None if scaled is None else scaled[part])
             if calls[index] in map_steps:
                 maps.append(attention_map(index, calls[index], results, given.clip, given.ranges))
@@ -162,7 +162,7 @@ def measure_activations(
     return [of.result(*key) for key, of in sums.items()], maps
 
 
-def _tensors(
+def tensors(
     layer: Layer, given: LayerInputs, results: OpResults
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
     """(name, values [N, channels], the same in units of the op's scales) of every tensor."""
@@ -176,7 +176,7 @@ def _tensors(
     yield "qkv input", results.norm, units(results.norm, e4m3_rows(results.norm)[1][:, None])
     attention = layer.attention
     for which, (name, x) in enumerate((("q", results.q), ("k", results.k))):
-        scale = torch.empty(len(x), 1)
+        scale = torch.empty(len(x), 1, device=x.device)
         for e, rows in chunks:
             weights = torch.stack([attention.q_norm.of(e), attention.k_norm.of(e)])[None]
             scale[rows] = static_qk_scale(weights)[0, which]

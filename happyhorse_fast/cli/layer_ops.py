@@ -5,6 +5,7 @@ Every op starts from its float32 input, so rounding or quantising that input cou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +81,7 @@ class OpResults:
     def of(self, op: str) -> torch.Tensor:
         """One op's result as [N, features] float32; ``qkv`` is q, k, v and gate side by side."""
         if op == "qkv":
-            parts = (self.q.flatten(1), self.k.flatten(1), self.v.flatten(1), self.gate)
-            return torch.cat([part.float() for part in parts], dim=1)
+            return side_by_side(self.q, self.k, self.v, self.gate)
         value: torch.Tensor = getattr(self, op)
         return value.float()
 
@@ -186,6 +186,33 @@ def attention_in(precision: str, layer: FastLayer, state: ClipState, exact: OpRe
     return ops._attention(exact)
 
 
+@torch.no_grad()
+def products_alone(
+    layer: FastLayer, state: ClipState, given: LayerInputs, exact: OpResults
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(op, result [N, features]) of the layer's products, each on its float32 input and with a result in bf16.
+
+    What a result loses as the next op's codes is that op's error, since its format is what asks for them.
+
+    Args:
+        layer: Packed, attention in bf16.
+        state: Of the clip.
+        given: The eager layer's inputs in float32.
+        exact: The eager layer's results in float32.
+    """
+    ops = _FastOps(layer, state)
+    yield "qkv", side_by_side(*ops._qkv(*ops._norm(given.hidden, layer.attn_norm, "qkv")))
+    yield "proj", ops._proj(given, exact)
+    yield "down", ops._down(given, exact)
+    ops.precision = {**ops.precision, "down": "bf16"}
+    yield "up", ops._up(exact.middle)[:, : exact.up.shape[1]]
+
+
+def side_by_side(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """[N, heads, D] three times and [N, heads] -> [N, features] float32."""
+    return torch.cat([part.float() for part in (q.flatten(1), k.flatten(1), v.flatten(1), gate)], dim=1)
+
+
 class _FastOps:
     def __init__(self, layer: FastLayer, state: ClipState) -> None:
         self.layer, self.state, self.plan = layer, state, layer.plan
@@ -194,7 +221,6 @@ class _FastOps:
         self.activation = "swiglu7" if self.plan.gated else "gelu7"
 
     def run(self, given: LayerInputs, exact: OpResults) -> OpResults:
-        width = given.hidden.shape[1]
         x, x_scale = self._norm(given.hidden, self.layer.attn_norm, "qkv")
         q, k, v, gate = self._qkv(x, x_scale)
         up = self._up(exact.middle)
@@ -205,11 +231,19 @@ class _FastOps:
             v=v,
             gate=gate,
             attention=self._attention(exact),
-            proj=self._product("proj", exact.attention, output_scale(exact.v.float(), None, exact.gate.float()), width),
+            proj=self._proj(given, exact),
             middle=given.hidden[:0],
             up=up[:, : exact.up.shape[1]],
-            down=self._product("down", exact.up, static_scale(self.activation, True, exact.up.device), width),
+            down=self._down(given, exact),
         )
+
+    def _proj(self, given: LayerInputs, exact: OpResults) -> torch.Tensor:
+        scale = output_scale(exact.v.float(), None, exact.gate.float())
+        return self._product("proj", exact.attention, scale, given.hidden.shape[1])
+
+    def _down(self, given: LayerInputs, exact: OpResults) -> torch.Tensor:
+        scale = static_scale(self.activation, True, exact.up.device)
+        return self._product("down", exact.up, scale, given.hidden.shape[1])
 
     def _rows(self, tokens: torch.Tensor, columns: int | None = None) -> torch.Tensor:
         """[N, ...] in the public order -> [rows, ...] float32 padded with zeros, to ``columns`` where given."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.errors import real_number, whole_number
@@ -176,6 +177,42 @@ class FastConfig:
             ops, _ = self._parse(rule)
             if all((self.attention_format if op == "attention" else self.precision) == "bf16" for op in ops):
                 raise ValueError(f"skip must name products that are not in bf16 anyway, got {rule!r}")
+
+    @classmethod
+    def calibrated(cls, path: str | Path, config: ModelConfig, **options: Any) -> FastConfig:
+        """``options``, and a ``skip`` of the ops that lose too much in their formats with a model's own weights.
+
+        Args:
+            path: What ``happyhorse-fast verify CHECKPOINT --calibrate N`` wrote.
+            config: Configuration of the model to accelerate; the file must be of the same.
+            **options: Fields of a FastConfig, at least one of ``precision`` and ``attention`` of 8 bits. Rules of
+                ``skip`` among them are kept.
+
+        Raises:
+            OSError, ValueError: As :func:`happyhorse_fast.model.calibration.read_skip`; everything is in bf16.
+            TypeError, ValueError: As for a FastConfig.
+        """
+        from happyhorse_fast.model.calibration import ATTENTION, read_skip  # here: it imports this module
+
+        wanted = cls(**options)
+        if (wanted.precision, wanted.attention_format) == ("bf16", "bf16"):
+            raise ValueError("precision or attention must be of 8 bits to be calibrated, got bf16 for both")
+        if not isinstance(config, ModelConfig):
+            raise TypeError(f"config must be a ModelConfig, got {type(config).__name__}")
+        wanted.require_model(config)
+        lists = read_skip(path, config)
+        rules: list[str] = []
+        if wanted.precision != "bf16":
+            rules += [rule for rule in lists[wanted.precision] if not rule.startswith("attention")]
+        for precision, attention in ATTENTION.items():
+            if wanted.attention_format == attention:
+                rules += [rule for rule in lists[precision] if rule.startswith("attention")]
+        try:
+            found = replace(wanted, skip=(*wanted.skip, *rules))
+            found.require_model(config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return found
 
     @property
     def attention_format(self) -> AttentionPrecision:
