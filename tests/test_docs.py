@@ -11,6 +11,7 @@ from happyhorse_fast.ops import (
     block_sparse_attention,
     fp8_linear,
     qk_norm_rope,
+    quantize_rows,
     rmsnorm_qkv,
     select_blocks,
 )
@@ -133,7 +134,15 @@ def test_the_python_examples_of_the_ops_run():
 
 def test_the_signatures_of_the_ops_are_the_functions():
     """Names, order, and what is by keyword alone; `keep | mass` are two."""
-    modules = (rmsnorm_qkv, qk_norm_rope, block_sparse_attention, select_blocks, fp8_linear, activation_quantize)
+    modules = (
+        rmsnorm_qkv,
+        qk_norm_rope,
+        quantize_rows,
+        block_sparse_attention,
+        select_blocks,
+        fp8_linear,
+        activation_quantize,
+    )
     signatures = re.findall(r"^`(\w+)\((.*)\) -> ", (ROOT / "docs/OPS.md").read_text(), flags=re.MULTILINE)
     assert len(signatures) == 10
     for name, parameters in signatures:
