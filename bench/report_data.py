@@ -197,9 +197,10 @@ FORMS = {
     "eager": "eager bf16",
     "torch.compile": "torch.compile, bf16",
     "fast bf16": "fast bf16",
+    "fast int8": "fast int8, attention int8_qk (the default of int8)",
     "fast fp8": "fast fp8, attention fp8",
-    "fast fp8 linear": "fast fp8, attention bf16 (the default of fp8)",
-    "fast fp8 int8_qk": "fast fp8, attention int8_qk",
+    "fast fp8 linear": "fast fp8, attention bf16",
+    "fast fp8 int8_qk": "fast fp8, attention int8_qk (the default of fp8)",
 }
 KERNELS = {"triton": "plain Triton", "gluon": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
 """How a kernel of attention is called where a backend of that name also runs other ops."""
@@ -228,6 +229,7 @@ PARTS = (
     ("up", ("fp8_linear_activation",)),
     ("QKV", ("qkv_linear",)),
     ("norms", ("rmsnorm_quantize",)),
+    ("row codes", ("quantize_rows",)),
     ("eager's products", ()),
     ("rest", ("other",)),
 )
