@@ -132,8 +132,8 @@ def _products() -> Iterator[Prediction]:
         ("qkv_linear/int8", (4.2, 4.5), ""),
     ):
         yield Prediction(case, "triton", ms, "power; products measured on an H200", form=form)
-    for part, ms in (("proj", 0.24), ("down", 0.63)):
-        yield Prediction(f"quantize_rows-{part}/int8", "triton", (ms, ms), "memory")
+    for part, floor in (("proj", 0.24), ("down", 0.63)):
+        yield Prediction(f"quantize_rows-{part}/int8", "triton", (floor, floor), "memory")
 
 
 def _first(part: str) -> tuple[Prediction, ...]:

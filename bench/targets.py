@@ -98,8 +98,8 @@ def lines(data: Json) -> Iterator[Line]:
         yield _against(f"{kind} fp8 against torch._scaled_mm", entry, SCALED_MM, 1.0)
     for kind, (precision, peer) in itertools.product(PRODUCTS, (("fp8", SCALED_MM), ("bf16", BF16_MM))):
         entry, _ = best(data, kind, precision, in_turns=True)
-        wanted = 0.98 if kind == PRODUCTS[0] else LEAST_OF_PRODUCT
-        yield _against(f"{kind} {precision} in turns with its bare product", entry, peer, wanted)
+        least = 0.98 if kind == PRODUCTS[0] else LEAST_OF_PRODUCT
+        yield _against(f"{kind} {precision} in turns with its bare product", entry, peer, least)
     for kind in PRODUCTS:
         entry, _ = best(data, kind, "int8", in_turns=True)
         yield _against(f"{kind} int8 in turns with torch._int_mm", entry, INT_MM, 1.0)

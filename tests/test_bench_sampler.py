@@ -40,7 +40,7 @@ def test_the_sampler_runs_every_mode_mask_and_cap_of_the_issue():
         "eager": None,
         "torch.compile": None,
     }
-    assert {r.mode: r.fast.mlp_rows for r in runs if r.fast} == {
+    assert {r.mode: r.fast.rows_in_mlp for r in runs if r.fast} == {
         mode: 32768 if mode == "fast int8" else 65536 for mode in MODES if mode.startswith("fast")
     }
     assert {(r.mask, r.cap_gb) for r in runs if r.mode == "fast int8"} >= {
