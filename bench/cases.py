@@ -37,7 +37,7 @@ SMALL = ModelConfig(
 TINY = SMALL.replace(hidden_size=128, head_dim=64, num_heads_q=2)
 RESOLUTIONS = ("1080p", "540p", "256p")
 SECONDS = (5, 10, 15)
-PRECISIONS = ("fp8", "bf16")
+PRECISIONS = ("fp8", "int8", "bf16")
 ATTENTION_FORMATS = ("fp8", "int8_qk", "bf16")
 STEM, DROP_IN = "block_sparse_attention", "attention"
 """Attention as a layer calls it, which knows how large scores can be, and as any model's tensors are given to it."""
@@ -131,6 +131,11 @@ class Case:
         return self.op, self.part, self.precision
 
     @property
+    def variant(self) -> str:
+        """Format by :data:`happyhorse_fast.ops.formats.VARIANTS`' name of it; int8 products lead to int8 q and k."""
+        return "int8_x_int8_qk" if (self.op, self.precision) == ("qkv_linear", "int8") else self.precision
+
+    @property
     def rows(self) -> int:
         """Rows of the padded sequence."""
         return padded_rows(self.size).slots
@@ -177,9 +182,9 @@ class Case:
         size = self.size
         share = {"dense": 1.0, "25%": 0.25, "12.5%": 0.125}.get(self.part)
         kind = layer_kind(size.config, self.layer, size.clip)
-        products = "bf16" if self.precision == "int8_qk" else self.precision
+        products, attention = ("bf16", "int8_qk") if self.precision == "int8_qk" else (self.precision, None)
         costs = step_costs(
-            size.config, size.clip, text=size.text, precision=products, attention=self.precision, video_share=share
+            size.config, size.clip, text=size.text, precision=products, attention=attention, video_share=share
         )
         return next(c.flops for c in costs if c.op == costed and c.kind == kind)
 

@@ -292,7 +292,7 @@ def groups(chosen: Iterable[Case]) -> list[Group]:
 def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
     """What a case is timed with: the backend and the others, those that have a kernel for it."""
     able = {
-        "cuda": case.precision in VARIANTS["cuda"].get(case.op, ()),
+        "cuda": case.variant in VARIANTS["cuda"].get(case.op, ()),
         GLUON: case.op in (STEM, DROP_IN),
     }
     return [name for name in (backend, *also) if able.get(name, True)]

@@ -33,6 +33,10 @@ E4M3_DISTANCE = 5e-4
 INT8_DISTANCE = 2e-4
 # P in e4m3 (1e-3 allowed) and an e4m3 output on top of it; a scale 4 % off fails by its slope.
 ATTENTION_FP8_DISTANCE = budgets.ATTENTION_DISTANCE_EXACT_P + E4M3_DISTANCE
+# k has a scale per head and 128 tokens, whose largest value is 5 to 6 times the RMS: up to 2e-4.
+INT8_K_DISTANCE = 4e-4
+# Sums of int8 codes are exact: what is left is their float32 epilogue, 1e-7 of a value and 1e-14 of distance.
+INT8_SUM_DISTANCE, INT8_SUM_SLOPE = 1e-12, 1e-6
 CODE_SLOPE = 5e-3
 ALL_BLOCKS_UP_TO = 8
 DRAWN_BLOCKS = 6
@@ -115,7 +119,10 @@ def _compare(
         yield from _qkv(case, given, results, rows, block)
     elif before is not None:
         added = results[0][rows].double() - before[rows].double()
-        yield "hidden", added, _product(given, rows, block), budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+        exact_sums = case.precision == "int8"
+        distance = INT8_SUM_DISTANCE if exact_sums else budgets.GEMM_DISTANCE
+        slope = INT8_SUM_SLOPE if exact_sums else budgets.GEMM_SLOPE
+        yield "hidden", added, _product(given, rows, block), distance, slope
     else:
         function = ACTIVATIONS[given["activation"]][0]
         exact = function(_product(given, rows, block))
@@ -168,6 +175,13 @@ def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, blo
     if case.precision == "bf16":
         for name, value in exact.items():
             yield name, out[name][rows], value, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+        return
+    if case.precision == "int8":
+        q_scale, k_scale = out["q_scale"][rows, :, None].double(), out["k_scale"][:, block, None].double()
+        yield "q", out["q"][rows].double() * q_scale, exact["q"], INT8_DISTANCE, CODE_SLOPE
+        yield "k", out["k"][rows].double() * k_scale, exact["k"], INT8_K_DISTANCE, CODE_SLOPE
+        for name in ("v", "gate"):
+            yield name, out[name][rows], exact[name], budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
         return
     for name in ("q", "k"):
         codes, scale = out[name][rows].double(), out[f"{name}_scale"][block].double()

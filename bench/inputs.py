@@ -28,8 +28,8 @@ E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 Given = dict[str, Any]
 """Keyword arguments of an op, without the backend."""
 
-# Codes spread over the format: one in 16,000 of a normal distribution is clamped at 448.
-CODE_SPREAD = 112.0
+# Codes spread over the format, as a scale per row makes them: one in 16,000 of a normal distribution is clamped.
+CODE_SPREAD = {"fp8": 448 / 4, "int8": 127 / 4}
 BOUNDED, RUNNING, FOUND = "bounded", "running maximum", ", found on the device"
 """Forms of attention's softmax, as results name them."""
 
@@ -50,14 +50,15 @@ class Draw:
         """N(0, scale^2)."""
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype).mul_(scale)
 
-    def codes(self, *shape: int) -> Tensor:
-        """e4m3 codes of N(0, CODE_SPREAD^2)."""
-        return self.normal(*shape, scale=CODE_SPREAD, dtype=BF16).clamp_(-448, 448).to(E4M3)
+    def codes(self, *shape: int, fmt: str = "fp8") -> Tensor:
+        """e4m3 or int8 codes of N(0, CODE_SPREAD^2)."""
+        values = self.normal(*shape, scale=CODE_SPREAD[fmt], dtype=BF16)
+        return values.round_().clamp_(-127, 127).to(torch.int8) if fmt == "int8" else values.clamp_(-448, 448).to(E4M3)
 
-    def scales(self, *shape: int, size: float = 1.0) -> Tensor:
+    def scales(self, *shape: int, size: float = 1.0, fmt: str = "fp8") -> Tensor:
         """float32 scales, each different, that make codes values of about ``size``."""
         spread = torch.rand(shape, generator=self.generator, device=self.device)
-        return (spread + 0.5) * (size / CODE_SPREAD)
+        return (spread + 0.5) * (size / CODE_SPREAD[fmt])
 
 
 def make(case: Case, device: torch.device | str, seed: int = 0) -> Given:
@@ -92,7 +93,7 @@ def _qkv(case: Case, draw: Draw) -> Given:
         "row_tiles": _row_tiles(case, draw),
         "num_heads_q": plan.num_heads_q,
         "num_heads_kv": plan.num_heads_kv,
-        "out": case.precision,
+        "out": "int8_qk" if case.precision == "int8" else case.precision,
         "qk_scale": static_qk_scale(qk_norm) if case.precision == "fp8" else None,
     }
 
@@ -176,11 +177,12 @@ def _operands(case: Case, draw: Draw, name: str) -> Given:
         x = draw.normal(case.rows, inputs, dtype=BF16)
         weight = draw.normal(experts, features, inputs, scale=inputs**-0.5, dtype=BF16)
         return {"x": x, "x_scale": None, "weight": weight, "weight_scale": None}
+    fmt = case.precision
     return {
-        "x": draw.codes(case.rows, inputs),
-        "x_scale": draw.scales(case.rows),
-        "weight": draw.codes(experts, features, inputs),
-        "weight_scale": draw.scales(experts, features, size=inputs**-0.5),
+        "x": draw.codes(case.rows, inputs, fmt=fmt),
+        "x_scale": draw.scales(case.rows, fmt=fmt),
+        "weight": draw.codes(experts, features, inputs, fmt=fmt),
+        "weight_scale": draw.scales(experts, features, size=inputs**-0.5, fmt=fmt),
     }
 
 

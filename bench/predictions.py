@@ -1,8 +1,8 @@
 """What is predicted of kernels at 1080p and 5 s, written before they were measured.
 
 A prediction is a floor, from FLOPs at the tensor cores' peak or bytes at the memory's, or a range where a kernel's own
-instructions bound it. docs/notes/hopper.md holds what was learnt from each. Attention is predicted twice: the first
-kernels' outcomes are those of results that name no softmax.
+instructions bound it. docs/notes/hopper.md holds what was learnt from each. Attention and e4m3 products are predicted
+twice: the first kernels' outcomes are those of results that name no softmax, and those of no span.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Prediction:
         ms: Fastest and slowest.
         bound: By what.
         softmax: Form of attention's softmax, as results name it; None of the first kernels, and of other ops.
+        form: Of a product's second form, what is new in it. Its outcomes have a span; what was timed alone is older.
         gpus: Of which they are, by their names in `happyhorse_fast.costs`.
     """
 
@@ -36,12 +37,13 @@ class Prediction:
     ms: tuple[float, float]
     bound: str
     softmax: str | None = None
+    form: str = ""
     gpus: tuple[str, ...] = HOPPER
 
     @property
     def label(self) -> str:
         """Of a table's row."""
-        return f"{self.case}, {self.softmax}" if self.softmax else self.case
+        return ", ".join(filter(None, (self.case, self.softmax, self.form)))
 
     @property
     def name(self) -> str:
@@ -105,7 +107,33 @@ def _second() -> Iterator[Prediction]:
             floor = 1e15 * TFLOP[part] / GPUS[gpu].rate(fmt)
             taken = floor, floor * (1 + instructions / products)
             name = f"block_sparse_attention-{part}/{fmt}"
-            yield Prediction(name, "triton", taken, "products, then instructions", BOUNDED, (gpu,))
+            yield Prediction(name, "triton", taken, "products, then instructions", BOUNDED, gpus=(gpu,))
+
+
+ONE_SCALE = "one scale, the memory adds"
+TWO_HEADS = "two heads a tile"
+
+
+def _products() -> Iterator[Prediction]:
+    """Second forms of e4m3 and bf16 products, and int8.
+
+    With a scale per row and the residual loaded and stored, down took 7.4 ms and proj 3.1 to 3.3; without them the
+    library's products 7.0 and 2.7. Of int8 a bare product in Triton reached 1235, 1247 and 1063 TFLOP/s (up, down and
+    qkv with one head a tile), and int8 keeps 92 to 95 % of e4m3's speed. Row codes are bytes at 4.2 TB/s.
+    """
+    for case, ms, form in (
+        ("fp8_linear_residual-down/fp8", (7.2, 7.4), ONE_SCALE),
+        ("fp8_linear_residual-proj/fp8", (2.9, 3.1), ONE_SCALE),
+        ("qkv_linear/fp8", (4.0, 4.0), TWO_HEADS),
+        ("qkv_linear/bf16", (7.6, 7.6), TWO_HEADS),
+        ("fp8_linear_activation-swiglu7/int8", (14.6, 15.7), ""),
+        ("fp8_linear_residual-down/int8", (7.2, 7.8), ""),
+        ("fp8_linear_residual-proj/int8", (3.0, 3.2), ""),
+        ("qkv_linear/int8", (4.2, 4.5), ""),
+    ):
+        yield Prediction(case, "triton", ms, "power; products measured on an H200", form=form)
+    for part, floor in (("proj", 0.24), ("down", 0.63)):
+        yield Prediction(f"quantize_rows-{part}/int8", "triton", (floor, floor), "memory")
 
 
 def _first(part: str) -> tuple[Prediction, ...]:
@@ -134,6 +162,7 @@ PREDICTIONS = (
     Prediction("fp8_linear_residual-proj/bf16", "triton", (3.41, 3.41), "products"),
     Prediction("qkv_linear/fp8", "triton", (2.43, 2.43), "products"),
     Prediction("qkv_linear/bf16", "triton", (4.85, 4.85), "products"),
+    *_products(),
     # Without a branch, as the case is: 4 bytes read, 1 or 2 written per element.
     Prediction("rmsnorm_quantize/fp8", "triton", (0.49, 0.49), "memory"),
     Prediction("rmsnorm_quantize/bf16", "triton", (0.59, 0.59), "memory"),

@@ -22,7 +22,7 @@ Backend = Literal["auto", "triton", "gluon", "cuda", "reference"]
 # Elements drawn at a time on their way to codes: 2 GB in bf16.
 CHUNK = 1 << 30
 # Codes spread over their format: one in 16,000 of a normal distribution is clamped at 448 or 127.
-SPREAD = {torch.float8_e4m3fn: CODE_SPREAD, torch.int8: 31.75}
+SPREAD = {torch.float8_e4m3fn: CODE_SPREAD["fp8"], torch.int8: CODE_SPREAD["int8"]}
 
 
 def random_eager(config: ModelConfig, device: torch.device, seed: int) -> HappyHorse:

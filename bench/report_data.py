@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.results import FOLDER, NOT_INTERLEAVED, ROOT, Json, merged, ratio, read
-from bench.roofline import Peaks
+from bench.roofline import MEASURED, Peaks
 from bench.sampler_runs import EXACT, SECOND_STAGE
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 
@@ -100,7 +100,7 @@ class Row:
 
 def ceilings(data: Json) -> list[Peaks]:
     """Ceilings of one GPU: the datasheet's first, then those measured; either where there is one."""
-    stated = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] != "measured"]
+    stated = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] != MEASURED]
     measured = measured_ceilings(data)
     return [*stated, *([measured] if measured else [])]
 
@@ -110,7 +110,7 @@ def measured_ceilings(data: Json) -> Peaks | None:
 
     The copy alone is no ceiling: on an H200 it moves 2.8 TB/s, and `rmsnorm_quantize` 4.2.
     """
-    found = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] == "measured"]
+    found = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] == MEASURED]
     if not found:
         return None
     timed = [entry for entry in data["entries"] if entry["verified"] and entry["median_ms"] is not None]
@@ -118,11 +118,13 @@ def measured_ceilings(data: Json) -> Peaks | None:
     def best(name: str, precision: str) -> float:
         return max((entry[name] or 0.0 for entry in timed if entry["case"].endswith(precision)), default=0.0)
 
+    newest = found[-1]
     return Peaks(
-        max(found[-1].bandwidth, best("gbps", "") / 1e3),
-        max(found[-1].bf16, best("tflops", "bf16")),
-        max(found[-1].fp8, best("tflops", "fp8")) if found[-1].fp8 else None,
-        "measured",
+        max(newest.bandwidth, best("gbps", "") / 1e3),
+        max(newest.bf16, best("tflops", "/bf16")),
+        max(newest.fp8, best("tflops", "/fp8")) if newest.fp8 else None,
+        MEASURED,
+        int8=max(newest.int8 or 0.0, best("tflops", "/int8")) or None,
     )
 
 
@@ -195,9 +197,10 @@ FORMS = {
     "eager": "eager bf16",
     "torch.compile": "torch.compile, bf16",
     "fast bf16": "fast bf16",
+    "fast int8": "fast int8, attention int8_qk (the default of int8)",
     "fast fp8": "fast fp8, attention fp8",
-    "fast fp8 linear": "fast fp8, attention bf16 (the default of fp8)",
-    "fast fp8 int8_qk": "fast fp8, attention int8_qk",
+    "fast fp8 linear": "fast fp8, attention bf16",
+    "fast fp8 int8_qk": "fast fp8, attention int8_qk (the default of fp8)",
 }
 KERNELS = {"triton": "plain Triton", "gluon": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
 """How a kernel of attention is called where a backend of that name also runs other ops."""
@@ -226,6 +229,7 @@ PARTS = (
     ("up", ("fp8_linear_activation",)),
     ("QKV", ("qkv_linear",)),
     ("norms", ("rmsnorm_quantize",)),
+    ("row codes", ("quantize_rows",)),
     ("eager's products", ()),
     ("rest", ("other",)),
 )

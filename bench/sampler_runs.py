@@ -10,8 +10,8 @@ from happyhorse_fast.model.fast_config import AttentionPrecision, FastConfig, To
 BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
 FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"
 MODES = ("fast fp8", "fast int8", "fast fp8 linear", "fast fp8 int8_qk", "fast bf16", "eager", "torch.compile")
-"""Fast fp8 has attention in fp8 too, fast int8 in int8_qk; fast fp8 linear has it in bf16, and fast fp8
-int8_qk is what FastConfig(precision="fp8") does."""
+"""Fast fp8 has attention in fp8 too, fast fp8 linear has it in bf16; fast int8 and fast fp8 int8_qk are what
+FastConfig(precision="int8") and (precision="fp8") do."""
 _ATTENTION: dict[str, AttentionPrecision] = {"fast fp8": "fp8", "fast int8": "int8_qk", "fast fp8 int8_qk": "int8_qk"}
 EXACT = "exact"
 # Steps of a run are stopped after so long, two at least. A fast run of 8 steps at 1080p ends within it.
@@ -100,12 +100,13 @@ def runs() -> Iterator[Run]:
 def _rest() -> Iterator[Run]:
     for mask in (EXACT, "25%", "12.5%"):
         yield Run(BASE, "1080p", "fast bf16", mask)
+        yield Run(BASE, "1080p", "fast int8", mask)
     for mode in ("fast fp8", "fast int8", "eager", "fast bf16", "fast fp8 linear", "fast fp8 int8_qk"):
         yield Run(SECOND_STAGE, "1080p", mode, steps=5)
         yield Run(FIRST_STAGE, "256p", mode)
         yield Run(DENSE, "1080p", mode)
     for mode in ("fast bf16", "eager", "fast fp8", "fast int8"):
-        for cap in (48, 80):
+        for cap in (24, 48, 80) if mode == "fast int8" else (48, 80):
             yield Run(BASE, "1080p", mode, cap_gb=cap)
     for preset, resolution, steps in (
         (BASE, "1080p", 8),

@@ -7,6 +7,7 @@ python -m bench.targets FILE.json       # one file; --markdown for docs/notes/
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,8 +32,15 @@ FINDING = 0.5
 """ms that finding the bound on the device may add to dense attention: 0.25 predicted, and twice that."""
 PRODUCTS = ("fp8_linear_activation-swiglu7", "fp8_linear_residual-down", "qkv_linear", "fp8_linear_residual-proj")
 MEMORY_BOUND = ("rmsnorm_quantize", "select_blocks-25%")
-SCALED_MM, BF16_MM = "torch._scaled_mm (product only)", "torch.mm bf16 (product only)"
+SCALED_MM, BF16_MM, INT_MM = (
+    f"{name} (product only)" for name in ("torch._scaled_mm", "torch.mm bf16", "torch._int_mm")
+)
+LEAST_OF_PRODUCT = 0.95
+"""Of the library's bare product's speed, in turns with it, that a product with its epilogue keeps; up, which adds to
+nothing in memory, 0.98."""
 CAPS = (80, 48, 24)
+PEAK_GIB = {5: 18.5, 15: 21.8}
+"""GiB that 8 bits take at most at 1080p, by seconds of the clip; 21.8 is what a card of 24 GB has."""
 NOT_MEASURED = "not measured"
 
 
@@ -88,6 +96,13 @@ def lines(data: Json) -> Iterator[Line]:
         entry, note = best(data, kind, "fp8")
         yield Line(f"{kind} fp8 with its epilogue", 1083, entry["tflops"] if entry else None, "TFLOP/s", note=note)
         yield _against(f"{kind} fp8 against torch._scaled_mm", entry, SCALED_MM, 1.0)
+    for kind, (precision, peer) in itertools.product(PRODUCTS, (("fp8", SCALED_MM), ("bf16", BF16_MM))):
+        entry, _ = best(data, kind, precision, in_turns=True)
+        least = 0.98 if kind == PRODUCTS[0] else LEAST_OF_PRODUCT
+        yield _against(f"{kind} {precision} in turns with its bare product", entry, peer, least)
+    for kind in PRODUCTS:
+        entry, _ = best(data, kind, "int8", in_turns=True)
+        yield _against(f"{kind} int8 in turns with torch._int_mm", entry, INT_MM, 1.0)
     for kind, precision, peer in (
         ("qkv_linear", "bf16", BF16_MM),
         ("qkv_linear", "fp8", SCALED_MM),
@@ -106,7 +121,7 @@ def lines(data: Json) -> Iterator[Line]:
 
 def _against(what: str, entry: Json | None, peer: str, wanted: float) -> Line:
     taken = entry["peers"].get(peer) if entry else None
-    note = f"{peer} {taken:.4g} ms" if taken else f"{peer} was not timed"
+    note = f"{peer} {taken:.4g} ms" if taken else f"{peer} was not timed" if entry else NOT_MEASURED
     if taken and entry and ratio(entry, peer) is None:
         note += f", {NOT_INTERLEAVED}"
     return Line(what, wanted, taken / entry["median_ms"] if taken and entry else None, "x its speed", note=note)
@@ -126,18 +141,25 @@ def _finding(data: Json) -> Line:
     return Line(what, FINDING, more, "ms", least=False, note=note)
 
 
-def best(data: Json, kind: str, precision: str, **wanted: str | None) -> tuple[Json | None, str]:
+def best(
+    data: Json, kind: str, precision: str, *, in_turns: bool = False, **wanted: str | None
+) -> tuple[Json | None, str]:
     """(the fastest verified entry of a case, which one it is or why there is none).
 
     Args:
         data: One GPU's results.
         kind: Op and part.
         precision: Of the case.
+        in_turns: Whether an entry must have a span.
         **wanted: Fields that an entry must have (``impl``, ``softmax``); None: must not.
     """
     name = f"{kind}/{SIZE}/{precision}"
     entries = [
-        e for e in data["entries"] if e["case"] == name and all(e.get(field) == x for field, x in wanted.items())
+        e
+        for e in data["entries"]
+        if e["case"] == name
+        and (e.get("span") or not in_turns)
+        and all(e.get(field) == x for field, x in wanted.items())
     ]
     timed = [entry for entry in entries if entry["verified"] and entry["median_ms"] is not None]
     if not timed:
@@ -155,16 +177,15 @@ def _clip(data: Json) -> Iterator[Line]:
         ("8 steps, 25% of video pairs, fp8", BASE, "25%", 18),
         ("second stage, 5 steps, fp8", SECOND_STAGE, EXACT, 18),
     ):
-        run = _run(data, preset, "fast fp8", mask, None)
-        note = "; ".join(filter(None, (form_of(run), run.get("note")))) if run else NOT_MEASURED
-        yield Line(what, wanted, run["total_s"] if run else None, "s", least=False, note=note)
-        if mask == EXACT and preset == BASE:
-            yield Line("peak memory", 22, run["peak_memory_gib"] if run else None, "GiB", least=False)
+        yield _seconds(what, wanted, _run(data, preset, "fast fp8", mask, None))
     for attention, mode, wanted in (("bf16", "fast fp8 linear", 36), ("int8_qk", "fast fp8 int8_qk", 34)):
-        run = _run(data, BASE, mode, EXACT, None, softmax=BOUNDED)
-        note = "; ".join(filter(None, (form_of(run), run.get("note")))) if run else NOT_MEASURED
         what = f"8 steps, window, products in fp8, attention {attention}, bounded"
-        yield Line(what, wanted, run["total_s"] if run else None, "s", least=False, note=note)
+        yield _seconds(what, wanted, _run(data, BASE, mode, EXACT, None, softmax=BOUNDED))
+    yield _seconds("8 steps, window, int8", 36, _run(data, BASE, "fast int8", EXACT, None))
+    for precision in ("fp8", "int8"):
+        run = _run(data, BASE, f"fast {precision}", EXACT, None)
+        peak = run["peak_memory_gib"] if run else None
+        yield Line(f"peak memory, {precision}", PEAK_GIB[5], peak, "GiB", least=False)
     for cap in CAPS:
         capped = [run for run in data["sampler"] if run["preset"] == BASE and run.get("cap_gb") == cap]
         done = [run for run in capped if run["s_per_step"] is not None]
@@ -180,6 +201,11 @@ def _clip(data: Json) -> Iterator[Line]:
         stage = stages.get(name)
         passed, outcome = (int(stage["passed"]), stage["outcome"]) if stage else (None, "")
         yield Line(f"stage {name} green", 1, passed, "run", note=outcome)
+
+
+def _seconds(what: str, wanted: float, run: Json | None) -> Line:
+    note = "; ".join(filter(None, (form_of(run), run.get("note")))) if run else NOT_MEASURED
+    return Line(what, wanted, run["total_s"] if run else None, "s", least=False, note=note)
 
 
 def _run(data: Json, preset: str, mode: str, mask: str, cap: int | None, softmax: str | None = None) -> Json | None:
@@ -198,7 +224,8 @@ def predicted(data: Json) -> Iterator[tuple[str, ...]]:
     """Rows of predictions and outcomes."""
     for prediction in of_gpu(data["gpu"]):
         kind, _, precision = prediction.case.partition("/")
-        entry, note = best(data, kind, precision, impl=prediction.impl, softmax=prediction.softmax)
+        form: dict[str, str | None] = {"impl": prediction.impl, "softmax": prediction.softmax}
+        entry, note = best(data, kind, precision, in_turns=bool(prediction.form), **form)
         low, high = prediction.ms
         expected = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
         if entry is None:
@@ -227,8 +254,8 @@ def tables(data: Json) -> list[Table]:
     columns = ("case", "on", "predicted ms", "bound by", "ms", "off by", "state")
     note = (
         "Predicted from the datasheet's peaks, an H100's for an H200; attention that names its softmax from a "
-        "prototype's rates and the instructions of the compiled code. Off by: the time over the nearer end of the "
-        "prediction."
+        "prototype's rates and the instructions of the compiled code, products in int8 and those that name what is new "
+        "in them from bare products. Off by: the time over the nearer end of the prediction."
     )
     expected = tuple(predicted(data))
     return [

@@ -120,7 +120,7 @@ def _is_fp8(target: Target) -> bool:
 
 
 def _shared(target: Target, config: LaunchConfig) -> int:
-    element = 1 if _is_fp8(target) else 2
+    element = 1 if target.case.precision in ("int8", "fp8") else 2
     if target.stem == "block_sparse_attention":  # stages of k and v, and the query tile
         d = target.case.plan.head_dim
         return (2 * config.num_stages * config.block_n + config.block_m) * d * element

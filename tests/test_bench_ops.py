@@ -67,7 +67,8 @@ WRONG = {
     "name",
     [
         *("window/tiny/fp8", "window/tiny/int8_qk", "window/tiny/bf16", "attention-dense/tiny/bf16"),
-        *("swiglu7/tiny", "down/tiny", "qkv_linear/tiny/bf16", "quantize/tiny/bf16"),
+        *("swiglu7/tiny", "residual-down/tiny", "qkv_linear/tiny/bf16", "quantize/tiny/bf16"),
+        *("swiglu7/tiny/int8", "residual-down/tiny/int8", "qkv_linear/tiny/int8", "rows-down/tiny"),
     ],
 )
 @pytest.mark.parametrize("what", WRONG)
@@ -83,6 +84,13 @@ def test_a_wrong_kernel_has_no_number(name, what, bench, monkeypatch, tmp_path):
     assert not any(character.isdigit() for cell in ops_table.row(entry)[2:-1] for character in cell)
     (written,) = read(tmp_path / "r.json")["entries"]
     assert written == json.loads(json.dumps(entry))
+
+
+@pytest.mark.parametrize(("precision", "seen"), [("int8", True), ("fp8", False)])
+def test_sums_of_int8_codes_are_held_to_be_exact(precision, seen, monkeypatch):
+    (case,) = select(TINY, f"residual-proj/tiny/{precision}")
+    planted(monkeypatch, lambda x: x * (1 + 1e-5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))))
+    assert bool(gates.problems(case, make(case, CPU), "reference")) is seen
 
 
 def test_a_kernel_that_raises_has_no_number(bench, monkeypatch):
@@ -141,7 +149,7 @@ def test_a_peer_that_breaks_is_named_and_ends_nothing():
 def test_a_peer_takes_turns_with_both_precisions_once_on_rotated_inputs():
     peer = Counting("counting")
     both = Bench(CPU, "reference", seconds=0.0, peers=[peer])
-    fp8, bf16 = select(TINY, "quantize/tiny")
+    fp8, _, bf16 = select(TINY, "quantize/tiny")
     entries = ops.run(both, [fp8, bf16], None, FOREVER)
     assert peer.seen == [(fp8.name, 0), (fp8.name, 1)]
     assert entries[0]["peers"] == entries[1]["peers"] != {}

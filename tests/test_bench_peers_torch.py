@@ -10,8 +10,8 @@ from test_bench_peers import BF16, CPU, case_of, close, exact, not_compiled
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.cases import cases, select
-from bench.peers import Bf16MM, Compiled, Eager, Flex, Inputs, ScaledMM, Sdpa
-from bench.roofline import fp8_product
+from bench.peers import Bf16MM, Compiled, Eager, Flex, Inputs, IntMM, ScaledMM, Sdpa
+from bench.roofline import fp8_product, int8_product
 
 
 def test_scaled_mm_takes_the_layouts_and_scales_that_it_is_given():
@@ -27,6 +27,15 @@ def test_scaled_mm_takes_the_layouts_and_scales_that_it_is_given():
         scales = (torch.empty(s, device="cuda") for s in ((256, 1), (1, 512)))
         with pytest.raises(RuntimeError, match="col_major"):
             torch._scaled_mm(x, weight, *scales, out_dtype=BF16)
+
+
+def test_int_mm_takes_the_layouts_that_it_is_given_and_stands_beside_scaled_mm():
+    case, *others = (case_of(f"swiglu7/tiny/{precision}") for precision in ("int8", "fp8", "bf16"))
+    assert IntMM().fits(case) and ScaledMM().fits(case) and not any(IntMM().fits(other) for other in others)
+    assert not IntMM().fits(case_of("gelu7/tiny/int8")), "three experts are three products"
+    with FakeTensorMode():
+        result = int8_product(256, 512, 1024, torch.device("cuda"))()
+        assert (result.shape, result.dtype) == ((256, 512), torch.int32)
 
 
 def test_every_product_is_held_against_the_librarys_bf16_one():

@@ -17,6 +17,7 @@ from bench.bootstrap import PRIMED_VARIABLE, ROOT
 
 # Three ops of one tiny layer, five kernels, and the specialized one; with a flag the plain one is launched beside it.
 SOME = "^case (rmsnorm_quantize|qkv_linear|select_blocks-25%)/tiny/bf16 triton$"
+INT8 = "^case (fp8_linear.*|qkv_linear|rmsnorm_quantize|quantize_rows.*)/tiny/int8 triton$"
 GLUON = "^case (block_sparse_attention-dense/tiny/(bf16|int8_qk)|attention-dense/tiny/bf16) gluon$"
 
 # What a GPU run does, but for the launch itself: Triton's JIT specialises and looks, and compiles what is not there.
@@ -75,7 +76,7 @@ def launched(only: str, cache: Path) -> list[tuple[str, bool]]:
 
 
 def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
-    packed = prime(f"{SOME}|{GLUON}", tmp_path / "here")
+    packed = prime(f"{SOME}|{GLUON}|{INT8}", tmp_path / "here")
     moved = tmp_path / "there" / packed.name
     moved.parent.mkdir()
     shutil.move(packed, moved)
@@ -83,7 +84,7 @@ def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
     before = sorted(path.name for path in cache.iterdir())
     manifest = primed.read_manifest(moved)
     assert manifest["kernels"] == primed.kernels(cache) == len(before) - 1
-    looked = launched(f"{SOME}|{GLUON}", cache)
+    looked = launched(f"{SOME}|{GLUON}|{INT8}", cache)
     assert [name for name, there in looked if not there] == []
     assert sorted(path.name for path in cache.iterdir()) == before, "nothing was compiled"
     names = [name for name, _ in looked]
@@ -96,17 +97,21 @@ def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
         "order_rows",
         "block_sparse_attention_hopper",
         "block_sparse_attention",
+        "fp8_linear",
+        "quantize_rows",
     ):
         assert f"{name}_kernel" in names
 
 
-@pytest.mark.parametrize("mode", ["fast fp8 linear", "fast fp8 int8_qk"])
+@pytest.mark.parametrize("mode", ["fast fp8 linear", "fast fp8 int8_qk", "fast int8"])
 def test_what_a_clips_layers_launch_is_primed(mode):
-    # With 40 heads, one map and e4m3 out: no case, table or self-check makes this launch.
+    # With 40 heads, one map and, of e4m3 products, e4m3 out: no case, table or self-check makes this launch.
     only = f"^clip happyhorse-1.0-15b/1080p/{mode}/exact/whole$"
     found = [json.loads(line)["kernel"] for line in run("-m", "bench.launches", "--only", only).splitlines()]
     assert found.count("block_sparse_attention_hopper_kernel") == 1
     assert "block_sparse_attention_kernel" not in found, "a known bound needs no other form"
+    widths = 3 if mode == "fast int8" else 0
+    assert found.count("quantize_rows_kernel") == widths, "for proj, and for down after SwiGLU7 and after GELU7"
 
 
 @pytest.fixture(scope="module")
