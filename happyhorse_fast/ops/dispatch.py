@@ -27,11 +27,10 @@ STEMS = {
 }
 """Every op the fast model calls, and the stem its kernel, tests and benchmark cases go by."""
 
-CUDA_OPS = {p: tuple(op for op, formats in VARIANTS["cuda"].items() if p in formats) for p in ("bf16", "int8", "fp8")}
-"""Ops that have a CUDA kernel in a format; Triton has all of them in all formats."""
 PREFERENCES = Path(__file__).with_name("preferences.json")
 """{"90": {"fp8": ["rmsnorm_quantize"]}}: ops that committed results show faster in CUDA than in Triton on an
-architecture, where both were verified; `make report` writes it."""
+architecture in a format, of `select_blocks` and attention their own, where both were verified; `make report` writes it.
+"""
 
 INTERPRETED_IS_SLOW: str | None = "Triton's interpreter is for tests; ask for backend 'triton' to run it"
 
@@ -133,13 +132,14 @@ def choose(
     formats = {op: of for op, of in found.items() if of}
     if backend == "reference":
         return {op: Choice(op, "reference", "asked for") for op in formats}
-    in_cuda = cuda_ops(precision, attention)
+    in_cuda = cuda_ops(precision, attention, mixed=mixed)
     named = {"triton": tuple(formats), "cuda": in_cuda}.get(backend, ())
     if named:
         obstacle = triton_obstacle(device) if backend == "triton" else cuda_obstacle(device)
         if obstacle is not None:
             raise BackendError(f"backend {backend!r} cannot run: {obstacle}")
-    candidates = _Candidates(precision, formats, in_cuda, device, report)
+    own = {op: _format(op, precision, attention) for op in formats}
+    candidates = _Candidates(own, formats, in_cuda, device, report)
     choices = {}
     for op in formats:
         if op in named:
@@ -147,7 +147,7 @@ def choose(
             continue
         choice = candidates.best(op)
         if named:
-            reason = f"no {backend} kernel of it in {_format(op, precision, attention)}; {choice.reason}"
+            reason = f"no {backend} kernel of it in {own[op]}; {choice.reason}"
             choice = Choice(op, choice.backend, reason, fell_back=True)
         if strict and choice.fell_back:
             where = "plain torch" if choice.backend == "reference" else choice.backend
@@ -156,16 +156,15 @@ def choose(
     return choices
 
 
-def cuda_ops(precision: str, attention: str | None) -> tuple[str, ...]:
-    """Ops of a model that have a CUDA kernel; arguments as for :func:`choose`."""
-    return tuple(op for op in STEMS if op in CUDA_OPS.get(_format(op, precision, attention), ()))
+def cuda_ops(precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
+    """Ops of a model that have a CUDA kernel in every format they run in; arguments as for :func:`choose`."""
+    found = {op: set(checked_formats(op, precision, attention, mixed=mixed)) for op in STEMS}
+    return tuple(op for op, formats in found.items() if formats and formats <= set(VARIANTS["cuda"].get(op, ())))
 
 
 def _format(op: str, precision: str, attention: str | None) -> str:
-    """The format that a model of a precision has an op in."""
-    if op == "block_sparse_attention" and attention is not None:
-        return attention
-    return precision
+    """The format that a model of a precision has an op in, as benchmark cases are named; :data:`PREFERENCES` too."""
+    return (attention or precision) if op in ("select_blocks", "block_sparse_attention") else precision
 
 
 def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
@@ -194,13 +193,13 @@ class _Candidates:
 
     def __init__(
         self,
-        precision: str,
+        own: dict[str, str],
         formats: dict[str, tuple[str, ...]],
         in_cuda: tuple[str, ...],
         device: torch.device,
         report: Callable[[str], None] | None,
     ) -> None:
-        self.precision, self.formats, self.in_cuda = precision, formats, in_cuda
+        self.own, self.formats, self.in_cuda = own, formats, in_cuda
         self.device, self.report = device, report
         self._failed: dict[str, dict[str, str] | str] = {}
 
@@ -208,7 +207,7 @@ class _Candidates:
         """The first candidate that may run, with what keeps the others from it."""
         order = ["triton"]
         if op in self.in_cuda and self.device.type == "cuda":  # on a CPU only tests run them
-            order.insert(0 if op in preferred(self.precision, self.device) else 1, "cuda")
+            order.insert(0 if op in preferred(self.own[op], self.device) else 1, "cuda")
         kept: list[str] = []
         for backend in order:
             reason = self.obstacle(op, backend)
@@ -258,9 +257,9 @@ def attention_is_specialized(precision: str, head_dim: int, device: torch.device
         return False
 
 
-def preferred(precision: str, device: torch.device) -> tuple[str, ...]:
-    """Ops that run in CUDA rather than in Triton on this device's architecture, from :data:`PREFERENCES`."""
-    return tuple(_preferences().get(str(compute_capability(device)), {}).get(precision, ()))
+def preferred(fmt: str, device: torch.device) -> tuple[str, ...]:
+    """Ops that run in CUDA rather than in Triton in a format on this device's architecture: :data:`PREFERENCES`."""
+    return tuple(_preferences().get(str(compute_capability(device)), {}).get(fmt, ()))
 
 
 @functools.cache
