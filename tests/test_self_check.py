@@ -85,7 +85,7 @@ def forms_in(module: Any, monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...
     def layout(x: torch.Tensor) -> Any:
         return x.dtype, x.is_contiguous()
 
-    seen("rmsnorm_quantize", lambda a: (a.out,))
+    seen("rmsnorm_quantize", lambda a: (a.out, a.branch is not None))
     seen("qkv_linear", lambda a: (a.x.dtype, a.out))
     seen("block_sparse_attention", lambda a: (*map(layout, (a.q, a.k, a.v)), a.fp8_out, a.return_lse))
     seen("fp8_linear_residual", lambda a: (a.x.dtype, one_scale(a)))

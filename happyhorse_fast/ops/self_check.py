@@ -134,19 +134,26 @@ def _judge(compared: Compared) -> tuple[bool, str]:
 
 
 def _check_rmsnorm(backend: str, device: torch.device, variant: str) -> Compared:
-    norm, branch = 0.2 * draw(1, 3, CHANNELS), draw(2, ROWS, CHANNELS).bfloat16()
-    results = []
-    for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-        hidden = draw(0, ROWS, CHANNELS).to(where)
-        x, scale = rmsnorm_quantize(
-            hidden, norm.to(where), row_tiles().to(where), branch.to(where), out=variant, backend=how
-        )
-        results.append((hidden, x if variant == "bf16" else x.float() * scale[:, None]))
-    (hidden, x), (hidden_reference, x_reference) = results
-    return {
-        "hidden": (hidden, hidden_reference, DISTANCE),
-        "x": (x, x_reference, CODE_DISTANCE if variant == "fp8" else DISTANCE),
-    }
+    norm, added = 0.2 * draw(1, 3, CHANNELS), draw(2, ROWS, CHANNELS).bfloat16()
+    compared: Compared = {}
+    # A kernel each; the model's residual stream has its branches added by the product before.
+    for name, branch in (("", None), (", branch", added)):
+        results = []
+        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+            hidden = draw(0, ROWS, CHANNELS).to(where)
+            x, scale = rmsnorm_quantize(
+                hidden,
+                norm.to(where),
+                row_tiles().to(where),
+                None if branch is None else branch.to(where),
+                out=variant,
+                backend=how,
+            )
+            results.append((hidden, x if variant == "bf16" else x.float() * scale[:, None]))
+        (hidden, x), (hidden_reference, x_reference) = results
+        compared[f"hidden{name}"] = (hidden, hidden_reference, DISTANCE)
+        compared[f"x{name}"] = (x, x_reference, CODE_DISTANCE if variant == "fp8" else DISTANCE)
+    return compared
 
 
 def _check_rows(backend: str, device: torch.device, variant: str) -> Compared:
