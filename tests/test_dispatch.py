@@ -173,6 +173,16 @@ def test_the_formats_in_which_a_model_runs_an_op(asked: Any) -> None:
     assert all(set(checked_formats(op, precision, attention, mixed=mixed)) <= set(VARIANTS["triton"][op]) for op in ops)
 
 
+def test_products_that_are_mixed_meet_in_the_activation():
+    def formats(precision: str, *, mixed: bool) -> set[str]:
+        return set(checked_formats("fp8_linear_activation", precision, "bf16", mixed=mixed))
+
+    assert [formats(p, mixed=False) for p in ("bf16", "int8", "fp8")] == [{"bf16"}, {"int8"}, {"fp8"}]
+    assert formats("int8", mixed=True) == {"bf16", "int8"}, "its result is bf16"
+    assert formats("fp8", mixed=True) == {"bf16", "bf16_fp8_out", "fp8_bf16_out", "fp8"}
+    assert all(formats("fp8", mixed=True) <= set(VARIANTS[b]["fp8_linear_activation"]) for b in VARIANTS)
+
+
 def test_a_runner_for_tests_is_not_chosen_by_itself():
     assert set(backends(choose("auto", "bf16", CPU)).values()) == {"reference"}
     assert choose("cuda", "bf16", CPU)["rmsnorm_quantize"].backend == "cuda"

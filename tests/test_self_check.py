@@ -121,7 +121,13 @@ def test_the_shipped_kernels_pass_on_the_cpu(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "op"), [("triton", "rmsnorm_quantize"), ("triton", "fp8_linear"), ("cuda", "rmsnorm_quantize")]
+    ("backend", "op"),
+    [
+        ("triton", "rmsnorm_quantize"),
+        ("triton", "fp8_linear"),
+        ("cuda", "rmsnorm_quantize"),
+        ("cuda", "fp8_linear_activation"),
+    ],
 )
 def test_a_shipped_kernel_passes(backend: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "CHECKS", {op: CHECKS[op]})

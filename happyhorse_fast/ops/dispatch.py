@@ -13,7 +13,7 @@ import torch
 
 from happyhorse_fast import optional
 from happyhorse_fast.kernels.launch import config_for
-from happyhorse_fast.ops.formats import ATTENTION, QKV, VARIANTS, WITHOUT_E4M3
+from happyhorse_fast.ops.formats import ACTIVATION, ATTENTION, QKV, VARIANTS, WITHOUT_E4M3
 
 STEMS = {
     "rmsnorm_quantize": "rmsnorm_qkv",
@@ -178,9 +178,12 @@ def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bo
     if op == "qkv_linear":
         pairs = list(itertools.product(of_products, of_attention))
         return tuple(name for name, pair in QKV.items() if pair in pairs)
+    # Of int8 what a product takes is bf16 first: `quantize_rows` makes codes of it.
+    results = {"bf16" if p == "int8" else p for p in of_products}
+    if op == "fp8_linear_activation":
+        pairs = list(itertools.product(of_products, results))
+        return tuple(name for name, pair in ACTIVATION.items() if pair in pairs)
     if op == "block_sparse_attention":
-        # In int8 attention's result is bf16: `quantize_rows` makes codes of it.
-        results = {"bf16" if p == "int8" else p for p in of_products}
         formats = list(itertools.product(of_attention, (*results, None)))
         return tuple(name for name, pair in ATTENTION.items() if pair in formats)
     if op == "quantize_rows":

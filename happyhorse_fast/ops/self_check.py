@@ -31,7 +31,7 @@ from happyhorse_fast.ops.check_inputs import (
     row_tiles,
 )
 from happyhorse_fast.ops.checks import require_backend
-from happyhorse_fast.ops.formats import ORDER, QKV, VARIANTS, WITHOUT_E4M3
+from happyhorse_fast.ops.formats import ACTIVATION, ORDER, QKV, VARIANTS, WITHOUT_E4M3
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
 from happyhorse_fast.ops.quantize_rows import quantize_rows
@@ -370,13 +370,14 @@ def _static_and_rows(fmt: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
 
 
 def _check_activation(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8 = variant == "fp8"
+    fmt, out = ACTIVATION[variant]
+    fp8 = out == "fp8"
     compared: Compared = {}
     for activation in ("swiglu7", "gelu7"):
         results = []
         for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            x, x_scale = inputs(variant, where)
-            weight, w_scale = packed_weight(14, 512, variant, where)
+            x, x_scale = inputs(fmt, where)
+            weight, w_scale = packed_weight(14, 512, fmt, where)
             y, y_scale = fp8_linear_activation(
                 x, x_scale, weight, w_scale, row_tiles().to(where), activation=activation, fp8=fp8, backend=how
             )
