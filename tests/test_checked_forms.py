@@ -16,7 +16,7 @@ from happyhorse_fast import golden
 from happyhorse_fast.model import fast_layer, sparse_policy
 from happyhorse_fast.model.accelerate import accelerate
 from happyhorse_fast.model.fast_config import OPS, FastConfig, TopK
-from happyhorse_fast.ops import self_check
+from happyhorse_fast.ops import check_select, self_check
 from happyhorse_fast.ops.dispatch import checked_formats
 from happyhorse_fast.ops.formats import VARIANTS
 from happyhorse_fast.ops.self_check import CHECKS
@@ -69,7 +69,8 @@ def forms_of_check(op: str, variant: str) -> frozenset[tuple[Any, ...]]:
     """What the check of an op in a format is compiled for."""
     forms: Forms = set()
     with pytest.MonkeyPatch.context() as patch:
-        forms_in(self_check, patch, forms)
+        for module in (self_check, check_select):
+            forms_in(module, patch, forms)
         patch.setattr(self_check, "_rounding", lambda *_, **__: {"step": 128})
         patch.setattr(self_check, "_by_descriptors", lambda *_, **__: False)
         CHECKS[op]("triton", CPU, variant)

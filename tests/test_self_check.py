@@ -55,7 +55,7 @@ def test_a_default_dtype_changes_no_input() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(drawn(), expected, strict=True))
-        self_check._check_select("reference", CPU, "fp8")  # refuses scales that are not float32
+        CHECKS["select_blocks"]("reference", CPU, "fp8")  # refuses scales that are not float32
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -86,7 +86,7 @@ def test_a_shipped_kernel_passes(backend: str, op: str, monkeypatch: pytest.Monk
 def test_attention_in_cuda_is_checked_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[tuple[str, str]] = []
 
-    def check(backend: str, device: torch.device, variant: str) -> self_check.Compared:
+    def check(backend: str, device: torch.device, variant: str) -> check_inputs.Compared:
         judged.append((backend, variant))
         return {}
 
@@ -300,7 +300,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, pretended_gpu: list[int]) -> dict[st
     state: dict[str, Any] = {"error": None, "lost": False, "ran": []}
 
     def check_of(op: str) -> Any:
-        def check(*_: Any) -> self_check.Compared:
+        def check(*_: Any) -> check_inputs.Compared:
             state["ran"].append(op)
             if op == "qkv_linear" and state["error"] is not None:
                 raise state["error"]

@@ -1,4 +1,4 @@
-"""Inputs of the self-checks, the same for every kernel of an op."""
+"""Inputs of the self-checks, the same for every kernel of an op, and what a check gives."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from happyhorse_fast.ops.rmsnorm_qkv import rmsnorm_quantize
 
 # Three experts, the last tile of each ragged in its content but not in its rows, as the fast model lays them out.
 ROWS, CHANNELS, HEADS_Q, HEADS_KV, HEAD_DIM = 512, 640, 5, 1, 128
+
+Compared = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+"""Name of a result -> (from the kernel, from the reference, allowed tile distance)."""
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from happyhorse_fast import ambient
-from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
+from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.budgets import (
     ATTENTION_DISTANCE_TENSOR_CORE,
     ATTENTION_DISTANCE_TENSOR_CORE_E4M3_OUT,
@@ -25,18 +25,19 @@ from happyhorse_fast.ops.check_inputs import (
     HEADS_KV,
     HEADS_Q,
     ROWS,
+    Compared,
     draw,
     inputs,
     packed_weight,
     row_tiles,
 )
+from happyhorse_fast.ops.check_select import check_select
 from happyhorse_fast.ops.checks import require_backend
 from happyhorse_fast.ops.formats import ACTIVATION, ORDER, QKV, VARIANTS, WITHOUT_E4M3
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
 from happyhorse_fast.ops.quantize_rows import quantize_rows
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
-from happyhorse_fast.ops.select_blocks import select_blocks
 from happyhorse_fast.reference.attention_operands import attention_operands
 from happyhorse_fast.reference.quantize import dequantize, quantize_static
 from happyhorse_fast.reference.score_bound import LIMIT
@@ -46,10 +47,6 @@ from happyhorse_fast.reference.sparse_attention import output_scale, sparse_atte
 # 8e-6, an e4m3 step on one code in fifty 1e-4.
 DISTANCE = 1e-5
 CODE_DISTANCE = 1e-4
-
-Compared = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
-"""Name of a result -> (from the kernel, from the reference, allowed tile distance)."""
-
 
 RAISED, LOST = "raised", "lost"
 """Faults of a check, see :class:`KernelCheck`."""
@@ -210,41 +207,6 @@ def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
     }
 
 
-def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
-    # Small integers, whose scores are the same in any order of summation, and tie: the map must be the same exactly.
-    layout = Layout(4, 250, 40, 60, align_frames=True, align_modalities=True)
-    base = BlockMap.frame_window(layout, 2)
-    q, k = (draw(s, layout.slots, h, HEAD_DIM).round() for s, h in ((15, HEADS_Q), (16, HEADS_KV)))
-    # Blocks that differ by at most 2, so that the largest product, (2 * 128)^2 * 128, and its noise stay below 2^24.
-    level = draw(17, len(q) // 128, 1, 1).round().clamp(-2, 2).repeat_interleave(128, dim=0)
-    dtype = {"bf16": torch.bfloat16, "int8_qk": torch.int8, "fp8": torch.float8_e4m3fn}[variant]
-    q, k = ((x + level).to(dtype) for x in (q, k))
-    # Powers of two, so that sums are exact in any order.
-    steps = 2.0 ** -(torch.arange(len(q) // 128) % 3).float()
-    scales: dict[str, Any] = {"q_scale": steps, "k_scale": steps.flip(0)} if variant == "fp8" else {}
-    if variant == "int8_qk":
-        rows = 2.0 ** -(torch.arange(len(q) * HEADS_Q) % 3).float().view(-1, HEADS_Q)
-        scales = {"q_scale": rows, "k_scale": steps.expand(HEADS_KV, -1).contiguous()}
-    compared: Compared = {}
-    for name, keep, mass in (("top-k", 3, None), ("top-p", None, 0.7)):
-        results = []
-        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            block_map = select_blocks(
-                q.to(where),
-                k.to(where),
-                BlockSelector(layout, base, where),
-                keep=keep,
-                mass=mass,
-                **{name: scale.to(where) for name, scale in scales.items()},
-                backend=how,
-            )
-            full, ids = block_map.to_blocks()
-            results.append((torch.where(full, -1, torch.where(ids >= 0, ids, -2)), block_map.order))
-        compared[f"{name} blocks"] = (results[0][0], results[1][0], 0.0)
-        compared[f"{name} order"] = (results[0][1], results[1][1], 0.0)
-    return compared
-
-
 def _check_attention(backend: str, device: torch.device, variant: str) -> Compared:
     # Rows that see all, a window with partial blocks, and nothing.
     block_map = BlockMap.from_ranges(
@@ -390,7 +352,7 @@ CHECKS: dict[str, Callable[[str, torch.device, str], Compared]] = {
     "rmsnorm_quantize": _check_rmsnorm,
     "quantize_rows": _check_rows,
     "qkv_linear": _check_qkv,
-    "select_blocks": _check_select,
+    "select_blocks": check_select,
     "block_sparse_attention": _check_attention,
     "fp8_linear": _check_linear,
     "fp8_linear_residual": _check_residual,
