@@ -22,6 +22,7 @@ from happyhorse_fast.ops import fp8_linear as linear
 from happyhorse_fast.ops.cuda.launch import use_runner
 from happyhorse_fast.ops.self_check import CHECKS, VARIANTS, KernelCheck, run_checks
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
+from happyhorse_fast.ops.triton import device
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.score_bound import LIMIT, scores_fit
 from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
@@ -167,6 +168,40 @@ def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatc
         assert (not e4m3, to_fp8, False, specialized) in asked
     assert all(found[3] == (e4m3 or found[0]) for found in asked if found[2]), "with an LSE"
     assert e4m3 or (False, to_fp8, False, False) in asked, "a running maximum"
+
+
+PRODUCTS = ("qkv_linear", "fp8_linear", "fp8_linear_residual", "fp8_linear_activation")
+
+
+@pytest.mark.parametrize("wrong", [None, True, False])
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_products_are_checked_by_descriptors_and_by_pointers(
+    op: str, wrong: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[bool] = []
+    real = getattr(self_check, op)
+
+    def kernel(*given: Any, backend: str, **options: Any) -> Any:
+        """The reference in the kernel's place, wrong in one of the ways to read tiles."""
+        results = real(*given, **options, backend="reference")
+        if backend != "reference":
+            launched.append(device.addressable(given[0]))
+            if launched[-1] == wrong:
+                first = given[5] if results is None else results[0] if isinstance(results, tuple) else results
+                first.mul_(1.04)
+        return results
+
+    monkeypatch.setattr(self_check, op, kernel)
+    with device.pretend(90):
+        passed, detail = self_check._judge(CHECKS[op]("triton", CPU, "bf16"))
+        assert set(launched) == {True, False} and launched.count(True) == launched.count(False)
+        assert passed == (wrong is None) and (", pointers" in detail) == (wrong is False), detail
+        assert device.addressable(torch.empty(0)), "descriptors are made again after the check"
+    for backend, arch in (("triton", 89), ("cuda", 90)):
+        launched.clear()
+        with device.pretend(arch):
+            CHECKS[op](backend, CPU, "bf16")
+        assert len(launched) <= 2 and len(set(launched)) == 1
 
 
 def found(bad: str) -> list[KernelCheck]:
