@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from happyhorse_fast.reference.model import HappyHorse
 
 make_exact()
 CPU = torch.device("cpu")
+DECISION = Path(__file__).parents[1] / "docs/decisions/0008-trust-by-self-check.md"
 Forms = set[tuple[Any, ...]]
 
 
@@ -89,6 +91,19 @@ def asked() -> Iterator[tuple[Any, Any, tuple[str, ...]]]:
 
 def test_every_op_is_watched() -> None:
     assert FORMS.keys() == CHECKS.keys()
+
+
+def test_a_model_waits_for_as_many_checks_as_are_told() -> None:
+    waits: dict[str, set[int]] = {}
+    for precision, attention, skip in asked():
+        count = sum(len(checked_formats(op, precision, attention, mixed=bool(skip))) for op in FORMS)
+        waits.setdefault("skip" if skip else precision, set()).add(count)
+    most = max(waits.pop("skip"))
+    assert waits == {"bf16": {7}, "int8": {8}, "fp8": {7}}
+    told = " ".join(DECISION.read_text().split())
+    assert f"in bf16 or fp8 waits for 7 checks, in int8 for 8, with skipped products for up to {most};" in told
+    triton, cuda = (sum(map(len, VARIANTS[backend].values())) for backend in ("triton", "cuda"))
+    assert f"there are {triton} of Triton's kernels and {cuda} of the CUDA ones" in told
 
 
 @pytest.mark.parametrize(("precision", "attention", "skip"), list(asked()), ids=str)
