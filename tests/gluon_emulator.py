@@ -15,7 +15,7 @@ compiler checks them. What a GPU would punish, and plain execution lets pass, ra
 - A named barrier counts warps; more in a phase than it was said to have, another number of them, or the same ones twice
   raise, and so does a product that is issued after its group let the other one issue its own.
 - A load or store outside of its tensor raises, as does one at an address that nothing allocated.
-- float32 -> e4m3 beyond 448 is NaN, so that a missing clamp shows.
+- float32 -> e4m3 beyond 448 is NaN, so that a missing clamp shows. A maximum of NaN and a number is the number.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ class Emulated:
             "full": whole,
             "arange": lambda a, b, layout=None: value(torch.arange(a, b, dtype=torch.int32)),
             "where": lambda c, a, b: torch.where(c, *_pair(a, b)),
-            "maximum": lambda a, b: torch.maximum(*_pair(a, b)),
-            "minimum": lambda a, b: torch.minimum(*_pair(a, b)),
+            "maximum": lambda a, b: torch.fmax(*_pair(a, b)),
+            "minimum": lambda a, b: torch.fmin(*_pair(a, b)),
             "max": lambda x, axis: x.amax(dim=axis),
             "sum": lambda x, axis: x.sum(dim=axis),
             "abs": torch.abs,

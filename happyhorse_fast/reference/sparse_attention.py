@@ -26,7 +26,7 @@ def output_scale(v: torch.Tensor, v_scale: torch.Tensor | None, gate: torch.Tens
         gate: float32 [N, Hq], or None.
 
     Returns:
-        float32 [1]: max|v| * max|gate| * (1/448); 1 where that is 0, of no elements too.
+        float32 [1]: max|v| * max|gate| * (1/448); 1 where that is below 2^-126, of no elements too.
     """
     if v.numel() == 0 or (gate is not None and gate.numel() == 0):  # the largest of none is an error
         return torch.ones(1, dtype=torch.float32, device=v.device)
