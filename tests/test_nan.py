@@ -1,9 +1,9 @@
-"""NaN stays NaN through clamps, casts and scales, where min.f32 and a comparison would make it a number."""
+"""NaN stays NaN through clamps, casts and scales, where min.f32 and a comparison lose it, and no scale makes one."""
 
 import interpreter  # noqa: F401
 import pytest
 import torch
-from attention_cases import inputs, run
+from attention_cases import CASES, inputs, run, with_e4m3_v
 from linear_cases import Case
 from qkv_cases import make
 
@@ -75,3 +75,14 @@ def test_nan_in_v_or_gate_shows_in_e4m3_results(bad):
     v, gate = torch.ones(3, 1, 32).bfloat16(), torch.ones(3, 2)
     (v if bad == "v" else gate)[1, 0] = torch.nan
     assert output_scale(v, None, gate).isnan().all()
+
+
+# Multiplied by the reciprocal, infinity, zeros would become NaN.
+@CASES
+def test_values_whose_scale_has_no_reciprocal_become_zeros(fmt, backend):
+    given = inputs(fmt, 200, heads=(2, 2))
+    v = torch.full((200, 2, 32), 1e-37)
+    v[100:] = 0
+    given |= with_e4m3_v(v) if fmt == "fp8" else {"v": v.bfloat16()}
+    codes, scale, _ = run(given, BlockMap.dense(200, 200), fp8_out=True, backend=backend)
+    assert codes.float().eq(0).all() and scale.tolist() == [1]
