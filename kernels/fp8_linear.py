@@ -15,8 +15,8 @@ result moved once: the tensor cores are the floor of all, 1.9 (proj, fp8) to 23 
 The residual is 2.63 GB of these: 64,256 x 5120 float32 read and written, and the program waits for what it reads. On
 sm_90, and but for int8 on sm_100, the memory adds (TMA reduce), in pieces of 64 columns: 1.32 GB go to L2, none comes
 back to a program, no register holds an address, and the last of a tile's four pieces is under way while the next tile's
-operands arrive; L2 still reads and writes the 2.63 GB. 8 bits with one scale and load, add, store took 7.4 (down) and 3.2 ms (proj) on an
-H200 at 700 W, the bare products 7.0 and 2.7. Predicted with the reduce: 7.2 and 2.9.
+operands arrive; L2 still reads and writes the 2.63 GB. 8 bits with one scale and load, add, store took 7.4 (down) and
+3.2 ms (proj) on an H200 at 700 W, the bare products 7.0 and 2.7. Predicted with the reduce: 7.2 and 2.9.
 """
 
 import triton
