@@ -31,6 +31,8 @@ from happyhorse_fast.kernels.hopper_barriers import TURNS
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.kernels.numerics import to_e4m3
 
+NAN_KEPT = re.compile(r"\b(?:min|max)\.(?:ftz\.)?NaN\.f32")
+NAN_LOST = re.compile(r"\b(?:min|max)\.(?:ftz\.)?f32")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 
 
@@ -149,6 +151,8 @@ def measure(driver: Driver, launch: Launch) -> Row:
         reduces=opcodes["UTMAREDG"],
         stores=opcodes["STG"],
         pointers=launch.pointers(),
+        nan_kept=len(NAN_KEPT.findall(built.asm["ptx"])),
+        nan_lost=len(NAN_LOST.findall(built.asm["ptx"])),
         triton=triton.__version__,
         seconds=round(time.perf_counter() - started, 1),
         **order,

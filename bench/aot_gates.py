@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, table
 
 MOST_REGISTERS = 255
+KEEP_NAN = ("fp8_linear", "quantize_rows", "rmsnorm_qkv")
+"""Launch tables of kernels whose every minimum and maximum of float32 must keep NaN."""
+CLAMPS = re.compile("swiglu7|gelu7|fp8 out|int8 out|int8_qk out|Hadamard")
+"""In the details of those that have one."""
 MAY_SPILL = {("rmsnorm_qkv", 100), ("rmsnorm_qkv", 120), ("block_sparse_attention", 100)}
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
 EXPONENTS = 64
@@ -60,6 +65,8 @@ class Row:
         reduces: UTMAREDG instructions: additions by the memory.
         stores: STG instructions.
         pointers: Arguments that are pointers, by name.
+        nan_kept: Minima and maxima of float32 in its PTX that give NaN where an operand is.
+        nan_lost: Those that give the other operand.
     """
 
     stem: str
@@ -89,6 +96,8 @@ class Row:
     reduces: int = 0
     stores: int = 0
     pointers: list[str] = field(default_factory=list)
+    nan_kept: int = 0
+    nan_lost: int = 0
 
     @property
     def name(self) -> str:
@@ -121,8 +130,8 @@ def problems(row: Row) -> list[str]:
     was launched with; its listing has the tensor-core instructions of its format and no others; with specialized warps,
     a block's exponents stand between the start of a PV and the wait for it, and with P in bf16 a group passes its turn
     once, behind its last product; where its configuration says so, the memory adds, and there is no other way to the
-    result. (Triton may take others without a word: e4m3 as bf16 with max_num_imprecise_acc=0,
-    sm_80's instructions on sm_100 with 16 warps.)
+    result; activations and casts keep NaN. (Triton may take others without a word: e4m3 as bf16 with
+    max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
     """
     found = []
     config = LaunchConfig(**row.config)
@@ -162,6 +171,8 @@ def problems(row: Row) -> list[str]:
         found.append(f"{row.reduces} additions by the memory, {'some' if reducing else 'none'} wanted")
     if reducing and (row.stores or "out" in row.pointers):
         found.append(f"{row.stores} STG and pointers {', '.join(row.pointers)} beside additions by the memory")
+    if row.stem in KEEP_NAN and (row.nan_lost or (CLAMPS.search(row.detail) and not row.nan_kept)):
+        found.append(f"{row.nan_lost} minima and maxima that lose NaN, {row.nan_kept} that keep it")
     if (row.stem, row.arch) not in MAY_SPILL:
         if row.stack:
             found.append(f"{row.stack} bytes of stack")

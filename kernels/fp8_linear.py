@@ -12,11 +12,11 @@ result moved once: the tensor cores are the floor of all, 1.9 (proj, fp8) to 23 
 | up 5120 -> 27392, SwiGLU7 | 18.02 | 9.11 / 18.2 | 1.35 / 2.70 | 0.40 / 0.80 |
 | down 13696 -> 5120, residual | 9.01 | 4.55 / 9.11 | 3.58 / 4.53 | 1.07 / 1.35 |
 
-The residual is 2.63 GB of these: 64,256 x 5120 float32 read and written, and the program waits for what it reads. From
-sm_90 on the memory adds (TMA reduce), in pieces of 64 columns: 1.32 GB go to L2, none comes back to a program, no
-register holds an address, and the last of a tile's four pieces is under way while the next tile's operands arrive; L2
-still reads and writes the 2.63 GB. 8 bits with one scale and load, add, store took 7.4 (down) and 3.2 ms (proj) on an
-H200 at 700 W, the bare products 7.0 and 2.7. Predicted with the reduce: 7.2 and 2.9.
+The residual is 2.63 GB of these: 64,256 x 5120 float32 read and written, and the program waits for what it reads. On
+sm_90, and but for int8 on sm_100, the memory adds (TMA reduce), in pieces of 64 columns: 1.32 GB go to L2, none comes
+back to a program, no register holds an address, and the last of a tile's four pieces is under way while the next tile's
+operands arrive; L2 still reads and writes the 2.63 GB. 8 bits with one scale and load, add, store took 7.4 (down) and
+3.2 ms (proj) on an H200 at 700 W, the bare products 7.0 and 2.7. Predicted with the reduce: 7.2 and 2.9.
 """
 
 import triton
@@ -63,7 +63,8 @@ def finish(
     Wide tiles are finished in pieces of 128 bytes per row, of swiglu7 and of e4m3 in 64: in one piece a residual of
     128 x 256 spills 1,104 bytes, in pieces of 32 columns the whole kernel takes 186 registers. With REDUCE ``out`` is a
     descriptor of pieces of REDUCE columns, to which the hardware adds: each element has one addend, so that their order
-    changes no bit. It clips at N and F but knows no ``end``: rows past it get -0.0, which changes no number.
+    changes no bit. It clips at N and F but knows no ``end``: rows past it get -0.0, which changes no number
+    but a subnormal one, which may become zero.
     """
     RESIDUAL: tl.constexpr = REDUCE if REDUCE != 0 else 32
     PIECE: tl.constexpr = RESIDUAL if EPILOGUE == "residual" else 64 if EPILOGUE == "plain" else 128

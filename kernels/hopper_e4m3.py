@@ -111,8 +111,9 @@ def add_pv(running, pv, sizes: gl.constexpr):
 
 @gluon.jit
 def v_scale_of(v_scales, column):
-    """v's scale of a block."""
-    return gl.maximum(gl.load(v_scales + column), LEAST_V_SCALE)
+    """v's scale of a block; NaN stays."""
+    scale = gl.load(v_scales + column)
+    return gl.where(scale < LEAST_V_SCALE, LEAST_V_SCALE, scale)
 
 
 @gluon.jit

@@ -77,7 +77,7 @@ def rmsnorm_quantize_kernel(
     y = h * inverse[:, None] * (weight + 1.0)[None, :]
     out = x + place * C + column[None, :]
     if OUT == "fp8":
-        row_scale = scale_of(tl.max(tl.abs(y), 1))
+        row_scale = scale_of(largest_magnitude(y, 1))
         tl.store(out, to_e4m3(y / row_scale[:, None]), mask=mask)
         tl.store(scale + row, row_scale, mask=live)
     elif OUT == "int8":
@@ -137,7 +137,7 @@ def store_v_codes(v, v_scale, product, first, end, head, blocks, D: tl.constexpr
     row = tl.arange(0, BLOCK_M)
     held = tl.where((row < end - first)[:, None], product, 0.0)
     # Over both axes at once: row by row and then over rows, Triton 3.7.1 fails to compile for sm_100.
-    scale = scale_of(tl.max(tl.abs(held)))
+    scale = scale_of(largest_magnitude(held, None))
     codes = to_e4m3(held * (1.0 / scale))
     # Token 8 i + 2 t + b of 16 goes to place 4 t + 2 i + b: then a thread stores 16 tokens of a channel at once.
     codes = tl.permute(tl.reshape(codes, (BLOCK_M // 16, 2, 4, 2, D)), (0, 2, 1, 3, 4))
@@ -151,7 +151,7 @@ def store_v_codes(v, v_scale, product, first, end, head, blocks, D: tl.constexpr
 @triton.jit
 def store_q_codes(q, q_scale, y, start, head, live, HQ: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
     """Quantise every row of a tile of q to int8 by its own maximum."""
-    scale = int8_scale_of(tl.max(tl.abs(y), 1))[:, None]
+    scale = int8_scale_of(largest_magnitude(y, 1))[:, None]
     store_rows(q, to_int8(y * (1.0 / scale)), start, head, live, HQ, D, BLOCK_M)
     tl.store(q_scale + start * HQ + (tl.arange(0, BLOCK_M)[:, None] * HQ + head), scale, mask=live)
 
@@ -159,7 +159,7 @@ def store_q_codes(q, q_scale, y, start, head, live, HQ: tl.constexpr, D: tl.cons
 @triton.jit
 def store_k_codes(k, k_scale, y, start, head, live, blocks, HKV: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
     """Quantise a tile of k to int8 by its own maximum; rows past its end do not count."""
-    scale = int8_scale_of(tl.max(tl.abs(tl.where(live, y, 0.0))))  # over both axes at once, as for v
+    scale = int8_scale_of(largest_magnitude(tl.where(live, y, 0.0), None))  # over both axes at once, as for v
     store_rows(k, to_int8(y * (1.0 / scale)), start, head, live, HKV, D, BLOCK_M)
     tl.store(k_scale + head * blocks + start // BLOCK_M, scale)
 

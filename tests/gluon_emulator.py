@@ -135,8 +135,9 @@ class Emulated:
             "full": whole,
             "arange": lambda a, b, layout=None: value(torch.arange(a, b, dtype=torch.int32)),
             "where": lambda c, a, b: torch.where(c, *_pair(a, b)),
-            "maximum": lambda a, b: torch.maximum(*_pair(a, b)),
-            "minimum": lambda a, b: torch.minimum(*_pair(a, b)),
+            "maximum": lambda a, b, **nan: (torch.maximum if _keeps(**nan) else torch.fmax)(*_pair(a, b)),
+            "minimum": lambda a, b, **nan: (torch.minimum if _keeps(**nan) else torch.fmin)(*_pair(a, b)),
+            "PropagateNan": tl.PropagateNan,
             "max": lambda x, axis: x.amax(dim=axis),
             "sum": lambda x, axis: x.sum(dim=axis),
             "abs": torch.abs,
@@ -268,6 +269,11 @@ def _pair(a: Any, b: Any) -> tuple[Any, Any]:
     return tuple(x if isinstance(x, torch.Tensor) else value(x, like.dtype) for x in (a, b))  # type: ignore[return-value]
 
 
+def _keeps(propagate_nan: Any = tl.PropagateNan.NONE) -> bool:
+    """Whether a minimum or maximum gives NaN where an operand is: else it is the other one, as the hardware has it."""
+    return bool(propagate_nan == tl.PropagateNan.ALL)
+
+
 def _plain(x: Any) -> Any:
     return x.value if isinstance(x, tl.constexpr) else x
 
@@ -280,9 +286,15 @@ def _argument(x: Any) -> Any:
 
 
 def _rebound(function: Any, language: types.ModuleType) -> Any:
-    """A function of the module itself as it is; one of another module with `tl` replaced."""
+    """A function of the module itself as it is; one of another module, and what it calls there, with `tl` replaced."""
     names = function.__globals__
     if "tl" not in names:
         return function
     scope = {n: _plain(x) for n, x in names.items()} | {"tl": language}
-    return types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+
+    def bound(f: Any) -> Any:
+        return types.FunctionType(f.__code__, scope, f.__name__, f.__defaults__)
+
+    jitted = {n: x.fn for n, x in names.items() if getattr(getattr(x, "fn", None), "__globals__", None) is names}
+    scope.update({n: bound(f) for n, f in jitted.items()})
+    return bound(function)

@@ -201,6 +201,7 @@ def test_spills_are_known_by_table_and_architecture_and_never_on_hopper():
             "0 STG and pointers out, x_scale beside additions by the memory",
         ),
         ({"arch": 100}, "tensor-core instructions QGMMA, not UTCQMMA"),
+        ({"nan_lost": 2, "nan_kept": 4}, "2 minima and maxima that lose NaN, 4 that keep it"),
     ],
 )
 def test_a_bad_row_is_caught(change, problem):
@@ -208,6 +209,14 @@ def test_a_bad_row_is_caught(change, problem):
     assert gates.problems(row)[0] == f"sm_{row.arch} fp8_linear fp8, plain, bf16 out, Triton 3.7.1: " + (
         problem if row.arch != 80 else f"{problem} (sm_89 and later have)"
     )
+
+
+@pytest.mark.parametrize("detail", ["fp8, swiglu7, bf16 out", "bf16, gelu7, fp8 out", "int8 out", "bf16, int8_qk out"])
+def test_a_clamp_must_be_there_and_keep_nan(detail):
+    row = replace(GOOD, detail=detail)
+    assert gates.problems(replace(row, nan_kept=1)) == []
+    assert gates.problems(row)[0].endswith("0 minima and maxima that lose NaN, 0 that keep it")
+    assert gates.problems(replace(GOOD, stem="block_sparse_attention", nan_lost=9)) == [], "a softmax may lose it"
 
 
 def test_steps_of_the_specialized_kernel_in_another_order_are_caught():

@@ -223,13 +223,33 @@ def test_the_scale_of_fp8_output_bounds_it():
     for case, wanted in (
         ((v, None, None), 5 / 448),
         ((v, None, gate), 2.5 / 448),
-        ((v, torch.tensor([[0.25, 2.0]]), gate), 1.0),
+        ((torch.ones(1, 2, 256).to(torch.float8_e4m3fn), torch.tensor([[0.25, 2.0]]), gate), 1.0),
+        ((torch.zeros(1, 2, 256).to(torch.float8_e4m3fn), torch.ones(1, 2), gate), 1.0),
         ((0 * v, None, gate), 1.0),
         ((v, None, 0 * gate), 1.0),
         ((v[:0], None, gate), 1.0),
-        ((v * torch.inf, None, gate), 1.0),
+        ((v * torch.inf, None, gate), torch.nan),
     ):
-        assert torch.equal(output_scale(*case), torch.tensor([wanted])), case
+        assert torch.allclose(output_scale(*case), torch.tensor([wanted]), rtol=0, atol=0, equal_nan=True), case
+
+
+def test_blocks_of_zeros_do_not_bound_e4m3_results():
+    """Their scale of v is 1, and would bound the output at 448."""
+    given = inputs("fp8", 400, heads=(2, 2))
+    v = 0.03 * torch.randn(400, 2, 32, generator=torch.Generator().manual_seed(0))
+    v[128:256] = 0
+    v[300:, 0] = -v[300:, 0].abs()
+    given |= with_e4m3_v(v)
+    assert (given["v_scale"][:, 1] == 1).all()
+    given["v"][1, 3, 150] = -0.0
+    codes, scale, _ = run(given, BlockMap.dense(400, 400), fp8_out=True)
+    exact, _, _ = run(given, BlockMap.dense(400, 400))
+    assert (codes.float() * scale - exact.float()).norm() < 0.03 * exact.float().norm()
+    assert float(scale) == pytest.approx(float(given["v_scale"][:, [0, 2, 3]].max()), rel=1e-6)
+    for negative in (True, False):  # either sign of code counts
+        v = torch.zeros(1, 2, 256)
+        v[0, 1, 200] = -(2.0**-9) if negative else 2.0**-9
+        assert float(output_scale(v.to(torch.float8_e4m3fn), torch.tensor([[1.0, 0.25]]), None)) == 0.25
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import triton.runtime.interpreter as interp
@@ -13,6 +14,7 @@ from test_int8_products import int8_case
 
 from happyhorse_fast.kernels.launch import config_for, illegal, table
 from happyhorse_fast.ops import fp8_linear as ops
+from happyhorse_fast.ops import self_check
 from happyhorse_fast.ops.triton import fp8_linear as launcher
 from happyhorse_fast.ops.triton.device import pretend
 
@@ -101,6 +103,25 @@ def test_a_wrong_reduction_is_seen(descriptors, monkeypatch):
 def test_no_other_reduction_is_known():
     with pytest.raises(NotImplementedError, match="does not know the reduction MAX"):
         interp.InterpreterBuilder.create_descriptor_reduce(None, "MAX", None, None, None)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "fp8", "int8"])
+def test_the_self_check_sees_what_reaches_another_experts_rows(fmt, descriptors, monkeypatch):
+    choose(monkeypatch, reduce=True)
+
+    def judged():
+        return self_check._judge(self_check.CHECKS["fp8_linear_residual"]("triton", torch.device("cpu"), fmt))[0]
+
+    assert judged()
+    right = interp.InterpreterBuilder.create_descriptor_reduce
+
+    def something(self, kind, desc, value, indices):
+        nothing = (value.data == 0) & np.signbit(value.data)
+        value = interp.TensorHandle(np.where(nothing, np.float32(0.1), value.data), value.dtype)
+        right(self, kind, desc, value, indices)
+
+    monkeypatch.setattr(interp.InterpreterBuilder, "create_descriptor_reduce", something)
+    assert not judged()
 
 
 @pytest.mark.parametrize(

@@ -101,10 +101,10 @@ HH_SHARED_FUNCTION u32 pack_e4m3(float a, float b, float c, float d) {
          static_cast<u32>(to_e4m3(c).bits) << 16 | static_cast<u32>(to_e4m3(d).bits) << 24;
 }
 
-// value = code * scale; 1 for zeros, and for an amax below 3e-43, whose scale would be 0.
+// value = code * scale; 1 for zeros, and for scales below 2^-126, whose reciprocal may be infinite. NaN stays.
 HH_SHARED_FUNCTION float scale_of(float amax) {
   const float scale = amax * (1.0f / E4M3_MAX);
-  return scale > 0.0f ? scale : 1.0f;
+  return scale < 0x1p-126f ? 1.0f : scale;
 }
 
 // int8: rounded to the nearest integer, ties to even, and clamped to +-127. Adding 1.5 * 2^23 leaves the integer in the

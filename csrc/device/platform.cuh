@@ -42,6 +42,17 @@ constexpr int WARP = 32;
 HH_DEVICE int lane_of_thread() { return static_cast<int>(threadIdx.x) % WARP; }
 HH_DEVICE int warp_of_thread() { return static_cast<int>(threadIdx.x) / WARP; }
 
+// The larger of two numbers, and NaN where one is: fmaxf leaves it out.
+HH_SHARED_FUNCTION float larger(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float largest;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(largest) : "f"(a), "f"(b));
+  return largest;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
 // Sum and largest over LANES neighbouring lanes, a power of two, the same bits in each; all 32 lanes must come.
 template <int LANES>
 HH_DEVICE float lanes_sum(float x) {
@@ -52,7 +63,7 @@ HH_DEVICE float lanes_sum(float x) {
 template <int LANES>
 HH_DEVICE float lanes_max(float x) {
 #pragma unroll
-  for (int step = LANES / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+  for (int step = LANES / 2; step > 0; step /= 2) x = larger(x, __shfl_xor_sync(ALL_LANES, x, step));
   return x;
 }
 

@@ -60,7 +60,7 @@ template <int VALUES>
 HH_DEVICE float largest_of(const float (&x)[VALUES]) {
   float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < VALUES; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  for (int i = 0; i < VALUES; ++i) largest = larger(largest, fabsf(x[i]));
   return largest;
 }
 
@@ -222,7 +222,7 @@ HH_DEVICE void finish_k(const QkNormRopeParams& p, const RowTile& tile, float* s
       x[j + 1] = x[j + 1] * inverse * (norm[j + 1] + 1.0f);
       rotate(x[j], x[j + 1], cosine[j / 2], sine[j / 2]);
     }
-    largest = fmaxf(largest, largest_of(x));
+    largest = larger(largest, largest_of(x));
   }
   const float scale = int8_scale_of(block_max(largest, scratch)), inverse_scale = 1.0f / scale;
   if (thread == 0) p.k_scale[head * p.blocks + tile.first / ROW_TILE] = scale;
@@ -286,13 +286,13 @@ HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsig
       held[at] = make_uint4(bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3]));
     }
 #pragma unroll
-    for (int j = 0; j < VALUES; ++j) largest = fmaxf(largest, fabsf(x[j]));
+    for (int j = 0; j < VALUES; ++j) largest = larger(largest, fabsf(x[j]));
   }
   largest = lanes_max<WARP>(largest);
   if (lane_of_thread() == 0) warp_largest[warp_of_thread()] = largest;
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < THREADS / WARP; ++i) largest = fmaxf(largest, warp_largest[i]);
+  for (int i = 0; i < THREADS / WARP; ++i) largest = larger(largest, warp_largest[i]);
   const float scale = scale_of(largest), inverse = 1.0f / scale;
   const int block = tile.first / ROW_TILE;
   if (thread == 0) p.v_scale[head * p.blocks + block] = scale;

@@ -86,7 +86,7 @@ HH_KERNEL(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS) {
     y.y = y.y * inverse * (w.y + 1.0f);
     y.z = y.z * inverse * (w.z + 1.0f);
     y.w = y.w * inverse * (w.w + 1.0f);
-    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(y.z), fabsf(y.w))));
+    largest = larger(largest, larger(larger(fabsf(y.x), fabsf(y.y)), larger(fabsf(y.z), fabsf(y.w))));
     held[i] = y;
   }
   if (p.format == BF16) {
@@ -101,14 +101,6 @@ HH_KERNEL(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS) {
     return;
   }
   const bool to_int8 = p.format == INT8;
-  if (to_int8 && !(inverse > 0.0f)) {
-    // fmaxf leaves NaN out, and no int8 code says it. Only what is not finite in the row, or its overflow, gets here.
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-      const float4 y = held[i];
-      if (y.x != y.x || y.y != y.y || y.z != y.z || y.w != y.w) largest = float_of(0x7f800000u);
-    }
-  }
   largest = block_max(largest, sums + WARP);
   const float scale = to_int8 ? int8_scale_of(largest) : scale_of(largest), inverse_scale = 1.0f / scale;
   if (threadIdx.x == 0) p.scale[row] = scale;

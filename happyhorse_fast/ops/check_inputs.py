@@ -26,6 +26,12 @@ def row_tiles() -> torch.Tensor:
     return torch.stack([experts, starts, starts + 128], dim=1)
 
 
+def ragged_tiles() -> torch.Tensor:
+    """[5, 3] int32: three experts, of 200, 57 and 255 rows, two of which end in a tile that others' rows follow."""
+    spans = [(0, 0, 128), (0, 128, 200), (1, 200, 257), (2, 257, 385), (2, 385, ROWS)]
+    return torch.tensor(spans, dtype=torch.int32)
+
+
 def inputs(fmt: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(x, scale) of a product in a format: normalised rows; no scale in bf16."""
     x, scale = rmsnorm_quantize(

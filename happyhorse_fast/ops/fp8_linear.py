@@ -62,8 +62,8 @@ def fp8_linear_residual(
 ) -> None:
     """hidden += x . weight, in place; the product is rounded to bf16 first where x is bf16.
 
-    On sm_90 and sm_100 the memory adds where hidden, x and weight start on 16 bytes with rows of a multiple of 16; else
-    the kernel loads, adds and stores. docs/OPS.md says what differs.
+    On sm_90 and sm_100, in int8 on sm_90 alone, the memory adds where hidden, x and weight start on 16 bytes with rows
+    of a multiple of 16; else the kernel loads, adds and stores. docs/OPS.md says what differs.
 
     Args:
         x: As in :func:`fp8_linear`.
@@ -107,9 +107,10 @@ def fp8_linear_activation(
         fp8: Whether the result is e4m3, rather than bf16, whichever of the two x is; of int8 it is bf16, which
             `quantize_rows` takes.
         backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
-            256 MB, each followed by `activation_quantize`. With several experts the host then reads ``row_tiles`` once
-            per tensor, which waits for the device and cannot happen in a CUDA graph's capture: call once before, with
-            the same tensor. Where x is codes, K is a multiple of 16.
+            256 MB (in int8, whose sums are held in int32 and float32, 512), each followed by `activation_quantize`.
+            With several experts the host then reads ``row_tiles`` once per tensor, which waits for the device and
+            cannot happen in a CUDA graph's capture: call once before, with the same tensor. Where x is codes, K is a
+            multiple of 16.
 
     Returns:
         y [N, K'] bf16 and a scale of size [0]; or y e4m3 and its scale [1] float32, which is static: 56 / 448 of

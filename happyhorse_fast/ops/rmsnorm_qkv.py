@@ -93,9 +93,10 @@ def qkv_linear(
         out: ``"bf16"``, ``"int8_qk"`` (v in bf16) or ``"fp8"``.
         qk_scale: [E, 2] float32 where ``out`` is ``"fp8"``, else None.
         backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
-            256 MB, each followed by `qk_norm_rope`. With several experts the host then reads ``row_tiles`` once per
-            tensor, which waits for the device and cannot happen in a CUDA graph's capture: call once before, with the
-            same tensor. C is a multiple of 16 where x is codes, rows and their starts of 16 bytes.
+            256 MB (in int8, whose sums are held in int32 and float32, 512), each followed by `qk_norm_rope`. With
+            several experts the host then reads ``row_tiles`` once per tensor, which waits for the device and cannot
+            happen in a CUDA graph's capture: call once before, with the same tensor. C is a multiple of 16 where x is
+            codes, rows and their starts of 16 bytes.
 
     Returns:
         q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or in fp8 transposed [Hkv, D, S * 128]; q_scale, k_scale and

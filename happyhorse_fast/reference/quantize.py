@@ -6,7 +6,7 @@ import torch
 
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
-SMALLEST_INT8_SCALE = 2.0**-126
+SMALLEST_SCALE = 2.0**-126
 """Below it 1 / scale may be infinite in float32."""
 FORMATS = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 """Formats of a product's operands, by their names."""
@@ -21,11 +21,10 @@ def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
         amax: Largest magnitudes, any shape, float.
 
     Returns:
-        amax * (1/448) in float32; 1 where that is zero: a row of zeros, or amax below 3e-43, whose
-        scale would underflow.
+        amax * (1/448) in float32; 1 where that is below 2^-126: a row of zeros, or one whose scale would have no
+        reciprocal. NaN stays.
     """
-    scale = amax.float() * (1.0 / E4M3_MAX)
-    return torch.where(scale > 0, scale, 1.0)
+    return _of_normal(amax.float() * (1.0 / E4M3_MAX))
 
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -43,8 +42,12 @@ def int8_scale(amax: torch.Tensor) -> torch.Tensor:
         amax * (1/127) in float32; 1 where that is below 2^-126: a row of zeros, or one whose scale would have no
         reciprocal. NaN stays, since no code could say it.
     """
-    scale = amax.float() * (1.0 / INT8_MAX)
-    return torch.where(scale < SMALLEST_INT8_SCALE, torch.ones_like(scale), scale)
+    return _of_normal(amax.float() * (1.0 / INT8_MAX))
+
+
+def _of_normal(scale: torch.Tensor) -> torch.Tensor:
+    """1 where a scale is too small to have a reciprocal; NaN stays."""
+    return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
 
 
 def to_int8(x: torch.Tensor) -> torch.Tensor:

@@ -63,8 +63,9 @@ def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse
     The specialized kernel has a running maximum where v is e4m3, and none otherwise.
 
     The "strided" entries read through pointers, in steps of 64 keys. Besides tensors that no descriptor can read, an
-    LSE takes them where the softmax is bounded or v is e4m3: in steps of 128 keys, with k_mean, those spill 24 and 32
-    bytes a thread on sm_90. The specialized kernel spills nothing.
+    LSE takes them where the softmax is bounded or v is e4m3: through descriptors, with heads of 128 on sm_90, e4m3
+    spills 8 to 16 bytes a thread, as does bf16 with a flag (Triton 3.6.0 to 3.8.0), and with heads of 64 on sm_100 bf16
+    with a flag 16 to 24. The specialized kernel spills nothing.
     """
     name, arch = variant_of(q, v), architecture(q.device)
     config = config_for(STEM, name, arch)

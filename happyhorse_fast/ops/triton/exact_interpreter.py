@@ -2,8 +2,9 @@
 
 As shipped (3.6.0, 3.7.1) it multiplies and adds the raw bits of bf16, truncates float32 -> bf16 and wraps float32 ->
 e4m3. :func:`make_exact` replaces those three places: dots and arithmetic on the exact values with float32
-accumulation, casts to the nearest even, and e4m3 overflow as NaN, so that a kernel that forgets to clamp shows. It also
-teaches it the one line of PTX that a kernel has, and to add through a descriptor.
+accumulation, casts to the nearest even, and e4m3 overflow as NaN, so that a kernel that forgets to clamp shows. Nor
+does it keep NaN in a minimum or maximum that does not ask for it: a GPU does not. It also teaches it the one line of
+PTX that a kernel has, and to add through a descriptor.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BITS = {
     tl.float8e4nv: (np.uint8, np.uint8, torch.uint8),
 }
 ROUNDED = "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;"
-ARITHMETIC = (np.add, np.subtract, np.multiply, np.divide, np.minimum, np.maximum)
+ARITHMETIC = (np.add, np.subtract, np.multiply, np.divide, np.minimum, np.maximum, np.fmin, np.fmax)
 
 
 def to_torch(data: np.ndarray, dtype: Any) -> torch.Tensor:
@@ -96,6 +97,16 @@ def assembly(self: Any, asm: str, constraints: str, values: Any, types: Any, is_
     return Results((interp.TensorHandle(to_numpy(rounded, tl.bfloat16), tl.bfloat16), wide))
 
 
+def lesser(self: Any, lhs: Any, rhs: Any) -> Any:
+    """min.f32: the number where one is NaN."""
+    return self.binary_op(lhs, rhs, np.fmin)
+
+
+def greater(self: Any, lhs: Any, rhs: Any) -> Any:
+    """max.f32: the number where one is NaN."""
+    return self.binary_op(lhs, rhs, np.fmax)
+
+
 def descriptor_reduce(self: Any, kind: Any, desc: Any, value: Any, indices: Any) -> None:
     """A sum in place of what a descriptor holds, clipped at its bounds; no other reduction is known."""
     if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD:
@@ -112,6 +123,8 @@ def make_exact() -> None:
     interp._convert_float = convert
     interp.InterpreterBuilder.create_dot = dot
     interp.InterpreterBuilder.binary_op = binary
+    interp.InterpreterBuilder.create_minnumf = lesser
+    interp.InterpreterBuilder.create_maxnumf = greater
     remember()
     interp.InterpreterBuilder.create_inline_asm = assembly
     interp.InterpreterBuilder.create_descriptor_reduce = descriptor_reduce
