@@ -40,8 +40,9 @@ or spills but for those of `MAY_SPILL` in `bench/aot_gates.py`; on sm_90 none at
 torch.compile records it, through pointers. "Specialized" is the Gluon kernel for Hopper: its registers are those of its
 launch, of which computing groups then take 240 a thread and the loading warp 24; in bf16 and with int8 q and k each of
 its loops has the exponents of a block beside the PV of the one before, and passes its turn once, behind its last
-product. Stack and shared memory are in bytes; SHFL, STL and LDL count
-instructions in the listing, not executions. None of this says how fast a kernel is.
+product. Stack and shared memory are in bytes; SHFL, STL and LDL count instructions in the listing, not executions. None
+of this says how fast a kernel is. Instructions of attention's steps, with a maximum and bounded, and predictions per
+architecture: [kernels/block_sparse_attention.md](kernels/block_sparse_attention.md).
 """
 
 
@@ -131,7 +132,7 @@ def lines_of(rows: Iterable[Row], versions: list[str]) -> list[list[str]]:
 
 def document(rows: list[Row], versions: list[str]) -> str:
     """The text of docs/AOT.md."""
-    parts = [INTRODUCTION.format(versions=" and ".join(versions))]
+    parts = [INTRODUCTION.format(versions=", ".join(versions))]
     for stem in sorted({row.stem for row in rows}):
         parts += ["", f"## `{stem}`", "", f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
         parts += [f"| {' | '.join(line)} |" for line in lines_of((r for r in rows if r.stem == stem), versions)]
