@@ -35,14 +35,20 @@ def output_scale(v: torch.Tensor, v_scale: torch.Tensor | None, gate: torch.Tens
     return e4m3_scale(bound if gate is None else bound * _largest(gate))
 
 
+@torch.library.custom_op("happyhorse_fast::blocks_with_values", mutates_args=())
 def _any(codes: torch.Tensor) -> torch.Tensor:
     """Whether a block of e4m3 v has a code other than +-0: bool [Hkv, S] of [Hkv, D, S * 128].
 
     In two launches that write nothing of its size: codes of positive numbers are positive as int8, and those of
-    negative ones above that of -0, 128, as uint8.
+    negative ones above that of -0, 128, as uint8. An op of its own, because torch.jit.trace knows no view as a dtype.
     """
     blocks = codes.unflatten(2, (-1, BLOCK))
     return (blocks.view(torch.int8).amax(dim=(1, 3)) > 0) | (blocks.view(torch.uint8).amax(dim=(1, 3)) > 128)
+
+
+@_any.register_fake
+def _(codes: torch.Tensor) -> torch.Tensor:
+    return codes.new_empty((codes.shape[0], codes.shape[2] // BLOCK), dtype=torch.bool)
 
 
 def _largest(x: torch.Tensor) -> torch.Tensor:
