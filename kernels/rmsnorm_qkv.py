@@ -165,6 +165,82 @@ def store_k_codes(k, k_scale, y, start, head, live, blocks, HKV: tl.constexpr, D
 
 
 @triton.jit
+def store_head(
+    product,
+    factor,
+    weight_scale,
+    head,
+    expert,
+    first,
+    end,
+    qk_norm,
+    cos_sin,
+    qk_scale,
+    q,
+    k,
+    v,
+    q_scale,
+    k_scale,
+    v_scale,
+    gate,
+    blocks,
+    D: tl.constexpr,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    CODES: tl.constexpr,
+    INT8_QK: tl.constexpr,
+    FP8_OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """What one head of the product becomes, by its kind: q, k, v or gates."""
+    HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, D)
+    live = (row < end - first)[:, None]
+    start = first.to(tl.int64)
+    if CODES:
+        # Of another name: in a branch taken at run time a variable keeps its type, and int8's product is int32.
+        scaled = product.to(tl.float32) * factor[:, None]
+        scaled *= tl.load(weight_scale + (expert * HEADS + head) * D + column)[None, :]
+    else:
+        scaled = product.to(tl.bfloat16).to(tl.float32)
+    if head < HQ + HKV:
+        which = expert * 2 + (head >= HQ).to(tl.int32)
+        norm = tl.load(qk_norm + which * D + column) + 1.0
+        inverse = tl.rsqrt(tl.sum(scaled * scaled, 1) / D + EPS)
+        y = rotate(scaled * inverse[:, None] * norm[None, :], cos_sin + start * D, live, D, D, BLOCK_M)
+        if INT8_QK:
+            if head < HQ:
+                store_q_codes(q, q_scale, y, start, head, live, HQ, D, BLOCK_M)
+            else:
+                store_k_codes(k, k_scale, y, start, head - HQ, live, blocks, HKV, D, BLOCK_M)
+        else:
+            if FP8_OUT:
+                scale = tl.load(qk_scale + which)
+                # The reciprocal of a scalar, once: a division per element is 1024 of 20480 cycles, on paper.
+                value = to_e4m3(y * (1.0 / scale))
+                if head == 0:
+                    tl.store(q_scale + first // BLOCK_M, scale)
+                elif head == HQ:
+                    tl.store(k_scale + first // BLOCK_M, scale)
+            else:
+                value = y.to(tl.bfloat16)
+            if head < HQ:
+                store_rows(q, value, start, head, live, HQ, D, BLOCK_M)
+            else:
+                store_rows(k, value, start, head - HQ, live, HKV, D, BLOCK_M)
+    elif head < HQ + 2 * HKV:
+        if FP8_OUT:
+            store_v_codes(v, v_scale, scaled, first, end, head - (HQ + HKV), blocks, D, BLOCK_M)
+        else:
+            store_rows(v, scaled.to(tl.bfloat16), start, head - (HQ + HKV), live, HKV, D, BLOCK_M)
+    else:
+        head_q = (head - (HQ + 2 * HKV)) * D + column
+        mask = live & (head_q < HQ)[None, :]
+        tl.store(gate + start * HQ + (row[:, None] * HQ + head_q[None, :]), sigmoid(scaled), mask=mask)
+
+
+@triton.jit
 def store_heads(
     product,
     factor,
@@ -192,10 +268,12 @@ def store_heads(
     FP8_OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE_HEADS: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
-    """The epilogue: what TILE_HEADS heads of the product become, each by its kind (q, k, v or gates).
+    """The epilogue: what TILE_HEADS heads of the product become; where RAGGED the last ones may lie past its end.
 
-    One after the other: scaled, normed and quantised together, two heads of 128 spill 72 to 496 bytes.
+    One after the other: scaled, normed and quantised together, two heads of 128 spill 72 to 496 bytes. Where no
+    head lies past the end none is under a condition, in which Triton 3.6.0 cannot read an accumulator of sm_100 first.
     """
     HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
     if TILE_HEADS > 1:
@@ -204,57 +282,23 @@ def store_heads(
         left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, PART * D)), (0, 2, 1)))
         store_heads(
             left, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
-            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M, PART,
+            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M, PART, RAGGED,
         )  # fmt: skip
         store_heads(
             right, factor, weight_scale, head + PART, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
-            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M, PART,
+            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M, PART, RAGGED,
         )  # fmt: skip
-    elif head < HEADS:  # the last tile may be wider than what is left of the product
-        row = tl.arange(0, BLOCK_M)
-        column = tl.arange(0, D)
-        live = (row < end - first)[:, None]
-        start = first.to(tl.int64)
-        if CODES:
-            # Of another name: in a branch taken at run time a variable keeps its type, and int8's product is int32.
-            scaled = product.to(tl.float32) * factor[:, None]
-            scaled *= tl.load(weight_scale + (expert * HEADS + head) * D + column)[None, :]
-        else:
-            scaled = product.to(tl.bfloat16).to(tl.float32)
-        if head < HQ + HKV:
-            which = expert * 2 + (head >= HQ).to(tl.int32)
-            norm = tl.load(qk_norm + which * D + column) + 1.0
-            inverse = tl.rsqrt(tl.sum(scaled * scaled, 1) / D + EPS)
-            y = rotate(scaled * inverse[:, None] * norm[None, :], cos_sin + start * D, live, D, D, BLOCK_M)
-            if INT8_QK:
-                if head < HQ:
-                    store_q_codes(q, q_scale, y, start, head, live, HQ, D, BLOCK_M)
-                else:
-                    store_k_codes(k, k_scale, y, start, head - HQ, live, blocks, HKV, D, BLOCK_M)
-            else:
-                if FP8_OUT:
-                    scale = tl.load(qk_scale + which)
-                    # The reciprocal of a scalar, once: a division per element is 1024 of 20480 cycles, on paper.
-                    value = to_e4m3(y * (1.0 / scale))
-                    if head == 0:
-                        tl.store(q_scale + first // BLOCK_M, scale)
-                    elif head == HQ:
-                        tl.store(k_scale + first // BLOCK_M, scale)
-                else:
-                    value = y.to(tl.bfloat16)
-                if head < HQ:
-                    store_rows(q, value, start, head, live, HQ, D, BLOCK_M)
-                else:
-                    store_rows(k, value, start, head - HQ, live, HKV, D, BLOCK_M)
-        elif head < HQ + 2 * HKV:
-            if FP8_OUT:
-                store_v_codes(v, v_scale, scaled, first, end, head - (HQ + HKV), blocks, D, BLOCK_M)
-            else:
-                store_rows(v, scaled.to(tl.bfloat16), start, head - (HQ + HKV), live, HKV, D, BLOCK_M)
-        else:
-            head_q = (head - (HQ + 2 * HKV)) * D + column
-            mask = live & (head_q < HQ)[None, :]
-            tl.store(gate + start * HQ + (row[:, None] * HQ + head_q[None, :]), sigmoid(scaled), mask=mask)
+    elif RAGGED:
+        if head < HEADS:
+            store_head(
+                product, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v, q_scale,
+                k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M,
+            )  # fmt: skip
+    else:
+        store_head(
+            product, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v, q_scale,
+            k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -331,4 +375,5 @@ def qkv_linear_kernel(
         store_heads(
             product, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
             q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M, TILE_HEADS,
+            HEADS % TILE_HEADS != 0,
         )  # fmt: skip
