@@ -47,7 +47,7 @@ def test_the_demo(tmp_path: Path, capsys: Capture) -> None:
     data = made(capsys, "--out", tmp_path / "new" / "demo")
     assert data["prompt"] == "a large red ball bounces twice"
     forms = {form["form"]: form for form in data["forms"]}
-    assert list(forms) == ["eager float32", "eager bfloat16", "fast bfloat16", "fast fp8"]
+    assert list(forms) == ["eager float32", "eager bfloat16", "fast bfloat16", "fast int8", "fast fp8"]
     for name in ("eager bfloat16", "fast bfloat16"):
         assert 0 < forms[name]["video_error"] < 5e-2, f"measured {forms[name]}"
         assert forms[name]["psnr_db"] > 45, f"measured {forms[name]}"

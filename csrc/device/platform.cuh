@@ -19,7 +19,7 @@ static_assert(sizeof(u32) == 4 && sizeof(i64) == 8 && sizeof(void*) == 8, "a 64-
 #define HH_DEVICE __device__ __forceinline__
 
 // HH_KERNEL(name, Params, threads) { ... p ... }: an entry point of at most `threads` threads per block, which takes
-// one struct. HH_SHARED_MEMORY(name): the dynamic shared memory of the launch, 128-byte aligned; static shared memory
+// one struct; HH_KERNEL_OF_BLOCKS has registers for that many blocks an SM. HH_SHARED_MEMORY(name): the dynamic shared memory of the launch, 128-byte aligned; static shared memory
 // is not used, since the shim poisons only what a launch asks for.
 #if defined(HH_SHIM)
 #define HH_KERNEL(name, Params, threads)                                                                  \
@@ -29,10 +29,13 @@ static_assert(sizeof(u32) == 4 && sizeof(i64) == 8 && sizeof(void*) == 8, "a 64-
                      [](const void* p) { name##_body(*static_cast<const Params*>(p)); });                 \
   }                                                                                                       \
   static void name##_body(const Params& p)
+#define HH_KERNEL_OF_BLOCKS(name, Params, threads, blocks) HH_KERNEL(name, Params, threads)
 #define HH_SHARED_MEMORY(name) unsigned char* const name = shim::shared_memory()
 #else
 #define HH_KERNEL(name, Params, threads) \
   extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+#define HH_KERNEL_OF_BLOCKS(name, Params, threads, blocks) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
 #define HH_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 

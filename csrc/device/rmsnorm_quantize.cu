@@ -29,7 +29,7 @@ struct RmsnormQuantizeParams {
 };
 
 // Grid: (128 rows of a tile, tiles). Shared memory: 64 floats.
-HH_KERNEL(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS) {
+HH_KERNEL_OF_BLOCKS(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS, 3) {
   HH_SHARED_MEMORY(shared);
   float* const sums = reinterpret_cast<float*>(shared);
   const int* const tile = p.row_tiles + 3 * blockIdx.y;
@@ -100,17 +100,26 @@ HH_KERNEL(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS) {
     }
     return;
   }
-  const bool to_int8 = p.format == INT8;
   largest = block_max(largest, sums + WARP);
-  const float scale = to_int8 ? int8_scale_of(largest) : scale_of(largest), inverse_scale = 1.0f / scale;
+  const float scale = p.format == INT8 ? int8_scale_of(largest) : scale_of(largest);
   if (threadIdx.x == 0) p.scale[row] = scale;
+  u32* const out = reinterpret_cast<u32*>(static_cast<u8*>(p.x) + row * p.channels);
+  if (p.format == INT8) {
+    const float inverse_scale = 1.0f / scale;
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+      const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+      if (at >= vectors) continue;
+      const float4 y = held[i];
+      out[at] = pack_int8(y.x * inverse_scale, y.y * inverse_scale, y.z * inverse_scale, y.w * inverse_scale);
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < VECTORS; ++i) {
     const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
     if (at >= vectors) continue;
     const float4 y = held[i];
-    reinterpret_cast<u32*>(static_cast<u8*>(p.x) + row * p.channels)[at] =
-        to_int8 ? pack_int8(y.x * inverse_scale, y.y * inverse_scale, y.z * inverse_scale, y.w * inverse_scale)
-                : pack_e4m3(y.x / scale, y.y / scale, y.z / scale, y.w / scale);
+    out[at] = pack_e4m3(y.x / scale, y.y / scale, y.z / scale, y.w / scale);
   }
 }
