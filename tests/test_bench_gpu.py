@@ -127,7 +127,9 @@ def test_what_takes_long_and_shows_little_runs_only_when_it_is_named():
 def test_the_sanitizer_looks_at_our_kernels_alone_and_at_all_of_them(monkeypatch):
     monkeypatch.setattr(stages, "sanitizer", lambda: "/usr/local/cuda/bin/compute-sanitizer")
     names = re.findall(r"def (\w+_kernel)\(", "".join(f.read_text() for f in (ROOT / "kernels").glob("*.py")))
-    names += re.findall(r"HH_KERNEL(?:_OF_BLOCKS)?\((\w+),", "".join(f.read_text() for f in (ROOT / "csrc/device").glob("*.cu")))
+    names += re.findall(
+        r"HH_KERNEL(?:_OF_BLOCKS)?\((\w+),", "".join(f.read_text() for f in (ROOT / "csrc/device").glob("*.cu"))
+    )
     assert len(names) > 10
     for command in commands("sanitize"):
         parts = [argument.removeprefix("kns=") for argument in command if argument.startswith("kns=")]

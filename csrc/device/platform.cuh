@@ -19,8 +19,9 @@ static_assert(sizeof(u32) == 4 && sizeof(i64) == 8 && sizeof(void*) == 8, "a 64-
 #define HH_DEVICE __device__ __forceinline__
 
 // HH_KERNEL(name, Params, threads) { ... p ... }: an entry point of at most `threads` threads per block, which takes
-// one struct; HH_KERNEL_OF_BLOCKS has registers for that many blocks an SM. HH_SHARED_MEMORY(name): the dynamic shared memory of the launch, 128-byte aligned; static shared memory
-// is not used, since the shim poisons only what a launch asks for.
+// one struct; HH_KERNEL_OF_BLOCKS has registers for that many blocks an SM. HH_SHARED_MEMORY(name): the dynamic shared
+// memory of the launch, 128-byte aligned; static shared memory is not used, since the shim poisons only what a launch
+// asks for.
 #if defined(HH_SHIM)
 #define HH_KERNEL(name, Params, threads)                                                                  \
   static void name##_body(const Params& p);                                                               \
