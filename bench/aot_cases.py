@@ -167,6 +167,9 @@ def attentions(arch: int) -> Iterator[Case]:
             detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE' if lse else ''}"
             detail += f", {map_heads} maps" if map_heads > 1 else ""
             if flag:
+                variants["block_sparse_attention_kernel running"] = (
+                    f"{variant}_strided" if tracing and True in ways else variant
+                )
                 arguments, detail = arguments | {"flag": meta(1, dtype=I32)}, f"{detail}, flag"
             yield Case(stem, stem, arch, variants, fmt, described(detail, tracing), arguments, tracing)
 

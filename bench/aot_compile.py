@@ -127,7 +127,9 @@ def measure(driver: Driver, launch: Launch) -> Row:
         (opcodes,) = disassembly.opcodes(cubin).values()
         order = specialized_order(cubin) if launch.case.specialized else {}
     case, constants, options = launch.case, launch.constants(), launch.options()
-    variant = case.variants[launch.name]
+    # A flag launches both forms, which may read in different ways.
+    form = "" if constants.get("BOUNDED", True) else " running"
+    variant = case.variants.get(f"{launch.name}{form}") or case.variants[launch.name]
     return Row(
         stem=case.stem,
         kernel=launch.name,
