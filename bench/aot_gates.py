@@ -12,7 +12,7 @@ from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, tab
 MOST_REGISTERS = 255
 KEEP_NAN = ("fp8_linear", "quantize_rows", "rmsnorm_qkv")
 """Launch tables of kernels whose every minimum and maximum of float32 must keep NaN."""
-CLAMPS = re.compile("swiglu7|gelu7|fp8 out|int8_qk out|Hadamard")
+CLAMPS = re.compile("swiglu7|gelu7|fp8 out|int8 out|int8_qk out|Hadamard")
 """In the details of those that have one."""
 MAY_SPILL = {("rmsnorm_qkv", 100), ("rmsnorm_qkv", 120), ("block_sparse_attention", 100)}
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""

@@ -54,7 +54,8 @@ def rmsnorm_quantize_kernel(
     branch_stride,
     C: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
-    OUT: tl.constexpr,
+    FP8: tl.constexpr,
+    INT8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -76,11 +77,11 @@ def rmsnorm_quantize_kernel(
     inverse = tl.rsqrt(tl.sum(h * h, 1) / C + EPS)
     y = h * inverse[:, None] * (weight + 1.0)[None, :]
     out = x + place * C + column[None, :]
-    if OUT == "fp8":
+    if FP8:
         row_scale = scale_of(largest_magnitude(y, 1))
         tl.store(out, to_e4m3(y / row_scale[:, None]), mask=mask)
         tl.store(scale + row, row_scale, mask=live)
-    elif OUT == "int8":
+    elif INT8:
         row_scale = int8_scale_of(largest_magnitude(y, 1))
         tl.store(out, to_int8(y * (1.0 / row_scale)[:, None]), mask=mask)
         tl.store(scale + row, row_scale, mask=live)

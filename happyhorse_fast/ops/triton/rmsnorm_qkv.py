@@ -44,7 +44,9 @@ def rmsnorm_quantize(
             added.stride(0),
             C=channels,
             HAS_BRANCH=branch is not None,
-            OUT=out,
+            # Not as a name: "int8" is one of Triton's types, and becomes it where a kernel is compiled ahead.
+            FP8=out == "fp8",
+            INT8=out == "int8",
             BLOCK_M=config.block_m,
             BLOCK_C=triton.next_power_of_2(channels),
             num_warps=config.num_warps,
