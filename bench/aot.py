@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -69,14 +70,24 @@ class Compiles:
     def run(self, shard: Shard) -> None:
         """Compile a shard in a process of its own; a line per kernel."""
         command = [sys.executable, "-m", "bench.aot_compile", "--shard", f"{shard.number}/{SHARDS}"]
-        process = subprocess.Popen(
-            [*command, "--only", self.only],
-            cwd=ROOT,
-            env=shard.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        # A compiler that fails prints more than a pipe holds, which nobody empties meanwhile.
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                [*command, "--only", self.only],
+                cwd=ROOT,
+                env=shard.environment(),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            self._read(process)
+            if process.wait():
+                errors.seek(0)
+                text = errors.read()[-2000:]
+                self.failures.append(f"compiling shard {shard} ended with {process.returncode}:\n{text}")
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        """Take a line per kernel from a shard's process."""
         assert process.stdout is not None
         for line in process.stdout:
             data = json.loads(line)
@@ -89,9 +100,6 @@ class Compiles:
                 self.rows.append(row := Row(**data))
                 place = f"{len(self.rows)}/{self.expected}"
                 self.console.print(f"{place} {row.triton} {row.name}: {row.summary} ({row.seconds} s)", highlight=False)
-        errors = process.communicate()[1]
-        if process.returncode:
-            self.failures.append(f"compiling shard {shard} ended with {process.returncode}:\n{errors[-2000:]}")
 
 
 def key_of(version: str) -> tuple[int, ...]:
