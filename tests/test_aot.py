@@ -1,6 +1,7 @@
 """Kernels compiled without a GPU: a few here, all in `make aot-check`; and what its gates must catch."""
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from happyhorse_fast.kernels.launch import ARCHITECTURES
 
@@ -298,3 +300,16 @@ def test_an_entry_that_no_case_launches_is_caught():
     missing = gates.not_compiled([GOOD])
     assert "fp8_linear 'bf16_plain' for sm_80: no case launches it" in missing
     assert not any("'fp8_plain' for sm_90" in line for line in missing)
+
+
+def test_a_compiler_that_prints_more_than_a_pipe_holds_is_read_to_its_end(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nhead -c 300000 /dev/zero | tr '\\0' x >&2\necho '{\"kernels\": 1}'\nexit 3\n")
+    script.chmod(0o755)
+    from bench import aot
+
+    monkeypatch.setattr(sys, "executable", str(script))
+    compiles = aot.Compiles(Console(file=io.StringIO()), "")
+    compiles.run(aot.Shard(None, 0))
+    assert compiles.expected == 1
+    assert "ended with 3" in compiles.failures[0] and compiles.failures[0].endswith("x" * 100)
