@@ -28,7 +28,7 @@ from attention_cases import (
     with_e4m3_v,
 )
 from fuzz import examples
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strict import permuted_grid
 
@@ -313,6 +313,7 @@ def cases(draw):
 
 
 @examples(16)
+@example(("fp8", "triton", 245, 3, (2, 1), [([0, 1], [2, 3])]))
 @given(cases())
 def test_any_ranges(case):
     fmt, backend, n, m, heads, rows = case
@@ -322,7 +323,8 @@ def test_any_ranges(case):
     ordered, _ = sparse_attention(
         **given, block_map=block_map, scale=32**-0.5, **rounding(given, backend), wide=torch.float64, round_out=False
     )
-    assert budgets.violations(budgets.measure(out, ordered)) == []
+    # A row of one key is a row of e4m3 v: few different values, whose rounding to bf16 can go one way by 3.9e-3.
+    assert budgets.violations(budgets.measure(out, ordered.to(out.dtype))) == []
 
 
 @CASES
