@@ -19,9 +19,8 @@ PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 SEED ?=
 DEMO_ARGS ?=
-# Kernels compile on the Triton of constraints.txt, and on these: what torch 2.11 for CUDA 13 brings. With 3.8.0, which
-# torch 2.14 brings: make AOT_TRITON="3.6.0 3.8.0" aot
-AOT_TRITON ?= 3.6.0
+# Kernels compile on the Triton of constraints.txt, and on these: what torch 2.11 and 2.14 for CUDA 13 bring.
+AOT_TRITON ?= 3.6.0 3.8.0
 # What a GPU run has, and is primed for.
 GPU_TRITON := 3.6.0
 AOT_ARGS ?=

@@ -1,8 +1,8 @@
 """Compile every launch of the committed tables without a GPU, hold the gates, and write or check docs/AOT.md.
 
-python -m bench.aot --also .aot/triton-3.6.0 --write    what `make aot` runs
-python -m bench.aot --also .aot/triton-3.6.0 --check    what `make aot-check` runs
-python -m bench.aot --only "sm_90 fp8_linear fp8"       some cases, printed alone
+python -m bench.aot --also .aot/triton-3.6.0 --also .aot/triton-3.8.0 --write    what `make aot` runs
+python -m bench.aot --also .aot/triton-3.6.0 --also .aot/triton-3.8.0 --check    what `make aot-check` runs
+python -m bench.aot --only "sm_90 fp8_linear fp8"                                some cases, printed alone
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ from happyhorse_fast.kernels.hopper_barriers import TURNS
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.kernels.numerics import to_e4m3
 
-NAN_KEPT = re.compile(r"\b(?:min|max)\.(?:ftz\.)?NaN\.f32")
-NAN_LOST = re.compile(r"\b(?:min|max)\.(?:ftz\.)?f32")
+# Triton 3.8 clamps in bf16 what came of it.
+NAN_KEPT = re.compile(r"\b(?:min|max)\.(?:ftz\.)?NaN\.(?:f32|bf16)")
+NAN_LOST = re.compile(r"\b(?:min|max)\.(?:ftz\.)?(?:f32|bf16)")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 
 

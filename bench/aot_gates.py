@@ -30,7 +30,7 @@ TENSOR_CORES = {
     90: {"bf16": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA"},
     100: {"bf16": "UTCHMMA", "int8": "IMMA", "fp8": "UTCQMMA"},
 }
-"""Instructions of the generations that have their own; for int8 Triton takes the old one on sm_100."""
+"""Instructions of the generations that have their own; for int8 on sm_100 Triton takes the old one before 3.8."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Row:
         reduces: UTMAREDG instructions: additions by the memory.
         stores: STG instructions.
         pointers: Arguments that are pointers, by name.
-        nan_kept: Minima and maxima of float32 in its PTX that give NaN where an operand is.
+        nan_kept: Minima and maxima of floating numbers in its PTX that give NaN where an operand is.
         nan_lost: Those that give the other operand.
     """
 
@@ -108,6 +108,8 @@ class Row:
     def wanted(self) -> list[str]:
         """The tensor-core instructions that it must have, and no others."""
         names = TENSOR_CORES.get(self.arch, {"bf16": "HMMA", "int8": "IMMA", "fp8": "QMMA"})
+        if self.arch == 100 and tuple(map(int, self.triton.split(".")[:2])) >= (3, 8):
+            names = names | {"int8": "UTCIMMA"}
         return sorted(names[fmt] for fmt in PRODUCTS[self.products])
 
     @property

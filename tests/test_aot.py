@@ -166,6 +166,12 @@ def test_a_good_row_holds():
     assert gates.problems(GOOD) == []
 
 
+def test_int8_has_the_tensor_cores_of_sm_100_from_triton_3_8_on():
+    assert replace(GOOD, arch=100, products="int8_qk", triton="3.7.1").wanted == ["IMMA", "UTCHMMA"]
+    assert replace(GOOD, arch=100, products="int8_qk", triton="3.8.0").wanted == ["UTCHMMA", "UTCIMMA"]
+    assert replace(GOOD, arch=90, products="int8_qk", triton="3.10.0").wanted == ["HGMMA", "IGMMA"]
+
+
 def test_spills_are_known_by_table_and_architecture_and_never_on_hopper():
     spilling = replace(GOOD, arch=100, tensor_core={"UTCQMMA": 8}, stack=8, spill_stores=1)
     assert len(gates.problems(spilling)) == 2
