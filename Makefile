@@ -57,8 +57,8 @@ fuzz: $(STAMP) ## 20 times the examples of `make test`, from a fresh seed, which
 	  echo "failed with SEED=$$seed; the same examples again: make SEED=$$seed FUZZ_ARGS='-k NAME' fuzz" >&2; exit 1; }
 
 # Planted bugs are left out: some read where they should not, which ends a sanitized run.
-SANITIZED := $(addprefix tests/test_cuda_,activation_quantize.py async_copy.py block_sparse_attention.py \
-  qk_norm_rope.py rmsnorm_quantize.py select_blocks.py shim.py)
+SANITIZED := $(addprefix tests/ops/test_cuda_,activation_quantize.py block_sparse_attention.py qk_norm_rope.py \
+  rmsnorm_quantize.py select_blocks.py) $(addprefix tests/emulators/test_cuda_,async_copy.py shim.py)
 sanitize: $(STAMP) ## the host module, and CUDA kernels on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer
 	csrc/host/sanitize.sh $(BIN)/python
 	HAPPYHORSE_FAST_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) \

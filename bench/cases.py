@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import layer_kind, step_costs
-from happyhorse_fast.model.fast_config import FastConfig
-from happyhorse_fast.model.fast_layer import LayerPlan, packed_shapes
-from happyhorse_fast.model.padded_rows import PaddedRows
-from happyhorse_fast.reference.sequence import Clip, dense_ranges, local_ranges
+from happyhorse_fast.eager.sequence import Clip, dense_ranges, local_ranges
+from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.layer import LayerPlan, packed_shapes
+from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
 FULL = ModelConfig.preset("happyhorse-1.0-15b")
@@ -132,7 +132,7 @@ class Case:
 
     @property
     def variant(self) -> str:
-        """Format by :data:`happyhorse_fast.ops.formats.VARIANTS`' name of it; int8 products lead to int8 q and k."""
+        """Format by :data:`happyhorse_fast.ops.runtime.formats.VARIANTS`' name; int8 products lead to int8 q and k."""
         return "int8_x_int8_qk" if (self.op, self.precision) == ("qkv_linear", "int8") else self.precision
 
     @property

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from bench.cases import cases, select
-from bench.comparison import implementations
-from bench.gates import problems
 from bench.inputs import make
-from bench.lost import LOST
+from bench.measure.comparison import implementations
+from bench.measure.gates import problems
+from bench.measure.lost import LOST
 from bench.ops import other_backends
 from bench.results import describe_machine
-from happyhorse_fast.ops import formats, self_check, trust
-from happyhorse_fast.ops.dispatch import STEMS, cuda_obstacle
+from happyhorse_fast.ops.runtime import formats, self_check, trust
+from happyhorse_fast.ops.runtime.dispatch import STEMS, cuda_obstacle
 
 
 def native(package: Path) -> int:
@@ -41,7 +41,7 @@ def native(package: Path) -> int:
 def build(device: torch.device) -> int:
     """Import every launcher, and say what runs where."""
     for stem in sorted(set(STEMS.values())):
-        importlib.import_module(f"happyhorse_fast.ops.triton.{stem}")
+        importlib.import_module(f"happyhorse_fast.ops.{stem}.triton")
     for name, value in describe_machine(device).items():
         print(f"{name}: {value}")
     print(f"device: {device}; Triton kernels {'interpreted' if bootstrap.INTERPRETED else 'compiled'}")

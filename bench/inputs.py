@@ -11,18 +11,18 @@ from torch import Tensor
 from bench.cases import DROP_IN, STEM, Case, exact_map, padded_rows
 from bench.specialized import running
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
-from happyhorse_fast.ops import block_sparse_attention as attention
-from happyhorse_fast.ops import fp8_linear as linear
-from happyhorse_fast.ops import quantize_rows as row_codes
-from happyhorse_fast.ops import rmsnorm_qkv as qkv
-from happyhorse_fast.ops import sdpa
-from happyhorse_fast.ops import select_blocks as selection
-from happyhorse_fast.ops.packing_qkv import static_qk_scale
-from happyhorse_fast.reference.fp8_linear import empty_activated
-from happyhorse_fast.reference.quantize_rows import empty_codes
-from happyhorse_fast.reference.quantized_qkv import empty_normalised, empty_qkv, quantize_k, quantize_q
-from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
-from happyhorse_fast.reference.score_bound import LIMIT, norm_bound, scores_fit
+from happyhorse_fast.eager.qkv import rms_norm
+from happyhorse_fast.ops.attention import contract as attention
+from happyhorse_fast.ops.attention import sdpa
+from happyhorse_fast.ops.attention.score_bound import LIMIT, norm_bound, scores_fit
+from happyhorse_fast.ops.block_selection import contract as selection
+from happyhorse_fast.ops.linear import contract as linear
+from happyhorse_fast.ops.linear.reference import empty_activated
+from happyhorse_fast.ops.qkv import contract as qkv
+from happyhorse_fast.ops.qkv.packing import static_qk_scale
+from happyhorse_fast.ops.qkv.reference import empty_normalised, empty_qkv, quantize_k, quantize_q
+from happyhorse_fast.ops.row_quantization import contract as row_codes
+from happyhorse_fast.ops.row_quantization.reference import empty_codes
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 Given = dict[str, Any]

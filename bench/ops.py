@@ -3,7 +3,7 @@
     python -m bench.ops --scope main --cases attention      # see --help
 
 A case whose gate is red gets no number, neither in the table nor in the results. Numbers of one line are of one span,
-in which all took turns on a warm chip (:mod:`bench.timing`). After a CUDA error that nothing survives the command stops
+in which all took turns on a warm chip. After a CUDA error that nothing survives the command stops
 with exit code 3; `--keep all` goes on with what is missing. `--gates` stops after the gates, so that kernels that never
 ran take the GPU from a process of their own; `--keep gates` times what they left.
 """
@@ -24,14 +24,14 @@ import torch
 
 from bench import began, specialized
 from bench.cases import Case, cases, select
-from bench.comparison import SLOW_SECONDS, Bench, Stopped, groups
-from bench.conditions import Monitor
-from bench.lost import LOST, lost
+from bench.measure.comparison import SLOW_SECONDS, Bench, Stopped, groups
+from bench.measure.conditions import Monitor
+from bench.measure.lost import LOST, lost
 from bench.ops_table import row, summary
-from bench.peers import Peer, all_peers, split
+from bench.peers.torch import Peer, all_peers, split
 from bench.results import FOLDER, Json, Results, describe_machine, path_for
 from bench.specialized import GLUON
-from happyhorse_fast.ops.dispatch import cuda_obstacle
+from happyhorse_fast.ops.runtime.dispatch import cuda_obstacle
 
 KEEP = ("none", "gates", "all")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from bench.measure.roofline import Peaks
 from bench.results import NOT_INTERLEAVED, Json, ratio
-from bench.roofline import Peaks
 
 COLUMNS = (
     *("case", "impl", "ms", "spread", "TFLOP/s", "useful", "GB/s", "roofline", "of measured", "MHz", "W"),

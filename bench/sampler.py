@@ -24,21 +24,21 @@ import torch
 
 from bench import began
 from bench.cases import TINY, TINY_SIZE
-from bench.conditions import Monitor
 from bench.inputs import BOUNDED, RUNNING
-from bench.lost import LOST, lost
+from bench.measure.conditions import Monitor
+from bench.measure.lost import LOST, lost
+from bench.measure.random_model import Backend, random_eager, random_fast
 from bench.ops import arguments, open_results
-from bench.random_model import Backend, random_eager, random_fast
 from bench.results import Json
 from bench.sampler_runs import MODES, Run, chosen, runs
 from bench.specialized import attention_kernel, running
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.model.fast_config import FastConfig
-from happyhorse_fast.model.fast_layer import FastLayer
-from happyhorse_fast.model.op_times import OpTimes
-from happyhorse_fast.ops.dispatch import BackendError
-from happyhorse_fast.reference.model import HappyHorse
-from happyhorse_fast.reference.score_bound import LIMIT
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.layer import FastLayer
+from happyhorse_fast.fast.op_times import OpTimes
+from happyhorse_fast.ops.attention.score_bound import LIMIT
+from happyhorse_fast.ops.runtime.dispatch import BackendError
 from happyhorse_fast.sampler.progress import StepInfo
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve

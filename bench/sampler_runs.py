@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from happyhorse_fast.model.fast_config import AttentionPrecision, FastConfig, TopK
+from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, TopK
 
 BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
 FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import torch
 
 from bench.cases import STEM
+from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.kernels.launch import SPECIALIZED_ON, LaunchConfig, table
-from happyhorse_fast.model.fast_state import FastState
-from happyhorse_fast.ops.dispatch import attention_is_specialized
+from happyhorse_fast.ops.runtime.dispatch import STEMS, attention_is_specialized
 
 GLUON, FORM = "gluon", "_specialized"
 
@@ -51,9 +51,9 @@ def running(impl: str) -> Iterator[str]:
         return
     entries = [
         entry
-        for variant, archs in table(STEM).items()
+        for variant, archs in table(STEMS[STEM]).items()
         for arch, entry in archs.items()
-        if arch in table(STEM).get(f"{variant}{FORM}", {})
+        if arch in table(STEMS[STEM]).get(f"{variant}{FORM}", {})
     ]
     before = [entry.get("specialized") for entry in entries]
     try:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from bench.cases import DROP_IN, STEM
 from bench.inputs import BOUNDED, FOUND, RUNNING
-from bench.predictions import PREDICTIONS, SIZE, Prediction
-from bench.report_data import ceilings, form_of, load, measured_ceilings, share_of, steps_timed
-from bench.report_tables import Table, clip_table, ops_table, shown
+from bench.report.data import ceilings, form_of, load, measured_ceilings, share_of, steps_timed
+from bench.report.predictions import PREDICTIONS, SIZE, Prediction
+from bench.report.tables import Table, clip_table, ops_table, shown
 from bench.results import FOLDER, NOT_INTERLEAVED, Json, comparable, ratio, read
 from bench.sampler_runs import BASE, EXACT, SECOND_STAGE
 

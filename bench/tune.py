@@ -3,7 +3,7 @@
     python -m bench.tune --cases swiglu7 --minutes 5 --write
     python -m bench.tune --dry            # only shows the candidates
 
-A candidate counts only if the case's gate is green with it; the best one and it take turns (:mod:`bench.timing`).
+A candidate counts only if the case's gate is green with it; the best one and it take turns (`measure.timing`).
 Users' processes never tune: what is committed runs.
 """
 
@@ -27,11 +27,11 @@ import torch
 
 from bench import began
 from bench.cases import Case, cases, select
-from bench.gates import problems
 from bench.inputs import Given, call, make
-from bench.lost import LOST, lost
+from bench.measure.gates import problems
+from bench.measure.lost import LOST, lost
+from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
 from bench.specialized import impl_of
-from bench.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
 from happyhorse_fast.files import replacing
 from happyhorse_fast.kernels.launch import LaunchConfig, illegal, shared_memory_bytes, table
 
@@ -42,14 +42,14 @@ SEEDS = 2
 # What is varied around the committed configuration, per stem. Attention's block_n is its step of P, which accuracy
 # depends on: it stays.
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
-    "block_sparse_attention": {"num_warps": (4, 8), "num_stages": (2, 3, 4)},
-    "fp8_linear": {
+    "attention": {"num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    "linear": {
         "block_n": (128, 256),
         "block_k": (64, 128),
         "num_warps": (4, 8),
         "num_stages": (3, 4, 5),
     },
-    "rmsnorm_qkv": {"block_n": (128, 256), "block_k": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5)},
+    "qkv": {"block_n": (128, 256), "block_k": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5)},
 }
 GROUP_M = (8, 16, 32)
 """Varied for the best of the rest alone, a third of the candidates: it changes what is read from L2, not what runs."""
@@ -75,13 +75,13 @@ def targets(scope: str) -> Iterator[Target]:
     for case in cases(scope):
         precision = case.precision
         if case.op == "block_sparse_attention" and case.part in ("window", "25%"):
-            yield Target("block_sparse_attention", f"{precision}_d{case.plan.head_dim}", case)
+            yield Target("attention", f"{precision}_d{case.plan.head_dim}", case)
         elif case.op == "fp8_linear_activation":
-            yield Target("fp8_linear", f"{precision}_{case.part}", case)
+            yield Target("linear", f"{precision}_{case.part}", case)
         elif case.op == "fp8_linear_residual":
-            yield Target("fp8_linear", f"{precision}_residual", case)
+            yield Target("linear", f"{precision}_residual", case)
         elif case.op == "qkv_linear":
-            yield Target("rmsnorm_qkv", f"qkv_{precision}", case)
+            yield Target("qkv", f"qkv_{precision}", case)
 
 
 def candidates(target: Target, arch: int) -> list[LaunchConfig]:
@@ -121,7 +121,7 @@ def _is_fp8(target: Target) -> bool:
 
 def _shared(target: Target, config: LaunchConfig) -> int:
     element = 1 if target.case.precision in ("int8", "fp8") else 2
-    if target.stem == "block_sparse_attention":  # stages of k and v, and the query tile
+    if target.stem == "attention":  # stages of k and v, and the query tile
         d = target.case.plan.head_dim
         return (2 * config.num_stages * config.block_n + config.block_m) * d * element
     return shared_memory_bytes(config, element)
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type != "cuda" and not bootstrap.INTERPRETED:
         print("python -m bench.tune: needs a CUDA device; --dry shows the candidates", file=sys.stderr)
         return 2
-    from happyhorse_fast.ops.triton.device import architecture
+    from happyhorse_fast.ops.runtime.triton.device import architecture
 
     arch, stopwatch = architecture(device), Stopwatch(device)
     for target in found:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from happyhorse_fast.errors import whole_number
+from happyhorse_fast.arguments import whole_number
 
 CoordsStyle = Literal["v1", "v2"]
 

@@ -18,10 +18,11 @@ import torch
 import happyhorse_fast as hh
 from happyhorse_fast import optional
 from happyhorse_fast.cli import demo, doctor, run
-from happyhorse_fast.cli.interpreted_layer import InterpretedLayer, interpreted_layer
-from happyhorse_fast.ops import dispatch, plan_blocks
-from happyhorse_fast.ops.cuda import errors, status
+from happyhorse_fast.ops import plan_blocks
+from happyhorse_fast.ops.runtime import dispatch
+from happyhorse_fast.ops.runtime.cuda import errors, status
 from happyhorse_fast.pony.media import read_image
+from happyhorse_fast.verify.interpreted_layer import InterpretedLayer, interpreted_layer
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from happyhorse_fast.ops import (
-    activation_quantize,
-    block_sparse_attention,
-    fp8_linear,
-    qk_norm_rope,
-    quantize_rows,
-    rmsnorm_qkv,
-    select_blocks,
-)
+from happyhorse_fast.ops.attention import contract as block_sparse_attention
+from happyhorse_fast.ops.block_selection import contract as select_blocks
+from happyhorse_fast.ops.linear import activation_quantize
+from happyhorse_fast.ops.linear import contract as fp8_linear
+from happyhorse_fast.ops.qkv import contract as rmsnorm_qkv
+from happyhorse_fast.ops.qkv import qk_norm_rope
+from happyhorse_fast.ops.row_quantization import contract as quantize_rows
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = (".cu", ".cuh", ".hpp", ".json", ".md", ".py", ".safetensors", ".toml", ".txt", ".yaml")

@@ -14,9 +14,9 @@ import torch
 from toy_denoiser import Toy, clip
 
 import happyhorse_fast as hh
+from happyhorse_fast.arguments import plain_number, real_number, whole_number
 from happyhorse_fast.block_map import BlockMap, BlockSelector, Layout
 from happyhorse_fast.block_map.tiles import tile_order
-from happyhorse_fast.errors import plain_number, real_number, whole_number
 from happyhorse_fast.ops import plan_blocks
 
 TINY = hh.ModelConfig.preset("tiny")

@@ -1,7 +1,7 @@
 """The reference model over a batch of clips: the same functions and rounding points, for training.
 
 Inference takes one clip. Here the clips of a batch share every product, and attention runs through PyTorch's fused
-kernel, under which the frame window is a mask. ``tests/test_pony.py`` holds it against the reference.
+kernel, under which the frame window is a mask. ``tests/pony/test_pony.py`` holds it against the reference.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from happyhorse_fast.reference import sequence
-from happyhorse_fast.reference.mlp import mlp
-from happyhorse_fast.reference.model import HappyHorse, Layer
-from happyhorse_fast.reference.rmsnorm_qkv import rms_norm, rmsnorm_qkv
-from happyhorse_fast.reference.rotary import rotary_phases
-from happyhorse_fast.reference.sequence import Clip, Ranges
+from happyhorse_fast.eager import sequence
+from happyhorse_fast.eager.mlp import mlp
+from happyhorse_fast.eager.model import HappyHorse, Layer
+from happyhorse_fast.eager.qkv import rms_norm, rmsnorm_qkv
+from happyhorse_fast.eager.rotary import rotary_phases
+from happyhorse_fast.eager.sequence import Clip, Ranges
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """video [B, C, T, H, W], audio [B, A, Ca], text [B, L, Ct]."""

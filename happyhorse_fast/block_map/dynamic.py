@@ -9,11 +9,11 @@ from typing import Literal, Protocol
 import torch
 
 from happyhorse_fast import ambient
+from happyhorse_fast.arguments import real_number, require_whole
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import BLOCK
 from happyhorse_fast.block_map.layout import Layout, frame_window
 from happyhorse_fast.block_map.map import BlockMap
-from happyhorse_fast.errors import real_number, require_whole
 
 FULL, ABSENT = -1, -2
 """Entries of a selector's ``table`` that name no mask."""

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from happyhorse_fast import ambient
+from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import BLOCK, pack, unpack
 from happyhorse_fast.block_map.map import BlockMap
-from happyhorse_fast.errors import require_whole
 
 # Blocks of 128 x 128 that one call of a mask_mod evaluates: 256 of them are 4 M pairs, 32 MiB per int64 index.
 BLOCKS_AT_A_TIME = 256

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 
 from happyhorse_fast import ambient
+from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import BLOCK, WORDS
 from happyhorse_fast.block_map.map import BlockMap
-from happyhorse_fast.errors import require_whole
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 # Masks of 2 KiB that are built at a time: 8 MiB, whatever the number of partial blocks.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.block_map.bits import BLOCK
 from happyhorse_fast.block_map.map import BlockMap
-from happyhorse_fast.errors import require_whole
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from happyhorse_fast import ambient
+from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.block_map.bits import BLOCK
 from happyhorse_fast.block_map.dynamic import select, touching
 from happyhorse_fast.block_map.layout import Layout, frame_window
 from happyhorse_fast.block_map.map import BlockMap
-from happyhorse_fast.errors import require_whole
 
 
 @ambient.makes_tensors

@@ -17,8 +17,8 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from happyhorse_fast._version import __version__
+from happyhorse_fast.arguments import NonFiniteError
 from happyhorse_fast.cli import bench, demo, doctor, plan, sample, verify
-from happyhorse_fast.errors import NonFiniteError
 
 PROGRAM = "happyhorse-fast"
 # What the package raises for bad input: messages name the argument, what came and what is allowed.

@@ -80,7 +80,7 @@ def measure(
     """
     import torch
 
-    from happyhorse_fast.model.memory import one_layer_per_kind
+    from happyhorse_fast.fast.memory import one_layer_per_kind
 
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -104,7 +104,7 @@ def _form(
 ) -> dict[str, Any]:
     import torch
 
-    from happyhorse_fast.model.op_times import OpTimes
+    from happyhorse_fast.fast.op_times import OpTimes
 
     asked, repeats = how
     eager = form.eager(config, str(device)).init_weights(_SEED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from happyhorse_fast.cli.output import literal, table
-from happyhorse_fast.model.calibration import ATTENTION, Calibration, OpCalibration
+from happyhorse_fast.fast.calibration import ATTENTION, Calibration, OpCalibration
 
 if TYPE_CHECKING:
     from pathlib import Path

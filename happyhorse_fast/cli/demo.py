@@ -15,9 +15,9 @@ import typer
 from happyhorse_fast import optional
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.cli.forms import FORMS, Form
-from happyhorse_fast.cli.interpreted_layer import LAYER, LayerCheck, interpreted_layer
 from happyhorse_fast.cli.output import JsonOption, emit, literal, save_tensors, table, verdict
 from happyhorse_fast.files import real_path, replacing, require_folder, require_target
+from happyhorse_fast.verify.interpreted_layer import LAYER, LayerCheck, interpreted_layer
 
 if TYPE_CHECKING:
     import torch

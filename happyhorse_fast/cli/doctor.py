@@ -49,7 +49,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def examine() -> dict[str, Any]:
     """What :func:`doctor` prints, as plain data."""
-    from happyhorse_fast.ops.cuda import status
+    from happyhorse_fast.ops.runtime.cuda import status
 
     gpus = _gpus()
     cuda = status.examine()
@@ -144,7 +144,7 @@ def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _what_of_csrc_runs(cuda: dict[str, Any]) -> list[dict[str, Any]]:
-    from happyhorse_fast.ops.cuda import status
+    from happyhorse_fast.ops.runtime.cuda import status
 
     module = cuda["host_module"]
     return [
@@ -160,14 +160,14 @@ def _what_of_csrc_runs(cuda: dict[str, Any]) -> list[dict[str, Any]]:
 def _kernel_obstacle() -> str | None:
     import torch
 
-    from happyhorse_fast.ops.dispatch import triton_obstacle
+    from happyhorse_fast.ops.runtime.dispatch import triton_obstacle
 
     return triton_obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _memory_fit(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Peak memory of each form that a GPU would run, for 5 s clips, and the cards it fits."""
-    from happyhorse_fast.model.memory import peak_by_kind
+    from happyhorse_fast.fast.memory import peak_by_kind
 
     cards: dict[str, float] = {f"{size} GB": card_bytes(size) for size in reversed(CARDS)}
     cards |= {gpu["name"]: gpu["memory_gib"] * 2**30 for gpu in gpus}

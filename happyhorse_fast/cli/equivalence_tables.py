@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from happyhorse_fast.cli.equivalence import ATTENTION, Distance, Equivalence, FormErrors
-from happyhorse_fast.cli.layer_ops import OPS
 from happyhorse_fast.cli.output import literal, table
+from happyhorse_fast.verify.equivalence import ATTENTION, Distance, Equivalence, FormErrors
+from happyhorse_fast.verify.layer_ops import OPS
 
 if TYPE_CHECKING:
     from rich.console import Console

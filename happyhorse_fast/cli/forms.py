@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from happyhorse_fast.config import ModelConfig
 
 if TYPE_CHECKING:
-    from happyhorse_fast.model.fast_config import AttentionPrecision
-    from happyhorse_fast.reference.model import HappyHorse
+    from happyhorse_fast.eager.model import HappyHorse
+    from happyhorse_fast.fast.config import AttentionPrecision
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Form:
         """The eager model that the form starts from, its weights not set yet."""
         import torch
 
-        from happyhorse_fast.reference.model import HappyHorse
+        from happyhorse_fast.eager.model import HappyHorse
 
         return HappyHorse(config, torch.float32 if self.precision == "fp32" else torch.bfloat16, device=device)
 
     def apply(self, model: HappyHorse, attention: AttentionPrecision | None = None) -> HappyHorse:
         """Bring an eager model with its weights into the form, in place; on the CPU through backend reference."""
         if self.kernels:
-            from happyhorse_fast.model.accelerate import accelerate
-            from happyhorse_fast.model.fast_config import FastConfig
+            from happyhorse_fast.fast.accelerate import accelerate
+            from happyhorse_fast.fast.config import FastConfig
 
             on_gpu = model.device.type == "cuda"
             backend: Literal["auto", "reference"] = "auto" if on_gpu else "reference"
@@ -51,9 +51,9 @@ class Form:
             return self.eager(config, "meta")
         import torch
 
-        from happyhorse_fast.model.accelerate import empty_accelerated
-        from happyhorse_fast.model.fast_config import FastConfig
-        from happyhorse_fast.ops.dispatch import choose
+        from happyhorse_fast.fast.accelerate import empty_accelerated
+        from happyhorse_fast.fast.config import FastConfig
+        from happyhorse_fast.ops.runtime.dispatch import choose
 
         fast = FastConfig(precision=self.fast_precision, attention=attention)
         choices = choose("reference", fast.precision, torch.device("cpu"), attention=fast.attention_format)

@@ -52,7 +52,7 @@ def usable_device(name: str) -> str:
     """
     import torch
 
-    from happyhorse_fast.model import checkpoint
+    from happyhorse_fast.checkpoint import load as checkpoint
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ from happyhorse_fast.cli.forms import form_of
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals, window_share
-from happyhorse_fast.model.fast_config import default_attention
+from happyhorse_fast.fast.config import default_attention
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def _launches(precision: str) -> int | None:
     form = form_of(precision)
     if form is None or not form.kernels:
         return None
-    from happyhorse_fast.model.fast_config import FastConfig
-    from happyhorse_fast.model.launches import launches_per_layer
+    from happyhorse_fast.fast.config import FastConfig
+    from happyhorse_fast.fast.launches import launches_per_layer
 
     return max(len(names) for names in launches_per_layer(FastConfig(precision=form.fast_precision)))
 
@@ -136,7 +136,7 @@ def _memory(
         return {"peak_memory_gib": None, "memory": {"form": None, "why": f"this version has no {precision[0]} form"}}
     if not trace:
         return {"peak_memory_gib": None, "memory": {"form": form.name, "why": "not traced (--no-memory)"}}
-    from happyhorse_fast.model.memory import peak_memory
+    from happyhorse_fast.fast.memory import peak_memory
 
     print("tracing one forward pass under fake tensors...", file=sys.stderr)
     peak = peak_memory(form.without_weights(config, attention), clip, text)  # type: ignore[arg-type]  # checked before

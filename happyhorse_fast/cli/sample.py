@@ -202,8 +202,8 @@ class _Stage:
 
     def check(self) -> ModelConfig:
         """The model's configuration; raises what :meth:`load` would before it reads data."""
-        from happyhorse_fast.model.checkpoint import check_load
-        from happyhorse_fast.model.packed_checkpoint import is_packed
+        from happyhorse_fast.checkpoint.load import check_load
+        from happyhorse_fast.checkpoint.packed import is_packed
 
         if self.option and not is_packed(self.checkpoint) and (self.preset is None) == (self.config is None):
             got = "neither" if self.preset is None else "both"
@@ -212,7 +212,7 @@ class _Stage:
         return check_load(self.checkpoint, self.preset, read, compute_dtype=self._dtype(), fast=self._fast())
 
     def load(self) -> Any:
-        from happyhorse_fast.model.checkpoint import load
+        from happyhorse_fast.checkpoint.load import load
 
         return load(
             self.checkpoint,
@@ -230,7 +230,7 @@ class _Stage:
         return getattr(torch, self.dtype)
 
     def _fast(self) -> Any:
-        from happyhorse_fast.model.fast_config import FastConfig
+        from happyhorse_fast.fast.config import FastConfig
 
         return None if self.fast is None else FastConfig(precision=self.fast[0], attention=self.fast[1])
 

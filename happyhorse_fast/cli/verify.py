@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.cli.options import ConfigOption, DeviceOption, PresetOption, read_config, usable_device
-from happyhorse_fast.cli.output import JsonOption, emit, literal, plain, table, verdict
-from happyhorse_fast.errors import require_whole
-from happyhorse_fast.files import require_target
+from happyhorse_fast.cli.output import JsonOption, emit, literal, table, verdict
+from happyhorse_fast.files import plain, require_target
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from happyhorse_fast.cli.checks import Comparison, Measurement
-    from happyhorse_fast.cli.equivalence import Equivalence
-    from happyhorse_fast.cli.fidelity import Fidelity
-    from happyhorse_fast.model.calibration import Calibration
-    from happyhorse_fast.model.fast_config import FastConfig
-    from happyhorse_fast.ops.self_check import KernelCheck
-    from happyhorse_fast.reference.model import HappyHorse
+    from happyhorse_fast.eager.model import HappyHorse
+    from happyhorse_fast.fast.calibration import Calibration
+    from happyhorse_fast.fast.config import FastConfig
+    from happyhorse_fast.ops.runtime.self_check import KernelCheck
+    from happyhorse_fast.verify.checks import Comparison, Measurement
+    from happyhorse_fast.verify.equivalence import Equivalence
+    from happyhorse_fast.verify.fidelity import Fidelity
 
 
 # Options that mean something in one mode alone.
@@ -149,7 +149,7 @@ def verify(
         fidelity, broken = _pony(clips, quick)
         data["pony"] = {**plain(fidelity), "violations": broken}
     if fast:
-        from happyhorse_fast.ops.dispatch import BackendError
+        from happyhorse_fast.ops.runtime.dispatch import BackendError
 
         towards = _fast_config(precision, attention, top_k, backend, where)
         try:
@@ -161,7 +161,7 @@ def verify(
     if calibrate is not None and checkpoint is not None:
         import torch
 
-        from happyhorse_fast.cli import calibration as calibrating
+        from happyhorse_fast.verify import calibration as calibrating
 
         model = _load(checkpoint, preset, config, where, torch.bfloat16, as_json)
         how: dict[str, Any] = {"grid": grid, "text": text, "steps": steps, "seed": seed, "most": most}
@@ -169,7 +169,7 @@ def verify(
         calibrating.write(calibration, out)
         data["calibration"] = calibration
     if recorded or not (fast or kernels or pony or calibration):
-        from happyhorse_fast.cli import checks
+        from happyhorse_fast.verify import checks
 
         comparisons = checks.verify_golden() if recorded or checkpoint is None else []
         if checkpoint is not None and not fast:
@@ -210,8 +210,8 @@ def check_kernels(device: str) -> list[KernelCheck]:
     """
     import torch
 
-    from happyhorse_fast.ops.dispatch import triton_obstacle
-    from happyhorse_fast.ops.self_check import run_checks
+    from happyhorse_fast.ops.runtime.dispatch import triton_obstacle
+    from happyhorse_fast.ops.runtime.self_check import run_checks
 
     where = torch.device(device)
     obstacle = triton_obstacle(where)
@@ -249,7 +249,7 @@ def _say(line: str) -> None:
 def _pony(clips: int, quick: bool) -> tuple[Fidelity, list[str]]:
     import torch
 
-    from happyhorse_fast.cli import fidelity
+    from happyhorse_fast.verify import fidelity
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on tensors this small several threads wait for each other
@@ -271,7 +271,7 @@ def _render_pony(console: Console, found: dict[str, Any]) -> None:
 
 
 def _fast_config(precision: str, attention: str | None, top_k: float | None, backend: str, device: str) -> FastConfig:
-    from happyhorse_fast.model.fast_config import FastConfig, TopK
+    from happyhorse_fast.fast.config import FastConfig, TopK
 
     if backend == "auto" and not device.startswith("cuda"):
         backend = "reference"
@@ -297,8 +297,8 @@ def _equivalences(
 ) -> list[Equivalence]:
     import torch
 
-    from happyhorse_fast.cli.checks import seeded_inputs
-    from happyhorse_fast.cli.equivalence import equivalence, equivalence_golden
+    from happyhorse_fast.verify.checks import seeded_inputs
+    from happyhorse_fast.verify.equivalence import equivalence, equivalence_golden
 
     if checkpoint is None:
         return equivalence_golden(fast, steps=steps, device=device)
@@ -310,8 +310,8 @@ def _equivalences(
 def _load(
     checkpoint: Path, preset: str | None, config: Path | None, device: str, dtype: torch.dtype, quiet: bool
 ) -> HappyHorse:
-    from happyhorse_fast.model.checkpoint import load
-    from happyhorse_fast.model.packed_checkpoint import is_packed
+    from happyhorse_fast.checkpoint.load import load
+    from happyhorse_fast.checkpoint.packed import is_packed
 
     if is_packed(checkpoint):
         raise ValueError(f"checkpoint must hold the published weights to be verified; {checkpoint} holds packed ones")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from happyhorse_fast import ambient
+from happyhorse_fast.arguments import require_tensor
 from happyhorse_fast.config import LATENT_CHANNELS, PATCH
-from happyhorse_fast.errors import require_tensor
+from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.pony.codec import FRAMES, SIDE, decode_audio, decode_video, encode_video
 from happyhorse_fast.pony.prompt import TEXT_TOKENS, encode_text, parse
 from happyhorse_fast.pony.weights import PONY, load_codecs
-from happyhorse_fast.reference.sequence import Clip
 from happyhorse_fast.sampler import sample
 from happyhorse_fast.sampler.progress import Callback
 from happyhorse_fast.sampler.steps import Denoiser

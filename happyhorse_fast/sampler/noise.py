@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 
-from happyhorse_fast.errors import require_finite, require_tensor
+from happyhorse_fast.arguments import require_finite, require_tensor
 
 Draw: TypeAlias = Callable[[str, torch.Size], torch.Tensor]
 """(name, shape) -> standard normal tensor."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from happyhorse_fast.errors import require_finite, require_tensor, require_whole
-from happyhorse_fast.reference.sequence import Clip, check_inputs, check_time_axis
+from happyhorse_fast.arguments import require_finite, require_tensor, require_whole
+from happyhorse_fast.eager.sequence import Clip, check_inputs, check_time_axis
 from happyhorse_fast.sampler.arguments import prepare_image, require_callback, require_positive
 from happyhorse_fast.sampler.distilled import DISTILLED_STEPS, sample_distilled
 from happyhorse_fast.sampler.guided import GUIDED_STEPS, sample_guided

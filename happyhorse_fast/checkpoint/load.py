@@ -1,0 +1,319 @@
+"""Checkpoints in the published format, streamed from disk into a model."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import FileIO
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from happyhorse_fast import ambient
+from happyhorse_fast.arguments import CheckpointError
+from happyhorse_fast.checkpoint.header import TensorEntry, read_headers
+from happyhorse_fast.checkpoint.inspect import BANDS_KEY, STORED_DTYPES, layer_of, read_sizes, require_sizes
+from happyhorse_fast.checkpoint.lora import add_updates, plan_updates
+from happyhorse_fast.checkpoint.lora_file import Lora, Update
+from happyhorse_fast.checkpoint.save import save_checkpoint
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.eager.rotary import frequency_bands
+from happyhorse_fast.fast.accelerate import Accelerating
+from happyhorse_fast.fast.config import FastConfig
+
+__all__ = ["load", "read_sizes", "save_checkpoint"]
+
+# Bytes read at a time, a multiple of every item size. All a load takes beside the weights.
+STAGING_BYTES = 16 << 20
+# Largest relative difference of stored and computed rotary frequencies; they agree to 2e-7 (float32 powers) at most.
+BANDS_TOLERANCE = 1e-6
+
+Advance = Callable[[int], None]
+
+
+@ambient.makes_tensors
+def load(
+    path: str | Path,
+    preset: str | None = None,
+    config: ModelConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.bfloat16,
+    progress: bool = True,
+    fast: FastConfig | None = None,
+    lora: Lora | Sequence[Lora] = (),
+    lora_scale: float | Sequence[float] = 1.0,
+) -> HappyHorse:
+    """Load a checkpoint: in the published format, or packed by :func:`save_packed`.
+
+    Headers are checked before any data are read. Then every tensor is streamed to the device in pieces of 16 MiB,
+    straight into the memory and the dtype it stays in: linear weights inside layers in bfloat16, the rest in float32.
+
+    Args:
+        path: A folder with ``model.safetensors``, or with shards named by ``model.safetensors.index.json`` (or either
+            under diffusers' name, ``diffusion_pytorch_model``); or one ``.safetensors`` file or index. A prefix that
+            all keys share, such as ``module.``, is taken off. A folder of packed weights carries its own
+            configurations: then ``preset`` and ``config`` must be left out.
+        preset: Name of the published configuration that the checkpoint is of; see :meth:`ModelConfig.preset`.
+        config: The configuration instead. Exactly one of the two: ``local_attn_layers``, ``frame_receptive_field`` and
+            ``coords_style`` cannot be read off the tensors; the sizes that can be are held against it.
+        device: Where the weights go.
+        compute_dtype: Dtype of products and attention, see :class:`HappyHorse`; with ``fast`` and for packed weights
+            bfloat16 alone.
+        progress: Show a progress bar on standard error.
+        fast: Accelerate as :func:`accelerate` would, layer by layer while loading: one layer's published weights are on
+            the device at a time, and they are not kept (so there is no :func:`restore`). Of packed weights it replaces
+            what they were saved with: backend, sparsity, where to stay exact; the precision of each product must be
+            that of the weights.
+        lora: What :func:`merge_lora` takes, merged as there, layer by layer, before a layer is packed. The original
+            weights are not kept. Not for packed weights.
+        lora_scale: Its ``scale``.
+
+    Returns:
+        The model, complete: on any error, Ctrl-C included, there is none, and its memory is free again.
+
+    Raises:
+        CheckpointError: As :func:`read_headers`; missing, unexpected or misshapen tensors, tensors that are not
+            floating point, sizes other than the configuration's, NaN or Inf in a tensor, or rotary frequencies that are
+            not the model's. The message names files and keys.
+        TypeError: ``config`` is not a ModelConfig.
+        ValueError: Not exactly one of ``preset`` and ``config``; no such preset, device or compute dtype; ``fast`` asks
+            for another precision than packed weights have; ``lora`` for packed weights, or one that does not fit.
+    """
+    from happyhorse_fast.checkpoint import packed as packed_checkpoint
+
+    place = usable_device(device)
+    wanted = check_load(path, preset, config, compute_dtype=compute_dtype, fast=fast)
+    if packed_checkpoint.is_packed(path):
+        if lora:
+            raise ValueError(
+                f"lora must be left out: the folder {str(path)!r} is packed; load the published checkpoint"
+            )
+        return packed_checkpoint.load_packed(path, place, fast, progress=progress)
+    model = HappyHorse(wanted, compute_dtype, device="meta")
+    updates = plan_updates(model, lora, lora_scale)
+    entries = read_headers(path)
+    accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
+    try:
+        with progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
+            _stream(model, entries, place, advance, accelerating, updates)
+    except BaseException as error:
+        # The error outlives this call, and the frames it refers to hold tensors.
+        traceback.clear_frames(error.__traceback__)
+        model.to("meta")
+        raise
+    return model
+
+
+def check_load(
+    path: str | Path,
+    preset: str | None,
+    config: ModelConfig | None,
+    *,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    fast: FastConfig | None = None,
+) -> ModelConfig:
+    """What :func:`load` checks before it reads any data; arguments and errors as there.
+
+    Returns:
+        The configuration that the model would have.
+    """
+    from happyhorse_fast.checkpoint import packed as packed_checkpoint
+
+    packed = packed_checkpoint.is_packed(path)
+    if packed and (preset is not None or config is not None):
+        raise ValueError(f"preset and config must be left out: the folder {str(path)!r} is packed and carries its own")
+    if (packed or fast is not None) and compute_dtype != torch.bfloat16:
+        raise ValueError(
+            "compute_dtype must be torch.bfloat16 with fast=... and for packed weights, whose products are in bf16 or "
+            f"fp8; got {compute_dtype}"
+        )
+    if packed:
+        return packed_checkpoint.packed_config(path, fast)[0]
+    wanted, asked = _requested(preset, config)
+    if isinstance(fast, FastConfig):
+        fast.require_model(wanted)
+    require_sizes(read_headers(path), Path(path), wanted, asked)
+    return wanted
+
+
+def _requested(preset: str | None, config: ModelConfig | None) -> tuple[ModelConfig, str]:
+    if (preset is None) == (config is None):
+        raise ValueError(
+            f"exactly one of preset and config is required, got {'neither' if preset is None else 'both'}: "
+            "local_attn_layers, frame_receptive_field and coords_style cannot be read off a checkpoint's tensors, and "
+            f"a wrong guess would be silent. Presets: {', '.join(ModelConfig.preset_names())}"
+        )
+    if config is None:
+        return ModelConfig.preset(str(preset)), f"preset {preset!r}"
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"config must be a ModelConfig, got {type(config).__name__}")
+    return config, "config"
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device by its full name.
+
+    Raises:
+        ValueError: This machine does not have it, or it holds no data.
+    """
+    try:
+        place = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device must be one that this machine has, got {str(device)!r}: {error}") from error
+    if place.type == "meta":
+        raise ValueError("device must be one that holds data, got 'meta'")
+    return place
+
+
+@contextmanager
+def progress_bar(shown: bool, total: int) -> Iterator[Advance]:
+    """A bar over bytes on standard error, where ``shown``; yields what to call with bytes that were read."""
+    if not shown:
+        yield lambda count: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("loading"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("loading", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def staging_buffer(device: torch.device) -> torch.Tensor:
+    """[STAGING_BYTES] uint8 on the host, pinned for a GPU."""
+    return torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def _stream(
+    model: nn.Module,
+    entries: Mapping[str, TensorEntry],
+    device: torch.device,
+    advance: Advance,
+    accelerating: Accelerating | None,
+    updates: Mapping[str, Sequence[Update]],
+) -> None:
+    """Fill a model on ``"meta"`` tensor by tensor: the rotary frequencies first, then in the files' order.
+
+    Where the model is accelerated, layer by layer instead; a layer is packed once it is complete and has its LoRAs.
+    """
+    staging = staging_buffer(device)
+    bands = frequency_bands(model.get_buffer(BANDS_KEY).shape[0] * 8)
+    if BANDS_KEY in entries:
+        entry = entries[BANDS_KEY]
+        with entry.file.open("rb", buffering=0) as stream:
+            stored = read_tensor(stream, entry, bands.dtype, torch.device("cpu"), staging, advance)
+        error = float(((stored - bands) / bands).abs().max())
+        if error > BANDS_TOLERANCE:
+            raise CheckpointError(
+                f"{entry.file}: {BANDS_KEY} differs from the model's rotary frequencies 10000^(-i/{len(bands)}) by a "
+                f"relative {error:.1e}, more than {BANDS_TOLERANCE:.0e}: the checkpoint is of another model"
+            )
+        bands = stored
+    assign(model, BANDS_KEY, bands.to(device))
+    like = model.state_dict()
+    rest = [entry for key, entry in entries.items() if key != BANDS_KEY]
+    if accelerating is None:
+        _fill(model, rest, like, device, staging, advance)
+        _merge(model, updates, updates)
+        return
+    of_layer = itemgetter(0)
+    keyed = sorted(
+        ((layer_of(entry.key), entry) for entry in rest), key=lambda pair: -1 if pair[0] is None else pair[0]
+    )
+    for layer, together in groupby(keyed, key=of_layer):
+        _fill(model, [entry for _, entry in together], like, device, staging, advance)
+        _merge(model, updates, [path for path in updates if layer_of(path) == layer])
+        if layer is not None:
+            accelerating.pack(layer)
+    accelerating.finish()
+
+
+def _merge(model: nn.Module, updates: Mapping[str, Sequence[Update]], paths: Iterable[str]) -> None:
+    for path in paths:
+        add_updates(model.get_submodule(path), updates[path])
+
+
+def _fill(
+    model: nn.Module,
+    entries: Iterable[TensorEntry],
+    like: Mapping[str, torch.Tensor],
+    device: torch.device,
+    staging: torch.Tensor,
+    advance: Advance,
+) -> None:
+    for file, together in groupby(entries, key=lambda entry: entry.file):
+        with file.open("rb", buffering=0) as stream:
+            for entry in together:
+                value = read_tensor(stream, entry, like[entry.key].dtype, device, staging, advance)
+                assign(model, entry.key, value)
+
+
+def read_tensor(
+    stream: FileIO,
+    entry: TensorEntry,
+    dtype: torch.dtype,
+    device: torch.device,
+    staging: torch.Tensor,
+    advance: Advance,
+) -> torch.Tensor:
+    """Read one tensor through the staging buffer into its final memory and dtype; NaN or Inf in it is an error."""
+    value = torch.empty(entry.shape, dtype=dtype, device=device)
+    flat, stored = value.view(-1), STORED_DTYPES[entry.dtype]
+    buffer = staging.numpy().data
+    stream.seek(entry.start)
+    for start in range(0, entry.nbytes, len(buffer)):
+        piece = buffer[: min(len(buffer), entry.nbytes - start)]
+        _read_exactly(stream, piece, entry)
+        first = start // stored.itemsize
+        # Synchronous, so that the next piece may overwrite the staging buffer.
+        flat[first : first + len(piece) // stored.itemsize].copy_(staging[: len(piece)].view(stored))
+        advance(len(piece))
+    if not _is_finite(value):
+        bad = int((~torch.isfinite(value.float())).sum())
+        raise CheckpointError(
+            f"{entry.file}: {entry.key} holds {bad} NaN or Inf among {value.numel()} elements "
+            f"(stored as {entry.dtype}, read as {dtype})"
+        )
+    return value
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    if not value.dtype.is_floating_point:
+        return True
+    if value.dtype == torch.float8_e4m3fn:  # no Inf; NaN is 0x7f and 0xff
+        return not bool((value.view(torch.uint8) & 0x7F == 0x7F).any())
+    # NaN and Inf both show in the extremes: one pass without a temporary, 20 times as fast as isfinite on a CPU.
+    return all(bool(torch.isfinite(extreme)) for extreme in value.aminmax())
+
+
+def _read_exactly(stream: FileIO, piece: memoryview, entry: TensorEntry) -> None:
+    filled = 0
+    while filled < len(piece):
+        try:
+            count = stream.readinto(piece[filled:])
+        except OSError as error:
+            raise CheckpointError(f"{entry.file}: cannot be read, within {entry.key}: {error}") from error
+        if not count:
+            raise CheckpointError(f"{entry.file}: truncated while it was read, within {entry.key}")
+        filled += count
+
+
+def assign(model: nn.Module, key: str, value: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, by state-dict key."""
+    owner, _, name = key.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)

@@ -1,0 +1,333 @@
+"""One layer of the fast model: packed weights, and seven launches, in int8 nine, over padded rows (docs/OPS.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from happyhorse_fast.checkpoint.header import listed
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.eager.qkv import rms_norm
+from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound, packed_bound
+from happyhorse_fast.fast.config import OPS, FastConfig
+from happyhorse_fast.fast.dtypes import require_kept_dtypes
+from happyhorse_fast.ops.attention.contract import block_sparse_attention
+from happyhorse_fast.ops.linear.contract import fp8_linear, fp8_linear_activation, fp8_linear_residual
+from happyhorse_fast.ops.linear.packing import DTYPES, pack_linear
+from happyhorse_fast.ops.qkv.contract import qkv_linear, rmsnorm_quantize
+from happyhorse_fast.ops.qkv.packing import pack_qk_norm, pack_qkv_weight, static_qk_scale
+from happyhorse_fast.ops.row_quantization.contract import quantize_rows
+from happyhorse_fast.ops.runtime.dispatch import Choice
+
+if TYPE_CHECKING:
+    from happyhorse_fast.fast.clip_state import ClipState
+
+_FEATURE_TILE = 128
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a layer is, and how each of its products runs.
+
+    Attributes:
+        index: Layer number.
+        experts: 1 or 3.
+        gated: SwiGLU7 rather than GELU7.
+        local: Whether the layer belongs to ``local_attn_layers``.
+        num_heads_q: Hq.
+        num_heads_kv: Hkv.
+        head_dim: D.
+        precision: ``"bf16"``, ``"int8"``, ``"fp8"`` or (attention) ``"int8_qk"`` for each of ``OPS``.
+        backend: ``"triton"``, ``"cuda"`` or ``"reference"`` for each op stem's function.
+    """
+
+    index: int
+    experts: int
+    gated: bool
+    local: bool
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    precision: Mapping[str, str]
+    backend: Mapping[str, str]
+
+    @classmethod
+    def of(cls, config: ModelConfig, fast: FastConfig, layer: int, choices: Mapping[str, Choice]) -> LayerPlan:
+        """The plan of one layer of a model."""
+        return cls(
+            layer,
+            config.experts(layer),
+            layer not in config.gelu7_layers,
+            layer in config.local_attn_layers,
+            config.num_heads_q,
+            config.num_heads_kv,
+            config.head_dim,
+            {op: fast.precision_of(op, layer) for op in OPS},
+            {op: choice.backend for op, choice in choices.items()},
+        )
+
+
+class FastLayer(nn.Module):
+    """Packed weights of one layer, as buffers, and its forward pass.
+
+    Made by :func:`pack_layer`; the buffers' names and dtypes are the packed checkpoint's format.
+
+    Attributes:
+        plan: What the layer is, and how it runs.
+        bound: How large its scores and values can be; unknown until there are weights.
+    """
+
+    attn_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    qk_norm: torch.Tensor
+    qk_scale: torch.Tensor
+    qkv_weight: torch.Tensor
+    up_weight: torch.Tensor
+
+    def __init__(self, plan: LayerPlan, buffers: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.plan = plan
+        self.bound: AttentionBound = UNKNOWN
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def find_bound(self) -> None:
+        """Set :attr:`bound` from the weights, which whoever changes a buffer in place calls; waits for the device."""
+        plan = self.plan
+        start = (plan.num_heads_q + plan.num_heads_kv) * plan.head_dim
+        v_rows = slice(start, start + plan.num_heads_kv * plan.head_dim)
+        self.bound = packed_bound(self.attn_norm, self.qk_norm, self.qkv_weight, self._scale("qkv"), v_rows)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FastLayer:
+        """What ``nn.Module.to`` and its like come down to; a TypeError where some tensor's dtype would change."""
+        require_kept_dtypes(self, fn)
+        moved: FastLayer = super()._apply(fn, recurse)
+        return moved
+
+    def forward(self, hidden: torch.Tensor, state: ClipState, rows_in_mlp: int | None, *, exact: bool = False) -> None:
+        """Update the residual stream in place.
+
+        Args:
+            hidden: [rows, C] float32, the padded sequence.
+            state: What depends on the clip only: row tiles, rotary phases, block maps.
+            rows_in_mlp: Rows that are in the MLP at once, a multiple of 128, or None for all.
+            exact: Whether a sparsity policy does not apply at this denoising step.
+        """
+        self._attention(hidden, state, exact)
+        step = rows_in_mlp or hidden.shape[0]
+        for first in range(0, hidden.shape[0], step):
+            end = min(first + step, hidden.shape[0])
+            self._mlp(hidden[first:end], state.row_tiles(self.plan.experts, first, end))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        self.require_packed(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if not self.qkv_weight.is_meta:
+            self.find_bound()
+
+    def require_packed(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise where a state dict has other tensors for this layer than its own packed ones.
+
+        ``load_state_dict(strict=False)`` would drop published weights, and scales, without a word.
+
+        Args:
+            state_dict: Tensors by key.
+            prefix: What the layer's keys start with, such as ``"block.layers.0."``.
+
+        Raises:
+            RuntimeError: As ``load_state_dict`` raises; it names the keys.
+        """
+        own = dict(self.named_buffers())
+        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        astray = [f"{prefix}{key}" for key, value in given.items() if key not in own or value.dtype != own[key].dtype]
+        if astray:
+            raise RuntimeError(
+                f"state_dict must hold packed weights as this accelerated layer has them ({', '.join(own)}), got "
+                f"{listed(astray)}: call restore(model), load_state_dict, then accelerate(model); or load(folder, "
+                "fast=...) for a new model. Nothing was loaded"
+            )
+
+    def _attention(self, hidden: torch.Tensor, state: ClipState, exact: bool) -> None:
+        plan, use = self.plan, self.plan.precision
+        tiles = state.row_tiles(plan.experts)
+        x, x_scale = rmsnorm_quantize(
+            hidden,
+            self.attn_norm,
+            tiles,
+            out=use["qkv"],
+            backend=plan.backend["rmsnorm_quantize"],
+        )
+        q, k, v, *scales, gate = qkv_linear(
+            x,
+            None if use["qkv"] == "bf16" else x_scale,
+            self.qkv_weight,
+            self._scale("qkv"),
+            self.qk_norm,
+            state.cos_sin,
+            tiles,
+            plan.num_heads_q,
+            plan.num_heads_kv,
+            out=use["attention"],
+            qk_scale=self.qk_scale if use["attention"] == "fp8" else None,
+            backend=plan.backend["qkv_linear"],
+        )
+        del x
+        q_scale, k_scale, v_scale = (scale if scale.numel() else None for scale in scales)
+        attended, out_scale, _ = block_sparse_attention(
+            q,
+            k,
+            v,
+            state.block_map(plan, q, k, q_scale, k_scale, exact=exact),
+            scale=plan.head_dim**-0.5,
+            bound=self.bound.effective,
+            q_scale=q_scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            gate=gate,
+            fp8_out=use["proj"] == "fp8",
+            backend=plan.backend["block_sparse_attention"],
+        )
+        del q, k, v
+        x, x_scale = attended.flatten(1), out_scale
+        del attended
+        if use["proj"] == "int8":
+            x, x_scale = quantize_rows(x, False, backend=plan.backend["quantize_rows"])
+        self._add_branch(hidden, x, None if use["proj"] == "bf16" else x_scale, "proj", "attn_post_norm", tiles)
+
+    def _mlp(self, hidden: torch.Tensor, tiles: torch.Tensor) -> None:
+        plan, use = self.plan, self.plan.precision
+        x, x_scale = rmsnorm_quantize(
+            hidden, self.mlp_norm, tiles, out=use["up"], backend=plan.backend["rmsnorm_quantize"]
+        )
+        y, y_scale = fp8_linear_activation(
+            x,
+            None if use["up"] == "bf16" else x_scale,
+            self.up_weight,
+            self._scale("up"),
+            tiles,
+            activation="swiglu7" if plan.gated else "gelu7",
+            fp8=use["down"] == "fp8",
+            backend=plan.backend["fp8_linear_activation"],
+        )
+        del x
+        if use["down"] == "int8":
+            y, y_scale = quantize_rows(y, True, backend=plan.backend["quantize_rows"])
+        self._add_branch(hidden, y, None if use["down"] == "bf16" else y_scale, "down", "mlp_post_norm", tiles)
+
+    def _scale(self, name: str) -> torch.Tensor | None:
+        return None if self.plan.precision[name] == "bf16" else getattr(self, f"{name}_scale")
+
+    def _add_branch(
+        self,
+        hidden: torch.Tensor,
+        x: torch.Tensor,
+        x_scale: torch.Tensor | None,
+        name: str,
+        post_norm: str,
+        tiles: torch.Tensor,
+    ) -> None:
+        weight = getattr(self, f"{name}_weight")
+        scale = self._scale(name)
+        norm = getattr(self, post_norm, None)
+        if norm is None:
+            fp8_linear_residual(
+                x, x_scale, weight, scale, tiles, hidden, backend=self.plan.backend["fp8_linear_residual"]
+            )
+            return
+        branch = fp8_linear(x, x_scale, weight, scale, tiles, backend=self.plan.backend["fp8_linear"])
+        experts = tiles[:, 0].repeat_interleave(tiles[:, 2] - tiles[:, 1], output_size=hidden.shape[0])
+        hidden += rms_norm(branch.float(), norm.index_select(0, experts))
+
+
+def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: torch.device) -> FastLayer:
+    """Pack one layer's published weights for the kernels; exact in bf16, else quantised once per output channel.
+
+    Args:
+        tensors: The layer's tensors under their published keys (``attention.linear_qkv.weight``, ...), on any device.
+        plan: What the layer is.
+        device: Where the packed weights go.
+
+    Returns:
+        The layer; at no time is more than one weight of it held twice on ``device``.
+    """
+    experts = plan.experts
+
+    def of(name: str) -> torch.Tensor:
+        return tensors[name].detach().to(device)
+
+    buffers: dict[str, torch.Tensor] = {}
+    norms = {
+        "attn_norm": "attention.pre_norm.weight",
+        "mlp_norm": "mlp.pre_norm.weight",
+        "attn_post_norm": "attn_post_norm.weight",
+        "mlp_post_norm": "mlp_post_norm.weight",
+    }
+    for name, key in norms.items():
+        if key in tensors:
+            buffers[name] = of(key).float().reshape(experts, -1).contiguous()
+    q_norm, k_norm = (of(f"attention.{x}_norm.weight").float() for x in "qk")
+    buffers["qk_norm"] = pack_qk_norm(q_norm, k_norm, experts=experts)
+    buffers["qk_scale"] = static_qk_scale(buffers["qk_norm"])
+    scales: dict[str, torch.Tensor | None] = {}
+    buffers["qkv_weight"], scales["qkv_scale"] = pack_qkv_weight(
+        of("attention.linear_qkv.weight"),
+        experts=experts,
+        num_heads_q=plan.num_heads_q,
+        num_heads_kv=plan.num_heads_kv,
+        head_dim=plan.head_dim,
+        to=plan.precision["qkv"],
+    )
+    linears = {
+        "proj": ("attention.linear_proj.weight", 1),
+        "up": ("mlp.up_gate_proj.weight", _FEATURE_TILE),
+        "down": ("mlp.down_proj.weight", 1),
+    }
+    for name, (key, pad_f_to) in linears.items():
+        pad_k_to = _FEATURE_TILE // (2 if plan.gated else 1) if name == "down" else 1
+        buffers[f"{name}_weight"], scales[f"{name}_scale"] = pack_linear(
+            of(key),
+            experts,
+            plan.precision[name],
+            pad_f_to=pad_f_to,
+            pad_k_to=pad_k_to,
+            through_hadamard=name == "down" and plan.precision[name] == "int8",
+        )
+    layer = FastLayer(plan, buffers | {k: v for k, v in scales.items() if v is not None})
+    layer.find_bound()
+    return layer
+
+
+def packed_shapes(config: ModelConfig, plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every buffer that :func:`pack_layer` makes, without making them.
+
+    Args:
+        config: The model's configuration.
+        plan: What the layer is.
+    """
+    e, c, d = plan.experts, config.hidden_size, plan.head_dim
+    inner = config.intermediate_size(plan.index)
+    inner += -inner % (_FEATURE_TILE // 2 if plan.gated else _FEATURE_TILE)
+    features = {
+        "qkv": ((config.num_heads_q + 2 * config.num_heads_kv + -(-config.num_heads_q // d)) * d, c),
+        "proj": (c, config.num_heads_q * d),
+        "up": (inner * (2 if plan.gated else 1), c),
+        "down": (c, inner),
+    }
+    f32 = torch.float32
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "attn_norm": ((e, c), f32),
+        "mlp_norm": ((e, c), f32),
+        "qk_norm": ((e, 2, d), f32),
+        "qk_scale": ((e, 2), f32),
+    }
+    if plan.index in config.post_norm_layers:
+        shapes |= {"attn_post_norm": ((e, c), f32), "mlp_post_norm": ((e, c), f32)}
+    for name, (f, k) in features.items():
+        shapes[f"{name}_weight"] = ((e, f, k), DTYPES[plan.precision[name]])
+        if plan.precision[name] != "bf16":
+            shapes[f"{name}_scale"] = ((e, f), f32)
+    return shapes

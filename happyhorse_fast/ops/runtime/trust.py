@@ -1,0 +1,127 @@
+"""Self-check results, remembered per user, GPU, driver, torch, Triton and package version."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import torch
+
+from happyhorse_fast._version import __version__
+from happyhorse_fast.files import replacing
+from happyhorse_fast.ops.runtime.self_check import KernelCheck
+
+CACHE_VARIABLE = "HAPPYHORSE_FAST_CACHE"
+"""Environment variable that names another folder than ``~/.cache/happyhorse_fast``."""
+
+PACKAGE = Path(__file__).parents[2]
+JUDGED_BY = ("ops/**/*.py", "reference/*.py", "budgets.py")
+"""Files of the package, beside device code, that a verdict comes from: launchers, checks, references and budgets."""
+
+
+def cache_folder() -> Path:
+    """The folder of this user's own (0700), made where it does not exist.
+
+    Raises:
+        OSError: It cannot be made, belongs to somebody else, or others may write to it.
+    """
+    folder = _cache_path()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if hasattr(os, "getuid") and found.st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to user {found.st_uid}, not to {os.getuid()}; set {CACHE_VARIABLE}")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"{folder} may be written by others (mode {found.st_mode & 0o777:o}); set {CACHE_VARIABLE}"
+        )
+    return folder
+
+
+def _cache_path() -> Path:
+    try:
+        named = os.environ.get(CACHE_VARIABLE)
+        if named:
+            return Path(named).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME")
+        # A relative one is to be ignored (XDG base directory specification).
+        shared = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
+        return shared / "happyhorse_fast"
+    except RuntimeError as error:  # no HOME, and no entry in the password file: as in many containers
+        raise FileNotFoundError(f"there is no folder for the cache: {error} Set {CACHE_VARIABLE}") from error
+
+
+def machine_key(backend: str, device: torch.device, *, fp8: bool) -> str:
+    """Digest of all that a result depends on: hardware, driver, versions, the kernels' source, launchers and checks."""
+    parts = [backend, str(fp8), __version__, torch.__version__, str(torch.version.cuda)]
+    try:
+        parts.append(importlib.metadata.version("triton"))
+    except importlib.metadata.PackageNotFoundError:
+        parts.append("no triton")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        parts += [properties.name, f"{properties.major}.{properties.minor}", _driver_version()]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for file in sorted(file for pattern in JUDGED_BY for file in PACKAGE.glob(pattern)):
+        digest.update(file.read_bytes())
+    if backend == "cuda":
+        from happyhorse_fast.csrc import sources
+
+        for stem in sources.stems():
+            digest.update(sources.digest(stem).encode())
+        if device.type == "cuda":
+            from happyhorse_fast.ops.runtime.cuda import driver
+
+            digest.update(driver.fingerprint(device).encode())  # which binary runs, or which NVRTC compiles
+    else:
+        from happyhorse_fast import kernels
+
+        for file in sorted(Path(kernels.__file__).parent.rglob("*")):
+            if file.suffix in (".py", ".json"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _driver_version() -> str:
+    version = Path("/proc/driver/nvidia/version")
+    if version.is_file():
+        return version.read_text().splitlines()[0]
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # 13000: sandboxes hide /proc/driver
+    return "unknown driver" if ask is None else f"driver of CUDA {ask()}"
+
+
+def recall(key: str) -> list[KernelCheck] | None:
+    """What was found under a key before; None where nothing was, or where it cannot be read."""
+    try:
+        stored = json.loads((cache_folder() / "self_check.json").read_text())
+        return [KernelCheck(**check) for check in stored[key]]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if not isinstance(error, KeyError):
+            warnings.warn(f"remembered self-check cannot be read, kernels are checked again: {error}", stacklevel=2)
+        return None
+
+
+def remember(key: str, checks: list[KernelCheck]) -> None:
+    """Store what was found; a cache that cannot be written costs a check per process, and says so."""
+    try:
+        folder = cache_folder()
+        path = folder / "self_check.json"
+        try:
+            stored = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            stored = None
+        if not isinstance(stored, dict):  # nothing yet, or not what was written
+            stored = {}
+        stored[key] = [dataclasses.asdict(check) for check in checks]
+        with replacing(path) as partial:
+            partial.touch(0o600)
+            partial.write_text(json.dumps(stored, indent=1))
+    except OSError as error:
+        warnings.warn(f"self-check cannot be remembered: {error}", stacklevel=2)

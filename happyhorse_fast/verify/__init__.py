@@ -1,0 +1,1 @@
+"""Measurements of error: of layers, models, clips."""
