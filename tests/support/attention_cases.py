@@ -44,7 +44,7 @@ GLUON_MODULES = (
     "hopper_scores",
     "hopper_bounded",
     "hopper_e4m3",
-    "block_sparse_attention_hopper",
+    "attention_hopper",
 )
 LAYOUT = Layout(3, 77, 29, 40)  # 300 tokens; no boundary on a block
 MAP = BlockMap.frame_window(LAYOUT, 0)
