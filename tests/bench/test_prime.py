@@ -77,6 +77,7 @@ def launched(only: str, cache: Path) -> list[tuple[str, bool]]:
     ]
 
 
+@pytest.mark.slow
 def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
     packed = prime(f"{SOME}|{GLUON}|{INT8}", tmp_path / "here")
     moved = tmp_path / "there" / packed.name
@@ -121,6 +122,7 @@ def packed(tmp_path_factory):
     return prime(SOME, tmp_path_factory.mktemp("primed"))
 
 
+@pytest.mark.slow
 def test_priming_again_compiles_nothing(packed, tmp_path):
     moved = Path(shutil.copy(packed, tmp_path))
     cache = primed.unpack(moved)
@@ -130,6 +132,7 @@ def test_priming_again_compiles_nothing(packed, tmp_path):
     assert not any(": compiled" in line for line in said) and "'new': 0" in said[-1]
 
 
+@pytest.mark.slow
 def test_without_its_paths_put_right_a_moved_cache_holds_nothing(packed, tmp_path, monkeypatch):
     # What relocating is for.
     moved = Path(shutil.copy(packed, tmp_path))
@@ -153,6 +156,7 @@ print([x.cache_key for x in ((other, kernel) if sys.argv[1:] else (kernel,))][-1
     assert (run("-c", code, **environment) == run("-c", code, "other first", **environment)) is settled
 
 
+@pytest.mark.slow
 def test_a_cache_is_unpacked_once_and_again_where_its_file_is_newer(packed, tmp_path):
     moved = Path(shutil.copy(packed, tmp_path))
     cache = primed.unpack(moved)
@@ -182,6 +186,7 @@ def test_the_key_of_another_build_is_found_without_running_it(tmp_path):
         prime_compile.key_of(folder.parent)
 
 
+@pytest.mark.slow
 def test_a_run_finds_what_was_primed_for_its_gpu_and_its_triton_alone(packed, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(gpu.CACHE_VARIABLE, raising=False)
     Path(shutil.copy(packed, tmp_path))

@@ -167,6 +167,7 @@ def test_weights_that_change_are_seen() -> None:
         assert all(layer.bound.effective > LIMIT for layer in model.block.layers)
 
 
+@pytest.mark.slow
 def test_two_hundred_shapes_leave_two_behind() -> None:
     model, public = fast_model(layers=1, sparsity=TopK(0.5)), fast_model(public=True, layers=1)
     states: list[weakref.ref[Any]] = []

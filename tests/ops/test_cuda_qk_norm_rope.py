@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_mutants import mutant
+from cuda_mutants import mutant, some_slow
 from cuda_shim import SHIM, ShimError
 from qkv_cases import ALIGNED, SHAPES, fp8_linear, make, steps, tail
 from strict import poisoned_outputs
@@ -125,7 +125,7 @@ ALL_MUTANTS = {bug: (edit, "fp8") for bug, edit in MUTANTS.items()}
 ALL_MUTANTS |= {bug: (edit, "int8_qk") for bug, edit in INT8_MUTANTS.items()}
 
 
-@pytest.mark.parametrize("bug", ALL_MUTANTS)
+@pytest.mark.parametrize("bug", some_slow(ALL_MUTANTS))
 def test_a_planted_bug_is_caught(bug, tmp_path):
     case = make(WIDE)
     edit, out = ALL_MUTANTS[bug]

@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from cuda_mutants import mutant
+from cuda_mutants import mutant, some_slow
 from cuda_shim import SHIM, ShimError
 from fuzz import examples
 from hypothesis import given
@@ -289,6 +289,6 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("bug", MUTANTS)
+@pytest.mark.parametrize("bug", some_slow(MUTANTS))
 def test_planted_bugs_are_caught(bug, judged, tmp_path):
     assert problems(mutant(tmp_path, "select_blocks", *MUTANTS[bug]), judged)
