@@ -57,7 +57,7 @@ class FastLayer(nn.Module):
         self.bound = packed_bound(self.attn_norm, self.qk_norm, self.qkv_weight, self._scale("qkv"), v_rows)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FastLayer:
-        """What ``nn.Module.to`` and its like come down to; a TypeError where some tensor's dtype would change."""
+        """Carry out ``nn.Module.to`` and the like; raise a TypeError where a tensor's dtype would change."""
         require_kept_dtypes(self, fn)
         moved: FastLayer = super()._apply(fn, recurse)
         return moved
