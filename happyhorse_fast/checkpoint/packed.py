@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from torch import nn
 
 from happyhorse_fast import ambient
 from happyhorse_fast._version import __version__
-from happyhorse_fast.arguments import CheckpointError
-from happyhorse_fast.checkpoint.header import PACKED_FILE, TensorEntry, listed, read_headers, require_regular_file
-from happyhorse_fast.checkpoint.inspect import BANDS_KEY, STORED_DTYPES
+from happyhorse_fast.arguments import CheckpointError, listed
+from happyhorse_fast.checkpoint.header import DTYPES, PACKED_FILE, TensorEntry, read_headers, require_regular_file
 from happyhorse_fast.checkpoint.save import write_checkpoint
+from happyhorse_fast.checkpoint.stream import assign, emptied_on_error, fill, progress_bar, staging_buffer
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
+from happyhorse_fast.eager.sizes import BANDS_KEY
 from happyhorse_fast.fast.accelerate import choose_ops, empty_accelerated
 from happyhorse_fast.fast.attention_bound import AttentionBound
 from happyhorse_fast.fast.compiled import unwrapped
@@ -117,26 +117,15 @@ def load_packed(
         ValueError: As :func:`packed_config`.
         BackendError: As for :func:`accelerate`.
     """
-    from happyhorse_fast.checkpoint.load import assign, progress_bar, read_tensor, staging_buffer
-
     folder = Path(folder)
     config, fast = packed_config(folder, fast)
     entries = read_headers(folder)
     arch = compute_capability(device)
     model = empty_accelerated(config, fast, choose_ops(fast.on(arch), device, None), arch)
-    _require_entries(entries, model.state_dict(), folder)
-    staging = staging_buffer(device)
-    try:
-        with progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
-            for entry in entries.values():
-                with entry.file.open("rb", buffering=0) as stream:
-                    dtype = STORED_DTYPES[entry.dtype]
-                    assign(model, entry.key, read_tensor(stream, entry, dtype, device, staging, advance))
-    except BaseException as error:
-        # The error outlives this call, and the frames it refers to hold tensors.
-        traceback.clear_frames(error.__traceback__)
-        model.to("meta")
-        raise
+    like = model.state_dict()
+    _require_entries(entries, like, folder)
+    with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
+        fill(model, entries.values(), like, device, staging_buffer(device), advance)
     assign(model, BANDS_KEY, frequency_bands(config.head_dim, device))
     _, _, bounds = _description(folder / PACKED_FILE)
     layers: Any = model.block.layers
@@ -194,7 +183,7 @@ def _require_entries(entries: Mapping[str, TensorEntry], wanted: Mapping[str, to
         like = wanted.get(key)
         if like is None:
             continue
-        found = STORED_DTYPES.get(entry.dtype)
+        found = DTYPES.get(entry.dtype)
         if entry.shape != tuple(like.shape) or found != like.dtype:
             problems.append(
                 f"{entry.file}: {key} is {entry.dtype} {list(entry.shape)}, wanted {like.dtype} {list(like.shape)}"

@@ -25,7 +25,7 @@ class AttentionBound:
 
     @property
     def effective(self) -> float:
-        """What `block_sparse_attention` takes as ``bound``: inf where a weight is not finite."""
+        """The ``bound`` of `block_sparse_attention`: inf where a weight is not finite."""
         known = math.isfinite(self.scores) and math.isfinite(self.v_max)
         return effective_bound(self.scores, self.v_max) if known else math.inf
 

@@ -1,4 +1,4 @@
-"""What the fast model may change: precision, sparsity, backend, and where to stay exact."""
+"""Options of acceleration: precision, sparsity, backend, and where to stay exact."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from happyhorse_fast.arguments import real_number, whole_number
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.fast.calibration import ATTENTION, read_skip
 
 Precision = Literal["bf16", "int8", "fp8"]
 AttentionPrecision = Literal["bf16", "int8_qk", "fp8"]
@@ -19,7 +20,7 @@ MLP_ROWS = {"bf16": 65536, "int8": 32768, "fp8": 65536}
 INT8_MEASURED_UNTIL = 90
 """Newer compute capabilities multiply int8 as sm_80 does, in Triton; what that costs is not measured."""
 GONE_ATTENTION = "fp8_qk"
-"""What older configurations and packed weights may ask for."""
+"""Removed precision of attention, which older configurations and packed weights may ask for."""
 OPS = ("qkv", "attention", "proj", "up", "down")
 """The products of a layer whose precision can be chosen, in order."""
 _SKIP = re.compile(r"^(?P<op>[a-z]+|\*)(?::(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*))?$")
@@ -192,8 +193,6 @@ class FastConfig:
             OSError, ValueError: As :func:`happyhorse_fast.fast.calibration.read_skip`; everything is in bf16.
             TypeError, ValueError: As for a FastConfig.
         """
-        from happyhorse_fast.fast.calibration import ATTENTION, read_skip  # here: it imports this module
-
         wanted = cls(**options)
         if (wanted.precision, wanted.attention_format) == ("bf16", "bf16"):
             raise ValueError("precision or attention must be of 8 bits to be calibrated, got bf16 for both")

@@ -99,7 +99,7 @@ def head(hidden: torch.Tensor, rows: torch.Tensor, norm: torch.Tensor, weight: t
 
 
 class Accelerated:
-    """What a model of either signature does while its layers are packed."""
+    """Methods of a model of either signature while its layers are packed."""
 
     fast: FastState
 
@@ -108,7 +108,7 @@ class Accelerated:
         return _new, (self.fast.eager_class,), self.__getstate__()
 
     def _apply(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """What ``nn.Module.to`` and its like come down to; the clips' states are made anew where the model goes.
+        """Carry out ``nn.Module.to`` and the like; states of clips are made anew on the new device.
 
         Raises:
             TypeError: Some tensor's dtype would change.

@@ -64,7 +64,7 @@ class OpTimes(TorchDispatchMode):
 
 
 def group_of(name: str) -> str:
-    """What an operation counts as: ``"happyhorse_fast::qkv_linear_reference"`` as ``"qkv_linear"``."""
+    """The group that an operation counts in: ``"happyhorse_fast::qkv_linear_reference"`` in ``"qkv_linear"``."""
     if name.startswith(PACKAGE):
         return name.removeprefix(PACKAGE).removesuffix("_reference").removesuffix("_cuda")
     base = name.removeprefix("aten::")

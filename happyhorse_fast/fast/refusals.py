@@ -1,4 +1,4 @@
-"""What a model must not carry: packed layers run in the place of its own, and would leave it out without a word."""
+"""Refuse models with additions, such as hooks, that packed layers would silently leave out."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrize
 
-from happyhorse_fast.checkpoint.header import listed
-from happyhorse_fast.checkpoint.inspect import layer_of
+from happyhorse_fast.arguments import listed
 from happyhorse_fast.eager import model as reference
 from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.eager.sizes import layer_of
 from happyhorse_fast.fast.compiled import published_key, state_dict_of, unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles
 from happyhorse_fast.fast.layer import FastLayer
@@ -294,7 +294,7 @@ def _role(path: str) -> str:
 def _problems(
     path: str, module: nn.Module, ours: bool, classes: dict[tuple[str, int], tuple[str, type]]
 ) -> Iterator[str]:
-    """What one module of a model carries that packed layers leave out."""
+    """Describe the additions of one module that packed layers leave out."""
     name, role = path or "model", _role(path)
     attributes = (
         _BACKWARD_HOOKS | (_FORWARD_HOOKS if path else {}) | (_STATE_HOOKS if layer_of(path) is not None else {})
