@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from happyhorse_fast.eager.model import HappyHorse, Layer
-from happyhorse_fast.eager.qkv import rms_norm
+from happyhorse_fast.eager.model import HappyHorse, Layer, normed
 from happyhorse_fast.eager.sequence import Clip, Ranges, row_chunks
 from happyhorse_fast.ops.attention.reference import output_scale
 from happyhorse_fast.ops.linear.contract import static_scale
@@ -171,7 +170,7 @@ def tensors(
     def units(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return x.float() / scale
 
-    up_input = torch.cat([rms_norm(results.middle[rows], layer.mlp.pre_norm.of(e)) for e, rows in chunks])
+    up_input = normed(results.middle, layer.mlp.pre_norm, given.clip)
     yield "residual", given.hidden, None
     yield "qkv input", results.norm, units(results.norm, e4m3_rows(results.norm)[1][:, None])
     attention = layer.attention
