@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from happyhorse_fast.cli.forms import form_of
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals, window_share
@@ -119,25 +118,27 @@ def plan_clip(
 
 def _launches(precision: str) -> int | None:
     """Most launches of any layer in the preferred form; None for eager torch, which promises no number."""
+    from happyhorse_fast.fast.config import FastConfig
+    from happyhorse_fast.fast.launches import launches_per_layer
+    from happyhorse_fast.verify.forms import form_of
+
     form = form_of(precision)
     if form is None or not form.kernels:
         return None
-    from happyhorse_fast.fast.config import FastConfig
-    from happyhorse_fast.fast.launches import launches_per_layer
-
     return max(len(names) for names in launches_per_layer(FastConfig(precision=form.fast_precision)))
 
 
 def _memory(
     config: ModelConfig, clip: ClipTokens, text: int, precision: tuple[str, str], trace: bool
 ) -> dict[str, Any]:
+    from happyhorse_fast.fast.memory import peak_memory
+    from happyhorse_fast.verify.forms import form_of
+
     form, attention = form_of(precision[0]), precision[1]
     if form is None:
         return {"peak_memory_gib": None, "memory": {"form": None, "why": f"this version has no {precision[0]} form"}}
     if not trace:
         return {"peak_memory_gib": None, "memory": {"form": form.name, "why": "not traced (--no-memory)"}}
-    from happyhorse_fast.fast.memory import peak_memory
-
     print("tracing one forward pass under fake tensors...", file=sys.stderr)
     peak = peak_memory(form.without_weights(config, attention), clip, text)  # type: ignore[arg-type]  # checked before
     return {"peak_memory_gib": peak.peak_gib, "memory": {"form": form.name, "why": None, "peak": peak}}
