@@ -28,6 +28,7 @@ from happyhorse_fast.pony.measure import Measured, judge, largest_shift, measure
 from happyhorse_fast.pony.metrics import log_spectral_distance, psnr, ssim
 from happyhorse_fast.pony.prompt import Prompt, held_out_prompts
 from happyhorse_fast.pony.weights import weights_digest
+from happyhorse_fast.verify.clips import one_thread
 from happyhorse_fast.verify.frame_blocks import FrameBlocks, decide_between_frames
 
 EAGER = "eager bf16"
@@ -214,6 +215,7 @@ class Fidelity:
 
 
 @ambient.independent
+@one_thread()
 def measure_fidelity(
     chosen: tuple[Policy, ...],
     clips: int,
