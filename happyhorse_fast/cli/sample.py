@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from happyhorse_fast.config import ModelConfig
     from happyhorse_fast.sampler import StepInfo
+    from happyhorse_fast.sampler.steps import Denoiser
 
 Dtype = Literal["bfloat16", "float32", "float64"]
 Fast = Literal["bf16", "int8", "fp8"]
@@ -125,25 +126,30 @@ def sample(
     conditions = _conditions(tensors, image_key)
     stage: _Stage | None = None
     sr_how: dict[str, Any] = {"size": size, "steps": sr_steps, "shift": shift, "noise": draw}
-    _check_first_stage(first, start, conditions, how)
+    # What the samplers say of their arguments is known before minutes of loading.
+    with contextlib.suppress(_CheckedError):
+        _first_stage(_Unloaded(first), start, conditions, how)
     if sr_checkpoint is not None:
         stage = _Stage(sr_checkpoint, sr_preset, sr_config, first.device, dtype, how_fast, not as_json, option="sr-")
-        _check_second_stage(stage, start, conditions, sr_how)
-    latents = _first_stage(first, start, conditions, record, how)
+        with contextlib.suppress(_CheckedError):
+            _second_stage(_Unloaded(stage), start, conditions, sr_how)
+    # No name holds a model: the first is gone before the second is loaded.
+    latents = _first_stage(first.load(), start, conditions, how, callback=record, progress=not as_json)
     settings |= {"steps": len(record.sigmas), "sigmas": [*record.sigmas, 0.0]}
     if stage is not None:
-        sr_record = Record()
-        latents["video"] = _second_stage(stage, latents, conditions, sr_record, sr_how)
+        again = Record()
+        shown: dict[str, Any] = {"callback": again, "progress": not as_json}
+        latents["video"] = _second_stage(stage.load(), latents, conditions, sr_how, **shown)
         settings |= {
             "sr_checkpoint": sr_checkpoint,
             "sr_preset": sr_preset,
             "sr_config": sr_config,
             "sr_steps": sr_steps,
             "size": size,
-            "sr_sigmas": [*sr_record.sigmas, 0.0],
+            "sr_sigmas": [*again.sigmas, 0.0],
         }
-        record.seconds += sr_record.seconds
-        record.memory_bytes = max(record.memory_bytes or 0, sr_record.memory_bytes or 0) or None
+        record.seconds += again.seconds
+        record.memory_bytes = max(record.memory_bytes or 0, again.memory_bytes or 0) or None
     rows, columns = latents["video"].shape[3:]
     settings["pixels"] = [rows * VAE_STRIDE[1], columns * VAE_STRIDE[2]]
     save_tensors(output, latents, settings)
@@ -169,12 +175,9 @@ class Record:
         memory_bytes: Peak so far.
     """
 
-    sigmas: list[float]
-    seconds: list[float]
-    memory_bytes: int | None
-
-    def __init__(self) -> None:
-        self.sigmas, self.seconds, self.memory_bytes = [], [], None
+    sigmas: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    memory_bytes: int | None = None
 
     def __call__(self, info: StepInfo) -> None:
         self.sigmas.append(info.sigma)
@@ -274,7 +277,7 @@ class _CheckedError(Exception):
 
 
 class _Unloaded:
-    """A denoiser of a configuration alone: what a sampler says of its arguments is known before minutes of loading."""
+    """A denoiser of a configuration alone."""
 
     def __init__(self, stage: _Stage) -> None:
         import torch
@@ -286,55 +289,32 @@ class _Unloaded:
         raise _CheckedError
 
 
-def _check_first_stage(
-    stage: _Stage, start: Mapping[str, Any], conditions: Mapping[str, Any], how: Mapping[str, Any]
-) -> None:
-    from happyhorse_fast.sampler import sample as run
-
-    with contextlib.suppress(_CheckedError):
-        run(_Unloaded(stage), start["video"], start["audio"], progress=False, **conditions, **how)
-
-
-def _check_second_stage(
-    stage: _Stage, start: Mapping[str, Any], conditions: Mapping[str, Any], how: Mapping[str, Any]
-) -> None:
-    from happyhorse_fast.sampler import super_resolve
-
-    with contextlib.suppress(_CheckedError):
-        super_resolve(_Unloaded(stage), start["video"], start["audio"], conditions["text"], progress=False, **how)
-
-
 def _first_stage(
-    stage: _Stage,
+    model: Denoiser,
     start: Mapping[str, torch.Tensor],
     conditions: Mapping[str, torch.Tensor | None],
-    record: Record,
     how: Mapping[str, Any],
+    **shown: Any,
 ) -> dict[str, torch.Tensor]:
     from happyhorse_fast.sampler import sample as run
 
-    model = stage.load()
-    there: dict[str, Any] = {
-        n: None if value is None else value.to(model.device) for n, value in {**start, **conditions}.items()
-    }
-    video, audio = run(model, **there, **how, callback=record, progress=stage.progress)
+    there: dict[str, Any] = {**start, **conditions}
+    there = {name: None if value is None else value.to(model.device) for name, value in there.items()}
+    video, audio = run(model, **there, **how, **{"progress": False, **shown})
     return {"video": video, "audio": audio}
 
 
 def _second_stage(
-    stage: _Stage,
+    model: Denoiser,
     latents: Mapping[str, torch.Tensor],
     conditions: Mapping[str, Any],
-    record: Record,
     how: Mapping[str, Any],
+    **shown: Any,
 ) -> torch.Tensor:
     from happyhorse_fast.sampler import super_resolve
 
-    model = stage.load()
     text = conditions["text"].to(model.device)
-    return super_resolve(
-        model, latents["video"], latents["audio"], text, **how, callback=record, progress=stage.progress
-    )
+    return super_resolve(model, latents["video"], latents["audio"], text, **how, **{"progress": False, **shown})
 
 
 def _render(console: Console, data: Mapping[str, Any]) -> None:

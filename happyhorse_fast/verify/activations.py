@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from happyhorse_fast.ops.qkv.packing import static_qk_scale
 from happyhorse_fast.ops.qkv.reference import quantize_v
 from happyhorse_fast.ops.quantize import E4M3_MAX, e4m3_rows, to_e4m3
 from happyhorse_fast.pony import generate
-from happyhorse_fast.verify.layer_ops import LayerInputs, OpResults, eager_ops
+from happyhorse_fast.verify.layer_ops import LayerInputs, OpResults, before_layers, eager_ops
 
 TENSORS = ("residual", "qkv input", "q", "k", "v", "proj input", "up input", "down input")
 """What is looked at in a layer; all but the residual stream become e4m3 in fp8."""
@@ -136,28 +136,19 @@ def measure_activations(
     maps: list[AttentionMap] = []
     calls = [0] * len(model.block.layers)
 
-    def look(index: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(layer: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            assert isinstance(layer, Layer)
-            given = LayerInputs(*arguments[:4])  # type: ignore[arg-type]
-            results = eager_ops(layer, given, torch.float32)
-            rows = dict(zip(MODALITIES, given.clip.slices(), strict=False))
-            for name, x, scaled in tensors(layer, given, results):
-                for modality, part in rows.items():
-                    of = sums.setdefault((index, name, modality), Sums())
-                    of.add(x[part], None if scaled is None else scaled[part])
-            if calls[index] in map_steps:
-                maps.append(attention_map(index, calls[index], results, given.clip, given.ranges))
-            calls[index] += 1
+    def look(index: int, layer: Layer, given: LayerInputs) -> None:
+        results = eager_ops(layer, given, torch.float32)
+        rows = dict(zip(MODALITIES, given.clip.slices(), strict=False))
+        for name, x, scaled in tensors(layer, given, results):
+            for modality, part in rows.items():
+                of = sums.setdefault((index, name, modality), Sums())
+                of.add(x[part], None if scaled is None else scaled[part])
+        if calls[index] in map_steps:
+            maps.append(attention_map(index, calls[index], results, given.clip, given.ranges))
+        calls[index] += 1
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(look(i)) for i, layer in enumerate(model.block.layers)]
-    try:
+    with before_layers(model, look):
         generate(model, prompt, seed=seed, steps=steps)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [of.result(*key) for key, of in sums.items()], maps
 
 

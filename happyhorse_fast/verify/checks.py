@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -279,17 +279,24 @@ def verify_model(
     ]
 
 
-def _run(model: HappyHorse, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def run_layers(
+    model: HappyHorse, inputs: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """A forward pass: ``"layer.3.video"`` -> residual stream [M, C] on the CPU in ``dtype``, and the two velocities."""
     video, audio, text = inputs
-    clip = sequence.check_inputs(model.config, video, audio, text, model.device)
-    rows = dict(zip(("video", "audio"), clip.slices()[:2], strict=True))
+    rows = sequence.check_inputs(model.config, video, audio, text, model.device).slices()[:2]
     kept: dict[str, torch.Tensor] = {}
 
     def keep(layer: int, hidden: torch.Tensor) -> None:
-        kept.update({f"layer.{layer}.{name}": hidden[part].double().cpu() for name, part in rows.items()})
+        for name, part in zip(("video", "audio"), rows, strict=True):
+            kept[f"layer.{layer}.{name}"] = hidden[part].cpu().to(dtype)
 
     with torch.no_grad():
-        video, audio = model(video, audio, text, on_layer=keep)
+        return kept, model(video, audio, text, on_layer=keep)
+
+
+def _run(model: HappyHorse, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    kept, (video, audio) = run_layers(model, inputs, torch.float64)
     return {**kept, "out.video": video.double().cpu(), "out.audio": audio.double().cpu()}
 
 

@@ -23,7 +23,7 @@ from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.state import FastState, build_clip_state, is_accelerated
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
 from happyhorse_fast.sampler import sample
-from happyhorse_fast.verify.checks import in_dtype, seeded_inputs
+from happyhorse_fast.verify.checks import in_dtype, run_layers, seeded_inputs
 from happyhorse_fast.verify.layer_ops import OPS, OpResults, attention_in, eager_ops, fast_ops, record_inputs
 
 Results = dict[str, torch.Tensor]
@@ -175,7 +175,7 @@ def equivalence(
     exact_model = in_dtype(model, torch.float32)
     given = record_inputs(exact_model, inputs)
     ops = [eager_ops(layer, x, torch.float32) for layer, x, _ in _each(exact_model, given, given)]
-    run = partial(_end_to_end, inputs=inputs, clip=clip, steps=steps, seed=seed)
+    run = partial(_end_to_end, inputs=inputs, steps=steps, seed=seed)
     exact = _by_modality(ops, clip) | run(exact_model)
 
     eager_model = in_dtype(model, torch.bfloat16)
@@ -262,20 +262,11 @@ def _by_modality(ops: list[OpResults], clip: sequence.Clip) -> Results:
     }
 
 
-def _end_to_end(
-    model: torch.nn.Module, inputs: list[torch.Tensor], clip: sequence.Clip, steps: int, seed: int
-) -> Results:
-    rows = dict(zip(("video", "audio"), clip.slices()[:2], strict=True))
-    kept: Results = {}
-
-    def keep(layer: int, hidden: torch.Tensor) -> None:
-        kept.update({f"layer.{layer}.{name}": hidden[part].float().cpu() for name, part in rows.items()})
-
-    with torch.no_grad():
-        outputs = {"velocity": model(*inputs, on_layer=keep)}
+def _end_to_end(model: HappyHorse, inputs: list[torch.Tensor], steps: int, seed: int) -> Results:
+    kept, velocities = run_layers(model, inputs, torch.float32)
+    outputs = {"velocity": velocities}
     if steps:
-        noise = partial(golden.draw, seed)
-        outputs["latent"] = sample(model, *inputs, steps=steps, noise=noise, progress=False)  # type: ignore[arg-type]
+        outputs["latent"] = sample(model, *inputs, steps=steps, noise=partial(golden.draw, seed), progress=False)
     for name, (video, audio) in outputs.items():
         # Channels against positions: a [1, ...] tensor would be one row, and its tiles 1 x 128.
         kept[f"{name}.video"] = video[0].flatten(1).float().cpu()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,19 +83,27 @@ class OpResults:
         return value.float()
 
 
-def record_inputs(model: HappyHorse, inputs: list[torch.Tensor]) -> list[LayerInputs]:
-    """Run a forward pass and keep what every layer was called with."""
-    kept: list[LayerInputs] = []
-    handles = [
-        layer.register_forward_pre_hook(lambda _, given: kept.append(LayerInputs(*given[:4])))
-        for layer in model.block.layers
-    ]
+@contextmanager
+def before_layers(model: HappyHorse, look: Callable[[int, Layer, LayerInputs], None]) -> Iterator[None]:
+    """Call ``look`` with its number, the layer and its inputs before any layer of a model runs."""
+
+    def hook(index: int, layer: Any, arguments: tuple[Any, ...]) -> None:
+        look(index, layer, LayerInputs(*arguments[:4]))
+
+    layers = model.block.layers
+    handles = [layer.register_forward_pre_hook(partial(hook, index)) for index, layer in enumerate(layers)]
     try:
-        with torch.no_grad():
-            model(*inputs)
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def record_inputs(model: HappyHorse, inputs: list[torch.Tensor]) -> list[LayerInputs]:
+    """Run a forward pass and keep what every layer was called with."""
+    kept: list[LayerInputs] = []
+    with torch.no_grad(), before_layers(model, lambda index, layer, given: kept.append(given)):
+        model(*inputs)
     return kept
 
 
