@@ -1,4 +1,4 @@
-"""``happyhorse-fast bench``: where the time of a step goes on this machine, op by op, in every form there is.
+"""``happyhorse-fast bench``: time a forward pass on this machine, op by op, in every form of the model.
 
 A layer of each kind of a preset's is made with random weights and run on a clip, so that 15B models fit small cards.
 Each op is timed inside the forward pass, as it is called there; peers, cold caches and tuning are the source

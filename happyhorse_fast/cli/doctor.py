@@ -1,4 +1,4 @@
-"""``happyhorse-fast doctor``: what this machine has, what will run on it, and why not more."""
+"""``happyhorse-fast doctor``: list the hardware and software here, what will run, and why not more."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """What :func:`doctor` prints, as plain data."""
+    """Collect what :func:`doctor` prints, as plain data."""
     from happyhorse_fast.ops.runtime.cuda import status
 
     gpus = _gpus()

@@ -1,4 +1,4 @@
-"""``happyhorse-fast plan``: what a clip costs before anything runs."""
+"""``happyhorse-fast plan``: compute the cost of a clip before anything runs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def plan_clip(
     video_share: float | None = None,
     memory: bool = True,
 ) -> dict[str, Any]:
-    """What :func:`plan` prints, as plain data; arguments as there.
+    """Compute what :func:`plan` prints, as plain data; arguments as there.
 
     Raises:
         ValueError: An argument is out of range.

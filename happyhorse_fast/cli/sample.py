@@ -1,4 +1,4 @@
-"""``happyhorse-fast sample``: a checkpoint and a file of inputs in, a file of latents out."""
+"""``happyhorse-fast sample``: read a checkpoint and a file of inputs, write a file of latents."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def sample(
 
 @dataclass
 class Record:
-    """What a stage's callback kept.
+    """Times and noise levels of a stage, kept by its callback.
 
     Attributes:
         sigmas: Noise level that each step started from.
@@ -204,7 +204,7 @@ class _Stage:
     option: str = ""
 
     def check(self) -> ModelConfig:
-        """The model's configuration; raises what :meth:`load` would before it reads data."""
+        """Return the model's configuration; raises what :meth:`load` would raise before it reads data."""
         from happyhorse_fast.checkpoint.load import check_load
         from happyhorse_fast.checkpoint.packed import is_packed
 

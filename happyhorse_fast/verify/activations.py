@@ -1,4 +1,4 @@
-"""Ranges of a trained model's activations, what e4m3 makes of them, and where its attention goes."""
+"""Measure the ranges of a model's activations, their rounding to e4m3, and the weights of its attention."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from happyhorse_fast.pony import generate
 from happyhorse_fast.verify.layer_ops import LayerInputs, OpResults, before_layers, eager_ops
 
 TENSORS = ("residual", "qkv input", "q", "k", "v", "proj input", "up input", "down input")
-"""What is looked at in a layer; all but the residual stream become e4m3 in fp8."""
+"""Tensors of a layer that are measured; all but the residual stream become e4m3 in fp8."""
 MODALITIES = ("video", "audio")
 
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """One tensor of one layer over all denoising steps of a clip.
+    """Range of one tensor of one layer over all denoising steps of a clip.
 
     Attributes:
         layer: Layer number.
         tensor: One of :data:`TENSORS`.
-        modality: ``"video"`` or ``"audio"``: whose rows.
+        modality: ``"video"`` or ``"audio"``, whose rows these are.
         amax: Largest magnitude.
         rms: Root mean square.
         kurtosis: E[x^4] / E[x^2]^2: 3 for normal values, larger with outliers.
         outlier: amax / rms.
-        channel: RMS of the loudest channel over the median channel's: what one scale per row cannot follow.
+        channel: RMS of the loudest channel over that of the median channel; one scale per row cannot follow it.
         saturated: Share past the largest code under the scale that the op uses; None for the residual stream.
-        lost: Share of what is not zero that becomes zero; likewise.
-        error: Relative L2 of rounding to codes; likewise.
+        lost: Share of the values other than zero that become zero; None likewise.
+        error: Relative L2 of rounding to codes; None likewise.
     """
 
     layer: int
@@ -55,7 +55,7 @@ class ActivationRange:
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """Where one layer's attention goes in one denoising step, the mean over its heads.
+    """Attention weights of one layer in one denoising step, averaged over its heads.
 
     Attributes:
         layer: Layer number.
@@ -81,7 +81,7 @@ class Sums:
         self.saturated = self.lost = self.live = self.error = 0.0
 
     def add(self, x: torch.Tensor, scaled: torch.Tensor | None) -> None:
-        """Count [rows, channels] in; ``scaled`` is x in units of its scales, before the cast."""
+        """Add values [rows, channels]; ``scaled`` is the same divided by its scales, before the cast."""
         x = x.double()
         self.amax = max(self.amax, float(x.abs().max()))
         self.square += float(x.square().sum())
@@ -123,7 +123,7 @@ class Sums:
 def measure_activations(
     model: HappyHorse, prompt: str, *, seed: int = 0, steps: int = 8, map_steps: tuple[int, ...] = (0, 7)
 ) -> tuple[list[ActivationRange], list[AttentionMap]]:
-    """Sample a clip in float32 and look at every layer in every step.
+    """Sample a clip in float32 and measure every layer in every step.
 
     Args:
         model: Of the pony's shape, in float32.
@@ -155,7 +155,7 @@ def measure_activations(
 def tensors(
     layer: Layer, given: LayerInputs, results: OpResults
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    """(name, values [N, channels], the same in units of the op's scales) of every tensor."""
+    """Yield (name, values [N, channels], the same divided by the scales that the op uses) of every tensor."""
     chunks = list(row_chunks(given.clip, layer.mlp.pre_norm.experts, 1 << 30))
 
     def units(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -180,7 +180,7 @@ def tensors(
 
 
 def attention_map(layer: int, step: int, results: OpResults, clip: Clip, ranges: Ranges) -> AttentionMap:
-    """Softmax of q.k over each query's own keys, by groups of queries and keys.
+    """Sum the attention weights, softmax of q.k over each query's own keys, by groups of queries and of keys.
 
     Args:
         layer: Layer number.

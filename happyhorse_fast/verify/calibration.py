@@ -1,4 +1,4 @@
-"""``verify --calibrate``: what every op of every layer loses in 8 bits, on the activations of clips being denoised."""
+"""Measure the error of every op of every layer in 8 bits, on activations of clips that are sampled."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ INPUTS = {
     "up": ("up input",),
     "down": ("down input",),
 }
-"""Activations that each op reads, by their names in :mod:`happyhorse_fast.verify.activations`."""
+"""Op -> activations that it reads, by their names in :mod:`happyhorse_fast.verify.activations`."""
 SECONDS_PER_LINE = 5.0
-"""Between two lines of progress."""
+"""Seconds between two lines of progress."""
 
 
 @ambient.independent
@@ -109,7 +109,7 @@ def write(found: Calibration, path: Path) -> None:
 
 
 class _Run:
-    """What is found while clips are sampled."""
+    """Ranges and errors found so far, while clips are sampled."""
 
     def __init__(self, model: HappyHorse, report: Callable[[str], None], calls: int) -> None:
         self.model, self.report, self.calls = model, report, calls
@@ -165,7 +165,7 @@ class _Run:
         self.report(f"calibrate: {self.done:,} of {self.calls:,} calls of layers, {span} left")
 
     def result(self, layer: int, op: str) -> OpCalibration:
-        """What was found of one op."""
+        """Ranges and largest errors of one op."""
         inputs = {}
         for name in INPUTS[op]:
             found = self.ranges[layer, name].result(layer, name, "all")

@@ -1,4 +1,4 @@
-"""What each step away from float32 costs: the kernels in bf16, fp8, sparsity; per op, per layer and end to end."""
+"""Measure each step away from float32: bf16, the kernels, 8 bits, sparsity; per op, per layer and end to end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ and the mean over half of them is 1.4 away from the mean over all (measured on 1
 
 @dataclass(frozen=True)
 class Distance:
-    """How far one result of a form is from float32's.
+    """Distance between one result of a form and float32's.
 
     Attributes:
         relative_l2: ||x - y|| / ||y||; infinite where x is not finite.
@@ -84,7 +84,7 @@ class FormErrors:
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """One layer's attention, alone and on its float32 input, in every format.
+    """Error of one layer's attention on its float32 input, in every format.
 
     Attributes:
         layer: Layer number.
@@ -131,12 +131,12 @@ class Equivalence:
 
     @property
     def passed(self) -> bool:
-        """No form is past its budget."""
+        """Whether every form is within its budget."""
         return not any(form.violations for form in self.forms)
 
 
 def forms_of(fast: FastConfig) -> Iterator[tuple[str, str, FastConfig]]:
-    """(form, step, configuration) of every fast form on the way to ``fast``."""
+    """Yield (form, step, configuration) of every fast form on the way to ``fast``."""
     yield "fast bf16", "kernels", dataclasses.replace(fast, precision="bf16", attention="bf16", skip=(), sparsity=None)
     name = f"fast {fast.precision}"
     if fast.precision != "bf16":
@@ -217,7 +217,7 @@ def equivalence(
 
 
 def equivalence_golden(fast: FastConfig, *, steps: int = 8, device: str = "cpu") -> list[Equivalence]:
-    """The recorded cases' models and inputs; with sparsity also a clip of 8 blocks.
+    """Measure the recorded cases' models on their inputs; with sparsity also a clip of 8 blocks.
 
     The recorded clips have one or two blocks, of which one is always kept, so they are measured without sparsity.
     """
@@ -293,7 +293,7 @@ def _distance(what: str, x: torch.Tensor, before: torch.Tensor, y: torch.Tensor)
 
 
 def violations(step: str, errors: dict[str, Distance], eager: dict[str, Distance]) -> Iterator[str]:
-    """What is past its budget: bf16 against eager bf16's own error; 8 bits and sparsity against sanity alone."""
+    """Yield a sentence for each result past its budget: eager bf16's own error in bf16, a sanity bound in 8 bits."""
     for what, error in errors.items():
         if not math.isfinite(error.relative_l2):
             yield f"{what} holds NaN or Inf"

@@ -1,4 +1,4 @@
-"""One layer of the small model through the Triton kernels in Triton's interpreter: what runs without a GPU.
+"""Run one layer of the small model through the Triton kernels in Triton's interpreter, without a GPU.
 
 Whether kernels are interpreted is decided when they are imported, so this takes a process of its own::
 
@@ -61,7 +61,7 @@ class InterpretedLayer:
         self._process, self._why_not = process, why_not
 
     def checks(self) -> tuple[list[LayerCheck], str | None]:
-        """What was found per precision, and, where that is nothing, why."""
+        """Wait for the process; returns the checks, and the reason where there are none."""
         if self._process is None:
             return [], f"{self._why_not}, so its interpreter cannot run a layer (it is for Linux only)"
         out, error = self._process.communicate()
@@ -99,7 +99,7 @@ def interpreted_layer(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
 
 
 def run_layer(prompt: str, seed: int) -> list[LayerCheck]:
-    """The layer in every precision, on what it is called with in the first denoising step.
+    """Run the layer in every precision, on its input in the first denoising step.
 
     Args:
         prompt: In the grammar of :mod:`happyhorse_fast.pony.prompt`.
@@ -131,7 +131,7 @@ def run_layer(prompt: str, seed: int) -> list[LayerCheck]:
 def _added_by_layer(
     hidden: torch.Tensor, inputs: list[torch.Tensor], precision: Precision, backend: str
 ) -> torch.Tensor:
-    """[N, C]: what the fast layer adds to ``hidden`` [N, C], token rows in the public order."""
+    """Return [N, C] that the fast layer adds to ``hidden`` [N, C], token rows in the public order."""
     model = load_model()
     video, audio, text = inputs
     clip = sequence.check_inputs(model.config, video, audio, text, model.device)

@@ -1,7 +1,7 @@
-"""The ops of one layer, eager and fast, each run on what eager float32 gives it: an op's own error, not what came in.
+"""Run each op of one layer, eager and fast, on its input in eager float32, so that its error is its own.
 
-They are the layers' own methods, called one by one with other inputs. Every op starts from its float32 input, so
-rounding or quantising that input counts as the op's error.
+The ops are the layers' own methods, called one by one. Rounding or quantising the float32 input counts as the op's
+error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPS = ("norm", "qkv", "attention", "proj", "up", "down")
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What a layer of the eager model was called with.
+    """Inputs of a layer of the eager model.
 
     Attributes:
         hidden: [N, C] residual stream.
@@ -100,7 +100,7 @@ def before_layers(model: HappyHorse, look: Callable[[int, Layer, LayerInputs], N
 
 
 def record_inputs(model: HappyHorse, inputs: list[torch.Tensor]) -> list[LayerInputs]:
-    """Run a forward pass and keep what every layer was called with."""
+    """Run a forward pass and keep the inputs of every layer."""
     kept: list[LayerInputs] = []
     with torch.no_grad(), before_layers(model, lambda index, layer, given: kept.append(given)):
         model(*inputs)
@@ -109,7 +109,7 @@ def record_inputs(model: HappyHorse, inputs: list[torch.Tensor]) -> list[LayerIn
 
 @torch.no_grad()
 def eager_ops(layer: Layer, given: LayerInputs, dtype: torch.dtype, exact: OpResults | None = None) -> OpResults:
-    """The eager layer's ops.
+    """Run the eager layer's ops.
 
     Args:
         layer: With its weights.
@@ -138,7 +138,7 @@ def eager_ops(layer: Layer, given: LayerInputs, dtype: torch.dtype, exact: OpRes
 
 @torch.no_grad()
 def fast_ops(layer: FastLayer, state: ClipState, given: LayerInputs, exact: OpResults) -> OpResults:
-    """The fast layer's ops in the layer's formats and on its implementations, each on its float32 input.
+    """Run the fast layer's ops in the layer's formats and on its implementations, each on its float32 input.
 
     Args:
         layer: Packed.
@@ -163,7 +163,7 @@ def fast_ops(layer: FastLayer, state: ClipState, given: LayerInputs, exact: OpRe
 
 @torch.no_grad()
 def attention_in(precision: str, layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
-    """Attention alone in a format that need not be the layer's, [N, Hq * D] after the gate, in plain torch.
+    """Run attention alone in a format that need not be the layer's, [N, Hq * D] after the gate, in plain torch.
 
     Its own error: with the rounding points of the kernels, over the exact mask, its result rounded to bf16.
 
@@ -181,9 +181,9 @@ def attention_in(precision: str, layer: FastLayer, state: ClipState, exact: OpRe
 def products_alone(
     layer: FastLayer, state: ClipState, given: LayerInputs, exact: OpResults
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(op, result [N, features]) of the layer's products, each on its float32 input and with a result in bf16.
+    """Yield (op, result [N, features]) of the layer's products, each on its float32 input and with a result in bf16.
 
-    What a result loses as the next op's codes is that op's error, since its format is what asks for them.
+    Quantising a result is the error of the next op, whose format asks for it.
 
     Args:
         layer: Packed, attention in bf16.

@@ -1,4 +1,4 @@
-"""How long each op of a forward pass takes, in every form of the model, on the device's own clock."""
+"""Time each op of a forward pass, in every form of the model, on the device's own clock."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SEED = 0
 
 
 class OpTimes(TorchDispatchMode):
-    """Times every operation while it is entered: this package's by name, torch's as products, attention and other.
+    """Time every operation while the mode is entered: this package's by name, torch's as products, attention and other.
 
     CUDA events around each operation cost about 10 us of host time, which a forward pass of short ops does not hide:
     the sum over ops is then more than the pass takes without.
@@ -82,7 +82,7 @@ class OpTimes(TorchDispatchMode):
 
 
 def group_of(name: str) -> str:
-    """What an operation counts as: ``"happyhorse_fast::qkv_linear_reference"`` as ``"qkv_linear"``."""
+    """Name the group of an operation: ``"happyhorse_fast::qkv_linear_reference"`` is in ``"qkv_linear"``."""
     if name.startswith(PACKAGE):
         return name.removeprefix(PACKAGE).removesuffix("_reference").removesuffix("_cuda")
     base = name.removeprefix("aten::")
