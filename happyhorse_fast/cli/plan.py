@@ -9,7 +9,8 @@ import typer
 
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
-from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals, window_share
+from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals
+from happyhorse_fast.costs import window_share as window_share_of
 from happyhorse_fast.fast.config import default_attention
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
@@ -43,50 +44,22 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Parameters, tokens, FLOPs, bytes and floor time per operation, and peak memory of one clip."""
-    data = plan_clip(
-        ModelConfig.preset(preset),
-        tokens_for(resolution, aspect, seconds, fps),
-        text=text,
-        precision=precision,
-        attention=attention,
-        gpu=gpu,
-        steps=steps,
-        video_share=video_share,
-        memory=memory,
-    )
-    data = {"preset": preset, "resolution": resolution, "aspect": aspect, "seconds": seconds, "fps": fps, **data}
-    emit(data, as_json, lambda console: _render(console, data))
-
-
-def plan_clip(
-    config: ModelConfig,
-    clip: ClipTokens,
-    *,
-    text: int = TEXT_TOKENS,
-    precision: str = "bf16",
-    attention: str | None = None,
-    gpu: str = "h100",
-    steps: int = 8,
-    video_share: float | None = None,
-    memory: bool = True,
-) -> dict[str, Any]:
-    """Compute what :func:`plan` prints, as plain data; arguments as there.
-
-    Raises:
-        ValueError: An argument is out of range.
-    """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    card = gpu_named(gpu)
+    config, clip, card = ModelConfig.preset(preset), tokens_for(resolution, aspect, seconds, fps), gpu_named(gpu)
     if attention is None:
         attention = default_attention("bf16" if precision == "fp32" else precision)
-    costs = step_costs(
-        config, clip, text=text, precision=precision, attention=attention, gpu=card, video_share=video_share
-    )
-    total = totals(costs)
-    counted = parameters(config)
-    local = [i for i in range(config.num_layers) if config.is_local(i, clip.frame_tokens)]
-    return {
+    how = {"precision": precision, "attention": attention}
+    costs = step_costs(config, clip, text=text, gpu=card, video_share=video_share, **how)
+    total, counted = totals(costs), parameters(config)
+    window_layers = sum(config.is_local(i, clip.frame_tokens) for i in range(config.num_layers))
+    window_share = window_share_of(clip.T // PATCH[0], config.frame_receptive_field) if window_layers else None
+    data = {
+        "preset": preset,
+        "resolution": resolution,
+        "aspect": aspect,
+        "seconds": seconds,
+        "fps": fps,
         "parameters": {"total": counted.total, "active_per_token": counted.active, "bytes": counted.bytes},
         "tokens": {
             "latent": [clip.T, clip.H, clip.W],
@@ -94,12 +67,11 @@ def plan_clip(
             "audio": clip.audio,
             "text": text,
             "total": clip.total(text),
-            "window_share": window_share(clip.T // PATCH[0], config.frame_receptive_field) if local else None,
-            "window_layers": len(local),
+            "window_share": window_share,
+            "window_layers": window_layers,
             "video_share": video_share,
         },
-        "precision": precision,
-        "attention": attention,
+        **how,
         "gpu": card,
         "steps": steps,
         "ops": costs,
@@ -114,6 +86,7 @@ def plan_clip(
         "launches_per_layer": _launches(precision),
         **_memory(config, clip, text, (precision, attention), memory),
     }
+    emit(data, as_json, lambda console: _render(console, data))
 
 
 def _launches(precision: str) -> int | None:
