@@ -36,13 +36,13 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
-from happyhorse_fast.fast.op_times import OpTimes
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.dispatch import BackendError
 from happyhorse_fast.sampler.progress import StepInfo
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
+from happyhorse_fast.verify.op_times import OpTimes
 
 FAILED, NOT_RUN = "failed", "not run"
 SEED = 0

@@ -111,6 +111,24 @@ def violations(root: Path) -> list[str]:
     return found
 
 
+def test_verify_prints_nothing_and_bench_needs_no_command():
+    printers = {
+        (module, dotted)
+        for module, path in sources(ROOT)
+        if module.startswith(f"{PACKAGE}.verify")
+        for _, dotted in imports(ast.parse(path.read_text()), module)
+        if dotted.partition(".")[0] in ("rich", "typer")
+    }
+    assert printers == set()
+    commands = {
+        dotted
+        for path in (ROOT / "bench").rglob("*.py")
+        for _, dotted in imports(ast.parse(path.read_text()), "bench")
+        if dotted.startswith(f"{PACKAGE}.cli")
+    }
+    assert commands == {f"{PACKAGE}.cli.fidelity_tables"}
+
+
 def test_no_import_points_against_the_arrow():
     assert len(list(sources(ROOT))) > 5, "the sources were not found, so nothing was checked"
     assert violations(ROOT) == []

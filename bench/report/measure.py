@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from bench.results import COMMIT_VARIABLE, FOLDER, ROOT, Json, commit, describe_machine
-from happyhorse_fast.cli.forms import FORMS, Form
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import layer_kind
 from happyhorse_fast.eager.model import HappyHorse
@@ -34,6 +33,7 @@ from happyhorse_fast.tokens import tokens_for
 from happyhorse_fast.verify.activations import measure_activations
 from happyhorse_fast.verify.equivalence import equivalence_golden
 from happyhorse_fast.verify.fidelity import measure_fidelity, policies
+from happyhorse_fast.verify.forms import FORMS, Form
 
 EQUIVALENCE = FOLDER / "equivalence"
 MEMORY = FOLDER / "memory"

@@ -1,4 +1,4 @@
-"""``happyhorse-fast doctor``: what this machine has, what will run on it, and why not more."""
+"""``happyhorse-fast doctor``: list the hardware and software here, what will run, and why not more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from happyhorse_fast import optional
 from happyhorse_fast._version import __version__
-from happyhorse_fast.cli.forms import FORMS
 from happyhorse_fast.cli.output import JsonOption, emit, literal, table, verdict
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, card_bytes
@@ -48,7 +47,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """What :func:`doctor` prints, as plain data."""
+    """Collect what :func:`doctor` prints, as plain data."""
     from happyhorse_fast.ops.runtime.cuda import status
 
     gpus = _gpus()
@@ -125,6 +124,8 @@ def _nvrtc() -> str | None:
 
 
 def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from happyhorse_fast.verify.forms import FORMS
+
     lines = []
     place = f"on {gpus[0]['name']} and on the CPU" if gpus else "on the CPU; this torch sees no CUDA device"
     for form in FORMS:
@@ -168,6 +169,7 @@ def _kernel_obstacle() -> str | None:
 def _memory_fit(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Peak memory of each form that a GPU would run, for 5 s clips, and the cards it fits."""
     from happyhorse_fast.fast.memory import peak_by_kind
+    from happyhorse_fast.verify.forms import FORMS
 
     cards: dict[str, float] = {f"{size} GB": card_bytes(size) for size in reversed(CARDS)}
     cards |= {gpu["name"]: gpu["memory_gib"] * 2**30 for gpu in gpus}

@@ -1,4 +1,4 @@
-"""Options that several commands take, and what their values mean."""
+"""Options that several commands take, and the reading of their values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DeviceOption = Annotated[str, typer.Option(help="Such as cuda, cuda:1 or cpu; au
 
 
 def read_config(path: Path | None) -> ModelConfig | None:
-    """A configuration from a JSON file of :meth:`ModelConfig.to_dict`.
+    """Read a configuration from a JSON file of :meth:`ModelConfig.to_dict`.
 
     Raises:
         ValueError: The file is not a JSON object with the fields of a configuration; names the file.
@@ -40,12 +40,12 @@ def read_config(path: Path | None) -> ModelConfig | None:
 
 @functools.cache
 def _from_fifo(path: Path) -> Any:
-    """JSON that is read once: a FIFO gives it once, and a command asks before and while it loads a model."""
+    """Read JSON once: a FIFO gives it once, and a command asks before and while it loads a model."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def usable_device(name: str) -> str:
-    """``auto`` resolved; other names as they are.
+    """Resolve ``auto``; return other names as they are.
 
     Raises:
         ValueError: This machine does not have it.

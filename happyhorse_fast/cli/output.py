@@ -1,4 +1,4 @@
-"""How commands print and write: one JSON document or tables, and safetensors files."""
+"""Print a command's result as one JSON document or as tables, and write safetensors files."""
 
 from __future__ import annotations
 

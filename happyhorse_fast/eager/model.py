@@ -17,7 +17,7 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager import sequence
 from happyhorse_fast.eager.attention import block_sparse_attention, fused_attention
 from happyhorse_fast.eager.float32 import linear
-from happyhorse_fast.eager.mlp import mlp
+from happyhorse_fast.eager.mlp import gelu7, swiglu7
 from happyhorse_fast.eager.qkv import rms_norm, rmsnorm_qkv
 from happyhorse_fast.eager.rotary import frequency_bands, rotary_phases
 from happyhorse_fast.eager.sequence import Clip, Ranges
@@ -59,8 +59,17 @@ class Attention(nn.Module):
         self, hidden: torch.Tensor, phases: torch.Tensor, clip: Clip, ranges: Ranges, compute_dtype: torch.dtype
     ) -> torch.Tensor:
         """[N, hidden] residual stream -> [N, hidden] to add to it, in the stream's dtype."""
-        experts = self.pre_norm.experts
-        chunks = list(sequence.row_chunks(clip, experts, ROW_CHUNK))
+        q, k, v, gate = self.qkv(hidden, phases, clip, compute_dtype)
+        attended = self.attend(q, k, v, ranges)
+        outputs = []
+        for e, rows in sequence.row_chunks(clip, self.pre_norm.experts, ROW_CHUNK):
+            outputs.append(self.project(self.gated(attended[rows], torch.sigmoid(gate[rows])), e))
+        return torch.cat(outputs).to(hidden.dtype)
+
+    def qkv(
+        self, hidden: torch.Tensor, phases: torch.Tensor, clip: Clip, compute_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[N, hidden] -> q [N, Hq, D], k and v [N, Hkv, D] in ``compute_dtype``, gate [N, Hq] before its sigmoid."""
         parts = [
             rmsnorm_qkv(
                 hidden[rows],
@@ -72,19 +81,26 @@ class Attention(nn.Module):
                 compute_dtype=compute_dtype,
                 **self.heads,
             )
-            for e, rows in chunks
+            for e, rows in sequence.row_chunks(clip, self.pre_norm.experts, ROW_CHUNK)
         ]
         q, k, v, gate = (torch.cat(p) for p in zip(*parts, strict=True))
-        del parts
-        if q.is_cuda and compute_dtype == torch.bfloat16:
-            attended = fused_attention(q, k, v, ranges)
-        else:
-            attended, _ = block_sparse_attention(q, k, v, ranges)
-        outputs = []
-        for e, rows in chunks:
-            gated = attended[rows].to(hidden.dtype) * torch.sigmoid(gate[rows]).unsqueeze(-1)
-            outputs.append(linear(gated.flatten(1).to(compute_dtype), self.linear_proj.of(e).to(compute_dtype)))
-        return torch.cat(outputs).to(hidden.dtype)
+        return q, k, v, gate
+
+    @staticmethod
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: Ranges) -> torch.Tensor:
+        """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D], in one dtype; PyTorch's fused kernels in bf16 on a GPU."""
+        if q.is_cuda and q.dtype == torch.bfloat16:
+            return fused_attention(q, k, v, ranges)
+        return block_sparse_attention(q, k, v, ranges)[0]
+
+    @staticmethod
+    def gated(attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """[..., Hq, D] times its gate [..., Hq] in the gate's dtype, the stream's -> [..., Hq * D] in its own dtype."""
+        return (attended.to(gate.dtype) * gate.unsqueeze(-1)).flatten(-2).to(attended.dtype)
+
+    def project(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """[..., Hq * D] rows of one expert -> [..., hidden] in the dtype of ``x``."""
+        return linear(x, self.linear_proj.of(expert).to(x.dtype))
 
 
 class MLP(nn.Module):
@@ -102,10 +118,18 @@ class MLP(nn.Module):
         """[N, hidden] residual stream -> [N, hidden] to add to it, in the stream's dtype."""
         outputs = []
         for e, rows in sequence.row_chunks(clip, self.pre_norm.experts, ROW_CHUNK):
-            x = rms_norm(hidden[rows], self.pre_norm.of(e)).to(compute_dtype)
-            up, down = self.up_gate_proj.of(e), self.down_proj.of(e)
-            outputs.append(mlp(x, up, down, gated=self.gated, stream=hidden.dtype))
+            outputs.append(self.down(self.up(hidden[rows], e, compute_dtype), e).to(hidden.dtype))
         return torch.cat(outputs)
+
+    def up(self, hidden: torch.Tensor, expert: int, compute_dtype: torch.dtype) -> torch.Tensor:
+        """[..., hidden] rows of one expert -> [..., F] after norm, product and activation, in ``compute_dtype``."""
+        x = rms_norm(hidden, self.pre_norm.of(expert)).to(compute_dtype)
+        product = linear(x, self.up_gate_proj.of(expert).to(compute_dtype)).to(hidden.dtype)
+        return (swiglu7(product) if self.gated else gelu7(product)).to(compute_dtype)
+
+    def down(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """[..., F] rows of one expert -> [..., hidden] in the dtype of ``x``."""
+        return linear(x, self.down_proj.of(expert).to(x.dtype))
 
 
 class Layer(nn.Module):
@@ -126,16 +150,16 @@ class Layer(nn.Module):
     ) -> torch.Tensor:
         """[N, hidden] -> [N, hidden] in the stream's dtype."""
         # No name holds a branch: 1.3 GB at 1080p that would stay alive through the MLP.
-        hidden = hidden + self._post(
-            "attn_post_norm", self.attention(hidden, phases, clip, ranges, compute_dtype), clip
-        )
-        return hidden + self._post("mlp_post_norm", self.mlp(hidden, clip, compute_dtype), clip)
+        hidden = self.add(hidden, self.attention(hidden, phases, clip, ranges, compute_dtype), "attn_post_norm", clip)
+        return self.add(hidden, self.mlp(hidden, clip, compute_dtype), "mlp_post_norm", clip)
 
-    def _post(self, name: str, branch: torch.Tensor, clip: Clip) -> torch.Tensor:
-        return _normed(branch, getattr(self, name), clip) if self.post_norm else branch
+    def add(self, hidden: torch.Tensor, branch: torch.Tensor, post_norm: str, clip: Clip) -> torch.Tensor:
+        """The residual stream [N, hidden] plus a branch, which goes through the named norm where the layer has one."""
+        return hidden + (normed(branch, getattr(self, post_norm), clip) if self.post_norm else branch)
 
 
-def _normed(x: torch.Tensor, norm: Weight, clip: Clip) -> torch.Tensor:
+def normed(x: torch.Tensor, norm: Weight, clip: Clip) -> torch.Tensor:
+    """RMSNorm of [N, hidden], every token by its expert's weight, in the dtype of ``x``."""
     chunks = sequence.row_chunks(clip, norm.experts, ROW_CHUNK)
     return torch.cat([rms_norm(x[rows], norm.of(e)) for e, rows in chunks])
 

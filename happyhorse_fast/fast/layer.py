@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,32 @@ from happyhorse_fast.ops.qkv.packing import pack_qk_norm, pack_qkv_weight, stati
 from happyhorse_fast.ops.row_quantization.contract import quantize_rows
 
 _FEATURE_TILE = 128
+
+
+Operand = tuple[torch.Tensor, torch.Tensor | None]
+"""[rows, K] in bf16 and None, or codes and their scale."""
+
+
+class AttentionInputs(NamedTuple):
+    """Results of the QKV product, as attention takes them.
+
+    Attributes:
+        q: [rows, Hq, D].
+        k: [rows, Hkv, D].
+        v: [rows, Hkv, D]; in e4m3 as docs/OPS.md lays it out.
+        q_scale: Of codes; None in bf16.
+        k_scale: Likewise.
+        v_scale: Of e4m3 codes.
+        gate: [rows, Hq] float32 after its sigmoid.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    q_scale: torch.Tensor | None
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+    gate: torch.Tensor
 
 
 class FastLayer(nn.Module):
@@ -54,7 +80,7 @@ class FastLayer(nn.Module):
         plan = self.plan
         start = (plan.num_heads_q + plan.num_heads_kv) * plan.head_dim
         v_rows = slice(start, start + plan.num_heads_kv * plan.head_dim)
-        self.bound = packed_bound(self.attn_norm, self.qk_norm, self.qkv_weight, self._scale("qkv"), v_rows)
+        self.bound = packed_bound(self.attn_norm, self.qk_norm, self.qkv_weight, self.scale_of("qkv"), v_rows)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FastLayer:
         """Carry out ``nn.Module.to`` and the like; raise a TypeError where a tensor's dtype would change."""
@@ -71,11 +97,111 @@ class FastLayer(nn.Module):
             rows_in_mlp: Rows that are in the MLP at once, a multiple of 128, or None for all.
             exact: Whether a sparsity policy does not apply at this denoising step.
         """
-        self._attention(hidden, state, exact)
+        # One name for what the next launch reads: an input is freed as soon as its result is there.
+        tiles = state.row_tiles(self.plan.experts)
+        x: Any = self.norm(hidden, "qkv", tiles)
+        x = self.qkv(x, state.cos_sin, tiles)
+        x = self.attend(x, state, exact=exact)
+        x = self.quantized(x, "proj")
+        self.add(hidden, x, "proj", tiles)
         step = rows_in_mlp or hidden.shape[0]
         for first in range(0, hidden.shape[0], step):
             end = min(first + step, hidden.shape[0])
-            self._mlp(hidden[first:end], state.row_tiles(self.plan.experts, first, end))
+            part, tiles = hidden[first:end], state.row_tiles(self.plan.experts, first, end)
+            x = self.norm(part, "up", tiles)
+            x = self.up(x, tiles)
+            x = self.quantized(x, "down")
+            self.add(part, x, "down", tiles)
+
+    def norm(self, hidden: torch.Tensor, op: str, tiles: torch.Tensor) -> Operand:
+        """Pre-norm of [rows, C] in the format of ``op``, ``"qkv"`` or ``"up"``: one launch."""
+        weight, out = self.attn_norm if op == "qkv" else self.mlp_norm, self.plan.precision[op]
+        x, scale = rmsnorm_quantize(hidden, weight, tiles, out=out, backend=self.plan.backend["rmsnorm_quantize"])
+        return x, None if out == "bf16" else scale
+
+    def qkv(self, x: Operand, cos_sin: torch.Tensor, tiles: torch.Tensor) -> AttentionInputs:
+        """The QKV product of [rows, C], QK-norm, rotation and the gate's sigmoid: one launch."""
+        plan, out = self.plan, self.plan.precision["attention"]
+        q, k, v, *scales, gate = qkv_linear(
+            *x,
+            self.qkv_weight,
+            self.scale_of("qkv"),
+            self.qk_norm,
+            cos_sin,
+            tiles,
+            plan.num_heads_q,
+            plan.num_heads_kv,
+            out=out,
+            qk_scale=self.qk_scale if out == "fp8" else None,
+            backend=plan.backend["qkv_linear"],
+        )
+        q_scale, k_scale, v_scale = (scale if scale.numel() else None for scale in scales)
+        return AttentionInputs(q, k, v, q_scale, k_scale, v_scale, gate)
+
+    def attend(self, x: AttentionInputs, state: ClipState, *, exact: bool = False) -> Operand:
+        """Attention times its gate, [rows, Hq * D] as the projection takes it: one launch, and those of a mask."""
+        plan, fp8_out = self.plan, self.plan.precision["proj"] == "fp8"
+        attended, scale, _ = block_sparse_attention(
+            x.q,
+            x.k,
+            x.v,
+            state.block_map(plan, x.q, x.k, x.q_scale, x.k_scale, exact=exact),
+            scale=plan.head_dim**-0.5,
+            bound=self.bound.effective,
+            q_scale=x.q_scale,
+            k_scale=x.k_scale,
+            v_scale=x.v_scale,
+            gate=x.gate,
+            fp8_out=fp8_out,
+            backend=plan.backend["block_sparse_attention"],
+        )
+        return attended.flatten(1), scale if fp8_out else None
+
+    def up(self, x: Operand, tiles: torch.Tensor) -> Operand:
+        """The up product of [rows, C] and its activation, [rows, F] as the down product takes it: one launch."""
+        fp8 = self.plan.precision["down"] == "fp8"
+        y, scale = fp8_linear_activation(
+            *x,
+            self.up_weight,
+            self.scale_of("up"),
+            tiles,
+            activation=self.activation,
+            fp8=fp8,
+            backend=self.plan.backend["fp8_linear_activation"],
+        )
+        return y, scale if fp8 else None
+
+    def quantized(self, x: Operand, op: str) -> Operand:
+        """``x`` as ``op``, ``"proj"`` or ``"down"``, reads it: in int8 quantised from bf16, one launch; else itself."""
+        if self.plan.precision[op] != "int8":
+            return x
+        return quantize_rows(x[0], op == "down", backend=self.plan.backend["quantize_rows"])
+
+    def add(self, hidden: torch.Tensor, x: Operand, op: str, tiles: torch.Tensor) -> None:
+        """Add ``op``'s product, ``"proj"`` or ``"down"``, to [rows, C] in place: one launch, more with a post-norm."""
+        norm = getattr(self, "attn_post_norm" if op == "proj" else "mlp_post_norm", None)
+        if norm is None:
+            weight: torch.Tensor = getattr(self, f"{op}_weight")
+            backend = self.plan.backend["fp8_linear_residual"]
+            fp8_linear_residual(*x, weight, self.scale_of(op), tiles, hidden, backend=backend)
+            return
+        branch = self.product(x, op, tiles)
+        experts = tiles[:, 0].repeat_interleave(tiles[:, 2] - tiles[:, 1], output_size=hidden.shape[0])
+        hidden += rms_norm(branch.float(), norm.index_select(0, experts))
+
+    def product(self, x: Operand, op: str, tiles: torch.Tensor) -> torch.Tensor:
+        """``op``'s product [rows, C] in bf16, of a layer with post-norms: one launch."""
+        weight: torch.Tensor = getattr(self, f"{op}_weight")
+        return fp8_linear(*x, weight, self.scale_of(op), tiles, backend=self.plan.backend["fp8_linear"])
+
+    @property
+    def activation(self) -> str:
+        """Of the MLP: ``"swiglu7"`` or ``"gelu7"``."""
+        return "swiglu7" if self.plan.gated else "gelu7"
+
+    def scale_of(self, op: str) -> torch.Tensor | None:
+        """Scales [experts, F] of a product's weight; None in bf16."""
+        return None if self.plan.precision[op] == "bf16" else getattr(self, f"{op}_scale")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         self.require_packed(state_dict, prefix)
@@ -104,97 +230,6 @@ class FastLayer(nn.Module):
                 f"{listed(astray)}: call restore(model), load_state_dict, then accelerate(model); or load(folder, "
                 "fast=...) for a new model. Nothing was loaded"
             )
-
-    def _attention(self, hidden: torch.Tensor, state: ClipState, exact: bool) -> None:
-        plan, use = self.plan, self.plan.precision
-        tiles = state.row_tiles(plan.experts)
-        x, x_scale = rmsnorm_quantize(
-            hidden,
-            self.attn_norm,
-            tiles,
-            out=use["qkv"],
-            backend=plan.backend["rmsnorm_quantize"],
-        )
-        q, k, v, *scales, gate = qkv_linear(
-            x,
-            None if use["qkv"] == "bf16" else x_scale,
-            self.qkv_weight,
-            self._scale("qkv"),
-            self.qk_norm,
-            state.cos_sin,
-            tiles,
-            plan.num_heads_q,
-            plan.num_heads_kv,
-            out=use["attention"],
-            qk_scale=self.qk_scale if use["attention"] == "fp8" else None,
-            backend=plan.backend["qkv_linear"],
-        )
-        del x
-        q_scale, k_scale, v_scale = (scale if scale.numel() else None for scale in scales)
-        attended, out_scale, _ = block_sparse_attention(
-            q,
-            k,
-            v,
-            state.block_map(plan, q, k, q_scale, k_scale, exact=exact),
-            scale=plan.head_dim**-0.5,
-            bound=self.bound.effective,
-            q_scale=q_scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            gate=gate,
-            fp8_out=use["proj"] == "fp8",
-            backend=plan.backend["block_sparse_attention"],
-        )
-        del q, k, v
-        x, x_scale = attended.flatten(1), out_scale
-        del attended
-        if use["proj"] == "int8":
-            x, x_scale = quantize_rows(x, False, backend=plan.backend["quantize_rows"])
-        self._add_branch(hidden, x, None if use["proj"] == "bf16" else x_scale, "proj", "attn_post_norm", tiles)
-
-    def _mlp(self, hidden: torch.Tensor, tiles: torch.Tensor) -> None:
-        plan, use = self.plan, self.plan.precision
-        x, x_scale = rmsnorm_quantize(
-            hidden, self.mlp_norm, tiles, out=use["up"], backend=plan.backend["rmsnorm_quantize"]
-        )
-        y, y_scale = fp8_linear_activation(
-            x,
-            None if use["up"] == "bf16" else x_scale,
-            self.up_weight,
-            self._scale("up"),
-            tiles,
-            activation="swiglu7" if plan.gated else "gelu7",
-            fp8=use["down"] == "fp8",
-            backend=plan.backend["fp8_linear_activation"],
-        )
-        del x
-        if use["down"] == "int8":
-            y, y_scale = quantize_rows(y, True, backend=plan.backend["quantize_rows"])
-        self._add_branch(hidden, y, None if use["down"] == "bf16" else y_scale, "down", "mlp_post_norm", tiles)
-
-    def _scale(self, name: str) -> torch.Tensor | None:
-        return None if self.plan.precision[name] == "bf16" else getattr(self, f"{name}_scale")
-
-    def _add_branch(
-        self,
-        hidden: torch.Tensor,
-        x: torch.Tensor,
-        x_scale: torch.Tensor | None,
-        name: str,
-        post_norm: str,
-        tiles: torch.Tensor,
-    ) -> None:
-        weight = getattr(self, f"{name}_weight")
-        scale = self._scale(name)
-        norm = getattr(self, post_norm, None)
-        if norm is None:
-            fp8_linear_residual(
-                x, x_scale, weight, scale, tiles, hidden, backend=self.plan.backend["fp8_linear_residual"]
-            )
-            return
-        branch = fp8_linear(x, x_scale, weight, scale, tiles, backend=self.plan.backend["fp8_linear"])
-        experts = tiles[:, 0].repeat_interleave(tiles[:, 2] - tiles[:, 1], output_size=hidden.shape[0])
-        hidden += rms_norm(branch.float(), norm.index_select(0, experts))
 
 
 def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: torch.device) -> FastLayer:

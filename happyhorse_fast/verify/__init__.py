@@ -1,1 +1,1 @@
-"""Measurements of error: of layers, models, clips."""
+"""Measure errors of ops, layers, models and clips, ranges of activations, and the time of each op."""

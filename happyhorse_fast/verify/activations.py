@@ -1,14 +1,13 @@
-"""Ranges of a trained model's activations, what e4m3 makes of them, and where its attention goes."""
+"""Measure the ranges of a model's activations, their rounding to e4m3, and the weights of its attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from happyhorse_fast.eager.model import HappyHorse, Layer
-from happyhorse_fast.eager.qkv import rms_norm
+from happyhorse_fast.eager.model import HappyHorse, Layer, normed
 from happyhorse_fast.eager.sequence import Clip, Ranges, row_chunks
 from happyhorse_fast.ops.attention.reference import output_scale
 from happyhorse_fast.ops.linear.contract import static_scale
@@ -16,29 +15,29 @@ from happyhorse_fast.ops.qkv.packing import static_qk_scale
 from happyhorse_fast.ops.qkv.reference import quantize_v
 from happyhorse_fast.ops.quantize import E4M3_MAX, e4m3_rows, to_e4m3
 from happyhorse_fast.pony import generate
-from happyhorse_fast.verify.layer_ops import LayerInputs, OpResults, eager_ops
+from happyhorse_fast.verify.layer_ops import LayerInputs, OpResults, before_layers, eager_ops
 
 TENSORS = ("residual", "qkv input", "q", "k", "v", "proj input", "up input", "down input")
-"""What is looked at in a layer; all but the residual stream become e4m3 in fp8."""
+"""Tensors of a layer that are measured; all but the residual stream become e4m3 in fp8."""
 MODALITIES = ("video", "audio")
 
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """One tensor of one layer over all denoising steps of a clip.
+    """Range of one tensor of one layer over all denoising steps of a clip.
 
     Attributes:
         layer: Layer number.
         tensor: One of :data:`TENSORS`.
-        modality: ``"video"`` or ``"audio"``: whose rows.
+        modality: ``"video"`` or ``"audio"``, whose rows these are.
         amax: Largest magnitude.
         rms: Root mean square.
         kurtosis: E[x^4] / E[x^2]^2: 3 for normal values, larger with outliers.
         outlier: amax / rms.
-        channel: RMS of the loudest channel over the median channel's: what one scale per row cannot follow.
+        channel: RMS of the loudest channel over that of the median channel; one scale per row cannot follow it.
         saturated: Share past the largest code under the scale that the op uses; None for the residual stream.
-        lost: Share of what is not zero that becomes zero; likewise.
-        error: Relative L2 of rounding to codes; likewise.
+        lost: Share of the values other than zero that become zero; None likewise.
+        error: Relative L2 of rounding to codes; None likewise.
     """
 
     layer: int
@@ -56,7 +55,7 @@ class ActivationRange:
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """Where one layer's attention goes in one denoising step, the mean over its heads.
+    """Attention weights of one layer in one denoising step, averaged over its heads.
 
     Attributes:
         layer: Layer number.
@@ -82,7 +81,7 @@ class Sums:
         self.saturated = self.lost = self.live = self.error = 0.0
 
     def add(self, x: torch.Tensor, scaled: torch.Tensor | None) -> None:
-        """Count [rows, channels] in; ``scaled`` is x in units of its scales, before the cast."""
+        """Add values [rows, channels]; ``scaled`` is the same divided by its scales, before the cast."""
         x = x.double()
         self.amax = max(self.amax, float(x.abs().max()))
         self.square += float(x.square().sum())
@@ -124,7 +123,7 @@ class Sums:
 def measure_activations(
     model: HappyHorse, prompt: str, *, seed: int = 0, steps: int = 8, map_steps: tuple[int, ...] = (0, 7)
 ) -> tuple[list[ActivationRange], list[AttentionMap]]:
-    """Sample a clip in float32 and look at every layer in every step.
+    """Sample a clip in float32 and measure every layer in every step.
 
     Args:
         model: Of the pony's shape, in float32.
@@ -137,41 +136,32 @@ def measure_activations(
     maps: list[AttentionMap] = []
     calls = [0] * len(model.block.layers)
 
-    def look(index: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(layer: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            assert isinstance(layer, Layer)
-            given = LayerInputs(*arguments[:4])  # type: ignore[arg-type]
-            results = eager_ops(layer, given, torch.float32)
-            rows = dict(zip(MODALITIES, given.clip.slices(), strict=False))
-            for name, x, scaled in tensors(layer, given, results):
-                for modality, part in rows.items():
-                    of = sums.setdefault((index, name, modality), Sums())
-                    of.add(x[part], None if scaled is None else scaled[part])
-            if calls[index] in map_steps:
-                maps.append(attention_map(index, calls[index], results, given.clip, given.ranges))
-            calls[index] += 1
+    def look(index: int, layer: Layer, given: LayerInputs) -> None:
+        results = eager_ops(layer, given, torch.float32)
+        rows = dict(zip(MODALITIES, given.clip.slices(), strict=False))
+        for name, x, scaled in tensors(layer, given, results):
+            for modality, part in rows.items():
+                of = sums.setdefault((index, name, modality), Sums())
+                of.add(x[part], None if scaled is None else scaled[part])
+        if calls[index] in map_steps:
+            maps.append(attention_map(index, calls[index], results, given.clip, given.ranges))
+        calls[index] += 1
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(look(i)) for i, layer in enumerate(model.block.layers)]
-    try:
+    with before_layers(model, look):
         generate(model, prompt, seed=seed, steps=steps)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [of.result(*key) for key, of in sums.items()], maps
 
 
 def tensors(
     layer: Layer, given: LayerInputs, results: OpResults
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    """(name, values [N, channels], the same in units of the op's scales) of every tensor."""
+    """Yield (name, values [N, channels], the same divided by the scales that the op uses) of every tensor."""
     chunks = list(row_chunks(given.clip, layer.mlp.pre_norm.experts, 1 << 30))
 
     def units(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return x.float() / scale
 
-    up_input = torch.cat([rms_norm(results.middle[rows], layer.mlp.pre_norm.of(e)) for e, rows in chunks])
+    up_input = normed(results.middle, layer.mlp.pre_norm, given.clip)
     yield "residual", given.hidden, None
     yield "qkv input", results.norm, units(results.norm, e4m3_rows(results.norm)[1][:, None])
     attention = layer.attention
@@ -190,7 +180,7 @@ def tensors(
 
 
 def attention_map(layer: int, step: int, results: OpResults, clip: Clip, ranges: Ranges) -> AttentionMap:
-    """Softmax of q.k over each query's own keys, by groups of queries and keys.
+    """Sum the attention weights, softmax of q.k over each query's own keys, by groups of queries and of keys.
 
     Args:
         layer: Layer number.

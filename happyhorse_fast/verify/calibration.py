@@ -1,4 +1,4 @@
-"""``verify --calibrate``: what every op of every layer loses in 8 bits, on the activations of clips being denoised."""
+"""Measure the error of every op of every layer in 8 bits, on activations of clips that are sampled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,7 +27,14 @@ from happyhorse_fast.ops.runtime.dispatch import Choice
 from happyhorse_fast.sampler import sample
 from happyhorse_fast.verify.activations import Sums, tensors
 from happyhorse_fast.verify.checks import in_dtype, seeded_inputs
-from happyhorse_fast.verify.layer_ops import LayerInputs, OpResults, attention_in, eager_ops, products_alone
+from happyhorse_fast.verify.layer_ops import (
+    LayerInputs,
+    OpResults,
+    attention_in,
+    before_layers,
+    eager_ops,
+    products_alone,
+)
 
 INPUTS = {
     "qkv": ("qkv input",),
@@ -37,9 +43,9 @@ INPUTS = {
     "up": ("up input",),
     "down": ("down input",),
 }
-"""Activations that each op reads, by their names in :mod:`happyhorse_fast.verify.activations`."""
+"""Op -> activations that it reads, by their names in :mod:`happyhorse_fast.verify.activations`."""
 SECONDS_PER_LINE = 5.0
-"""Between two lines of progress."""
+"""Seconds between two lines of progress."""
 
 
 @ambient.independent
@@ -78,19 +84,12 @@ def calibrate(
     if is_accelerated(model):
         raise ValueError("model must hold its published weights to be calibrated for; it is accelerated")
     eager = in_dtype(model, torch.bfloat16)
-    layers = list(eager.block.layers)
-    run = _Run(eager, report, calls=clips * steps * len(layers))
-    handles = [
-        layer.register_forward_pre_hook(functools.partial(run.look, index)) for index, layer in enumerate(layers)
-    ]
-    try:
+    run = _Run(eager, report, calls=clips * steps * model.config.num_layers)
+    with before_layers(eager, run.look):
         for clip in range(clips):
             inputs = seeded_inputs(model.config, grid, text=text, seed=seed + clip, device=model.device)
             sample(eager, *inputs, steps=steps, noise=functools.partial(golden.draw, seed + clip), progress=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    ops = tuple(run.result(layer, op) for layer in range(len(layers)) for op in OPS)
+    ops = tuple(run.result(layer, op) for layer in range(model.config.num_layers) for op in OPS)
     allowed = dict(MOST) if most is None else dict.fromkeys(MOST, most)
     skip = {precision: skip_rules(ops, precision, allowed[precision]) for precision in ATTENTION}
     settings = (checkpoint, model.config.to_dict(), clips, steps, grid, text, seed)
@@ -110,7 +109,7 @@ def write(found: Calibration, path: Path) -> None:
 
 
 class _Run:
-    """What is found while clips are sampled."""
+    """Ranges and errors found so far, while clips are sampled."""
 
     def __init__(self, model: HappyHorse, report: Callable[[str], None], calls: int) -> None:
         self.model, self.report, self.calls = model, report, calls
@@ -126,10 +125,8 @@ class _Run:
         self.fast_state = FastState(model.config, *self.forms["bf16"], [], HappyHorse)
 
     @torch.no_grad()
-    def look(self, index: int, layer: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        """Before a layer runs: every op of it, in every format."""
-        assert isinstance(layer, Layer)
-        given = LayerInputs(*arguments[:4])
+    def look(self, index: int, layer: Layer, given: LayerInputs) -> None:
+        """Run every op of a layer, in every format."""
         exact = eager_ops(layer, given, torch.float32)
         for name, x, scaled in tensors(layer, given, exact):
             if scaled is not None:
@@ -168,7 +165,7 @@ class _Run:
         self.report(f"calibrate: {self.done:,} of {self.calls:,} calls of layers, {span} left")
 
     def result(self, layer: int, op: str) -> OpCalibration:
-        """What was found of one op."""
+        """Ranges and largest errors of one op."""
         inputs = {}
         for name in INPUTS[op]:
             found = self.ranges[layer, name].result(layer, name, "all")

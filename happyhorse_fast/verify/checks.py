@@ -1,8 +1,8 @@
-"""What ``verify`` measures: the recorded cases, and a model at three precisions. Plain functions that return data."""
+"""Compare the eager model with the recorded cases, and float32 and bfloat16 with float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,7 +42,7 @@ class Measurement:
 
     @property
     def passed(self) -> bool:
-        """Within its budget."""
+        """Whether the error is within its budget."""
         return self.error <= self.budget
 
 
@@ -64,11 +64,11 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Every measurement within its budget; a skipped case has none and fails nothing."""
+        """Whether every measurement is within its budget; a skipped case has none, and passes."""
         return all(m.passed for m in self.measurements)
 
     def worst(self, prefix: str = "") -> Measurement | None:
-        """The measurement furthest into its budget among those whose name starts with ``prefix``."""
+        """The measurement that takes most of its budget, among those whose name starts with ``prefix``."""
         matching = [m for m in self.measurements if m.what.startswith(prefix)]
         return max(matching, key=lambda m: m.error / max(m.budget, _EXACT), default=None)
 
@@ -86,7 +86,7 @@ def _error(what: str, value: torch.Tensor, expected: torch.Tensor, budget: float
 
 @ambient.independent
 def verify_case(case: GoldenCase, model: HappyHorse | None = None) -> Comparison:
-    """Hold the eager model against one recorded case: sequence, every layer, velocities, and the sampler it has.
+    """Compare the eager model with one recorded case: sequence, every layer, velocities, and its sampler if it has one.
 
     Args:
         case: From :func:`happyhorse_fast.golden.load_case`.
@@ -106,7 +106,7 @@ def verify_case(case: GoldenCase, model: HappyHorse | None = None) -> Comparison
 
 
 def verify_golden() -> list[Comparison]:
-    """All recorded cases."""
+    """Compare the eager model with every recorded case."""
     return [verify_case(golden.load_case(name)) for name in golden.names()]
 
 
@@ -221,7 +221,7 @@ Build = Callable[[HappyHorse, torch.dtype], HappyHorse]
 
 
 def in_dtype(model: HappyHorse, dtype: torch.dtype) -> HappyHorse:
-    """The model in another compute dtype; it shares the weights, so it takes no memory."""
+    """Make the same model in another compute dtype; it shares the weights, so it takes no memory."""
     other = HappyHorse(model.config, dtype, device="meta")
     other.load_state_dict(model.state_dict(), assign=True)
     return other
@@ -231,7 +231,7 @@ def in_dtype(model: HappyHorse, dtype: torch.dtype) -> HappyHorse:
 def seeded_inputs(
     config: ModelConfig, grid: tuple[int, int, int], *, text: int, seed: int, device: torch.device
 ) -> list[torch.Tensor]:
-    """video, audio and text of a clip, standard normal; audio has 4 (T - 1) + 1 tokens.
+    """Draw video, audio and text of a clip, standard normal; audio has 4 (T - 1) + 1 tokens.
 
     Raises:
         ValueError: ``grid`` or ``text`` is not positive.
@@ -256,7 +256,7 @@ def verify_model(
     seed: int = 0,
     build: Build = in_dtype,
 ) -> list[Comparison]:
-    """Hold float32 and bfloat16 against float64 on seeded inputs: every layer and both velocities.
+    """Compare float32 and bfloat16 with float64 on seeded inputs: every layer and both velocities.
 
     Args:
         model: Weights to verify; its own compute dtype does not matter.
@@ -279,17 +279,24 @@ def verify_model(
     ]
 
 
-def _run(model: HappyHorse, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def run_layers(
+    model: HappyHorse, inputs: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Run a model; returns ``"layer.3.video"`` -> residual stream [M, C] in ``dtype`` on the CPU, and velocities."""
     video, audio, text = inputs
-    clip = sequence.check_inputs(model.config, video, audio, text, model.device)
-    rows = dict(zip(("video", "audio"), clip.slices()[:2], strict=True))
+    rows = sequence.check_inputs(model.config, video, audio, text, model.device).slices()[:2]
     kept: dict[str, torch.Tensor] = {}
 
     def keep(layer: int, hidden: torch.Tensor) -> None:
-        kept.update({f"layer.{layer}.{name}": hidden[part].double().cpu() for name, part in rows.items()})
+        for name, part in zip(("video", "audio"), rows, strict=True):
+            kept[f"layer.{layer}.{name}"] = hidden[part].cpu().to(dtype)
 
     with torch.no_grad():
-        video, audio = model(video, audio, text, on_layer=keep)
+        return kept, model(video, audio, text, on_layer=keep)
+
+
+def _run(model: HappyHorse, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    kept, (video, audio) = run_layers(model, inputs, torch.float64)
     return {**kept, "out.video": video.double().cpu(), "out.audio": audio.double().cpu()}
 
 

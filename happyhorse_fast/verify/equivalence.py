@@ -1,4 +1,4 @@
-"""What each step away from float32 costs: the kernels in bf16, fp8, sparsity; per op, per layer and end to end."""
+"""Measure each step away from float32: bf16, the kernels, 8 bits, sparsity; per op, per layer and end to end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.state import FastState, build_clip_state, is_accelerated
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
 from happyhorse_fast.sampler import sample
-from happyhorse_fast.verify.checks import in_dtype, seeded_inputs
+from happyhorse_fast.verify.checks import in_dtype, run_layers, seeded_inputs
 from happyhorse_fast.verify.layer_ops import OPS, OpResults, attention_in, eager_ops, fast_ops, record_inputs
 
 Results = dict[str, torch.Tensor]
@@ -44,7 +44,7 @@ and the mean over half of them is 1.4 away from the mean over all (measured on 1
 
 @dataclass(frozen=True)
 class Distance:
-    """How far one result of a form is from float32's.
+    """Distance between one result of a form and float32's.
 
     Attributes:
         relative_l2: ||x - y|| / ||y||; infinite where x is not finite.
@@ -84,7 +84,7 @@ class FormErrors:
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """One layer's attention, alone and on its float32 input, in every format.
+    """Error of one layer's attention on its float32 input, in every format.
 
     Attributes:
         layer: Layer number.
@@ -131,12 +131,12 @@ class Equivalence:
 
     @property
     def passed(self) -> bool:
-        """No form is past its budget."""
+        """Whether every form is within its budget."""
         return not any(form.violations for form in self.forms)
 
 
 def forms_of(fast: FastConfig) -> Iterator[tuple[str, str, FastConfig]]:
-    """(form, step, configuration) of every fast form on the way to ``fast``."""
+    """Yield (form, step, configuration) of every fast form on the way to ``fast``."""
     yield "fast bf16", "kernels", dataclasses.replace(fast, precision="bf16", attention="bf16", skip=(), sparsity=None)
     name = f"fast {fast.precision}"
     if fast.precision != "bf16":
@@ -175,7 +175,7 @@ def equivalence(
     exact_model = in_dtype(model, torch.float32)
     given = record_inputs(exact_model, inputs)
     ops = [eager_ops(layer, x, torch.float32) for layer, x, _ in _each(exact_model, given, given)]
-    run = partial(_end_to_end, inputs=inputs, clip=clip, steps=steps, seed=seed)
+    run = partial(_end_to_end, inputs=inputs, steps=steps, seed=seed)
     exact = _by_modality(ops, clip) | run(exact_model)
 
     eager_model = in_dtype(model, torch.bfloat16)
@@ -217,7 +217,7 @@ def equivalence(
 
 
 def equivalence_golden(fast: FastConfig, *, steps: int = 8, device: str = "cpu") -> list[Equivalence]:
-    """The recorded cases' models and inputs; with sparsity also a clip of 8 blocks.
+    """Measure the recorded cases' models on their inputs; with sparsity also a clip of 8 blocks.
 
     The recorded clips have one or two blocks, of which one is always kept, so they are measured without sparsity.
     """
@@ -262,20 +262,11 @@ def _by_modality(ops: list[OpResults], clip: sequence.Clip) -> Results:
     }
 
 
-def _end_to_end(
-    model: torch.nn.Module, inputs: list[torch.Tensor], clip: sequence.Clip, steps: int, seed: int
-) -> Results:
-    rows = dict(zip(("video", "audio"), clip.slices()[:2], strict=True))
-    kept: Results = {}
-
-    def keep(layer: int, hidden: torch.Tensor) -> None:
-        kept.update({f"layer.{layer}.{name}": hidden[part].float().cpu() for name, part in rows.items()})
-
-    with torch.no_grad():
-        outputs = {"velocity": model(*inputs, on_layer=keep)}
+def _end_to_end(model: HappyHorse, inputs: list[torch.Tensor], steps: int, seed: int) -> Results:
+    kept, velocities = run_layers(model, inputs, torch.float32)
+    outputs = {"velocity": velocities}
     if steps:
-        noise = partial(golden.draw, seed)
-        outputs["latent"] = sample(model, *inputs, steps=steps, noise=noise, progress=False)  # type: ignore[arg-type]
+        outputs["latent"] = sample(model, *inputs, steps=steps, noise=partial(golden.draw, seed), progress=False)
     for name, (video, audio) in outputs.items():
         # Channels against positions: a [1, ...] tensor would be one row, and its tiles 1 x 128.
         kept[f"{name}.video"] = video[0].flatten(1).float().cpu()
@@ -302,7 +293,7 @@ def _distance(what: str, x: torch.Tensor, before: torch.Tensor, y: torch.Tensor)
 
 
 def violations(step: str, errors: dict[str, Distance], eager: dict[str, Distance]) -> Iterator[str]:
-    """What is past its budget: bf16 against eager bf16's own error; 8 bits and sparsity against sanity alone."""
+    """Yield a sentence for each result past its budget: eager bf16's own error in bf16, a sanity bound in 8 bits."""
     for what, error in errors.items():
         if not math.isfinite(error.relative_l2):
             yield f"{what} holds NaN or Inf"

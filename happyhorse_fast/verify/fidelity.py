@@ -1,4 +1,4 @@
-"""What precision and sparsity cost a trained model: clips of the pony, each policy against float32's of the same noise.
+"""Measure the cost of precision and sparsity: clips of the pony, each policy against float32's clip of the same noise.
 
 A clip of the pony has two blocks of 128 video tokens, too few to leave any out. Sparsity is therefore measured with
 blocks of one latent frame, 13 of 16 tokens (:mod:`happyhorse_fast.verify.frame_blocks`).
@@ -28,6 +28,7 @@ from happyhorse_fast.pony.measure import Measured, judge, largest_shift, measure
 from happyhorse_fast.pony.metrics import log_spectral_distance, psnr, ssim
 from happyhorse_fast.pony.prompt import Prompt, held_out_prompts
 from happyhorse_fast.pony.weights import weights_digest
+from happyhorse_fast.verify.clips import one_thread
 from happyhorse_fast.verify.frame_blocks import FrameBlocks, decide_between_frames
 
 EAGER = "eager bf16"
@@ -43,7 +44,7 @@ EVERYWHERE = 64
 
 @dataclass(frozen=True)
 class Policy:
-    """A way to run the model.
+    """One way to run the model.
 
     Attributes:
         name: Shown.
@@ -59,7 +60,7 @@ class Policy:
 
 
 def policies(*, quick: bool = False) -> tuple[Policy, ...]:
-    """Everything that is measured, or with ``quick`` the main ones: bf16, 8 bits as a whole, a quarter of the pairs."""
+    """List every policy, or with ``quick`` the main ones: bf16, 8 bits as a whole, a quarter of the pairs."""
 
     def fast(**options: Any) -> FastConfig:
         return FastConfig(**{"attention": "bf16", **options}, backend="reference", originals="drop")
@@ -95,7 +96,7 @@ def policies(*, quick: bool = False) -> tuple[Policy, ...]:
 
 @dataclass(frozen=True)
 class ClipError:
-    """One clip against float32's.
+    """Distance between one clip and float32's.
 
     Attributes:
         prompt: What was asked for.
@@ -124,7 +125,7 @@ class ClipError:
 
 @dataclass(frozen=True)
 class Summary:
-    """All clips of one policy in a few numbers.
+    """Numbers that summarise all clips of one policy.
 
     Attributes:
         psnr_db: Median, and the worst clip's.
@@ -152,7 +153,7 @@ class Summary:
 
     @classmethod
     def of(cls, clips: tuple[ClipError, ...]) -> Summary:
-        """Of at least one clip."""
+        """Summarise at least one clip."""
 
         def spread(name: str, worst: Callable[[list[float]], float] = max) -> tuple[float, float]:
             values = [getattr(clip, name) for clip in clips]
@@ -196,7 +197,7 @@ class PolicyResult:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What was measured.
+    """Results of all policies.
 
     Attributes:
         weights: SHA-256 of the weights that it holds for.
@@ -214,6 +215,7 @@ class Fidelity:
 
 
 @ambient.independent
+@one_thread()
 def measure_fidelity(
     chosen: tuple[Policy, ...],
     clips: int,
@@ -257,7 +259,7 @@ def measure_fidelity(
 
 
 def violations(found: Fidelity) -> Iterator[str]:
-    """What is past its budget, as sentences: fast bf16 against eager bf16's own error, 8 bits against sanity alone."""
+    """Yield a sentence for each policy past its budget: eager bf16's own error in bf16, a sanity bound in 8 bits."""
     by_name = {(result.kind, result.name): result.summary for result in found.results}
     eager = by_name.get(("bf16", EAGER))
     for (kind, name), summary in by_name.items():
@@ -276,7 +278,7 @@ def _clips(model: Any, prompts: list[Prompt], steps: int) -> Iterator[PonyClip]:
 
 
 def compare(prompt: Prompt, clip: PonyClip, exact: PonyClip, seen: Measured) -> ClipError:
-    """One clip against float32's, of which ``seen`` is what was measured."""
+    """Compare one clip with float32's, whose impacts are ``seen``."""
     found = measure(clip.frames, clip.samples)
     return ClipError(
         str(prompt),
@@ -293,7 +295,7 @@ def compare(prompt: Prompt, clip: PonyClip, exact: PonyClip, seen: Measured) -> 
 
 
 def settings(fast: FastConfig | None) -> str:
-    """What sets an acceleration apart from the default, where and in which parts it ran left out."""
+    """List the fields of a configuration that are not the default's, without its backend and its originals."""
     if fast is None:
         return ""
     default = dataclasses.replace(FastConfig(), attention=default_attention(fast.precision))

@@ -1,4 +1,4 @@
-"""Sparsity that decides between latent frames however few tokens they have: to judge a policy on a small clip.
+"""Let a sparsity policy choose between latent frames of a small clip, whatever their number of tokens.
 
 At 1080p a latent frame is 16 blocks of 128 tokens, and a policy leaves most of them out. A clip of the pony is two
 blocks in all. Here every latent frame sits in a block of its own, as aligned frames of the full model do, the policy
@@ -44,7 +44,7 @@ class FrameBlocks(ClipState):
         *,
         exact: bool = False,
     ) -> BlockMap:
-        """What the policy makes of q and k [rows, heads, D] in bf16, a frame at a time.
+        """Choose a map from q and k [rows, heads, D] in bf16, a latent frame at a time.
 
         Raises:
             ValueError: q and k are codes, whose scales belong to other blocks.

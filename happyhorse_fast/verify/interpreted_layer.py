@@ -1,4 +1,4 @@
-"""One layer of the small model through the Triton kernels in Triton's interpreter: what runs without a GPU.
+"""Run one layer of the small model through the Triton kernels in Triton's interpreter, without a GPU.
 
 Whether kernels are interpreted is decided when they are imported, so this takes a process of its own::
 
@@ -15,14 +15,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from happyhorse_fast.budgets import measure
-
-if TYPE_CHECKING:
-    import torch
-
-    from happyhorse_fast.fast.config import Precision
+from happyhorse_fast.eager import sequence
+from happyhorse_fast.fast.accelerate import accelerate
+from happyhorse_fast.fast.config import FastConfig, Precision
+from happyhorse_fast.fast.state import build_clip_state
+from happyhorse_fast.ops.runtime.dispatch import triton_missing
+from happyhorse_fast.ops.runtime.self_check import CODE_DISTANCE, DISTANCE
+from happyhorse_fast.pony import load_model
+from happyhorse_fast.pony.generate import noise_and_text
+from happyhorse_fast.verify.layer_ops import record_inputs
 
 LAYER = 1
 """Shared weights, SwiGLU7 and a window of frames, as most layers of the full model."""
@@ -56,7 +61,7 @@ class InterpretedLayer:
         self._process, self._why_not = process, why_not
 
     def checks(self) -> tuple[list[LayerCheck], str | None]:
-        """What was found per precision, and, where that is nothing, why."""
+        """Wait for the process; returns the checks, and the reason where there are none."""
         if self._process is None:
             return [], f"{self._why_not}, so its interpreter cannot run a layer (it is for Linux only)"
         out, error = self._process.communicate()
@@ -74,8 +79,6 @@ def interpreted_layer(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
         prompt: In the grammar of :mod:`happyhorse_fast.pony.prompt`.
         seed: Of the noise that the layer's input is made of.
     """
-    from happyhorse_fast.ops.runtime.dispatch import triton_missing
-
     why_not = triton_missing()
     if why_not is not None:
         yield InterpretedLayer(None, why_not)
@@ -96,7 +99,7 @@ def interpreted_layer(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
 
 
 def run_layer(prompt: str, seed: int) -> list[LayerCheck]:
-    """The layer in every precision, on what it is called with in the first denoising step.
+    """Run the layer in every precision, on its input in the first denoising step.
 
     Args:
         prompt: In the grammar of :mod:`happyhorse_fast.pony.prompt`.
@@ -105,13 +108,6 @@ def run_layer(prompt: str, seed: int) -> list[LayerCheck]:
     Raises:
         BackendError: Kernels are not interpreted in this process.
     """
-    import torch
-
-    from happyhorse_fast.ops.runtime.self_check import CODE_DISTANCE, DISTANCE
-    from happyhorse_fast.pony import load_model
-    from happyhorse_fast.pony.generate import noise_and_text
-    from happyhorse_fast.verify.layer_ops import record_inputs
-
     inputs = list(noise_and_text(prompt, torch.Generator().manual_seed(seed)))
     exact = load_model(torch.float32)
     given = record_inputs(exact, inputs)[LAYER]
@@ -135,15 +131,7 @@ def run_layer(prompt: str, seed: int) -> list[LayerCheck]:
 def _added_by_layer(
     hidden: torch.Tensor, inputs: list[torch.Tensor], precision: Precision, backend: str
 ) -> torch.Tensor:
-    """[N, C]: what the fast layer adds to ``hidden`` [N, C], token rows in the public order."""
-    import torch
-
-    from happyhorse_fast.eager import sequence
-    from happyhorse_fast.fast.accelerate import accelerate
-    from happyhorse_fast.fast.config import FastConfig
-    from happyhorse_fast.fast.state import build_clip_state
-    from happyhorse_fast.pony import load_model
-
+    """Return [N, C] that the fast layer adds to ``hidden`` [N, C], token rows in the public order."""
     model = load_model()
     video, audio, text = inputs
     clip = sequence.check_inputs(model.config, video, audio, text, model.device)
@@ -158,8 +146,6 @@ def _added_by_layer(
 
 def main() -> None:
     """Entry point of the process: prints the checks as JSON."""
-    import torch
-
     torch.set_num_threads(1)
     prompt, seed = sys.argv[1:]
     print(json.dumps([asdict(check) for check in run_layer(prompt, int(seed))]))

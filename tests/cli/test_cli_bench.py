@@ -7,18 +7,23 @@ import json
 import pytest
 import torch
 
-from happyhorse_fast.cli import bench, run
-from happyhorse_fast.fast.op_times import OpTimes, group_of
+from happyhorse_fast.cli import run
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.fast.memory import one_layer_per_kind
+from happyhorse_fast.files import plain
 from happyhorse_fast.ops.runtime.dispatch import STEMS
 from happyhorse_fast.tokens import ClipTokens
+from happyhorse_fast.verify import op_times
+from happyhorse_fast.verify.op_times import OpTimes, group_of, time_forms
 
-CLIP = ClipTokens(3, 16, 16, 9)
+CLIP, CPU = ClipTokens(3, 16, 16, 9), torch.device("cpu")
+LAYERS = one_layer_per_kind(ModelConfig.preset("tiny"), CLIP)
 USED = set(STEMS) - {"select_blocks", "fp8_linear", "quantize_rows"}
 
 
 @pytest.fixture(scope="module")
 def data():
-    return bench.measure("tiny", CLIP, text=8, repeats=2, device="cpu")
+    return {"forms": plain(time_forms(LAYERS, CLIP, text=8, repeats=2, device=CPU)), "layers": LAYERS.num_layers}
 
 
 def test_every_op_of_every_form_is_timed(data):
@@ -37,14 +42,14 @@ def test_every_op_of_every_form_is_timed(data):
 
 def test_attention_of_the_fast_forms_is_what_is_asked_for(monkeypatch):
     asked = []
-    monkeypatch.setattr(bench, "_form", lambda form, config, clip, text, how, device: asked.append(how) or {})
-    bench.measure("tiny", CLIP, text=8, repeats=2, device="cpu", attention="int8_qk")
+    monkeypatch.setattr(op_times, "time_form", lambda form, config, clip, text, *how: asked.append(how[:2]))
+    time_forms(LAYERS, CLIP, text=8, repeats=2, device=CPU, attention="int8_qk")
     assert set(asked) == {("int8_qk", 2)}
     monkeypatch.undo()
     with pytest.raises(
         ValueError, match="attention must be one of bf16, int8_qk, fp8; got 'fp8_qk'; int8_qk is in its"
     ):
-        bench.measure("tiny", CLIP, text=8, repeats=1, device="cpu", attention="fp8_qk")
+        time_forms(LAYERS, CLIP, text=8, repeats=1, device=CPU, attention="fp8_qk")
 
 
 def test_eager_products_hold_attention_where_there_is_no_fused_kernel(data):
@@ -52,8 +57,9 @@ def test_eager_products_hold_attention_where_there_is_no_fused_kernel(data):
     assert "attention" not in eager and eager["products"]["tflops"] > 0
 
 
-def test_both_outputs(data, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "measure", lambda *_, **__: data)
+def test_both_outputs(monkeypatch, capsys):
+    found = time_forms(LAYERS, CLIP, text=8, repeats=1, device=CPU)
+    monkeypatch.setattr(op_times, "time_forms", lambda *_, **__: found)
     assert run(["bench", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["forms"][0]["form"] == "eager bfloat16"
     assert run(["bench"]) == 0

@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import happyhorse_fast as hh
 from happyhorse_fast import ambient, golden
 from happyhorse_fast.block_map import BlockMap, Layout
-from happyhorse_fast.cli.forms import FORMS
 from happyhorse_fast.fast.config import FastConfig, TopK, TopP
 from happyhorse_fast.fast.launches import launches_per_layer
 from happyhorse_fast.fast.memory import peak_by_kind
@@ -28,6 +27,7 @@ from happyhorse_fast.pony.generate import noise_and_text
 from happyhorse_fast.pony.metrics import ssim
 from happyhorse_fast.pony.weights import load_codecs
 from happyhorse_fast.verify.checks import verify_case
+from happyhorse_fast.verify.forms import FORMS
 
 CASE = golden.load_case("local_v1_fp32")
 CPU = torch.device("cpu")

@@ -13,12 +13,12 @@ from happyhorse_fast.checkpoint import packed as packed_checkpoint
 from happyhorse_fast.checkpoint.load import load
 from happyhorse_fast.checkpoint.packed import save_packed
 from happyhorse_fast.checkpoint.save import save_checkpoint
-from happyhorse_fast.cli.forms import FORMS
 from happyhorse_fast.fast import accelerate as acceleration
 from happyhorse_fast.fast.accelerate import accelerate, restore
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision, default_attention
 from happyhorse_fast.fast.memory import peak_memory
 from happyhorse_fast.tokens import tokens_for
+from happyhorse_fast.verify.forms import FORMS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* in plain torch")
 

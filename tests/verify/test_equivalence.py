@@ -16,7 +16,7 @@ from happyhorse_fast.checkpoint.load import save_checkpoint
 from happyhorse_fast.cli import run
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager import sequence
-from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.eager.model import MLP, Attention, HappyHorse
 from happyhorse_fast.fast import accelerate as accelerate_module
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig, TopK
@@ -209,6 +209,52 @@ def test_a_planted_wrong_op_is_found_and_named(monkeypatch: pytest.MonkeyPatch, 
     # 4 % of proj is within 2x of bf16's rounding in the residual stream: only the op by itself shows it.
     assert {f"op.0.{op}.video", f"op.0.{op}.audio"} <= places
     assert not {p for p in places if p.startswith("op.") and not p.startswith(f"op.0.{op}.")}, places
+
+
+def off_by_four_percent(result: Any) -> Any:
+    if isinstance(result, torch.Tensor):
+        return (result.float() * 1.04).to(result.dtype)
+    parts = [part if part is None else off_by_four_percent(part) for part in result]
+    return result._make(parts) if hasattr(result, "_make") else tuple(parts)
+
+
+@pytest.mark.parametrize(
+    ("step", "op"), [("norm", "norm"), ("qkv", "qkv"), ("attend", "attention"), ("up", "up"), ("product", "down")]
+)
+def test_a_changed_step_of_the_fast_layer_is_what_is_measured(
+    monkeypatch: pytest.MonkeyPatch, step: str, op: str
+) -> None:
+    config = SMALL.replace(post_norm_layers=(0,))
+    model = HappyHorse(config).init_weights(0)
+    inputs = seeded_inputs(config, (3, 4, 6), text=5, seed=0, device=torch.device("cpu"))
+    as_it_is = getattr(FastLayer, step)
+    monkeypatch.setattr(FastLayer, step, lambda self, *args, **how: off_by_four_percent(as_it_is(self, *args, **how)))
+    found = eq.equivalence(model, inputs, "changed", FastConfig(backend="reference"), steps=0)
+    assert any(line.startswith(f"op.0.{op}.video") for line in found.forms[1].violations), found.forms[1].violations
+
+
+@pytest.mark.parametrize(
+    ("owner", "step", "op"),
+    [
+        (Attention, "qkv", "qkv"),
+        (Attention, "gated", "attention"),
+        (Attention, "project", "proj"),
+        (MLP, "up", "up"),
+        (MLP, "down", "down"),
+    ],
+)
+def test_a_changed_step_of_the_eager_layer_is_what_is_measured(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, step: str, op: str
+) -> None:
+    model, inputs = small()
+    given = layer_ops.record_inputs(in_dtype(model, torch.float32), inputs)[1]
+    layer: Any = model.block.layers[1]
+    before = layer_ops.eager_ops(layer, given, torch.float32)
+    as_it_is = getattr(owner, step)
+    changed = lambda *args: off_by_four_percent(as_it_is(*args))  # noqa: E731
+    monkeypatch.setattr(owner, step, staticmethod(changed) if step == "gated" else changed)
+    after = layer_ops.eager_ops(layer, given, torch.float32, before)
+    assert 0.03 < measure(after.of(op), before.of(op)).relative_l2 < 0.05
 
 
 @pytest.mark.parametrize(

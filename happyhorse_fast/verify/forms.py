@@ -1,15 +1,17 @@
-"""The forms in which this version runs the model: the one list that ``demo``, ``plan`` and ``doctor`` go by."""
+"""The forms in which this version runs the model: the one list that commands and the report go by."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from happyhorse_fast.config import ModelConfig
-
-if TYPE_CHECKING:
-    from happyhorse_fast.eager.model import HappyHorse
-    from happyhorse_fast.fast.config import AttentionPrecision
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.fast.accelerate import accelerate, empty_accelerated
+from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
+from happyhorse_fast.ops.runtime.dispatch import choose
 
 
 @dataclass(frozen=True)
@@ -23,25 +25,17 @@ class Form:
     """
 
     name: str
-    precision: str
+    precision: Literal["fp32", "bf16", "int8", "fp8"]
     kernels: bool
 
     def eager(self, config: ModelConfig, device: str) -> HappyHorse:
         """The eager model that the form starts from, its weights not set yet."""
-        import torch
-
-        from happyhorse_fast.eager.model import HappyHorse
-
         return HappyHorse(config, torch.float32 if self.precision == "fp32" else torch.bfloat16, device=device)
 
     def apply(self, model: HappyHorse, attention: AttentionPrecision | None = None) -> HappyHorse:
         """Bring an eager model with its weights into the form, in place; on the CPU through backend reference."""
         if self.kernels:
-            from happyhorse_fast.fast.accelerate import accelerate
-            from happyhorse_fast.fast.config import FastConfig
-
-            on_gpu = model.device.type == "cuda"
-            backend: Literal["auto", "reference"] = "auto" if on_gpu else "reference"
+            backend: Literal["auto", "reference"] = "auto" if model.device.type == "cuda" else "reference"
             accelerate(model, FastConfig(precision=self.fast_precision, attention=attention, backend=backend))
         return model
 
@@ -49,20 +43,14 @@ class Form:
         """The form on ``"meta"``, to measure its memory; ``attention`` is its precision of attention."""
         if not self.kernels:
             return self.eager(config, "meta")
-        import torch
-
-        from happyhorse_fast.fast.accelerate import empty_accelerated
-        from happyhorse_fast.fast.config import FastConfig
-        from happyhorse_fast.ops.runtime.dispatch import choose
-
         fast = FastConfig(precision=self.fast_precision, attention=attention)
         choices = choose("reference", fast.precision, torch.device("cpu"), attention=fast.attention_format)
         return empty_accelerated(config, fast, choices)
 
     @property
-    def fast_precision(self) -> Literal["bf16", "int8", "fp8"]:
+    def fast_precision(self) -> Precision:
         """Precision of the acceleration."""
-        return self.precision if self.precision in ("int8", "fp8") else "bf16"  # type: ignore[return-value]
+        return "bf16" if self.precision == "fp32" else self.precision
 
 
 FORMS = (
