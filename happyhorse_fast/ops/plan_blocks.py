@@ -21,7 +21,7 @@ import torch
 from happyhorse_fast import ambient
 from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
-from happyhorse_fast.block_map.map import Ranges
+from happyhorse_fast.block_map.from_ranges import Ranges
 from happyhorse_fast.optional import said
 
 Backend: TypeAlias = Literal["auto", "cpp", "python"]
