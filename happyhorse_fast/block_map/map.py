@@ -188,7 +188,7 @@ class BlockMap:
         """Where the tensors are."""
         return self.counts.device
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(counts, starts, columns, mask_ids, mask_bits, order): what the op takes."""
         return self.counts, self.starts, self.columns, self.mask_ids, self.mask_bits, self.order
 

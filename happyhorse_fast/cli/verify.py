@@ -149,7 +149,7 @@ def verify(
         fidelity, broken = _pony(clips, quick)
         data["pony"] = {**plain(fidelity), "violations": broken}
     if fast:
-        from happyhorse_fast.ops.runtime.dispatch import BackendError
+        from happyhorse_fast.ops.runtime.obstacles import BackendError
 
         towards = _fast_config(precision, attention, top_k, backend, where)
         try:
@@ -210,7 +210,7 @@ def check_kernels(device: str) -> list[KernelCheck]:
     """
     import torch
 
-    from happyhorse_fast.ops.runtime.dispatch import triton_obstacle
+    from happyhorse_fast.ops.runtime.obstacles import triton_obstacle
     from happyhorse_fast.ops.runtime.self_check import run_checks
 
     where = torch.device(device)

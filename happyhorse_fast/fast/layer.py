@@ -15,12 +15,17 @@ from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound, packed_bound
 from happyhorse_fast.fast.config import OPS, FastConfig
 from happyhorse_fast.fast.dtypes import require_kept_dtypes
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
-from happyhorse_fast.ops.linear.contract import fp8_linear, fp8_linear_activation, fp8_linear_residual
+from happyhorse_fast.ops import (
+    block_sparse_attention,
+    fp8_linear,
+    fp8_linear_activation,
+    fp8_linear_residual,
+    qkv_linear,
+    quantize_rows,
+    rmsnorm_quantize,
+)
 from happyhorse_fast.ops.linear.packing import DTYPES, pack_linear
-from happyhorse_fast.ops.qkv.contract import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.qkv.packing import pack_qk_norm, pack_qkv_weight, static_qk_scale
-from happyhorse_fast.ops.row_quantization.contract import quantize_rows
 from happyhorse_fast.ops.runtime.dispatch import Choice
 
 if TYPE_CHECKING:

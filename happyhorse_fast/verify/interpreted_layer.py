@@ -74,7 +74,7 @@ def interpreted_layer(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
         prompt: In the grammar of :mod:`happyhorse_fast.pony.prompt`.
         seed: Of the noise that the layer's input is made of.
     """
-    from happyhorse_fast.ops.runtime.dispatch import triton_missing
+    from happyhorse_fast.ops.runtime.obstacles import triton_missing
 
     why_not = triton_missing()
     if why_not is not None:

@@ -20,14 +20,20 @@ from happyhorse_fast.eager.qkv import rms_norm, rmsnorm_qkv
 from happyhorse_fast.eager.sequence import Clip, Ranges, row_chunks
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.layer import FastLayer
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
+from happyhorse_fast.ops import (
+    block_sparse_attention,
+    fp8_linear,
+    fp8_linear_activation,
+    fp8_linear_residual,
+    qkv_linear,
+    quantize_rows,
+    rmsnorm_quantize,
+)
 from happyhorse_fast.ops.attention.reference import output_scale
-from happyhorse_fast.ops.linear.contract import fp8_linear, fp8_linear_activation, fp8_linear_residual, static_scale
-from happyhorse_fast.ops.qkv.contract import qkv_linear, rmsnorm_quantize
+from happyhorse_fast.ops.linear.contract import static_scale
 from happyhorse_fast.ops.qkv.packing import rotary_permutation
 from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_q, quantize_v
 from happyhorse_fast.ops.quantize import dequantize, quantize_static, to_e4m3, token_order
-from happyhorse_fast.ops.row_quantization.contract import quantize_rows
 
 OPS = ("norm", "qkv", "attention", "proj", "up", "down")
 """``norm`` is the one before QKV; ``qkv`` and ``up`` start from the residual stream, so they hold their norm too."""

@@ -1,6 +1,6 @@
 """Runs a Gluon kernel for Hopper on the CPU: Triton's interpreter knows no Gluon.
 
-    kernel = Emulated(["block_sparse_attention_hopper"], "block_sparse_attention_hopper_kernel", seed=1)
+    kernel = Emulated(["attention_hopper"], "block_sparse_attention_hopper_kernel", seed=1)
     kernel[(4,)](*arguments, STAGES=2, num_warps=4)
 
 The sources are run with `gl` and Hopper's modules replaced by what is in this file; layouts are ignored, because the

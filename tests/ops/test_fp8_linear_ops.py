@@ -7,7 +7,7 @@ from strict import strict
 
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, LaunchConfig, illegal, shared_memory_bytes, table
-from happyhorse_fast.ops.linear import contract as ops
+from happyhorse_fast.ops.linear import op as ops
 from happyhorse_fast.ops.linear import reference
 from happyhorse_fast.ops.linear import triton as launcher
 from happyhorse_fast.ops.linear.packing import pack_linear, unpack_linear
@@ -34,11 +34,11 @@ def test_opcheck(fp8, static):
         "test_aot_dispatch_dynamic",
         *(() if fp8 else ("test_schema", "test_autograd_registration")),
     )
-    for op in (launcher.fp8_linear, ops._reference):
+    for op in (launcher.fp8_linear, reference.fp8_linear):
         torch.library.opcheck(op, case.arguments, test_utils=tests)
-    for op in (launcher.fp8_linear_residual, ops._residual_reference):
+    for op in (launcher.fp8_linear_residual, reference.fp8_linear_residual):
         torch.library.opcheck(op, (*case.arguments, case.hidden), test_utils=tests)
-    for op in (launcher.fp8_linear_activation, ops._activation_reference):
+    for op in (launcher.fp8_linear_activation, reference.fp8_linear_activation):
         torch.library.opcheck(op, (*case.arguments, "swiglu7", False), test_utils=tests)
 
 
@@ -141,7 +141,7 @@ def test_a_gpu_without_e4m3_is_named(monkeypatch):
     with pytest.raises(ValueError, match="fp8 must be False on sm_86: it has no casts to e4m3"):
         run_epilogue(case, "gelu7", out_fp8=True)
     case = Case((4,), 128, 64, fp8=True)
-    with pytest.raises(LookupError, match="fp8_linear 'fp8_plain' has no configuration for sm_86"):
+    with pytest.raises(LookupError, match="linear 'fp8_plain' has no configuration for sm_86"):
         run_epilogue(case, "plain")
 
 
