@@ -20,6 +20,7 @@ LAYERS = {
     "config": 0,
     "costs": 0,
     "files": 0,
+    "moved": 0,
     "optional": 0,
     "tokens": 0,
     "eager": 1,
