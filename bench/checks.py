@@ -23,7 +23,8 @@ from bench.measure.lost import LOST
 from bench.ops import other_backends
 from bench.results import describe_machine
 from happyhorse_fast.ops.runtime import formats, self_check, trust
-from happyhorse_fast.ops.runtime.dispatch import STEMS, cuda_obstacle
+from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
+from happyhorse_fast.ops.runtime.dispatch import STEMS
 
 
 def native(package: Path) -> int:

@@ -10,19 +10,17 @@ from torch import Tensor
 
 from bench.cases import DROP_IN, STEM, Case, exact_map, padded_rows
 from bench.specialized import running
+from happyhorse_fast import ops
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
 from happyhorse_fast.eager.qkv import rms_norm
-from happyhorse_fast.ops.attention import contract as attention
 from happyhorse_fast.ops.attention import sdpa
 from happyhorse_fast.ops.attention.score_bound import LIMIT, norm_bound, scores_fit
-from happyhorse_fast.ops.block_selection import contract as selection
-from happyhorse_fast.ops.linear import contract as linear
-from happyhorse_fast.ops.linear.reference import empty_activated
-from happyhorse_fast.ops.qkv import contract as qkv
+from happyhorse_fast.ops.block_selection.contract import empty_results
+from happyhorse_fast.ops.linear.contract import LinearActivation
+from happyhorse_fast.ops.qkv.contract import QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.qkv.packing import static_qk_scale
-from happyhorse_fast.ops.qkv.reference import empty_normalised, empty_qkv, quantize_k, quantize_q
-from happyhorse_fast.ops.row_quantization import contract as row_codes
-from happyhorse_fast.ops.row_quantization.reference import empty_codes
+from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_q
+from happyhorse_fast.ops.row_quantization.contract import QuantizeRows
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 Given = dict[str, Any]
@@ -209,14 +207,14 @@ _MAKERS = {
     "select_blocks": _select,
 }
 _OPS: dict[str, Any] = {
-    STEM: attention.block_sparse_attention,
+    STEM: ops.block_sparse_attention,
     DROP_IN: _drop_in,
-    "fp8_linear_activation": linear.fp8_linear_activation,
-    "fp8_linear_residual": linear.fp8_linear_residual,
-    "qkv_linear": qkv.qkv_linear,
-    "quantize_rows": row_codes.quantize_rows,
-    "rmsnorm_quantize": qkv.rmsnorm_quantize,
-    "select_blocks": selection.select_blocks,
+    "fp8_linear_activation": ops.fp8_linear_activation,
+    "fp8_linear_residual": ops.fp8_linear_residual,
+    "qkv_linear": ops.qkv_linear,
+    "quantize_rows": ops.quantize_rows,
+    "rmsnorm_quantize": ops.rmsnorm_quantize,
+    "select_blocks": ops.select_blocks,
 }
 
 
@@ -237,20 +235,19 @@ def moved_bytes(case: Case) -> int:
     outputs: tuple[Tensor, ...]
     scale = (torch.empty(1, dtype=torch.float32, device="meta"),) if case.precision == "fp8" else ()
     if case.op == "rmsnorm_quantize":
-        outputs = empty_normalised(given["hidden"], given["out"])
+        outputs = RmsnormQuantize(**given).empty()
     elif case.op == "quantize_rows":
-        outputs = empty_codes(given["x"])
+        outputs = QuantizeRows(**given).empty()
     elif case.op == "qkv_linear":
-        heads = given["num_heads_q"], given["num_heads_kv"]
-        outputs = empty_qkv(given["cos_sin"], *heads, given["out"])
+        outputs = QkvLinear(**given).empty()
     elif case.op in (STEM, DROP_IN):
-        outputs = (*attention.empty_results(given["q"], case.precision == "fp8", False), *scale)
+        dtype = torch.float8_e4m3fn if case.precision == "fp8" else torch.bfloat16
+        outputs = (torch.empty_like(given["q"], dtype=dtype), *scale)
     elif case.op == "select_blocks":
         blocks = case.rows // BLOCK
-        outputs = selection.empty_results(given["k"], torch.empty(blocks, blocks, device="meta"))
+        outputs = empty_results(given["k"], torch.empty(blocks, blocks, device="meta"))
     elif case.op == "fp8_linear_activation":
-        n, features = given["x"].shape[0], given["weight"].shape[1]
-        outputs = (empty_activated(n, features, given["activation"], given["fp8"], given["x"].device), *scale)
+        outputs = (LinearActivation(**given).empty(), *scale)
     else:
         outputs = (given["hidden"],)
     return sum(t.nbytes for t in (*given.values(), *outputs) if isinstance(t, Tensor))

@@ -31,7 +31,7 @@ from bench.ops_table import row, summary
 from bench.peers.torch import Peer, all_peers, split
 from bench.results import FOLDER, Json, Results, describe_machine, path_for
 from bench.specialized import GLUON
-from happyhorse_fast.ops.runtime.dispatch import cuda_obstacle
+from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 
 KEEP = ("none", "gates", "all")
 

@@ -37,7 +37,7 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.attention.score_bound import LIMIT
-from happyhorse_fast.ops.runtime.dispatch import BackendError
+from happyhorse_fast.ops.runtime.obstacles import BackendError
 from happyhorse_fast.sampler.progress import StepInfo
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from happyhorse_fast import moved
 from happyhorse_fast._version import __version__
 
 if TYPE_CHECKING:
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
     from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
     from happyhorse_fast.fast.step import at_step
     from happyhorse_fast.ops.attention.sdpa import attention
-    from happyhorse_fast.ops.runtime.dispatch import BackendError
+    from happyhorse_fast.ops.runtime.obstacles import BackendError
     from happyhorse_fast.sampler.sample import sample
     from happyhorse_fast.sampler.super_resolve import super_resolve
     from happyhorse_fast.tokens import ClipTokens, tokens_for
 
+moved.tell()
 _WHERE = {
-    "BackendError": "ops.runtime.dispatch",
+    "BackendError": "ops.runtime.obstacles",
     "BlockMap": "block_map",
     "CheckpointError": "arguments",
     "ClipTokens": "tokens",

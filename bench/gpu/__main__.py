@@ -36,7 +36,7 @@ from bench.measure import conditions
 from bench.measure.lost import LOST
 from bench.prime import file as primed
 from bench.results import COMMIT_VARIABLE, FOLDER, Results, describe_machine, path_for
-from happyhorse_fast.ops.runtime import trust
+from happyhorse_fast.ops.runtime import cache_folder
 
 TOTAL_SECONDS = 540
 # Of a dry run, whose stages only have to end: some 180 s on a free core, 100 of them for what is built anew.
@@ -62,7 +62,7 @@ def environment(dry: bool) -> dict[str, str]:
     given = {"MAX_JOBS": str(os.cpu_count()), **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     given["TRITON_INTERPRET"] = "1" if dry else "0"
     with contextlib.suppress(OSError):  # without a cache every process checks anew, and says so
-        given.setdefault(trust.CACHE_VARIABLE, str(trust.cache_folder() / "gpu" / _sources_digest()))
+        given.setdefault(cache_folder.CACHE_VARIABLE, str(cache_folder.cache_folder() / "gpu" / _sources_digest()))
     if dry:
         given |= {"CUDA_VISIBLE_DEVICES": "", "HAPPYHORSE_FAST_GPU_TESTS": "dry", "OMP_NUM_THREADS": "1"}
     return given

@@ -22,7 +22,7 @@ from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.block_map.bits import unpack
 from happyhorse_fast.eager.qkv import rms_norm
-from happyhorse_fast.ops.linear.reference import ACTIVATIONS
+from happyhorse_fast.ops.linear.contract import ACTIVATIONS
 from happyhorse_fast.ops.quantize import dequantize, hadamard, token_order
 
 # An e4m3 output is 3.5e-4 from the exact value by its own rounding, whatever its scale (docs/OPS.md, number formats); a

@@ -16,14 +16,9 @@ from happyhorse_fast.fast.accelerate import empty_accelerated
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.qkv.packing import static_qk_scale
-from happyhorse_fast.ops.runtime.dispatch import (
-    BackendError,
-    Choice,
-    choose,
-    compute_capability,
-    cuda_obstacle,
-    cuda_ops,
-)
+from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
+from happyhorse_fast.ops.runtime.dispatch import Choice, choose, compute_capability, cuda_ops
+from happyhorse_fast.ops.runtime.obstacles import BackendError
 
 Backend = Literal["auto", "triton", "gluon", "cuda", "reference"]
 # Elements drawn at a time on their way to codes: 2 GB in bf16.

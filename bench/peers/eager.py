@@ -13,8 +13,9 @@ from bench.inputs import Given
 from happyhorse_fast.eager.attention import fused_attention
 from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.eager.sequence import dense_ranges, local_ranges
-from happyhorse_fast.ops.linear.reference import ACTIVATIONS
-from happyhorse_fast.ops.qkv.reference import epilogue, joined
+from happyhorse_fast.ops.linear.contract import ACTIVATIONS
+from happyhorse_fast.ops.qkv.reference import epilogue
+from happyhorse_fast.ops.runtime.row_tiles import joined
 
 Function = Callable[[], object]
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from bench.cases import STEM
-from happyhorse_fast.ops.attention import contract as attention
+from happyhorse_fast.ops.attention import reference as attention
 from happyhorse_fast.ops.attention import triton as attention_launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
-from happyhorse_fast.ops.runtime import dispatch, trust
+from happyhorse_fast.ops.runtime import cache_folder, dispatch
 from happyhorse_fast.ops.runtime.triton.device import pretend
 from happyhorse_fast.ops.runtime.triton.library import LAUNCHERS
 
@@ -37,7 +37,7 @@ def stand_in(arch: int) -> Iterator[None]:
     with contextlib.ExitStack() as entered:
         entered.enter_context(pretend(arch))
         forgotten = entered.enter_context(tempfile.TemporaryDirectory())
-        entered.enter_context(mock.patch.dict(os.environ, {trust.CACHE_VARIABLE: forgotten}))
+        entered.enter_context(mock.patch.dict(os.environ, {cache_folder.CACHE_VARIABLE: forgotten}))
         entered.enter_context(mock.patch.object(dispatch, "triton_obstacle", return_value=None))
         entered.enter_context(mock.patch.object(dispatch, "INTERPRETED_IS_SLOW", None))
         entered.enter_context(mock.patch.object(torch.cuda, "set_sync_debug_mode"))

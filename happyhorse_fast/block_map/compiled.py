@@ -13,8 +13,8 @@ import torch
 
 from happyhorse_fast import ambient
 from happyhorse_fast.arguments import require_whole
-from happyhorse_fast.block_map.from_ranges import checked_ranges
-from happyhorse_fast.block_map.map import BlockMap, Ranges
+from happyhorse_fast.block_map.from_ranges import Ranges, checked_ranges
+from happyhorse_fast.block_map.map import BlockMap
 from happyhorse_fast.optional import said
 
 MOST = 2**31 - 1

@@ -11,10 +11,11 @@ import torch
 
 from happyhorse_fast import ambient
 from happyhorse_fast.arguments import require_whole
-from happyhorse_fast.block_map.assemble import assemble
+from happyhorse_fast.block_map.assemble import Rows, assemble
 from happyhorse_fast.block_map.bits import BLOCK, WORDS
-from happyhorse_fast.block_map.map import BlockMap
 
+Ranges: TypeAlias = Sequence[Sequence[int]] | torch.Tensor
+"""Rows of (start, end), half open: a list of pairs or an integer tensor [rows, 2]."""
 Ints: TypeAlias = npt.NDArray[np.int64]
 MOST_BLOCKS = 2**31 - 1
 """Blocks, used or not: tables hold all of them, and int32 numbers their places."""
@@ -23,12 +24,7 @@ MASK_CHUNK = 4096
 
 
 @ambient.makes_tensors
-def from_ranges(
-    q_ranges: Sequence[Sequence[int]] | torch.Tensor,
-    k_ranges: Sequence[Sequence[int]] | torch.Tensor,
-    queries: int,
-    keys: int,
-) -> BlockMap:
+def from_ranges(q_ranges: Ranges, k_ranges: Ranges, queries: int, keys: int) -> Rows:
     """See :meth:`BlockMap.from_ranges`.
 
     Queries are cut where a range or a block starts or ends; the key ranges of each piece are merged. A block is full

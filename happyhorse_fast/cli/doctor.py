@@ -161,7 +161,7 @@ def _what_of_csrc_runs(cuda: dict[str, Any]) -> list[dict[str, Any]]:
 def _kernel_obstacle() -> str | None:
     import torch
 
-    from happyhorse_fast.ops.runtime.dispatch import triton_obstacle
+    from happyhorse_fast.ops.runtime.obstacles import triton_obstacle
 
     return triton_obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

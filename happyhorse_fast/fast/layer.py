@@ -15,12 +15,17 @@ from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound, packed
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.dtypes import require_kept_dtypes
 from happyhorse_fast.fast.plan import LayerPlan
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
-from happyhorse_fast.ops.linear.contract import fp8_linear, fp8_linear_activation, fp8_linear_residual
+from happyhorse_fast.ops import (
+    block_sparse_attention,
+    fp8_linear,
+    fp8_linear_activation,
+    fp8_linear_residual,
+    qkv_linear,
+    quantize_rows,
+    rmsnorm_quantize,
+)
 from happyhorse_fast.ops.linear.packing import DTYPES, pack_linear
-from happyhorse_fast.ops.qkv.contract import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.qkv.packing import pack_qk_norm, pack_qkv_weight, static_qk_scale
-from happyhorse_fast.ops.row_quantization.contract import quantize_rows
 
 _FEATURE_TILE = 128
 

@@ -10,7 +10,7 @@ import torch
 from happyhorse_fast.block_map import BlockMap, BlockSelector
 from happyhorse_fast.fast.config import Sparsity, Tiles, TopK
 from happyhorse_fast.fast.padded_rows import PaddedRows
-from happyhorse_fast.ops.block_selection.contract import select_blocks
+from happyhorse_fast.ops import select_blocks
 
 
 class SparsePolicy:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 SMALLEST_SCALE = 2.0**-126
 """Below it 1 / scale may be infinite in float32."""
-FORMATS = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+FORMATS = {BF16: "bf16", INT8: "int8", E4M3: "fp8"}
 """Formats of a product's operands, by their names."""
 HADAMARD = 64
 """Neighbouring channels that :func:`hadamard` mixes."""
@@ -29,7 +30,7 @@ def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
     """Clamp to +-448, then cast: the cast alone gives NaN or saturates past it, depending on the release."""
-    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 def int8_scale(amax: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,7 @@ def _of_normal(scale: torch.Tensor) -> torch.Tensor:
 
 def to_int8(x: torch.Tensor) -> torch.Tensor:
     """Round to the nearest integer, ties to even, and clamp to +-127: -128 is no code, so that a sign is a sign."""
-    return x.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+    return x.round().clamp(-INT8_MAX, INT8_MAX).to(INT8)
 
 
 def fragment_order(v: torch.Tensor) -> torch.Tensor:
@@ -163,7 +164,7 @@ def int8_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def widened(codes: torch.Tensor) -> torch.Tensor:
     """Operand of a product of codes: float32, and float64 of int8, whose sum is exact in int32 and not in float32."""
-    return codes.double() if codes.dtype == torch.int8 else codes.float()
+    return codes.double() if codes.dtype == INT8 else codes.float()
 
 
 def scaled_rows(

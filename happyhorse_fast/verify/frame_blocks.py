@@ -70,7 +70,7 @@ class FrameBlocks(ClipState):
         partial = some & ~full
         ids = torch.full(full.shape, -1, dtype=torch.int32)
         ids[partial] = torch.arange(int(partial.sum()), dtype=torch.int32)
-        return assemble(full, ids, pack(tiles[partial]), rows, rows)
+        return BlockMap(*assemble(full, ids, pack(tiles[partial]), rows, rows))
 
 
 def decide_between_frames(model: Any, clip: Clip) -> FrameBlocks:

@@ -23,7 +23,7 @@ from happyhorse_fast.eager import sequence
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig, Precision
 from happyhorse_fast.fast.state import build_clip_state
-from happyhorse_fast.ops.runtime.dispatch import triton_missing
+from happyhorse_fast.ops.runtime.obstacles import triton_missing
 from happyhorse_fast.ops.runtime.self_check import CODE_DISTANCE, DISTANCE
 from happyhorse_fast.pony import load_model
 from happyhorse_fast.pony.generate import noise_and_text

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from happyhorse_fast.ops.runtime import self_check
-from happyhorse_fast.ops.runtime.dispatch import triton_obstacle
+from happyhorse_fast.ops.runtime.obstacles import triton_obstacle
 from happyhorse_fast.ops.runtime.self_check import KernelCheck
 
 

@@ -7,7 +7,7 @@ import torch
 
 from bench import checks
 from bench.measure.lost import LOST
-from happyhorse_fast.ops.runtime import self_check, trust
+from happyhorse_fast.ops.runtime import cache_folder, self_check, trust
 from happyhorse_fast.ops.runtime.self_check import KernelCheck
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def machine(monkeypatch, tmp_path):
                 if fault == self_check.LOST:
                     return
 
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setitem(self_check.VARIANTS, "triton", dict.fromkeys(OPS, ("bf16",)))
     monkeypatch.setattr(self_check, "run_checks", run_checks)
     monkeypatch.setattr(checks, "_backends", lambda device, impl: ["triton"])

@@ -250,11 +250,11 @@ def test_a_commit_during_a_run_makes_no_other_file(tmp_path, monkeypatch):
 
 
 def test_what_was_checked_with_other_sources_proves_nothing(monkeypatch):
-    monkeypatch.delenv(gpu.trust.CACHE_VARIABLE, raising=False)
-    here = gpu.environment(dry=False)[gpu.trust.CACHE_VARIABLE]
+    monkeypatch.delenv(gpu.cache_folder.CACHE_VARIABLE, raising=False)
+    here = gpu.environment(dry=False)[gpu.cache_folder.CACHE_VARIABLE]
     assert gpu._sources_digest() in here
-    monkeypatch.setenv(gpu.trust.CACHE_VARIABLE, "/elsewhere")
-    assert gpu.environment(dry=False)[gpu.trust.CACHE_VARIABLE] == "/elsewhere"
+    monkeypatch.setenv(gpu.cache_folder.CACHE_VARIABLE, "/elsewhere")
+    assert gpu.environment(dry=False)[gpu.cache_folder.CACHE_VARIABLE] == "/elsewhere"
 
 
 def test_an_absent_tool_is_named_and_fails_nothing(tmp_path):

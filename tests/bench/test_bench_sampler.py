@@ -20,7 +20,8 @@ from bench.specialized import attention_kernel, running
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.ops.runtime import dispatch
-from happyhorse_fast.ops.runtime.dispatch import BackendError, Choice
+from happyhorse_fast.ops.runtime.dispatch import Choice
+from happyhorse_fast.ops.runtime.obstacles import BackendError
 
 CPU = torch.device("cpu")
 HEADER = {"gpu": "cpu", "driver": "none", "torch": "2", "triton": "3", "commit": "abc"}

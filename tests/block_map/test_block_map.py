@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout, dynamic, tile_order
-from happyhorse_fast.block_map.tiles import tile_window
+from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout, tile_order
 from happyhorse_fast.eager.sequence import Clip, local_ranges
 
 
@@ -197,12 +196,17 @@ def test_a_window_within_a_base_on_a_gpu_is_made_there(monkeypatch):
     base = BlockMap.frame_window(layout, 1)
     shapes = [t.shape for t in base.to_blocks()]
     made = []
-    monkeypatch.setattr(dynamic, "assemble", lambda full, ids, *rest: made.extend((full, ids)))
+
+    def assembled(full, ids, *_):
+        made.extend((full, ids))
+        return *base.tensors(), base.queries, base.keys
+
+    monkeypatch.setattr("happyhorse_fast.block_map.map.assemble", assembled)
     with FakeTensorMode():
         counts = torch.empty(base.counts.shape, dtype=torch.int32, device="cuda")
         full, ids = (torch.empty(s, device="cuda") for s in shapes)
         monkeypatch.setattr(BlockMap, "to_blocks", lambda self: (full.bool(), ids.int()))
-        tile_window(layout, 16, (1, 1, 1), (1, 1, 1), dataclasses.replace(base, counts=counts))
+        BlockMap.tile_window(layout, 16, (1, 1, 1), (1, 1, 1), dataclasses.replace(base, counts=counts))
     assert [t.device.type for t in made] == ["cuda", "cuda"]
 
 

@@ -11,8 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from happyhorse_fast import golden
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK
-from happyhorse_fast.ops.linear.contract import fp8_linear_activation
-from happyhorse_fast.ops.qkv.contract import rmsnorm_quantize
+from happyhorse_fast.ops import fp8_linear_activation, rmsnorm_quantize
 
 CASE = golden.load_case("postnorm_v2_fp32")
 INPUTS = tuple(CASE.tensors[f"in.{name}"] for name in ("video", "audio", "text"))

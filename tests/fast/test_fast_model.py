@@ -25,7 +25,8 @@ from happyhorse_fast.fast.sparse_policy import SparsePolicy
 from happyhorse_fast.fast.state import is_accelerated
 from happyhorse_fast.fast.step import at_step
 from happyhorse_fast.ops.runtime.cuda.launch import use_runner
-from happyhorse_fast.ops.runtime.dispatch import BackendError, Choice
+from happyhorse_fast.ops.runtime.dispatch import Choice
+from happyhorse_fast.ops.runtime.obstacles import BackendError
 
 make_exact()
 CASES = ["dense_v2_fp32", "local_d128_fp32", "local_v1_fp32", "postnorm_v2_fp32"]

@@ -15,10 +15,9 @@ from bench.measure.gates import poisoned
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.budgets import measure, violations
 from happyhorse_fast.kernels.launch import config_for, table
+from happyhorse_fast.ops import block_sparse_attention, fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.attention import triton as launcher
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
 from happyhorse_fast.ops.attention.reference import sparse_attention
-from happyhorse_fast.ops.linear.contract import fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.quantize import e4m3_channels, e4m3_rows, e4m3_scale, int8_channels, int8_rows, quantize_static
 from happyhorse_fast.ops.runtime.self_check import attention_distance
 from happyhorse_fast.ops.runtime.triton.device import architecture

@@ -7,10 +7,8 @@ import torch
 from gpu_support import DEVICE, DRY, MARKS, RECORDED
 
 from happyhorse_fast.block_map import BlockMap
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
-from happyhorse_fast.ops.linear.contract import fp8_linear, fp8_linear_residual
-from happyhorse_fast.ops.qkv.contract import rmsnorm_quantize
-from happyhorse_fast.ops.runtime.dispatch import cuda_obstacle
+from happyhorse_fast.ops import block_sparse_attention, fp8_linear, fp8_linear_residual, rmsnorm_quantize
+from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 
 pytestmark = MARKS
 # Recorded launches are specialised by widths and strides, not by rows.

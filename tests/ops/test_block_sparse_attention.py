@@ -35,7 +35,7 @@ from strict import permuted_grid
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BlockMap, Layout
 from happyhorse_fast.eager.attention import block_sparse_attention as exact_attention
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
+from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention.reference import output_scale, sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.quantize import dequantize

@@ -26,8 +26,8 @@ from bench.specialized import running
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.kernels import launch
 from happyhorse_fast.kernels.hopper_sizes import Sizes
+from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention import triton as launcher
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT, MARGIN, norm_bound
 from happyhorse_fast.ops.runtime.triton.device import pretend
 

@@ -11,8 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.kernels import launch
+from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention import triton as launcher
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.triton.device import pretend
 

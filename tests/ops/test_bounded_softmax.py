@@ -23,8 +23,8 @@ from attention_cases import (
 from strict import poisoned_outputs
 
 from happyhorse_fast.block_map import BlockMap
+from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention import triton as launcher
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT, MARGIN, norm_bound
 
 SCALE = 32**-0.5

@@ -16,9 +16,8 @@ from strict import poisoned_outputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from happyhorse_fast.eager.mlp import gelu7, swiglu7
-from happyhorse_fast.ops.linear import activation_quantize as op
-from happyhorse_fast.ops.linear import contract as linear_ops
 from happyhorse_fast.ops.linear import cuda as linear_launcher
+from happyhorse_fast.ops.linear import op
 from happyhorse_fast.ops.runtime.cuda.launch import launch, use_runner
 
 E4M3 = torch.float8_e4m3fn
@@ -151,7 +150,7 @@ def test_opcheck_and_one_graph_with_the_library_product():
     torch.library.opcheck(linear_launcher.fp8_linear_activation, arguments)
 
     def call(*arguments):
-        return linear_ops.fp8_linear_activation(*arguments, backend="cuda")
+        return op.fp8_linear_activation(*arguments, backend="cuda")
 
     assert same_bits(torch.compile(call, fullgraph=True, backend="aot_eager")(*arguments), call(*arguments))
 
@@ -165,9 +164,7 @@ def test_fake_tensors_at_1080p(backend):
         assert (y.shape, y.dtype, y.device.type) == ((n, 13_696), E4M3, "cuda")
         assert (scale.shape, scale.dtype) == ((1,), torch.float32)
         x, weight = torch.empty(n, 5120, dtype=E4M3), torch.empty(3, f, 5120, dtype=E4M3)
-        y, scale = linear_ops.fp8_linear_activation(
-            x, scales[0], weight, scales[1], tiles, "gelu7", False, backend="cuda"
-        )
+        y, scale = op.fp8_linear_activation(x, scales[0], weight, scales[1], tiles, "gelu7", False, backend="cuda")
         assert (y.shape, y.dtype, scale.shape) == ((n, f), torch.bfloat16, (0,))
 
 
@@ -246,8 +243,8 @@ def test_what_the_library_product_cannot_take_is_named():
     rest = weight, torch.ones(1, 128), tiles, "gelu7", True
     x, weight = torch.zeros(4, 24).to(E4M3), torch.zeros(1, 128, 24).to(E4M3)
     with pytest.raises(ValueError, match="x must have rows of a multiple of 16 elements"):
-        linear_ops.fp8_linear_activation(x, torch.ones(4), weight, *rest[1:], backend="cuda")
-    for op_without in (linear_ops.fp8_linear, linear_ops.fp8_linear_residual):
-        hidden = (torch.zeros(4, 128),) if op_without is linear_ops.fp8_linear_residual else ()
+        op.fp8_linear_activation(x, torch.ones(4), weight, *rest[1:], backend="cuda")
+    for op_without in (op.fp8_linear, op.fp8_linear_residual):
+        hidden = (torch.zeros(4, 128),) if op_without is op.fp8_linear_residual else ()
         with pytest.raises(ValueError, match="backend must be 'triton' or 'reference', got 'cuda'"):
             op_without(x, torch.ones(4), weight, torch.ones(1, 128), tiles, *hidden, backend="cuda")

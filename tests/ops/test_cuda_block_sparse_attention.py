@@ -16,8 +16,8 @@ from strict import poisoned_outputs, strict
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.kernels.launch import LaunchConfig
+from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention import triton
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
 from happyhorse_fast.ops.attention.cuda import STEM
 from happyhorse_fast.ops.attention.reference import sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT

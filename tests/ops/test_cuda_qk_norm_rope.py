@@ -11,8 +11,7 @@ from strict import poisoned_outputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
 
-from happyhorse_fast.ops.qkv import contract as ops
-from happyhorse_fast.ops.qkv import qk_norm_rope as op
+from happyhorse_fast.ops.qkv import op
 from happyhorse_fast.ops.runtime.cuda.launch import use_runner
 
 E4M3 = torch.float8_e4m3fn
@@ -25,7 +24,7 @@ WIDE = ((128, 57), 64, 32, 36, 12)
 def product_of(case, form):
     """(product, row_scale, column_scale), as a GEMM per expert gives it."""
     if form == "bf16":
-        x, _ = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend="reference")
+        x, _ = op.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend="reference")
         return torch.cat([linear(x[a:b], case.weight[e]) for e, a, b in case.spans]), None, None
     product = torch.cat([case.x[a:b].float() @ case.codes[e].float().T for e, a, b in case.spans])
     return product, case.x_scale, case.weight_scale
@@ -74,9 +73,9 @@ def test_it_is_what_qkv_linear_makes_of_its_own_product(out, form):
     if form == "float32":
         expected = fp8_linear(case, out, "cuda")
     else:
-        x, _ = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend="reference")
+        x, _ = op.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend="reference")
         qk_scale = case.qk_scale if out == "fp8" else None
-        expected = ops.qkv_linear(x, None, case.weight, None, *tail(case), out, qk_scale, backend="cuda")
+        expected = op.qkv_linear(x, None, case.weight, None, *tail(case), out, qk_scale, backend="cuda")
     assert same_bits(run(case, form, out), expected)
 
 

@@ -9,7 +9,7 @@ from cuda_shim import SHIM, Shim, ShimError
 from qkv_cases import SHAPES, make
 from strict import poisoned_outputs
 
-from happyhorse_fast.ops.qkv.contract import rmsnorm_quantize
+from happyhorse_fast.ops import rmsnorm_quantize
 from happyhorse_fast.ops.runtime.cuda.launch import use_runner
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from qkv_cases import SHAPES, fp8_linear, make
 
-from happyhorse_fast.ops.linear import contract as linear_ops
 from happyhorse_fast.ops.linear import cuda as linear_launcher
+from happyhorse_fast.ops.linear import op as linear_ops
 from happyhorse_fast.ops.qkv import cuda as qkv_launcher
 from happyhorse_fast.ops.runtime.cuda import row_spans
 

@@ -16,8 +16,10 @@ from strict import poisoned_outputs
 
 from happyhorse_fast.block_map import Layout, dynamic
 from happyhorse_fast.block_map.dynamic import ABSENT, FULL
+from happyhorse_fast.ops import select_blocks
+from happyhorse_fast.ops.block_selection import contract
 from happyhorse_fast.ops.block_selection import cuda as launcher
-from happyhorse_fast.ops.block_selection.contract import empty_results, select_blocks
+from happyhorse_fast.ops.block_selection.contract import empty_results
 from happyhorse_fast.ops.runtime import self_check
 from happyhorse_fast.ops.runtime.cuda.launch import launch, use_runner
 
@@ -239,7 +241,7 @@ def judged():
 def problems(shim, judged):
     """What is wrong with a runner's kernels, in the first order of threads where something is."""
     for seed in ORDERS:
-        roomy_too = mock.patch.object(launcher, "empty_results", roomy_results)
+        roomy_too = mock.patch.object(contract, "empty_results", roomy_results)
         with use_runner(shim), shim.order(seed), roomy_too:
             try:
                 for index, (run, wanted) in enumerate(judged):

@@ -19,7 +19,7 @@ from happyhorse_fast.budgets import bf16_violations, measure, violations
 from happyhorse_fast.eager.mlp import gelu7, swiglu7
 from happyhorse_fast.kernels import linear as kernels
 from happyhorse_fast.kernels.launch import LaunchConfig, table
-from happyhorse_fast.ops.linear import contract as ops
+from happyhorse_fast.ops.linear import op as ops
 from happyhorse_fast.ops.linear import triton as launcher
 from happyhorse_fast.ops.quantize import dequantize
 

@@ -7,7 +7,7 @@ from strict import strict
 
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, LaunchConfig, illegal, shared_memory_bytes, table
-from happyhorse_fast.ops.linear import contract as ops
+from happyhorse_fast.ops.linear import op as ops
 from happyhorse_fast.ops.linear import reference
 from happyhorse_fast.ops.linear import triton as launcher
 from happyhorse_fast.ops.linear.packing import pack_linear, unpack_linear
@@ -34,11 +34,11 @@ def test_opcheck(fp8, static):
         "test_aot_dispatch_dynamic",
         *(() if fp8 else ("test_schema", "test_autograd_registration")),
     )
-    for op in (launcher.fp8_linear, ops._reference):
+    for op in (launcher.fp8_linear, reference.fp8_linear):
         torch.library.opcheck(op, case.arguments, test_utils=tests)
-    for op in (launcher.fp8_linear_residual, ops._residual_reference):
+    for op in (launcher.fp8_linear_residual, reference.fp8_linear_residual):
         torch.library.opcheck(op, (*case.arguments, case.hidden), test_utils=tests)
-    for op in (launcher.fp8_linear_activation, ops._activation_reference):
+    for op in (launcher.fp8_linear_activation, reference.fp8_linear_activation):
         torch.library.opcheck(op, (*case.arguments, "swiglu7", False), test_utils=tests)
 
 

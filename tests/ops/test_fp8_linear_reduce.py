@@ -13,7 +13,7 @@ from strict import permuted_grid, strict
 from test_int8_products import int8_case
 
 from happyhorse_fast.kernels.launch import config_for, illegal, table
-from happyhorse_fast.ops.linear import contract as ops
+from happyhorse_fast.ops.linear import op as ops
 from happyhorse_fast.ops.linear import triton as launcher
 from happyhorse_fast.ops.runtime import self_check
 from happyhorse_fast.ops.runtime.triton.device import pretend

@@ -10,8 +10,8 @@ from strict import strict
 
 from happyhorse_fast.budgets import measure, violations
 from happyhorse_fast.eager.mlp import gelu7, swiglu7
-from happyhorse_fast.ops.linear import contract as ops
-from happyhorse_fast.ops.qkv import contract as qkv
+from happyhorse_fast.ops.linear import op as ops
+from happyhorse_fast.ops.qkv import op as qkv
 from happyhorse_fast.ops.quantize import dequantize, int8_channels, int8_rows
 from happyhorse_fast.ops.runtime.cuda import library_product
 

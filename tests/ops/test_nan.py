@@ -8,9 +8,9 @@ from linear_cases import Case
 from qkv_cases import make
 
 from happyhorse_fast.block_map import BlockMap
+from happyhorse_fast.ops import fp8_linear_activation
 from happyhorse_fast.ops.attention.reference import output_scale
-from happyhorse_fast.ops.linear.contract import fp8_linear_activation
-from happyhorse_fast.ops.qkv import contract as rmsnorm_qkv
+from happyhorse_fast.ops.qkv import op as rmsnorm_qkv
 from happyhorse_fast.ops.quantize import e4m3_scale, int8_scale
 
 BACKENDS = ("triton", "cuda", "reference")

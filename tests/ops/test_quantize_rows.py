@@ -7,9 +7,10 @@ import torch
 from strict import strict
 
 from happyhorse_fast.kernels.launch import ARCHITECTURES, config_for, table
+from happyhorse_fast.ops import quantize_rows
 from happyhorse_fast.ops.quantize import hadamard, int8_channels
 from happyhorse_fast.ops.row_quantization import triton as launcher
-from happyhorse_fast.ops.row_quantization.contract import MAX_CHANNELS, quantize_rows
+from happyhorse_fast.ops.row_quantization.contract import MAX_CHANNELS
 from happyhorse_fast.ops.runtime import self_check
 
 BACKENDS = ("triton", "reference")

@@ -36,7 +36,7 @@ from happyhorse_fast import budgets
 from happyhorse_fast.eager import qkv as eager
 from happyhorse_fast.kernels.launch import LaunchConfig
 from happyhorse_fast.kernels.numerics import to_int8
-from happyhorse_fast.ops.qkv import contract as ops
+from happyhorse_fast.ops.qkv import op as ops
 from happyhorse_fast.ops.qkv import triton as launcher
 from happyhorse_fast.ops.quantize import to_int8 as reference_int8
 from happyhorse_fast.ops.quantize import token_order

@@ -7,13 +7,15 @@ import torch
 import triton
 from qkv_cases import BACKENDS, SHAPES, make, tail
 
+import happyhorse_fast.ops
 from happyhorse_fast import budgets
 from happyhorse_fast.eager import qkv as eager
 from happyhorse_fast.kernels.launch import ARCHITECTURES, config_for, illegal, shared_memory_bytes, table
-from happyhorse_fast.ops.qkv import contract as ops
 from happyhorse_fast.ops.qkv import cuda as cuda_launcher  # noqa: F401  (registers its ops)
+from happyhorse_fast.ops.qkv import op as ops
 from happyhorse_fast.ops.qkv import packing
 from happyhorse_fast.ops.qkv import triton as launcher
+from happyhorse_fast.ops.qkv.contract import MAX_CHANNELS
 
 
 def op_calls(case):
@@ -150,12 +152,12 @@ def test_a_wrong_layout_is_named():
 
 
 def test_the_single_kernel_that_is_gone_names_what_to_call():
-    says = "rmsnorm_qkv is gone: call rmsnorm_quantize, then qkv_linear; one kernel for both took 19.2 ms"
+    says = "the op rmsnorm_qkv is gone: call rmsnorm_quantize, then qkv_linear; one kernel for both took 19.2 ms"
     with pytest.raises(ImportError, match=says):
-        from happyhorse_fast.ops.qkv.contract import rmsnorm_qkv  # noqa: F401
+        from happyhorse_fast.ops import rmsnorm_qkv  # noqa: F401
     with pytest.raises(ImportError, match=says):
-        _ = ops.rmsnorm_qkv
-    assert not hasattr(ops, "rmsnorm_kvq")
+        from happyhorse_fast.ops.rmsnorm_qkv import rmsnorm_quantize  # noqa: F401
+    assert not hasattr(happyhorse_fast.ops, "rmsnorm_kvq")
     assert not hasattr(torch.ops.happyhorse_fast, "rmsnorm_qkv")
 
 
@@ -197,5 +199,5 @@ def test_committed_configurations_are_legal():
             assert illegal(config, arch, fp8=fp8, shared_bytes=shared) is None
             assert config.block_m in (1, 128)
         assert set(table("qkv")[variant]) == {str(a) for a in ARCHITECTURES if not fp8 or a >= 89}
-    assert config_for("qkv", "rmsnorm_quantize", 90).block_n == ops.MAX_CHANNELS
+    assert config_for("qkv", "rmsnorm_quantize", 90).block_n == MAX_CHANNELS
     assert triton.next_power_of_2(5120) == 8192

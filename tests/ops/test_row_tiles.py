@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from happyhorse_fast.ops.runtime.checks import check_row_tiles
+from happyhorse_fast.ops import check_row_tiles
 
 
 def table(*tiles: tuple[int, int, int]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from strict import permuted_grid, strict
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
 from happyhorse_fast.kernels import block_selection as kernels
-from happyhorse_fast.ops.block_selection.contract import select_blocks
+from happyhorse_fast.ops import select_blocks
 from happyhorse_fast.ops.runtime import self_check
 
 

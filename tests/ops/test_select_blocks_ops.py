@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
 from happyhorse_fast.fast.launches import LaunchCounter
+from happyhorse_fast.ops import select_blocks
 from happyhorse_fast.ops.block_selection import cuda as cuda_launcher
+from happyhorse_fast.ops.block_selection import reference
 from happyhorse_fast.ops.block_selection import triton as launcher
-from happyhorse_fast.ops.block_selection.contract import LAUNCHES, _reference, select_blocks
+from happyhorse_fast.ops.block_selection.contract import LAUNCHES
 
 # The op ---------------------------------------------------------------------------------------------------------------
 
@@ -25,7 +27,7 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op", [launcher.select_blocks, cuda_launcher.select_blocks, _reference])
+@pytest.mark.parametrize("op", [launcher.select_blocks, cuda_launcher.select_blocks, reference.select_blocks])
 def test_no_wait_for_the_device(op):
     given, tensors = inputs(), selector().tensors()
     for amount in ((2, 0), (0, 2**19)):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from happyhorse_fast.ops.runtime import self_check, trust
+from happyhorse_fast.ops.runtime import cache_folder, self_check, trust
 from happyhorse_fast.ops.runtime.cuda import nvrtc
 from happyhorse_fast.ops.runtime.cuda.errors import CudaError
 
@@ -20,7 +20,7 @@ CHECK = self_check.KernelCheck("fp8_linear", "bf16", True, "worst tile distance 
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: Patch) -> None:
-    for name in (trust.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+    for name in (cache_folder.CACHE_VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -38,7 +38,7 @@ def no_home(monkeypatch: Patch) -> None:
 @pytest.mark.usefixtures("no_home")
 def test_without_a_home_nothing_is_kept_and_that_is_said() -> None:
     with pytest.raises(OSError, match=r"no folder for the cache: .*Set HAPPYHORSE_FAST_CACHE"):
-        trust.cache_folder()
+        cache_folder.cache_folder()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert trust.recall("key") is None
@@ -59,36 +59,36 @@ def test_without_a_home_nvrtc_says_what_to_set(monkeypatch: Patch) -> None:
 
 @pytest.mark.usefixtures("no_home")
 def test_a_folder_that_is_named_needs_no_home(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "named"))
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, str(tmp_path / "named"))
     trust.remember("key", [CHECK])
     assert trust.recall("key") == [CHECK] and (tmp_path / "named" / "self_check.json").is_file()
-    monkeypatch.setenv(trust.CACHE_VARIABLE, "~/cache")
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, "~/cache")
     with pytest.raises(OSError, match="no folder for the cache"):
-        trust.cache_folder()
+        cache_folder.cache_folder()
 
 
 def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(trust.CACHE_VARIABLE, "~/kept/here")
-    assert trust.cache_folder() == tmp_path / "kept" / "here"
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, "~/kept/here")
+    assert cache_folder.cache_folder() == tmp_path / "kept" / "here"
     assert not (tmp_path / "~").exists()
-    monkeypatch.setenv(trust.CACHE_VARIABLE, "~no_such_user/here")
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, "~no_such_user/here")
     with pytest.raises(OSError, match="no folder for the cache"):
-        trust.cache_folder()
+        cache_folder.cache_folder()
 
 
 def test_xdg_names_the_folder_unless_it_is_relative(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert trust.cache_folder() == tmp_path / "xdg" / "happyhorse_fast"
+    assert cache_folder.cache_folder() == tmp_path / "xdg" / "happyhorse_fast"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert trust.cache_folder() == tmp_path / "home" / ".cache" / "happyhorse_fast"
+    assert cache_folder.cache_folder() == tmp_path / "home" / ".cache" / "happyhorse_fast"
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '"text"', "{", "", '{"key": 3}', '{"key": [{"op": 1}]}'])
 def test_what_is_no_record_is_written_anew(content: str, tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, str(tmp_path))
     os.chmod(tmp_path, 0o700)
     (tmp_path / "self_check.json").write_text(content)
     with pytest.warns(UserWarning, match="remembered self-check cannot be read"):
@@ -100,7 +100,7 @@ def test_what_is_no_record_is_written_anew(content: str, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("place", ["/proc/happyhorse", "/dev/null", "/dev/null/below"])
 def test_a_place_that_takes_nothing_costs_a_check_and_no_error(place: str, monkeypatch: Patch) -> None:
-    monkeypatch.setenv(trust.CACHE_VARIABLE, place)
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, place)
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         assert trust.recall("key") is None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from happyhorse_fast.csrc import sources
-from happyhorse_fast.ops.runtime import trust
+from happyhorse_fast.ops.runtime import cache_folder
 from happyhorse_fast.ops.runtime.cuda import binaries, images, nvrtc
 from happyhorse_fast.ops.runtime.cuda.errors import CudaError
 
@@ -33,7 +33,7 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "unit.cu").write_text(KERNEL.format("unit"))
     monkeypatch.setattr(sources, "DEVICE", folder)
     monkeypatch.setattr(binaries, "FOLDER", tmp_path / "cubins")
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, str(tmp_path / "cache"))
     return folder
 
 
@@ -252,8 +252,8 @@ def test_what_was_compiled_is_kept_for_this_user_alone(compiles: list[str]) -> N
     assert code.startswith(b"\x7fELF")
     assert nvrtc.compiled("unit", HOPPER, R580) == code
     assert compiles == ["sm_90a"]
-    (file,) = trust.cache_folder().iterdir()
-    assert trust.cache_folder().stat().st_mode & 0o777 == 0o700
+    (file,) = cache_folder.cache_folder().iterdir()
+    assert cache_folder.cache_folder().stat().st_mode & 0o777 == 0o700
     assert file.stat().st_mode & 0o777 == 0o600
 
 
@@ -276,7 +276,7 @@ def test_other_sources_options_nvrtc_or_driver_are_compiled_again(
 @pytest.mark.parametrize("damage", ["truncated", "changed", "empty"])
 def test_a_corrupt_cached_file_is_reported_and_compiled_again(damage: str, compiles: list[str]) -> None:
     code = nvrtc.compiled("unit", HOPPER, R580)
-    (file,) = trust.cache_folder().iterdir()
+    (file,) = cache_folder.cache_folder().iterdir()
     content = file.read_bytes()
     file.write_bytes({"truncated": content[:-1], "changed": content[:-1] + b"?", "empty": b""}[damage])
     with pytest.warns(UserWarning, match="cannot be used and is compiled again: its digest does not match"):
@@ -290,11 +290,11 @@ def test_a_corrupt_cached_file_is_reported_and_compiled_again(damage: str, compi
 
 def test_a_cache_that_cannot_be_written_is_an_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
     reason = str(images.obstacle(HOPPER, R580))
     assert "the cache of compiled kernels cannot be written" in reason
-    assert trust.CACHE_VARIABLE in reason
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "shared"))
+    assert cache_folder.CACHE_VARIABLE in reason
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, str(tmp_path / "shared"))
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     assert "may be written by others" in str(images.obstacle(HOPPER, R580))

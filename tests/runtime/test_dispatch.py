@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from happyhorse_fast.ops.runtime import dispatch, trust
+from happyhorse_fast.ops.runtime import cache_folder, dispatch
 from happyhorse_fast.ops.runtime.cuda.launch import use_runner
-from happyhorse_fast.ops.runtime.dispatch import STEMS, BackendError, checked_formats, choose, cuda_ops
+from happyhorse_fast.ops.runtime.dispatch import STEMS, checked_formats, choose, cuda_ops
 from happyhorse_fast.ops.runtime.formats import VARIANTS
+from happyhorse_fast.ops.runtime.obstacles import BackendError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 USED = set(STEMS) - {"quantize_rows"}  # in int8 alone
@@ -26,7 +27,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> dict[str, Any]:
         found["checked"].append(backend)
         return dict.fromkeys(found["failed"].get(backend, ()), f"{backend} is wrong")
 
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: found["triton"])
     monkeypatch.setattr(dispatch, "cuda_obstacle", lambda device: found["cuda"])
     monkeypatch.setattr(dispatch, "_failures", failures)

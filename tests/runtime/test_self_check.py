@@ -21,8 +21,8 @@ from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import output_scale, sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT, scores_fit
-from happyhorse_fast.ops.linear import contract as linear
-from happyhorse_fast.ops.runtime import check_inputs, dispatch, self_check, trust
+from happyhorse_fast.ops.linear import op as linear
+from happyhorse_fast.ops.runtime import cache_folder, check_inputs, dispatch, self_check, trust
 from happyhorse_fast.ops.runtime.cuda.launch import use_runner
 from happyhorse_fast.ops.runtime.self_check import CHECKS, VARIANTS, KernelCheck, run_checks
 from happyhorse_fast.ops.runtime.triton import device
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(trust.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache_folder.CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -323,10 +323,11 @@ def test_what_is_remembered_depends_on_what_judged_it(
     monkeypatch.setattr(trust, "PACKAGE", copy)
     assert trust.machine_key(backend, CPU, fp8=True) == before
     keys = {before}
-    for name in ("ops/linear/triton.py", "ops/runtime/self_check.py", "ops/attention/reference.py", "budgets.py"):
+    judges = ("ops/linear/triton.py", "ops/runtime/self_check.py", "ops/attention/reference.py", "eager/qkv.py")
+    for name in (*judges, "block_map/dynamic.py", "budgets.py"):
         (copy / name).write_text((copy / name).read_text() + "\n# changed\n")
         keys.add(trust.machine_key(backend, CPU, fp8=True))
-    assert len(keys) == 5
+    assert len(keys) == 7
 
 
 @pytest.fixture

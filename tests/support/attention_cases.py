@@ -16,9 +16,9 @@ from strict import strict
 from bench.specialized import GLUON, running
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
+from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention import hopper as hopper_launcher
 from happyhorse_fast.ops.attention import triton as launcher
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
 from happyhorse_fast.ops.attention.reference import sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT, effective_bound
 from happyhorse_fast.ops.quantize import fragment_order, token_order

@@ -7,8 +7,8 @@ import math
 import torch
 from torch.nn.functional import linear
 
-from happyhorse_fast.ops.linear import contract as ops
-from happyhorse_fast.ops.linear import reference
+from happyhorse_fast.ops.linear import op as ops
+from happyhorse_fast.ops.linear.contract import ACTIVATIONS
 from happyhorse_fast.ops.quantize import dequantize, e4m3_channels, e4m3_rows, e4m3_scale, quantize_static
 
 E4M3 = torch.float8_e4m3fn
@@ -17,7 +17,7 @@ ROWS = {1: (257,), 3: (128, 129, 127)}
 EPILOGUES = ("plain", "residual", "swiglu7", "gelu7")
 KERNELS = ("triton", "cuda")
 # (epilogue, backend): the CUDA kernels have the activations only.
-IMPLEMENTED = [(e, b) for e in EPILOGUES for b in (*KERNELS, "reference") if b != "cuda" or e in reference.ACTIVATIONS]
+IMPLEMENTED = [(e, b) for e in EPILOGUES for b in (*KERNELS, "reference") if b != "cuda" or e in ACTIVATIONS]
 
 
 def row_tiles(sizes) -> torch.Tensor:

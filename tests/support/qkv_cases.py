@@ -9,7 +9,7 @@ import torch
 from happyhorse_fast import budgets
 from happyhorse_fast.eager import qkv as eager
 from happyhorse_fast.eager.rotary import apply_rotary
-from happyhorse_fast.ops.qkv import contract as ops
+from happyhorse_fast.ops.qkv import op as ops
 from happyhorse_fast.ops.qkv import packing
 from happyhorse_fast.ops.quantize import dequantize
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from strict import strict
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
-from happyhorse_fast.ops.block_selection.contract import select_blocks
+from happyhorse_fast.ops import select_blocks
 from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_q
 
 FP8 = torch.float8_e4m3fn

@@ -22,7 +22,7 @@ from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig, TopK
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.state import build_clip_state
-from happyhorse_fast.ops.attention import contract as attention_op
+from happyhorse_fast.ops.attention import reference as attention_op
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
 from happyhorse_fast.ops.runtime import self_check

@@ -1,20 +1,17 @@
-"""Launcher of the CUDA kernel of block-sparse attention, as a torch.library op.
-
-Shapes are those of ops/attention/contract.py, which checks the arguments; the kernel takes bf16 alone.
-"""
+"""Launcher of the CUDA kernel of block-sparse attention, which takes bf16 alone; its arguments were checked."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 
-import torch
 from torch import Tensor
 
 from happyhorse_fast.block_map import BLOCK
-from happyhorse_fast.ops.attention.contract import empty_results, fake
+from happyhorse_fast.ops.attention.contract import EIGHT_BIT, BlockSparseAttention
 from happyhorse_fast.ops.runtime.cuda.arguments import address, require_vectors
 from happyhorse_fast.ops.runtime.cuda.launch import launch
+from happyhorse_fast.ops.runtime.operation import custom_op
 
 STEM = "block_sparse_attention"
 # Of csrc/device/block_sparse_attention.cu: 8 warps, and a block of 128 rows of bf16 each of q, k and v.
@@ -57,29 +54,14 @@ class BlockSparseAttentionParams(ctypes.Structure):
     ]
 
 
-@torch.library.custom_op("happyhorse_fast::block_sparse_attention_cuda", mutates_args=())
-def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    mask_ids: Tensor,
-    mask_bits: Tensor,
-    order: Tensor,
-    scale: float,
-    bounded: bool,
-    flag: Tensor | None,
-    gate: Tensor | None,
-    out_scale: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`happyhorse_fast.ops.attention.contract.block_sparse_attention`; without the scales of 8 bits.
+@custom_op("block_sparse_attention_cuda", BlockSparseAttention, without=EIGHT_BIT)
+def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]:
+    """Launch the kernel, in both forms of the softmax where there is a flag.
 
     Raises:
         ValueError: q, k or v has channels apart, or rows that are not aligned to 16 bytes.
     """
+    q, k, v = given.q, given.k, given.v
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(2) != 1:
             raise ValueError(
@@ -87,33 +69,33 @@ def block_sparse_attention(
                 f"got strides {list(x.stride())}"
             )
     require_vectors(VECTOR, q=q, k=k, v=v)
-    require_vectors(BLOCK // 32, mask_bits=mask_bits)
-    out, lse = empty_results(q, out_scale is not None, return_lse)
+    require_vectors(BLOCK // 32, mask_bits=given.mask_bits)
+    out, lse = given.empty()
     n, heads_q, d = q.shape
     m, heads_kv, _ = k.shape
-    map_heads, map_rows = starts.shape
+    map_heads, map_rows = given.starts.shape
     params = BlockSparseAttentionParams(
         q=address(q),
         k=address(k),
         v=address(v),
         out=address(out),
-        out_scale=address(out_scale),
+        out_scale=address(given.out_scale),
         lse=address(lse),
-        counts=address(counts),
-        starts=address(starts),
-        columns=address(columns),
-        mask_ids=address(mask_ids),
-        mask_bits=address(mask_bits),
-        order=address(order),
-        gate=address(gate),
-        flag=address(flag),
+        counts=address(given.counts),
+        starts=address(given.starts),
+        columns=address(given.columns),
+        mask_ids=address(given.mask_ids),
+        mask_bits=address(given.mask_bits),
+        order=address(given.order),
+        gate=address(given.gate),
+        flag=address(given.flag),
         q_token=q.stride(0),
         q_head=q.stride(1),
         k_token=k.stride(0),
         k_head=k.stride(1),
         v_token=v.stride(0),
         v_head=v.stride(1),
-        scale=scale * math.log2(math.e),
+        scale=given.scale * math.log2(math.e),
         queries=n,
         keys=m,
         map_rows=map_rows,
@@ -122,10 +104,7 @@ def block_sparse_attention(
         map_heads=map_heads,
     )
     grid = (map_rows * heads_q, 1, 1)
-    for form in (bounded,) if flag is None else (True, False):
+    for form in (given.bounded,) if given.flag is None else (True, False):
         kernel = f"{STEM}_d{d}{'_bounded' if form else ''}"
         launch(STEM, kernel, params, grid, THREADS, SHARED_BYTES_PER_CHANNEL * d, q)
     return out, lse
-
-
-block_sparse_attention.register_fake(fake)

@@ -7,9 +7,11 @@ import math
 import torch
 
 from happyhorse_fast import ambient
+from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.block_map.bits import BLOCK, unpack
-from happyhorse_fast.block_map.map import BlockMap
+from happyhorse_fast.ops.attention.contract import BlockSparseAttention
 from happyhorse_fast.ops.quantize import E4M3_MAX, e4m3_scale, quantize_static, token_order
+from happyhorse_fast.ops.runtime.operation import custom_op
 
 P_SCALE = 256.0
 """What P is multiplied by before it becomes e4m3."""
@@ -182,3 +184,23 @@ def sparse_attention(
 def _blocks(x: torch.Tensor, blocks: int) -> torch.Tensor:
     """[tokens, heads, D] -> [blocks, 128, heads, D], zeros past the end."""
     return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, blocks * BLOCK - x.shape[0])).unflatten(0, (blocks, BLOCK))
+
+
+@custom_op("block_sparse_attention_reference", BlockSparseAttention)
+def block_sparse_attention(given: BlockSparseAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sparse_attention` with the kernels' arguments."""
+    tensors = given.counts, given.starts, given.columns, given.mask_ids, given.mask_bits, given.order
+    return sparse_attention(
+        given.q,
+        given.k,
+        given.v,
+        BlockMap(*tensors, queries=given.q.shape[0], keys=given.k.shape[0]),
+        scale=given.scale,
+        q_scale=given.q_scale,
+        k_scale=given.k_scale,
+        v_scale=given.v_scale,
+        gate=given.gate,
+        bounded=given.bounded if given.flag is None else bool(given.flag),
+        out_scale=given.out_scale,
+        return_lse=given.return_lse,
+    )

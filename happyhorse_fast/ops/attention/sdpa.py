@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.block_map import BlockMap
-from happyhorse_fast.ops.attention.contract import HEAD_DIMS, block_sparse_attention
+from happyhorse_fast.ops.attention.contract import HEAD_DIMS
+from happyhorse_fast.ops.attention.op import block_sparse_attention
 from happyhorse_fast.ops.runtime.checks import is_capturing, require_backend
 
 MAPS = 8

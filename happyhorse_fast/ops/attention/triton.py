@@ -1,4 +1,4 @@
-"""The Triton implementation of block-sparse attention as an op; shapes are those of ops/attention/contract.py."""
+"""Launcher of the Triton kernel of block-sparse attention; its arguments were checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.kernels.attention import block_sparse_attention_kernel
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.ops.attention import hopper
-from happyhorse_fast.ops.attention.contract import empty_results, fake
+from happyhorse_fast.ops.attention.contract import BlockSparseAttention
 from happyhorse_fast.ops.runtime.triton.device import addressable, architecture, multiprocessors, on_device
 from happyhorse_fast.ops.runtime.triton.library import kernel_op, launchable
 
@@ -88,51 +88,33 @@ def is_transposed(v: Tensor) -> bool:
     return v.dtype == torch.float8_e4m3fn
 
 
-@kernel_op("happyhorse_fast::block_sparse_attention", kernel=block_sparse_attention_kernel)
-def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    mask_ids: Tensor,
-    mask_bits: Tensor,
-    order: Tensor,
-    scale: float,
-    bounded: bool,
-    flag: Tensor | None,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    gate: Tensor | None,
-    out_scale: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`happyhorse_fast.ops.attention.contract.block_sparse_attention`, which checks the arguments."""
-    out, lse = empty_results(q, out_scale is not None, return_lse)
+@kernel_op("block_sparse_attention", BlockSparseAttention, kernel=block_sparse_attention_kernel)
+def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]:
+    """Launch the kernel of these tensors, in both forms of the softmax where there is a flag."""
+    q, k, v, starts, return_lse = given.q, given.k, given.v, given.starts, given.return_lse
+    out, lse = given.empty()
     n, m, map_rows = q.shape[0], k.shape[0], starts.shape[1]
     # Tokens may be symbolic while torch traces; what the kernel is compiled for may not.
     heads_q, d, heads_kv, map_heads = int(q.shape[1]), int(q.shape[2]), int(k.shape[1]), int(starts.shape[0])
     if map_rows * heads_q == 0:
         return out, lse
-    forms = [bounded] if flag is None else [True, False]
+    forms = [given.bounded] if given.flag is None else [True, False]
     tensors = (
         out,
-        out_scale,
+        given.out_scale,
         lse if return_lse else None,
-        counts,
+        given.counts,
         starts,
-        columns,
-        mask_ids,
-        mask_bits,
-        order,
-        q_scale,
-        k_scale,
-        v_scale,
-        gate,
-        flag,
-        scale * math.log2(math.e),
+        given.columns,
+        given.mask_ids,
+        given.mask_bits,
+        given.order,
+        given.q_scale,
+        given.k_scale,
+        given.v_scale,
+        given.gate,
+        given.flag,
+        given.scale * math.log2(math.e),
     )
     sizes: dict[str, Any] = {
         "HEADS_Q": heads_q,
@@ -185,6 +167,3 @@ def block_sparse_attention(
                 **sizes,
             )
     return out, lse
-
-
-block_sparse_attention.register_fake(fake)

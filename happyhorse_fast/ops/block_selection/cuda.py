@@ -1,4 +1,4 @@
-"""Launcher of the CUDA kernels of `select_blocks`, as a torch.library op; `contract` has checks."""
+"""Launchers of the CUDA kernels of `select_blocks`; their arguments were checked."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import ctypes
 
 import torch
 
-from happyhorse_fast.ops.block_selection.contract import empty_results, fake
+from happyhorse_fast.block_map.dynamic import Parts
+from happyhorse_fast.ops.block_selection.contract import SelectBlocks
 from happyhorse_fast.ops.runtime.cuda.arguments import address
 from happyhorse_fast.ops.runtime.cuda.launch import launch
+from happyhorse_fast.ops.runtime.operation import custom_op
 
 STEM = "select_blocks"
 WARP, VECTOR_BYTES = 32, 16
@@ -107,25 +109,14 @@ def select_threads(blocks: int) -> int:
     return WARP * -(-blocks // (WARP * COLUMNS_PER_THREAD))
 
 
-@torch.library.custom_op("happyhorse_fast::select_blocks_cuda", mutates_args=())
-def select_blocks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    table: torch.Tensor,
-    prefix: torch.Tensor,
-    live: torch.Tensor,
-    inverse: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    keep: int,
-    mass: int,
-    mean: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`happyhorse_fast.ops.block_selection.contract.select_blocks`, which checks the arguments.
+@custom_op("select_blocks_cuda", SelectBlocks)
+def select_blocks(given: SelectBlocks) -> Parts:
+    """Launch the sums of blocks, the scores, the choice and the order of rows.
 
     Takes a workspace of 4 * (Hkv * S^2 + (Hq + Hkv) * S * D) bytes: 20 MiB for 5 s at 1080p, 100 MiB for 15 s.
     """
-    counts, starts, columns, mask_ids, order = results = empty_results(k, table)
+    q, k, table = given.q, given.k, given.table
+    counts, starts, columns, mask_ids, order = results = given.empty()
     heads_q, heads_kv, d, blocks = q.shape[1], k.shape[1], q.shape[2], table.shape[0]
     if heads_kv * blocks == 0:
         return results
@@ -133,14 +124,14 @@ def select_blocks(
     pooled = torch.empty(heads_q + heads_kv, blocks, d, dtype=torch.float32, device=q.device)
     scores = torch.empty(heads_kv, blocks, score_stride, dtype=torch.float32, device=q.device)
     # int8 codes are multiplied before they are added up, e4m3's sums of a block after it.
-    scales, none = (q_scale, k_scale), (None, None)
+    scales, none = (given.q_scale, given.k_scale), (None, None)
     of_values, of_sums = (scales, none) if q.dtype == torch.int8 else (none, scales)
     pool = PoolBlocksParams(
         q=strided(q),
         k=strided(k),
         q_scale=address(of_values[0]),
         k_scale=address(of_values[1]),
-        live=address(live),
+        live=address(given.live),
         pooled=address(pooled),
         heads_q=heads_q,
         d=d,
@@ -150,38 +141,35 @@ def select_blocks(
     launch(STEM, "pool_blocks", pool, (heads_q + heads_kv, blocks, 1), POOL_THREADS, pool_bytes, q)
     score = ScoreBlocksParams(
         pooled=address(pooled),
-        inverse=address(inverse),
+        inverse=address(given.inverse),
         q_scale=address(of_sums[0]),
         k_scale=address(of_sums[1]),
         scores=address(scores),
-        scale=d**-0.5 / (group if mean else 1),
+        scale=d**-0.5 / (group if given.mean else 1),
         heads_q=heads_q,
         group=group,
         d=d,
         blocks=blocks,
         score_stride=score_stride,
-        mean=mean,
+        mean=given.mean,
     )
     tiles = (-(-blocks // SCORE_COLUMNS), -(-blocks // SCORE_ROWS), heads_kv)
     launch(STEM, "score_blocks", score, tiles, SCORE_THREADS, SCORE_BYTES, q)
     choice = SelectBlocksParams(
         scores=address(scores),
         table=address(table),
-        prefix=address(prefix),
+        prefix=address(given.prefix),
         counts=address(counts),
         starts=address(starts),
         columns=address(columns),
         mask_ids=address(mask_ids),
         blocks=blocks,
         score_stride=score_stride,
-        keep=keep,
-        mass=mass,
+        keep=given.keep,
+        mass=given.mass,
     )
     launch(STEM, "select_blocks", choice, (blocks, heads_kv, 1), select_threads(blocks), SELECT_BYTES, q)
     rows = heads_kv * blocks
     ordering = OrderRowsParams(counts=address(counts), order=address(order), rows=rows)
     launch(STEM, "order_rows", ordering, (-(-rows // WARP), 1, 1), ORDER_THREADS, ORDER_BYTES, q)
     return results
-
-
-select_blocks.register_fake(fake)

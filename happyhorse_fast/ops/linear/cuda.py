@@ -1,43 +1,95 @@
-"""`fp8_linear_activation` from a library's product and a CUDA kernel, as a torch.library op; `contract` checks.
+"""The activation of a product as a CUDA kernel, alone and behind products of torch's library.
 
 `fp8_linear` and `fp8_linear_residual` are not here: what they do to a product is too little for a kernel after it.
 """
 
 from __future__ import annotations
 
-import torch
+import ctypes
 
-from happyhorse_fast.ops.linear import contract as shapes
-from happyhorse_fast.ops.linear.activation_quantize_cuda import finish_rows
-from happyhorse_fast.ops.linear.reference import empty_activated
+import torch
+from torch import Tensor
+
+from happyhorse_fast.ops.linear.contract import ActivationQuantize, LinearActivation, activation_scale
+from happyhorse_fast.ops.quantize import BF16
+from happyhorse_fast.ops.runtime.cuda.arguments import address, require_vectors
+from happyhorse_fast.ops.runtime.cuda.launch import launch
 from happyhorse_fast.ops.runtime.cuda.library_product import check_operands, library_product, scale_of_one
 from happyhorse_fast.ops.runtime.cuda.row_spans import RowTiles, chunks, expert_spans
+from happyhorse_fast.ops.runtime.operation import custom_op
+from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
+
+# Of csrc/device/activation_quantize.cu.
+THREADS, ROWS_PER_BLOCK, VECTOR_BYTES = 256, 16, 16
 
 
-@torch.library.custom_op("happyhorse_fast::fp8_linear_activation_cuda", mutates_args=())
-def fp8_linear_activation(
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor | None,
-    row_tiles: torch.Tensor,
-    activation: str,
-    fp8: bool,
-) -> torch.Tensor:
-    """See :func:`happyhorse_fast.ops.linear.contract.fp8_linear_activation`."""
-    check_operands(x, weight)
-    if x_scale is not None:
-        x_scale = x_scale.expand(x.shape[0]).contiguous()
-    y = empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)
-    experts, features, _ = weight.shape
-    spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=False)
-    one = scale_of_one(x)
-    for expert, first, end in chunks(spans, features, 2 if x.dtype == shapes.BF16 else 4):
-        product = library_product(x[first:end], weight[expert], one)
-        rows = RowTiles(table=None, expert=expert, first=first, end=end)
-        tiles = -(-(end - first) // shapes.ROW_TILE)
-        finish_rows(product, x_scale, weight_scale, rows, tiles, activation, y)
+class ActivationQuantizeParams(ctypes.Structure):
+    """`ActivationQuantizeParams` of csrc/device/activation_quantize.cu."""
+
+    _fields_ = [
+        ("product", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
+        ("column_scale", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("rows", RowTiles),
+        ("product_stride", ctypes.c_int64),
+        ("features", ctypes.c_int),
+        ("gated", ctypes.c_int),
+        ("inverse_scale", ctypes.c_float),
+    ]
+
+
+@custom_op("activation_quantize_cuda", ActivationQuantize)
+def activation_quantize(given: ActivationQuantize) -> Tensor:
+    """Launch the kernel on all rows."""
+    y = given.empty()
+    finish_rows(given, RowTiles(table=address(given.row_tiles)), given.row_tiles.shape[0], y)
     return y
 
 
-fp8_linear_activation.register_fake(shapes.fake_fp8_linear_activation)
+@custom_op("fp8_linear_activation_cuda", LinearActivation)
+def fp8_linear_activation(given: LinearActivation) -> Tensor:
+    """A product of torch's library in chunks of rows, each followed by the kernel."""
+    x, weight, x_scale, y = given.x, given.weight, given.x_scale, given.empty()
+    check_operands(x, weight)
+    if x_scale is not None:
+        x_scale = x_scale.expand(x.shape[0]).contiguous()
+    experts, features, _ = weight.shape
+    spans = expert_spans(given.row_tiles, experts, x.shape[0], whole_tiles=False)
+    one = scale_of_one(x)
+    for expert, first, end in chunks(spans, features, 2 if x.dtype == BF16 else 4):
+        product = library_product(x[first:end], weight[expert], one)
+        epilogue = ActivationQuantize(
+            product, x_scale, given.weight_scale, given.row_tiles, given.activation, given.fp8
+        )
+        rows = RowTiles(table=None, expert=expert, first=first, end=end)
+        finish_rows(epilogue, rows, -(-(end - first) // ROW_TILE), y)
+    return y
+
+
+def finish_rows(given: ActivationQuantize, rows: RowTiles, tiles: int, y: Tensor) -> None:
+    """Write the activation of a product to those rows of ``y`` that ``rows`` names, in ``tiles`` row tiles.
+
+    The product starts with row ``rows.first``; everything else has all rows and experts.
+
+    Raises:
+        ValueError: Rows or addresses are not what 16-byte loads need.
+    """
+    product = given.product
+    values = VECTOR_BYTES // product.element_size()
+    require_vectors(values, product=product)
+    require_vectors(VECTOR_BYTES // 4, column_scale=given.column_scale)
+    features = product.shape[1]
+    params = ActivationQuantizeParams(
+        product=address(product),
+        row_scale=address(given.row_scale),
+        column_scale=address(given.column_scale),
+        y=address(y),
+        rows=rows,
+        product_stride=product.stride(0),
+        features=features,
+        gated=given.activation == "swiglu7",
+        inverse_scale=1.0 / activation_scale(given.activation) if y.dtype == torch.float8_e4m3fn else 0.0,
+    )
+    grid = (-(-features // (THREADS * values)), tiles, ROW_TILE // ROWS_PER_BLOCK)
+    launch("activation_quantize", "activation_quantize", params, grid, THREADS, 0, product)

@@ -5,13 +5,14 @@ Rows are handled in chunks, so that no op needs a [rows, features] tensor of all
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
+from torch import Tensor
 
 from happyhorse_fast import ambient
 from happyhorse_fast.eager.qkv import rms_norm
+from happyhorse_fast.ops.qkv.contract import QKV, QkNormRope, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.quantize import (
+    BF16,
     e4m3_rows,
     e4m3_scale,
     fragment_order,
@@ -22,92 +23,28 @@ from happyhorse_fast.ops.quantize import (
     to_int8,
     widened,
 )
+from happyhorse_fast.ops.runtime.operation import custom_op
+from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE, Span, joined
 
-ROW_TILE = 128
 # Rows in flight: 4096 x 7296 float32 products are 120 MB.
 ROW_CHUNK = 4096
-BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
-NORMALISED = {"bf16": BF16, "int8": torch.int8, "fp8": E4M3}
-"""What `rmsnorm_quantize` may give, by ``out``."""
-
-QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""q, k, v, q_scale, k_scale, v_scale, gate."""
-Span = tuple[int, int, int]
-"""(expert, first row, end row)."""
 
 
-def joined(tiles: Iterable[Span], most: int | None = None) -> list[Span]:
-    """Neighbours of one expert joined, where ``most`` is given to at most that many rows."""
-    found: list[Span] = []
-    for expert, first, end in tiles:
-        if found and found[-1][0] == expert and found[-1][2] == first and (most is None or end - found[-1][1] <= most):
-            found[-1] = (expert, found[-1][1], end)
-        else:
-            found.append((expert, first, end))
-    return found
-
-
-def spans(row_tiles: torch.Tensor) -> list[Span]:
+def spans(row_tiles: Tensor) -> list[Span]:
     """(expert, first row, end row) of ``row_tiles``, neighbours of one expert joined to at most ROW_CHUNK rows."""
     return joined(row_tiles.tolist(), ROW_CHUNK)
 
 
-def empty_normalised(hidden: torch.Tensor, out: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Results of `rmsnorm_quantize`, not yet written: x [N, C] and its scale."""
-    x = torch.empty(hidden.shape, dtype=NORMALISED[out], device=hidden.device)
-    return x, torch.empty(0 if out == "bf16" else hidden.shape[0], dtype=torch.float32, device=hidden.device)
-
-
-def empty_qkv(cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int, out: str) -> QKV:
-    """Results of `qkv_linear`, not yet written: q, k, v, q_scale, k_scale, v_scale, gate."""
-    n, d = cos_sin.shape
-    blocks = -(-n // ROW_TILE)
-    none = (0,)
-    codes = {"bf16": BF16, "int8_qk": torch.int8, "fp8": E4M3}[out]
-    q_scale = {"bf16": none, "int8_qk": (n, num_heads_q), "fp8": (blocks,)}[out]
-    k_scale = {"bf16": none, "int8_qk": (num_heads_kv, blocks), "fp8": (blocks,)}[out]
-    v_shape = (num_heads_kv, d, blocks * ROW_TILE) if out == "fp8" else (n, num_heads_kv, d)
-    v_scale = (num_heads_kv, blocks) if out == "fp8" else none
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=cos_sin.device)
-
-    return (
-        empty((n, num_heads_q, d), codes),
-        empty((n, num_heads_kv, d), codes),
-        empty(v_shape, E4M3 if out == "fp8" else BF16),
-        empty(q_scale),
-        empty(k_scale),
-        empty(v_scale),
-        empty((n, num_heads_q)),
-    )
-
-
+@custom_op("rmsnorm_quantize_reference", RmsnormQuantize)
 @ambient.independent
-def rmsnorm_quantize(
-    hidden: torch.Tensor,
-    norm_weight: torch.Tensor,
-    row_tiles: torch.Tensor,
-    branch: torch.Tensor | None = None,
-    out: str = "bf16",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Residual add, RMSNorm and cast of whole rows.
-
-    Args:
-        hidden: [N, C] float32; ``branch`` is added to it in place.
-        norm_weight: [E, C] float32.
-        row_tiles: [tiles, 3] int32.
-        branch: [N, C] bf16, or None.
-        out: ``"bf16"``, or ``"int8"`` or ``"fp8"`` with one scale per row.
-
-    Returns:
-        x [N, C] bf16 and an empty scale, or x int8 or e4m3 and its scale [N] float32.
-    """
-    if branch is not None:
-        hidden += branch
-    x, scale = empty_normalised(hidden, out)
-    for expert, first, end in spans(row_tiles):
-        y = rms_norm(hidden[first:end], norm_weight[expert])
+def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
+    """Residual add, RMSNorm and cast of whole rows."""
+    hidden, out = given.hidden, given.out
+    if given.branch is not None:
+        hidden += given.branch
+    x, scale = given.empty()
+    for expert, first, end in spans(given.row_tiles):
+        y = rms_norm(hidden[first:end], given.norm_weight[expert])
         if out == "bf16":
             x[first:end] = y.to(BF16)
         else:
@@ -115,107 +52,48 @@ def rmsnorm_quantize(
     return x, scale
 
 
+@custom_op("qkv_linear_reference", QkvLinear)
 @ambient.independent
-def qkv_linear(
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor | None,
-    qk_norm: torch.Tensor,
-    cos_sin: torch.Tensor,
-    row_tiles: torch.Tensor,
-    num_heads_q: int,
-    num_heads_kv: int,
-    out: str,
-    qk_scale: torch.Tensor | None = None,
-) -> QKV:
+def qkv_linear(given: QkvLinear) -> QKV:
     """QKV product and its epilogue.
-
-    Args:
-        x: [N, C] bf16, or int8 or e4m3 with ``x_scale``.
-        x_scale: [N] float32, or None.
-        weight: [E, F, C] in the dtype of x, codes with ``weight_scale``.
-        weight_scale: [E, F] float32, or None.
-        qk_norm: [E, 2, D] float32.
-        cos_sin: [N, D] float32.
-        row_tiles: [tiles, 3] int32.
-        num_heads_q: Hq.
-        num_heads_kv: Hkv.
-        out: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
-        qk_scale: [E, 2] float32, for ``"fp8"``.
-
-    Returns:
-        q, k, v, q_scale, k_scale, v_scale, gate as docs/OPS.md states them.
 
     Raises:
         ValueError: ``out`` is not ``"bf16"`` and a row tile does not start on a multiple of 128.
     """
-    results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
-    for expert, first, end in spans(row_tiles):
+    results = given.empty()
+    for expert, first, end in spans(given.row_tiles):
         rows = slice(first, end)
-        product = (widened(x[rows]) @ widened(weight[expert]).T).float()
-        if x_scale is None or weight_scale is None:
+        product = (widened(given.x[rows]) @ widened(given.weight[expert]).T).float()
+        if given.x_scale is None or given.weight_scale is None:
             product = product.to(BF16).float()
         else:
-            product = product * x_scale[rows, None] * weight_scale[expert]
-        _finish_rows(product, expert, first, end, qk_norm, cos_sin, qk_scale, results)
+            product = product * given.x_scale[rows, None] * given.weight_scale[expert]
+        _finish_rows(given, product, expert, first, end, results)
     return results
 
 
+@custom_op("qk_norm_rope_reference", QkNormRope)
 @ambient.independent
-def qk_norm_rope(
-    product: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    column_scale: torch.Tensor | None,
-    qk_norm: torch.Tensor,
-    cos_sin: torch.Tensor,
-    row_tiles: torch.Tensor,
-    num_heads_q: int,
-    num_heads_kv: int,
-    out: str,
-    qk_scale: torch.Tensor | None = None,
-) -> QKV:
+def qk_norm_rope(given: QkNormRope) -> QKV:
     """The epilogue of :func:`qkv_linear` on a product that is there already.
-
-    Args:
-        product: [N, F] bf16, or float32 with ``row_scale`` and ``column_scale``.
-        row_scale: [N] float32, or None.
-        column_scale: [E, F] float32, or None.
-        qk_norm: As in :func:`qkv_linear`, and so is what follows.
-        cos_sin: [N, D] float32.
-        row_tiles: [tiles, 3] int32.
-        num_heads_q: Hq.
-        num_heads_kv: Hkv.
-        out: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
-        qk_scale: [E, 2] float32, for ``"fp8"``.
-
-    Returns:
-        q, k, v, q_scale, k_scale, v_scale, gate.
 
     Raises:
         ValueError: As :func:`qkv_linear`.
     """
-    results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
-    for expert, first, end in spans(row_tiles):
-        part = scaled_rows(product, row_scale, column_scale, slice(first, end), expert)
-        _finish_rows(part, expert, first, end, qk_norm, cos_sin, qk_scale, results)
+    results = given.empty()
+    for expert, first, end in spans(given.row_tiles):
+        part = scaled_rows(given.product, given.row_scale, given.column_scale, slice(first, end), expert)
+        _finish_rows(given, part, expert, first, end, results)
     return results
 
 
 def _finish_rows(
-    product: torch.Tensor,
-    expert: int,
-    first: int,
-    end: int,
-    qk_norm: torch.Tensor,
-    cos_sin: torch.Tensor,
-    qk_scale: torch.Tensor | None,
-    results: QKV,
+    given: QkvLinear | QkNormRope, product: Tensor, expert: int, first: int, end: int, results: QKV
 ) -> None:
     """Write what rows ``first`` to ``end`` of the product, float32 [rows, F] with its scales, become in ``results``."""
     q, k, v, q_scale, k_scale, v_scale, gate = results
-    rows = slice(first, end)
-    queries, keys, values, gate[rows] = epilogue(product, qk_norm[expert], cos_sin[rows], q.shape[1], k.shape[1])
+    rows, qk_norm, qk_scale = slice(first, end), given.qk_norm[expert], given.qk_scale
+    queries, keys, values, gate[rows] = epilogue(product, qk_norm, given.cos_sin[rows], q.shape[1], k.shape[1])
     if v.dtype == BF16:
         v[rows] = values.to(BF16)
     if q.dtype == BF16:
@@ -237,8 +115,8 @@ def _finish_rows(
 
 
 def epilogue(
-    product: torch.Tensor, qk_norm: torch.Tensor, cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    product: Tensor, qk_norm: Tensor, cos_sin: Tensor, num_heads_q: int, num_heads_kv: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """QK-norm, rotation and the gate's sigmoid on the product of rows of one expert, in float32.
 
     Args:
@@ -258,7 +136,7 @@ def epilogue(
     return q, k, v, torch.sigmoid(gates.flatten(1)[:, :num_heads_q])
 
 
-def rotate_pairs(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+def rotate_pairs(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotate adjacent channels: (a, b) -> (a cos - b sin, b cos + a sin).
 
     Args:
@@ -273,7 +151,7 @@ def rotate_pairs(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
 
-def quantize_q(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_q(q: Tensor) -> tuple[Tensor, Tensor]:
     """One scale per token and head.
 
     Args:
@@ -286,7 +164,7 @@ def quantize_q(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return to_int8(q * (1 / scale)[:, :, None]), scale
 
 
-def quantize_k(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_k(k: Tensor) -> tuple[Tensor, Tensor]:
     """One scale per head and 128 rows.
 
     Args:
@@ -301,7 +179,7 @@ def quantize_k(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return to_int8(tiles * (1 / scale)[:, None, :, None]).flatten(0, 1)[: k.shape[0]], scale.T
 
 
-def quantize_v(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_v(v: Tensor) -> tuple[Tensor, Tensor]:
     """One scale per head and 128 rows, codes transposed and in :func:`fragment_order`.
 
     Args:

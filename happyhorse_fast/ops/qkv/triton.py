@@ -1,42 +1,38 @@
-"""Launchers of the `rmsnorm_qkv` kernels, as torch.library ops; arguments were checked by `ops.qkv.contract`."""
+"""Launchers of the QKV kernels; their arguments were checked."""
 
 from __future__ import annotations
 
 import torch
 import triton
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.kernels.qkv import qkv_linear_kernel, rmsnorm_quantize_kernel
-from happyhorse_fast.ops.qkv import contract as shapes
-from happyhorse_fast.ops.qkv.reference import empty_normalised, empty_qkv
+from happyhorse_fast.ops.qkv.contract import QKV, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.quantize import FORMATS
+from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors, on_device
 from happyhorse_fast.ops.runtime.triton.library import kernel_op, launchable
 
 STEM = "qkv"
 
 
-@kernel_op("happyhorse_fast::rmsnorm_quantize", kernel=rmsnorm_quantize_kernel, mutates_args=("hidden",))
-def rmsnorm_quantize(
-    hidden: torch.Tensor,
-    norm_weight: torch.Tensor,
-    row_tiles: torch.Tensor,
-    branch: torch.Tensor | None = None,
-    out: str = "bf16",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`happyhorse_fast.ops.qkv.contract.rmsnorm_quantize`."""
+@kernel_op("rmsnorm_quantize", RmsnormQuantize, kernel=rmsnorm_quantize_kernel)
+def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
+    """Launch the kernel, a few rows of a tile in each program."""
+    hidden, branch, row_tiles, out = given.hidden, given.branch, given.row_tiles, given.out
     if out == "fp8":
         _require_e4m3('out="fp8"', hidden.device)
     config = config_for(STEM, "rmsnorm_quantize", architecture(hidden.device))
-    x, scale = empty_normalised(hidden, out)
+    x, scale = given.empty()
     added = hidden if branch is None else branch
     channels = hidden.shape[1]
     with on_device(hidden):
-        launchable(rmsnorm_quantize_kernel)[(shapes.ROW_TILE // config.block_m, row_tiles.shape[0])](
+        launchable(rmsnorm_quantize_kernel)[(ROW_TILE // config.block_m, row_tiles.shape[0])](
             hidden,
             added,
-            norm_weight,
+            given.norm_weight,
             row_tiles,
             x,
             scale,
@@ -56,40 +52,29 @@ def rmsnorm_quantize(
     return x, scale
 
 
-@kernel_op("happyhorse_fast::qkv_linear", kernel=qkv_linear_kernel)
-def qkv_linear(
-    x: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor | None,
-    qk_norm: torch.Tensor,
-    cos_sin: torch.Tensor,
-    row_tiles: torch.Tensor,
-    num_heads_q: int,
-    num_heads_kv: int,
-    out: str,
-    qk_scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`happyhorse_fast.ops.qkv.contract.qkv_linear`."""
+@kernel_op("qkv_linear", QkvLinear, kernel=qkv_linear_kernel)
+def qkv_linear(given: QkvLinear) -> QKV:
+    """Launch the product and its epilogue in a persistent grid."""
+    x, weight, qk_norm, row_tiles, out = given.x, given.weight, given.qk_norm, given.row_tiles, given.out
     fmt = FORMATS[weight.dtype]
     if "fp8" in (fmt, out):
         _require_e4m3(f'out="{out}" of {weight.dtype} weights', x.device)
     config = config_for(STEM, f"qkv_{fmt}", architecture(x.device))
-    q, k, v, q_scale, k_scale, v_scale, gate = results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
-    head_dim = cos_sin.shape[1]
+    q, k, v, q_scale, k_scale, v_scale, gate = results = given.empty()
+    head_dim = given.cos_sin.shape[1]
     width = config.block_n // 128 * head_dim
     described = config.descriptors and descriptors_work(x, weight)
     with on_device(x):
         launchable(qkv_linear_kernel)[_grid(x.device, row_tiles, weight, width)](
-            _tiled(x, shapes.ROW_TILE, config) if described else x,
+            _tiled(x, ROW_TILE, config) if described else x,
             # A kernel takes a pointer for every argument: one that its flags leave unread stands in for a None.
-            qk_norm if x_scale is None else x_scale,
+            qk_norm if given.x_scale is None else given.x_scale,
             _tiled(weight.flatten(0, 1), width, config) if described else weight,
-            qk_norm if weight_scale is None else weight_scale,
+            qk_norm if given.weight_scale is None else given.weight_scale,
             qk_norm,
-            cos_sin,
+            given.cos_sin,
             row_tiles,
-            qk_norm if qk_scale is None else qk_scale,
+            qk_norm if given.qk_scale is None else given.qk_scale,
             q,
             k,
             v,
@@ -99,17 +84,17 @@ def qkv_linear(
             gate,
             row_tiles.shape[0],
             x.stride(0),
-            -(-x.shape[0] // shapes.ROW_TILE),
+            -(-x.shape[0] // ROW_TILE),
             C=x.shape[1],
             D=head_dim,
-            HQ=num_heads_q,
-            HKV=num_heads_kv,
+            HQ=given.num_heads_q,
+            HKV=given.num_heads_kv,
             CODES=fmt != "bf16",
             INT8=fmt == "int8",
             INT8_QK=out == "int8_qk",
             FP8_OUT=out == "fp8",
             DESCRIPTORS=described,
-            BLOCK_M=shapes.ROW_TILE,
+            BLOCK_M=ROW_TILE,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
@@ -126,14 +111,10 @@ def _require_e4m3(what: str, device: torch.device) -> None:
         raise ValueError(f"{what} needs e4m3, from sm_{FP8_SINCE} on; {device} is sm_{architecture(device)}")
 
 
-def _tiled(x: torch.Tensor, rows: int, config: LaunchConfig) -> TensorDescriptor:
+def _tiled(x: Tensor, rows: int, config: LaunchConfig) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, [rows, config.block_k])
 
 
-def _grid(device: torch.device, row_tiles: torch.Tensor, weight: torch.Tensor, width: int) -> tuple[int]:
+def _grid(device: torch.device, row_tiles: Tensor, weight: Tensor, width: int) -> tuple[int]:
     tiles = row_tiles.shape[0] * -(-weight.shape[1] // width)
     return (min(tiles, multiprocessors(device)),)
-
-
-rmsnorm_quantize.register_fake(shapes.fake_rmsnorm_quantize)
-qkv_linear.register_fake(shapes.fake_qkv_linear)

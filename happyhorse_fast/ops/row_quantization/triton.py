@@ -1,14 +1,13 @@
-"""Launcher of the `quantize_rows` kernel, as a torch.library op; `contract` checks arguments."""
+"""Launcher of the `quantize_rows` kernel; its arguments were checked."""
 
 from __future__ import annotations
 
-import torch
 import triton
+from torch import Tensor
 
 from happyhorse_fast.kernels.launch import FP_FUSION, config_for
 from happyhorse_fast.kernels.row_quantization import quantize_rows_kernel
-from happyhorse_fast.ops.row_quantization import contract as shapes
-from happyhorse_fast.ops.row_quantization.reference import empty_codes
+from happyhorse_fast.ops.row_quantization.contract import QuantizeRows
 from happyhorse_fast.ops.runtime.triton.device import architecture, multiprocessors, on_device
 from happyhorse_fast.ops.runtime.triton.library import kernel_op, launchable
 
@@ -24,10 +23,10 @@ def variant_of(channels: int) -> str:
     return f"columns_{max(NARROWEST, triton.next_power_of_2(channels))}"
 
 
-@kernel_op("happyhorse_fast::quantize_rows", kernel=quantize_rows_kernel)
-def quantize_rows(x: torch.Tensor, hadamard: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`happyhorse_fast.ops.row_quantization.contract.quantize_rows`."""
-    codes, scale = empty_codes(x)
+@kernel_op("quantize_rows", QuantizeRows, kernel=quantize_rows_kernel)
+def quantize_rows(given: QuantizeRows) -> tuple[Tensor, Tensor]:
+    """Launch the kernel on all rows, a row at a time."""
+    x, (codes, scale) = given.x, given.empty()
     rows, channels = x.shape
     config = config_for(STEM, variant_of(channels), architecture(x.device))
     programs = multiprocessors(x.device) * max(1, THREADS_PER_SM // (WARP * config.num_warps))
@@ -39,7 +38,7 @@ def quantize_rows(x: torch.Tensor, hadamard: bool) -> tuple[torch.Tensor, torch.
             rows,
             x.stride(0),
             K=channels,
-            HADAMARD_ROWS=hadamard,
+            HADAMARD_ROWS=given.hadamard,
             BLOCK_K=config.block_k,
             STAGES=config.num_stages,
             num_warps=config.num_warps,
@@ -47,6 +46,3 @@ def quantize_rows(x: torch.Tensor, hadamard: bool) -> tuple[torch.Tensor, torch.
             enable_fp_fusion=FP_FUSION,
         )
     return codes, scale
-
-
-quantize_rows.register_fake(shapes.fake)

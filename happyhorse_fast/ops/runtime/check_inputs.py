@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from happyhorse_fast.ops.linear.packing import pack_linear
-from happyhorse_fast.ops.qkv.contract import rmsnorm_quantize
+from happyhorse_fast.ops.qkv.op import rmsnorm_quantize
 
 # Three experts, the last tile of each ragged in its content but not in its rows, as the fast model lays them out.
 ROWS, CHANNELS, HEADS_Q, HEADS_KV, HEAD_DIM = 512, 640, 5, 1, 128

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from happyhorse_fast.block_map import BlockMap, BlockSelector, Layout
-from happyhorse_fast.ops.block_selection.contract import select_blocks
+from happyhorse_fast.ops.block_selection.op import select_blocks
 from happyhorse_fast.ops.runtime.check_inputs import HEAD_DIM, HEADS_KV, HEADS_Q, Compared, draw
 
 

@@ -79,30 +79,21 @@ def require(
     return value
 
 
-def check_row_tiles(row_tiles: torch.Tensor, rows: int, experts: int) -> None:
-    """Hold a table of row tiles against what the ops trust it to be; it is read back, so not to be called per step.
+def none_for_empty(x: torch.Tensor, x_scale: torch.Tensor | None) -> torch.Tensor | None:
+    """``x_scale``; None for the empty one that an op gives beside an ``x`` in bf16."""
+    empty = x_scale is not None and not x_scale.numel()
+    return None if empty and x.dtype == torch.bfloat16 else x_scale
 
-    A row that no tile covers stays unwritten; an expert that is not there is read out of bounds.
 
-    Args:
-        row_tiles: int32 [tiles, 3], (expert, first row, end row).
-        rows: N.
-        experts: E.
-
-    Raises:
-        TypeError, ValueError: It is no such table; an expert is not there; a tile is empty or of more than 128 rows; or
-            the tiles do not cover every row once, in order. Names the first tile that is wrong.
-    """
-    require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=row_tiles.device)
-    expected = 0
-    for i, (expert, first, end) in enumerate(row_tiles.tolist()):
-        if not 0 <= expert < experts:
-            raise ValueError(f"row_tiles must name experts from 0 to {experts - 1}, got {expert} in tile {i}")
-        if first != expected or not first < end <= min(first + 128, rows):
-            raise ValueError(
-                f"row_tiles must cover rows 0 to {rows} once, in order and in tiles of at most 128; tile {i} is "
-                f"{first} to {end}, wanted is one from {expected} on"
-            )
-        expected = end
-    if expected != rows:
-        raise ValueError(f"row_tiles must cover all {rows} rows, got tiles up to {expected}")
+def require_product_scales(
+    product: torch.Tensor, row_scale: torch.Tensor | None, column_scale: torch.Tensor | None, experts: int | str
+) -> None:
+    """Hold the scales of a product [N, F] against its dtype: both where it is float32, none where it is bf16."""
+    if product.dtype == torch.bfloat16:
+        for name, scale in (("row_scale", row_scale), ("column_scale", column_scale)):
+            if scale is not None:
+                raise ValueError(f"{name} must be None where product is bf16, got shape {list(scale.shape)}")
+        return
+    n, features = product.shape
+    require("row_scale", row_scale, (torch.float32,), (n,), device=product.device)
+    require("column_scale", column_scale, (torch.float32,), (experts, features), device=product.device)

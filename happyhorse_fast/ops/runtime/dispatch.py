@@ -13,7 +13,10 @@ import torch
 
 from happyhorse_fast import optional
 from happyhorse_fast.kernels.launch import config_for
+from happyhorse_fast.ops.runtime import self_check, trust
+from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 from happyhorse_fast.ops.runtime.formats import ACTIVATION, ATTENTION, QKV, VARIANTS, WITHOUT_E4M3
+from happyhorse_fast.ops.runtime.obstacles import BackendError, triton_obstacle
 
 STEMS = {
     "rmsnorm_quantize": "qkv",
@@ -50,48 +53,6 @@ class Choice:
     backend: str
     reason: str
     fell_back: bool = False
-
-
-class BackendError(RuntimeError):
-    """A backend that was asked for cannot run here; the message says why."""
-
-
-def triton_obstacle(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run for tensors on ``device``; None where they can.
-
-    On the CPU they run in Triton's interpreter only, which is for tests: about 10 s a layer at 1,750 tokens.
-    """
-    why_not = triton_missing()
-    if why_not is not None or device.type == "cuda":
-        return why_not
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from happyhorse_fast.kernels import numerics
-
-    if isinstance(numerics.to_e4m3, InterpretedFunction):
-        return None
-    return f"Triton kernels need a GPU, the model is on {device} (TRITON_INTERPRET=1 runs them slowly on the CPU)"
-
-
-def triton_missing() -> str | None:
-    """Why Triton cannot be used on any device; None where it imports, and kernels can be defined with it."""
-    optional.hide_broken_triton()
-    why_not = optional.obstacle("triton")
-    if why_not is not None:
-        return why_not.replace("triton", "Triton", 1)
-    try:
-        from happyhorse_fast.kernels import numerics  # noqa: F401
-        from happyhorse_fast.ops.runtime.triton import library  # noqa: F401
-    except Exception as error:  # of a version that the kernels are not for, or in parts
-        return f"Triton is installed but its kernels do not import: {optional.said(error)}"
-    return None
-
-
-def cuda_obstacle(device: torch.device) -> str | None:
-    """Why CUDA kernels cannot run for tensors on ``device``; None where they can."""
-    from happyhorse_fast.ops.runtime.cuda import launch
-
-    return launch.cuda_obstacle(device)
 
 
 def choose(
@@ -279,8 +240,6 @@ def _failures(
     Raises:
         BackendError: A kernel ended this process's use of the GPU. That is remembered, and the next process goes on.
     """
-    from happyhorse_fast.ops.runtime import self_check, trust
-
     fp8 = any(f not in WITHOUT_E4M3 for ours in formats.values() for f in ours)
     needed = {(op, f) for op, ours in formats.items() for f in ours if f in VARIANTS[backend].get(op, ())}
     key = trust.machine_key(backend, device, fp8=fp8)

@@ -19,15 +19,15 @@ from happyhorse_fast.budgets import (
     violations,
 )
 from happyhorse_fast.kernels.launch import DESCRIPTORS_SINCE
-from happyhorse_fast.ops.attention.contract import block_sparse_attention
+from happyhorse_fast.ops.attention.op import block_sparse_attention
 from happyhorse_fast.ops.attention.operands import attention_operands
 from happyhorse_fast.ops.attention.reference import output_scale, sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT
-from happyhorse_fast.ops.linear.contract import fp8_linear, fp8_linear_activation, fp8_linear_residual
-from happyhorse_fast.ops.qkv.contract import qkv_linear, rmsnorm_quantize
+from happyhorse_fast.ops.linear.op import fp8_linear, fp8_linear_activation, fp8_linear_residual
+from happyhorse_fast.ops.qkv.op import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.qkv.packing import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
 from happyhorse_fast.ops.quantize import dequantize, quantize_static
-from happyhorse_fast.ops.row_quantization.contract import quantize_rows
+from happyhorse_fast.ops.row_quantization.op import quantize_rows
 from happyhorse_fast.ops.runtime.check_inputs import (
     CHANNELS,
     HEAD_DIM,

@@ -6,54 +6,23 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
-import stat
 import warnings
 from pathlib import Path
 
 import torch
 
 from happyhorse_fast._version import __version__
+from happyhorse_fast.csrc import sources
 from happyhorse_fast.files import replacing
+from happyhorse_fast.kernels import launch
+from happyhorse_fast.ops.runtime.cache_folder import cache_folder
+from happyhorse_fast.ops.runtime.cuda import driver
 from happyhorse_fast.ops.runtime.self_check import KernelCheck
 
-CACHE_VARIABLE = "HAPPYHORSE_FAST_CACHE"
-"""Environment variable that names another folder than ``~/.cache/happyhorse_fast``."""
-
 PACKAGE = Path(__file__).parents[2]
-JUDGED_BY = ("ops/**/*.py", "reference/*.py", "budgets.py")
+KERNELS = Path(launch.__file__).parent
+JUDGED_BY = ("ops/**/*.py", "eager/*.py", "block_map/*.py", "budgets.py")
 """Files of the package, beside device code, that a verdict comes from: launchers, checks, references and budgets."""
-
-
-def cache_folder() -> Path:
-    """The folder of this user's own (0700), made where it does not exist.
-
-    Raises:
-        OSError: It cannot be made, belongs to somebody else, or others may write to it.
-    """
-    folder = _cache_path()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if hasattr(os, "getuid") and found.st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to user {found.st_uid}, not to {os.getuid()}; set {CACHE_VARIABLE}")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(
-            f"{folder} may be written by others (mode {found.st_mode & 0o777:o}); set {CACHE_VARIABLE}"
-        )
-    return folder
-
-
-def _cache_path() -> Path:
-    try:
-        named = os.environ.get(CACHE_VARIABLE)
-        if named:
-            return Path(named).expanduser()
-        base = os.environ.get("XDG_CACHE_HOME")
-        # A relative one is to be ignored (XDG base directory specification).
-        shared = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
-        return shared / "happyhorse_fast"
-    except RuntimeError as error:  # no HOME, and no entry in the password file: as in many containers
-        raise FileNotFoundError(f"there is no folder for the cache: {error} Set {CACHE_VARIABLE}") from error
 
 
 def machine_key(backend: str, device: torch.device, *, fp8: bool) -> str:
@@ -70,18 +39,12 @@ def machine_key(backend: str, device: torch.device, *, fp8: bool) -> str:
     for file in sorted(file for pattern in JUDGED_BY for file in PACKAGE.glob(pattern)):
         digest.update(file.read_bytes())
     if backend == "cuda":
-        from happyhorse_fast.csrc import sources
-
         for stem in sources.stems():
             digest.update(sources.digest(stem).encode())
         if device.type == "cuda":
-            from happyhorse_fast.ops.runtime.cuda import driver
-
             digest.update(driver.fingerprint(device).encode())  # which binary runs, or which NVRTC compiles
     else:
-        from happyhorse_fast import kernels
-
-        for file in sorted(Path(kernels.__file__).parent.rglob("*")):
+        for file in sorted(KERNELS.rglob("*")):
             if file.suffix in (".py", ".json"):
                 digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -9,6 +9,8 @@ from typing import Protocol
 
 import torch
 
+from happyhorse_fast.ops.runtime.cuda import driver
+
 Grid = tuple[int, int, int]
 
 MOST_SHARED_BYTES = 101_376
@@ -72,8 +74,6 @@ def launch(
         return
     device = like.device
     if device.type == "cuda":
-        from happyhorse_fast.ops.runtime.cuda import driver
-
         driver.launch(stem, kernel, params, grid, threads, shared_bytes, device)
     elif device.type == "cpu" and _runner is not None:
         _runner.run(stem, kernel, params, grid, threads, shared_bytes)
@@ -85,8 +85,6 @@ def launch(
 def cuda_obstacle(device: torch.device) -> str | None:
     """Why CUDA kernels cannot run for tensors on ``device``; None where they can."""
     if device.type == "cuda":
-        from happyhorse_fast.ops.runtime.cuda import driver
-
         return driver.obstacle(device)
     if device.type == "cpu" and _runner is not None:
         return None

@@ -1,6 +1,6 @@
 """Compiles the packaged device code at first use, for the GPU that is there, and keeps the result per user.
 
-NVRTC needs neither a toolkit nor a GPU nor headers. What it made lies in the cache folder of :mod:`trust`, one file per
+NVRTC needs neither a toolkit nor a GPU nor headers. Its results lie in the folder of :mod:`cache_folder`, one file per
 translation unit, options, NVRTC and driver, with a digest before the code.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from happyhorse_fast.csrc import sources
 from happyhorse_fast.files import replacing
+from happyhorse_fast.ops.runtime.cache_folder import cache_folder
 from happyhorse_fast.ops.runtime.cuda.binaries import Capability
 from happyhorse_fast.ops.runtime.cuda.errors import CudaError, bindings, cuda_version
 
@@ -74,7 +75,7 @@ def obstacle(capability: Capability, driver: int) -> str | None:
             "a newer driver, or 'happyhorse-fast[cuda12]' with a torch for CUDA 12"
         )
     try:
-        with tempfile.TemporaryFile(dir=_cache_folder()):
+        with tempfile.TemporaryFile(dir=cache_folder()):
             pass
     except OSError as error:
         return f"the cache of compiled kernels cannot be written: {error}; HAPPYHORSE_FAST_CACHE names another folder"
@@ -161,7 +162,7 @@ def cache_path(stem: str, wanted: str, driver: int) -> Path:
     """
     parts = [sources.digest(stem), *_options(wanted), str(version()), str(driver)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    return _cache_folder() / f"{stem}.{wanted}.{key[:32]}.bin"
+    return cache_folder() / f"{stem}.{wanted}.{key[:32]}.bin"
 
 
 def _options(wanted: str) -> list[str]:
@@ -173,12 +174,6 @@ def _supported() -> list[int]:
     if int(status) != 0:
         raise CudaError(f"NVRTC does not tell what it compiles for: {status.name}")
     return [int(number) for number in numbers]
-
-
-def _cache_folder() -> Path:
-    from happyhorse_fast.ops.runtime import trust
-
-    return trust.cache_folder()
 
 
 def _packed(code: bytes) -> bytes:

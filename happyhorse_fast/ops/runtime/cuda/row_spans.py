@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from happyhorse_fast.ops.qkv.contract import ROW_TILE
-from happyhorse_fast.ops.qkv.reference import Span, joined
 from happyhorse_fast.ops.runtime.checks import is_capturing
+from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE, Span, joined
 
 PRODUCT_BYTES = 256 * 2**20
 """Of a chunk's product: in float32 2432 rows by 27392 features, 4066 tiles of 128 x 128 for 132 multiprocessors."""
