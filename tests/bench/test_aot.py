@@ -276,7 +276,7 @@ import triton
 from bench.aot.cases import cases
 from bench.aot.compile import Driver, measure, record
 from bench.aot.gates import problems
-from happyhorse_fast.kernels import block_sparse_attention_hopper as kernel
+from happyhorse_fast.kernels import attention_hopper as kernel
 from happyhorse_fast.kernels import hopper_bounded
 
 source = Path(hopper_bounded.__file__).read_text()

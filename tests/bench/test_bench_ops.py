@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -22,7 +23,7 @@ from bench.peers import eager
 from bench.peers.torch import Eager, all_peers, split
 from bench.results import Results, comparable, describe_machine, ratio, read
 from bench.specialized import GLUON, running
-from happyhorse_fast.kernels.launch import table
+from happyhorse_fast.kernels.launch import config_for, table
 
 TINY = cases("tiny")
 
@@ -239,18 +240,23 @@ def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
 
 
 def test_specialized_warps_are_an_implementation_of_their_own_whatever_the_table_says():
-    before = json.dumps(table("attention"))
+    before, seen = json.dumps(table("attention")), []
     with running(GLUON) as backend:
-        inside = table("attention")
         assert backend == "triton"
-        assert inside["bf16_d128"]["90"]["specialized"] and not inside["bf16_d128"]["80"].get("specialized")
-        assert not inside["bf16_d128_strided"]["90"].get("specialized")
-    with running("triton"):
-        assert not any(
-            entry.get("specialized") for entry in (table("attention")[f"{f}_d128"]["90"] for f in ("bf16", "fp8"))
-        )
+        assert config_for("attention", "bf16_d128", 90).specialized
+        assert not config_for("attention", "bf16_d128", 80).specialized
+        assert not config_for("attention", "bf16_d128_strided", 90).specialized
+        with running("triton"):
+            assert not any(config_for("attention", f"{f}_d128", 90).specialized for f in ("bf16", "fp8"))
+        assert config_for("attention", "bf16_d128", 90).specialized
+        elsewhere = threading.Thread(target=lambda: seen.append(config_for("attention", "fp8_d64", 90).specialized))
+        elsewhere.start()
+        elsewhere.join()
+    with running("triton"), running("auto"):
+        assert not config_for("attention", "bf16_d128", 90).specialized, "what the call around it passes"
     with running("auto"):
-        assert table("attention")["bf16_d128"]["90"]["specialized"], "what is committed"
+        assert config_for("attention", "bf16_d128", 90).specialized, "what is committed"
+    assert seen == [False], "another thread launches what is committed"
     assert json.dumps(table("attention")) == before
     attention, norm = select(TINY, "window/tiny/bf16,quantize/tiny/bf16")
     assert implementations(attention, "triton", [GLUON, "cuda"]) == ["triton", GLUON, "cuda"]

@@ -124,7 +124,7 @@ def packed(tmp_path_factory):
 def test_priming_again_compiles_nothing(packed, tmp_path):
     moved = Path(shutil.copy(packed, tmp_path))
     cache = primed.unpack(moved)
-    code = "import sys; from bench.prime import prime; print(prime(90, None, 1, (), sys.argv[1], sys.argv[2]))"
+    code = "import sys; from bench.prime.__main__ import prime; print(prime(90, None, 1, (), sys.argv[1], sys.argv[2]))"
     said = run("-c", code, str(cache), SOME).splitlines()
     assert sum("was there" in line for line in said) == primed.kernels(cache) > 3
     assert not any(": compiled" in line for line in said) and "'new': 0" in said[-1]
