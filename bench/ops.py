@@ -28,7 +28,8 @@ from bench.measure.comparison import SLOW_SECONDS, Bench, Stopped, groups
 from bench.measure.conditions import Monitor
 from bench.measure.lost import LOST, lost
 from bench.ops_table import row, summary
-from bench.peers.torch import Peer, all_peers, split
+from bench.peers.peer import Peer
+from bench.peers.registry import all_peers, split
 from bench.results import FOLDER, Json, Results, describe_machine, path_for
 from bench.specialized import GLUON
 from happyhorse_fast.ops.runtime.dispatch import cuda_obstacle

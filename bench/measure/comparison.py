@@ -20,7 +20,7 @@ from bench.measure import gates, roofline
 from bench.measure.conditions import Monitor
 from bench.measure.lost import lost
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch, Timing
-from bench.peers.torch import Inputs, Peer
+from bench.peers.peer import Inputs, Peer
 from bench.results import Json
 from bench.specialized import GLUON
 from happyhorse_fast.ops.runtime.formats import VARIANTS

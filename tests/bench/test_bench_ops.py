@@ -20,7 +20,8 @@ from bench.measure import comparison, gates
 from bench.measure.comparison import Bench, groups, implementations
 from bench.measure.conditions import Monitor
 from bench.peers import eager
-from bench.peers.torch import Eager, all_peers, split
+from bench.peers.registry import all_peers, split
+from bench.peers.torch import Eager
 from bench.results import Results, comparable, describe_machine, ratio, read
 from bench.specialized import GLUON, running
 from happyhorse_fast.kernels.launch import config_for, table
@@ -282,7 +283,7 @@ def test_a_kernel_that_runs_out_of_memory_after_its_gate_ends_nothing(bench, mon
     )
 
 
-def test_every_peer_of_the_issue_is_there_or_named_as_absent():
+def test_every_peer_is_there_or_named_as_absent():
     usable, absent = split(all_peers(), CPU)
     named = " ".join([*(p.name for p in usable), *absent]).lower()
     wanted = "eager torch.compile cudnn flash efficient flex _scaled_mm torchao flashattention-3 flashinfer torch.mm"
@@ -294,9 +295,7 @@ def test_every_peer_of_the_issue_is_there_or_named_as_absent():
 
 def test_importing_the_peers_imports_none_of_them():
     modules = ["torchao", "flash_attn_interface", "flashinfer", "sageattention", "quack", "magi_attention"]
-    code = (
-        f"import sys; from bench.peers.torch import all_peers; list(all_peers()); print(sys.modules.keys() & {modules})"
-    )
+    code = f"import sys; from bench.peers.registry import all_peers; all_peers(); print(sys.modules.keys() & {modules})"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"
