@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/kernels, one per kernel: tiles, warps, rings, who waits for whom.
+"""Draw the pictures of docs/kernels, one per kernel: tiles, warps, rings, who waits for whom; and docs/layer.svg.
 
 python -m bench.report.kernel_pictures
 
@@ -7,7 +7,7 @@ But for attention's, lengths are not to scale: only the order is true. Sizes are
 
 from __future__ import annotations
 
-from bench.report import attention_turns
+from bench.report import attention_turns, dataflow
 from bench.report.lanes import BLUE, FOLDER, GREEN, GREY, ORANGE, VIOLET, Arrow, Bar, Picture
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.kernels.launch import SPECIALIZED_ON, LaunchConfig, config_for
@@ -190,6 +190,7 @@ def main() -> None:
     """Write the pictures."""
     for name, made in PICTURES.items():
         (FOLDER / f"{name}.svg").write_text(made().svg())
+    dataflow.FIGURE.write_text(dataflow.svg())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,12 +67,8 @@ class Picture:
         grid = CELL[1] * (len(self.tiles[1]) + 1) + 16 if self.tiles[1] else 0
         foot = TOP + LANE * len(self.lanes)
         height = foot + 34 + FOLDED * len(self._folded) + grid
-        lines = "\n".join([*self._frame(foot, height), *self._bars(), *self._arrows(), *self._below(foot)])
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 20} {height}" '
-            f'font-family="Helvetica, Arial, sans-serif" font-size="12">\n'
-            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-            f'<path d="M0 0L8 4L0 8z" fill="#333"/></marker></defs>\n{lines}\n</svg>\n'
+        return document(
+            LEFT + WIDTH + 20, height, [*self._frame(foot), *self._bars(), *self._arrows(), *self._below(foot)]
         )
 
     def _x(self, time: float) -> float:
@@ -81,8 +77,7 @@ class Picture:
     def _y(self, lane: str) -> int:
         return TOP + LANE * list(self.lanes).index(lane)
 
-    def _frame(self, foot: int, height: int) -> Iterator[str]:
-        yield f'<rect width="{LEFT + WIDTH + 20}" height="{height}" fill="#fff"/>'
+    def _frame(self, foot: int) -> Iterator[str]:
         yield f'<text x="{LEFT}" y="24" font-size="15" fill="#222">{self.title}</text>'
         for name in self.lanes:
             y = self._y(name)
@@ -137,6 +132,17 @@ class Picture:
                     shade = f'fill="{BLUE}" fill-opacity="{0.12 if cell == "…" else 0.3}" stroke="#fff"'
                     yield f'<rect x="{x}" y="{y}" width="{width}" height="{height}" {shade}/>'
                 yield _text(x + width / 2, y + 15, cell, "#333")
+
+
+def document(width: int, height: int, parts: Iterable[str]) -> str:
+    """An SVG file of these elements; ``#tip`` ends an arrow."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="Helvetica, Arial, sans-serif" font-size="12">\n'
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0L8 4L0 8z" fill="#333"/></marker></defs>\n'
+        f'<rect width="{width}" height="{height}" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
 
 
 def _text(x: float, y: float, text: str, fill: str) -> str:

@@ -4,11 +4,13 @@ import itertools
 
 import pytest
 
-from bench.report import kernel_tables
+from bench.report import dataflow, kernel_tables
 from bench.report.attention_turns import PRODUCT, schedule
 from bench.report.kernel_pictures import FINISH, PICTURES, main, ring
 from bench.report.lanes import FOLDER
 from bench.results import ROOT
+from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.launches import launches_per_layer
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -26,8 +28,25 @@ def test_every_launch_table_has_a_page_with_a_picture():
 
 def test_the_script_writes_them_all(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.report.kernel_pictures.FOLDER", tmp_path)
+    monkeypatch.setattr(dataflow, "FIGURE", tmp_path / "layer.svg")
     main()
-    assert {path.stem for path in tmp_path.iterdir()} == set(PICTURES)
+    assert {path.stem for path in tmp_path.iterdir()} == {*PICTURES, "layer"}
+
+
+@pytest.mark.parametrize("precision", dataflow.FORMS)
+def test_the_figure_of_a_layer_has_the_launches_that_a_layer_makes_in_order(precision):
+    seen = dataflow.launches(precision)
+    (counted, *_) = launches_per_layer(FastConfig(precision=precision, attention=dataflow.FORMS[precision]))
+    ours = [name.partition("::")[2].removesuffix("_reference") for name in counted if "happyhorse_fast::" in name]
+    assert [launch.op for launch in seen] == [name for name in ours if name in dataflow.RESULTS]
+    assert [launch.step for launch in seen] == [step for step in dataflow.ORDER if step in {x.step for x in seen}]
+    for launch in seen[:-1]:
+        assert all(made.readers for made in launch.writes), f"nobody reads what {launch.step} writes"
+    assert dataflow.FIGURE.read_text() == dataflow.svg(), "run python -m bench.report.kernel_pictures"
+
+
+def test_a_size_of_the_model_that_is_drawn_says_which_dimension_it_is():
+    assert len(dataflow.LETTERS) == 9, "two dimensions have one size"
 
 
 @pytest.mark.parametrize("name", PICTURES)
