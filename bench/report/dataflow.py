@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.report.lanes import BLUE, GREEN, ORANGE, VIOLET, document
-from bench.report.tables import Table
 from bench.results import ROOT
+from bench.table import Table
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse

@@ -9,8 +9,9 @@ from bench.cases import STEM, Case, cases
 from bench.inputs import moved_bytes
 from bench.report.data import KERNELS, Report
 from bench.report.predictions import HOPPER, PREDICTIONS, Prediction
-from bench.report.tables import NO_GPU, Table
+from bench.report.tables import NO_GPU
 from bench.results import ROOT, Json
+from bench.table import Table
 from happyhorse_fast.costs import GPUS
 
 OPS = {
