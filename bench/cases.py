@@ -95,12 +95,16 @@ def padded_rows(size: Size) -> PaddedRows:
     return PaddedRows.of(size.grid, windowed=size.windowed)
 
 
+def token_ranges(size: Size, window: bool) -> list[tuple[int, int, int, int]]:
+    """(q_start, q_end, k_start, k_end) of a layer without sparsity, in tokens."""
+    return local_ranges(size.grid, size.config.frame_receptive_field) if window else dense_ranges(size.grid)
+
+
 @functools.lru_cache(maxsize=16)  # all sizes: 16 MB at most each, 0.5 s to make
 def exact_map(size: Size, window: bool) -> BlockMap:
     """The block map of a layer without sparsity, on the CPU."""
     rows = padded_rows(size)
-    ranges = local_ranges(size.grid, size.config.frame_receptive_field) if window else dense_ranges(size.grid)
-    return BlockMap.from_ranges(*rows.to_rows(ranges), rows.slots, rows.slots)
+    return BlockMap.from_ranges(*rows.to_rows(token_ranges(size, window)), rows.slots, rows.slots)
 
 
 @dataclass(frozen=True)

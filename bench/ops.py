@@ -13,6 +13,7 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +29,8 @@ from bench.measure.comparison import SLOW_SECONDS, Bench, Stopped, groups
 from bench.measure.conditions import Monitor
 from bench.measure.lost import LOST, lost
 from bench.ops_table import row, summary
-from bench.peers.torch import Peer, all_peers, split
+from bench.peers.peer import Peer
+from bench.peers.registry import all_peers, split
 from bench.results import FOLDER, Json, Results, describe_machine, path_for
 from bench.specialized import GLUON
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
@@ -51,12 +53,12 @@ def run(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline:
         print("; ".join(row(entry)), file=sys.stderr, flush=True)
         found[entry["case"], entry["impl"]] = entry
         if results is not None:
-            results.add_entry(entry)
+            results.add("entries", entry)
 
     if results is not None:
-        bench.gated = results.add_gate
-        results.add_peaks(asdict(bench.measured))
-        results.add_peaks(asdict(bench.peaks))
+        bench.gated = functools.partial(results.add, "gates")
+        results.add("peaks", asdict(bench.measured))
+        results.add("peaks", asdict(bench.peaks))
     of_all = groups(chosen)
     for i, peers in enumerate(_passes(bench.peers)):
         for group in of_all:
@@ -99,10 +101,10 @@ def run_gates(bench: Bench, chosen: Sequence[Case], results: Results | None, dea
         green = False
         print("; ".join(row(entry)), file=sys.stderr, flush=True)
         if results is not None:
-            results.add_entry(entry)
+            results.add("entries", entry)
 
     if results is not None:
-        bench.gated = results.add_gate
+        bench.gated = functools.partial(results.add, "gates")
     for group in groups(chosen):
         if time.monotonic() > deadline:
             print(f"time is up: {group[0].name} and later ones were not gated", file=sys.stderr)

@@ -174,33 +174,14 @@ class Results:
             drivers = dict.fromkeys([*data["driver"].split(", "), header["driver"]])
             self.data |= data | {"driver": ", ".join(drivers)}
 
-    def add_entry(self, entry: Json) -> None:
-        """A microbenchmark of one case and implementation."""
-        self._put("entries", entry)
-
-    def add_gate(self, case: Any, impl: str, passed: bool) -> None:
-        """Whether an implementation may be timed on a case (:class:`bench.cases.Case`)."""
-        self._put("gates", {"case": case.name, "impl": impl, "passed": passed})
-
-    def add_sampler(self, entry: Json) -> None:
-        """A run of the sampler."""
-        self._put("sampler", entry)
-
-    def add_stage(self, stage: Json) -> None:
-        """Outcome of a stage of ``make gpu``."""
-        self._put("stages", stage)
-
-    def add_peaks(self, peaks: Json) -> None:
-        """A ceiling of the machine."""
-        self._put("peaks", peaks)
+    def add(self, name: str, entry: Json) -> None:
+        """Put an entry into a list of :data:`KEYS`: a microbenchmark, a gate's verdict, a run, a stage, a ceiling."""
+        self.data[name] = _joined(self.data[name], [entry], KEYS[name])
+        self._write()
 
     def add_absent(self, peers: Mapping[str, str]) -> None:
         """Peers that are not there, with the reason."""
         self.data["absent"] |= peers
-        self._write()
-
-    def _put(self, name: str, entry: Json) -> None:
-        self.data[name] = _joined(self.data[name], [entry], KEYS[name])
         self._write()
 
     def _write(self) -> None:

@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line(entry), flush=True)
             # A self-check that took the GPU is remembered: started again, the run goes on without that kernel.
             if results is not None and not (bench.lost and entry["note"].startswith(NOT_RUN)):
-                results.add_sampler(entry)
+                results.add("sampler", entry)
             if bench.lost:
                 print(f"STOPPED: the GPU of this process is lost in {run.name}: {bench.lost}", file=sys.stderr)
                 return LOST

@@ -1,7 +1,7 @@
 """Attention with specialized warps (Gluon, Hopper) as an implementation of its own, ``"gluon"``.
 
-The launch table says which of Triton's two kernels runs. Here it is told to take one of them for a while, so that both
-are checked and timed in one run, whatever is committed: ``"gluon"`` is the specialized one, ``"triton"`` the plain one.
+The launch table says which of Triton's two kernels runs. Here launches are passed a configuration that says it, so that
+both are checked and timed in one run, whatever is committed: ``"gluon"`` is the specialized one, ``"triton"`` plain.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from bench.cases import STEM
 from happyhorse_fast.fast.state import FastState
-from happyhorse_fast.kernels.launch import SPECIALIZED_ON, LaunchConfig, table
+from happyhorse_fast.kernels.launch import SPECIALIZED_ON, LaunchConfig, config_for, launched_with, table
 from happyhorse_fast.ops.runtime.dispatch import STEMS, attention_is_specialized
 
 GLUON, FORM = "gluon", "_specialized"
@@ -45,24 +46,15 @@ def attention_kernel(state: FastState, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def running(impl: str) -> Iterator[str]:
-    """The backend of an implementation, with the launch table that it needs while inside; ``"auto"`` takes it as is."""
+    """The backend of an implementation, whose kernel runs inside; another backend, ``"auto"`` included, is as it is."""
     if impl not in (GLUON, "triton"):
         yield impl
         return
-    entries = [
-        entry
-        for variant, archs in table(STEMS[STEM]).items()
-        for arch, entry in archs.items()
-        if arch in table(STEMS[STEM]).get(f"{variant}{FORM}", {})
-    ]
-    before = [entry.get("specialized") for entry in entries]
-    try:
-        for entry in entries:
-            entry["specialized"] = impl == GLUON
+    stem = STEMS[STEM]
+    both = [name for name in table(stem) if str(SPECIALIZED_ON) in table(stem).get(f"{name}{FORM}", {})]
+    passed = {
+        (name, SPECIALIZED_ON): replace(config_for(stem, name, SPECIALIZED_ON), specialized=impl == GLUON)
+        for name in both
+    }
+    with launched_with(stem, passed):
         yield "triton"
-    finally:
-        for entry, value in zip(entries, before, strict=True):
-            if value is None:
-                del entry["specialized"]
-            else:
-                entry["specialized"] = value

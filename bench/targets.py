@@ -17,9 +17,10 @@ from bench.cases import DROP_IN, STEM
 from bench.inputs import BOUNDED, FOUND, RUNNING
 from bench.report.data import ceilings, form_of, load, measured_ceilings, share_of, steps_timed
 from bench.report.predictions import PREDICTIONS, SIZE, Prediction
-from bench.report.tables import Table, clip_table, ops_table, shown
+from bench.report.tables import clip_table, ops_table
 from bench.results import FOLDER, NOT_INTERLEAVED, Json, comparable, ratio, read
 from bench.sampler_runs import BASE, EXACT, SECOND_STAGE
+from bench.table import Table
 
 ATTENTION = ("window", "25%")
 GOALS = (
@@ -268,7 +269,7 @@ def tables(data: Json) -> list[Table]:
 
 def text(data: Json, markdown: bool = False) -> str:
     """One GPU's tables."""
-    return "\n\n".join(table.markdown() if markdown else shown(table) for table in tables(data))
+    return "\n\n".join(table.markdown() if markdown else table.text() for table in tables(data))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

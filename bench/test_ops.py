@@ -15,7 +15,7 @@ from bench.conftest import BENCH, ENTRIES
 from bench.measure import comparison
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Recorded
-from bench.peers.torch import all_peers, split
+from bench.peers.registry import all_peers, split
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = os.environ.get("BENCH_SCOPE") or ("main" if DEVICE.type == "cuda" else "small")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -33,7 +32,7 @@ from bench.measure.lost import LOST, lost
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
 from bench.specialized import impl_of
 from happyhorse_fast.files import replacing
-from happyhorse_fast.kernels.launch import LaunchConfig, illegal, shared_memory_bytes, table
+from happyhorse_fast.kernels.launch import LaunchConfig, illegal, launched_with, shared_memory_bytes, table
 
 CONFIGS = bootstrap.ROOT / "kernels" / "configs"
 # A candidate must be faster than the best one by more than two runs of the same configuration differ.
@@ -127,32 +126,18 @@ def _shared(target: Target, config: LaunchConfig) -> int:
     return shared_memory_bytes(config, element)
 
 
-@contextlib.contextmanager
-def using(target: Target, arch: int, config: LaunchConfig) -> Iterator[None]:
-    """Launch a variant with another configuration than the committed one while inside."""
-    entries = table(target.stem)[target.variant]
-    before = entries.get(str(arch))
-    entries[str(arch)] = dataclasses.asdict(config)
-    try:
-        yield
-    finally:
-        if before is None:
-            del entries[str(arch)]
-        else:
-            entries[str(arch)] = before
-
-
 def prepare(target: Target, arch: int, config: LaunchConfig, stopwatch: Stopwatch, *, dry: bool) -> Prepared | str:
     """A configuration that is ready to take turns, or why it does not count."""
     device = stopwatch.device
     impl = impl_of(config)
+    passed = {(target.variant, arch): config}
 
     def launch(given: Given) -> None:
-        with using(target, arch, config):
+        with launched_with(target.stem, passed):
             call(target.case, given, impl)
 
     try:
-        with using(target, arch, config):
+        with launched_with(target.stem, passed):
             found = problems(target.case, make(target.case, device), impl)
         if found:
             return f"gate: {found[0]}"

@@ -6,10 +6,14 @@ tuned in the user's process.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 ROW_TILE = 128
 """Most rows in one entry of ``row_tiles``."""
@@ -106,8 +110,26 @@ def table(stem: str) -> dict[str, dict[str, dict[str, object]]]:
     return loaded
 
 
+_PASSED: ContextVar[Mapping[tuple[str, str, int], LaunchConfig]] = ContextVar("passed", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def launched_with(stem: str, configs: Mapping[tuple[str, int], LaunchConfig]) -> Iterator[None]:
+    """Pass configurations to the launches made inside, by this thread; what is committed stays as it is.
+
+    Args:
+        stem: File stem of the kernel.
+        configs: In the place of the table's entry of a (variant, architecture). Nested calls add up.
+    """
+    entered = _PASSED.set({**_PASSED.get(), **{(stem, *entry): config for entry, config in configs.items()}})
+    try:
+        yield
+    finally:
+        _PASSED.reset(entered)
+
+
 def config_for(stem: str, variant: str, arch: int) -> LaunchConfig:
-    """The committed configuration of a kernel.
+    """The configuration of a kernel: the committed one, or what :func:`launched_with` passes.
 
     Args:
         stem: File stem of the kernel.
@@ -125,4 +147,6 @@ def config_for(stem: str, variant: str, arch: int) -> LaunchConfig:
         raise LookupError(
             f"{stem} {variant!r} has no configuration for sm_{arch}; there are {sorted(variants[variant])}"
         )
-    return LaunchConfig(**variants[variant][str(max(candidates))])  # type: ignore[arg-type]
+    nearest = max(candidates)
+    passed = _PASSED.get().get((stem, variant, nearest))
+    return passed or LaunchConfig(**variants[variant][str(nearest)])  # type: ignore[arg-type]

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.aot.gates import Row, not_compiled, problems
+from bench.bootstrap import ROOT
+from bench.processes import CommandFailed, compiling, json_lines
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "AOT.md"
 SHARDS = 3
 """Per version: a new process every few minutes, because the compiler's memory grows."""
@@ -54,11 +52,6 @@ class Shard:
     folder: Path | None
     number: int
 
-    def environment(self) -> dict[str, str]:
-        """Without the interpreter, and with the version's folder before the installed one."""
-        kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-        return kept | ({"PYTHONPATH": str(self.folder)} if self.folder else {})
-
 
 class Compiles:
     """The compiles of one run, and what came of them."""
@@ -71,37 +64,23 @@ class Compiles:
 
     def run(self, shard: Shard) -> None:
         """Compile a shard in a process of its own; a line per kernel."""
-        command = [sys.executable, "-m", "bench.aot.compile", "--shard", f"{shard.number}/{SHARDS}"]
-        # A compiler that fails prints more than a pipe holds, which nobody empties meanwhile.
-        with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen(
-                [*command, "--only", self.only],
-                cwd=ROOT,
-                env=shard.environment(),
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-            self._read(process)
-            if process.wait():
-                errors.seek(0)
-                text = errors.read()[-2000:]
-                self.failures.append(f"compiling shard {shard} ended with {process.returncode}:\n{text}")
+        options = ("--shard", f"{shard.number}/{SHARDS}", "--only", self.only)
+        try:
+            for data in json_lines([sys.executable, "-m", "bench.aot.compile", *options], compiling(shard.folder)):
+                self._take(data)
+        except CommandFailed as error:
+            self.failures.append(f"compiling {shard}: {error}")
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        """Take a line per kernel from a shard's process."""
-        assert process.stdout is not None
-        for line in process.stdout:
-            data = json.loads(line)
-            if "kernels" in data:
-                self.expected += data["kernels"]
-            elif "failure" in data:
-                self.failures.append(data["failure"])
-                self.console.print(data["failure"], style="red", highlight=False)
-            else:
-                self.rows.append(row := Row(**data))
-                place = f"{len(self.rows)}/{self.expected}"
-                self.console.print(f"{place} {row.triton} {row.name}: {row.summary} ({row.seconds} s)", highlight=False)
+    def _take(self, data: dict[str, Any]) -> None:
+        if "kernels" in data:
+            self.expected += data["kernels"]
+        elif "failure" in data:
+            self.failures.append(data["failure"])
+            self.console.print(data["failure"], style="red", highlight=False)
+        else:
+            self.rows.append(row := Row(**data))
+            place = f"{len(self.rows)}/{self.expected}"
+            self.console.print(f"{place} {row.triton} {row.name}: {row.summary} ({row.seconds} s)", highlight=False)
 
 
 def key_of(version: str) -> tuple[int, ...]:

@@ -156,7 +156,7 @@ def run_stage(stage: Stage, context: Context, results: Results, seconds: float) 
     for partial in results.path.parent.glob("*.partial"):  # of a write that was cut
         partial.unlink()
     fresh = Results(results.path, results.header)  # stages wrote into the file meanwhile
-    fresh.add_stage({"name": stage.name, "passed": passed, "seconds": round(took, 1), "outcome": "; ".join(said)})
+    fresh.add("stages", {"name": stage.name, "passed": passed, "seconds": round(took, 1), "outcome": "; ".join(said)})
     return passed
 
 

@@ -20,7 +20,7 @@ from bench.measure import gates, roofline
 from bench.measure.conditions import Monitor
 from bench.measure.lost import lost
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch, Timing
-from bench.peers.torch import Inputs, Peer
+from bench.peers.peer import Inputs, Peer
 from bench.results import Json
 from bench.specialized import GLUON
 from happyhorse_fast.ops.runtime.formats import VARIANTS
@@ -55,7 +55,7 @@ class Bench:
         known: What the result file holds; the ceilings in it are not measured again.
         keep: What else of it is taken over: ``"none"``, ``"gates"``, or with them the comparisons, ``"all"``.
         monitor: Samples the GPU's state.
-        gated: Called with (case, implementation, whether its gate is green).
+        gated: Called with each gate's verdict, an entry of a result file.
     """
 
     device: torch.device
@@ -67,7 +67,7 @@ class Bench:
     known: Json = field(default_factory=dict)
     keep: str = "none"
     monitor: Monitor | None = None
-    gated: Callable[[Case, str, bool], None] | None = None
+    gated: Write | None = None
 
     def __post_init__(self) -> None:
         self.stopwatch = Stopwatch(self.device)
@@ -278,7 +278,7 @@ class Bench:
     def _verdict(self, case: Case, impl: str, passed: bool) -> None:
         self._gates[case.name, impl] = passed
         if self.gated is not None:
-            self.gated(case, impl, passed)
+            self.gated({"case": case.name, "impl": impl, "passed": passed})
 
 
 def groups(chosen: Iterable[Case]) -> list[Group]:

@@ -147,17 +147,6 @@ class Stopwatch:
             size = CPU_FLUSH_BYTES
         self._flush = torch.zeros(size // 4, dtype=torch.int32, device=device)
 
-    def time(self, calls: Sequence[Call], *, seconds: float = 0.5, graph: bool = True) -> Timing:
-        """Time one contestant alone, as it finds the chip: comparable with nothing.
-
-        Args:
-            calls: As for :meth:`prepare`.
-            seconds: About how long to repeat; at least 5 calls. 0 on a CPU: one call, not warmed up.
-            graph: As for :meth:`prepare`.
-        """
-        prepared = self.prepare(calls, dry=not seconds, graph=graph)
-        return self.interleave({"": prepared}, seconds=seconds, warm=0.0).timings[""]
-
     def prepare(self, calls: Sequence[Call], *, dry: bool = False, graph: bool = True) -> Prepared:
         """Run a contestant's calls once, which compiles and fills the allocator's cache, and see how long one takes.
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.cases import Case, padded_rows
+from bench.cases import Case, padded_rows, token_ranges
 from bench.inputs import Given
 from happyhorse_fast.eager.attention import fused_attention
 from happyhorse_fast.eager.qkv import rms_norm
-from happyhorse_fast.eager.sequence import dense_ranges, local_ranges
 from happyhorse_fast.ops.linear.contract import ACTIVATIONS
 from happyhorse_fast.ops.qkv.reference import epilogue
 from happyhorse_fast.ops.runtime.row_tiles import joined
@@ -83,8 +82,7 @@ def _attention(case: Case, given: Given, built: Callable[..., Callable[..., obje
     """As the eager model: one fused call over the keys of every run of queries, without padding."""
     if case.keep is not None:
         raise LookupError("eager PyTorch has no attention over chosen blocks")
-    grid = case.size.grid
-    ranges = local_ranges(grid, case.size.config.frame_receptive_field) if case.part == "window" else dense_ranges(grid)
+    ranges = token_ranges(case.size, case.part == "window")
     rows = padded_rows(case.size).token_rows(given["q"].device)
     q, k, v, gate = (given[name][rows] for name in ("q", "k", "v", "gate"))
     function = built(lambda: fused_attention(q, k, v, ranges) * gate[..., None])

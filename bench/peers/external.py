@@ -5,24 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.cases import Case, padded_rows
-from bench.peers.torch import ATTENTION, DENSE, NORM, Function, Inputs, Peer, missing, needs_gpu
+from bench.cases import Case, padded_rows, token_ranges
+from bench.peers.peer import ATTENTION, NORM, WITHOUT_GATE, Function, Inputs, Peer
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.eager.qkv import EPS
-from happyhorse_fast.eager.sequence import dense_ranges, local_ranges
 
 
 class DenseAttention(Peer):
     """A peer that attends densely, without the gate."""
 
-    ops = DENSE
-    module: str
-
-    def available(self, device: torch.device) -> str | None:
-        return needs_gpu(device) or missing(self.module)
-
-    def fits(self, case: Case) -> bool:
-        return super().fits(case) and case.part == "dense"
+    ops, parts = WITHOUT_GATE, ("dense",)
 
 
 class FlashAttention3(DenseAttention):
@@ -37,13 +29,10 @@ class FlashAttention3(DenseAttention):
         return lambda: flash_attn_func(q, k, v, softmax_scale=inputs.bf16["scale"], causal=False)
 
 
-class FlashAttention3Fp8(DenseAttention):
+class FlashAttention3Fp8(FlashAttention3):
     """The same on e4m3 codes, with one descale per batch entry and key/value head."""
 
-    name, module = "FlashAttention-3 fp8 (no gate)", "flash_attn_interface"
-
-    def fits(self, case: Case) -> bool:
-        return super().fits(case) and case.precision == "fp8"
+    name, precisions = "FlashAttention-3 fp8 (no gate)", ("fp8",)
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         from flash_attn_interface import flash_attn_func
@@ -59,14 +48,8 @@ class CudnnFp8(DenseAttention):
     torch has no call of it; nvidia-cudnn-frontend does, and is no part of a torch installation.
     """
 
-    name, module = "cuDNN fp8 (no gate)", "cudnn"
-
-    def available(self, device: torch.device) -> str | None:
-        reason = super().available(device)
-        return reason and reason.replace("cudnn is", "nvidia-cudnn-frontend is")
-
-    def fits(self, case: Case) -> bool:
-        return super().fits(case) and case.precision == "fp8"
+    name, precisions = "cuDNN fp8 (no gate)", ("fp8",)
+    module, package = "cudnn", "nvidia-cudnn-frontend"
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         import cudnn
@@ -128,11 +111,8 @@ class FlashInferBlocks(Peer):
     """A peer on the map's blocks, of which partial ones count as full."""
 
     ops = ATTENTION
-    slow = True
+    module, slow = "flashinfer", True
     WORKSPACE = 128 << 20  # what its documentation recommends
-
-    def available(self, device: torch.device) -> str | None:
-        return needs_gpu(device) or missing("flashinfer")
 
     def workspace(self, inputs: Inputs) -> Tensor:
         """The buffer that a wrapper is made with."""
@@ -147,10 +127,7 @@ class FlashInferBlocks(Peer):
 class FlashInferSparse(FlashInferBlocks):
     """flashinfer's block-sparse wrapper: one map for all heads; q [N, Hq, D], k and v [M, Hkv, D]."""
 
-    name = "flashinfer block-sparse bf16 (partial blocks as full, no gate)"
-
-    def fits(self, case: Case) -> bool:
-        return super().fits(case) and case.part == "window"
+    name, parts = "flashinfer block-sparse bf16 (partial blocks as full, no gate)", ("window",)
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         import flashinfer
@@ -174,10 +151,7 @@ class FlashInferSparse(FlashInferBlocks):
 class FlashInferVariable(FlashInferBlocks):
     """flashinfer's variable block-sparse wrapper: a map per key/value head; q [Hq, N, D], k and v [Hkv, M, D]."""
 
-    name = "flashinfer variable block-sparse bf16 (no gate)"
-
-    def fits(self, case: Case) -> bool:
-        return super().fits(case) and case.keep is not None
+    name, parts = "flashinfer variable block-sparse bf16 (no gate)", ("25%", "12.5%")
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         import flashinfer
@@ -208,22 +182,14 @@ class SageAttention(DenseAttention):
 class MagiAttention(Peer):
     """MagiAttention's flexible flash attention over token ranges, what the public model runs; without the gate."""
 
-    name = "MagiAttention bf16 (no gate)"
-    ops = ATTENTION
+    name, module = "MagiAttention bf16 (no gate)", "magi_attention"
+    ops, parts = ATTENTION, ("window", "dense")
     slow = True  # compiles its kernels with nvcc
-
-    def available(self, device: torch.device) -> str | None:
-        return needs_gpu(device) or missing("magi_attention")
-
-    def fits(self, case: Case) -> bool:
-        return super().fits(case) and case.keep is None
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         from magi_attention.api import flex_flash_attn_func
 
-        grid, config = case.size.grid, case.size.config
-        ranges = local_ranges(grid, config.frame_receptive_field) if case.part == "window" else dense_ranges(grid)
-        table = torch.tensor(ranges, dtype=torch.int32, device=inputs.device)
+        table = torch.tensor(token_ranges(case.size, case.part == "window"), dtype=torch.int32, device=inputs.device)
         rows = padded_rows(case.size).token_rows(inputs.device)
         q, k, v = (inputs.bf16[name][rows] for name in "qkv")
         q_ranges, k_ranges = table[:, :2].contiguous(), table[:, 2:].contiguous()
@@ -234,12 +200,9 @@ class MagiAttention(Peer):
 class Quack(Peer):
     """quack's RMSNorm, float32 in and bf16 out as ours, without the e4m3 codes."""
 
-    name = "quack rmsnorm (no quantisation)"
+    name, module = "quack rmsnorm (no quantisation)", "quack"
     ops = NORM
     slow = True
-
-    def available(self, device: torch.device) -> str | None:
-        return needs_gpu(device) or missing("quack")
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         from quack import rmsnorm
@@ -251,11 +214,8 @@ class Quack(Peer):
 class Liger(Peer):
     """Liger's RMSNorm, without the e4m3 codes. It writes what it reads: on a bf16 copy it moves 4 bytes of our 6."""
 
-    name = "liger-kernel rmsnorm (bf16 stream, no quantisation)"
+    name, module = "liger-kernel rmsnorm (bf16 stream, no quantisation)", "liger_kernel"
     ops = NORM
-
-    def available(self, device: torch.device) -> str | None:
-        return needs_gpu(device) or missing("liger_kernel")
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         from liger_kernel.transformers.rms_norm import LigerRMSNorm
@@ -271,17 +231,3 @@ class Liger(Peer):
         with torch.no_grad():
             module.weight.copy_(weight)
         return run
-
-
-PEERS: tuple[Peer, ...] = (
-    FlashAttention3(),
-    FlashAttention3Fp8(),
-    CudnnFp8(),
-    FlashInferDense(),
-    FlashInferSparse(),
-    FlashInferVariable(),
-    SageAttention(),
-    MagiAttention(),
-    Quack(),
-    Liger(),
-)

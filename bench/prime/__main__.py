@@ -11,38 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from bench.bootstrap import PRIMED_VARIABLE
 from bench.prime import file as primed
-from bench.results import ROOT
+from bench.processes import CommandFailed, compiling, json_lines
 
 KERNELS_EACH = 30
 """Of one process: the compiler's memory grows."""
-
-
-def environment(triton: Path | None, cache: Path) -> dict[str, str]:
-    """Kernels compiled, by a version's folder before the installed one, only what a launch needs into a cache."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    kept |= {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1", PRIMED_VARIABLE: "1"}
-    return kept | ({"PYTHONPATH": str(triton.resolve())} if triton else {})
-
-
-def lines(command: Sequence[str], env: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """A command's output, objects of JSON; its errors go where ours go."""
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    yield from map(json.loads, process.stdout)
-    if process.wait() not in (0, 1):  # a signal's: what is missing is counted, and said
-        print(f"{' '.join(command[:4])} ended with {process.returncode}", file=sys.stderr, flush=True)
 
 
 def prime(arch: int, triton: Path | None, jobs: int, key: Sequence[str], cache: Path, only: str = "") -> dict[str, Any]:
@@ -57,11 +39,13 @@ def prime(arch: int, triton: Path | None, jobs: int, key: Sequence[str], cache: 
         only: Regular expression over the names of `bench.prime.launches`' sources.
 
     Raises:
-        RuntimeError: Nothing is launched.
+        RuntimeError: Nothing is launched, or what looks for launches failed.
     """
-    env, architecture = environment(triton, cache), ("--arch", str(arch))
+    # Of what a launch needs nothing but the binary is kept.
+    for_cache = {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1", PRIMED_VARIABLE: "1"}
+    env, architecture = compiling(triton) | for_cache, ("--arch", str(arch))
     began = time.monotonic()
-    found = list(lines([sys.executable, "-m", "bench.prime.launches", *architecture, "--only", only], env))
+    found = list(json_lines([sys.executable, "-m", "bench.prime.launches", *architecture, "--only", only], env))
     if not found:
         raise RuntimeError(f"bench.prime.launches found nothing that sm_{arch} launches with {only!r} in its name")
     print(f"{len(found)} kernels to compile for sm_{arch} ({time.monotonic() - began:.0f} s)", flush=True)
@@ -70,20 +54,27 @@ def prime(arch: int, triton: Path | None, jobs: int, key: Sequence[str], cache: 
         launches, shards = Path(folder) / "launches.jsonl", -(-len(found) // KERNELS_EACH)
         launches.write_text("".join(json.dumps(kernel) + "\n" for kernel in found))
 
+        def took(said: dict[str, Any]) -> bool:
+            """Note a line of a shard's; whether it is of a kernel."""
+            if "key" in said:
+                done.update(said)
+                return False
+            done["new"] += said.get("new", False)
+            what = f"{said['kernel']} of {said['source']}"
+            if "failure" in said:
+                done["failures"].append(f"{what} does not compile: {said['failure']}")
+            state = said.get("failure") or ("compiled" if said["new"] else "was there")
+            print(f"{what}: {state} ({said['seconds']} s)", flush=True)
+            return True
+
         def shard(number: int) -> None:
             options = (str(launches), *architecture, "--shard", f"{number}/{shards}", *key)
             missing = len(found[number::shards])
-            for said in lines([sys.executable, "-m", "bench.prime.compile", *options], env):
-                if "key" in said:
-                    done.update(said)
-                    continue
-                missing -= 1
-                done["new"] += said.get("new", False)
-                what = f"{said['kernel']} of {said['source']}"
-                if "failure" in said:
-                    done["failures"].append(f"{what} does not compile: {said['failure']}")
-                state = said.get("failure") or ("compiled" if said["new"] else "was there")
-                print(f"{what}: {state} ({said['seconds']} s)", flush=True)
+            try:
+                for said in json_lines([sys.executable, "-m", "bench.prime.compile", *options], env):
+                    missing -= took(said)
+            except CommandFailed as error:
+                done["failures"].append(str(error))
             if missing:
                 done["failures"].append(f"shard {number} of {shards} ended {missing} kernels early")
 

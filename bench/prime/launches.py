@@ -44,7 +44,7 @@ from happyhorse_fast.tokens import tokens_for
 SCOPES = ("tiny", "small", "main")
 """Sizes of benchmark cases that a GPU run meets."""
 TESTS = ("configs", "model", "large")
-"""Of tests/test_gpu_*.py; what test_gpu_ops.py launches are benchmark cases."""
+"""Of tests/gpu/test_gpu_*.py; what test_gpu_ops.py launches are benchmark cases."""
 BOUND = AttentionBound(50.0, 50.0)
 """Of a sampler's layers, whose weights are drawn: the norms of theirs bound scores by 60 powers of two at most."""
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -142,7 +142,7 @@ def run_tests(name: str) -> None:
     Raises:
         RuntimeError: pytest could not run them.
     """
-    file = str(bootstrap.ROOT / "tests" / f"test_gpu_{name}.py")
+    file = str(bootstrap.ROOT / "tests" / "gpu" / f"test_gpu_{name}.py")
     options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", "-q", "-x", "--tb=short", "--benchmark-disable")
     stdout, sys.stdout = sys.stdout, sys.stderr
     try:

@@ -1,6 +1,6 @@
-"""``make report``: one HTML page, its pictures, and generated sections of READMEs and notes, from committed results.
+"""``make report``: one HTML page, its pictures, and generated sections of READMEs, notes and kernels' pages.
 
-python -m bench.report              # docs/report/, then README, examples/pony/README and docs/notes/hopper.md
+python -m bench.report              # docs/report/, then README, examples/pony/README, and docs/{DESIGN,notes,kernels}
 python -m bench.report --readme     # the sections alone
 """
 
@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 from bench import targets
+from bench.report import dataflow, kernel_tables, pony, preferences, tables
 from bench.report import figures as report_figures
-from bench.report import pony, preferences, tables
 from bench.report.data import Report, load, verified
 from bench.results import ROOT
 
@@ -23,6 +23,7 @@ PAGE = "index.html"
 README = ROOT / "README.md"
 PONY_README = ROOT / "examples" / "pony" / "README.md"
 NOTES = ROOT / "docs" / "notes" / "hopper.md"
+DESIGN = ROOT / "docs" / "DESIGN.md"
 OUT = ROOT / "docs" / "report"
 BEGIN, END = "<!-- generated: python -m bench.report --readme -->", "<!-- end of generated -->"
 # Name of a picture -> what it shows and how to read it.
@@ -139,7 +140,9 @@ def notes_section(report: Report) -> str:
 
 def sections(report: Report) -> dict[Path, str]:
     """What stands between the markers of each file."""
-    return {README: readme_section(report), PONY_README: pony.own_section(report), NOTES: notes_section(report)}
+    pages = {kernel_tables.page(stem): kernel_tables.section(report, stem) for stem in kernel_tables.OPS}
+    own = {README: readme_section(report), PONY_README: pony.own_section(report), NOTES: notes_section(report)}
+    return own | pages | {DESIGN: dataflow.table().markdown()}
 
 
 def with_section(readme: str, section: str) -> str:

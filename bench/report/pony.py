@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from bench.report.data import Report
 from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, VIOLET, blank_figure, clean
-from bench.report.tables import Table
 from bench.results import Json
+from bench.table import Table
 from happyhorse_fast.cli import fidelity_tables
 from happyhorse_fast.verify.activations import MODALITIES, TENSORS
 from happyhorse_fast.verify.fidelity import EAGER

@@ -1,9 +1,7 @@
-"""The report's tables as plain rows, and the Markdown and HTML they become."""
+"""The report's tables as plain rows."""
 
 from __future__ import annotations
 
-import html
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,59 +22,11 @@ from bench.report.data import (
 )
 from bench.results import Json
 from bench.sampler_runs import SECOND_STAGE
+from bench.table import Table
 from happyhorse_fast.costs import CARDS, CONTEXT_BYTES
 
 FORM_ORDER = ("eager bf16", "fast bf16", "fast int8", "fast fp8", "fast fp8 + sparsity")
-MOST_AT_RIGHT = 24
-"""Characters of a column's longest cell past which it is text and stands at the left."""
 NO_GPU = "No results of a GPU are committed yet, so there is no measured speed here."
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        title: What it holds, units included.
-        columns: Headers.
-        rows: Cells, as text.
-        note: What a reader must know to read it right.
-        marks: Rows to draw attention to, by their place.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    marks: frozenset[int] = frozenset()
-
-    @property
-    def at_left(self) -> tuple[bool, ...]:
-        """Of each column, whether it is read as text: the first, and those with a long cell."""
-        cells = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
-        long = [max(map(len, column), default=0) > MOST_AT_RIGHT for column in cells]
-        return (True, *long[1:])
-
-    def markdown(self) -> str:
-        """GitHub's dialect; text at the left, numbers at the right."""
-        lines = [f"**{self.title}**", "", f"| {' | '.join(self.columns)} |"]
-        lines.append("|" + "".join("---|" if left else "---:|" for left in self.at_left))
-        lines += [f"| {' | '.join(row)} |" for row in self.rows]
-        return "\n".join([*lines, *(["", self.note] if self.note else [])])
-
-    def html(self) -> str:
-        """A table element with its title and note; marked rows have the class ``mark``."""
-        kind = ["", *(" class=text" if left else "" for left in self.at_left[1:])]  # the page has the first at the left
-        head = "".join(f"<th{of}>{html.escape(column)}</th>" for of, column in zip(kind, self.columns, strict=True))
-        body = "".join(
-            f"<tr{' class=mark' if place in self.marks else ''}>"
-            + "".join(f"<td{of}>{html.escape(cell)}</td>" for of, cell in zip(kind, row, strict=True))
-            + "</tr>"
-            for place, row in enumerate(self.rows)
-        )
-        note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
-        title = f"<h3>{html.escape(self.title)}</h3>"
-        return f"{title}<div class=scroll><table><tr>{head}</tr>{body}</table></div>{note}"
 
 
 def memory_table(data: Json) -> Table:
@@ -205,14 +155,6 @@ def _pairs(cells: list[str]) -> list[str]:
         first = rest.pop(0)
         joined.append(f"{first} / {rest.pop(0)}" if first else "")
     return joined
-
-
-def shown(table: Table) -> str:
-    """A table for a terminal: its title, aligned columns, its note."""
-    widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
-    padded = (zip(row, widths, strict=True) for row in (table.columns, *table.rows))
-    lines = ["  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in padded]
-    return "\n".join([table.title, *lines, *([table.note] if table.note else [])])
 
 
 def _ceilings_note(data: Json) -> str:

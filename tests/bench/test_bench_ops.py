@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -19,10 +20,11 @@ from bench.measure import comparison, gates
 from bench.measure.comparison import Bench, groups, implementations
 from bench.measure.conditions import Monitor
 from bench.peers import eager
-from bench.peers.torch import Eager, all_peers, split
+from bench.peers.registry import all_peers, split
+from bench.peers.torch import Eager
 from bench.results import Results, comparable, describe_machine, ratio, read
 from bench.specialized import GLUON, running
-from happyhorse_fast.kernels.launch import table
+from happyhorse_fast.kernels.launch import config_for, table
 
 TINY = cases("tiny")
 
@@ -239,18 +241,23 @@ def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
 
 
 def test_specialized_warps_are_an_implementation_of_their_own_whatever_the_table_says():
-    before = json.dumps(table("attention"))
+    before, seen = json.dumps(table("attention")), []
     with running(GLUON) as backend:
-        inside = table("attention")
         assert backend == "triton"
-        assert inside["bf16_d128"]["90"]["specialized"] and not inside["bf16_d128"]["80"].get("specialized")
-        assert not inside["bf16_d128_strided"]["90"].get("specialized")
-    with running("triton"):
-        assert not any(
-            entry.get("specialized") for entry in (table("attention")[f"{f}_d128"]["90"] for f in ("bf16", "fp8"))
-        )
+        assert config_for("attention", "bf16_d128", 90).specialized
+        assert not config_for("attention", "bf16_d128", 80).specialized
+        assert not config_for("attention", "bf16_d128_strided", 90).specialized
+        with running("triton"):
+            assert not any(config_for("attention", f"{f}_d128", 90).specialized for f in ("bf16", "fp8"))
+        assert config_for("attention", "bf16_d128", 90).specialized
+        elsewhere = threading.Thread(target=lambda: seen.append(config_for("attention", "fp8_d64", 90).specialized))
+        elsewhere.start()
+        elsewhere.join()
+    with running("triton"), running("auto"):
+        assert not config_for("attention", "bf16_d128", 90).specialized, "what the call around it passes"
     with running("auto"):
-        assert table("attention")["bf16_d128"]["90"]["specialized"], "what is committed"
+        assert config_for("attention", "bf16_d128", 90).specialized, "what is committed"
+    assert seen == [False], "another thread launches what is committed"
     assert json.dumps(table("attention")) == before
     attention, norm = select(TINY, "window/tiny/bf16,quantize/tiny/bf16")
     assert implementations(attention, "triton", [GLUON, "cuda"]) == ["triton", GLUON, "cuda"]
@@ -276,7 +283,7 @@ def test_a_kernel_that_runs_out_of_memory_after_its_gate_ends_nothing(bench, mon
     )
 
 
-def test_every_peer_of_the_issue_is_there_or_named_as_absent():
+def test_every_peer_is_there_or_named_as_absent():
     usable, absent = split(all_peers(), CPU)
     named = " ".join([*(p.name for p in usable), *absent]).lower()
     wanted = "eager torch.compile cudnn flash efficient flex _scaled_mm torchao flashattention-3 flashinfer torch.mm"
@@ -288,9 +295,7 @@ def test_every_peer_of_the_issue_is_there_or_named_as_absent():
 
 def test_importing_the_peers_imports_none_of_them():
     modules = ["torchao", "flash_attn_interface", "flashinfer", "sageattention", "quack", "magi_attention"]
-    code = (
-        f"import sys; from bench.peers.torch import all_peers; list(all_peers()); print(sys.modules.keys() & {modules})"
-    )
+    code = f"import sys; from bench.peers.registry import all_peers; all_peers(); print(sys.modules.keys() & {modules})"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"

@@ -29,7 +29,8 @@ from bench.peers.external import (
     Quack,
     SageAttention,
 )
-from bench.peers.torch import Inputs, TorchAO
+from bench.peers.peer import Inputs
+from bench.peers.torch import TorchAO
 from happyhorse_fast.eager.qkv import rms_norm
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.cases import cases, select
 from bench.measure.roofline import fp8_product, int8_product
-from bench.peers.torch import Bf16MM, Compiled, Eager, Flex, Inputs, IntMM, ScaledMM, Sdpa
+from bench.peers.peer import Inputs
+from bench.peers.torch import Bf16MM, Compiled, Eager, Flex, IntMM, ScaledMM, Sdpa
 
 
 def test_scaled_mm_takes_the_layouts_and_scales_that_it_is_given():

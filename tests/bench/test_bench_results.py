@@ -45,9 +45,9 @@ def test_files_round_trip_entry_by_entry(tmp_path):
     path = path_for(HEADER, tmp_path)
     assert path.parent.name == "nvidia-h200" and path.name.endswith("-abc1234.json")
     results = Results(path, HEADER)
-    results.add_entry(ENTRY)
+    results.add("entries", ENTRY)
     assert read(path)["entries"] == [ENTRY], "written as it is made"
-    results.add_sampler(RUN)
+    results.add("sampler", RUN)
     results.add_absent({"quack": "quack is not installed"})
     data = read(path)
     assert {k: data[k] for k in HEADER} == HEADER
@@ -57,13 +57,13 @@ def test_files_round_trip_entry_by_entry(tmp_path):
 
 def test_a_run_that_goes_on_replaces_entries_of_the_same_name(tmp_path):
     path = tmp_path / "r.json"
-    Results(path, HEADER).add_entry(ENTRY)
+    Results(path, HEADER).add("entries", ENTRY)
     again = Results(path, HEADER)
-    again.add_entry(ENTRY | {"median_ms": 4.0})
-    again.add_entry(ENTRY | {"case": "other"})
+    again.add("entries", ENTRY | {"median_ms": 4.0})
+    again.add("entries", ENTRY | {"case": "other"})
     assert [(e["case"], e["median_ms"]) for e in read(path)["entries"]] == [(ENTRY["case"], 4.0), ("other", 4.5)]
-    again.add_sampler(RUN)
-    again.add_sampler(RUN | {"cap_gb": 24})
+    again.add("sampler", RUN)
+    again.add("sampler", RUN | {"cap_gb": 24})
     assert len(read(path)["sampler"]) == 2
 
 
@@ -71,7 +71,7 @@ def test_runs_of_two_backends_are_both_kept_and_told_apart(tmp_path):
     eager = {name: value for name, value in RUN.items() if name != "attention"} | {"mode": "eager"}
     fast = [RUN | {"backend": backend, "attention": backend} for backend in ("gluon", "triton")]
     for run in (eager, *fast, fast[1] | {"total_s": 30.0}):
-        Results(tmp_path / "r.json", HEADER).add_sampler(run)
+        Results(tmp_path / "r.json", HEADER).add("sampler", run)
     data = read(tmp_path / "r.json")
     assert [(run.get("backend"), run["total_s"]) for run in data["sampler"]] == [
         (None, 27.2),
@@ -86,7 +86,7 @@ def test_runs_of_two_backends_are_both_kept_and_told_apart(tmp_path):
 
 
 def test_another_machines_file_is_not_continued(tmp_path):
-    Results(tmp_path / "r.json", HEADER).add_entry(ENTRY)
+    Results(tmp_path / "r.json", HEADER).add("entries", ENTRY)
     with pytest.raises(ResultError, match=r"gpu is 'NVIDIA H200', this run's is 'NVIDIA A100'"):
         Results(tmp_path / "r.json", HEADER | {"gpu": "NVIDIA A100"})
 
@@ -95,10 +95,10 @@ def test_a_run_on_the_next_machine_goes_on_in_the_same_file(tmp_path):
     # Drivers of one branch, another day: one file; another branch or torch: a file of its own.
     first = path_for(HEADER, tmp_path)
     yesterday = first.with_name("2020-01-01-abc1234.json")
-    Results(yesterday, HEADER).add_entry(ENTRY)
+    Results(yesterday, HEADER).add("entries", ENTRY)
     patched = HEADER | {"driver": "580.95.05", "capability": "90"}
     assert path_for(patched, tmp_path) == yesterday
-    Results(yesterday, patched).add_entry(ENTRY | {"case": "other"})
+    Results(yesterday, patched).add("entries", ENTRY | {"case": "other"})
     data = read(yesterday)
     assert (data["driver"], data["capability"], len(data["entries"])) == ("580.95, 580.95.05", "90", 2)
     assert path_for(patched, tmp_path) == yesterday and not differences(data, HEADER)
@@ -108,9 +108,9 @@ def test_a_run_on_the_next_machine_goes_on_in_the_same_file(tmp_path):
 
 def test_a_refused_entry_leaves_the_file_as_it_was(tmp_path):
     results = Results(tmp_path / "r.json", HEADER)
-    results.add_entry(ENTRY)
+    results.add("entries", ENTRY)
     with pytest.raises(ResultError):
-        results.add_entry(ENTRY | {"case": "other", "median_ms": float("nan")})
+        results.add("entries", ENTRY | {"case": "other", "median_ms": float("nan")})
     assert read(tmp_path / "r.json")["entries"] == [ENTRY]
 
 
@@ -124,9 +124,9 @@ def test_files_from_before_there_were_spans_still_load(tmp_path):
     path.write_text(json.dumps(whole()))
     results = Results(path, HEADER)
     newer = ENTRY | {"span": "0123456789ab", "sm_mhz": 1395.0, "power_w": 699.0, "roofline_measured": 0.9}
-    results.add_entry(newer)
-    results.add_sampler(RUN | {"sm_mhz": 1395.0, "power_w": 699.0})
-    results.add_gate(cases("tiny")[0], "triton", True)
+    results.add("entries", newer)
+    results.add("sampler", RUN | {"sm_mhz": 1395.0, "power_w": 699.0})
+    results.add("gates", {"case": cases("tiny")[0].name, "impl": "triton", "passed": True})
     assert read(path)["entries"] == [newer] and read(path)["gates"][0]["passed"] is True
     with pytest.raises(ResultError, match=r"gates\[0\]: passed must be bool"):
         validate(whole(gates=[{"case": "a", "impl": "triton", "passed": "yes"}]), "here")

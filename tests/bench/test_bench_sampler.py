@@ -72,7 +72,7 @@ def test_sampler_runs_of_every_kind_are_results(tmp_path):
         assert entry["breakdown"] and "tiny model" in entry["note"]
         assert entry.get("softmax") == softmax
         assert ("quantize_rows" in entry["breakdown"]) == (run.mode == "fast int8")
-        results.add_sampler(entry)
+        results.add("sampler", entry)
     assert len(read(tmp_path / "r.json")["sampler"]) == 5
 
 
@@ -171,13 +171,13 @@ def test_runs_of_another_backend_are_not_left_out(monkeypatch, tmp_path):
     for run in sampler_runs.chosen(words):
         kept = sampler.Bench(CPU, tiny=True, backend="gluon").run(run, seconds=0.0)
         assert kept.get("backend") == ("gluon" if run.fast else None)
-        results.add_sampler(kept)
+        results.add("sampler", kept)
     assert [run.get("attention") for run in results.data["sampler"]] == [None, "reference"]
     timed = []
     monkeypatch.setattr(sampler, "open_results", lambda *_: Results(path, HEADER))
     monkeypatch.setattr(sampler.Bench, "run", lambda self, run, _: timed.append((self.backend, run.mode)) or ENTRY)
     monkeypatch.setattr(sampler, "line", lambda entry: "")
-    monkeypatch.setattr(Results, "add_sampler", lambda *_: None)
+    monkeypatch.setattr(Results, "add", lambda *_: None)
     for backend in ("gluon", "triton"):
         sampler.main(["--tiny", "--device", "cpu", "--results", str(path), "--runs", words, "--keep", "all",
                       "--backend", backend])  # fmt: skip

@@ -23,13 +23,19 @@ from bench.ops_table import summary
 CPU = torch.device("cpu")
 
 
+def alone(watch: Stopwatch, calls, *, seconds: float, graph: bool = True) -> Timing:
+    """Times of one contestant, as it finds the chip."""
+    prepared = watch.prepare(calls, dry=not seconds, graph=graph)
+    return watch.interleave({"": prepared}, seconds=seconds, warm=0.0).timings[""]
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     return install(monkeypatch, Gpu())
 
 
 def test_a_launch_that_takes_the_host_long_is_not_in_the_time(gpu):
-    taken = gpu.stopwatch().time([lambda: gpu.launch("call", 0.4, 3.0)], seconds=0.1)
+    taken = alone(gpu.stopwatch(), [lambda: gpu.launch("call", 0.4, 3.0)], seconds=0.1)
     assert taken.clock == "events"
     assert taken.times_ms == pytest.approx([3.0] * len(taken.times_ms))
 
@@ -44,16 +50,16 @@ def test_waiting_after_every_call_would_put_it_there(gpu, monkeypatch):
 def test_a_call_shorter_than_its_launch_is_captured(gpu, monkeypatch):
     # 0.4 ms of host time for 0.05 ms on the device: no queue hides that.
     call = [lambda: gpu.launch("call", 0.4, 0.05)]
-    assert gpu.stopwatch().time(call, seconds=0.1).median_ms > 0.3
+    assert alone(gpu.stopwatch(), call, seconds=0.1).median_ms > 0.3
     monkeypatch.setattr(timing, "_captured", lambda calls: [lambda: gpu.launch("replay", 0.01, 0.05)])
-    taken = gpu.stopwatch().time(call, seconds=0.1)
+    taken = alone(gpu.stopwatch(), call, seconds=0.1)
     assert taken.clock == "graph" and taken.median_ms == pytest.approx(0.05)
-    assert gpu.stopwatch().time(call, seconds=0.1, graph=False).clock == "events"
+    assert alone(gpu.stopwatch(), call, seconds=0.1, graph=False).clock == "events"
 
 
 def test_every_call_finds_the_cache_cold_and_other_inputs(gpu):
     calls = [lambda name=name: gpu.launch(name, 0.01, 3.0) for name in "ab"]
-    gpu.stopwatch().time(calls, seconds=0.1)
+    alone(gpu.stopwatch(), calls, seconds=0.1)
     counted = gpu.done[gpu.done.index("flush") :]
     for before, what in itertools.pairwise(counted):
         assert "flush" in (before, what), "two calls without a flush between them"
@@ -82,11 +88,11 @@ def test_the_flush_leaves_nothing_to_be_written_back():
 
 def test_calls_are_repeated_for_about_the_time_that_was_asked_for(gpu):
     long = [lambda: gpu.launch("call", 0.1, 500.0)]
-    assert len(gpu.stopwatch().time(long, seconds=0.3).times_ms) == FEWEST
+    assert len(alone(gpu.stopwatch(), long, seconds=0.3).times_ms) == FEWEST
     assert gpu.done.count("call") == 1 + PILOT + FEWEST
     short = [lambda: gpu.launch("call", 0.01, 2.5)]
-    assert len(gpu.stopwatch().time(short, seconds=0.1).times_ms) == pytest.approx(38, abs=2)
-    assert len(gpu.stopwatch().time(short, seconds=60).times_ms) == MOST
+    assert len(alone(gpu.stopwatch(), short, seconds=0.1).times_ms) == pytest.approx(38, abs=2)
+    assert len(alone(gpu.stopwatch(), short, seconds=60).times_ms) == MOST
 
 
 # A power limit --------------------------------------------------------------------------------------------------------
@@ -148,13 +154,13 @@ def test_who_raises_while_turns_are_taken_is_named(gpu):
 
 def test_a_stopwatch_tells_a_slow_call_from_a_fast_one():
     watch = Stopwatch(CPU)
-    fast = watch.time([lambda: None], seconds=0.01)
-    slow = watch.time([lambda: time.sleep(0.02)], seconds=0.1)
+    fast = alone(watch, [lambda: None], seconds=0.01)
+    slow = alone(watch, [lambda: time.sleep(0.02)], seconds=0.1)
     assert fast.median_ms < 20 <= slow.median_ms
     assert slow.low_ms <= slow.median_ms <= slow.high_ms
     assert len(slow.times_ms) >= FEWEST
     with pytest.raises(ValueError, match="at least one call"):
-        watch.time([])
+        alone(watch, [])
 
 
 def test_spread_is_between_tenths():

@@ -13,7 +13,7 @@ from simulated_gpu import Gpu, install
 
 from bench import tune
 from bench.measure.timing import Prepared, Stopwatch
-from happyhorse_fast.kernels.launch import LaunchConfig, illegal, table
+from happyhorse_fast.kernels.launch import LaunchConfig, config_for, illegal, launched_with, table
 
 CPU = torch.device("cpu")
 
@@ -41,8 +41,9 @@ def test_tuning_restores_the_table_and_writes_what_wins(tmp_path, monkeypatch):
     takes(monkeypatch, lambda config: 1.0 if config.num_warps == 4 else 2.0)
     best = tune.tune(target, 89, Stopwatch(CPU), 0.0, time.monotonic() + 60)
     assert best is not None and best.num_warps == 4
-    with tune.using(target, 89, best):
-        assert table(target.stem)[target.variant]["89"]["num_warps"] == 4
+    with launched_with(target.stem, {(target.variant, 89): best}):
+        assert config_for(target.stem, target.variant, 89).num_warps == 4
+    assert config_for(target.stem, target.variant, 89).num_warps != 4
     assert json.dumps(table(target.stem)) == before
     path = tune.write(tmp_path, target, 89, best)
     written, committed = json.loads(path.read_text()), json.loads((tune.CONFIGS / path.name).read_text())

@@ -176,7 +176,7 @@ def test_a_case_that_is_no_longer_run_is_still_shown(tmp_path: Path) -> None:
     ((path, data),) = found.gpu.items()
     assert gone not in targets.text(data)
     assert preferences.preferences([data | {"capability": "90"}]) == {}
-    Results(path, {name: data[name] for name in HEADER}).add_entry(ENTRY | {"case": "other/1080p-5s/bf16"})
+    Results(path, {name: data[name] for name in HEADER}).add("entries", ENTRY | {"case": "other/1080p-5s/bf16"})
     assert gone in [entry["case"] for entry in read(path)["entries"]]
 
 
