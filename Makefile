@@ -19,14 +19,17 @@ PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 SEED ?=
 DEMO_ARGS ?=
-# Kernels compile on the Triton of constraints.txt, and on this one: what torch 2.11 for CUDA 13 brings.
-AOT_TRITON := 3.6.0
+# Kernels compile on the Triton of constraints.txt, and on these: what torch 2.11 and 2.14 for CUDA 13 bring.
+AOT_TRITON ?= 3.6.0 3.8.0
+# What a GPU run has, and is primed for.
+GPU_TRITON := 3.6.0
 AOT_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-AOT_FOLDER := .aot/triton-$(AOT_TRITON)
-AOT := $(BIN)/python -m bench.aot --jobs $(JOBS) --also $(AOT_FOLDER) $(AOT_ARGS)
+AOT_FOLDERS := $(AOT_TRITON:%=.aot/triton-%)
+GPU_FOLDER := .aot/triton-$(GPU_TRITON)
+AOT := $(BIN)/python -m bench.aot --jobs $(JOBS) $(AOT_FOLDERS:%=--also %) $(AOT_ARGS)
 # One thread per worker: two workers with a thread per core each would fight over two cores.
 # `pytest`, not `python -m pytest`: the latter puts the checkout first on sys.path, and `import kernels` would then find
 # the folder of that name.
@@ -62,10 +65,10 @@ sanitize: $(STAMP) ## the host module, and CUDA kernels on the CPU, under Addres
 	  $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  $(PYTEST) -m "not slow and not gpu" -k "not planted and not opcheck" $(SANITIZED)
 
-aot: $(STAMP) $(AOT_FOLDER)/.installed ## compile every kernel for every GPU, without one, and write docs/AOT.md
+aot: $(STAMP) $(AOT_FOLDERS:%=%/.installed) ## compile every kernel for every GPU, without one, and write docs/AOT.md
 	$(AOT) --write
 
-aot-check: $(STAMP) $(AOT_FOLDER)/.installed ## compile them, and fail where docs/AOT.md differs
+aot-check: $(STAMP) $(AOT_FOLDERS:%=%/.installed) ## compile them, and fail where docs/AOT.md differs
 	$(AOT) --check
 
 bench: $(STAMP) ## microbenchmarks of the ops: on a CPU the small cases, under 3 minutes
@@ -74,9 +77,9 @@ bench: $(STAMP) ## microbenchmarks of the ops: on a CPU the small cases, under 3
 
 # The GPU's machine has this Python: a cache is of one build of Triton, and its builds differ by Python.
 GPU_PYTHON ?= 3.12
-PRIME_ARGS ?= --build $(AOT_FOLDER)-python$(GPU_PYTHON)
-prime: $(STAMP) $(AOT_FOLDER)/.installed $(AOT_FOLDER)-python$(GPU_PYTHON)/.installed ## before `make gpu`, without a GPU: compile what it launches
-	$(BIN)/python -m bench.prime --jobs $(JOBS) --triton $(AOT_FOLDER) $(PRIME_ARGS)
+PRIME_ARGS ?= --build $(GPU_FOLDER)-python$(GPU_PYTHON)
+prime: $(STAMP) $(GPU_FOLDER)/.installed $(GPU_FOLDER)-python$(GPU_PYTHON)/.installed ## before `make gpu`, without a GPU: compile what it launches
+	$(BIN)/python -m bench.prime --jobs $(JOBS) --triton $(GPU_FOLDER) $(PRIME_ARGS)
 
 # A GPU machine may have neither a network nor a place to install into: an interpreter that is named is used as it is,
 # and where there is no environment yet, so is one that has torch and pytest.
@@ -127,12 +130,12 @@ $(STAMP): $(BIN)/python pyproject.toml setup.py constraints.txt $(NATIVE)
 	@touch $@
 
 # For its library alone, which the cache's keys depend on: it runs under another Python.
-$(AOT_FOLDER)-python$(GPU_PYTHON)/.installed: $(STAMP)
+$(GPU_FOLDER)-python$(GPU_PYTHON)/.installed: $(STAMP)
 	$(BIN)/python -m pip install -q --upgrade --no-deps --only-binary :all: --python-version $(GPU_PYTHON) \
-	  --target $(AOT_FOLDER)-python$(GPU_PYTHON) triton==$(AOT_TRITON)
+	  --target $(GPU_FOLDER)-python$(GPU_PYTHON) triton==$(GPU_TRITON)
 	@touch $@
 
 # Beside the environment, because two versions do not install in one; what comes first on PYTHONPATH is imported.
-$(AOT_FOLDER)/.installed: $(STAMP)
-	$(BIN)/python -m pip install -q --upgrade --no-deps --target $(AOT_FOLDER) triton==$(AOT_TRITON)
+$(AOT_FOLDERS:%=%/.installed): .aot/triton-%/.installed: $(STAMP)
+	$(BIN)/python -m pip install -q --upgrade --no-deps --target .aot/triton-$* triton==$*
 	@touch $@

@@ -1,8 +1,8 @@
 """Compile every launch of the committed tables without a GPU, hold the gates, and write or check docs/AOT.md.
 
-python -m bench.aot --also .aot/triton-3.6.0 --write    what `make aot` runs
-python -m bench.aot --also .aot/triton-3.6.0 --check    what `make aot-check` runs
-python -m bench.aot --only "sm_90 fp8_linear fp8"       some cases, printed alone
+python -m bench.aot --also .aot/triton-3.6.0 --also .aot/triton-3.8.0 --write    what `make aot` runs
+python -m bench.aot --also .aot/triton-3.6.0 --also .aot/triton-3.8.0 --check    what `make aot-check` runs
+python -m bench.aot --only "sm_90 fp8_linear fp8"                                some cases, printed alone
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ INTRODUCTION = """# Ahead-of-time compiles
 
 Written by `make aot`; `make aot-check`, part of `make check`, compiles again and fails where a gate fails or this page
 differs. Every launch that the tables in `kernels/configs/` allow at the 15B model's shapes, as Triton's JIT specialises
-it, compiled without a GPU by Triton {versions}. A cell with two values has them in this order.
+it, compiled without a GPU by Triton {versions}. A cell with several values has them in this order.
 
 Every kernel fits its device, and products use the tensor-core instruction of their format and no other. None has stack
 or spills but for those of `MAY_SPILL` in `bench/aot_gates.py`; on sm_90 none at all. "Traced" is a launch as
 torch.compile records it, through pointers. "Specialized" is the Gluon kernel for Hopper: its registers are those of its
-launch, of which computing groups then take 240 a thread and the loading warp 24; in bf16 each of its loops has the
-exponents of a block beside the PV of the one before. Stack and shared memory are in bytes; SHFL, STL and LDL count
-instructions in the listing, not executions. None of this says how fast a kernel is.
+launch, of which computing groups then take 240 a thread and the loading warp 24; in bf16 and with int8 q and k each of
+its loops has the exponents of a block beside the PV of the one before, and passes its turn once, behind its last
+product. Stack and shared memory are in bytes; SHFL, STL and LDL count instructions in the listing, not executions. None
+of this says how fast a kernel is. Instructions of attention's steps, with a maximum and bounded, and predictions per
+architecture: [kernels/block_sparse_attention.md](kernels/block_sparse_attention.md).
 """
 
 
@@ -138,7 +140,7 @@ def lines_of(rows: Iterable[Row], versions: list[str]) -> list[list[str]]:
 
 def document(rows: list[Row], versions: list[str]) -> str:
     """The text of docs/AOT.md."""
-    parts = [INTRODUCTION.format(versions=" and ".join(versions))]
+    parts = [INTRODUCTION.format(versions=", ".join(versions))]
     for stem in sorted({row.stem for row in rows}):
         parts += ["", f"## `{stem}`", "", f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
         parts += [f"| {' | '.join(line)} |" for line in lines_of((r for r in rows if r.stem == stem), versions)]

@@ -26,10 +26,14 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from bench import disassembly
 from bench.aot_cases import Case, cases
-from bench.aot_gates import Row
+from bench.aot_gates import EXPONENTS, GROUP_THREADS, Row
+from happyhorse_fast.kernels.hopper_barriers import TURNS
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.kernels.numerics import to_e4m3
 
+# Triton 3.8 clamps in bf16 what came of it.
+NAN_KEPT = re.compile(r"\b(?:min|max)\.(?:ftz\.)?NaN\.(?:f32|bf16)")
+NAN_LOST = re.compile(r"\b(?:min|max)\.(?:ftz\.)?(?:f32|bf16)")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 
 
@@ -74,6 +78,11 @@ class Launch:
         names = [self.kernel.arg_names[path[0]] for path in data["constant_keys"]]
         return dict(zip(names, data["constant_vals"], strict=True))
 
+    def pointers(self) -> list[str]:
+        """Names of the arguments that are pointers."""
+        signature = json.loads(self.specialised)["signature"]
+        return sorted(name for name, kind in signature.items() if str(kind).startswith("*"))
+
     def options(self) -> dict[str, Any]:
         return dict(json.loads(self.specialised)["options"])
 
@@ -117,14 +126,16 @@ def measure(driver: Driver, launch: Launch) -> Row:
         cubin.write_bytes(built.asm["cubin"])
         ((registers, stack, _),) = disassembly.usage(cubin).values()
         (opcodes,) = disassembly.opcodes(cubin).values()
-        exponents = disassembly.exponents_beside_products(cubin) if launch.case.specialized else []
+        order = specialized_order(cubin) if launch.case.specialized else {}
     case, constants, options = launch.case, launch.constants(), launch.options()
-    variant = case.variants[launch.name]
+    # A flag launches both forms, which may read in different ways.
+    form = "" if constants.get("BOUNDED", True) else " running"
+    variant = case.variants.get(f"{launch.name}{form}") or case.variants[launch.name]
     return Row(
         stem=case.stem,
         kernel=launch.name,
         variant=variant,
-        detail=case.detail,
+        detail=f"{case.detail}{', bounded' if constants.get('BOUNDED') else ''}",
         arch=case.arch,
         # An entry may ask for specialized warps: then another entry is launched, and a case of its own tells it so.
         config=asdict(replace(config_for(case.stem, variant, case.arch), specialized=case.specialized)),
@@ -140,10 +151,25 @@ def measure(driver: Driver, launch: Launch) -> Row:
         shuffles=opcodes["SHFL"],
         shared=int(built.metadata.shared),
         tensor_core={name: opcodes[name] for name in sorted(opcodes) if name.endswith("MMA")},
+        reduces=opcodes["UTMAREDG"],
+        stores=opcodes["STG"],
+        pointers=launch.pointers(),
+        nan_kept=len(NAN_KEPT.findall(built.asm["ptx"])),
+        nan_lost=len(NAN_LOST.findall(built.asm["ptx"])),
         triton=triton.__version__,
         seconds=round(time.perf_counter() - started, 1),
-        exponents=min(exponents, default=0),
+        **order,
     )
+
+
+def specialized_order(cubin: Path) -> dict[str, Any]:
+    """Fields of a Row that say in which order the specialized kernel's instructions stand."""
+    return {
+        "exponents": disassembly.exponents_beside_products(cubin),
+        "turns": [list(turn) for turn in disassembly.turns(cubin, (TURNS.value, TURNS.value + 1), GROUP_THREADS)],
+        "barriers": [list(barrier) for barrier in disassembly.named_barriers(cubin)],
+        "step": min(disassembly.steps(cubin, EXPONENTS), default=0),
+    }
 
 
 def main() -> None:

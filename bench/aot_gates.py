@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, table
 
 MOST_REGISTERS = 255
+KEEP_NAN = ("fp8_linear", "quantize_rows", "rmsnorm_qkv")
+"""Launch tables of kernels whose every minimum and maximum of float32 must keep NaN."""
+CLAMPS = re.compile("swiglu7|gelu7|fp8 out|int8 out|int8_qk out|Hadamard")
+"""In the details of those that have one."""
 MAY_SPILL = {("rmsnorm_qkv", 100), ("rmsnorm_qkv", 120), ("block_sparse_attention", 100)}
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
 EXPONENTS = 64
 """Of a thread per step of the specialized kernel: 64 x 128 by 128 threads."""
-PRODUCTS = {"bf16": ("bf16",), "fp8": ("fp8",), "fp8_qk": ("bf16", "fp8"), "none": ()}
+TURNS = 4
+"""Its two groups, each in its loop over full blocks and that over partial ones."""
+GROUP_THREADS = 256
+"""Of both."""
+RESERVED = 4
+"""Named barriers that Triton may use for itself in a kernel of three partitions."""
+PRODUCTS = {"bf16": ("bf16",), "int8": ("int8",), "fp8": ("fp8",), "int8_qk": ("bf16", "int8"), "none": ()}
 """Products of a kernel -> formats that are multiplied in it."""
-TENSOR_CORES = {90: {"bf16": "HGMMA", "fp8": "QGMMA"}, 100: {"bf16": "UTCHMMA", "fp8": "UTCQMMA"}}
-"""Instructions of the generations that have their own."""
+TENSOR_CORES = {
+    90: {"bf16": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA"},
+    100: {"bf16": "UTCHMMA", "int8": "IMMA", "fp8": "UTCQMMA"},
+}
+"""Instructions of the generations that have their own; for int8 on sm_100 Triton takes the old one before 3.8."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,15 @@ class Row:
         tensor_core: Number of each tensor-core instruction.
         triton: Version that compiled it.
         seconds: What compiling took.
-        exponents: With specialized warps, the fewest exponents beside products that are under way, in any loop.
+        exponents: With specialized warps, how many of a loop's stand beside products that are under way.
+        turns: With specialized warps, each loop's products before a group passes its turn, behind that, and passes.
+        barriers: With specialized warps, numbers of named barriers, and the threads that meet there, 0 for all.
+        step: With specialized warps, instructions of the shortest loop over blocks.
+        reduces: UTMAREDG instructions: additions by the memory.
+        stores: STG instructions.
+        pointers: Arguments that are pointers, by name.
+        nan_kept: Minima and maxima of floating numbers in its PTX that give NaN where an operand is.
+        nan_lost: Those that give the other operand.
     """
 
     stem: str
@@ -67,7 +89,15 @@ class Row:
     tensor_core: dict[str, int]
     triton: str
     seconds: float
-    exponents: int = 0
+    exponents: list[int] = field(default_factory=list)
+    turns: list[list[int]] = field(default_factory=list)
+    barriers: list[list[int]] = field(default_factory=list)
+    step: int = 0
+    reduces: int = 0
+    stores: int = 0
+    pointers: list[str] = field(default_factory=list)
+    nan_kept: int = 0
+    nan_lost: int = 0
 
     @property
     def name(self) -> str:
@@ -77,7 +107,9 @@ class Row:
     @property
     def wanted(self) -> list[str]:
         """The tensor-core instructions that it must have, and no others."""
-        names = TENSOR_CORES.get(self.arch, {"bf16": "HMMA", "fp8": "QMMA"})
+        names = TENSOR_CORES.get(self.arch, {"bf16": "HMMA", "int8": "IMMA", "fp8": "QMMA"})
+        if self.arch == 100 and tuple(map(int, self.triton.split(".")[:2])) >= (3, 8):
+            names = names | {"int8": "UTCIMMA"}
         return sorted(names[fmt] for fmt in PRODUCTS[self.products])
 
     @property
@@ -89,16 +121,19 @@ class Row:
     def summary(self) -> str:
         """Its numbers in a line."""
         spills = f", {self.spill_stores} STL" if self.spill_stores else ""
-        return f"{self.registers} registers{spills}, {self.shared} bytes shared, {self.instructions}"
+        step = f", {self.step} instructions a step" if self.step else ""
+        return f"{self.registers} registers{spills}{step}, {self.shared} bytes shared, {self.instructions}"
 
 
 def problems(row: Row) -> list[str]:
     """Gates that a row fails, each in a line; empty where it holds all.
 
     No stack and no spills, but for :data:`MAY_SPILL`; it fits the device; its configuration is legal and is the one it
-    was launched with; its listing has the tensor-core instructions of its format and no others; with specialized warps
-    and P in bf16, a block's exponents stand between the start of a PV and the wait for it. (Triton may take others
-    without a word: e4m3 as bf16 with max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
+    was launched with; its listing has the tensor-core instructions of its format and no others; with specialized warps,
+    a block's exponents stand between the start of a PV and the wait for it, and with P in bf16 a group passes its turn
+    once, behind its last product; where its configuration says so, the memory adds, and there is no other way to the
+    result; activations and casts keep NaN. (Triton may take others without a word: e4m3 as bf16 with
+    max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
     """
     found = []
     config = LaunchConfig(**row.config)
@@ -117,8 +152,29 @@ def problems(row: Row) -> list[str]:
     if sorted(row.tensor_core) != row.wanted:
         used = ", ".join(sorted(row.tensor_core)) or "none"
         found.append(f"tensor-core instructions {used}, not {', '.join(row.wanted) or 'none'}")
-    if config.specialized and row.products != "fp8" and row.exponents < EXPONENTS:
-        found.append(f"{row.exponents} exponents beside PV, {EXPONENTS} wanted")
+    taking_turns = config.specialized and row.products != "fp8"
+    beside, loops = sum(n >= EXPONENTS for n in row.exponents), TURNS
+    if not taking_turns:  # e4m3 has them there in its loops over full blocks, unless an LSE needs the registers
+        loops = TURNS // 2 if "LSE" not in row.detail else 0
+    if config.specialized and beside < loops:
+        found.append(f"{beside} loops with {EXPONENTS} exponents beside PV, {loops} wanted")
+    if taking_turns and len(row.turns) != TURNS:
+        found.append(f"{len(row.turns)} turns, {TURNS} wanted")
+    for before, behind, passes in row.turns:
+        if not before or behind or passes != 1:
+            found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
+    own = [barrier for barrier in row.barriers if barrier[0] >= RESERVED]
+    if config.specialized and (len(own), *{threads for _, threads in own}) != (
+        (2, GROUP_THREADS) if taking_turns else (0,)
+    ):
+        found.append(f"named barriers {own}, not {'two of both groups' if taking_turns else 'none'}")
+    reducing = config.reduce and not row.detail.endswith("traced")
+    if bool(row.reduces) != reducing:
+        found.append(f"{row.reduces} additions by the memory, {'some' if reducing else 'none'} wanted")
+    if reducing and (row.stores or "out" in row.pointers):
+        found.append(f"{row.stores} STG and pointers {', '.join(row.pointers)} beside additions by the memory")
+    if row.stem in KEEP_NAN and (row.nan_lost or (CLAMPS.search(row.detail) and not row.nan_kept)):
+        found.append(f"{row.nan_lost} minima and maxima that lose NaN, {row.nan_kept} that keep it")
     if (row.stem, row.arch) not in MAY_SPILL:
         if row.stack:
             found.append(f"{row.stack} bytes of stack")

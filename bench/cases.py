@@ -37,14 +37,18 @@ SMALL = ModelConfig(
 TINY = SMALL.replace(hidden_size=128, head_dim=64, num_heads_q=2)
 RESOLUTIONS = ("1080p", "540p", "256p")
 SECONDS = (5, 10, 15)
-PRECISIONS = ("fp8", "bf16")
+PRECISIONS = ("fp8", "int8", "bf16")
+ATTENTION_FORMATS = ("fp8", "int8_qk", "bf16")
+STEM, DROP_IN = "block_sparse_attention", "attention"
+"""Attention as a layer calls it, which knows how large scores can be, and as any model's tensors are given to it."""
 MASKS = ("window", "dense", "25%", "12.5%")
 """Block maps of attention; shares are of video pairs, chosen as :class:`happyhorse_fast.FastConfig`'s TopK does."""
 
 # What a case's op is called in happyhorse_fast.costs.
 _COSTED = {
     "qkv_linear": "qkv",
-    "block_sparse_attention": "attention",
+    STEM: "attention",
+    DROP_IN: "attention",
     "proj": "proj",
     "down": "down",
     "fp8_linear_activation": "up",
@@ -105,7 +109,7 @@ class Case:
     Attributes:
         op: Name of the function in ``happyhorse_fast.ops``.
         part: Which of several uses of it: ``"proj"``, ``"down"``, an activation, or one of :data:`MASKS`; else "".
-        precision: ``"bf16"`` or ``"fp8"``.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``; of attention and of what chooses its blocks ``"int8_qk"``.
         size: Clip and model.
         layer: Layer of the model whose weights' shapes it takes.
     """
@@ -127,6 +131,11 @@ class Case:
         return self.op, self.part, self.precision
 
     @property
+    def variant(self) -> str:
+        """Format by :data:`happyhorse_fast.ops.formats.VARIANTS`' name of it; int8 products lead to int8 q and k."""
+        return "int8_x_int8_qk" if (self.op, self.precision) == ("qkv_linear", "int8") else self.precision
+
+    @property
     def rows(self) -> int:
         """Rows of the padded sequence."""
         return padded_rows(self.size).slots
@@ -134,7 +143,8 @@ class Case:
     @property
     def plan(self) -> LayerPlan:
         """Experts, heads and precision of the layer."""
-        fast = FastConfig(precision="fp8" if self.precision == "fp8" else "bf16")
+        of_products = self.precision if self.precision in ("int8", "fp8") else "bf16"
+        fast = FastConfig(precision=of_products)  # type: ignore[arg-type]
         return LayerPlan.of(self.size.config, fast, self.layer, {})
 
     def weight_shape(self, name: str) -> tuple[int, int, int]:
@@ -145,6 +155,8 @@ class Case:
     @property
     def product(self) -> str | None:
         """Which of the layer's weights the op multiplies by, None for the others."""
+        if self.op == "quantize_rows":
+            return None
         costed = _COSTED.get(self.part, _COSTED.get(self.op))
         return None if costed == "attention" else costed
 
@@ -164,13 +176,16 @@ class Case:
         """FLOPs of the model's own tokens, features and pairs; 0 for norms."""
         if self.op == "select_blocks":
             return self.computed_flops()
-        costed = _COSTED.get(self.part, _COSTED.get(self.op))
+        costed = None if self.op == "quantize_rows" else _COSTED.get(self.part, _COSTED.get(self.op))
         if costed is None:
             return 0.0
         size = self.size
         share = {"dense": 1.0, "25%": 0.25, "12.5%": 0.125}.get(self.part)
         kind = layer_kind(size.config, self.layer, size.clip)
-        costs = step_costs(size.config, size.clip, text=size.text, precision=self.precision, video_share=share)
+        products, attention = ("bf16", "int8_qk") if self.precision == "int8_qk" else (self.precision, None)
+        costs = step_costs(
+            size.config, size.clip, text=size.text, precision=products, attention=attention, video_share=share
+        )
         return next(c.flops for c in costs if c.op == costed and c.kind == kind)
 
     def computed_flops(self) -> float:
@@ -178,7 +193,7 @@ class Case:
         config = self.size.config
         if self.op == "select_blocks":
             return 2.0 * config.num_heads_q * config.head_dim * (self.rows // BLOCK) ** 2
-        if self.op == "block_sparse_attention":
+        if self.op in (STEM, DROP_IN):
             return 4.0 * config.num_heads_q * config.head_dim * BLOCK**2 * self.blocks()
         if self.product is None:
             return 0.0
@@ -194,23 +209,27 @@ class Case:
 
 
 def cases_of(size: Size) -> Iterator[Case]:
-    """Every op at one size, both precisions, those that a step spends most time in first."""
+    """Every op at one size, all precisions, those that a step spends most time in first."""
     config = size.config
     shared = next(i for i in range(config.num_layers) if i not in (*config.mm_layers, *config.gelu7_layers))
     sandwich = config.gelu7_layers[0]
-    for precision in PRECISIONS:
+    for precision in ATTENTION_FORMATS:
         for mask in MASKS:
             if mask == "window" and not size.windowed:
                 continue
             local = next((i for i in config.local_attn_layers if i >= shared), shared)
-            yield Case("block_sparse_attention", mask, precision, size, local if mask == "window" else shared)
+            yield Case(STEM, mask, precision, size, local if mask == "window" else shared)
+        yield Case("select_blocks", "25%", precision, size, shared)
+    yield Case(DROP_IN, "dense", "bf16", size, shared)
+    for precision in PRECISIONS:
         yield Case("fp8_linear_activation", "swiglu7", precision, size, shared)
         yield Case("fp8_linear_residual", "down", precision, size, shared)
         yield Case("qkv_linear", "", precision, size, shared)
         yield Case("fp8_linear_residual", "proj", precision, size, shared)
         yield Case("rmsnorm_quantize", "", precision, size, shared)
-        yield Case("select_blocks", "25%", precision, size, shared)
         yield Case("fp8_linear_activation", "gelu7", precision, size, sandwich)
+    for part in ("down", "proj"):
+        yield Case("quantize_rows", part, "int8", size, shared)
 
 
 def cases(scope: str) -> list[Case]:

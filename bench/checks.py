@@ -22,7 +22,7 @@ from bench.inputs import make
 from bench.lost import LOST
 from bench.ops import other_backends
 from bench.results import describe_machine
-from happyhorse_fast.ops import self_check, trust
+from happyhorse_fast.ops import formats, self_check, trust
 from happyhorse_fast.ops.dispatch import STEMS, cuda_obstacle
 
 
@@ -54,14 +54,14 @@ def self_checks(device: torch.device, ops: Sequence[str], impl: str = "") -> int
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
     failed = False
     for backend in _backends(device, impl):
-        if backend not in self_check.VARIANTS:  # of Triton's kernels that one is checked which the launch table says
+        if backend not in formats.VARIANTS:  # of Triton's kernels that one is checked which the launch table says
             continue
         keys = [trust.machine_key(backend, device, fp8=precision) for precision in {False, fp8}]
         wanted = [
             (op, variant)
-            for op, variants in self_check.VARIANTS[backend].items()
+            for op, variants in formats.VARIANTS[backend].items()
             for variant in variants
-            if (not ops or op in ops) and (fp8 or variant == "bf16")
+            if (not ops or op in ops) and (fp8 or variant in formats.WITHOUT_E4M3)
         ]
         recalled = trust.recall(trust.machine_key(backend, device, fp8=fp8)) or []
         known = {(c.op, c.variant): c for c in recalled if c.fault != self_check.RAISED}

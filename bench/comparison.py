@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 import torch
 
 from bench import gates, roofline
-from bench.cases import Case
+from bench.cases import DROP_IN, STEM, Case
 from bench.conditions import Monitor
-from bench.inputs import Given, call, make, moved_bytes
+from bench.inputs import Given, call, make, moved_bytes, softmax
 from bench.lost import lost
 from bench.peers import Inputs, Peer
 from bench.results import Json
-from bench.specialized import GLUON, STEM
+from bench.specialized import GLUON
 from bench.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch, Timing
-from happyhorse_fast.ops.dispatch import CUDA_OPS
+from happyhorse_fast.ops.formats import VARIANTS
 
 SETS = 2
 """Sets of inputs that calls rotate through."""
@@ -31,7 +31,7 @@ SETS = 2
 SLOW_SECONDS = 40.0
 
 Group = tuple[Case, ...]
-"""Cases of one op, part and size."""
+"""Cases of one op (attention's two ways in count as one), part and size."""
 Ours = tuple[Case, str]
 """A case and its implementation."""
 Write = Callable[[Json], None]
@@ -74,6 +74,7 @@ class Bench:
         if self.keep == "none":
             self.known = {}
         self._entries = {(entry["case"], entry["impl"]): entry for entry in self.known.get("entries", ())}
+        self._softmax: dict[Case, str | None] = {}
         self._gates = {(gate["case"], gate["impl"]): gate["passed"] for gate in self.known.get("gates", ())}
 
     @functools.cached_property
@@ -201,7 +202,9 @@ class Bench:
         for case, impl in ready:
             times = {n: span.timings[n].median_ms for n in beside if fitting[n].fits(case)}
             taken = span.timings[f"{case.name} {impl}"]
-            write(timed(case, impl, taken, self.peaks, self.measured) | {"peers": times, "span": span.name} | state)
+            entry = timed(case, impl, taken, self.peaks, self.measured) | {"peers": times, "span": span.name} | state
+            form = self._softmax[case]
+            write(entry | ({"softmax": form} if form else {}))
         del contestants, beside
         found = {(case, impl): span.timings[f"{case.name} {impl}"] for case, impl in ready}
         ready.clear()
@@ -227,6 +230,7 @@ class Bench:
             try:
                 if case not in sets:
                     sets[case] = [make(case, self.device, seed) for seed in range(SETS)]
+                    self._softmax[case] = softmax(sets[case][0])
                 calls = [functools.partial(call, case, given, impl) for given in sets[case]]
                 yield (case, impl), self.stopwatch.prepare(calls, dry=not self.seconds)
             except Exception as error:  # memory that ran out must not end the run
@@ -278,16 +282,19 @@ class Bench:
 
 
 def groups(chosen: Iterable[Case]) -> list[Group]:
-    """Cases by what is compared, each group at the place of its first."""
+    """Cases by what is compared, each group at the place of its first; both ways into attention are one."""
     found: dict[tuple[str, str, str], list[Case]] = {}
     for case in chosen:
-        found.setdefault((case.op, case.part, case.size.name), []).append(case)
+        found.setdefault((STEM if case.op == DROP_IN else case.op, case.part, case.size.name), []).append(case)
     return [tuple(cases) for cases in found.values()]
 
 
 def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
     """What a case is timed with: the backend and the others, those that have a kernel for it."""
-    able = {"cuda": case.op in CUDA_OPS[case.precision], GLUON: case.op == STEM}
+    able = {
+        "cuda": case.variant in VARIANTS["cuda"].get(case.op, ()),
+        GLUON: case.op in (STEM, DROP_IN),
+    }
     return [name for name in (backend, *also) if able.get(name, True)]
 
 

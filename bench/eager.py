@@ -44,6 +44,8 @@ def prepare(case: Case, given: Given, *, compiled: bool = False) -> Function:
     if case.op == "rmsnorm_quantize":
         function = built(_norm)
         return lambda: function(given["hidden"], given["norm_weight"][0])
+    if case.op == "quantize_rows":
+        raise LookupError("eager PyTorch has no int8 products to quantise for")
     parts = [(expert, slice(first, end)) for expert, first, end in joined(given["row_tiles"].tolist())]
     if case.op == "qkv_linear":
         return _qkv(given, parts, built)

@@ -16,19 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case
+from bench.cases import DROP_IN, STEM, Case
 from bench.inputs import Given, call
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.block_map.bits import unpack
 from happyhorse_fast.reference.fp8_linear import ACTIVATIONS
-from happyhorse_fast.reference.quantize import dequantize, token_order
+from happyhorse_fast.reference.quantize import dequantize, hadamard, token_order
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 
-# An e4m3 output is 3.3e-4 from the exact value by its own rounding; a scale that is 4 % off is 8e-4 away.
+# An e4m3 output is 3.5e-4 from the exact value by its own rounding, whatever its scale (docs/OPS.md, number formats); a
+# scale that is 4 % off is 8e-4 away.
 E4M3_DISTANCE = 5e-4
+# A row's largest value over 127 and the square root of 12 is 0.6 to 1 % of its RMS where that value is 3 to 4.5 times
+# it: 3.5e-5 to 1e-4 of distance; a scale that is 4 % off is 8e-4 away.
+INT8_DISTANCE = 2e-4
 # P in e4m3 (1e-3 allowed) and an e4m3 output on top of it; a scale 4 % off fails by its slope.
 ATTENTION_FP8_DISTANCE = budgets.ATTENTION_DISTANCE_EXACT_P + E4M3_DISTANCE
+# k has a scale per head and 128 tokens, whose largest value is 5 to 6 times the RMS: up to 2e-4.
+INT8_K_DISTANCE = 4e-4
+# Sums of int8 codes are exact: what is left is their float32 epilogue, 1e-7 of a value and 1e-14 of distance.
+INT8_SUM_DISTANCE, INT8_SUM_SLOPE = 1e-12, 1e-6
 CODE_SLOPE = 5e-3
 ALL_BLOCKS_UP_TO = 8
 DRAWN_BLOCKS = 6
@@ -94,7 +102,7 @@ def _blocks(count: int) -> list[int]:
 def _compare(
     case: Case, given: Given, results: tuple[Tensor, ...], before: Tensor | None, rows: slice, block: int
 ) -> Iterator[Compared]:
-    if case.op == "block_sparse_attention":
+    if case.op in (STEM, DROP_IN):
         yield from _attention(case, given, results, rows, block)
     elif case.op == "rmsnorm_quantize":
         exact = _normed(given, rows, block)
@@ -102,17 +110,24 @@ def _compare(
             yield "x", results[0][rows], exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
         else:
             values = dequantize(results[0][rows], results[1][rows], torch.float64)
-            yield "x", values, exact, E4M3_DISTANCE, CODE_SLOPE
+            yield "x", values, exact, E4M3_DISTANCE if case.precision == "fp8" else INT8_DISTANCE, CODE_SLOPE
+    elif case.op == "quantize_rows":
+        x = given["x"][rows].double()
+        values = dequantize(results[0][rows], results[1][rows], torch.float64)
+        yield "codes", values, hadamard(x) if given["hadamard"] else x, INT8_DISTANCE, CODE_SLOPE
     elif case.op == "qkv_linear":
         yield from _qkv(case, given, results, rows, block)
     elif before is not None:
         added = results[0][rows].double() - before[rows].double()
-        yield "hidden", added, _product(given, rows, block), budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+        exact_sums = case.precision == "int8"
+        distance = INT8_SUM_DISTANCE if exact_sums else budgets.GEMM_DISTANCE
+        slope = INT8_SUM_SLOPE if exact_sums else budgets.GEMM_SLOPE
+        yield "hidden", added, _product(given, rows, block), distance, slope
     else:
         function = ACTIVATIONS[given["activation"]][0]
         exact = function(_product(given, rows, block))
         if given["fp8"]:
-            y = dequantize(results[0][rows], results[1][rows], torch.float64)
+            y = dequantize(results[0][rows], results[1], torch.float64)
             yield "y", y, exact, E4M3_DISTANCE, CODE_SLOPE
         else:
             yield "y", results[0][rows], exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
@@ -132,7 +147,8 @@ def _product(given: Given, rows: slice, block: int) -> Tensor:
     weight = given["weight"][expert]
     x = given["x"][rows].double()
     if given["x_scale"] is not None:
-        x = dequantize(given["x"][rows], given["x_scale"][rows], torch.float64)
+        scale = given["x_scale"]
+        x = dequantize(given["x"][rows], scale if len(scale) == 1 else scale[rows], torch.float64)
     # In parts: 27,392 x 5120 in float64 are 1.1 GB.
     parts = []
     for first in range(0, weight.shape[0], 4096):
@@ -155,21 +171,28 @@ def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, blo
         value = rms_norm(value, given["qk_norm"][expert, which].double())
         a, b = value[..., 0::2], value[..., 1::2]
         exact[name] = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    out = dict(zip(("q", "k", "v", "v_scale", "gate"), results, strict=True))
+    out = dict(zip(("q", "k", "v", "q_scale", "k_scale", "v_scale", "gate"), results, strict=True))
     if case.precision == "bf16":
         for name, value in exact.items():
             yield name, out[name][rows], value, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
         return
-    scale = given["qk_scale"][expert].double()
-    for which, name in enumerate(("q", "k")):
-        yield name, out[name][rows].double() * scale[which], exact[name], E4M3_DISTANCE, CODE_SLOPE
+    if case.precision == "int8":
+        q_scale, k_scale = out["q_scale"][rows, :, None].double(), out["k_scale"][:, block, None].double()
+        yield "q", out["q"][rows].double() * q_scale, exact["q"], INT8_DISTANCE, CODE_SLOPE
+        yield "k", out["k"][rows].double() * k_scale, exact["k"], INT8_K_DISTANCE, CODE_SLOPE
+        for name in ("v", "gate"):
+            yield name, out[name][rows], exact[name], budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+        return
+    for name in ("q", "k"):
+        codes, scale = out[name][rows].double(), out[f"{name}_scale"][block].double()
+        yield name, codes * scale, exact[name], E4M3_DISTANCE, CODE_SLOPE
     values = token_order(out["v"])[:, :, rows].double() * out["v_scale"][:, block, None, None].double()
     yield "v", values.permute(2, 0, 1), exact["v"], E4M3_DISTANCE, CODE_SLOPE
     yield "gate", out["gate"][rows], exact["gate"], budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
 
 
 def _attention(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, block: int) -> Iterator[Compared]:
-    """One group of query heads, drawn with the block; all keys."""
+    """One group of query heads, drawn with the block; all keys. Codes are what they stand for."""
     heads_kv, group = case.plan.num_heads_kv, case.plan.num_heads_q // case.plan.num_heads_kv
     head = block % heads_kv
     heads = slice(head * group, (head + 1) * group)
@@ -182,11 +205,16 @@ def _attention(case: Case, given: Given, results: tuple[Tensor, ...], rows: slic
         v = (token_order(v[head]).double() * given["v_scale"][head].double().repeat_interleave(BLOCK)).T[: len(k)]
     else:
         v = v[:, head].double()
+    if case.precision == "int8_qk":
+        q = q * given["q_scale"][rows, heads, None].double()
+        k = k * given["k_scale"][head].double().repeat_interleave(BLOCK)[: len(k), None]
     scores = (torch.einsum("qgd,kd->qgk", q, k) * given["scale"]).masked_fill(~mask[:, None], -torch.inf)
-    exact = scores.softmax(dim=-1) @ v * given["gate"][rows, heads].double()[..., None]
+    exact = scores.softmax(dim=-1) @ v
+    if "gate" in given:
+        exact = exact * given["gate"][rows, heads].double()[..., None]
     out = results[0][rows, heads]
     if case.precision == "fp8":
-        values = out.double() * results[1][rows, heads].double()[..., None]
+        values = dequantize(out, results[1], torch.float64)
         yield f"out, head {head}", values, exact, ATTENTION_FP8_DISTANCE, CODE_SLOPE
     else:
         yield f"out, head {head}", out, exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE

@@ -8,23 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case, exact_map, padded_rows
+from bench.cases import DROP_IN, STEM, Case, exact_map, padded_rows
 from bench.specialized import running
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
 from happyhorse_fast.ops import block_sparse_attention as attention
 from happyhorse_fast.ops import fp8_linear as linear
+from happyhorse_fast.ops import quantize_rows as row_codes
 from happyhorse_fast.ops import rmsnorm_qkv as qkv
+from happyhorse_fast.ops import sdpa
 from happyhorse_fast.ops import select_blocks as selection
 from happyhorse_fast.ops.packing_qkv import static_qk_scale
 from happyhorse_fast.reference.fp8_linear import empty_activated
-from happyhorse_fast.reference.quantized_qkv import empty_normalised, empty_qkv
+from happyhorse_fast.reference.quantize_rows import empty_codes
+from happyhorse_fast.reference.quantized_qkv import empty_normalised, empty_qkv, quantize_k, quantize_q
+from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
+from happyhorse_fast.reference.score_bound import LIMIT, norm_bound, scores_fit
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 Given = dict[str, Any]
 """Keyword arguments of an op, without the backend."""
 
-# Codes spread over the format: one in 16,000 of a normal distribution is clamped at 448.
-CODE_SPREAD = 112.0
+# Codes spread over the format, as a scale per row makes them: one in 16,000 of a normal distribution is clamped.
+CODE_SPREAD = {"fp8": 448 / 4, "int8": 127 / 4}
+BOUNDED, RUNNING, FOUND = "bounded", "running maximum", ", found on the device"
+"""Forms of attention's softmax, as results name them."""
 
 
 class Draw:
@@ -33,19 +40,25 @@ class Draw:
     def __init__(self, device: torch.device, seed: int) -> None:
         self.device = device
         self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+        self.small = torch.Generator().manual_seed(seed)
+
+    def norms(self, *shape: int) -> Tensor:
+        """Weights of norms, N(0, 0.2^2), on the CPU: with data whatever the device."""
+        return torch.randn(shape, generator=self.small).mul_(0.2)
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
         """N(0, scale^2)."""
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype).mul_(scale)
 
-    def codes(self, *shape: int) -> Tensor:
-        """e4m3 codes of N(0, CODE_SPREAD^2)."""
-        return self.normal(*shape, scale=CODE_SPREAD, dtype=BF16).clamp_(-448, 448).to(E4M3)
+    def codes(self, *shape: int, fmt: str = "fp8") -> Tensor:
+        """e4m3 or int8 codes of N(0, CODE_SPREAD^2)."""
+        values = self.normal(*shape, scale=CODE_SPREAD[fmt], dtype=BF16)
+        return values.round_().clamp_(-127, 127).to(torch.int8) if fmt == "int8" else values.clamp_(-448, 448).to(E4M3)
 
-    def scales(self, *shape: int, size: float = 1.0) -> Tensor:
+    def scales(self, *shape: int, size: float = 1.0, fmt: str = "fp8") -> Tensor:
         """float32 scales, each different, that make codes values of about ``size``."""
         spread = torch.rand(shape, generator=self.generator, device=self.device)
-        return (spread + 0.5) * (size / CODE_SPREAD)
+        return (spread + 0.5) * (size / CODE_SPREAD[fmt])
 
 
 def make(case: Case, device: torch.device | str, seed: int = 0) -> Given:
@@ -60,8 +73,13 @@ def _rmsnorm(case: Case, draw: Draw) -> Given:
         "hidden": draw.normal(case.rows, channels),
         "norm_weight": draw.normal(case.plan.experts, channels, scale=0.2),
         "row_tiles": _row_tiles(case, draw),
-        "fp8": case.precision == "fp8",
+        "out": case.precision,
     }
+
+
+def _rows(case: Case, draw: Draw) -> Given:
+    x = draw.normal(case.rows, case.weight_shape(case.part)[2], dtype=BF16)
+    return {"x": x, "hadamard": case.part == "down"}
 
 
 def _qkv(case: Case, draw: Draw) -> Given:
@@ -69,33 +87,60 @@ def _qkv(case: Case, draw: Draw) -> Given:
     qk_norm = draw.normal(plan.experts, 2, plan.head_dim, scale=0.2)
     angle = draw.normal(case.rows, plan.head_dim // 2)
     return {
-        **_operands(case, draw, "qkv", group=None),
+        **_operands(case, draw, "qkv"),
         "qk_norm": qk_norm,
         "cos_sin": torch.cat([angle.cos(), angle.sin()], dim=1),
         "row_tiles": _row_tiles(case, draw),
         "num_heads_q": plan.num_heads_q,
         "num_heads_kv": plan.num_heads_kv,
-        "out": case.precision,
+        "out": "int8_qk" if case.precision == "int8" else case.precision,
         "qk_scale": static_qk_scale(qk_norm) if case.precision == "fp8" else None,
     }
 
 
 def _attention(case: Case, draw: Draw) -> Given:
     plan, rows = case.plan, case.rows
-    shapes = {
-        "q": (rows, plan.num_heads_q, plan.head_dim),
-        "k": (rows, plan.num_heads_kv, plan.head_dim),
-        "v": (rows, plan.num_heads_kv, plan.head_dim),
-    }
-    fp8, blocks = case.precision == "fp8", rows // BLOCK
-    given: Given = {"scale": plan.head_dim**-0.5, "gate": draw.normal(rows, plan.num_heads_q).sigmoid_()}
-    if fp8:
-        shapes["v"] = (plan.num_heads_kv, plan.head_dim, rows)
-        given |= {"q_scale": draw.scales(blocks), "k_scale": draw.scales(blocks), "fp8_out": True}
-        given["v_scale"] = draw.scales(plan.num_heads_kv, blocks)
-    given |= {name: draw.codes(*shape) if fp8 else draw.normal(*shape, dtype=BF16) for name, shape in shapes.items()}
+    operands, bound = _queries_and_keys(case, draw)
+    given: Given = {"scale": plan.head_dim**-0.5, **operands}
+    if case.op == STEM:
+        given["gate"] = draw.normal(rows, plan.num_heads_q).sigmoid_()
+    if case.precision == "fp8":
+        given["v"] = draw.codes(plan.num_heads_kv, plan.head_dim, rows)
+        given |= {"v_scale": draw.scales(plan.num_heads_kv, rows // BLOCK), "fp8_out": True}
+    else:
+        given["v"] = draw.normal(rows, plan.num_heads_kv, plan.head_dim, dtype=BF16)
+        given |= {"bound": bound} if case.op == STEM else {}
     given["block_map"] = None if draw.device.type == "meta" else block_map(case, given)
     return given
+
+
+def _queries_and_keys(case: Case, draw: Draw) -> tuple[Given, float]:
+    """(q, k and their scales; a bound on their scores): normalised per head as a layer's are, but for codes of e4m3."""
+    plan, rows = case.plan, case.rows
+    shapes = ((rows, plan.num_heads_q, plan.head_dim), (rows, plan.num_heads_kv, plan.head_dim))
+    if case.precision == "fp8":
+        codes = {name: draw.codes(*shape) for name, shape in zip("qk", shapes, strict=True)}
+        scales = {f"{name}_scale": draw.scales(rows // BLOCK) for name in "qk"}
+        return {**codes, **scales}, float("inf")
+    norms = draw.norms(2, plan.head_dim)
+    q, k = (rms_norm(draw.normal(*shape), norm.to(draw.device)) for shape, norm in zip(shapes, norms, strict=True))
+    bound = norm_bound(*norms)
+    if case.precision == "bf16":
+        return {"q": q.to(BF16), "k": k.to(BF16)}, bound
+    (q, q_scale), (k, k_scale) = quantize_q(q), quantize_k(k)
+    return {"q": q, "k": k, "q_scale": q_scale, "k_scale": k_scale.contiguous()}, bound
+
+
+def softmax(given: Given) -> str | None:
+    """The form of attention's softmax that these inputs lead to; None for other ops. Waits for the device."""
+    if "v" not in given:
+        return None
+    if "v_scale" in given:
+        return RUNNING
+    if "bound" in given:
+        return BOUNDED if given["bound"] <= LIMIT else RUNNING
+    small = bool(scores_fit(given["q"], given["k"], given["v"], given["scale"]))
+    return f"{BOUNDED if small else RUNNING}{FOUND}"
 
 
 def block_map(case: Case, given: Mapping[str, Any]) -> BlockMap:
@@ -108,42 +153,36 @@ def block_map(case: Case, given: Mapping[str, Any]) -> BlockMap:
 
 
 def _select(case: Case, draw: Draw) -> Given:
-    plan, rows = case.plan, case.rows
-    fp8 = case.precision == "fp8"
-    given: Given = {
-        name: draw.codes(rows, heads, plan.head_dim) if fp8 else draw.normal(rows, heads, plan.head_dim, dtype=BF16)
-        for name, heads in (("q", plan.num_heads_q), ("k", plan.num_heads_kv))
-    }
-    if fp8:
-        given |= {"q_scale": draw.scales(rows // BLOCK), "k_scale": draw.scales(rows // BLOCK)}
+    given, _ = _queries_and_keys(case, draw)
     if draw.device.type != "meta":
         given["selector"] = BlockSelector(padded_rows(case.size), exact_map(case.size, False), draw.device)
     return given | {"keep": case.keep}
 
 
 def _residual(case: Case, draw: Draw) -> Given:
-    # What the op before it writes: attention one scale per head, an activation one per 64 or 128 channels.
-    group = case.plan.head_dim if case.part == "proj" else 64 if case.plan.gated else 128
-    given = _operands(case, draw, case.part, group=group) | {"row_tiles": _row_tiles(case, draw)}
+    given = _operands(case, draw, case.part) | {"row_tiles": _row_tiles(case, draw)}
+    if case.precision == "fp8":
+        given["x_scale"] = draw.scales(1)  # as attention and an activation write it
     return given | {"hidden": draw.normal(case.rows, case.weight_shape(case.part)[1])}
 
 
 def _activation(case: Case, draw: Draw) -> Given:
-    given = _operands(case, draw, "up", group=None) | {"row_tiles": _row_tiles(case, draw)}
+    given = _operands(case, draw, "up") | {"row_tiles": _row_tiles(case, draw)}
     return given | {"activation": case.part, "fp8": case.precision == "fp8"}
 
 
-def _operands(case: Case, draw: Draw, name: str, group: int | None) -> Given:
+def _operands(case: Case, draw: Draw, name: str) -> Given:
     experts, features, inputs = case.weight_shape(name)
     if case.precision == "bf16":
         x = draw.normal(case.rows, inputs, dtype=BF16)
         weight = draw.normal(experts, features, inputs, scale=inputs**-0.5, dtype=BF16)
         return {"x": x, "x_scale": None, "weight": weight, "weight_scale": None}
+    fmt = case.precision
     return {
-        "x": draw.codes(case.rows, inputs),
-        "x_scale": draw.scales(case.rows, *([] if group is None else [inputs // group])),
-        "weight": draw.codes(experts, features, inputs),
-        "weight_scale": draw.scales(experts, features, size=inputs**-0.5),
+        "x": draw.codes(case.rows, inputs, fmt=fmt),
+        "x_scale": draw.scales(case.rows, fmt=fmt),
+        "weight": draw.codes(experts, features, inputs, fmt=fmt),
+        "weight_scale": draw.scales(experts, features, size=inputs**-0.5, fmt=fmt),
     }
 
 
@@ -151,19 +190,31 @@ def _row_tiles(case: Case, draw: Draw) -> Tensor:
     return padded_rows(case.size).row_tiles(case.plan.experts, device=draw.device)
 
 
+def _drop_in(q: Tensor, k: Tensor, v: Tensor, *, backend: str, **options: Any) -> tuple[Tensor]:
+    """`attention` as any model calls it, on [1, heads, tokens, D] views of what a layer has."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = sdpa.attention(q, k, v, backend=backend, **options)
+    assert isinstance(out, Tensor)
+    return (out[0].transpose(0, 1),)
+
+
 _MAKERS = {
-    "block_sparse_attention": _attention,
+    STEM: _attention,
+    DROP_IN: _attention,
     "fp8_linear_activation": _activation,
     "fp8_linear_residual": _residual,
     "qkv_linear": _qkv,
+    "quantize_rows": _rows,
     "rmsnorm_quantize": _rmsnorm,
     "select_blocks": _select,
 }
 _OPS: dict[str, Any] = {
-    "block_sparse_attention": attention.block_sparse_attention,
+    STEM: attention.block_sparse_attention,
+    DROP_IN: _drop_in,
     "fp8_linear_activation": linear.fp8_linear_activation,
     "fp8_linear_residual": linear.fp8_linear_residual,
     "qkv_linear": qkv.qkv_linear,
+    "quantize_rows": row_codes.quantize_rows,
     "rmsnorm_quantize": qkv.rmsnorm_quantize,
     "select_blocks": selection.select_blocks,
 }
@@ -184,19 +235,22 @@ def moved_bytes(case: Case) -> int:
     """Bytes that the op must move: every input read once, every output written once; block maps are left out."""
     given = make(case, "meta")
     outputs: tuple[Tensor, ...]
+    scale = (torch.empty(1, dtype=torch.float32, device="meta"),) if case.precision == "fp8" else ()
     if case.op == "rmsnorm_quantize":
-        outputs = empty_normalised(given["hidden"], given["fp8"])
+        outputs = empty_normalised(given["hidden"], given["out"])
+    elif case.op == "quantize_rows":
+        outputs = empty_codes(given["x"])
     elif case.op == "qkv_linear":
         heads = given["num_heads_q"], given["num_heads_kv"]
         outputs = empty_qkv(given["cos_sin"], *heads, given["out"])
-    elif case.op == "block_sparse_attention":
-        outputs = attention.empty_results(given["q"], case.precision == "fp8", False)
+    elif case.op in (STEM, DROP_IN):
+        outputs = (*attention.empty_results(given["q"], case.precision == "fp8", False), *scale)
     elif case.op == "select_blocks":
         blocks = case.rows // BLOCK
         outputs = selection.empty_results(given["k"], torch.empty(blocks, blocks, device="meta"))
     elif case.op == "fp8_linear_activation":
         n, features = given["x"].shape[0], given["weight"].shape[1]
-        outputs = empty_activated(n, features, given["activation"], given["fp8"], given["x"].device)
+        outputs = (empty_activated(n, features, given["activation"], given["fp8"], given["x"].device), *scale)
     else:
         outputs = (given["hidden"],)
     return sum(t.nbytes for t in (*given.values(), *outputs) if isinstance(t, Tensor))

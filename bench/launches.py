@@ -1,4 +1,4 @@
-"""Every launch of a GPU run, found without one: the tables' (bench/aot_cases.py), benchmark cases, self-checks, tests.
+"""Every launch of a GPU run, found without one: the tables' (bench/aot_cases.py), cases', clips', self-checks', tests'.
 
 python -m bench.launches --arch 90 > launches.jsonl    one kernel as Triton specialises it a line
 """
@@ -22,19 +22,31 @@ import triton
 
 from bench import aot_cases
 from bench.aot_compile import Driver, recording
-from bench.cases import Case, cases, exact_map, padded_rows
+from bench.cases import Case, Size, cases, exact_map, padded_rows
+from bench.comparison import implementations
 from bench.inputs import Given, call, make
-from bench.specialized import GLUON, STEM, running
+from bench.sampler_runs import Run, runs
+from bench.specialized import GLUON, running
 from bench.stand_in import stand_in
 from happyhorse_fast.block_map import BlockMap, BlockSelector
+from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.kernels.launch import FP8_SINCE, SPECIALIZED_ON
+from happyhorse_fast.model.accelerate import empty_accelerated
+from happyhorse_fast.model.attention_bound import AttentionBound
+from happyhorse_fast.model.fast_layer import FastLayer
+from happyhorse_fast.model.fast_state import build_clip_state
+from happyhorse_fast.ops.dispatch import choose
 from happyhorse_fast.ops.select_blocks import empty_results
 from happyhorse_fast.ops.self_check import run_checks
+from happyhorse_fast.reference.rotary import frequency_bands
+from happyhorse_fast.tokens import tokens_for
 
 SCOPES = ("tiny", "small", "main")
 """Sizes of benchmark cases that a GPU run meets."""
 TESTS = ("configs", "model", "large")
 """Of tests/test_gpu_*.py; what test_gpu_ops.py launches are benchmark cases."""
+BOUND = AttentionBound(50.0, 50.0)
+"""Of a sampler's layers, whose weights are drawn: the norms of theirs bound scores by 60 powers of two at most."""
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
@@ -56,13 +68,16 @@ def sources(arch: int) -> Iterator[Source]:
     for case in aot_cases.cases():
         if case.arch == arch and not case.tracing:  # torch.compile keeps what it compiles elsewhere
             yield Source(f"table {case.op} {case.detail}", case.launch)
+    also = (GLUON,) if arch == SPECIALIZED_ON else ()
     for scope in SCOPES:
         for bench_case in cases(scope):
             if bench_case.precision == "fp8" and arch < FP8_SINCE:
                 continue
-            for impl in ("triton", GLUON):
-                if impl == "triton" or (bench_case.op == STEM and arch == SPECIALIZED_ON):
-                    yield Source(f"case {bench_case.name} {impl}", lambda c=bench_case, i=impl: launch(c, i))  # type: ignore[misc]
+            for impl in implementations(bench_case, "triton", also):
+                yield Source(f"case {bench_case.name} {impl}", lambda c=bench_case, i=impl: launch(c, i))  # type: ignore[misc]
+    for run in runs():
+        if run.fast is not None and run.cap_gb is None and (arch >= FP8_SINCE or "fp8" not in run.mode):
+            yield Source(f"clip {run.name}", lambda run=run: clip(run))  # type: ignore[misc]
     yield Source("self-check", lambda: self_checks(arch))
     for name in TESTS:
         yield Source(f"test {name}", lambda name=name: run_tests(name))  # type: ignore[misc]
@@ -89,6 +104,23 @@ def block_map(case: Case, given: Given) -> BlockMap:
         return exact_map(case.size, case.part == "window").to(META)
     chooser = selector(case)
     return chooser.block_map(empty_results(given["k"], chooser.table))
+
+
+def clip(run: Run) -> None:
+    """Launch what the layers of a sampler's run do, by the table's own choice of kernels."""
+    config, fast = ModelConfig.preset(run.preset), run.fast
+    assert fast is not None
+    choices = choose("triton", fast.precision, META, attention=fast.attention_format)
+    model = empty_accelerated(config, fast, choices)
+    grid = Size(run.name, config, tokens_for(run.resolution, "16:9", 5)).grid
+    made: Any = model.fast
+    state = build_clip_state(made, grid, frequency_bands(config.head_dim, CPU)).fake(META)
+    hidden = torch.empty(state.rows.slots, config.hidden_size, device=META)
+    for layer in model.block.layers:
+        assert isinstance(layer, FastLayer)
+        layer.bound = BOUND
+        with torch.no_grad():
+            layer(hidden, state, fast.rows_in_mlp)
 
 
 def self_checks(arch: int) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.results import Json, ratio
+from bench.results import NOT_INTERLEAVED, Json, ratio
 from bench.roofline import Peaks
 
 COLUMNS = (
     *("case", "impl", "ms", "spread", "TFLOP/s", "useful", "GB/s", "roofline", "of measured", "MHz", "W"),
     "peers: their time over ours",
 )
-NOT_INTERLEAVED = "not interleaved"
 
 
 def row(entry: Json) -> list[str]:
@@ -57,7 +56,7 @@ def table(entries: Iterable[Json]) -> str:
 def summary(peaks: Peaks, measured: Peaks, absent: Mapping[str, str], entries: Sequence[Json]) -> str:
     """The table, what it is a share of, and what is absent."""
     given, here = (
-        f"{p.bandwidth:.3g} TB/s, bf16 {p.bf16:.4g}" + (f", fp8 {p.fp8:.4g} TFLOP/s" if p.fp8 else " TFLOP/s")
+        f"{p.bandwidth:.3g} TB/s, {', '.join(f'{name} {rate:.4g}' for name, rate in p.rates().items())} TFLOP/s"
         for p in (peaks, measured)
     )
     state = "" if measured.sm_mhz is None or measured.power_w is None else (

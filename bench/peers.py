@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from bench import eager
-from bench.cases import Case
+from bench.cases import DROP_IN, STEM, Case
 from bench.inputs import Given, make
 
 Function = Callable[[], object]
 LINEAR = ("fp8_linear_activation", "fp8_linear_residual", "qkv_linear")
-ATTENTION = ("block_sparse_attention",)
+ATTENTION = (STEM,)
+DENSE = (STEM, DROP_IN)
+"""Attention without a gate is what peers that attend densely do."""
 NORM = ("rmsnorm_quantize",)
 
 
@@ -124,7 +126,7 @@ class Compiled(Peer):
 class Sdpa(Peer):
     """``scaled_dot_product_attention`` with one backend, dense, without the gate."""
 
-    ops = ATTENTION
+    ops = DENSE
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -192,13 +194,32 @@ class ScaledMM(Peer):
         return None
 
     def fits(self, case: Case) -> bool:
-        return super().fits(case) and case.precision == "fp8" and case.plan.experts == 1
+        return super().fits(case) and case.precision in ("fp8", "int8") and case.plan.experts == 1
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         from bench.roofline import fp8_product
 
         _, features, columns = case.weight_shape(str(case.product))
         return fp8_product(case.rows, features, columns, inputs.device)
+
+
+class IntMM(Peer):
+    """``torch._int_mm``: the product alone, int32 sums without scales."""
+
+    name = "torch._int_mm (product only)"
+    ops = LINEAR
+
+    def available(self, device: torch.device) -> str | None:
+        return needs_gpu(device)
+
+    def fits(self, case: Case) -> bool:
+        return super().fits(case) and case.precision == "int8" and case.plan.experts == 1
+
+    def prepare(self, case: Case, inputs: Inputs) -> Function:
+        from bench.roofline import int8_product
+
+        _, features, columns = case.weight_shape(str(case.product))
+        return int8_product(case.rows, features, columns, inputs.device)
 
 
 class Bf16MM(Peer):
@@ -257,6 +278,7 @@ def all_peers() -> Iterator[Peer]:
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
         yield Sdpa(backend)
     yield ScaledMM()
+    yield IntMM()
     yield Bf16MM()
     yield from external.PEERS
     yield Flex()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, padded_rows
-from bench.peers import ATTENTION, NORM, Function, Inputs, Peer, missing, needs_gpu
+from bench.peers import ATTENTION, DENSE, NORM, Function, Inputs, Peer, missing, needs_gpu
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.reference.rmsnorm_qkv import EPS
 from happyhorse_fast.reference.sequence import dense_ranges, local_ranges
@@ -15,7 +15,7 @@ from happyhorse_fast.reference.sequence import dense_ranges, local_ranges
 class DenseAttention(Peer):
     """A peer that attends densely, without the gate."""
 
-    ops = ATTENTION
+    ops = DENSE
     module: str
 
     def available(self, device: torch.device) -> str | None:

@@ -11,13 +11,14 @@ import json
 from collections.abc import Iterable
 
 from bench.results import Json, merged
-from happyhorse_fast.ops.dispatch import CUDA_OPS, PREFERENCES
+from happyhorse_fast.ops.dispatch import PREFERENCES
+from happyhorse_fast.ops.formats import VARIANTS
 
 LEAST_GAIN = 1.25
 """Times as fast as Triton's that a CUDA kernel must be in every case: more than the order of timing explains."""
 
 Preferences = dict[str, dict[str, list[str]]]
-"""{"90": {"fp8": [op, ...]}}."""
+"""{"90": {"fp8": [op, ...]}}, by architecture and the format of the cases."""
 
 
 def preferences(files: Iterable[Json]) -> Preferences:
@@ -35,14 +36,15 @@ def preferences(files: Iterable[Json]) -> Preferences:
     for (capability, gpu), several in of_gpu.items():
         for entry in merged(several)["entries"]:
             if entry["verified"] and entry["median_ms"] is not None:
-                op, _, precision = entry["case"].split("/")
-                of_op = times.setdefault((capability, precision, op.partition("-")[0]), {})
+                op, _, fmt = entry["case"].split("/")
+                of_op = times.setdefault((capability, fmt, op.partition("-")[0]), {})
                 of_op.setdefault((gpu, entry["case"]), {})[entry["impl"]] = entry["median_ms"]
     found: Preferences = {}
-    for (capability, precision, op), cases in sorted(times.items()):
+    for (capability, fmt, op), cases in sorted(times.items()):
         both = [ms for ms in cases.values() if {"triton", "cuda"} <= ms.keys()]
-        if op in CUDA_OPS[precision] and both and all(ms["cuda"] * LEAST_GAIN <= ms["triton"] for ms in both):
-            found.setdefault(capability, {}).setdefault(precision, []).append(op)
+        there = fmt in VARIANTS["cuda"].get(op, ())
+        if there and both and all(ms["cuda"] * LEAST_GAIN <= ms["triton"] for ms in both):
+            found.setdefault(capability, {}).setdefault(fmt, []).append(op)
     return found
 
 

@@ -13,14 +13,16 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model.accelerate import empty_accelerated
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.fast_layer import FastLayer
-from happyhorse_fast.ops.dispatch import BackendError, Choice, choose, cuda_obstacle, cuda_ops
+from happyhorse_fast.ops.dispatch import BackendError, Choice, choose, compute_capability, cuda_obstacle, cuda_ops
 from happyhorse_fast.ops.packing_qkv import static_qk_scale
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
 Backend = Literal["auto", "triton", "gluon", "cuda", "reference"]
-# Elements drawn at a time on their way to e4m3: 2 GB in bf16.
+# Elements drawn at a time on their way to codes: 2 GB in bf16.
 CHUNK = 1 << 30
+# Codes spread over their format: one in 16,000 of a normal distribution is clamped at 448 or 127.
+SPREAD = {torch.float8_e4m3fn: CODE_SPREAD["fp8"], torch.int8: CODE_SPREAD["int8"]}
 
 
 def random_eager(config: ModelConfig, device: torch.device, seed: int) -> HappyHorse:
@@ -42,7 +44,9 @@ def random_fast(config: ModelConfig, fast: FastConfig, backend: Backend, device:
     Raises:
         BackendError: ``fast`` is strict and an op has no kernel that may run.
     """
-    fast = dataclasses.replace(fast, backend="triton" if backend == "cuda" or backend == "gluon" else backend)
+    fast = dataclasses.replace(
+        fast.on(compute_capability(device)), backend="triton" if backend == "cuda" or backend == "gluon" else backend
+    )
     strict = fast.strict and backend == "auto"
     choices = choose(fast.backend, fast.precision, device, attention=fast.attention, strict=strict)
     if backend == "cuda":
@@ -66,17 +70,19 @@ def _fill(layer: FastLayer, generator: torch.Generator) -> None:
     for name, value in buffers.items():
         if name.endswith("_weight"):
             inputs = value.shape[-1]
-            if value.dtype == torch.float8_e4m3fn:
+            if value.dtype in SPREAD:
                 _fill_codes(value, generator)
-                buffers[name.replace("_weight", "_scale")].fill_(inputs**-0.5 / CODE_SPREAD)
+                buffers[name.replace("_weight", "_scale")].fill_(inputs**-0.5 / SPREAD[value.dtype])
             else:
                 value.normal_(0.0, inputs**-0.5, generator=generator)
         elif name.endswith("_norm"):
             value.normal_(0.0, 0.2, generator=generator)
     layer.qk_scale.copy_(static_qk_scale(layer.qk_norm))
+    layer.find_bound()
 
 
 def _fill_codes(codes: Tensor, generator: torch.Generator) -> None:
     for part in codes.view(-1).split(CHUNK):
         drawn = torch.empty(part.shape, dtype=torch.bfloat16, device=part.device)
-        part.copy_(drawn.normal_(0.0, CODE_SPREAD, generator=generator).clamp_(-448, 448))
+        spread = SPREAD[codes.dtype]
+        part.copy_(drawn.normal_(0.0, spread, generator=generator).clamp_(-4 * spread, 4 * spread))

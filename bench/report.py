@@ -33,7 +33,7 @@ CAPTIONS = {
     "floor": "Prediction from peaks and bandwidth; hatched because nothing of it is measured.",
     "memory": "What lives beside the weights while a layer runs.",
     "block_maps": "What attention computes, skips, and masks inside a block.",
-    "error_per_layer": "Error of the residual stream: rounding, kernels, fp8, sparsity.",
+    "error_per_layer": "Error of the residual stream: rounding, kernels, int8, fp8, sparsity.",
     "error_per_op": "Which op an error comes from.",
     "fidelity": "Clips of the trained small model under every precision and sparsity, against float32's.",
     "activations": "Outliers of its activations, and what e4m3 makes of them; random weights have few.",
@@ -122,7 +122,7 @@ def readme_section(report: Report) -> str:
         parts += ["![Live memory along a layer of each kind](docs/report/memory.png)"]
         parts += [tables.launch_table(report.memory).markdown()]
     if report.cases:
-        parts += [tables.error_summary(report.cases).markdown()]
+        parts += [tables.error_summary(report.cases).markdown(), tables.op_table(report.cases).markdown()]
         parts += [_where_measured(report)]
         parts += ["![Error per layer](docs/report/error_per_layer.png)"]
     parts += pony.section(report)

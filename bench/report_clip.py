@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ COLOURS = {
     "up": GREEN,
     "QKV": BLUE,
     "norms": TEAL,
+    "row codes": "#66a9b5",
     "eager's products": GREY,
     "rest": "#ced4da",
 }
@@ -54,7 +56,7 @@ def clip(report: Report) -> Figure:
 
 def _name(run: Json) -> str:
     stage = "second stage: " if run["preset"] == SECOND_STAGE else ""
-    return f"{stage}{form_of(run)}".replace(" (the default of fp8)", " (default)")
+    return re.sub(r"\(the default of \w+\)", "(default)", f"{stage}{form_of(run)}")
 
 
 def _bar(axes: Axes, place: int, run: Json, labelled: set[str]) -> None:

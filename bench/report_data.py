@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.results import FOLDER, ROOT, Json, merged, read
-from bench.roofline import Peaks
+from bench.results import FOLDER, NOT_INTERLEAVED, ROOT, Json, merged, ratio, read
+from bench.roofline import MEASURED, Peaks
 from bench.sampler_runs import EXACT, SECOND_STAGE
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 
@@ -100,7 +100,7 @@ class Row:
 
 def ceilings(data: Json) -> list[Peaks]:
     """Ceilings of one GPU: the datasheet's first, then those measured; either where there is one."""
-    stated = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] != "measured"]
+    stated = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] != MEASURED]
     measured = measured_ceilings(data)
     return [*stated, *([measured] if measured else [])]
 
@@ -110,7 +110,7 @@ def measured_ceilings(data: Json) -> Peaks | None:
 
     The copy alone is no ceiling: on an H200 it moves 2.8 TB/s, and `rmsnorm_quantize` 4.2.
     """
-    found = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] == "measured"]
+    found = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] == MEASURED]
     if not found:
         return None
     timed = [entry for entry in data["entries"] if entry["verified"] and entry["median_ms"] is not None]
@@ -118,11 +118,13 @@ def measured_ceilings(data: Json) -> Peaks | None:
     def best(name: str, precision: str) -> float:
         return max((entry[name] or 0.0 for entry in timed if entry["case"].endswith(precision)), default=0.0)
 
+    newest = found[-1]
     return Peaks(
-        max(found[-1].bandwidth, best("gbps", "") / 1e3),
-        max(found[-1].bf16, best("tflops", "bf16")),
-        max(found[-1].fp8, best("tflops", "fp8")) if found[-1].fp8 else None,
-        "measured",
+        max(newest.bandwidth, best("gbps", "") / 1e3),
+        max(newest.bf16, best("tflops", "/bf16")),
+        max(newest.fp8, best("tflops", "/fp8")) if newest.fp8 else None,
+        MEASURED,
+        int8=max(newest.int8 or 0.0, best("tflops", "/int8")) or None,
     )
 
 
@@ -130,7 +132,7 @@ def share_of(entry: Json, peaks: Peaks | None) -> float | None:
     """A verified entry's share of a roofline: of the products' rate or of the bandwidth, whichever binds it."""
     if peaks is None:
         return None
-    rate = peaks.fp8 if entry["case"].endswith("fp8") and peaks.fp8 else peaks.bf16
+    rate = peaks.rate(entry["case"].rpartition("/")[2])
     return max((entry["tflops"] or 0.0) / rate, (entry["gbps"] or 0.0) / 1e3 / peaks.bandwidth)
 
 
@@ -149,10 +151,11 @@ def row_of(entry: Json, measured: Peaks | None = None) -> Row:
     if not peers:
         return Row(case, impl, "alone", "no peer ran", *numbers, reachable)
     best = min(peers, key=lambda name: peers[name])
-    ratio = peers[best] / taken
-    if ratio < 1:
-        return Row(case, impl, "slower", f"SLOWER than {best}: {ratio:.2f}x", *numbers, reachable, best, ratio)
-    return Row(case, impl, "fastest", f"{ratio:.2f}x {best}", *numbers, reachable, best, ratio)
+    times = peers[best] / taken
+    apart = f", {NOT_INTERLEAVED}" if ratio(entry, best) is None else ""
+    if times < 1:
+        return Row(case, impl, "slower", f"SLOWER than {best}: {times:.2f}x{apart}", *numbers, reachable, best, times)
+    return Row(case, impl, "fastest", f"{times:.2f}x {best}{apart}", *numbers, reachable, best, times)
 
 
 def rows_of(data: Json) -> list[Row]:
@@ -194,8 +197,10 @@ FORMS = {
     "eager": "eager bf16",
     "torch.compile": "torch.compile, bf16",
     "fast bf16": "fast bf16",
+    "fast int8": "fast int8, attention int8_qk (the default of int8)",
     "fast fp8": "fast fp8, attention fp8",
-    "fast fp8 linear": "fast fp8, attention bf16 (the default of fp8)",
+    "fast fp8 linear": "fast fp8, attention bf16",
+    "fast fp8 int8_qk": "fast fp8, attention int8_qk (the default of fp8)",
 }
 KERNELS = {"triton": "plain Triton", "gluon": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
 """How a kernel of attention is called where a backend of that name also runs other ops."""
@@ -224,6 +229,7 @@ PARTS = (
     ("up", ("fp8_linear_activation",)),
     ("QKV", ("qkv_linear",)),
     ("norms", ("rmsnorm_quantize",)),
+    ("row codes", ("quantize_rows",)),
     ("eager's products", ()),
     ("rest", ("other",)),
 )

@@ -27,9 +27,11 @@ from happyhorse_fast.tokens import TEXT_TOKENS, tokens_for
 FORM_STYLE = {
     "eager bf16": (GREY, "o"),
     "fast bf16": (BLUE, "s"),
+    "fast int8": (GREEN, "v"),
     "fast fp8": (ORANGE, "D"),
     "fast fp8 + sparsity": (VIOLET, "^"),
 }
+FORMAT_COLOURS = {"bf16": BLUE, "int8": GREEN, "int8_qk": TEAL, "fp8": ORANGE}
 OP_COLOURS = {
     "qkv": BLUE,
     "attention": ORANGE,
@@ -96,26 +98,19 @@ def roofline(report: Report) -> Figure:
     roof = f"dashed: the most that was measured there ({reached.bandwidth:.2g} TB/s); " if reached else ""
     note = (
         f"solid: {card.source}; {roof}hollow: the ceiling at an op's FLOP per byte, a prediction; {state}: square "
-        "Gluon, circle Triton, triangle CUDA. Norms have no FLOPs."
+        "Gluon, circle Triton, triangle CUDA; blue bf16, green int8, teal int8 q and k, orange fp8. Norms: no FLOPs."
     )
     figure = blank_figure(10.5, 6.4, f"Roofline, {card.name.upper()}: {WHAT}", note)
     axes = clean(figure.add_subplot())
     reach = np.logspace(0.4, 5.2, 200)
-    for precision, colour in (("bf16", BLUE), ("fp8", ORANGE)):
-        if precision == "fp8" and card.fp8 is None:
-            continue
+    eight = "fp8" if card.fp8 else "int8"  # of one rate where there are both
+    for precision, colour in ((name, FORMAT_COLOURS[name]) for name in ("bf16", eight)):
         peak = card.rate(precision) / 1e12
         axes.plot(reach, np.minimum(peak, reach * card.bandwidth), color=colour, lw=2)
         axes.annotate(
             f"{precision}, datasheet: {peak:,.0f}", (reach[0] * 1.1, peak), color=colour, fontsize=9, va="bottom"
         )
-        rate = getattr(reached, precision) if reached else None
-        if reached and rate:
-            axes.plot(reach, np.minimum(rate, reach * reached.bandwidth), color=colour, lw=1.4, ls="--")
-            axes.annotate(
-                f"{precision}, measured: {rate:,.0f}", (reach[0] * 1.1, rate), color=colour, fontsize=9, va="bottom"
-            )
-        above = precision == "fp8"
+        above = precision == eight
         for names, intensity in _joined(_intensities(precision)).items():
             ceiling = min(peak, intensity * card.bandwidth)
             axes.plot(intensity, ceiling, "o", mfc="white", mec=colour, ms=7)
@@ -131,13 +126,19 @@ def roofline(report: Report) -> Figure:
                     color=INK,
                     rotation=90,
                 )
+    if reached:
+        for precision, rate in reached.rates().items():
+            colour, way = FORMAT_COLOURS[precision], "top" if precision == "int8" else "bottom"
+            axes.plot(reach, np.minimum(rate, reach * reached.bandwidth), color=colour, lw=1.4, ls="--")
+            at = (reach[0] * 1.1, rate)
+            axes.annotate(f"{precision}, measured: {rate:,.0f}", at, color=colour, fontsize=9, va=way)
     for row in measured:
         assert row.tflops is not None and row.gbps is not None
         axes.plot(
             1e3 * row.tflops / row.gbps,
             row.tflops,
             {"gluon": "s", "cuda": "^"}.get(row.impl, "o"),
-            color=ORANGE if "fp8" in row.case else BLUE,
+            color=FORMAT_COLOURS.get(row.case.rpartition("/")[2], BLUE),
             ms=5,
             alpha=0.8,
         )
@@ -176,11 +177,15 @@ def floor() -> Figure:
     bars = {
         "bf16, dense": (ModelConfig.preset("happyhorse-1.0-15b-dense"), "bf16", None),
         "bf16, window": (CONFIG, "bf16", None),
+        "int8, window": (CONFIG, "int8", None),
         "fp8, window": (CONFIG, "fp8", None),
         "fp8, 25 % of video pairs": (CONFIG, "fp8", 0.25),
         "fp8, 12.5 %": (CONFIG, "fp8", 0.125),
     }
-    note = f"every product at the datasheet's peak, every byte once ({card.source}); no kernel can be faster"
+    note = (
+        f"every product at the datasheet's peak, every byte once ({card.source}); no kernel can be faster. "
+        "Attention of int8: q and k alone"
+    )
     figure = blank_figure(9.5, 3.6, f"PREDICTED floor of a step on an H100, not measured: {WHAT}", note)
     axes = clean(figure.add_subplot())
     for place, (config, precision, share) in enumerate(bars.values()):
@@ -342,7 +347,7 @@ def memory(data: Json) -> Figure:
     )
     clip = data["timelines"][0]
     title = f"Memory over one layer of each kind: {clip['preset']}, {clip['resolution']}, {clip['seconds']} s"
-    figure = blank_figure(12.5, 4.4, title, note)
+    figure = blank_figure(12.5, 4.6, title, note)
     panels = figure.subplots(1, len(data["timelines"]), sharey=True)
     for axes, timeline in zip(panels, data["timelines"], strict=True):
         _memory_panel(axes, timeline)
@@ -361,7 +366,7 @@ def _memory_panel(axes: Axes, timeline: Json) -> None:
     operations = [name for layer in timeline["layers"] for name in layer["operations"]]
     peak = max(range(len(live)), key=live.__getitem__)
     weights = timeline["weights_gib"]
-    clean(axes, f"{timeline['form']}: {weights:.1f} weights + {live[peak]:.1f} = {weights + live[peak]:.1f} GiB")
+    clean(axes, f"{timeline['form']}\n{weights:.1f} weights + {live[peak]:.1f} = {weights + live[peak]:.1f} GiB")
     axes.fill_between([*x, len(timeline["layers"])], 0, [*live, live[-1]], step="post", color=BLUE, linewidth=0)
     axes.annotate(
         f"peak: {operations[peak]}", (x[peak], live[peak]), (2, 3), textcoords="offset points", fontsize=8.5, color=INK

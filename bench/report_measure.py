@@ -25,7 +25,7 @@ from happyhorse_fast.cli.forms import FORMS, Form
 from happyhorse_fast.cli.output import plain
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import layer_kind
-from happyhorse_fast.model.fast_config import FastConfig, TopK
+from happyhorse_fast.model.fast_config import AttentionPrecision, FastConfig, Precision, TopK, default_attention
 from happyhorse_fast.model.fast_state import is_accelerated
 from happyhorse_fast.model.launches import launches_per_layer
 from happyhorse_fast.model.memory import StorageMeter, one_layer_per_kind, peak_by_kind, peak_memory, weight_bytes
@@ -41,6 +41,8 @@ PONY = FOLDER / "pony"
 EVALUATE = ROOT / "examples" / "pony" / "evaluate.py"
 PONY_CLIPS = 8
 PONY_PROMPT = "a large red ball bounces twice"
+EIGHT_BITS: dict[Precision, AttentionPrecision] = {"int8": "int8_qk", "fp8": "fp8"}
+"""Precisions whose errors are measured, with that of attention: every op in 8 bits of its kind."""
 SHOWN = FORMS[1:]
 """The forms that somebody would run the full model in."""
 CLIPS = (
@@ -54,19 +56,29 @@ _GIB = 2**30
 
 
 def measure_equivalence() -> Json:
-    """Every form on the recorded cases, attention in fp8 as well; in backend reference on the CPU."""
-    fast = FastConfig(precision="fp8", attention="fp8", sparsity=TopK(0.25), backend="reference")
-    return {**describe_machine(torch.device("cpu")), "equivalence": plain(equivalence_golden(fast))}
+    """Every form on the recorded cases, attention in 8 bits as well; in backend reference on the CPU.
+
+    int8 goes by the same way as fp8, from fast bf16 on, and stands before it; sparsity is that of fp8.
+    """
+    int8, fp8 = (
+        plain(equivalence_golden(FastConfig(precision=p, attention=a, sparsity=TopK(0.25), backend="reference")))
+        for p, a in EIGHT_BITS.items()
+    )
+    for case, also in zip(fp8, int8, strict=True):
+        case["forms"][2:2] = [form for form in also["forms"] if form["form"] == "fast int8"]
+        for form in case["forms"]:
+            form["attention"] = next((a for p, a in EIGHT_BITS.items() if p in form["form"]), "bf16")
+    return {**describe_machine(torch.device("cpu")), "equivalence": fp8}
 
 
 def measure_memory() -> Json:
     """Peaks of whole models, live bytes along one layer of each kind, and launches; under fake tensors."""
     return {
         **describe_machine(torch.device("cpu")),
-        "attention": FastConfig().attention,
+        "attention": {precision: default_attention(precision) for precision in ("bf16", "int8", "fp8")},
         "peaks": [_peak(form, *clip) for clip in CLIPS for form in SHOWN],
         "timelines": [_timeline(form, *TRACED) for form in SHOWN],
-        "launches": [_launches(precision, masks) for precision in ("bf16", "fp8") for masks in (None, TopK(0.25))],
+        "launches": [_launches(p, masks) for p in ("bf16", *EIGHT_BITS) for masks in (None, TopK(0.25))],
     }
 
 
@@ -134,9 +146,17 @@ def _timeline(form: Form, preset: str, resolution: str, seconds: int) -> Json:
 
 
 def _launches(precision: Any, sparsity: TopK | None) -> Json:
-    counts = [len(names) for names in launches_per_layer(FastConfig(precision=precision, sparsity=sparsity))]
+    found = launches_per_layer(FastConfig(precision=precision, sparsity=sparsity))
+    counts = [len(names) for names in found]
+    ours = [sum(name.startswith("happyhorse_fast::") for name in names) for names in found]
     masks = "exact" if sparsity is None else "dynamic (top-k)"
-    return {"precision": precision, "masks": masks, "fewest": min(counts), "most": max(counts)}
+    return {
+        "precision": precision,
+        "masks": masks,
+        "fewest": min(counts),
+        "most": max(counts),
+        "ours": max(ours),
+    }
 
 
 def measure_fidelity_of_pony() -> Json:

@@ -9,13 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.report_data import Report
-from bench.report_style import BLUE, FAINT, GREY, INK, ORANGE, VIOLET, blank_figure, clean
+from bench.report_style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, VIOLET, blank_figure, clean
 from bench.report_tables import Table
 from bench.results import Json
 from happyhorse_fast.cli import fidelity_tables
 from happyhorse_fast.cli.activations import MODALITIES, TENSORS
+from happyhorse_fast.cli.fidelity import EAGER
 
-KIND_COLOURS = {"bf16": BLUE, "fp8 op": ORANGE, "fp8": "#c92a2a", "sparsity": VIOLET}
+KIND_COLOURS = {"bf16": BLUE, "int8 op": "#69b37a", "int8": GREEN, "fp8 op": ORANGE, "fp8": RED, "sparsity": VIOLET}
+WHOLE = ("bf16", "int8", "fp8")
+"""Kinds of policies that take every product to a precision."""
 FRAMES = 13
 
 
@@ -43,6 +46,20 @@ def fidelity_table(found: Json) -> Table:
         "two blocks of 128, too few to leave any out."
     )
     return Table(fidelity_tables.title(found), fidelity_tables.COLUMNS, tuple(rows), note)
+
+
+def precisions_table(found: Json) -> Table:
+    """What whole precisions cost: fast bf16, int8 and fp8 side by side."""
+    of = zip(fidelity_tables.rows(found), found["results"], strict=True)
+    rows = [row for row, result in of if result["kind"] in WHOLE and result["name"] != EAGER]
+    shown = [i for i, name in enumerate(fidelity_tables.COLUMNS) if name not in ("kept", "SSIM", "sync")]
+    columns = tuple(fidelity_tables.COLUMNS[i] for i in shown)
+    note = (
+        "Each clip against float32's of the same noise; PSNR and sound (log-spectral distance): median/worst, L2 of "
+        "the audio latent: median. moved: clips in which a heard, and a seen, impact moved. Which op it comes from, "
+        "and what sparsity costs: [examples/pony](examples/pony/README.md#how-well-it-does)."
+    )
+    return Table(fidelity_tables.title(found), columns, tuple(tuple(row[i] for i in shown) for row in rows), note)
 
 
 def settings_table(found: Json) -> Table:
@@ -171,9 +188,7 @@ def section(report: Report) -> list[str]:
         parts += [rates_table(report.rates).markdown()]
         parts += ["![Clips of held-out prompts with their sound](examples/pony/results/sheet.png)"]
     if report.fidelity is not None:
-        parts += [
-            "What bf16, fp8 and sparsity cost such clips: [examples/pony](examples/pony/README.md#how-well-it-does)."
-        ]
+        parts += [precisions_table(report.fidelity).markdown()]
     return parts
 
 

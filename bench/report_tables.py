@@ -26,7 +26,7 @@ from bench.results import Json
 from bench.sampler_runs import SECOND_STAGE
 from happyhorse_fast.costs import CARDS, CONTEXT_BYTES
 
-FORM_ORDER = ("eager bf16", "fast bf16", "fast fp8", "fast fp8 + sparsity")
+FORM_ORDER = ("eager bf16", "fast bf16", "fast int8", "fast fp8", "fast fp8 + sparsity")
 MOST_AT_RIGHT = 24
 """Characters of a column's longest cell past which it is text and stands at the left."""
 NO_GPU = "No results of a GPU are committed yet, so there is no measured speed here."
@@ -92,39 +92,41 @@ def memory_table(data: Json) -> Table:
         ("clip", "form", "peak", "of it weights", "fits a card of"),
         tuple(rows),
         "Planned, not measured on a GPU: live tensors of a forward pass under fake tensors. A card of N GB counts as "
-        f"N x 10^9 bytes, {CONTEXT_BYTES / 2**30:g} GiB of it for the CUDA context. fast fp8: attention in "
-        f"{data['attention']}.",
+        f"N x 10^9 bytes, {CONTEXT_BYTES / 2**30:g} GiB of it for the CUDA context. Attention: "
+        f"{', '.join(f'{attention} in fast {precision}' for precision, attention in data['attention'].items())}.",
     )
 
 
 def launch_table(data: Json) -> Table:
     """Launches of a layer."""
     rows = [
-        (f"fast {entry['precision']}", entry["masks"], f"{entry['fewest']}", f"{entry['most']}")
+        (f"fast {entry['precision']}", entry["masks"], *(f"{entry[name]}" for name in ("fewest", "most", "ours")))
         for entry in data["launches"]
     ]
-    columns = ("form", "masks", "fewest", "most")
-    return Table("Kernel launches per layer", columns, tuple(rows), "Over all kinds of layer without a post-norm.")
+    columns = ("form", "masks", "fewest", "most", "of them kernels of this package")
+    note = (
+        "Over all kinds of layer without a post-norm. The others are torch's: they find the largest of v and of the "
+        "gate, or write one number each, for the scales of e4m3. int8 has two more for row codes, of proj's input and "
+        "down's; where the MLP runs in chunks of rows, its kernels come once for each."
+    )
+    return Table("Kernel launches per layer", columns, tuple(rows), note)
 
 
 def _number(value: float | None, form: str = ".1e") -> str:
     return "not finite" if value is None else format(value, form)
 
 
-def _attention(cases: list[Json]) -> str:
-    return f"Attention in fast fp8: {' and '.join(sorted({case['attention'] for case in cases}))}."
-
-
-def _with_attention(form: str, cases: list[Json]) -> str:
-    """A form's name in a table where it has attention in fp8, which it does not by default."""
-    kinds = sorted({case["attention"] for case in cases} - {"bf16"})
-    return f"{form}, attention {' and '.join(kinds)}" if "fp8" in form and kinds else form
+def _forms(cases: list[Json]) -> list[str]:
+    """Names of the forms in a table's order; with attention where it is not in bf16."""
+    of = {form["form"]: form["attention"] for case in cases for form in case["forms"]}
+    return [name if of.get(name, "bf16") == "bf16" else f"{name}, attention {of[name]}" for name in FORM_ORDER]
 
 
 def error_table(cases: list[Json]) -> Table:
     """End to end, per case and form: video and audio apart, what the step added, PSNR of the latents."""
     rows: list[tuple[str, ...]] = []
     marks: set[int] = set()
+    named = dict(zip(FORM_ORDER, _forms(cases), strict=True))
     for case in cases:
         for form in case["forms"]:
             if form["violations"]:
@@ -138,15 +140,15 @@ def error_table(cases: list[Json]) -> Table:
                 _number(worst(form, "latent", m, "psnr_db"), ".1f") if case["steps"] else "" for m in ("video", "audio")
             ]
             verdict = f"FAIL: {form['violations'][0]}" if form["violations"] else "pass"
-            rows.append((case["case"], form["form"], *cells, " / ".join(psnr), verdict))
+            rows.append((case["case"], named[form["form"]], *cells, " / ".join(psnr), verdict))
     return Table(
         "Error end to end: relative L2 of the velocity to float32",
         ("case", "form", "video", "added", "audio", "added", "PSNR of latents, dB, video / audio", "budget"),
         tuple(rows),
-        "added: distance to the form above it, so the kernels', fp8's and sparsity's own part. Small models with "
-        "seeded random weights; for sparsity that is a hard case: random weights attend to all keys alike. "
-        "Budget: fast bf16 within 2x of eager bf16's own error; fp8 is stated and fails past 0.3. "
-        f"{_attention(cases)}",
+        "added: distance to the form it comes from, so the kernels', 8 bits' and sparsity's own part; int8 and fp8 "
+        "come from fast bf16. Small models with seeded random weights; for sparsity that is a hard case: random "
+        "weights attend to all keys alike. Budget: fast bf16 within 2x of eager bf16's own error; 8 bits are stated "
+        "and fail past 0.3.",
         frozenset(marks),
     )
 
@@ -166,10 +168,10 @@ def error_summary(cases: list[Json]) -> Table:
         rows.append((f"`{case['case']}`", *cells))
     return Table(
         "Error of the velocity, video / audio: relative L2 to float32",
-        ("case", *(_with_attention(name, cases) for name in FORM_ORDER)),
+        ("case", *_forms(cases)),
         tuple(rows),
         "Small models with seeded random weights. For sparsity (a quarter of the video blocks) that is a hard case: "
-        f"random weights attend to all keys alike, so every block that is left out counts. {_attention(cases)}",
+        "random weights attend to all keys alike, so every block that is left out counts.",
     )
 
 
@@ -190,7 +192,7 @@ def op_table(cases: list[Json]) -> Table:
         rows.append((op, *_pairs(cells)))
     return Table(
         "Error of each op by itself: relative L2 / worst 128x128 tile, to float32",
-        ("op", *FORM_ORDER),
+        ("op", *_forms(cases)),
         tuple(rows),
         "Each op runs on its float32 input; worst layer, modality and case. qkv and up include their norm; norm is the "
         "one before qkv. Sparsity changes attention alone.",
@@ -217,8 +219,8 @@ def _ceilings_note(data: Json) -> str:
     """What the shares of a roofline are of."""
     parts = []
     for peaks in ceilings(data):
-        fp8 = f", fp8 {peaks.fp8:,.0f}" if peaks.fp8 else ""
-        parts.append(f"{peaks.source}: bf16 {peaks.bf16:,.0f}{fp8} TFLOP/s, {peaks.bandwidth:.2g} TB/s")
+        rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in peaks.rates().items())
+        parts.append(f"{peaks.source}: {rates} TFLOP/s, {peaks.bandwidth:.2g} TB/s")
     return f"Ceilings: {'; '.join(parts)}." if parts else ""
 
 
@@ -270,11 +272,19 @@ def ops_table(data: Json) -> Table:
     note = (
         "Every case passed its gate against float64 at this shape before it was timed, or says that it did not. "
         "Product only: without the norm, activation or residual that ours has in it. No "
-        "gate: its numbers were not checked. eager is the reference in bf16, for fp8 cases too. "
-        f"{_ceilings_note(data)} Each kernel was timed by itself on a chip held at its power limit: differences "
-        "under 20 % may be the order of timing."
+        "gate: its numbers were not checked. eager is the reference in bf16, for cases of 8 bits too. "
+        f"{_ceilings_note(data)} {_turns_note(data)}"
     )
     return Table(title, columns, tuple(rows), note)
+
+
+def _turns_note(data: Json) -> str:
+    """How times that are compared were taken."""
+    alone = [entry for entry in data["entries"] if entry["peers"] and not entry.get("span")]
+    if not alone:
+        return "What is compared took turns on a warm chip."
+    which = "Each kernel was" if not any(entry.get("span") for entry in data["entries"]) else "Some kernels were"
+    return f"{which} timed alone on a chip held at its power limit: differences under 20 % may be the order of timing."
 
 
 def _against(ratio: float) -> str:

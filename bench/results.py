@@ -54,6 +54,7 @@ ENTRY_EXTRA: dict[str, Any] = {
     "sm_mhz": _NUMBER,  # clock in the span
     "power_w": _NUMBER,  # and power, medians
     "conditions": dict,  # clock, power and temperature at both ends of the span
+    "softmax": str,  # of attention: the form that ran (bench.inputs.softmax); kernels before there were two had none
     "config": dict,  # launch configuration, where it is not the committed one
 }
 SAMPLER: dict[str, Any] = {
@@ -72,6 +73,7 @@ SAMPLER_EXTRA: dict[str, Any] = {
     "breakdown": dict,  # seconds of one step by op
     "backend": str,  # what was asked for; eager modes have none
     "attention": str,  # kernel that attention ran in: what "auto" took is not what it takes at another commit
+    "softmax": str,  # form of attention's softmax in the layers (bench.inputs.softmax)
     "sm_mhz": _NUMBER,  # clock while the steps ran
     "power_w": _NUMBER,  # and power, medians
     "conditions": dict,  # clock, power and temperature before and after the steps
@@ -232,6 +234,10 @@ def merged(files: Sequence[Json]) -> Json:
 def ratio(entry: Json, peer: str) -> float | None:
     """A peer's time over an entry's own, above 1 where ours is faster; None where they did not take turns in a span."""
     return entry["peers"][peer] / entry["median_ms"] if entry.get("span") and peer in entry["peers"] else None
+
+
+NOT_INTERLEAVED = "not interleaved"
+"""Said of a comparison that no span is behind."""
 
 
 def comparable(one: Json, other: Json) -> bool:

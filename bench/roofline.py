@@ -32,6 +32,7 @@ class Peaks:
         source: :data:`MEASURED`, or where the maker states them.
         sm_mhz: Clock that the products were measured at, None where it is not known.
         power_w: Power, likewise.
+        int8: TOP/s; None where that is not known: then as fp8, whose datasheet rate it has on Hopper.
     """
 
     bandwidth: float
@@ -40,11 +41,25 @@ class Peaks:
     source: str
     sm_mhz: float | None = None
     power_w: float | None = None
+    int8: float | None = None
+
+    def rate(self, precision: str) -> float:
+        """TFLOP/s in ``"bf16"``, ``"int8"``, ``"fp8"`` or ``"int8_qk"`` (half int8, half bf16).
+
+        Without 8 bits it is that of bf16.
+        """
+        fp8 = self.fp8 or self.bf16
+        int8 = self.int8 or fp8
+        return {"bf16": self.bf16, "int8": int8, "int8_qk": 2 / (1 / int8 + 1 / self.bf16), "fp8": fp8}[precision]
+
+    def rates(self) -> dict[str, float]:
+        """TFLOP/s by format, those that are known."""
+        known = {"bf16": self.bf16, "int8": self.int8, "fp8": self.fp8}
+        return {name: rate for name, rate in known.items() if rate}
 
     def floor_ms(self, flops: float, moved: float, precision: str) -> float:
         """Least time for so many FLOPs and bytes."""
-        rate = self.fp8 if precision == "fp8" and self.fp8 is not None else self.bf16
-        return 1e3 * max(flops / (rate * 1e12), moved / (self.bandwidth * 1e12))
+        return 1e3 * max(flops / (self.rate(precision) * 1e12), moved / (self.bandwidth * 1e12))
 
 
 def datasheet(device: torch.device) -> Peaks | None:
@@ -54,14 +69,16 @@ def datasheet(device: torch.device) -> Peaks | None:
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
     for gpu in GPUS.values():
         if gpu.name in name:
-            return Peaks(gpu.bandwidth, gpu.bf16, gpu.fp8, gpu.source)
+            return Peaks(gpu.bandwidth, gpu.bf16, gpu.fp8, gpu.source, int8=gpu.int8)
     return None
 
 
 def measured(
     device: torch.device, stopwatch: Stopwatch, *, seconds: float = 0.5, monitor: Monitor | None = None
 ) -> Peaks:
-    """A large copy, and the library's bf16 and row-wise fp8 products at the model's shapes in turns, on a warm chip.
+    """A large copy, and the library's products in all formats at the model's shapes in turns, on a warm chip.
+
+    The library's int8 product is no ceiling where ours is faster, as on an H200, but it is the one that always runs.
 
     Args:
         device: Of the stopwatch.
@@ -80,12 +97,13 @@ def measured(
     copied = span({"copy": stopwatch.prepare([large_copy(size, device)], dry=not seconds)}).timings["copy"].median_ms
     case = next(c for c in cases_of(FULL_SIZES[0] if on_gpu else SMALL_SIZE) if c.op == "qkv_linear")
     prepared, flops = {}, {}
-    for (precision, maker), name in itertools.product((("bf16", bf16_product), ("fp8", fp8_product)), _SHAPES):
+    makers = (("bf16", bf16_product), ("fp8", fp8_product), ("int8", int8_product))
+    for (precision, maker), name in itertools.product(makers, _SHAPES):
         _, features, inputs = case.weight_shape(name)
         try:
             call = maker(case.rows, features, inputs, device)
             prepared[f"{precision} {name}"] = stopwatch.prepare([call], dry=not seconds, graph=False)
-        except (RuntimeError, NotImplementedError, ValueError):  # no fp8 on this device
+        except (RuntimeError, NotImplementedError, ValueError):  # no 8 bits on this device
             continue
         flops[f"{precision} {name}"] = 2.0 * case.rows * features * inputs
     products = span(prepared)
@@ -94,9 +112,8 @@ def measured(
         precision = name.split()[0]
         rates[precision] = max(rates.get(precision, 0.0), flops[name] / timing.median_ms / 1e9)
     state = monitor.during(products.began, products.ended) if monitor else {}
-    return Peaks(
-        2 * size / copied / 1e9, rates["bf16"], rates.get("fp8"), MEASURED, state.get("sm_mhz"), state.get("power_w")
-    )
+    clock, power = state.get("sm_mhz"), state.get("power_w")
+    return Peaks(2 * size / copied / 1e9, rates["bf16"], rates.get("fp8"), MEASURED, clock, power, rates.get("int8"))
 
 
 def large_copy(size: int, device: torch.device) -> Callable[[], object]:
@@ -127,3 +144,18 @@ def fp8_product(rows: int, features: int, inputs: int, device: torch.device) -> 
     return lambda: torch._scaled_mm(
         x, weight.T, scale_a=x_scale, scale_b=weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
     )
+
+
+def int8_product(rows: int, features: int, inputs: int, device: torch.device) -> Callable[[], object]:
+    """The same of int8 codes, without scales, ``torch._int_mm``: int32 out.
+
+    Raises:
+        RuntimeError: The device is a CPU, whose int8 product is not a ceiling of anything here.
+    """
+    if device.type != "cuda":
+        raise RuntimeError("the library's int8 products need a GPU")
+    x, weight = (
+        torch.randn(n, inputs, device=device).mul_(32).round_().clamp_(-127, 127).to(torch.int8)
+        for n in (rows, features)
+    )
+    return lambda: torch._int_mm(x, weight.T)

@@ -25,6 +25,7 @@ import torch
 from bench import began
 from bench.cases import TINY, TINY_SIZE
 from bench.conditions import Monitor
+from bench.inputs import BOUNDED, RUNNING
 from bench.lost import LOST, lost
 from bench.ops import arguments, open_results
 from bench.random_model import Backend, random_eager, random_fast
@@ -33,9 +34,11 @@ from bench.sampler_runs import MODES, Run, chosen, runs
 from bench.specialized import attention_kernel, running
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.model.fast_config import FastConfig
+from happyhorse_fast.model.fast_layer import FastLayer
 from happyhorse_fast.model.op_times import OpTimes
 from happyhorse_fast.ops.dispatch import BackendError
 from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.reference.score_bound import LIMIT
 from happyhorse_fast.sampler.progress import StepInfo
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve
@@ -134,7 +137,7 @@ class Bench:
         counted = run.mode != "torch.compile" and run.cap_gb is None
         breakdown = self._breakdown(model, inputs) if counted else None
         return {
-            **({"attention": attention_kernel(state, self.device)} if run.fast else {}),
+            **({"attention": attention_kernel(state, self.device), "softmax": softmax_of(model)} if run.fast else {}),
             "s_per_step": each,
             "total_s": sum(times) if len(times) == run.steps else each * run.steps,
             "peak_memory_gib": peak,
@@ -254,6 +257,16 @@ class Bench:
             self._forget()  # what was allocated before would not be capped
         total = torch.cuda.get_device_properties(self.device).total_memory
         torch.cuda.set_per_process_memory_fraction(memory_fraction(gb, total), self.device)
+
+
+def softmax_of(model: HappyHorse) -> str:
+    """Forms of the softmax in an accelerated model's layers, as :func:`bench.inputs.softmax` names them."""
+    found = set()
+    for layer in model.block.layers:
+        assert isinstance(layer, FastLayer)
+        bounded = layer.plan.precision["attention"] != "fp8" and layer.bound.effective <= LIMIT
+        found.add(BOUNDED if bounded else RUNNING)
+    return " and ".join(sorted(found))
 
 
 def memory_fraction(gb: int | None, total: int) -> float:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from happyhorse_fast.model.fast_config import FastConfig, TopK
+from happyhorse_fast.model.fast_config import AttentionPrecision, FastConfig, TopK
 
 BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
 FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"
-MODES = ("fast fp8", "fast fp8 linear", "fast bf16", "eager", "torch.compile")
-"""Fast fp8 has attention in fp8 too; fast fp8 linear is what FastConfig(precision="fp8") does, attention in bf16."""
+MODES = ("fast fp8", "fast int8", "fast fp8 linear", "fast fp8 int8_qk", "fast bf16", "eager", "torch.compile")
+"""Fast fp8 has attention in fp8 too, fast fp8 linear has it in bf16; fast int8 and fast fp8 int8_qk are what
+FastConfig(precision="int8") and (precision="fp8") do."""
+_ATTENTION: dict[str, AttentionPrecision] = {"fast fp8": "fp8", "fast int8": "int8_qk", "fast fp8 int8_qk": "int8_qk"}
 EXACT = "exact"
 # Steps of a run are stopped after so long, two at least. A fast run of 8 steps at 1080p ends within it.
 SECONDS = {"fast": 40.0, "other": 10.0}
@@ -58,8 +60,8 @@ class Run:
             return None
         sparsity = None if self.mask == EXACT else TopK(float(self.mask.removesuffix("%")) / 100)
         return FastConfig(
-            precision="fp8" if "fp8" in self.mode else "bf16",
-            attention="fp8" if self.mode == "fast fp8" else "bf16",
+            precision=self.mode.split()[1],  # type: ignore[arg-type]
+            attention=_ATTENTION.get(self.mode, "bf16"),
             sparsity=sparsity,
             strict=True,
         )
@@ -80,13 +82,16 @@ def runs() -> Iterator[Run]:
     first = (
         Run(BASE, "1080p", "fast fp8"),
         Run(BASE, "1080p", "fast fp8", "25%"),
+        Run(BASE, "1080p", "fast fp8 linear"),
+        Run(BASE, "1080p", "fast fp8 int8_qk"),
         Run(BASE, "1080p", "fast fp8", cap_gb=24),
+        Run(BASE, "1080p", "fast int8"),
         Run(SECOND_STAGE, "1080p", "fast fp8", steps=5),
         Run(BASE, "1080p", "eager"),
         Run(BASE, "1080p", "fast bf16", cap_gb=48),
         Run(BASE, "1080p", "eager", cap_gb=80),
         Run(BASE, "1080p", "fast fp8", "12.5%"),
-        Run(BASE, "1080p", "fast fp8 linear"),
+        Run(BASE, "1080p", "fast fp8 int8_qk", "25%"),
     )
     yield from first
     yield from (run for run in _rest() if run not in first)
@@ -95,12 +100,13 @@ def runs() -> Iterator[Run]:
 def _rest() -> Iterator[Run]:
     for mask in (EXACT, "25%", "12.5%"):
         yield Run(BASE, "1080p", "fast bf16", mask)
-    for mode in ("fast fp8", "eager", "fast bf16", "fast fp8 linear"):
+        yield Run(BASE, "1080p", "fast int8", mask)
+    for mode in ("fast fp8", "fast int8", "eager", "fast bf16", "fast fp8 linear", "fast fp8 int8_qk"):
         yield Run(SECOND_STAGE, "1080p", mode, steps=5)
         yield Run(FIRST_STAGE, "256p", mode)
         yield Run(DENSE, "1080p", mode)
-    for mode in ("fast bf16", "eager", "fast fp8"):
-        for cap in (48, 80):
+    for mode in ("fast bf16", "eager", "fast fp8", "fast int8"):
+        for cap in (24, 48, 80) if mode == "fast int8" else (48, 80):
             yield Run(BASE, "1080p", mode, cap_gb=cap)
     for preset, resolution, steps in (
         (BASE, "1080p", 8),

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 
 import torch
 
+from bench.cases import STEM
 from happyhorse_fast.kernels.launch import SPECIALIZED_ON, LaunchConfig, table
 from happyhorse_fast.model.fast_state import FastState
 from happyhorse_fast.ops.dispatch import attention_is_specialized
 
-GLUON, STEM, FORM = "gluon", "block_sparse_attention", "_specialized"
+GLUON, FORM = "gluon", "_specialized"
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -37,8 +38,7 @@ def impl_of(config: LaunchConfig) -> str:
 def attention_kernel(state: FastState, device: torch.device) -> str:
     """The kernel that an accelerated model's attention runs in: ``"gluon"``, or its backend."""
     backend = state.choices[STEM].backend
-    precision = state.fast.attention if state.fast.precision == "fp8" else "bf16"
-    if backend == "triton" and attention_is_specialized(precision, state.config.head_dim, device):
+    if backend == "triton" and attention_is_specialized(state.fast.attention_format, state.config.head_dim, device):
         return GLUON
     return backend
 

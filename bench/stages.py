@@ -27,7 +27,7 @@ WORKERS = 6
 """Processes of tests at a time: compiling bounds them, and each holds up to 6 GB of GPU memory."""
 MINUTES = "{minutes}"
 """Stands in a command for the minutes it has."""
-LINEAR = "fp8_linear,qkv,rmsnorm"
+LINEAR = "fp8_linear,qkv,quantize"
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _sanitize(context: Context) -> list[Step]:
     if tool is None:
         return [Step([], absent=f"{SANITIZER} is absent: not on the PATH, nor in /usr/local/cuda/bin")]
     # One case per kernel and epilogue: racecheck is some hundred times slower than the kernel.
-    only = "window/tiny,25%/tiny,dense/tiny/bf16,down/tiny,swiglu7/tiny,gelu7/tiny,qkv,rmsnorm_quantize/tiny,select"
+    only = "window/tiny,25%/tiny,dense/tiny/bf16,down/tiny,swiglu7/tiny,gelu7/tiny,qkv,quantize,select"
     # torch and cuda-bindings probe the driver for what it may lack, which is no error; compilers are started as well.
     options = ("--target-processes", "application-only", "--report-api-errors", "no", "--print-limit", "20")
     names = [option for part in SANITIZED for option in ("--kernel-name", f"kns={part}")]
@@ -196,7 +196,13 @@ STAGES = (
     Stage("check", 60, _check),
     Stage("tests", 120, _tests),
     Stage("sampler", 132, _sampler),
-    Stage("attn", 90, _ops("main", "attention,select", "attention-25%/tiny/fp8,attention-dense/tiny/bf16")),
+    Stage(
+        "attn",
+        90,
+        _ops(
+            "main", "attention,select", "attention-25%/tiny/fp8,attention-dense/tiny/bf16,attention-dense/tiny/int8_qk"
+        ),
+    ),
     Stage("linear", 80, _ops("main", LINEAR, "down/tiny/fp8,qkv_linear/tiny/bf16")),
     Stage("sanitize", 150, _sanitize, default=False),
     Stage("sizes", 300, _ops("rest", "", "proj/tiny/fp8"), default=False),

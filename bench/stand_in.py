@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from bench.specialized import STEM
+from bench.cases import STEM
 from happyhorse_fast.ops import block_sparse_attention as attention
 from happyhorse_fast.ops import dispatch, trust
 from happyhorse_fast.ops.triton import block_sparse_attention as attention_launcher
@@ -47,6 +47,10 @@ def stand_in(arch: int) -> Iterator[None]:
         yield
 
 
+BOUNDED = slice(7, 9)
+"""Of the arguments of `block_sparse_attention` behind q, k and v: whether the softmax is bounded, and the flag."""
+
+
 def launched(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
     """An op in whose place the launcher is called on tensors without data, then the reference on those with."""
     reference = getattr(torch.ops.happyhorse_fast, f"{name.partition('::')[2]}_reference")
@@ -64,8 +68,11 @@ def launched(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 def _same_steps(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> contextlib.AbstractContextManager[object]:
     """Codes of P depend on the keys that share a running maximum, the kernel's own step."""
-    step = attention_launcher.launch_config(q, k, v, lse=rest[-1]).block_n
-    return mock.patch.object(attention, "sparse_attention", functools.partial(sparse_attention, step=step))
+    bounded, flag = rest[BOUNDED]
+    bounded = bounded if flag is None else bool(flag)
+    config = attention_launcher.launch_config(q, k, v, bounded=bounded, lse=rest[-1])
+    there = functools.partial(sparse_attention, **attention_launcher.rounding_of(config, v))
+    return mock.patch.object(attention, "sparse_attention", there)
 
 
 def without_data(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from happyhorse_fast.model.packed_checkpoint import save_packed
     from happyhorse_fast.model.step import at_step
     from happyhorse_fast.ops.dispatch import BackendError
+    from happyhorse_fast.ops.sdpa import attention
     from happyhorse_fast.reference.model import HappyHorse
     from happyhorse_fast.sampler.sample import sample
     from happyhorse_fast.sampler.super_resolve import super_resolve
@@ -42,6 +43,7 @@ _WHERE = {
     "TopP": "model.fast_config",
     "accelerate": "model.accelerate",
     "at_step": "model.step",
+    "attention": "ops.sdpa",
     "explain": "model.accelerate",
     "load": "model.checkpoint",
     "merge_lora": "model.lora",
@@ -70,6 +72,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "at_step",
+    "attention",
     "explain",
     "load",
     "merge_lora",

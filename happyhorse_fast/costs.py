@@ -8,6 +8,7 @@ before them, and epilogues write what the next product reads.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from happyhorse_fast.config import MODALITIES, PATCH, ModelConfig
@@ -19,8 +20,10 @@ CARDS = (24, 48, 80)
 """Memory that cards are sold with, GB; what a clip is said to fit."""
 CONTEXT_BYTES = 2**29
 """Of a card's memory, for the CUDA context and libraries' workspaces, which no plan counts: 0.3 to 0.5 GiB."""
-# Bytes of an element: inputs of a product per precision, output of a branch (bf16), residual stream (float32).
-_INPUT_BYTES: dict[str, int] = {"bf16": 2, "fp8": 1}
+# Bytes of an element: inputs of a product per precision, output of a branch (bf16), residual stream (float32); of
+# attention q and k, and v.
+_INPUT_BYTES: dict[str, int] = {"bf16": 2, "int8": 1, "fp8": 1}
+_ATTENTION_BYTES: dict[str, tuple[int, int]] = {"bf16": (2, 2), "int8_qk": (1, 2), "fp8": (1, 1)}
 _BRANCH_BYTES = 2
 _STREAM_BYTES = 4
 
@@ -32,6 +35,7 @@ class Gpu:
     Attributes:
         name: What ``happyhorse-fast plan --gpu`` takes.
         bf16: Tensor-core TFLOP/s.
+        int8: Tensor-core TOP/s.
         fp8: Tensor-core TFLOP/s, None where the card has no fp8.
         fp32: TFLOP/s outside the tensor cores.
         bandwidth: Memory, TB/s.
@@ -41,6 +45,7 @@ class Gpu:
 
     name: str
     bf16: float
+    int8: float
     fp8: float | None
     fp32: float
     bandwidth: float
@@ -48,12 +53,14 @@ class Gpu:
     source: str
 
     def rate(self, precision: str) -> float:
-        """Peak FLOP/s in ``"bf16"``, ``"fp8"`` or ``"fp32"``.
+        """Peak FLOP/s in ``"bf16"``, ``"int8"``, ``"fp8"`` or ``"fp32"``; ``"int8_qk"``: a product of each.
 
         Raises:
             ValueError: The card has no tensor cores for it.
         """
-        peak = {"bf16": self.bf16, "fp8": self.fp8, "fp32": self.fp32}[precision]
+        half_and_half = 2 / (1 / self.int8 + 1 / self.bf16)
+        rates = {"bf16": self.bf16, "int8": self.int8, "int8_qk": half_and_half, "fp8": self.fp8, "fp32": self.fp32}
+        peak = rates[precision]
         if peak is None:
             raise ValueError(f"precision must be one that the gpu has: {self.name} has no {precision} tensor cores")
         return peak * 1e12
@@ -62,11 +69,11 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100", 989, 1979, 67, 3.35, 80, "NVIDIA H100 datasheet, SXM"),
-        Gpu("h200", 989, 1979, 67, 4.8, 141, "NVIDIA H200 datasheet, SXM"),
-        Gpu("a100", 312, None, 19.5, 2.04, 80, "NVIDIA A100 datasheet, SXM 80 GB"),
-        Gpu("rtx4090", 165.2, 330.3, 82.6, 1.008, 24, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
-        Gpu("rtx5090", 209.5, 419, 104.8, 1.792, 32, "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"),
+        Gpu("h100", 989, 1979, 1979, 67, 3.35, 80, "NVIDIA H100 datasheet, SXM"),
+        Gpu("h200", 989, 1979, 1979, 67, 4.8, 141, "NVIDIA H200 datasheet, SXM"),
+        Gpu("a100", 312, 624, None, 19.5, 2.04, 80, "NVIDIA A100 datasheet, SXM 80 GB"),
+        Gpu("rtx4090", 165.2, 660.6, 330.3, 82.6, 1.008, 24, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
+        Gpu("rtx5090", 209.5, 838, 419, 104.8, 1.792, 32, "NVIDIA RTX Blackwell architecture whitepaper, appendix A"),
     )
 }
 
@@ -212,9 +219,10 @@ def step_costs(
         config: The model.
         clip: Latent size.
         text: Text tokens.
-        precision: ``"bf16"`` or ``"fp8"``: of products and attention inside layers. Embedders and heads are float32 in
-            both; the scales that fp8 adds (below 4 % of an fp8 activation's bytes) are left out.
-        attention: Precision of attention where it is another than the products'.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``: of products and attention (int8: ``"int8_qk"``) inside layers.
+            Embedders and heads are float32 in all; the scales that 8 bits add (below 4 % of such an activation's bytes)
+            are left out.
+        attention: Precision of attention where it is another than the products', or ``"int8_qk"``.
         gpu: Card whose peaks make the floor.
         video_share: Share of video pairs that every layer computes, in place of dense and window; None for the exact
             masks.
@@ -224,10 +232,15 @@ def step_costs(
     """
     if text < 1:
         raise ValueError(f"text must be at least 1 token, got {text}")
-    attention = precision if attention is None else attention
-    for name, value in (("precision", precision), ("attention", attention)):
-        if value not in _INPUT_BYTES:
-            raise ValueError(f"{name} must be one of {', '.join(_INPUT_BYTES)}; got {value!r}")
+    if attention is None:
+        attention = "int8_qk" if precision == "int8" else precision
+    known: tuple[tuple[str, str, Iterable[str]], ...] = (
+        ("precision", precision, _INPUT_BYTES),
+        ("attention", attention, _ATTENTION_BYTES),
+    )
+    for name, value, allowed in known:
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
     if video_share is not None and not 0 <= video_share <= 1:
         raise ValueError(f"video_share must be from 0 to 1, got {video_share}")
     kinds = Counter(layer_kind(config, layer, clip) for layer in range(config.num_layers))
@@ -255,7 +268,7 @@ def _layer(
     video_share: float | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """FLOPs and bytes by op; ``precision`` of products and of attention."""
-    element, attended = (_INPUT_BYTES[p] for p in precision)
+    element, (of_qk, of_v) = _INPUT_BYTES[precision[0]], _ATTENTION_BYTES[precision[1]]
     n, width, experts = clip.total(text), config.hidden_size, config.experts(layer)
     q, kv = config.num_heads_q * config.head_dim, config.num_heads_kv * config.head_dim
     share = video_share
@@ -267,7 +280,7 @@ def _layer(
     flops["attention"] = 4.0 * q * attention_pairs(clip, text, share)
     flops["norms"] = 0.0
     weights = {op: experts * rows * columns * element for op, (rows, columns) in matrices.items()}
-    packed = n * ((q + 2 * kv) * attended + config.num_heads_q * _BRANCH_BYTES)  # q, k, v and the gate
+    packed = n * ((q + kv) * of_qk + kv * of_v + config.num_heads_q * _BRANCH_BYTES)  # q, k, v and the gate
     wide = n * config.intermediate_size(layer) * element
     # A norm reads the stream and the branch before it, writes the stream and what the next product reads.
     norm = n * width * (2 * _STREAM_BYTES + _BRANCH_BYTES + element)
@@ -279,6 +292,12 @@ def _layer(
         "up": n * width * element + weights["up"] + wide,
         "down": wide + weights["down"] + n * width * _BRANCH_BYTES,
     }
+    if precision[0] == "int8":
+        # Attention and up write bf16, and a pass of its own makes codes of it.
+        flops["quantize"] = 0.0
+        moved["attention"] += n * q * (_BRANCH_BYTES - element)
+        moved["up"] += wide * (_BRANCH_BYTES - element)
+        moved["quantize"] = (n * q + wide) * (_BRANCH_BYTES + element)
     return {op: flops[op] for op in moved}, moved
 
 

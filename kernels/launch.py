@@ -42,6 +42,7 @@ class LaunchConfig:
         descriptors: Load tiles through TMA descriptors (Hopper and later).
         specialized: Warps of two kinds, one that loads and two groups that compute (attention on Hopper). An entry
             that says so is launched as the entry of the same name with ``_specialized`` after it says.
+        reduce: Let the hardware add a product to what is there (TMA reduce), where ``descriptors`` work for that too.
     """
 
     block_m: int
@@ -52,6 +53,7 @@ class LaunchConfig:
     group_m: int = 0
     descriptors: bool = False
     specialized: bool = False
+    reduce: bool = False
 
 
 def shared_memory_bytes(config: LaunchConfig, element_bytes: int, extra: int = 0) -> int:
@@ -81,6 +83,8 @@ def illegal(config: LaunchConfig, arch: int, *, fp8: bool, shared_bytes: int) ->
         return f"sm_{arch} has no e4m3 tensor cores (sm_{FP8_SINCE} and later have)"
     if config.descriptors and arch < DESCRIPTORS_SINCE:
         return f"sm_{arch} has no TMA descriptors (sm_{DESCRIPTORS_SINCE} and later have)"
+    if config.reduce and not config.descriptors:
+        return "reduce goes through TMA descriptors, and descriptors is False"
     if config.specialized and arch != SPECIALIZED_ON:
         return f"sm_{arch} has no warp-group products (sm_{SPECIALIZED_ON} alone has)"
     for name in ("block_m", "block_n", "block_k", "num_warps"):

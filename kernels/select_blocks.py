@@ -24,17 +24,22 @@ MASS_STEPS = tl.constexpr(2**20)
 @triton.jit
 def block_sum(
     source,
+    scale,
     live,
     block,
     head,
     stride_row,
     stride_head,
     stride_channel,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """[D] float32: the sum of a head's live rows of a block; other rows, also those past the last, are not read."""
+    """[D] float32: the sum of a head's live rows of a block; other rows, also those past the last, are not read.
+
+    ``scale`` [tokens, HEADS] is what a row's codes are multiplied by, None for none.
+    """
     start = source + block.to(tl.int64) * BLOCK * stride_row + head.to(tl.int64) * stride_head
     channel = tl.arange(0, D)
     total = tl.zeros([ROWS, D], dtype=tl.float32)
@@ -42,7 +47,11 @@ def block_sum(
         row = first + tl.arange(0, ROWS)
         alive = tl.load(live + block * BLOCK + row) != 0
         place = start + row[:, None].to(tl.int64) * stride_row + channel[None, :].to(tl.int64) * stride_channel
-        total += tl.load(place, mask=alive[:, None], other=0.0).to(tl.float32)
+        values = tl.load(place, mask=alive[:, None], other=0.0).to(tl.float32)
+        if scale is not None:
+            token = block.to(tl.int64) * BLOCK + row
+            values *= tl.load(scale + token * HEADS + head, mask=alive, other=0.0)[:, None]
+        total += values
     return tl.sum(total, axis=0)
 
 
@@ -50,6 +59,8 @@ def block_sum(
 def pool_blocks_kernel(
     q,
     k,
+    q_scale,
+    k_scale,
     live,
     pooled_q,
     pooled_k,
@@ -65,15 +76,20 @@ def pool_blocks_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Grid (blocks, Hq + Hkv): ``pooled_q`` [Hq, R, D], and ``pooled_k`` [Hkv, D, S] for the choice to read along S."""
+    """Grid (blocks, Hq + Hkv): ``pooled_q`` [Hq, R, D], and ``pooled_k`` [Hkv, D, S] for the choice to read along S.
+
+    q_scale [N, Hq] and k_scale [Hkv, S] are those of int8, whose sums are of values; None otherwise.
+    """
     block, head = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, D)
     if head < HEADS_Q:
-        total = block_sum(q, live, block, head, stride_qn, stride_qh, stride_qd, D, BLOCK, ROWS)
+        total = block_sum(q, q_scale, live, block, head, stride_qn, stride_qh, stride_qd, HEADS_Q, D, BLOCK, ROWS)
         tl.store(pooled_q + (head * blocks + block) * D + channel, total)
     else:
         kv_head = head - HEADS_Q
-        total = block_sum(k, live, block, kv_head, stride_kn, stride_kh, stride_kd, D, BLOCK, ROWS)
+        total = block_sum(k, None, live, block, kv_head, stride_kn, stride_kh, stride_kd, 1, D, BLOCK, ROWS)
+        if k_scale is not None:
+            total *= tl.load(k_scale + kv_head * blocks + block)
         tl.store(pooled_k + (kv_head * D + channel) * blocks + block, total)
 
 
@@ -142,7 +158,8 @@ def select_blocks_kernel(
 ):
     """Grid (Hkv * R,): one row of the map, each of its S places in ``columns`` and ``mask_ids`` written once.
 
-    Args of note: ``mass`` in steps of 2^-20, read with BY_MASS, else ``keep``; q_scale and k_scale are None in bf16.
+    Args of note: ``mass`` in steps of 2^-20, read with BY_MASS, else ``keep``; q_scale and k_scale are
+    those of e4m3 codes per block, else None.
     """
     entry = tl.program_id(0)
     kv_head, row = entry // blocks, entry % blocks

@@ -12,6 +12,8 @@ compiler checks them. What a GPU would punish, and plain execution lets pass, ra
   same when it is issued and when it is waited for. Neither may be under way when the program ends.
 - A result of a product cannot be used before it was waited for, and waits retire products in their order.
 - An mbarrier counts arrivals and bytes; too many of either, or a use before `fence_async_shared`, raises.
+- A named barrier counts warps; more in a phase than it was said to have, another number of them, or the same ones twice
+  raise, and so does a product that is issued after its group let the other one issue its own.
 - A load or store outside of its tensor raises, as does one at an address that nothing allocated.
 - float32 -> e4m3 beyond 448 is NaN, so that a missing clamp shows.
 """
@@ -30,7 +32,20 @@ from unittest import mock
 
 import torch
 import triton.language as tl
-from gluon_machine import Barrier, Described, DType, EmulationError, Memory, Pointer, Product, Program, Value, value
+from gluon_assembly import assembly
+from gluon_machine import (
+    PRODUCTS,
+    Barrier,
+    Described,
+    DType,
+    EmulationError,
+    Memory,
+    Pointer,
+    Product,
+    Program,
+    Value,
+    value,
+)
 
 __all__ = ["Emulated", "EmulationError"]
 
@@ -59,6 +74,7 @@ class Emulated:
             self.rng.shuffle(order)
             for index in order:
                 self.program = Program(index, grid[0], self.rng, self.late)
+                self.warps = num_warps
                 self.kernel(*map(_argument, arguments), **constants)
 
         return launch
@@ -119,8 +135,9 @@ class Emulated:
             "full": whole,
             "arange": lambda a, b, layout=None: value(torch.arange(a, b, dtype=torch.int32)),
             "where": lambda c, a, b: torch.where(c, *_pair(a, b)),
-            "maximum": lambda a, b: torch.maximum(*_pair(a, b)),
-            "minimum": lambda a, b: torch.minimum(*_pair(a, b)),
+            "maximum": lambda a, b, **nan: (torch.maximum if _keeps(**nan) else torch.fmax)(*_pair(a, b)),
+            "minimum": lambda a, b, **nan: (torch.minimum if _keeps(**nan) else torch.fmin)(*_pair(a, b)),
+            "PropagateNan": tl.PropagateNan,
             "max": lambda x, axis: x.amax(dim=axis),
             "sum": lambda x, axis: x.sum(dim=axis),
             "abs": torch.abs,
@@ -132,7 +149,12 @@ class Emulated:
             "static_range": range,
             "program_id": lambda axis: self.program.index,
             "num_programs": lambda axis: self.program.grid,
-            "warp_specialize": lambda functions, warps, registers: self.program.specialize(functions),
+            "warp_specialize": lambda functions, warps, _: self.program.specialize(functions, [self.warps, *warps]),
+            "inline_asm_elementwise": lambda *arguments: assembly(self.program, *arguments),
+            "split": lambda x: tuple(part.contiguous() for part in x.unbind(dim=-1)),
+            "join": lambda a, b: torch.stack((a, b), dim=-1).as_subclass(Value),
+            "int8": torch.int8,
+            "int16": torch.int16,
             "float32": torch.float32,
             "bfloat16": torch.bfloat16,
             "float8e4nv": torch.float8_e4m3fn,
@@ -192,24 +214,32 @@ class Emulated:
                 raise EmulationError(f"a product of {list(left.shape)} and {list(b.data.shape)} into {list(acc.shape)}")
             if left.dtype != b.data.dtype:
                 raise EmulationError(f"a product of {left.dtype} and {b.data.dtype}")
+            whole = torch.int32 if left.dtype == torch.int8 else torch.float32
+            if acc.dtype != whole:
+                raise EmulationError(f"a product of {left.dtype} into {acc.dtype}")
             started = acc.clone() if use_acc else torch.zeros_like(acc)
             made = Product(a, b, started, (left.clone(), b.data.clone()))
             assert self.program.current is not None
+            if self.program.current.passed:
+                raise EmulationError("a product behind the turn that was passed")
             self.program.current.products.append(made)
             return made
 
         def await_products(outstanding: int, deps: Sequence[Product]) -> Any:
-            self.program.turn("a wait for products")
+            self.program.turn(PRODUCTS)
             assert self.program.current is not None
             queue = self.program.current.products
+            if outstanding == 0:
+                self.program.current.passed = False
             while len(queue) > outstanding:
                 first = queue.pop(0)
                 now = (first.a.data if isinstance(first.a, Memory) else first.a, first.b.data)
                 for before, after in zip(first.seen, now, strict=True):
                     if not torch.equal(_bits(before), _bits(after)):
                         raise EmulationError("an operand changed while a product read it")
-                left, right = (x.as_subclass(torch.Tensor).float() for x in first.seen)
-                first.result = (left @ right + first.acc.as_subclass(torch.Tensor)).as_subclass(Value)
+                started = first.acc.as_subclass(torch.Tensor)
+                left, right = (x.as_subclass(torch.Tensor).to(started.dtype) for x in first.seen)
+                first.result = (left @ right + started).as_subclass(Value)
             if any(d.result is None for d in deps):
                 raise EmulationError("a result used before its product was waited for")
             results = [d.result for d in deps]
@@ -239,6 +269,11 @@ def _pair(a: Any, b: Any) -> tuple[Any, Any]:
     return tuple(x if isinstance(x, torch.Tensor) else value(x, like.dtype) for x in (a, b))  # type: ignore[return-value]
 
 
+def _keeps(propagate_nan: Any = tl.PropagateNan.NONE) -> bool:
+    """Whether a minimum or maximum gives NaN where an operand is: else it is the other one, as the hardware has it."""
+    return bool(propagate_nan == tl.PropagateNan.ALL)
+
+
 def _plain(x: Any) -> Any:
     return x.value if isinstance(x, tl.constexpr) else x
 
@@ -251,9 +286,15 @@ def _argument(x: Any) -> Any:
 
 
 def _rebound(function: Any, language: types.ModuleType) -> Any:
-    """A function of the module itself as it is; one of another module with `tl` replaced."""
+    """A function of the module itself as it is; one of another module, and what it calls there, with `tl` replaced."""
     names = function.__globals__
     if "tl" not in names:
         return function
     scope = {n: _plain(x) for n, x in names.items()} | {"tl": language}
-    return types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+
+    def bound(f: Any) -> Any:
+        return types.FunctionType(f.__code__, scope, f.__name__, f.__defaults__)
+
+    jitted = {n: x.fn for n, x in names.items() if getattr(getattr(x, "fn", None), "__globals__", None) is names}
+    scope.update({n: bound(f) for n, f in jitted.items()})
+    return bound(function)

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 TIMEOUT = 60.0
-FORMATS = {torch.bfloat16: 16, torch.float8_e4m3fn: 8, torch.float32: 32, torch.int64: 64}
+PRODUCTS = "a wait for products"
+RESERVED = 4
+"""Named barriers that Triton may use for itself: one of the block, one to start partitions, one of each other."""
+FORMATS = {torch.bfloat16: 16, torch.float8_e4m3fn: 8, torch.int8: 8, torch.float32: 32, torch.int64: 64}
 
 
 class EmulationError(RuntimeError):
@@ -33,12 +36,19 @@ class DType:
 class Value(torch.Tensor):
     """A tensor in registers; casts as the hardware's, of kernels that rely on neither saturation nor NaN."""
 
-    def to(self, dtype: Any) -> Any:  # type: ignore[override]
+    def to(self, dtype: Any, bitcast: bool = False) -> Any:  # type: ignore[override]
         wanted = dtype.torch if isinstance(dtype, DType) else dtype
         plain = self.as_subclass(torch.Tensor)
+        if bitcast:
+            return plain.contiguous().view(wanted).as_subclass(Value)
         if wanted == torch.float8_e4m3fn:
             plain = torch.where(plain.abs() > 448, torch.nan, plain)
         return plain.to(wanted).as_subclass(Value)
+
+    @property
+    def type(self) -> Any:  # type: ignore[override]
+        """What kernels ask of it: a layout, which is ignored."""
+        return types.SimpleNamespace(layout=None)
 
 
 def value(data: Any, dtype: torch.dtype | None = None) -> Any:
@@ -71,7 +81,7 @@ class Pointer:
 
 @dataclass
 class Barrier:
-    """An mbarrier."""
+    """An mbarrier, or a named barrier: then arrivals are of warps."""
 
     count: int
     pending: int = 0
@@ -86,7 +96,7 @@ class Barrier:
         self.pending -= arrivals
         self.bytes += bytes
         if self.pending < 0:
-            raise EmulationError(f"more than {self.count} arrivals at an mbarrier in one phase")
+            raise EmulationError(f"more than {self.count} arrivals at a barrier in one phase")
         if self.pending == 0 and self.bytes == 0:
             self.pending, self.phase = self.count, self.phase + 1
 
@@ -158,11 +168,14 @@ class Product:
 class Partition:
     """One partition's thread: it runs until it asks for a turn, and goes on when it is its turn."""
 
-    def __init__(self, name: str, run: Callable[[], None]) -> None:
-        self.name, self.run = name, run
+    def __init__(self, name: str, warps: int, run: Callable[[], None]) -> None:
+        self.name, self.warps, self.run = name, warps, run
         self.go = threading.Event()
         self.ready: Callable[[], bool] = lambda: True
         self.at, self.done = "its start", False
+        self.came: dict[int, int] = {}
+        self.entered: tuple[int, int] | None = None
+        self.passed = False
         self.error: BaseException | None = None
         self.products: list[Product] = []
 
@@ -176,6 +189,7 @@ class Program:
         self.current: Partition | None = None
         self.copies: list[Callable[[], None]] = []
         self.back = threading.Event()
+        self.named: dict[int, Barrier] = {}
         self.fenced = False
         self.stopped = False
 
@@ -190,12 +204,41 @@ class Program:
         if not me.go.wait(TIMEOUT) or self.stopped:
             raise EmulationError("stopped")
 
-    def specialize(self, functions: Sequence[tuple[Callable[..., None], Sequence[Any]]]) -> None:
-        """Run the partitions and the copy engine, one step of one of them after the other."""
-        for number, (function, arguments) in enumerate(functions):
-            self.partitions.append(
-                Partition(f"partition {number}", lambda f=function, a=arguments: f(*a))  # type: ignore[misc]
-            )
+    def come(self, number: int, threads: int, wait: bool) -> None:
+        """The current partition's warps come to a named barrier (PTX `bar.sync` and `bar.arrive`).
+
+        One that has waited at one such barrier and arrives at another of that size has passed its turn.
+        """
+        me = self.current
+        if me is None:
+            raise EmulationError("a named barrier before the partitions")
+        if not RESERVED <= number < 16 or threads % 32:
+            raise EmulationError(f"named barrier {number} of {threads} threads")
+        self.turn(f"its arrival at named barrier {number}")
+        barrier = self.named.setdefault(number, Barrier(threads // 32))
+        if barrier.count != threads // 32:
+            raise EmulationError(f"named barrier {number} of {threads} threads, and of {32 * barrier.count} before")
+        if barrier.phase == me.came.get(number):
+            raise EmulationError(f"{me.name} came to named barrier {number} twice in one phase")
+        phase = barrier.phase
+        me.came[number] = phase
+        barrier.update(me.warps, 0)
+        if wait:
+            self.turn(f"a wait at named barrier {number}", lambda: barrier.phase != phase)
+            me.entered = number, threads
+        elif me.entered is not None and me.entered[1] == threads:
+            me.passed = True
+
+    def specialize(self, functions: Sequence[tuple[Callable[..., None], Sequence[Any]]], warps: Sequence[int]) -> None:
+        """Run the partitions and the copy engine, one step of one of them after the other.
+
+        Args:
+            functions: Of each partition, and its arguments.
+            warps: Of each partition.
+        """
+        for number, ((function, arguments), size) in enumerate(zip(functions, warps, strict=True)):
+            run = lambda f=function, a=arguments: f(*a)  # type: ignore[misc] # noqa: E731
+            self.partitions.append(Partition(f"partition {number}", size, run))
         threads = [threading.Thread(target=self._run, args=(p,), daemon=True) for p in self.partitions]
         for thread in threads:
             thread.start()
@@ -207,7 +250,9 @@ class Program:
                 if not choices:
                     where = "; ".join(f"{p.name} at {p.at}" for p in self.partitions if not p.done)
                     raise EmulationError(f"deadlock in program {self.index}: {where}")
-                chosen = self.rng.choice(choices)
+                # Products take long: mostly, others go on for as long as they can.
+                others = [c for c in choices if c == "copy" or c.at != PRODUCTS]
+                chosen = self.rng.choice(others if others and self.rng.random() < 0.9 else choices)
                 if chosen == "copy":
                     self.copies.pop(self.rng.randrange(len(self.copies)))()
                     continue

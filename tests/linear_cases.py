@@ -9,7 +9,13 @@ from torch.nn.functional import linear
 
 from happyhorse_fast.ops import fp8_linear as ops
 from happyhorse_fast.reference import fp8_linear as reference
-from happyhorse_fast.reference.quantize import dequantize, quantize_channels, quantize_groups, quantize_rows
+from happyhorse_fast.reference.quantize import (
+    dequantize,
+    e4m3_channels,
+    e4m3_rows,
+    e4m3_scale,
+    quantize_static,
+)
 
 E4M3 = torch.float8_e4m3fn
 # Rows of video, audio and text: every remainder by 128 that is special, boundaries off the 128 grid.
@@ -29,9 +35,9 @@ def row_tiles(sizes) -> torch.Tensor:
 
 
 class Case:
-    """Inputs of an op, quantised where fp8, and what they stand for in float64."""
+    """Inputs of an op, quantised where fp8 (``static``: by one scale), and what they stand for in float64."""
 
-    def __init__(self, sizes, f, k, fp8, group=0, seed=0):
+    def __init__(self, sizes, f, k, fp8, static=False, seed=0):
         gen = torch.Generator().manual_seed(seed)
         n, experts = sum(sizes), len(sizes)
         # Rows, channels and experts of different size, so that a scale read from the wrong place shows.
@@ -42,8 +48,11 @@ class Case:
         self.tiles = row_tiles(sizes)
         self.expert = torch.repeat_interleave(torch.arange(experts), torch.tensor(sizes))
         if fp8:
-            self.x, self.x_scale = quantize_groups(x, group) if group else quantize_rows(x)
-            self.weight, self.weight_scale = quantize_channels(weight)
+            self.x, self.x_scale = e4m3_rows(x)
+            if static:
+                self.x_scale = e4m3_scale(x.abs().amax()).reshape(1)
+                self.x = quantize_static(x, self.x_scale)
+            self.weight, self.weight_scale = e4m3_channels(weight)
             self.wide_x = dequantize(self.x, self.x_scale, torch.float64)
             self.wide_weight = dequantize(self.weight, self.weight_scale, torch.float64)
         else:

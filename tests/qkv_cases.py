@@ -29,8 +29,8 @@ ALIGNED = ("one-tile", "tail-1-gqa5", "tail-127-mha", "experts-aligned", "many-g
 SHAPES["experts-aligned"] = ((128, 256, 57), 160, 32, 4, 2)
 
 
-def make(shape, seed=0):
-    """A case: published and packed weights, inputs in float32 and in e4m3."""
+def make(shape, seed=0, codes="fp8"):
+    """A case: published and packed weights, inputs in float32 and in codes, e4m3 or int8."""
     rows, c, d, hq, hkv = shape
     g = torch.Generator().manual_seed(seed)
 
@@ -54,15 +54,14 @@ def make(shape, seed=0):
         k_norm=normal(experts * d, scale=0.2),
         phases=torch.cat([angles.sin(), angles.cos()], dim=1),
         row_tiles=torch.tensor(tiles, dtype=torch.int32),
-        k_mean=normal(hkv, d),
     )
     sizes = {"experts": experts, "num_heads_q": hq, "num_heads_kv": hkv, "head_dim": d}
     case.weight, _ = packing.pack_qkv_weight(case.published, **sizes)
-    case.codes, case.weight_scale = packing.pack_qkv_weight(case.published, fp8=True, **sizes)
+    case.codes, case.weight_scale = packing.pack_qkv_weight(case.published, to=codes, **sizes)
     case.qk_norm = packing.pack_qk_norm(case.q_norm, case.k_norm, experts=experts)
     case.cos_sin = packing.pack_cos_sin(case.phases)
     case.qk_scale = packing.static_qk_scale(case.qk_norm)
-    case.x, case.x_scale = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, fp8=True, backend="reference")
+    case.x, case.x_scale = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, out=codes, backend="reference")
     return case
 
 
@@ -77,9 +76,8 @@ def bf16_linear(case, backend="triton"):
 
 def fp8_linear(case, out="bf16", backend="triton", **given):
     arguments = {"x_scale": case.x_scale, "weight": case.codes, "weight_scale": case.weight_scale} | given
-    k_mean = arguments.pop("k_mean", None)
-    scale = None if out == "bf16" else case.qk_scale
-    return ops.qkv_linear(case.x, *arguments.values(), *tail(case), out, scale, k_mean, backend=backend)
+    scale = case.qk_scale if out == "fp8" else None
+    return ops.qkv_linear(case.x, *arguments.values(), *tail(case), out, scale, backend=backend)
 
 
 def published(case, dtype):
@@ -96,7 +94,7 @@ def published(case, dtype):
     return q[..., order], k[..., order], v, gate.sigmoid()
 
 
-def exact(case, k_mean=None):
+def exact(case):
     """q, k, v, gate in float64 from the same quantised inputs."""
     hq, hkv = case.heads
     x, weight = (
@@ -113,8 +111,7 @@ def exact(case, k_mean=None):
         parts.append((q, k, v, gates.flatten(1)[:, :hq].sigmoid()))
     q, k, v, gate = (torch.cat(p) for p in zip(*parts, strict=True))
     order = torch.argsort(back)
-    k = k[..., order]
-    return q[..., order], k if k_mean is None else k - k_mean.double(), v, gate
+    return q[..., order], k[..., order], v, gate
 
 
 def steps(codes, values):
@@ -134,6 +131,11 @@ def bf16_problems(case, result, truth=None):
     return found
 
 
+def int8_steps(codes, values):
+    """Largest distance of int8 codes from the nearest ones to float64 values."""
+    return int((codes.int() - values.round().clamp(-127, 127).int()).abs().max())
+
+
 def fp8_problems(result, truth):
     return [
         f"{name}: {problem}"
@@ -143,5 +145,5 @@ def fp8_problems(result, truth):
 
 
 def without_scale(result):
-    q, k, v, _, gate = result
+    q, k, v, *_, gate = result
     return q, k, v, gate

@@ -9,11 +9,12 @@ from strict import strict
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
 from happyhorse_fast.ops.select_blocks import select_blocks
+from happyhorse_fast.reference.quantized_qkv import quantize_k, quantize_q
 
 FP8 = torch.float8_e4m3fn
 ALIGNED = Layout(3, 250, 30, 1, align_frames=True, align_modalities=True)  # 8 blocks, 6 of them video
 RAGGED = Layout(5, 131, 20, 30)  # 705 slots, no boundary on a block
-SCORES = ("bf16", "fp8")
+SCORES = ("bf16", "int8_qk", "fp8")
 KERNELS = ("triton", "cuda")
 
 
@@ -23,6 +24,14 @@ def inputs(layout=ALIGNED, heads=(2, 1), d=32, fmt="bf16", seed=0, spread=1.0):
     q, k = (torch.randn(layout.slots, h, d, generator=generator) * spread for h in heads)
     if fmt == "bf16":
         return {"q": q.bfloat16(), "k": k.bfloat16()}
+    if fmt == "int8_qk":
+        q, q_scale = quantize_q(q)
+        k, k_scale = quantize_k(k)
+        # Of one distribution all scales are alike, and no test would see one of another row, head or block.
+        q_scale, k_scale = (
+            x.contiguous() * (0.5 + torch.rand(x.shape, generator=generator)) for x in (q_scale, k_scale)
+        )
+        return {"q": q, "k": k, "q_scale": q_scale, "k_scale": k_scale}
     scales = [0.5 + torch.rand(-(-layout.slots // BLOCK), generator=generator) for _ in range(2)]
     return {"q": (100 * q).to(FP8), "k": (100 * k).to(FP8), "q_scale": scales[0] / 100, "k_scale": scales[1] / 100}
 

@@ -223,6 +223,8 @@ HH_KERNEL(numbers, ShimParams, 32) {
     if (p.variant == 5) words[i] = bits_of(inverse_rms(x, 5120));
     if (p.variant == 6) words[i] = pack_bf16(x, -x);
     if (p.variant == 7) words[i] = pack_e4m3(x, -x, 2.0f * x, 0.5f * x);
+    if (p.variant == 9) words[i] = pack_int8(x, -x, 2.0f * x, 0.5f * x);
+    if (p.variant == 10) words[i] = bits_of(int8_scale_of(x));
     if (p.variant == 8) words[i] = bits_of(low_bf16(bits_of(x))) ^ bits_of(high_bf16(bits_of(x)));
   }
 }

@@ -69,8 +69,14 @@ SOME = {
     "block_sparse_attention": (
         "block_sparse_attention fp8, D 128, bf16 out",
         "block_sparse_attention bf16, D 128, bf16 out, specialized",
+        "block_sparse_attention int8_qk, D 128, bf16 out, specialized",
+        "block_sparse_attention fp8, D 128, bf16 out, specialized",
     ),
-    "fp8_linear": ("fp8_linear_activation fp8, swiglu7, fp8 out",),
+    "quantize_rows": ("quantize_rows 13696 channels, Hadamard",),
+    "fp8_linear": (
+        "fp8_linear_activation fp8, swiglu7, fp8 out",
+        "fp8_linear_residual fp8, residual, float32 out",
+    ),
     "select_blocks": ("select_blocks bf16, 1464 blocks, by number, max",),
 }
 
@@ -115,7 +121,7 @@ def test_every_entry_is_there_for_each_architecture_that_can(stem, variant):
         pytest.param("fp8_linear.FP_FUSION = None", "launched without enable_fp_fusion", marks=slow),
         # One that launches something else than the table says.
         pytest.param(
-            "fp8_linear.config_of = lambda *_: config_for('fp8_linear', 'fp8_group128_plain', 90)",
+            "fp8_linear.config_of = lambda *_: config_for('fp8_linear', 'bf16_plain', 90)",
             "launched with tiles",
             marks=slow,
         ),
@@ -160,6 +166,12 @@ def test_a_good_row_holds():
     assert gates.problems(GOOD) == []
 
 
+def test_int8_has_the_tensor_cores_of_sm_100_from_triton_3_8_on():
+    assert replace(GOOD, arch=100, products="int8_qk", triton="3.7.1").wanted == ["IMMA", "UTCHMMA"]
+    assert replace(GOOD, arch=100, products="int8_qk", triton="3.8.0").wanted == ["UTCHMMA", "UTCIMMA"]
+    assert replace(GOOD, arch=90, products="int8_qk", triton="3.10.0").wanted == ["HGMMA", "IGMMA"]
+
+
 def test_spills_are_known_by_table_and_architecture_and_never_on_hopper():
     spilling = replace(GOOD, arch=100, tensor_core={"UTCQMMA": 8}, stack=8, spill_stores=1)
     assert len(gates.problems(spilling)) == 2
@@ -179,14 +191,25 @@ def test_spills_are_known_by_table_and_architecture_and_never_on_hopper():
         ({"tensor_core": {"HMMA": 1, "QGMMA": 4}}, "tensor-core instructions HMMA, QGMMA, not QGMMA"),
         ({"tensor_core": {}}, "tensor-core instructions none, not QGMMA"),
         ({"products": "bf16"}, "tensor-core instructions QGMMA, not HGMMA"),
-        ({"products": "fp8_qk"}, "tensor-core instructions QGMMA, not HGMMA, QGMMA"),
+        ({"products": "int8_qk"}, "tensor-core instructions QGMMA, not HGMMA, IGMMA"),
         ({"products": "none"}, "tensor-core instructions QGMMA, not none"),
         ({"num_warps": 4}, "launched with 4 warps and 4 stages, not as 'fp8_plain' says"),
         ({"tile": {"block_k": 64}}, "launched with tiles {'block_k': 64}, not {'block_k': 128} as 'fp8_plain' says"),
         ({"fp_fusion": False}, "launched without enable_fp_fusion=FP_FUSION"),
         ({"config": GOOD.config | {"block_n": 192}}, "block_n must be a power of two, got 192"),
         ({"arch": 80, "tensor_core": {"QMMA": 4}}, "sm_80 has no e4m3 tensor cores"),
+        ({"config": GOOD.config | {"reduce": True}}, "0 additions by the memory, some wanted"),
+        ({"reduces": 4}, "4 additions by the memory, none wanted"),
+        (
+            {"config": GOOD.config | {"reduce": True}, "reduces": 4, "stores": 2},
+            "2 STG and pointers  beside additions by the memory",
+        ),
+        (
+            {"config": GOOD.config | {"reduce": True}, "reduces": 4, "pointers": ["out", "x_scale"]},
+            "0 STG and pointers out, x_scale beside additions by the memory",
+        ),
         ({"arch": 100}, "tensor-core instructions QGMMA, not UTCQMMA"),
+        ({"nan_lost": 2, "nan_kept": 4}, "2 minima and maxima that lose NaN, 4 that keep it"),
     ],
 )
 def test_a_bad_row_is_caught(change, problem):
@@ -196,21 +219,61 @@ def test_a_bad_row_is_caught(change, problem):
     )
 
 
-def test_exponents_that_are_not_beside_a_product_are_caught():
+@pytest.mark.parametrize("detail", ["fp8, swiglu7, bf16 out", "bf16, gelu7, fp8 out", "int8 out", "bf16, int8_qk out"])
+def test_a_clamp_must_be_there_and_keep_nan(detail):
+    row = replace(GOOD, detail=detail)
+    assert gates.problems(replace(row, nan_kept=1)) == []
+    assert gates.problems(row)[0].endswith("0 minima and maxima that lose NaN, 0 that keep it")
+    assert gates.problems(replace(GOOD, stem="block_sparse_attention", nan_lost=9)) == [], "a softmax may lose it"
+
+
+def test_steps_of_the_specialized_kernel_in_another_order_are_caught():
     config = GOOD.config | {"num_warps": 4, "num_stages": 2, "specialized": True}
     row = replace(GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", tensor_core={"HGMMA": 96})
-    assert gates.problems(replace(row, exponents=66)) == []
-    assert gates.problems(replace(row, exponents=2))[0].endswith("2 exponents beside PV, 64 wanted")
-    e4m3 = replace(row, products="fp8", tensor_core={"QGMMA": 48})  # these have theirs beside the other group's
+    row = replace(
+        row, exponents=[64, 65, 64, 66], turns=[[16, 0, 1]] * 4, barriers=[[0, 128], [1, 0], [6, 256], [7, 256]]
+    )
+    assert gates.problems(row) == []
+    moved = gates.problems(replace(row, exponents=[64, 2, 64, 64]))[0]
+    assert moved.endswith("3 loops with 64 exponents beside PV, 4 wanted")
+    assert gates.problems(replace(row, turns=[[16, 0, 1]] * 3))[0].endswith("3 turns, 4 wanted")
+    for wrong in ([8, 8, 1], [0, 16, 1], [16, 0, 0], [16, 0, 2], [0, 0, 1]):
+        (found,) = gates.problems(replace(row, turns=[[16, 0, 1], [16, 0, 1], wrong, [16, 0, 1]]))
+        assert f"a turn of {wrong[0]} products, passed {wrong[2]} times, with {wrong[1]} behind it" in found
+    for barriers in ([[6, 256]], [[6, 256], [7, 128]], [[4, 128], [6, 256], [7, 256]]):
+        assert "two of both groups" in gates.problems(replace(row, barriers=barriers))[0], "Triton has come to use more"
+    e4m3 = replace(
+        row, products="fp8", tensor_core={"QGMMA": 48}, exponents=[66, 0, 66, 0], turns=[], barriers=[[1, 0]]
+    )
     assert gates.problems(e4m3) == []
+    assert "named barriers" in gates.problems(replace(e4m3, barriers=row.barriers))[0]
+    assert "1 loops with 64 exponents beside PV, 2 wanted" in gates.problems(replace(e4m3, exponents=[66, 0, 0, 0]))[0]
+    assert gates.problems(replace(e4m3, exponents=[0, 0, 0, 0], detail="fp8, bf16 out, LSE")) == []
 
 
 @slow
-def test_without_the_wait_between_them_the_exponents_do_move_behind_pv(tmp_path):
-    """What the gate is for: if this fails, the wait in `advance` may no longer be needed."""
-    done = run("-c", MOVED.format(root=str(tmp_path)))
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        # What the wait in `advance` is for: if this passes, it may no longer be needed.
+        (
+            "    await_full(v_ring, use, sizes.stages)\n    acc = ",
+            "    acc = ",
+            "0 loops with 64 exponents beside PV, 4 wanted",
+        ),
+        (
+            "    pv_pending = ",
+            "    pass_turn(GROUP)\n    pv_pending = ",
+            "a turn of 8 products, passed 2 times, with 8 behind",
+        ),
+        ("    pass_turn(GROUP)\n", "", "passed 0 times"),
+    ],
+    ids=["exponents behind PV", "a turn passed before PV", "no turn passed"],
+)
+def test_the_compiled_order_is_seen(old, new, problem, tmp_path):
+    done = run("-c", MOVED.format(root=str(tmp_path), old=old, new=new))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "exponents beside PV, 64 wanted" in done.stdout
+    assert problem in done.stdout
 
 
 MOVED = r"""
@@ -223,17 +286,16 @@ from bench.aot_cases import cases
 from bench.aot_compile import Driver, measure, record
 from bench.aot_gates import problems
 from happyhorse_fast.kernels import block_sparse_attention_hopper as kernel
-from happyhorse_fast.ops.triton import block_sparse_attention as launcher
+from happyhorse_fast.kernels import hopper_bounded
 
-source = Path(kernel.__file__).read_text()
-wait = "    await_full(v_ring, use, sizes.stages)\n    if not sizes.pv_fp8:\n"
-assert source.count(wait) == 1
-path = Path("{root}") / "moved.py"
-path.write_text(source.replace(wait, "    if not sizes.pv_fp8:\n"))
+source = Path(hopper_bounded.__file__).read_text()
+assert source.count({old!r}) == 1
+path = Path({root!r}) / "moved.py"
+path.write_text(source.replace({old!r}, {new!r}))
 spec = importlib.util.spec_from_file_location("moved", path)
 moved = sys.modules["moved"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(moved)
-launcher.block_sparse_attention_hopper_kernel = moved.block_sparse_attention_hopper_kernel
+kernel.attend_bounded = moved.attend_bounded
 triton.runtime.driver.set_active(driver := Driver())
 case = next(c for c in cases() if (c.arch, c.detail) == (90, "bf16, D 128, bf16 out, specialized"))
 print(problems(measure(driver, *record(driver, iter([case])))))

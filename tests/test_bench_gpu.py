@@ -17,6 +17,7 @@ import torch
 
 from bench import archive, gpu, stages
 from bench.bootstrap import ROOT
+from bench.cases import cases, select
 from bench.results import Results, read
 from bench.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
 
@@ -126,7 +127,9 @@ def test_what_takes_long_and_shows_little_runs_only_when_it_is_named():
 def test_the_sanitizer_looks_at_our_kernels_alone_and_at_all_of_them(monkeypatch):
     monkeypatch.setattr(stages, "sanitizer", lambda: "/usr/local/cuda/bin/compute-sanitizer")
     names = re.findall(r"def (\w+_kernel)\(", "".join(f.read_text() for f in (ROOT / "kernels").glob("*.py")))
-    names += re.findall(r"HH_KERNEL\((\w+),", "".join(f.read_text() for f in (ROOT / "csrc/device").glob("*.cu")))
+    names += re.findall(
+        r"HH_KERNEL(?:_OF_BLOCKS)?\((\w+),", "".join(f.read_text() for f in (ROOT / "csrc/device").glob("*.cu"))
+    )
     assert len(names) > 10
     for command in commands("sanitize"):
         parts = [argument.removeprefix("kns=") for argument in command if argument.startswith("kns=")]
@@ -134,6 +137,16 @@ def test_the_sanitizer_looks_at_our_kernels_alone_and_at_all_of_them(monkeypatch
         assert not any(part in name for part in parts for name in ("vectorized_elementwise_kernel", "reduce_kernel"))
         assert command[command.index("--report-api-errors") + 1] == "no"
         assert command[command.index("--target-processes") + 1] == "application-only"
+
+
+def test_every_case_is_timed_by_a_default_stage():
+    found = set()
+    for stage in chosen_stages(""):
+        for step in stage.steps(Context(False, ROOT / "r.json")):
+            if "--cases" in step.command:
+                words = step.command[step.command.index("--cases") + 1]
+                found |= {case.name for case in select(cases("main"), words)}
+    assert found == {case.name for case in cases("main")}
 
 
 def test_every_gpu_test_is_run():

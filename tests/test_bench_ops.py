@@ -13,13 +13,13 @@ from comparison_cases import CEILINGS, CPU, FOREVER, SEEN, Counting, compared
 
 from bench import comparison, eager, gates, ops, ops_table
 from bench.bootstrap import ROOT
-from bench.cases import cases, padded_rows, select
+from bench.cases import STEM, cases, padded_rows, select
 from bench.comparison import Bench, groups, implementations
 from bench.conditions import Monitor
-from bench.inputs import call, make
+from bench.inputs import call, make, softmax
 from bench.peers import Eager, all_peers, split
 from bench.results import Results, comparable, describe_machine, ratio, read
-from bench.specialized import GLUON, STEM, running
+from bench.specialized import GLUON, running
 from happyhorse_fast.kernels.launch import table
 
 TINY = cases("tiny")
@@ -64,7 +64,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    "name", ["window/tiny", "swiglu7/tiny", "down/tiny", "qkv_linear/tiny/bf16", "quantize/tiny/bf16"]
+    "name",
+    [
+        *("window/tiny/fp8", "window/tiny/int8_qk", "window/tiny/bf16", "attention-dense/tiny/bf16"),
+        *("swiglu7/tiny", "residual-down/tiny", "qkv_linear/tiny/bf16", "quantize/tiny/bf16"),
+        *("swiglu7/tiny/int8", "residual-down/tiny/int8", "qkv_linear/tiny/int8", "rows-down/tiny"),
+    ],
 )
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_kernel_has_no_number(name, what, bench, monkeypatch, tmp_path):
@@ -79,6 +84,13 @@ def test_a_wrong_kernel_has_no_number(name, what, bench, monkeypatch, tmp_path):
     assert not any(character.isdigit() for cell in ops_table.row(entry)[2:-1] for character in cell)
     (written,) = read(tmp_path / "r.json")["entries"]
     assert written == json.loads(json.dumps(entry))
+
+
+@pytest.mark.parametrize(("precision", "seen"), [("int8", True), ("fp8", False)])
+def test_sums_of_int8_codes_are_held_to_be_exact(precision, seen, monkeypatch):
+    (case,) = select(TINY, f"residual-proj/tiny/{precision}")
+    planted(monkeypatch, lambda x: x * (1 + 1e-5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))))
+    assert bool(gates.problems(case, make(case, CPU), "reference")) is seen
 
 
 def test_a_kernel_that_raises_has_no_number(bench, monkeypatch):
@@ -128,19 +140,39 @@ def test_a_peer_that_breaks_is_named_and_ends_nothing():
             raise RuntimeError("no kernel image is available")
 
     both = Bench(CPU, "reference", seconds=0.0, peers=[Broken(), Eager()])
-    (entry,) = compared(both, TINY[8:9])
+    (case,) = select(TINY, "swiglu7/tiny/bf16")
+    (entry,) = compared(both, [case])
     assert set(entry["peers"]) == {"eager"}
-    assert both.absent == {f"broken on {TINY[8].name}": "RuntimeError: no kernel image is available"}
+    assert both.absent == {f"broken on {case.name}": "RuntimeError: no kernel image is available"}
 
 
 def test_a_peer_takes_turns_with_both_precisions_once_on_rotated_inputs():
     peer = Counting("counting")
     both = Bench(CPU, "reference", seconds=0.0, peers=[peer])
-    fp8, bf16 = select(TINY, "quantize/tiny")
+    fp8, _, bf16 = select(TINY, "quantize/tiny")
     entries = ops.run(both, [fp8, bf16], None, FOREVER)
     assert peer.seen == [(fp8.name, 0), (fp8.name, 1)]
     assert entries[0]["peers"] == entries[1]["peers"] != {}
     assert comparable(*entries)
+
+
+def test_attention_says_which_softmax_ran_and_without_a_known_bound_takes_turns_with_those_that_have_one(bench):
+    entries = ops.run(bench, select(TINY, "attention-dense/tiny"), None, FOREVER)
+    assert {entry["case"]: entry["softmax"] for entry in entries} == {
+        "block_sparse_attention-dense/tiny/fp8": "running maximum",
+        "block_sparse_attention-dense/tiny/int8_qk": "bounded",
+        "block_sparse_attention-dense/tiny/bf16": "bounded",
+        "attention-dense/tiny/bf16": "bounded, found on the device",
+    }
+    assert all(comparable(entries[0], entry) for entry in entries)
+    assert [set(entry["peers"]) for entry in entries] == [{"eager"}] * 3 + [set()], "eager's gate is work of its own"
+
+
+def test_softmax_is_said_as_it_runs_not_as_it_should():
+    known, found = (make(case, CPU) for case in select(TINY, "attention-dense/tiny/bf16"))
+    assert [softmax(known | {"bound": bound}) for bound in (100.0, 100.1)] == ["bounded", "running maximum"]
+    assert softmax(found | {"q": found["q"] * 30}) == "running maximum, found on the device"
+    assert softmax(make(select(TINY, "quantize/tiny/bf16")[0], CPU)) is None
 
 
 def test_times_of_two_spans_are_not_compared(bench):
@@ -219,6 +251,11 @@ def test_specialized_warps_are_an_implementation_of_their_own_whatever_the_table
     attention, norm = select(TINY, "window/tiny/bf16,quantize/tiny/bf16")
     assert implementations(attention, "triton", [GLUON, "cuda"]) == ["triton", GLUON, "cuda"]
     assert implementations(norm, "triton", [GLUON, "cuda"]) == ["triton", "cuda"]
+    int8, chosen = select(TINY, "window/tiny/int8_qk,select_blocks-25%/tiny/int8_qk")
+    _, found = select(TINY, "attention-dense/tiny/bf16")
+    for case in (int8, found):
+        assert implementations(case, "triton", [GLUON, "cuda"]) == ["triton", GLUON]
+    assert implementations(chosen, "triton", [GLUON, "cuda"]) == ["triton", "cuda"]
     assert ops.other_backends(CPU)[1][GLUON] == "needs a GPU"
 
 

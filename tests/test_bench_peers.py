@@ -108,7 +108,7 @@ def flash_attn_func(
 @pytest.mark.parametrize(("peer", "within"), [(FlashAttention3(), 1e-2), (FlashAttention3Fp8(), 0.2)])
 def test_flash_attention_3(peer, within, install):
     install("flash_attn_interface", flash_attn_func=flash_attn_func)
-    case = case_of("dense/tiny/fp8")
+    case = case_of("sparse_attention-dense/tiny/fp8")
     inputs = Inputs(case, CPU)
     assert peer.fits(case) and not peer.fits(case_of("window/tiny/fp8"))
     assert close(peer.prepare(case, inputs)()[0], exact(inputs, masked=False), within=within)
@@ -167,9 +167,9 @@ def test_cudnn_fp8(install, monkeypatch):
         set_stream=lambda handle, stream: None,
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
-    case = case_of("dense/tiny/fp8")
+    case = case_of("sparse_attention-dense/tiny/fp8")
     inputs = Inputs(case, CPU)
-    assert CudnnFp8().fits(case) and not CudnnFp8().fits(case_of("dense/tiny/bf16"))
+    assert CudnnFp8().fits(case) and not CudnnFp8().fits(case_of("sparse_attention-dense/tiny/bf16"))
     result = CudnnFp8().prepare(case, inputs)()[0].transpose(0, 1)
     assert close(result, exact(inputs, masked=False), within=0.2)
 
@@ -240,7 +240,7 @@ FLASHINFER = {
 
 def test_flashinfer_dense(install):
     install("flashinfer", **FLASHINFER)
-    case = case_of("dense/tiny/bf16")
+    case = case_of("sparse_attention-dense/tiny/bf16")
     inputs = Inputs(case, CPU)
     assert close(FlashInferDense().prepare(case, inputs)(), exact(inputs, masked=False))
 
@@ -276,7 +276,7 @@ def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, retur
 
 def test_sageattention_and_that_its_change_of_k_reaches_no_other_peer(install):
     install("sageattention", sageattn=sageattn)
-    case = case_of("dense/tiny/bf16")
+    case = case_of("sparse_attention-dense/tiny/bf16")
     inputs = Inputs(case, CPU)
     before = inputs.bf16["k"].clone()
     result = SageAttention().prepare(case, inputs)()
@@ -299,7 +299,7 @@ def flex_flash_attn_func(
 @pytest.mark.parametrize("part", ["window", "dense"])
 def test_magi_attention(part, install):
     install("magi_attention.api", flex_flash_attn_func=flex_flash_attn_func)
-    case = case_of(f"{part}/tiny/bf16")
+    case = case_of(f"sparse_attention-{part}/tiny/bf16")
     inputs = Inputs(case, CPU)
     tokens = padded_rows(case.size).token_rows()
     assert close(MagiAttention().prepare(case, inputs)()[0], exact(inputs, masked=True)[tokens])

@@ -9,8 +9,9 @@ import torch
 from test_bench_peers import BF16, CPU, case_of, close, exact, not_compiled
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.peers import Bf16MM, Compiled, Flex, Inputs, ScaledMM, Sdpa
-from bench.roofline import fp8_product
+from bench.cases import cases, select
+from bench.peers import Bf16MM, Compiled, Eager, Flex, Inputs, IntMM, ScaledMM, Sdpa
+from bench.roofline import fp8_product, int8_product
 
 
 def test_scaled_mm_takes_the_layouts_and_scales_that_it_is_given():
@@ -28,17 +29,28 @@ def test_scaled_mm_takes_the_layouts_and_scales_that_it_is_given():
             torch._scaled_mm(x, weight, *scales, out_dtype=BF16)
 
 
+def test_int_mm_takes_the_layouts_that_it_is_given_and_stands_beside_scaled_mm():
+    case, *others = (case_of(f"swiglu7/tiny/{precision}") for precision in ("int8", "fp8", "bf16"))
+    assert IntMM().fits(case) and ScaledMM().fits(case) and not any(IntMM().fits(other) for other in others)
+    assert not IntMM().fits(case_of("gelu7/tiny/int8")), "three experts are three products"
+    with FakeTensorMode():
+        result = int8_product(256, 512, 1024, torch.device("cuda"))()
+        assert (result.shape, result.dtype) == ((256, 512), torch.int32)
+
+
 def test_every_product_is_held_against_the_librarys_bf16_one():
     for words in ("down/tiny/fp8", "down/tiny/bf16", "qkv_linear/tiny/fp8", "swiglu7/tiny/bf16"):
         case = case_of(words)
         assert Bf16MM().fits(case)
         assert Bf16MM().prepare(case, Inputs(case, CPU))().shape == (case.rows, case.weight_shape(case.product)[1])
-    for words in ("gelu7/tiny/fp8", "dense/tiny/fp8", "quantize/tiny/bf16"):
+    for words in ("gelu7/tiny/fp8", "sparse_attention-dense/tiny/fp8", "quantize/tiny/bf16"):
         assert not Bf16MM().fits(case_of(words))
 
 
 def test_no_window_is_compiled_for_minutes():
-    assert Compiled().fits(case_of("dense/tiny/fp8")) and not Compiled().fits(case_of("window/tiny/fp8"))
+    assert Compiled().fits(case_of("sparse_attention-dense/tiny/fp8")) and not Compiled().fits(
+        case_of("window/tiny/fp8")
+    )
 
 
 @pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
@@ -47,7 +59,9 @@ def test_sdpa_backends(backend, monkeypatch):
 
     asked = []
     monkeypatch.setattr(attention, "sdpa_kernel", lambda which: asked.append(which) or contextlib.nullcontext())
-    case = case_of("dense/tiny/bf16")
+    case = case_of("sparse_attention-dense/tiny/bf16")
+    _, found = select(cases("tiny"), "attention-dense/tiny/bf16")  # without a gate and a known bound, as a peer has it
+    assert Sdpa(backend).fits(case) and Sdpa(backend).fits(found) and not Eager().fits(found)
     inputs = Inputs(case, CPU)
     assert close(Sdpa(backend).prepare(case, inputs)()[0].transpose(0, 1), exact(inputs, masked=False))
     assert asked == [getattr(attention.SDPBackend, backend)]

@@ -30,6 +30,14 @@ def test_faster_in_every_case_is_preferred():
     assert preferences.preferences([file]) == {"90": {"bf16": ["block_sparse_attention"], "fp8": ["rmsnorm_quantize"]}}
 
 
+def test_attention_s_formats_are_formats_too():
+    file = data(
+        entry("select_blocks-25%", "triton", 2.0, precision="int8_qk"),
+        entry("select_blocks-25%", "cuda", 1.0, precision="int8_qk"),
+    )
+    assert preferences.preferences([file]) == {"90": {"int8_qk": ["select_blocks"]}}
+
+
 def test_what_the_order_of_timing_may_explain_is_not_preferred():
     file = data(
         entry("rmsnorm_quantize", "triton", 1.24),

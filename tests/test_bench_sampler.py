@@ -33,10 +33,20 @@ def test_the_sampler_runs_every_mode_mask_and_cap_of_the_issue():
     assert {r.cap_gb for r in runs} == {None, 24, 48, 80}
     assert {r.mode: r.fast and (r.fast.precision, r.fast.attention) for r in runs} == {
         "fast fp8": ("fp8", "fp8"),
+        "fast int8": ("int8", "int8_qk"),
         "fast fp8 linear": ("fp8", "bf16"),
+        "fast fp8 int8_qk": ("fp8", "int8_qk"),
         "fast bf16": ("bf16", "bf16"),
         "eager": None,
         "torch.compile": None,
+    }
+    assert {r.mode: r.fast.rows_in_mlp for r in runs if r.fast} == {
+        mode: 32768 if mode == "fast int8" else 65536 for mode in MODES if mode.startswith("fast")
+    }
+    assert {(r.mask, r.cap_gb) for r in runs if r.mode == "fast int8"} >= {
+        ("exact", None),
+        ("25%", None),
+        ("exact", 24),
     }
     for mode in MODES:
         assert {(r.preset, r.steps) for r in runs if r.mode == mode} >= {
@@ -48,16 +58,20 @@ def test_the_sampler_runs_every_mode_mask_and_cap_of_the_issue():
 
 def test_sampler_runs_of_every_kind_are_results(tmp_path):
     bench, results = sampler.Bench(CPU, tiny=True), Results(tmp_path / "r.json", HEADER)
-    for run in (
-        Run(BASE, "1080p", "fast fp8", "25%", steps=3),
-        Run(BASE, "1080p", "eager", steps=3),
-        Run(SECOND_STAGE, "1080p", "fast bf16", steps=2),
+    for run, softmax in (
+        (Run(BASE, "1080p", "fast fp8", "25%", steps=3), "running maximum"),
+        (Run(BASE, "1080p", "fast fp8 int8_qk", steps=3), "bounded"),
+        (Run(BASE, "1080p", "fast int8", steps=3), "bounded"),
+        (Run(BASE, "1080p", "eager", steps=3), None),
+        (Run(SECOND_STAGE, "1080p", "fast bf16", steps=2), "bounded"),
     ):
         entry = bench.run(run, seconds=60)
         assert entry["s_per_step"] > 0 and entry["total_s"] >= entry["s_per_step"]
         assert entry["breakdown"] and "tiny model" in entry["note"]
+        assert entry.get("softmax") == softmax
+        assert ("quantize_rows" in entry["breakdown"]) == (run.mode == "fast int8")
         results.add_sampler(entry)
-    assert len(read(tmp_path / "r.json")["sampler"]) == 3
+    assert len(read(tmp_path / "r.json")["sampler"]) == 5
 
 
 def test_a_run_says_at_which_clock_and_power_its_steps_ran():
@@ -117,7 +131,7 @@ def test_a_gpu_named_without_an_index_can_be_capped(monkeypatch):
 
 
 def test_runs_are_chosen_by_parts_of_their_names_in_that_order():
-    found = sampler_runs.chosen("15b/1080p/fast fp8/25%/whole,/24gb,sr-1080p/1080p/fast fp8/")
+    found = sampler_runs.chosen("15b/1080p/fast fp8/25%/whole,fp8/exact/24gb,sr-1080p/1080p/fast fp8/")
     assert [(r.preset, r.mask, r.cap_gb) for r in found] == [
         (BASE, "25%", None),
         (BASE, "exact", 24),
@@ -127,8 +141,11 @@ def test_runs_are_chosen_by_parts_of_their_names_in_that_order():
     for words, modes in (("fast fp4", ""), ("", "fast fp4")):
         with pytest.raises(ValueError, match="got 'fast fp4'"):
             sampler_runs.chosen(words, modes)
-    first = [(r.mode, r.mask, r.cap_gb) for r in list(sampler_runs.runs())[:7]]
+    first = [(r.mode, r.mask, r.cap_gb) for r in list(sampler_runs.runs())[:10]]
     assert first[:2] == [("fast fp8", "exact", None), ("fast fp8", "25%", None)]
+    assert {mode for mode, mask, _ in first[:4] if mask == "exact"} == {
+        f"fast fp8{a}" for a in ("", " linear", " int8_qk")
+    }
     assert {cap for _, _, cap in first} == {None, 24, 48, 80}
 
 
@@ -211,6 +228,7 @@ def test_a_named_backend_is_not_checked_and_cuda_is_triton_where_it_has_no_kerne
     given = {}
     monkeypatch.setattr(random_model, "empty_accelerated", lambda config, fast, choices: given.update(choices) or 1 / 0)
     monkeypatch.setattr(random_model, "cuda_obstacle", lambda device: None)
+    monkeypatch.setattr(random_model, "compute_capability", lambda device: 90)
     monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: None)
     monkeypatch.setattr(dispatch, "_failures", lambda *_: pytest.fail("a self-check"))
     fast = Run("", "", "fast fp8").fast

@@ -70,13 +70,15 @@ def test_the_clip_its_memory_and_its_caps():
             run(mask="25%", total_s=19.8),
             run(cap_gb=24, note="3 of 8 steps timed"),
             run(cap_gb=80, mode="eager"),
+            run(mode="fast int8", total_s=37.0, peak_memory_gib=18.4),
             run(cap_gb=48, s_per_step=None, total_s=None, note="out of memory: CUDA out of memory"),
         ],
         stages=[{"name": "tests", "passed": False, "seconds": 9, "outcome": "exit code 1"}],
     )
     assert found["8 steps, window, fp8"].verdict == "met"
     assert found["8 steps, 25% of video pairs, fp8"].verdict == "missed by 10.0%"
-    assert found["peak memory"].verdict == "missed by 10.0%"
+    assert found["peak memory, fp8"].verdict == "missed by 30.8%"
+    assert (found["8 steps, window, int8"].verdict, found["peak memory, int8"].verdict) == ("missed by 2.8%", "met")
     caps = {cap: found[f"whole steps as a {cap} GB card"] for cap in targets.CAPS}
     assert {cap: line.reached for cap, line in caps.items()} == {80: 8, 48: 0, 24: 3}
     assert "out of memory" in caps[48].note
@@ -100,7 +102,7 @@ def test_runs_of_two_backends_stand_beside_each_other():
 
 MEASURED = {  # after ~ where fewer than 8 steps were timed
     "eager bf16": "~71.2",
-    "fast fp8, attention bf16 (the default of fp8), Gluon": "~45.9",
+    "fast fp8, attention bf16, Gluon": "~45.9",
     "fast fp8, attention fp8, plain Triton": "~43.0",
     "fast fp8, attention fp8, Gluon": "37.6",
     "fast fp8, attention fp8, Gluon, as a 24 GB card": "~37.3",
@@ -122,6 +124,79 @@ def test_the_committed_results_hold_the_clip_and_say_what_they_do_not_hold():
         assert found[what] == "not measured"
 
 
+BOUNDED = {"softmax": "bounded", "impl": "gluon"}
+
+
+def test_what_the_first_kernels_reached_is_no_outcome_of_attentions_second_forms():
+    kind = "block_sparse_attention-dense"
+    first, second = entry(kind, "bf16", 110.0, 768.0), entry(kind, "bf16", 118.0, 716.0, **BOUNDED)
+    what = "attention dense bf16, bounded, computed blocks"
+    assert verdicts(first)[what].verdict == "not measured"
+    assert verdicts(first, second)[what].reached == 716.0
+    found = verdicts(
+        entry("block_sparse_attention-25%", "int8_qk", 28.4, 798.0, **BOUNDED),
+        entry(kind, "fp8", 99.0, 854.0, impl="gluon", softmax="running maximum"),
+        sampler=[
+            run(mode="fast fp8 linear", total_s=45.9, attention="gluon"),
+            run(mode="fast fp8 int8_qk", total_s=33.5, attention="gluon", softmax="bounded"),
+        ],
+    )
+    assert found["attention 25% int8_qk, bounded, computed blocks"].verdict == "missed by 5.0%"
+    assert found["attention dense fp8, running maximum, computed blocks"].verdict == "met"
+    clip = "8 steps, window, products in fp8, attention {}, bounded"
+    assert (found[clip.format("bf16")].verdict, found[clip.format("int8_qk")].verdict) == ("not measured", "met")
+    assert found[clip.format("int8_qk")].note == "fast fp8, attention int8_qk (the default of fp8), Gluon"
+
+
+def test_what_finding_the_bound_costs_is_the_difference_within_a_span():
+    what, form = "attention() dense bf16, more than with a known bound", "bounded, found on the device"
+    known = entry("block_sparse_attention-dense", "bf16", 118.0, **BOUNDED, span="a")
+    found = entry("attention-dense", "bf16", 118.375, impl="gluon", softmax=form, span="a")
+    line = verdicts(known, found)[what]
+    assert (line.reached, line.verdict, line.note) == (0.375, "met", "gluon, 118.4 ms beside 118")
+    line = verdicts(known | {"span": "b"}, found)[what]
+    assert (line.verdict, line.note) == ("not measured", "its times are of two spans")
+    assert verdicts(known)[what].verdict == verdicts(found)[what].verdict == "not measured"
+
+
+def test_a_product_is_held_in_turns_with_the_librarys_and_older_times_are_no_outcome_of_its_second_form():
+    down, up = "fp8_linear_residual-down", "fp8_linear_activation-swiglu7"
+    goal = "{} {} in turns with its bare product".format
+    alone = entry(down, "fp8", 7.1, 1200.0, peers={targets.SCALED_MM: 7.0})
+    second = f"{down}/fp8, one scale, the memory adds"
+    for measured, verdict, off in ((alone, "not measured", ""), (alone | {"span": "a"}, "met", "1.01x")):
+        assert verdicts(measured)[goal(down, "fp8")].verdict == verdict
+        data = {**HEADER, "entries": [measured | {"median_ms": 7.45} if off else measured], "sampler": []}
+        rows = {row[0]: row for row in targets.predicted(data)}
+        assert rows[second][5] == off and rows[f"{down}/fp8"][5], "the floor is of every form"
+    found = verdicts(
+        entry(down, "bf16", 14.0, 643.0, span="a", peers={targets.BF16_MM: 13.0}),
+        entry(up, "fp8", 15.0, 1200.0, span="b", peers={targets.SCALED_MM: 14.4}),
+        entry(up, "int8", 15.0, 1200.0, span="b", peers={targets.INT_MM: 20.0, targets.SCALED_MM: 14.4}),
+    )
+    assert found[goal(down, "bf16")].verdict == "missed by 2.3%", "of 0.95"
+    assert found[goal(up, "fp8")].verdict == "missed by 2.0%", "of 0.98"
+    assert found[f"{up} int8 in turns with torch._int_mm"].verdict == "met"
+    assert found[f"{down} int8 in turns with torch._int_mm"].note == "not measured"
+
+
+def test_predictions_are_of_a_gpu_and_of_a_form_of_the_softmax():
+    kind = "block_sparse_attention-window"
+    old, new = entry(kind, "bf16", 95.7, impl="gluon"), entry(kind, "bf16", 80.0, **BOUNDED)
+    for measured, ours, other in ((old, f"{kind}/bf16", "bf16, bounded"), (new, f"{kind}/bf16, bounded", "bf16")):
+        data = {**HEADER, "gpu": "NVIDIA H200", "entries": [measured], "sampler": []}
+        rows = {(row[0], row[1]): row for row in targets.predicted(data)}
+        assert rows[ours, "gluon"][4] == f"{measured['median_ms']:.3g}"
+        assert rows[f"{kind}/{other}", "gluon"][4:] == ("", "", "not measured")
+    assert rows[f"{kind}/bf16, bounded", "gluon"][5] == "1.05x"
+    for gpu, expected in (("NVIDIA A100-SXM4-80GB", "271 to 414"), ("NVIDIA GeForce RTX 4090", "512 to 580")):
+        rows = {row[0]: row for row in targets.predicted({**HEADER, "gpu": gpu, "entries": [], "sampler": []})}
+        assert len(rows) == 8 and rows["block_sparse_attention-dense/bf16, bounded"][1:3] == ("triton", expected)
+    assert not any(
+        "Predictions" in t.title for t in targets.tables({**HEADER, "gpu": "L4", "entries": [], "sampler": []})
+    )
+
+
 def test_every_prediction_is_of_a_case_and_stands_beside_its_outcome():
     known = {case.name for case in cases("main")}
     assert {p.name for p in PREDICTIONS} <= known and len(PREDICTIONS) > 20
@@ -130,7 +205,7 @@ def test_every_prediction_is_of_a_case_and_stands_beside_its_outcome():
     rows = {(row[0], row[1]): row for row in targets.predicted(data)}
     assert rows["qkv_linear/fp8", "triton"][4:] == ("4.86", "2.00x", "1755 MHz, 699 W")
     assert rows["qkv_linear/bf16", "triton"][4:] == ("", "", "not measured")
-    assert len(rows) == len(PREDICTIONS)
+    assert len(rows) == len([p for p in PREDICTIONS if "h100" in p.gpus])
 
 
 def test_it_prints_a_file_and_says_where_there_is_none(tmp_path, capsys, monkeypatch):
@@ -138,7 +213,7 @@ def test_it_prints_a_file_and_says_where_there_is_none(tmp_path, capsys, monkeyp
     path.write_text(json.dumps({**HEADER, "entries": [entry("qkv_linear", "fp8", 4.0, 1200.0)], "sampler": [run()]}))
     assert targets.main([str(path)]) == 0
     out = capsys.readouterr().out
-    assert "NVIDIA H100, commit abc: 2 of" in out and "missed by 10.0%" in out
+    assert "NVIDIA H100, commit abc: 2 of" in out and "missed by 30.8%" in out
     assert targets.main([str(path), "--markdown"]) == 0
     assert "| qkv_linear/fp8 | triton | 2.43 | products | 4 | 1.65x |" in capsys.readouterr().out
     monkeypatch.setattr(targets, "FOLDER", tmp_path / "none")

@@ -205,7 +205,7 @@ def test_measured_ceilings_are_of_a_warm_chip(monkeypatch):
     watch = gpu.stopwatch()
     monkeypatch.setattr(roofline, "COPY_BYTES", 4 << 10)
     monkeypatch.setattr(roofline, "large_copy", lambda size, device: lambda: gpu.idle(2.0))
-    for name, ms in (("bf16_product", 8.0), ("fp8_product", 4.0)):
+    for name, ms in (("bf16_product", 8.0), ("fp8_product", 4.0), ("int8_product", 5.0)):
         monkeypatch.setattr(roofline, name, lambda *_, ms=ms: lambda: gpu.launch("product", 0.01, ms))
 
     class Sampled(Monitor):
@@ -217,6 +217,7 @@ def test_measured_ceilings_are_of_a_warm_chip(monkeypatch):
     _, features, inputs = case.weight_shape("up")
     cool = 2.0 * case.rows * features * inputs / 8.0 / 1e9
     assert peaks.bf16 == pytest.approx(cool / 1.2, rel=0.01) and peaks.fp8 == pytest.approx(2 * peaks.bf16, rel=0.01)
+    assert peaks.int8 == pytest.approx(1.6 * peaks.bf16, rel=0.01)
     assert (peaks.sm_mhz, peaks.power_w, peaks.source) == (1395.0, 699.0, roofline.MEASURED)
     shown = summary(peaks, peaks, {}, [])
     assert "products at 1395 MHz and 699 W" in shown

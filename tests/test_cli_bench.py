@@ -13,7 +13,7 @@ from happyhorse_fast.ops.dispatch import STEMS
 from happyhorse_fast.tokens import ClipTokens
 
 CLIP = ClipTokens(3, 16, 16, 9)
-USED = set(STEMS) - {"select_blocks", "fp8_linear"}
+USED = set(STEMS) - {"select_blocks", "fp8_linear", "quantize_rows"}
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +23,28 @@ def data():
 
 def test_every_op_of_every_form_is_timed(data):
     forms = {form["form"]: form for form in data["forms"]}
-    assert set(forms) == {"eager bfloat16", "fast bfloat16", "fast fp8"}
-    for name in ("fast bfloat16", "fast fp8"):
+    assert set(forms) == {"eager bfloat16", "fast bfloat16", "fast int8", "fast fp8"}
+    assert [form["attention"] for form in data["forms"]] == [None, "bf16", "int8_qk", "int8_qk"]
+    for name in ("fast bfloat16", "fast int8", "fast fp8"):
         ops = {op["op"]: op for op in forms[name]["ops"]}
-        assert set(ops) >= USED
+        assert set(ops) >= USED | ({"quantize_rows"} if name == "fast int8" else set())
         assert ops["qkv_linear"]["calls"] == data["layers"]
         assert ops["fp8_linear_residual"]["calls"] == 2 * data["layers"]
         assert ops["qkv_linear"]["backend"] == "reference" and ops["products"]["tflops"] is None
         assert forms[name]["ms"] == pytest.approx(sum(op["ms"] for op in ops.values()), rel=0.5)
     assert all(op["ms"] >= 0 for form in forms.values() for op in form["ops"])
+
+
+def test_attention_of_the_fast_forms_is_what_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "_form", lambda form, config, clip, text, how, device: asked.append(how) or {})
+    bench.measure("tiny", CLIP, text=8, repeats=2, device="cpu", attention="int8_qk")
+    assert set(asked) == {("int8_qk", 2)}
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match="attention must be one of bf16, int8_qk, fp8; got 'fp8_qk'; int8_qk is in its"
+    ):
+        bench.measure("tiny", CLIP, text=8, repeats=1, device="cpu", attention="fp8_qk")
 
 
 def test_eager_products_hold_attention_where_there_is_no_fused_kernel(data):

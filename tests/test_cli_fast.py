@@ -22,9 +22,15 @@ def test_sample_runs_fast_layers(tmp_path: Path, capsys: pytest.CaptureFixture[s
     output = tmp_path / "out.safetensors"
     paths = [str(tmp_path / "model"), str(tmp_path / "in.safetensors"), str(output)]
     options = ["--config", str(tmp_path / "config.json"), "--device", "cpu", "--seed", str(case.seed), "--json"]
-    assert run(["sample", *paths, *options, "--fast", "bf16"]) == 0
-    assert json.loads(capsys.readouterr().out)["settings"]["fast"] == "bf16"
-    latents = load_file(output)
-    for mode in ("video", "audio"):
-        error = measure(latents[mode], case.tensors[f"sampler.final.{mode}"].double()).relative_l2
-        assert 1e-4 < error < 2e-2, f"measured {error:.2e}"
+    assert run(["sample", *paths, *options, "--attention", "int8_qk"]) == 2
+    assert "--attention must come with --fast, got int8_qk without it" in capsys.readouterr().err
+    found = []
+    for attention in ("bf16", "int8_qk"):
+        assert run(["sample", *paths, *options, "--fast", "bf16", "--attention", attention, "--force"]) == 0
+        settings = json.loads(capsys.readouterr().out)["settings"]
+        assert (settings["fast"], settings["attention"]) == ("bf16", attention)
+        found.append(load_file(output))
+        for mode in ("video", "audio"):
+            error = measure(found[-1][mode], case.tensors[f"sampler.final.{mode}"].double()).relative_l2
+            assert 1e-4 < error < 2e-2, f"measured {error:.2e}"
+    assert measure(found[1]["video"], found[0]["video"].double()).relative_l2 > 1e-4

@@ -21,7 +21,7 @@ from happyhorse_fast.costs import (
 )
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.model import HappyHorse
-from happyhorse_fast.tokens import ClipTokens, tokens_for
+from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
 FULL = ModelConfig.preset("happyhorse-1.0-15b")
 DENSE = ModelConfig.preset("happyhorse-1.0-15b-dense")
@@ -109,6 +109,16 @@ def test_fp8_moves_fewer_bytes_and_takes_half_the_time() -> None:
     assert 1.8 < bf16.floor_ms / fp8.floor_ms < 2.0
 
 
+def test_attention_in_int8_multiplies_half_in_bf16() -> None:
+    bf16, int8 = ({c.op: c for c in step_costs(FULL, CLIP, attention=a)} for a in ("bf16", "int8_qk"))
+    assert int8["attention"].floor_ms == pytest.approx(0.75 * bf16["attention"].floor_ms, rel=1e-3)  # 989 and 1979
+    assert all(int8[op] == bf16[op] for op in bf16 if op not in ("attention", "qkv"))
+    n, q, kv = CLIP.total(TEXT_TOKENS), FULL.num_heads_q * FULL.head_dim, FULL.num_heads_kv * FULL.head_dim
+    assert bf16["qkv"].bytes - int8["qkv"].bytes == n * (q + kv)
+    a100 = {c.op: c for c in step_costs(FULL, CLIP, attention="int8_qk", gpu=GPUS["a100"])}
+    assert a100["attention"].floor_ms == pytest.approx(int8["attention"].floor_ms * 989 / 312, rel=1e-2)
+
+
 def test_attention_can_stay_in_bf16() -> None:
     """What precision="fp8" runs by default: docs/decisions/0010 gives 3.1 s a step."""
     bf16, mixed, fp8 = (
@@ -126,8 +136,9 @@ def test_attention_can_stay_in_bf16() -> None:
     ("arguments", "message"),
     [
         ({"precision": "fp8", "gpu": GPUS["a100"]}, "a100 has no fp8"),
-        ({"precision": "int4"}, "precision must be one of bf16, fp8; got 'int4'"),
-        ({"attention": "int4"}, "attention must be one of bf16, fp8; got 'int4'"),
+        ({"precision": "int4"}, "precision must be one of bf16, int8, fp8; got 'int4'"),
+        ({"attention": "int4"}, "attention must be one of bf16, int8_qk, fp8; got 'int4'"),
+        ({"precision": "int8_qk"}, "precision must be one of bf16, int8, fp8; got 'int8_qk'"),
         ({"text": 0}, "text must be at least 1 token, got 0"),
         ({"video_share": 1.5}, "video_share must be from 0 to 1, got 1.5"),
     ],

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cuda_mutants import mutant
+from cuda_mutants import mutant, some_slow
 from cuda_shim import SHIM, Shim
 from fuzz import examples
 from hypothesis import given
@@ -52,7 +52,7 @@ def assert_agrees(arguments, activation, fp8):
         expected, expected_scale = op.activation_quantize(*arguments, activation, fp8, backend="reference")
     assert (y.dtype, y.shape, scale.shape) == (expected.dtype, expected.shape, expected_scale.shape)
     # The host's exp and torch's differ in the last bit: values fall to the other side of a rounding boundary.
-    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    assert torch.equal(scale, expected_scale)
     assert float((y.float() != expected.float()).float().mean()) < 1e-3
     torch.testing.assert_close(y.float(), expected.float(), rtol=2**-3 if fp8 else 2**-7, atol=2**-9 if fp8 else 0)
 
@@ -61,32 +61,31 @@ def assert_agrees(arguments, activation, fp8):
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_against_the_reference(activation, fp8, form):
-    # Tiles of 128, 1, 2, 70 and 127 rows, off the grid; a block's 1024 or 2048 columns and 3 groups of the next.
+    # Tiles of 128, 1, 2, 70 and 127 rows, off the grid; a block's 1024 or 2048 columns and 384 of the next.
     assert_agrees(inputs((129, 72, 255), 2048 + 384, form), activation, fp8)
 
 
 @examples(10)
 @given(
     sizes=st.lists(st.integers(1, 150), min_size=1, max_size=3),
-    groups=st.integers(1, 18),
+    columns=st.integers(1, 18),
     form=st.sampled_from(FORMS),
     activation=st.sampled_from(ACTIVATIONS),
     fp8=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_any_shape(sizes, groups, form, activation, fp8, seed):
-    assert_agrees(inputs(tuple(sizes), 128 * groups, form, seed), activation, fp8)
+def test_any_shape(sizes, columns, form, activation, fp8, seed):
+    assert_agrees(inputs(tuple(sizes), 128 * columns, form, seed), activation, fp8)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_zeros_have_scale_one_and_a_nan_stays_one(activation):
+def test_zeros_stay_zeros_and_a_nan_stays_one(activation):
     product, *_, row_tiles = inputs((3,), 256, "bf16")
     product[0] = 0
     product[1, 5] = torch.nan
-    y, scale = op.activation_quantize(product, None, None, row_tiles, activation, True)
-    assert scale[0].eq(1).all() and y[0].float().eq(0).all()
+    y, _ = op.activation_quantize(product, None, None, row_tiles, activation, True)
+    assert y[0].float().eq(0).all()
     assert int(y.float().isnan().sum()) == 1 and y[1, 5 // (2 if activation == "swiglu7" else 1)].float().isnan()
-    assert bool(scale.isfinite().all())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -100,22 +99,19 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(form, fp8):
 
 
 MUTANTS = {
-    "a lane off in the largest": (
-        "#pragma unroll\n  for (int step = LANES / 2; step > 0; step /= 2) x = fmaxf(",
-        "#pragma unroll\n  for (int step = LANES / 2; step > 1; step /= 2) x = fmaxf(",
-    ),
     "last row of a tile left out": ("end = min(tile.end, first + ROWS)", "end = min(tile.end - 1, first + ROWS)"),
     "last row of a block left out": ("end = min(tile.end, first + ROWS)", "end = min(tile.end, first + ROWS - 1)"),
-    "columns of the first group only": ("thread % LANES * VALUES;", "thread % LANES * VALUES % 64;"),
+    "columns of the first block only": ("blockIdx.x * THREADS + threadIdx.x", "threadIdx.x"),
     "gate and linear swapped": ("swiglu7(x[2 * j], x[2 * j + 1])", "swiglu7(x[2 * j + 1], x[2 * j])"),
     "scales of expert 0": ("static_cast<i64>(tile.expert) * p.features", "i64{0} * p.features"),
-    "a scale's place": ("(p.features / GROUP) + group] = scale", "(p.features / GROUP) + group / 2] = scale"),
+    "the scale for its inverse": ("y[j] *= p.inverse_scale", "y[j] /= p.inverse_scale"),
+    "no scale": ("y[j] *= p.inverse_scale", "y[j] *= 1.0f"),
 }
 
 
-@pytest.mark.parametrize("bug", MUTANTS)
+@pytest.mark.parametrize("bug", some_slow(MUTANTS))
 def test_a_planted_bug_is_caught(bug, tmp_path):
-    arguments = *inputs((130, 17), 512, "float32"), "swiglu7", True
+    arguments = *inputs((130, 17), 1152, "float32"), "swiglu7", True
     good = op.activation_quantize(*arguments)
     broken = mutant(tmp_path, "activation_quantize", *MUTANTS[bug])
     with use_runner(broken), poisoned_outputs():
@@ -133,7 +129,7 @@ def test_offsets_past_2_31_elements():
     y, scale = op.activation_quantize(product, None, None, tiles[0], "gelu7", True)
     assert y.numel() > 2**31
     expected = op.activation_quantize(small, None, None, tiles[1], "gelu7", True)
-    assert same_bits((y[-20:], scale[-20:]), expected)
+    assert same_bits((y[-20:], scale), expected)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "reference"])
@@ -167,7 +163,7 @@ def test_fake_tensors_at_1080p(backend):
         scales, tiles = (torch.empty(n), torch.empty(3, f)), torch.empty(502, 3, dtype=torch.int32)
         y, scale = op.activation_quantize(torch.empty(n, f), *scales, tiles, "swiglu7", True, backend=backend)
         assert (y.shape, y.dtype, y.device.type) == ((n, 13_696), E4M3, "cuda")
-        assert (scale.shape, scale.dtype) == ((n, 214), torch.float32)
+        assert (scale.shape, scale.dtype) == ((1,), torch.float32)
         x, weight = torch.empty(n, 5120, dtype=E4M3), torch.empty(3, f, 5120, dtype=E4M3)
         y, scale = linear_ops.fp8_linear_activation(
             x, scales[0], weight, scales[1], tiles, "gelu7", False, backend="cuda"
@@ -248,8 +244,6 @@ def test_what_the_library_product_cannot_take_is_named():
     tiles = torch.tensor([[0, 0, 4]], dtype=torch.int32)
     x, weight = torch.zeros(4, 128).to(E4M3), torch.zeros(1, 128, 128).to(E4M3)
     rest = weight, torch.ones(1, 128), tiles, "gelu7", True
-    with pytest.raises(ValueError, match=r"x_scale must be \[4\], one per row, for backend 'cuda': .* got \[4, 2\]"):
-        linear_ops.fp8_linear_activation(x, torch.ones(4, 2), *rest, backend="cuda")
     x, weight = torch.zeros(4, 24).to(E4M3), torch.zeros(1, 128, 24).to(E4M3)
     with pytest.raises(ValueError, match="x must have rows of a multiple of 16 elements"):
         linear_ops.fp8_linear_activation(x, torch.ones(4), weight, *rest[1:], backend="cuda")

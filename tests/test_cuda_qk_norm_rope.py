@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_mutants import mutant
+from cuda_mutants import mutant, some_slow
 from cuda_shim import SHIM, ShimError
 from qkv_cases import ALIGNED, SHAPES, fp8_linear, make, steps, tail
 from strict import poisoned_outputs
@@ -17,7 +17,7 @@ from happyhorse_fast.ops.cuda.launch import use_runner
 
 E4M3 = torch.float8_e4m3fn
 FORMS = ("bf16", "float32")
-OUTPUTS = ("bf16", "fp8", "fp8_qk")
+OUTPUTS = ("bf16", "int8_qk", "fp8")
 # More heads and gates than a warp takes at once, two experts, a tile of 57 rows.
 WIDE = ((128, 57), 64, 32, 36, 12)
 
@@ -31,10 +31,10 @@ def product_of(case, form):
     return product, case.x_scale, case.weight_scale
 
 
-def run(case, form, out, backend="cuda", k_mean=None, product=None):
+def run(case, form, out, backend="cuda", product=None):
     product, *scales = product_of(case, form) if product is None else (product, None, None)
-    qk_scale = None if out == "bf16" else case.qk_scale
-    return op.qk_norm_rope(product, *scales, *tail(case), out, qk_scale, k_mean, backend=backend)
+    qk_scale = case.qk_scale if out == "fp8" else None
+    return op.qk_norm_rope(product, *scales, *tail(case), out, qk_scale, backend=backend)
 
 
 def same_bits(a, b):
@@ -45,21 +45,26 @@ def same_bits(a, b):
 @pytest.mark.parametrize("out", OUTPUTS)
 @pytest.mark.parametrize("name", [*ALIGNED, "experts-off-grid", "d128-gqa5"])
 def test_against_the_reference(name, out, form):
-    if out == "fp8" and name not in ALIGNED:
+    if name not in ALIGNED:
         out = "bf16"
     case = make(SHAPES[name])
     with poisoned_outputs():
-        result = run(case, form, out, k_mean=case.k_mean)
-        expected = run(case, form, out, "reference", case.k_mean)
+        result = run(case, form, out)
+        expected = run(case, form, out, "reference")
     for got, want in zip(result[:2], expected[:2], strict=True):
         assert got.dtype == want.dtype
         # Sums in another order: now and then a value falls on the other side of a rounding boundary.
         assert float((got.float() != want.float()).float().mean()) < 1e-3
-        if got.dtype == E4M3:
+        if got.dtype == torch.int8:
+            assert int((got.int() - want.int()).abs().max()) <= 1
+        elif got.dtype == E4M3:
             assert steps(got, want.float()) <= 1
-        torch.testing.assert_close(got.float(), want.float(), rtol=2**-3 if got.dtype == E4M3 else 2**-7, atol=0)
-    assert same_bits(result[2:4], expected[2:4])  # v is copied or divided by the largest of it: nothing is summed
-    torch.testing.assert_close(result[4], expected[4], rtol=1e-6, atol=0)
+        else:
+            torch.testing.assert_close(got.float(), want.float(), rtol=2**-7, atol=0)
+    # v is copied or divided by the largest of it: nothing is summed.
+    assert same_bits((result[2], result[5]), (expected[2], expected[5]))
+    for i in (3, 4, 6):
+        torch.testing.assert_close(result[i], expected[i], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -67,21 +72,22 @@ def test_against_the_reference(name, out, form):
 def test_it_is_what_qkv_linear_makes_of_its_own_product(out, form):
     case = make(SHAPES["experts-aligned"])
     if form == "float32":
-        expected = fp8_linear(case, out, "cuda", k_mean=case.k_mean)
+        expected = fp8_linear(case, out, "cuda")
     else:
         x, _ = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend="reference")
-        scales = (None if out == "bf16" else case.qk_scale), case.k_mean
-        expected = ops.qkv_linear(x, None, case.weight, None, *tail(case), out, *scales, backend="cuda")
-    assert same_bits(run(case, form, out, k_mean=case.k_mean), expected)
+        qk_scale = case.qk_scale if out == "fp8" else None
+        expected = ops.qkv_linear(x, None, case.weight, None, *tail(case), out, qk_scale, backend="cuda")
+    assert same_bits(run(case, form, out), expected)
 
 
+@pytest.mark.parametrize("out", ["int8_qk", "fp8"])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_order_of_threads_and_blocks_changes_no_bit(form):
+def test_the_order_of_threads_and_blocks_changes_no_bit(form, out):
     for shape in (WIDE, SHAPES["tail-127-mha"]):
         case, results = make(shape), []
         for order in (0, 1, 2):
             with SHIM.order(order), poisoned_outputs():
-                results.append(run(case, form, "fp8", k_mean=case.k_mean))
+                results.append(run(case, form, out))
         assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
 
 
@@ -97,25 +103,44 @@ MUTANTS = {
     "last row of v left out": ("at / LANES < rows ? 16", "at / LANES + 1 < rows ? 16"),
     "every second batch of heads": ("start += TOGETHER * IN_FLIGHT", "start += 2 * TOGETHER * IN_FLIGHT"),
     "gates of one warp only": ("head < p.heads_q; head += WARP", "head < WARP; head += WARP"),
-    "norm of expert 0": ("p.qk_norm + (2 * expert + kind) * D", "p.qk_norm + kind * D"),
+    "norm of expert 0": ("p.qk_norm + (2 * expert + kind) * D", "p.qk_norm + (0 * expert + kind) * D"),
+    "scales of q and k swapped": (
+        "p.q_scale[block] = p.qk_scale[2 * tile.expert];",
+        "p.q_scale[block] = p.qk_scale[1];",
+    ),
 }
+INT8_MUTANTS = {
+    "scale of another row": ("p.q_scale[row * p.heads_q + head] = scale", "p.q_scale[head] = scale"),
+    "largest of fewer lanes": ("lanes_max<LANES>(largest_of(x))", "lanes_max<LANES / 2>(largest_of(x))"),
+    "largest of one warp": (
+        "block_max(largest, scratch)",
+        "0.0f * block_max(largest, scratch) + lanes_max<WARP>(largest)",
+    ),
+    "last row of k left out": ("const bool inside = row < tile.end;", "const bool inside = row + 1 < tile.end;"),
+    "norm of q": ("p.qk_norm + (2 * tile.expert + 1) * D", "p.qk_norm + 2 * tile.expert * D"),
+    "scale of head 0": ("p.k_scale[head * p.blocks", "p.k_scale[0 * p.blocks"),
+    "truncated": ("return bits_of(x + 12582912.0f) & 0xffu;", "return static_cast<u32>(static_cast<int>(x)) & 0xffu;"),
+}
+ALL_MUTANTS = {bug: (edit, "fp8") for bug, edit in MUTANTS.items()}
+ALL_MUTANTS |= {bug: (edit, "int8_qk") for bug, edit in INT8_MUTANTS.items()}
 
 
-@pytest.mark.parametrize("bug", MUTANTS)
+@pytest.mark.parametrize("bug", some_slow(ALL_MUTANTS))
 def test_a_planted_bug_is_caught(bug, tmp_path):
     case = make(WIDE)
-    good = run(case, "float32", "fp8", k_mean=case.k_mean)
-    broken = mutant(tmp_path, "qk_norm_rope", *MUTANTS[bug])
+    edit, out = ALL_MUTANTS[bug]
+    good = run(case, "float32", out)
+    broken = mutant(tmp_path, "qk_norm_rope", *edit)
 
     def caught(order):
         try:
             with use_runner(broken), poisoned_outputs(), broken.order(order):
-                return not same_bits(run(case, "float32", "fp8", k_mean=case.k_mean), good)
+                return not same_bits(run(case, "float32", out), good)
         except ShimError:
             return True
 
     assert caught(0) or caught(1)
-    assert broken.launches[:2] == ["qk_norm_rope", "quantize_v"]
+    assert broken.launches[:2] == ["qk_norm_rope", "quantize_v" if out == "fp8" else "quantize_k"]
 
 
 def test_offsets_past_2_31_elements():
@@ -132,9 +157,13 @@ def test_offsets_past_2_31_elements():
     expected = run(small, "bf16", "bf16", product=part)
     assert all(torch.equal(a[-128:], b) for a, b in zip(result[:3], expected[:3], strict=True))
     # v transposed: a channel's codes are n apart.
-    _, _, v, v_scale, _ = op.qk_norm_rope(product, *arguments[:-1], "fp8", small.qk_scale)
+    _, _, v, _, _, v_scale, _ = op.qk_norm_rope(product, *arguments[:-1], "fp8", small.qk_scale)
     codes = run(small, "bf16", "fp8", product=part)
-    assert torch.equal(v[:, :, -128:].float(), codes[2].float()) and torch.equal(v_scale[:, -1:], codes[3])
+    assert torch.equal(v[:, :, -128:].float(), codes[2].float()) and torch.equal(v_scale[:, -1:], codes[5])
+    q, k, _, q_scale, k_scale, *_ = op.qk_norm_rope(product, *arguments[:-1], "int8_qk")
+    codes = run(small, "bf16", "int8_qk", product=part)
+    assert torch.equal(q[-128:], codes[0]) and torch.equal(k[-128:], codes[1])
+    assert torch.equal(q_scale[-128:], codes[3]) and torch.equal(k_scale[:, -1:], codes[4])
 
 
 def test_rows_of_the_product_may_be_apart():
@@ -150,7 +179,7 @@ def test_rows_of_the_product_may_be_apart():
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck_and_one_graph(backend, form):
     case = make(SHAPES["one-tile"])
-    arguments = (*product_of(case, form), *tail(case), "fp8", case.qk_scale, case.k_mean)
+    arguments = (*product_of(case, form), *tail(case), "fp8", case.qk_scale)
     registered = getattr(torch.ops.happyhorse_fast, f"qk_norm_rope_{backend}").default
     torch.library.opcheck(registered, arguments)
 
@@ -166,11 +195,12 @@ def test_fake_tensors_at_1080p(backend):
         n, hq, hkv, d = 64_256, 40, 8, 128
         scales = torch.empty(n), torch.empty(3, 57 * d)
         tables = torch.empty(3, 2, d), torch.empty(n, d), torch.empty(502, 3, dtype=torch.int32)
-        q, k, v, v_scale, gate = op.qk_norm_rope(
+        q, k, v, q_scale, k_scale, v_scale, gate = op.qk_norm_rope(
             torch.empty(n, 57 * d), *scales, *tables, hq, hkv, "fp8", torch.empty(3, 2), backend=backend
         )
     assert (q.shape, k.shape, v.shape, q.dtype, v.dtype) == ((n, hq, d), (n, hkv, d), (hkv, d, n), E4M3, E4M3)
-    assert (v_scale.shape, gate.shape, q.device.type) == ((hkv, 502), (n, hq), "cuda")
+    assert (q_scale.shape, k_scale.shape, v_scale.shape) == ((502,), (502,), (hkv, 502))
+    assert (gate.shape, q.device.type) == ((n, hq), "cuda")
 
 
 MISTAKES = {
@@ -184,7 +214,7 @@ MISTAKES = {
         "row_scale must be None where product is",
     ),
     "qk_scale": ({"qk_scale": None}, TypeError, r"qk_scale must be a tensor of shape \[1, 2\]"),
-    "out": ({"out": "fp4"}, ValueError, "out must be one of 'bf16', 'fp8', 'fp8_qk'; got 'fp4'"),
+    "out": ({"out": "fp4"}, ValueError, "out must be one of 'bf16', 'int8_qk', 'fp8'; got 'fp4'"),
     "backend": ({"backend": "triton"}, ValueError, "backend must be 'cuda' or 'reference', got 'triton'"),
     "vector": ({"product": torch.zeros(128, 162)[:, :160]}, ValueError, "product must have rows of a multiple of 4 el"),
     "address": (

@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from cuda_mutants import mutant
+from cuda_mutants import mutant, some_slow
 from cuda_shim import SHIM, ShimError
 from fuzz import examples
 from hypothesis import given
@@ -228,6 +228,8 @@ def judged():
         for amount in ({"keep": 2}, {"mass": 0.6}, {"mass": 0.6, "pool": "mean"}):
             run = partial(select_blocks, **inputs_of, selector=chooser, **amount)
             found.append((lambda run=run: run(backend="cuda").tensors(), run(backend="reference").tensors()))
+    run = partial(select_blocks, **inputs(RAGGED, heads=(4, 2), fmt="int8_qk", spread=2.0), selector=selector(RAGGED))
+    found.append((lambda run=run: run(keep=2, backend="cuda").tensors(), run(keep=2, backend="reference").tensors()))
     for amount in ((40, 0), (0, 2**19)):
         found.append((partial(chosen, *rows, *amount, rows=2), wanted_choice(*rows, *amount, rows=2)))
     order = counts[:, 1].argsort(descending=True, stable=True).to(torch.int32)
@@ -279,10 +281,14 @@ MUTANTS = {
     "a channel left out": ("i < SCORE_DEPTH; ++i", "i < SCORE_DEPTH - 1; ++i"),
     "a query head of the group left out": ("int member = 1; member < members", "int member = 2; member < members"),
     "the last blocks left out": ("if (block < p.blocks) sums[i]", "if (block < p.blocks - 3) sums[i]"),
+    "int8 codes without a sign": ("to_float(int8{static_cast", "to_float(e4m3{static_cast"),
+    "the scale of another row": ("row_scale[(slot + row) * p.heads_q]", "row_scale[row * p.heads_q]"),
+    "the scale of another head": ("p.q_scale + head : nullptr", "p.q_scale : nullptr"),
+    "the scale of another block of keys": ("p.k_scale[head * gridDim.y + blockIdx.y]", "p.k_scale[blockIdx.y]"),
     "equal rows in reverse": ("(first + i + 3 < row)", "(first + i + 3 > row)"),
 }
 
 
-@pytest.mark.parametrize("bug", MUTANTS)
+@pytest.mark.parametrize("bug", some_slow(MUTANTS))
 def test_planted_bugs_are_caught(bug, judged, tmp_path):
     assert problems(mutant(tmp_path, "select_blocks", *MUTANTS[bug]), judged)

@@ -346,12 +346,22 @@ def test_every_code_has_its_value():
     assert same_bits(numbers(3, codes, np.uint32), torch.from_numpy(codes).view(E4M3).float(), nan=0x7FFFFFFF)
 
 
+def test_int8_codes_are_rounded_to_the_nearest_even_and_clamped():
+    ties = np.arange(1, 257, dtype=np.float32) / 2
+    x = torch.from_numpy(np.concatenate([np.zeros(1, np.float32), around(ties), around(-ties)]))
+    fours = torch.stack([x, -x, 2 * x, 0.5 * x], dim=1).round().clamp(-127, 127).to(torch.int8)
+    assert (numbers(9, x.numpy(), np.int32) == fours.view(torch.int32).flatten().numpy()).all()
+
+
 def test_scales_and_norms_are_float32_step_by_step():
     given = np.random.default_rng(0).lognormal(sigma=8.0, size=10_000).astype(np.float32)
     given[:3] = 0.0, 1e-45, 448.0
     scale = given * np.float32(1 / 448)
     scale[scale == 0] = 1.0  # also where the product underflows
     assert (numbers(4, given, np.float32) == scale).all()
+    int8_scale = given * np.float32(1 / 127)
+    int8_scale[int8_scale < 2.0**-126] = 1.0  # and below what has a reciprocal
+    assert (numbers(10, given, np.float32) == int8_scale).all()
     # numpy's, since torch's square roots and quotients of vectors are off by a last bit here and there.
     inverse = np.float32(1) / np.sqrt(given / np.float32(5120) + np.float32(1e-6))
     assert (numbers(5, given, np.float32) == inverse).all()

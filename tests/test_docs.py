@@ -11,6 +11,7 @@ from happyhorse_fast.ops import (
     block_sparse_attention,
     fp8_linear,
     qk_norm_rope,
+    quantize_rows,
     rmsnorm_qkv,
     select_blocks,
 )
@@ -121,19 +122,29 @@ def test_the_python_examples_of_the_readme_run_on_a_cpu_but_the_last():
     assert names["audio"].isfinite().all()
 
 
-def test_the_python_example_of_the_ops_runs():
-    (example,) = python_examples(ROOT / "docs/OPS.md")
+def test_the_python_examples_of_the_ops_run():
     names: dict = {}
-    exec(example, names)
+    ops, attention = python_examples(ROOT / "docs/OPS.md")
+    exec(ops, names)
     assert names["y"].shape == (261, 512)
     assert names["y"].isfinite().all()
+    exec(attention, names)
+    assert names["out"].shape == names["q"].shape and names["lse"].shape == (1, 4, 300)
 
 
 def test_the_signatures_of_the_ops_are_the_functions():
     """Names, order, and what is by keyword alone; `keep | mass` are two."""
-    modules = (rmsnorm_qkv, qk_norm_rope, block_sparse_attention, select_blocks, fp8_linear, activation_quantize)
+    modules = (
+        rmsnorm_qkv,
+        qk_norm_rope,
+        quantize_rows,
+        block_sparse_attention,
+        select_blocks,
+        fp8_linear,
+        activation_quantize,
+    )
     signatures = re.findall(r"^`(\w+)\((.*)\) -> ", (ROOT / "docs/OPS.md").read_text(), flags=re.MULTILINE)
-    assert len(signatures) == 9
+    assert len(signatures) == 10
     for name, parameters in signatures:
         (function,) = (getattr(module, name) for module in modules if hasattr(module, name) and name in vars(module))
         written = [p.split("=")[0].strip() for p in parameters.replace(" | ", ", ").split(",")]

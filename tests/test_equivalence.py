@@ -22,11 +22,14 @@ from happyhorse_fast.model.checkpoint import save_checkpoint
 from happyhorse_fast.model.fast_config import FastConfig, TopK
 from happyhorse_fast.model.fast_layer import FastLayer
 from happyhorse_fast.model.fast_state import build_clip_state
+from happyhorse_fast.ops import block_sparse_attention as attention_op
 from happyhorse_fast.ops import self_check
 from happyhorse_fast.ops.cuda.launch import use_runner
 from happyhorse_fast.ops.self_check import KernelCheck
+from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 make_exact()
 SMALL = ModelConfig.preset("tiny").replace(
@@ -88,6 +91,31 @@ def test_fp8_is_stated_apart(measured: eq.Equivalence) -> None:
     assert fp8.errors["velocity.video"].psnr_db is None
 
 
+def test_each_format_of_attention_is_stated_beside_its_bound(measured: eq.Equivalence) -> None:
+    assert [found.layer for found in measured.attention_formats] == [0, 1]
+    for found in measured.attention_formats:
+        assert found.errors.keys() == {f"{p}.{m}" for p in ("bf16", "int8_qk", "fp8") for m in ("video", "audio")}
+        assert 10 < found.bound < 40 and found.softmax.startswith("bounded softmax")
+        for modality in ("video", "audio"):
+            bf16, int8, fp8 = (found.errors[f"{p}.{modality}"] for p in ("bf16", "int8_qk", "fp8"))
+            assert 5e-4 < bf16 < 4e-3 and bf16 < int8 < 1.5e-2 and 2 * int8 < fp8 < 8e-2, found
+    own = measured.forms[1].errors
+    assert measured.attention_formats[0].errors["bf16.video"] == own["op.0.attention.video"].relative_l2
+
+
+def test_attention_in_int8_is_a_form_of_its_own() -> None:
+    model, inputs = small()
+    fast = FastConfig(attention="int8_qk", backend="reference")
+    found = eq.equivalence(model, inputs, "small", fast, steps=0)
+    form = found.forms[-1]
+    assert (form.form, form.step, found.attention) == ("fast bf16, attention int8_qk", "attention", "int8_qk")
+    for layer in found.attention_formats:
+        for modality in ("video", "audio"):
+            wanted = layer.errors[f"int8_qk.{modality}"]
+            assert form.errors[f"op.{layer.layer}.attention.{modality}"].relative_l2 == wanted
+    assert found.passed
+
+
 def test_sparsity_is_stated_apart(sparse: eq.Equivalence) -> None:
     _, bf16, top = sparse.forms
     assert (top.form, top.step, sparse.sparsity, sparse.video_blocks) == (
@@ -125,8 +153,19 @@ def test_float32_ops_are_the_models(name: str) -> None:
         torch.testing.assert_close(after, case.tensors[f"layer.{index}.out"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "attention"), [("bf16", "bf16"), ("fp8", "fp8"), ("fp8", "fp8_qk")])
-def test_fast_ops_on_the_interpreter_and_in_plain_torch_agree(precision: Any, attention: Any) -> None:
+@pytest.mark.parametrize(
+    ("precision", "attention"),
+    [("bf16", "bf16"), ("bf16", "int8_qk"), ("int8", "int8_qk"), ("fp8", "fp8"), ("fp8", "int8_qk")],
+)
+def test_fast_ops_on_the_interpreter_and_in_plain_torch_agree(
+    precision: Any, attention: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_steps_of_the_kernel(q: Any, k: Any, v: Any, block_map: Any, **given: Any) -> Any:
+        config = launcher.launch_config(q, k, v, bounded=given["bounded"])
+        return sparse_attention(q, k, v, block_map, **given, **launcher.rounding_of(config, v))
+
+    # In other steps P in e4m3 is rounded elsewhere, and e4m3 outputs are 1e-4 apart.
+    monkeypatch.setattr(attention_op, "sparse_attention", in_steps_of_the_kernel)
     model, inputs = small()
     video, audio, text = inputs
     clip = sequence.check_inputs(SMALL, video, audio, text, model.device)
@@ -176,6 +215,7 @@ def test_a_planted_wrong_op_is_found_and_named(monkeypatch: pytest.MonkeyPatch, 
     [
         ("kernels", "layer.3.video", 2.1e-3, "layer.3.video is off by 2.10e-03, budget 2.00e-03"),
         ("fp8", "op.1.up.audio", 0.4, "budget 3.00e-01"),
+        ("int8", "op.1.up.audio", 0.4, "budget 3.00e-01"),
         ("sparsity", "velocity.audio", 1.2, "budget 1.00e+00"),
         ("sparsity", "op.0.attention.video", float("inf"), "NaN or Inf"),
         ("fp8", "layer.0.video", float("nan"), "NaN or Inf"),
@@ -212,7 +252,7 @@ def test_the_command_on_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert case["tokens"] == [72, 9, 16]
     assert run([*arguments, "--precision", "bf16", "--top-k", "0.5"]) == 0
     shown = capsys.readouterr().out
-    for name in ("op attention", "layer 1", "velocity, audio", "fast bf16 + sparsity", "worst 128x128 tile"):
+    for name in ("op attention", "layer 1", "velocity, audio", "fast bf16 + sparsity", "worst 128x128 tile", "int8_qk"):
         assert name in shown
 
 
@@ -227,7 +267,7 @@ def test_the_command_fails_past_a_budget(capsys: pytest.CaptureFixture[str], mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--fast", "--precision", "int4"], "precision must be one of bf16, fp8"),
+        (["--fast", "--precision", "int4"], "precision must be one of bf16, int8, fp8"),
         (["--fast", "--top-k", "0"], "keep must be above 0"),
         (["--fast", "--steps", "-1"], "steps must be at least 0"),
         (["--fast", "--backend", "cuda"], "backend 'cuda' cannot run: CUDA kernels need a GPU"),

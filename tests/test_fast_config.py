@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from happyhorse_fast.config import ModelConfig
@@ -14,13 +16,23 @@ TINY = ModelConfig.preset("tiny")
 
 
 def test_precision_per_op_and_layer() -> None:
-    fast = FastConfig(precision="fp8", attention="fp8_qk", skip=["down:0-3,36-39", "qkv", "*:5"])
+    fast = FastConfig(precision="fp8", attention="int8_qk", skip=["down:0-3,36-39", "qkv", "*:5"])
     assert fast.precision_of("down", 2) == "bf16" == fast.precision_of("down", 39)
     assert fast.precision_of("down", 4) == "fp8"
     assert {fast.precision_of("qkv", i) for i in range(40)} == {"bf16"}
-    assert fast.precision_of("attention", 4) == "fp8_qk"
+    assert fast.precision_of("attention", 4) == "int8_qk"
     assert {fast.precision_of(op, 5) for op in ("qkv", "attention", "proj", "up", "down")} == {"bf16"}
-    assert FastConfig(precision="fp8").precision_of("attention", 0) == "bf16"
+    assert FastConfig(precision="fp8").precision_of("attention", 0) == "int8_qk"
+
+
+@pytest.mark.parametrize("attention", ["bf16", "int8_qk", "fp8"])
+def test_attention_does_not_go_by_the_products(attention: Any) -> None:
+    for precision in ("bf16", "fp8"):
+        fast = FastConfig(precision=precision, attention=attention)  # type: ignore[arg-type]
+        assert [fast.precision_of(op, 0) for op in ("qkv", "attention", "down")] == [precision, attention, precision]
+    if attention != "bf16":
+        fast = FastConfig(attention=attention, skip=["attention:1", "*:2"])
+        assert [fast.precision_of("attention", layer) for layer in range(4)] == [attention, "bf16", "bf16", attention]
 
 
 def test_where_sparsity_applies() -> None:
@@ -33,7 +45,7 @@ def test_where_sparsity_applies() -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "says"),
     [
-        ({"precision": "int8"}, ValueError, "precision must be one of bf16, fp8; got 'int8'"),
+        ({"precision": "int4"}, ValueError, "precision must be one of bf16, int8, fp8; got 'int4'"),
         ({"backend": "cpu"}, ValueError, "backend must be one of"),
         ({"skip": "down"}, TypeError, "skip must be a list"),
         ({"skip": ["downs"]}, ValueError, "got 'downs'"),
@@ -41,8 +53,10 @@ def test_where_sparsity_applies() -> None:
         ({"sparsity": 0.25}, TypeError, "sparsity must be None, TopK, TopP or Tiles; got 0.25"),
         ({"skip": [3]}, TypeError, r"skip must be a list such as .*, got \[3\]"),
         ({"precision": "fp8", "skip": ["down:3-1"]}, ValueError, "first layer before its last, got 'down:3-1'"),
-        ({"skip": ["down"]}, ValueError, 'skip must be .* unless precision is "fp8"'),
-        ({"attention": "fp8"}, ValueError, """attention must be 'bf16' unless precision is "fp8", got 'fp8'"""),
+        ({"skip": ["down"]}, ValueError, "skip must name products that are not in bf16 anyway, got 'down'"),
+        ({"attention": "fp8", "skip": ["*:0", "up"]}, ValueError, "not in bf16 anyway, got 'up'"),
+        ({"attention": "fp8_qk"}, ValueError, "one of bf16, int8_qk, fp8; got 'fp8_qk'; int8_qk is in its place"),
+        ({"attention": "int8"}, ValueError, "attention must be one of bf16, int8_qk, fp8; got 'int8'$"),
         ({"mlp_rows": "a"}, ValueError, "multiple of 128, got 'a'"),
         ({"mlp_rows": 100}, ValueError, "multiple of 128, got 100"),
         ({"exact_first_steps": -1}, ValueError, "exact_first_steps must be an integer of at least 0, got -1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -75,7 +76,7 @@ def test_bf16_within_twice_eagers_own_error(name: str, backend: str) -> None:
         ("postnorm_v2_fp32", "reference", "bf16"),
         pytest.param("local_v1_fp32", "cuda", "bf16", marks=pytest.mark.filterwarnings("ignore:fp8_linear")),
         pytest.param("local_d128_fp32", "triton", "fp8", marks=pytest.mark.slow),
-        pytest.param("dense_v2_fp32", "triton", "fp8_qk", marks=pytest.mark.slow),
+        pytest.param("dense_v2_fp32", "triton", "int8_qk", marks=pytest.mark.slow),
     ],
 )
 def test_fp8_error_is_as_stated(name: str, backend: str, attention: Any) -> None:
@@ -85,6 +86,32 @@ def test_fp8_error_is_as_stated(name: str, backend: str, attention: Any) -> None
         error = relative_l2(value, case.tensors[f"out.{mode}"])
         assert error <= FP8_MODEL_BUDGET, f"{mode}: measured {error:.2e}"
         assert error > 1e-2, "an fp8 model this close to float32 does not compute in fp8"
+
+
+# A code of int8 is off by a step / sqrt(12), and a step is the largest of D values (of 128 D of k) / 127: at D = 128,
+# of normally distributed ones, 2.8 / 127 / sqrt(12) = 0.63 % of q's and 4.4 / 127 / sqrt(12) = 1.0 % of k's RMS. They
+# move a score, and so a weight of the sum, by 1.2 % of its spread; attention is one of two branches in the stream.
+INT8_QK_ERROR = 0.012
+IN_INT8 = [
+    *((name, "reference") for name in CASES),
+    pytest.param("postnorm_v2_fp32", "triton"),
+    pytest.param("local_d128_fp32", "triton", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "backend"), IN_INT8)
+def test_int8_queries_and_keys_are_within_their_budget(name: str, backend: str) -> None:
+    case = golden.load_case(name)
+    expected = case.tensors["out.video"], case.tensors["out.audio"]
+    model = case.model(torch.bfloat16)
+    eager = [relative_l2(v, e) for v, e in zip(run(model, case), expected, strict=True)]
+    bf16 = run(accelerate(model, FastConfig(backend="reference")), case)
+    fast = FastConfig(attention="int8_qk", backend=backend)
+    found = run(accelerate(case.model(torch.bfloat16), fast), case)
+    for mode, value, truth, theirs, exact in zip(("video", "audio"), found, expected, eager, bf16, strict=True):
+        budget = math.hypot(2 * theirs, INT8_QK_ERROR)
+        assert relative_l2(value, truth) <= budget, f"{mode}: measured {relative_l2(value, truth):.2e}, {budget:.2e}"
+        assert relative_l2(value, exact) > 1e-3, "a model this close to bf16 attends in bf16"
 
 
 def test_mlp_in_chunks_gives_the_same_bits() -> None:
@@ -244,7 +271,12 @@ def test_drop_in_for_the_public_implementation(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fast", [FastConfig(backend="reference"), FastConfig(precision="fp8", attention="fp8", backend="reference")]
+    "fast",
+    [
+        FastConfig(backend="reference"),
+        FastConfig(attention="int8_qk", backend="reference"),
+        FastConfig(precision="fp8", attention="fp8", backend="reference"),
+    ],
 )
 def test_autocast_changes_no_bit(fast: FastConfig) -> None:
     case = golden.load_case("local_v1_fp32")
@@ -351,10 +383,13 @@ def test_plain_attention_on_a_gpu_is_announced_before_weights_are_packed(monkeyp
         acceleration.choose_ops(FastConfig(), torch.device("cuda"), None)
 
 
+@pytest.mark.parametrize("attention", ["bf16", "int8_qk"])
 @pytest.mark.parametrize("sparsity", [TopK(0.25), TopP(0.3), Tiles(0, 9, 9)])
-def test_a_policy_applies_where_and_when_it_may(sparsity: Any) -> None:
-    exact, inputs = several_blocks(FastConfig(backend="reference"))
-    fast = FastConfig(backend="reference", sparsity=sparsity, exact_first_steps=1, exact_last_steps=1)
+def test_a_policy_applies_where_and_when_it_may(sparsity: Any, attention: Any) -> None:
+    exact, inputs = several_blocks(FastConfig(attention=attention, backend="reference"))
+    fast = FastConfig(
+        attention=attention, backend="reference", sparsity=sparsity, exact_first_steps=1, exact_last_steps=1
+    )
     sparse, _ = several_blocks(fast)
     with torch.no_grad():
         expected = exact(*inputs)[0]

@@ -66,36 +66,54 @@ def test_bf16_within_twice_eager(epilogue, experts, k, backend):
 
 
 @pytest.mark.parametrize(
-    ("experts", "k", "group", "epilogue", "backend"),
+    ("experts", "k", "static", "epilogue", "backend"),
     [
-        (experts, k, group, epilogue, backend)
-        for experts, k, group in ((3, 160, 0), (1, 424, 0), (3, 160, 32), (3, 448, 64), (3, 256, 128))
+        (experts, k, static, epilogue, backend)
+        for experts, k, static in ((3, 160, False), (1, 424, False), (3, 176, True), (1, 424, True))
         for epilogue, backend in IMPLEMENTED
         # What backend "cuda" refuses: tests/test_cuda_activation_quantize.py.
-        if backend != "cuda" or (group == 0 and k % 16 == 0)
+        if backend != "cuda" or k % 16 == 0
     ],
 )
-def test_fp8_within_the_gemm_budget(experts, k, group, epilogue, backend):
+def test_fp8_within_the_gemm_budget(experts, k, static, epilogue, backend):
     with strict(seed=k):
-        assert_close_to_float64(Case(ROWS[experts], 256, k, fp8=True, group=group), epilogue, backend)
+        assert_close_to_float64(Case(ROWS[experts], 256, k, fp8=True, static=static), epilogue, backend)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize(("activation", "group"), [("swiglu7", 64), ("gelu7", 128)])
-def test_requantised_codes_are_within_one_step(activation, group, fp8, backend):
+@pytest.mark.parametrize(("activation", "static_scale"), [("swiglu7", 0.125), ("gelu7", 1 / 64)])
+def test_requantised_codes_are_within_one_step(activation, static_scale, fp8, backend):
     case = Case(ROWS[3], 384, 160, fp8)
     with strict():
         codes, scale = run_epilogue(case, activation, out_fp8=True, backend=backend)
-        expected, expected_scale = run_epilogue(case, activation, out_fp8=True, backend="reference")
+        expected, _ = run_epilogue(case, activation, out_fp8=True, backend="reference")
         held, _ = run_epilogue(case, activation, out_fp8=False, backend=backend)
-    assert codes.dtype == E4M3 and scale.shape == (codes.shape[0], codes.shape[1] // group)
+    assert codes.dtype == E4M3 and torch.equal(scale, torch.tensor([static_scale]))
     assert int(one_step_apart(codes, expected).max()) <= 1
-    torch.testing.assert_close(scale, expected_scale, rtol=1e-2 if not fp8 else 1e-5, atol=0)
     # An e4m3 value is off by 2^-4 of itself at most, or by half the smallest code.
     error = (dequantize(codes, scale) - held.float()).abs()
-    bound = held.float().abs() * (2**-4 + 2**-8) + 2**-10 * scale.repeat_interleave(group, dim=1)
+    bound = held.float().abs() * (2**-4 + 2**-8) + 2**-10 * scale
     assert bool((error <= bound).all())
+
+
+@pytest.mark.parametrize(("activation", "backend"), [(e, b) for e, b in IMPLEMENTED if e in ("swiglu7", "gelu7")])
+def test_the_ends_of_the_static_scale(activation, backend):
+    """Rows of zeros, at the upper bound, with a negative linear part, and so negative that the sigmoid is 0."""
+    x = torch.zeros(4, 64)
+    x[1, 1] = x[2, 2] = x[3, 3] = 1e4
+    weight = torch.zeros(1, 128, 64)
+    weight[:, :, 1:3], weight[:, :, 3], weight[:, 1::2, 2] = 1, -1, -1
+    with strict():
+        y, scale = ops.fp8_linear_activation(
+            x.bfloat16(), None, weight.bfloat16(), None, row_tiles([4]), activation, True, backend=backend
+        )
+    value = dequantize(y, scale)
+    assert (value[[0, 3]] == 0).all() and (y[1].float() == 448).all()
+    if activation == "swiglu7":
+        assert (value[1] == 56).all() and (value[2] == -40).all(), "-42 is between two codes, and this one is even"
+    else:
+        assert (value[1] == 7).all() and (value[2, ::2] == 7).all() and (value[2, 1::2] == 0).all()
 
 
 def distinct_configs():
@@ -114,10 +132,9 @@ def distinct_configs():
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize(("variant", "config"), distinct_configs())
 def test_every_committed_tile_shape(variant, config, described, monkeypatch):
-    precision, *middle, epilogue = variant.split("_")
-    group = int(middle[0].removeprefix("group")) if middle else 0
+    precision, epilogue = variant.split("_")
     # 384 columns end in the middle of a tile of 256; 130 rows and 1 leave tiles nearly empty.
-    case = Case((130, 1), 384, 256, precision == "fp8", group)
+    case = Case((130, 1), 384, 256, precision == "fp8", static=epilogue == "residual")
     if described:
         # The interpreter takes host-made descriptors; the launcher makes them on GPUs alone.
         monkeypatch.setattr(launcher, "descriptors_work", lambda *_: True)
@@ -136,7 +153,7 @@ def test_parts_of_a_row_tile(epilogue, monkeypatch):
 
 
 def test_plain_and_residual_take_any_width():
-    case = Case((70,), 200, 96, fp8=True, group=32)
+    case = Case((70,), 200, 96, fp8=True)
     with strict():
         for epilogue in ("plain", "residual"):
             assert_close_to_float64(case, epilogue)
@@ -190,8 +207,8 @@ def test_offsets_past_2_31_elements():
 
 def test_inputs_past_2_31_elements():
     rows, k = 186_880, 13_696  # 1080p at 15 s and its down projection
-    case = Case((100,), 128, k, fp8=True, group=64)
-    x, x_scale = torch.empty(rows, k, dtype=E4M3), torch.empty(rows, k // 64)
+    case = Case((100,), 128, k, fp8=True)
+    x, x_scale = torch.empty(rows, k, dtype=E4M3), torch.empty(rows)
     x[-100:], x_scale[-100:] = case.x, case.x_scale
     tiles = torch.tensor([[0, rows - 100, rows]], dtype=torch.int32)
     with checked_memory(), checked_overflow():
@@ -203,14 +220,13 @@ def test_inputs_past_2_31_elements():
 @given(
     sizes=st.lists(st.integers(1, 150), min_size=1, max_size=3),
     f=st.integers(1, 3),
-    k=st.integers(1, 5),
-    group=st.sampled_from([None, 0, 32, 64, 128]),
+    k=st.integers(1, 60),
+    form=st.sampled_from(["bf16", "rows", "static"]),
     epilogue=st.sampled_from(EPILOGUES),
     seed=st.integers(0, 9),
 )
-def test_any_shape(sizes, f, k, group, epilogue, seed):
-    k = k * (group or 8)
-    case = Case(tuple(sizes), 128 * f, k, group is not None, group or 0, seed)
+def test_any_shape(sizes, f, k, form, epilogue, seed):
+    case = Case(tuple(sizes), 128 * f, 8 * k, form != "bf16", form == "static", seed)
     with strict(seed):
         y = run_epilogue(case, epilogue)
         expected = run_epilogue(case, epilogue, backend="reference")
@@ -252,16 +268,11 @@ def unclamped(x):
     return x.to(tl.float8e4nv)
 
 
-@triton.jit
-def too_small_scale(amax):
-    return amax * (1.0 / 600.0)
-
-
 @pytest.mark.parametrize("clamped", [True, False])
 def test_a_missing_clamp_gives_nan(clamped, monkeypatch):
     case = Case((128,), 256, 96, fp8=True)
-    # The right scale leaves the clamp nothing to do but rounding, so the plant needs a wrong one to show.
-    monkeypatch.setattr(kernels, "scale_of", too_small_scale)
+    # The right scale leaves the clamp nothing to do, so the plant needs a wrong one to show.
+    monkeypatch.setattr(launcher, "activation_scale", lambda _: 2**-10)
     if not clamped:
         monkeypatch.setattr(kernels, "to_e4m3", unclamped)
     codes, _ = run_epilogue(case, "swiglu7", out_fp8=True)

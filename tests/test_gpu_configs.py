@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -19,7 +20,14 @@ from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp
 from happyhorse_fast.ops.self_check import attention_distance
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
 from happyhorse_fast.ops.triton.device import architecture
-from happyhorse_fast.reference.quantize import quantize_channels, quantize_groups, quantize_rows
+from happyhorse_fast.reference.quantize import (
+    e4m3_channels,
+    e4m3_rows,
+    e4m3_scale,
+    int8_channels,
+    int8_rows,
+    quantize_static,
+)
 from happyhorse_fast.reference.sparse_attention import sparse_attention
 
 pytestmark = MARKS
@@ -32,7 +40,7 @@ ATTENTION = sorted(table("block_sparse_attention"))
 FORM = re.compile("_(strided|specialized)$")
 # QKV product and norm have one configuration per format, and the choice of blocks one per kernel: tests/test_gpu_ops.py
 # runs them all.
-ELSEWHERE = {"rmsnorm_qkv": {"rmsnorm_quantize", "qkv_bf16", "qkv_fp8"}}
+ELSEWHERE = {"rmsnorm_qkv": {"rmsnorm_quantize", "qkv_bf16", "qkv_int8", "qkv_fp8"}}
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -42,21 +50,27 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 def test_every_configuration_is_run_by_some_test() -> None:
     assert set(table("rmsnorm_qkv")) == ELSEWHERE["rmsnorm_qkv"]
     formats = {FORM.sub("", v).rpartition("_d")[0] for v in ATTENTION}
-    assert formats == {"bf16", "fp8", "fp8_qk"}
+    assert formats == {"bf16", "int8_qk", "fp8"}
     assert {v.rpartition("_")[2] for v in LINEAR} == {"plain", "residual", "swiglu7", "gelu7"}
 
 
-@pytest.mark.parametrize("variant", ["bf16_plain", "fp8_group64_residual"] if DRY else LINEAR)
+@pytest.mark.parametrize("variant", ["bf16_plain", "fp8_residual"] if DRY else LINEAR)
 def test_linear(variant: str) -> None:
-    precision, *group, epilogue = variant.split("_")
+    precision, epilogue = variant.split("_")
     rows, features, inputs = (128, 128, 128) if DRY else (640, 768, 1024)
     x, weight = draw(0, rows, inputs), draw(1, 2, features, inputs) / inputs**0.5
     x_scale = weight_scale = None
     if precision == "bf16":
         x, weight = x.bfloat16(), weight.bfloat16()
+    elif precision == "int8":
+        (x, x_scale), (weight, weight_scale) = int8_rows(x), int8_channels(weight)
     else:
-        x, x_scale = quantize_groups(x, int(group[0].removeprefix("group"))) if group else quantize_rows(x)
-        weight, weight_scale = quantize_channels(weight)
+        if epilogue == "residual":
+            x_scale = e4m3_scale(x.abs().amax()).reshape(1)
+            x = quantize_static(x, x_scale)
+        else:
+            x, x_scale = e4m3_rows(x)
+        weight, weight_scale = e4m3_channels(weight)
     starts = torch.arange(0, rows, 128, dtype=torch.int32)
     tiles = torch.stack([(starts >= rows // 2).to(torch.int32), starts, starts + 128], dim=1)
     arguments = (x, x_scale, weight, weight_scale, tiles)
@@ -78,9 +92,19 @@ def linear(moved: list[Any], epilogue: str, hidden: torch.Tensor, backend: str) 
     return fp8_linear_activation(*moved, epilogue, False, backend=backend)[0]
 
 
+def forms(variant: str) -> tuple[bool, ...]:
+    """Of the softmax that a configuration has: bounded or not."""
+    if variant.startswith("fp8"):
+        return (False,)
+    return (True,) if variant.endswith("_specialized") else (False, True)
+
+
 @pytest.mark.parametrize("lse", [False, True])
-@pytest.mark.parametrize("variant", ["bf16_d32", "fp8_qk_d64_strided"] if DRY else ATTENTION)
-def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variant", "bounded"),
+    [(v, b) for v in (("bf16_d32", "int8_qk_d64_strided") if DRY else ATTENTION) for b in forms(v)],
+)
+def test_attention(variant: str, bounded: bool, lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arch = architecture(DEVICE)
     if str(arch) in table("block_sparse_attention")[variant]:
         # By its name, not as the launcher picks it: some it takes for an LSE alone, some only without.
@@ -97,14 +121,14 @@ def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> 
     wide = {name: draw(i, rows, n, d + 8) for i, (name, n) in enumerate(heads.items())}
     values: dict[str, Any] = {name: (x if strided else x[..., :d].contiguous()) for name, x in wide.items()}
     blocks = rows // 128
-    scales = {"q_scale": torch.full((blocks,), 0.01), "k_scale": torch.linspace(0.01, 0.02, blocks)}
-    given: dict[str, Any] = {}
-    if fmt == "bf16":
-        given = {name: x.bfloat16() for name, x in values.items()}
-    else:
-        given = {name: (values[name] * 50).clamp(-448, 448).to(E4M3) for name in "qk"} | scales
-        given["v"] = values["v"].bfloat16()
-    if fmt == "fp8":
+    given: dict[str, Any] = {name: x.bfloat16() for name, x in values.items()}
+    if fmt == "int8_qk":
+        given |= {name: (values[name] * 30).round().clamp(-127, 127).to(torch.int8) for name in "qk"}
+        given["q_scale"] = torch.linspace(0.02, 0.04, rows * heads["q"]).view(rows, -1)
+        given["k_scale"] = torch.linspace(0.02, 0.04, heads["k"] * blocks).view(-1, blocks)
+    elif fmt == "fp8":
+        given |= {name: (values[name] * 50).clamp(-448, 448).to(E4M3) for name in "qk"}
+        given |= {"q_scale": torch.full((blocks,), 0.01), "k_scale": torch.linspace(0.01, 0.02, blocks)}
         given["v"] = (draw(5, 2, d, rows) * 50).clamp(-448, 448).to(E4M3)
         given["v_scale"] = torch.linspace(0.01, 0.02, 2 * blocks).view(2, blocks)
     block_map = BlockMap.from_ranges([(0, rows // 2), (rows // 2, rows)], [(0, rows - 50), (60, rows)], rows, rows)
@@ -114,10 +138,16 @@ def test_attention(variant: str, lse: bool, monkeypatch: pytest.MonkeyPatch) -> 
         there, given = ({n: x[..., :d] if n in views else x for n, x in both.items()} for both in (there, given))
     with poisoned():
         out, _, sums = block_sparse_attention(
-            **there, block_map=block_map.to(DEVICE), scale=d**-0.5, return_lse=lse, backend="triton"
+            **there,
+            block_map=block_map.to(DEVICE),
+            scale=d**-0.5,
+            bound=50.0 if bounded else math.inf,
+            return_lse=lse,
+            backend="triton",
         )
-    step = launcher.launch_config(there["q"], there["k"], there["v"], lse=lse).block_n
-    wanted, _, wanted_sums = sparse_attention(**given, block_map=block_map, scale=d**-0.5, return_lse=lse, step=step)
+    config = launcher.launch_config(there["q"], there["k"], there["v"], bounded=bounded, lse=lse)
+    options = {"scale": d**-0.5, "bounded": bounded, "return_lse": lse} | launcher.rounding_of(config, there["v"])
+    wanted, wanted_sums = sparse_attention(**given, block_map=block_map, **options)
     distance = max(DISTANCE, attention_distance(fmt, DEVICE))
     assert violations(measure(out.cpu().float(), wanted.float()), distance=distance, slope=None) == []
     if lse:

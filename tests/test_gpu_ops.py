@@ -20,7 +20,8 @@ pytestmark = MARKS
 SMALL = select(cases("tiny" if DRY else "small"), "25%/tiny/fp8,proj/tiny/bf16" if DRY else "")
 # One per kernel: the bits of a case do not depend on what the others are.
 ONE_EACH = select(
-    cases("tiny"), "window/tiny/fp8,down/tiny/fp8" if DRY else "window,down,swiglu7,qkv,rmsnorm_quantize,select"
+    cases("tiny"),
+    "window/tiny/fp8,down/tiny/fp8" if DRY else "window,attention-dense/tiny/bf16,down,swiglu7,qkv,quantize,select",
 )
 OTHERS, _ = other_backends(DEVICE)
 

@@ -20,7 +20,7 @@ from happyhorse_fast.model.fast_config import FastConfig, TopK
 from happyhorse_fast.model.memory import StorageMeter
 from happyhorse_fast.model.packed_checkpoint import is_packed, save_packed
 
-FAST = FastConfig(precision="fp8", skip=["down:0"], sparsity=TopK(0.5), backend="reference")
+FAST = FastConfig(precision="fp8", attention="bf16", skip=["down:0"], sparsity=TopK(0.5), backend="reference")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_weights_packed_without_a_gpu_are_not_bound_to_plain_torch(packed: Path)
 
 
 def test_what_is_not_packed_can_be_changed(packed: Path) -> None:
-    fast = dataclasses.replace(FAST, sparsity=None, exact_first_steps=2, mlp_rows=None)
+    fast = dataclasses.replace(FAST, sparsity=None, exact_first_steps=2, mlp_rows=None, attention="fp8")
     assert load(packed, fast=fast, progress=False).fast.fast == fast  # type: ignore[union-attr]
 
 
@@ -93,7 +93,7 @@ def test_what_is_not_packed_can_be_changed(packed: Path) -> None:
     ("change", "message"),
     [
         ({"skip": ()}, "down of layer 0 is bf16 there, fast asks for fp8"),
-        ({"attention": "fp8"}, "attention of layer 0 is bf16 there, fast asks for fp8"),
+        ({"precision": "int8"}, "qkv of layer 0 is fp8 there, fast asks for int8"),
     ],
 )
 def test_what_is_packed_cannot(packed: Path, change: dict[str, Any], message: str) -> None:

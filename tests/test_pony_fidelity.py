@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from happyhorse_fast.cli import fidelity, run
-from happyhorse_fast.cli.activations import MODALITIES, TENSORS, _Sums, attention_map, measure_activations
+from happyhorse_fast.cli.activations import MODALITIES, TENSORS, Sums, attention_map, measure_activations
 from happyhorse_fast.cli.fidelity import ClipError, Fidelity, Policy, PolicyResult, Summary
 from happyhorse_fast.cli.frame_blocks import FrameBlocks, decide_between_frames
 from happyhorse_fast.cli.layer_ops import OpResults
@@ -147,17 +147,15 @@ def test_what_every_policy_costs(measured: Fidelity) -> None:
 def test_every_policy_that_was_asked_for_is_measured() -> None:
     every = fidelity.policies()
     assert len({(p.kind, p.name) for p in every}) == len(every)
-    fp8 = [p for p in every if p.kind == "fp8 op"]
-    alone = [
-        [op for op in ("qkv", "attention", "proj", "up", "down") if p.fast.precision_of(op, 0) != "bf16"]
-        for p in fp8
-        if p.fast is not None
-    ]
-    assert sorted(map(str, alone)) == sorted(
-        map(str, [[x] for x in ("qkv", "attention", "proj", "up", "down")] + [["attention"]])
-    )
+    for kind in ("int8", "fp8"):
+        alone = [
+            [op for op in ("qkv", "attention", "proj", "up", "down") if p.fast.precision_of(op, 0) != "bf16"]
+            for p in every
+            if p.kind == f"{kind} op" and p.fast is not None
+        ]
+        assert sorted(alone) == sorted([x] for x in ("qkv", "attention", "proj", "up", "down"))
     kinds = {p.kind for p in fidelity.policies(quick=True)}
-    assert kinds == {"bf16", "fp8", "sparsity"}
+    assert kinds == {"bf16", "int8", "fp8", "sparsity"}
 
 
 def planted(found: Fidelity, kind: str, **changes: Any) -> Fidelity:
@@ -234,7 +232,10 @@ def test_every_layer_and_tensor_is_looked_at() -> None:
         if r.tensor == "residual":
             assert r.error is None
         else:
-            assert r.saturated == 0 and r.lost is not None and r.lost < 1e-3
+            # Below 2^-10 scales a value is lost: 7.8e-4 / r of normal values whose RMS is r scales. SwiGLU7's static
+            # scale does not follow a layer, r is 0.8 and more here, and a product of two factors is small more often.
+            lost = 4e-3 if r.tensor == "down input" else 1e-3
+            assert r.saturated == 0 and r.lost is not None and r.lost < lost
             assert r.error is not None and 0.01 < r.error < 0.04, f"measured {r}"
     assert [m.layer for m in maps] == list(range(6)) and {m.step for m in maps} == {1}
     for m in maps:
@@ -248,7 +249,7 @@ def test_every_layer_and_tensor_is_looked_at() -> None:
 
 def test_planted_outliers_and_saturation_show() -> None:
     x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
-    flat, loud, clipped = _Sums(), _Sums(), _Sums()
+    flat, loud, clipped = Sums(), Sums(), Sums()
     flat.add(x, 100 * x)
     loud.add(x * torch.where(torch.arange(64) == 3, 50.0, 1.0), None)
     clipped.add(x, 1000 * x)

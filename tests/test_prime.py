@@ -15,9 +15,10 @@ import triton
 from bench import gpu, prime_compile, primed
 from bench.bootstrap import PRIMED_VARIABLE, ROOT
 
-# Three ops of one tiny layer, five kernels, and the specialized one.
+# Three ops of one tiny layer, five kernels, and the specialized one; with a flag the plain one is launched beside it.
 SOME = "^case (rmsnorm_quantize|qkv_linear|select_blocks-25%)/tiny/bf16 triton$"
-GLUON = "^case block_sparse_attention-dense/tiny/bf16 gluon$"
+INT8 = "^case (fp8_linear.*|qkv_linear|rmsnorm_quantize|quantize_rows.*)/tiny/int8 triton$"
+GLUON = "^case (block_sparse_attention-dense/tiny/(bf16|int8_qk)|attention-dense/tiny/bf16) gluon$"
 
 # What a GPU run does, but for the launch itself: Triton's JIT specialises and looks, and compiles what is not there.
 JIT = """
@@ -74,8 +75,9 @@ def launched(only: str, cache: Path) -> list[tuple[str, bool]]:
     ]
 
 
+@pytest.mark.slow
 def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
-    packed = prime(f"{SOME}|{GLUON}", tmp_path / "here")
+    packed = prime(f"{SOME}|{GLUON}|{INT8}", tmp_path / "here")
     moved = tmp_path / "there" / packed.name
     moved.parent.mkdir()
     shutil.move(packed, moved)
@@ -83,10 +85,11 @@ def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
     before = sorted(path.name for path in cache.iterdir())
     manifest = primed.read_manifest(moved)
     assert manifest["kernels"] == primed.kernels(cache) == len(before) - 1
-    looked = launched(f"{SOME}|{GLUON}", cache)
+    looked = launched(f"{SOME}|{GLUON}|{INT8}", cache)
     assert [name for name, there in looked if not there] == []
     assert sorted(path.name for path in cache.iterdir()) == before, "nothing was compiled"
     names = [name for name, _ in looked]
+    assert names.count("block_sparse_attention_hopper_kernel") == 3, "bf16, int8_qk, bf16 with a flag"
     for name in (
         "rmsnorm_quantize",
         "qkv_linear",
@@ -94,8 +97,22 @@ def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
         "select_blocks",
         "order_rows",
         "block_sparse_attention_hopper",
+        "block_sparse_attention",
+        "fp8_linear",
+        "quantize_rows",
     ):
         assert f"{name}_kernel" in names
+
+
+@pytest.mark.parametrize("mode", ["fast fp8 linear", "fast fp8 int8_qk", "fast int8"])
+def test_what_a_clips_layers_launch_is_primed(mode):
+    # With 40 heads, one map and, of e4m3 products, e4m3 out: no case, table or self-check makes this launch.
+    only = f"^clip happyhorse-1.0-15b/1080p/{mode}/exact/whole$"
+    found = [json.loads(line)["kernel"] for line in run("-m", "bench.launches", "--only", only).splitlines()]
+    assert found.count("block_sparse_attention_hopper_kernel") == 1
+    assert "block_sparse_attention_kernel" not in found, "a known bound needs no other form"
+    widths = 3 if mode == "fast int8" else 0
+    assert found.count("quantize_rows_kernel") == widths, "for proj, and for down after SwiGLU7 and after GELU7"
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +120,7 @@ def packed(tmp_path_factory):
     return prime(SOME, tmp_path_factory.mktemp("primed"))
 
 
+@pytest.mark.slow
 def test_priming_again_compiles_nothing(packed, tmp_path):
     moved = Path(shutil.copy(packed, tmp_path))
     cache = primed.unpack(moved)
@@ -112,6 +130,7 @@ def test_priming_again_compiles_nothing(packed, tmp_path):
     assert not any(": compiled" in line for line in said) and "'new': 0" in said[-1]
 
 
+@pytest.mark.slow
 def test_without_its_paths_put_right_a_moved_cache_holds_nothing(packed, tmp_path, monkeypatch):
     # What relocating is for.
     moved = Path(shutil.copy(packed, tmp_path))
@@ -135,6 +154,7 @@ print([x.cache_key for x in ((other, kernel) if sys.argv[1:] else (kernel,))][-1
     assert (run("-c", code, **environment) == run("-c", code, "other first", **environment)) is settled
 
 
+@pytest.mark.slow
 def test_a_cache_is_unpacked_once_and_again_where_its_file_is_newer(packed, tmp_path):
     moved = Path(shutil.copy(packed, tmp_path))
     cache = primed.unpack(moved)
@@ -164,6 +184,7 @@ def test_the_key_of_another_build_is_found_without_running_it(tmp_path):
         prime_compile.key_of(folder.parent)
 
 
+@pytest.mark.slow
 def test_a_run_finds_what_was_primed_for_its_gpu_and_its_triton_alone(packed, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(gpu.CACHE_VARIABLE, raising=False)
     Path(shutil.copy(packed, tmp_path))

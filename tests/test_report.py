@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import html
+import itertools
 import json
 import re
 from pathlib import Path
@@ -105,7 +106,11 @@ def test_what_the_pony_lost_is_shown() -> None:
     shown = dataclasses.replace(found, fidelity=planted, rates=[{**found.rates[0], "failed": []}])
     for text in (report_pony.own_section(shown), report.page(shown, [])):
         assert "12.3/11.1" in text and "Nothing was wrong." in text and "qkv alone" in text
+    of_ops = {"kind": "int8 op", "name": "qkv alone"}, {"kind": "int8", "name": "all, attention int8_qk"}
+    planted["results"] += [copy.deepcopy(planted["results"][1]) | names for names in of_ops]
+    planted["results"][-1]["summary"] |= {"psnr_db": [57.89, 41.23]}
     short = report.readme_section(shown)
+    assert "| int8: all, attention int8_qk | 57.9/41.2 |" in short and "int8: qkv alone" not in short
     assert "examples/pony/README.md" in short and "Nothing was wrong." in short and "12.3/11.1" not in short
     figures = report_pony.figures(shown)
     assert set(figures) == {"fidelity", "activations", "attention"} <= report.CAPTIONS.keys()
@@ -192,6 +197,19 @@ def test_a_planted_wrong_kernel_shows_no_number(tmp_path: Path) -> None:
     assert "not verified: worst tile distance 8.0e-01" in text
     assert "7.77" not in text, "a peer's time beside a wrong kernel reads as a comparison"
     assert "<tr class=mark>" in text
+
+
+def test_a_ratio_without_a_span_behind_it_says_so(tmp_path: Path) -> None:
+    apart, turns = {**ENTRY, "case": "slow/x", "median_ms": 4.0}, {**ENTRY, "case": "good/x", "span": "a"}
+    slow, good = report_data.rows_of({"entries": [apart, turns]})
+    assert slow.note == "SLOWER than sdpa-cudnn: 0.75x, not interleaved" and good.note == "1.50x sdpa-cudnn"
+    header = {"gpu": "NVIDIA H200", "commit": "abcdef"}
+    for entries, said in (
+        ([apart], "Each kernel was timed alone"),
+        ([apart, turns], "Some kernels were timed alone"),
+        ([turns], "What is compared took turns"),
+    ):
+        assert said in report_tables.ops_table({**header, "entries": entries}).note
 
 
 def test_a_wrong_kernel_with_a_number_is_refused(tmp_path: Path) -> None:
@@ -308,3 +326,28 @@ def test_committed_memory_is_what_the_model_takes() -> None:
             assert report_measure.rounded(report_measure._peak(form, *clip)) == peak
             return
     pytest.fail("no fp8 peak is committed")
+
+
+def test_planned_peaks_of_8_bits_are_within_the_budgets_of_a_24_gb_card() -> None:
+    committed = report_data.load().memory
+    assert committed is not None
+    found = {
+        (peak["form"], peak["seconds"]): peak["peak_gib"]
+        for peak in committed["peaks"]
+        if (peak["preset"], peak["resolution"]) == (targets.BASE, "1080p")
+    }
+    for form, (seconds, budget) in itertools.product(("fast int8", "fast fp8"), targets.PEAK_GIB.items()):
+        assert found[form, seconds] <= budget and report_data.fits(budget, 24), (form, seconds)
+    assert len(committed["peaks"]) == len(report_measure.CLIPS) * len(report_measure.SHOWN)
+
+
+def test_errors_of_every_op_stand_side_by_side_in_the_readme() -> None:
+    found = report_data.load()
+    table = report_tables.op_table(found.cases)
+    assert table.columns[2:5] == ("fast bf16", "fast int8, attention int8_qk", "fast fp8, attention fp8")
+    for op, _, bf16, int8, fp8, _ in table.rows:
+        worst = [float(cell.partition(" / ")[0]) for cell in (bf16, int8, fp8)]
+        assert worst == sorted(worst) and worst[0] < worst[-1], op
+    assert table.markdown() in report.readme_section(found)
+    launches = {row[:2]: row[2:] for row in report_tables.launch_table(found.memory).rows}  # type: ignore[arg-type]
+    assert launches["fast int8", "exact"] == ("9", "9", "9") and launches["fast fp8", "exact"][-1] == "7"

@@ -20,16 +20,19 @@ def op_calls(case):
     x, _ = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, backend="reference")
     heads = tail(case)
     for suffix in ("", "_reference"):
-        yield f"rmsnorm_quantize{suffix}", (case.hidden, case.norm, case.row_tiles, case.branch, True)
+        yield f"rmsnorm_quantize{suffix}", (case.hidden, case.norm, case.row_tiles, case.branch, "int8")
         yield f"rmsnorm_quantize{suffix}", (case.hidden, case.norm, case.row_tiles)
         yield f"qkv_linear{suffix}", (x, None, case.weight, None, *heads, "bf16")
-        fp8 = (case.x, case.x_scale, case.codes, case.weight_scale, *heads, "fp8", case.qk_scale, case.k_mean)
+        fp8 = (case.x, case.x_scale, case.codes, case.weight_scale, *heads, "fp8", case.qk_scale)
+        int8 = (x, None, case.weight, None, *heads, "int8_qk")
         yield f"qkv_linear{suffix}", fp8
+        yield f"qkv_linear{suffix}", int8
     yield "qkv_linear_cuda", (x, None, case.weight, None, *heads, "bf16")
     yield "qkv_linear_cuda", fp8
+    yield "qkv_linear_cuda", int8
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(13))
 def test_opcheck(index):
     name, arguments = list(op_calls(make(SHAPES["one-tile"])))[index]
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -46,7 +49,8 @@ def test_the_wrappers_compile_into_one_graph(backend, fp8):
     weights = (case.codes, case.weight_scale) if fp8 else (case.weight, None)
 
     def layer(hidden, branch):
-        x, scale = ops.rmsnorm_quantize(hidden, case.norm, case.row_tiles, branch, fp8, backend=backend)
+        out = "fp8" if fp8 else "bf16"
+        x, scale = ops.rmsnorm_quantize(hidden, case.norm, case.row_tiles, branch, out, backend=backend)
         arguments = (x, scale, *weights, *tail(case))
         if fp8:
             return ops.qkv_linear(*arguments, "fp8", case.qk_scale, backend=backend)
@@ -69,14 +73,23 @@ def test_fake_cuda_tensors_have_the_real_shapes(backend):
         options = {"device": "cuda"}
         hidden = torch.empty(n, c, **options)
         row_tiles = torch.empty(n // 128, 3, dtype=torch.int32, **options)
-        x, scale = ops.rmsnorm_quantize(hidden, torch.empty(3, c, **options), row_tiles, fp8=True, backend=backend)
+        x, scale = ops.rmsnorm_quantize(hidden, torch.empty(3, c, **options), row_tiles, out="fp8", backend=backend)
         weight = torch.empty(3, 57 * d, c, dtype=torch.float8_e4m3fn, **options)
         weight_scale, qk_norm = torch.empty(3, 57 * d, **options), torch.empty(3, 2, d, **options)
         cos_sin, qk_scale = torch.empty(n, d, **options), torch.empty(3, 2, **options)
         tables = (weight, weight_scale, qk_norm, cos_sin, row_tiles)
-        q, k, v, v_scale, gate = ops.qkv_linear(x, scale, *tables, hq, hkv, "fp8", qk_scale, backend=backend)
-    assert (q.shape, k.shape, v.shape) == ((n, hq, d), (n, hkv, d), (hkv, d, n))
-    assert (v_scale.shape, gate.shape, q.device.type) == ((hkv, n // 128), (n, hq), "cuda")
+        results = ops.qkv_linear(x, scale, *tables, hq, hkv, "fp8", qk_scale, backend=backend)
+        of_int8 = ops.qkv_linear(x, scale, *tables, hq, hkv, "int8_qk", backend=backend)
+    blocks = n // 128
+    fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
+    assert [x.shape for x in results] == [
+        (n, hq, d), (n, hkv, d), (hkv, d, n), (blocks,), (blocks,), (hkv, blocks), (n, hq)
+    ]  # fmt: skip
+    assert [x.shape for x in of_int8] == [
+        (n, hq, d), (n, hkv, d), (n, hkv, d), (n, hq), (hkv, blocks), (0,), (n, hq)
+    ]  # fmt: skip
+    assert [x.dtype for x in (*results[:3], *of_int8[:3])] == [fp8] * 3 + [torch.int8] * 2 + [bf16]
+    assert {x.device.type for x in (*results, *of_int8)} == {"cuda"}
 
 
 @pytest.mark.parametrize(
@@ -88,8 +101,9 @@ def test_fake_cuda_tensors_have_the_real_shapes(backend):
         ({"weight_scale": None}, TypeError, "weight_scale must be a tensor"),
         ({"num_heads_q": 3}, ValueError, r"weight must be of shape \[E, 192, 160\], got \[1, 160, 160\]"),
         ({"num_heads_kv": 3}, ValueError, "num_heads_q must be a multiple of num_heads_kv, got 2 and 3"),
-        ({"out": "fp16"}, ValueError, "out must be one of 'bf16', 'fp8', 'fp8_qk'; got 'fp16'"),
+        ({"out": "fp16"}, ValueError, "out must be one of 'bf16', 'int8_qk', 'fp8'; got 'fp16'"),
         ({"out": "bf16"}, ValueError, 'qk_scale must be None where out is "bf16"'),
+        ({"out": "int8_qk"}, ValueError, 'qk_scale must be None where out is "int8_qk"'),
         ({"qk_scale": None}, TypeError, r"qk_scale must be a tensor of shape \[1, 2\]"),
         ({"backend": "cudnn"}, ValueError, "backend must be 'triton' or 'cuda' or 'reference', got 'cudnn'"),
     ],
@@ -107,13 +121,14 @@ def test_a_wrong_argument_is_named(change, error, message):
 def test_e4m3_below_sm_89_is_refused(monkeypatch):
     monkeypatch.setattr(launcher, "architecture", lambda _: 86)
     case = make(SHAPES["one-tile"])
-    with pytest.raises(ValueError, match="fp8=True needs e4m3, from sm_89 on; cpu is sm_86"):
-        ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, fp8=True)
+    with pytest.raises(ValueError, match='out="fp8" needs e4m3, from sm_89 on; cpu is sm_86'):
+        ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, out="fp8")
+    ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, out="int8")
     x, _ = ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles)
-    for out in ("fp8", "fp8_qk"):
-        with pytest.raises(ValueError, match=f'out="{out}" of torch.bfloat16 weights needs e4m3'):
-            ops.qkv_linear(x, None, case.weight, None, *tail(case), out, case.qk_scale)
-    ops.qkv_linear(x, None, case.weight, None, *tail(case), "bf16")
+    with pytest.raises(ValueError, match=r'out="fp8" of torch\.bfloat16 weights needs e4m3'):
+        ops.qkv_linear(x, None, case.weight, None, *tail(case), "fp8", case.qk_scale)
+    for out in ("bf16", "int8_qk"):
+        ops.qkv_linear(x, None, case.weight, None, *tail(case), out)
 
 
 def test_a_wrong_layout_is_named():
@@ -124,6 +139,8 @@ def test_a_wrong_layout_is_named():
         ops.rmsnorm_quantize(case.hidden, case.norm.T.contiguous().T.expand(2, -1), case.row_tiles)
     with pytest.raises(ValueError, match="hidden must have at most 8192 channels, got 8193"):
         ops.rmsnorm_quantize(torch.zeros(1, 8193), torch.zeros(1, 8193), case.row_tiles)
+    with pytest.raises(ValueError, match="out must be one of 'bf16', 'int8', 'fp8'; got True"):
+        ops.rmsnorm_quantize(case.hidden, case.norm, case.row_tiles, out=True)
     with pytest.raises(ValueError, match="x_scale must be None or empty where x is bf16"):
         ops.qkv_linear(case.x.bfloat16(), case.x_scale, case.weight, None, *tail(case), "bf16")
     with pytest.raises(ValueError, match=r"cos_sin must have D = 32, 64 or 128 columns"):
@@ -170,7 +187,7 @@ def test_no_normalised_q_or_k_leaves_its_static_scale():
 
 
 def test_committed_configurations_are_legal():
-    bytes_of = {"rmsnorm_quantize": 0, "qkv_bf16": 2, "qkv_fp8": 1}
+    bytes_of = {"rmsnorm_quantize": 0, "qkv_bf16": 2, "qkv_int8": 1, "qkv_fp8": 1}
     assert set(table("rmsnorm_qkv")) == set(bytes_of)
     for variant, width in bytes_of.items():
         fp8 = variant == "qkv_fp8"

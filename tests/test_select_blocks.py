@@ -33,6 +33,23 @@ def test_groups_and_formats(fmt, heads, backend):
     held(selector(radius=0), inputs(heads=heads, fmt=fmt, seed=1, spread=4.0), mass=0.6, pool="mean", backend=backend)
 
 
+def test_int8_pools_values_and_not_codes(backend):
+    # Scales of powers of two: sums are exact in any order, and what their values give in bf16 too.
+    given = integers(RAGGED, heads=(4, 2), seed=3, distinct=5)
+    scales = {
+        "q": 2.0 ** (torch.arange(RAGGED.slots * 4) % 3).view(-1, 4),
+        "k": 2.0 ** -(torch.arange(12) % 4).view(2, 6),
+    }
+    each = {"q": scales["q"], "k": scales["k"].repeat_interleave(BLOCK, dim=1)[:, : RAGGED.slots].T}
+    values = {x: (given[x].float() * each[x][:, :, None]).bfloat16() for x in "qk"}
+    codes = {x: given[x].to(torch.int8) for x in "qk"} | {f"{x}_scale": scales[x].contiguous() for x in "qk"}
+    for amount in ({"keep": 2}, {"mass": 0.6}):
+        ours = held(selector(RAGGED), codes, **amount, checked=True, backend=backend)
+        assert (
+            differences(ours, select_blocks(**values, selector=selector(RAGGED), **amount, backend="reference")) == []
+        )
+
+
 @pytest.mark.parametrize("d", [64, 128])
 def test_head_dims(d, backend):
     held(selector(), inputs(heads=(1, 1), d=d), keep=3, backend=backend)
@@ -182,7 +199,9 @@ def rank_key_without_sign(score):
 
 
 @triton.jit
-def block_sum_of_half(source, live, block, head, stride_row, stride_head, stride_channel, D, BLOCK, ROWS: tl.constexpr):
+def block_sum_of_half(
+    source, scale, live, block, head, stride_row, stride_head, stride_channel, HEADS, D, BLOCK, ROWS: tl.constexpr
+):
     place = source + block * BLOCK * stride_row + head * stride_head + tl.arange(0, D) * stride_channel
     return tl.load(place).to(tl.float32)
 

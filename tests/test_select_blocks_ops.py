@@ -63,7 +63,7 @@ def test_opcheck(fmt):
     scales = given.get("q_scale"), given.get("k_scale")
     arguments = (given["q"], given["k"], *selector().tensors(), *scales, 2, 0, False)
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if fmt == "bf16":  # test_schema multiplies every input, which torch 2.13 does not do for e4m3 on the CPU
+    if fmt != "fp8":  # test_schema multiplies every input, which torch 2.13 does not do for e4m3 on the CPU
         checks.append("test_schema")
     for name in LAUNCHES:
         op = getattr(torch.ops.happyhorse_fast, name.removeprefix("happyhorse_fast::"))
@@ -97,9 +97,10 @@ def unmade_selector(blocks):
 @pytest.mark.parametrize("fmt", SCORES)
 def test_fake_tensors_have_the_shapes_of_a_15b_layer(fmt, backend):
     with FakeTensorMode(), torch.device("cuda"):
-        blocks, dtype = 1464, torch.bfloat16 if fmt == "bf16" else FP8
+        blocks, dtype = 1464, {"bf16": torch.bfloat16, "int8_qk": torch.int8, "fp8": FP8}[fmt]
         q, k = (torch.empty(blocks * BLOCK, h, 128, dtype=dtype) for h in (40, 8))
-        scales = {} if fmt == "bf16" else {"q_scale": torch.empty(blocks), "k_scale": torch.empty(blocks)}
+        shapes = {"bf16": (), "int8_qk": ((blocks * BLOCK, 40), (8, blocks)), "fp8": ((blocks,), (blocks,))}[fmt]
+        scales = dict(zip(("q_scale", "k_scale"), map(torch.empty, shapes), strict=False))
         made = select_blocks(q, k, unmade_selector(blocks), keep=300, **scales, backend=backend)
     assert made.counts.shape == (8, blocks, 2) and made.order.shape == (8 * blocks,)
     assert made.columns.shape == made.mask_ids.shape == (8 * blocks**2,)
@@ -109,7 +110,7 @@ def test_fake_tensors_have_the_shapes_of_a_15b_layer(fmt, backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"q": torch.zeros(1024, 2, 32)}, TypeError, "q must be bfloat16 or float8_e4m3fn, got torch.float32"),
+        ({"q": torch.zeros(1024, 2, 32)}, TypeError, "q must be bfloat16, int8 or float8_e4m3fn, got torch.float32"),
         ({"k": torch.zeros(1024, 1, 32).to(FP8)}, TypeError, "k must be of q's dtype"),
         ({"q": torch.zeros(1023, 2, 32).bfloat16()}, ValueError, r"q must be \[1024, heads, D\], got \[1023, 2, 32\]"),
         ({"k": torch.zeros(1024, 4, 32).bfloat16()}, ValueError, "q must have a multiple of k's heads"),
@@ -132,6 +133,13 @@ def test_scales_of_another_size_and_too_many_blocks_are_named():
     given = inputs(fmt="fp8")
     with pytest.raises(ValueError, match=r"k_scale must be of shape \[8\], got \[7\]"):
         select_blocks(**given | {"k_scale": torch.ones(7)}, selector=selector(), keep=2)
+    given = inputs(fmt="int8_qk")
+    with pytest.raises(ValueError, match=r"q_scale must be of shape \[1024, 2\], got \[8\]"):
+        select_blocks(**given | {"q_scale": torch.ones(8)}, selector=selector(), keep=2)
+    with pytest.raises(ValueError, match=r"k_scale must be of shape \[1, 8\], got \[8\]"):
+        select_blocks(**given | {"k_scale": torch.ones(8)}, selector=selector(), keep=2)
+    with pytest.raises(ValueError, match=r"k_scale must be given exactly where q and k have 8 bits; .* got none"):
+        select_blocks(**given | {"k_scale": None}, selector=selector(), keep=2)
     with FakeTensorMode():
         x, chooser = torch.empty(2049 * BLOCK, 1, 32, dtype=torch.bfloat16), unmade_selector(2049)
         with pytest.raises(ValueError, match=r"at most 2048 blocks and fewer than .* got 2049 blocks"):

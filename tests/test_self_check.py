@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +15,17 @@ import torch
 from cuda_mutants import mutant
 from interpreter import make_exact
 
-from happyhorse_fast import golden
-from happyhorse_fast.model import fast_layer
 from happyhorse_fast.model.accelerate import accelerate, explain
 from happyhorse_fast.model.fast_config import FastConfig
-from happyhorse_fast.ops import dispatch, self_check, trust
+from happyhorse_fast.ops import check_inputs, dispatch, self_check, trust
 from happyhorse_fast.ops import fp8_linear as linear
 from happyhorse_fast.ops.cuda.launch import use_runner
 from happyhorse_fast.ops.self_check import CHECKS, VARIANTS, KernelCheck, run_checks
 from happyhorse_fast.ops.triton import block_sparse_attention as launcher
+from happyhorse_fast.ops.triton import device
 from happyhorse_fast.reference.model import HappyHorse
-from happyhorse_fast.reference.sparse_attention import sparse_attention
+from happyhorse_fast.reference.score_bound import LIMIT, scores_fit
+from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
 
 make_exact()
 CPU = torch.device("cpu")
@@ -45,70 +43,22 @@ def test_there_is_a_check_for_every_op() -> None:
 
 def test_there_is_a_check_of_every_kernel_that_the_dispatcher_may_choose() -> None:
     assert set(self_check.VARIANTS["triton"]) == set(dispatch.STEMS)
-    for ops in dispatch.CUDA_OPS.values():
-        assert ops and set(ops) <= set(CHECKS)
+    assert set(self_check.VARIANTS["cuda"]) <= set(CHECKS)
 
 
 def test_a_default_dtype_changes_no_input() -> None:
     def drawn() -> list[torch.Tensor]:
-        weight, scale = self_check._weight(11, 384, True, CPU)
+        weight, scale = check_inputs.packed_weight(11, 384, "fp8", CPU)
         assert scale is not None
-        return [self_check._draw(0, 4), self_check._inputs(False, CPU)[0], weight.float(), scale]
+        return [check_inputs.draw(0, 4), check_inputs.inputs("bf16", CPU)[0], weight.float(), scale]
 
     expected = drawn()
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(drawn(), expected, strict=True))
-        self_check._check_select("reference", CPU, "fp8")  # refuses scales that are not float32
+        CHECKS["select_blocks"]("reference", CPU, "fp8")  # refuses scales that are not float32
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def forms_in(module: Any, monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
-    """What a kernel is compiled for, of every call that a module makes of the ops that have several such forms."""
-    forms: set[tuple[Any, ...]] = set()
-
-    def seen(op: str, form: Any) -> None:
-        real = getattr(module, op)
-
-        def call(*given: Any, **options: Any) -> Any:
-            named = inspect.signature(real).bind(*given, **options)
-            named.apply_defaults()
-            forms.add((op, *form(SimpleNamespace(**named.arguments))))
-            return real(*given, **options | {"backend": "reference"})
-
-        monkeypatch.setattr(module, op, call)
-
-    def group(a: Any) -> Any:
-        return None if a.x_scale is None else a.x.shape[1] // a.x_scale[0].numel()
-
-    def layout(x: torch.Tensor) -> Any:
-        return x.dtype, x.is_contiguous()
-
-    seen("rmsnorm_quantize", lambda a: (a.fp8,))
-    seen("qkv_linear", lambda a: (a.x.dtype, a.out))
-    seen("block_sparse_attention", lambda a: (*map(layout, (a.q, a.k, a.v)), a.fp8_out, a.return_lse))
-    seen("fp8_linear_residual", lambda a: (a.x.dtype, group(a)))
-    seen("fp8_linear_activation", lambda a: (a.x.dtype, a.activation, a.fp8))
-    return forms
-
-
-@pytest.mark.parametrize(
-    ("precision", "attention"), [("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"), ("fp8", "fp8_qk")]
-)
-def test_what_a_model_runs_is_what_is_checked(precision: Any, attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = golden.load_case("local_d128_fp32").config
-    model = HappyHorse(config.replace(num_layers=2, mm_layers=(0,), gelu7_layers=(0,), local_attn_layers=(0,)))
-    accelerate(model.init_weights(0), FastConfig(backend="reference", precision=precision, attention=attention))
-    run = forms_in(fast_layer, monkeypatch)
-    with torch.no_grad():
-        model(torch.randn(1, 48, 1, 4, 4), torch.randn(1, 3, 64), torch.randn(1, 2, config.text_in_channels))
-    checked = forms_in(self_check, monkeypatch)
-    monkeypatch.setattr(self_check, "_loads", lambda *_, **__: (128, False))
-    for op in {op for op, *_ in run}:
-        for variant in dispatch.checked_formats(op, precision, attention):
-            CHECKS[op]("triton", CPU, variant)
-    assert len(run) >= 6 and run <= checked, run - checked
 
 
 @pytest.mark.slow
@@ -120,18 +70,24 @@ def test_the_shipped_kernels_pass_on_the_cpu(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "op"), [("triton", "rmsnorm_quantize"), ("triton", "fp8_linear"), ("cuda", "rmsnorm_quantize")]
+    ("backend", "op"),
+    [
+        ("triton", "rmsnorm_quantize"),
+        ("triton", "fp8_linear"),
+        ("cuda", "rmsnorm_quantize"),
+        ("cuda", "fp8_linear_activation"),
+    ],
 )
 def test_a_shipped_kernel_passes(backend: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "CHECKS", {op: CHECKS[op]})
     checks = list(run_checks(backend, CPU, fp8=True))
-    assert [c.variant for c in checks if c.passed] == ["bf16", "fp8"], checks
+    assert tuple(c.variant for c in checks if c.passed) == VARIANTS[backend][op], checks
 
 
 def test_attention_in_cuda_is_checked_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[tuple[str, str]] = []
 
-    def check(backend: str, device: torch.device, variant: str) -> self_check.Compared:
+    def check(backend: str, device: torch.device, variant: str) -> check_inputs.Compared:
         judged.append((backend, variant))
         return {}
 
@@ -148,7 +104,7 @@ def test_a_cuda_kernel_planted_wrong_fails(tmp_path: Path, monkeypatch: pytest.M
     wrong = mutant(tmp_path, "rmsnorm_quantize", "(w.w + 1.0f)", "w.w")
     with use_runner(wrong):
         checks = list(run_checks("cuda", CPU, fp8=True))
-    assert [c.passed for c in checks] == [False, False], checks
+    assert [c.passed for c in checks] == [False, False, False], checks
 
 
 def planted(change: Any) -> Any:
@@ -182,28 +138,70 @@ def test_a_kernel_planted_wrong_fails(change: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(self_check, "CHECKS", {"fp8_linear": CHECKS["fp8_linear"]})
     monkeypatch.setattr(self_check, "fp8_linear", planted(change))
     checks = list(run_checks("triton", CPU, fp8=True))
-    assert [c.passed for c in checks] == [False, False], checks
+    assert [c.passed for c in checks] == [False, False, False], checks
     monkeypatch.setattr(self_check, "fp8_linear", planted(lambda y: y))
     assert all(c.passed for c in run_checks("triton", CPU, fp8=True))
 
 
 @pytest.mark.parametrize("variant", VARIANTS["triton"]["block_sparse_attention"])
 def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, specialized = [], []
+    asked = []
 
-    def reference(q: Any, k: Any, v: Any, block_map: Any, *, backend: str, **given: Any) -> Any:
-        config = launcher.launch_config(q, k, v, lse=given["return_lse"])
-        specialized.append(config.specialized)
-        asked.append((given["fp8_out"], given["return_lse"], config.descriptors))
-        return sparse_attention(q, k, v, block_map, step=config.block_n, **given)
+    def reference(
+        q: Any, k: Any, v: Any, block_map: Any, *, bound: float | None, backend: str, fp8_out: bool, **given: Any
+    ) -> Any:
+        bounded = bool(scores_fit(q, k, v, given["scale"])) if bound is None else bound <= LIMIT
+        config = launcher.launch_config(q, k, v, bounded=bounded, lse=given["return_lse"])
+        asked.append((bounded, fp8_out, given["return_lse"], config.specialized))
+        scale = output_scale(v, given.get("v_scale"), given["gate"]) if fp8_out else None
+        options = launcher.rounding_of(config, v) | {"bounded": bounded, "out_scale": scale}
+        out, lse = sparse_attention(q, k, v, block_map, **options, **given)
+        return out, scale, lse
 
     monkeypatch.setattr(launcher, "architecture", lambda _: 90)
     monkeypatch.setattr(launcher, "addressable", lambda _: True)
     monkeypatch.setattr(self_check, "block_sparse_attention", reference)
     compared = CHECKS["block_sparse_attention"]("triton", CPU, variant)
     assert self_check._judge(compared)[0], "the reference passes in steps of either kernel"
-    assert specialized == [True] * (len(asked) - 1) + [False]
-    assert asked[-1] == (variant != "bf16", False, False), "as torch.compile launches it for the model"
+    e4m3, to_fp8 = variant == "fp8", variant.endswith("fp8_out") or variant == "fp8"
+    for specialized in (True, False):  # and False as torch.compile launches it for the model
+        assert (not e4m3, to_fp8, False, specialized) in asked
+    assert all(found[3] == (e4m3 or found[0]) for found in asked if found[2]), "with an LSE"
+    assert e4m3 or (False, to_fp8, False, False) in asked, "a running maximum"
+
+
+PRODUCTS = ("qkv_linear", "fp8_linear", "fp8_linear_residual", "fp8_linear_activation")
+
+
+@pytest.mark.parametrize("wrong", [None, True, False])
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_products_are_checked_by_descriptors_and_by_pointers(
+    op: str, wrong: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[bool] = []
+    real = getattr(self_check, op)
+
+    def kernel(*given: Any, backend: str, **options: Any) -> Any:
+        """The reference in the kernel's place, wrong in one of the ways to read tiles."""
+        results = real(*given, **options, backend="reference")
+        if backend != "reference":
+            launched.append(device.addressable(given[0]))
+            if launched[-1] == wrong:
+                first = given[5] if results is None else results[0] if isinstance(results, tuple) else results
+                first.mul_(1.04)
+        return results
+
+    monkeypatch.setattr(self_check, op, kernel)
+    with device.pretend(90):
+        passed, detail = self_check._judge(CHECKS[op]("triton", CPU, "bf16"))
+        assert set(launched) == {True, False} and launched.count(True) == launched.count(False)
+        assert passed == (wrong is None) and (", pointers" in detail) == (wrong is False), detail
+        assert device.addressable(torch.empty(0)), "descriptors are made again after the check"
+    for backend, arch in (("triton", 89), ("cuda", 90)):
+        launched.clear()
+        with device.pretend(arch):
+            CHECKS[op](backend, CPU, "bf16")
+        assert len(launched) <= 2 and len(set(launched)) == 1
 
 
 def found(bad: str) -> list[KernelCheck]:
@@ -255,9 +253,9 @@ def test_explain_says_where_attention_is_the_hopper_kernel(
     assert {e.op for e in explain(model) if "in Gluon, for Hopper" in e.reason} == {"block_sparse_attention"}
     assert set(asked) == {("bf16", model.config.head_dim, CPU)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    on = [(f, d) for f in ("bf16", "fp8", "fp8_qk") for d in (64, 128)
+    on = [(f, d) for f in ("bf16", "fp8", "int8_qk") for d in (64, 128)
           if dispatch.attention_is_specialized(f, d, torch.device("cuda", 0))]  # fmt: skip
-    assert on == [("bf16", 128), ("fp8", 128), ("fp8_qk", 128)]
+    assert on == [("bf16", 128), ("fp8", 128), ("int8_qk", 128)]
     assert not dispatch.attention_is_specialized("bf16", 128, CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert not dispatch.attention_is_specialized("fp8", 128, torch.device("cuda", 0))
@@ -267,7 +265,7 @@ def test_explain_says_where_attention_is_the_hopper_kernel(
 def checked(pretended_gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Ops and formats that were checked, on a device where attention is wrong in e4m3."""
     done: list[tuple[str, str]] = []
-    fine = ("bf16", "bf16_fp8_out")
+    fine = ("bf16", "bf16_fp8_out", "int8_qk", "int8_qk_fp8_out")
 
     def checks(backend: str, *_: Any, only: Any, **__: Any) -> Iterator[KernelCheck]:
         for op, variant in sorted(only):
@@ -284,15 +282,17 @@ def test_a_format_that_failed_leaves_the_others_in_use(checked: list[tuple[str, 
 
     assert backend_of("block_sparse_attention", attention="fp8") == "reference"
     assert backend_of("block_sparse_attention", attention="bf16") == "triton"
-    assert backend_of("block_sparse_attention", attention="fp8_qk") == "reference"
+    assert backend_of("block_sparse_attention", attention="int8_qk") == "triton"
     assert backend_of("block_sparse_attention", attention="bf16", mixed=True) == "triton"
+    assert backend_of("block_sparse_attention", attention="int8_qk", mixed=True) == "triton"
+    assert backend_of("block_sparse_attention", attention="fp8", mixed=True) == "reference"
     assert len(checked) == len(set(checked)), "a check is not repeated"
-    assert set(checked) == {(op, f) for op, formats in VARIANTS["triton"].items() for f in formats}
+    assert set(checked) == {(op, f) for op, of in VARIANTS["triton"].items() for f in of if "int8" not in f.split("_x")}
 
 
 def test_a_model_waits_for_the_checks_of_its_own_formats_alone(checked: list[tuple[str, str]]) -> None:
     accelerate(small_model(), FastConfig(precision="fp8"), report=lambda line: None)
-    assert {f for op, f in checked if op == "block_sparse_attention"} == {"bf16_fp8_out"}
+    assert {f for op, f in checked if op == "block_sparse_attention"} == {"int8_qk_fp8_out"}
     assert {f for op, f in checked if op == "fp8_linear"} == {"fp8"}
     accelerate(small_model(), FastConfig(precision="fp8", skip=["down:0"]), report=lambda line: None)
     assert {f for op, f in checked if op == "fp8_linear"} == {"fp8", "bf16"}
@@ -335,7 +335,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, pretended_gpu: list[int]) -> dict[st
     state: dict[str, Any] = {"error": None, "lost": False, "ran": []}
 
     def check_of(op: str) -> Any:
-        def check(*_: Any) -> self_check.Compared:
+        def check(*_: Any) -> check_inputs.Compared:
             state["ran"].append(op)
             if op == "qkv_linear" and state["error"] is not None:
                 raise state["error"]
@@ -355,7 +355,7 @@ def test_a_check_that_could_not_be_made_is_made_again(faulty: dict[str, Any]) ->
     assert choices["qkv_linear"].backend == "reference"
     assert "OutOfMemoryError: tried to allocate" in choices["qkv_linear"].reason
     assert choices["fp8_linear"].backend == "triton"
-    assert set(faulty["ran"]) == set(CHECKS)
+    assert set(faulty["ran"]) == {op for op in CHECKS if "bf16" in VARIANTS["triton"][op]}
     faulty.update(error=None, ran=[])
     assert dispatch.choose("auto", "bf16", CPU)["qkv_linear"].backend == "triton"
     assert faulty["ran"] == ["qkv_linear"]
@@ -372,7 +372,8 @@ def test_a_kernel_that_loses_the_gpu_is_named_and_blames_no_other(faulty: dict[s
     choices = dispatch.choose("auto", "bf16", CPU)
     assert choices["qkv_linear"].backend == "reference"
     assert {c.backend for op, c in choices.items() if op != "qkv_linear"} == {"triton"}
-    assert faulty["ran"] == [op for op in CHECKS if op not in ("rmsnorm_quantize", "qkv_linear")]
+    had = ("rmsnorm_quantize", "qkv_linear")
+    assert faulty["ran"] == [op for op in CHECKS if "bf16" in VARIANTS["triton"][op] and op not in had]
 
 
 def test_a_corrupt_cache_is_said_and_checked_again(pretended_gpu: list[int], own_cache: Path) -> None:

@@ -1,16 +1,14 @@
-// SwiGLU7 or GELU7 of a product that another GEMM made, rounded to bf16 or to e4m3 with a scale per row and 128 columns
-// of the product; docs/OPS.md, `activation_quantize`.
+// SwiGLU7 or GELU7 of a product that another GEMM made, rounded to bf16 or, by a static scale, to e4m3; docs/OPS.md,
+// `activation_quantize`.
 //
 // A block takes 1024 columns (float32) or 2048 (bf16) of 16 rows, so that the columns' scales are read once per 16 rows.
-// 128 columns are 32 or 16 lanes, which find the largest value by shuffles: no shared memory, no barrier.
-// 64,256 rows of 27392 columns, SwiGLU7: float32 to e4m3 7.04 + 0.88 + 0.06 GB, 2.38 ms at the 3.35 TB/s of an H100; bf16
-// to bf16 3.52 + 1.76 GB, 1.58 ms. To e4m3 about 30 instructions per column (sm_90a), 1.7 ms of issue slots beside.
+// 64,256 rows of 27392 columns, SwiGLU7: float32 to e4m3 7.04 + 0.88 GB, 2.36 ms at the 3.35 TB/s of an H100; bf16 to
+// bf16 3.52 + 1.76 GB, 1.58 ms.
 #include "activations.cuh"
 #include "product.cuh"
 
 constexpr int THREADS = 256;
-constexpr int GROUP = 128;  // columns of the product that share a scale of the result
-constexpr int ROWS = 16;    // of a block; divides ROW_TILE
+constexpr int ROWS = 16;  // of a block; divides ROW_TILE
 constexpr int IN_FLIGHT = 4;
 
 struct ActivationQuantizeParams {
@@ -18,28 +16,25 @@ struct ActivationQuantizeParams {
   const float* row_scale;     // [N], or null: bf16
   const float* column_scale;  // [E, F], or null
   void* y;                    // [N, F or F / 2] bf16 or e4m3
-  float* y_scale;             // [N, F / 128] where fp8
   RowTiles rows;
-  i64 product_stride;  // elements between rows
-  int features;        // F, a multiple of 128
-  int gated;           // SwiGLU7 rather than GELU7
-  int fp8;
+  i64 product_stride;   // elements between rows
+  int features;         // F, a multiple of 128
+  int gated;            // SwiGLU7 rather than GELU7
+  float inverse_scale;  // of e4m3, a power of two; 0: bf16
 };
 
 template <int VALUES, bool GATED>
 HH_DEVICE void activate_rows(const ActivationQuantizeParams& p) {
-  constexpr int LANES = GROUP / VALUES, RESULTS = GATED ? VALUES / 2 : VALUES;
+  constexpr int RESULTS = GATED ? VALUES / 2 : VALUES;
   constexpr i64 ELEMENT = 16 / VALUES;  // bytes
   const RowTile tile = row_tile(p.rows, blockIdx.y);
-  const int thread = static_cast<int>(threadIdx.x);
-  const int group = static_cast<int>(blockIdx.x) * (THREADS / LANES) + thread / LANES;
-  const int column = group * GROUP + thread % LANES * VALUES;
-  const bool live = column < p.features;  // lanes past the last column still take part in the shuffles
+  const int column = static_cast<int>(blockIdx.x * THREADS + threadIdx.x) * VALUES;
+  if (column >= p.features) return;
   const i64 columns = GATED ? p.features / 2 : p.features;
   const int result = GATED ? column / 2 : column;
 
   float column_scale[VALUES] = {};
-  if (VALUES == 4 && live) {
+  if (VALUES == 4) {
     load_floats(p.column_scale + static_cast<i64>(tile.expert) * p.features + column, column_scale);
   }
   const int first = tile.first + ROWS * static_cast<int>(blockIdx.z), end = min(tile.end, first + ROWS);
@@ -48,7 +43,7 @@ HH_DEVICE void activate_rows(const ActivationQuantizeParams& p) {
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; ++i) {
       raw[i] = make_uint4(0, 0, 0, 0);
-      if (!live || start + i >= end) continue;
+      if (start + i >= end) continue;
       const i64 offset = static_cast<i64>(start + i - p.rows.first) * p.product_stride * ELEMENT;
       raw[i] = load_vector<VALUES>(static_cast<const u8*>(p.product) + offset, column);
     }
@@ -67,19 +62,13 @@ HH_DEVICE void activate_rows(const ActivationQuantizeParams& p) {
           y[j] = gelu7(x[j]);
         }
       }
-      if (p.fp8 == 0) {
-        if (live) store_bf16(static_cast<bf16*>(p.y) + row * columns + result, y);
+      if (p.inverse_scale == 0.0f) {
+        store_bf16(static_cast<bf16*>(p.y) + row * columns + result, y);
         continue;
       }
-      float largest = 0.0f;
 #pragma unroll
-      for (int j = 0; j < RESULTS; ++j) largest = fmaxf(largest, fabsf(y[j]));
-      const float scale = scale_of(lanes_max<LANES>(largest));
-#pragma unroll
-      for (int j = 0; j < RESULTS; ++j) y[j] = y[j] / scale;
-      if (!live) continue;
+      for (int j = 0; j < RESULTS; ++j) y[j] *= p.inverse_scale;
       store_e4m3(static_cast<e4m3*>(p.y) + row * columns + result, y);
-      if (thread % LANES == 0) p.y_scale[row * (p.features / GROUP) + group] = scale;
     }
   }
 }

@@ -1,8 +1,8 @@
-// Block-sparse attention, FlashAttention's online softmax over a block map, bf16; docs/OPS.md. The simple form, with
-// mma.sync and cp.async of sm_80: a second opinion on the Triton kernel.
+// Block-sparse attention over a block map, bf16, with FlashAttention's online softmax or, where scores are bounded, no
+// maximum; docs/OPS.md. The simple form, with mma.sync and cp.async of sm_80: a second opinion on the Triton kernel.
 //
 // A block makes one head's output of 128 queries, 16 in each of 8 warps, a block of 128 keys at a time. k and v have a
-// buffer each, and one is copied while the other is multiplied. Scores and output take 128 of at most 242 registers a
+// buffer each, and one is copied while the other is multiplied. Scores and output take 128 of at most 255 registers a
 // thread at head dim 128; 32 queries a warp would halve what is read from shared memory, and spill.
 //
 // One block per row of the map and head, not a persistent grid: the hardware hands blocks out in order as SMs become
@@ -31,7 +31,7 @@ struct BlockSparseAttentionParams {
   const bf16* k;           // [M, Hkv, D]
   const bf16* v;           // [M, Hkv, D]
   void* out;               // [N, Hq, D] bf16, or e4m3 with out_scale
-  float* out_scale;        // [N, Hq] or null
+  const float* out_scale;  // [1] or null
   float* lse;              // [Hq, N] or null
   const int* counts;       // [Hm, R, 2]: full blocks, all blocks
   const int* starts;       // [Hm, R]
@@ -40,7 +40,7 @@ struct BlockSparseAttentionParams {
   const uint4* mask_bits;  // [masks, 128]
   const int* order;        // [Hm * R], longest first
   const float* gate;       // [N, Hq] or null
-  const float* k_mean;     // [Hkv, D] or null
+  const int* flag;         // or null: not 0 where the bounded form is to run, 0 where the other
   i64 q_token, q_head;     // strides, in elements
   i64 k_token, k_head;
   i64 v_token, v_head;
@@ -132,15 +132,13 @@ HH_DEVICE void multiply_qk(float (&s)[BLOCK / 8][4], const u8* q_tile, const u8*
   }
 }
 
-// acc += p . v, with p rounded to bf16: its fragments lie in the lanes as those of a left operand do.
+// acc += p . v, with p as pairs of bf16: its fragments lie in the lanes as those of a left operand do.
 template <int D>
-HH_DEVICE void multiply_pv(float (&acc)[D / 8][4], const float (&p)[BLOCK / 8][4], const u8* v_tile) {
+HH_DEVICE void multiply_pv(float (&acc)[D / 8][4], const u32 (&p)[BLOCK / 8][2], const u8* v_tile) {
   const int lane = lane_of_thread(), at = byte_of<D>(lane % 16, lane / 16);
 #pragma unroll
   for (int depth = 0; depth < BLOCK / 16; ++depth) {
-    const float(&near)[4] = p[2 * depth], (&far)[4] = p[2 * depth + 1];
-    const u32 a[4] = {pack_bf16(near[0], near[1]), pack_bf16(near[2], near[3]), pack_bf16(far[0], far[1]),
-                      pack_bf16(far[2], far[3])};
+    const u32 a[4] = {p[2 * depth][0], p[2 * depth][1], p[2 * depth + 1][0], p[2 * depth + 1][1]};
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {
       u32 b[4];  // 8 channels and the next 8
@@ -165,53 +163,59 @@ HH_DEVICE void hide(float (&s)[BLOCK / 8][4], const uint4* mask) {
   }
 }
 
-// One step of the online softmax, in powers of two: scores become p = 2^(scale * s - maximum), and what is summed so
-// far is scaled to the new maximum. row_sum is of this lane's keys alone: the lanes of a row share their factors.
+// What a lane keeps of its two rows, over its keys alone: the lanes of a row share their factors.
+struct Rows {
+  float sum[2];    // of p: before it is rounded with a maximum, after it without
+  float other[2];  // the maximum, or the sum before rounding, for the LSE
+};
+
+// One step without a maximum: p = 2^(scale * s). Sums are of p as it is multiplied, rounded to bf16.
+HH_DEVICE void soften_bounded(u32 (&p)[BLOCK / 8][2], const float (&s)[BLOCK / 8][4], Rows& rows, float scale,
+                              bool lse) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float before = 0.0f, after = 0.0f;
+#pragma unroll
+    for (int j = 0; j < BLOCK / 8; ++j) {
+      const float left = power_of_two(s[j][2 * half] * scale), right = power_of_two(s[j][2 * half + 1] * scale);
+      p[j][half] = pack_bf16(left, right);
+      if (lse) before += left + right;
+      after += low_bf16(p[j][half]) + high_bf16(p[j][half]);
+    }
+    rows.sum[half] += after;
+    rows.other[half] += before;
+  }
+}
+
+// One step of the online softmax, in powers of two: p = 2^(scale * s - maximum), and what is summed so far is scaled to
+// the new maximum.
 template <int D>
-HH_DEVICE void soften(float (&s)[BLOCK / 8][4], float (&acc)[D / 8][4], float (&row_max)[2], float (&row_sum)[2],
+HH_DEVICE void soften(u32 (&p)[BLOCK / 8][2], const float (&s)[BLOCK / 8][4], float (&acc)[D / 8][4], Rows& rows,
                       float scale) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float largest = minus_infinity();
 #pragma unroll
     for (int j = 0; j < BLOCK / 8; ++j) largest = fmaxf(largest, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-    const float maximum = fmaxf(row_max[half], quad_max(largest) * scale);
+    const float maximum = fmaxf(rows.other[half], quad_max(largest) * scale);
     const float shift = maximum == minus_infinity() ? 0.0f : maximum;  // no key yet: -inf - -inf would be NaN
-    const float factor = power_of_two(row_max[half] - shift);
+    const float factor = power_of_two(rows.other[half] - shift);
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < BLOCK / 8; ++j) {
-#pragma unroll
-      for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        s[j][e] = power_of_two(fmaf(s[j][e], scale, -shift));
-        sum += s[j][e];
-      }
+      const float left = power_of_two(fmaf(s[j][2 * half], scale, -shift));
+      const float right = power_of_two(fmaf(s[j][2 * half + 1], scale, -shift));
+      sum = sum + left + right;
+      p[j][half] = pack_bf16(left, right);
     }
-    row_max[half] = maximum;
-    row_sum[half] = fmaf(row_sum[half], factor, sum);
+    rows.other[half] = maximum;
+    rows.sum[half] = fmaf(rows.sum[half], factor, sum);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
       acc[j][2 * half] *= factor;
       acc[j][2 * half + 1] *= factor;
     }
   }
-}
-
-// q . mean of this lane's two rows.
-template <int D>
-HH_DEVICE void multiply_mean(float (&of_mean)[2], const u8* q_tile, const float* mean) {
-#pragma unroll
-  for (int depth = 0; depth < D / 16; ++depth) {
-    u32 a[4];
-    load_q<D>(a, q_tile, depth);
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      const float* const at = mean + 16 * depth + part / 2 * 8 + first_column();
-      of_mean[part % 2] = fmaf(low_bf16(a[part]), at[0], fmaf(high_bf16(a[part]), at[1], of_mean[part % 2]));
-    }
-  }
-  of_mean[0] = quad_sum(of_mean[0]);
-  of_mean[1] = quad_sum(of_mean[1]);
 }
 
 // Stores a warp's rows from shared memory, 16 bytes a lane; out, BYTES a row, is of the block's first query.
@@ -228,35 +232,27 @@ HH_DEVICE void store_rows(u8* out, i64 stride, const u8* tile, int rows) {
 }
 
 // Normalises, gates and stores what the steps have summed.
-template <int D>
-HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4], const float (&row_max)[2],
-                      const float (&row_sum)[2], u8* q_tile, int head, int first_query) {
-  float of_mean[2] = {};
-  if (p.lse != nullptr && p.k_mean != nullptr) {
-    multiply_mean<D>(of_mean, q_tile, p.k_mean + head / (p.heads_q / p.heads_kv) * D);
-    __syncwarp();  // every lane has read q, which is overwritten below
-  }
+template <int D, bool BOUNDED>
+HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4], const Rows& rows, u8* q_tile,
+                      int head, int first_query) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_of_thread() * ROWS + 8 * half + lane_of_thread() / 4, query = first_query + row;
-    const bool live = query < p.queries, writes = live && first_column() == 0;
+    const bool live = query < p.queries;
     const i64 token = static_cast<i64>(query) * p.heads_q + head;
-    float sum = quad_sum(row_sum[half]);
-    if (!(sum > 0.0f)) sum = 1.0f;  // no key: 0 / 1, and an LSE of -inf + 0
-    if (p.lse != nullptr && writes) {
-      p.lse[static_cast<i64>(head) * p.queries + query] =
-          (row_max[half] + log2f(sum) + of_mean[half] * p.scale) * LOG_2;
+    float sum = quad_sum(rows.sum[half]);
+    if (sum == 0.0f) sum = 1.0f;  // no key: 0 / 1, and an LSE of -inf
+    const float log_sum = BOUNDED ? log2f(quad_sum(rows.other[half])) : rows.other[half] + log2f(sum);
+    if (p.lse != nullptr && live && first_column() == 0) {
+      p.lse[static_cast<i64>(head) * p.queries + query] = log_sum * LOG_2;
     }
     float factor = 1.0f / sum;
     if (p.gate != nullptr && live) factor *= p.gate[token];
-    float largest = 0.0f;
+    if (p.out_scale != nullptr) factor *= 1.0f / *p.out_scale;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
-#pragma unroll
-      for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        acc[j][e] *= factor;
-        largest = fmaxf(largest, fabsf(acc[j][e]));
-      }
+      acc[j][2 * half] *= factor;
+      acc[j][2 * half + 1] *= factor;
     }
     // Into this warp's rows of q, which no other warp reads, and from there to memory in whole rows.
     if (p.out_scale == nullptr) {
@@ -266,11 +262,9 @@ HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4
             pack_bf16(acc[j][2 * half], acc[j][2 * half + 1]);
       }
     } else {
-      const float scale = scale_of(quad_max(largest));
-      if (writes) p.out_scale[token] = scale;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
-        const u32 low = to_e4m3(acc[j][2 * half] / scale).bits, high = to_e4m3(acc[j][2 * half + 1] / scale).bits;
+        const u32 low = to_e4m3(acc[j][2 * half]).bits, high = to_e4m3(acc[j][2 * half + 1]).bits;
         *reinterpret_cast<u16*>(q_tile + byte_of<D>(row, j / 2) + j % 2 * 8 + first_column()) =
             static_cast<u16>(low | high << 8);
       }
@@ -286,8 +280,9 @@ HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4
   }
 }
 
-template <int D>
+template <int D, bool BOUNDED>
 HH_DEVICE void attend(const BlockSparseAttentionParams& p) {
+  if (p.flag != nullptr && (*p.flag != 0) != BOUNDED) return;  // the other form's turn
   HH_SHARED_MEMORY(q_tile);
   u8* const k_tile = q_tile + BLOCK * 2 * D;
   u8* const v_tile = k_tile + BLOCK * 2 * D;
@@ -302,7 +297,8 @@ HH_DEVICE void attend(const BlockSparseAttentionParams& p) {
   const bf16* const v_head = p.v + kv_head * p.v_head;
 
   float acc[D / 8][4] = {};
-  float row_max[2] = {minus_infinity(), minus_infinity()}, row_sum[2] = {};
+  Rows rows = {};
+  if (!BOUNDED) rows.other[0] = rows.other[1] = minus_infinity();
 
   copy_block<D>(q_tile, p.q + head * p.q_head, p.q_token, first_query, p.queries);
   int column = n_all > 0 ? p.columns[start] : 0;
@@ -320,8 +316,13 @@ HH_DEVICE void attend(const BlockSparseAttentionParams& p) {
     __syncthreads();  // v is there, and every warp has read k
     if (i + 1 < n_all) copy_block<D>(k_tile, k_head, p.k_token, next * BLOCK, p.keys);
     if (i >= n_full) hide(s, p.mask_bits + static_cast<i64>(mask) * BLOCK + warp_of_thread() * ROWS);
-    soften<D>(s, acc, row_max, row_sum, p.scale);
-    multiply_pv<D>(acc, s, v_tile);
+    u32 weights[BLOCK / 8][2];
+    if (BOUNDED) {
+      soften_bounded(weights, s, rows, p.scale, p.lse != nullptr);
+    } else {
+      soften<D>(weights, s, acc, rows, p.scale);
+    }
+    multiply_pv<D>(acc, weights, v_tile);
     column = next;
   }
   if (n_all == 0) {
@@ -329,10 +330,13 @@ HH_DEVICE void attend(const BlockSparseAttentionParams& p) {
     __syncthreads();  // q is there
   }
 
-  finish<D>(p, acc, row_max, row_sum, q_tile, head, first_query);
+  finish<D, BOUNDED>(p, acc, rows, q_tile, head, first_query);
 }
 
 // Grid: (R * Hq). Shared memory: 768 * D bytes, a block each of q, k and v.
-HH_KERNEL(block_sparse_attention_d32, BlockSparseAttentionParams, THREADS) { attend<32>(p); }
-HH_KERNEL(block_sparse_attention_d64, BlockSparseAttentionParams, THREADS) { attend<64>(p); }
-HH_KERNEL(block_sparse_attention_d128, BlockSparseAttentionParams, THREADS) { attend<128>(p); }
+HH_KERNEL(block_sparse_attention_d32, BlockSparseAttentionParams, THREADS) { attend<32, false>(p); }
+HH_KERNEL(block_sparse_attention_d32_bounded, BlockSparseAttentionParams, THREADS) { attend<32, true>(p); }
+HH_KERNEL(block_sparse_attention_d64, BlockSparseAttentionParams, THREADS) { attend<64, false>(p); }
+HH_KERNEL(block_sparse_attention_d64_bounded, BlockSparseAttentionParams, THREADS) { attend<64, true>(p); }
+HH_KERNEL(block_sparse_attention_d128, BlockSparseAttentionParams, THREADS) { attend<128, false>(p); }
+HH_KERNEL(block_sparse_attention_d128_bounded, BlockSparseAttentionParams, THREADS) { attend<128, true>(p); }

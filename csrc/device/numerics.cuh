@@ -12,8 +12,12 @@ struct bf16 {
 struct e4m3 {
   u8 bits;
 };
+struct int8 {
+  u8 bits;
+};
 
 constexpr float E4M3_MAX = 448.0f;
+constexpr float INT8_LIMIT = 127.0f;
 constexpr float EPS = 1e-6f;  // of every RMSNorm, as the published model has it
 
 HH_SHARED_FUNCTION u32 bits_of(float x) {
@@ -97,10 +101,29 @@ HH_SHARED_FUNCTION u32 pack_e4m3(float a, float b, float c, float d) {
          static_cast<u32>(to_e4m3(c).bits) << 16 | static_cast<u32>(to_e4m3(d).bits) << 24;
 }
 
-// value = code * scale; 1 for zeros, and for an amax below 3e-43, whose scale would be 0.
+// value = code * scale; 1 for zeros, and for scales below 2^-126, whose reciprocal may be infinite. NaN stays.
 HH_SHARED_FUNCTION float scale_of(float amax) {
   const float scale = amax * (1.0f / E4M3_MAX);
-  return scale > 0.0f ? scale : 1.0f;
+  return scale < 0x1p-126f ? 1.0f : scale;
+}
+
+// int8: rounded to the nearest integer, ties to even, and clamped to +-127. Adding 1.5 * 2^23 leaves the integer in the
+// lowest bits of the sum, in two's complement: no conversion, of which an SM does a quarter or less of its additions.
+HH_SHARED_FUNCTION u32 int8_bits(float x) {
+  x = x > INT8_LIMIT ? INT8_LIMIT : x < -INT8_LIMIT ? -INT8_LIMIT : x;
+  return bits_of(x + 12582912.0f) & 0xffu;
+}
+HH_SHARED_FUNCTION float to_float(int8 x) { return static_cast<float>(static_cast<signed char>(x.bits)); }
+
+// Four codes as one word, the first lowest.
+HH_SHARED_FUNCTION u32 pack_int8(float a, float b, float c, float d) {
+  return int8_bits(a) | int8_bits(b) << 8 | int8_bits(c) << 16 | int8_bits(d) << 24;
+}
+
+// value = code * scale; 1 for zeros, and for scales below 2^-126, whose reciprocal may be infinite. NaN stays.
+HH_SHARED_FUNCTION float int8_scale_of(float amax) {
+  const float scale = amax * (1.0f / INT8_LIMIT);
+  return scale < 0x1p-126f ? 1.0f : scale;
 }
 
 HH_SHARED_FUNCTION float inverse_rms(float sum_of_squares, int channels) {

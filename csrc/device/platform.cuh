@@ -19,8 +19,9 @@ static_assert(sizeof(u32) == 4 && sizeof(i64) == 8 && sizeof(void*) == 8, "a 64-
 #define HH_DEVICE __device__ __forceinline__
 
 // HH_KERNEL(name, Params, threads) { ... p ... }: an entry point of at most `threads` threads per block, which takes
-// one struct. HH_SHARED_MEMORY(name): the dynamic shared memory of the launch, 128-byte aligned; static shared memory
-// is not used, since the shim poisons only what a launch asks for.
+// one struct; HH_KERNEL_OF_BLOCKS has registers for that many blocks an SM. HH_SHARED_MEMORY(name): the dynamic shared
+// memory of the launch, 128-byte aligned; static shared memory is not used, since the shim poisons only what a launch
+// asks for.
 #if defined(HH_SHIM)
 #define HH_KERNEL(name, Params, threads)                                                                  \
   static void name##_body(const Params& p);                                                               \
@@ -29,10 +30,13 @@ static_assert(sizeof(u32) == 4 && sizeof(i64) == 8 && sizeof(void*) == 8, "a 64-
                      [](const void* p) { name##_body(*static_cast<const Params*>(p)); });                 \
   }                                                                                                       \
   static void name##_body(const Params& p)
+#define HH_KERNEL_OF_BLOCKS(name, Params, threads, blocks) HH_KERNEL(name, Params, threads)
 #define HH_SHARED_MEMORY(name) unsigned char* const name = shim::shared_memory()
 #else
 #define HH_KERNEL(name, Params, threads) \
   extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+#define HH_KERNEL_OF_BLOCKS(name, Params, threads, blocks) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
 #define HH_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
@@ -41,6 +45,17 @@ constexpr int WARP = 32;
 
 HH_DEVICE int lane_of_thread() { return static_cast<int>(threadIdx.x) % WARP; }
 HH_DEVICE int warp_of_thread() { return static_cast<int>(threadIdx.x) / WARP; }
+
+// The larger of two numbers, and NaN where one is: fmaxf leaves it out.
+HH_SHARED_FUNCTION float larger(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float largest;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(largest) : "f"(a), "f"(b));
+  return largest;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
 
 // Sum and largest over LANES neighbouring lanes, a power of two, the same bits in each; all 32 lanes must come.
 template <int LANES>
@@ -52,7 +67,7 @@ HH_DEVICE float lanes_sum(float x) {
 template <int LANES>
 HH_DEVICE float lanes_max(float x) {
 #pragma unroll
-  for (int step = LANES / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+  for (int step = LANES / 2; step > 0; step /= 2) x = larger(x, __shfl_xor_sync(ALL_LANES, x, step));
   return x;
 }
 

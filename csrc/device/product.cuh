@@ -98,3 +98,13 @@ HH_DEVICE void store_e4m3(e4m3* to, const float (&x)[N]) {
     *reinterpret_cast<uint2*>(to) = make_uint2(pack_e4m3(x[0], x[1], x[2], x[3]), pack_e4m3(x[4], x[5], x[6], x[7]));
   }
 }
+
+template <int N>
+HH_DEVICE void store_int8(int8* to, const float (&x)[N]) {
+  static_assert(N == 4 || N == 8, "4 or 8 values");
+  if constexpr (N == 4) {
+    *reinterpret_cast<u32*>(to) = pack_int8(x[0], x[1], x[2], x[3]);
+  } else {
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack_int8(x[0], x[1], x[2], x[3]), pack_int8(x[4], x[5], x[6], x[7]));
+  }
+}

@@ -1,9 +1,10 @@
 // Per-head QK-norm, rotation, gate and quantisation of a packed qkv product that another GEMM made; docs/OPS.md,
-// `qk_norm_rope`. Two kernels, each reading its columns of the product once.
+// `qk_norm_rope`. qk_norm_rope takes rows; what has a scale per 128 rows, k in int8 and v in e4m3, is a kernel of its
+// own. Each reads its columns of the product once.
 //
 // 64,256 rows of 40 + 8 + 8 heads of 128 and 40 gates: float32 to fp8 1.85 GB read, 0.03 of cosines and sines, 0.47
-// written, 0.70 ms at the 3.35 TB/s of an H100; bf16 to bf16 0.92 + 0.03 + 0.93 GB, 0.56 ms. About 25 instructions per
-// value (sm_90a), 0.35 ms of issue slots beside.
+// written, 0.70 ms at the 3.35 TB/s of an H100; bf16 to bf16 0.92 + 0.03 + 0.93 GB, 0.56 ms, to int8 q and k 0.92 + 0.03 +
+// 0.55 GB, 0.45 ms. About 25 instructions per value (sm_90a), 0.35 ms of issue slots beside.
 #include "activations.cuh"
 #include "async_copy.cuh"
 #include "product.cuh"
@@ -13,28 +14,30 @@ constexpr int ROWS = THREADS / WARP;  // of a block of qk_norm_rope, one per war
 constexpr int IN_FLIGHT = 4;
 constexpr int STRIP = 32;  // rows of v whose codes a thread stores
 
+enum Format { BF16 = 0, INT8_QK = 1, FP8 = 2 };  // of q and k; v is e4m3 in the last alone
+
 struct QkNormRopeParams {
   const void* product;        // [rows, F] bf16, float32 where there are scales; starts with row rows.first
   const float* row_scale;     // [N], or null: bf16
   const float* column_scale;  // [E, F], or null
   const float* qk_norm;       // [E, 2, D]
   const float* cos_sin;       // [N, D]
-  const float* qk_scale;      // [E, 2] where fp8_qk
-  const float* k_mean;        // [Hkv, D], or null
-  void* q;                    // [N, Hq, D] bf16 or e4m3
-  void* k;                    // [N, Hkv, D] as q
-  void* v;                    // [N, Hkv, D] bf16, or e4m3 [Hkv, D, slots] where fp8_v
-  float* v_scale;             // [Hkv, slots / 128] where fp8_v
+  const float* qk_scale;      // [E, 2] in FP8
+  void* q;                    // [N, Hq, D]
+  void* k;                    // [N, Hkv, D]
+  void* v;                    // [N, Hkv, D] bf16, or e4m3 [Hkv, D, 128 blocks] in FP8
+  float* q_scale;             // [N, Hq] in INT8_QK, [blocks] in FP8
+  float* k_scale;             // [Hkv, blocks] in INT8_QK, [blocks] in FP8
+  float* v_scale;             // [Hkv, blocks] in FP8
   float* gate;                // [N, Hq]
   RowTiles rows;
   i64 product_stride;  // elements between rows
-  i64 slots;           // a multiple of 128
+  i64 blocks;          // of 128 rows
   int features;        // F
   int heads_q;
   int heads_kv;
   int head_dim;  // 32, 64 or 128
-  int fp8_qk;
-  int fp8_v;
+  int format;
 };
 
 template <int VALUES>
@@ -47,12 +50,25 @@ HH_DEVICE const float* column_scales(const QkNormRopeParams& p, int expert, int 
   return p.column_scale + static_cast<i64>(expert) * p.features + column;
 }
 
+HH_DEVICE void rotate(float& a, float& b, float cosine, float sine) {
+  const float first = a * cosine - b * sine;
+  b = b * cosine + a * sine;
+  a = first;
+}
+
+template <int VALUES>
+HH_DEVICE float largest_of(const float (&x)[VALUES]) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < VALUES; ++i) largest = larger(largest, fabsf(x[i]));
+  return largest;
+}
+
 // What a lane keeps of its row for all heads, and the arithmetic on VALUES channels of one of them.
 template <int D, int VALUES>
 struct RowOfHeads {
   float cosine[VALUES / 2], sine[VALUES / 2];
   float norm[2][VALUES];  // of q and k, 1 added
-  float inverse_scale[2];
 
   HH_DEVICE RowOfHeads(const QkNormRopeParams& p, int expert, i64 row, int channel) {
     load_floats(p.cos_sin + row * D + channel / 2, cosine);
@@ -62,17 +78,15 @@ struct RowOfHeads {
       load_floats(p.qk_norm + (2 * expert + kind) * D + channel, norm[kind]);
 #pragma unroll
       for (int i = 0; i < VALUES; ++i) norm[kind][i] += 1.0f;
-      inverse_scale[kind] = p.fp8_qk != 0 ? 1.0f / p.qk_scale[2 * expert + kind] : 1.0f;
     }
   }
 
   HH_DEVICE void normalise_and_rotate(float (&x)[VALUES], float inverse, bool is_k) const {
 #pragma unroll
     for (int i = 0; i < VALUES; i += 2) {
-      const float a = x[i] * inverse * (is_k ? norm[1][i] : norm[0][i]);
-      const float b = x[i + 1] * inverse * (is_k ? norm[1][i + 1] : norm[0][i + 1]);
-      x[i] = a * cosine[i / 2] - b * sine[i / 2];
-      x[i + 1] = b * cosine[i / 2] + a * sine[i / 2];
+      x[i] = x[i] * inverse * (is_k ? norm[1][i] : norm[0][i]);
+      x[i + 1] = x[i + 1] * inverse * (is_k ? norm[1][i + 1] : norm[0][i + 1]);
+      rotate(x[i], x[i + 1], cosine[i / 2], sine[i / 2]);
     }
   }
 };
@@ -85,7 +99,11 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
   const u8* const product = product_row<VALUES>(p, row);
   const float row_scale = VALUES == 4 ? p.row_scale[row] : 1.0f;
   const RowOfHeads<D, VALUES> held(p, expert, row, channel);
-  const int heads_qk = p.heads_q + p.heads_kv, heads = p.fp8_v != 0 ? heads_qk : heads_qk + p.heads_kv;
+  const int heads_qk = p.heads_q + p.heads_kv, heads = p.format == FP8 ? heads_qk : heads_qk + p.heads_kv;
+  // Of k in int8, quantize_k makes the codes.
+  const auto is_mine = [&](int head) {
+    return head < heads && !(p.format == INT8_QK && head >= p.heads_q && head < heads_qk);
+  };
 
   for (int start = lane / LANES; start - lane / LANES < heads; start += TOGETHER * IN_FLIGHT) {
     uint4 raw[IN_FLIGHT];
@@ -93,7 +111,7 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
     for (int i = 0; i < IN_FLIGHT; ++i) {
       const int head = start + i * TOGETHER;
       raw[i] = make_uint4(0, 0, 0, 0);
-      if (head < heads) raw[i] = load_vector<VALUES>(product, head * D + channel);
+      if (is_mine(head)) raw[i] = load_vector<VALUES>(product, head * D + channel);
     }
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; ++i) {
@@ -102,33 +120,35 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
       widen(raw[i], x);
       if constexpr (VALUES == 4) {
         float column_scale[VALUES] = {};
-        if (head < heads) load_floats(column_scales(p, expert, head * D + channel), column_scale);
+        if (is_mine(head)) load_floats(column_scales(p, expert, head * D + channel), column_scale);
         scale_values(x, row_scale, column_scale);
       }
       float squares = 0.0f;
 #pragma unroll
       for (int j = 0; j < VALUES; ++j) squares += x[j] * x[j];
       const float inverse = inverse_rms(lanes_sum<LANES>(squares), D);
-      if (head >= heads) continue;
       const bool is_q = head < p.heads_q, is_v = head >= heads_qk, is_k = !is_q && !is_v;
       if (!is_v) held.normalise_and_rotate(x, inverse, is_k);
-      if (is_k && p.k_mean != nullptr) {
-        float mean[VALUES];
-        load_floats(p.k_mean + (head - p.heads_q) * D + channel, mean);
-#pragma unroll
-        for (int j = 0; j < VALUES; ++j) x[j] -= mean[j];
-      }
+      float scale = 1.0f;
+      if (p.format == INT8_QK) scale = int8_scale_of(lanes_max<LANES>(largest_of(x)));
+      if (!is_mine(head)) continue;
       // One store for all three: one of its own for v was compiled to stores of 4 bytes.
       void* const out = is_q ? p.q : is_v ? p.v : p.k;
       const int place = is_q ? head : is_v ? head - heads_qk : head - p.heads_q;
       const i64 at = (row * (is_q ? p.heads_q : p.heads_kv) + place) * D + channel;
-      if (p.fp8_qk != 0 && !is_v) {
-        const float inverse_scale = is_k ? held.inverse_scale[1] : held.inverse_scale[0];
-#pragma unroll
-        for (int j = 0; j < VALUES; ++j) x[j] *= inverse_scale;
-        store_e4m3(static_cast<e4m3*>(out) + at, x);
-      } else {
+      if (p.format == BF16 || is_v) {
         store_bf16(static_cast<bf16*>(out) + at, x);
+        continue;
+      }
+      if (p.format == FP8) scale = p.qk_scale[2 * expert + (is_k ? 1 : 0)];
+      const float inverse_scale = 1.0f / scale;
+#pragma unroll
+      for (int j = 0; j < VALUES; ++j) x[j] *= inverse_scale;
+      if (p.format == INT8_QK) {
+        if (channel == 0) p.q_scale[row * p.heads_q + head] = scale;
+        store_int8(static_cast<int8*>(out) + at, x);
+      } else {
+        store_e4m3(static_cast<e4m3*>(out) + at, x);
       }
     }
   }
@@ -158,6 +178,77 @@ HH_KERNEL(qk_norm_rope, QkNormRopeParams, THREADS) {
       return wide ? finish_row<64, 4>(p, tile.expert, row) : finish_row<64, 8>(p, tile.expert, row);
     default:
       return wide ? finish_row<128, 4>(p, tile.expert, row) : finish_row<128, 8>(p, tile.expert, row);
+  }
+}
+
+// 128 rows of k of one head, whose int8 codes share a scale; values stay in registers until it is known. Rows past the
+// tile's end are zeros.
+template <int D, int VALUES>
+HH_DEVICE void finish_k(const QkNormRopeParams& p, const RowTile& tile, float* scratch) {
+  constexpr int LANES = D / VALUES, AT_ONCE = THREADS / LANES, MINE = ROW_TILE / AT_ONCE;
+  const int thread = static_cast<int>(threadIdx.x), head = static_cast<int>(blockIdx.x);
+  const int channel = thread % LANES * VALUES, column = (p.heads_q + head) * D + channel;
+  const int first = tile.first + thread / LANES;
+  uint4 raw[MINE];
+#pragma unroll
+  for (int i = 0; i < MINE; ++i) {
+    const int row = first + i * AT_ONCE;
+    raw[i] = make_uint4(0, 0, 0, 0);
+    if (row < tile.end) raw[i] = load_vector<VALUES>(product_row<VALUES>(p, row), column);
+  }
+  float norm[VALUES], column_scale[VALUES] = {};
+  load_floats(p.qk_norm + (2 * tile.expert + 1) * D + channel, norm);
+  if constexpr (VALUES == 4) load_floats(column_scales(p, tile.expert, column), column_scale);
+
+  float held[MINE][VALUES], largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < MINE; ++i) {
+    const int row = first + i * AT_ONCE;
+    const bool inside = row < tile.end;
+    float(&x)[VALUES] = held[i];
+    widen(raw[i], x);
+    if constexpr (VALUES == 4) scale_values(x, inside ? p.row_scale[row] : 0.0f, column_scale);
+    float squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < VALUES; ++j) squares += x[j] * x[j];
+    const float inverse = inverse_rms(lanes_sum<LANES>(squares), D);
+    if (!inside) continue;
+    float cosine[VALUES / 2], sine[VALUES / 2];
+    load_floats(p.cos_sin + static_cast<i64>(row) * D + channel / 2, cosine);
+    load_floats(p.cos_sin + static_cast<i64>(row) * D + D / 2 + channel / 2, sine);
+#pragma unroll
+    for (int j = 0; j < VALUES; j += 2) {
+      x[j] = x[j] * inverse * (norm[j] + 1.0f);
+      x[j + 1] = x[j + 1] * inverse * (norm[j + 1] + 1.0f);
+      rotate(x[j], x[j + 1], cosine[j / 2], sine[j / 2]);
+    }
+    largest = larger(largest, largest_of(x));
+  }
+  const float scale = int8_scale_of(block_max(largest, scratch)), inverse_scale = 1.0f / scale;
+  if (thread == 0) p.k_scale[head * p.blocks + tile.first / ROW_TILE] = scale;
+#pragma unroll
+  for (int i = 0; i < MINE; ++i) {
+    const i64 row = first + i * AT_ONCE;
+    if (row >= tile.end) continue;
+#pragma unroll
+    for (int j = 0; j < VALUES; ++j) held[i][j] *= inverse_scale;
+    store_int8(static_cast<int8*>(p.k) + (row * p.heads_kv + head) * D + channel, held[i]);
+  }
+}
+
+// Tiles start on multiples of 128. Grid: (heads of k, tiles). Shared memory: 32 floats.
+HH_KERNEL(quantize_k, QkNormRopeParams, THREADS) {
+  HH_SHARED_MEMORY(shared);
+  float* const scratch = reinterpret_cast<float*>(shared);
+  const RowTile tile = row_tile(p.rows, blockIdx.y);
+  const bool wide = p.row_scale != nullptr;
+  switch (p.head_dim) {
+    case 32:
+      return wide ? finish_k<32, 4>(p, tile, scratch) : finish_k<32, 8>(p, tile, scratch);
+    case 64:
+      return wide ? finish_k<64, 4>(p, tile, scratch) : finish_k<64, 8>(p, tile, scratch);
+    default:
+      return wide ? finish_k<128, 4>(p, tile, scratch) : finish_k<128, 8>(p, tile, scratch);
   }
 }
 
@@ -195,15 +286,20 @@ HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsig
       held[at] = make_uint4(bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3]));
     }
 #pragma unroll
-    for (int j = 0; j < VALUES; ++j) largest = fmaxf(largest, fabsf(x[j]));
+    for (int j = 0; j < VALUES; ++j) largest = larger(largest, fabsf(x[j]));
   }
   largest = lanes_max<WARP>(largest);
   if (lane_of_thread() == 0) warp_largest[warp_of_thread()] = largest;
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < THREADS / WARP; ++i) largest = fmaxf(largest, warp_largest[i]);
+  for (int i = 0; i < THREADS / WARP; ++i) largest = larger(largest, warp_largest[i]);
   const float scale = scale_of(largest), inverse = 1.0f / scale;
-  if (thread == 0) p.v_scale[head * (p.slots / ROW_TILE) + tile.first / ROW_TILE] = scale;
+  const int block = tile.first / ROW_TILE;
+  if (thread == 0) p.v_scale[head * p.blocks + block] = scale;
+  if (thread == 0 && head == 0) {
+    p.q_scale[block] = p.qk_scale[2 * tile.expert];
+    p.k_scale[block] = p.qk_scale[2 * tile.expert + 1];
+  }
 
   for (int job = thread; job < D * (ROW_TILE / STRIP); job += THREADS) {
     const int channel = job % D, strip = job / D * STRIP;
@@ -223,7 +319,7 @@ HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsig
       }
       words[i / 4] = pack_e4m3(codes[0], codes[1], codes[2], codes[3]);
     }
-    e4m3* const out = static_cast<e4m3*>(p.v) + (static_cast<i64>(head) * D + channel) * p.slots + tile.first + strip;
+    e4m3* const out = static_cast<e4m3*>(p.v) + (static_cast<i64>(head) * D + channel) * ROW_TILE * p.blocks + tile.first + strip;
     reinterpret_cast<uint4*>(out)[0] = make_uint4(words[0], words[1], words[2], words[3]);
     reinterpret_cast<uint4*>(out)[1] = make_uint4(words[4], words[5], words[6], words[7]);
   }

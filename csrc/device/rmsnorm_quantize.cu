@@ -1,7 +1,7 @@
 // Residual add, RMSNorm and cast of whole rows, one pass over the residual stream; docs/OPS.md, `rmsnorm_quantize`.
 //
 // A block holds a row in registers: VECTORS vectors of four float32 per thread. Bytes per element: 4 read, and with a
-// branch 2 more read and 4 written; 1 (e4m3) or 2 (bf16) written. 64,256 rows of 5120 with a branch, fp8: 3.62 GB,
+// branch 2 more read and 4 written; 1 (e4m3, int8) or 2 (bf16) written. 64,256 rows of 5120 with a branch, 8 bits: 3.62 GB,
 // 1.08 ms at the 3.35 TB/s of an H100. Loads of `hidden` are 16 bytes a lane; codes are stored 4 bytes a lane, 128
 // contiguous a warp.
 //
@@ -13,22 +13,23 @@
 
 constexpr int VECTORS = 8;
 constexpr int MAX_THREADS = 256;  // 8192 channels
+constexpr int BF16 = 0, INT8 = 1;  // formats of x; the third is e4m3
 
 struct RmsnormQuantizeParams {
   float* hidden;             // [N, C], rows hidden_stride apart
   const bf16* branch;        // [N, C], rows branch_stride apart, or null
   const float* norm_weight;  // [E, C]
   const int* row_tiles;      // [tiles, 3]: expert, first row, end row
-  void* x;                   // [N, C] bf16 or e4m3
-  float* scale;              // [N] where fp8
+  void* x;                   // [N, C] bf16, int8 or e4m3
+  float* scale;              // [N] where x is codes
   i64 hidden_stride;
   i64 branch_stride;
   int channels;  // a multiple of 4
-  int fp8;
+  int format;
 };
 
 // Grid: (128 rows of a tile, tiles). Shared memory: 64 floats.
-HH_KERNEL(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS) {
+HH_KERNEL_OF_BLOCKS(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS, 3) {
   HH_SHARED_MEMORY(shared);
   float* const sums = reinterpret_cast<float*>(shared);
   const int* const tile = p.row_tiles + 3 * blockIdx.y;
@@ -85,10 +86,10 @@ HH_KERNEL(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS) {
     y.y = y.y * inverse * (w.y + 1.0f);
     y.z = y.z * inverse * (w.z + 1.0f);
     y.w = y.w * inverse * (w.w + 1.0f);
-    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(y.z), fabsf(y.w))));
+    largest = larger(largest, larger(larger(fabsf(y.x), fabsf(y.y)), larger(fabsf(y.z), fabsf(y.w))));
     held[i] = y;
   }
-  if (p.fp8 == 0) {
+  if (p.format == BF16) {
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
       const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
@@ -99,14 +100,26 @@ HH_KERNEL(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS) {
     }
     return;
   }
-  const float scale = scale_of(block_max(largest, sums + WARP));
+  largest = block_max(largest, sums + WARP);
+  const float scale = p.format == INT8 ? int8_scale_of(largest) : scale_of(largest);
   if (threadIdx.x == 0) p.scale[row] = scale;
+  u32* const out = reinterpret_cast<u32*>(static_cast<u8*>(p.x) + row * p.channels);
+  if (p.format == INT8) {
+    const float inverse_scale = 1.0f / scale;
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+      const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+      if (at >= vectors) continue;
+      const float4 y = held[i];
+      out[at] = pack_int8(y.x * inverse_scale, y.y * inverse_scale, y.z * inverse_scale, y.w * inverse_scale);
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < VECTORS; ++i) {
     const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
     if (at >= vectors) continue;
     const float4 y = held[i];
-    reinterpret_cast<u32*>(static_cast<e4m3*>(p.x) + row * p.channels)[at] =
-        pack_e4m3(y.x / scale, y.y / scale, y.z / scale, y.w / scale);
+    out[at] = pack_e4m3(y.x / scale, y.y / scale, y.z / scale, y.w / scale);
   }
 }

@@ -14,93 +14,17 @@
 // Scores go through memory, a launch more than where each row computes its own: 138 MB there and back at 15 s, half of
 // it from L2, where a program per row reads all keys of its head, 8.8 GB. They are float32 products in float32 sums:
 // TF32 would change which blocks are chosen. fmaf is one rounding less per term; integers are exact either way.
+#include "block_pool.cuh"
 #include "block_scan.cuh"
 #include "block_select.cuh"
 #include "numerics.cuh"
 
-constexpr int BLOCK = 128;  // tokens
 constexpr u32 MINUS_INFINITY = 0xff800000u;
 
 // Pool ----------------------------------------------------------------------------------------------------------------
 
-constexpr int POOL_THREADS = 128;
-constexpr int POOL_BATCH = 4;  // loads in flight per thread, 16 bytes each
-
-struct Strided {
-  const void* data;
-  i64 row, head, channel;  // strides, in elements
-  int vectors;             // whether 16 bytes of channels are one aligned load; else they are read one by one
-};
-
-struct PoolBlocksParams {
-  Strided q;       // [N, Hq, D] bf16 or e4m3
-  Strided k;       // [N, Hkv, D]
-  const u8* live;  // [S * 128]: 1 for a slot that holds a token; others are not read
-  float* pooled;   // [Hq + Hkv, S, D]: sums, the heads of q before those of k
-  int heads_q;
-  int d;  // 32, 64 or 128
-  int fp8;
-};
-
-template <typename T>
-HH_DEVICE uint4 load_channels(const T* from, i64 stride, bool vectors) {
-  if (vectors) return *reinterpret_cast<const uint4*>(from);
-  constexpr int PER_WORD = 4 / sizeof(T), BITS = 8 * sizeof(T);
-  u32 words[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int i = 0; i < 4 * PER_WORD; ++i) {
-    words[i / PER_WORD] |= static_cast<u32>(from[i * stride].bits) << (i % PER_WORD * BITS);
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-HH_DEVICE void add_word(float* sums, u32 word, bf16) {
-  sums[0] += low_bf16(word);
-  sums[1] += high_bf16(word);
-}
-HH_DEVICE void add_word(float* sums, u32 word, e4m3) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sums[i] += to_float(e4m3{static_cast<u8>(word >> 8 * i & 0xffu)});
-}
-
-template <typename T>
-HH_DEVICE void pool_block(const PoolBlocksParams& p, const Strided& x, int head, float* partial, float* to) {
-  constexpr int PER_WORD = 4 / sizeof(T), CHANNELS = 4 * PER_WORD;
-  const int thread = static_cast<int>(threadIdx.x), lanes = p.d / CHANNELS, groups = POOL_THREADS / lanes;
-  const int group = thread / lanes, channel = thread % lanes * CHANNELS;
-  const T* const from = static_cast<const T*>(x.data) + head * x.head + channel * x.channel;
-  const i64 slot = static_cast<i64>(blockIdx.y) * BLOCK;
-
-  float sums[CHANNELS] = {};
-  for (int first = group; first < BLOCK; first += POOL_BATCH * groups) {
-    uint4 held[POOL_BATCH];
-#pragma unroll
-    for (int i = 0; i < POOL_BATCH; ++i) {
-      const int row = first + i * groups;
-      held[i] = make_uint4(0, 0, 0, 0);
-      if (row < BLOCK && p.live[slot + row] != 0) {
-        held[i] = load_channels(from + (slot + row) * x.row, x.channel, x.vectors != 0);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < POOL_BATCH; ++i) {
-      add_word(sums, held[i].x, T{});
-      add_word(sums + PER_WORD, held[i].y, T{});
-      add_word(sums + 2 * PER_WORD, held[i].z, T{});
-      add_word(sums + 3 * PER_WORD, held[i].w, T{});
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < CHANNELS; ++i) partial[group * p.d + channel + i] = sums[i];
-  __syncthreads();
-  if (thread >= p.d) return;
-  float total = 0.0f;
-  for (int i = 0; i < groups; ++i) total += partial[i * p.d + thread];
-  to[thread] = total;
-}
-
 // Grid: (Hq + Hkv, S): blocks that run at once read neighbouring heads of the same tokens. Shared memory: 16 bytes of
-// channels per thread as float32, 4 KB in bf16 and 8 in fp8.
+// channels per thread as float32, 4 KB in bf16 and 8 in 8 bits.
 HH_KERNEL(pool_blocks, PoolBlocksParams, POOL_THREADS) {
   HH_SHARED_MEMORY(shared);
   float* const partial = reinterpret_cast<float*>(shared);
@@ -109,10 +33,14 @@ HH_KERNEL(pool_blocks, PoolBlocksParams, POOL_THREADS) {
   const Strided& x = of_q ? p.q : p.k;
   const int head = of_q ? entry : entry - p.heads_q;
   float* const to = p.pooled + (static_cast<i64>(entry) * gridDim.y + blockIdx.y) * p.d;
-  if (p.fp8 != 0) {
-    pool_block<e4m3>(p, x, head, partial, to);
+  if (p.format == INT8) {
+    const float* const row_scale = of_q ? p.q_scale + head : nullptr;
+    const float block_scale = of_q ? 1.0f : p.k_scale[head * gridDim.y + blockIdx.y];
+    pool_block<int8>(p, x, head, row_scale, block_scale, partial, to);
+  } else if (p.format == FP8) {
+    pool_block<e4m3>(p, x, head, nullptr, 1.0f, partial, to);
   } else {
-    pool_block<bf16>(p, x, head, partial, to);
+    pool_block<bf16>(p, x, head, nullptr, 1.0f, partial, to);
   }
 }
 

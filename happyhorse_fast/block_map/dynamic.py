@@ -136,12 +136,12 @@ class BlockSelector:
         Of equal scores the one of the lower block is the larger.
 
         Args:
-            q: [N, Hq, D], bf16, float32, or e4m3 codes.
+            q: [N, Hq, D], bf16, float32, or codes.
             k: [N, Hkv, D].
             keep: Blocks of 128 keys per row, at least 1.
             pool: How the scores of a group's query heads become one.
-            q_scale: float32 [R] of e4m3 codes.
-            k_scale: float32 [S] of e4m3 codes.
+            q_scale: float32 of codes: int8 [N, Hq], e4m3 [R].
+            k_scale: float32 of codes: int8 [Hkv, S], e4m3 [S].
 
         Raises:
             ValueError: An argument is out of range or of the wrong shape.
@@ -229,8 +229,8 @@ def choose(
         prefix: int8 [S].
         live: int8 [S * 128].
         inverse: float32 [S].
-        q_scale: float32 [S] of e4m3 codes.
-        k_scale: float32 [S] of e4m3 codes.
+        q_scale: float32 of codes: int8 [N, Hq], e4m3 [S].
+        k_scale: float32 of codes: int8 [Hkv, S], e4m3 [S].
         keep: Blocks to keep per row, or 0 to go by ``mass``.
         mass: In steps of 2^-20.
         mean: Whether a group's scores become their mean rather than their maximum.
@@ -273,13 +273,19 @@ def _scores(
 ) -> torch.Tensor:
     """[Hkv, R, S] float32: scaled products of the blocks' means.
 
-    The products are of sums; what makes them means and takes the codes' scales in is one factor per pair of blocks, so
-    that small integers give the same bits in any order of summation.
+    The products are of sums; what makes them means and takes e4m3 codes' scales in is one factor per pair of blocks, so
+    that small integers give the same bits in any order of summation. int8 codes have scales within a block: their sums
+    are of values.
     """
     heads, width = k.shape[1], q.shape[2]
     group = q.shape[1] // heads
-    sums_q = _sums(q, live).unflatten(1, (heads, group))  # [R, Hkv, G, D]
-    sums_k = _sums(k, live).permute(1, 2, 0)  # [Hkv, D, S]
+    if q.dtype == torch.int8 and q_scale is not None and k_scale is not None:
+        sums_q, sums_k = _sums(q, live, q_scale), _sums(k, live) * k_scale.T[:, :, None]
+        q_scale = k_scale = None
+    else:
+        sums_q, sums_k = _sums(q, live), _sums(k, live)
+    sums_q = sums_q.unflatten(1, (heads, group))  # [R, Hkv, G, D]
+    sums_k = sums_k.permute(1, 2, 0)  # [Hkv, D, S]
     if mean:
         products = torch.matmul(sums_q.sum(dim=2).transpose(0, 1), sums_k)
     else:
@@ -289,9 +295,11 @@ def _scores(
     return products * (factor_q[:, None] * factor_k)
 
 
-def _sums(x: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """[blocks, heads, D] float32: sums over the tokens of every block."""
-    if x.dtype == torch.float8_e4m3fn:
+def _sums(x: torch.Tensor, live: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """[blocks, heads, D] float32: sums over the tokens of every block, of codes times ``scale`` [tokens, heads]."""
+    if scale is not None:
+        x = x * scale[:, :, None]
+    elif x.dtype == torch.float8_e4m3fn:
         x = x.to(torch.bfloat16)
     if x.shape[0] < len(live):
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, len(live) - x.shape[0]))

@@ -71,9 +71,15 @@ class BlockMap:
         return from_ranges(q_ranges, k_ranges, queries, keys)
 
     @classmethod
-    def dense(cls, queries: int, keys: int) -> BlockMap:
-        """Every query attends to every key."""
-        return cls.from_ranges([(0, queries)], [(0, keys)], queries, keys)
+    def dense(cls, queries: int, keys: int, device: torch.device | str | None = None) -> BlockMap:
+        """Every query attends to every key.
+
+        Raises:
+            ValueError: A number of tokens is negative.
+        """
+        from happyhorse_fast.block_map.dense import dense
+
+        return dense(queries, keys, device)
 
     @classmethod
     def frame_window(cls, layouts: Layout | Sequence[Layout], receptive_field: int | None) -> BlockMap:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from happyhorse_fast.cli.layer_ops import LayerInputs, OpResults, eager_ops
+from happyhorse_fast.ops.fp8_linear import static_scale
 from happyhorse_fast.ops.packing_qkv import static_qk_scale
 from happyhorse_fast.pony import generate
 from happyhorse_fast.reference.model import HappyHorse, Layer
-from happyhorse_fast.reference.quantize import E4M3_MAX, quantize_groups, quantize_rows, to_e4m3
+from happyhorse_fast.reference.quantize import E4M3_MAX, e4m3_rows, to_e4m3
 from happyhorse_fast.reference.quantized_qkv import quantize_v
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 from happyhorse_fast.reference.sequence import Clip, Ranges, row_chunks
+from happyhorse_fast.reference.sparse_attention import output_scale
 
 TENSORS = ("residual", "qkv input", "q", "k", "v", "proj input", "up input", "down input")
 """What is looked at in a layer; all but the residual stream become e4m3 in fp8."""
@@ -71,7 +73,7 @@ class AttentionMap:
     mass: tuple[tuple[float, ...], ...]
 
 
-class _Sums:
+class Sums:
     """Moments of one tensor, added up step by step in float64."""
 
     def __init__(self) -> None:
@@ -131,7 +133,7 @@ def measure_activations(
         steps: Denoising steps.
         map_steps: 0-based steps of which attention maps are kept.
     """
-    sums: dict[tuple[int, str, str], _Sums] = {}
+    sums: dict[tuple[int, str, str], Sums] = {}
     maps: list[AttentionMap] = []
     calls = [0] * len(model.block.layers)
 
@@ -141,9 +143,9 @@ def measure_activations(
             given = LayerInputs(*arguments[:4])  # type: ignore[arg-type]
             results = eager_ops(layer, given, torch.float32)
             rows = dict(zip(MODALITIES, given.clip.slices(), strict=False))
-            for name, x, scaled in _tensors(layer, given, results):
+            for name, x, scaled in tensors(layer, given, results):
                 for modality, part in rows.items():
-                    of = sums.setdefault((index, name, modality), _Sums())
+                    of = sums.setdefault((index, name, modality), Sums())
                     of.add(x[part], None if scaled is None else scaled[part])
             if calls[index] in map_steps:
                 maps.append(attention_map(index, calls[index], results, given.clip, given.ranges))
@@ -160,7 +162,7 @@ def measure_activations(
     return [of.result(*key) for key, of in sums.items()], maps
 
 
-def _tensors(
+def tensors(
     layer: Layer, given: LayerInputs, results: OpResults
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
     """(name, values [N, channels], the same in units of the op's scales) of every tensor."""
@@ -169,26 +171,22 @@ def _tensors(
     def units(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return x.float() / scale
 
-    def grouped(x: torch.Tensor, group: int) -> torch.Tensor:
-        wide = torch.nn.functional.pad(x, (0, -x.shape[1] % group))
-        scale = quantize_groups(wide, group)[1].repeat_interleave(group, dim=1)
-        return units(x, scale[:, : x.shape[1]])
-
     up_input = torch.cat([rms_norm(results.middle[rows], layer.mlp.pre_norm.of(e)) for e, rows in chunks])
     yield "residual", given.hidden, None
-    yield "qkv input", results.norm, units(results.norm, quantize_rows(results.norm)[1][:, None])
+    yield "qkv input", results.norm, units(results.norm, e4m3_rows(results.norm)[1][:, None])
     attention = layer.attention
     for which, (name, x) in enumerate((("q", results.q), ("k", results.k))):
-        scale = torch.empty(len(x), 1)
+        scale = torch.empty(len(x), 1, device=x.device)
         for e, rows in chunks:
             weights = torch.stack([attention.q_norm.of(e), attention.k_norm.of(e)])[None]
             scale[rows] = static_qk_scale(weights)[0, which]
         yield name, x.flatten(1), units(x.flatten(1), scale)
     v_scale = quantize_v(results.v)[1].repeat_interleave(128, dim=1)[:, : len(results.v)].T  # [N, Hkv]
     yield "v", results.v.flatten(1), units(results.v, v_scale[:, :, None]).flatten(1)
-    yield "proj input", results.attention, grouped(results.attention, results.q.shape[2])
-    yield "up input", up_input, units(up_input, quantize_rows(up_input)[1][:, None])
-    yield "down input", results.up, grouped(results.up, 64 if layer.mlp.gated else 128)
+    yield "proj input", results.attention, units(results.attention, output_scale(results.v, None, results.gate))
+    yield "up input", up_input, units(up_input, e4m3_rows(up_input)[1][:, None])
+    down_scale = static_scale("swiglu7" if layer.mlp.gated else "gelu7", True, results.up.device)
+    yield "down input", results.up, units(results.up, down_scale)
 
 
 def attention_map(layer: int, step: int, results: OpResults, clip: Clip, ranges: Ranges) -> AttentionMap:

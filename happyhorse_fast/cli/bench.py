@@ -43,6 +43,10 @@ def bench(
     resolution: Annotated[str | None, typer.Option(help="1080p, 540p or 256p; 1080p on a GPU, else 256p.")] = None,
     seconds: Annotated[int, typer.Option(help="Length, 3 to 15.")] = 3,
     text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="Of the fast forms: attention in bf16, int8_qk or fp8; left out, FastConfig's default."),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Forward passes that are timed.")] = 3,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -52,12 +56,15 @@ def bench(
     on_gpu = where.startswith("cuda")
     preset = preset or ("happyhorse-1.0-15b" if on_gpu else "tiny")
     resolution = resolution or ("1080p" if on_gpu else "256p")
-    data = measure(preset, tokens_for(resolution, "16:9", seconds), text=text, repeats=repeats, device=where)
+    clip = tokens_for(resolution, "16:9", seconds)
+    data = measure(preset, clip, text=text, attention=attention, repeats=repeats, device=where)
     data = {"preset": preset, "resolution": resolution, "seconds": seconds, **data}
     emit(data, as_json, lambda console: _render(console, data))
 
 
-def measure(preset: str, clip: ClipTokens, *, text: int, repeats: int, device: str) -> dict[str, Any]:
+def measure(
+    preset: str, clip: ClipTokens, *, text: int, repeats: int, device: str, attention: str | None = None
+) -> dict[str, Any]:
     """What :func:`bench` prints, as plain data.
 
     Args:
@@ -66,6 +73,7 @@ def measure(preset: str, clip: ClipTokens, *, text: int, repeats: int, device: s
         text: Text tokens.
         repeats: Forward passes per form.
         device: Where to run.
+        attention: Precision of attention of the fast forms; None: each form's default.
 
     Raises:
         ValueError: An argument is out of range.
@@ -87,18 +95,20 @@ def measure(preset: str, clip: ClipTokens, *, text: int, repeats: int, device: s
         "layers": config.num_layers,
         "tokens": clip.total(text),
         "repeats": repeats,
-        "forms": [_form(form, config, clip, text, repeats, where) for form in forms],
+        "forms": [_form(form, config, clip, text, (attention, repeats), where) for form in forms],
     }
 
 
 def _form(
-    form: Form, config: ModelConfig, clip: ClipTokens, text: int, repeats: int, device: torch.device
+    form: Form, config: ModelConfig, clip: ClipTokens, text: int, how: tuple[str | None, int], device: torch.device
 ) -> dict[str, Any]:
     import torch
 
     from happyhorse_fast.model.op_times import OpTimes
 
-    model = form.apply(form.eager(config, str(device)).init_weights(_SEED))
+    asked, repeats = how
+    eager = form.eager(config, str(device)).init_weights(_SEED)
+    model = form.apply(eager, asked)  # type: ignore[arg-type]  # FastConfig checks it
     state: Any = getattr(model, "fast", None)
     draw = torch.Generator(device).manual_seed(_SEED)
     inputs = [
@@ -136,7 +146,9 @@ def _form(
         )
     fallbacks = sorted({c.reason for c in state.choices.values() if c.fell_back}) if state is not None else []
     total = statistics.median(sum(each.values()) for each in passes)
-    return {"form": form.name, "ms": 1e3 * total, "ops": ops, "fallbacks": fallbacks}
+    layers: Any = model.block.layers
+    attention = None if state is None else layers[0].plan.precision["attention"]
+    return {"form": form.name, "attention": attention, "ms": 1e3 * total, "ops": ops, "fallbacks": fallbacks}
 
 
 def _flops(config: ModelConfig, clip: ClipTokens, text: int) -> dict[str, float]:
@@ -160,7 +172,8 @@ def _render(console: Console, data: dict[str, Any]) -> None:
             [op["op"], op["backend"], str(op["calls"]), f"{op['ms']:.3f}", f"{op['ms'] / form['ms']:.0%}", _rate(op)]
             for op in form["ops"]
         ]
-        title = f"{form['form']}: {form['ms']:.2f} ms a pass"
+        within = f", attention in {form['attention']}" if form["attention"] else ""
+        title = f"{form['form']}{within}: {form['ms']:.2f} ms a pass"
         console.print(table(title, ["op", "runs as", "calls", "ms", "share", "useful TFLOP/s"], rows, left=2))
         for reason in form["fallbacks"]:
             console.print(literal(f"slower than it could be: {reason}"))

@@ -217,7 +217,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         for m in data["memory"]
     ]
     title = (
-        "peak memory of a 5 s clip at 24 fps, GiB (fp8: attention in bf16); to fit, "
+        "peak memory of a 5 s clip at 24 fps, GiB (8-bit products: attention in int8_qk); to fit, "
         f"{CONTEXT_BYTES / 2**30:g} GiB of the card stay free"
     )
     console.print(table(title, ["preset", "resolution", "form", "peak", *cards], rows, left=3))

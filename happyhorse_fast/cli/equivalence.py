@@ -15,10 +15,13 @@ from happyhorse_fast import ambient, golden
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.cli.checks import in_dtype, seeded_inputs
-from happyhorse_fast.cli.layer_ops import OPS, OpResults, eager_ops, fast_ops, record_inputs
+from happyhorse_fast.cli.layer_ops import OPS, OpResults, attention_in, eager_ops, fast_ops, record_inputs
 from happyhorse_fast.model.accelerate import accelerate
+from happyhorse_fast.model.clip_state import ClipState
 from happyhorse_fast.model.fast_config import FastConfig
+from happyhorse_fast.model.fast_layer import FastLayer
 from happyhorse_fast.model.fast_state import FastState, build_clip_state, is_accelerated
+from happyhorse_fast.ops.dispatch import compute_capability
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.sampler import sample
@@ -27,6 +30,8 @@ Results = dict[str, torch.Tensor]
 """Name of a result, such as ``op.3.attention.video`` or ``latent.audio``, -> float32 [rows, features] on the CPU."""
 
 EAGER = "eager bf16"
+ATTENTION = ("bf16", "int8_qk", "fp8")
+"""Formats of attention, each of which is measured in every layer."""
 BF16_RATIO = 2.0
 """A fast bf16 result may be this many times as far from float32 as eager bf16's own."""
 FP8_SANITY = 0.3
@@ -61,8 +66,10 @@ class FormErrors:
     """One form's distances.
 
     Attributes:
-        form: ``"eager bf16"``, ``"fast bf16"``, ``"fast fp8"``, or the last one ``"+ sparsity"``.
-        step: What sets it apart from the form before: ``"bf16"``, ``"kernels"``, ``"fp8"`` or ``"sparsity"``.
+        form: ``"eager bf16"``, ``"fast bf16"``, ``"fast int8"``, ``"fast fp8"`` or ``"fast bf16, attention int8_qk"``,
+            or the last one ``"+ sparsity"``.
+        step: What sets it apart from the form before: ``"bf16"``, ``"kernels"``, ``"int8"``, ``"fp8"``,
+            ``"attention"`` or ``"sparsity"``.
         backends: Implementations that its ops ran on; empty for eager PyTorch.
         errors: Distance per result.
         violations: What is past its budget, as sentences with the measured number.
@@ -73,6 +80,23 @@ class FormErrors:
     backends: tuple[str, ...]
     errors: dict[str, Distance]
     violations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """One layer's attention, alone and on its float32 input, in every format.
+
+    Attributes:
+        layer: Layer number.
+        bound: What its scores, and v, can reach by the layer's weights, in powers of two.
+        softmax: Which softmax that leads to in bf16 and int8_qk, and why.
+        errors: ``"int8_qk.video"`` -> relative L2 to float32, of all of :data:`ATTENTION` and both modalities.
+    """
+
+    layer: int
+    bound: float
+    softmax: str
+    errors: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -87,9 +111,10 @@ class Equivalence:
         tokens: Video, audio and text tokens.
         video_blocks: Blocks of 128 rows that the video takes; sparsity can leave out nothing where it is 1.
         steps: Denoising steps behind the latents; 0 where none were sampled.
-        attention: Precision of attention in fp8.
+        attention: Precision of attention.
         sparsity: Policy of the sparse form, None where there is none.
         forms: In the order of their steps.
+        attention_formats: What each format of attention costs, layer by layer, over the exact masks.
     """
 
     case: str
@@ -102,6 +127,7 @@ class Equivalence:
     attention: str
     sparsity: str | None
     forms: tuple[FormErrors, ...]
+    attention_formats: tuple[LayerAttention, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -112,10 +138,14 @@ class Equivalence:
 def forms_of(fast: FastConfig) -> Iterator[tuple[str, str, FastConfig]]:
     """(form, step, configuration) of every fast form on the way to ``fast``."""
     yield "fast bf16", "kernels", dataclasses.replace(fast, precision="bf16", attention="bf16", skip=(), sparsity=None)
-    if fast.precision == "fp8":
-        yield "fast fp8", "fp8", dataclasses.replace(fast, sparsity=None)
+    name = f"fast {fast.precision}"
+    if fast.precision != "bf16":
+        yield name, fast.precision, dataclasses.replace(fast, sparsity=None)
+    elif fast.attention_format != "bf16":
+        name += f", attention {fast.attention_format}"
+        yield name, "attention", dataclasses.replace(fast, sparsity=None)
     if fast.sparsity is not None:
-        yield f"fast {fast.precision} + sparsity", "sparsity", fast
+        yield f"{name} + sparsity", "sparsity", fast
 
 
 @ambient.independent
@@ -154,6 +184,8 @@ def equivalence(
     found = [FormErrors(EAGER, "bf16", (), _distances(before, exact, exact), ())]
     del eager_model, eager
     video_rows = 0
+    formats: tuple[LayerAttention, ...] = ()
+    fast = fast.on(compute_capability(model.device))
     for form, step, how in forms_of(fast):
         accelerated = accelerate(in_dtype(model, torch.bfloat16), dataclasses.replace(how, originals="drop"))
         carried: FastState = accelerated.fast  # type: ignore[assignment]
@@ -161,6 +193,8 @@ def equivalence(
         video_rows = state.rows.starts[1]
         after = _by_modality([fast_ops(layer, state, x, of) for layer, x, of in _each(accelerated, given, ops)], clip)
         after |= run(accelerated)
+        if step == "kernels":
+            formats = tuple(_layer_attention(layer, state, of, clip) for layer, of in _each(accelerated, ops))
         errors = _distances(after, before, exact)
         backends = tuple(sorted({choice.backend for choice in carried.choices.values()}))
         found.append(FormErrors(form, step, backends, errors, tuple(violations(step, errors, found[0].errors))))
@@ -175,9 +209,10 @@ def equivalence(
         tokens,
         video_rows // BLOCK,
         steps,
-        fast.attention if fast.precision == "fp8" else "bf16",
+        fast.attention_format,
         None if fast.sparsity is None else str(fast.sparsity),
         tuple(found),
+        formats,
     )
 
 
@@ -205,6 +240,16 @@ def equivalence_golden(fast: FastConfig, *, steps: int = 8, device: str = "cpu")
 
 def _each(model: torch.nn.Module, *lists: list[Any]) -> Iterator[tuple[Any, ...]]:
     return zip(model.block.layers, *lists, strict=True)  # type: ignore[union-attr,arg-type]
+
+
+def _layer_attention(layer: FastLayer, state: ClipState, exact: OpResults, clip: sequence.Clip) -> LayerAttention:
+    video, audio, _ = clip.slices()
+    errors = {}
+    for precision in ATTENTION:
+        result = attention_in(precision, layer, state, exact)
+        for modality, part in (("video", video), ("audio", audio)):
+            errors[f"{precision}.{modality}"] = measure(result[part].cpu(), exact.attention[part].cpu()).relative_l2
+    return LayerAttention(layer.plan.index, layer.bound.effective, layer.bound.softmax, errors)
 
 
 def _by_modality(ops: list[OpResults], clip: sequence.Clip) -> Results:
@@ -257,15 +302,15 @@ def _distance(what: str, x: torch.Tensor, before: torch.Tensor, y: torch.Tensor)
 
 
 def violations(step: str, errors: dict[str, Distance], eager: dict[str, Distance]) -> Iterator[str]:
-    """What is past its budget: bf16 against eager bf16's own error; fp8 and sparsity against sanity alone."""
+    """What is past its budget: bf16 against eager bf16's own error; 8 bits and sparsity against sanity alone."""
     for what, error in errors.items():
         if not math.isfinite(error.relative_l2):
             yield f"{what} holds NaN or Inf"
             continue
         if step == "kernels":
             budget, of = BF16_RATIO * eager[what].relative_l2, f"{BF16_RATIO:g} x eager bf16's own"
-        elif step == "fp8":
-            budget, of = FP8_SANITY, "sanity bound of fp8"
+        elif step in ("int8", "fp8", "attention"):
+            budget, of = FP8_SANITY, f"sanity bound of {step}"
         elif what.startswith("velocity"):
             budget, of = SPARSE_SANITY, "sanity bound of sparsity"
         else:

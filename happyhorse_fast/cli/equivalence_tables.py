@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from happyhorse_fast.cli.equivalence import Distance, Equivalence, FormErrors
+from happyhorse_fast.cli.equivalence import ATTENTION, Distance, Equivalence, FormErrors
 from happyhorse_fast.cli.layer_ops import OPS
 from happyhorse_fast.cli.output import literal, table
 
@@ -32,6 +32,8 @@ def render(console: Console, found: list[Equivalence]) -> None:
         console.print(
             _by_place(case, "worst 128x128 tile, 1 - 2<x,y>/(|x|^2+|y|^2)", lambda d: f"{d.tile_distance:.1e}")
         )
+        if case.attention_formats:
+            console.print(_attention(case))
         console.print(_end_to_end(case))
         for form in case.forms:
             for violation in form.violations:
@@ -60,6 +62,17 @@ def _by_place(case: Equivalence, title: str, cell: Callable[[Distance], str]) ->
         cells = [cell(form.errors[f"{place}.{modality}"]) for form in case.forms for modality in MODALITIES]
         rows.append([place.replace(".", " "), *cells])
     return table(title, ["after", *columns], rows)
+
+
+def _attention(case: Equivalence) -> Any:
+    places = [f"{precision}.{modality}" for precision in ATTENTION for modality in MODALITIES]
+    rows = [
+        [f"layer {found.layer}", *(f"{found.errors[place]:.2e}" for place in places), found.softmax]
+        for found in case.attention_formats
+    ]
+    columns = ["attention of", *(place.replace(".", ": ") for place in places), "by its weights"]
+    title = "attention alone in every format, relative L2 to float32 (plain torch, the kernels' rounding)"
+    return table(title, columns, rows, folded=[len(columns) - 1])
 
 
 def _end_to_end(case: Equivalence) -> Any:

@@ -20,7 +20,7 @@ from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.budgets import measure as tensor_error
 from happyhorse_fast.cli.frame_blocks import FrameBlocks, decide_between_frames
 from happyhorse_fast.model.accelerate import accelerate
-from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles, TopK, TopP, default_attention
 from happyhorse_fast.model.fast_state import FastState
 from happyhorse_fast.model.sparse_policy import SparsePolicy
 from happyhorse_fast.pony import PonyClip, generate, load_model
@@ -31,11 +31,11 @@ from happyhorse_fast.pony.prompt import Prompt, held_out_prompts
 from happyhorse_fast.pony.weights import weights_digest
 
 EAGER = "eager bf16"
-Kind = Literal["bf16", "fp8 op", "fp8", "sparsity"]
+Kind = Literal["bf16", "int8 op", "int8", "fp8 op", "fp8", "sparsity"]
 BF16_RATIO = 2.0
 """The latents of fast bf16 may be this many times as far from float32's as eager bf16's own, at the median."""
-FP8_PICTURES_DB = 30.0
-"""Median PSNR below which fp8 is broken rather than coarse; measured: 45 to 47."""
+PICTURES_DB = {"int8": 40.0, "fp8": 30.0}
+"""Median PSNR below which a precision is broken rather than coarse; measured: 57 in int8, 45 to 47 in fp8."""
 QUICK_SPARSITY = ("exact window", "top-k 0.25")
 EVERYWHERE = 64
 """Rows and columns past any frame of the pony's: a tile window of this size is one of frames alone."""
@@ -59,10 +59,10 @@ class Policy:
 
 
 def policies(*, quick: bool = False) -> tuple[Policy, ...]:
-    """Everything that is measured, or with ``quick`` the main ones: bf16, fp8 as a whole, a quarter of the pairs."""
+    """Everything that is measured, or with ``quick`` the main ones: bf16, 8 bits as a whole, a quarter of the pairs."""
 
     def fast(**options: Any) -> FastConfig:
-        return FastConfig(backend="reference", originals="drop", **options)
+        return FastConfig(**{"attention": "bf16", **options}, backend="reference", originals="drop")
 
     def alone(op: str) -> tuple[str, ...]:
         return tuple(other for other in OPS if other != op)
@@ -70,25 +70,27 @@ def policies(*, quick: bool = False) -> tuple[Policy, ...]:
     def sparse(name: str, sparsity: TopK | Tiles | None, **options: Any) -> Policy:
         return Policy(name, "sparsity", fast(sparsity=sparsity, **options), frame_blocks=True)
 
+    of_ops: tuple[tuple[Kind, str, str], ...] = (("int8 op", "int8", "int8_qk"), ("fp8 op", "fp8", "fp8"))
     every = (
         Policy(EAGER, "bf16", None),
         Policy("fast bf16", "bf16", fast()),
-        *(Policy(f"{op} alone", "fp8 op", fast(precision="fp8", attention="fp8", skip=alone(op))) for op in OPS),
-        Policy(
-            "attention alone, fp8_qk",
-            "fp8 op",
-            fast(precision="fp8", attention="fp8_qk", skip=alone("attention")),
+        *(
+            Policy(f"{op} alone", kind, fast(precision=precision, attention=attention, skip=alone(op)))
+            for kind, precision, attention in of_ops
+            for op in OPS
         ),
+        Policy("all but attention", "int8", fast(precision="int8")),
+        Policy("all, attention int8_qk", "int8", fast(precision="int8", attention="int8_qk")),
         Policy("all but qkv and attention", "fp8", fast(precision="fp8", skip=("qkv",))),
         Policy("all but attention", "fp8", fast(precision="fp8")),
-        Policy("all, attention fp8_qk", "fp8", fast(precision="fp8", attention="fp8_qk")),
+        Policy("all, attention int8_qk", "fp8", fast(precision="fp8", attention="int8_qk")),
         Policy("all", "fp8", fast(precision="fp8", attention="fp8")),
         sparse("exact window", None),
         *(sparse(f"top-k {share:.3g}", TopK(share)) for share in (0.5, 0.25, 0.125)),
         *(sparse(f"tiles, {reach} frames", Tiles(reach, EVERYWHERE, EVERYWHERE)) for reach in (3, 1, 0)),
         sparse("top-k 0.25 from step 5 on", TopK(0.25), exact_first_steps=4),
     )
-    return tuple(p for p in every if not quick or p.kind in ("bf16", "fp8") or p.name in QUICK_SPARSITY)
+    return tuple(p for p in every if not quick or p.kind in ("bf16", "int8", "fp8") or p.name in QUICK_SPARSITY)
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def measure_fidelity(
 
 
 def violations(found: Fidelity) -> Iterator[str]:
-    """What is past its budget, as sentences: fast bf16 against eager bf16's own error, fp8 against sanity alone."""
+    """What is past its budget, as sentences: fast bf16 against eager bf16's own error, 8 bits against sanity alone."""
     by_name = {(result.kind, result.name): result.summary for result in found.results}
     eager = by_name.get(("bf16", EAGER))
     for (kind, name), summary in by_name.items():
@@ -264,8 +266,9 @@ def violations(found: Fidelity) -> Iterator[str]:
                 error, budget = getattr(summary, what)[0], BF16_RATIO * getattr(eager, what)[0]
                 if not error <= budget:
                     yield f"{name}: median {what} is {error:.1e}, budget {budget:.1e} ({BF16_RATIO:g} x eager bf16's)"
-        if kind == "fp8" and not summary.psnr_db[0] >= FP8_PICTURES_DB:
-            yield f"fp8, {name}: median PSNR is {summary.psnr_db[0]:.1f} dB, at least {FP8_PICTURES_DB:g} allowed"
+        least = PICTURES_DB.get(kind, 0.0)
+        if not summary.psnr_db[0] >= least:
+            yield f"{kind}, {name}: median PSNR is {summary.psnr_db[0]:.1f} dB, at least {least:g} allowed"
 
 
 def _clips(model: Any, prompts: list[Prompt], steps: int) -> Iterator[PonyClip]:
@@ -290,10 +293,10 @@ def compare(prompt: Prompt, clip: PonyClip, exact: PonyClip, seen: Measured) -> 
 
 
 def settings(fast: FastConfig | None) -> str:
-    """What sets an acceleration apart from the default, where it ran left out."""
+    """What sets an acceleration apart from the default, where and in which parts it ran left out."""
     if fast is None:
         return ""
-    default = FastConfig()
+    default = dataclasses.replace(FastConfig(), attention=default_attention(fast.precision))
     fields = (f.name for f in dataclasses.fields(fast) if f.name not in ("backend", "originals"))
     return ", ".join(f"{n}={getattr(fast, n)!r}" for n in fields if getattr(fast, n) != getattr(default, n))
 

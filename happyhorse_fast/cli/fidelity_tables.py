@@ -29,7 +29,7 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for result in found["results"]:
         s = result["summary"]
         sync = "" if s["sync_error"] is None else _pair(s["sync_error"], ".1f")
-        prefix = {"bf16": "", "sparsity": ""}.get(result["kind"], "fp8: ")
+        prefix = {"int8": "int8: ", "fp8": "fp8: "}.get(result["kind"].removesuffix(" op"), "")
         made.append(
             (
                 f"{prefix}{result['name']}",

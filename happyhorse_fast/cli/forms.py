@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from happyhorse_fast.config import ModelConfig
 
 if TYPE_CHECKING:
+    from happyhorse_fast.model.fast_config import AttentionPrecision
     from happyhorse_fast.reference.model import HappyHorse
 
 
@@ -17,7 +18,7 @@ class Form:
 
     Attributes:
         name: Shown to the user.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp8"``: of products and attention.
+        precision: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"fp8"``: of products.
         kernels: Whether it runs this package's kernels, so needs a GPU to be fast; False for plain torch.
     """
 
@@ -33,7 +34,7 @@ class Form:
 
         return HappyHorse(config, torch.float32 if self.precision == "fp32" else torch.bfloat16, device=device)
 
-    def apply(self, model: HappyHorse) -> HappyHorse:
+    def apply(self, model: HappyHorse, attention: AttentionPrecision | None = None) -> HappyHorse:
         """Bring an eager model with its weights into the form, in place; on the CPU through backend reference."""
         if self.kernels:
             from happyhorse_fast.model.accelerate import accelerate
@@ -41,11 +42,11 @@ class Form:
 
             on_gpu = model.device.type == "cuda"
             backend: Literal["auto", "reference"] = "auto" if on_gpu else "reference"
-            accelerate(model, FastConfig(precision=self.fast_precision, backend=backend))
+            accelerate(model, FastConfig(precision=self.fast_precision, attention=attention, backend=backend))
         return model
 
-    def without_weights(self, config: ModelConfig, attention: Literal["bf16", "fp8"] = "bf16") -> HappyHorse:
-        """The form on ``"meta"``, to measure its memory; ``attention`` is its precision in fp8."""
+    def without_weights(self, config: ModelConfig, attention: AttentionPrecision | None = None) -> HappyHorse:
+        """The form on ``"meta"``, to measure its memory; ``attention`` is its precision of attention."""
         if not self.kernels:
             return self.eager(config, "meta")
         import torch
@@ -54,19 +55,21 @@ class Form:
         from happyhorse_fast.model.fast_config import FastConfig
         from happyhorse_fast.ops.dispatch import choose
 
-        choices = choose("reference", self.fast_precision, torch.device("cpu"))
-        return empty_accelerated(config, FastConfig(precision=self.fast_precision, attention=attention), choices)
+        fast = FastConfig(precision=self.fast_precision, attention=attention)
+        choices = choose("reference", fast.precision, torch.device("cpu"), attention=fast.attention_format)
+        return empty_accelerated(config, fast, choices)
 
     @property
-    def fast_precision(self) -> Literal["bf16", "fp8"]:
+    def fast_precision(self) -> Literal["bf16", "int8", "fp8"]:
         """Precision of the acceleration."""
-        return "fp8" if self.precision == "fp8" else "bf16"
+        return self.precision if self.precision in ("int8", "fp8") else "bf16"  # type: ignore[return-value]
 
 
 FORMS = (
     Form("eager float32", "fp32", kernels=False),
     Form("eager bfloat16", "bf16", kernels=False),
     Form("fast bfloat16", "bf16", kernels=True),
+    Form("fast int8", "int8", kernels=True),
     Form("fast fp8", "fp8", kernels=True),
 )
 """The first is what the others are measured against; a later form of a precision is preferred to an earlier one."""

@@ -33,7 +33,7 @@ class LayerCheck:
     """The layer in one precision.
 
     Attributes:
-        precision: ``"bf16"`` or ``"fp8"``.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``.
         relative_l2: Of what the layer adds to the residual stream, kernels against plain torch.
         tile_distance: Worst 128 x 128 tile of it.
         to_float32: Relative L2 of the kernels' result to eager float32: what the precision costs.
@@ -120,7 +120,7 @@ def run_layer(prompt: str, seed: int) -> list[LayerCheck]:
         after = layer(given.hidden, given.phases, given.clip, given.ranges, torch.float32)
     expected = after - given.hidden
     found = []
-    budgets: dict[Precision, float] = {"bf16": DISTANCE, "fp8": CODE_DISTANCE}
+    budgets: dict[Precision, float] = {"bf16": DISTANCE, "int8": DISTANCE, "fp8": CODE_DISTANCE}
     for name, budget in budgets.items():
         start = time.perf_counter()
         plain, kernels = (_added_by_layer(given.hidden, inputs, name, backend) for backend in ("reference", "triton"))

@@ -11,6 +11,7 @@ from happyhorse_fast.cli.forms import form_of
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals, window_share
+from happyhorse_fast.model.fast_config import default_attention
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ def plan(
     seconds: Annotated[int, typer.Option(help="Length, 3 to 15.")] = 5,
     fps: Annotated[int, typer.Option(help="24 or 25.")] = 24,
     text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
-    precision: Annotated[str, typer.Option(help="bf16 or fp8.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="bf16, int8 or fp8.")] = "bf16",
     attention: Annotated[
-        str, typer.Option(help="Precision of attention with --precision fp8: bf16, as it is by default, or fp8.")
-    ] = "bf16",
+        str | None,
+        typer.Option(help="Precision of attention: bf16, int8_qk or fp8; by default as FastConfig's on an H100."),
+    ] = None,
     gpu: Annotated[str, typer.Option(help=f"Peaks to plan with: {', '.join(GPUS)}.")] = "h100",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 8,
     video_share: Annotated[
@@ -63,7 +65,7 @@ def plan_clip(
     *,
     text: int = TEXT_TOKENS,
     precision: str = "bf16",
-    attention: str = "bf16",
+    attention: str | None = None,
     gpu: str = "h100",
     steps: int = 8,
     video_share: float | None = None,
@@ -76,9 +78,9 @@ def plan_clip(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if attention != "bf16" and precision != "fp8":
-        raise ValueError(f"attention must be bf16 with precision bf16, got {attention!r}")
     card = gpu_named(gpu)
+    if attention is None:
+        attention = default_attention("bf16" if precision == "fp32" else precision)
     costs = step_costs(
         config, clip, text=text, precision=precision, attention=attention, gpu=card, video_share=video_share
     )
@@ -172,7 +174,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         console.print(literal(f"peak memory: not known, {memory['why']}"))
         return
     peak = memory["peak"]
-    form = memory["form"] + (f", attention in {data['attention']}" if data["precision"] == "fp8" else "")
+    form = memory["form"] + (f", attention in {data['attention']}" if data["attention"] != data["precision"] else "")
     console.print(
         literal(
             f"peak memory, {form}: ",
@@ -204,10 +206,9 @@ def _floor_table(ops: list[OpCost], card: Any, precision: str, attention: str) -
         )
     outside = sum(c.floor_ms for c in ops if c.kind == OUTSIDE)
     rows.append(["embedders, heads", "", *[""] * len(names), f"{outside:.1f}", f"{outside / 1e3:.3f}"])
-    peaks = {"bf16": card.bf16, "fp8": card.fp8}
-    what = f"{precision} {peaks[precision]:g} TFLOP/s"
-    if precision == "fp8":
-        what += f", attention in {attention} {peaks[attention]:g} TFLOP/s"
+    what = f"{precision} {card.rate(precision) / 1e12:g} TFLOP/s"
+    if attention != precision:
+        what += f", attention in {attention} {card.rate(attention) / 1e12:.4g} TFLOP/s"
     title = f"floor on {card.name}, ms per layer ({what}, {card.bandwidth:g} TB/s; {card.source}); s per step"
     return table(title, ["layer", "count", *names, "layer ms", "step s"], rows)
 

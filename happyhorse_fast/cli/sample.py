@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from happyhorse_fast.sampler import StepInfo
 
 Dtype = Literal["bfloat16", "float32", "float64"]
-Fast = Literal["bf16", "fp8"]
+Fast = Literal["bf16", "int8", "fp8"]
+Attention = Literal["bf16", "int8_qk", "fp8"]
 
 
 def sample(
@@ -67,6 +68,10 @@ def sample(
         Fast | None,
         typer.Option(help="Run this package's kernels instead of eager torch: bf16, exact; or fp8. Both stages."),
     ] = None,
+    attention: Annotated[
+        Attention | None,
+        typer.Option(help="With --fast: precision of attention; left out, FastConfig's default. Both stages."),
+    ] = None,
     sr_checkpoint: Annotated[Path | None, typer.Option(help="Second stage: its checkpoint.")] = None,
     sr_preset: Annotated[str | None, typer.Option(help="Second stage: its preset.")] = None,
     sr_config: Annotated[
@@ -90,8 +95,11 @@ def sample(
         raise ValueError("--sr-checkpoint and --size must come together, with --sr-preset or --sr-config")
     if fast is not None and dtype != "bfloat16":
         raise ValueError(f"--dtype must be left out or bfloat16 with --fast, got {dtype}: fast layers are bf16 or fp8")
+    if attention is not None and fast is None:
+        raise ValueError(f"--attention must come with --fast, got {attention} without it")
+    how_fast = None if fast is None else (fast, attention)
     tensors = read_inputs(inputs)
-    first = _Stage(checkpoint, preset, config, usable_device(device), dtype, fast, not as_json)
+    first = _Stage(checkpoint, preset, config, usable_device(device), dtype, how_fast, not as_json)
     drawn_clip = (None,) * 4 if resolution is None else (resolution, aspect, seconds, fps)
     settings: dict[str, Any] = {
         "version": __version__,
@@ -107,6 +115,7 @@ def sample(
         "guidance": guidance,
         "dtype": dtype,
         "fast": fast,
+        "attention": attention,
         "device": first.device,
     }
     record = Record()
@@ -118,7 +127,7 @@ def sample(
     sr_how: dict[str, Any] = {"size": size, "steps": sr_steps, "shift": shift, "noise": draw}
     _check_first_stage(first, start, conditions, how)
     if sr_checkpoint is not None:
-        stage = _Stage(sr_checkpoint, sr_preset, sr_config, first.device, dtype, fast, not as_json, option="sr-")
+        stage = _Stage(sr_checkpoint, sr_preset, sr_config, first.device, dtype, how_fast, not as_json, option="sr-")
         _check_second_stage(stage, start, conditions, sr_how)
     latents = _first_stage(first, start, conditions, record, how)
     settings |= {"steps": len(record.sigmas), "sigmas": [*record.sigmas, 0.0]}
@@ -175,14 +184,19 @@ class Record:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A checkpoint and how to run it; ``option`` is what its options' names start with."""
+    """A checkpoint and how to run it.
+
+    Attributes:
+        fast: Precision of products and of attention; None for eager.
+        option: What its options' names start with.
+    """
 
     checkpoint: Path
     preset: str | None
     config: Path | None
     device: str
     dtype: Dtype
-    fast: Fast | None
+    fast: tuple[Fast, Attention | None] | None
     progress: bool
     option: str = ""
 
@@ -218,7 +232,7 @@ class _Stage:
     def _fast(self) -> Any:
         from happyhorse_fast.model.fast_config import FastConfig
 
-        return None if self.fast is None else FastConfig(precision=self.fast)
+        return None if self.fast is None else FastConfig(precision=self.fast[0], attention=self.fast[1])
 
 
 def _start(

@@ -10,6 +10,8 @@ import typer
 
 from happyhorse_fast.cli.options import ConfigOption, DeviceOption, PresetOption, read_config, usable_device
 from happyhorse_fast.cli.output import JsonOption, emit, literal, plain, table, verdict
+from happyhorse_fast.errors import require_whole
+from happyhorse_fast.files import require_target
 
 if TYPE_CHECKING:
     import torch
@@ -18,26 +20,31 @@ if TYPE_CHECKING:
     from happyhorse_fast.cli.checks import Comparison, Measurement
     from happyhorse_fast.cli.equivalence import Equivalence
     from happyhorse_fast.cli.fidelity import Fidelity
+    from happyhorse_fast.model.calibration import Calibration
     from happyhorse_fast.model.fast_config import FastConfig
     from happyhorse_fast.ops.self_check import KernelCheck
     from happyhorse_fast.reference.model import HappyHorse
 
 
 # Options that mean something in one mode alone.
-_FAST, _PONY, _CHECKPOINT = "--fast", "--pony", "a checkpoint"
+_FAST, _PONY, _CALIBRATE, _CHECKPOINT = "--fast", "--pony", "--calibrate", "a checkpoint"
 _BELONGS = {
-    "clips": _PONY,
-    "quick": _PONY,
-    "precision": _FAST,
-    "attention": _FAST,
-    "top_k": _FAST,
-    "steps": _FAST,
-    "backend": _FAST,
-    "preset": _CHECKPOINT,
-    "config": _CHECKPOINT,
-    "grid": _CHECKPOINT,
-    "text": _CHECKPOINT,
-    "seed": _CHECKPOINT,
+    "clips": (_PONY,),
+    "quick": (_PONY,),
+    "precision": (_FAST,),
+    "attention": (_FAST,),
+    "top_k": (_FAST,),
+    "steps": (_FAST, _CALIBRATE),
+    "backend": (_FAST,),
+    "out": (_CALIBRATE,),
+    "most": (_CALIBRATE,),
+    "force": (_CALIBRATE,),
+    "calibrate": (_CHECKPOINT,),
+    "preset": (_CHECKPOINT,),
+    "config": (_CHECKPOINT,),
+    "grid": (_CHECKPOINT,),
+    "text": (_CHECKPOINT,),
+    "seed": (_CHECKPOINT,),
 }
 
 
@@ -60,12 +67,27 @@ def verify(
     ] = False,
     clips: Annotated[int, typer.Option(help="With --pony: held-out prompts, 1 to 64.")] = 8,
     quick: Annotated[bool, typer.Option("--quick", help="With --pony: the main policies alone.")] = False,
-    precision: Annotated[str, typer.Option(help="With --fast: bf16 or fp8.")] = "fp8",
-    attention: Annotated[str, typer.Option(help="With --fast in fp8: bf16, fp8 or fp8_qk.")] = "bf16",
+    calibrate: Annotated[
+        int | None, typer.Option(help="Find what a checkpoint loses in int8 and e4m3, on so many clips.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="With --calibrate: the file for FastConfig.calibrated.")] = Path(
+        "calibration.json"
+    ),
+    most: Annotated[
+        float | None,
+        typer.Option(
+            help="With --calibrate: relative L2 from which an op is skipped; left out, 0.05 in int8, 0.1 in e4m3."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="With --calibrate: replace the file.")] = False,
+    precision: Annotated[str, typer.Option(help="With --fast: bf16, int8 or fp8.")] = "fp8",
+    attention: Annotated[
+        str | None, typer.Option(help="With --fast: attention in bf16, int8_qk or fp8; left out, FastConfig's default.")
+    ] = None,
     top_k: Annotated[
         float | None, typer.Option(help="With --fast: also with this share of video blocks, such as 0.25.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="With --fast: denoising steps behind the latents; 0: none.")] = 8,
+    steps: Annotated[int, typer.Option(help="With --fast or --calibrate: denoising steps; 0 with --fast: none.")] = 8,
     backend: Annotated[
         str, typer.Option(help="With --fast: auto, triton, cuda or reference; auto on a CPU: reference.")
     ] = "auto",
@@ -83,25 +105,36 @@ def verify(
     (relative L2 at most 1e-5 in float32, 2e-2 in bfloat16, 1e-4 for samplers). With one: its float32 and bfloat16
     against float64 on seeded inputs.
 
-    --fast, on the recorded cases or a checkpoint: eager bf16, fast bf16, fast fp8 and fast with --top-k against eager
-    float32, so that what kernels, fp8 and sparsity cost shows separately. Budget: fast bf16 within 2x of eager bf16's
-    own error; fp8 is stated, and fails only past 0.3.
+    --fast, on the recorded cases or a checkpoint: eager bf16, fast bf16, fast int8 or fp8 and fast with --top-k against
+    eager float32, so that what kernels, 8 bits and sparsity cost shows separately; and attention alone in every format,
+    layer by layer, beside the bound that decides its softmax. Budget: fast bf16 within 2x of eager bf16's own error;
+    int8 and fp8 are stated, and fail only past 0.3.
+
+    --calibrate, on a checkpoint: every op of every layer in bf16, int8 and e4m3 against float32 on the same inputs, at
+    every step of clips that are sampled in bf16. Writes ranges and errors, and which ops int8 and fp8 should skip. Exit
+    code 1 where bf16 itself is past --most: skipping does not help there.
 
     --kernels: the self-check of every kernel that "auto" relies on, run now.
 
     --pony: pictures, sound and times of impacts against float32's clip of the same noise, on the CPU; 5 minutes of one
-    core, --quick 2. Budget: fast bf16's latents within 2x of eager bf16's own error at the median; fp8 is stated, and
-    fails only below 30 dB.
+    core, --quick 2. Budget: fast bf16's latents within 2x of eager bf16's own error at the median; int8
+    and fp8 are stated, and fail only below 40 and 30 dB.
     """
-    there = {_FAST: fast, _PONY: pony, _CHECKPOINT: checkpoint is not None}
-    for name, mode in _BELONGS.items():
+    there = {_FAST: fast, _PONY: pony, _CALIBRATE: calibrate is not None, _CHECKPOINT: checkpoint is not None}
+    for name, modes in _BELONGS.items():
         source = context.get_parameter_source(name)
-        if not there[mode] and source is not None and source.name == "COMMANDLINE":
-            raise ValueError(f"--{name.replace('_', '-')} must come with {mode}, got none")
+        if not any(there[mode] for mode in modes) and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} must come with {' or '.join(modes)}, got none")
     if device not in ("auto", "cpu") and not (fast or kernels or checkpoint is not None):
         raise ValueError(f"--device must be left out, got {device!r}: the recorded cases and --pony run on the CPU")
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
+    if calibrate is not None:
+        require_whole("calibrate", calibrate, 1)
+        require_whole("steps", steps, 1)
+        if most is not None and not 0 < most <= 1:
+            raise ValueError(f"most must be above 0 and at most 1, got {most}")
+        require_target(out, force)
     where = usable_device(device)
     data: dict[str, Any] = {}
     comparisons: list[Comparison] = []
@@ -118,13 +151,24 @@ def verify(
     if fast:
         from happyhorse_fast.ops.dispatch import BackendError
 
-        how = _fast_config(precision, attention, top_k, backend, where)
+        towards = _fast_config(precision, attention, top_k, backend, where)
         try:
-            equivalences = _equivalences(checkpoint, preset, config, how, grid, text, seed, steps, where, as_json)
+            equivalences = _equivalences(checkpoint, preset, config, towards, grid, text, seed, steps, where, as_json)
         except BackendError as error:
             raise ValueError(str(error)) from error
         data["equivalence"] = equivalences
-    if recorded or not (fast or kernels or pony):
+    calibration: Calibration | None = None
+    if calibrate is not None and checkpoint is not None:
+        import torch
+
+        from happyhorse_fast.cli import calibration as calibrating
+
+        model = _load(checkpoint, preset, config, where, torch.bfloat16, as_json)
+        how: dict[str, Any] = {"grid": grid, "text": text, "steps": steps, "seed": seed, "most": most}
+        calibration = calibrating.calibrate(model, calibrate, **how, checkpoint=str(checkpoint), report=_say)
+        calibrating.write(calibration, out)
+        data["calibration"] = calibration
+    if recorded or not (fast or kernels or pony or calibration):
         from happyhorse_fast.cli import checks
 
         comparisons = checks.verify_golden() if recorded or checkpoint is None else []
@@ -135,7 +179,7 @@ def verify(
             comparisons += checks.verify_model(model, grid, text=text, seed=seed)
         data["cases"] = [_as_data(c) for c in comparisons]
     verdicts = [c.passed for c in comparisons] + [e.passed for e in equivalences] + [c.passed for c in checked]
-    passed = all(verdicts) and not broken
+    passed = all(verdicts) and not broken and not (calibration and calibration.coarse)
 
     def render(console: Console) -> None:
         if comparisons:
@@ -148,6 +192,10 @@ def verify(
             _render_kernels(console, checked, where)
         if fidelity is not None:
             _render_pony(console, data["pony"])
+        if calibration is not None:
+            from happyhorse_fast.cli import calibration_tables
+
+            calibration_tables.render(console, calibration, out)
 
     emit({"passed": passed, **data}, as_json, render)
     if not passed:
@@ -194,19 +242,20 @@ def _render_kernels(console: Console, checked: list[KernelCheck], device: str) -
         console.print(literal(note))
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def _pony(clips: int, quick: bool) -> tuple[Fidelity, list[str]]:
     import torch
 
     from happyhorse_fast.cli import fidelity
 
-    def report(line: str) -> None:
-        print(line, file=sys.stderr)
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on tensors this small several threads wait for each other
     try:
         chosen = fidelity.policies(quick=quick)
-        found = fidelity.measure_fidelity(chosen, clips, progress=report)
+        found = fidelity.measure_fidelity(chosen, clips, progress=_say)
     finally:
         torch.set_num_threads(threads)
     return found, list(fidelity.violations(found))
@@ -221,7 +270,7 @@ def _render_pony(console: Console, found: dict[str, Any]) -> None:
         console.print(literal((violation, "red")))
 
 
-def _fast_config(precision: str, attention: str, top_k: float | None, backend: str, device: str) -> FastConfig:
+def _fast_config(precision: str, attention: str | None, top_k: float | None, backend: str, device: str) -> FastConfig:
     from happyhorse_fast.model.fast_config import FastConfig, TopK
 
     if backend == "auto" and not device.startswith("cuda"):

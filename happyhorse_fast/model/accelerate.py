@@ -26,8 +26,9 @@ from happyhorse_fast.model.lora import unmerge
 from happyhorse_fast.model.refusals import require_acceleratable
 from happyhorse_fast.model.safetensors_header import TensorEntry
 from happyhorse_fast.model.untraced import load_compiler, untraced
-from happyhorse_fast.ops.dispatch import Choice, attention_is_specialized, choose
+from happyhorse_fast.ops.dispatch import Choice, attention_is_specialized, choose, compute_capability
 from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.reference.score_bound import LIMIT
 
 Model = TypeVar("Model", bound=nn.Module)
 LayerTensors = Mapping[str, torch.Tensor]
@@ -69,12 +70,13 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
     fast.require_model(config)
     require_published_dtypes(inner)
     device = next(inner.parameters()).device
+    here = fast.on(compute_capability(device))
     layers: Any = inner.block.layers
-    choices = choose_ops(fast, device, report)
+    choices = choose_ops(here, device, report)
     originals: list[nn.Module] = []
     try:
         for index, layer in enumerate(layers):
-            packed = make_fast_layer(state_dict_of(layer), config, fast, index, choices, device)
+            packed = make_fast_layer(state_dict_of(layer), config, here, index, choices, device)
             if fast.originals == "cpu":
                 originals.append(layer)  # before it moves, so that no interruption loses it
                 layer.to("cpu")
@@ -106,7 +108,8 @@ class Accelerating:
             raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
         fast.require_model(config)
         self.model, self.device = model, device
-        choices = choose_ops(fast, device, None)
+        self.here = fast.on(compute_capability(device))
+        choices = choose_ops(self.here, device, None)
         self.state = FastState(config, fast, choices, [], type(model))
 
     @ambient.makes_tensors
@@ -116,19 +119,28 @@ class Accelerating:
         tensors = layers[index].state_dict()
         layers[index] = None
         state = self.state
-        layers[index] = make_fast_layer(tensors, state.config, state.fast, index, state.choices, self.device)
+        layers[index] = make_fast_layer(tensors, state.config, self.here, index, state.choices, self.device)
 
     def finish(self) -> None:
         """Make the model run its packed layers, once all are."""
         install(self.model, self.state)
 
 
-def empty_accelerated(config: ModelConfig, fast: FastConfig, choices: Mapping[str, Choice]) -> HappyHorse:
-    """An accelerated model on ``"meta"``, its packed weights to be filled in; to load into, or to measure."""
+def empty_accelerated(
+    config: ModelConfig, fast: FastConfig, choices: Mapping[str, Choice], arch: int | None = None
+) -> HappyHorse:
+    """An accelerated model on ``"meta"``, its packed weights to be filled in; to load into, or to measure.
+
+    Args:
+        config: The model's configuration.
+        fast: How it is accelerated.
+        choices: Implementation per op.
+        arch: Compute capability that it is for.
+    """
     model = HappyHorse(config, device="meta")
     layers: Any = model.block.layers
     for index in range(config.num_layers):
-        plan = LayerPlan.of(config, fast, index, choices)
+        plan = LayerPlan.of(config, fast.on(arch), index, choices)
         shapes = packed_shapes(config, plan)
         layers[index] = FastLayer(plan, {k: torch.empty(s, dtype=d, device="meta") for k, (s, d) in shapes.items()})
     install(model, FastState(config, fast, dict(choices), [], HappyHorse))
@@ -231,10 +243,11 @@ class Explanation:
     Attributes:
         layer: Layer number.
         op: The op.
-        precision: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``, of the product the op is or feeds; eager: the compute dtype.
+        precision: ``"bf16"``, ``"int8"``, ``"fp8"`` or ``"int8_qk"``, of the product the op is or feeds; eager:
+            the compute dtype.
         backend: The implementation, or ``"eager"``.
         mask: For attention: ``"dense"``, ``"window"`` or the sparsity policy.
-        reason: Why this implementation, and why not a faster one.
+        reason: Why this implementation, and why not a faster one; of attention also which softmax it has, and why.
     """
 
     layer: int
@@ -280,6 +293,7 @@ def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
         "qkv_linear": "qkv",
         "select_blocks": "attention",
         "block_sparse_attention": "attention",
+        "quantize_rows": "proj",
         "fp8_linear_residual": "proj",
         "fp8_linear_activation": "up",
         "fp8_linear": "down",
@@ -293,13 +307,32 @@ def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
                 continue
             if op == "select_blocks" and (not sparse or isinstance(state.fast.sparsity, Tiles)):
                 continue
+            fed = {plan.precision[name] for name in ("proj", "down")}
+            if op == "quantize_rows" and "int8" not in fed:
+                continue
             mask, reason, precision = "", choice.reason, plan.precision[products[op]]
             if op == "block_sparse_attention":
                 mask = repr(state.fast.sparsity) if sparse else _exact_mask(plan.local)
-                device = next(layer.buffers()).device
-                if choice.backend == "triton" and attention_is_specialized(precision, plan.head_dim, device):
-                    reason += "; in Gluon, for Hopper (under torch.compile in plain Triton, through pointers)"
+                reason = f"{reason}; {_softmax(layer)}"
+            if op == "quantize_rows":
+                precision = "int8"
             yield Explanation(plan.index, op, precision, choice.backend, mask, reason)
+
+
+def _softmax(layer: FastLayer) -> str:
+    """Which softmax the layer's attention has, and why; on a GPU with a kernel for Hopper, also which kernel runs."""
+    plan, device = layer.plan, layer.qkv_weight.device
+    precision = plan.precision["attention"]
+    e4m3 = precision == "fp8"
+    said = "running maximum, which P in e4m3 needs" if e4m3 else layer.bound.softmax
+    if plan.backend["block_sparse_attention"] == "triton" and attention_is_specialized(
+        precision, plan.head_dim, device
+    ):
+        if e4m3 or layer.bound.effective <= LIMIT:
+            said += "; in Gluon, for Hopper (under torch.compile in plain Triton, through pointers)"
+        else:
+            said += "; in plain Triton, Hopper's kernel is for bounded scores"
+    return said
 
 
 def _config_of(model: nn.Module) -> ModelConfig:

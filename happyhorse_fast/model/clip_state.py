@@ -9,7 +9,7 @@ import torch
 
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.model.fast_config import FastConfig
-from happyhorse_fast.model.fast_layer import FastLayer, LayerPlan
+from happyhorse_fast.model.fast_layer import LayerPlan
 from happyhorse_fast.model.padded_rows import PaddedRows
 from happyhorse_fast.model.sparse_policy import SparsePolicy
 from happyhorse_fast.ops import plan_blocks
@@ -92,7 +92,7 @@ class ClipState:
             # One per exact map: the two differ only where the clip has a window.
             exact = {exact_map is dense_map: exact_map for exact_map in (dense_map, local_map)}
             policies = {which: SparsePolicy(fast.sparsity, exact[which], rows, columns) for which in exact}
-        part = fast.mlp_rows or rows.slots
+        part = fast.rows_in_mlp or rows.slots
         spans = {(0, rows.slots), *((first, min(first + part, rows.slots)) for first in range(0, rows.slots, part))}
         tiles = {(experts, *span): rows.row_tiles(experts, *span, device) for experts in (1, 3) for span in spans}
         return cls(rows, fast, num_layers, columns, token_rows, cos_sin, dense_map, local_map, policies, tiles)
@@ -130,14 +130,6 @@ class ClipState:
         span = (experts, first, self.rows.slots if end is None else end)
         table = self.tiles.get(span)
         return self.rows.row_tiles(*span, self.device) if table is None else table
-
-    def block_scales(self, layer: FastLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """float32 scales of the layer's q and k codes per block of 128 rows, [blocks] each; None in bf16."""
-        if layer.plan.precision["attention"] == "bf16":
-            return None, None
-        experts = self.row_tiles(layer.plan.experts)[:, 0]
-        q_scale, k_scale = layer.qk_scale.T.index_select(1, experts).unbind()
-        return q_scale, k_scale
 
     def block_map(
         self,

@@ -1,4 +1,4 @@
-"""One layer of the fast model: packed weights, and seven launches over the padded sequence (docs/OPS.md)."""
+"""One layer of the fast model: packed weights, and seven launches, in int8 nine, over padded rows (docs/OPS.md)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.model.attention_bound import UNKNOWN, AttentionBound, packed_bound
 from happyhorse_fast.model.dtypes import require_kept_dtypes
 from happyhorse_fast.model.fast_config import OPS, FastConfig
 from happyhorse_fast.model.safetensors_header import listed
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
 from happyhorse_fast.ops.dispatch import Choice
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
-from happyhorse_fast.ops.packing import pack_linear
+from happyhorse_fast.ops.packing import DTYPES, pack_linear
 from happyhorse_fast.ops.packing_qkv import pack_qk_norm, pack_qkv_weight, static_qk_scale
+from happyhorse_fast.ops.quantize_rows import quantize_rows
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 
@@ -39,7 +41,7 @@ class LayerPlan:
         num_heads_q: Hq.
         num_heads_kv: Hkv.
         head_dim: D.
-        precision: ``"bf16"``, ``"fp8"`` or (attention) ``"fp8_qk"`` for each of ``OPS``.
+        precision: ``"bf16"``, ``"int8"``, ``"fp8"`` or (attention) ``"int8_qk"`` for each of ``OPS``.
         backend: ``"triton"``, ``"cuda"`` or ``"reference"`` for each op stem's function.
     """
 
@@ -73,6 +75,10 @@ class FastLayer(nn.Module):
     """Packed weights of one layer, as buffers, and its forward pass.
 
     Made by :func:`pack_layer`; the buffers' names and dtypes are the packed checkpoint's format.
+
+    Attributes:
+        plan: What the layer is, and how it runs.
+        bound: How large its scores and values can be; unknown until there are weights.
     """
 
     attn_norm: torch.Tensor
@@ -85,8 +91,16 @@ class FastLayer(nn.Module):
     def __init__(self, plan: LayerPlan, buffers: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.plan = plan
+        self.bound: AttentionBound = UNKNOWN
         for name, value in buffers.items():
             self.register_buffer(name, value)
+
+    def find_bound(self) -> None:
+        """Set :attr:`bound` from the weights, which whoever changes a buffer in place calls; waits for the device."""
+        plan = self.plan
+        start = (plan.num_heads_q + plan.num_heads_kv) * plan.head_dim
+        v_rows = slice(start, start + plan.num_heads_kv * plan.head_dim)
+        self.bound = packed_bound(self.attn_norm, self.qk_norm, self.qkv_weight, self._scale("qkv"), v_rows)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FastLayer:
         """What ``nn.Module.to`` and its like come down to; a TypeError where some tensor's dtype would change."""
@@ -112,6 +126,8 @@ class FastLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         self.require_packed(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if not self.qkv_weight.is_meta:
+            self.find_bound()
 
     def require_packed(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise where a state dict has other tensors for this layer than its own packed ones.
@@ -142,12 +158,12 @@ class FastLayer(nn.Module):
             hidden,
             self.attn_norm,
             tiles,
-            fp8=use["qkv"] == "fp8",
+            out=use["qkv"],
             backend=plan.backend["rmsnorm_quantize"],
         )
-        q, k, v, v_scale, gate = qkv_linear(
+        q, k, v, *scales, gate = qkv_linear(
             x,
-            x_scale if use["qkv"] == "fp8" else None,
+            None if use["qkv"] == "bf16" else x_scale,
             self.qkv_weight,
             self._scale("qkv"),
             self.qk_norm,
@@ -156,37 +172,40 @@ class FastLayer(nn.Module):
             plan.num_heads_q,
             plan.num_heads_kv,
             out=use["attention"],
-            qk_scale=self.qk_scale if use["attention"] != "bf16" else None,
+            qk_scale=self.qk_scale if use["attention"] == "fp8" else None,
             backend=plan.backend["qkv_linear"],
         )
         del x
-        q_scale, k_scale = state.block_scales(self)
+        q_scale, k_scale, v_scale = (scale if scale.numel() else None for scale in scales)
         attended, out_scale, _ = block_sparse_attention(
             q,
             k,
             v,
             state.block_map(plan, q, k, q_scale, k_scale, exact=exact),
             scale=plan.head_dim**-0.5,
+            bound=self.bound.effective,
             q_scale=q_scale,
             k_scale=k_scale,
-            v_scale=v_scale if use["attention"] == "fp8" else None,
+            v_scale=v_scale,
             gate=gate,
             fp8_out=use["proj"] == "fp8",
             backend=plan.backend["block_sparse_attention"],
         )
         del q, k, v
-        self._add_branch(
-            hidden, attended.flatten(1), out_scale if use["proj"] == "fp8" else None, "proj", "attn_post_norm", tiles
-        )
+        x, x_scale = attended.flatten(1), out_scale
+        del attended
+        if use["proj"] == "int8":
+            x, x_scale = quantize_rows(x, False, backend=plan.backend["quantize_rows"])
+        self._add_branch(hidden, x, None if use["proj"] == "bf16" else x_scale, "proj", "attn_post_norm", tiles)
 
     def _mlp(self, hidden: torch.Tensor, tiles: torch.Tensor) -> None:
         plan, use = self.plan, self.plan.precision
         x, x_scale = rmsnorm_quantize(
-            hidden, self.mlp_norm, tiles, fp8=use["up"] == "fp8", backend=plan.backend["rmsnorm_quantize"]
+            hidden, self.mlp_norm, tiles, out=use["up"], backend=plan.backend["rmsnorm_quantize"]
         )
         y, y_scale = fp8_linear_activation(
             x,
-            x_scale if use["up"] == "fp8" else None,
+            None if use["up"] == "bf16" else x_scale,
             self.up_weight,
             self._scale("up"),
             tiles,
@@ -195,10 +214,12 @@ class FastLayer(nn.Module):
             backend=plan.backend["fp8_linear_activation"],
         )
         del x
-        self._add_branch(hidden, y, y_scale if use["down"] == "fp8" else None, "down", "mlp_post_norm", tiles)
+        if use["down"] == "int8":
+            y, y_scale = quantize_rows(y, True, backend=plan.backend["quantize_rows"])
+        self._add_branch(hidden, y, None if use["down"] == "bf16" else y_scale, "down", "mlp_post_norm", tiles)
 
     def _scale(self, name: str) -> torch.Tensor | None:
-        return getattr(self, f"{name}_scale") if self.plan.precision[name] == "fp8" else None
+        return None if self.plan.precision[name] == "bf16" else getattr(self, f"{name}_scale")
 
     def _add_branch(
         self,
@@ -223,7 +244,7 @@ class FastLayer(nn.Module):
 
 
 def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: torch.device) -> FastLayer:
-    """Pack one layer's published weights for the kernels; exact in bf16, quantised once per output channel in fp8.
+    """Pack one layer's published weights for the kernels; exact in bf16, else quantised once per output channel.
 
     Args:
         tensors: The layer's tensors under their published keys (``attention.linear_qkv.weight``, ...), on any device.
@@ -258,7 +279,7 @@ def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: tor
         num_heads_q=plan.num_heads_q,
         num_heads_kv=plan.num_heads_kv,
         head_dim=plan.head_dim,
-        fp8=plan.precision["qkv"] == "fp8",
+        to=plan.precision["qkv"],
     )
     linears = {
         "proj": ("attention.linear_proj.weight", 1),
@@ -268,9 +289,16 @@ def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: tor
     for name, (key, pad_f_to) in linears.items():
         pad_k_to = _FEATURE_TILE // (2 if plan.gated else 1) if name == "down" else 1
         buffers[f"{name}_weight"], scales[f"{name}_scale"] = pack_linear(
-            of(key), experts, fp8=plan.precision[name] == "fp8", pad_f_to=pad_f_to, pad_k_to=pad_k_to
+            of(key),
+            experts,
+            plan.precision[name],
+            pad_f_to=pad_f_to,
+            pad_k_to=pad_k_to,
+            through_hadamard=name == "down" and plan.precision[name] == "int8",
         )
-    return FastLayer(plan, buffers | {k: v for k, v in scales.items() if v is not None})
+    layer = FastLayer(plan, buffers | {k: v for k, v in scales.items() if v is not None})
+    layer.find_bound()
+    return layer
 
 
 def packed_shapes(config: ModelConfig, plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -299,8 +327,7 @@ def packed_shapes(config: ModelConfig, plan: LayerPlan) -> dict[str, tuple[tuple
     if plan.index in config.post_norm_layers:
         shapes |= {"attn_post_norm": ((e, c), f32), "mlp_post_norm": ((e, c), f32)}
     for name, (f, k) in features.items():
-        fp8 = plan.precision[name] == "fp8"
-        shapes[f"{name}_weight"] = ((e, f, k), torch.float8_e4m3fn if fp8 else torch.bfloat16)
-        if fp8:
+        shapes[f"{name}_weight"] = ((e, f, k), DTYPES[plan.precision[name]])
+        if plan.precision[name] != "bf16":
             shapes[f"{name}_scale"] = ((e, f), f32)
     return shapes

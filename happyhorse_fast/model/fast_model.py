@@ -76,7 +76,7 @@ def run_layers(
     """Update the padded residual stream, float32 [rows, C], in place, layer by layer."""
     exact = is_exact(fast)
     for index, layer in enumerate(layers):
-        if layer(hidden, state, fast.mlp_rows, exact=exact) is not None:
+        if layer(hidden, state, fast.rows_in_mlp, exact=exact) is not None:
             raise ValueError(
                 f"a forward hook on block.layers.{index} returned a value, which nothing would take: a packed layer "
                 "updates the residual stream in place, and so must its hooks"

@@ -17,6 +17,7 @@ from happyhorse_fast.model.clip_state import ClipState
 from happyhorse_fast.model.fast_config import FastConfig
 from happyhorse_fast.model.padded_rows import PaddedRows
 from happyhorse_fast.model.untraced import untraced
+from happyhorse_fast.ops.checks import is_capturing
 from happyhorse_fast.ops.dispatch import Choice
 from happyhorse_fast.reference import sequence
 from happyhorse_fast.reference.rotary import frequency_bands
@@ -34,12 +35,6 @@ class _InGraphs:
 
 def _attribute(clip: Clip) -> str:
     return "clip_" + "_".join([str(size) for size in clip])
-
-
-def _is_capturing(device: torch.device) -> bool:
-    """Whether the current stream's work goes into a CUDA graph."""
-    # A fake tensor may be on a GPU that is not there.
-    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass
@@ -105,7 +100,7 @@ class FastState:
             kept: ClipState = getattr(self.in_graphs, _attribute(clip))
             return kept
         state = self.clip_state(clip, device, lambda: build_clip_state(self, clip, self.bands.to(device)))
-        if _is_capturing(device):
+        if is_capturing(device):
             setattr(self.in_graphs, _attribute(clip), state)
         return state
 
@@ -124,7 +119,7 @@ class FastState:
             state = self.clips.get(key)
             if state is not None and state.device == device:
                 return state
-            if _is_capturing(device):
+            if is_capturing(device):
                 raise RuntimeError(
                     "a CUDA graph of an accelerated model must be captured after a call with the same clip's shape: "
                     "what a shape needs is made at its first call, which waits for the device"

@@ -20,7 +20,7 @@ from happyhorse_fast.model.safetensors_header import TensorEntry, listed, read_h
 from happyhorse_fast.reference.model import HappyHorse
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-STORED_DTYPES = FLOAT_DTYPES | {"F8_E4M3": torch.float8_e4m3fn}
+STORED_DTYPES = FLOAT_DTYPES | {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 """What a packed checkpoint may hold; a published one holds the first four."""
 BANDS_KEY = "adapter.rope.bands"
 

@@ -7,6 +7,7 @@ import json
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +17,9 @@ from happyhorse_fast._version import __version__
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.errors import CheckpointError
 from happyhorse_fast.model.accelerate import choose_ops, empty_accelerated
+from happyhorse_fast.model.attention_bound import AttentionBound
 from happyhorse_fast.model.compiled import unwrapped
-from happyhorse_fast.model.fast_config import OPS, FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.model.fast_config import GONE_ATTENTION, OPS, FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.model.fast_state import FastState, is_accelerated
 from happyhorse_fast.model.inspect_checkpoint import BANDS_KEY, STORED_DTYPES
 from happyhorse_fast.model.safetensors_header import (
@@ -28,6 +30,7 @@ from happyhorse_fast.model.safetensors_header import (
     require_regular_file,
 )
 from happyhorse_fast.model.save_checkpoint import write_checkpoint
+from happyhorse_fast.ops.dispatch import compute_capability
 from happyhorse_fast.reference.model import HappyHorse
 from happyhorse_fast.reference.rotary import frequency_bands
 
@@ -72,7 +75,15 @@ def save_packed(
         fast["backend"] = "auto"  # packed on a machine without a GPU, run on one with
     if state.fast.sparsity is not None:
         fast["sparsity"] = {"policy": type(state.fast.sparsity).__name__, **dataclasses.asdict(state.fast.sparsity)}
-    description = {"format": FORMAT, "version": __version__, "config": state.config.to_dict(), "fast": fast}
+    layers: Any = model.block.layers
+    bounds = [dataclasses.asdict(layer.bound) for layer in layers]
+    description = {
+        "format": FORMAT,
+        "version": __version__,
+        "config": state.config.to_dict(),
+        "fast": fast,
+        "bounds": bounds,
+    }
     beside = {PACKED_FILE: json.dumps(description, indent=2) + "\n"}
     write_checkpoint(model, folder, beside, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
 
@@ -85,13 +96,13 @@ def packed_config(folder: str | Path, fast: FastConfig | None) -> tuple[ModelCon
         TypeError: ``fast`` is not a FastConfig.
         ValueError: It asks for another precision of a product than the weights were packed in.
     """
-    config, saved = _description(Path(folder) / PACKED_FILE)
+    config, saved, _ = _description(Path(folder) / PACKED_FILE)
     if fast is None:
         return config, saved
     if not isinstance(fast, FastConfig):
         raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
     for layer in range(config.num_layers):
-        for op in OPS:
+        for op in (op for op in OPS if op != "attention"):  # whose format touches no packed tensor
             asked, there = fast.precision_of(op, layer), saved.precision_of(op, layer)
             if asked != there:
                 raise ValueError(
@@ -117,7 +128,8 @@ def load_packed(
     folder = Path(folder)
     config, fast = packed_config(folder, fast)
     entries = read_headers(folder)
-    model = empty_accelerated(config, fast, choose_ops(fast, device, None))
+    arch = compute_capability(device)
+    model = empty_accelerated(config, fast, choose_ops(fast.on(arch), device, None), arch)
     _require_entries(entries, model.state_dict(), folder)
     staging = staging_buffer(device)
     try:
@@ -132,10 +144,18 @@ def load_packed(
         model.to("meta")
         raise
     assign(model, BANDS_KEY, frequency_bands(config.head_dim, device))
+    _, _, bounds = _description(folder / PACKED_FILE)
+    layers: Any = model.block.layers
+    for index, layer in enumerate(layers):
+        if bounds is None:
+            layer.find_bound()
+        else:
+            layer.bound = bounds[index]
     return model
 
 
-def _description(file: Path) -> tuple[ModelConfig, FastConfig]:
+def _description(file: Path) -> tuple[ModelConfig, FastConfig, list[AttentionBound] | None]:
+    """Configurations, and a bound per layer, which files written before there were bounds do not have."""
     require_regular_file(file)
     try:
         content = json.loads(file.read_text())
@@ -148,7 +168,18 @@ def _description(file: Path) -> tuple[ModelConfig, FastConfig]:
         if fast["sparsity"] is not None:
             sparsity = dict(fast["sparsity"])
             fast["sparsity"] = _POLICIES[sparsity.pop("policy")](**sparsity)
-        return ModelConfig(**content["config"]), FastConfig(**fast)
+        if fast["attention"] == GONE_ATTENTION:
+            raise CheckpointError(
+                f'{file}: packed for attention in "{GONE_ATTENTION}", in whose place is "int8_qk"; the weights are the '
+                'same for both, so write "attention": "int8_qk" there'
+            )
+        config = ModelConfig(**content["config"])
+        bounds = content.get("bounds")
+        if bounds is not None:
+            bounds = [AttentionBound(float(b["scores"]), float(b["v_max"])) for b in bounds]
+            if len(bounds) != config.num_layers:
+                raise CheckpointError(f"{file}: bounds of {len(bounds)} layers for a model of {config.num_layers}")
+        return config, FastConfig(**fast), bounds
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -61,7 +61,7 @@ class SparsePolicy:
         k_scale: torch.Tensor | None,
         backend: str,
     ) -> BlockMap:
-        """The map for these queries [rows, Hq, D] and keys [rows, Hkv, D], e4m3 codes with their block scales.
+        """The map for these queries [rows, Hq, D] and keys [rows, Hkv, D], codes with their scales.
 
         ``backend`` is that of :func:`happyhorse_fast.ops.select_blocks.select_blocks`.
         """

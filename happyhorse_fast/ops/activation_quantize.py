@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from happyhorse_fast.ops.checks import require, require_backend
-from happyhorse_fast.ops.fp8_linear import BF16, check_activation
+from happyhorse_fast.ops.fp8_linear import BF16, check_activation, static_scale
 from happyhorse_fast.ops.qk_norm_rope import check_product_scales
 from happyhorse_fast.reference import fp8_linear as reference
 from happyhorse_fast.reference.fp8_linear import empty_activated
@@ -33,12 +33,11 @@ def activation_quantize(
         column_scale: [E, F] float32 where product is float32, else None.
         row_tiles: [tiles, 3] int32 (expert, first row, end row) on the device.
         activation: ``"swiglu7"`` (F = 2K', gate and linear interleaved) or ``"gelu7"`` (F = K').
-        fp8: Whether the result is e4m3 with scales, rather than bf16.
+        fp8: Whether the result is e4m3, rather than bf16.
         backend: ``"cuda"`` (tensors that start on 16 bytes, and rows of product too) or ``"reference"``.
 
     Returns:
-        y [N, K'] bf16 and a scale of size [0]; or y e4m3 and its scale [N, K' / group] float32, group 64 for swiglu7
-        and 128 for gelu7.
+        y [N, K'] bf16 and a scale of size [0]; or y e4m3 and its static scale [1], as `fp8_linear_activation`.
 
     Raises:
         TypeError, ValueError: An argument of another dtype, shape, device or layout, one that is missing or has no
@@ -55,7 +54,8 @@ def activation_quantize(
         from happyhorse_fast.ops.cuda import activation_quantize as launcher
 
         op = launcher.activation_quantize
-    return op(product, row_scale, column_scale, row_tiles, activation, fp8)
+    y = op(product, row_scale, column_scale, row_tiles, activation, fp8)
+    return y, static_scale(activation, fp8, device)
 
 
 # The reference walks row_tiles on the host; as an op of its own it traces and exports without a look inside.
@@ -72,6 +72,6 @@ def fake_activation_quantize(
     row_tiles: torch.Tensor,
     activation: str,
     fp8: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes of `activation_quantize`, for both backends."""
+) -> torch.Tensor:
+    """Shape of `activation_quantize`'s y, for both backends."""
     return empty_activated(product.shape[0], product.shape[1], activation, fp8, product.device)

@@ -10,6 +10,14 @@ ROW_STRIDE_LIMIT = 2**24
 """Rows of a tile are addressed in int32: 128 rows of at most this many elements."""
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on ``device``'s current stream goes into a CUDA graph."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():  # a fake tensor may be on a GPU that is not there
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def require_backend(backend: str, allowed: tuple[str, ...]) -> None:
     """Hold a backend's name against those an op has.
 

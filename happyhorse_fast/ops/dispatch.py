@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ import torch
 
 from happyhorse_fast import optional
 from happyhorse_fast.kernels.launch import config_for
-from happyhorse_fast.ops.self_check import VARIANTS
+from happyhorse_fast.ops.formats import ACTIVATION, ATTENTION, QKV, VARIANTS, WITHOUT_E4M3
 
 STEMS = {
     "rmsnorm_quantize": "rmsnorm_qkv",
+    "quantize_rows": "quantize_rows",
     "qkv_linear": "rmsnorm_qkv",
     "select_blocks": "select_blocks",
     "block_sparse_attention": "block_sparse_attention",
@@ -25,11 +27,10 @@ STEMS = {
 }
 """Every op the fast model calls, and the stem its kernel, tests and benchmark cases go by."""
 
-CUDA_OPS = {p: tuple(op for op, formats in VARIANTS["cuda"].items() if p in formats) for p in ("bf16", "fp8")}
-"""Ops that have a CUDA kernel in a format; Triton has all of them in all formats."""
 PREFERENCES = Path(__file__).with_name("preferences.json")
 """{"90": {"fp8": ["rmsnorm_quantize"]}}: ops that committed results show faster in CUDA than in Triton on an
-architecture, where both were verified; `make report` writes it."""
+architecture in a format, of `select_blocks` and attention their own, where both were verified; `make report` writes it.
+"""
 
 INTERPRETED_IS_SLOW: str | None = "Triton's interpreter is for tests; ask for backend 'triton' to run it"
 
@@ -111,39 +112,42 @@ def choose(
 
     Args:
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
-        precision: ``"bf16"`` or ``"fp8"``.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``.
         device: Where the model is.
-        attention: Precision of attention, where it is another: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
-        mixed: Whether a model in fp8 keeps some products in bf16.
+        attention: Precision of attention: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``; None: of 8 bits where products are.
+        mixed: Whether the model keeps some products in bf16 all the same.
         strict: Raise instead of falling back.
         report: Called with a line per kernel that is checked now.
 
     Returns:
-        A choice per op of :data:`STEMS`.
+        A choice per op of :data:`STEMS` that a model of this precision can call.
 
     Raises:
         BackendError: A named backend cannot run here, ``strict`` and an op has no kernel that may run, or a check ended
             this process's use of the GPU.
     """
     optional.hide_broken_triton()  # torch's tracer, which an accelerated model is prepared for, imports it
+    attention = attention or ("int8_qk" if precision == "int8" else precision)
+    found = {op: checked_formats(op, precision, attention, mixed=mixed) for op in STEMS}
+    formats = {op: of for op, of in found.items() if of}
     if backend == "reference":
-        return {op: Choice(op, "reference", "asked for") for op in STEMS}
-    in_cuda = cuda_ops(precision, attention)
-    named = {"triton": tuple(STEMS), "cuda": in_cuda}.get(backend, ())
+        return {op: Choice(op, "reference", "asked for") for op in formats}
+    in_cuda = cuda_ops(precision, attention, mixed=mixed)
+    named = {"triton": tuple(formats), "cuda": in_cuda}.get(backend, ())
     if named:
         obstacle = triton_obstacle(device) if backend == "triton" else cuda_obstacle(device)
         if obstacle is not None:
             raise BackendError(f"backend {backend!r} cannot run: {obstacle}")
-    formats = {op: checked_formats(op, precision, attention, mixed=mixed) for op in STEMS}
-    candidates = _Candidates(precision, formats, in_cuda, device, report)
+    own = {op: _format(op, precision, attention) for op in formats}
+    candidates = _Candidates(own, formats, in_cuda, device, report)
     choices = {}
-    for op in STEMS:
+    for op in formats:
         if op in named:
             choices[op] = Choice(op, backend, "asked for")
             continue
         choice = candidates.best(op)
         if named:
-            reason = f"no {backend} kernel of it in {_format(op, precision, attention)}; {choice.reason}"
+            reason = f"no {backend} kernel of it in {own[op]}; {choice.reason}"
             choice = Choice(op, choice.backend, reason, fell_back=True)
         if strict and choice.fell_back:
             where = "plain torch" if choice.backend == "reference" else choice.backend
@@ -152,30 +156,39 @@ def choose(
     return choices
 
 
-def cuda_ops(precision: str, attention: str | None) -> tuple[str, ...]:
-    """Ops of a model that have a CUDA kernel; arguments as for :func:`choose`."""
-    return tuple(op for op in STEMS if op in CUDA_OPS.get(_format(op, precision, attention), ()))
+def cuda_ops(precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
+    """Ops of a model that have a CUDA kernel in every format they run in; arguments as for :func:`choose`."""
+    found = {op: set(checked_formats(op, precision, attention, mixed=mixed)) for op in STEMS}
+    return tuple(op for op, formats in found.items() if formats and formats <= set(VARIANTS["cuda"].get(op, ())))
 
 
 def _format(op: str, precision: str, attention: str | None) -> str:
-    """The format that a model of a precision has an op in."""
-    if op == "block_sparse_attention" and precision == "fp8" and attention is not None:
-        return attention
-    return precision
+    """The format that a model of a precision has an op in, as benchmark cases are named; :data:`PREFERENCES` too."""
+    return (attention or precision) if op in ("select_blocks", "block_sparse_attention") else precision
 
 
 def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
-    """The formats of :data:`VARIANTS` that a model runs an op in; arguments as for :func:`choose`."""
-    if precision == "bf16":
-        return ("bf16",)
-    attention = attention or precision
-    own = {
-        "qkv_linear": "fp8_x" if attention == "bf16" else attention,
-        "block_sparse_attention": "bf16_fp8_out" if attention == "bf16" else attention,
-        "select_blocks": "bf16" if attention == "bf16" else "fp8",
-    }.get(op, "fp8")
-    between = tuple(f for f in VARIANTS["triton"][op] if f in ("bf16", "fp8_x", "bf16_fp8_out"))
-    return tuple(dict.fromkeys((own, *between))) if mixed else (own,)
+    """The formats of :data:`VARIANTS` that a model runs an op in, none where it has no use for it.
+
+    Arguments are those of :func:`choose`.
+    """
+    of_products, of_attention = (
+        (own, "bf16") if mixed and own != "bf16" else (own,) for own in (precision, attention or precision)
+    )
+    if op == "qkv_linear":
+        pairs = list(itertools.product(of_products, of_attention))
+        return tuple(name for name, pair in QKV.items() if pair in pairs)
+    # Of int8 what a product takes is bf16 first: `quantize_rows` makes codes of it.
+    results = {"bf16" if p == "int8" else p for p in of_products}
+    if op == "fp8_linear_activation":
+        pairs = list(itertools.product(of_products, results))
+        return tuple(name for name, pair in ACTIVATION.items() if pair in pairs)
+    if op == "block_sparse_attention":
+        formats = list(itertools.product(of_attention, (*results, None)))
+        return tuple(name for name, pair in ATTENTION.items() if pair in formats)
+    if op == "quantize_rows":
+        return tuple(p for p in of_products if p == "int8")
+    return of_attention if op == "select_blocks" else of_products
 
 
 class _Candidates:
@@ -183,13 +196,13 @@ class _Candidates:
 
     def __init__(
         self,
-        precision: str,
+        own: dict[str, str],
         formats: dict[str, tuple[str, ...]],
         in_cuda: tuple[str, ...],
         device: torch.device,
         report: Callable[[str], None] | None,
     ) -> None:
-        self.precision, self.formats, self.in_cuda = precision, formats, in_cuda
+        self.own, self.formats, self.in_cuda = own, formats, in_cuda
         self.device, self.report = device, report
         self._failed: dict[str, dict[str, str] | str] = {}
 
@@ -197,7 +210,7 @@ class _Candidates:
         """The first candidate that may run, with what keeps the others from it."""
         order = ["triton"]
         if op in self.in_cuda and self.device.type == "cuda":  # on a CPU only tests run them
-            order.insert(0 if op in preferred(self.precision, self.device) else 1, "cuda")
+            order.insert(0 if op in preferred(self.own[op], self.device) else 1, "cuda")
         kept: list[str] = []
         for backend in order:
             reason = self.obstacle(op, backend)
@@ -222,29 +235,34 @@ class _Candidates:
         return obstacle or _failures(backend, self.formats, self.device, self.report)
 
 
+def compute_capability(device: torch.device) -> int | None:
+    """As 90 for 9.0; None where ``device`` is no GPU."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def attention_is_specialized(precision: str, head_dim: int, device: torch.device) -> bool:
     """Whether Triton's attention on ``device`` is its Hopper kernel, in Gluon, wherever tiles can be described.
 
     Args:
-        precision: Of attention: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
+        precision: Of attention: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
         head_dim: Channels per head.
         device: Where the model is.
     """
-    if device.type != "cuda":
+    arch = compute_capability(device)
+    if arch is None:
         return False
-    major, minor = torch.cuda.get_device_capability(device)
     try:
-        return config_for("block_sparse_attention", f"{precision}_d{head_dim}", 10 * major + minor).specialized
+        return config_for("block_sparse_attention", f"{precision}_d{head_dim}", arch).specialized
     except LookupError:  # no such kernel there
         return False
 
 
-def preferred(precision: str, device: torch.device) -> tuple[str, ...]:
-    """Ops that run in CUDA rather than in Triton on this device's architecture, from :data:`PREFERENCES`."""
-    if device.type != "cuda":
-        return ()
-    major, minor = torch.cuda.get_device_capability(device)
-    return tuple(_preferences().get(str(10 * major + minor), {}).get(precision, ()))
+def preferred(fmt: str, device: torch.device) -> tuple[str, ...]:
+    """Ops that run in CUDA rather than in Triton in a format on this device's architecture: :data:`PREFERENCES`."""
+    return tuple(_preferences().get(str(compute_capability(device)), {}).get(fmt, ()))
 
 
 @functools.cache
@@ -263,7 +281,7 @@ def _failures(
     """
     from happyhorse_fast.ops import self_check, trust
 
-    fp8 = formats["fp8_linear_residual"] != ("bf16",)
+    fp8 = any(f not in WITHOUT_E4M3 for ours in formats.values() for f in ours)
     needed = {(op, f) for op, ours in formats.items() for f in ours if f in VARIANTS[backend].get(op, ())}
     key = trust.machine_key(backend, device, fp8=fp8)
     known = {(c.op, c.variant): c for c in trust.recall(key) or () if c.fault != self_check.RAISED}

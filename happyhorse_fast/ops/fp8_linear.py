@@ -12,11 +12,10 @@ import torch
 
 from happyhorse_fast.ops.checks import require, require_backend
 from happyhorse_fast.reference import fp8_linear as reference
-from happyhorse_fast.reference.fp8_linear import empty_activated, empty_product
-from happyhorse_fast.reference.quantize import GROUPS
+from happyhorse_fast.reference.fp8_linear import activation_scale, empty_activated, empty_product
 
 ROW_TILE = 128
-BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 
 
 def fp8_linear(
@@ -31,10 +30,10 @@ def fp8_linear(
     """x . weight of each row's expert, accumulated in float32 and rounded to bf16 once.
 
     Args:
-        x: [N, K] bf16 or e4m3.
-        x_scale: float32, [N] or [N, K / group] (group 32, 64 or 128) where x is e4m3; else None or of size [0].
+        x: [N, K] bf16, int8 or e4m3.
+        x_scale: float32, [N] (one per row) or [1] (one for all) where x is codes; else None or of size [0].
         weight: [E, F, K] in the dtype of x.
-        weight_scale: [E, F] float32 where weight is e4m3, else None.
+        weight_scale: [E, F] float32 where weight is codes, else None.
         row_tiles: [tiles, 3] int32 (expert, first row, end row): at most 128 rows each, every row once.
         backend: ``"triton"`` or ``"reference"``.
 
@@ -62,6 +61,9 @@ def fp8_linear_residual(
     backend: str = "triton",
 ) -> None:
     """hidden += x . weight, in place; the product is rounded to bf16 first where x is bf16.
+
+    On sm_90 and sm_100, in int8 on sm_90 alone, the memory adds where hidden, x and weight start on 16 bytes with rows
+    of a multiple of 16; else the kernel loads, adds and stores. docs/OPS.md says what differs.
 
     Args:
         x: As in :func:`fp8_linear`.
@@ -102,15 +104,17 @@ def fp8_linear_activation(
         weight_scale: As in :func:`fp8_linear`.
         row_tiles: As in :func:`fp8_linear`.
         activation: ``"swiglu7"`` (F = 2K', gate and linear interleaved) or ``"gelu7"`` (F = K').
-        fp8: Whether the result is e4m3 with scales, rather than bf16; x may be of either dtype.
+        fp8: Whether the result is e4m3, rather than bf16, whichever of the two x is; of int8 it is bf16, which
+            `quantize_rows` takes.
         backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
-            256 MB, each followed by `activation_quantize`. With several experts the host then reads ``row_tiles`` once
-            per tensor, which waits for the device and cannot happen in a CUDA graph's capture: call once before, with
-            the same tensor. Where x is e4m3, x_scale is [N] and K a multiple of 16.
+            256 MB (in int8, whose sums are held in int32 and float32, 512), each followed by `activation_quantize`.
+            With several experts the host then reads ``row_tiles`` once per tensor, which waits for the device and
+            cannot happen in a CUDA graph's capture: call once before, with the same tensor. Where x is codes, K is a
+            multiple of 16.
 
     Returns:
-        y [N, K'] bf16 and a scale of size [0]; or y e4m3 and its scale [N, K' / group] float32, group 64 for swiglu7
-        and 128 for gelu7.
+        y [N, K'] bf16 and a scale of size [0]; or y e4m3 and its scale [1] float32, which is static: 56 / 448 of
+        swiglu7 and 7 / 448 of gelu7, whose outputs are bounded by 56 and 7.
 
     Raises:
         TypeError, ValueError: As in :func:`fp8_linear`, or an activation there is not.
@@ -118,9 +122,19 @@ def fp8_linear_activation(
     """
     x_scale = _check(x, x_scale, weight, weight_scale, row_tiles)
     check_activation(activation, "weight", weight.shape[1])
+    if fp8 and x.dtype == INT8:
+        raise ValueError("fp8 must be False where x is int8: the result is bf16, for quantize_rows")
     launcher = _launcher(backend, ("triton", "cuda", "reference"))
     op = _activation_reference if launcher is None else launcher.fp8_linear_activation
-    return op(x, x_scale, weight, weight_scale, row_tiles, activation, fp8)
+    y = op(x, x_scale, weight, weight_scale, row_tiles, activation, fp8)
+    return y, static_scale(activation, fp8, x.device)
+
+
+def static_scale(activation: str, fp8: bool, device: torch.device) -> torch.Tensor:
+    """Scale that an activation's result comes with: float32 [1], or [0] of a bf16 one."""
+    if not fp8:
+        return torch.empty(0, dtype=torch.float32, device=device)
+    return torch.full((1,), activation_scale(activation), dtype=torch.float32, device=device)
 
 
 def check_activation(activation: str, name: str, features: int) -> None:
@@ -140,7 +154,7 @@ def _check(
 ) -> torch.Tensor | None:
     """Hold the common arguments against the contract; the x_scale to go on with."""
     device = x.device
-    require("x", x, (BF16, E4M3), ("N", "K"), device=device)
+    require("x", x, (BF16, INT8, E4M3), ("N", "K"), device=device)
     n, k = x.shape
     require("weight", weight, (x.dtype,), ("E", "F", k), device=device)
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
@@ -150,10 +164,9 @@ def _check(
                 raise ValueError(f"{name} must be None or empty where x is bf16, got shape {list(scale.shape)}")
         return None
     require("weight_scale", weight_scale, (torch.float32,), weight.shape[:2], device=device)
-    grouped = isinstance(x_scale, torch.Tensor) and x_scale.dim() == 2
-    scale = require("x_scale", x_scale, (torch.float32,), (n, "K / group") if grouped else (n,), device=device)
-    if grouped and not any(scale.shape[1] * group == k for group in GROUPS):
-        raise ValueError(f"x_scale must be [{n}] or [{n}, {k} / group], group 32, 64 or 128; got {list(scale.shape)}")
+    scale = require("x_scale", x_scale, (torch.float32,), (f"{n} or 1",), device=device)
+    if scale.shape[0] not in (1, n):
+        raise ValueError(f"x_scale must be of shape [{n} or 1], one per row or one for all, got {list(scale.shape)}")
     return scale
 
 
@@ -214,6 +227,6 @@ def fake_fp8_linear_activation(
     row_tiles: torch.Tensor,
     activation: str,
     fp8: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes of `fp8_linear_activation`, for every backend."""
+) -> torch.Tensor:
+    """Shape of `fp8_linear_activation`'s y, for every backend."""
     return empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)

@@ -11,7 +11,8 @@ import math
 import torch
 from torch.nn.functional import pad
 
-from happyhorse_fast.reference.quantize import E4M3_MAX, dequantize, quantize_channels
+from happyhorse_fast.ops.packing import QUANTIZE, require_format
+from happyhorse_fast.reference.quantize import E4M3_MAX, dequantize
 
 
 def rotary_permutation(head_dim: int) -> torch.Tensor:
@@ -22,7 +23,7 @@ def rotary_permutation(head_dim: int) -> torch.Tensor:
 
 
 def pack_qkv_weight(
-    weight: torch.Tensor, *, experts: int, num_heads_q: int, num_heads_kv: int, head_dim: int, fp8: bool = False
+    weight: torch.Tensor, *, experts: int, num_heads_q: int, num_heads_kv: int, head_dim: int, to: str = "bf16"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Permute q and k heads, pad the gates to whole heads, and quantise.
 
@@ -32,14 +33,15 @@ def pack_qkv_weight(
         num_heads_q: Hq.
         num_heads_kv: Hkv.
         head_dim: D.
-        fp8: e4m3 with one scale per output channel and expert, rather than bf16.
+        to: ``"bf16"``, or ``"int8"`` or ``"fp8"`` (e4m3) with one scale per output channel and expert.
 
     Returns:
         packed [E, F, C] and None, or packed codes and their scale [E, F].
 
     Raises:
-        ValueError: The number of rows does not belong to these heads.
+        ValueError: The number of rows does not belong to these heads, or there is no such format.
     """
+    require_format("to", to)
     rows = (num_heads_q + 2 * num_heads_kv) * head_dim
     if weight.shape[0] != experts * (rows + num_heads_q):
         raise ValueError(
@@ -49,10 +51,10 @@ def pack_qkv_weight(
     per_expert = weight.unflatten(0, (experts, -1))
     packed = per_expert[:, _row_order(num_heads_q, num_heads_kv, head_dim).to(weight.device)]
     packed = pad(packed, (0, 0, 0, -num_heads_q % head_dim)).contiguous()
-    if not fp8:
+    if to == "bf16":
         return packed.to(torch.bfloat16), None
     # An expert at a time: in float32 three of the 15B model's are 448 MB.
-    codes, scale = zip(*(quantize_channels(packed[e : e + 1]) for e in range(experts)), strict=True)
+    codes, scale = zip(*(QUANTIZE[to](packed[e : e + 1]) for e in range(experts)), strict=True)
     return torch.cat(codes), torch.cat(scale)
 
 

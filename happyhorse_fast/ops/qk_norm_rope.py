@@ -24,7 +24,6 @@ def qk_norm_rope(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
     *,
     backend: str = "cuda",
 ) -> QKV:
@@ -37,17 +36,16 @@ def qk_norm_rope(
         column_scale: [E, F] float32 where product is float32, else None.
         qk_norm: [E, 2, D] float32, channels permuted like the product's.
         cos_sin: [N, D] float32, from `packing_qkv.pack_cos_sin`.
-        row_tiles: [tiles, 3] int32 on the device; every tile starts on a multiple of 128 where ``out`` is ``"fp8"``.
+        row_tiles: [tiles, 3] int32 on the device; every tile starts on a multiple of 128 unless ``out`` is
+            ``"bf16"``.
         num_heads_q: Hq.
         num_heads_kv: Hkv; divides Hq.
-        out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
-        qk_scale: [E, 2] float32, where q and k become e4m3.
-        k_mean: [Hkv, D] float32, or None.
+        out: ``"bf16"``, ``"int8_qk"`` (v in bf16) or ``"fp8"``.
+        qk_scale: [E, 2] float32 where ``out`` is ``"fp8"``, else None.
         backend: ``"cuda"`` (tensors that start on 16 bytes, and rows of product too) or ``"reference"``.
 
     Returns:
-        q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or transposed [Hkv, D, S * 128], v_scale [Hkv, S] or [0], and
-        gate [N, Hq] float32.
+        q, k, v, q_scale, k_scale, v_scale and gate, as `qkv_linear`.
 
     Raises:
         TypeError, ValueError: An argument of another dtype, shape, device or layout, one that is missing or has no
@@ -63,7 +61,7 @@ def qk_norm_rope(
     experts = qk_norm.shape[0]
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
     check_product_scales(product, row_scale, column_scale, experts)
-    check_outputs(out, qk_scale, k_mean, experts, num_heads_kv, d, device)
+    check_outputs(out, qk_scale, experts, device)
     require_backend(backend, ("cuda", "reference"))
     op = _reference
     if backend == "cuda":
@@ -81,7 +79,6 @@ def qk_norm_rope(
         num_heads_kv,
         out,
         qk_scale,
-        k_mean,
     )
 
 
@@ -115,7 +112,6 @@ def fake_qk_norm_rope(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
 ) -> QKV:
     """Shapes of `qk_norm_rope`, for both backends."""
     return empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)

@@ -12,14 +12,14 @@ import torch
 
 from happyhorse_fast.ops.checks import require, require_backend
 from happyhorse_fast.reference import quantized_qkv as reference
-from happyhorse_fast.reference.quantized_qkv import QKV, empty_normalised, empty_qkv
+from happyhorse_fast.reference.quantized_qkv import NORMALISED, QKV, empty_normalised, empty_qkv
 
 ROW_TILE = 128
 HEAD_DIMS = (32, 64, 128)
 MAX_CHANNELS = 8192
 """A program of `rmsnorm_quantize` holds a row in registers: 8192 float32 are 32 in each of 256 threads."""
-OUTPUTS = ("bf16", "fp8", "fp8_qk")
-BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+OUTPUTS = ("bf16", "int8_qk", "fp8")
+BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 
 
 def rmsnorm_quantize(
@@ -27,7 +27,7 @@ def rmsnorm_quantize(
     norm_weight: torch.Tensor,
     row_tiles: torch.Tensor,
     branch: torch.Tensor | None = None,
-    fp8: bool = False,
+    out: str = "bf16",
     *,
     backend: str = "triton",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,14 +38,14 @@ def rmsnorm_quantize(
         norm_weight: [E, C] float32.
         row_tiles: [tiles, 3] int32 (expert, first row, end row).
         branch: [N, C] bf16, rows contiguous, or None.
-        fp8: e4m3 with a scale per row, rather than bf16.
+        out: ``"bf16"``, or ``"int8"`` or ``"fp8"`` (e4m3) with a scale per row.
         backend: ``"triton"``, ``"cuda"`` (C a multiple of 4) or ``"reference"``.
 
     Returns:
-        x [N, C] bf16 and a scale of size [0]; or x [N, C] e4m3 and its scale [N] float32.
+        x [N, C] bf16 and a scale of size [0]; or x [N, C] int8 or e4m3 and its scale [N] float32.
 
     Raises:
-        TypeError, ValueError: An argument of another dtype, shape, device or layout; a backend there is not.
+        TypeError, ValueError: An argument of another dtype, shape, device or layout; a backend or ``out`` there is not.
     """
     device = hidden.device
     require("hidden", hidden, (torch.float32,), ("N", "C"), device=device, strided_rows=True)
@@ -56,9 +56,11 @@ def rmsnorm_quantize(
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
     if branch is not None:
         require("branch", branch, (BF16,), (n, c), device=device, strided_rows=True)
+    if out not in NORMALISED:
+        raise ValueError(f"out must be one of {', '.join(map(repr, NORMALISED))}; got {out!r}")
     launcher = _launcher(backend)
     op = _rmsnorm_quantize_reference if launcher is None else launcher.rmsnorm_quantize
-    return op(hidden, norm_weight, row_tiles, branch, fp8)
+    return op(hidden, norm_weight, row_tiles, branch, out)
 
 
 def qkv_linear(
@@ -73,33 +75,32 @@ def qkv_linear(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
     *,
     backend: str = "triton",
 ) -> QKV:
     """QKV product with scales, QK-norm, rotation, gate and quantisation in its epilogue.
 
     Args:
-        x: [N, C] bf16, or e4m3 with ``x_scale``; rows contiguous.
-        x_scale: [N] float32 where x is e4m3; else None, or empty as `rmsnorm_quantize` gives it.
+        x: [N, C] bf16, or int8 or e4m3 with ``x_scale``; rows contiguous.
+        x_scale: [N] float32 where x is codes; else None, or empty as `rmsnorm_quantize` gives it.
         weight: [E, F, C] in the dtype of x, as `packing_qkv.pack_qkv_weight` makes it.
-        weight_scale: [E, F] float32 where weight is e4m3, else None.
+        weight_scale: [E, F] float32 where weight is codes, else None.
         qk_norm: [E, 2, D] float32, channels permuted like the weight's.
         cos_sin: [N, D] float32, from `packing_qkv.pack_cos_sin`.
-        row_tiles: [tiles, 3] int32; every tile starts on a multiple of 128 where ``out`` is ``"fp8"``.
+        row_tiles: [tiles, 3] int32; every tile starts on a multiple of 128 unless ``out`` is ``"bf16"``.
         num_heads_q: Hq.
         num_heads_kv: Hkv; divides Hq.
-        out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
-        qk_scale: [E, 2] float32, where q and k become e4m3.
-        k_mean: [Hkv, D] float32, or None.
+        out: ``"bf16"``, ``"int8_qk"`` (v in bf16) or ``"fp8"``.
+        qk_scale: [E, 2] float32 where ``out`` is ``"fp8"``, else None.
         backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
-            256 MB, each followed by `qk_norm_rope`. With several experts the host then reads ``row_tiles`` once per
-            tensor, which waits for the device and cannot happen in a CUDA graph's capture: call once before, with the
-            same tensor. C is a multiple of 16 where x is e4m3, rows and their starts of 16 bytes.
+            256 MB (in int8, whose sums are held in int32 and float32, 512), each followed by `qk_norm_rope`. With
+            several experts the host then reads ``row_tiles`` once per tensor, which waits for the device and cannot
+            happen in a CUDA graph's capture: call once before, with the same tensor. C is a multiple of 16 where x is
+            codes, rows and their starts of 16 bytes.
 
     Returns:
-        q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or transposed [Hkv, D, S * 128], v_scale [Hkv, S] or [0], and
-        gate [N, Hq] float32.
+        q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or in fp8 transposed [Hkv, D, S * 128]; q_scale, k_scale and
+        v_scale as `block_sparse_attention` takes them, of size [0] where it takes none; gate [N, Hq] float32.
 
     Raises:
         TypeError, ValueError: An argument of another dtype, shape, device or layout, one that is missing or has no
@@ -107,14 +108,14 @@ def qkv_linear(
         RuntimeError: ``"cuda"`` in a capture with ``row_tiles`` of several experts that the host has not read.
     """
     device = x.device
-    require("x", x, (BF16, E4M3), ("N", "C"), device=device, strided_rows=True)
+    require("x", x, (BF16, INT8, E4M3), ("N", "C"), device=device, strided_rows=True)
     n, c = x.shape
     d = check_heads(cos_sin, n, num_heads_q, num_heads_kv, device)
     require("weight", weight, (x.dtype,), ("E", features_of(num_heads_q, num_heads_kv, d), c), device=device)
     experts = weight.shape[0]
     require("qk_norm", qk_norm, (torch.float32,), (experts, 2, d), device=device)
     require("row_tiles", row_tiles, (torch.int32,), ("tiles", 3), device=device)
-    if x.dtype == E4M3:
+    if x.dtype != BF16:
         require("x_scale", x_scale, (torch.float32,), (n,), device=device)
         require("weight_scale", weight_scale, (torch.float32,), weight.shape[:2], device=device)
     else:
@@ -123,12 +124,10 @@ def qkv_linear(
         if weight_scale is not None:
             raise ValueError(f"weight_scale must be None where weight is bf16, got shape {list(weight_scale.shape)}")
         x_scale = None
-    check_outputs(out, qk_scale, k_mean, experts, num_heads_kv, d, device)
+    check_outputs(out, qk_scale, experts, device)
     launcher = _launcher(backend)
     op = _qkv_linear_reference if launcher is None else launcher.qkv_linear
-    return op(
-        x, x_scale, weight, weight_scale, qk_norm, cos_sin, row_tiles, num_heads_q, num_heads_kv, out, qk_scale, k_mean
-    )
+    return op(x, x_scale, weight, weight_scale, qk_norm, cos_sin, row_tiles, num_heads_q, num_heads_kv, out, qk_scale)
 
 
 def features_of(num_heads_q: int, num_heads_kv: int, head_dim: int) -> int:
@@ -150,22 +149,16 @@ def check_heads(cos_sin: torch.Tensor, n: int, num_heads_q: int, num_heads_kv: i
 def check_outputs(
     out: str,
     qk_scale: torch.Tensor | None,
-    k_mean: torch.Tensor | None,
     experts: int,
-    num_heads_kv: int,
-    head_dim: int,
     device: torch.device,
 ) -> None:
     """Hold what decides how q, k and v are written against the contract."""
     if out not in OUTPUTS:
         raise ValueError(f"out must be one of {', '.join(map(repr, OUTPUTS))}; got {out!r}")
-    if out == "bf16":
-        if qk_scale is not None:
-            raise ValueError(f'qk_scale must be None where out is "bf16", got shape {list(qk_scale.shape)}')
-    else:
+    if out == "fp8":
         require("qk_scale", qk_scale, (torch.float32,), (experts, 2), device=device)
-    if k_mean is not None:
-        require("k_mean", k_mean, (torch.float32,), (num_heads_kv, head_dim), device=device)
+    elif qk_scale is not None:
+        raise ValueError(f'qk_scale must be None where out is "{out}", got shape {list(qk_scale.shape)}')
 
 
 def _launcher(backend: str) -> Any:
@@ -197,10 +190,10 @@ def fake_rmsnorm_quantize(
     norm_weight: torch.Tensor,
     row_tiles: torch.Tensor,
     branch: torch.Tensor | None = None,
-    fp8: bool = False,
+    out: str = "bf16",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes of `rmsnorm_quantize`, for every backend."""
-    return empty_normalised(hidden, fp8)
+    return empty_normalised(hidden, out)
 
 
 @_qkv_linear_reference.register_fake
@@ -216,7 +209,6 @@ def fake_qkv_linear(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
 ) -> QKV:
     """Shapes of `qkv_linear`, for every backend."""
     return empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)

@@ -41,14 +41,14 @@ def select_blocks(
     choose the same blocks, but for scores that differ by their rounding alone.
 
     Args:
-        q: [N, Hq, D], D 32, 64 or 128, any strides; bf16, or e4m3 codes. Slots without a token are not read.
+        q: [N, Hq, D], D 32, 64 or 128, any strides; bf16, or codes of int8 or e4m3. Slots without a token are not read.
         k: [N, Hkv, D], any strides, of q's dtype.
         selector: Of N slots, at most 2048 blocks.
         keep: Blocks per row, at least 1.
         mass: Share of the softmax to reach, 0 < mass <= 1, in steps of 2^-20.
         pool: How the scores of a group's query heads become one.
-        q_scale: float32 [S], with e4m3 q: value = code * q_scale[i // 128].
-        k_scale: float32 [S], with e4m3 k.
+        q_scale: float32 [N, Hq] with int8 q: value = code * q_scale[i, h]; [S] with e4m3 q: code * q_scale[i // 128].
+        k_scale: float32 [Hkv, S] with int8 k: value = code * k_scale[h, i // 128]; [S] with e4m3 k.
         backend: ``"triton"``, ``"cuda"``, or ``"reference"`` for plain torch.
 
     Returns:
@@ -106,8 +106,8 @@ def fake(q: Tensor, k: Tensor, table: Tensor, *_: Any) -> Parts:
 
 def _check(q: Tensor, k: Tensor, selector: BlockSelector, q_scale: Tensor | None, k_scale: Tensor | None) -> None:
     fp8 = torch.float8_e4m3fn
-    if q.dtype not in (torch.bfloat16, fp8):
-        raise TypeError(f"q must be bfloat16 or float8_e4m3fn, got {q.dtype}")
+    if q.dtype not in (torch.bfloat16, torch.int8, fp8):
+        raise TypeError(f"q must be bfloat16, int8 or float8_e4m3fn, got {q.dtype}")
     if k.dtype != q.dtype:
         raise TypeError(f"k must be of q's dtype {q.dtype}, got {k.dtype}")
     if q.shape[2] not in HEAD_DIMS:
@@ -120,11 +120,14 @@ def _check(q: Tensor, k: Tensor, selector: BlockSelector, q_scale: Tensor | None
         )
     if k.device != q.device or selector.base.device != q.device:
         raise ValueError(f"k and selector must be on q's device {q.device}, got {k.device} and {selector.base.device}")
-    for name, value in (("q_scale", q_scale), ("k_scale", k_scale)):
-        if (value is not None) != (q.dtype == fp8):
+    by_head = q.dtype == torch.int8
+    scales = (
+        ("q_scale", q_scale, tuple(q.shape[:2]) if by_head else (blocks,)),
+        ("k_scale", k_scale, (k.shape[1], blocks) if by_head else (blocks,)),
+    )
+    for name, value, shape in scales:
+        if (value is not None) != (q.dtype != torch.bfloat16):
             came = "none" if value is None else f"one of shape {list(value.shape)}"
-            raise ValueError(
-                f"{name} must be given exactly where q and k are float8_e4m3fn; they are {q.dtype}, got {came}"
-            )
+            raise ValueError(f"{name} must be given exactly where q and k have 8 bits; they are {q.dtype}, got {came}")
         if value is not None:
-            require(name, value, (torch.float32,), (blocks,), device=q.device)
+            require(name, value, (torch.float32,), shape, device=q.device)

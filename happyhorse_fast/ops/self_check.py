@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -10,59 +11,44 @@ from typing import Any
 import torch
 
 from happyhorse_fast import ambient
-from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
+from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.budgets import (
     ATTENTION_DISTANCE_TENSOR_CORE,
     ATTENTION_DISTANCE_TENSOR_CORE_E4M3_OUT,
     measure,
     violations,
 )
+from happyhorse_fast.kernels.launch import DESCRIPTORS_SINCE
 from happyhorse_fast.ops.block_sparse_attention import block_sparse_attention
+from happyhorse_fast.ops.check_inputs import (
+    CHANNELS,
+    HEAD_DIM,
+    HEADS_KV,
+    HEADS_Q,
+    ROWS,
+    Compared,
+    draw,
+    inputs,
+    packed_weight,
+    ragged_tiles,
+    row_tiles,
+)
+from happyhorse_fast.ops.check_select import check_select
 from happyhorse_fast.ops.checks import require_backend
+from happyhorse_fast.ops.formats import ACTIVATION, ORDER, QKV, VARIANTS, WITHOUT_E4M3
 from happyhorse_fast.ops.fp8_linear import fp8_linear, fp8_linear_activation, fp8_linear_residual
-from happyhorse_fast.ops.packing import pack_linear
 from happyhorse_fast.ops.packing_qkv import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
+from happyhorse_fast.ops.quantize_rows import quantize_rows
 from happyhorse_fast.ops.rmsnorm_qkv import qkv_linear, rmsnorm_quantize
-from happyhorse_fast.ops.select_blocks import select_blocks
-from happyhorse_fast.reference.quantize import quantize_groups
-from happyhorse_fast.reference.sparse_attention import sparse_attention
+from happyhorse_fast.reference.attention_operands import attention_operands
+from happyhorse_fast.reference.quantize import dequantize, quantize_static
+from happyhorse_fast.reference.score_bound import LIMIT
+from happyhorse_fast.reference.sparse_attention import output_scale, sparse_attention
 
-# Three experts, the last tile of each ragged in its content but not in its rows, as the fast model lays them out.
-ROWS, CHANNELS, HEADS_Q, HEADS_KV, HEAD_DIM = 512, 640, 5, 1, 128
 # Kernel and reference share every rounding point, so they differ by rounding flips: a bf16 step on every element is
 # 8e-6, an e4m3 step on one code in fifty 1e-4.
 DISTANCE = 1e-5
 CODE_DISTANCE = 1e-4
-
-VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "triton": {
-        "rmsnorm_quantize": ("bf16", "fp8"),
-        "qkv_linear": ("bf16", "fp8_x", "fp8", "fp8_qk"),
-        "select_blocks": ("bf16", "fp8"),
-        "block_sparse_attention": ("bf16", "bf16_fp8_out", "fp8", "fp8_qk"),
-        "fp8_linear": ("bf16", "fp8"),
-        "fp8_linear_residual": ("bf16", "fp8"),
-        "fp8_linear_activation": ("bf16", "fp8"),
-    },
-    "cuda": {
-        "rmsnorm_quantize": ("bf16", "fp8"),
-        "qkv_linear": ("bf16", "fp8_x", "fp8", "fp8_qk"),
-        "select_blocks": ("bf16", "fp8"),
-        "block_sparse_attention": ("bf16", "bf16_fp8_out"),
-        "fp8_linear_activation": ("bf16", "fp8"),
-    },
-}
-"""Formats in which a backend has a kernel of an op; an op that is not listed has none.
-
-Where a layer in fp8 keeps attention in bf16, its neighbours' formats meet there: "fp8_x" is an e4m3 product with q, k
-and v in bf16, "bf16_fp8_out" attention in bf16 with an e4m3 result. Each is a kernel that no other format compiles.
-"""
-ORDER = ("bf16", "bf16_fp8_out", "fp8_x", "fp8", "fp8_qk")
-"""Formats in the order of their checks; the first alone needs no e4m3."""
-
-Compared = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
-"""Name of a result -> (from the kernel, from the reference, allowed tile distance)."""
-
 
 RAISED, LOST = "raised", "lost"
 """Faults of a check, see :class:`KernelCheck`."""
@@ -109,7 +95,7 @@ def run_checks(
         ValueError: There is no such backend.
     """
     require_backend(backend, tuple(VARIANTS))
-    for variant in ORDER if fp8 else ORDER[:1]:
+    for variant in ORDER if fp8 else WITHOUT_E4M3:
         for op, check in CHECKS.items():
             if variant not in VARIANTS[backend].get(op, ()) or (only is not None and (op, variant) not in only):
                 continue
@@ -146,66 +132,55 @@ def _judge(compared: Compared) -> tuple[bool, str]:
     return True, f"worst tile distance {worst:.1e}"
 
 
-def _draw(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
-
-
-def _row_tiles() -> torch.Tensor:
-    starts = torch.arange(0, ROWS, 128, dtype=torch.int32)
-    experts = torch.tensor([0, 0, 1, 2], dtype=torch.int32)
-    return torch.stack([experts, starts, starts + 128], dim=1)
-
-
-def _inputs(fp8: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    x, scale = rmsnorm_quantize(
-        _draw(0, ROWS, CHANNELS),
-        torch.zeros(3, CHANNELS, dtype=torch.float32),
-        _row_tiles(),
-        fp8=fp8,
-        backend="reference",
-    )
-    return x.to(device), scale.to(device) if fp8 else None
-
-
-def _weight(seed: int, features: int, fp8: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    # A factor per expert, so that one expert's scale used for all shows.
-    experts = torch.tensor([1.0, 3.0, 0.3], dtype=torch.float32).repeat_interleave(features)[:, None]
-    weight = (_draw(seed, 3 * features, CHANNELS) * experts / CHANNELS**0.5).bfloat16()
-    packed, scale = pack_linear(weight, 3, fp8=fp8)
-    return packed.to(device), None if scale is None else scale.to(device)
-
-
 def _check_rmsnorm(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8 = variant == "fp8"
-    norm, branch = 0.2 * _draw(1, 3, CHANNELS), _draw(2, ROWS, CHANNELS).bfloat16()
-    results = []
-    for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-        hidden = _draw(0, ROWS, CHANNELS).to(where)
-        x, scale = rmsnorm_quantize(
-            hidden, norm.to(where), _row_tiles().to(where), branch.to(where), fp8=fp8, backend=how
-        )
-        results.append((hidden, x.float() * scale[:, None] if fp8 else x))
-    (hidden, x), (hidden_reference, x_reference) = results
-    return {
-        "hidden": (hidden, hidden_reference, DISTANCE),
-        "x": (x, x_reference, CODE_DISTANCE if fp8 else DISTANCE),
-    }
+    norm, added = 0.2 * draw(1, 3, CHANNELS), draw(2, ROWS, CHANNELS).bfloat16()
+    compared: Compared = {}
+    # A kernel each; the model's residual stream has its branches added by the product before.
+    for name, branch in (("", None), (", branch", added)):
+        results = []
+        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+            hidden = draw(0, ROWS, CHANNELS).to(where)
+            x, scale = rmsnorm_quantize(
+                hidden,
+                norm.to(where),
+                row_tiles().to(where),
+                None if branch is None else branch.to(where),
+                out=variant,
+                backend=how,
+            )
+            results.append((hidden, x if variant == "bf16" else x.float() * scale[:, None]))
+        (hidden, x), (hidden_reference, x_reference) = results
+        compared[f"hidden{name}"] = (hidden, hidden_reference, DISTANCE)
+        compared[f"x{name}"] = (x, x_reference, CODE_DISTANCE if variant == "fp8" else DISTANCE)
+    return compared
+
+
+def _check_rows(backend: str, device: torch.device, variant: str) -> Compared:
+    compared: Compared = {}
+    # Of the 15B model's widths the one that fills its registers least evenly.
+    for rows, channels, hadamard in ((ROWS, CHANNELS, False), (ROWS, CHANNELS, True), (8, 13696, True)):
+        x = (draw(18, rows, channels) * draw(19, rows, 1).exp()).bfloat16()
+        results = []
+        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+            codes, scale = quantize_rows(x.to(where), hadamard, backend=how)
+            results.append(codes.float() * scale[:, None])
+        compared[f"{channels} channels{', Hadamard' if hadamard else ''}"] = (results[0], results[1], DISTANCE)
+    return compared
 
 
 def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8 = variant != "bf16"
-    out = "bf16" if variant == "fp8_x" else variant
+    fmt, out = QKV[variant]
     rows = 3 * ((HEADS_Q + 2 * HEADS_KV) * HEAD_DIM + HEADS_Q)
-    weight = (_draw(3, rows, CHANNELS) / CHANNELS**0.5).bfloat16()
+    weight = (draw(3, rows, CHANNELS) / CHANNELS**0.5).bfloat16()
     heads = {"experts": 3, "num_heads_q": HEADS_Q, "num_heads_kv": HEADS_KV, "head_dim": HEAD_DIM}
-    packed, w_scale = pack_qkv_weight(weight, fp8=fp8, **heads)
-    qk_norm = pack_qk_norm(0.2 * _draw(4, 3 * HEAD_DIM), 0.2 * _draw(5, 3 * HEAD_DIM), experts=3)
-    angle = _draw(6, ROWS, 3 * HEAD_DIM // 8)
+    packed, w_scale = pack_qkv_weight(weight, to=fmt, **heads)
+    qk_norm = pack_qk_norm(0.2 * draw(4, 3 * HEAD_DIM), 0.2 * draw(5, 3 * HEAD_DIM), experts=3)
+    angle = draw(6, ROWS, 3 * HEAD_DIM // 8)
     cos_sin = pack_cos_sin(torch.cat([angle.sin(), angle.cos()], dim=1))
-    qk_scale = None if out == "bf16" else static_qk_scale(qk_norm)
+    qk_scale = static_qk_scale(qk_norm) if out == "fp8" else None
     results = []
     for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-        x, x_scale = _inputs(fp8, where)
+        x, x_scale = inputs(fmt, where)
         outs = qkv_linear(
             x,
             x_scale,
@@ -213,14 +188,16 @@ def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
             None if w_scale is None else w_scale.to(where),
             qk_norm.to(where),
             cos_sin.to(where),
-            _row_tiles().to(where),
+            row_tiles().to(where),
             HEADS_Q,
             HEADS_KV,
             out=out,
             qk_scale=None if qk_scale is None else qk_scale.to(where),
             backend=how,
         )
-        q, k, v, v_scale, gate = (t.cpu().float() for t in outs)
+        q, k, v, q_scale, k_scale, v_scale, gate = (t.cpu().float() for t in outs)
+        if out == "int8_qk":
+            q, k = q * q_scale[:, :, None], k * k_scale.repeat_interleave(128, dim=1).T[:, :, None]
         if out == "fp8":
             v = (v * v_scale.repeat_interleave(128, dim=1)[:, None]).permute(2, 0, 1)  # as the others: tokens first
         results.append({"q": q, "k": k, "v": v, "gate": gate[:, :, None]})
@@ -232,88 +209,60 @@ def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
     }
 
 
-def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
-    # Small integers, whose scores are the same in any order of summation, and tie: the map must be the same exactly.
-    layout = Layout(4, 250, 40, 60, align_frames=True, align_modalities=True)
-    base = BlockMap.frame_window(layout, 2)
-    q, k = (_draw(s, layout.slots, h, HEAD_DIM).round() for s, h in ((15, HEADS_Q), (16, HEADS_KV)))
-    # Blocks that differ by at most 2, so that the largest product, (2 * 128)^2 * 128, and its noise stay below 2^24.
-    level = _draw(17, len(q) // 128, 1, 1).round().clamp(-2, 2).repeat_interleave(128, dim=0)
-    dtype = torch.float8_e4m3fn if variant == "fp8" else torch.bfloat16
-    q, k = ((x + level).to(dtype) for x in (q, k))
-    steps = 2.0 ** -(torch.arange(len(q) // 128) % 3).float() if variant == "fp8" else None
-    compared: Compared = {}
-    for name, keep, mass in (("top-k", 3, None), ("top-p", None, 0.7)):
-        results = []
-        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            block_map = select_blocks(
-                q.to(where),
-                k.to(where),
-                BlockSelector(layout, base, where),
-                keep=keep,
-                mass=mass,
-                q_scale=None if steps is None else steps.to(where),
-                k_scale=None if steps is None else steps.flip(0).to(where),
-                backend=how,
-            )
-            full, ids = block_map.to_blocks()
-            results.append((torch.where(full, -1, torch.where(ids >= 0, ids, -2)), block_map.order))
-        compared[f"{name} blocks"] = (results[0][0], results[1][0], 0.0)
-        compared[f"{name} order"] = (results[0][1], results[1][1], 0.0)
-    return compared
-
-
 def _check_attention(backend: str, device: torch.device, variant: str) -> Compared:
     # Rows that see all, a window with partial blocks, and nothing.
     block_map = BlockMap.from_ranges(
         [(0, 200), (200, 384), (200, 384)], [(0, ROWS), (0, 300), (ROWS - 100, ROWS)], ROWS, ROWS
     )
-    q, k, v = (_draw(s, ROWS, h, HEAD_DIM) for s, h in ((7, HEADS_Q), (8, HEADS_KV), (9, HEADS_KV)))
-    gate = torch.sigmoid(_draw(10, ROWS, HEADS_Q))
-    scales: dict[str, Any] = {}
-    if variant.startswith("bf16"):
-        q, k, v = (t.bfloat16() for t in (q, k, v))
-    else:
-        blocks = ROWS // 128
-        scales = {
-            "q_scale": torch.linspace(0.005, 0.01, blocks, dtype=torch.float32),
-            "k_scale": torch.linspace(0.01, 0.006, blocks, dtype=torch.float32),
-        }
-        q, k = (
-            (x / scales[name].repeat_interleave(128)[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
-            for x, name in ((q, "q_scale"), (k, "k_scale"))
-        )
-        v = v.bfloat16()
+    q, k, v = (draw(s, ROWS, h, HEAD_DIM) for s, h in ((7, HEADS_Q), (8, HEADS_KV), (9, HEADS_KV)))
+    given: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "gate": torch.sigmoid(draw(10, ROWS, HEADS_Q))}
+    given |= attention_operands(variant.removesuffix("_fp8_out"), q, k, v)
+    # Forms of the softmax -> (bound, whether it is the bounded one, factor of q). Norms of these are at most 40; where
+    # no bound is given, both forms are launched, and what the device finds lets one compute.
+    softmax: dict[str, tuple[float | None, bool, float]] = {", running": (math.inf, False, 1.0)}
     if variant == "fp8":
-        tiles = v.float().permute(1, 2, 0).unflatten(2, (-1, 128))
-        scales["v_scale"] = tiles.abs().amax(dim=(1, 3)) / 448
-        v = (tiles / scales["v_scale"][:, None, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn).flatten(2)
-        v = v.contiguous()  # as the model's, so that the same kernel reads it
-    given: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "gate": gate, **scales}
-    compared: Compared = {}
+        softmax = {"": (math.inf, False, 1.0)}
+    else:
+        softmax |= {", bounded": (LIMIT, True, 1.0)}
+    if variant == "bf16":
+        softmax |= {", found small": (None, True, 1.0), ", found large": (None, False, 30.0)}
     # A kernel may be launched in another way for an LSE; the model asks for none, and in fp8 for e4m3 out.
-    forms = {"bf16": ((False, False), (False, True)), "bf16_fp8_out": ((True, False),)}
-    wanted = [(*form, False) for form in forms.get(variant, ((False, False), (True, False), (False, True)))]
-    if _loads(backend, q.to(device), k.to(device), v.to(device))[1]:
-        # torch.compile takes another kernel, which reads through pointers, for the result that a model asks for.
-        wanted.append((variant != "bf16", False, True))
-    for fp8_out, with_lse, apart in wanted:
-        there: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()
-        }
-        tensors = q.to(device), _apart(k.to(device)) if apart else k.to(device), v.to(device)
-        results = block_sparse_attention(
-            *tensors, block_map.to(device), fp8_out=fp8_out, return_lse=with_lse, backend=backend, **there
-        )
-        step = _loads(backend, *tensors, lse=with_lse)[0]
-        expected = sparse_attention(q, k, v, block_map, fp8_out=fp8_out, return_lse=with_lse, step=step, **given)
-        name = f"out{', e4m3' if fp8_out else ''}{', LSE' if with_lse else ''}{', pointers' if apart else ''}"
-        out, exact = (x.float() * x_scale[..., None] if fp8_out else x for x, x_scale, _ in (results, expected))
-        compared[name] = (out, exact, attention_distance(variant, device, fp8_out=fp8_out))
-        if with_lse:
-            # Rows without a key must say so, and not by NaN: their LSE is compared as a number of its own.
-            kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (results[2], expected[2]))
-            compared["lse"] = (kernels, references, DISTANCE)
+    plain, to_fp8, with_lse = (False, False), (True, False), (False, True)
+    results_of = (to_fp8,) if variant.endswith("_fp8_out") else (plain, with_lse)
+    if variant == "fp8":
+        results_of = (*results_of, to_fp8)
+    compared: Compared = {}
+    for form, (bound, bounded, factor) in softmax.items():
+        inputs = given | ({"q": given["q"] * factor} if factor != 1 else {})
+        there: dict[str, Any] = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        wanted = [(*result, False) for result in results_of]
+        if bound is not None and _by_descriptors(backend, there["q"], there["k"], there["v"], bounded=bounded):
+            # torch.compile takes another kernel, which reads through pointers, for the result that a model asks for.
+            wanted.append((results_of[-1][0], False, True))
+        for fp8_out, lse, apart in wanted:
+            operands = there | ({"k": _apart(there["k"])} if apart else {})
+            out, out_scale, sums = block_sparse_attention(
+                **operands,
+                block_map=block_map.to(device),
+                bound=bound,
+                fp8_out=fp8_out,
+                return_lse=lse,
+                backend=backend,
+            )
+            options = _rounding(backend, operands["q"], operands["k"], operands["v"], bounded=bounded, lse=lse)
+            if fp8_out:
+                options |= {"out_scale": output_scale(given["v"], given.get("v_scale"), given["gate"])}
+            exact, exact_sums = sparse_attention(
+                **inputs, block_map=block_map, bounded=bounded, return_lse=lse, **options
+            )
+            name = f"out{form}{', e4m3' if fp8_out else ''}{', LSE' if lse else ''}{', pointers' if apart else ''}"
+            if fp8_out:
+                out, exact = dequantize(out, out_scale), dequantize(exact, options["out_scale"])
+            compared[name] = (out, exact, attention_distance(variant, device, fp8_out=fp8_out))
+            if lse:
+                # Rows without a key must say so, and not by NaN: their LSE is compared as a number of its own.
+                kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (sums, exact_sums))
+                compared[f"lse{form}"] = (kernels, references, DISTANCE)
     return compared
 
 
@@ -329,69 +278,110 @@ def _apart(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(*x.shape[:2], 2 * x.shape[2])[..., : x.shape[2]].copy_(x)
 
 
-def _loads(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, lse: bool = False) -> tuple[int, bool]:
-    """(Keys that share a running maximum, since codes of P differ with it by more than the budget; by descriptors)."""
+def _rounding(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bounded: bool, lse: bool
+) -> dict[str, Any]:
+    """Where a kernel rounds P: codes differ between steps of 128 and 32 keys, by more than the budget."""
     if backend == "cuda":
-        return BLOCK, False
+        return {"step": BLOCK}
+    from happyhorse_fast.ops.triton.block_sparse_attention import launch_config, rounding_of
+
+    return rounding_of(launch_config(q, k, v, bounded=bounded, lse=lse), v)
+
+
+def _by_descriptors(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bounded: bool) -> bool:
+    """Whether the kernel reads tiles through descriptors, which a trace has none of."""
+    if backend == "cuda":
+        return False
     from happyhorse_fast.ops.triton.block_sparse_attention import launch_config
 
-    config = launch_config(q, k, v, lse=lse)
-    return config.block_n, config.descriptors
+    return launch_config(q, k, v, bounded=bounded).descriptors
 
 
 def _check_linear(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8 = variant == "fp8"
-    results = []
-    for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-        x, x_scale = _inputs(fp8, where)
-        weight, w_scale = _weight(11, 384, fp8, where)
-        results.append(fp8_linear(x, x_scale, weight, w_scale, _row_tiles().to(where), backend=how))
-    return {"y": (results[0], results[1], DISTANCE)}
-
-
-def _check_residual(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8 = variant == "fp8"
     compared: Compared = {}
-    for group in (64, 128) if fp8 else (None,):  # behind swiglu7; behind gelu7, and attention with heads of 128
+    for name, x, x_scale in _static_and_rows(variant):
         results = []
         for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            x, x_scale = _inputs(False, torch.device("cpu"))
-            if group is not None:
-                x, x_scale = quantize_groups(x.float(), group)
-            weight, w_scale = _weight(12, 384, fp8, where)
-            hidden = _draw(13, ROWS, 384).to(where)
-            x_scale = None if x_scale is None else x_scale.to(where)
-            fp8_linear_residual(x.to(where), x_scale, weight, w_scale, _row_tiles().to(where), hidden, backend=how)
-            results.append(hidden)
-        compared["hidden" if group is None else f"hidden, groups of {group}"] = (results[0], results[1], DISTANCE)
+            weight, w_scale = packed_weight(11, 384, variant, where)
+            scale = None if x_scale is None else x_scale.to(where)
+            results.append(fp8_linear(x.to(where), scale, weight, w_scale, row_tiles().to(where), backend=how))
+        compared[f"y{name}"] = (results[0], results[1], DISTANCE)
     return compared
 
 
+def _check_residual(backend: str, device: torch.device, variant: str) -> Compared:
+    compared: Compared = {}
+    for name, x, x_scale in _static_and_rows(variant):
+        results = []
+        for where, how in ((device, backend), (torch.device("cpu"), "reference")):
+            weight, w_scale = packed_weight(12, 384, variant, where)
+            hidden = draw(13, ROWS, 384).to(where)
+            scale = None if x_scale is None else x_scale.to(where)
+            # A tile that the memory adds reaches over the rows behind its end, which are another expert's.
+            fp8_linear_residual(x.to(where), scale, weight, w_scale, ragged_tiles().to(where), hidden, backend=how)
+            results.append(hidden)
+        compared[f"hidden{name}"] = (results[0], results[1], DISTANCE)
+    return compared
+
+
+def _static_and_rows(fmt: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """(form, x, x_scale) of a product's inputs on the CPU: in e4m3 with a scale per row, and with one."""
+    x, x_scale = inputs(fmt, torch.device("cpu"))
+    yield "", x, x_scale
+    if fmt == "fp8" and x_scale is not None:
+        one = torch.full((1,), 2**-6)
+        yield ", one scale", quantize_static(dequantize(x, x_scale), one), one
+
+
 def _check_activation(backend: str, device: torch.device, variant: str) -> Compared:
-    fp8 = variant == "fp8"
+    fmt, out = ACTIVATION[variant]
+    fp8 = out == "fp8"
     compared: Compared = {}
     for activation in ("swiglu7", "gelu7"):
         results = []
         for where, how in ((device, backend), (torch.device("cpu"), "reference")):
-            x, x_scale = _inputs(fp8, where)
-            weight, w_scale = _weight(14, 512, fp8, where)
+            x, x_scale = inputs(fmt, where)
+            weight, w_scale = packed_weight(14, 512, fmt, where)
             y, y_scale = fp8_linear_activation(
-                x, x_scale, weight, w_scale, _row_tiles().to(where), activation=activation, fp8=fp8, backend=how
+                x, x_scale, weight, w_scale, row_tiles().to(where), activation=activation, fp8=fp8, backend=how
             )
-            if fp8:
-                y = y.float() * y_scale.repeat_interleave(y.shape[1] // y_scale.shape[1], dim=1)
-            results.append(y)
+            results.append(dequantize(y, y_scale) if fp8 else y)
         compared[activation] = (results[0], results[1], CODE_DISTANCE if fp8 else DISTANCE)
     return compared
 
 
-CHECKS: dict[str, Callable[[str, torch.device, str], Compared]] = {
+Check = Callable[[str, torch.device, str], Compared]
+
+
+def _also_by_pointers(check: Check) -> Check:
+    """A check that runs what torch.compile takes too: kernels without TMA descriptors, which a trace has none of.
+
+    Where the launch table has no descriptor these are the same kernels, which are not compiled again.
+    """
+
+    def both(backend: str, device: torch.device, variant: str) -> Compared:
+        compared = check(backend, device, variant)
+        if backend == "triton":
+            from happyhorse_fast.ops.triton.device import architecture, by_pointers
+
+            if architecture(device) >= DESCRIPTORS_SINCE:
+                with by_pointers():
+                    again = check(backend, device, variant)
+                compared |= {f"{name}, pointers": results for name, results in again.items()}
+        return compared
+
+    return both
+
+
+CHECKS: dict[str, Check] = {
     "rmsnorm_quantize": _check_rmsnorm,
-    "qkv_linear": _check_qkv,
-    "select_blocks": _check_select,
+    "quantize_rows": _check_rows,
+    "qkv_linear": _also_by_pointers(_check_qkv),
+    "select_blocks": check_select,
     "block_sparse_attention": _check_attention,
-    "fp8_linear": _check_linear,
-    "fp8_linear_residual": _check_residual,
-    "fp8_linear_activation": _check_activation,
+    "fp8_linear": _also_by_pointers(_check_linear),
+    "fp8_linear_residual": _also_by_pointers(_check_residual),
+    "fp8_linear_activation": _also_by_pointers(_check_activation),
 }
 """A check per op that the fast model calls."""

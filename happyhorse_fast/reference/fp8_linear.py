@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import torch
 
 from happyhorse_fast import ambient
-from happyhorse_fast.reference.mlp import gelu7, swiglu7
-from happyhorse_fast.reference.quantize import quantize_groups, scaled_rows
+from happyhorse_fast.reference.mlp import LIMIT, gelu7, swiglu7
+from happyhorse_fast.reference.quantize import E4M3_MAX, quantize_static, scaled_rows, widened
 
-ACTIVATIONS = {"swiglu7": (swiglu7, 2, 64), "gelu7": (gelu7, 1, 128)}
-"""Name -> (function, columns of the product per output, outputs that share a scale)."""
+ACTIVATIONS = {"swiglu7": (swiglu7, 2, LIMIT * (LIMIT + 1)), "gelu7": (gelu7, 1, LIMIT)}
+"""Name -> (function, columns of the product per output, bound of its outputs)."""
 
 
 def empty_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -23,14 +23,18 @@ def empty_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.empty((x.shape[0], weight.shape[1]), dtype=torch.bfloat16, device=x.device)
 
 
-def empty_activated(
-    rows: int, features: int, activation: str, fp8: bool, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The activation of a product [rows, features], not yet written: y [N, K'] and its scale [N, K' / group] or [0]."""
-    _, per, group = ACTIVATIONS[activation]
-    columns = features // per
-    y = torch.empty((rows, columns), dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=device)
-    return y, torch.empty((rows, columns // group) if fp8 else 0, dtype=torch.float32, device=device)
+def empty_activated(rows: int, features: int, activation: str, fp8: bool, device: torch.device) -> torch.Tensor:
+    """The activation of a product [rows, features], not yet written: [rows, K']."""
+    columns = features // ACTIVATIONS[activation][1]
+    return torch.empty((rows, columns), dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device=device)
+
+
+def activation_scale(activation: str) -> float:
+    """Scale of an activation's e4m3 codes: its bound / 448, 0.125 of swiglu7 and 1/64 of gelu7.
+
+    Both are powers of two, so that y / scale is exact, and so is y * (1 / scale).
+    """
+    return ACTIVATIONS[activation][2] / E4M3_MAX
 
 
 def products(
@@ -47,20 +51,13 @@ def products(
     expert, wide = -1, torch.empty(0, dtype=torch.float32)
     for e, first, end in row_tiles.tolist():
         if e != expert:
-            expert, wide = e, weight[e].float().T
+            expert, wide = e, widened(weight[e]).T
         rows = slice(first, end)
-        codes = x[rows].float()
+        codes = widened(x[rows])
         if x_scale is None or weight_scale is None:
             yield rows, (codes @ wide).bfloat16().float()
-        elif x_scale.dim() == 1:
-            yield rows, (codes @ wide) * x_scale[rows, None] * weight_scale[e]
         else:
-            group = x.shape[1] // x_scale.shape[1]
-            product = torch.zeros(len(codes), wide.shape[1], dtype=torch.float32, device=x.device)
-            for g in range(x_scale.shape[1]):
-                part = slice(g * group, (g + 1) * group)
-                product += (codes[:, part] @ wide[part]) * x_scale[rows, g, None]
-            yield rows, product * weight_scale[e]
+            yield rows, (codes @ wide).float() * x_scale.expand(len(x))[rows, None] * weight_scale[e]
 
 
 @ambient.independent
@@ -101,8 +98,8 @@ def fp8_linear_activation(
     row_tiles: torch.Tensor,
     activation: str,
     fp8: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The activation of the product: bf16 and a scale of size [0], or e4m3 codes and their scales per row and group."""
+) -> torch.Tensor:
+    """The activation of the product: bf16, or e4m3 codes of it by `activation_scale`."""
     parts = products(x, x_scale, weight, weight_scale, row_tiles)
     return _activate(parts, x.shape[0], weight.shape[1], activation, fp8, x.device)
 
@@ -115,7 +112,7 @@ def activation_quantize(
     row_tiles: torch.Tensor,
     activation: str,
     fp8: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """The activation of a product [N, F] that is there already: bf16, or float32 to be multiplied by its scales."""
 
     def parts() -> Iterator[tuple[slice, torch.Tensor]]:
@@ -128,14 +125,12 @@ def activation_quantize(
 
 def _activate(
     parts: Iterator[tuple[slice, torch.Tensor]], n: int, features: int, activation: str, fp8: bool, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The activation of (rows, their product float32 [rows, features]), written to [n, columns] and its scales."""
-    function, _, group = ACTIVATIONS[activation]
-    y, y_scale = empty_activated(n, features, activation, fp8, device)
+) -> torch.Tensor:
+    """The activation of (rows, their product float32 [rows, features]), written to [n, columns]."""
+    function = ACTIVATIONS[activation][0]
+    scale = torch.tensor([activation_scale(activation)], device=device)
+    y = empty_activated(n, features, activation, fp8, device)
     for rows, product in parts:
         activated = function(product)
-        if fp8:
-            y[rows], y_scale[rows] = quantize_groups(activated, group)
-        else:
-            y[rows] = activated.bfloat16()
-    return y, y_scale
+        y[rows] = quantize_static(activated, scale) if fp8 else activated.bfloat16()
+    return y

@@ -1,12 +1,17 @@
-"""Quantisation to e4m3, in plain torch and to the bit as docs/OPS.md states it: value = code * scale."""
+"""Quantisation to e4m3 and int8, in plain torch and to the bit as docs/OPS.md states it: value = code * scale."""
 
 from __future__ import annotations
 
 import torch
 
 E4M3_MAX = 448.0
-GROUPS = (32, 64, 128)
-"""Channels that may share a scale inside a row."""
+INT8_MAX = 127.0
+SMALLEST_SCALE = 2.0**-126
+"""Below it 1 / scale may be infinite in float32."""
+FORMATS = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+"""Formats of a product's operands, by their names."""
+HADAMARD = 64
+"""Neighbouring channels that :func:`hadamard` mixes."""
 
 
 def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
@@ -16,16 +21,38 @@ def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
         amax: Largest magnitudes, any shape, float.
 
     Returns:
-        amax * (1/448) in float32; 1 where that is zero: a row of zeros, or amax below 3e-43, whose
-        scale would underflow.
+        amax * (1/448) in float32; 1 where that is below 2^-126: a row of zeros, or one whose scale would have no
+        reciprocal. NaN stays.
     """
-    scale = amax.float() * (1.0 / E4M3_MAX)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return _of_normal(amax.float() * (1.0 / E4M3_MAX))
 
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
     """Clamp to +-448, then cast: the cast alone gives NaN or saturates past it, depending on the release."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def int8_scale(amax: torch.Tensor) -> torch.Tensor:
+    """Scale that maps ``amax`` to the largest code, 127.
+
+    Args:
+        amax: Largest magnitudes, any shape, float.
+
+    Returns:
+        amax * (1/127) in float32; 1 where that is below 2^-126: a row of zeros, or one whose scale would have no
+        reciprocal. NaN stays, since no code could say it.
+    """
+    return _of_normal(amax.float() * (1.0 / INT8_MAX))
+
+
+def _of_normal(scale: torch.Tensor) -> torch.Tensor:
+    """1 where a scale is too small to have a reciprocal; NaN stays."""
+    return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
+
+
+def to_int8(x: torch.Tensor) -> torch.Tensor:
+    """Round to the nearest integer, ties to even, and clamp to +-127: -128 is no code, so that a sign is a sign."""
+    return x.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
 def fragment_order(v: torch.Tensor) -> torch.Tensor:
@@ -46,7 +73,30 @@ def token_order(v: torch.Tensor) -> torch.Tensor:
     return v.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Each 64 neighbouring channels times the orthonormal Hadamard matrix: h[i, j] = (-1)^popcount(i & j) / 8.
+
+    It is its own inverse, and leaves a product as it is where both operands go through it; an outlier among 64 channels
+    becomes a share of an eighth in each of them. What `quantize_rows` does to activations is done to weights at load.
+
+    Args:
+        x: [..., K], K a multiple of 64, float32 or float64.
+
+    Returns:
+        Of the shape and dtype of ``x``; sums of 64 values in that dtype, then times 1/8.
+
+    Raises:
+        ValueError: 64 does not divide K.
+    """
+    if x.shape[-1] % HADAMARD:
+        raise ValueError(f"x must have a multiple of {HADAMARD} channels K, got {x.shape[-1]}")
+    signs = x.new_ones(1, 1)
+    while len(signs) < HADAMARD:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    return (x.unflatten(-1, (-1, HADAMARD)) @ signs).flatten(-2) * 0.125
+
+
+def e4m3_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One scale per row (token).
 
     Args:
@@ -59,29 +109,33 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return to_e4m3(x.float() / scale[:, None]), scale
 
 
-def quantize_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per row and ``group`` neighbouring channels.
+def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per row (token).
 
     Args:
         x: [N, K], float32 or narrower.
-        group: 32, 64 or 128; divides K.
 
     Returns:
-        codes [N, K] e4m3, scale [N, K / group] float32.
-
-    Raises:
-        ValueError: ``group`` is not allowed or does not divide K.
+        codes [N, K] int8, scale [N] float32.
     """
-    if group not in GROUPS:
-        raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}; got {group}")
-    if x.shape[1] % group:
-        raise ValueError(f"group must divide the {x.shape[1]} channels of x, got {group}")
-    grouped = x.float().unflatten(1, (-1, group))
-    scale = e4m3_scale(grouped.abs().amax(dim=2))
-    return to_e4m3(grouped / scale[:, :, None]).flatten(1), scale
+    scale = int8_scale(x.float().abs().amax(dim=1))
+    return to_int8(x.float() * (1 / scale)[:, None]), scale
 
 
-def quantize_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """One scale for the tensor, known beforehand.
+
+    Args:
+        x: Any shape, float32 or narrower.
+        scale: [1] float32.
+
+    Returns:
+        Codes of x's shape, e4m3, of x * (1 / scale); what is past 448 scales becomes that.
+    """
+    return to_e4m3(x.float() * (1.0 / scale))
+
+
+def e4m3_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One scale per output channel of each expert.
 
     Args:
@@ -92,6 +146,24 @@ def quantize_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """
     scale = e4m3_scale(weight.float().abs().amax(dim=2))
     return to_e4m3(weight.float() / scale[:, :, None]), scale
+
+
+def int8_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per output channel of each expert.
+
+    Args:
+        weight: [E, F, K], float32 or narrower.
+
+    Returns:
+        codes [E, F, K] int8, scale [E, F] float32.
+    """
+    scale = int8_scale(weight.float().abs().amax(dim=2))
+    return to_int8(weight.float() * (1 / scale)[:, :, None]), scale
+
+
+def widened(codes: torch.Tensor) -> torch.Tensor:
+    """Operand of a product of codes: float32, and float64 of int8, whose sum is exact in int32 and not in float32."""
+    return codes.double() if codes.dtype == torch.int8 else codes.float()
 
 
 def scaled_rows(
@@ -123,8 +195,8 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
     """code * scale, computed in ``dtype``; float64 gives the exact value.
 
     Args:
-        codes: [..., K] e4m3.
-        scale: [...] (one per row or output channel), or [..., K / group].
+        codes: [..., K] e4m3 or int8.
+        scale: [1] (one for all), or [...] (one per row or output channel).
         dtype: Dtype of the result, float32 or float64.
 
     Returns:
@@ -133,13 +205,8 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
     Raises:
         ValueError: The shapes do not belong together.
     """
-    values, factors = codes.to(dtype), scale.to(dtype)
-    if scale.shape == codes.shape[:-1]:
-        return values * factors[..., None]
-    if scale.shape[:-1] != codes.shape[:-1] or codes.shape[-1] % scale.shape[-1]:
+    if scale.shape not in ((1,), codes.shape[:-1]):
         raise ValueError(
-            f"scale must be {list(codes.shape[:-1])} or {[*codes.shape[:-1], 'K / group']} for codes "
-            f"{list(codes.shape)}, got {list(scale.shape)}"
+            f"scale must be [1] or {list(codes.shape[:-1])} for codes {list(codes.shape)}, got {list(scale.shape)}"
         )
-    groups = scale.shape[-1]
-    return (values.unflatten(-1, (groups, -1)) * factors[..., None]).flatten(-2)
+    return codes.to(dtype) * scale.to(dtype)[..., None]

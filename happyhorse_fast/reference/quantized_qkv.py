@@ -10,16 +10,28 @@ from collections.abc import Iterable
 import torch
 
 from happyhorse_fast import ambient
-from happyhorse_fast.reference.quantize import e4m3_scale, fragment_order, quantize_rows, scaled_rows, to_e4m3
+from happyhorse_fast.reference.quantize import (
+    e4m3_rows,
+    e4m3_scale,
+    fragment_order,
+    int8_rows,
+    int8_scale,
+    scaled_rows,
+    to_e4m3,
+    to_int8,
+    widened,
+)
 from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
 
 ROW_TILE = 128
 # Rows in flight: 4096 x 7296 float32 products are 120 MB.
 ROW_CHUNK = 4096
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+NORMALISED = {"bf16": BF16, "int8": torch.int8, "fp8": E4M3}
+"""What `rmsnorm_quantize` may give, by ``out``."""
 
-QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""q, k, v, v_scale, gate."""
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""q, k, v, q_scale, k_scale, v_scale, gate."""
 Span = tuple[int, int, int]
 """(expert, first row, end row)."""
 
@@ -40,24 +52,34 @@ def spans(row_tiles: torch.Tensor) -> list[Span]:
     return joined(row_tiles.tolist(), ROW_CHUNK)
 
 
-def empty_normalised(hidden: torch.Tensor, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_normalised(hidden: torch.Tensor, out: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Results of `rmsnorm_quantize`, not yet written: x [N, C] and its scale."""
-    x = torch.empty(hidden.shape, dtype=E4M3 if fp8 else BF16, device=hidden.device)
-    return x, torch.empty(hidden.shape[0] if fp8 else 0, dtype=torch.float32, device=hidden.device)
+    x = torch.empty(hidden.shape, dtype=NORMALISED[out], device=hidden.device)
+    return x, torch.empty(0 if out == "bf16" else hidden.shape[0], dtype=torch.float32, device=hidden.device)
 
 
 def empty_qkv(cos_sin: torch.Tensor, num_heads_q: int, num_heads_kv: int, out: str) -> QKV:
-    """Results of `qkv_linear`, not yet written: q, k, v, v_scale, gate."""
+    """Results of `qkv_linear`, not yet written: q, k, v, q_scale, k_scale, v_scale, gate."""
     n, d = cos_sin.shape
-    slots = -(-n // ROW_TILE)
-    device, codes = cos_sin.device, E4M3 if out != "bf16" else BF16
-    v_shape = (num_heads_kv, d, slots * ROW_TILE) if out == "fp8" else (n, num_heads_kv, d)
+    blocks = -(-n // ROW_TILE)
+    none = (0,)
+    codes = {"bf16": BF16, "int8_qk": torch.int8, "fp8": E4M3}[out]
+    q_scale = {"bf16": none, "int8_qk": (n, num_heads_q), "fp8": (blocks,)}[out]
+    k_scale = {"bf16": none, "int8_qk": (num_heads_kv, blocks), "fp8": (blocks,)}[out]
+    v_shape = (num_heads_kv, d, blocks * ROW_TILE) if out == "fp8" else (n, num_heads_kv, d)
+    v_scale = (num_heads_kv, blocks) if out == "fp8" else none
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=cos_sin.device)
+
     return (
-        torch.empty((n, num_heads_q, d), dtype=codes, device=device),
-        torch.empty((n, num_heads_kv, d), dtype=codes, device=device),
-        torch.empty(v_shape, dtype=E4M3 if out == "fp8" else BF16, device=device),
-        torch.empty((num_heads_kv, slots) if out == "fp8" else 0, dtype=torch.float32, device=device),
-        torch.empty((n, num_heads_q), dtype=torch.float32, device=device),
+        empty((n, num_heads_q, d), codes),
+        empty((n, num_heads_kv, d), codes),
+        empty(v_shape, E4M3 if out == "fp8" else BF16),
+        empty(q_scale),
+        empty(k_scale),
+        empty(v_scale),
+        empty((n, num_heads_q)),
     )
 
 
@@ -67,7 +89,7 @@ def rmsnorm_quantize(
     norm_weight: torch.Tensor,
     row_tiles: torch.Tensor,
     branch: torch.Tensor | None = None,
-    fp8: bool = False,
+    out: str = "bf16",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Residual add, RMSNorm and cast of whole rows.
 
@@ -76,20 +98,20 @@ def rmsnorm_quantize(
         norm_weight: [E, C] float32.
         row_tiles: [tiles, 3] int32.
         branch: [N, C] bf16, or None.
-        fp8: e4m3 with one scale per row rather than bf16.
+        out: ``"bf16"``, or ``"int8"`` or ``"fp8"`` with one scale per row.
 
     Returns:
-        x [N, C] bf16 and an empty scale, or x e4m3 and its scale [N] float32.
+        x [N, C] bf16 and an empty scale, or x int8 or e4m3 and its scale [N] float32.
     """
     if branch is not None:
         hidden += branch
-    x, scale = empty_normalised(hidden, fp8)
+    x, scale = empty_normalised(hidden, out)
     for expert, first, end in spans(row_tiles):
         y = rms_norm(hidden[first:end], norm_weight[expert])
-        if fp8:
-            x[first:end], scale[first:end] = quantize_rows(y)
-        else:
+        if out == "bf16":
             x[first:end] = y.to(BF16)
+        else:
+            x[first:end], scale[first:end] = int8_rows(y) if out == "int8" else e4m3_rows(y)
     return x, scale
 
 
@@ -106,39 +128,37 @@ def qkv_linear(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
 ) -> QKV:
     """QKV product and its epilogue.
 
     Args:
-        x: [N, C] bf16, or e4m3 with ``x_scale``.
+        x: [N, C] bf16, or int8 or e4m3 with ``x_scale``.
         x_scale: [N] float32, or None.
-        weight: [E, F, C] bf16, or e4m3 with ``weight_scale``.
+        weight: [E, F, C] in the dtype of x, codes with ``weight_scale``.
         weight_scale: [E, F] float32, or None.
         qk_norm: [E, 2, D] float32.
         cos_sin: [N, D] float32.
         row_tiles: [tiles, 3] int32.
         num_heads_q: Hq.
         num_heads_kv: Hkv.
-        out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
-        qk_scale: [E, 2] float32, for the two fp8 kinds.
-        k_mean: [Hkv, D] float32, or None.
+        out: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        qk_scale: [E, 2] float32, for ``"fp8"``.
 
     Returns:
-        q, k, v, v_scale, gate as docs/OPS.md states them.
+        q, k, v, q_scale, k_scale, v_scale, gate as docs/OPS.md states them.
 
     Raises:
-        ValueError: ``out`` is ``"fp8"`` and a row tile does not start on a multiple of 128.
+        ValueError: ``out`` is not ``"bf16"`` and a row tile does not start on a multiple of 128.
     """
     results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     for expert, first, end in spans(row_tiles):
         rows = slice(first, end)
-        product = x[rows].float() @ weight[expert].float().T
+        product = (widened(x[rows]) @ widened(weight[expert]).T).float()
         if x_scale is None or weight_scale is None:
             product = product.to(BF16).float()
         else:
             product = product * x_scale[rows, None] * weight_scale[expert]
-        _finish_rows(product, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, results)
+        _finish_rows(product, expert, first, end, qk_norm, cos_sin, qk_scale, results)
     return results
 
 
@@ -154,7 +174,6 @@ def qk_norm_rope(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
 ) -> QKV:
     """The epilogue of :func:`qkv_linear` on a product that is there already.
 
@@ -167,12 +186,11 @@ def qk_norm_rope(
         row_tiles: [tiles, 3] int32.
         num_heads_q: Hq.
         num_heads_kv: Hkv.
-        out: ``"bf16"``, ``"fp8"`` or ``"fp8_qk"``.
-        qk_scale: [E, 2] float32, for the two fp8 kinds.
-        k_mean: [Hkv, D] float32, or None.
+        out: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        qk_scale: [E, 2] float32, for ``"fp8"``.
 
     Returns:
-        q, k, v, v_scale, gate.
+        q, k, v, q_scale, k_scale, v_scale, gate.
 
     Raises:
         ValueError: As :func:`qkv_linear`.
@@ -180,7 +198,7 @@ def qk_norm_rope(
     results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     for expert, first, end in spans(row_tiles):
         part = scaled_rows(product, row_scale, column_scale, slice(first, end), expert)
-        _finish_rows(part, expert, first, end, qk_norm, cos_sin, qk_scale, k_mean, results)
+        _finish_rows(part, expert, first, end, qk_norm, cos_sin, qk_scale, results)
     return results
 
 
@@ -192,28 +210,30 @@ def _finish_rows(
     qk_norm: torch.Tensor,
     cos_sin: torch.Tensor,
     qk_scale: torch.Tensor | None,
-    k_mean: torch.Tensor | None,
     results: QKV,
 ) -> None:
     """Write what rows ``first`` to ``end`` of the product, float32 [rows, F] with its scales, become in ``results``."""
-    q, k, v, v_scale, gate = results
+    q, k, v, q_scale, k_scale, v_scale, gate = results
     rows = slice(first, end)
-    *qk, vs, gate[rows] = epilogue(product, qk_norm[expert], cos_sin[rows], q.shape[1], k.shape[1])
-    if k_mean is not None:
-        qk[1] = qk[1] - k_mean
-    for which, (to, value) in enumerate(zip((q, k), qk, strict=True)):
-        if qk_scale is not None and to.dtype == E4M3:
-            to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
-        else:
-            to[rows] = value.to(BF16)
+    queries, keys, values, gate[rows] = epilogue(product, qk_norm[expert], cos_sin[rows], q.shape[1], k.shape[1])
     if v.dtype == BF16:
-        v[rows] = vs.to(BF16)
+        v[rows] = values.to(BF16)
+    if q.dtype == BF16:
+        q[rows], k[rows] = queries.to(BF16), keys.to(BF16)
         return
     if first % ROW_TILE:
-        raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} where out is "fp8", got {first}')
+        raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} unless out is "bf16", got {first}')
     tiles = slice(first // ROW_TILE, -(-end // ROW_TILE))
-    slot = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
-    v[:, :, slot], v_scale[:, tiles] = quantize_v(vs)
+    if q.dtype == torch.int8:
+        q[rows], q_scale[rows] = quantize_q(queries)
+        k[rows], k_scale[:, tiles] = quantize_k(keys)
+        return
+    assert qk_scale is not None
+    for which, (to, scale, value) in enumerate(((q, q_scale, queries), (k, k_scale, keys))):
+        to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
+        scale[tiles] = qk_scale[expert, which]
+    slots = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
+    v[:, :, slots], v_scale[:, tiles] = quantize_v(values)
 
 
 def epilogue(
@@ -251,6 +271,34 @@ def rotate_pairs(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     cos, sin = cos_sin[:, None].chunk(2, dim=2)
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def quantize_q(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per token and head.
+
+    Args:
+        q: [N, Hq, D] float32.
+
+    Returns:
+        codes [N, Hq, D] int8, scale [N, Hq] float32.
+    """
+    scale = int8_scale(q.abs().amax(dim=2))
+    return to_int8(q * (1 / scale)[:, :, None]), scale
+
+
+def quantize_k(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per head and 128 rows.
+
+    Args:
+        k: [N, Hkv, D] float32.
+
+    Returns:
+        codes [N, Hkv, D] int8, scale [Hkv, S] float32, S = N / 128 rounded up.
+    """
+    padded = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, -k.shape[0] % ROW_TILE))
+    tiles = padded.unflatten(0, (-1, ROW_TILE))  # [S, 128, Hkv, D]
+    scale = int8_scale(tiles.abs().amax(dim=(1, 3)))
+    return to_int8(tiles * (1 / scale)[:, None, :, None]).flatten(0, 1)[: k.shape[0]], scale.T
 
 
 def quantize_v(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

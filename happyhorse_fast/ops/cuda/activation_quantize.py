@@ -11,7 +11,7 @@ from happyhorse_fast.ops.cuda.arguments import address, require_vectors
 from happyhorse_fast.ops.cuda.launch import launch
 from happyhorse_fast.ops.cuda.row_spans import RowTiles
 from happyhorse_fast.ops.fp8_linear import ROW_TILE
-from happyhorse_fast.reference.fp8_linear import empty_activated
+from happyhorse_fast.reference.fp8_linear import activation_scale, empty_activated
 
 # Of csrc/device/activation_quantize.cu.
 THREADS, ROWS_PER_BLOCK, VECTOR_BYTES = 256, 16, 16
@@ -25,12 +25,11 @@ class ActivationQuantizeParams(ctypes.Structure):
         ("row_scale", ctypes.c_void_p),
         ("column_scale", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
-        ("y_scale", ctypes.c_void_p),
         ("rows", RowTiles),
         ("product_stride", ctypes.c_int64),
         ("features", ctypes.c_int),
         ("gated", ctypes.c_int),
-        ("fp8", ctypes.c_int),
+        ("inverse_scale", ctypes.c_float),
     ]
 
 
@@ -42,7 +41,6 @@ def finish_rows(
     tiles: int,
     activation: str,
     y: torch.Tensor,
-    y_scale: torch.Tensor,
 ) -> None:
     """Write the activation of a product to those rows of ``y`` that ``rows`` names, in ``tiles`` row tiles.
 
@@ -60,12 +58,11 @@ def finish_rows(
         row_scale=address(row_scale),
         column_scale=address(column_scale),
         y=address(y),
-        y_scale=address(y_scale),
         rows=rows,
         product_stride=product.stride(0),
         features=features,
         gated=activation == "swiglu7",
-        fp8=y.dtype == torch.float8_e4m3fn,
+        inverse_scale=1.0 / activation_scale(activation) if y.dtype == torch.float8_e4m3fn else 0.0,
     )
     grid = (-(-features // (THREADS * values)), tiles, ROW_TILE // ROWS_PER_BLOCK)
     launch("activation_quantize", "activation_quantize", params, grid, THREADS, 0, product)
@@ -79,12 +76,12 @@ def activation_quantize(
     row_tiles: torch.Tensor,
     activation: str,
     fp8: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """See :func:`happyhorse_fast.ops.activation_quantize.activation_quantize`."""
-    y, y_scale = empty_activated(product.shape[0], product.shape[1], activation, fp8, product.device)
+    y = empty_activated(product.shape[0], product.shape[1], activation, fp8, product.device)
     rows = RowTiles(table=address(row_tiles))
-    finish_rows(product, row_scale, column_scale, rows, row_tiles.shape[0], activation, y, y_scale)
-    return y, y_scale
+    finish_rows(product, row_scale, column_scale, rows, row_tiles.shape[0], activation, y)
+    return y
 
 
 activation_quantize.register_fake(shapes.fake_activation_quantize)

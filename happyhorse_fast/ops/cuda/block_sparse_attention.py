@@ -40,7 +40,7 @@ class BlockSparseAttentionParams(ctypes.Structure):
         ("mask_bits", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
         ("gate", ctypes.c_void_p),
-        ("k_mean", ctypes.c_void_p),
+        ("flag", ctypes.c_void_p),
         ("q_token", ctypes.c_int64),
         ("q_head", ctypes.c_int64),
         ("k_token", ctypes.c_int64),
@@ -69,12 +69,13 @@ def block_sparse_attention(
     mask_bits: Tensor,
     order: Tensor,
     scale: float,
+    bounded: bool,
+    flag: Tensor | None,
     gate: Tensor | None,
-    k_mean: Tensor | None,
-    fp8_out: bool,
+    out_scale: Tensor | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`happyhorse_fast.ops.block_sparse_attention.block_sparse_attention`; without the scales of e4m3.
+) -> tuple[Tensor, Tensor]:
+    """See :func:`happyhorse_fast.ops.block_sparse_attention.block_sparse_attention`; without the scales of 8 bits.
 
     Raises:
         ValueError: q, k or v has channels apart, or rows that are not aligned to 16 bytes.
@@ -87,7 +88,7 @@ def block_sparse_attention(
             )
     require_vectors(VECTOR, q=q, k=k, v=v)
     require_vectors(BLOCK // 32, mask_bits=mask_bits)
-    out, out_scale, lse = empty_results(q, fp8_out, return_lse)
+    out, lse = empty_results(q, out_scale is not None, return_lse)
     n, heads_q, d = q.shape
     m, heads_kv, _ = k.shape
     map_heads, map_rows = starts.shape
@@ -105,7 +106,7 @@ def block_sparse_attention(
         mask_bits=address(mask_bits),
         order=address(order),
         gate=address(gate),
-        k_mean=address(k_mean),
+        flag=address(flag),
         q_token=q.stride(0),
         q_head=q.stride(1),
         k_token=k.stride(0),
@@ -121,8 +122,10 @@ def block_sparse_attention(
         map_heads=map_heads,
     )
     grid = (map_rows * heads_q, 1, 1)
-    launch(STEM, f"{STEM}_d{d}", params, grid, THREADS, SHARED_BYTES_PER_CHANNEL * d, q)
-    return out, out_scale, lse
+    for form in (bounded,) if flag is None else (True, False):
+        kernel = f"{STEM}_d{d}{'_bounded' if form else ''}"
+        launch(STEM, kernel, params, grid, THREADS, SHARED_BYTES_PER_CHANNEL * d, q)
+    return out, lse
 
 
 block_sparse_attention.register_fake(fake)

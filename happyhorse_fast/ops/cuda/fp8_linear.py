@@ -23,24 +23,21 @@ def fp8_linear_activation(
     row_tiles: torch.Tensor,
     activation: str,
     fp8: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """See :func:`happyhorse_fast.ops.fp8_linear.fp8_linear_activation`."""
-    if x_scale is not None and x_scale.dim() == 2:
-        raise ValueError(
-            f"x_scale must be [{x.shape[0]}], one per row, for backend 'cuda': the library's product has no scales "
-            f"inside its sum; got {list(x_scale.shape)}"
-        )
     check_operands(x, weight)
-    y, y_scale = empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)
+    if x_scale is not None:
+        x_scale = x_scale.expand(x.shape[0]).contiguous()
+    y = empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)
     experts, features, _ = weight.shape
     spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=False)
     one = scale_of_one(x)
-    for expert, first, end in chunks(spans, features, 4 if x.dtype == shapes.E4M3 else 2):
+    for expert, first, end in chunks(spans, features, 2 if x.dtype == shapes.BF16 else 4):
         product = library_product(x[first:end], weight[expert], one)
         rows = RowTiles(table=None, expert=expert, first=first, end=end)
         tiles = -(-(end - first) // shapes.ROW_TILE)
-        finish_rows(product, x_scale, weight_scale, rows, tiles, activation, y, y_scale)
-    return y, y_scale
+        finish_rows(product, x_scale, weight_scale, rows, tiles, activation, y)
+    return y
 
 
 fp8_linear_activation.register_fake(shapes.fake_fp8_linear_activation)

@@ -17,6 +17,8 @@ from happyhorse_fast.reference.quantized_qkv import empty_normalised, empty_qkv
 # Of csrc/device/rmsnorm_quantize.cu: a thread holds up to 8 vectors of 4 channels.
 VECTORS_PER_THREAD, VECTOR, WARP = 8, 4, 32
 SCRATCH_BYTES = 2 * WARP * 4
+FORMATS = ("bf16", "int8", "fp8")
+"""By their numbers in csrc/device/rmsnorm_quantize.cu."""
 
 
 class RmsnormQuantizeParams(ctypes.Structure):
@@ -32,7 +34,7 @@ class RmsnormQuantizeParams(ctypes.Structure):
         ("hidden_stride", ctypes.c_int64),
         ("branch_stride", ctypes.c_int64),
         ("channels", ctypes.c_int),
-        ("fp8", ctypes.c_int),
+        ("format", ctypes.c_int),
     ]
 
 
@@ -42,11 +44,11 @@ def rmsnorm_quantize(
     norm_weight: torch.Tensor,
     row_tiles: torch.Tensor,
     branch: torch.Tensor | None = None,
-    fp8: bool = False,
+    out: str = "bf16",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.rmsnorm_quantize`."""
     require_vectors(VECTOR, hidden=hidden, branch=branch, norm_weight=norm_weight)
-    x, scale = empty_normalised(hidden, fp8)
+    x, scale = empty_normalised(hidden, out)
     channels = hidden.shape[1]
     params = RmsnormQuantizeParams(
         hidden=address(hidden),
@@ -58,7 +60,7 @@ def rmsnorm_quantize(
         hidden_stride=hidden.stride(0),
         branch_stride=0 if branch is None else branch.stride(0),
         channels=channels,
-        fp8=fp8,
+        format=FORMATS.index(out),
     )
     threads = WARP * -(-channels // (VECTOR * VECTORS_PER_THREAD * WARP))
     grid = (shapes.ROW_TILE, row_tiles.shape[0], 1)
@@ -79,19 +81,18 @@ def qkv_linear(
     num_heads_kv: int,
     out: str,
     qk_scale: torch.Tensor | None = None,
-    k_mean: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`happyhorse_fast.ops.rmsnorm_qkv.qkv_linear`."""
     check_operands(x, weight)
     results = empty_qkv(cos_sin, num_heads_q, num_heads_kv, out)
     experts, features, _ = weight.shape
-    spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=out == "fp8")
+    spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=out != "bf16")
     one = scale_of_one(x)
-    for expert, first, end in chunks(spans, features, 4 if x.dtype == shapes.E4M3 else 2):
+    for expert, first, end in chunks(spans, features, 2 if x.dtype == shapes.BF16 else 4):
         product = library_product(x[first:end], weight[expert], one)
         rows = RowTiles(table=None, expert=expert, first=first, end=end)
         tiles = -(-(end - first) // shapes.ROW_TILE)
-        finish_rows(product, x_scale, weight_scale, qk_norm, cos_sin, qk_scale, k_mean, rows, tiles, results)
+        finish_rows(product, x_scale, weight_scale, qk_norm, cos_sin, qk_scale, rows, tiles, results)
     return results
 
 

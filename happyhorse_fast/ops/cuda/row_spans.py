@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from happyhorse_fast.ops.checks import is_capturing
 from happyhorse_fast.ops.rmsnorm_qkv import ROW_TILE
 from happyhorse_fast.reference.quantized_qkv import Span, joined
 
@@ -60,7 +61,7 @@ def expert_spans(row_tiles: torch.Tensor, experts: int, rows: int, *, whole_tile
     tiles = _tiles(row_tiles)
     for _, first, _ in tiles:
         if whole_tiles and first % ROW_TILE:
-            raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} where out is "fp8", got {first}')
+            raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} unless out is "bf16", got {first}')
     return joined(tiles)
 
 
@@ -77,7 +78,7 @@ def _tiles(row_tiles: torch.Tensor) -> tuple[Span, ...]:
     known: _Read | None = _read.get(row_tiles)
     if known is not None and known.version == version:
         return known.tiles
-    if _is_capturing(row_tiles.device):
+    if is_capturing(row_tiles.device):
         raise RuntimeError(
             "row_tiles of several experts must reach the host before a CUDA graph is captured, for backend 'cuda': "
             "call the op once before the capture, with the same row_tiles tensor (not a copy or a new view)"
@@ -85,11 +86,3 @@ def _tiles(row_tiles: torch.Tensor) -> tuple[Span, ...]:
     tiles = tuple((expert, first, end) for expert, first, end in row_tiles.tolist())
     _read[row_tiles] = _Read(version, tiles)
     return tiles
-
-
-def _is_capturing(device: torch.device) -> bool:
-    """Whether work on ``device``'s current stream goes into a CUDA graph."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()

@@ -14,6 +14,7 @@ STEM = "select_blocks"
 WARP, VECTOR_BYTES = 32, 16
 # Of csrc/device/select_blocks.cu: threads and shared memory of its kernels, in bytes.
 POOL_THREADS = 128
+POOL_FORMATS = {torch.bfloat16: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 SCORE_THREADS, SCORE_ROWS, SCORE_COLUMNS = 256, 128, 64
 SCORE_BYTES = 4 * 32 * (SCORE_ROWS + 4 + SCORE_COLUMNS + 4)
 COLUMNS_PER_THREAD = 8
@@ -40,11 +41,13 @@ class PoolBlocksParams(ctypes.Structure):
     _fields_ = [
         ("q", Strided),
         ("k", Strided),
+        ("q_scale", ctypes.c_void_p),
+        ("k_scale", ctypes.c_void_p),
         ("live", ctypes.c_void_p),
         ("pooled", ctypes.c_void_p),
         ("heads_q", ctypes.c_int),
         ("d", ctypes.c_int),
-        ("fp8", ctypes.c_int),
+        ("format", ctypes.c_int),
     ]
 
 
@@ -129,22 +132,27 @@ def select_blocks(
     group, score_stride = heads_q // heads_kv, -(-blocks // 4) * 4
     pooled = torch.empty(heads_q + heads_kv, blocks, d, dtype=torch.float32, device=q.device)
     scores = torch.empty(heads_kv, blocks, score_stride, dtype=torch.float32, device=q.device)
+    # int8 codes are multiplied before they are added up, e4m3's sums of a block after it.
+    scales, none = (q_scale, k_scale), (None, None)
+    of_values, of_sums = (scales, none) if q.dtype == torch.int8 else (none, scales)
     pool = PoolBlocksParams(
         q=strided(q),
         k=strided(k),
+        q_scale=address(of_values[0]),
+        k_scale=address(of_values[1]),
         live=address(live),
         pooled=address(pooled),
         heads_q=heads_q,
         d=d,
-        fp8=q.dtype == torch.float8_e4m3fn,
+        format=POOL_FORMATS[q.dtype],
     )
     pool_bytes = POOL_THREADS * VECTOR_BYTES // q.element_size() * 4
     launch(STEM, "pool_blocks", pool, (heads_q + heads_kv, blocks, 1), POOL_THREADS, pool_bytes, q)
     score = ScoreBlocksParams(
         pooled=address(pooled),
         inverse=address(inverse),
-        q_scale=address(q_scale),
-        k_scale=address(k_scale),
+        q_scale=address(of_sums[0]),
+        k_scale=address(of_sums[1]),
         scores=address(scores),
         scale=d**-0.5 / (group if mean else 1),
         heads_q=heads_q,

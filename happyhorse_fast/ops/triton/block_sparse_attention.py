@@ -8,30 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.kernels.block_sparse_attention import block_sparse_attention_kernel
-from happyhorse_fast.kernels.block_sparse_attention_hopper import block_sparse_attention_hopper_kernel
-from happyhorse_fast.kernels.hopper_sizes import GROUPS
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.ops.block_sparse_attention import empty_results, fake
+from happyhorse_fast.ops.triton import block_sparse_attention_hopper as hopper
 from happyhorse_fast.ops.triton.device import addressable, architecture, multiprocessors, on_device
 from happyhorse_fast.ops.triton.library import kernel_op, launchable
 
 STEM = "block_sparse_attention"
 # Warps that fill an SM's 65,536 registers at 255 a thread.
 WARPS_PER_SM = 8
-ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv}
+I2FP_SINCE = 86
+"""First compute capability that makes int32 float32 at the rate of additions."""
 
 
 def variant_of(q: Tensor, v: Tensor) -> str:
     """Name of the launch table's entry: format and head dim."""
     formats = {
         (torch.bfloat16, torch.bfloat16): "bf16",
-        (torch.float8_e4m3fn, torch.bfloat16): "fp8_qk",
+        (torch.int8, torch.bfloat16): "int8_qk",
         (torch.float8_e4m3fn, torch.float8_e4m3fn): "fp8",
     }
     return f"{formats[q.dtype, v.dtype]}_d{int(q.shape[2])}"
@@ -59,28 +57,30 @@ def described(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, list(tile))
 
 
-def described_in_gluon(x: Tensor, tile: tuple[int, int]) -> GluonDescriptor:
-    """A matrix, read in tiles, with their layout in shared memory."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(tile), ELEMENTS[x.dtype])
-    return GluonDescriptor.from_tensor(x, list(tile), layout)
+def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse: bool = False) -> LaunchConfig:
+    """The committed configuration for these tensors, with or without a bound on their scores and an LSE.
 
+    The specialized kernel has a running maximum where v is e4m3, and none otherwise.
 
-def launch_config(q: Tensor, k: Tensor, v: Tensor, *, lse: bool = False) -> LaunchConfig:
-    """The committed configuration for these tensors, with or without an LSE.
-
-    The "strided" entries read through pointers, in steps of 64 keys. Besides tensors that no descriptor can read, e4m3
-    with an LSE takes them: with steps of 128 keys it spills 8 bytes a thread, 32 with k_mean (Triton 3.6.0, sm_90). The
-    specialized kernel spills nothing.
+    The "strided" entries read through pointers, in steps of 64 keys. Besides tensors that no descriptor can read, an
+    LSE takes them where the softmax is bounded or v is e4m3: through descriptors, with heads of 128 on sm_90, e4m3
+    spills 8 to 16 bytes a thread, as does bf16 with a flag (Triton 3.6.0 to 3.8.0), and with heads of 64 on sm_100 bf16
+    with a flag 16 to 24. The specialized kernel spills nothing.
     """
     name, arch = variant_of(q, v), architecture(q.device)
     config = config_for(STEM, name, arch)
     v_dense = v.is_contiguous() and v.data_ptr() % 16 == 0 if is_transposed(v) else describable(v)
     by_tiles = v_dense and describable(k)
-    if config.specialized and by_tiles and describable(q):
+    if config.specialized and by_tiles and describable(q) and (bounded or is_transposed(v)):
         return config_for(STEM, f"{name}_specialized", arch)
-    if config.descriptors and (not by_tiles or (lse and is_transposed(v))):
+    if config.descriptors and (not by_tiles or (lse and (bounded or is_transposed(v)))):
         config = config_for(STEM, f"{name}_strided", arch)
     return dataclasses.replace(config, specialized=False)
+
+
+def rounding_of(config: LaunchConfig, v: Tensor) -> dict[str, Any]:
+    """Arguments of `reference.sparse_attention` that put P's rounding where a launch of this configuration has it."""
+    return {"step": config.block_n, "folded": config.specialized and is_transposed(v)}
 
 
 def is_transposed(v: Tensor) -> bool:
@@ -100,26 +100,26 @@ def block_sparse_attention(
     mask_bits: Tensor,
     order: Tensor,
     scale: float,
+    bounded: bool,
+    flag: Tensor | None,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     gate: Tensor | None,
-    k_mean: Tensor | None,
-    fp8_out: bool,
+    out_scale: Tensor | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """See :func:`happyhorse_fast.ops.block_sparse_attention.block_sparse_attention`, which checks the arguments."""
-    out, out_scale, lse = empty_results(q, fp8_out, return_lse)
-    config = launch_config(q, k, v, lse=return_lse)
+    out, lse = empty_results(q, out_scale is not None, return_lse)
     n, m, map_rows = q.shape[0], k.shape[0], starts.shape[1]
     # Tokens may be symbolic while torch traces; what the kernel is compiled for may not.
     heads_q, d, heads_kv, map_heads = int(q.shape[1]), int(q.shape[2]), int(k.shape[1]), int(starts.shape[0])
-    items = map_rows * heads_q * (BLOCK // config.block_m)
-    if items == 0:
-        return out, out_scale, lse
+    if map_rows * heads_q == 0:
+        return out, lse
+    forms = [bounded] if flag is None else [True, False]
     tensors = (
         out,
-        out_scale if fp8_out else None,
+        out_scale,
         lse if return_lse else None,
         counts,
         starts,
@@ -131,7 +131,7 @@ def block_sparse_attention(
         k_scale,
         v_scale,
         gate,
-        k_mean,
+        flag,
         scale * math.log2(math.e),
     )
     sizes: dict[str, Any] = {
@@ -140,58 +140,51 @@ def block_sparse_attention(
         "MAP_HEADS": map_heads,
         "D": d,
         "BLOCK": BLOCK,
-        "num_warps": config.num_warps,
         "enable_fp_fusion": FP_FUSION,
     }
-    key_blocks, programs = -(-m // BLOCK), multiprocessors(q.device)
-    if config.descriptors:
-        q_matrix, k_matrix, v_matrix = matrices(q, k, v)
-        k_tile = (config.block_n, d)
-        v_tile = k_tile[::-1] if is_transposed(v) else k_tile
-    if config.specialized:
-        # Never in a trace, which has no descriptors: no wrap_triton.
+    key_blocks = -(-m // BLOCK)
+    stride_v = (v.stride(2), v.stride(0), v.stride(1)) if is_transposed(v) else v.stride()
+    for form in forms:
+        config = launch_config(q, k, v, bounded=form, lse=return_lse)
+        if config.specialized:
+            # Never in a trace, which has no descriptors: no wrap_triton.
+            with on_device(q):
+                hopper.launch(config, *matrices(q, k, v), tensors, (n, map_rows, key_blocks, map_rows * heads_q), sizes)
+            continue
+        items = map_rows * heads_q * (BLOCK // config.block_m)
+        programs = multiprocessors(q.device) * max(1, WARPS_PER_SM // config.num_warps)
+        k_source: Any = k
+        v_source: Any = v
+        if config.descriptors:
+            _, k_matrix, v_matrix = matrices(q, k, v)
+            k_tile = (config.block_n, d)
+            v_tile = k_tile[::-1] if is_transposed(v) else k_tile
+            k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
         with on_device(q):
-            block_sparse_attention_hopper_kernel[(min(items, programs),)](
-                described_in_gluon(q_matrix, (BLOCK // GROUPS.value, d)),
-                described_in_gluon(k_matrix, k_tile),
-                described_in_gluon(v_matrix, v_tile),
+            launchable(block_sparse_attention_kernel)[(min(items, programs),)](
+                q,
+                k_source,
+                v_source,
                 *tensors,
                 n,
+                m,
                 map_rows,
                 key_blocks,
                 items,
-                STAGES=config.num_stages,
+                *q.stride(),
+                *k.stride(),
+                *stride_v,
+                BLOCK_M=config.block_m,
+                BLOCK_N=config.block_n,
+                PV_FP8=is_transposed(v),
+                DESCRIPTORS=config.descriptors,
+                BOUNDED=form,
+                BIASED=q.dtype == torch.int8 and architecture(q.device) < I2FP_SINCE,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
                 **sizes,
             )
-        return out, out_scale, lse
-    k_source: Any = k
-    v_source: Any = v
-    stride_v = (v.stride(2), v.stride(0), v.stride(1)) if is_transposed(v) else v.stride()
-    if config.descriptors:
-        k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
-    programs *= max(1, WARPS_PER_SM // config.num_warps)
-    with on_device(q):
-        launchable(block_sparse_attention_kernel)[(min(items, programs),)](
-            q,
-            k_source,
-            v_source,
-            *tensors,
-            n,
-            m,
-            map_rows,
-            key_blocks,
-            items,
-            *q.stride(),
-            *k.stride(),
-            *stride_v,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            PV_FP8=is_transposed(v),
-            DESCRIPTORS=config.descriptors,
-            num_stages=config.num_stages,
-            **sizes,
-        )
-    return out, out_scale, lse
+    return out, lse
 
 
 block_sparse_attention.register_fake(fake)

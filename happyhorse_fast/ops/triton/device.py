@@ -25,6 +25,7 @@ class Pretence:
 
 
 _pretence: Pretence | None = None
+_by_pointers = False
 
 
 @contextlib.contextmanager
@@ -41,12 +42,25 @@ def pretend(arch: int, *, tracing: bool = False) -> Iterator[None]:
         _pretence = before
 
 
+@contextlib.contextmanager
+def by_pointers() -> Iterator[None]:
+    """Launch as where torch traces, without TMA descriptors: what torch.compile takes, to be checked outside of it."""
+    global _by_pointers
+    before, _by_pointers = _by_pointers, True
+    try:
+        yield
+    finally:
+        _by_pointers = before
+
+
 def addressable(x: torch.Tensor) -> bool:
     """Whether a TMA descriptor of ``x`` can be made on the host: on a GPU, and not while torch traces.
 
     A descriptor cannot be recorded in a graph ("TMA descriptor capturing not yet supported in non-dynamo tracing",
     torch 2.13), and there ``x`` is a subclass of a tensor.
     """
+    if _by_pointers:
+        return False
     if not x.is_cuda and _pretence is not None:
         return not _pretence.tracing
     return x.is_cuda and type(x) is torch.Tensor
@@ -72,10 +86,10 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def descriptors_work(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether both operands of a product can be read through TMA descriptors in this call: 16-byte aligned rows."""
-    return addressable(x) and all(
-        t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0 for t in (x, weight)
+def descriptors_work(*tensors: torch.Tensor) -> bool:
+    """Whether tensors of one device can be reached through TMA descriptors in this call: 16-byte aligned rows."""
+    return addressable(tensors[0]) and all(
+        t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0 for t in tensors
     )
 
 

@@ -10,26 +10,14 @@ from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, LaunchConfig, c
 from happyhorse_fast.ops import fp8_linear as shapes
 from happyhorse_fast.ops.triton.device import architecture, descriptors_work, multiprocessors, on_device
 from happyhorse_fast.ops.triton.library import kernel_op, launchable
-from happyhorse_fast.reference.fp8_linear import empty_activated, empty_product
+from happyhorse_fast.reference.fp8_linear import activation_scale, empty_activated, empty_product
+from happyhorse_fast.reference.quantize import FORMATS
 
 STEM = "fp8_linear"
-WIDEST_WITH_GROUPS = 128
-"""Columns of one product of a step with group scales; a wider tile is two of them side by side."""
 ACCUMULATORS_PER_SM = 128 * 256
 """float32 accumulators that programs of one multiprocessor may hold: half of its registers."""
-
-
-def variant_of(x: torch.Tensor, x_scale: torch.Tensor | None, epilogue: str) -> str:
-    """The launch configuration's name: ``bf16_*``, ``fp8_*`` (a scale per row) or ``fp8_group64_*``."""
-    if x.dtype == torch.bfloat16:
-        return f"bf16_{epilogue}"
-    group = group_of(x, x_scale)
-    return f"fp8_group{group}_{epilogue}" if group else f"fp8_{epilogue}"
-
-
-def group_of(x: torch.Tensor, x_scale: torch.Tensor | None) -> int:
-    """Channels that share an x_scale; 0 for a whole row, and in bf16."""
-    return 0 if x_scale is None or x_scale.dim() == 1 else x.shape[1] // x_scale.shape[1]
+REDUCED_COLUMNS = 64
+"""Columns that the hardware adds at a time: 32 KiB of shared memory beside four stages of a tile of 128 x 256."""
 
 
 def launch(
@@ -39,11 +27,10 @@ def launch(
     weight_scale: torch.Tensor | None,
     row_tiles: torch.Tensor,
     out: torch.Tensor,
-    out_scale: torch.Tensor | None,
     epilogue: str,
     config: LaunchConfig,
 ) -> None:
-    """Write the product with its epilogue to ``out`` and, where that is e4m3, ``out_scale``.
+    """Write the product with its epilogue to ``out``.
 
     Raises:
         ValueError: ``out`` is e4m3 on a GPU that has none.
@@ -52,30 +39,31 @@ def launch(
     if out.dtype == torch.float8_e4m3fn and arch < FP8_SINCE:
         raise ValueError(f"fp8 must be False on sm_{arch}: it has no casts to e4m3 (sm_{FP8_SINCE} and later have)")
     _, features, k = weight.shape
-    group = group_of(x, x_scale)
     described = config.descriptors and descriptors_work(x, weight)
-    width = min(config.block_n, WIDEST_WITH_GROUPS) if group else config.block_n
+    reduced = epilogue == "residual" and config.reduce and described and descriptors_work(out)
     tiles = row_tiles.shape[0] * (shapes.ROW_TILE // config.block_m) * -(-features // config.block_n)
-    held = config.block_m * config.block_n * (2 if group else 1)
-    programs = multiprocessors(x.device) * max(1, ACCUMULATORS_PER_SM // held)
+    programs = multiprocessors(x.device) * max(1, ACCUMULATORS_PER_SM // (config.block_m * config.block_n))
     with on_device(x):
         launchable(fp8_linear_kernel)[(min(tiles, programs),)](
             TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]) if described else x,
             # Every argument is a pointer; one that the flags leave unread stands in for what is not given.
             row_tiles if x_scale is None else x_scale,
-            TensorDescriptor.from_tensor(weight.flatten(0, 1), [width, config.block_k]) if described else weight,
+            TensorDescriptor.from_tensor(weight.flatten(0, 1), [config.block_n, config.block_k])
+            if described
+            else weight,
             row_tiles if weight_scale is None else weight_scale,
             row_tiles,
-            out,
-            row_tiles if out_scale is None else out_scale,
+            TensorDescriptor.from_tensor(out, [config.block_m, REDUCED_COLUMNS]) if reduced else out,
             row_tiles.shape[0],
             F=features,
             K=k,
             ROW_TILE=shapes.ROW_TILE,
-            FP8=x.dtype != torch.bfloat16,
-            GROUP=group,
+            CODES=x.dtype != torch.bfloat16,
+            INT8=x.dtype == torch.int8,
+            PER_ROW=int(x_scale is not None and x_scale.numel() > 1),
             EPILOGUE=epilogue,
-            QUANTIZE=out.dtype == torch.float8_e4m3fn,
+            INVERSE=1.0 / activation_scale(epilogue) if out.dtype == torch.float8_e4m3fn else 0.0,
+            REDUCE=REDUCED_COLUMNS if reduced else 0,
             DESCRIPTORS=described,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
@@ -87,9 +75,9 @@ def launch(
         )
 
 
-def config_of(x: torch.Tensor, x_scale: torch.Tensor | None, epilogue: str) -> LaunchConfig:
+def config_of(x: torch.Tensor, epilogue: str) -> LaunchConfig:
     """The committed configuration for these inputs on their device."""
-    return config_for(STEM, variant_of(x, x_scale, epilogue), architecture(x.device))
+    return config_for(STEM, f"{FORMATS[x.dtype]}_{epilogue}", architecture(x.device))
 
 
 @kernel_op("happyhorse_fast::fp8_linear", kernel=fp8_linear_kernel)
@@ -102,8 +90,7 @@ def fp8_linear(
 ) -> torch.Tensor:
     """See :func:`happyhorse_fast.ops.fp8_linear.fp8_linear`."""
     y = empty_product(x, weight)
-    config = config_of(x, x_scale, "plain")
-    launch(x, x_scale, weight, weight_scale, row_tiles, y, None, "plain", config)
+    launch(x, x_scale, weight, weight_scale, row_tiles, y, "plain", config_of(x, "plain"))
     return y
 
 
@@ -117,8 +104,7 @@ def fp8_linear_residual(
     hidden: torch.Tensor,
 ) -> None:
     """See :func:`happyhorse_fast.ops.fp8_linear.fp8_linear_residual`."""
-    config = config_of(x, x_scale, "residual")
-    launch(x, x_scale, weight, weight_scale, row_tiles, hidden, None, "residual", config)
+    launch(x, x_scale, weight, weight_scale, row_tiles, hidden, "residual", config_of(x, "residual"))
 
 
 @kernel_op("happyhorse_fast::fp8_linear_activation", kernel=fp8_linear_kernel)
@@ -130,12 +116,11 @@ def fp8_linear_activation(
     row_tiles: torch.Tensor,
     activation: str,
     fp8: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """See :func:`happyhorse_fast.ops.fp8_linear.fp8_linear_activation`."""
-    y, y_scale = empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)
-    config = config_of(x, x_scale, activation)
-    launch(x, x_scale, weight, weight_scale, row_tiles, y, y_scale, activation, config)
-    return y, y_scale
+    y = empty_activated(x.shape[0], weight.shape[1], activation, fp8, x.device)
+    launch(x, x_scale, weight, weight_scale, row_tiles, y, activation, config_of(x, activation))
+    return y
 
 
 fp8_linear.register_fake(shapes.fake_fp8_linear)

@@ -14,6 +14,7 @@ from happyhorse_fast.ops.triton.device import architecture, on_device
 from happyhorse_fast.ops.triton.library import kernel_op, launchable
 
 STEM = "select_blocks"
+POOLS = {torch.bfloat16: "pool_bf16", torch.int8: "pool_int8", torch.float8_e4m3fn: "pool_fp8"}
 
 
 @kernel_op("happyhorse_fast::select_blocks", kernel=select_blocks_kernel)
@@ -38,16 +39,17 @@ def select_blocks(
     if rows == 0:
         return counts, starts, columns, mask_ids, order
     arch = architecture(q.device)
-    pool, choice, ordering = (
-        config_for(STEM, name, arch)
-        for name in ("pool_fp8" if q.dtype == torch.float8_e4m3fn else "pool_bf16", "select", "order")
-    )
+    pool, choice, ordering = (config_for(STEM, name, arch) for name in (POOLS[q.dtype], "select", "order"))
+    # int8 codes are multiplied before they are added up, e4m3's sums of a block after it.
+    scales, none = (q_scale, k_scale), (None, None)
+    of_values, of_sums = (scales, none) if q.dtype == torch.int8 else (none, scales)
     pooled_q = torch.empty(heads_q, blocks, d, dtype=torch.float32, device=q.device)
     pooled_k = torch.empty(heads_kv, d, blocks, dtype=torch.float32, device=q.device)
     with on_device(q):
         launchable(pool_blocks_kernel)[(blocks, heads_q + heads_kv)](
             q,
             k,
+            *of_values,
             live,
             pooled_q,
             pooled_k,
@@ -68,8 +70,7 @@ def select_blocks(
             table,
             prefix,
             inverse,
-            q_scale,
-            k_scale,
+            *of_sums,
             counts,
             starts,
             columns,

@@ -1,0 +1,48 @@
+"""Named barriers (PTX `bar`) between the warps of the Hopper attention kernel; Gluon itself offers mbarriers alone.
+
+Such a barrier completes when the stated number of threads has come to it. A warp that syncs waits for that, one that
+arrives does not. There are 16: Triton takes the first for itself (`bench.aot_gates` sees to it), turns take two,
+and slots of k and v up to four each.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+TURNS = gl.constexpr(6)
+"""Group 0's turn; the next is group 1's."""
+K_SLOTS = gl.constexpr(8)
+V_SLOTS = gl.constexpr(12)
+NAMED_SLOTS = 4
+"""Of k, and of v, at most."""
+
+
+@gluon.constexpr_function
+def bar(kind, threads):
+    """The instruction; Triton's inline assembly must have a result, which nobody reads."""
+    return f"bar.{kind} $1, {threads}; mov.b32 $0, $1;"
+
+
+@gluon.jit
+def sync_at(number, THREADS: gl.constexpr):
+    """Come to a barrier, and wait until THREADS threads have."""
+    asm: gl.constexpr = bar("sync", THREADS)
+    gl.inline_asm_elementwise(asm, "=r,r", [number], gl.int32, False, 1)
+
+
+@gluon.jit
+def arrive_at(number, THREADS: gl.constexpr):
+    """Come to a barrier, and go on."""
+    asm: gl.constexpr = bar("arrive", THREADS)
+    gl.inline_asm_elementwise(asm, "=r,r", [number], gl.int32, False, 1)
+
+
+@gluon.jit
+def await_turn(GROUP: gl.constexpr):
+    """Wait until the other group has issued its products."""
+    sync_at(TURNS + GROUP, 256)
+
+
+@gluon.jit
+def pass_turn(GROUP: gl.constexpr):
+    """Let the other group issue its products."""
+    arrive_at(TURNS + 1 - GROUP, 256)
