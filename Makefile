@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in $(VENV), pinned by constraints.txt.
 #   make PYTHON=python3.12 test     another interpreter for a new environment
 #   make PYTEST_ARGS="-k rope" test more arguments for pytest
-#   make SEED=7 FUZZ_ARGS="-k schedules" fuzz   examples drawn from that seed, for some tests
+#   make SEED=7 FUZZ_ARGS="-k ranges" fuzz   examples drawn from that seed, for some tests
 #   make DEMO_ARGS=--json demo      more arguments for the demo
 #   make gpu PYTHON=python3         run with that interpreter as it is: no environment is made, nothing is installed
 #   make gpu STAGES=tests,attn=200  some stages only, attn with a share of 200 s

@@ -152,7 +152,7 @@ def _what_of_csrc_runs(cuda: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "what": "host module",
             "runs": module["found"] is not None,
-            "why": module["why"] or "block maps and schedules in C++",
+            "why": module["why"] or "block maps in C++",
         },
     ]
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 
 from happyhorse_fast.block_map import BlockMap
+from happyhorse_fast.block_map.compiled import from_ranges
 from happyhorse_fast.eager.rotary import rotary_phases
 from happyhorse_fast.eager.sequence import Ranges
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import LayerPlan
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.sparse_policy import SparsePolicy
-from happyhorse_fast.ops import plan_blocks
 from happyhorse_fast.ops.qkv.packing import pack_cos_sin
 
 Span = tuple[int, int, int]
@@ -83,10 +83,10 @@ class ClipState:
         cos_sin = torch.zeros(rows.slots, rotation.shape[1], dtype=torch.float32, device=device)
         cos_sin[:, : rotation.shape[1] // 2] = 1.0
         cos_sin[token_rows] = rotation
-        dense_map = plan_blocks.from_ranges(*rows.to_rows(dense), rows.slots, rows.slots).to(device)
+        dense_map = from_ranges(*rows.to_rows(dense), rows.slots, rows.slots).to(device)
         local_map = dense_map
         if local is not None:
-            local_map = plan_blocks.from_ranges(*rows.to_rows(local), rows.slots, rows.slots).to(device)
+            local_map = from_ranges(*rows.to_rows(local), rows.slots, rows.slots).to(device)
         policies = {}
         if fast.sparsity is not None:
             # One per exact map: the two differ only where the clip has a window.

@@ -1,4 +1,4 @@
-"""The compiled host module against Python's version, bit for bit: block maps, schedules, errors, threads, speed."""
+"""The compiled host module against Python's version, bit for bit: block maps, errors, threads, speed."""
 
 import re
 import threading
@@ -12,27 +12,26 @@ from fuzz import examples
 from host_cases import (
     FAR,
     FAR_ROWS,
-    FIELDS,
     FORMS,
     LONGEST,
     any_ranges,
+    arrays,
     good_ranges,
     in_form,
     int64,
     milliseconds,
     outcome,
     same,
-    table,
+    window_ranges,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
 from happyhorse_fast import _C  # a checkout is built with it, so these tests fail where it is missing
-from happyhorse_fast.block_map import BlockMap, Layout
-from happyhorse_fast.ops import plan_blocks
+from happyhorse_fast.block_map import BlockMap, compiled
+from happyhorse_fast.eager.sequence import Clip
 
 MOST = 2**31 - 1
-PROGRAMS = 132  # multiprocessors of an H100
 
 
 # Maps from ranges -----------------------------------------------------------------------------------------------------
@@ -46,7 +45,7 @@ def test_maps_from_ranges_are_pythons(case, form):
     assert not isinstance(expected, str)
     assert same(outcome(lambda: _C.from_ranges(int64(q), int64(k), queries, keys)), expected)
     q, k = in_form(q, form), in_form(k, form)
-    assert same(outcome(lambda: plan_blocks.from_ranges(q, k, queries, keys, backend="cpp")), expected)
+    assert same(outcome(lambda: compiled.from_ranges(q, k, queries, keys)), expected)
 
 
 @examples(300)
@@ -82,7 +81,7 @@ def test_errors_of_anything_are_pythons(case, form):
     if all(isinstance(x, int) for row in (*q, *k) for x in row):
         q, k = in_form(q, form), in_form(k, form)
     expected = outcome(lambda: BlockMap.from_ranges(q, k, queries, keys))
-    assert same(outcome(lambda: plan_blocks.from_ranges(q, k, queries, keys, backend="cpp")), expected)
+    assert same(outcome(lambda: compiled.from_ranges(q, k, queries, keys)), expected)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +103,7 @@ def test_errors_of_anything_are_pythons(case, form):
 )
 def test_odd_ranges_end_as_in_python(q, k):
     expected = outcome(lambda: BlockMap.from_ranges(q, k, 200, 300))
-    assert same(outcome(lambda: plan_blocks.from_ranges(q, k, 200, 300, backend="cpp")), expected)
+    assert same(outcome(lambda: compiled.from_ranges(q, k, 200, 300)), expected)
 
 
 @pytest.mark.parametrize("ranges", [200, 2000])
@@ -127,50 +126,24 @@ def test_arrays_of_any_strides_and_alignment():
         assert same(outcome(lambda q=q: _C.from_ranges(q, ranges[::-1, :2], 300, 300)), expected)
 
 
-# Maps from windows ----------------------------------------------------------------------------------------------------
+# Maps of clips --------------------------------------------------------------------------------------------------------
 
-sizes = st.integers(0, 6), st.integers(0, 300), st.integers(0, 140), st.integers(0, 140)
-layouts = st.lists(st.builds(Layout, *sizes, st.booleans(), st.booleans()), min_size=1, max_size=3)
+
+CLIPS = st.builds(Clip, st.integers(1, 6), st.integers(1, 20), st.integers(1, 20), *[st.integers(2, 140)] * 2)
 
 
 @examples(200)
-@given(layouts, st.none() | st.integers(0, 7) | st.sampled_from([MOST, 2**63 - 1]))
-def test_maps_from_windows_are_pythons(clips, radius):
-    expected = outcome(lambda: BlockMap.frame_window(clips, radius))
-    assert same(outcome(lambda: _C.frame_window(table(clips), radius)), expected)
-    assert same(outcome(lambda: plan_blocks.frame_window(clips, radius, backend="cpp")), expected)
+@given(CLIPS, st.none() | st.integers(0, 7), st.booleans())
+def test_maps_of_clips_are_pythons(clip, radius, padded):
+    ranges = window_ranges(clip, radius, padded)
+    assert same(outcome(lambda: compiled.from_ranges(*ranges)), outcome(lambda: BlockMap.from_ranges(*ranges)))
 
 
-@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("radius", [11, None])
-def test_186641_tokens_are_pythons(align, radius):
-    clip = Layout(*table([LONGEST])[0, :4].tolist(), align, align)
-    expected = outcome(lambda: BlockMap.frame_window(clip, radius))
-    assert same(outcome(lambda: plan_blocks.frame_window(clip, radius, backend="cpp")), expected)
-
-
-@pytest.mark.parametrize(("clips", "radius"), [([], 1), ([LONGEST], -1), ([LONGEST], -(10**30))])
-def test_errors_of_windows_are_pythons(clips, radius):
-    expected = outcome(lambda: BlockMap.frame_window(clips, radius))
-    assert "must" in expected
-    assert same(outcome(lambda: plan_blocks.frame_window(clips, radius, backend="cpp")), expected)
-    if radius > -(2**63):
-        assert same(outcome(lambda: _C.frame_window(table(clips), radius)), expected)
-
-
-def test_negative_sizes_of_a_layout_are_refused_as_by_layout():
-    for column, name in enumerate(FIELDS[:4]):
-        row = np.ones((1, 6), dtype=np.int64)
-        row[0, column] = -3
-        with pytest.raises(ValueError, match=f"^{name} must be at least 0, got -3$"):
-            _C.frame_window(row, 1)
-
-
-def test_an_absurd_radius_is_no_window():
-    assert same(
-        outcome(lambda: plan_blocks.frame_window(LONGEST, 10**30, backend="cpp")),
-        outcome(lambda: plan_blocks.frame_window(LONGEST, LONGEST.frames, backend="cpp")),
-    )
+def test_186641_tokens_are_pythons(padded, radius):
+    ranges = window_ranges(LONGEST, radius, padded)
+    assert same(outcome(lambda: compiled.from_ranges(*ranges)), outcome(lambda: BlockMap.from_ranges(*ranges)))
 
 
 # That the comparison can fail -----------------------------------------------------------------------------------------
@@ -205,9 +178,10 @@ def unstable(counts, starts, columns, mask_ids, mask_bits, order):
 
 @pytest.mark.parametrize("plant", [swapped_masks, descending, flipped_bit, unstable])
 def test_a_planted_difference_is_seen(plant):
-    expected = outcome(lambda: BlockMap.frame_window(LONGEST, 11))
-    assert same(outcome(lambda: plan_blocks.frame_window(LONGEST, 11)), expected)
-    assert not same(plant(*outcome(lambda: plan_blocks.frame_window(LONGEST, 11))), expected)
+    ranges = window_ranges(LONGEST, 11)
+    expected = outcome(lambda: BlockMap.from_ranges(*ranges))
+    assert same(outcome(lambda: compiled.from_ranges(*ranges)), expected)
+    assert not same(plant(*outcome(lambda: compiled.from_ranges(*ranges))), expected)
 
 
 @pytest.mark.parametrize("change", [(0, 1), (1, 1), (2, -1), (3, -1)])
@@ -233,16 +207,10 @@ NONE = int64([])
     [
         (lambda: _C.from_ranges(NONE, NONE, MOST + 1, 1), f"queries must be at most {MOST}, got {MOST + 1}"),
         (lambda: _C.from_ranges(NONE, NONE, 1, 2**62), f"keys must be at most {MOST}, got {2**62}"),
-        (lambda: plan_blocks.from_ranges([], [], 10**30, 1), f"queries must be at most {MOST}, got {10**30}"),
+        (lambda: compiled.from_ranges([], [], 10**30, 1), f"queries must be at most {MOST}, got {10**30}"),
         (lambda: _C.from_ranges(WHOLE, WHOLE, MOST, MOST), f"at most {MOST} blocks in use, got at least 2814"),
         (lambda: _C.from_ranges(WHOLE, int64([(0, 20_000)]), MOST, MOST), f"at most {MOST} blocks in use"),
-        (lambda: _C.frame_window(np.full((1, 6), MOST), None), f"layouts must have at most {MOST} slots, got at least"),
-        (lambda: _C.frame_window(np.full((9, 6), 2**30), 1), f"layouts must have at most {MOST} slots, got at least"),
-        (lambda: _C.frame_window(np.full((1, 6), 2**62), 1), f"frames must be at most {MOST}, got {2**62}"),
-        (lambda: plan_blocks.frame_window(Layout(10**20, 0, 0, 0), 1), f"frames must be at most {MOST}, got"),
-        (lambda: plan_blocks.frame_window(Layout(10**5, 10**5, 0, 0), 1), f"most {MOST} slots, got {10**10}"),
-        (lambda: plan_blocks.from_ranges([], [], MOST, MOST, backend="python"), f"at most {MOST} blocks in Python"),
-        (lambda: plan_blocks.frame_window(LONGEST, 1, backend="cuda"), 'must be "auto", "cpp" or "python", got'),
+        (lambda: BlockMap.from_ranges([], [], MOST, MOST), f"at most {MOST} blocks in Python"),
     ],
 )
 def test_absurd_sizes_are_refused_before_memory_is_taken(call, message):
@@ -277,14 +245,8 @@ def test_a_long_sequence_costs_what_it_uses():
     ],
 )
 def test_the_module_takes_int64_alone(value, came):
-    wanted = "must be an int64 array of shape"
-    with pytest.raises(TypeError, match=re.escape(f"k_ranges {wanted} [rows, 2], got {came}")):
+    with pytest.raises(TypeError, match=re.escape(f"k_ranges must be an int64 array of shape [rows, 2], got {came}")):
         _C.from_ranges(NONE, value, 1, 1)
-    with pytest.raises(TypeError, match=re.escape(f"layouts {wanted} [clips, 6], got {came}")):
-        _C.frame_window(value, 1)
-    if came != "int64 of shape [2]":
-        with pytest.raises(TypeError, match=re.escape(f"lengths {wanted} [rows], got {came}")):
-            _C.schedule(value, 1)
 
 
 # Threads --------------------------------------------------------------------------------------------------------------
@@ -349,13 +311,14 @@ def test_an_array_may_be_written_to_while_it_is_used():
 
 def test_calls_in_several_threads_do_not_disturb_each_other():
     radii = [*range(12), None] * 3
-    expected = {radius: outcome(lambda radius=radius: _C.frame_window(table([LONGEST]), radius)) for radius in radii}
+    windows = {radius: arrays(window_ranges(LONGEST, radius)) for radius in radii}
+    expected = {radius: outcome(lambda w=window: _C.from_ranges(*w)) for radius, window in windows.items()}
 
     def bad(row):
         return _C.from_ranges(int64([(0, 1)] * row + [(2, 1)]), int64([(0, 1)] * (row + 1)), 9, 9)
 
     with ThreadPoolExecutor(4) as pool:
-        good = [(radius, pool.submit(_C.frame_window, table([LONGEST]), radius)) for radius in radii]
+        good = [(radius, pool.submit(_C.from_ranges, *windows[radius])) for radius in radii]
         errors = [pool.submit(bad, row) for row in range(40)]
         for radius, call in good:
             assert same(outcome(call.result), expected[radius])
@@ -367,22 +330,11 @@ def test_calls_in_several_threads_do_not_disturb_each_other():
 # Speed ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_map_and_schedule_of_40_heads_at_186641_tokens_take_less_than_50_milliseconds():
-    assert LONGEST.slots == 186_641
-
-    def shared():
-        """The trained window: one map, which 40 query heads walk."""
-        block_map = plan_blocks.frame_window(LONGEST, 11, backend="cpp")
-        return plan_blocks.schedule(block_map.counts[..., 1], PROGRAMS, 40, backend="cpp")
-
-    def own():
-        """Eight maps, one per key/value head, each walked by its five query heads."""
-        maps = [plan_blocks.frame_window(LONGEST, radius, backend="cpp") for radius in range(7, 15)]
-        return plan_blocks.schedule(torch.cat([m.counts[..., 1] for m in maps]), PROGRAMS, 5, backend="cpp")
-
-    assert len(shared().items) == len(own().items) == 1459 * 40
-    assert milliseconds(shared) < 50
-    assert milliseconds(own) < 50
+def test_maps_of_8_heads_at_186641_tokens_take_less_than_50_milliseconds():
+    """One key/value head's map takes 1 to 2 ms."""
+    assert LONGEST.total == 186_641
+    windows = [arrays(window_ranges(LONGEST, radius)) for radius in range(7, 15)]
+    assert milliseconds(lambda: [_C.from_ranges(*window) for window in windows]) < 50
 
 
 def test_67000_different_masks_take_less_than_2500_milliseconds():

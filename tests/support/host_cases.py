@@ -1,4 +1,4 @@
-"""Ranges, layouts, results and times for the tests of the compiled host module."""
+"""Ranges, results and times for the tests of the compiled host module."""
 
 import time
 
@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
+from happyhorse_fast.block_map import BLOCK, BlockMap
+from happyhorse_fast.eager.sequence import Clip, dense_ranges, local_ranges
+from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.tokens import tokens_for
 
-CLIP = tokens_for("1080p", seconds=15, fps=24)
-LONGEST = Layout(CLIP.T, CLIP.frame_tokens, CLIP.audio, 640)
+SIZE = tokens_for("1080p", seconds=15, fps=24)
+LONGEST = Clip(SIZE.T, SIZE.H // 2, SIZE.W // 2, SIZE.audio, 640)
 
 
 def outcome(make):
@@ -74,12 +76,22 @@ def in_form(ranges, form):
 
 
 FORMS = st.sampled_from([list, torch.int64, torch.int32, torch.uint8, np.int64, np.int16, np.uint16, np.uint64, ">i8"])
-FIELDS = ("frames", "frame_tokens", "audio", "text", "align_frames", "align_modalities")
 
 
-def table(clips):
-    """[clips, 6] as the compiled module takes layouts."""
-    return np.array([[getattr(c, name) for name in FIELDS] for c in clips], dtype=np.int64).reshape(-1, 6)
+def window_ranges(clip, radius, padded=False):
+    """(q_ranges, k_ranges, queries, keys) of a clip's layers with a window of frames, or without one."""
+    ranges = dense_ranges(clip) if radius is None else local_ranges(clip, radius)
+    if padded:
+        rows = PaddedRows.of(clip, windowed=radius is not None)
+        return *rows.to_rows(ranges), rows.slots, rows.slots
+    table = torch.tensor(ranges)
+    return table[:, :2], table[:, 2:], clip.total, clip.total
+
+
+def arrays(ranges):
+    """The same as the compiled module takes it."""
+    q, k, queries, keys = ranges
+    return q.numpy(), k.numpy(), queries, keys
 
 
 def milliseconds(work, rounds=5):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from happyhorse_fast.block_map.compiled import host_module_obstacle
 from happyhorse_fast.csrc import sources
-from happyhorse_fast.ops import plan_blocks
 from happyhorse_fast.ops.runtime.cuda import binaries, driver, images, nvrtc
 from happyhorse_fast.ops.runtime.cuda.errors import CudaError, cuda_version
 
@@ -58,7 +58,7 @@ def _code(index: int) -> dict[str, str]:
 
 
 def _host_module() -> dict[str, str | None]:
-    why = plan_blocks.host_module_obstacle()
+    why = host_module_obstacle()
     return {"found": None if why else str(importlib.import_module("happyhorse_fast._C").__file__), "why": why}
 
 
