@@ -15,8 +15,9 @@ from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import layer_kind, step_costs
 from happyhorse_fast.eager.sequence import Clip, dense_ranges, local_ranges
 from happyhorse_fast.fast.config import FastConfig
-from happyhorse_fast.fast.layer import LayerPlan, packed_shapes
+from happyhorse_fast.fast.layer import packed_shapes
 from happyhorse_fast.fast.padded_rows import PaddedRows
+from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
 FULL = ModelConfig.preset("happyhorse-1.0-15b")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +15,13 @@ class CheckpointError(ValueError):
 
 class NonFiniteError(FloatingPointError):
     """NaN or Inf where finite numbers are needed; the message names the tensor and how many elements are affected."""
+
+
+def listed(items: Iterable[str], most: int = 5) -> str:
+    """The first items and how many more there are, for a message."""
+    every = list(items)
+    more = f"; and {len(every) - most} more" if len(every) > most else ""
+    return "; ".join(every[:most]) + more
 
 
 def plain_number(value: object) -> object:

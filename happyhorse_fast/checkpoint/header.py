@@ -11,13 +11,15 @@ import json
 import math
 import stat
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from happyhorse_fast.arguments import CheckpointError
+import torch
+
+from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.checkpoint.keys import model_keys
+from happyhorse_fast.eager.sizes import TensorSpec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -26,42 +28,35 @@ DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 PACKED_FILE = "happyhorse_fast.json"
 """Marks a folder of packed weights, and holds their configurations."""
 
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+}
+"""What published and packed checkpoints hold."""
+
 # The safetensors library's own limit; the full model's header takes 60 kB.
 _MAX_HEADER_BYTES = 100_000_000
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_LISTED = 5
 _INDEX_SUFFIX = ".safetensors.index.json"
 _WHOLE_NAMES = (SINGLE_FILE, INDEX_FILE, DIFFUSERS_FILE, DIFFUSERS_FILE + ".index.json")
 
 
 @dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(TensorSpec):
     """One tensor of a checkpoint, as its file's header declares it.
 
     Attributes:
-        key: State-dict key.
-        file: The file that holds it.
-        dtype: The format's name for its dtype, such as ``"BF16"``.
-        shape: Its shape.
         start: Byte in the file where its data start.
         nbytes: Bytes of its data.
     """
 
-    key: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
     start: int
     nbytes: int
-
-
-def listed(items: Iterable[str]) -> str:
-    """The first five items and how many more there are, for a message."""
-    every = list(items)
-    more = f"; and {len(every) - _LISTED} more" if len(every) > _LISTED else ""
-    return "; ".join(every[:_LISTED]) + more
 
 
 def read_headers(path: str | Path) -> dict[str, TensorEntry]:
@@ -264,7 +259,7 @@ def _entry(file: Path, key: str, fields: object, data_start: int) -> TensorEntry
             raise ValueError(f"{key} must have dtype, shape and data_offsets, got {fields!r}")
     if not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"{key} has the shape {shape!r}")
-    declared = math.prod(shape) * _ITEM_BYTES[dtype] if dtype in _ITEM_BYTES else end - start
+    declared = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - start
     if declared != end - start:
         raise ValueError(f"{key} takes {declared} bytes as {dtype} {shape}, data_offsets give it {end - start}")
     return TensorEntry(key, file, dtype, tuple(shape), data_start + start, end - start)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import FileIO
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -16,24 +14,23 @@ from torch import nn
 from happyhorse_fast import ambient
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint.header import TensorEntry, read_headers
-from happyhorse_fast.checkpoint.inspect import BANDS_KEY, STORED_DTYPES, layer_of, read_sizes, require_sizes
-from happyhorse_fast.checkpoint.lora import add_updates, plan_updates
-from happyhorse_fast.checkpoint.lora_file import Lora, Update
+from happyhorse_fast.checkpoint.lora import plan_updates
+from happyhorse_fast.checkpoint.lora_file import Lora
+from happyhorse_fast.checkpoint.packed import is_packed, load_packed, packed_config
 from happyhorse_fast.checkpoint.save import save_checkpoint
+from happyhorse_fast.checkpoint.stream import Advance, assign, progress_bar, read_tensor, staging_buffer
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.eager.lora import Update, add_updates
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
+from happyhorse_fast.eager.sizes import BANDS_KEY, layer_of, require_sizes
 from happyhorse_fast.fast.accelerate import Accelerating
 from happyhorse_fast.fast.config import FastConfig
 
-__all__ = ["load", "read_sizes", "save_checkpoint"]
+__all__ = ["load", "save_checkpoint"]
 
-# Bytes read at a time, a multiple of every item size. All a load takes beside the weights.
-STAGING_BYTES = 16 << 20
 # Largest relative difference of stored and computed rotary frequencies; they agree to 2e-7 (float32 powers) at most.
 BANDS_TOLERANCE = 1e-6
-
-Advance = Callable[[int], None]
 
 
 @ambient.makes_tensors
@@ -85,16 +82,14 @@ def load(
         ValueError: Not exactly one of ``preset`` and ``config``; no such preset, device or compute dtype; ``fast`` asks
             for another precision than packed weights have; ``lora`` for packed weights, or one that does not fit.
     """
-    from happyhorse_fast.checkpoint import packed as packed_checkpoint
-
     place = usable_device(device)
     wanted = check_load(path, preset, config, compute_dtype=compute_dtype, fast=fast)
-    if packed_checkpoint.is_packed(path):
+    if is_packed(path):
         if lora:
             raise ValueError(
                 f"lora must be left out: the folder {str(path)!r} is packed; load the published checkpoint"
             )
-        return packed_checkpoint.load_packed(path, place, fast, progress=progress)
+        return load_packed(path, place, fast, progress=progress)
     model = HappyHorse(wanted, compute_dtype, device="meta")
     updates = plan_updates(model, lora, lora_scale)
     entries = read_headers(path)
@@ -123,9 +118,7 @@ def check_load(
     Returns:
         The configuration that the model would have.
     """
-    from happyhorse_fast.checkpoint import packed as packed_checkpoint
-
-    packed = packed_checkpoint.is_packed(path)
+    packed = is_packed(path)
     if packed and (preset is not None or config is not None):
         raise ValueError(f"preset and config must be left out: the folder {str(path)!r} is packed and carries its own")
     if (packed or fast is not None) and compute_dtype != torch.bfloat16:
@@ -134,7 +127,7 @@ def check_load(
             f"fp8; got {compute_dtype}"
         )
     if packed:
-        return packed_checkpoint.packed_config(path, fast)[0]
+        return packed_config(path, fast)[0]
     wanted, asked = _requested(preset, config)
     if isinstance(fast, FastConfig):
         fast.require_model(wanted)
@@ -169,32 +162,6 @@ def usable_device(device: torch.device | str) -> torch.device:
     if place.type == "meta":
         raise ValueError("device must be one that holds data, got 'meta'")
     return place
-
-
-@contextmanager
-def progress_bar(shown: bool, total: int) -> Iterator[Advance]:
-    """A bar over bytes on standard error, where ``shown``; yields what to call with bytes that were read."""
-    if not shown:
-        yield lambda count: None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("loading"),
-        progress.BarColumn(),
-        progress.DownloadColumn(binary_units=True),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("loading", total=total)
-        yield lambda count: bar.advance(task, count)
-
-
-def staging_buffer(device: torch.device) -> torch.Tensor:
-    """[STAGING_BYTES] uint8 on the host, pinned for a GPU."""
-    return torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def _stream(
@@ -259,61 +226,3 @@ def _fill(
             for entry in together:
                 value = read_tensor(stream, entry, like[entry.key].dtype, device, staging, advance)
                 assign(model, entry.key, value)
-
-
-def read_tensor(
-    stream: FileIO,
-    entry: TensorEntry,
-    dtype: torch.dtype,
-    device: torch.device,
-    staging: torch.Tensor,
-    advance: Advance,
-) -> torch.Tensor:
-    """Read one tensor through the staging buffer into its final memory and dtype; NaN or Inf in it is an error."""
-    value = torch.empty(entry.shape, dtype=dtype, device=device)
-    flat, stored = value.view(-1), STORED_DTYPES[entry.dtype]
-    buffer = staging.numpy().data
-    stream.seek(entry.start)
-    for start in range(0, entry.nbytes, len(buffer)):
-        piece = buffer[: min(len(buffer), entry.nbytes - start)]
-        _read_exactly(stream, piece, entry)
-        first = start // stored.itemsize
-        # Synchronous, so that the next piece may overwrite the staging buffer.
-        flat[first : first + len(piece) // stored.itemsize].copy_(staging[: len(piece)].view(stored))
-        advance(len(piece))
-    if not _is_finite(value):
-        bad = int((~torch.isfinite(value.float())).sum())
-        raise CheckpointError(
-            f"{entry.file}: {entry.key} holds {bad} NaN or Inf among {value.numel()} elements "
-            f"(stored as {entry.dtype}, read as {dtype})"
-        )
-    return value
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    if not value.dtype.is_floating_point:
-        return True
-    if value.dtype == torch.float8_e4m3fn:  # no Inf; NaN is 0x7f and 0xff
-        return not bool((value.view(torch.uint8) & 0x7F == 0x7F).any())
-    # NaN and Inf both show in the extremes: one pass without a temporary, 20 times as fast as isfinite on a CPU.
-    return all(bool(torch.isfinite(extreme)) for extreme in value.aminmax())
-
-
-def _read_exactly(stream: FileIO, piece: memoryview, entry: TensorEntry) -> None:
-    filled = 0
-    while filled < len(piece):
-        try:
-            count = stream.readinto(piece[filled:])
-        except OSError as error:
-            raise CheckpointError(f"{entry.file}: cannot be read, within {entry.key}: {error}") from error
-        if not count:
-            raise CheckpointError(f"{entry.file}: truncated while it was read, within {entry.key}")
-        filled += count
-
-
-def assign(model: nn.Module, key: str, value: torch.Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer, by state-dict key."""
-    owner, _, name = key.rpartition(".")
-    module = model.get_submodule(owner)
-    old = getattr(module, name)
-    setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)

@@ -6,15 +6,15 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from happyhorse_fast.arguments import CheckpointError
-from happyhorse_fast.checkpoint.header import listed, read_file, require_regular_file
+from happyhorse_fast.arguments import CheckpointError, listed
+from happyhorse_fast.checkpoint.header import read_file, require_regular_file
+from happyhorse_fast.eager.lora import Update
 
 Lora = str | Path | Mapping[str, torch.Tensor]
 
@@ -38,25 +38,6 @@ _PEFT_REFUSED = (
     "trainable_token_indices",
 )
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a LoRA adds to one weight: ``factor * up @ down``.
-
-    Attributes:
-        path: The module whose weight it is for.
-        down: [r, in features], on the CPU.
-        up: [out features, r]; of a weight of several experts, their rows one after another.
-        factor: scale * alpha / r (alpha / sqrt(r) for rank-stabilised ones).
-        source: Where it is from, for messages.
-    """
-
-    path: str
-    down: torch.Tensor
-    up: torch.Tensor
-    factor: float
-    source: str
 
 
 def read_lora(lora: Lora, scale: float, modules: Collection[str]) -> list[Update]:

@@ -14,13 +14,14 @@ from torch import nn
 
 from happyhorse_fast import ambient
 from happyhorse_fast._version import __version__
-from happyhorse_fast.arguments import CheckpointError
-from happyhorse_fast.checkpoint.header import PACKED_FILE, TensorEntry, listed, read_headers, require_regular_file
-from happyhorse_fast.checkpoint.inspect import BANDS_KEY, STORED_DTYPES
+from happyhorse_fast.arguments import CheckpointError, listed
+from happyhorse_fast.checkpoint.header import DTYPES, PACKED_FILE, TensorEntry, read_headers, require_regular_file
 from happyhorse_fast.checkpoint.save import write_checkpoint
+from happyhorse_fast.checkpoint.stream import assign, progress_bar, read_tensor, staging_buffer
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
+from happyhorse_fast.eager.sizes import BANDS_KEY
 from happyhorse_fast.fast.accelerate import choose_ops, empty_accelerated
 from happyhorse_fast.fast.attention_bound import AttentionBound
 from happyhorse_fast.fast.compiled import unwrapped
@@ -117,8 +118,6 @@ def load_packed(
         ValueError: As :func:`packed_config`.
         BackendError: As for :func:`accelerate`.
     """
-    from happyhorse_fast.checkpoint.load import assign, progress_bar, read_tensor, staging_buffer
-
     folder = Path(folder)
     config, fast = packed_config(folder, fast)
     entries = read_headers(folder)
@@ -130,7 +129,7 @@ def load_packed(
         with progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
             for entry in entries.values():
                 with entry.file.open("rb", buffering=0) as stream:
-                    dtype = STORED_DTYPES[entry.dtype]
+                    dtype = DTYPES[entry.dtype]
                     assign(model, entry.key, read_tensor(stream, entry, dtype, device, staging, advance))
     except BaseException as error:
         # The error outlives this call, and the frames it refers to hold tensors.
@@ -194,7 +193,7 @@ def _require_entries(entries: Mapping[str, TensorEntry], wanted: Mapping[str, to
         like = wanted.get(key)
         if like is None:
             continue
-        found = STORED_DTYPES.get(entry.dtype)
+        found = DTYPES.get(entry.dtype)
         if entry.shape != tuple(like.shape) or found != like.dtype:
             problems.append(
                 f"{entry.file}: {key} is {entry.dtype} {list(entry.shape)}, wanted {like.dtype} {list(like.shape)}"

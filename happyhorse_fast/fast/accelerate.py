@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from happyhorse_fast import ambient
-from happyhorse_fast.checkpoint.header import TensorEntry
-from happyhorse_fast.checkpoint.inspect import sizes_of
-from happyhorse_fast.checkpoint.lora import unmerge
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.eager.lora import unmerge
 from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.eager.sizes import TensorSpec, sizes_of
 from happyhorse_fast.fast import model as fast_model
 from happyhorse_fast.fast.compiled import state_dict_of, unwrapped
 from happyhorse_fast.fast.config import OPS, FastConfig, Tiles
 from happyhorse_fast.fast.dtypes import require_published_dtypes
-from happyhorse_fast.fast.layer import FastLayer, LayerPlan, pack_layer, packed_shapes
+from happyhorse_fast.fast.layer import FastLayer, pack_layer, packed_shapes
+from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.fast.refusals import require_acceleratable
 from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.fast.untraced import load_compiler, untraced
@@ -347,7 +347,6 @@ def _config_of(model: nn.Module) -> ModelConfig:
             f"final_norm_video, ...); got {type(model).__name__}: {error}"
         ) from error
     entries = {
-        key: TensorEntry(key, Path("model"), "F32", tuple(value.shape), 0, 0)
-        for key, value in state_dict_of(model).items()
+        key: TensorSpec(key, Path("model"), "F32", tuple(value.shape)) for key, value in state_dict_of(model).items()
     }
     return ModelConfig(**dataclasses.asdict(sizes_of(entries, Path("model"))), local_attn_layers=tuple(local))

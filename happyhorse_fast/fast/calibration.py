@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.fast.config import OPS
 
 FORMAT = 1
 """Version of the file."""
@@ -102,7 +101,7 @@ def skip_rules(ops: Iterable[OpCalibration], precision: str, most: float) -> lis
     """``FastConfig.skip`` of what is not within ``most`` in a format, a rule an op: ``"down:0-3,36"``."""
     found = list(ops)
     rules = []
-    for op in OPS:
+    for op in dict.fromkeys(of.op for of in found):
         layers = sorted(of.layer for of in found if of.op == op and not of.worst(precision) <= most)
         if layers:
             rules.append(f"{op}:{','.join(_spans(layers))}")

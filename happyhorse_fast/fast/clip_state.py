@@ -12,8 +12,8 @@ from happyhorse_fast.block_map.compiled import from_ranges
 from happyhorse_fast.eager.rotary import rotary_phases
 from happyhorse_fast.eager.sequence import Ranges
 from happyhorse_fast.fast.config import FastConfig
-from happyhorse_fast.fast.layer import LayerPlan
 from happyhorse_fast.fast.padded_rows import PaddedRows
+from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.fast.sparse_policy import SparsePolicy
 from happyhorse_fast.ops.qkv.packing import pack_cos_sin
 

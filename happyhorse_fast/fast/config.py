@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from happyhorse_fast.arguments import real_number, whole_number
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.fast.calibration import ATTENTION, read_skip
 
 Precision = Literal["bf16", "int8", "fp8"]
 AttentionPrecision = Literal["bf16", "int8_qk", "fp8"]
@@ -192,8 +193,6 @@ class FastConfig:
             OSError, ValueError: As :func:`happyhorse_fast.fast.calibration.read_skip`; everything is in bf16.
             TypeError, ValueError: As for a FastConfig.
         """
-        from happyhorse_fast.fast.calibration import ATTENTION, read_skip  # here: it imports this module
-
         wanted = cls(**options)
         if (wanted.precision, wanted.attention_format) == ("bf16", "bf16"):
             raise ValueError("precision or attention must be of 8 bits to be calibrated, got bf16 for both")

@@ -3,72 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from happyhorse_fast.checkpoint.header import listed
+from happyhorse_fast.arguments import listed
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound, packed_bound
-from happyhorse_fast.fast.config import OPS, FastConfig
+from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.dtypes import require_kept_dtypes
+from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.ops.attention.contract import block_sparse_attention
 from happyhorse_fast.ops.linear.contract import fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.linear.packing import DTYPES, pack_linear
 from happyhorse_fast.ops.qkv.contract import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.qkv.packing import pack_qk_norm, pack_qkv_weight, static_qk_scale
 from happyhorse_fast.ops.row_quantization.contract import quantize_rows
-from happyhorse_fast.ops.runtime.dispatch import Choice
-
-if TYPE_CHECKING:
-    from happyhorse_fast.fast.clip_state import ClipState
 
 _FEATURE_TILE = 128
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What a layer is, and how each of its products runs.
-
-    Attributes:
-        index: Layer number.
-        experts: 1 or 3.
-        gated: SwiGLU7 rather than GELU7.
-        local: Whether the layer belongs to ``local_attn_layers``.
-        num_heads_q: Hq.
-        num_heads_kv: Hkv.
-        head_dim: D.
-        precision: ``"bf16"``, ``"int8"``, ``"fp8"`` or (attention) ``"int8_qk"`` for each of ``OPS``.
-        backend: ``"triton"``, ``"cuda"`` or ``"reference"`` for each op stem's function.
-    """
-
-    index: int
-    experts: int
-    gated: bool
-    local: bool
-    num_heads_q: int
-    num_heads_kv: int
-    head_dim: int
-    precision: Mapping[str, str]
-    backend: Mapping[str, str]
-
-    @classmethod
-    def of(cls, config: ModelConfig, fast: FastConfig, layer: int, choices: Mapping[str, Choice]) -> LayerPlan:
-        """The plan of one layer of a model."""
-        return cls(
-            layer,
-            config.experts(layer),
-            layer not in config.gelu7_layers,
-            layer in config.local_attn_layers,
-            config.num_heads_q,
-            config.num_heads_kv,
-            config.head_dim,
-            {op: fast.precision_of(op, layer) for op in OPS},
-            {op: choice.backend for op, choice in choices.items()},
-        )
 
 
 class FastLayer(nn.Module):

@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrize
 
-from happyhorse_fast.checkpoint.header import listed
-from happyhorse_fast.checkpoint.inspect import layer_of
+from happyhorse_fast.arguments import listed
 from happyhorse_fast.eager import model as reference
 from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.eager.sizes import layer_of
 from happyhorse_fast.fast.compiled import published_key, state_dict_of, unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles
 from happyhorse_fast.fast.layer import FastLayer

@@ -19,8 +19,8 @@ from happyhorse_fast.block_map.bits import pack
 from happyhorse_fast.eager import sequence
 from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.fast.clip_state import ClipState
-from happyhorse_fast.fast.layer import LayerPlan
 from happyhorse_fast.fast.padded_rows import PaddedRows
+from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.fast.state import FastState
 
 

@@ -30,15 +30,16 @@ from toy_checkpoint import (
     edit_file,
     fails,
     index_of,
+    read_sizes,
     shard_of,
     weights,
 )
 
 from happyhorse_fast import golden
 from happyhorse_fast.arguments import CheckpointError
-from happyhorse_fast.checkpoint import load as checkpoint
+from happyhorse_fast.checkpoint import stream as streaming
 from happyhorse_fast.checkpoint.header import read_headers
-from happyhorse_fast.checkpoint.load import load, read_sizes, save_checkpoint
+from happyhorse_fast.checkpoint.load import load, save_checkpoint
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
@@ -112,7 +113,7 @@ def test_round_trip_of_any_model(config: ModelConfig, max_shard_bytes: int) -> N
 def test_cast_to_the_models_dtypes_in_pieces(
     stored: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "STAGING_BYTES", 24)
+    monkeypatch.setattr(streaming, "STAGING_BYTES", 24)
     state = {key: value if key == BANDS else value.to(stored) for key, value in weights().items()}
     save_checkpoint(state, tmp_path)
     loaded = load(tmp_path, config=CONFIG, progress=False).state_dict()
@@ -190,7 +191,7 @@ class Storages(TorchDispatchMode):
 
 @pytest.fixture
 def storages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storages]:
-    monkeypatch.setattr(checkpoint, "STAGING_BYTES", 4096)
+    monkeypatch.setattr(streaming, "STAGING_BYTES", 4096)
     with Storages() as mode:
         yield mode
 
@@ -227,14 +228,14 @@ def test_nothing_is_kept_after_an_error(
     if interruption is None:
         edit_file(shard_of(folder, last), lambda tensors: tensors[last].fill_(torch.nan))
     else:
-        read = checkpoint._read_exactly
+        read = streaming._read_exactly
 
         def interrupted(stream: io.FileIO, piece: memoryview, entry: Any) -> None:
             read(stream, piece, entry)
             if entry.key == last:
                 raise interruption
 
-        monkeypatch.setattr(checkpoint, "_read_exactly", interrupted)
+        monkeypatch.setattr(streaming, "_read_exactly", interrupted)
     before, storages.peak = storages.live, 0
     with pytest.raises(interruption or CheckpointError) as caught:
         load(folder, config=CONFIG, progress=True)

@@ -20,6 +20,7 @@ from toy_checkpoint import (
     edit_index,
     fails,
     index_of,
+    read_sizes,
     shard_of,
     weights,
     with_header,
@@ -27,7 +28,7 @@ from toy_checkpoint import (
 
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint import load as checkpoint
-from happyhorse_fast.checkpoint.load import load, read_sizes, save_checkpoint
+from happyhorse_fast.checkpoint.load import load, save_checkpoint
 from happyhorse_fast.eager.model import HappyHorse
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
-from toy_checkpoint import CONFIG, fails, weights
+from toy_checkpoint import CONFIG, fails, read_sizes, weights
 
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint.header import read_headers
-from happyhorse_fast.checkpoint.load import load, read_sizes, save_checkpoint
+from happyhorse_fast.checkpoint.load import load, save_checkpoint
 from happyhorse_fast.checkpoint.packed import save_packed
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 import happyhorse_fast as hh
 from happyhorse_fast import golden
 from happyhorse_fast.arguments import CheckpointError
-from happyhorse_fast.checkpoint import lora as merging
 from happyhorse_fast.checkpoint.load import load, save_checkpoint
 from happyhorse_fast.checkpoint.lora import merge_lora
 from happyhorse_fast.checkpoint.packed import save_packed
+from happyhorse_fast.eager import lora as merging
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import accelerate, restore
 from happyhorse_fast.fast.config import FastConfig

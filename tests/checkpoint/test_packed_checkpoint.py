@@ -14,8 +14,9 @@ from public_model import DiTModel
 import happyhorse_fast as hh
 from happyhorse_fast import golden
 from happyhorse_fast.arguments import CheckpointError
-from happyhorse_fast.checkpoint.load import STAGING_BYTES, load, save_checkpoint
+from happyhorse_fast.checkpoint.load import load, save_checkpoint
 from happyhorse_fast.checkpoint.packed import is_packed, save_packed
+from happyhorse_fast.checkpoint.stream import STAGING_BYTES
 from happyhorse_fast.fast.accelerate import accelerate, restore
 from happyhorse_fast.fast.config import FastConfig, TopK
 from happyhorse_fast.fast.memory import StorageMeter

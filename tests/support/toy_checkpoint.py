@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from happyhorse_fast import golden
 from happyhorse_fast.arguments import CheckpointError
-from happyhorse_fast.checkpoint.inspect import CheckpointSizes
+from happyhorse_fast.checkpoint.header import read_headers
 from happyhorse_fast.checkpoint.load import load
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.eager.sizes import CheckpointSizes, sizes_of
 
 CONFIG = ModelConfig(
     num_layers=3,
@@ -49,6 +50,10 @@ def fails(path: Path, *named: str, config: ModelConfig = CONFIG) -> str:
     absent = [name for name in named if name not in message]
     assert not absent, f"{absent} not in: {message}"
     return message
+
+
+def read_sizes(path: str | Path) -> CheckpointSizes:
+    return sizes_of(read_headers(path), Path(path))
 
 
 def index_of(folder: Path) -> dict[str, Any]:

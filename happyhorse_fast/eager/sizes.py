@@ -1,4 +1,4 @@
-"""A model's sizes, read off the shapes of a checkpoint's tensors, and held against a configuration.
+"""A model's sizes, read off the shapes of its tensors, and held against a configuration.
 
 Every size has several witnesses, and the one most of them agree on is taken: so a single misshapen tensor is reported
 as that, and not as a model of other sizes.
@@ -12,16 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from happyhorse_fast.arguments import CheckpointError
-from happyhorse_fast.checkpoint.header import TensorEntry, listed, read_headers
+from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.config import MODALITIES, ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 
-FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-STORED_DTYPES = FLOAT_DTYPES | {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
-"""What a packed checkpoint may hold; a published one holds the first four."""
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 BANDS_KEY = "adapter.rope.bands"
 
 # Where a reader sees a size first; {} is a layer.
@@ -39,6 +34,23 @@ _WITNESS = {
     "post_norm_layers": "block.layers.{}.attn_post_norm.weight",
 }
 _POST_NORMS = ("attn_post_norm.weight", "mlp_post_norm.weight")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a model or checkpoint.
+
+    Attributes:
+        key: State-dict key.
+        file: The file that holds it.
+        dtype: The safetensors format's name for its dtype, such as ``"BF16"``.
+        shape: Its shape.
+    """
+
+    key: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,21 +74,17 @@ class CheckpointSizes:
     post_norm_layers: tuple[int, ...]
 
 
-def read_sizes(path: str | Path) -> CheckpointSizes:
-    """Sizes of a checkpoint, from its headers alone; every tensor's name, dtype and shape is held against them.
+def sizes_of(entries: Mapping[str, TensorSpec], path: Path) -> CheckpointSizes:
+    """Sizes of a model from its tensors' shapes; every tensor's name, dtype and shape is held against them.
 
     Args:
-        path: A folder or file, as :func:`happyhorse_fast.load` takes it.
+        entries: The tensors by key.
+        path: The checkpoint, for the messages.
 
     Raises:
-        CheckpointError: As :func:`read_headers`; or missing, unexpected or misshapen tensors, or tensors that are not
-            floating point. The message names the files and keys.
+        CheckpointError: Missing, unexpected or misshapen tensors, or tensors that are not floating point. The message
+            names the files and keys.
     """
-    return sizes_of(read_headers(path), Path(path))
-
-
-def sizes_of(entries: Mapping[str, TensorEntry], path: Path) -> CheckpointSizes:
-    """As :func:`read_sizes`, from headers that were read already; ``path`` is for the messages."""
     sizes = _likely_sizes(entries, path)
     try:
         config = ModelConfig(**dataclasses.asdict(sizes))
@@ -86,7 +94,7 @@ def sizes_of(entries: Mapping[str, TensorEntry], path: Path) -> CheckpointSizes:
     return sizes
 
 
-def require_sizes(entries: Mapping[str, TensorEntry], path: Path, config: ModelConfig, asked: str) -> None:
+def require_sizes(entries: Mapping[str, TensorSpec], path: Path, config: ModelConfig, asked: str) -> None:
     """Hold a checkpoint against a configuration.
 
     Args:
@@ -96,7 +104,7 @@ def require_sizes(entries: Mapping[str, TensorEntry], path: Path, config: ModelC
         asked: What the configuration is called in a message, such as ``preset 'tiny'``.
 
     Raises:
-        CheckpointError: As :func:`read_sizes`; or another size than the configuration's, naming field, both values,
+        CheckpointError: As :func:`sizes_of`; or another size than the configuration's, naming field, both values,
             file and key.
     """
     sizes = _likely_sizes(entries, path)
@@ -131,7 +139,7 @@ def layer_of(key: str) -> int | None:
     return None
 
 
-def _require_shapes(entries: Mapping[str, TensorEntry], path: Path, config: ModelConfig) -> None:
+def _require_shapes(entries: Mapping[str, TensorSpec], path: Path, config: ModelConfig) -> None:
     expected = {key: tuple(like.shape) for key, like in HappyHorse(config, device="meta").state_dict().items()}
     misshapen = [
         f"{key} in {entry.file} is {list(entry.shape)}, must be {list(expected[key])}"
@@ -146,7 +154,7 @@ def _require_shapes(entries: Mapping[str, TensorEntry], path: Path, config: Mode
         )
 
 
-def _likely_sizes(entries: Mapping[str, TensorEntry], path: Path) -> CheckpointSizes:
+def _likely_sizes(entries: Mapping[str, TensorSpec], path: Path) -> CheckpointSizes:
     """What most witnesses say, once the tensors are those of some model by name and dtype."""
     # A layer has more than one tensor: a layer number past their count is a stray name, not a deeper model.
     numbers = [number for key in entries if (number := layer_of(key)) is not None and number < len(entries)]
@@ -183,7 +191,7 @@ def _likely_sizes(entries: Mapping[str, TensorEntry], path: Path) -> CheckpointS
 class _Votes:
     """Sizes as most of the tensors have them."""
 
-    def __init__(self, entries: Mapping[str, TensorEntry], path: Path) -> None:
+    def __init__(self, entries: Mapping[str, TensorSpec], path: Path) -> None:
         self.entries = entries
         self.path = path
 
