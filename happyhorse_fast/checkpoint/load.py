@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -18,7 +17,15 @@ from happyhorse_fast.checkpoint.lora import plan_updates
 from happyhorse_fast.checkpoint.lora_file import Lora
 from happyhorse_fast.checkpoint.packed import is_packed, load_packed, packed_config
 from happyhorse_fast.checkpoint.save import save_checkpoint
-from happyhorse_fast.checkpoint.stream import Advance, assign, progress_bar, read_tensor, staging_buffer
+from happyhorse_fast.checkpoint.stream import (
+    Advance,
+    assign,
+    emptied_on_error,
+    fill,
+    progress_bar,
+    read_tensor,
+    staging_buffer,
+)
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.lora import Update, add_updates
 from happyhorse_fast.eager.model import HappyHorse
@@ -94,14 +101,8 @@ def load(
     updates = plan_updates(model, lora, lora_scale)
     entries = read_headers(path)
     accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
-    try:
-        with progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
-            _stream(model, entries, place, advance, accelerating, updates)
-    except BaseException as error:
-        # The error outlives this call, and the frames it refers to hold tensors.
-        traceback.clear_frames(error.__traceback__)
-        model.to("meta")
-        raise
+    with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
+        _stream(model, entries, place, advance, accelerating, updates)
     return model
 
 
@@ -193,7 +194,7 @@ def _stream(
     like = model.state_dict()
     rest = [entry for key, entry in entries.items() if key != BANDS_KEY]
     if accelerating is None:
-        _fill(model, rest, like, device, staging, advance)
+        fill(model, rest, like, device, staging, advance)
         _merge(model, updates, updates)
         return
     of_layer = itemgetter(0)
@@ -201,7 +202,7 @@ def _stream(
         ((layer_of(entry.key), entry) for entry in rest), key=lambda pair: -1 if pair[0] is None else pair[0]
     )
     for layer, together in groupby(keyed, key=of_layer):
-        _fill(model, [entry for _, entry in together], like, device, staging, advance)
+        fill(model, [entry for _, entry in together], like, device, staging, advance)
         _merge(model, updates, [path for path in updates if layer_of(path) == layer])
         if layer is not None:
             accelerating.pack(layer)
@@ -211,18 +212,3 @@ def _stream(
 def _merge(model: nn.Module, updates: Mapping[str, Sequence[Update]], paths: Iterable[str]) -> None:
     for path in paths:
         add_updates(model.get_submodule(path), updates[path])
-
-
-def _fill(
-    model: nn.Module,
-    entries: Iterable[TensorEntry],
-    like: Mapping[str, torch.Tensor],
-    device: torch.device,
-    staging: torch.Tensor,
-    advance: Advance,
-) -> None:
-    for file, together in groupby(entries, key=lambda entry: entry.file):
-        with file.open("rb", buffering=0) as stream:
-            for entry in together:
-                value = read_tensor(stream, entry, like[entry.key].dtype, device, staging, advance)
-                assign(model, entry.key, value)

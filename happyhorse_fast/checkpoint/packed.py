@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from happyhorse_fast._version import __version__
 from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.checkpoint.header import DTYPES, PACKED_FILE, TensorEntry, read_headers, require_regular_file
 from happyhorse_fast.checkpoint.save import write_checkpoint
-from happyhorse_fast.checkpoint.stream import assign, progress_bar, read_tensor, staging_buffer
+from happyhorse_fast.checkpoint.stream import assign, emptied_on_error, fill, progress_bar, staging_buffer
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
@@ -123,19 +122,10 @@ def load_packed(
     entries = read_headers(folder)
     arch = compute_capability(device)
     model = empty_accelerated(config, fast, choose_ops(fast.on(arch), device, None), arch)
-    _require_entries(entries, model.state_dict(), folder)
-    staging = staging_buffer(device)
-    try:
-        with progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
-            for entry in entries.values():
-                with entry.file.open("rb", buffering=0) as stream:
-                    dtype = DTYPES[entry.dtype]
-                    assign(model, entry.key, read_tensor(stream, entry, dtype, device, staging, advance))
-    except BaseException as error:
-        # The error outlives this call, and the frames it refers to hold tensors.
-        traceback.clear_frames(error.__traceback__)
-        model.to("meta")
-        raise
+    like = model.state_dict()
+    _require_entries(entries, like, folder)
+    with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
+        fill(model, entries.values(), like, device, staging_buffer(device), advance)
     assign(model, BANDS_KEY, frequency_bands(config.head_dim, device))
     _, _, bounds = _description(folder / PACKED_FILE)
     layers: Any = model.block.layers

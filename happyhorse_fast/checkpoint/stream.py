@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -39,9 +41,36 @@ def progress_bar(shown: bool, total: int) -> Iterator[Advance]:
         yield lambda count: bar.advance(task, count)
 
 
+@contextmanager
+def emptied_on_error(model: nn.Module) -> Iterator[None]:
+    """Free a model's tensors where loading into it fails; an error outlives the call, and its frames hold tensors."""
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        model.to("meta")
+        raise
+
+
 def staging_buffer(device: torch.device) -> torch.Tensor:
     """[STAGING_BYTES] uint8 on the host, pinned for a GPU."""
     return torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def fill(
+    model: nn.Module,
+    entries: Iterable[TensorEntry],
+    like: Mapping[str, torch.Tensor],
+    device: torch.device,
+    staging: torch.Tensor,
+    advance: Advance,
+) -> None:
+    """Read tensors into a model, each into the dtype of ``like``'s of its key; tensors of a file follow each other."""
+    for file, together in groupby(entries, key=lambda entry: entry.file):
+        with file.open("rb", buffering=0) as stream:
+            for entry in together:
+                value = read_tensor(stream, entry, like[entry.key].dtype, device, staging, advance)
+                assign(model, entry.key, value)
 
 
 def read_tensor(
