@@ -57,7 +57,7 @@ class LaunchConfig:
 
 
 def shared_memory_bytes(config: LaunchConfig, element_bytes: int, extra: int = 0) -> int:
-    """What the software pipeline of a product holds: num_stages tiles of both operands, and what the caller adds.
+    """Bytes of a product's software pipeline: num_stages tiles of both operands, and what the caller adds.
 
     Args:
         config: The configuration.

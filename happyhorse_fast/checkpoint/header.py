@@ -1,7 +1,8 @@
-"""What a checkpoint's files declare: which tensor lies where, of what dtype and shape, without reading any of its data.
+"""Headers of a checkpoint's files: where each tensor lies, its dtype and shape. No data are read.
 
-A safetensors file is 8 bytes of header length (little endian), a JSON header, and the data. The headers are read here
-rather than by the safetensors library, whose errors name neither file nor key.
+A safetensors file is 8 bytes of header length (little endian), a JSON header, and the data. The headers are parsed here
+rather than by the safetensors library: it gives no offsets, its errors name neither file nor key nor how many bytes are
+missing ("incomplete metadata, file not fully covered"), and of a key that is there twice it takes the last (0.8.0).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "I8": torch.int8,
 }
-"""What published and packed checkpoints hold."""
+"""Dtypes of published and packed checkpoints."""
 
 # The safetensors library's own limit; the full model's header takes 60 kB.
 _MAX_HEADER_BYTES = 100_000_000

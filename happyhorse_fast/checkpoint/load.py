@@ -114,7 +114,7 @@ def check_load(
     compute_dtype: torch.dtype = torch.bfloat16,
     fast: FastConfig | None = None,
 ) -> ModelConfig:
-    """What :func:`load` checks before it reads any data; arguments and errors as there.
+    """Make the checks of :func:`load` that need no data; arguments and errors as there.
 
     Returns:
         The configuration that the model would have.

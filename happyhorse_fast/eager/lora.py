@@ -15,7 +15,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Update:
-    """What a LoRA adds to one weight: ``factor * up @ down``.
+    """The product that a LoRA adds to one weight: ``factor * up @ down``.
 
     Attributes:
         path: The module whose weight it is for.
@@ -34,7 +34,7 @@ class Update:
 
 @dataclass
 class Merged:
-    """What a module whose weight has LoRAs in it remembers.
+    """Record of a module whose weight has LoRAs in it.
 
     Attributes:
         original: The weight before, on the CPU.
@@ -88,7 +88,7 @@ def unmerge(model: nn.Module) -> bool:
 
 
 def _merged(module: nn.Module, path: str) -> Merged | None:
-    """What is merged into a module's weight, which must not have changed since."""
+    """The record of LoRAs in a module's weight, which must not have changed since; None where there are none."""
     merged: Merged | None = vars(module).get("merged_lora")
     if merged is None:
         return None

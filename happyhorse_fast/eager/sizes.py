@@ -1,7 +1,7 @@
 """A model's sizes, read off the shapes of its tensors, and held against a configuration.
 
-Every size has several witnesses, and the one most of them agree on is taken: so a single misshapen tensor is reported
-as that, and not as a model of other sizes.
+Each size is read off several tensors, and the value that most of them have is taken. So a single misshapen tensor is
+reported as that, and not as a model of other sizes.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _require_shapes(entries: Mapping[str, TensorSpec], path: Path, config: Model
 
 
 def _likely_sizes(entries: Mapping[str, TensorSpec], path: Path) -> CheckpointSizes:
-    """What most witnesses say, once the tensors are those of some model by name and dtype."""
+    """Sizes by majority vote, once names and dtypes of the tensors are those of some model."""
     # A layer has more than one tensor: a layer number past their count is a stray name, not a deeper model.
     numbers = [number for key in entries if (number := layer_of(key)) is not None and number < len(entries)]
     num_layers = 1 + max(numbers, default=-1)

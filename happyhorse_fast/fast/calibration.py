@@ -1,4 +1,4 @@
-"""The file that says which ops of one's own weights lose too much in 8 bits, as ``verify --calibrate`` writes it."""
+"""Calibration files: which ops of a model lose too much in 8 bits. ``verify --calibrate`` writes them."""
 
 from __future__ import annotations
 

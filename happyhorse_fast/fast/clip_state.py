@@ -1,4 +1,4 @@
-"""What depends on a clip's shape only, made once, never changed: layout, rotary phases, row tiles, block maps."""
+"""State that depends on a clip's shape alone, made once: layout, rotary phases, row tiles, block maps."""
 
 from __future__ import annotations
 

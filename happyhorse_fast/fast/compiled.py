@@ -1,4 +1,4 @@
-"""torch.compile's wrapper of a module, seen through: it is the module, under another type and with longer keys."""
+"""The module inside torch.compile's wrapper, which is of another type and has longer keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ATTRIBUTE = "_orig_mod"
 
 
 def unwrapped(model: Any) -> Any:
-    """What ``torch.compile(model)`` wraps; anything else as it is."""
+    """The module that ``torch.compile(model)`` wraps; anything else as it is."""
     while isinstance(model, nn.Module) and isinstance(inner := model._modules.get(_ATTRIBUTE), nn.Module):
         model = inner
     return model

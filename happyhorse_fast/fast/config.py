@@ -1,4 +1,4 @@
-"""What the fast model may change: precision, sparsity, backend, and where to stay exact."""
+"""Options of acceleration: precision, sparsity, backend, and where to stay exact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MLP_ROWS = {"bf16": 65536, "int8": 32768, "fp8": 65536}
 INT8_MEASURED_UNTIL = 90
 """Newer compute capabilities multiply int8 as sm_80 does, in Triton; what that costs is not measured."""
 GONE_ATTENTION = "fp8_qk"
-"""What older configurations and packed weights may ask for."""
+"""Removed precision of attention, which older configurations and packed weights may ask for."""
 OPS = ("qkv", "attention", "proj", "up", "down")
 """The products of a layer whose precision can be chosen, in order."""
 _SKIP = re.compile(r"^(?P<op>[a-z]+|\*)(?::(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*))?$")

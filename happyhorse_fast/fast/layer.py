@@ -50,14 +50,14 @@ class FastLayer(nn.Module):
             self.register_buffer(name, value)
 
     def find_bound(self) -> None:
-        """Set :attr:`bound` from the weights, which whoever changes a buffer in place calls; waits for the device."""
+        """Set :attr:`bound` from the weights; call it after changing a buffer in place. Waits for the device."""
         plan = self.plan
         start = (plan.num_heads_q + plan.num_heads_kv) * plan.head_dim
         v_rows = slice(start, start + plan.num_heads_kv * plan.head_dim)
         self.bound = packed_bound(self.attn_norm, self.qk_norm, self.qkv_weight, self._scale("qkv"), v_rows)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FastLayer:
-        """What ``nn.Module.to`` and its like come down to; a TypeError where some tensor's dtype would change."""
+        """Carry out ``nn.Module.to`` and the like; raise a TypeError where a tensor's dtype would change."""
         require_kept_dtypes(self, fn)
         moved: FastLayer = super()._apply(fn, recurse)
         return moved

@@ -1,4 +1,4 @@
-"""What one layer of the fast model is, and which precision and implementation each of its products has."""
+"""Plan of one layer of the fast model: its sizes, and the precision and implementation of each product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from happyhorse_fast.ops.runtime.dispatch import Choice
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a layer is, and how each of its products runs.
+    """Kind and sizes of a layer, and how each of its products runs.
 
     Attributes:
         index: Layer number.

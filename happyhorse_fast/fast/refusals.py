@@ -1,4 +1,4 @@
-"""What a model must not carry: packed layers run in the place of its own, and would leave it out without a word."""
+"""Refuse models with additions, such as hooks, that packed layers would silently leave out."""
 
 from __future__ import annotations
 
@@ -294,7 +294,7 @@ def _role(path: str) -> str:
 def _problems(
     path: str, module: nn.Module, ours: bool, classes: dict[tuple[str, int], tuple[str, type]]
 ) -> Iterator[str]:
-    """What one module of a model carries that packed layers leave out."""
+    """Describe the additions of one module that packed layers leave out."""
     name, role = path or "model", _role(path)
     attributes = (
         _BACKWARD_HOOKS | (_FORWARD_HOOKS if path else {}) | (_STATE_HOOKS if layer_of(path) is not None else {})

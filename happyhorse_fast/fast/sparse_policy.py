@@ -14,7 +14,7 @@ from happyhorse_fast.ops.block_selection.contract import select_blocks
 
 
 class SparsePolicy:
-    """Makes a layer's sparse map within its exact one; what does not depend on q and k is made once per clip.
+    """Makes a layer's sparse map within its exact one; all that does not depend on q and k is made once per clip.
 
     Args:
         policy: What to keep.
@@ -39,7 +39,7 @@ class SparsePolicy:
         self.video_blocks = -(-rows.starts[1] // 128)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What it holds on the device."""
+        """Its tensors on the device."""
         if self.static is not None:
             return self.static.tensors()
         return *self.selector.base.tensors(), *self.selector.tensors()

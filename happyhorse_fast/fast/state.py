@@ -1,4 +1,4 @@
-"""What an accelerated model carries beside its packed layers."""
+"""State of an accelerated model beside its packed layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WORTH_A_WARNING = 1.0
 
 
 class _InGraphs:
-    """A :class:`ClipState` per attribute: torch.compile guards one of them, of a dictionary all keys."""
+    """A :class:`ClipState` per attribute: torch.compile guards a single attribute, but all keys of a dictionary."""
 
 
 def _attribute(clip: Clip) -> str:
@@ -39,7 +39,7 @@ def _attribute(clip: Clip) -> str:
 
 @dataclass
 class FastState:
-    """What an accelerated model carries beside its packed layers. It does not refer to the model.
+    """State of an accelerated model beside its packed layers. It does not refer to the model.
 
     Attributes:
         config: The model's configuration.
@@ -148,7 +148,7 @@ class FastState:
             )
 
     def _warn_of_plain_attention(self, state: ClipState) -> None:
-        """Say before the first layer what would else look like a hang."""
+        """Warn before the first layer where the pass would take so long that it looks like a hang."""
         choice = self.choices.get("block_sparse_attention")
         if choice is None or choice.backend != "reference":
             return

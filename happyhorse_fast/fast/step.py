@@ -1,4 +1,4 @@
-"""Where in a denoising run a forward pass is: it belongs to the context that calls, never to the model."""
+"""The denoising step of a forward pass. It belongs to the calling context, never to the model."""
 
 from __future__ import annotations
 

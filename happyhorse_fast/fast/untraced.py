@@ -1,4 +1,4 @@
-"""Outside of every tracer: what is kept for later calls is made of real tensors, whoever calls now."""
+"""Leave every tracer, so that tensors kept for later calls are real ones, whoever calls now."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Advance = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.
 
 
 class Denoiser(Protocol):
-    """What the samplers need of a model: the eager one, an accelerated one, or a wrapper of either."""
+    """A model as the samplers call it: the eager one, an accelerated one, or a wrapper of either."""
 
     @property
     def config(self) -> ModelConfig:
