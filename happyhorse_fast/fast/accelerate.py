@@ -91,7 +91,7 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
 
 
 class Accelerating:
-    """A model that is accelerated while it is loaded: layers are packed one by one, their published weights dropped.
+    """Accelerates a model while it is loaded: packs layer by layer, and drops the published weights.
 
     Args:
         model: The model, still on ``"meta"``.

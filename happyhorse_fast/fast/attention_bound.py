@@ -1,4 +1,4 @@
-"""How large a layer's scores and values can be, from its packed weights, and what that means for its softmax."""
+"""Bounds of a layer's scores and values, from its packed weights, and the softmax that they allow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AttentionBound:
 
     @property
     def softmax(self) -> str:
-        """Which softmax it leads to and why, for a reader."""
+        """The softmax that it allows, and why, in words."""
         whole, of_v = self.effective, self.effective - self.scores
         if math.isinf(whole):
             return "running maximum: its weights are not known, or not finite"

@@ -1,4 +1,4 @@
-"""How many kernels a layer launches, counted on a small clip: the number depends on the masks, not on the size."""
+"""Count the kernels that a layer launches, on a small clip: the number depends on masks, not on sizes."""
 
 from __future__ import annotations
 

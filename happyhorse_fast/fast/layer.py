@@ -81,7 +81,7 @@ class FastLayer(nn.Module):
             self.register_buffer(name, value)
 
     def find_bound(self) -> None:
-        """Set :attr:`bound` from the weights, which whoever changes a buffer in place calls; waits for the device."""
+        """Set :attr:`bound` from the weights; call it after changing a buffer in place. Waits for the device."""
         plan = self.plan
         start = (plan.num_heads_q + plan.num_heads_kv) * plan.head_dim
         v_rows = slice(start, start + plan.num_heads_kv * plan.head_dim)

@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 
 def inference(forward: Callable[P, R]) -> Callable[P, R]:
-    """A model's method without gradients, and whatever torch's settings are.
+    """Run a model's method without gradients, independent of torch's settings.
 
     Every dtype is chosen here already; autocast, also in a graph, would make bf16 of the float32 products at both ends.
     """
@@ -56,7 +56,7 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
 
 
 def packed_layers(model: Any) -> list[nn.Module]:
-    """The layers as they are now: a :func:`restore` in another thread changes nothing for who holds them.
+    """The layers as they are now; a :func:`restore` in another thread does not change this list.
 
     Raises:
         RuntimeError: They were given back already.
@@ -257,7 +257,7 @@ class AcceleratedPublic(Accelerated):
 
 @functools.cache
 def accelerated_class(eager: type[nn.Module]) -> type[nn.Module]:
-    """The class of an accelerated model; one per class, so that what torch compiled for it holds for the next model."""
+    """The class of an accelerated model; one per eager class, so that the next model uses the same compiled graphs."""
     name = f"Accelerated{eager.__name__}"
     # torch.compiler loads Triton, so not where these are defined.
     load_compiler()

@@ -1,4 +1,4 @@
-"""The padded sequence of the fast model: which row every token sits in, so that no tile holds two modalities.
+"""The padded sequence of the fast model: rows of tokens, laid out so that no tile holds two modalities.
 
 Video, audio and text each start on a multiple of 128 rows. Where a layer has a frame window, every latent frame does
 too, if that costs little: 2040 tokens in 2048 rows at 1080p make 99.6 % of a 128-block useful, unaligned it is 94 %.

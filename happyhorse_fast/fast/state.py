@@ -30,7 +30,7 @@ WORTH_A_WARNING = 1.0
 
 
 class _InGraphs:
-    """A :class:`ClipState` per attribute: torch.compile guards one of them, of a dictionary all keys."""
+    """A :class:`ClipState` per attribute: torch.compile guards a single attribute, but all keys of a dictionary."""
 
 
 def _attribute(clip: Clip) -> str:

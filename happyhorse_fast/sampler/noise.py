@@ -1,4 +1,4 @@
-"""Where a sampler's noise comes from: a generator, a callable that replays a recorded run, or torch's global state."""
+"""Sources of a sampler's noise: a generator, a callable that replays a recorded run, or torch's global state."""
 
 from __future__ import annotations
 
