@@ -104,11 +104,13 @@ class FastLayer(nn.Module):
         """
         # One name for what the next launch reads: an input is freed as soon as its result is there.
         tiles = state.row_tiles(self.plan.experts)
-        x: Any = self.norm(hidden, "qkv", tiles)
+        x: Any
+        x = self.norm(hidden, "qkv", tiles)
         x = self.qkv(x, state.cos_sin, tiles)
         x = self.attend(x, state, exact=exact)
         x = self.quantized(x, "proj")
         self.add(hidden, x, "proj", tiles)
+        del x
         step = rows_in_mlp or hidden.shape[0]
         for first in range(0, hidden.shape[0], step):
             end = min(first + step, hidden.shape[0])
@@ -117,6 +119,7 @@ class FastLayer(nn.Module):
             x = self.up(x, tiles)
             x = self.quantized(x, "down")
             self.add(part, x, "down", tiles)
+            del x
 
     def norm(self, hidden: torch.Tensor, op: str, tiles: torch.Tensor) -> Operand:
         """Pre-norm of [rows, C] in the format of ``op``, ``"qkv"`` or ``"up"``: one launch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -217,8 +217,6 @@ class _FirstCall:
 
 # A model at three precisions ------------------------------------------------------------------------------------------
 
-Build = Callable[[HappyHorse, torch.dtype], HappyHorse]
-
 
 def in_dtype(model: HappyHorse, dtype: torch.dtype) -> HappyHorse:
     """Make the same model in another compute dtype; it shares the weights, so it takes no memory."""
@@ -254,7 +252,6 @@ def verify_model(
     *,
     text: int = 16,
     seed: int = 0,
-    build: Build = in_dtype,
 ) -> list[Comparison]:
     """Compare float32 and bfloat16 with float64 on seeded inputs: every layer and both velocities.
 
@@ -263,7 +260,6 @@ def verify_model(
         grid: Token grid (latent frames, rows, columns) of the clip; audio has 4 (T - 1) + 1 tokens.
         text: Text tokens.
         seed: Of the inputs.
-        build: Makes the models that are compared, (model, dtype) -> model.
 
     Returns:
         A comparison per precision, video and audio rows apart: ``layer.3.video``, ``out.audio``...
@@ -272,9 +268,9 @@ def verify_model(
         ValueError: ``grid`` or ``text`` is not positive.
     """
     inputs = seeded_inputs(model.config, grid, text=text, seed=seed, device=model.device)
-    exact = _run(build(model, torch.float64), inputs)
+    exact = _run(in_dtype(model, torch.float64), inputs)
     return [
-        _compare(_name(dtype), _run(build(model, dtype), inputs), exact, budget)
+        _compare(_name(dtype), _run(in_dtype(model, dtype), inputs), exact, budget)
         for dtype, budget in FORWARD_BUDGET.items()
     ]
 
