@@ -63,7 +63,7 @@ class SparsePolicy:
     ) -> BlockMap:
         """The map for these queries [rows, Hq, D] and keys [rows, Hkv, D], codes with their scales.
 
-        ``backend`` is that of :func:`happyhorse_fast.ops.block_selection.contract.select_blocks`.
+        ``backend`` is that of :func:`happyhorse_fast.ops.select_blocks`.
         """
         if self.static is not None:
             return self.static

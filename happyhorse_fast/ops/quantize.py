@@ -70,7 +70,7 @@ def fragment_order(v: torch.Tensor) -> torch.Tensor:
 
 
 def token_order(v: torch.Tensor) -> torch.Tensor:
-    """What :func:`fragment_order` was given."""
+    """Undo :func:`fragment_order`."""
     return v.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
 
 
@@ -98,29 +98,22 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
 
 def e4m3_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per row (token).
+    """One scale per row: a token's, or an output channel's of an expert.
 
     Args:
-        x: [N, K], float32 or narrower.
+        x: [..., K], float32 or narrower.
 
     Returns:
-        codes [N, K] e4m3, scale [N] float32.
+        codes [..., K] e4m3, scale [...] float32.
     """
-    scale = e4m3_scale(x.float().abs().amax(dim=1))
-    return to_e4m3(x.float() / scale[:, None]), scale
+    scale = e4m3_scale(x.float().abs().amax(dim=-1))
+    return to_e4m3(x.float() / scale[..., None]), scale
 
 
 def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per row (token).
-
-    Args:
-        x: [N, K], float32 or narrower.
-
-    Returns:
-        codes [N, K] int8, scale [N] float32.
-    """
-    scale = int8_scale(x.float().abs().amax(dim=1))
-    return to_int8(x.float() * (1 / scale)[:, None]), scale
+    """One scale per row, as :func:`e4m3_rows`: codes [..., K] int8, scale [...] float32."""
+    scale = int8_scale(x.float().abs().amax(dim=-1))
+    return to_int8(x.float() * (1 / scale)[..., None]), scale
 
 
 def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -134,32 +127,6 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         Codes of x's shape, e4m3, of x * (1 / scale); what is past 448 scales becomes that.
     """
     return to_e4m3(x.float() * (1.0 / scale))
-
-
-def e4m3_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per output channel of each expert.
-
-    Args:
-        weight: [E, F, K], float32 or narrower.
-
-    Returns:
-        codes [E, F, K] e4m3, scale [E, F] float32.
-    """
-    scale = e4m3_scale(weight.float().abs().amax(dim=2))
-    return to_e4m3(weight.float() / scale[:, :, None]), scale
-
-
-def int8_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scale per output channel of each expert.
-
-    Args:
-        weight: [E, F, K], float32 or narrower.
-
-    Returns:
-        codes [E, F, K] int8, scale [E, F] float32.
-    """
-    scale = int8_scale(weight.float().abs().amax(dim=2))
-    return to_int8(weight.float() * (1 / scale)[:, :, None]), scale
 
 
 def widened(codes: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig, Precision
 from happyhorse_fast.fast.state import build_clip_state
 from happyhorse_fast.ops.runtime.obstacles import triton_missing
-from happyhorse_fast.ops.runtime.self_check import CODE_DISTANCE, DISTANCE
+from happyhorse_fast.ops.runtime.op_checks import CODE_DISTANCE, DISTANCE
 from happyhorse_fast.pony import load_model
 from happyhorse_fast.pony.generate import noise_and_text
 from happyhorse_fast.verify.layer_ops import record_inputs

@@ -12,8 +12,8 @@ from wgmma_accumulator import DEPTH, matmul, wgmma
 from happyhorse_fast import budgets
 from happyhorse_fast.ops.attention.reference import output_scale, sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT
-from happyhorse_fast.ops.quantize import e4m3_channels, e4m3_rows
-from happyhorse_fast.ops.runtime import self_check
+from happyhorse_fast.ops.quantize import e4m3_rows
+from happyhorse_fast.ops.runtime import op_checks, self_check
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 OPS = ("qkv_linear", "fp8_linear", "fp8_linear_residual", "fp8_linear_activation")
@@ -36,7 +36,7 @@ def test_what_lies_13_bits_below_is_cut_off() -> None:
 def test_products_stay_within_their_budget(inputs: int) -> None:
     draw = torch.Generator().manual_seed(inputs)
     x, _ = e4m3_rows(torch.randn(128, inputs, generator=draw))
-    weight, _ = e4m3_channels(torch.randn(1, 128, inputs, generator=draw))
+    weight, _ = e4m3_rows(torch.randn(1, 128, inputs, generator=draw))
     left, right = x.float(), weight[0].float().T
     error = budgets.measure(matmul(left, right).double(), left.double() @ right.double())
     assert budgets.violations(error) == [], "13,696 in one accumulator: 3.9e-6 and 4.5e-4"
@@ -79,7 +79,7 @@ def on_hopper(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
             out, lse = sparse_attention(**options, step=128, bounded=bounded, out_scale=scale)
             return out, scale, lse
 
-    monkeypatch.setattr(self_check, op, attention if op == "block_sparse_attention" else call)
+    monkeypatch.setattr(op_checks, op, attention if op == "block_sparse_attention" else call)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -92,13 +92,13 @@ def test_the_self_check_accepts_hoppers_products(op: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("variant", ["fp8", "int8_qk"])
 def test_the_self_check_accepts_hoppers_attention(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_check, "_rounding", lambda *_, **__: {"step": 128})
-    monkeypatch.setattr(self_check, "_by_descriptors", lambda *_, **__: False)
+    monkeypatch.setattr(op_checks, "_rounding", lambda *_, **__: {"step": 128})
+    monkeypatch.setattr(op_checks, "_by_descriptors", lambda *_, **__: False)
     on_hopper("block_sparse_attention", monkeypatch)
-    compared = self_check._check_attention("triton", CPU, variant)
+    compared = op_checks._check_attention("triton", CPU, variant)
     exact, _ = self_check._judge(compared)
     assert exact == (variant == "int8_qk"), "1e-5 is not for Hopper where P is in e4m3"
-    budget = {name: self_check.attention_distance(variant, GPU, fp8_out=name == "out, e4m3") for name in compared}
+    budget = {name: op_checks.attention_distance(variant, GPU, fp8_out=name == "out, e4m3") for name in compared}
     there = {name: (*pair, budget[name]) for name, (*pair, _) in compared.items()}
     assert self_check._judge(there)[0], self_check._judge(there)
     for name, (result, reference, distance) in there.items():

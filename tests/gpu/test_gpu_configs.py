@@ -18,8 +18,8 @@ from happyhorse_fast.kernels.launch import config_for, table
 from happyhorse_fast.ops import block_sparse_attention, fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
-from happyhorse_fast.ops.quantize import e4m3_channels, e4m3_rows, e4m3_scale, int8_channels, int8_rows, quantize_static
-from happyhorse_fast.ops.runtime.self_check import attention_distance
+from happyhorse_fast.ops.quantize import e4m3_rows, e4m3_scale, int8_rows, quantize_static
+from happyhorse_fast.ops.runtime.op_checks import attention_distance
 from happyhorse_fast.ops.runtime.triton.device import architecture
 
 pytestmark = MARKS
@@ -55,14 +55,14 @@ def test_linear(variant: str) -> None:
     if precision == "bf16":
         x, weight = x.bfloat16(), weight.bfloat16()
     elif precision == "int8":
-        (x, x_scale), (weight, weight_scale) = int8_rows(x), int8_channels(weight)
+        (x, x_scale), (weight, weight_scale) = int8_rows(x), int8_rows(weight)
     else:
         if epilogue == "residual":
             x_scale = e4m3_scale(x.abs().amax()).reshape(1)
             x = quantize_static(x, x_scale)
         else:
             x, x_scale = e4m3_rows(x)
-        weight, weight_scale = e4m3_channels(weight)
+        weight, weight_scale = e4m3_rows(weight)
     starts = torch.arange(0, rows, 128, dtype=torch.int32)
     tiles = torch.stack([(starts >= rows // 2).to(torch.int32), starts, starts + 128], dim=1)
     arguments = (x, x_scale, weight, weight_scale, tiles)

@@ -13,11 +13,10 @@ from happyhorse_fast.ops.linear import triton as launcher
 from happyhorse_fast.ops.linear.packing import pack_linear, unpack_linear
 from happyhorse_fast.ops.quantize import (
     dequantize,
-    e4m3_channels,
     e4m3_rows,
     e4m3_scale,
     hadamard,
-    int8_channels,
+    int8_rows,
     quantize_static,
 )
 
@@ -167,7 +166,7 @@ def test_packing_pads_and_unpacks_exactly(experts):
     assert packed[:, 40:].eq(0).all() and packed[:, :, 52:].eq(0).all()
     assert torch.equal(unpack_linear(packed, None, features=40, inputs=52), weight)
     codes, scale = pack_linear(weight, experts, "fp8", pad_k_to=64)
-    expected, expected_scale = e4m3_channels(weight.unflatten(0, (experts, 40)))
+    expected, expected_scale = e4m3_rows(weight.unflatten(0, (experts, 40)))
     assert torch.equal(codes[:, :40, :52].view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(scale[:, :40], expected_scale) and scale[:, 40:].eq(1).all()
     restored = unpack_linear(codes, scale, features=40, inputs=52)
@@ -175,7 +174,7 @@ def test_packing_pads_and_unpacks_exactly(experts):
     for through in (False, True):
         codes, scale = pack_linear(weight, experts, "int8", pad_k_to=64, through_hadamard=through)
         padded = torch.nn.functional.pad(weight.float().unflatten(0, (experts, 40)), (0, 12))
-        expected, expected_scale = int8_channels(hadamard(padded) if through else padded)
+        expected, expected_scale = int8_rows(hadamard(padded) if through else padded)
         assert torch.equal(codes[:, :40], expected) and torch.equal(scale[:, :40], expected_scale)
         assert not codes[:, 40:].any() and scale[:, 40:].eq(1).all()
         restored = unpack_linear(codes, scale, features=40, inputs=52, through_hadamard=through)

@@ -12,7 +12,7 @@ from happyhorse_fast.budgets import measure, violations
 from happyhorse_fast.eager.mlp import gelu7, swiglu7
 from happyhorse_fast.ops.linear import op as ops
 from happyhorse_fast.ops.qkv import op as qkv
-from happyhorse_fast.ops.quantize import dequantize, int8_channels, int8_rows
+from happyhorse_fast.ops.quantize import dequantize, int8_rows
 from happyhorse_fast.ops.runtime.cuda import library_product
 
 # The sigmoid of a large negative number: exp overflows to infinity, and 1 / (1 + inf) is the right 0.
@@ -23,7 +23,7 @@ INT8 = torch.int8
 def int8_case(sizes, f, k, seed=0):
     case = Case(sizes, f, k, fp8=False, seed=seed)
     case.x, case.x_scale = int8_rows(case.x)
-    case.weight, case.weight_scale = int8_channels(case.weight)
+    case.weight, case.weight_scale = int8_rows(case.weight)
     case.wide_x = dequantize(case.x, case.x_scale, torch.float64)
     case.wide_weight = dequantize(case.weight, case.weight_scale, torch.float64)
     return case

@@ -8,10 +8,10 @@ from strict import strict
 
 from happyhorse_fast.kernels.launch import ARCHITECTURES, config_for, table
 from happyhorse_fast.ops import quantize_rows
-from happyhorse_fast.ops.quantize import hadamard, int8_channels
+from happyhorse_fast.ops.quantize import hadamard, int8_rows
 from happyhorse_fast.ops.row_quantization import triton as launcher
 from happyhorse_fast.ops.row_quantization.contract import MAX_CHANNELS
-from happyhorse_fast.ops.runtime import self_check
+from happyhorse_fast.ops.runtime import op_checks, self_check
 
 BACKENDS = ("triton", "reference")
 # Below and above a power of two, the 15B model's own among them; multiples of 64, which a Hadamard wants, and others.
@@ -139,7 +139,7 @@ def test_a_product_is_as_it_was_where_both_operands_went_through_a_hadamard():
     x, weight = draw(6, 8, 192).double(), draw(7, 16, 192).double()
     torch.testing.assert_close(hadamard(x) @ hadamard(weight).T, x @ weight.T)
     torch.testing.assert_close(hadamard(hadamard(x)), x)
-    codes, scale = int8_channels(hadamard(weight.float())[None])
+    codes, scale = int8_rows(hadamard(weight.float())[None])
     y = hadamard(x) @ (codes[0].double() * scale[0].double()[:, None]).T
     assert float((y - x @ weight.T).norm() / (x @ weight.T).norm()) < 0.01
     with pytest.raises(ValueError, match="x must have a multiple of 64 channels K, got 100"):
@@ -204,10 +204,10 @@ def planted(change):
 )
 def test_the_self_check_finds_a_kernel_planted_wrong(change, monkeypatch):
     monkeypatch.setattr(self_check, "CHECKS", {"quantize_rows": self_check.CHECKS["quantize_rows"]})
-    monkeypatch.setattr(self_check, "quantize_rows", planted(change))
+    monkeypatch.setattr(op_checks, "quantize_rows", planted(change))
     cpu = torch.device("cpu")
     (check,) = self_check.run_checks("triton", cpu, fp8=False)
     assert not check.passed, check
-    monkeypatch.setattr(self_check, "quantize_rows", planted(lambda *results: results))
+    monkeypatch.setattr(op_checks, "quantize_rows", planted(lambda *results: results))
     (check,) = self_check.run_checks("triton", cpu, fp8=False)
     assert check.passed and (check.op, check.variant) == ("quantize_rows", "int8"), check

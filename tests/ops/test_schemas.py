@@ -48,7 +48,7 @@ SCHEMAS = {
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schemas_are_those_of_exported_programs(name):
     for folder in ("qkv", "row_quantization", "linear", "block_selection", "attention"):
-        for backend in ("triton", *(("cuda",) if folder != "row_quantization" else ())):
+        for backend in ("reference", "triton", *(("cuda",) if folder != "row_quantization" else ())):
             importlib.import_module(f"happyhorse_fast.ops.{folder}.{backend}")
     arguments, returns, suffixes = SCHEMAS[name]
     for suffix in suffixes:

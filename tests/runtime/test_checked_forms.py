@@ -19,7 +19,7 @@ from happyhorse_fast.fast import layer as fast_layer
 from happyhorse_fast.fast import sparse_policy
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import OPS, FastConfig, TopK
-from happyhorse_fast.ops.runtime import check_select, self_check
+from happyhorse_fast.ops.runtime import op_checks
 from happyhorse_fast.ops.runtime.dispatch import checked_formats
 from happyhorse_fast.ops.runtime.formats import VARIANTS
 from happyhorse_fast.ops.runtime.self_check import CHECKS
@@ -72,10 +72,9 @@ def forms_of_check(op: str, variant: str) -> frozenset[tuple[Any, ...]]:
     """What the check of an op in a format is compiled for."""
     forms: Forms = set()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (self_check, check_select):
-            forms_in(module, patch, forms)
-        patch.setattr(self_check, "_rounding", lambda *_, **__: {"step": 128})
-        patch.setattr(self_check, "_by_descriptors", lambda *_, **__: False)
+        forms_in(op_checks, patch, forms)
+        patch.setattr(op_checks, "_rounding", lambda *_, **__: {"step": 128})
+        patch.setattr(op_checks, "_by_descriptors", lambda *_, **__: False)
         CHECKS[op]("triton", CPU, variant)
     return frozenset(forms)
 

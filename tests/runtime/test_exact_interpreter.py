@@ -6,7 +6,7 @@ import sys
 
 CODE = """
 import torch
-from happyhorse_fast.ops.qkv.contract import rmsnorm_quantize
+from happyhorse_fast.ops import rmsnorm_quantize
 hidden, weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 100, torch.zeros(1, 128)
 tiles = torch.tensor([[0, 0, 64]], dtype=torch.int32)
 for out in ("bf16", "int8", "fp8"):

@@ -22,7 +22,7 @@ from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import output_scale, sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT, scores_fit
 from happyhorse_fast.ops.linear import op as linear
-from happyhorse_fast.ops.runtime import cache_folder, check_inputs, dispatch, self_check, trust
+from happyhorse_fast.ops.runtime import cache_folder, dispatch, op_checks, self_check, trust
 from happyhorse_fast.ops.runtime.cuda.launch import use_runner
 from happyhorse_fast.ops.runtime.self_check import CHECKS, VARIANTS, KernelCheck, run_checks
 from happyhorse_fast.ops.runtime.triton import device
@@ -48,9 +48,9 @@ def test_there_is_a_check_of_every_kernel_that_the_dispatcher_may_choose() -> No
 
 def test_a_default_dtype_changes_no_input() -> None:
     def drawn() -> list[torch.Tensor]:
-        weight, scale = check_inputs.packed_weight(11, 384, "fp8", CPU)
+        weight, scale = op_checks.packed_weight(11, 384, "fp8", CPU)
         assert scale is not None
-        return [check_inputs.draw(0, 4), check_inputs.inputs("bf16", CPU)[0], weight.float(), scale]
+        return [op_checks.draw(0, 4), op_checks.inputs("bf16", CPU)[0], weight.float(), scale]
 
     expected = drawn()
     torch.set_default_dtype(torch.bfloat16)
@@ -87,7 +87,7 @@ def test_a_shipped_kernel_passes(backend: str, op: str, monkeypatch: pytest.Monk
 def test_attention_in_cuda_is_checked_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[tuple[str, str]] = []
 
-    def check(backend: str, device: torch.device, variant: str) -> check_inputs.Compared:
+    def check(backend: str, device: torch.device, variant: str) -> op_checks.Compared:
         judged.append((backend, variant))
         return {}
 
@@ -136,10 +136,10 @@ def raises(y: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("change", [dropped_tile, lambda y: y * 1.04, lambda y: y.roll(1, 0), unwritten, raises])
 def test_a_kernel_planted_wrong_fails(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "CHECKS", {"fp8_linear": CHECKS["fp8_linear"]})
-    monkeypatch.setattr(self_check, "fp8_linear", planted(change))
+    monkeypatch.setattr(op_checks, "fp8_linear", planted(change))
     checks = list(run_checks("triton", CPU, fp8=True))
     assert [c.passed for c in checks] == [False, False, False], checks
-    monkeypatch.setattr(self_check, "fp8_linear", planted(lambda y: y))
+    monkeypatch.setattr(op_checks, "fp8_linear", planted(lambda y: y))
     assert all(c.passed for c in run_checks("triton", CPU, fp8=True))
 
 
@@ -160,7 +160,7 @@ def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatc
 
     monkeypatch.setattr(launcher, "architecture", lambda _: 90)
     monkeypatch.setattr(launcher, "addressable", lambda _: True)
-    monkeypatch.setattr(self_check, "block_sparse_attention", reference)
+    monkeypatch.setattr(op_checks, "block_sparse_attention", reference)
     compared = CHECKS["block_sparse_attention"]("triton", CPU, variant)
     assert self_check._judge(compared)[0], "the reference passes in steps of either kernel"
     e4m3, to_fp8 = variant == "fp8", variant.endswith("fp8_out") or variant == "fp8"
@@ -191,7 +191,7 @@ def test_products_are_checked_by_descriptors_and_by_pointers(
                 first.mul_(1.04)
         return results
 
-    monkeypatch.setattr(self_check, op, kernel)
+    monkeypatch.setattr(op_checks, op, kernel)
     with device.pretend(90):
         passed, detail = self_check._judge(CHECKS[op]("triton", CPU, "bf16"))
         assert set(launched) == {True, False} and launched.count(True) == launched.count(False)
@@ -336,7 +336,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, pretended_gpu: list[int]) -> dict[st
     state: dict[str, Any] = {"error": None, "lost": False, "ran": []}
 
     def check_of(op: str) -> Any:
-        def check(*_: Any) -> check_inputs.Compared:
+        def check(*_: Any) -> op_checks.Compared:
             state["ran"].append(op)
             if op == "qkv_linear" and state["error"] is not None:
                 raise state["error"]

@@ -25,7 +25,7 @@ from happyhorse_fast.fast.state import build_clip_state
 from happyhorse_fast.ops.attention import reference as attention_op
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
-from happyhorse_fast.ops.runtime import self_check
+from happyhorse_fast.ops.runtime import op_checks, self_check
 from happyhorse_fast.ops.runtime.cuda.launch import use_runner
 from happyhorse_fast.ops.runtime.self_check import KernelCheck
 from happyhorse_fast.verify import equivalence as eq
@@ -182,7 +182,7 @@ def test_fast_ops_on_the_interpreter_and_in_plain_torch_agree(
     for op in layer_ops.OPS:
         triton, plain = (result.of(op) for result in found)
         error = measure(triton, plain)
-        assert error.tile_distance < self_check.CODE_DISTANCE, f"{op}: measured {error}"
+        assert error.tile_distance < op_checks.CODE_DISTANCE, f"{op}: measured {error}"
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, buffer: str) -> None:

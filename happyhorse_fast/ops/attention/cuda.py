@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 from torch import Tensor
 
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.ops.attention.contract import EIGHT_BIT, BlockSparseAttention
-from happyhorse_fast.ops.runtime.cuda.arguments import address, require_vectors
 from happyhorse_fast.ops.runtime.cuda.launch import launch
+from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, members, require_vectors
 from happyhorse_fast.ops.runtime.operation import custom_op
 
 STEM = "block_sparse_attention"
@@ -20,38 +19,15 @@ SHARED_BYTES_PER_CHANNEL = 3 * BLOCK * 2
 VECTOR = 8  # bf16 of 16 bytes
 
 
-class BlockSparseAttentionParams(ctypes.Structure):
+class BlockSparseAttentionParams(Parameters):
     """`BlockSparseAttentionParams` of csrc/device/block_sparse_attention.cu."""
 
-    _fields_ = [
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("out_scale", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("mask_ids", ctypes.c_void_p),
-        ("mask_bits", ctypes.c_void_p),
-        ("order", ctypes.c_void_p),
-        ("gate", ctypes.c_void_p),
-        ("flag", ctypes.c_void_p),
-        ("q_token", ctypes.c_int64),
-        ("q_head", ctypes.c_int64),
-        ("k_token", ctypes.c_int64),
-        ("k_head", ctypes.c_int64),
-        ("v_token", ctypes.c_int64),
-        ("v_head", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("queries", ctypes.c_int),
-        ("keys", ctypes.c_int),
-        ("map_rows", ctypes.c_int),
-        ("heads_q", ctypes.c_int),
-        ("heads_kv", ctypes.c_int),
-        ("map_heads", ctypes.c_int),
-    ]
+    _fields_ = members(
+        pointer="q k v out out_scale lse counts starts columns mask_ids mask_bits order gate flag",
+        int64="q_token q_head k_token k_head v_token v_head",
+        float="scale",
+        int="queries keys map_rows heads_q heads_kv map_heads",
+    )
 
 
 @custom_op("block_sparse_attention_cuda", BlockSparseAttention, without=EIGHT_BIT)
@@ -74,21 +50,10 @@ def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]
     n, heads_q, d = q.shape
     m, heads_kv, _ = k.shape
     map_heads, map_rows = given.starts.shape
-    params = BlockSparseAttentionParams(
-        q=address(q),
-        k=address(k),
-        v=address(v),
-        out=address(out),
-        out_scale=address(given.out_scale),
-        lse=address(lse),
-        counts=address(given.counts),
-        starts=address(given.starts),
-        columns=address(given.columns),
-        mask_ids=address(given.mask_ids),
-        mask_bits=address(given.mask_bits),
-        order=address(given.order),
-        gate=address(given.gate),
-        flag=address(given.flag),
+    params = BlockSparseAttentionParams.of(
+        given,
+        out=out,
+        lse=lse,
         q_token=q.stride(0),
         q_head=q.stride(1),
         k_token=k.stride(0),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.block_map import BlockMap
-from happyhorse_fast.ops.attention import reference
+from happyhorse_fast.ops.attention import cuda, reference
 from happyhorse_fast.ops.attention.contract import EIGHT_BIT, BlockSparseAttention
 from happyhorse_fast.ops.attention.reference import output_scale
 from happyhorse_fast.ops.attention.score_bound import score_limit, scores_fit
@@ -81,8 +81,6 @@ def block_sparse_attention(
             raise ValueError(
                 f"q, k and v must be bfloat16 for backend 'cuda', got q {q.dtype}, k {k.dtype}, v {v.dtype}"
             )
-        from happyhorse_fast.ops.attention import cuda
-
         out, lse = cuda.block_sparse_attention(*given.values(without=EIGHT_BIT))
     elif backend == "triton":
         from happyhorse_fast.ops.attention import triton

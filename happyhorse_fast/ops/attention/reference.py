@@ -14,7 +14,7 @@ from happyhorse_fast.ops.quantize import E4M3_MAX, e4m3_scale, quantize_static, 
 from happyhorse_fast.ops.runtime.operation import custom_op
 
 P_SCALE = 256.0
-"""What P is multiplied by before it becomes e4m3."""
+"""Factor of P before it becomes e4m3."""
 
 
 def output_scale(v: torch.Tensor, v_scale: torch.Tensor | None, gate: torch.Tensor | None) -> torch.Tensor:

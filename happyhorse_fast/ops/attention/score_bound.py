@@ -27,7 +27,7 @@ SMALL_V = 2.0**-17
 SMALLEST_NORM = 2.0**-50
 """A shorter row of q or k counts as this long: from here on float32 holds the squares that matter."""
 MARGIN = 1.07
-"""What rounding adds to a product of norms: k in int8, with a scale per 128 keys, passes its norm by up to
+"""Factor that rounding adds to a product of norms: k in int8, with a scale per 128 keys, passes its norm by up to
 sqrt(D) / 254 = 4.4 % at D = 128, q with a scale of its own by 2.3 %; in bf16 both stay within 0.4 %."""
 
 

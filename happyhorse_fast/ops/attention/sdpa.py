@@ -94,7 +94,7 @@ def _refuse(attn_mask: object, dropout_p: float, is_causal: bool) -> None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
-    """What :func:`block_sparse_attention` does not, or would say of tensors that the caller does not know."""
+    """Hold what :func:`block_sparse_attention` does not check, or names by tensors that the caller does not know."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype != torch.bfloat16:
             raise TypeError(f"{name} must be bfloat16, got {str(x.dtype)[6:]}: pass {name}.bfloat16()")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from happyhorse_fast.block_map.dynamic import Parts
 from happyhorse_fast.ops.block_selection.contract import SelectBlocks
-from happyhorse_fast.ops.runtime.cuda.arguments import address
 from happyhorse_fast.ops.runtime.cuda.launch import launch
+from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, members
 from happyhorse_fast.ops.runtime.operation import custom_op
 
 STEM = "select_blocks"
@@ -25,75 +23,38 @@ ORDER_THREADS = 256
 ORDER_BYTES = 2 * ORDER_THREADS * 4
 
 
-class Strided(ctypes.Structure):
+class Strided(Parameters):
     """`Strided` of csrc/device/select_blocks.cu."""
 
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("row", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-        ("channel", ctypes.c_int64),
-        ("vectors", ctypes.c_int),
-    ]
+    _fields_ = members(pointer="data", int64="row head channel", int="vectors")
 
 
-class PoolBlocksParams(ctypes.Structure):
+class PoolBlocksParams(Parameters):
     """`PoolBlocksParams` of csrc/device/select_blocks.cu."""
 
-    _fields_ = [
-        ("q", Strided),
-        ("k", Strided),
-        ("q_scale", ctypes.c_void_p),
-        ("k_scale", ctypes.c_void_p),
-        ("live", ctypes.c_void_p),
-        ("pooled", ctypes.c_void_p),
-        ("heads_q", ctypes.c_int),
-        ("d", ctypes.c_int),
-        ("format", ctypes.c_int),
-    ]
+    _fields_ = members(q=Strided, k=Strided, pointer="q_scale k_scale live pooled", int="heads_q d format")
 
 
-class ScoreBlocksParams(ctypes.Structure):
+class ScoreBlocksParams(Parameters):
     """`ScoreBlocksParams` of csrc/device/select_blocks.cu."""
 
-    _fields_ = [
-        ("pooled", ctypes.c_void_p),
-        ("inverse", ctypes.c_void_p),
-        ("q_scale", ctypes.c_void_p),
-        ("k_scale", ctypes.c_void_p),
-        ("scores", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-        ("heads_q", ctypes.c_int),
-        ("group", ctypes.c_int),
-        ("d", ctypes.c_int),
-        ("blocks", ctypes.c_int),
-        ("score_stride", ctypes.c_int),
-        ("mean", ctypes.c_int),
-    ]
+    _fields_ = members(
+        pointer="pooled inverse q_scale k_scale scores", float="scale", int="heads_q group d blocks score_stride mean"
+    )
 
 
-class SelectBlocksParams(ctypes.Structure):
+class SelectBlocksParams(Parameters):
     """`SelectBlocksParams` of csrc/device/select_blocks.cu."""
 
-    _fields_ = [
-        ("scores", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("prefix", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("mask_ids", ctypes.c_void_p),
-        ("blocks", ctypes.c_int),
-        ("score_stride", ctypes.c_int),
-        ("keep", ctypes.c_int),
-        ("mass", ctypes.c_int),
-    ]
+    _fields_ = members(
+        pointer="scores table prefix counts starts columns mask_ids", int="blocks score_stride keep mass"
+    )
 
 
-class OrderRowsParams(ctypes.Structure):
+class OrderRowsParams(Parameters):
     """`OrderRowsParams` of csrc/device/select_blocks.cu."""
 
-    _fields_ = [("counts", ctypes.c_void_p), ("order", ctypes.c_void_p), ("rows", ctypes.c_int)]
+    _fields_ = members(pointer="counts order", int="rows")
 
 
 def strided(x: torch.Tensor) -> Strided:
@@ -126,50 +87,46 @@ def select_blocks(given: SelectBlocks) -> Parts:
     # int8 codes are multiplied before they are added up, e4m3's sums of a block after it.
     scales, none = (given.q_scale, given.k_scale), (None, None)
     of_values, of_sums = (scales, none) if q.dtype == torch.int8 else (none, scales)
-    pool = PoolBlocksParams(
+    pool = PoolBlocksParams.of(
+        given,
         q=strided(q),
         k=strided(k),
-        q_scale=address(of_values[0]),
-        k_scale=address(of_values[1]),
-        live=address(given.live),
-        pooled=address(pooled),
+        q_scale=of_values[0],
+        k_scale=of_values[1],
+        pooled=pooled,
         heads_q=heads_q,
         d=d,
         format=POOL_FORMATS[q.dtype],
     )
     pool_bytes = POOL_THREADS * VECTOR_BYTES // q.element_size() * 4
     launch(STEM, "pool_blocks", pool, (heads_q + heads_kv, blocks, 1), POOL_THREADS, pool_bytes, q)
-    score = ScoreBlocksParams(
-        pooled=address(pooled),
-        inverse=address(given.inverse),
-        q_scale=address(of_sums[0]),
-        k_scale=address(of_sums[1]),
-        scores=address(scores),
+    score = ScoreBlocksParams.of(
+        given,
+        pooled=pooled,
+        q_scale=of_sums[0],
+        k_scale=of_sums[1],
+        scores=scores,
         scale=d**-0.5 / (group if given.mean else 1),
         heads_q=heads_q,
         group=group,
         d=d,
         blocks=blocks,
         score_stride=score_stride,
-        mean=given.mean,
     )
     tiles = (-(-blocks // SCORE_COLUMNS), -(-blocks // SCORE_ROWS), heads_kv)
     launch(STEM, "score_blocks", score, tiles, SCORE_THREADS, SCORE_BYTES, q)
-    choice = SelectBlocksParams(
-        scores=address(scores),
-        table=address(table),
-        prefix=address(given.prefix),
-        counts=address(counts),
-        starts=address(starts),
-        columns=address(columns),
-        mask_ids=address(mask_ids),
+    choice = SelectBlocksParams.of(
+        given,
+        scores=scores,
+        counts=counts,
+        starts=starts,
+        columns=columns,
+        mask_ids=mask_ids,
         blocks=blocks,
         score_stride=score_stride,
-        keep=given.keep,
-        mass=given.mass,
     )
     launch(STEM, "select_blocks", choice, (blocks, heads_kv, 1), select_threads(blocks), SELECT_BYTES, q)
     rows = heads_kv * blocks
-    ordering = OrderRowsParams(counts=address(counts), order=address(order), rows=rows)
+    ordering = OrderRowsParams.of(given, counts=counts, order=order, rows=rows)
     launch(STEM, "order_rows", ordering, (-(-rows // WARP), 1, 1), ORDER_THREADS, ORDER_BYTES, q)
     return results

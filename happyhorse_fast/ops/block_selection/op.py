@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from happyhorse_fast.block_map import BlockMap, BlockSelector
-from happyhorse_fast.ops.block_selection import reference
+from happyhorse_fast.ops.block_selection import cuda, reference
 from happyhorse_fast.ops.block_selection.contract import SelectBlocks
 from happyhorse_fast.ops.runtime.checks import require_backend
 
@@ -51,12 +51,8 @@ def select_blocks(
     amount = selector.amount(q, k, keep, mass, pool)
     given = SelectBlocks(q, k, *selector.tensors(), q_scale, k_scale, *amount, pool == "mean")
     given.check()
-    op = reference.select_blocks
-    if backend == "cuda":
-        from happyhorse_fast.ops.block_selection import cuda
-
-        op = cuda.select_blocks
-    elif backend == "triton":
+    op = cuda.select_blocks if backend == "cuda" else reference.select_blocks
+    if backend == "triton":
         from happyhorse_fast.ops.block_selection import triton
 
         op = triton.select_blocks

@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from happyhorse_fast.ops.linear.contract import ActivationQuantize, LinearActivation, activation_scale
 from happyhorse_fast.ops.quantize import BF16
-from happyhorse_fast.ops.runtime.cuda.arguments import address, require_vectors
 from happyhorse_fast.ops.runtime.cuda.launch import launch
 from happyhorse_fast.ops.runtime.cuda.library_product import check_operands, library_product, scale_of_one
+from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
 from happyhorse_fast.ops.runtime.cuda.row_spans import RowTiles, chunks, expert_spans
 from happyhorse_fast.ops.runtime.operation import custom_op
 from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
@@ -23,20 +21,16 @@ from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 THREADS, ROWS_PER_BLOCK, VECTOR_BYTES = 256, 16, 16
 
 
-class ActivationQuantizeParams(ctypes.Structure):
+class ActivationQuantizeParams(Parameters):
     """`ActivationQuantizeParams` of csrc/device/activation_quantize.cu."""
 
-    _fields_ = [
-        ("product", ctypes.c_void_p),
-        ("row_scale", ctypes.c_void_p),
-        ("column_scale", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("rows", RowTiles),
-        ("product_stride", ctypes.c_int64),
-        ("features", ctypes.c_int),
-        ("gated", ctypes.c_int),
-        ("inverse_scale", ctypes.c_float),
-    ]
+    _fields_ = members(
+        pointer="product row_scale column_scale y",
+        rows=RowTiles,
+        int64="product_stride",
+        int="features gated",
+        float="inverse_scale",
+    )
 
 
 @custom_op("activation_quantize_cuda", ActivationQuantize)
@@ -80,11 +74,9 @@ def finish_rows(given: ActivationQuantize, rows: RowTiles, tiles: int, y: Tensor
     require_vectors(values, product=product)
     require_vectors(VECTOR_BYTES // 4, column_scale=given.column_scale)
     features = product.shape[1]
-    params = ActivationQuantizeParams(
-        product=address(product),
-        row_scale=address(given.row_scale),
-        column_scale=address(given.column_scale),
-        y=address(y),
+    params = ActivationQuantizeParams.of(
+        given,
+        y=y,
         rows=rows,
         product_stride=product.stride(0),
         features=features,

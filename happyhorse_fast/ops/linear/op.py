@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from happyhorse_fast.ops.linear import reference
+from happyhorse_fast.ops.linear import cuda, reference
 from happyhorse_fast.ops.linear.contract import (
     ActivationQuantize,
     Linear,
@@ -158,14 +158,10 @@ def activation_quantize(
 
 
 def _implementation(backend: str, allowed: tuple[str, ...]) -> Any:
-    """The module with a backend's ops, imported when it is first called: nothing else here needs Triton."""
+    """The module with a backend's ops; Triton's is imported when it is first called, nothing else here needs it."""
     require_backend(backend, allowed)
-    if backend == "reference":
-        return reference
-    if backend == "cuda":
-        from happyhorse_fast.ops.linear import cuda
+    if backend == "triton":
+        from happyhorse_fast.ops.linear import triton
 
-        return cuda
-    from happyhorse_fast.ops.linear import triton
-
-    return triton
+        return triton
+    return cuda if backend == "cuda" else reference

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from happyhorse_fast.ops.qkv.contract import NORMALISED, OUTPUTS, QKV, QkNormRope, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.quantize import BF16
-from happyhorse_fast.ops.runtime.cuda.arguments import address, require_vectors
 from happyhorse_fast.ops.runtime.cuda.launch import launch
 from happyhorse_fast.ops.runtime.cuda.library_product import check_operands, library_product, scale_of_one
+from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
 from happyhorse_fast.ops.runtime.cuda.row_spans import RowTiles, chunks, expert_spans
 from happyhorse_fast.ops.runtime.operation import custom_op
 from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
@@ -26,49 +24,25 @@ ROWS_PER_BLOCK = THREADS // WARP
 # Both number the formats bf16, int8 and fp8 in this order.
 
 
-class RmsnormQuantizeParams(ctypes.Structure):
+class RmsnormQuantizeParams(Parameters):
     """`RmsnormQuantizeParams` of csrc/device/rmsnorm_quantize.cu."""
 
-    _fields_ = [
-        ("hidden", ctypes.c_void_p),
-        ("branch", ctypes.c_void_p),
-        ("norm_weight", ctypes.c_void_p),
-        ("row_tiles", ctypes.c_void_p),
-        ("x", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("hidden_stride", ctypes.c_int64),
-        ("branch_stride", ctypes.c_int64),
-        ("channels", ctypes.c_int),
-        ("format", ctypes.c_int),
-    ]
+    _fields_ = members(
+        pointer="hidden branch norm_weight row_tiles x scale",
+        int64="hidden_stride branch_stride",
+        int="channels format",
+    )
 
 
-class QkNormRopeParams(ctypes.Structure):
+class QkNormRopeParams(Parameters):
     """`QkNormRopeParams` of csrc/device/qk_norm_rope.cu."""
 
-    _fields_ = [
-        ("product", ctypes.c_void_p),
-        ("row_scale", ctypes.c_void_p),
-        ("column_scale", ctypes.c_void_p),
-        ("qk_norm", ctypes.c_void_p),
-        ("cos_sin", ctypes.c_void_p),
-        ("qk_scale", ctypes.c_void_p),
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("q_scale", ctypes.c_void_p),
-        ("k_scale", ctypes.c_void_p),
-        ("v_scale", ctypes.c_void_p),
-        ("gate", ctypes.c_void_p),
-        ("rows", RowTiles),
-        ("product_stride", ctypes.c_int64),
-        ("blocks", ctypes.c_int64),
-        ("features", ctypes.c_int),
-        ("heads_q", ctypes.c_int),
-        ("heads_kv", ctypes.c_int),
-        ("head_dim", ctypes.c_int),
-        ("format", ctypes.c_int),
-    ]
+    _fields_ = members(
+        pointer="product row_scale column_scale qk_norm cos_sin qk_scale q k v q_scale k_scale v_scale gate",
+        rows=RowTiles,
+        int64="product_stride blocks",
+        int="features heads_q heads_kv head_dim format",
+    )
 
 
 @custom_op("rmsnorm_quantize_cuda", RmsnormQuantize)
@@ -78,13 +52,10 @@ def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
     require_vectors(VECTOR, hidden=hidden, branch=branch, norm_weight=given.norm_weight)
     x, scale = given.empty()
     channels = hidden.shape[1]
-    params = RmsnormQuantizeParams(
-        hidden=address(hidden),
-        branch=address(branch),
-        norm_weight=address(given.norm_weight),
-        row_tiles=address(row_tiles),
-        x=address(x),
-        scale=address(scale),
+    params = RmsnormQuantizeParams.of(
+        given,
+        x=x,
+        scale=scale,
         hidden_stride=hidden.stride(0),
         branch_stride=0 if branch is None else branch.stride(0),
         channels=channels,
@@ -132,20 +103,15 @@ def finish_rows(given: QkNormRope, rows: RowTiles, tiles: int, results: QKV) -> 
     require_vectors(VECTOR_BYTES // 4, column_scale=given.column_scale, qk_norm=given.qk_norm, cos_sin=given.cos_sin)
     q, k, v, q_scale, k_scale, v_scale, gate = results
     head_dim = given.cos_sin.shape[1]
-    params = QkNormRopeParams(
-        product=address(product),
-        row_scale=address(given.row_scale),
-        column_scale=address(given.column_scale),
-        qk_norm=address(given.qk_norm),
-        cos_sin=address(given.cos_sin),
-        qk_scale=address(given.qk_scale),
-        q=address(q),
-        k=address(k),
-        v=address(v),
-        q_scale=address(q_scale),
-        k_scale=address(k_scale),
-        v_scale=address(v_scale),
-        gate=address(gate),
+    params = QkNormRopeParams.of(
+        given,
+        q=q,
+        k=k,
+        v=v,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        gate=gate,
         rows=rows,
         product_stride=product.stride(0),
         blocks=-(-q.shape[0] // ROW_TILE),

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from happyhorse_fast.ops.qkv import reference
+from happyhorse_fast.ops.qkv import cuda, reference
 from happyhorse_fast.ops.qkv.contract import QKV, QkNormRope, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.runtime.checks import none_for_empty, require_backend
 
@@ -140,14 +140,10 @@ def qk_norm_rope(
 
 
 def _implementation(backend: str, allowed: tuple[str, ...]) -> Any:
-    """The module with a backend's ops, imported when it is first called: nothing else here needs Triton."""
+    """The module with a backend's ops; Triton's is imported when it is first called, nothing else here needs it."""
     require_backend(backend, allowed)
-    if backend == "reference":
-        return reference
-    if backend == "cuda":
-        from happyhorse_fast.ops.qkv import cuda
+    if backend == "triton":
+        from happyhorse_fast.ops.qkv import triton
 
-        return cuda
-    from happyhorse_fast.ops.qkv import triton
-
-    return triton
+        return triton
+    return cuda if backend == "cuda" else reference

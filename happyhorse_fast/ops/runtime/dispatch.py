@@ -153,7 +153,7 @@ def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bo
 
 
 class _Candidates:
-    """What may run on a device, found out when it is first asked for: a self-check takes seconds."""
+    """Backends that may run on a device, found out when they are first asked for: a self-check takes seconds."""
 
     def __init__(
         self,

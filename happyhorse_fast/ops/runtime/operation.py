@@ -51,7 +51,9 @@ def flat(implementation: Callable[[A], Any], arguments: type[A], without: Collec
 
     @functools.wraps(implementation)
     def run(*values: Any, **named: Any) -> Any:
-        return implementation(arguments(**dict(zip(names, values, strict=False)), **named, **absent))
+        if absent:  # they lie between the others
+            return implementation(arguments(**dict(zip(names, values, strict=False)), **named, **absent))
+        return implementation(arguments(*values, **named))
 
     def parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default

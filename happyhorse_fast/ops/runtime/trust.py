@@ -59,7 +59,7 @@ def _driver_version() -> str:
 
 
 def recall(key: str) -> list[KernelCheck] | None:
-    """What was found under a key before; None where nothing was, or where it cannot be read."""
+    """Checks found under a key before; None where nothing was, or where it cannot be read."""
     try:
         stored = json.loads((cache_folder() / "self_check.json").read_text())
         return [KernelCheck(**check) for check in stored[key]]

@@ -53,7 +53,7 @@ class Binary:
 
 
 def manifest() -> dict[str, Any]:
-    """What the build says of the binaries in :data:`FOLDER`.
+    """Read the build's record of the binaries in :data:`FOLDER`.
 
     Raises:
         CudaError: There are none, or the manifest cannot be read.

@@ -67,7 +67,7 @@ def obstacle(device: torch.device) -> str | None:
 
 
 def fingerprint(device: torch.device) -> str:
-    """What the results of CUDA kernels on a CUDA device depend on, beside the device: their sources and who compiled.
+    """Digest of what the results of CUDA kernels depend on beside the device: their sources and who compiled them.
 
     Raises:
         CudaError: They cannot run there; :func:`obstacle` has the reason.
@@ -170,7 +170,7 @@ def _allow_shared(function: Function, shared_bytes: int, where: str) -> None:
 
 
 def _checked(what: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a call of the driver returned beside its status.
+    """Hold a call of the driver against its status, and give what it returned besides.
 
     Raises:
         CudaError: It failed.

@@ -1,4 +1,4 @@
-"""What goes wrong with CUDA kernels, in words; and the optional packages that they need."""
+"""The error of CUDA kernels, and the optional packages that they need."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ programming guide, technical specifications). A kernel for Hopper alone may have
 
 
 class Runner(Protocol):
-    """What executes kernels on CPU tensors: the emulation in csrc/shim/, which tests install."""
+    """Executes kernels on CPU tensors: the emulation in csrc/shim/, which tests install."""
 
     def run(
         self, stem: str, kernel: str, params: ctypes.Structure, grid: Grid, threads: int, shared_bytes: int

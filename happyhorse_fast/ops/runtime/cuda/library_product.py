@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import linear
 
 from happyhorse_fast import ambient
-from happyhorse_fast.ops.runtime.cuda.arguments import require_vectors
+from happyhorse_fast.ops.runtime.cuda.parameters import require_vectors
 
 FP8_SINCE = (8, 9)
 CODES_PER_VECTOR = 16

@@ -35,7 +35,7 @@ def version() -> int:
 
 
 def target(capability: Capability, supported: list[int]) -> str:
-    """What to compile for: the GPU itself, the nearest that it runs binaries of, or PTX of the newest there is.
+    """Target to compile for: the GPU itself, the nearest that it runs binaries of, or PTX of the newest there is.
 
     Args:
         capability: Compute capability.

@@ -29,7 +29,7 @@ class RowTiles(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Read:
-    """What a table held, and its version then: writing in place changes that. None for an inference tensor, without."""
+    """Content of a table, and its version then, which writing in place changes; an inference tensor has None."""
 
     version: int | None
     tiles: tuple[Span, ...]

@@ -1,4 +1,4 @@
-"""What this installation has of the CUDA path, and what code each GPU would run; for ``happyhorse-fast doctor``."""
+"""The parts of the CUDA path that are installed, and the code that each GPU would run; for ``doctor``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def examine() -> dict[str, Any]:
 
 
 def summary(found: dict[str, Any]) -> str:
-    """What :func:`examine` found, in a line: what runs, or why nothing does."""
+    """A line of what :func:`examine` found: what runs, or why nothing does."""
     if found["obstacle"] is not None:
         return str(found["obstacle"])
     names = sorted({name for gpu in found["code"] for name in gpu["stems"].values()})

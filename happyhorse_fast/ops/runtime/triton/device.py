@@ -1,4 +1,4 @@
-"""What a launcher asks of the device."""
+"""Answers to what a launcher asks of the device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRETENDED_PROGRAMS = 132
 
 @dataclass(frozen=True)
 class Pretence:
-    """What launchers are told in place of a GPU: compute capability, and whether torch is tracing them."""
+    """Told to launchers in place of a GPU: compute capability, and whether torch is tracing them."""
 
     arch: int
     tracing: bool

@@ -82,7 +82,7 @@ def binary(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
 
 
 class Results(tuple[Any, ...]):
-    """What a line of PTX gives, as Triton asks for it."""
+    """Results of a line of PTX, as Triton asks for them."""
 
     def get_result(self, place: int) -> Any:
         return self[place]

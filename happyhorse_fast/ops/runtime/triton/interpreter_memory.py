@@ -1,4 +1,4 @@
-"""What Triton's interpreter (3.6.0, 3.7.1) works out anew at every step of a kernel, remembered.
+"""Remembers what Triton's interpreter (3.6.0, 3.7.1) works out anew at every step of a kernel.
 
 Values are the same: a launch of attention takes half of the time. As shipped, each call of a device function looks
 through all of ``triton.language``, each tensor checks its shape and wraps it in types, and each cast makes a table of

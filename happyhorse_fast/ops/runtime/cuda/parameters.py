@@ -1,8 +1,38 @@
-"""What every launcher of CUDA kernels does with its tensors."""
+"""The parameter of a CUDA kernel, made of an op's arguments."""
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any, TypeVar
+
 import torch
+
+TYPES = {"pointer": ctypes.c_void_p, "int64": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
+
+
+def members(**runs: str | type[ctypes.Structure]) -> list[tuple[str, Any]]:
+    """Members of a struct in its order: a type and the names that have it, or a name and the struct that it is."""
+    found: list[tuple[str, Any]] = []
+    for key, value in runs.items():
+        found += [(name, TYPES[key]) for name in value.split()] if isinstance(value, str) else [(key, value)]
+    return found
+
+
+P = TypeVar("P", bound="Parameters")
+
+
+class Parameters(ctypes.Structure):
+    """Base of the structs of csrc/device/ that a kernel takes by value."""
+
+    @classmethod
+    def of(cls: type[P], given: object, **others: Any) -> P:
+        """A struct of ``others``, and for members that they do not name of an op's arguments of the same name.
+
+        A tensor is passed as its address.
+        """
+        values = {name: others[name] if name in others else getattr(given, name) for name, *_ in cls._fields_}
+        pointers = {name: address(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return cls(**values | pointers)
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
