@@ -80,7 +80,7 @@ class Size:
 
     @property
     def windowed(self) -> bool:
-        """Whether some layer has its frame window on this clip."""
+        """True where some layer has its frame window on this clip."""
         return any(self.config.is_local(i, self.clip.frame_tokens) for i in self.config.local_attn_layers)
 
 
@@ -128,12 +128,17 @@ class Case:
     @property
     def name(self) -> str:
         """Such as ``"block_sparse_attention-window/1080p-5s/fp8"``; the key of its results."""
-        return f"{self.op}{'-' if self.part else ''}{self.part}/{self.size.name}/{self.precision}"
+        return f"{self.use}/{self.size.name}/{self.precision}"
 
     @property
-    def kind(self) -> tuple[str, str, str]:
-        """What it is at any size."""
-        return self.op, self.part, self.precision
+    def use(self) -> str:
+        """The op and which use of it, such as ``"block_sparse_attention-window"``."""
+        return f"{self.op}{'-' if self.part else ''}{self.part}"
+
+    @property
+    def kind(self) -> str:
+        """Its name at any size, such as ``"block_sparse_attention-window/fp8"``."""
+        return f"{self.use}/{self.precision}"
 
     @property
     def variant(self) -> str:
@@ -159,7 +164,7 @@ class Case:
 
     @property
     def product(self) -> str | None:
-        """Which of the layer's weights the op multiplies by, None for the others."""
+        """The layer's weight that the op multiplies by, None where it has none."""
         if self.op == "quantize_rows":
             return None
         costed = _COSTED.get(self.part, _COSTED.get(self.op))

@@ -1,4 +1,4 @@
-"""What must hold before anything is timed: sources build and import, kernels pass their self-check and run clean.
+"""Checks before anything is timed: sources build and import, kernels pass their self-check and run clean.
 
 Run as ``python -m bench.checks native``, ``build``, ``self`` or ``tiny``.
 """

@@ -60,7 +60,7 @@ class Draw:
 
 
 def make(case: Case, device: torch.device | str, seed: int = 0) -> Given:
-    """Inputs of a case; on ``"meta"`` no data and no block map, to count bytes."""
+    """Inputs of a case; on ``"meta"`` without data."""
     draw = Draw(torch.device(device), seed)
     return _MAKERS[case.op](case, draw)
 
@@ -108,7 +108,7 @@ def _attention(case: Case, draw: Draw) -> Given:
     else:
         given["v"] = draw.normal(rows, plan.num_heads_kv, plan.head_dim, dtype=BF16)
         given |= {"bound": bound} if case.op == STEM else {}
-    given["block_map"] = None if draw.device.type == "meta" else block_map(case, given)
+    given["block_map"] = block_map(case, given)
     return given
 
 
@@ -146,15 +146,22 @@ def block_map(case: Case, given: Mapping[str, Any]) -> BlockMap:
     device = given["q"].device
     if case.keep is None:
         return exact_map(case.size, case.part == "window").to(device)
-    selector = BlockSelector(padded_rows(case.size), exact_map(case.size, False), device)
-    return selector.top_k(given["q"], given["k"], case.keep, q_scale=given.get("q_scale"), k_scale=given.get("k_scale"))
+    chooser, scales = selector(case, device), {name: given.get(name) for name in ("q_scale", "k_scale")}
+    if device.type == "meta":
+        return chooser.block_map(selection.empty_results(given["k"], chooser.table))
+    return chooser.top_k(given["q"], given["k"], case.keep, **scales)
+
+
+def selector(case: Case, device: torch.device) -> BlockSelector:
+    """Make what chooses a case's blocks."""
+    there = torch.device("cpu") if device.type == "meta" else device
+    made = BlockSelector(padded_rows(case.size), exact_map(case.size, False), there)
+    return made if there == device else made.changed(lambda x: x.to(device))
 
 
 def _select(case: Case, draw: Draw) -> Given:
     given, _ = _queries_and_keys(case, draw)
-    if draw.device.type != "meta":
-        given["selector"] = BlockSelector(padded_rows(case.size), exact_map(case.size, False), draw.device)
-    return given | {"keep": case.keep}
+    return given | {"selector": selector(case, draw.device), "keep": case.keep}
 
 
 def _residual(case: Case, draw: Draw) -> Given:

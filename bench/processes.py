@@ -13,7 +13,7 @@ from typing import Any
 from bench.bootstrap import ROOT
 
 MOST_CHARACTERS = 2000
-"""Of a command's errors that are told: their end."""
+"""Length of the end of a command's errors that is told."""
 
 
 class CommandFailed(RuntimeError):

@@ -131,7 +131,7 @@ def _driver() -> str:
 
 
 def path_for(header: Mapping[str, Any], folder: Path = FOLDER) -> Path:
-    """Where this run's file goes: the newest of this GPU, commit and software that is there, else a new one."""
+    """Path of this run's file: the newest of this GPU, commit and software that is there, else a new one."""
     gpu = re.sub(r"[^a-z0-9]+", "-", str(header["gpu"]).lower()).strip("-")
     begun = sorted((folder / gpu).glob(f"*-{header['commit']}*.json"), reverse=True)
     for path in begun:
@@ -142,7 +142,7 @@ def path_for(header: Mapping[str, Any], folder: Path = FOLDER) -> Path:
 
 
 def differences(data: Mapping[str, Any], header: Mapping[str, Any]) -> list[str]:
-    """What keeps a file from being continued; drivers of one branch (580.159.03, 580.159.04) run the same machine."""
+    """List what keeps a file from being continued; drivers of a branch (580.159.03 and .04) are the same machine."""
     found = []
     for name in HEADER:
         theirs, ours = data[name], header[name]
@@ -198,7 +198,7 @@ KEYS = {
     "stages": ("name",),
     "peaks": ("source",),
 }
-"""What an entry of each list goes by: a later one of the same takes its place."""
+"""Fields that name an entry of each list: a later one of the same name takes its place."""
 
 
 def merged(files: Sequence[Json]) -> Json:
@@ -222,7 +222,7 @@ NOT_INTERLEAVED = "not interleaved"
 
 
 def comparable(one: Json, other: Json) -> bool:
-    """Whether the times of two entries are of one span: a cool chip's are up to 20 % below a warm one's."""
+    """Tell whether the times of two entries are of one span: a cool chip's are up to 20 % below a warm one's."""
     return bool(one.get("span")) and one.get("span") == other.get("span")
 
 

@@ -22,7 +22,7 @@ GLUON, FORM = "gluon", "_specialized"
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why it cannot run there; None where it can."""
+    """Say why it cannot run there; None where it can."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "needs a GPU"
     major, minor = torch.cuda.get_device_capability(device)

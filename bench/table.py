@@ -29,7 +29,7 @@ class Table:
 
     @property
     def at_left(self) -> tuple[bool, ...]:
-        """Of each column, whether it is read as text: the first, and those with a long cell."""
+        """Columns that are read as text: the first, and those with a long cell."""
         cells = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
         long = [max(map(len, column), default=0) > MOST_AT_RIGHT for column in cells]
         return (True, *long[1:])

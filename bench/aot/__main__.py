@@ -84,7 +84,7 @@ class Compiles:
 
 
 def key_of(version: str) -> tuple[int, ...]:
-    """What to sort versions by."""
+    """Return a version's numbers, to sort by."""
     return tuple(int(part) for part in version.split("+")[0].split(".")[:3])
 
 
@@ -135,7 +135,7 @@ def show(console: Console, rows: list[Row], versions: list[str]) -> None:
 
 
 def differences(text: str) -> list[str]:
-    """How docs/AOT.md differs from what was measured."""
+    """List how docs/AOT.md differs from what was measured."""
     there = DOCUMENT.read_text().splitlines() if DOCUMENT.exists() else []
     changed = list(difflib.unified_diff(there, text.splitlines(), "docs/AOT.md", "measured", lineterm="", n=0))
     return [*changed, "docs/AOT.md is not what was measured; `make aot` writes it"] if changed else []

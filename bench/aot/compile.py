@@ -38,7 +38,7 @@ TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 
 
 class Driver:
-    """What Triton's JIT asks of a driver before it launches: a device, which here is an architecture."""
+    """Answers what Triton's JIT asks of a driver before it launches: a device, which here is an architecture."""
 
     def __init__(self) -> None:
         self.arch = 0

@@ -1,4 +1,4 @@
-"""What a cubin says of its kernels, read with the tools in Triton's wheel; no GPU and no toolkit are needed."""
+"""Read a cubin's kernels with the tools in Triton's wheel; no GPU and no toolkit are needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def exponents_beside_products(cubin: Path) -> list[int]:
-    """How many exponents are computed while one batch of warp-group products is still under way, at each such place.
+    """Count the exponents that are computed while one batch of warp-group products is under way, at each such place.
 
     Counted between a wait that leaves one batch and the next that leaves none.
     """
@@ -110,6 +110,6 @@ def named_barriers(cubin: Path) -> list[tuple[int, int]]:
 
 
 def opcodes(cubin: Path) -> dict[str, Counter[str]]:
-    """How often each instruction is in the listing of every kernel."""
+    """Count each instruction in the listing of every kernel."""
     _, *parts = re.split(r"^\.text\.(\w+):$", tool("nvdisasm", "-c", cubin), flags=re.MULTILINE)
     return {name: Counter(OPCODE.findall(text)) for name, text in zip(parts[::2], parts[1::2], strict=True)}

@@ -1,4 +1,4 @@
-"""What a compiled kernel must hold, and the rows that say what it does."""
+"""Gates of a compiled kernel, and the rows that say what it does."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CLAMPS = re.compile("swiglu7|gelu7|fp8 out|int8 out|int8_qk out|Hadamard")
 MAY_SPILL = {("qkv", 100), ("qkv", 120), ("attention", 100)}
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
 EXPONENTS = 64
-"""Of a thread per step of the specialized kernel: 64 x 128 by 128 threads."""
+"""Exponents of a thread per step of the specialized kernel: 64 x 128 by 128 threads."""
 TURNS = 4
 """Its two groups, each in its loop over full blocks and that over partial ones."""
 GROUP_THREADS = 256
-"""Of both."""
+"""Threads of both groups."""
 RESERVED = 4
 """Named barriers that Triton may use for itself in a kernel of three partitions."""
 PRODUCTS = {"bf16": ("bf16",), "int8": ("int8",), "fp8": ("fp8",), "int8_qk": ("bf16", "int8"), "none": ()}

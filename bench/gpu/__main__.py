@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -57,7 +58,7 @@ KEY = "triton-key.txt"
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """Of every stage: the checkout on the path, kernels compiled or interpreted."""
+    """Environment of every stage: the checkout on the path, kernels compiled or interpreted."""
     path = os.pathsep.join(filter(None, [str(bootstrap.ROOT), os.environ.get("PYTHONPATH", "")]))
     given = {"MAX_JOBS": str(os.cpu_count()), **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     given["TRITON_INTERPRET"] = "1" if dry else "0"
@@ -70,7 +71,7 @@ def environment(dry: bool) -> dict[str, str]:
 
 @functools.cache
 def _sources_digest() -> str:
-    """Of all that a kernel's result depends on: a self-check before a launcher was changed proves nothing."""
+    """Hash all that a kernel's result depends on: a self-check before a launcher was changed proves nothing."""
     digest = hashlib.sha256()
     for folder in ("happyhorse_fast", "kernels", "csrc"):
         for path in sorted((bootstrap.ROOT / folder).rglob("*")):
@@ -182,20 +183,6 @@ def run_stages(stages: Sequence[Stage], context: Context, results: Results, dead
 
 
 @contextlib.contextmanager
-def of_commit(name: str) -> Iterator[None]:
-    """All stages are of one commit, whatever is committed or edited meanwhile."""
-    before = os.environ.get(COMMIT_VARIABLE)
-    os.environ[COMMIT_VARIABLE] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[COMMIT_VARIABLE]
-        else:
-            os.environ[COMMIT_VARIABLE] = before
-
-
-@contextlib.contextmanager
 def recorded_clocks(folder: Path, dry: bool) -> Iterator[None]:
     """The chip's clock, power and temperature twice a second in a file, where nvidia-smi is."""
     if dry or shutil.which(conditions.TOOL) is None:
@@ -241,11 +228,10 @@ def primed_kernels(folder: Path, arch: str | None, logs: Path) -> Iterator[None]
     cache = primed.unpack(packed)
     before = primed.kernels(cache)
     print(f"{before} kernels were compiled ahead: {packed}\n", flush=True)
-    os.environ |= {CACHE_VARIABLE: str(cache), bootstrap.PRIMED_VARIABLE: "1"}
     try:
-        yield
+        with mock.patch.dict(os.environ, {CACHE_VARIABLE: str(cache), bootstrap.PRIMED_VARIABLE: "1"}):
+            yield
     finally:
-        del os.environ[CACHE_VARIABLE], os.environ[bootstrap.PRIMED_VARIABLE]
         print(f"{primed.kernels(cache) - before} kernels compiled beside the {before} that were there", flush=True)
 
 
@@ -280,9 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = Context(options.dry, results.path)
     print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {results.path}\n", flush=True)
     logs = results.path.with_suffix("") / "logs"
-    kept = archive.Kept(results.path.parent, options.archive)
+    kept = archive.kept(results.path.parent, options.archive)
     compiled = primed_kernels(options.primed, None if options.dry else header["capability"], logs)
-    with kept, recorded_clocks(logs, options.dry), of_commit(header["commit"]), compiled:
+    # All stages are of one commit, whatever is committed or edited meanwhile.
+    of_commit = mock.patch.dict(os.environ, {COMMIT_VARIABLE: header["commit"]})
+    with kept, recorded_clocks(logs, options.dry), of_commit, compiled:
         passed = run_stages(chosen, context, results, began + seconds - ENDING_SECONDS)
     if not options.dry:
         print(targets.text(Results(results.path, header).data) + "\n")

@@ -5,19 +5,20 @@ A machine may give back a few small files only, and only those that are there wh
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from happyhorse_fast.files import replacing
 
 MOST_BYTES = 15 << 20
-"""Of the archive."""
+"""Largest size of the archive."""
 LOG_BYTES = 1 << 20
-"""Of a log: its end is kept."""
+"""Length of a log's end, which is kept."""
 EVERY_SECONDS = 15.0
 
 
@@ -52,34 +53,29 @@ def _add(archive: tarfile.TarFile, path: Path, name: Path, log_bytes: int) -> No
     archive.addfile(entry, io.BytesIO(content))
 
 
-class Kept:
-    """Packs a folder again and again while it is entered, and once more at the end.
+@contextlib.contextmanager
+def kept(folder: Path, target: Path | None, every: float = EVERY_SECONDS) -> Iterator[None]:
+    """Pack a folder again and again while inside, and once more at the end.
 
     Args:
         folder: What to pack.
         target: The archive; None for none.
         every: Seconds between two.
     """
+    if target is None:
+        yield
+        return
+    ended = threading.Event()
 
-    def __init__(self, folder: Path, target: Path | None, every: float = EVERY_SECONDS) -> None:
-        self.folder, self.target, self.every = folder, target, every
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    def run() -> None:
+        while not ended.wait(every):
+            write(folder, target)
 
-    def __enter__(self) -> Kept:
-        if self.target is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        if self.target is not None:
-            self._thread.join()
-            write(self.folder, self.target)
-
-    def _run(self) -> None:
-        assert self.target is not None
-        while not self._ended.wait(self.every):
-            write(self.folder, self.target)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        write(folder, target)

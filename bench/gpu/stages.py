@@ -32,7 +32,7 @@ LINEAR = "fp8_linear,qkv,quantize"
 
 @dataclass(frozen=True)
 class Context:
-    """Where stages run.
+    """The place that stages run in.
 
     Attributes:
         dry: On the CPU, in the interpreter.
@@ -53,7 +53,7 @@ class Context:
 
     @property
     def device(self) -> str:
-        """Where tensors are."""
+        """Device of the tensors."""
         return "cpu" if self.dry else "cuda"
 
 

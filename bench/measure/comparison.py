@@ -43,7 +43,7 @@ class Stopped(Exception):
 
 @dataclass
 class Bench:
-    """Where and how cases are compared.
+    """Compares cases on a device.
 
     Attributes:
         device: Where they run.
@@ -115,7 +115,7 @@ class Bench:
         return entries if len(entries) == len(found) and timed_all and there else []
 
     def gate(self, case: Case, impl: str) -> list[str]:
-        """What is wrong with an implementation on this case; an error it raises is."""
+        """List what is wrong with an implementation on this case; an error that it raises is."""
         try:
             return gates.problems(case, make(case, self.device), impl)
         except Exception as error:  # whatever a compiler or driver raises
@@ -220,7 +220,7 @@ class Bench:
             for peer in peers
             if (fits := [case for case in group if peer.fits(case)])
             and not {f"{peer.name} on {case.name}" for case in fits} & broken.keys()
-            and f"{peer.name} on {kind_of(group[0])}" not in broken
+            and f"{peer.name} on {group[0].use}" not in broken
         ]
 
     def _prepared(self, green: Iterable[Ours], write: Write) -> Iterator[tuple[Ours, Prepared]]:
@@ -250,7 +250,7 @@ class Bench:
                 calls = [peer.prepare(case, given) for given in inputs[: 1 if peer.slow else SETS]]
                 yield peer.name, self.stopwatch.prepare(calls, dry=not self.seconds)
             except LookupError as error:
-                self.absent[f"{peer.name} on {kind_of(case)}"] = str(error)
+                self.absent[f"{peer.name} on {case.use}"] = str(error)
             except Exception as error:  # a peer that breaks must not end the run
                 self.absent[f"{peer.name} on {case.name}"] = f"{type(error).__name__}: {str(error)[:200]}"
             if reason := lost(self.device):
@@ -290,17 +290,12 @@ def groups(chosen: Iterable[Case]) -> list[Group]:
 
 
 def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
-    """What a case is timed with: the backend and the others, those that have a kernel for it."""
+    """Name what a case is timed with: the backend and the others, those that have a kernel for it."""
     able = {
         "cuda": case.variant in VARIANTS["cuda"].get(case.op, ()),
         GLUON: case.op in (STEM, DROP_IN),
     }
     return [name for name in (backend, *also) if able.get(name, True)]
-
-
-def kind_of(case: Case) -> str:
-    """Such as ``"block_sparse_attention-window"``."""
-    return f"{case.op}{'-' if case.part else ''}{case.part}"
 
 
 def red(case: Case, impl: str, problems: Sequence[str]) -> Json:

@@ -1,4 +1,4 @@
-"""What state the GPU is in while something is timed: clock, power, temperature and why the clock is held back.
+"""The GPU's state while something is timed: clock, power, temperature and why the clock is held back.
 
 A :class:`Monitor` samples it all along, through NVML where pynvml is installed, else through nvidia-smi in a process
 beside; what was timed asks it for the samples of its own span.
@@ -29,7 +29,7 @@ FIELDS = {
     "temperature.gpu": "temperature_c",
     "clocks_throttle_reasons.active": "throttle",
 }
-"""Of nvidia-smi, and what each is called here."""
+"""Fields of nvidia-smi, and their names here."""
 # Since Ampere power.draw is an average over a second; the momentary one, and the throttle reasons' newer name, are not
 # known to every driver.
 _FORMS: tuple[dict[str, str], ...] = (
@@ -78,7 +78,7 @@ class Monitor:
             self._process.wait()
 
     def during(self, began: float, ended: float) -> Json:
-        """What a result says of its span: ``sm_mhz`` and ``power_w``, medians, and ``conditions`` at its ends.
+        """Return what a result says of its span: ``sm_mhz`` and ``power_w``, medians, and ``conditions`` at its ends.
 
         Args:
             began: On ``time.monotonic``'s clock.
@@ -124,7 +124,7 @@ class Monitor:
 
 
 def _name(device: torch.device) -> str:
-    """What NVML and nvidia-smi know a device by: its UUID, since CUDA_VISIBLE_DEVICES changes torch's numbers alone."""
+    """Name a device for NVML and nvidia-smi, by UUID: CUDA_VISIBLE_DEVICES changes torch's numbers alone."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return str(device.index or 0) if uuid is None else f"GPU-{uuid}"
 

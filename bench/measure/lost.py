@@ -13,7 +13,7 @@ LOST = 3
 
 
 def lost(device: torch.device) -> str | None:
-    """What ended the use of a device; None where it works."""
+    """Say what ended the use of a device; None where it works."""
     if device.type != "cuda":
         return None
     try:

@@ -1,4 +1,4 @@
-"""What the machine can do: datasheet peaks by the GPU's name, and ceilings measured in the same run."""
+"""Ceilings of the machine: datasheet peaks by the GPU's name, and those measured in the same run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from bench.cases import FULL_SIZES, SMALL_SIZE, cases_of
 from bench.measure.conditions import Monitor
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Prepared, Span, Stopwatch
-from happyhorse_fast.costs import GPUS
+from happyhorse_fast.costs import GPUS, Gpu
 
 MEASURED = "measured"
 """Source of ceilings that are not a maker's."""
@@ -66,11 +66,14 @@ def datasheet(device: torch.device) -> Peaks | None:
     """The maker's numbers, None for a device that is not in ``happyhorse_fast.costs``."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
-    for gpu in GPUS.values():
-        if gpu.name in name:
-            return Peaks(gpu.bandwidth, gpu.bf16, gpu.fp8, gpu.source, int8=gpu.int8)
-    return None
+    gpu = gpu_named(torch.cuda.get_device_name(device))
+    return Peaks(gpu.bandwidth, gpu.bf16, gpu.fp8, gpu.source, int8=gpu.int8) if gpu else None
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """The card that a driver's name of it means; None for one that is not in ``happyhorse_fast.costs``."""
+    short = name.lower().replace(" ", "")
+    return next((gpu for gpu in GPUS.values() if gpu.name in short), None)
 
 
 def measured(

@@ -1,4 +1,4 @@
-"""How long calls take: contestants interleaved in rounds on a warm chip, each with a cold cache and rotated inputs.
+"""Times of calls: contestants interleaved in rounds on a warm chip, each with a cold cache and rotated inputs.
 
 A chip at its power limit lowers its clock as it warms: a kernel that is timed first looks up to 20 % faster than the
 same kernel after it. So what is compared takes turns (A B A B ...) after a while of the same turns that is not timed,
@@ -204,7 +204,7 @@ class Stopwatch:
         return Span(uuid.uuid4().hex[:12], timings, began, time.monotonic())
 
     def least_seconds(self, prepared: Prepared) -> float:
-        """What a contestant adds to the shortest span."""
+        """Seconds that a contestant adds to the shortest span."""
         return FEWEST * self._turn_ms(prepared) / 1e3
 
     def flush(self) -> None:

@@ -65,13 +65,13 @@ class Peer(ABC):
     slow = False
 
     def available(self, device: torch.device) -> str | None:
-        """Why it cannot run here; None where it can."""
+        """Say why it cannot run here; None where it can."""
         if self.gpu and device.type != "cuda":
             return "needs a GPU"
         return missing(self.module, self.package) if self.module else None
 
     def fits(self, case: Case) -> bool:
-        """Whether it does this case's work."""
+        """Tell whether it does this case's work."""
         return (
             case.op in self.ops
             and case.part in (self.parts or (case.part,))
@@ -89,7 +89,7 @@ class Peer(ABC):
 
 
 def missing(module: str, package: str = "") -> str | None:
-    """Why a module cannot be imported; None where it is installed."""
+    """Say why a module cannot be imported; None where it is installed."""
     try:
         return None if importlib.util.find_spec(module) else f"{package or module} is not installed"
     except (ImportError, ValueError) as error:

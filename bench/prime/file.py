@@ -16,7 +16,7 @@ from bench.results import ROOT, Json
 from happyhorse_fast.files import replacing
 
 FOLDER = ROOT / ".primed"
-"""Where `make prime` leaves caches, and `make gpu` looks for them."""
+"""`make prime` leaves caches here, and `make gpu` looks for them here."""
 MANIFEST = "primed.json"
 """Beside the cache's folders: {triton, arch, key, kernels}."""
 SUFFIX = ".tgz"
@@ -24,14 +24,14 @@ GROUP = "__grp__"
 
 
 def version_key() -> str:
-    """What Triton's cache tells one build of Triton from another by; some 5,000 characters."""
+    """Return the key by which Triton's cache tells one build of Triton from another; some 5,000 characters."""
     from triton.runtime import cache
 
     return str(cache.triton_key())
 
 
 def digest(key: str) -> str:
-    """Of a version key."""
+    """Hash a version key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -46,7 +46,7 @@ def pack(folder: Path, target: Path, manifest: Json) -> None:
 
 
 def read_manifest(packed: Path) -> Json:
-    """Of a packed cache."""
+    """Read the manifest of a packed cache."""
     with tarfile.open(packed) as archive:
         member = archive.extractfile(MANIFEST)
         assert member is not None, packed
@@ -89,5 +89,5 @@ def relocate(folder: Path) -> int:
 
 
 def kernels(folder: Path) -> int:
-    """How many kernels a cache holds."""
+    """Count the kernels in a cache."""
     return sum(1 for _ in folder.glob(f"*/{GROUP}*.json"))

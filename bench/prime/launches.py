@@ -22,13 +22,12 @@ import triton
 
 from bench.aot import cases as aot_cases
 from bench.aot.compile import Driver, recording
-from bench.cases import Case, Size, cases, exact_map, padded_rows
-from bench.inputs import Given, call, make
+from bench.cases import Size, cases
+from bench.inputs import call, make
 from bench.measure.comparison import implementations
 from bench.prime.stand_in import stand_in
 from bench.sampler_runs import Run, runs
 from bench.specialized import GLUON, running
-from happyhorse_fast.block_map import BlockMap, BlockSelector
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.fast.accelerate import empty_accelerated
@@ -36,7 +35,6 @@ from happyhorse_fast.fast.attention_bound import AttentionBound
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.state import build_clip_state
 from happyhorse_fast.kernels.launch import FP8_SINCE, SPECIALIZED_ON
-from happyhorse_fast.ops.block_selection.contract import empty_results
 from happyhorse_fast.ops.runtime.dispatch import choose
 from happyhorse_fast.ops.runtime.self_check import run_checks
 from happyhorse_fast.tokens import tokens_for
@@ -64,7 +62,7 @@ class Source:
 
 
 def sources(arch: int) -> Iterator[Source]:
-    """What a GPU run launches on an architecture, the same launch several times where several make it."""
+    """Name everything that launches on an architecture in a GPU run; several may make the same launch."""
     for case in aot_cases.cases():
         if case.arch == arch and not case.tracing:  # torch.compile keeps what it compiles elsewhere
             yield Source(f"table {case.op} {case.detail}", case.launch)
@@ -74,36 +72,13 @@ def sources(arch: int) -> Iterator[Source]:
             if bench_case.precision == "fp8" and arch < FP8_SINCE:
                 continue
             for impl in implementations(bench_case, "triton", also):
-                yield Source(f"case {bench_case.name} {impl}", lambda c=bench_case, i=impl: launch(c, i))  # type: ignore[misc]
+                yield Source(f"case {bench_case.name} {impl}", lambda c=bench_case, i=impl: call(c, make(c, META), i))  # type: ignore[misc]
     for run in runs():
         if run.fast is not None and run.cap_gb is None and (arch >= FP8_SINCE or "fp8" not in run.mode):
             yield Source(f"clip {run.name}", lambda run=run: clip(run))  # type: ignore[misc]
     yield Source("self-check", lambda: self_checks(arch))
     for name in TESTS:
         yield Source(f"test {name}", lambda name=name: run_tests(name))  # type: ignore[misc]
-
-
-def launch(case: Case, impl: str) -> None:
-    """Call the op of a benchmark case on tensors without data."""
-    given = make(case, META)
-    if case.op == "select_blocks":
-        given["selector"] = selector(case)
-    if "block_map" in given:
-        given["block_map"] = block_map(case, given)
-    call(case, given, impl)
-
-
-def selector(case: Case) -> BlockSelector:
-    """A case's, without data."""
-    return BlockSelector(padded_rows(case.size), exact_map(case.size, False), CPU).changed(lambda x: x.to(META))
-
-
-def block_map(case: Case, given: Given) -> BlockMap:
-    """A case's, without data."""
-    if case.keep is None:
-        return exact_map(case.size, case.part == "window").to(META)
-    chooser = selector(case)
-    return chooser.block_map(empty_results(given["k"], chooser.table))
 
 
 def clip(run: Run) -> None:
@@ -124,7 +99,7 @@ def clip(run: Run) -> None:
 
 
 def self_checks(arch: int) -> None:
-    """What `accelerate` checks before it trusts a kernel, with specialized warps and without.
+    """Run the checks that `accelerate` makes before it trusts a kernel, with specialized warps and without.
 
     Raises:
         RuntimeError: A check fails, though the reference is compared with itself.

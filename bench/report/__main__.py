@@ -110,7 +110,7 @@ def _where_measured(report: Report) -> str:
 
 
 def readme_section(report: Report) -> str:
-    """What stands between README's markers."""
+    """Write what stands between README's markers."""
     parts = []
     newest = dataclasses.replace(report, gpu=dict(list(report.gpu.items())[-1:]))
     speed = tables.gpu_tables(newest, every=False)
@@ -139,7 +139,7 @@ def notes_section(report: Report) -> str:
 
 
 def sections(report: Report) -> dict[Path, str]:
-    """What stands between the markers of each file."""
+    """Write what stands between the markers of each file."""
     pages = {kernel_tables.page(stem): kernel_tables.section(report, stem) for stem in kernel_tables.OPS}
     own = {README: readme_section(report), PONY_README: pony.own_section(report), NOTES: notes_section(report)}
     return own | pages | {DESIGN: dataflow.table().markdown()}

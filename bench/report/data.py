@@ -14,7 +14,7 @@ from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 NOT_GPU = ("equivalence", "memory", "pony")
 """Folders below the results that hold other files than a GPU's."""
 RATES = (ROOT / "examples/pony/results/rates.json", ROOT / "examples/pony/results/image/rates.json")
-"""How often the pony's clips are right: from a prompt, and from a prompt and a first picture."""
+"""Shares of the pony's clips that are right: from a prompt, and from a prompt and a first picture."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def rows_of(data: Json) -> list[Row]:
 
 
 def verified(path: Path, data: Json) -> str:
-    """What was verified on a GPU, in a sentence.
+    """Say in a sentence what was verified on a GPU.
 
     Args:
         path: Its newest result file; a folder of the same stem beside it may hold what ``python -m bench.checks self``
@@ -188,7 +188,7 @@ def verified(path: Path, data: Json) -> str:
 
 
 def steps_timed(run: Json) -> int:
-    """Of a sampler run: all, or what its note says."""
+    """Count the steps of a sampler run that were timed: all, or as many as its note says."""
     part = next((part for part in (run.get("note") or "").split("; ") if part.endswith("steps timed")), None)
     return int(part.split()[0]) if part else int(run["steps"])
 
@@ -203,7 +203,7 @@ FORMS = {
     "fast fp8 int8_qk": "fast fp8, attention int8_qk (the default of fp8)",
 }
 KERNELS = {"triton": "plain Triton", "gluon": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
-"""How a kernel of attention is called where a backend of that name also runs other ops."""
+"""Names of attention's kernels where a backend of that name also runs other ops."""
 
 
 def form_of(run: Json) -> str:
@@ -233,7 +233,7 @@ PARTS = (
     ("eager's products", ()),
     ("rest", ("other",)),
 )
-"""What a step's seconds are shown by, and the ops of a breakdown that count there."""
+"""Parts that a step's seconds are split into, and the ops of a breakdown that count there."""
 
 
 def parts_of(run: Json) -> dict[str, float]:
@@ -254,7 +254,7 @@ def clips(data: Json) -> list[Json]:
 
 
 def fits(peak_gib: float, card_gb: int) -> bool:
-    """Whether a clip whose tensors peak at ``peak_gib`` runs on a card of ``card_gb``."""
+    """Tell whether a clip whose tensors peak at ``peak_gib`` runs on a card of ``card_gb``."""
     return peak_gib * 2**30 + CONTEXT_BYTES <= card_bytes(card_gb)
 
 

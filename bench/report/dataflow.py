@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):
 
 @functools.cache
 def launches(precision: Precision) -> tuple[Launch, ...]:
-    """Of a layer without sparsity, in order; what the last one writes is read by the next layer's first."""
+    """Record the launches of a layer without sparsity, in order; the next layer reads what the last one writes."""
     fast = FastConfig(precision=precision, attention=FORMS[precision], backend="reference")
     model = accelerate(HappyHorse(CONFIG).init_weights(0), fast)
     draw = torch.Generator().manual_seed(0)

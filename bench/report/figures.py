@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from bench.measure.roofline import gpu_named
 from bench.report.clip import clip
 from bench.report.data import Report, measured_ceilings, rows_of, worst
 from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, TEAL, VIOLET, blank_figure, clean
@@ -80,12 +81,8 @@ def save(made: dict[str, Figure], folder: Path) -> list[Path]:
 
 def _card(report: Report) -> Gpu:
     """The card of the newest results; an H100 where there are none."""
-    for data in reversed(report.gpu.values()):
-        name = data["gpu"].lower().replace(" ", "")
-        for gpu in GPUS.values():
-            if gpu.name in name:
-                return gpu
-    return GPUS["h100"]
+    known = (gpu_named(data["gpu"]) for data in reversed(report.gpu.values()))
+    return next(filter(None, known), GPUS["h100"])
 
 
 def roofline(report: Report) -> Figure:

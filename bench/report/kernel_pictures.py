@@ -14,7 +14,7 @@ from happyhorse_fast.kernels.launch import SPECIALIZED_ON, LaunchConfig, config_
 
 CONFIG = ModelConfig.preset("happyhorse-1.0-15b")
 LATENCY, PRODUCT, PIECE = 1.9, 1.0, 1.3
-"""Of a load, of a step's product, of a piece of an epilogue; not to scale."""
+"""Lengths of a load, of a step's product, of a piece of an epilogue; not to scale."""
 DRAWN = 6
 """Steps of the reduction that are drawn of all."""
 FINISH = "epilogue"
@@ -67,7 +67,7 @@ def operands(config: LaunchConfig) -> str:
 
 
 def walk(config: LaunchConfig, columns: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Which tile comes when: ``group_m`` row tiles of a column tile, then the next."""
+    """Number tiles in the order they are computed: ``group_m`` row tiles of a column tile, then the next."""
     group = config.group_m
 
     def row(name: str, place: int | None) -> tuple[str, ...]:

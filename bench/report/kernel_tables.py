@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from bench.cases import STEM, Case, cases
+from bench.cases import STEM, cases
 from bench.inputs import moved_bytes
 from bench.report.data import KERNELS, Report
 from bench.report.predictions import HOPPER, PREDICTIONS, Prediction
@@ -27,7 +27,7 @@ NOT_YET = "not measured"
 
 
 def page(stem: str) -> Path:
-    """Of a kernel."""
+    """Path of a kernel's page."""
     return ROOT / "docs" / "kernels" / f"{stem}.md"
 
 
@@ -38,7 +38,7 @@ def section(report: Report, stem: str) -> str:
 
 
 def work(stem: str) -> Table:
-    """What each case computes and moves, and the least time of either."""
+    """List what each case computes and moves, and the least time of either."""
     rows = []
     for case in cases("main"):
         if case.op in OPS[stem]:
@@ -46,7 +46,7 @@ def work(stem: str) -> Table:
             products, memory = 1e3 * flops / CARD.rate(case.precision), moved / CARD.bandwidth / 1e9
             of_flops = (f"{flops / 1e12:.3g}", f"{flops / moved:,.0f}", f"{products:.3g}") if flops else ("", "", "")
             work, intensity, least = of_flops
-            rows.append((short(case), work, f"{moved / 1e9:.2f}", intensity, least, f"{memory:.2f}"))
+            rows.append((case.kind, work, f"{moved / 1e9:.2f}", intensity, least, f"{memory:.2f}"))
     columns = ("case", "TFLOP", "GB", "FLOP per byte", "ms of products", "ms of memory")
     note = (
         "Whole tiles and blocks; every operand and result moved once, block maps left out. ms: at the peaks of "
@@ -68,17 +68,12 @@ def times(stem: str, data: Json) -> Table:
         taken = NOT_YET if entry is None else f"{entry['median_ms']:.3g}"
         # What a prediction names as new was not in what was measured alone, without a span.
         older = expected is not None and entry is not None and is_newer(expected) and not entry.get("span")
-        rows.append((short(case), KERNELS[impl], told, bound, f"{taken}{', the form before' if older else ''}"))
+        rows.append((case.kind, KERNELS[impl], told, bound, f"{taken}{', the form before' if older else ''}"))
     note = (
         f"Measured on one {data['gpu']} at commit {data['commit']}; predicted for the kernels as they are now. The "
         "form before: written anew since, by what that run showed, and not yet run."
     )
     return Table("Predicted and measured, ms", ("case", "on", "predicted", "bound by", "measured"), tuple(rows), note)
-
-
-def short(case: Case) -> str:
-    """Its name without the size."""
-    return "/".join(case.name.split("/")[::2])
 
 
 def in_words(prediction: Prediction) -> str:
@@ -93,5 +88,5 @@ def newest(case: str, impl: str) -> Prediction | None:
 
 
 def is_newer(prediction: Prediction) -> bool:
-    """Whether it is of a second form."""
+    """Tell whether it is of a second form."""
     return bool(prediction.softmax or prediction.form)

@@ -16,7 +16,7 @@ GREY, BLUE, ORANGE, GREEN, VIOLET = "#7a869a", "#2f6fde", "#d9822b", "#3c9a5f", 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a lane does from ``start`` on; ``owner`` is the lane whose colour it has."""
+    """Work of a lane from ``start`` to ``end``; ``owner`` is the lane whose colour it has."""
 
     lane: str
     start: float

@@ -1,4 +1,4 @@
-"""What the report shows without a GPU, measured once and committed: errors, memory, launches, clips of the pony.
+"""Measure what the report shows without a GPU, to be committed: errors, memory, launches, clips of the pony.
 
 python -m bench.report.measure             # 9 minutes of one core; then `make report`
 python -m bench.report.measure pony        # what depends on the pony's weights alone: 6 minutes

@@ -39,7 +39,7 @@ def rates_table(rates: list[Json]) -> Table:
 
 
 def fidelity_table(found: Json) -> Table:
-    """What each policy costs."""
+    """List what each policy costs."""
     rows = fidelity_tables.rows(found)
     note = (
         f"{fidelity_tables.NOTE} Sparsity decides between latent frames, 13 blocks of 16 tokens; by itself a clip is "
@@ -49,7 +49,7 @@ def fidelity_table(found: Json) -> Table:
 
 
 def precisions_table(found: Json) -> Table:
-    """What whole precisions cost: fast bf16, int8 and fp8 side by side."""
+    """List what whole precisions cost: fast bf16, int8 and fp8 side by side."""
     of = zip(fidelity_tables.rows(found), found["results"], strict=True)
     rows = [row for row, result in of if result["kind"] in WHOLE and result["name"] != EAGER]
     shown = [i for i, name in enumerate(fidelity_tables.COLUMNS) if name not in ("kept", "SSIM", "sync")]
@@ -150,7 +150,7 @@ def _most(data: Json, field: str) -> float:
 
 
 def attention_figure(data: Json) -> Figure:
-    """Where every layer's attention goes in the first and the last step, by latent frame."""
+    """Draw where every layer's attention goes in the first and the last step, by latent frame."""
     maps = data["maps"]
     steps = sorted({m["step"] for m in maps})
     layers = sorted({m["layer"] for m in maps})

@@ -1,4 +1,4 @@
-"""What is predicted of kernels at 1080p and 5 s, written before they were measured.
+"""Predictions of kernels' times at 1080p and 5 s, written before they were measured.
 
 A prediction is a floor, from FLOPs at the tensor cores' peak or bytes at the memory's, or a range where a kernel's own
 instructions bound it. docs/notes/hopper.md holds what was learnt from each. Attention and e4m3 products are predicted
@@ -20,7 +20,7 @@ HOPPER = ("h100", "h200")
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one case.
+    """The time predicted of one case.
 
     Attributes:
         case: Name without the size, ``"op-part/precision"``.
@@ -42,18 +42,18 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """Of a table's row."""
+        """Name of a table's row."""
         return ", ".join(filter(None, (self.case, self.softmax, self.form)))
 
     @property
     def name(self) -> str:
-        """Of the case in results."""
+        """Name of the case in results."""
         kind, _, precision = self.case.partition("/")
         return f"{kind}/{SIZE}/{precision}"
 
 
 TFLOP = {"window": 51.92, "dense": 84.56, "25%": 22.65, "12.5%": 12.33}
-"""Of attention by its mask, whole blocks."""
+"""Work of attention by its mask, in whole blocks."""
 Rates = tuple[float, float]
 """TFLOP/s, slowest and fastest."""
 # Gluon's second forms on a 700 W board. The fast end is about a prototype's: bf16 at 305 instructions a step, now 367;

@@ -1,4 +1,4 @@
-"""Which ops run in CUDA rather than in Triton under backend "auto": only what committed results show to be faster.
+"""Ops that run in CUDA rather than in Triton under backend "auto": only those that committed results show faster.
 
 ``make report`` writes ``ops/runtime/preferences.json`` from the result files of every architecture: of a case
 that several hold the newest counts. Each kernel was timed by itself, and on an H200 the same kernel took up to 20 %

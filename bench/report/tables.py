@@ -158,7 +158,7 @@ def _pairs(cells: list[str]) -> list[str]:
 
 
 def _ceilings_note(data: Json) -> str:
-    """What the shares of a roofline are of."""
+    """Name the ceilings that shares of a roofline are of."""
     parts = []
     for peaks in ceilings(data):
         rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in peaks.rates().items())
@@ -221,7 +221,7 @@ def ops_table(data: Json) -> Table:
 
 
 def _turns_note(data: Json) -> str:
-    """How times that are compared were taken."""
+    """Say how times that are compared were taken."""
     alone = [entry for entry in data["entries"] if entry["peers"] and not entry.get("span")]
     if not alone:
         return "What is compared took turns on a warm chip."

@@ -54,7 +54,7 @@ def test_the_rest_is_all_but_the_main_size_and_starts_with_what_costs_most():
     main, rest, full = ([case.name for case in cases(scope)] for scope in ("main", "rest", "full"))
     assert not set(main) & set(rest) and set(main) | set(rest) == set(full)
     first = cases("rest")[: len(FULL_SIZES) - 1]
-    assert {case.kind for case in first} == {("block_sparse_attention", part, "fp8") for part in ("window", "dense")}, (
+    assert {case.kind for case in first} == {f"block_sparse_attention-{part}/fp8" for part in ("window", "dense")}, (
         "a kind of case at all sizes before the next kind"
     )
 

@@ -219,7 +219,7 @@ def test_all_that_a_run_leaves_is_one_small_file(tmp_path):
     (folder / "r" / "logs").mkdir(parents=True)
     (folder / "r.json").write_text("{}")
     (folder / "r" / "logs" / "tests.log").write_bytes(random.Random(0).randbytes(3 << 20) + b"the end")
-    with archive.Kept(folder, target, every=0.1):
+    with archive.kept(folder, target, every=0.1):
         for _ in range(100):
             if target.is_file():
                 break
