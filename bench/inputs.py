@@ -146,10 +146,10 @@ def block_map(case: Case, given: Mapping[str, Any]) -> BlockMap:
     device = given["q"].device
     if case.keep is None:
         return exact_map(case.size, case.part == "window").to(device)
-    chooser, scales = selector(case, device), {name: given.get(name) for name in ("q_scale", "k_scale")}
+    chooser = selector(case, device)
     if device.type == "meta":
-        return chooser.block_map(selection.empty_results(given["k"], chooser.table))
-    return chooser.top_k(given["q"], given["k"], case.keep, **scales)
+        return chooser.block_map(empty_results(given["k"], chooser.table))
+    return chooser.top_k(given["q"], given["k"], case.keep, q_scale=given.get("q_scale"), k_scale=given.get("k_scale"))
 
 
 def selector(case: Case, device: torch.device) -> BlockSelector:

@@ -43,7 +43,7 @@ COMPILED = {"kernels": ("ops",), "csrc": ("ops",), "_C": ("block_map", "ops")}
 COMPILED_MODULES = {f"{PACKAGE}._C"}
 MAPPED = ("kernels", "csrc")
 """Top-level folders that setup.py maps into the package."""
-MOST_LAZY_IMPORTS = 59
+MOST_LAZY_IMPORTS = 55
 NATIVE = (".cu", ".cuh", ".cpp", ".hpp")
 
 
