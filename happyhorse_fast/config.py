@@ -18,6 +18,8 @@ LATENT_CHANNELS = 48
 """Channels of the video VAE's latent."""
 PATCH = (1, 2, 2)
 """Latent positions (frames, rows, columns) that make one video token."""
+OPS = ("qkv", "attention", "proj", "up", "down")
+"""The products of a layer whose precision can be chosen, in order."""
 MODALITIES = ("video", "audio", "text")
 """The order of the three experts in a sandwich layer's weights, and of the tokens in the sequence."""
 

@@ -17,14 +17,14 @@ from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.checkpoint.header import DTYPES, PACKED_FILE, TensorEntry, read_headers, require_regular_file
 from happyhorse_fast.checkpoint.save import write_checkpoint
 from happyhorse_fast.checkpoint.stream import assign, emptied_on_error, fill, progress_bar, staging_buffer
-from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.eager.sizes import BANDS_KEY
 from happyhorse_fast.fast.accelerate import choose_ops, empty_accelerated
 from happyhorse_fast.fast.attention_bound import AttentionBound
 from happyhorse_fast.fast.compiled import unwrapped
-from happyhorse_fast.fast.config import GONE_ATTENTION, OPS, FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.fast.config import GONE_ATTENTION, FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
 

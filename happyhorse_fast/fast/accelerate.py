@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from happyhorse_fast import ambient
-from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.eager.lora import unmerge
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.sizes import TensorSpec, sizes_of
 from happyhorse_fast.fast import model as fast_model
 from happyhorse_fast.fast.compiled import state_dict_of, unwrapped
-from happyhorse_fast.fast.config import OPS, FastConfig, Tiles
+from happyhorse_fast.fast.config import FastConfig, Tiles
 from happyhorse_fast.fast.dtypes import require_published_dtypes
 from happyhorse_fast.fast.layer import FastLayer, pack_layer, packed_shapes
 from happyhorse_fast.fast.plan import LayerPlan

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.config import OPS, ModelConfig
 
 FORMAT = 1
 """Version of the file."""
@@ -101,7 +101,7 @@ def skip_rules(ops: Iterable[OpCalibration], precision: str, most: float) -> lis
     """``FastConfig.skip`` of what is not within ``most`` in a format, a rule an op: ``"down:0-3,36"``."""
     found = list(ops)
     rules = []
-    for op in dict.fromkeys(of.op for of in found):
+    for op in OPS:
         layers = sorted(of.layer for of in found if of.op == op and not of.worst(precision) <= most)
         if layers:
             rules.append(f"{op}:{','.join(_spans(layers))}")

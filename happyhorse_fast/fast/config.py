@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from happyhorse_fast.arguments import real_number, whole_number
-from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.fast.calibration import ATTENTION, read_skip
 
 Precision = Literal["bf16", "int8", "fp8"]
@@ -21,8 +21,6 @@ INT8_MEASURED_UNTIL = 90
 """Newer compute capabilities multiply int8 as sm_80 does, in Triton; what that costs is not measured."""
 GONE_ATTENTION = "fp8_qk"
 """Removed precision of attention, which older configurations and packed weights may ask for."""
-OPS = ("qkv", "attention", "proj", "up", "down")
-"""The products of a layer whose precision can be chosen, in order."""
 _SKIP = re.compile(r"^(?P<op>[a-z]+|\*)(?::(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*))?$")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.fast.config import OPS, FastConfig
+from happyhorse_fast.config import OPS, ModelConfig
+from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.ops.runtime.dispatch import Choice
 
 

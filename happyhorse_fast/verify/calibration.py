@@ -14,13 +14,13 @@ import torch
 from happyhorse_fast import ambient, golden
 from happyhorse_fast._version import __version__
 from happyhorse_fast.budgets import measure
-from happyhorse_fast.config import MODALITIES
+from happyhorse_fast.config import MODALITIES, OPS
 from happyhorse_fast.eager.model import HappyHorse, Layer
 from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.fast.accelerate import choose_ops, make_fast_layer
 from happyhorse_fast.fast.calibration import ATTENTION, FORMAT, MOST, Calibration, InputRange, OpCalibration, skip_rules
 from happyhorse_fast.fast.clip_state import ClipState
-from happyhorse_fast.fast.config import OPS, FastConfig
+from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.state import FastState, build_clip_state, is_accelerated
 from happyhorse_fast.files import plain, replacing
 from happyhorse_fast.ops.runtime.dispatch import Choice

@@ -18,8 +18,9 @@ import torch
 from happyhorse_fast import ambient
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.budgets import measure as tensor_error
+from happyhorse_fast.config import OPS
 from happyhorse_fast.fast.accelerate import accelerate
-from happyhorse_fast.fast.config import OPS, FastConfig, Tiles, TopK, TopP, default_attention
+from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP, default_attention
 from happyhorse_fast.fast.sparse_policy import SparsePolicy
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.pony import PonyClip, generate, load_model

@@ -14,11 +14,12 @@ import torch
 from interpreter import make_exact
 
 from happyhorse_fast import golden
+from happyhorse_fast.config import OPS
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast import layer as fast_layer
 from happyhorse_fast.fast import sparse_policy
 from happyhorse_fast.fast.accelerate import accelerate
-from happyhorse_fast.fast.config import OPS, FastConfig, TopK
+from happyhorse_fast.fast.config import FastConfig, TopK
 from happyhorse_fast.ops.runtime import op_checks
 from happyhorse_fast.ops.runtime.dispatch import checked_formats
 from happyhorse_fast.ops.runtime.formats import VARIANTS

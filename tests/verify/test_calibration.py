@@ -14,11 +14,11 @@ import torch
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.checkpoint.load import save_checkpoint
 from happyhorse_fast.cli import run
-from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.calibration import MOST, Calibration, OpCalibration, skip_rules
-from happyhorse_fast.fast.config import OPS, FastConfig
+from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.state import build_clip_state
 from happyhorse_fast.verify import calibration
 from happyhorse_fast.verify.checks import in_dtype, seeded_inputs
