@@ -106,7 +106,10 @@ def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
         assert f"{name}_kernel" in names
 
 
-@pytest.mark.parametrize("mode", ["fast fp8 linear", "fast fp8 int8_qk", "fast int8"])
+LATER = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("fast fp8 linear", "fast fp8 int8_qk")]
+
+
+@pytest.mark.parametrize("mode", ["fast int8", *LATER])
 def test_what_a_clips_layers_launch_is_primed(mode):
     # With 40 heads, one map and, of e4m3 products, e4m3 out: no case, table or self-check makes this launch.
     only = f"^clip happyhorse-1.0-15b/1080p/{mode}/exact/whole$"

@@ -44,7 +44,7 @@ def test_one_graph(seen_before: bool) -> None:
         assert same(compiled(*INPUTS), expected)
 
 
-@pytest.mark.parametrize("sparsity", [Tiles(1, 1, 1), TopK(0.5)])
+@pytest.mark.parametrize("sparsity", [pytest.param(Tiles(1, 1, 1), marks=pytest.mark.slow), TopK(0.5)])
 def test_a_sparse_model_is_one_graph_and_exports(sparsity: Tiles | TopK) -> None:
     case, fast = golden.load_case("local_v1_fp32"), FastConfig(backend="reference", sparsity=sparsity)
     inputs = tuple(case.tensors[f"in.{name}"] for name in ("video", "audio", "text"))
@@ -72,7 +72,7 @@ def test_exported() -> None:
         assert same(program.module()(*INPUTS), accelerated()(*INPUTS))
 
 
-@pytest.mark.parametrize("dynamic", [None, False])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_second_clip_shape_after_compiling(dynamic: bool | None) -> None:
     compiled = torch.compile(accelerated(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
     shorter = (INPUTS[0][:, :, :2].contiguous(), INPUTS[1][:, :5].contiguous(), INPUTS[2])

@@ -95,8 +95,7 @@ def test_fp8_error_is_as_stated(name: str, backend: str, attention: Any) -> None
 INT8_QK_ERROR = 0.012
 IN_INT8 = [
     *((name, "reference") for name in CASES),
-    pytest.param("postnorm_v2_fp32", "triton"),
-    pytest.param("local_d128_fp32", "triton", marks=pytest.mark.slow),
+    *(pytest.param(name, "triton", marks=pytest.mark.slow) for name in ("postnorm_v2_fp32", "local_d128_fp32")),
 ]
 
 

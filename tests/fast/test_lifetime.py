@@ -140,7 +140,7 @@ print(used()() is None)
 """
 
 
-@pytest.mark.parametrize("what", ["eager", "fast", "packed"])
+@pytest.mark.parametrize("what", ["fast", *(pytest.param(w, marks=pytest.mark.slow) for w in ("eager", "packed"))])
 def test_the_first_model_of_a_process_is_gone_too(what: str, tmp_path: Path) -> None:
     hh.save_checkpoint(eager_model(), tmp_path / "published")
     hh.save_packed(fast_model(), tmp_path / "packed")

@@ -161,7 +161,7 @@ def test_places_that_are_none(arguments: tuple[Any, Any], error: type[Exception]
         pass
 
 
-@pytest.mark.parametrize("sparsity", [TopK(0.1), Tiles(0, 9, 9)])
+@pytest.mark.parametrize("sparsity", [TopK(0.1), pytest.param(Tiles(0, 9, 9), marks=pytest.mark.slow)])
 def test_a_run_compiles_one_graph_of_exact_steps_and_one_of_the_others(sparsity: Any) -> None:
     from torch._dynamo.testing import CompileCounter
 
