@@ -62,7 +62,7 @@ def test_a_mean_of_v_is_lost_unless_every_block_goes_to_float32() -> None:
 
 def on_hopper(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference on Hopper's accumulators in the kernel's place."""
-    real = getattr(self_check, op)
+    real = getattr(op_checks, op)
 
     def call(*given: Any, backend: str, **options: Any) -> Any:
         if backend == "reference":

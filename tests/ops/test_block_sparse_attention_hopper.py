@@ -365,7 +365,7 @@ BUGS = {
 
 
 def planted(fmt, seed, replace, block_map=UNEVEN):
-    """What is found of an output with bugs planted."""
+    """Faults found of an output with bugs planted."""
     given = inputs(fmt, block_map.queries, heads=(6, 2), m=block_map.keys, spread=3.0)
     by_block = torch.tensor([1.0, 0.25, 4.0, 1.0]).repeat(2)[: block_map.key_blocks]
     if fmt == "fp8":

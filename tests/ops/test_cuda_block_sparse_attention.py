@@ -61,7 +61,7 @@ def same(first, second):
 
 
 def problems(given, result, block_map=MAP, form="running"):
-    """What is wrong with (out, LSE), against float64 with P rounded where the form of the kernel rounds it."""
+    """Faults of (out, LSE), against float64 with P rounded where the form of the kernel rounds it."""
     out, lse = result
     exact, exact_lse = sparse_attention(
         **given,

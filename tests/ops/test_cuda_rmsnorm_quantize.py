@@ -1,4 +1,4 @@
-"""What only the CUDA kernel of `rmsnorm_quantize` promises: the same bits in any order, and no planted bug unseen."""
+"""Promises of the CUDA kernel of `rmsnorm_quantize` alone: the same bits in any order, and no planted bug unseen."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ BUGS = {
 
 
 def problems(shim: Shim, out: str) -> list[str]:
-    """What is wrong with a build's results, in any order of threads."""
+    """Faults of a build's results, in any order of threads."""
     given, found = inputs(2048), []
     expected = run(given, out, "reference")
     with use_runner(shim):

@@ -218,7 +218,7 @@ def roomy_results(k, table):
 
 @pytest.fixture(scope="module")
 def judged():
-    """What planted bugs are seen by: [(how to run, what must come)], made by plain torch."""
+    """Cases that show planted bugs: [(how to run, what must come)], made by plain torch."""
     chooser, tied = selector(radius=1), integers(ALIGNED, heads=(4, 2), d=64, distinct=6)
     for x in tied.values():
         x[250:256] = torch.nan  # padding
@@ -239,7 +239,7 @@ def judged():
 
 
 def problems(shim, judged):
-    """What is wrong with a runner's kernels, in the first order of threads where something is."""
+    """Fault of a runner's kernels, in the first order of threads where something is."""
     for seed in ORDERS:
         roomy_too = mock.patch.object(contract, "empty_results", roomy_results)
         with use_runner(shim), shim.order(seed), roomy_too:

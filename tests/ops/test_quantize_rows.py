@@ -25,7 +25,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 
 def wanted(x: torch.Tensor, through: bool) -> torch.Tensor:
-    """What is quantised, float64."""
+    """Values that are quantised, float64."""
     return hadamard(x.double()) if through else x.double()
 
 

@@ -74,7 +74,7 @@ def test_every_keep_and_every_mass(backend):
 
 
 def rule(chooser, given, keep=None, mass=None):
-    """What is kept, in float64 and without sorting tricks: bool [Hkv, R, S]."""
+    """Blocks that are kept, in float64 and without sorting tricks: bool [Hkv, R, S]."""
     live = chooser.live.view(-1, BLOCK, 1, 1).double()
     q, k = (torch.nn.functional.pad(given[x].double(), (0,) * 5 + (-len(given[x]) % BLOCK,)) for x in "qk")
     means = [(x.unflatten(0, (-1, BLOCK)) * live).sum(1) / live.sum(1).clamp(min=1) for x in (q, k)]

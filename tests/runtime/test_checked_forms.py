@@ -1,4 +1,4 @@
-"""What a model launches, in any precision and with any product skipped, the self-check has launched before."""
+"""The self-check has launched before what a model launches, in any precision and with any product skipped."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FORMS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "fp8_linear_residual": lambda a: (layout(a.x), one_scale(a)),
     "fp8_linear_activation": lambda a: (layout(a.x), a.activation, a.fp8),
 }
-"""What a call of an op has its kernel compiled for."""
+"""Forms that a call of an op has its kernel compiled for."""
 
 
 def forms_in(module: ModuleType, patch: pytest.MonkeyPatch, forms: Forms) -> None:
@@ -70,7 +70,7 @@ def forms_in(module: ModuleType, patch: pytest.MonkeyPatch, forms: Forms) -> Non
 
 @functools.cache
 def forms_of_check(op: str, variant: str) -> frozenset[tuple[Any, ...]]:
-    """What the check of an op in a format is compiled for."""
+    """Forms that the check of an op in a format is compiled for."""
     forms: Forms = set()
     with pytest.MonkeyPatch.context() as patch:
         forms_in(op_checks, patch, forms)

@@ -1,4 +1,4 @@
-"""What reaches the driver: context, module, function, shared memory, parameters, stream; and its errors in words."""
+"""Calls that reach the driver: context, module, function, shared memory, parameters, stream; errors in words."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ def test_a_compile_error_has_the_compilers_words(device: Path) -> None:
 
 @pytest.fixture
 def compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What NVRTC really compiles."""
+    """Units that NVRTC really compiles."""
     done: list[str] = []
     compile = nvrtc.compile
     monkeypatch.setattr(nvrtc, "compile", lambda stem, wanted: (done.append(wanted), compile(stem, wanted))[1])

@@ -1,4 +1,4 @@
-"""What Triton's interpreter remembers between steps is what it would work out anew."""
+"""Triton's interpreter remembers between steps what it would work out anew."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def test_products_are_checked_by_descriptors_and_by_pointers(
     op: str, wrong: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[bool] = []
-    real = getattr(self_check, op)
+    real = getattr(op_checks, op)
 
     def kernel(*given: Any, backend: str, **options: Any) -> Any:
         """The reference in the kernel's place, wrong in one of the ways to read tiles."""
