@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from happyhorse_fast.cli.options import DeviceOption, usable_device
+from happyhorse_fast.cli.options import AttentionOption, DeviceOption, usable_device
 from happyhorse_fast.cli.output import JsonOption, emit, literal, table
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.tokens import TEXT_TOKENS, tokens_for
@@ -30,10 +30,7 @@ def bench(
     resolution: Annotated[str | None, typer.Option(help="1080p, 540p or 256p; 1080p on a GPU, else 256p.")] = None,
     seconds: Annotated[int, typer.Option(help="Length, 3 to 15.")] = 3,
     text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
-    attention: Annotated[
-        str | None,
-        typer.Option(help="Of the fast forms: attention in bf16, int8_qk or fp8; left out, FastConfig's default."),
-    ] = None,
+    attention: AttentionOption = None,
     repeats: Annotated[int, typer.Option(help="Forward passes that are timed.")] = 3,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

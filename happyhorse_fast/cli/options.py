@@ -19,6 +19,10 @@ ConfigOption = Annotated[
     Path | None, typer.Option(help="JSON file with the fields of ModelConfig, in place of --preset.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="Such as cuda, cuda:1 or cpu; auto: cuda where there is one.")]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(help="Of the fast forms: attention in bf16, int8_qk or fp8; left out, FastConfig's default."),
+]
 
 
 def read_config(path: Path | None) -> ModelConfig | None:

@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from happyhorse_fast._version import __version__
-from happyhorse_fast.cli.options import ConfigOption, DeviceOption, PresetOption, read_config, usable_device
+from happyhorse_fast.cli.options import (
+    AttentionOption,
+    ConfigOption,
+    DeviceOption,
+    PresetOption,
+    read_config,
+    usable_device,
+)
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, save_tensors
-from happyhorse_fast.cli.sample_inputs import Inputs, drawn, read_inputs
-from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
+from happyhorse_fast.cli.sample_inputs import Inputs, read_inputs
+from happyhorse_fast.fast.config import FastConfig, Precision
 from happyhorse_fast.files import require_target
 from happyhorse_fast.tokens import VAE_STRIDE, tokens_for
 
@@ -68,10 +75,7 @@ def sample(
         Precision | None,
         typer.Option(help="Run this package's kernels instead of eager torch: bf16, exact; or fp8. Both stages."),
     ] = None,
-    attention: Annotated[
-        AttentionPrecision | None,
-        typer.Option(help="With --fast: precision of attention; left out, FastConfig's default. Both stages."),
-    ] = None,
+    attention: AttentionOption = None,
     sr_checkpoint: Annotated[Path | None, typer.Option(help="Second stage: its checkpoint.")] = None,
     sr_preset: Annotated[str | None, typer.Option(help="Second stage: its preset.")] = None,
     sr_config: Annotated[
@@ -89,6 +93,8 @@ def sample(
     as_json: JsonOption = False,
 ) -> None:
     """Sample a clip's latents; with --sr-checkpoint in two stages."""
+    from happyhorse_fast import golden
+
     require_target(output, force)
     second = sr_checkpoint is not None
     if second != (size is not None) or (not second and (sr_preset is not None or sr_config is not None)):
@@ -120,7 +126,7 @@ def sample(
         "device": where,
     }
     record = Record()
-    draw = tensors.replay if tensors.noise else drawn(seed)
+    draw = tensors.replay if tensors.noise else partial(golden.draw, seed)
     start = _start(first, tensors, draw, resolution, (aspect, seconds, fps))
     how = {"steps": steps, "shift": shift, "guidance": guidance, "noise": draw}
     conditions = _conditions(tensors, image_key)
@@ -204,7 +210,7 @@ class _Stage:
         preset: str | None,
         config: Path | None,
         dtype: Dtype,
-        fast: tuple[Precision, AttentionPrecision | None] | None,
+        fast: tuple[Precision, str | None] | None,
         option: str = "",
     ) -> None:
         import torch
@@ -217,7 +223,7 @@ class _Stage:
             raise ValueError(f"exactly one of --{option}preset and --{option}config is required, got {got}")
         how: dict[str, Any] = {
             "compute_dtype": getattr(torch, dtype),
-            "fast": None if fast is None else FastConfig(precision=fast[0], attention=fast[1]),
+            "fast": None if fast is None else FastConfig(precision=fast[0], attention=fast[1]),  # type: ignore[arg-type]  # checked there,
         }
         self.stream_dtype = torch.promote_types(how["compute_dtype"], torch.float32)
         # Raises what loading would, before data are read.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -66,10 +66,3 @@ def read_inputs(path: Path) -> Inputs:
             raise ValueError(f"{path}: holds both {name} and in.{name}; one is allowed")
         named[name] = tensors[key]
     return Inputs(path, named, noise, set(named))
-
-
-def drawn(seed: int) -> Any:
-    """Make a sampler's ``noise`` that draws by name from a seed, alike on any device."""
-    from happyhorse_fast import golden
-
-    return lambda name, shape: golden.draw(seed, name, shape)

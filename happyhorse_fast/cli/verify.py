@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from happyhorse_fast.arguments import require_whole
-from happyhorse_fast.cli.options import ConfigOption, DeviceOption, PresetOption, read_config, usable_device
+from happyhorse_fast.cli.options import (
+    AttentionOption,
+    ConfigOption,
+    DeviceOption,
+    PresetOption,
+    read_config,
+    usable_device,
+)
 from happyhorse_fast.cli.output import JsonOption, emit
 from happyhorse_fast.files import plain, require_target
 
@@ -77,9 +84,7 @@ def verify(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="With --calibrate: replace the file.")] = False,
     precision: Annotated[str, typer.Option(help="With --fast: bf16, int8 or fp8.")] = "fp8",
-    attention: Annotated[
-        str | None, typer.Option(help="With --fast: attention in bf16, int8_qk or fp8; left out, FastConfig's default.")
-    ] = None,
+    attention: AttentionOption = None,
     top_k: Annotated[
         float | None, typer.Option(help="With --fast: also with this share of video blocks, such as 0.25.")
     ] = None,

@@ -21,7 +21,6 @@ from happyhorse_fast.budgets import measure as tensor_error
 from happyhorse_fast.config import OPS
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP, default_attention
-from happyhorse_fast.fast.sparse_policy import SparsePolicy
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.pony import PonyClip, generate, load_model
 from happyhorse_fast.pony.generate import CLIP
@@ -328,15 +327,10 @@ def kept_share(model: Any, steps: int) -> float:
     def pairs(block_map: BlockMap) -> float:
         return float(block_map.to_dense()[:, video][:, :, video].float().mean())
 
-    sparse_steps = [
-        sum(fast.fast.is_sparse(layer, config.num_layers, step, steps) for step in range(steps)) / steps
-        for layer in range(config.num_layers)
-    ]
     kept = exact = 0.0
-    for layer in range(config.num_layers):
-        base = state.local if layer in config.local_attn_layers else state.dense
-        sparse = SparsePolicy(fast.fast.sparsity, base, state.rows, state.columns).map(q, k, None, None, "reference")
-        of_base = pairs(base)
-        exact += of_base
-        kept += sparse_steps[layer] * pairs(sparse) + (1 - sparse_steps[layer]) * of_base
+    for index, layer in enumerate(model.block.layers):
+        base, sparse = (pairs(state.block_map(layer.plan, q, k, None, None, exact=whole)) for whole in (True, False))
+        share = sum(fast.fast.is_sparse(index, config.num_layers, step, steps) for step in range(steps)) / steps
+        exact += base
+        kept += share * sparse + (1 - share) * base
     return kept / exact
