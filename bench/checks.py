@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("native", "build", "self", "tiny"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="comma-separated: ops of the self-check, words of tiny cases' names")
-    parser.add_argument("--impl", choices=("triton", "gluon", "cuda"), default="", help="of self and tiny; or all")
+    parser.add_argument("--impl", choices=("triton", "hopper", "cuda"), default="", help="of self and tiny; or all")
     parser.add_argument("--into", type=Path, default=bootstrap.ROOT / "happyhorse_fast", help="where native builds")
     options = parser.parse_args(argv)
     device = torch.device(options.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import DROP_IN, STEM, Case, exact_map, padded_rows
-from bench.specialized import running
+from bench.hopper import running
 from happyhorse_fast import ops
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
 from happyhorse_fast.eager.qkv import rms_norm

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from bench import began, specialized
+from bench import began, hopper
 from bench.cases import Case, cases, select
+from bench.hopper import HOPPER
 from bench.measure.comparison import SLOW_SECONDS, Bench, Stopped, groups
 from bench.measure.conditions import Monitor
 from bench.measure.lost import LOST, lost
@@ -32,7 +33,6 @@ from bench.ops_table import row, summary
 from bench.peers.peer import Peer
 from bench.peers.registry import all_peers, split
 from bench.results import FOLDER, Json, Results, describe_machine, path_for
-from bench.specialized import GLUON
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 
 KEEP = ("none", "gates", "all")
@@ -143,7 +143,7 @@ def default_backend(device: torch.device) -> str:
 
 def other_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
     """(implementations beside the default one that can run here, reasons of those that cannot)."""
-    obstacles = {GLUON: specialized.obstacle(device), "cuda": cuda_obstacle(device)}
+    obstacles = {HOPPER: hopper.obstacle(device), "cuda": cuda_obstacle(device)}
     without = {name: reason for name, reason in obstacles.items() if reason}
     return [name for name in obstacles if name not in without], without
 
@@ -155,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scope", help="tiny, small, main, rest or full; by default main on a GPU, else small")
     parser.add_argument("--cases", default="", help="comma-separated words; cases whose name holds one of them")
     parser.add_argument("--seconds", type=float, default=0.3, help="about how long each contestant of a span runs")
-    parser.add_argument("--impl", default="", help="comma-separated, of triton, gluon, cuda, reference; all by default")
+    parser.add_argument(
+        "--impl", default="", help="comma-separated, of triton, hopper, cuda, reference; all by default"
+    )
     parser.add_argument("--peers", choices=("all", "quick", "none"), default="all", help="quick: none that compiles")
     keep = "of the result file: nothing, gates' verdicts, or what was timed as well"
     parser.add_argument("--keep", choices=KEEP, default="none", help=keep)

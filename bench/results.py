@@ -217,6 +217,8 @@ def ratio(entry: Json, peer: str) -> float | None:
     return entry["peers"][peer] / entry["median_ms"] if entry.get("span") and peer in entry["peers"] else None
 
 
+RENAMED = {"gluon": "hopper"}
+"""Recorded name of a kernel -> its name now."""
 NOT_INTERLEAVED = "not interleaved"
 """Said of a comparison that no span is behind."""
 
@@ -246,6 +248,8 @@ def read(path: Path) -> Json:
     except json.JSONDecodeError as error:
         raise ResultError(f"{path}: not JSON: {error}") from error
     validate(data, str(path))
+    for entry in (*data["entries"], *data.get("gates", ()), *data["sampler"]):
+        entry |= {name: RENAMED[entry[name]] for name in ("impl", "backend", "attention") if entry.get(name) in RENAMED}
     return dict(data)
 
 

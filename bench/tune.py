@@ -26,11 +26,11 @@ import torch
 
 from bench import began
 from bench.cases import Case, cases, select
+from bench.hopper import impl_of
 from bench.inputs import Given, call, make
 from bench.measure.gates import problems
 from bench.measure.lost import LOST, lost
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
-from bench.specialized import impl_of
 from happyhorse_fast.files import replacing
 from happyhorse_fast.kernels.launch import LaunchConfig, illegal, launched_with, shared_memory_bytes, table
 
@@ -84,7 +84,7 @@ def targets(scope: str) -> Iterator[Target]:
 
 
 def candidates(target: Target, arch: int) -> list[LaunchConfig]:
-    """Legal configurations, the committed one first, then, where there are both, the other of plain and specialized.
+    """Legal configurations, the committed one first, then, where there are both, the other kernel's.
 
     Raises:
         LookupError: The table has no entry for the architecture.
@@ -95,9 +95,9 @@ def candidates(target: Target, arch: int) -> list[LaunchConfig]:
     base = LaunchConfig(**committed)
     choices = CHOICES[target.stem]
     made = [base]
-    if str(arch) in table(target.stem).get(f"{target.variant}_specialized", {}):
-        made.append(dataclasses.replace(base, specialized=not base.specialized))
-    plain = dataclasses.replace(base, specialized=False)  # what varies is the plain kernel's
+    if str(arch) in table(target.stem).get(f"{target.variant}_hopper", {}):
+        made.append(dataclasses.replace(base, hopper=not base.hopper))
+    plain = dataclasses.replace(base, hopper=False)  # what varies is the plain kernel's
     for values in itertools.product(*choices.values()):
         config = dataclasses.replace(plain, **dict(zip(choices, values, strict=True)))
         if (
@@ -172,8 +172,8 @@ def write(folder: Path, target: Target, arch: int, config: LaunchConfig) -> Path
     source = path if path.is_file() else CONFIGS / path.name
     data = json.loads(source.read_text())
     fields = list(next(iter(data[target.variant].values())))
-    specialized = {"specialized": True} if config.specialized else {}
-    data[target.variant][str(arch)] = {name: getattr(config, name) for name in fields} | specialized
+    hopper = {"hopper": True} if config.hopper else {}
+    data[target.variant][str(arch)] = {name: getattr(config, name) for name in fields} | hopper
     lines = []
     for variant, entries in data.items():
         inner = ",\n".join(f'    "{name}": {json.dumps(entry)}' for name, entry in entries.items())

@@ -25,8 +25,8 @@ SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 12
 """Bytes of shared memory one program may use (CUDA C++ programming guide, technical specifications table)."""
 DESCRIPTORS_SINCE = 90
 """First compute capability with the tensor memory accelerator."""
-SPECIALIZED_ON = 90
-"""The one compute capability with warp-group products (wgmma), which the specialized kernel is made of."""
+HOPPER_ARCH = 90
+"""Compute capability of Hopper, the one with warp-group products (wgmma)."""
 FP_FUSION = True
 """Whether the compiler may fuse a * b + c into one rounding. Every launch says so: Triton 3.10 flips its default, and
 what is compiled must not depend on the version."""
@@ -44,8 +44,8 @@ class LaunchConfig:
         num_stages: Depth of the software pipeline.
         group_m: Row tiles that run side by side before the next column tile, for reuse in L2; 0 where there is none.
         descriptors: Load tiles through TMA descriptors (Hopper and later).
-        specialized: Warps of two kinds, one that loads and two groups that compute (attention on Hopper). An entry
-            that says so is launched as the entry of the same name with ``_specialized`` after it says.
+        hopper: Attention's kernel for Hopper, with warps of two kinds: one that loads and two groups that compute. An
+            entry that says so is launched as the entry of the same name with ``_hopper`` after it says.
         reduce: Let the hardware add a product to what is there (TMA reduce), where ``descriptors`` work for that too.
     """
 
@@ -56,7 +56,7 @@ class LaunchConfig:
     num_stages: int = 3
     group_m: int = 0
     descriptors: bool = False
-    specialized: bool = False
+    hopper: bool = False
     reduce: bool = False
 
 
@@ -89,8 +89,8 @@ def illegal(config: LaunchConfig, arch: int, *, fp8: bool, shared_bytes: int) ->
         return f"sm_{arch} has no TMA descriptors (sm_{DESCRIPTORS_SINCE} and later have)"
     if config.reduce and not config.descriptors:
         return "reduce goes through TMA descriptors, and descriptors is False"
-    if config.specialized and arch != SPECIALIZED_ON:
-        return f"sm_{arch} has no warp-group products (sm_{SPECIALIZED_ON} alone has)"
+    if config.hopper and arch != HOPPER_ARCH:
+        return f"sm_{arch} has no warp-group products (sm_{HOPPER_ARCH} alone has)"
     for name in ("block_m", "block_n", "block_k", "num_warps"):
         value = getattr(config, name)
         if value & (value - 1) or (value == 0 and name != "block_k"):

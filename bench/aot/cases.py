@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.specialized import FORM, GLUON, running
+from bench.hopper import FORM, HOPPER, running
 from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, config_for, table
 from happyhorse_fast.ops.attention import triton as block_sparse_attention
 from happyhorse_fast.ops.block_selection import triton as select_blocks
@@ -51,7 +51,7 @@ class Case:
         detail: What tells it from the op's other cases.
         arguments: The launcher's, on the device "meta".
         tracing: Whether the launcher is called as torch traces it: without descriptors.
-        specialized: Whether the table is taken to ask for specialized warps.
+        hopper: Whether the table is taken to ask for the Hopper kernel.
     """
 
     op: str
@@ -62,18 +62,18 @@ class Case:
     detail: str
     arguments: dict[str, Any] = field(repr=False)
     tracing: bool = False
-    specialized: bool = False
+    hopper: bool = False
 
     def launch(self) -> None:
         """Call the launcher, pretending the architecture."""
-        with pretend(self.arch, tracing=self.tracing), running(GLUON if self.specialized else "triton"):
+        with pretend(self.arch, tracing=self.tracing), running(HOPPER if self.hopper else "triton"):
             LAUNCHERS[f"happyhorse_fast::{self.op}"](**self.arguments)
 
 
 def cases() -> Iterator[Case]:
     """All cases."""
     for arch in ARCHITECTURES:
-        for make in (norms, row_codes, qkv_products, attentions, specialized_attentions, linears, selections):
+        for make in (norms, row_codes, qkv_products, attentions, hopper_attentions, linears, selections):
             yield from make(arch)
 
 
@@ -178,8 +178,8 @@ def attentions(arch: int) -> Iterator[Case]:
             yield Case(op, stem, arch, variants, fmt, described(detail, tracing), arguments, tracing)
 
 
-def specialized_attentions(arch: int) -> Iterator[Case]:
-    """The same op with specialized warps; bf16 also with a flag, where the plain kernel is launched beside it."""
+def hopper_attentions(arch: int) -> Iterator[Case]:
+    """The same op in the Hopper kernel; bf16 also with a flag, where the plain kernel is launched beside it."""
     op, stem = "block_sparse_attention", "attention"
     for fmt, d in itertools.product(("bf16", "int8_qk", "fp8"), HEAD_DIMS):
         variant = f"{fmt}_d{d}"
@@ -193,11 +193,11 @@ def specialized_attentions(arch: int) -> Iterator[Case]:
             detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE' if lse else ''}"
             detail += f", {map_heads} maps" if map_heads > 1 else ""
             variants = {"block_sparse_attention_hopper_kernel": f"{variant}{FORM}"}
-            yield Case(op, stem, arch, variants, fmt, f"{detail}, specialized", arguments, specialized=True)
+            yield Case(op, stem, arch, variants, fmt, f"{detail}, hopper", arguments, hopper=True)
             if fmt == "bf16" and map_heads == 1 and not lse:
                 variants = variants | {"block_sparse_attention_kernel": variant}
                 arguments = arguments | {"flag": meta(1, dtype=I32)}
-                yield Case(op, stem, arch, variants, fmt, f"{detail}, flag, specialized", arguments, specialized=True)
+                yield Case(op, stem, arch, variants, fmt, f"{detail}, flag, hopper", arguments, hopper=True)
 
 
 def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bool, bounded: bool) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def measure(driver: Driver, launch: Launch) -> Row:
         cubin.write_bytes(built.asm["cubin"])
         ((registers, stack, _),) = disassembly.usage(cubin).values()
         (opcodes,) = disassembly.opcodes(cubin).values()
-        order = specialized_order(cubin) if launch.case.specialized else {}
+        order = hopper_order(cubin) if launch.case.hopper else {}
     case, constants, options = launch.case, launch.constants(), launch.options()
     # A flag launches both forms, which may read in different ways.
     form = "" if constants.get("BOUNDED", True) else " running"
@@ -137,8 +137,8 @@ def measure(driver: Driver, launch: Launch) -> Row:
         variant=variant,
         detail=f"{case.detail}{', bounded' if constants.get('BOUNDED') else ''}",
         arch=case.arch,
-        # An entry may ask for specialized warps: then another entry is launched, and a case of its own tells it so.
-        config=asdict(replace(config_for(case.stem, variant, case.arch), specialized=case.specialized)),
+        # An entry may ask for the Hopper kernel: then another entry is launched, and a case of its own tells it so.
+        config=asdict(replace(config_for(case.stem, variant, case.arch), hopper=case.hopper)),
         tile={name.lower(): constants[name] for name in TILE if name in constants},
         num_warps=options["num_warps"],
         num_stages=constants.get("STAGES", options["num_stages"]),
@@ -162,8 +162,8 @@ def measure(driver: Driver, launch: Launch) -> Row:
     )
 
 
-def specialized_order(cubin: Path) -> dict[str, Any]:
-    """Fields of a Row that say in which order the specialized kernel's instructions stand."""
+def hopper_order(cubin: Path) -> dict[str, Any]:
+    """Fields of a Row that say in which order the Hopper kernel's instructions stand."""
     return {
         "exponents": disassembly.exponents_beside_products(cubin),
         "turns": [list(turn) for turn in disassembly.turns(cubin, (TURNS.value, TURNS.value + 1), GROUP_THREADS)],

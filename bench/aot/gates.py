@@ -17,7 +17,7 @@ CLAMPS = re.compile("swiglu7|gelu7|fp8 out|int8 out|int8_qk out|Hadamard")
 MAY_SPILL = {("qkv", 100), ("qkv", 120), ("attention", 100)}
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
 EXPONENTS = 64
-"""Exponents of a thread per step of the specialized kernel: 64 x 128 by 128 threads."""
+"""Exponents of a thread per step of the Hopper kernel: 64 x 128 by 128 threads."""
 TURNS = 4
 """Its two groups, each in its loop over full blocks and that over partial ones."""
 GROUP_THREADS = 256
@@ -58,10 +58,10 @@ class Row:
         tensor_core: Number of each tensor-core instruction.
         triton: Version that compiled it.
         seconds: What compiling took.
-        exponents: With specialized warps, how many of a loop's stand beside products that are under way.
-        turns: With specialized warps, each loop's products before a group passes its turn, behind that, and passes.
-        barriers: With specialized warps, numbers of named barriers, and the threads that meet there, 0 for all.
-        step: With specialized warps, instructions of the shortest loop over blocks.
+        exponents: In the Hopper kernel, how many of a loop's stand beside products that are under way.
+        turns: In the Hopper kernel, each loop's products before a group passes its turn, behind that, and passes.
+        barriers: In the Hopper kernel, numbers of named barriers, and the threads that meet there, 0 for all.
+        step: In the Hopper kernel, instructions of the shortest loop over blocks.
         reduces: UTMAREDG instructions: additions by the memory.
         stores: STG instructions.
         pointers: Arguments that are pointers, by name.
@@ -129,7 +129,7 @@ def problems(row: Row) -> list[str]:
     """Gates that a row fails, each in a line; empty where it holds all.
 
     No stack and no spills, but for :data:`MAY_SPILL`; it fits the device; its configuration is legal and is the one it
-    was launched with; its listing has the tensor-core instructions of its format and no others; with specialized warps,
+    was launched with; its listing has the tensor-core instructions of its format and no others; in the Hopper kernel,
     a block's exponents stand between the start of a PV and the wait for it, and with P in bf16 a group passes its turn
     once, behind its last product; where its configuration says so, the memory adds, and there is no other way to the
     result; activations and casts keep NaN. (Triton may take others without a word: e4m3 as bf16 with
@@ -152,11 +152,11 @@ def problems(row: Row) -> list[str]:
     if sorted(row.tensor_core) != row.wanted:
         used = ", ".join(sorted(row.tensor_core)) or "none"
         found.append(f"tensor-core instructions {used}, not {', '.join(row.wanted) or 'none'}")
-    taking_turns = config.specialized and row.products != "fp8"
+    taking_turns = config.hopper and row.products != "fp8"
     beside, loops = sum(n >= EXPONENTS for n in row.exponents), TURNS
     if not taking_turns:  # e4m3 has them there in its loops over full blocks, unless an LSE needs the registers
         loops = TURNS // 2 if "LSE" not in row.detail else 0
-    if config.specialized and beside < loops:
+    if config.hopper and beside < loops:
         found.append(f"{beside} loops with {EXPONENTS} exponents beside PV, {loops} wanted")
     if taking_turns and len(row.turns) != TURNS:
         found.append(f"{len(row.turns)} turns, {TURNS} wanted")
@@ -164,9 +164,7 @@ def problems(row: Row) -> list[str]:
         if not before or behind or passes != 1:
             found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
     own = [barrier for barrier in row.barriers if barrier[0] >= RESERVED]
-    if config.specialized and (len(own), *{threads for _, threads in own}) != (
-        (2, GROUP_THREADS) if taking_turns else (0,)
-    ):
+    if config.hopper and (len(own), *{threads for _, threads in own}) != ((2, GROUP_THREADS) if taking_turns else (0,)):
         found.append(f"named barriers {own}, not {'two of both groups' if taking_turns else 'none'}")
     reducing = config.reduce and not row.detail.endswith("traced")
     if bool(row.reduces) != reducing:

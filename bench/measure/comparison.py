@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.cases import DROP_IN, STEM, Case
+from bench.hopper import HOPPER
 from bench.inputs import Given, call, make, moved_bytes, softmax
 from bench.measure import gates, roofline
 from bench.measure.conditions import Monitor
@@ -22,7 +23,6 @@ from bench.measure.lost import lost
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch, Timing
 from bench.peers.peer import Inputs, Peer
 from bench.results import Json
-from bench.specialized import GLUON
 from happyhorse_fast.ops.runtime.formats import VARIANTS
 
 SETS = 2
@@ -293,7 +293,7 @@ def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
     """Name what a case is timed with: the backend and the others, those that have a kernel for it."""
     able = {
         "cuda": case.variant in VARIANTS["cuda"].get(case.op, ()),
-        GLUON: case.op in (STEM, DROP_IN),
+        HOPPER: case.op in (STEM, DROP_IN),
     }
     return [name for name in (backend, *also) if able.get(name, True)]
 

@@ -20,7 +20,7 @@ from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 from happyhorse_fast.ops.runtime.dispatch import Choice, choose, compute_capability, cuda_ops
 from happyhorse_fast.ops.runtime.obstacles import BackendError
 
-Backend = Literal["auto", "triton", "gluon", "cuda", "reference"]
+Backend = Literal["auto", "triton", "hopper", "cuda", "reference"]
 # Elements drawn at a time on their way to codes: 2 GB in bf16.
 CHUNK = 1 << 30
 # Codes spread over their format: one in 16,000 of a normal distribution is clamped at 448 or 127.
@@ -38,8 +38,8 @@ def random_fast(config: ModelConfig, fast: FastConfig, backend: Backend, device:
     Args:
         config: Of the model.
         fast: How it is accelerated.
-        backend: ``"cuda"`` where it has a kernel and Triton elsewhere, both without a self-check; ``"gluon"`` is
-            Triton, whose table :func:`bench.specialized.running` changes; the rest as it says.
+        backend: ``"cuda"`` where it has a kernel and Triton elsewhere, both without a self-check; ``"hopper"`` is
+            Triton, whose table :func:`bench.hopper.running` changes; the rest as it says.
         device: Where it is made.
         seed: Of the weights.
 
@@ -47,7 +47,7 @@ def random_fast(config: ModelConfig, fast: FastConfig, backend: Backend, device:
         BackendError: ``fast`` is strict and an op has no kernel that may run.
     """
     fast = dataclasses.replace(
-        fast.on(compute_capability(device)), backend="triton" if backend == "cuda" or backend == "gluon" else backend
+        fast.on(compute_capability(device)), backend="triton" if backend == "cuda" or backend == "hopper" else backend
     )
     strict = fast.strict and backend == "auto"
     choices = choose(fast.backend, fast.precision, device, attention=fast.attention, strict=strict)

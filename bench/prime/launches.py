@@ -23,18 +23,18 @@ import triton
 from bench.aot import cases as aot_cases
 from bench.aot.compile import Driver, recording
 from bench.cases import Size, cases
+from bench.hopper import HOPPER, running
 from bench.inputs import call, make
 from bench.measure.comparison import implementations
 from bench.prime.stand_in import stand_in
 from bench.sampler_runs import Run, runs
-from bench.specialized import GLUON, running
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.fast.accelerate import empty_accelerated
 from happyhorse_fast.fast.attention_bound import AttentionBound
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.state import build_clip_state
-from happyhorse_fast.kernels.launch import FP8_SINCE, SPECIALIZED_ON
+from happyhorse_fast.kernels.launch import FP8_SINCE, HOPPER_ARCH
 from happyhorse_fast.ops.runtime.dispatch import choose
 from happyhorse_fast.ops.runtime.self_check import run_checks
 from happyhorse_fast.tokens import tokens_for
@@ -66,7 +66,7 @@ def sources(arch: int) -> Iterator[Source]:
     for case in aot_cases.cases():
         if case.arch == arch and not case.tracing:  # torch.compile keeps what it compiles elsewhere
             yield Source(f"table {case.op} {case.detail}", case.launch)
-    also = (GLUON,) if arch == SPECIALIZED_ON else ()
+    also = (HOPPER,) if arch == HOPPER_ARCH else ()
     for scope in SCOPES:
         for bench_case in cases(scope):
             if bench_case.precision == "fp8" and arch < FP8_SINCE:
@@ -99,12 +99,12 @@ def clip(run: Run) -> None:
 
 
 def self_checks(arch: int) -> None:
-    """Run the checks that `accelerate` makes before it trusts a kernel, with specialized warps and without.
+    """Run the checks that `accelerate` makes before it trusts a kernel, in the Hopper kernel and in the plain one.
 
     Raises:
         RuntimeError: A check fails, though the reference is compared with itself.
     """
-    for impl in ("triton", GLUON) if arch == SPECIALIZED_ON else ("triton",):
+    for impl in ("triton", HOPPER) if arch == HOPPER_ARCH else ("triton",):
         with running(impl):
             failed = [check for check in run_checks("triton", CPU, fp8=arch >= FP8_SINCE) if not check.passed]
         if failed:

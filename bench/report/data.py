@@ -202,7 +202,7 @@ FORMS = {
     "fast fp8 linear": "fast fp8, attention bf16",
     "fast fp8 int8_qk": "fast fp8, attention int8_qk (the default of fp8)",
 }
-KERNELS = {"triton": "plain Triton", "gluon": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
+KERNELS = {"triton": "plain Triton", "hopper": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
 """Names of attention's kernels where a backend of that name also runs other ops."""
 
 

@@ -134,7 +134,7 @@ def roofline(report: Report) -> Figure:
         axes.plot(
             1e3 * row.tflops / row.gbps,
             row.tflops,
-            {"gluon": "s", "cuda": "^"}.get(row.impl, "o"),
+            {"hopper": "s", "cuda": "^"}.get(row.impl, "o"),
             color=FORMAT_COLOURS.get(row.case.rpartition("/")[2], BLUE),
             ms=5,
             alpha=0.8,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bench.report import attention_turns, dataflow
 from bench.report.lanes import BLUE, FOLDER, GREEN, GREY, ORANGE, VIOLET, Arrow, Bar, Picture
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.kernels.launch import SPECIALIZED_ON, LaunchConfig, config_for
+from happyhorse_fast.kernels.launch import HOPPER_ARCH, LaunchConfig, config_for
 
 CONFIG = ModelConfig.preset("happyhorse-1.0-15b")
 LATENCY, PRODUCT, PIECE = 1.9, 1.0, 1.3
@@ -60,7 +60,7 @@ def operands(config: LaunchConfig) -> str:
     """A product's tile and ring in words."""
     kib = (config.block_m + config.block_n) * config.block_k / 1024
     return (
-        f"With 8 bits on sm_{SPECIALIZED_ON} a program of {config.num_warps} warps, one per multiprocessor, computes "
+        f"With 8 bits on sm_{HOPPER_ARCH} a program of {config.num_warps} warps, one per multiprocessor, computes "
         f"tiles of {config.block_m} rows x {config.block_n} columns; TMA fills a ring of {config.num_stages} slots of "
         f"{kib:.0f} KiB, {config.block_k} of K each. A product waits until its slot is full, a load until it is free. "
     )
@@ -84,7 +84,7 @@ def product_lanes(slots: int) -> dict[str, str]:
 
 def qkv() -> Picture:
     """`qkv_linear`: two heads a tile, the epilogue between two tiles' products."""
-    config = config_for("qkv", "qkv_fp8", SPECIALIZED_ON)
+    config = config_for("qkv", "qkv_fp8", HOPPER_ARCH)
     heads_q, heads_kv = CONFIG.num_heads_q, CONFIG.num_heads_kv
     bars, arrows, end = ring(config.num_stages, ("head a", "head b"), flattened=False)
     pairs = ("q 0, 1", "q 2, 3", "…", f"q {heads_q - 2}, {heads_q - 1}", "k 0, 1")
@@ -100,7 +100,7 @@ def qkv() -> Picture:
 
 def linear() -> Picture:
     """`fp8_linear` with a residual: the memory adds while the next tile's operands come."""
-    config = config_for("linear", "fp8_residual", SPECIALIZED_ON)
+    config = config_for("linear", "fp8_residual", HOPPER_ARCH)
     pieces = config.block_n // 64
     bars, arrows, end = ring(config.num_stages, tuple(f"piece {i}" for i in range(pieces)), flattened=True)
     lanes = product_lanes(config.num_stages) | {"L2 adds": ORANGE}
@@ -120,7 +120,7 @@ def linear() -> Picture:
 
 def row_quantization() -> Picture:
     """`quantize_rows`: a row stays in registers, the next is on its way."""
-    config = config_for("row_quantization", "columns_16384", SPECIALIZED_ON)
+    config = config_for("row_quantization", "columns_16384", HOPPER_ARCH)
     threads = 32 * config.num_warps
     lanes = {"memory reads": GREY, "tensor cores": GREEN, "all warps": BLUE, "memory writes": ORANGE}
     bars: list[Bar] = []
@@ -150,9 +150,9 @@ def row_quantization() -> Picture:
 
 def block_selection() -> Picture:
     """`select_blocks`: three launches, each of which waits for all of the one before."""
-    select = config_for("block_selection", "select", SPECIALIZED_ON)
-    pool = config_for("block_selection", "pool_bf16", SPECIALIZED_ON)
-    order = config_for("block_selection", "order", SPECIALIZED_ON)
+    select = config_for("block_selection", "select", HOPPER_ARCH)
+    pool = config_for("block_selection", "pool_bf16", HOPPER_ARCH)
+    order = config_for("block_selection", "order", HOPPER_ARCH)
     lanes = {"pool_blocks": BLUE, "select_blocks": GREEN, "order_rows": ORANGE, "attention": VIOLET}
     spans = (
         ("pool_blocks", 0.0, 2.0, "sum 128 tokens"),

@@ -60,7 +60,7 @@ def times(stem: str, data: Json) -> Table:
     entries = {(entry["case"], entry["impl"]): entry for entry in data["entries"] if entry["verified"]}
     rows = []
     of_page = [case for case in cases("main") if case.op in OPS[stem]]
-    for case, impl in itertools.product(of_page, ("gluon", "triton", "cuda")):
+    for case, impl in itertools.product(of_page, ("hopper", "triton", "cuda")):
         expected, entry = newest(case.name, impl), entries.get((case.name, impl))
         if expected is None and entry is None:
             continue

@@ -24,7 +24,7 @@ class Prediction:
 
     Attributes:
         case: Name without the size, ``"op-part/precision"``.
-        impl: ``"triton"``, ``"gluon"`` or ``"cuda"``.
+        impl: ``"triton"``, ``"hopper"`` or ``"cuda"``.
         ms: Fastest and slowest.
         bound: By what.
         softmax: Form of attention's softmax, as results name it; None of the first kernels, and of other ops.
@@ -92,7 +92,9 @@ def _second() -> Iterator[Prediction]:
         for fmt, rates in SECOND.items():
             form = RUNNING if fmt == "fp8" else BOUNDED
             if part in rates:
-                yield Prediction(f"{kind}/{fmt}", "gluon", _at(part, *rates[part]), "power; the prototype's rate", form)
+                yield Prediction(
+                    f"{kind}/{fmt}", "hopper", _at(part, *rates[part]), "power; the prototype's rate", form
+                )
         before = PLAIN[part]
         for fmt, less in LESS.items():
             low = before if fmt == "bf16" else before / LESS["bf16"]
@@ -101,7 +103,7 @@ def _second() -> Iterator[Prediction]:
         yield Prediction(f"{kind}/bf16", "cuda", _at(part, *CUDA), "shared memory, then mma.sync", BOUNDED)
     low, high = _at("dense", *SECOND["bf16"]["dense"])
     taken = low + FINDING[0], high + FINDING[1]
-    yield Prediction("attention-dense/bf16", "gluon", taken, "as with a known bound", f"{BOUNDED}{FOUND}")
+    yield Prediction("attention-dense/bf16", "hopper", taken, "as with a known bound", f"{BOUNDED}{FOUND}")
     for gpu, formats in CYCLES.items():
         for part, (fmt, (products, instructions)) in ((p, item) for p in TFLOP for item in formats.items()):
             floor = 1e15 * TFLOP[part] / GPUS[gpu].rate(fmt)
@@ -145,8 +147,8 @@ def _first(part: str) -> tuple[Prediction, ...]:
     return (
         Prediction(f"{kind}/bf16", "triton", at(487, 530), "products, after the softmax"),
         Prediction(f"{kind}/fp8", "triton", at(487, 650), "products, then exponents"),
-        Prediction(f"{kind}/bf16", "gluon", at(570, 650), "products"),
-        Prediction(f"{kind}/fp8", "gluon", at(750, 950), "products, exponents, instructions"),
+        Prediction(f"{kind}/bf16", "hopper", at(570, 650), "products"),
+        Prediction(f"{kind}/fp8", "hopper", at(750, 950), "products, exponents, instructions"),
         Prediction(f"{kind}/bf16", "cuda", at(300, 300), "shared memory, then mma.sync"),
     )
 

@@ -28,7 +28,7 @@ from happyhorse_fast.fast.refusals import require_acceleratable
 from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.fast.untraced import load_compiler, untraced
 from happyhorse_fast.ops.attention.score_bound import LIMIT
-from happyhorse_fast.ops.runtime.dispatch import Choice, attention_is_specialized, choose, compute_capability
+from happyhorse_fast.ops.runtime.dispatch import Choice, attention_is_hopper, choose, compute_capability
 
 Model = TypeVar("Model", bound=nn.Module)
 LayerTensors = Mapping[str, torch.Tensor]
@@ -325,11 +325,9 @@ def _softmax(layer: FastLayer) -> str:
     precision = plan.precision["attention"]
     e4m3 = precision == "fp8"
     said = "running maximum, which P in e4m3 needs" if e4m3 else layer.bound.softmax
-    if plan.backend["block_sparse_attention"] == "triton" and attention_is_specialized(
-        precision, plan.head_dim, device
-    ):
+    if plan.backend["block_sparse_attention"] == "triton" and attention_is_hopper(precision, plan.head_dim, device):
         if e4m3 or layer.bound.effective <= LIMIT:
-            said += "; in Gluon, for Hopper (under torch.compile in plain Triton, through pointers)"
+            said += "; in the Hopper kernel (under torch.compile in plain Triton, through pointers)"
         else:
             said += "; in plain Triton, Hopper's kernel is for bounded scores"
     return said

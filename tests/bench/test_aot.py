@@ -59,9 +59,9 @@ SOME = {
     "qkv": ("rmsnorm_quantize fp8 out, branch", "qkv_linear fp8, fp8 out"),
     "attention": (
         "block_sparse_attention fp8, D 128, bf16 out",
-        "block_sparse_attention bf16, D 128, bf16 out, specialized",
-        "block_sparse_attention int8_qk, D 128, bf16 out, specialized",
-        "block_sparse_attention fp8, D 128, bf16 out, specialized",
+        "block_sparse_attention bf16, D 128, bf16 out, hopper",
+        "block_sparse_attention int8_qk, D 128, bf16 out, hopper",
+        "block_sparse_attention fp8, D 128, bf16 out, hopper",
     ),
     "row_quantization": ("quantize_rows 13696 channels, Hadamard",),
     "linear": (
@@ -96,7 +96,7 @@ def test_every_launch_table_has_a_case_here():
 def test_every_entry_is_there_for_each_architecture_that_can(stem, variant):
     """Entries for strided tensors: where others use descriptors, which only sm_90 and sm_100 do in attention."""
     able = [a for a in ARCHITECTURES if "fp8" not in variant or a >= 89]
-    for end, only in (("_strided", (90, 100)), ("_specialized", (90,))):
+    for end, only in (("_strided", (90, 100)), ("_hopper", (90,))):
         able = only if variant.endswith(end) else able
     assert sorted(map(int, TABLES[stem][variant])) == list(able)
 
@@ -218,8 +218,8 @@ def test_a_clamp_must_be_there_and_keep_nan(detail):
     assert gates.problems(replace(GOOD, stem="attention", nan_lost=9)) == [], "a softmax may lose it"
 
 
-def test_steps_of_the_specialized_kernel_in_another_order_are_caught():
-    config = GOOD.config | {"num_warps": 4, "num_stages": 2, "specialized": True}
+def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
+    config = GOOD.config | {"num_warps": 4, "num_stages": 2, "hopper": True}
     row = replace(GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", tensor_core={"HGMMA": 96})
     row = replace(
         row, exponents=[64, 65, 64, 66], turns=[[16, 0, 1]] * 4, barriers=[[0, 128], [1, 0], [6, 256], [7, 256]]
@@ -288,7 +288,7 @@ moved = sys.modules["moved"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(moved)
 kernel.attend_bounded = moved.attend_bounded
 triton.runtime.driver.set_active(driver := Driver())
-case = next(c for c in cases() if (c.arch, c.detail) == (90, "bf16, D 128, bf16 out, specialized"))
+case = next(c for c in cases() if (c.arch, c.detail) == (90, "bf16, D 128, bf16 out, hopper"))
 print(problems(measure(driver, *record(driver, iter([case])))))
 """
 

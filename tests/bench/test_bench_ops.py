@@ -15,6 +15,7 @@ from comparison_cases import CEILINGS, CPU, FOREVER, SEEN, Counting, compared
 from bench import ops, ops_table
 from bench.bootstrap import ROOT
 from bench.cases import cases, padded_rows, select
+from bench.hopper import HOPPER, running
 from bench.inputs import call, make, softmax
 from bench.measure import comparison, gates
 from bench.measure.comparison import Bench, groups, implementations
@@ -23,7 +24,6 @@ from bench.peers import eager
 from bench.peers.registry import all_peers, split
 from bench.peers.torch import Eager
 from bench.results import Results, comparable, describe_machine, ratio, read
-from bench.specialized import GLUON, running
 from happyhorse_fast.kernels.launch import config_for, table
 
 TINY = cases("tiny")
@@ -240,34 +240,34 @@ def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
     assert set(tried) == found
 
 
-def test_specialized_warps_are_an_implementation_of_their_own_whatever_the_table_says():
+def test_hopper_warps_are_an_implementation_of_their_own_whatever_the_table_says():
     before, seen = json.dumps(table("attention")), []
-    with running(GLUON) as backend:
+    with running(HOPPER) as backend:
         assert backend == "triton"
-        assert config_for("attention", "bf16_d128", 90).specialized
-        assert not config_for("attention", "bf16_d128", 80).specialized
-        assert not config_for("attention", "bf16_d128_strided", 90).specialized
+        assert config_for("attention", "bf16_d128", 90).hopper
+        assert not config_for("attention", "bf16_d128", 80).hopper
+        assert not config_for("attention", "bf16_d128_strided", 90).hopper
         with running("triton"):
-            assert not any(config_for("attention", f"{f}_d128", 90).specialized for f in ("bf16", "fp8"))
-        assert config_for("attention", "bf16_d128", 90).specialized
-        elsewhere = threading.Thread(target=lambda: seen.append(config_for("attention", "fp8_d64", 90).specialized))
+            assert not any(config_for("attention", f"{f}_d128", 90).hopper for f in ("bf16", "fp8"))
+        assert config_for("attention", "bf16_d128", 90).hopper
+        elsewhere = threading.Thread(target=lambda: seen.append(config_for("attention", "fp8_d64", 90).hopper))
         elsewhere.start()
         elsewhere.join()
     with running("triton"), running("auto"):
-        assert not config_for("attention", "bf16_d128", 90).specialized, "what the call around it passes"
+        assert not config_for("attention", "bf16_d128", 90).hopper, "what the call around it passes"
     with running("auto"):
-        assert config_for("attention", "bf16_d128", 90).specialized, "what is committed"
+        assert config_for("attention", "bf16_d128", 90).hopper, "what is committed"
     assert seen == [False], "another thread launches what is committed"
     assert json.dumps(table("attention")) == before
     attention, norm = select(TINY, "window/tiny/bf16,quantize/tiny/bf16")
-    assert implementations(attention, "triton", [GLUON, "cuda"]) == ["triton", GLUON, "cuda"]
-    assert implementations(norm, "triton", [GLUON, "cuda"]) == ["triton", "cuda"]
+    assert implementations(attention, "triton", [HOPPER, "cuda"]) == ["triton", HOPPER, "cuda"]
+    assert implementations(norm, "triton", [HOPPER, "cuda"]) == ["triton", "cuda"]
     int8, chosen = select(TINY, "window/tiny/int8_qk,select_blocks-25%/tiny/int8_qk")
     _, found = select(TINY, "attention-dense/tiny/bf16")
     for case in (int8, found):
-        assert implementations(case, "triton", [GLUON, "cuda"]) == ["triton", GLUON]
-    assert implementations(chosen, "triton", [GLUON, "cuda"]) == ["triton", "cuda"]
-    assert ops.other_backends(CPU)[1][GLUON] == "needs a GPU"
+        assert implementations(case, "triton", [HOPPER, "cuda"]) == ["triton", HOPPER]
+    assert implementations(chosen, "triton", [HOPPER, "cuda"]) == ["triton", "cuda"]
+    assert ops.other_backends(CPU)[1][HOPPER] == "needs a GPU"
 
 
 def test_a_kernel_that_runs_out_of_memory_after_its_gate_ends_nothing(bench, monkeypatch):

@@ -71,7 +71,7 @@ def test_without_workers_the_run_ends_and_says_so(tmp_path):
 
 
 def test_no_test_of_a_kind_is_no_failure(tmp_path):
-    code, out = run(tmp_path, "-p", "no:xdist", "-k", "gluon")
+    code, out = run(tmp_path, "-p", "no:xdist", "-k", "hopper")
     assert code == 0 and "13 deselected" in out, out
 
 

@@ -69,18 +69,18 @@ def test_a_run_that_goes_on_replaces_entries_of_the_same_name(tmp_path):
 
 def test_runs_of_two_backends_are_both_kept_and_told_apart(tmp_path):
     eager = {name: value for name, value in RUN.items() if name != "attention"} | {"mode": "eager"}
-    fast = [RUN | {"backend": backend, "attention": backend} for backend in ("gluon", "triton")]
+    fast = [RUN | {"backend": backend, "attention": backend} for backend in ("hopper", "triton")]
     for run in (eager, *fast, fast[1] | {"total_s": 30.0}):
         Results(tmp_path / "r.json", HEADER).add("sampler", run)
     data = read(tmp_path / "r.json")
     assert [(run.get("backend"), run["total_s"]) for run in data["sampler"]] == [
         (None, 27.2),
-        ("gluon", 27.2),
+        ("hopper", 27.2),
         ("triton", 30.0),
     ]
     # "auto" took one kernel at one commit and another at the next: neither replaces the other.
-    auto = [data | {"sampler": [RUN | {"backend": "auto", "attention": kernel}]} for kernel in ("triton", "gluon")]
-    assert [run["attention"] for run in merged(auto)["sampler"]] == ["triton", "gluon"]
+    auto = [data | {"sampler": [RUN | {"backend": "auto", "attention": kernel}]} for kernel in ("triton", "hopper")]
+    assert [run["attention"] for run in merged(auto)["sampler"]] == ["triton", "hopper"]
     again = auto[1] | {"sampler": [auto[1]["sampler"][0] | {"total_s": 26.0}]}
     assert [run["total_s"] for run in merged([*auto, again])["sampler"]] == [27.2, 26.0]
 

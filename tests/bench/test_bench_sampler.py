@@ -11,12 +11,12 @@ import torch
 
 from bench import sampler, sampler_runs
 from bench.cases import TINY
+from bench.hopper import attention_kernel, running
 from bench.measure import random_model
 from bench.measure.conditions import Monitor
 from bench.measure.lost import LOST
 from bench.results import Results, read
 from bench.sampler_runs import BASE, DENSE, FIRST_STAGE, LEAST, MODES, SECOND_STAGE, Run
-from bench.specialized import attention_kernel, running
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.ops.runtime import dispatch
@@ -169,8 +169,8 @@ def test_runs_of_another_backend_are_not_left_out(monkeypatch, tmp_path):
     path, words = tmp_path / "r.json", "15b/1080p/eager/exact/whole,15b/1080p/fast fp8/exact/whole"
     results = Results(path, HEADER)
     for run in sampler_runs.chosen(words):
-        kept = sampler.Bench(CPU, tiny=True, backend="gluon").run(run, seconds=0.0)
-        assert kept.get("backend") == ("gluon" if run.fast else None)
+        kept = sampler.Bench(CPU, tiny=True, backend="hopper").run(run, seconds=0.0)
+        assert kept.get("backend") == ("hopper" if run.fast else None)
         results.add("sampler", kept)
     assert [run.get("attention") for run in results.data["sampler"]] == [None, "reference"]
     timed = []
@@ -178,7 +178,7 @@ def test_runs_of_another_backend_are_not_left_out(monkeypatch, tmp_path):
     monkeypatch.setattr(sampler.Bench, "run", lambda self, run, _: timed.append((self.backend, run.mode)) or ENTRY)
     monkeypatch.setattr(sampler, "line", lambda entry: "")
     monkeypatch.setattr(Results, "add", lambda *_: None)
-    for backend in ("gluon", "triton"):
+    for backend in ("hopper", "triton"):
         sampler.main(["--tiny", "--device", "cpu", "--results", str(path), "--runs", words, "--keep", "all",
                       "--backend", backend])  # fmt: skip
     assert timed == [("triton", "fast fp8")]
@@ -189,7 +189,7 @@ def test_the_kernel_that_attention_ran_in_is_told(monkeypatch):
     gpu, fast = torch.device("cuda:0"), Run("", "", "fast fp8").fast
     choices = {"block_sparse_attention": Choice("block_sparse_attention", "triton", "")}
     state = FastState(ModelConfig.preset(BASE), fast, choices, [], torch.nn.Module)
-    for backend, kernel in (("auto", "gluon"), ("gluon", "gluon"), ("triton", "triton")):
+    for backend, kernel in (("auto", "hopper"), ("hopper", "hopper"), ("triton", "triton")):
         with running(backend):
             assert attention_kernel(state, gpu) == kernel
     small = dataclasses.replace(state, config=state.config.replace(head_dim=64))

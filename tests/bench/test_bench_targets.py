@@ -88,7 +88,7 @@ def test_the_clip_its_memory_and_its_caps():
 
 
 def test_runs_of_two_backends_stand_beside_each_other():
-    runs = [run(total_s=43.0, attention="triton", note="3 of 8 steps timed"), run(total_s=37.6, attention="gluon")]
+    runs = [run(total_s=43.0, attention="triton", note="3 of 8 steps timed"), run(total_s=37.6, attention="hopper")]
     data = {**HEADER, "entries": [], "sampler": [*runs, run(total_s=71.2, mode="eager", note="2 of 8 steps timed")]}
     (line,) = [line for line in targets.lines(data) if line.what == "8 steps, window, fp8"]
     assert (line.reached, line.note) == (37.6, "fast fp8, attention fp8, Gluon")
@@ -124,7 +124,7 @@ def test_the_committed_results_hold_the_clip_and_say_what_they_do_not_hold():
         assert found[what] == "not measured"
 
 
-BOUNDED = {"softmax": "bounded", "impl": "gluon"}
+BOUNDED = {"softmax": "bounded", "impl": "hopper"}
 
 
 def test_what_the_first_kernels_reached_is_no_outcome_of_attentions_second_forms():
@@ -135,10 +135,10 @@ def test_what_the_first_kernels_reached_is_no_outcome_of_attentions_second_forms
     assert verdicts(first, second)[what].reached == 716.0
     found = verdicts(
         entry("block_sparse_attention-25%", "int8_qk", 28.4, 798.0, **BOUNDED),
-        entry(kind, "fp8", 99.0, 854.0, impl="gluon", softmax="running maximum"),
+        entry(kind, "fp8", 99.0, 854.0, impl="hopper", softmax="running maximum"),
         sampler=[
-            run(mode="fast fp8 linear", total_s=45.9, attention="gluon"),
-            run(mode="fast fp8 int8_qk", total_s=33.5, attention="gluon", softmax="bounded"),
+            run(mode="fast fp8 linear", total_s=45.9, attention="hopper"),
+            run(mode="fast fp8 int8_qk", total_s=33.5, attention="hopper", softmax="bounded"),
         ],
     )
     assert found["attention 25% int8_qk, bounded, computed blocks"].verdict == "missed by 5.0%"
@@ -151,9 +151,9 @@ def test_what_the_first_kernels_reached_is_no_outcome_of_attentions_second_forms
 def test_what_finding_the_bound_costs_is_the_difference_within_a_span():
     what, form = "attention() dense bf16, more than with a known bound", "bounded, found on the device"
     known = entry("block_sparse_attention-dense", "bf16", 118.0, **BOUNDED, span="a")
-    found = entry("attention-dense", "bf16", 118.375, impl="gluon", softmax=form, span="a")
+    found = entry("attention-dense", "bf16", 118.375, impl="hopper", softmax=form, span="a")
     line = verdicts(known, found)[what]
-    assert (line.reached, line.verdict, line.note) == (0.375, "met", "gluon, 118.4 ms beside 118")
+    assert (line.reached, line.verdict, line.note) == (0.375, "met", "hopper, 118.4 ms beside 118")
     line = verdicts(known | {"span": "b"}, found)[what]
     assert (line.verdict, line.note) == ("not measured", "its times are of two spans")
     assert verdicts(known)[what].verdict == verdicts(found)[what].verdict == "not measured"
@@ -182,13 +182,13 @@ def test_a_product_is_held_in_turns_with_the_librarys_and_older_times_are_no_out
 
 def test_predictions_are_of_a_gpu_and_of_a_form_of_the_softmax():
     kind = "block_sparse_attention-window"
-    old, new = entry(kind, "bf16", 95.7, impl="gluon"), entry(kind, "bf16", 80.0, **BOUNDED)
+    old, new = entry(kind, "bf16", 95.7, impl="hopper"), entry(kind, "bf16", 80.0, **BOUNDED)
     for measured, ours, other in ((old, f"{kind}/bf16", "bf16, bounded"), (new, f"{kind}/bf16, bounded", "bf16")):
         data = {**HEADER, "gpu": "NVIDIA H200", "entries": [measured], "sampler": []}
         rows = {(row[0], row[1]): row for row in targets.predicted(data)}
-        assert rows[ours, "gluon"][4] == f"{measured['median_ms']:.3g}"
-        assert rows[f"{kind}/{other}", "gluon"][4:] == ("", "", "not measured")
-    assert rows[f"{kind}/bf16, bounded", "gluon"][5] == "1.05x"
+        assert rows[ours, "hopper"][4] == f"{measured['median_ms']:.3g}"
+        assert rows[f"{kind}/{other}", "hopper"][4:] == ("", "", "not measured")
+    assert rows[f"{kind}/bf16, bounded", "hopper"][5] == "1.05x"
     for gpu, expected in (("NVIDIA A100-SXM4-80GB", "271 to 414"), ("NVIDIA GeForce RTX 4090", "512 to 580")):
         rows = {row[0]: row for row in targets.predicted({**HEADER, "gpu": gpu, "entries": [], "sampler": []})}
         assert len(rows) == 8 and rows["block_sparse_attention-dense/bf16, bounded"][1:3] == ("triton", expected)

@@ -53,14 +53,14 @@ def test_tuning_restores_the_table_and_writes_what_wins(tmp_path, monkeypatch):
     assert sum(a != b for a, b in zip(path.read_text().splitlines(), lines, strict=True)) == 1, "one line changes"
 
 
-def test_specialized_warps_are_a_candidate_and_are_written(tmp_path):
+def test_hopper_warps_are_a_candidate_and_are_written(tmp_path):
     target = next(t for t in tune.targets("main") if "attention-window" in t.case.name)
-    specialized, plain, *others = tune.candidates(target, 90)
-    assert specialized == dataclasses.replace(plain, specialized=True)
-    assert others and not any(config.specialized for config in others), "the specialized kernel has its own entry"
-    assert not any(config.specialized for config in tune.candidates(target, 89))
-    written = json.loads(tune.write(tmp_path, target, 90, specialized).read_text())
-    assert LaunchConfig(**written[target.variant]["90"]) == specialized
+    hopper, plain, *others = tune.candidates(target, 90)
+    assert hopper == dataclasses.replace(plain, hopper=True)
+    assert others and not any(config.hopper for config in others), "the Hopper kernel has its own entry"
+    assert not any(config.hopper for config in tune.candidates(target, 89))
+    written = json.loads(tune.write(tmp_path, target, 90, hopper).read_text())
+    assert LaunchConfig(**written[target.variant]["90"]) == hopper
     written = json.loads(tune.write(tmp_path, target, 90, plain).read_text())
     assert LaunchConfig(**written[target.variant]["90"]) == plain
 

@@ -17,10 +17,10 @@ from bench.gpu import __main__ as gpu
 from bench.prime import compile as prime_compile
 from bench.prime import file as primed
 
-# Three ops of one tiny layer, five kernels, and the specialized one; with a flag the plain one is launched beside it.
+# Three ops of one tiny layer, five kernels, and the Hopper kernel; with a flag the plain one is launched beside it.
 SOME = "^case (rmsnorm_quantize|qkv_linear|select_blocks-25%)/tiny/bf16 triton$"
 INT8 = "^case (fp8_linear.*|qkv_linear|rmsnorm_quantize|quantize_rows.*)/tiny/int8 triton$"
-GLUON = "^case (block_sparse_attention-dense/tiny/(bf16|int8_qk)|attention-dense/tiny/bf16) gluon$"
+HOPPER = "^case (block_sparse_attention-dense/tiny/(bf16|int8_qk)|attention-dense/tiny/bf16) hopper$"
 
 # What a GPU run does, but for the launch itself: Triton's JIT specialises and looks, and compiles what is not there.
 JIT = """
@@ -79,7 +79,7 @@ def launched(only: str, cache: Path) -> list[tuple[str, bool]]:
 
 @pytest.mark.slow
 def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
-    packed = prime(f"{SOME}|{GLUON}|{INT8}", tmp_path / "here")
+    packed = prime(f"{SOME}|{HOPPER}|{INT8}", tmp_path / "here")
     moved = tmp_path / "there" / packed.name
     moved.parent.mkdir()
     shutil.move(packed, moved)
@@ -87,7 +87,7 @@ def test_after_it_was_moved_a_primed_cache_holds_every_launch(tmp_path):
     before = sorted(path.name for path in cache.iterdir())
     manifest = primed.read_manifest(moved)
     assert manifest["kernels"] == primed.kernels(cache) == len(before) - 1
-    looked = launched(f"{SOME}|{GLUON}|{INT8}", cache)
+    looked = launched(f"{SOME}|{HOPPER}|{INT8}", cache)
     assert [name for name, there in looked if not there] == []
     assert sorted(path.name for path in cache.iterdir()) == before, "nothing was compiled"
     names = [name for name, _ in looked]

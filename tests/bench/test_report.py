@@ -273,7 +273,7 @@ def test_the_picture_of_the_clip_tells_measured_from_extrapolated(tmp_path: Path
     cut = RUN | {"mode": "eager", "note": "2 of 8 steps timed", "total_s": 70.0, "breakdown": {"attention": 8.0}}
     failed: dict[str, Any] = dict.fromkeys(("s_per_step", "total_s", "peak_memory_gib"))
     runs = (
-        RUN | {"breakdown": spent, "attention": "gluon"},
+        RUN | {"breakdown": spent, "attention": "hopper"},
         cut,
         RUN | failed | {"note": "out of memory", "cap_gb": 24},
     )

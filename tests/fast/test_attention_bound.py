@@ -125,12 +125,12 @@ def test_explain_says_what_runs_on_hopper_past_the_limit(
 ) -> None:
     model: Any = accelerate(case.model(torch.bfloat16), FastConfig(backend="triton"))
     layer = model.block.layers[0]
-    specialized = config_for("attention", "bf16_d128", arch).specialized
-    assert specialized == (arch == 90)
-    monkeypatch.setattr(acceleration, "attention_is_specialized", lambda *_: specialized)
-    for bound, runs in ((AttentionBound(30.0, 1.0), "in Gluon, for Hopper"), (AttentionBound(130.0, 1.0), "in plain")):
+    hopper = config_for("attention", "bf16_d128", arch).hopper
+    assert hopper == (arch == 90)
+    monkeypatch.setattr(acceleration, "attention_is_hopper", lambda *_: hopper)
+    for bound, runs in ((AttentionBound(30.0, 1.0), "in the Hopper kernel"), (AttentionBound(130.0, 1.0), "in plain")):
         layer.bound = bound
-        assert (runs in lines(model)[0]) == specialized
+        assert (runs in lines(model)[0]) == hopper
 
 
 def description(folder: Path) -> dict[str, Any]:

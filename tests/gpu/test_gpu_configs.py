@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 DISTANCE = 2e-5
 LINEAR = sorted(table("linear"))
 ATTENTION = sorted(table("attention"))
-FORM = re.compile("_(strided|specialized)$")
+FORM = re.compile("_(strided|hopper)$")
 # QKV product and norm have one configuration per format, and the choice of blocks one per kernel: test_gpu_ops.py
 # runs them all.
 ELSEWHERE = {"qkv": {"rmsnorm_quantize", "qkv_bf16", "qkv_int8", "qkv_fp8"}}
@@ -88,7 +88,7 @@ def forms(variant: str) -> tuple[bool, ...]:
     """Of the softmax that a configuration has: bounded or not."""
     if variant.startswith("fp8"):
         return (False,)
-    return (True,) if variant.endswith("_specialized") else (False, True)
+    return (True,) if variant.endswith("_hopper") else (False, True)
 
 
 @pytest.mark.parametrize("lse", [False, True])
@@ -101,7 +101,7 @@ def test_attention(variant: str, bounded: bool, lse: bool, monkeypatch: pytest.M
     if str(arch) in table("attention")[variant]:
         # By its name, not as the launcher picks it: some it takes for an LSE alone, some only without.
         config = config_for("attention", variant, arch)
-        config = dataclasses.replace(config, specialized=variant.endswith("_specialized"))
+        config = dataclasses.replace(config, hopper=variant.endswith("_hopper"))
         monkeypatch.setattr(launcher, "launch_config", lambda *_, **__: config)
     elif not DRY:
         pytest.skip(f"no entry for sm_{arch}")

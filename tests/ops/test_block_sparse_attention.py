@@ -136,7 +136,7 @@ def test_strided_inputs_give_the_same_bits(fmt, backend):
         strided[name] = view
     assert torch.equal(run(strided, MAP, backend=backend)[0], plain[0])
     if not backend.startswith("triton"):
-        return  # cuda loads 16 bytes, specialized warps load by TMA: their channels cannot be apart
+        return  # cuda loads 16 bytes, the Hopper kernel loads by TMA: their channels cannot be apart
     for name in "qkv":
         strided[name] = given[name].transpose(0, 2).contiguous().transpose(0, 2)
     assert torch.equal(run(strided, MAP, backend=backend)[0], plain[0])

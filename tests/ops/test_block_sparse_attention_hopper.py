@@ -1,6 +1,6 @@
 """The Hopper kernel itself: when it is taken, what its emulation catches, and what only its forms can get wrong.
 
-Its results, in every case of the other kernels: test_block_sparse_attention.py, "specialized".
+Its results, in every case of the other kernels: test_block_sparse_attention.py, "hopper".
 """
 
 import math
@@ -14,15 +14,15 @@ from attention_cases import (
     bound_of,
     dense_oracle,
     formatted,
+    hopper,
     inputs,
     normed,
     problems,
     run,
-    specialized,
 )
 from gluon_emulator import Emulated, EmulationError
 
-from bench.specialized import running
+from bench.hopper import running
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.kernels import launch
 from happyhorse_fast.kernels.hopper_sizes import Sizes
@@ -43,7 +43,7 @@ LONG = BlockMap.dense(150, 1000)
 def attention(given, block_map=MAP, seed=1, replace=(), **options):
     """The op through the emulated kernel."""
     bound = options.pop("bound", bound_of(given, SCALE))
-    with specialized(seed, replace):
+    with hopper(seed, replace):
         return block_sparse_attention(**given, block_map=block_map, scale=SCALE, bound=bound, **options)
 
 
@@ -100,11 +100,11 @@ def test_of_two_launches_the_flag_lets_one_compute(fits):
     block_map = BlockMap.dense(150, 150)
     plain = mock.MagicMock()
     with mock.patch.object(launcher, "launchable", return_value=plain):
-        out, _, lse = run(given, block_map, SCALE, "specialized", bound=None, return_lse=True)
+        out, _, lse = run(given, block_map, SCALE, "hopper", bound=None, return_lse=True)
     assert plain.__getitem__.return_value.call_count == 1, "the other form"
     assert plain.__getitem__.return_value.call_args.kwargs["BOUNDED"] is False
     if fits:
-        assert problems(given, block_map, out, SCALE, backend="specialized") == []
+        assert problems(given, block_map, out, SCALE, backend="hopper") == []
         assert torch.isfinite(lse).all()
     else:  # as they were allocated
         assert out.isnan().all() and lse.isnan().all()
@@ -116,19 +116,19 @@ def test_taken_on_hopper_for_heads_of_128_and_nowhere_else():
     transposed = torch.empty(2, 128, 256, dtype=torch.float8_e4m3fn, device="meta")
     for given in ((q, q, q), (int8, int8, q), (codes, codes, transposed)):
         with pretend(90):
-            assert launcher.launch_config(*given, bounded=True).specialized
-            assert launcher.launch_config(*given, bounded=True, lse=True).specialized
+            assert launcher.launch_config(*given, bounded=True).hopper
+            assert launcher.launch_config(*given, bounded=True, lse=True).hopper
         with pretend(90, tracing=True):  # a trace holds no descriptors: plain Triton, through pointers
-            assert not launcher.launch_config(*given, bounded=True).specialized
+            assert not launcher.launch_config(*given, bounded=True).hopper
             assert not launcher.launch_config(*given, bounded=True).descriptors
         with pretend(100):
-            assert not launcher.launch_config(*given, bounded=True).specialized
+            assert not launcher.launch_config(*given, bounded=True).hopper
     with pretend(90):
-        assert not launcher.launch_config(narrow, narrow, narrow, bounded=True).specialized, "measured at 128 alone"
+        assert not launcher.launch_config(narrow, narrow, narrow, bounded=True).hopper, "measured at 128 alone"
         with running("triton"):
-            assert not launcher.launch_config(q, q, q, bounded=True).specialized, "the plain kernel, by its name"
-    assert launch.config_for(launcher.STEM, "bf16_d128_specialized", 90).specialized
-    config = launch.config_for(launcher.STEM, "bf16_d128_specialized", 90)
+            assert not launcher.launch_config(q, q, q, bounded=True).hopper, "the plain kernel, by its name"
+    assert launch.config_for(launcher.STEM, "bf16_d128_hopper", 90).hopper
+    config = launch.config_for(launcher.STEM, "bf16_d128_hopper", 90)
     assert launch.illegal(config, 90, fp8=False, shared_bytes=0) is None
     for arch in (80, 100, 120):
         assert launch.illegal(config, arch, fp8=False, shared_bytes=0)
@@ -156,8 +156,8 @@ def test_bits_depend_neither_on_the_order_of_copies_nor_of_groups(fmt):
 
 def held(given, block_map, scale=SCALE, **options):
     """Its output, within the budgets of bf16, with the float64 LSE."""
-    out, _, lse = run(given, block_map, scale, "specialized", return_lse=True, **options)
-    assert problems(given, block_map, out, scale, backend="specialized") == []
+    out, _, lse = run(given, block_map, scale, "hopper", return_lse=True, **options)
+    assert problems(given, block_map, out, scale, backend="hopper") == []
     torch.testing.assert_close(lse.double(), dense_oracle(given, block_map, scale)[1], atol=2e-5, rtol=1e-5)
     return out
 
@@ -223,7 +223,7 @@ def test_one_huge_row_and_others_tiny(fmt):
     given = formatted(fmt, q, k, v)
     held(given, MAP)
     if fmt == "int8_qk":
-        assert problems(given, MAP, attention(given, replace=MASKED_FIRST)[0], SCALE, backend="specialized")
+        assert problems(given, MAP, attention(given, replace=MASKED_FIRST)[0], SCALE, backend="hopper")
 
 
 SCALED = "    t = scaled(s, scales, running"
@@ -241,7 +241,7 @@ def test_thousands_of_equal_keys(fmt):
     v = torch.randn(keys, 1, 32, generator=torch.Generator().manual_seed(2)) + 2
     q[:32] = k[:32]
     given = formatted(fmt, q * norm, k * norm, v)
-    out = run(given, BlockMap.dense(64, keys), SCALE, "specialized")[0]
+    out = run(given, BlockMap.dense(64, keys), SCALE, "hopper")[0]
     mean = given["v"].double().mean(dim=0).expand(64, 1, 32)
     assert ((out.double() - mean).abs() <= 2**-8 * mean.abs()).all()
 
@@ -251,8 +251,8 @@ def test_a_bound_that_is_too_small_shows(fmt):
     given = inputs(fmt, 200, heads=(2, 1), spread=40.0)
     block_map = BlockMap.dense(200, 200)
     assert bound_of(given, SCALE) > 128
-    out = run(given, block_map, SCALE, "specialized", bound=50.0)[0]
-    assert problems(given, block_map, out, SCALE, backend="specialized")[0] == "the result holds NaN or Inf"
+    out = run(given, block_map, SCALE, "hopper", bound=50.0)[0]
+    assert problems(given, block_map, out, SCALE, backend="hopper")[0] == "the result holds NaN or Inf"
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0**-60, 2.0**40])
@@ -376,7 +376,7 @@ def planted(fmt, seed, replace, block_map=UNEVEN):
         out = attention(given, block_map, seed, replace)[0]
     except EmulationError as error:
         return [str(error)]
-    return problems(given, block_map, out, SCALE, backend="specialized")
+    return problems(given, block_map, out, SCALE, backend="hopper")
 
 
 @pytest.mark.parametrize(("fmt", "bug"), [(fmt, bug) for fmt, bugs in BUGS.items() for bug in bugs])

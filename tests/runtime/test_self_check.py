@@ -152,7 +152,7 @@ def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatc
     ) -> Any:
         bounded = bool(scores_fit(q, k, v, given["scale"])) if bound is None else bound <= LIMIT
         config = launcher.launch_config(q, k, v, bounded=bounded, lse=given["return_lse"])
-        asked.append((bounded, fp8_out, given["return_lse"], config.specialized))
+        asked.append((bounded, fp8_out, given["return_lse"], config.hopper))
         scale = output_scale(v, given.get("v_scale"), given["gate"]) if fp8_out else None
         options = launcher.rounding_of(config, v) | {"bounded": bounded, "out_scale": scale}
         out, lse = sparse_attention(q, k, v, block_map, **options, **given)
@@ -164,8 +164,8 @@ def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatc
     compared = CHECKS["block_sparse_attention"]("triton", CPU, variant)
     assert self_check._judge(compared)[0], "the reference passes in steps of either kernel"
     e4m3, to_fp8 = variant == "fp8", variant.endswith("fp8_out") or variant == "fp8"
-    for specialized in (True, False):  # and False as torch.compile launches it for the model
-        assert (not e4m3, to_fp8, False, specialized) in asked
+    for hopper in (True, False):  # and False as torch.compile launches it for the model
+        assert (not e4m3, to_fp8, False, hopper) in asked
     assert all(found[3] == (e4m3 or found[0]) for found in asked if found[2]), "with an LSE"
     assert e4m3 or (False, to_fp8, False, False) in asked, "a running maximum"
 
@@ -248,17 +248,17 @@ def test_explain_says_where_attention_is_the_hopper_kernel(
     pretended_gpu: list[int], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, asked = accelerate(small_model(), FastConfig()), []
-    assert not any("Gluon" in e.reason for e in explain(model))
-    monkeypatch.setattr("happyhorse_fast.fast.accelerate.attention_is_specialized", lambda *a: asked.append(a) or True)
-    assert {e.op for e in explain(model) if "in Gluon, for Hopper" in e.reason} == {"block_sparse_attention"}
+    assert not any("in the Hopper kernel" in e.reason for e in explain(model))
+    monkeypatch.setattr("happyhorse_fast.fast.accelerate.attention_is_hopper", lambda *a: asked.append(a) or True)
+    assert {e.op for e in explain(model) if "in the Hopper kernel" in e.reason} == {"block_sparse_attention"}
     assert set(asked) == {("bf16", model.config.head_dim, CPU)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     on = [(f, d) for f in ("bf16", "fp8", "int8_qk") for d in (64, 128)
-          if dispatch.attention_is_specialized(f, d, torch.device("cuda", 0))]  # fmt: skip
+          if dispatch.attention_is_hopper(f, d, torch.device("cuda", 0))]  # fmt: skip
     assert on == [("bf16", 128), ("fp8", 128), ("int8_qk", 128)]
-    assert not dispatch.attention_is_specialized("bf16", 128, CPU)
+    assert not dispatch.attention_is_hopper("bf16", 128, CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert not dispatch.attention_is_specialized("fp8", 128, torch.device("cuda", 0))
+    assert not dispatch.attention_is_hopper("fp8", 128, torch.device("cuda", 0))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from cuda_shim import SHIM
 from gluon_emulator import Emulated
 from strict import strict
 
-from bench.specialized import GLUON, running
+from bench.hopper import HOPPER, running
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
 from happyhorse_fast.ops import block_sparse_attention
@@ -28,11 +28,11 @@ FORMATS = ("bf16", "int8_qk", "fp8")
 FORMS = {
     "triton": FORMATS,
     "triton bounded": ("bf16", "int8_qk"),
-    "specialized": FORMATS,
+    "hopper": FORMATS,
     "cuda": ("bf16",),
     "cuda bounded": ("bf16",),
 }
-"""Kernel and form of the softmax -> formats: a running maximum unless it says so, but for "specialized", which has the
+"""Kernel and form of the softmax -> formats: a running maximum unless it says so, but for "hopper", which has the
 bounded form alone where v is bf16."""
 KERNELS = tuple(FORMS)
 RUNS = [(fmt, kernel) for kernel, formats in FORMS.items() for fmt in formats]
@@ -187,18 +187,18 @@ def eager_bf16(given, block_map, scale):
 
 
 @contextlib.contextmanager
-def specialized(seed=1, replace=()):
-    """On the CPU, Triton's op launches what it would on sm_90 with specialized warps, in the emulator."""
+def hopper(seed=1, replace=()):
+    """On the CPU, Triton's op launches what it would on sm_90 in the Hopper kernel, in the emulator."""
     kernel = Emulated(GLUON_MODULES, "block_sparse_attention_hopper_kernel", seed, replace)
     stand_ins = {"architecture": lambda _: 90, "addressable": lambda x: type(x) is torch.Tensor}
     in_its_place = mock.patch.object(hopper_launcher, "block_sparse_attention_hopper_kernel", kernel)
-    with running(GLUON), mock.patch.multiple(launcher, **stand_ins), in_its_place:
+    with running(HOPPER), mock.patch.multiple(launcher, **stand_ins), in_its_place:
         yield
 
 
 def form_of(backend):
     """Whether a kernel of :data:`FORMS` keeps a running maximum, for v in bf16."""
-    return "bounded" if backend == "specialized" or backend.endswith(" bounded") else "running"
+    return "bounded" if backend == "hopper" or backend.endswith(" bounded") else "running"
 
 
 def rounding(given, backend="triton"):
@@ -206,7 +206,7 @@ def rounding(given, backend="triton"):
     bounded = form_of(backend) == "bounded" and given["v"].dtype == torch.bfloat16
     if backend.startswith("cuda"):
         return {"step": BLOCK, "folded": False, "bounded": bounded}
-    with specialized() if backend == "specialized" else contextlib.nullcontext():
+    with hopper() if backend == "hopper" else contextlib.nullcontext():
         config = launcher.launch_config(given["q"], given["k"], given["v"], bounded=bounded)
     return launcher.rounding_of(config, given["v"]) | {"bounded": bounded}
 
@@ -248,6 +248,6 @@ def run(given, block_map, scale=None, backend="triton", **options):
     bounded = form_of(backend) == "bounded" and given["v"].dtype == torch.bfloat16
     bound = options.pop("bound", bound_of(given, scale) if bounded else math.inf)
     assert not bounded or bound is None or bound <= LIMIT, f"{backend} has no form for scores of up to {bound}"
-    called = "triton" if backend == "specialized" else backend.removesuffix(" bounded")
-    with strict(seed=1), SHIM.order(2), specialized() if backend == "specialized" else contextlib.nullcontext():
+    called = "triton" if backend == "hopper" else backend.removesuffix(" bounded")
+    with strict(seed=1), SHIM.order(2), hopper() if backend == "hopper" else contextlib.nullcontext():
         return block_sparse_attention(**given, block_map=block_map, scale=scale, bound=bound, backend=called, **options)

@@ -60,27 +60,27 @@ def described(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
 def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse: bool = False) -> LaunchConfig:
     """The committed configuration for these tensors, with or without a bound on their scores and an LSE.
 
-    The specialized kernel has a running maximum where v is e4m3, and none otherwise.
+    The Hopper kernel has a running maximum where v is e4m3, and none otherwise.
 
     The "strided" entries read through pointers, in steps of 64 keys. Besides tensors that no descriptor can read, an
     LSE takes them where the softmax is bounded or v is e4m3: through descriptors, with heads of 128 on sm_90, e4m3
     spills 8 to 16 bytes a thread, as does bf16 with a flag (Triton 3.6.0 to 3.8.0), and with heads of 64 on sm_100 bf16
-    with a flag 16 to 24. The specialized kernel spills nothing.
+    with a flag 16 to 24. The Hopper kernel spills nothing.
     """
     name, arch = variant_of(q, v), architecture(q.device)
     config = config_for(STEM, name, arch)
     v_dense = v.is_contiguous() and v.data_ptr() % 16 == 0 if is_transposed(v) else describable(v)
     by_tiles = v_dense and describable(k)
-    if config.specialized and by_tiles and describable(q) and (bounded or is_transposed(v)):
-        return config_for(STEM, f"{name}_specialized", arch)
+    if config.hopper and by_tiles and describable(q) and (bounded or is_transposed(v)):
+        return config_for(STEM, f"{name}_hopper", arch)
     if config.descriptors and (not by_tiles or (lse and (bounded or is_transposed(v)))):
         config = config_for(STEM, f"{name}_strided", arch)
-    return dataclasses.replace(config, specialized=False)
+    return dataclasses.replace(config, hopper=False)
 
 
 def rounding_of(config: LaunchConfig, v: Tensor) -> dict[str, Any]:
     """Arguments of `ops.attention.reference` that put P's rounding where a launch of this configuration has it."""
-    return {"step": config.block_n, "folded": config.specialized and is_transposed(v)}
+    return {"step": config.block_n, "folded": config.hopper and is_transposed(v)}
 
 
 def is_transposed(v: Tensor) -> bool:
@@ -128,7 +128,7 @@ def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]
     stride_v = (v.stride(2), v.stride(0), v.stride(1)) if is_transposed(v) else v.stride()
     for form in forms:
         config = launch_config(q, k, v, bounded=form, lse=return_lse)
-        if config.specialized:
+        if config.hopper:
             # Never in a trace, which has no descriptors: no wrap_triton.
             with on_device(q):
                 hopper.launch(config, *matrices(q, k, v), tensors, (n, map_rows, key_blocks, map_rows * heads_q), sizes)

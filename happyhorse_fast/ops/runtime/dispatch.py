@@ -204,7 +204,7 @@ def compute_capability(device: torch.device) -> int | None:
     return 10 * major + minor
 
 
-def attention_is_specialized(precision: str, head_dim: int, device: torch.device) -> bool:
+def attention_is_hopper(precision: str, head_dim: int, device: torch.device) -> bool:
     """Whether Triton's attention on ``device`` is its Hopper kernel, in Gluon, wherever tiles can be described.
 
     Args:
@@ -216,7 +216,7 @@ def attention_is_specialized(precision: str, head_dim: int, device: torch.device
     if arch is None:
         return False
     try:
-        return config_for("attention", f"{precision}_d{head_dim}", arch).specialized
+        return config_for("attention", f"{precision}_d{head_dim}", arch).hopper
     except LookupError:  # no such kernel there
         return False
 
