@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from happyhorse_fast.ops.linear.contract import fp8_linear
-from happyhorse_fast.ops.linear.packing import pack_linear
+from happyhorse_fast.ops import fp8_linear, pack_linear
 from happyhorse_fast.ops.quantize import e4m3_rows, int8_rows
 
 
