@@ -154,13 +154,13 @@ def test_who_raises_while_turns_are_taken_is_named(gpu):
 
 def test_a_stopwatch_tells_a_slow_call_from_a_fast_one():
     watch = Stopwatch(CPU)
-    fast = alone(watch, [lambda: None], seconds=0.01)
+    fast = alone(watch, [lambda: time.sleep(0.001)], seconds=0.01)
     slow = alone(watch, [lambda: time.sleep(0.02)], seconds=0.1)
     assert fast.median_ms < 20 <= slow.median_ms
     assert slow.low_ms <= slow.median_ms <= slow.high_ms
     assert len(slow.times_ms) >= FEWEST
     with pytest.raises(ValueError, match="at least one call"):
-        alone(watch, [])
+        alone(watch, [], seconds=0.1)
 
 
 def test_spread_is_between_tenths():
