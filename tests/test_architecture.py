@@ -31,6 +31,7 @@ LAYERS = {
     "fast": 4,
     "checkpoint": 5,
     "golden": 5,
+    "pipeline": 5,
     "pony": 5,
     "sampler": 5,
     "verify": 6,
