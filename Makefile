@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in $(VENV), pinned by constraints.txt.
 #   make PYTHON=python3.12 test     another interpreter for a new environment
 #   make PYTEST_ARGS="-k rope" test more arguments for pytest
-#   make SEED=7 FUZZ_ARGS="-k schedules" fuzz   examples drawn from that seed, for some tests
+#   make SEED=7 FUZZ_ARGS="-k ranges" fuzz   examples drawn from that seed, for some tests
 #   make DEMO_ARGS=--json demo      more arguments for the demo
 #   make gpu PYTHON=python3         run with that interpreter as it is: no environment is made, nothing is installed
 #   make gpu STAGES=tests,attn=200  some stages only, attn with a share of 200 s
@@ -57,8 +57,8 @@ fuzz: $(STAMP) ## 20 times the examples of `make test`, from a fresh seed, which
 	  echo "failed with SEED=$$seed; the same examples again: make SEED=$$seed FUZZ_ARGS='-k NAME' fuzz" >&2; exit 1; }
 
 # Planted bugs are left out: some read where they should not, which ends a sanitized run.
-SANITIZED := $(addprefix tests/test_cuda_,activation_quantize.py async_copy.py block_sparse_attention.py \
-  qk_norm_rope.py rmsnorm_quantize.py select_blocks.py shim.py)
+SANITIZED := $(addprefix tests/ops/test_cuda_,activation_quantize.py block_sparse_attention.py qk_norm_rope.py \
+  rmsnorm_quantize.py select_blocks.py) $(addprefix tests/emulators/test_cuda_,async_copy.py shim.py)
 sanitize: $(STAMP) ## the host module, and CUDA kernels on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer
 	csrc/host/sanitize.sh $(BIN)/python
 	HAPPYHORSE_FAST_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) \

@@ -47,7 +47,7 @@ def exact_interpreter() -> bool:
     """Make Triton's interpreter exact where kernels are interpreted; returns whether they are."""
     if os.environ.get("TRITON_INTERPRET", "0") != "1" or importlib.util.find_spec("triton") is None:
         return False
-    from happyhorse_fast.ops.triton.exact_interpreter import make_exact
+    from happyhorse_fast.ops.runtime.triton.exact_interpreter import make_exact
 
     make_exact()
     return True

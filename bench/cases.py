@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import layer_kind, step_costs
-from happyhorse_fast.model.fast_config import FastConfig
-from happyhorse_fast.model.fast_layer import LayerPlan, packed_shapes
-from happyhorse_fast.model.padded_rows import PaddedRows
-from happyhorse_fast.reference.sequence import Clip, dense_ranges, local_ranges
+from happyhorse_fast.eager.sequence import Clip, dense_ranges, local_ranges
+from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.layer import packed_shapes
+from happyhorse_fast.fast.padded_rows import PaddedRows
+from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
 FULL = ModelConfig.preset("happyhorse-1.0-15b")
@@ -79,7 +80,7 @@ class Size:
 
     @property
     def windowed(self) -> bool:
-        """Whether some layer has its frame window on this clip."""
+        """True where some layer has its frame window on this clip."""
         return any(self.config.is_local(i, self.clip.frame_tokens) for i in self.config.local_attn_layers)
 
 
@@ -94,12 +95,16 @@ def padded_rows(size: Size) -> PaddedRows:
     return PaddedRows.of(size.grid, windowed=size.windowed)
 
 
+def token_ranges(size: Size, window: bool) -> list[tuple[int, int, int, int]]:
+    """(q_start, q_end, k_start, k_end) of a layer without sparsity, in tokens."""
+    return local_ranges(size.grid, size.config.frame_receptive_field) if window else dense_ranges(size.grid)
+
+
 @functools.lru_cache(maxsize=16)  # all sizes: 16 MB at most each, 0.5 s to make
 def exact_map(size: Size, window: bool) -> BlockMap:
     """The block map of a layer without sparsity, on the CPU."""
     rows = padded_rows(size)
-    ranges = local_ranges(size.grid, size.config.frame_receptive_field) if window else dense_ranges(size.grid)
-    return BlockMap.from_ranges(*rows.to_rows(ranges), rows.slots, rows.slots)
+    return BlockMap.from_ranges(*rows.to_rows(token_ranges(size, window)), rows.slots, rows.slots)
 
 
 @dataclass(frozen=True)
@@ -123,16 +128,21 @@ class Case:
     @property
     def name(self) -> str:
         """Such as ``"block_sparse_attention-window/1080p-5s/fp8"``; the key of its results."""
-        return f"{self.op}{'-' if self.part else ''}{self.part}/{self.size.name}/{self.precision}"
+        return f"{self.use}/{self.size.name}/{self.precision}"
 
     @property
-    def kind(self) -> tuple[str, str, str]:
-        """What it is at any size."""
-        return self.op, self.part, self.precision
+    def use(self) -> str:
+        """The op and which use of it, such as ``"block_sparse_attention-window"``."""
+        return f"{self.op}{'-' if self.part else ''}{self.part}"
+
+    @property
+    def kind(self) -> str:
+        """Its name at any size, such as ``"block_sparse_attention-window/fp8"``."""
+        return f"{self.use}/{self.precision}"
 
     @property
     def variant(self) -> str:
-        """Format by :data:`happyhorse_fast.ops.formats.VARIANTS`' name of it; int8 products lead to int8 q and k."""
+        """Format by :data:`happyhorse_fast.ops.runtime.formats.VARIANTS`' name; int8 products lead to int8 q and k."""
         return "int8_x_int8_qk" if (self.op, self.precision) == ("qkv_linear", "int8") else self.precision
 
     @property
@@ -154,7 +164,7 @@ class Case:
 
     @property
     def product(self) -> str | None:
-        """Which of the layer's weights the op multiplies by, None for the others."""
+        """The layer's weight that the op multiplies by, None where it has none."""
         if self.op == "quantize_rows":
             return None
         costed = _COSTED.get(self.part, _COSTED.get(self.op))

@@ -1,4 +1,4 @@
-"""What must hold before anything is timed: sources build and import, kernels pass their self-check and run clean.
+"""Checks before anything is timed: sources build and import, kernels pass their self-check and run clean.
 
 Run as ``python -m bench.checks native``, ``build``, ``self`` or ``tiny``.
 """
@@ -16,14 +16,15 @@ from pathlib import Path
 import torch
 
 from bench.cases import cases, select
-from bench.comparison import implementations
-from bench.gates import problems
 from bench.inputs import make
-from bench.lost import LOST
+from bench.measure.comparison import implementations
+from bench.measure.gates import problems
+from bench.measure.lost import LOST
 from bench.ops import other_backends
 from bench.results import describe_machine
-from happyhorse_fast.ops import formats, self_check, trust
-from happyhorse_fast.ops.dispatch import STEMS, cuda_obstacle
+from happyhorse_fast.ops.runtime import formats, self_check, trust
+from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
+from happyhorse_fast.ops.runtime.dispatch import STEMS
 
 
 def native(package: Path) -> int:
@@ -41,7 +42,7 @@ def native(package: Path) -> int:
 def build(device: torch.device) -> int:
     """Import every launcher, and say what runs where."""
     for stem in sorted(set(STEMS.values())):
-        importlib.import_module(f"happyhorse_fast.ops.triton.{stem}")
+        importlib.import_module(f"happyhorse_fast.ops.{stem}.triton")
     for name, value in describe_machine(device).items():
         print(f"{name}: {value}")
     print(f"device: {device}; Triton kernels {'interpreted' if bootstrap.INTERPRETED else 'compiled'}")
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("native", "build", "self", "tiny"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="comma-separated: ops of the self-check, words of tiny cases' names")
-    parser.add_argument("--impl", choices=("triton", "gluon", "cuda"), default="", help="of self and tiny; or all")
+    parser.add_argument("--impl", choices=("triton", "hopper", "cuda"), default="", help="of self and tiny; or all")
     parser.add_argument("--into", type=Path, default=bootstrap.ROOT / "happyhorse_fast", help="where native builds")
     options = parser.parse_args(argv)
     device = torch.device(options.device)

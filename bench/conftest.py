@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.comparison import Bench
+from bench.measure.comparison import Bench
 from bench.ops_table import summary
 
 BENCH = pytest.StashKey[Bench]()

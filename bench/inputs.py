@@ -9,20 +9,18 @@ import torch
 from torch import Tensor
 
 from bench.cases import DROP_IN, STEM, Case, exact_map, padded_rows
-from bench.specialized import running
+from bench.hopper import running
+from happyhorse_fast import ops
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
-from happyhorse_fast.ops import block_sparse_attention as attention
-from happyhorse_fast.ops import fp8_linear as linear
-from happyhorse_fast.ops import quantize_rows as row_codes
-from happyhorse_fast.ops import rmsnorm_qkv as qkv
-from happyhorse_fast.ops import sdpa
-from happyhorse_fast.ops import select_blocks as selection
-from happyhorse_fast.ops.packing_qkv import static_qk_scale
-from happyhorse_fast.reference.fp8_linear import empty_activated
-from happyhorse_fast.reference.quantize_rows import empty_codes
-from happyhorse_fast.reference.quantized_qkv import empty_normalised, empty_qkv, quantize_k, quantize_q
-from happyhorse_fast.reference.rmsnorm_qkv import rms_norm
-from happyhorse_fast.reference.score_bound import LIMIT, norm_bound, scores_fit
+from happyhorse_fast.eager.qkv import rms_norm
+from happyhorse_fast.ops.attention import sdpa
+from happyhorse_fast.ops.attention.score_bound import LIMIT, norm_bound, scores_fit
+from happyhorse_fast.ops.block_selection.contract import empty_results
+from happyhorse_fast.ops.linear.contract import LinearActivation
+from happyhorse_fast.ops.qkv.contract import QkvLinear, RmsnormQuantize
+from happyhorse_fast.ops.qkv.packing import static_qk_scale
+from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_q
+from happyhorse_fast.ops.row_quantization.contract import QuantizeRows
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 Given = dict[str, Any]
@@ -62,7 +60,7 @@ class Draw:
 
 
 def make(case: Case, device: torch.device | str, seed: int = 0) -> Given:
-    """Inputs of a case; on ``"meta"`` no data and no block map, to count bytes."""
+    """Inputs of a case; on ``"meta"`` without data."""
     draw = Draw(torch.device(device), seed)
     return _MAKERS[case.op](case, draw)
 
@@ -110,7 +108,7 @@ def _attention(case: Case, draw: Draw) -> Given:
     else:
         given["v"] = draw.normal(rows, plan.num_heads_kv, plan.head_dim, dtype=BF16)
         given |= {"bound": bound} if case.op == STEM else {}
-    given["block_map"] = None if draw.device.type == "meta" else block_map(case, given)
+    given["block_map"] = block_map(case, given)
     return given
 
 
@@ -148,15 +146,22 @@ def block_map(case: Case, given: Mapping[str, Any]) -> BlockMap:
     device = given["q"].device
     if case.keep is None:
         return exact_map(case.size, case.part == "window").to(device)
-    selector = BlockSelector(padded_rows(case.size), exact_map(case.size, False), device)
-    return selector.top_k(given["q"], given["k"], case.keep, q_scale=given.get("q_scale"), k_scale=given.get("k_scale"))
+    chooser = selector(case, device)
+    if device.type == "meta":
+        return chooser.block_map(empty_results(given["k"], chooser.table))
+    return chooser.top_k(given["q"], given["k"], case.keep, q_scale=given.get("q_scale"), k_scale=given.get("k_scale"))
+
+
+def selector(case: Case, device: torch.device) -> BlockSelector:
+    """Make what chooses a case's blocks."""
+    there = torch.device("cpu") if device.type == "meta" else device
+    made = BlockSelector(padded_rows(case.size), exact_map(case.size, False), there)
+    return made if there == device else made.changed(lambda x: x.to(device))
 
 
 def _select(case: Case, draw: Draw) -> Given:
     given, _ = _queries_and_keys(case, draw)
-    if draw.device.type != "meta":
-        given["selector"] = BlockSelector(padded_rows(case.size), exact_map(case.size, False), draw.device)
-    return given | {"keep": case.keep}
+    return given | {"selector": selector(case, draw.device), "keep": case.keep}
 
 
 def _residual(case: Case, draw: Draw) -> Given:
@@ -209,14 +214,14 @@ _MAKERS = {
     "select_blocks": _select,
 }
 _OPS: dict[str, Any] = {
-    STEM: attention.block_sparse_attention,
+    STEM: ops.block_sparse_attention,
     DROP_IN: _drop_in,
-    "fp8_linear_activation": linear.fp8_linear_activation,
-    "fp8_linear_residual": linear.fp8_linear_residual,
-    "qkv_linear": qkv.qkv_linear,
-    "quantize_rows": row_codes.quantize_rows,
-    "rmsnorm_quantize": qkv.rmsnorm_quantize,
-    "select_blocks": selection.select_blocks,
+    "fp8_linear_activation": ops.fp8_linear_activation,
+    "fp8_linear_residual": ops.fp8_linear_residual,
+    "qkv_linear": ops.qkv_linear,
+    "quantize_rows": ops.quantize_rows,
+    "rmsnorm_quantize": ops.rmsnorm_quantize,
+    "select_blocks": ops.select_blocks,
 }
 
 
@@ -237,20 +242,19 @@ def moved_bytes(case: Case) -> int:
     outputs: tuple[Tensor, ...]
     scale = (torch.empty(1, dtype=torch.float32, device="meta"),) if case.precision == "fp8" else ()
     if case.op == "rmsnorm_quantize":
-        outputs = empty_normalised(given["hidden"], given["out"])
+        outputs = RmsnormQuantize(**given).empty()
     elif case.op == "quantize_rows":
-        outputs = empty_codes(given["x"])
+        outputs = QuantizeRows(**given).empty()
     elif case.op == "qkv_linear":
-        heads = given["num_heads_q"], given["num_heads_kv"]
-        outputs = empty_qkv(given["cos_sin"], *heads, given["out"])
+        outputs = QkvLinear(**given).empty()
     elif case.op in (STEM, DROP_IN):
-        outputs = (*attention.empty_results(given["q"], case.precision == "fp8", False), *scale)
+        dtype = torch.float8_e4m3fn if case.precision == "fp8" else torch.bfloat16
+        outputs = (torch.empty_like(given["q"], dtype=dtype), *scale)
     elif case.op == "select_blocks":
         blocks = case.rows // BLOCK
-        outputs = selection.empty_results(given["k"], torch.empty(blocks, blocks, device="meta"))
+        outputs = empty_results(given["k"], torch.empty(blocks, blocks, device="meta"))
     elif case.op == "fp8_linear_activation":
-        n, features = given["x"].shape[0], given["weight"].shape[1]
-        outputs = (empty_activated(n, features, given["activation"], given["fp8"], given["x"].device), *scale)
+        outputs = (LinearActivation(**given).empty(), *scale)
     else:
         outputs = (given["hidden"],)
     return sum(t.nbytes for t in (*given.values(), *outputs) if isinstance(t, Tensor))

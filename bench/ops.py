@@ -3,7 +3,7 @@
     python -m bench.ops --scope main --cases attention      # see --help
 
 A case whose gate is red gets no number, neither in the table nor in the results. Numbers of one line are of one span,
-in which all took turns on a warm chip (:mod:`bench.timing`). After a CUDA error that nothing survives the command stops
+in which all took turns on a warm chip. After a CUDA error that nothing survives the command stops
 with exit code 3; `--keep all` goes on with what is missing. `--gates` stops after the gates, so that kernels that never
 ran take the GPU from a process of their own; `--keep gates` times what they left.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -22,16 +23,17 @@ from typing import Any
 
 import torch
 
-from bench import began, specialized
+from bench import began, hopper
 from bench.cases import Case, cases, select
-from bench.comparison import SLOW_SECONDS, Bench, Stopped, groups
-from bench.conditions import Monitor
-from bench.lost import LOST, lost
+from bench.hopper import HOPPER
+from bench.measure.comparison import SLOW_SECONDS, Bench, Stopped, groups
+from bench.measure.conditions import Monitor
+from bench.measure.lost import LOST, lost
 from bench.ops_table import row, summary
-from bench.peers import Peer, all_peers, split
+from bench.peers.peer import Peer
+from bench.peers.registry import all_peers, split
 from bench.results import FOLDER, Json, Results, describe_machine, path_for
-from bench.specialized import GLUON
-from happyhorse_fast.ops.dispatch import cuda_obstacle
+from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 
 KEEP = ("none", "gates", "all")
 
@@ -51,12 +53,12 @@ def run(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline:
         print("; ".join(row(entry)), file=sys.stderr, flush=True)
         found[entry["case"], entry["impl"]] = entry
         if results is not None:
-            results.add_entry(entry)
+            results.add("entries", entry)
 
     if results is not None:
-        bench.gated = results.add_gate
-        results.add_peaks(asdict(bench.measured))
-        results.add_peaks(asdict(bench.peaks))
+        bench.gated = functools.partial(results.add, "gates")
+        results.add("peaks", asdict(bench.measured))
+        results.add("peaks", asdict(bench.peaks))
     of_all = groups(chosen)
     for i, peers in enumerate(_passes(bench.peers)):
         for group in of_all:
@@ -99,10 +101,10 @@ def run_gates(bench: Bench, chosen: Sequence[Case], results: Results | None, dea
         green = False
         print("; ".join(row(entry)), file=sys.stderr, flush=True)
         if results is not None:
-            results.add_entry(entry)
+            results.add("entries", entry)
 
     if results is not None:
-        bench.gated = results.add_gate
+        bench.gated = functools.partial(results.add, "gates")
     for group in groups(chosen):
         if time.monotonic() > deadline:
             print(f"time is up: {group[0].name} and later ones were not gated", file=sys.stderr)
@@ -141,7 +143,7 @@ def default_backend(device: torch.device) -> str:
 
 def other_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
     """(implementations beside the default one that can run here, reasons of those that cannot)."""
-    obstacles = {GLUON: specialized.obstacle(device), "cuda": cuda_obstacle(device)}
+    obstacles = {HOPPER: hopper.obstacle(device), "cuda": cuda_obstacle(device)}
     without = {name: reason for name, reason in obstacles.items() if reason}
     return [name for name in obstacles if name not in without], without
 
@@ -153,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scope", help="tiny, small, main, rest or full; by default main on a GPU, else small")
     parser.add_argument("--cases", default="", help="comma-separated words; cases whose name holds one of them")
     parser.add_argument("--seconds", type=float, default=0.3, help="about how long each contestant of a span runs")
-    parser.add_argument("--impl", default="", help="comma-separated, of triton, gluon, cuda, reference; all by default")
+    parser.add_argument(
+        "--impl", default="", help="comma-separated, of triton, hopper, cuda, reference; all by default"
+    )
     parser.add_argument("--peers", choices=("all", "quick", "none"), default="all", help="quick: none that compiles")
     keep = "of the result file: nothing, gates' verdicts, or what was timed as well"
     parser.add_argument("--keep", choices=KEEP, default="none", help=keep)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from bench.measure.roofline import Peaks
 from bench.results import NOT_INTERLEAVED, Json, ratio
-from bench.roofline import Peaks
+from bench.table import Table
 
 COLUMNS = (
     *("case", "impl", "ms", "spread", "TFLOP/s", "useful", "GB/s", "roofline", "of measured", "MHz", "W"),
@@ -39,18 +40,7 @@ def row(entry: Json) -> list[str]:
 
 def table(entries: Iterable[Json]) -> str:
     """Lines with aligned columns."""
-    lines = [list(COLUMNS), *map(row, entries)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS) - 1)]
-    return "\n".join(
-        "  ".join(
-            [
-                *(x.ljust(w) for x, w in zip(line[:2], widths[:2], strict=True)),
-                *(x.rjust(w) for x, w in zip(line[2:-1], widths[2:], strict=True)),
-                line[-1],
-            ]
-        )
-        for line in lines
-    )
+    return Table("Microbenchmarks of the ops", COLUMNS, tuple(tuple(row(entry)) for entry in entries)).text()
 
 
 def summary(peaks: Peaks, measured: Peaks, absent: Mapping[str, str], entries: Sequence[Json]) -> str:

@@ -131,7 +131,7 @@ def _driver() -> str:
 
 
 def path_for(header: Mapping[str, Any], folder: Path = FOLDER) -> Path:
-    """Where this run's file goes: the newest of this GPU, commit and software that is there, else a new one."""
+    """Path of this run's file: the newest of this GPU, commit and software that is there, else a new one."""
     gpu = re.sub(r"[^a-z0-9]+", "-", str(header["gpu"]).lower()).strip("-")
     begun = sorted((folder / gpu).glob(f"*-{header['commit']}*.json"), reverse=True)
     for path in begun:
@@ -142,7 +142,7 @@ def path_for(header: Mapping[str, Any], folder: Path = FOLDER) -> Path:
 
 
 def differences(data: Mapping[str, Any], header: Mapping[str, Any]) -> list[str]:
-    """What keeps a file from being continued; drivers of one branch (580.159.03, 580.159.04) run the same machine."""
+    """List what keeps a file from being continued; drivers of a branch (580.159.03 and .04) are the same machine."""
     found = []
     for name in HEADER:
         theirs, ours = data[name], header[name]
@@ -174,33 +174,14 @@ class Results:
             drivers = dict.fromkeys([*data["driver"].split(", "), header["driver"]])
             self.data |= data | {"driver": ", ".join(drivers)}
 
-    def add_entry(self, entry: Json) -> None:
-        """A microbenchmark of one case and implementation."""
-        self._put("entries", entry)
-
-    def add_gate(self, case: Any, impl: str, passed: bool) -> None:
-        """Whether an implementation may be timed on a case (:class:`bench.cases.Case`)."""
-        self._put("gates", {"case": case.name, "impl": impl, "passed": passed})
-
-    def add_sampler(self, entry: Json) -> None:
-        """A run of the sampler."""
-        self._put("sampler", entry)
-
-    def add_stage(self, stage: Json) -> None:
-        """Outcome of a stage of ``make gpu``."""
-        self._put("stages", stage)
-
-    def add_peaks(self, peaks: Json) -> None:
-        """A ceiling of the machine."""
-        self._put("peaks", peaks)
+    def add(self, name: str, entry: Json) -> None:
+        """Put an entry into a list of :data:`KEYS`: a microbenchmark, a gate's verdict, a run, a stage, a ceiling."""
+        self.data[name] = _joined(self.data[name], [entry], KEYS[name])
+        self._write()
 
     def add_absent(self, peers: Mapping[str, str]) -> None:
         """Peers that are not there, with the reason."""
         self.data["absent"] |= peers
-        self._write()
-
-    def _put(self, name: str, entry: Json) -> None:
-        self.data[name] = _joined(self.data[name], [entry], KEYS[name])
         self._write()
 
     def _write(self) -> None:
@@ -217,7 +198,7 @@ KEYS = {
     "stages": ("name",),
     "peaks": ("source",),
 }
-"""What an entry of each list goes by: a later one of the same takes its place."""
+"""Fields that name an entry of each list: a later one of the same name takes its place."""
 
 
 def merged(files: Sequence[Json]) -> Json:
@@ -236,12 +217,14 @@ def ratio(entry: Json, peer: str) -> float | None:
     return entry["peers"][peer] / entry["median_ms"] if entry.get("span") and peer in entry["peers"] else None
 
 
+RENAMED = {"gluon": "hopper"}
+"""Recorded name of a kernel -> its name now."""
 NOT_INTERLEAVED = "not interleaved"
 """Said of a comparison that no span is behind."""
 
 
 def comparable(one: Json, other: Json) -> bool:
-    """Whether the times of two entries are of one span: a cool chip's are up to 20 % below a warm one's."""
+    """Tell whether the times of two entries are of one span: a cool chip's are up to 20 % below a warm one's."""
     return bool(one.get("span")) and one.get("span") == other.get("span")
 
 
@@ -265,6 +248,8 @@ def read(path: Path) -> Json:
     except json.JSONDecodeError as error:
         raise ResultError(f"{path}: not JSON: {error}") from error
     validate(data, str(path))
+    for entry in (*data["entries"], *data.get("gates", ()), *data["sampler"]):
+        entry |= {name: RENAMED[entry[name]] for name in ("impl", "backend", "attention") if entry.get(name) in RENAMED}
     return dict(data)
 
 

@@ -24,25 +24,25 @@ import torch
 
 from bench import began
 from bench.cases import TINY, TINY_SIZE
-from bench.conditions import Monitor
+from bench.hopper import attention_kernel, running
 from bench.inputs import BOUNDED, RUNNING
-from bench.lost import LOST, lost
+from bench.measure.conditions import Monitor
+from bench.measure.lost import LOST, lost
+from bench.measure.random_model import Backend, random_eager, random_fast
 from bench.ops import arguments, open_results
-from bench.random_model import Backend, random_eager, random_fast
 from bench.results import Json
 from bench.sampler_runs import MODES, Run, chosen, runs
-from bench.specialized import attention_kernel, running
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.model.fast_config import FastConfig
-from happyhorse_fast.model.fast_layer import FastLayer
-from happyhorse_fast.model.op_times import OpTimes
-from happyhorse_fast.ops.dispatch import BackendError
-from happyhorse_fast.reference.model import HappyHorse
-from happyhorse_fast.reference.score_bound import LIMIT
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.layer import FastLayer
+from happyhorse_fast.ops.attention.score_bound import LIMIT
+from happyhorse_fast.ops.runtime.obstacles import BackendError
 from happyhorse_fast.sampler.progress import StepInfo
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
+from happyhorse_fast.verify.op_times import OpTimes
 
 FAILED, NOT_RUN = "failed", "not run"
 SEED = 0
@@ -61,7 +61,7 @@ class Bench:
     Args:
         device: Where.
         tiny: A tiny model and clip in every run's place, through the reference: to try the code without a GPU.
-        backend: Of fast models: ``"auto"``, ``"triton"``, ``"gluon"`` (attention in it) or ``"cuda"``. Where a
+        backend: Of fast models: ``"auto"``, ``"triton"``, ``"hopper"`` (attention in it) or ``"cuda"``. Where a
             self-check forbids ``"auto"``, Triton runs nonetheless, and the run says that it is not verified.
         monitor: Samples the GPU's state.
     """
@@ -300,7 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", default="", help=f"comma-separated parts of names such as {next(runs()).name}")
     per_run = "stop a run's steps after so long, two at least; by default 40 for fast runs, 10 for others"
     parser.add_argument("--seconds-per-run", type=float, help=per_run)
-    parser.add_argument("--backend", choices=("auto", "triton", "gluon", "cuda"), default="auto", help="of fast models")
+    parser.add_argument(
+        "--backend", choices=("auto", "triton", "hopper", "cuda"), default="auto", help="of fast models"
+    )
     parser.add_argument("--keep", choices=("none", "all"), default="none", help="leave out runs the results hold")
     options = parser.parse_args(argv)
     deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)
@@ -328,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line(entry), flush=True)
             # A self-check that took the GPU is remembered: started again, the run goes on without that kernel.
             if results is not None and not (bench.lost and entry["note"].startswith(NOT_RUN)):
-                results.add_sampler(entry)
+                results.add("sampler", entry)
             if bench.lost:
                 print(f"STOPPED: the GPU of this process is lost in {run.name}: {bench.lost}", file=sys.stderr)
                 return LOST

@@ -1,11 +1,11 @@
-"""Which runs of the sampler are timed: preset, mode, mask and memory cap, and in which order."""
+"""The runs of the sampler that are timed, in order: preset, mode, mask and memory cap."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from happyhorse_fast.model.fast_config import AttentionPrecision, FastConfig, TopK
+from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, TopK
 
 BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
 FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"
@@ -50,12 +50,12 @@ class Run:
 
     @property
     def second_stage(self) -> bool:
-        """Whether it is the second stage of two."""
+        """True for the second stage of two."""
         return self.preset == SECOND_STAGE
 
     @property
     def fast(self) -> FastConfig | None:
-        """How the model is accelerated; None in the eager modes."""
+        """The model's FastConfig; None in the eager modes."""
         if not self.mode.startswith("fast"):
             return None
         sparsity = None if self.mask == EXACT else TopK(float(self.mask.removesuffix("%")) / 100)
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """How long its steps may take where nothing else is asked for."""
+        """Seconds that its steps may take where nothing else is asked for."""
         return SECONDS["fast" if self.fast else "other"]
 
     @property

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from bench.cases import DROP_IN, STEM
 from bench.inputs import BOUNDED, FOUND, RUNNING
-from bench.predictions import PREDICTIONS, SIZE, Prediction
-from bench.report_data import ceilings, form_of, load, measured_ceilings, share_of, steps_timed
-from bench.report_tables import Table, clip_table, ops_table, shown
+from bench.measure.roofline import gpu_named
+from bench.report.data import ceilings, form_of, load, measured_ceilings, share_of, steps_timed
+from bench.report.predictions import PREDICTIONS, SIZE, Prediction
+from bench.report.tables import clip_table, ops_table
 from bench.results import FOLDER, NOT_INTERLEAVED, Json, comparable, ratio, read
 from bench.sampler_runs import BASE, EXACT, SECOND_STAGE
+from bench.table import Table
 
 ATTENTION = ("window", "25%")
 GOALS = (
@@ -36,8 +38,8 @@ SCALED_MM, BF16_MM, INT_MM = (
     f"{name} (product only)" for name in ("torch._scaled_mm", "torch.mm bf16", "torch._int_mm")
 )
 LEAST_OF_PRODUCT = 0.95
-"""Of the library's bare product's speed, in turns with it, that a product with its epilogue keeps; up, which adds to
-nothing in memory, 0.98."""
+"""Share of the library's bare product's speed, in turns with it, that a product with its epilogue keeps; up, which
+adds to nothing in memory, 0.98."""
 CAPS = (80, 48, 24)
 PEAK_GIB = {5: 18.5, 15: 21.8}
 """GiB that 8 bits take at most at 1080p, by seconds of the clip; 21.8 is what a card of 24 GB has."""
@@ -74,7 +76,7 @@ class Line:
         return f"missed by {abs(self.reached / self.wanted - 1):.1%}"
 
     def cells(self) -> tuple[str, ...]:
-        """Of a table."""
+        """Cells of a table's row."""
         sign, reached = ">=" if self.least else "<=", "" if self.reached is None else f"{self.reached:.4g}"
         return self.what, f"{sign} {self.wanted:.4g} {self.unit}", reached, self.verdict, self.note
 
@@ -128,7 +130,7 @@ def _against(what: str, entry: Json | None, peer: str, wanted: float) -> Line:
 
 
 def _finding(data: Json) -> Line:
-    """What attention costs more where its bound is found on the device, of the kernel that is the fastest there."""
+    """Compare attention whose bound is found on the device with one that is known, by the kernel fastest there."""
     what = "attention() dense bf16, more than with a known bound"
     found, note = best(data, f"{DROP_IN}-dense", "bf16", softmax=f"{BOUNDED}{FOUND}")
     if found is None:
@@ -240,8 +242,8 @@ def predicted(data: Json) -> Iterator[tuple[str, ...]]:
 
 def of_gpu(name: str) -> list[Prediction]:
     """Predictions for a GPU by the driver's name of it."""
-    known = name.lower().replace(" ", "")
-    return [prediction for prediction in PREDICTIONS if any(gpu in known for gpu in prediction.gpus)]
+    gpu = gpu_named(name)
+    return [prediction for prediction in PREDICTIONS if gpu and gpu.name in prediction.gpus]
 
 
 def tables(data: Json) -> list[Table]:
@@ -268,7 +270,7 @@ def tables(data: Json) -> list[Table]:
 
 def text(data: Json, markdown: bool = False) -> str:
     """One GPU's tables."""
-    return "\n\n".join(table.markdown() if markdown else shown(table) for table in tables(data))
+    return "\n\n".join(table.markdown() if markdown else table.text() for table in tables(data))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

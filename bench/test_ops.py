@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import comparison, ops
+from bench import ops
 from bench.cases import Case, cases
-from bench.conditions import Monitor
 from bench.conftest import BENCH, ENTRIES
-from bench.peers import all_peers, split
-from bench.timing import Recorded
+from bench.measure import comparison
+from bench.measure.conditions import Monitor
+from bench.measure.timing import Recorded
+from bench.peers.registry import all_peers, split
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = os.environ.get("BENCH_SCOPE") or ("main" if DEVICE.type == "cuda" else "small")

@@ -3,7 +3,7 @@
     python -m bench.tune --cases swiglu7 --minutes 5 --write
     python -m bench.tune --dry            # only shows the candidates
 
-A candidate counts only if the case's gate is green with it; the best one and it take turns (:mod:`bench.timing`).
+A candidate counts only if the case's gate is green with it; the best one and it take turns (`measure.timing`).
 Users' processes never tune: what is committed runs.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -27,13 +26,13 @@ import torch
 
 from bench import began
 from bench.cases import Case, cases, select
-from bench.gates import problems
+from bench.hopper import impl_of
 from bench.inputs import Given, call, make
-from bench.lost import LOST, lost
-from bench.specialized import impl_of
-from bench.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
+from bench.measure.gates import problems
+from bench.measure.lost import LOST, lost
+from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
 from happyhorse_fast.files import replacing
-from happyhorse_fast.kernels.launch import LaunchConfig, illegal, shared_memory_bytes, table
+from happyhorse_fast.kernels.launch import LaunchConfig, illegal, launched_with, shared_memory_bytes, table
 
 CONFIGS = bootstrap.ROOT / "kernels" / "configs"
 # A candidate must be faster than the best one by more than two runs of the same configuration differ.
@@ -42,14 +41,14 @@ SEEDS = 2
 # What is varied around the committed configuration, per stem. Attention's block_n is its step of P, which accuracy
 # depends on: it stays.
 CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
-    "block_sparse_attention": {"num_warps": (4, 8), "num_stages": (2, 3, 4)},
-    "fp8_linear": {
+    "attention": {"num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    "linear": {
         "block_n": (128, 256),
         "block_k": (64, 128),
         "num_warps": (4, 8),
         "num_stages": (3, 4, 5),
     },
-    "rmsnorm_qkv": {"block_n": (128, 256), "block_k": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5)},
+    "qkv": {"block_n": (128, 256), "block_k": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5)},
 }
 GROUP_M = (8, 16, 32)
 """Varied for the best of the rest alone, a third of the candidates: it changes what is read from L2, not what runs."""
@@ -75,17 +74,17 @@ def targets(scope: str) -> Iterator[Target]:
     for case in cases(scope):
         precision = case.precision
         if case.op == "block_sparse_attention" and case.part in ("window", "25%"):
-            yield Target("block_sparse_attention", f"{precision}_d{case.plan.head_dim}", case)
+            yield Target("attention", f"{precision}_d{case.plan.head_dim}", case)
         elif case.op == "fp8_linear_activation":
-            yield Target("fp8_linear", f"{precision}_{case.part}", case)
+            yield Target("linear", f"{precision}_{case.part}", case)
         elif case.op == "fp8_linear_residual":
-            yield Target("fp8_linear", f"{precision}_residual", case)
+            yield Target("linear", f"{precision}_residual", case)
         elif case.op == "qkv_linear":
-            yield Target("rmsnorm_qkv", f"qkv_{precision}", case)
+            yield Target("qkv", f"qkv_{precision}", case)
 
 
 def candidates(target: Target, arch: int) -> list[LaunchConfig]:
-    """Legal configurations, the committed one first, then, where there are both, the other of plain and specialized.
+    """Legal configurations, the committed one first, then, where there are both, the other kernel's.
 
     Raises:
         LookupError: The table has no entry for the architecture.
@@ -96,9 +95,9 @@ def candidates(target: Target, arch: int) -> list[LaunchConfig]:
     base = LaunchConfig(**committed)
     choices = CHOICES[target.stem]
     made = [base]
-    if str(arch) in table(target.stem).get(f"{target.variant}_specialized", {}):
-        made.append(dataclasses.replace(base, specialized=not base.specialized))
-    plain = dataclasses.replace(base, specialized=False)  # what varies is the plain kernel's
+    if str(arch) in table(target.stem).get(f"{target.variant}_hopper", {}):
+        made.append(dataclasses.replace(base, hopper=not base.hopper))
+    plain = dataclasses.replace(base, hopper=False)  # what varies is the plain kernel's
     for values in itertools.product(*choices.values()):
         config = dataclasses.replace(plain, **dict(zip(choices, values, strict=True)))
         if (
@@ -121,38 +120,24 @@ def _is_fp8(target: Target) -> bool:
 
 def _shared(target: Target, config: LaunchConfig) -> int:
     element = 1 if target.case.precision in ("int8", "fp8") else 2
-    if target.stem == "block_sparse_attention":  # stages of k and v, and the query tile
+    if target.stem == "attention":  # stages of k and v, and the query tile
         d = target.case.plan.head_dim
         return (2 * config.num_stages * config.block_n + config.block_m) * d * element
     return shared_memory_bytes(config, element)
-
-
-@contextlib.contextmanager
-def using(target: Target, arch: int, config: LaunchConfig) -> Iterator[None]:
-    """Launch a variant with another configuration than the committed one while inside."""
-    entries = table(target.stem)[target.variant]
-    before = entries.get(str(arch))
-    entries[str(arch)] = dataclasses.asdict(config)
-    try:
-        yield
-    finally:
-        if before is None:
-            del entries[str(arch)]
-        else:
-            entries[str(arch)] = before
 
 
 def prepare(target: Target, arch: int, config: LaunchConfig, stopwatch: Stopwatch, *, dry: bool) -> Prepared | str:
     """A configuration that is ready to take turns, or why it does not count."""
     device = stopwatch.device
     impl = impl_of(config)
+    passed = {(target.variant, arch): config}
 
     def launch(given: Given) -> None:
-        with using(target, arch, config):
+        with launched_with(target.stem, passed):
             call(target.case, given, impl)
 
     try:
-        with using(target, arch, config):
+        with launched_with(target.stem, passed):
             found = problems(target.case, make(target.case, device), impl)
         if found:
             return f"gate: {found[0]}"
@@ -187,8 +172,8 @@ def write(folder: Path, target: Target, arch: int, config: LaunchConfig) -> Path
     source = path if path.is_file() else CONFIGS / path.name
     data = json.loads(source.read_text())
     fields = list(next(iter(data[target.variant].values())))
-    specialized = {"specialized": True} if config.specialized else {}
-    data[target.variant][str(arch)] = {name: getattr(config, name) for name in fields} | specialized
+    hopper = {"hopper": True} if config.hopper else {}
+    data[target.variant][str(arch)] = {name: getattr(config, name) for name in fields} | hopper
     lines = []
     for variant, entries in data.items():
         inner = ",\n".join(f'    "{name}": {json.dumps(entry)}' for name, entry in entries.items())
@@ -266,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type != "cuda" and not bootstrap.INTERPRETED:
         print("python -m bench.tune: needs a CUDA device; --dry shows the candidates", file=sys.stderr)
         return 2
-    from happyhorse_fast.ops.triton.device import architecture
+    from happyhorse_fast.ops.runtime.triton.device import architecture
 
     arch, stopwatch = architecture(device), Stopwatch(device)
     for target in found:

@@ -185,7 +185,7 @@ def kernels_in(log: str) -> dict[str, dict[str, int]]:
 
 
 def _entry(file: Path, release: tuple[int, int]) -> dict[str, Any]:
-    """What the manifest says of a binary: its digest, the driver it needs, and what its kernels use."""
+    """Entry of a binary in the manifest: its digest, the driver it needs, and what its kernels use."""
     content = file.read_bytes()
     entry: dict[str, Any] = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
     if file.suffix == ".ptx":

@@ -15,10 +15,10 @@ OPTIONS = ("-std=c++17", "--fmad=false")
 run the same sources on the host with -ffp-contract=off, and the bits must be the same. Expected to cost little, since
 memory or tensor cores bound the kernels; the difference was not measured."""
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
-"""What binaries are built for. A GPU runs those of its major version and a lower minor one; sm_90a runs on 9.0 alone,
+"""Targets of binaries. A GPU runs those of its major version and a lower minor one; sm_90a runs on 9.0 alone,
 and may use the instructions that only Hopper has."""
 VIRTUAL_ARCHITECTURES = ("compute_80", "compute_89")
-"""What PTX is built for: every later GPU, and drivers older than the binaries. 89 has the conversion to e4m3 in
+"""Targets of PTX: every later GPU, and drivers older than the binaries. 89 has the conversion to e4m3 in
 hardware, where 80 computes it."""
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w.]+)"', re.MULTILINE)

@@ -8,49 +8,51 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from happyhorse_fast import moved
 from happyhorse_fast._version import __version__
 
 if TYPE_CHECKING:
+    from happyhorse_fast.arguments import CheckpointError, NonFiniteError
     from happyhorse_fast.block_map import BlockMap, Layout
+    from happyhorse_fast.checkpoint.load import load, save_checkpoint
+    from happyhorse_fast.checkpoint.lora import merge_lora
+    from happyhorse_fast.checkpoint.packed import save_packed
     from happyhorse_fast.config import ModelConfig
-    from happyhorse_fast.errors import CheckpointError, NonFiniteError
-    from happyhorse_fast.model.accelerate import Explanation, accelerate, explain, restore
-    from happyhorse_fast.model.checkpoint import load, save_checkpoint
-    from happyhorse_fast.model.fast_config import FastConfig, Tiles, TopK, TopP
-    from happyhorse_fast.model.lora import merge_lora
-    from happyhorse_fast.model.packed_checkpoint import save_packed
-    from happyhorse_fast.model.step import at_step
-    from happyhorse_fast.ops.dispatch import BackendError
-    from happyhorse_fast.ops.sdpa import attention
-    from happyhorse_fast.reference.model import HappyHorse
+    from happyhorse_fast.eager.model import HappyHorse
+    from happyhorse_fast.fast.accelerate import Explanation, accelerate, explain, restore
+    from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
+    from happyhorse_fast.fast.step import at_step
+    from happyhorse_fast.ops.attention.sdpa import attention
+    from happyhorse_fast.ops.runtime.obstacles import BackendError
     from happyhorse_fast.sampler.sample import sample
     from happyhorse_fast.sampler.super_resolve import super_resolve
     from happyhorse_fast.tokens import ClipTokens, tokens_for
 
+moved.tell()
 _WHERE = {
-    "BackendError": "ops.dispatch",
+    "BackendError": "ops.runtime.obstacles",
     "BlockMap": "block_map",
-    "CheckpointError": "errors",
+    "CheckpointError": "arguments",
     "ClipTokens": "tokens",
-    "Explanation": "model.accelerate",
-    "FastConfig": "model.fast_config",
-    "HappyHorse": "reference.model",
+    "Explanation": "fast.accelerate",
+    "FastConfig": "fast.config",
+    "HappyHorse": "eager.model",
     "Layout": "block_map",
     "ModelConfig": "config",
-    "NonFiniteError": "errors",
-    "Tiles": "model.fast_config",
-    "TopK": "model.fast_config",
-    "TopP": "model.fast_config",
-    "accelerate": "model.accelerate",
-    "at_step": "model.step",
-    "attention": "ops.sdpa",
-    "explain": "model.accelerate",
-    "load": "model.checkpoint",
-    "merge_lora": "model.lora",
-    "restore": "model.accelerate",
+    "NonFiniteError": "arguments",
+    "Tiles": "fast.config",
+    "TopK": "fast.config",
+    "TopP": "fast.config",
+    "accelerate": "fast.accelerate",
+    "at_step": "fast.step",
+    "attention": "ops.attention.sdpa",
+    "explain": "fast.accelerate",
+    "load": "checkpoint.load",
+    "merge_lora": "checkpoint.lora",
+    "restore": "fast.accelerate",
     "sample": "sampler",
-    "save_checkpoint": "model.checkpoint",
-    "save_packed": "model.packed_checkpoint",
+    "save_checkpoint": "checkpoint.load",
+    "save_packed": "checkpoint.packed",
     "super_resolve": "sampler",
     "tokens_for": "tokens",
 }

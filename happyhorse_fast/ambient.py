@@ -177,7 +177,7 @@ def independent(function: Callable[P, R]) -> Callable[P, R]:
     """A function that runs under :func:`held`.
 
     Not while torch compiles or exports: a setting cannot be written in a graph. What has to be exact there is an op of
-    its own, whose body runs later, such as :func:`happyhorse_fast.reference.float32.linear`.
+    its own, whose body runs later, such as :func:`happyhorse_fast.eager.float32.linear`.
     """
 
     @functools.wraps(function)

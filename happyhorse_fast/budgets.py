@@ -20,7 +20,7 @@ ATTENTION_DISTANCE_EXACT_P = 1e-3
 # A GPU's verdict on attention with P and v in e4m3; on exact arithmetic the 1e-5 above holds. Hopper adds e4m3 products
 # with 13 fraction bits (arXiv 2412.19437, 3.5.2; arXiv 2411.10958), so that scores are off by 5e-4, and P takes another
 # code where it was near a boundary: 5.0e-5 on the self-check's inputs, 2.5e-4 where the result becomes e4m3 too
-# (tests/test_wgmma_accumulator.py). Twice that; a scale that is 4 % off is 7.7e-4.
+# (tests/emulators/test_wgmma_accumulator.py). Twice that; a scale that is 4 % off is 7.7e-4.
 ATTENTION_DISTANCE_TENSOR_CORE = 1e-4
 ATTENTION_DISTANCE_TENSOR_CORE_E4M3_OUT = 5e-4
 BF16_MAX_RATIO = 2.0

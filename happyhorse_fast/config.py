@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from happyhorse_fast.errors import whole_number
+from happyhorse_fast.arguments import whole_number
 
 CoordsStyle = Literal["v1", "v2"]
 
@@ -18,6 +18,8 @@ LATENT_CHANNELS = 48
 """Channels of the video VAE's latent."""
 PATCH = (1, 2, 2)
 """Latent positions (frames, rows, columns) that make one video token."""
+OPS = ("qkv", "attention", "proj", "up", "down")
+"""The products of a layer whose precision can be chosen, in order."""
 MODALITIES = ("video", "audio", "text")
 """The order of the three experts in a sandwich layer's weights, and of the tokens in the sequence."""
 

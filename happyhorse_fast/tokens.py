@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from happyhorse_fast.arguments import real_number
 from happyhorse_fast.config import PATCH
-from happyhorse_fast.errors import real_number
 
 VAE_STRIDE = (4, 16, 16)
 """Frames, rows and columns of pixels per latent position."""

@@ -1,7 +1,7 @@
 """Named barriers (PTX `bar`) between the warps of the Hopper attention kernel; Gluon itself offers mbarriers alone.
 
 Such a barrier completes when the stated number of threads has come to it. A warp that syncs waits for that, one that
-arrives does not. There are 16: Triton takes the first for itself (`bench.aot_gates` sees to it), turns take two,
+arrives does not. There are 16: Triton takes the first for itself (`bench.aot.gates` sees to it), turns take two,
 and slots of k and v up to four each.
 """
 

@@ -1,11 +1,11 @@
 """Attention of one item with a bounded softmax, for bf16 and for int8 q and k: a part of the Hopper kernel.
 
-No score can leave float32's range as a power of two (`reference.score_bound`), so p = exp2(s * scale): no maximum is
+No score can leave float32's range as a power of two (`attention.score_bound`), so p = exp2(s * scale): no maximum is
 found, shared between threads or corrected for. Row sums stay per thread, four to a row, until an item's end. P is
 rounded to bf16 and summed after that, because the largest P of a row is not 1: a row of one key must be that key's v.
 
 The two groups take turns at issuing products. One's QK and PV run while the other computes exponents; without turns
-both come to need the tensor cores at the same time (docs/kernels/block_sparse_attention.md).
+both come to need the tensor cores at the same time (docs/kernels/attention.md).
 """
 
 from typing import Any, NamedTuple

@@ -4,7 +4,7 @@ P needs the maximum, because e4m3 has no room for a bound's slack. v's scale of 
 2^8 * 2^(s - m) with s the score plus log2 of v's scale, and m the largest of those. So blocks add up without a product
 by their scale. Each block's PV is still added to the accumulator in float32: the tensor cores' own sum of e4m3 products
 keeps 13 fraction bits, and over the 502 blocks of a 1080p clip a channel whose mean is half its spread loses a third
-(tests/test_wgmma_accumulator.py).
+(tests/emulators/test_wgmma_accumulator.py).
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from happyhorse_fast.kernels.block_sparse_attention import P_EXPONENT
+from happyhorse_fast.kernels.attention import P_EXPONENT
 from happyhorse_fast.kernels.hopper_barriers import K_SLOTS, V_SLOTS
 from happyhorse_fast.kernels.hopper_ring import await_full, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk

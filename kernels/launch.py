@@ -6,10 +6,14 @@ tuned in the user's process.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 ROW_TILE = 128
 """Most rows in one entry of ``row_tiles``."""
@@ -21,8 +25,8 @@ SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 12
 """Bytes of shared memory one program may use (CUDA C++ programming guide, technical specifications table)."""
 DESCRIPTORS_SINCE = 90
 """First compute capability with the tensor memory accelerator."""
-SPECIALIZED_ON = 90
-"""The one compute capability with warp-group products (wgmma), which the specialized kernel is made of."""
+HOPPER_ARCH = 90
+"""Compute capability of Hopper, the one with warp-group products (wgmma)."""
 FP_FUSION = True
 """Whether the compiler may fuse a * b + c into one rounding. Every launch says so: Triton 3.10 flips its default, and
 what is compiled must not depend on the version."""
@@ -40,8 +44,8 @@ class LaunchConfig:
         num_stages: Depth of the software pipeline.
         group_m: Row tiles that run side by side before the next column tile, for reuse in L2; 0 where there is none.
         descriptors: Load tiles through TMA descriptors (Hopper and later).
-        specialized: Warps of two kinds, one that loads and two groups that compute (attention on Hopper). An entry
-            that says so is launched as the entry of the same name with ``_specialized`` after it says.
+        hopper: Attention's kernel for Hopper, with warps of two kinds: one that loads and two groups that compute. An
+            entry that says so is launched as the entry of the same name with ``_hopper`` after it says.
         reduce: Let the hardware add a product to what is there (TMA reduce), where ``descriptors`` work for that too.
     """
 
@@ -52,12 +56,12 @@ class LaunchConfig:
     num_stages: int = 3
     group_m: int = 0
     descriptors: bool = False
-    specialized: bool = False
+    hopper: bool = False
     reduce: bool = False
 
 
 def shared_memory_bytes(config: LaunchConfig, element_bytes: int, extra: int = 0) -> int:
-    """What the software pipeline of a product holds: num_stages tiles of both operands, and what the caller adds.
+    """Bytes of a product's software pipeline: num_stages tiles of both operands, and what the caller adds.
 
     Args:
         config: The configuration.
@@ -85,8 +89,8 @@ def illegal(config: LaunchConfig, arch: int, *, fp8: bool, shared_bytes: int) ->
         return f"sm_{arch} has no TMA descriptors (sm_{DESCRIPTORS_SINCE} and later have)"
     if config.reduce and not config.descriptors:
         return "reduce goes through TMA descriptors, and descriptors is False"
-    if config.specialized and arch != SPECIALIZED_ON:
-        return f"sm_{arch} has no warp-group products (sm_{SPECIALIZED_ON} alone has)"
+    if config.hopper and arch != HOPPER_ARCH:
+        return f"sm_{arch} has no warp-group products (sm_{HOPPER_ARCH} alone has)"
     for name in ("block_m", "block_n", "block_k", "num_warps"):
         value = getattr(config, name)
         if value & (value - 1) or (value == 0 and name != "block_k"):
@@ -106,8 +110,26 @@ def table(stem: str) -> dict[str, dict[str, dict[str, object]]]:
     return loaded
 
 
+_PASSED: ContextVar[Mapping[tuple[str, str, int], LaunchConfig]] = ContextVar("passed", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def launched_with(stem: str, configs: Mapping[tuple[str, int], LaunchConfig]) -> Iterator[None]:
+    """Pass configurations to the launches made inside, by this thread; what is committed stays as it is.
+
+    Args:
+        stem: File stem of the kernel.
+        configs: In the place of the table's entry of a (variant, architecture). Nested calls add up.
+    """
+    entered = _PASSED.set({**_PASSED.get(), **{(stem, *entry): config for entry, config in configs.items()}})
+    try:
+        yield
+    finally:
+        _PASSED.reset(entered)
+
+
 def config_for(stem: str, variant: str, arch: int) -> LaunchConfig:
-    """The committed configuration of a kernel.
+    """The configuration of a kernel: the committed one, or what :func:`launched_with` passes.
 
     Args:
         stem: File stem of the kernel.
@@ -125,4 +147,6 @@ def config_for(stem: str, variant: str, arch: int) -> LaunchConfig:
         raise LookupError(
             f"{stem} {variant!r} has no configuration for sm_{arch}; there are {sorted(variants[variant])}"
         )
-    return LaunchConfig(**variants[variant][str(max(candidates))])  # type: ignore[arg-type]
+    nearest = max(candidates)
+    passed = _PASSED.get().get((stem, variant, nearest))
+    return passed or LaunchConfig(**variants[variant][str(nearest)])  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from cuda_shim import SHIM
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
-from happyhorse_fast.ops.cuda.launch import use_runner
+from happyhorse_fast.ops.runtime.cuda.launch import use_runner
 
 # Two workers share two cores.
 torch.set_num_threads(1)

@@ -17,11 +17,14 @@ import torch
 
 import happyhorse_fast as hh
 from happyhorse_fast import optional
-from happyhorse_fast.cli import demo, doctor, run
-from happyhorse_fast.cli.interpreted_layer import InterpretedLayer, interpreted_layer
-from happyhorse_fast.ops import dispatch, plan_blocks
-from happyhorse_fast.ops.cuda import errors, status
+from happyhorse_fast.block_map import compiled
+from happyhorse_fast.cli import doctor, run
+from happyhorse_fast.ops.runtime import dispatch
+from happyhorse_fast.ops.runtime.cuda import errors, status
 from happyhorse_fast.pony.media import read_image
+from happyhorse_fast.verify import clips
+from happyhorse_fast.verify import interpreted_layer as layer_module
+from happyhorse_fast.verify.interpreted_layer import InterpretedLayer, interpreted_layer
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -140,12 +143,12 @@ def test_a_broken_host_module_is_an_obstacle(monkeypatch: Patch) -> None:
         def exec_module(self, module: object) -> None:
             raise OSError("undefined symbol [x]")
 
-    plan_blocks.host_module_obstacle.cache_clear()
+    compiled.host_module_obstacle.cache_clear()
     monkeypatch.delattr(hh, "_C", raising=False)
     monkeypatch.delitem(sys.modules, "happyhorse_fast._C", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-    assert plan_blocks.host_module_obstacle() == "happyhorse_fast._C cannot be loaded: OSError: undefined symbol [x]"
-    plan_blocks.host_module_obstacle.cache_clear()
+    assert compiled.host_module_obstacle() == "happyhorse_fast._C cannot be loaded: OSError: undefined symbol [x]"
+    compiled.host_module_obstacle.cache_clear()
 
 
 def test_doctor_says_what_is_broken(broken: Any, monkeypatch: Patch, capsys: Capture) -> None:
@@ -192,7 +195,7 @@ def no_layer(monkeypatch: Patch) -> None:
     def none(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
         yield InterpretedLayer(None)
 
-    monkeypatch.setattr(demo, "interpreted_layer", none)
+    monkeypatch.setattr(layer_module, "interpreted_layer", none)
 
 
 @pytest.mark.usefixtures("no_layer")
@@ -201,13 +204,13 @@ def test_demo_names_what_is_broken_before_the_work(
 ) -> None:
     broken("av", "matplotlib")
     said: list[str] = []
-    make_clips = demo.make_clips
+    make_clips = clips.make_clips
 
     def noted(*given: Any, **options: Any) -> Any:
         said.append(capsys.readouterr().err)
         return make_clips(*given, **options)
 
-    monkeypatch.setattr(demo, "make_clips", noted)
+    monkeypatch.setattr(clips, "make_clips", noted)
     assert run(["demo", "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
     assert "no clip.mp4: av is installed but does not import" in said[0]
     assert "no clip.png: matplotlib is installed but does not import" in said[0]

@@ -19,8 +19,8 @@ from happyhorse_fast.costs import (
     totals,
     window_share,
 )
-from happyhorse_fast.reference import sequence
-from happyhorse_fast.reference.model import HappyHorse
+from happyhorse_fast.eager import sequence
+from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
 FULL = ModelConfig.preset("happyhorse-1.0-15b")

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load, load_file
 from toy_checkpoint import CONFIG, weights
 
+from happyhorse_fast.arguments import CheckpointError
+from happyhorse_fast.checkpoint.load import load as load_checkpoint
+from happyhorse_fast.checkpoint.load import save_checkpoint
 from happyhorse_fast.cli import run
 from happyhorse_fast.cli.output import save_tensors
-from happyhorse_fast.errors import CheckpointError
 from happyhorse_fast.files import is_special, replacing, require_folder, require_target
-from happyhorse_fast.model.checkpoint import load as load_checkpoint
-from happyhorse_fast.model.checkpoint import save_checkpoint
 from happyhorse_fast.pony.media import read_image
 
 TENSORS = {"video": torch.arange(6.0)}

@@ -2,10 +2,14 @@
 
 import importlib.util
 import json
+import pkgutil
+import re
 import subprocess
 import sys
 
 import pytest
+
+from happyhorse_fast import moved
 
 # Optional, slow to import, or both. torch is imported first, so what it loads by itself is not counted.
 HEAVY = ["PIL", "av", "diffusers", "matplotlib", "pytest", "rich", "triton", "typer"]
@@ -66,6 +70,33 @@ def test_import_takes_less_than_two_seconds_after_torch(imported):
 @pytest.mark.parametrize("blocked", [("triton",), tuple(HEAVY)])
 def test_import_works_without_optional_packages(blocked):
     assert probe(modules(), blocked)["missing"] == []
+
+
+def test_the_ops_are_functions_of_one_module_that_loads_on_first_use():
+    from happyhorse_fast import ops
+
+    folders = {info.name for info in pkgutil.iter_modules(ops.__path__)}
+    assert not folders & set(ops.__all__), "an import of one would hide the other"
+    assert dir(ops) == ops.__all__
+    for name in ops.__all__:
+        assert callable(getattr(ops, name)) and getattr(ops, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'fp8_linaer'"):
+        _ = ops.fp8_linaer
+
+
+@pytest.mark.parametrize("path", moved.MOVED)
+def test_an_old_path_names_the_new_one(path):
+    with pytest.raises(ImportError, match=re.escape(f"{path} moved: {moved.MOVED[path]}")):
+        importlib.import_module(path)
+    parent, _, name = path.rpartition(".")
+    for line in re.findall(r"from happyhorse_fast[.\w]* import [\w, ]+", moved.MOVED[path]):
+        exec(line, {})
+    if not hasattr(importlib.import_module(parent), name):
+        with pytest.raises(ImportError, match=" moved: "):
+            exec(f"from {parent} import {name}", {})
+    with pytest.raises(ImportError, match=" moved: "):
+        importlib.import_module(f"{path}.part")
+    assert importlib.util.find_spec("happyhorse_fast.no_such_module") is None
 
 
 def test_the_probe_sees_a_heavy_module():

@@ -14,10 +14,9 @@ import torch
 from toy_denoiser import Toy, clip
 
 import happyhorse_fast as hh
-from happyhorse_fast.block_map import BlockMap, BlockSelector, Layout
+from happyhorse_fast.arguments import plain_number, real_number, whole_number
+from happyhorse_fast.block_map import BlockMap, BlockSelector, Layout, compiled
 from happyhorse_fast.block_map.tiles import tile_order
-from happyhorse_fast.errors import plain_number, real_number, whole_number
-from happyhorse_fast.ops import plan_blocks
 
 TINY = hh.ModelConfig.preset("tiny")
 WHOLE: dict[str, Callable[[int], Any]] = {
@@ -69,14 +68,12 @@ def test_block_maps_take_whole_numbers_of_any_kind(kind: str) -> None:
     assert layout == Layout(3, 100, 20, 30) and type(layout.slots) is int
     made = (
         BlockMap.frame_window(layout, n(1)),
-        plan_blocks.frame_window(layout, n(1)),
-        plan_blocks.frame_window(layout, n(1), backend="python"),
         BlockMap.from_ranges([(0, 100)], [(0, 150)], n(200), n(200)),
-        plan_blocks.from_ranges([(0, 100)], [(0, 150)], n(200), n(200)),
+        compiled.from_ranges([(0, 100)], [(0, 150)], n(200), n(200)),
         BlockMap.tile_window(layout, n(10), (n(1), n(5), n(5)), (n(1), n(1), n(1))),
     )
     wanted = (
-        *[BlockMap.frame_window(Layout(3, 100, 20, 30), 1)] * 3,
+        BlockMap.frame_window(Layout(3, 100, 20, 30), 1),
         *[BlockMap.from_ranges([(0, 100)], [(0, 150)], 200, 200)] * 2,
         BlockMap.tile_window(layout, 10, (1, 5, 5), (1, 1, 1)),
     )

@@ -182,7 +182,7 @@ def test_without_torch_the_host_module_and_the_device_code_work(environment):
     code = """
 import importlib.util, numpy, happyhorse_fast._C as host
 from happyhorse_fast.csrc import sources
-from happyhorse_fast.ops.cuda import binaries, nvrtc
+from happyhorse_fast.ops.runtime.cuda import binaries, nvrtc
 assert importlib.util.find_spec("torch") is None
 ranges = numpy.array([[0, 300]])
 print(len(host.from_ranges(ranges, ranges, 300, 300)), len(sources.stems()))

@@ -4,8 +4,6 @@
 #include <cstring>
 #include <numeric>
 
-#include "schedule.hpp"
-
 namespace host {
 
 BlockMap::BlockMap(std::int64_t queries, std::int64_t keys) : queries_(queries), keys_(keys) {
@@ -115,7 +113,6 @@ std::int32_t BlockMap::draw(std::int64_t low) {
 
 void BlockMap::write(const BlockMapArrays& out) const {
   std::fill_n(out.counts, 2 * rows(), 0);
-  std::vector<std::int64_t> lengths(static_cast<std::size_t>(rows()), 0);
   std::int64_t row = 0;
   std::int32_t at = 0;
   for (const Group& group : groups_) {
@@ -140,12 +137,12 @@ void BlockMap::write(const BlockMapArrays& out) const {
       out.starts[row] = at - group.all;
       out.counts[2 * row] = group.full;
       out.counts[2 * row + 1] = group.all;
-      lengths[static_cast<std::size_t>(row)] = group.all;
     }
   }
   std::fill(out.starts + row, out.starts + rows(), at);
-  const std::vector<std::int32_t> order = longest_first(lengths);
-  std::copy(order.begin(), order.end(), out.order);
+  std::iota(out.order, out.order + rows(), 0);
+  std::stable_sort(out.order, out.order + rows(),
+                   [&out](std::int32_t a, std::int32_t b) { return out.counts[2 * a + 1] > out.counts[2 * b + 1]; });
   if (!masks().empty()) std::memcpy(out.mask_bits, masks().data(), masks().size() * sizeof(Mask));
 }
 

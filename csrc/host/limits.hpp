@@ -9,7 +9,7 @@
 namespace host {
 
 constexpr std::int64_t BLOCK = 128;  // queries and keys of one block
-// Tokens, rows, blocks in use and work items: what int32 numbers.
+// Tokens, rows and blocks in use: what int32 numbers.
 constexpr std::int64_t MOST = std::numeric_limits<std::int32_t>::max();
 
 // An argument out of range: what came and what is allowed. Python gets it as a ValueError.

@@ -30,4 +30,4 @@ cd "$root"
 # -s: what a sanitizer writes before it ends the process would be lost in pytest's capture. Without the claim about speed:
 # instrumented code is several times slower.
 "$(dirname "$python")/pytest" -q -s -p no:xdist -p no:cacheprovider -k "not milliseconds" \
-  tests/test_host_module.py tests/test_schedule.py "$@"
+  tests/block_map/test_host_module.py "$@"

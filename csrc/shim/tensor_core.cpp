@@ -21,7 +21,7 @@ double value(unsigned pair, int half) {
   return x;
 }
 
-// What a lane gives to ldmatrix.
+// A lane's share in ldmatrix.
 struct MatrixRow {
   std::uintptr_t address;
   unsigned char bytes[16];

@@ -1,20 +1,19 @@
 """The reference model over a batch of clips: the same functions and rounding points, for training.
 
 Inference takes one clip. Here the clips of a batch share every product, and attention runs through PyTorch's fused
-kernel, under which the frame window is a mask. ``tests/test_pony.py`` holds it against the reference.
+kernel, under which the frame window is a mask. ``tests/pony/test_pony.py`` holds it against the reference.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
-from happyhorse_fast.reference import sequence
-from happyhorse_fast.reference.mlp import mlp
-from happyhorse_fast.reference.model import HappyHorse, Layer
-from happyhorse_fast.reference.rmsnorm_qkv import rms_norm, rmsnorm_qkv
-from happyhorse_fast.reference.rotary import rotary_phases
-from happyhorse_fast.reference.sequence import Clip, Ranges
+from happyhorse_fast.eager import sequence
+from happyhorse_fast.eager.model import HappyHorse, Layer
+from happyhorse_fast.eager.qkv import rms_norm, rmsnorm_qkv
+from happyhorse_fast.eager.rotary import rotary_phases
+from happyhorse_fast.eager.sequence import Clip, Ranges
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """video [B, C, T, H, W], audio [B, A, Ca], text [B, L, Ct]."""
@@ -87,13 +86,9 @@ class BatchedHappyHorse(torch.nn.Module):
         q, k, v, gate = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         attended = scaled_dot_product_attention(q, k, v, attn_mask=window, enable_gqa=True).transpose(1, 2)
-        gated = (attended.to(hidden.dtype) * torch.sigmoid(gate).unsqueeze(-1)).flatten(2).to(dtype)
-        hidden = hidden + torch.cat(
-            [linear(gated[:, rows], attention.linear_proj.of(e).to(dtype)) for e, rows in spans], dim=1
-        ).to(hidden.dtype)
-        part, branch = layer.mlp, []
-        for e, rows in spans:
-            x = rms_norm(hidden[:, rows], part.pre_norm.of(e)).to(dtype)
-            up, down = part.up_gate_proj.of(e), part.down_proj.of(e)
-            branch.append(mlp(x, up, down, gated=part.gated, stream=hidden.dtype))
-        return hidden + torch.cat(branch, dim=1)
+        gated = attention.gated(attended, torch.sigmoid(gate))
+        branch = torch.cat([attention.project(gated[:, rows], e) for e, rows in spans], dim=1)
+        hidden = hidden + branch.to(hidden.dtype)
+        mlp = layer.mlp
+        branch = torch.cat([mlp.down(mlp.up(hidden[:, rows], e, dtype), e) for e, rows in spans], dim=1)
+        return hidden + branch.to(hidden.dtype)

@@ -23,9 +23,9 @@ from losses import flow_errors, rollout_errors
 from muon import Muon
 from safetensors.torch import save_file
 
+from happyhorse_fast.eager.model import HappyHorse, Weight
 from happyhorse_fast.pony.generate import CLIP
 from happyhorse_fast.pony.weights import PONY, WEIGHTS_FILE
-from happyhorse_fast.reference.model import HappyHorse, Weight
 
 RUN = Path(__file__).parent / "runs" / "pony"
 

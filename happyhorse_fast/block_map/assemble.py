@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from happyhorse_fast.block_map.map import BlockMap
+
+class Rows(NamedTuple):
+    """The fields of a :class:`BlockMap`, as its sources make them."""
+
+    counts: torch.Tensor
+    starts: torch.Tensor
+    columns: torch.Tensor
+    mask_ids: torch.Tensor
+    mask_bits: torch.Tensor
+    order: torch.Tensor
+    queries: int
+    keys: int
 
 
 def assemble(
@@ -13,7 +26,7 @@ def assemble(
     mask_bits: torch.Tensor,
     queries: int,
     keys: int,
-) -> BlockMap:
+) -> Rows:
     """Lay the rows out one after another, full blocks first, longest rows first in ``order``.
 
     Args:
@@ -42,7 +55,7 @@ def assemble(
     column = torch.arange(width, dtype=torch.int32, device=full.device).expand(heads, rows, width)
     columns.scatter_(0, place, column.flatten())
     ids.scatter_(0, place, mask_ids.flatten())
-    return BlockMap(
+    return Rows(
         counts=torch.stack([n_full, total], dim=-1),
         starts=starts.to(torch.int32),
         columns=columns[:size],

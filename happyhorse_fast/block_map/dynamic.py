@@ -1,28 +1,24 @@
-"""Block maps chosen by what q and k hold: made on the device, in tensor operations, without waiting for it."""
+"""Blocks chosen by what q and k hold: on the device, in tensor operations, without waiting for it."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
 
 import torch
 
 from happyhorse_fast import ambient
-from happyhorse_fast.block_map.assemble import assemble
+from happyhorse_fast.arguments import real_number, require_whole
 from happyhorse_fast.block_map.bits import BLOCK
-from happyhorse_fast.block_map.layout import Layout, frame_window
-from happyhorse_fast.block_map.map import BlockMap
-from happyhorse_fast.errors import real_number, require_whole
 
 FULL, ABSENT = -1, -2
-"""Entries of a selector's ``table`` that name no mask."""
+"""Entries of a ``table`` that name no mask."""
 WEIGHT_BITS = 30
 """A block's softmax weight is an integer, 2^30 for the best: sums are exact in any order, 11 bits more hold 2048."""
 MASS_BITS = 20
 """``mass`` counts in steps of 2^-20: 41 + 20 bits of a sum times a mass stay within int64."""
 
-Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Parts: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """(counts, starts, columns, mask_ids, order) of a map; see :class:`BlockMap`."""
 
 
@@ -47,161 +43,78 @@ def touching(spans: Sequence[tuple[int, int]], blocks: int) -> torch.Tensor:
     return held
 
 
-def select(base: BlockMap, keep: torch.Tensor) -> BlockMap:
-    """The blocks of ``base`` that ``keep`` names, on its device; a block's own mask stays as it was.
+@ambient.makes_tensors
+def candidates(
+    layout: Slots, full: torch.Tensor, ids: torch.Tensor, queries: int, keys: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Blocks of an exact map that a choice stays within, and the tokens that they hold; all on the map's device.
 
     Args:
-        base: A map with Hm = 1.
-        keep: bool [Hm, R, S], on any device.
+        layout: Where the tokens lie.
+        full: bool [1, R, S], as ``ids`` from :meth:`BlockMap.to_blocks`.
+        ids: int32 [1, R, S].
+        queries: The map's query tokens.
+        keys: The map's key tokens.
+
+    Returns:
+        table, int32 [R, S]: the mask id of a partial block, FULL or ABSENT; prefix, int8 [S]: 1 for a block that holds
+        audio or text; live, int8 [S * 128]: 1 for a slot that holds a token; inverse, float32 [S]: 1 / tokens of the
+        block, 0 where it has none.
 
     Raises:
-        ValueError: ``base`` has several heads, or the shapes do not fit.
+        ValueError: The map is of another size than the layout, or has several heads.
     """
-    if base.heads != 1 or keep.shape[1:] != (base.rows, base.key_blocks):
-        raise ValueError(
-            f"keep must be [Hm, {base.rows}, {base.key_blocks}] over a base of one head, "
-            f"got {list(keep.shape)} over {base.heads}"
-        )
-    keep = keep.to(base.device)
-    full, ids = base.to_blocks()
-    return assemble(keep & full, torch.where(keep, ids, -1), base.mask_bits, base.queries, base.keys)
+    if (queries, keys) != (layout.slots, layout.slots):
+        raise ValueError(f"base must have the layout's {layout.slots} slots, got {queries} x {keys}")
+    if len(full) != 1:
+        raise ValueError(f"base must be one map for all heads, got one for each of {len(full)}")
+    device, blocks = full.device, full.shape[1]
+    live = torch.zeros(blocks * BLOCK, dtype=torch.int8)
+    for start, end in layout.frame_spans() + layout.prefix_spans():
+        live[start:end] = 1
+    tokens = live.view(blocks, BLOCK).sum(dim=1)
+    return (
+        torch.where(full[0], FULL, torch.where(ids[0] >= 0, ids[0], ABSENT)).to(torch.int32),
+        touching(layout.prefix_spans(), blocks).to(device, torch.int8),
+        live.to(device),
+        torch.where(tokens > 0, 1 / tokens.clamp(min=1).float(), 0.0).to(device),
+    )
 
 
-class BlockSelector:
-    """What a clip's dynamic maps have in common, made once: then every map is a few launches and no host work.
-
-    Blocks that hold audio or text are kept in every row and are dense as queries; padding slots are never keys and
-    weigh nothing in the means.
+def amount(
+    q: torch.Tensor, k: torch.Tensor, slots: int, keep: int | None, mass: float | None, pool: str
+) -> tuple[int, int]:
+    """Check the arguments of a choice; (keep, mass in steps of 2^-20), one of the two being 0.
 
     Args:
-        layout: Where the clip's tokens lie.
-        base: The exact map to stay within, such as the frame window; every token of a :class:`Layout` where None.
-        device: Where q and k are.
-
-    Attributes:
-        base: The exact map, on the device.
-        table: int32 [R, S]: the mask id of a partial block of ``base``, FULL or ABSENT.
-        prefix: int8 [S]: 1 for a block that holds audio or text.
-        live: int8 [S * 128]: 1 for a slot that holds a token.
-        inverse: float32 [S]: 1 / tokens of the block, 0 where it has none.
+        q: [N, Hq, D].
+        k: [N, Hkv, D].
+        slots: N.
+        keep: Blocks per row, at least 1; or None.
+        mass: Share of the softmax, 0 < mass <= 1; or None. One of the two is given.
+        pool: ``"max"`` or ``"mean"``.
 
     Raises:
-        ValueError: ``base`` is of another size than the layout, has several heads, or is missing.
+        ValueError: An argument is out of range or of the wrong shape.
     """
-
-    @ambient.makes_tensors
-    def __init__(self, layout: Slots, base: BlockMap | None, device: torch.device | str) -> None:
-        if base is None:
-            if not isinstance(layout, Layout):
-                raise ValueError(f"base must be given for a layout of type {type(layout).__name__}")
-            base = frame_window(layout, None)
-        if (base.queries, base.keys) != (layout.slots, layout.slots):
-            raise ValueError(f"base must have the layout's {layout.slots} slots, got {base.queries} x {base.keys}")
-        if base.heads != 1:
-            raise ValueError(f"base must be one map for all heads, got one for each of {base.heads}")
-        self.base = base.to(device)
-        full, ids = (t[0] for t in self.base.to_blocks())
-        self.table = torch.where(full, FULL, torch.where(ids >= 0, ids, ABSENT)).to(torch.int32)
-        self.prefix = touching(layout.prefix_spans(), base.rows).to(device, torch.int8)
-        live = torch.zeros(base.rows * BLOCK, dtype=torch.int8)
-        for start, end in layout.frame_spans() + layout.prefix_spans():
-            live[start:end] = 1
-        self.live = live.to(device)
-        tokens = live.view(base.rows, BLOCK).sum(dim=1)
-        self.inverse = torch.where(tokens > 0, 1 / tokens.clamp(min=1).float(), 0.0).to(device)
-
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(table, prefix, live, inverse): what the choice needs besides q and k."""
-        return self.table, self.prefix, self.live, self.inverse
-
-    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BlockSelector:
-        """A copy with every tensor replaced by what ``change`` makes of it."""
-        other = copy.copy(self)
-        other.base = self.base.changed(change)
-        other.table, other.prefix, other.live, other.inverse = map(change, self.tensors())
-        return other
-
-    def top_k(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        keep: int,
-        *,
-        pool: Literal["max", "mean"] = "max",
-        q_scale: torch.Tensor | None = None,
-        k_scale: torch.Tensor | None = None,
-    ) -> BlockMap:
-        """Per key/value head and row, the ``keep`` blocks of largest score, besides those that are always kept.
-
-        Of equal scores the one of the lower block is the larger.
-
-        Args:
-            q: [N, Hq, D], bf16, float32, or codes.
-            k: [N, Hkv, D].
-            keep: Blocks of 128 keys per row, at least 1.
-            pool: How the scores of a group's query heads become one.
-            q_scale: float32 of codes: int8 [N, Hq], e4m3 [R].
-            k_scale: float32 of codes: int8 [Hkv, S], e4m3 [S].
-
-        Raises:
-            ValueError: An argument is out of range or of the wrong shape.
-        """
-        amount = self.amount(q, k, keep, None, pool)
-        return self.block_map(choose(q, k, *self.tensors(), q_scale, k_scale, *amount, pool == "mean"))
-
-    def top_p(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        mass: float,
-        *,
-        pool: Literal["max", "mean"] = "max",
-        q_scale: torch.Tensor | None = None,
-        k_scale: torch.Tensor | None = None,
-    ) -> BlockMap:
-        """Per key/value head and row, the fewest blocks that hold ``mass`` of the softmax of the pooled scores.
-
-        The softmax is over the blocks that are not always kept, in integers of 2^-30 of the best block's weight and at
-        least 1, so that ``mass`` = 1 keeps every block; arguments as for :meth:`top_k`, 0 < mass <= 1.
-
-        Raises:
-            ValueError: An argument is out of range or of the wrong shape.
-        """
-        amount = self.amount(q, k, None, mass, pool)
-        return self.block_map(choose(q, k, *self.tensors(), q_scale, k_scale, *amount, pool == "mean"))
-
-    def block_map(self, parts: Parts) -> BlockMap:
-        """The map of chosen blocks, within ``base`` and with its masks."""
-        counts, starts, columns, mask_ids, order = parts
-        base = self.base
-        return BlockMap(counts, starts, columns, mask_ids, base.mask_bits, order, base.queries, base.keys)
-
-    def amount(
-        self, q: torch.Tensor, k: torch.Tensor, keep: int | None, mass: float | None, pool: str
-    ) -> tuple[int, int]:
-        """Check the arguments of a choice, and give (keep, mass in steps of 2^-20), one of the two being 0.
-
-        Raises:
-            ValueError: See :meth:`top_k` and :meth:`top_p`.
-        """
-        if (keep is None) == (mass is None):
-            raise ValueError(f"exactly one of keep and mass must be given, got keep={keep} and mass={mass}")
-        if keep is not None:
-            keep = require_whole("keep", keep, 1)
-        share = real_number(mass)
-        if mass is not None and (share is None or not 0 < share <= 1):
-            raise ValueError(f"mass must satisfy 0 < mass <= 1, got {mass}")
-        if pool not in ("max", "mean"):
-            raise ValueError(f'pool must be "max" or "mean", got {pool!r}')
-        for name, x in (("q", q), ("k", k)):
-            if x.dim() != 3 or x.shape[0] != self.base.keys:
-                raise ValueError(f"{name} must be [{self.base.keys}, heads, D], got {list(x.shape)}")
-        if q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
-            raise ValueError(f"q must have a multiple of k's heads and its D, got {list(q.shape)} and {list(k.shape)}")
-        if keep is not None:
-            return min(keep, len(self.prefix)), 0
-        assert share is not None
-        return 0, max(1, round(share * 2**MASS_BITS))
+    if (keep is None) == (mass is None):
+        raise ValueError(f"exactly one of keep and mass must be given, got keep={keep} and mass={mass}")
+    if keep is not None:
+        keep = require_whole("keep", keep, 1)
+    share = real_number(mass)
+    if mass is not None and (share is None or not 0 < share <= 1):
+        raise ValueError(f"mass must satisfy 0 < mass <= 1, got {mass}")
+    if pool not in ("max", "mean"):
+        raise ValueError(f'pool must be "max" or "mean", got {pool!r}')
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() != 3 or x.shape[0] != slots:
+            raise ValueError(f"{name} must be [{slots}, heads, D], got {list(x.shape)}")
+    if q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"q must have a multiple of k's heads and its D, got {list(q.shape)} and {list(k.shape)}")
+    if keep is not None:
+        return min(keep, -(-slots // BLOCK)), 0
+    assert share is not None
+    return 0, max(1, round(share * 2**MASS_BITS))
 
 
 @ambient.independent
@@ -225,7 +138,7 @@ def choose(
     Args:
         q: [N, Hq, D].
         k: [N, Hkv, D].
-        table: See :class:`BlockSelector`, as for ``prefix``, ``live`` and ``inverse``.
+        table: See :func:`candidates`, as for ``prefix``, ``live`` and ``inverse``.
         prefix: int8 [S].
         live: int8 [S * 128].
         inverse: float32 [S].

@@ -7,17 +7,16 @@ from typing import Any
 import torch
 
 from happyhorse_fast import ambient
-from happyhorse_fast.block_map.assemble import assemble
+from happyhorse_fast.arguments import require_whole
+from happyhorse_fast.block_map.assemble import Rows, assemble
 from happyhorse_fast.block_map.bits import BLOCK, pack, unpack
-from happyhorse_fast.block_map.map import BlockMap
-from happyhorse_fast.errors import require_whole
 
 # Blocks of 128 x 128 that one call of a mask_mod evaluates: 256 of them are 4 M pairs, 32 MiB per int64 index.
 BLOCKS_AT_A_TIME = 256
 
 
 @ambient.makes_tensors
-def from_flex(block_mask: Any) -> BlockMap:
+def from_flex(block_mask: Any) -> Rows:
     """See :meth:`BlockMap.from_flex`."""
     if tuple(block_mask.BLOCK_SIZE) != (BLOCK, BLOCK):
         raise ValueError(f"block_mask must have BLOCK_SIZE ({BLOCK}, {BLOCK}), got {tuple(block_mask.BLOCK_SIZE)}")
@@ -76,18 +75,19 @@ def _evaluate(mask_mod: Any, where: torch.Tensor, queries: int, keys: int) -> to
     return pack(create_mask(of_block, len(where), 1, BLOCK, BLOCK, device=str(where.device))[:, 0])
 
 
-def to_flex(block_map: BlockMap, num_heads_q: int | None) -> Any:
-    """See :meth:`BlockMap.to_flex`."""
+def to_flex(
+    full: torch.Tensor, ids: torch.Tensor, mask_bits: torch.Tensor, queries: int, keys: int, num_heads_q: int | None
+) -> Any:
+    """See :meth:`BlockMap.to_flex`; ``full`` and ``ids`` are of :meth:`BlockMap.to_blocks`."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    heads = block_map.heads
+    heads = len(full)
     num_heads_q = None if num_heads_q is None else require_whole("num_heads_q", num_heads_q, 1)
     if heads > 1 and (num_heads_q is None or num_heads_q % heads):
         raise ValueError(f"num_heads_q must be a multiple of the map's {heads} heads, got {num_heads_q}")
-    full, ids = block_map.to_blocks()
     if heads > 1 and num_heads_q is not None:
         full, ids = (x.repeat_interleave(num_heads_q // heads, dim=0) for x in (full, ids))
-    bits = unpack(block_map.mask_bits)
+    bits = unpack(mask_bits)
     bits = torch.cat([bits, torch.zeros_like(full[0, :0, :0], dtype=torch.bool).new_zeros(1, BLOCK, BLOCK)])
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
@@ -105,5 +105,5 @@ def to_flex(block_map: BlockMap, num_heads_q: int | None) -> Any:
         *listed(full),
         BLOCK_SIZE=BLOCK,
         mask_mod=mask_mod,
-        seq_lengths=(block_map.queries, block_map.keys),
+        seq_lengths=(queries, keys),
     )

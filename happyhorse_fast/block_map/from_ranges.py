@@ -10,23 +10,21 @@ import numpy.typing as npt
 import torch
 
 from happyhorse_fast import ambient
-from happyhorse_fast.block_map.assemble import assemble
+from happyhorse_fast.arguments import require_whole
+from happyhorse_fast.block_map.assemble import Rows, assemble
 from happyhorse_fast.block_map.bits import BLOCK, WORDS
-from happyhorse_fast.block_map.map import BlockMap
-from happyhorse_fast.errors import require_whole
 
+Ranges: TypeAlias = Sequence[Sequence[int]] | torch.Tensor
+"""Rows of (start, end), half open: a list of pairs or an integer tensor [rows, 2]."""
 Ints: TypeAlias = npt.NDArray[np.int64]
+MOST_BLOCKS = 2**31 - 1
+"""Blocks, used or not: tables hold all of them, and int32 numbers their places."""
 # Masks of 2 KiB that are built at a time: 8 MiB, whatever the number of partial blocks.
 MASK_CHUNK = 4096
 
 
 @ambient.makes_tensors
-def from_ranges(
-    q_ranges: Sequence[Sequence[int]] | torch.Tensor,
-    k_ranges: Sequence[Sequence[int]] | torch.Tensor,
-    queries: int,
-    keys: int,
-) -> BlockMap:
+def from_ranges(q_ranges: Ranges, k_ranges: Ranges, queries: int, keys: int) -> Rows:
     """See :meth:`BlockMap.from_ranges`.
 
     Queries are cut where a range or a block starts or ends; the key ranges of each piece are merged. A block is full
@@ -34,13 +32,15 @@ def from_ranges(
     of partial blocks are looked up one by one, to keep one copy of each.
     """
     queries, keys = require_whole("queries", queries, 0), require_whole("keys", keys, 0)
-    q, k = _checked("q_ranges", q_ranges, queries), _checked("k_ranges", k_ranges, keys)
+    q, k = checked_ranges("q_ranges", q_ranges, queries), checked_ranges("k_ranges", k_ranges, keys)
     if len(q) != len(k):
         raise ValueError(f"q_ranges and k_ranges must have as many rows, got {len(q)} and {len(k)}")
     used = (q[:, 0] < q[:, 1]) & (k[:, 0] < k[:, 1])
     q, k = q[used], k[used]
 
     rows, width = -(-queries // BLOCK), -(-keys // BLOCK)
+    if rows * width > MOST_BLOCKS:
+        raise ValueError(f"queries x keys must be at most {MOST_BLOCKS} blocks in Python, got {rows} x {width}")
     cuts = np.unique(np.concatenate([q.ravel(), np.arange(0, queries, BLOCK), [queries]]))
     piece, lo, hi = _merged(np.searchsorted(cuts, q), k)
     row, size = cuts[piece] // BLOCK, cuts[piece + 1] - cuts[piece]
@@ -72,7 +72,12 @@ def from_ranges(
     )
 
 
-def _checked(name: str, ranges: Any, total: int) -> Ints:
+def checked_ranges(name: str, ranges: Any, total: int) -> Ints:
+    """int64 [rows, 2] of an argument ``name`` over ``total`` tokens.
+
+    Raises:
+        ValueError: They are no integers of this shape, or a range is reversed or leaves its tokens.
+    """
     array = np.asarray(ranges.detach().cpu() if isinstance(ranges, torch.Tensor) else ranges)
     if array.size == 0:
         return np.zeros((0 if array.ndim < 2 else len(array), 2), dtype=np.int64)

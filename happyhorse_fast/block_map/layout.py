@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.block_map.bits import BLOCK
-from happyhorse_fast.block_map.map import BlockMap
-from happyhorse_fast.errors import require_whole
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,11 @@ def _up(size: int, align: bool) -> int:
     return -(-size // BLOCK) * BLOCK if align else size
 
 
-def frame_window(layouts: Layout | Sequence[Layout], receptive_field: int | None) -> BlockMap:
-    """See :meth:`BlockMap.frame_window`.
+Pairs = list[tuple[int, int]]
+
+
+def frame_window(layouts: Layout | Sequence[Layout], receptive_field: int | None) -> tuple[Pairs, Pairs, int]:
+    """Ranges of queries, the ranges of keys that they see, and the slots of :meth:`BlockMap.frame_window`.
 
     Padding slots are never keys. As queries they share their frame's keys, so that alignment makes no block partial
     along the queries; nobody reads their result.
@@ -83,14 +85,12 @@ def frame_window(layouts: Layout | Sequence[Layout], receptive_field: int | None
         raise ValueError("layouts must name at least one clip, got none")
     if receptive_field is not None:
         receptive_field = require_whole("receptive_field", receptive_field, 0)
-    queries: list[tuple[int, int]] = []
-    keys: list[tuple[int, int]] = []
+    queries: Pairs = []
+    keys: Pairs = []
     origin = 0
     for layout in layouts:
         video, prefix = layout.frame_spans(), layout.prefix_spans()
-        rows: list[tuple[tuple[int, int], list[tuple[int, int]]]] = [
-            ((layout.audio_start, layout.slots), video + prefix)
-        ]
+        rows = [((layout.audio_start, layout.slots), video + prefix)]
         if receptive_field is None:
             rows.append(((0, layout.audio_start), video + prefix))
         else:
@@ -101,4 +101,4 @@ def frame_window(layouts: Layout | Sequence[Layout], receptive_field: int | None
             queries += [(origin + q0, origin + q1)] * len(spans)
             keys += [(origin + k0, origin + k1) for k0, k1 in spans]
         origin += layout.slots
-    return BlockMap.from_ranges(queries, keys, origin, origin)
+    return queries, keys, origin

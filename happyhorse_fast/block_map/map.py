@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import BLOCK, WORDS, unpack
-
-if TYPE_CHECKING:
-    from happyhorse_fast.block_map.layout import Layout
-
-Ranges = Sequence[Sequence[int]] | torch.Tensor
-"""Rows of (start, end), half open: a list of pairs or an integer tensor [rows, 2]."""
+from happyhorse_fast.block_map.dense import dense
+from happyhorse_fast.block_map.dynamic import Parts, amount, candidates, choose
+from happyhorse_fast.block_map.flex import from_flex, to_flex
+from happyhorse_fast.block_map.from_ranges import Ranges, from_ranges
+from happyhorse_fast.block_map.layout import Layout, frame_window
+from happyhorse_fast.block_map.plot import plot
+from happyhorse_fast.block_map.tiles import tile_window
 
 
 @dataclass(frozen=True, eq=False)  # by identity: tensors have no truth value
@@ -66,9 +68,7 @@ class BlockMap:
         Raises:
             ValueError: A range is reversed or leaves its tokens (the message names the row), or the lengths differ.
         """
-        from happyhorse_fast.block_map.from_ranges import from_ranges
-
-        return from_ranges(q_ranges, k_ranges, queries, keys)
+        return cls(*from_ranges(q_ranges, k_ranges, queries, keys))
 
     @classmethod
     def dense(cls, queries: int, keys: int, device: torch.device | str | None = None) -> BlockMap:
@@ -77,9 +77,7 @@ class BlockMap:
         Raises:
             ValueError: A number of tokens is negative.
         """
-        from happyhorse_fast.block_map.dense import dense
-
-        return dense(queries, keys, device)
+        return cls(*dense(queries, keys, device))
 
     @classmethod
     def frame_window(cls, layouts: Layout | Sequence[Layout], receptive_field: int | None) -> BlockMap:
@@ -92,9 +90,8 @@ class BlockMap:
         Raises:
             ValueError: R is negative, or there is no layout.
         """
-        from happyhorse_fast.block_map.layout import frame_window
-
-        return frame_window(layouts, receptive_field)
+        q_ranges, k_ranges, slots = frame_window(layouts, receptive_field)
+        return cls.from_ranges(q_ranges, k_ranges, slots, slots)
 
     @classmethod
     def tile_window(
@@ -117,23 +114,37 @@ class BlockMap:
         Raises:
             ValueError: A size is out of range.
         """
-        from happyhorse_fast.block_map.tiles import tile_window
-
-        return tile_window(layout, columns, tile, window, base)
+        keep = tile_window(layout, columns, tile, window)
+        return (cls.frame_window(layout, None) if base is None else base).select(keep[None])
 
     @classmethod
     def top_k(cls, q: torch.Tensor, k: torch.Tensor, layout: Layout, keep: int, **options: Any) -> BlockMap:
         """Approximate, per key/value head: the ``keep`` blocks of largest pooled score; see :class:`BlockSelector`."""
-        from happyhorse_fast.block_map.dynamic import BlockSelector
-
-        return BlockSelector(layout, options.pop("base", None), q.device).top_k(q, k, keep, **options)
+        return cls._chosen(q, k, layout, keep=keep, **options)
 
     @classmethod
     def top_p(cls, q: torch.Tensor, k: torch.Tensor, layout: Layout, mass: float, **options: Any) -> BlockMap:
         """Approximate, per key/value head: blocks up to a share of the pooled softmax; see :class:`BlockSelector`."""
-        from happyhorse_fast.block_map.dynamic import BlockSelector
+        return cls._chosen(q, k, layout, mass=mass, **options)
 
-        return BlockSelector(layout, options.pop("base", None), q.device).top_p(q, k, mass, **options)
+    @classmethod
+    def _chosen(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: Layout,
+        base: BlockMap | None = None,
+        *,
+        keep: int | None = None,
+        mass: float | None = None,
+        pool: str = "max",
+        q_scale: torch.Tensor | None = None,
+        k_scale: torch.Tensor | None = None,
+    ) -> BlockMap:
+        base = (cls.frame_window(layout, None) if base is None else base).to(q.device)
+        counts = amount(q, k, base.keys, keep, mass, pool)
+        tensors = candidates(layout, *base.to_blocks(), base.queries, base.keys)
+        return base.within(choose(q, k, *tensors, q_scale, k_scale, *counts, pool == "mean"))
 
     @classmethod
     def from_flex(cls, block_mask: Any) -> BlockMap:
@@ -142,9 +153,7 @@ class BlockMap:
         Raises:
             ValueError: Its block size is not 128, or its batch is not 1.
         """
-        from happyhorse_fast.block_map.flex import from_flex
-
-        return from_flex(block_mask)
+        return cls(*from_flex(block_mask))
 
     def to_flex(self, num_heads_q: int | None = None) -> Any:
         """FlexAttention's BlockMask of the same pairs.
@@ -155,9 +164,7 @@ class BlockMap:
         Raises:
             ValueError: ``num_heads_q`` is missing or no multiple of the map's heads.
         """
-        from happyhorse_fast.block_map.flex import to_flex
-
-        return to_flex(self, num_heads_q)
+        return to_flex(*self.to_blocks(), self.mask_bits, self.queries, self.keys, num_heads_q)
 
     # Questions ------------------------------------------------------------------------------------------------------
 
@@ -181,7 +188,7 @@ class BlockMap:
         """Where the tensors are."""
         return self.counts.device
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(counts, starts, columns, mask_ids, mask_bits, order): what the op takes."""
         return self.counts, self.starts, self.columns, self.mask_ids, self.mask_bits, self.order
 
@@ -193,6 +200,29 @@ class BlockMap:
         """A copy with every tensor replaced by what ``change`` makes of it."""
         counts, starts, columns, mask_ids, mask_bits, order = map(change, self.tensors())
         return BlockMap(counts, starts, columns, mask_ids, mask_bits, order, self.queries, self.keys)
+
+    def select(self, keep: torch.Tensor) -> BlockMap:
+        """The blocks that ``keep`` names, on this map's device; a block's own mask stays as it was.
+
+        Args:
+            keep: bool [Hm, R, S], on any device.
+
+        Raises:
+            ValueError: This map has several heads, or the shapes do not fit.
+        """
+        if self.heads != 1 or keep.shape[1:] != (self.rows, self.key_blocks):
+            raise ValueError(
+                f"keep must be [Hm, {self.rows}, {self.key_blocks}] over a base of one head, "
+                f"got {list(keep.shape)} over {self.heads}"
+            )
+        keep = keep.to(self.device)
+        full, ids = self.to_blocks()
+        return BlockMap(*assemble(keep & full, torch.where(keep, ids, -1), self.mask_bits, self.queries, self.keys))
+
+    def within(self, parts: Parts) -> BlockMap:
+        """The map of blocks that were chosen among this one's (`dynamic.choose`), with its masks."""
+        counts, starts, columns, mask_ids, order = parts
+        return BlockMap(counts, starts, columns, mask_ids, self.mask_bits, order, self.queries, self.keys)
 
     def blocks(self) -> tuple[int, int]:
         """(full, partial) blocks over all rows and heads of the map."""
@@ -303,7 +333,14 @@ class BlockMap:
         Returns:
             The matplotlib axis.
         """
-        from happyhorse_fast.block_map.plot import plot
-
+        if not 0 <= head < self.heads:
+            raise ValueError(f"head must be in 0..{self.heads - 1}, got {head}")
+        full, ids = self.to_blocks()
+        of_head, of_all = (f", head {head} of {self.heads}", " over all heads") if self.heads > 1 else ("", "")
+        computed = int(self.counts[head, :, 1].sum()) / max(self.rows * self.key_blocks, 1)
+        title = (
+            f"{self.queries:,} queries x {self.keys:,} keys{of_head}\n"
+            f"{computed:.1%} of blocks computed, {self.density():.1%} of pairs useful{of_all}"
+        )
         path = target if isinstance(target, (str, os.PathLike)) else None
-        return plot(self, path, None if path is not None else target, layout, head)
+        return plot(full[head], ids[head] >= 0, title, path, None if path is not None else target, layout)

@@ -11,7 +11,6 @@ import torch
 from happyhorse_fast import optional
 from happyhorse_fast.block_map.bits import BLOCK
 from happyhorse_fast.block_map.layout import Layout
-from happyhorse_fast.block_map.map import BlockMap
 
 # Cells along a side: about one per pixel of the axis; larger maps are averaged down to it.
 CELLS = 640
@@ -19,54 +18,45 @@ COLOURS = {"full": "#1f4e79", "partial": "#f28e2b", "absent": "#f4f1ea"}
 
 
 def plot(
-    block_map: BlockMap,
+    full: torch.Tensor,
+    partial: torch.Tensor,
+    title: str,
     path: str | os.PathLike[str] | None,
     axis: Any,
     layout: Layout | Sequence[Layout] | None,
-    head: int,
 ) -> Any:
-    """See :meth:`BlockMap.plot`."""
+    """See :meth:`BlockMap.plot`; ``full`` and ``partial`` are bool [R, S] of one head."""
     optional.require("matplotlib", "BlockMap.plot")
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    if not 0 <= head < block_map.heads:
-        raise ValueError(f"head must be in 0..{block_map.heads - 1}, got {head}")
     figure = None
     if axis is None:
         figure = Figure(figsize=(8.6, 7.6), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         axis, lengths = figure.subplots(1, 2, width_ratios=[6, 1], sharey=True)
-        _draw_lengths(block_map, lengths, head)
-    full, ids = block_map.to_blocks()
+        _draw_lengths(full, partial, lengths)
     colours = torch.tensor([matplotlib.colors.to_rgb(c) for c in COLOURS.values()])
-    kinds = torch.stack([full[head], ids[head] >= 0]).float().cpu()
+    kinds = torch.stack([full, partial]).float().cpu()
     kinds = torch.cat([kinds, 1 - kinds.sum(dim=0, keepdim=True)])
     if max(kinds.shape[1:]) > CELLS:
         size = [min(n, CELLS) for n in kinds.shape[1:]]
         kinds = torch.nn.functional.interpolate(kinds[None], size=size, mode="area")[0]
     image = torch.einsum("kxy,kc->xyc", kinds, colours).clamp(0, 1)
-    right, bottom = block_map.key_blocks * BLOCK, block_map.rows * BLOCK
+    bottom, right = (BLOCK * size for size in full.shape)
     axis.imshow(image.numpy(), extent=(0, right, bottom, 0), interpolation="nearest", aspect="auto")
     if layout is not None:
         _draw_layout(axis, [layout] if isinstance(layout, Layout) else list(layout))
-    n_full, n_all = (int(n) for n in block_map.counts[head].long().sum(dim=0))
+    n_full, n_partial = int(full.sum()), int(partial.sum())
     axis.set_xlabel("keys (tokens)")
     axis.set_ylabel("queries (tokens)")
-    blocks = block_map.rows * block_map.key_blocks
-    of_head, of_all = (f", head {head} of {block_map.heads}", " over all heads") if block_map.heads > 1 else ("", "")
-    axis.set_title(
-        f"{block_map.queries:,} queries x {block_map.keys:,} keys{of_head}\n"
-        f"{n_all / max(blocks, 1):.1%} of blocks computed, {block_map.density():.1%} of pairs useful{of_all}",
-        fontsize=10,
-        pad=18 if layout is not None else 6,
-    )
+    axis.set_title(title, fontsize=10, pad=18 if layout is not None else 6)
     names = {
         "full": f"full: {n_full:,}",
-        "partial": f"partial: {n_all - n_full:,}",
-        "absent": f"skipped: {blocks - n_all:,}",
+        "partial": f"partial: {n_partial:,}",
+        "absent": f"skipped: {full.numel() - n_full - n_partial:,}",
     }
     axis.legend(
         handles=[Patch(facecolor=COLOURS[k], edgecolor="#888888", label=v) for k, v in names.items()],
@@ -81,13 +71,14 @@ def plot(
     return axis
 
 
-def _draw_lengths(block_map: BlockMap, axis: Any, head: int) -> None:
+def _draw_lengths(full: torch.Tensor, partial: torch.Tensor, axis: Any) -> None:
     """Blocks per row beside the map: what the schedule has to balance."""
-    counts = torch.cat([block_map.counts[head], block_map.counts[head, -1:]]).cpu().numpy()
+    lengths = torch.stack([full.sum(dim=1), (full | partial).sum(dim=1)], dim=1)
+    counts = torch.cat([lengths, lengths[-1:]]).cpu().numpy()
     place = (torch.arange(len(counts)) * BLOCK).numpy()
     axis.fill_betweenx(place, counts[:, 0], color=COLOURS["full"], step="post", linewidth=0)
     axis.fill_betweenx(place, counts[:, 0], counts[:, 1], color=COLOURS["partial"], step="post", linewidth=0)
-    axis.set_xlim(0, max(block_map.key_blocks, 1))
+    axis.set_xlim(0, max(full.shape[1], 1))
     axis.set_xlabel("blocks per row")
     axis.tick_params(labelleft=False)
     axis.spines[["top", "right"]].set_visible(False)

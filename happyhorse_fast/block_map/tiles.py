@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from happyhorse_fast import ambient
+from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.block_map.bits import BLOCK
-from happyhorse_fast.block_map.dynamic import select, touching
-from happyhorse_fast.block_map.layout import Layout, frame_window
-from happyhorse_fast.block_map.map import BlockMap
-from happyhorse_fast.errors import require_whole
+from happyhorse_fast.block_map.dynamic import touching
+from happyhorse_fast.block_map.layout import Layout
 
 
 @ambient.makes_tensors
@@ -40,9 +39,8 @@ def tile_window(
     columns: int,
     tile: tuple[int, int, int],
     window: tuple[int, int, int],
-    base: BlockMap | None = None,
-) -> BlockMap:
-    """See :meth:`BlockMap.tile_window`.
+) -> torch.Tensor:
+    """bool [R, S], the blocks that :meth:`BlockMap.tile_window` keeps.
 
     A block spans the tiles of its tokens, a box in tile coordinates; two blocks see each other where their boxes are at
     most ``window`` apart along every axis. Blocks that hold audio or text see and are seen by every block.
@@ -64,8 +62,7 @@ def tile_window(
     reach = torch.tensor(window)[:, None, None]
     near = ((low[:, None, :] - high[:, :, None] <= reach) & (low[:, :, None] - high[:, None, :] <= reach)).all(dim=0)
     prefix = touching(layout.prefix_spans(), blocks)
-    keep = near | prefix[:, None] | prefix[None, :]
-    return select(frame_window(layout, None) if base is None else base, keep[None])
+    return near | prefix[:, None] | prefix[None, :]
 
 
 def _three(name: str, sizes: Sequence[int], least: int) -> tuple[int, int, int]:

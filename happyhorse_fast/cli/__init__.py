@@ -6,42 +6,30 @@ tables or with ``--json`` as one JSON document; everything else goes to standard
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.markup import escape
-from typer.core import TyperCommand
 
 from happyhorse_fast._version import __version__
+from happyhorse_fast.arguments import NonFiniteError
 from happyhorse_fast.cli import bench, demo, doctor, plan, sample, verify
-from happyhorse_fast.errors import NonFiniteError
 
 PROGRAM = "happyhorse-fast"
 # What the package raises for bad input: messages name the argument, what came and what is allowed.
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, NonFiniteError)
-# The base of typer's parse errors, in whichever copy of click this typer brings.
-_PARSE_ERROR: Any = typer.BadParameter.mro()[2]
 
-
-class _Command(TyperCommand):
-    """A command whose help has its brackets: typer takes ``[on the left]`` for a style of rich's, and drops it."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        shown = copy.copy(self)
-        shown.help = escape(self.help or "")
-        shown.params = [copy.copy(parameter) for parameter in self.params]
-        for parameter in shown.params:
-            parameter.help = escape(getattr(parameter, "help", None) or "")  # type: ignore[attr-defined]
-        super(_Command, shown).format_help(ctx, formatter)
-
-
-app = typer.Typer(name=PROGRAM, add_completion=False, pretty_exceptions_enable=False)
-for _function in (demo.demo, sample.sample, verify.verify, plan.plan, bench.bench, doctor.doctor):
-    app.command(cls=_Command)(_function)
+app = typer.Typer(
+    name=PROGRAM,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which takes "[on the left]" for a style and drops it
+    context_settings={"max_content_width": 1000},  # help as wide as the terminal
+)
+for _command in (demo.demo, sample.sample, verify.verify, plan.plan, bench.bench, doctor.doctor):
+    app.command()(_command)
 
 
 @app.callback(invoke_without_command=True)
@@ -75,18 +63,16 @@ def _run(arguments: list[str]) -> int:
         code = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except _PARSE_ERROR as error:
-        return _fail(error.format_message(), error.exit_code)
-    except (*_USER_ERRORS, RuntimeError) as error:
+    except Exception as error:
+        if hasattr(error, "format_message"):  # an error of parsing, from whichever copy of click this typer brings
+            return _fail(error.format_message(), error.exit_code)  # type: ignore[attr-defined]
         name = type(error).__name__  # by name: torch may not have been imported
         out_of_memory, expected = name == "OutOfMemoryError", isinstance(error, _USER_ERRORS) or name == "BackendError"
         if "--traceback" in arguments or not (out_of_memory or expected):
             raise
         hint = f"; `{PROGRAM} plan` says what a clip needs" if out_of_memory else ""
         return _fail(f"{error}{hint}", 1 if out_of_memory else 2)
-    if code == 130:
-        return _fail("interrupted", 130)
-    return int(code or 0)
+    return _fail("interrupted", 130) if code == 130 else int(code or 0)
 
 
 def _fail(message: str, code: int) -> int:

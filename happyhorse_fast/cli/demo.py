@@ -4,52 +4,27 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from happyhorse_fast import optional
-from happyhorse_fast.budgets import measure
-from happyhorse_fast.cli.forms import FORMS, Form
-from happyhorse_fast.cli.interpreted_layer import LAYER, LayerCheck, interpreted_layer
 from happyhorse_fast.cli.output import JsonOption, emit, literal, save_tensors, table, verdict
 from happyhorse_fast.files import real_path, replacing, require_folder, require_target
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
-    from happyhorse_fast.pony import PonyClip
+    from happyhorse_fast.verify.clips import ClipRun
+    from happyhorse_fast.verify.interpreted_layer import LayerCheck
 
 PROMPT = "a large red ball bounces twice"
 CLIP, SHEET, LATENTS = "clip.mp4", "clip.png", "clip.safetensors"
 SHOWN = "fast bfloat16"
 """The form whose clip becomes the mp4: the exact one of the fast forms. All of them are in the contact sheet."""
-
-
-@dataclass
-class ClipRun:
-    """A clip as one form made it.
-
-    Attributes:
-        form: Its name.
-        clip: Pictures, sound and latents.
-        seconds: Of sampling and decoding.
-        video_error: Relative L2 of the video latent to the first form's.
-        audio_error: Of the audio latent.
-        psnr_db: Of the pictures against the first form's; None for that one.
-    """
-
-    form: str
-    clip: PonyClip
-    seconds: float
-    video_error: float = 0.0
-    audio_error: float = 0.0
-    psnr_db: float | None = None
 
 
 def demo(
@@ -78,6 +53,8 @@ def demo(
     """
     from happyhorse_fast.pony.media import read_image
     from happyhorse_fast.pony.prompt import parse
+    from happyhorse_fast.verify import clips, interpreted_layer
+    from happyhorse_fast.verify.forms import FORMS
 
     require_folder(out)
     for name in (CLIP, SHEET, LATENTS) if out.is_dir() else ():
@@ -91,26 +68,16 @@ def demo(
         print(f"{len(FORMS)} clips of {steps} steps on the CPU, about 40 s...", file=sys.stderr)
     start = time.perf_counter()
     # In a process of its own, so beside the forms; it takes as long as all of them.
-    with _one_thread(), interpreted_layer(prompt, seed) as layer:
-        runs = make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
+    with interpreted_layer.interpreted_layer(prompt, seed) as layer:
+        runs = clips.make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
         kernels, why_no_kernels = layer.checks()
-    seconds = time.perf_counter() - start
     settings = {"prompt": prompt, "image": image, "seed": seed, "steps": steps}
     data = {
         **settings,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
         **_write(out, runs, settings, why_not),
-        "forms": [
-            {
-                "form": run.form,
-                "video_error": run.video_error,
-                "audio_error": run.audio_error,
-                "psnr_db": run.psnr_db,
-                "seconds": run.seconds,
-            }
-            for run in runs
-        ],
-        "layer": LAYER,
+        "forms": [{key: value for key, value in vars(run).items() if key != "clip"} for run in runs],
+        "layer": interpreted_layer.LAYER,
         "kernels": kernels,
         "why_no_kernels": why_no_kernels,
     }
@@ -118,52 +85,6 @@ def demo(
     failed = [key for key, name in (("clip", CLIP), ("sheet", SHEET)) if data[key] is None and name not in why_not]
     if failed or not all(check.passed for check in kernels):
         raise typer.Exit(1)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for a while: on tensors this small several wait for each other, ten times as long on a busy CPU."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def make_clips(
-    prompt: str, forms: tuple[Form, ...], *, seed: int, steps: int, picture: torch.Tensor | None = None
-) -> list[ClipRun]:
-    """The same clip, from the same noise, in several forms; the first is what the others are measured against.
-
-    Args:
-        prompt: In the grammar of :mod:`happyhorse_fast.pony.prompt`.
-        forms: How to run the model.
-        seed: Of all noise.
-        steps: Denoising steps.
-        picture: [128, 128, 3] in 0..1, the first picture.
-    """
-    import torch
-
-    from happyhorse_fast.pony import encode_image, generate, load_model
-    from happyhorse_fast.pony.metrics import psnr
-
-    first_picture = None if picture is None else encode_image(picture)
-    runs: list[ClipRun] = []
-    for form in forms:
-        model = form.apply(load_model(torch.float32 if form.precision == "fp32" else torch.bfloat16))
-        start = time.perf_counter()
-        clip = generate(model, prompt, seed=seed, steps=steps, image=first_picture)
-        run = ClipRun(form.name, clip, time.perf_counter() - start)
-        if runs:
-            first = runs[0].clip
-            run.video_error = measure(clip.video, first.video).relative_l2
-            run.audio_error = measure(clip.audio, first.audio).relative_l2
-            run.psnr_db = float(psnr(first.frames[None], clip.frames[None]))
-        runs.append(run)
-    return runs
 
 
 def _missing() -> dict[str, str]:
@@ -181,20 +102,15 @@ def _write(out: Path, runs: list[ClipRun], settings: dict[str, Any], why_not: di
     save_tensors(out / LATENTS, latents, settings)
     shown = next(run for run in runs if run.form == SHOWN).clip
 
-    def film(path: Path) -> None:
-        write_mp4(path, shown.frames, shown.samples)
+    titled = [replace(run.clip, prompt=f"{run.clip.prompt} ({run.form})") for run in runs]
 
-    def sheet(path: Path) -> None:
-        titled = [replace(run.clip, prompt=f"{run.clip.prompt} ({run.form})") for run in runs]
-        contact_sheet(titled).savefig(path)
-
-    film_path, why_no_film = _made(out / CLIP, film, why_not.get(CLIP))
-    sheet_path, why_no_sheet = _made(out / SHEET, sheet, why_not.get(SHEET))
+    film, why_no_film = _made(out / CLIP, lambda path: write_mp4(path, shown.frames, shown.samples), why_not.get(CLIP))
+    sheet, why_no_sheet = _made(out / SHEET, lambda path: contact_sheet(titled).savefig(path), why_not.get(SHEET))
     return {
-        "clip": film_path,
+        "clip": film,
         "clip_form": SHOWN,
         "why_no_clip": why_no_film,
-        "sheet": sheet_path,
+        "sheet": sheet,
         "why_no_sheet": why_no_sheet,
         "latents": out / LATENTS,
     }
@@ -233,14 +149,12 @@ def _render(console: Console, data: dict[str, Any], kernels: list[LayerCheck]) -
     if kernels:
         rows = [
             [
-                check.precision,
-                f"{check.tile_distance:.1e}",
-                f"{check.relative_l2:.1e}",
-                f"{check.to_float32:.1e}",
-                f"{check.seconds:.1f}",
-                verdict(check.passed),
+                c.precision,
+                *(f"{error:.1e}" for error in (c.tile_distance, c.relative_l2, c.to_float32)),
+                f"{c.seconds:.1f}",
+                verdict(c.passed),
             ]
-            for check in kernels
+            for c in kernels
         ]
         columns = ["precision", "worst tile", "relative L2", "to float32", "seconds", ""]
         console.print(table(f"layer {data['layer']} through the Triton kernels, interpreted", columns, rows))

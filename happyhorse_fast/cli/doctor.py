@@ -1,4 +1,4 @@
-"""``happyhorse-fast doctor``: what this machine has, what will run on it, and why not more."""
+"""``happyhorse-fast doctor``: list the hardware and software here, what will run, and why not more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from happyhorse_fast import optional
 from happyhorse_fast._version import __version__
-from happyhorse_fast.cli.forms import FORMS
 from happyhorse_fast.cli.output import JsonOption, emit, literal, table, verdict
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, card_bytes
@@ -48,8 +47,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """What :func:`doctor` prints, as plain data."""
-    from happyhorse_fast.ops.cuda import status
+    """Collect what :func:`doctor` prints, as plain data."""
+    from happyhorse_fast.ops.runtime.cuda import status
 
     gpus = _gpus()
     cuda = status.examine()
@@ -125,6 +124,8 @@ def _nvrtc() -> str | None:
 
 
 def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from happyhorse_fast.verify.forms import FORMS
+
     lines = []
     place = f"on {gpus[0]['name']} and on the CPU" if gpus else "on the CPU; this torch sees no CUDA device"
     for form in FORMS:
@@ -144,7 +145,7 @@ def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _what_of_csrc_runs(cuda: dict[str, Any]) -> list[dict[str, Any]]:
-    from happyhorse_fast.ops.cuda import status
+    from happyhorse_fast.ops.runtime.cuda import status
 
     module = cuda["host_module"]
     return [
@@ -152,7 +153,7 @@ def _what_of_csrc_runs(cuda: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "what": "host module",
             "runs": module["found"] is not None,
-            "why": module["why"] or "block maps and schedules in C++",
+            "why": module["why"] or "block maps in C++",
         },
     ]
 
@@ -160,14 +161,15 @@ def _what_of_csrc_runs(cuda: dict[str, Any]) -> list[dict[str, Any]]:
 def _kernel_obstacle() -> str | None:
     import torch
 
-    from happyhorse_fast.ops.dispatch import triton_obstacle
+    from happyhorse_fast.ops.runtime.obstacles import triton_obstacle
 
     return triton_obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _memory_fit(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Peak memory of each form that a GPU would run, for 5 s clips, and the cards it fits."""
-    from happyhorse_fast.model.memory import peak_by_kind
+    from happyhorse_fast.fast.memory import peak_by_kind
+    from happyhorse_fast.verify.forms import FORMS
 
     cards: dict[str, float] = {f"{size} GB": card_bytes(size) for size in reversed(CARDS)}
     cards |= {gpu["name"]: gpu["memory_gib"] * 2**30 for gpu in gpus}

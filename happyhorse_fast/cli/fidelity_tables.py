@@ -1,4 +1,4 @@
-"""The table of a fidelity measurement: the same rows for the command line and for the report."""
+"""The table of a fidelity measurement, for the command line and for the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOTE = (
 
 
 def title(found: Mapping[str, Any]) -> str:
-    """What was measured; ``found`` is a Fidelity as plain data."""
+    """Name the table of ``found``, a Fidelity as plain data."""
     return (
         f"Fidelity on the pony: {found['clips']} held-out prompts, {found['steps']} steps; float32 itself is right in "
         f"{found['right']}"

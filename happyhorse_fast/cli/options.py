@@ -1,4 +1,4 @@
-"""Options that several commands take, and what their values mean."""
+"""Options that several commands take, and the reading of their values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ ConfigOption = Annotated[
     Path | None, typer.Option(help="JSON file with the fields of ModelConfig, in place of --preset.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="Such as cuda, cuda:1 or cpu; auto: cuda where there is one.")]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(help="Of the fast forms: attention in bf16, int8_qk or fp8; left out, FastConfig's default."),
+]
 
 
 def read_config(path: Path | None) -> ModelConfig | None:
-    """A configuration from a JSON file of :meth:`ModelConfig.to_dict`.
+    """Read a configuration from a JSON file of :meth:`ModelConfig.to_dict`.
 
     Raises:
         ValueError: The file is not a JSON object with the fields of a configuration; names the file.
@@ -40,19 +44,19 @@ def read_config(path: Path | None) -> ModelConfig | None:
 
 @functools.cache
 def _from_fifo(path: Path) -> Any:
-    """JSON that is read once: a FIFO gives it once, and a command asks before and while it loads a model."""
+    """Read JSON once: a FIFO gives it once, and a command asks before and while it loads a model."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def usable_device(name: str) -> str:
-    """``auto`` resolved; other names as they are.
+    """Resolve ``auto``; return other names as they are.
 
     Raises:
         ValueError: This machine does not have it.
     """
     import torch
 
-    from happyhorse_fast.model import checkpoint
+    from happyhorse_fast.checkpoint import load as checkpoint
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

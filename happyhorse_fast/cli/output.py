@@ -1,8 +1,7 @@
-"""How commands print and write: one JSON document or tables, and safetensors files."""
+"""Print a command's result as one JSON document or as tables, and write safetensors files."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from happyhorse_fast.files import replacing
+from happyhorse_fast.files import plain, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -46,23 +45,6 @@ def literal(*parts: str | tuple[str, str]) -> Text:
 def verdict(passed: bool, yes: str = "pass", no: str = "FAIL", no_style: str = "bold red") -> Text:
     """A cell that says how a check went."""
     return literal((yes, "green") if passed else (no, no_style))
-
-
-def plain(value: Any) -> Any:
-    """Data that JSON takes: dataclasses as objects, paths as text, and null for NaN and Inf, which JSON lacks."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"value must be plain data, got {type(value).__name__}")
 
 
 def table(
@@ -109,7 +91,7 @@ def gib(size: float) -> str:
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a safetensors file, whole or not at all; metadata values are stored as JSON unless they are text."""
-    from happyhorse_fast.model.save_checkpoint import write_safetensors
+    from happyhorse_fast.checkpoint.save import write_safetensors
 
     texts = {key: value if isinstance(value, str) else json.dumps(plain(value)) for key, value in metadata.items()}
     with replacing(path) as partial:

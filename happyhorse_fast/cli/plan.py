@@ -1,4 +1,4 @@
-"""``happyhorse-fast plan``: what a clip costs before anything runs."""
+"""``happyhorse-fast plan``: compute the cost of a clip before anything runs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from happyhorse_fast.cli.forms import form_of
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
-from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals, window_share
-from happyhorse_fast.model.fast_config import default_attention
+from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals
+from happyhorse_fast.costs import window_share as window_share_of
+from happyhorse_fast.fast.config import default_attention
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
 if TYPE_CHECKING:
@@ -44,50 +44,22 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Parameters, tokens, FLOPs, bytes and floor time per operation, and peak memory of one clip."""
-    data = plan_clip(
-        ModelConfig.preset(preset),
-        tokens_for(resolution, aspect, seconds, fps),
-        text=text,
-        precision=precision,
-        attention=attention,
-        gpu=gpu,
-        steps=steps,
-        video_share=video_share,
-        memory=memory,
-    )
-    data = {"preset": preset, "resolution": resolution, "aspect": aspect, "seconds": seconds, "fps": fps, **data}
-    emit(data, as_json, lambda console: _render(console, data))
-
-
-def plan_clip(
-    config: ModelConfig,
-    clip: ClipTokens,
-    *,
-    text: int = TEXT_TOKENS,
-    precision: str = "bf16",
-    attention: str | None = None,
-    gpu: str = "h100",
-    steps: int = 8,
-    video_share: float | None = None,
-    memory: bool = True,
-) -> dict[str, Any]:
-    """What :func:`plan` prints, as plain data; arguments as there.
-
-    Raises:
-        ValueError: An argument is out of range.
-    """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    card = gpu_named(gpu)
+    config, clip, card = ModelConfig.preset(preset), tokens_for(resolution, aspect, seconds, fps), gpu_named(gpu)
     if attention is None:
         attention = default_attention("bf16" if precision == "fp32" else precision)
-    costs = step_costs(
-        config, clip, text=text, precision=precision, attention=attention, gpu=card, video_share=video_share
-    )
-    total = totals(costs)
-    counted = parameters(config)
-    local = [i for i in range(config.num_layers) if config.is_local(i, clip.frame_tokens)]
-    return {
+    how = {"precision": precision, "attention": attention}
+    costs = step_costs(config, clip, text=text, gpu=card, video_share=video_share, **how)
+    total, counted = totals(costs), parameters(config)
+    window_layers = sum(config.is_local(i, clip.frame_tokens) for i in range(config.num_layers))
+    window_share = window_share_of(clip.T // PATCH[0], config.frame_receptive_field) if window_layers else None
+    data = {
+        "preset": preset,
+        "resolution": resolution,
+        "aspect": aspect,
+        "seconds": seconds,
+        "fps": fps,
         "parameters": {"total": counted.total, "active_per_token": counted.active, "bytes": counted.bytes},
         "tokens": {
             "latent": [clip.T, clip.H, clip.W],
@@ -95,12 +67,11 @@ def plan_clip(
             "audio": clip.audio,
             "text": text,
             "total": clip.total(text),
-            "window_share": window_share(clip.T // PATCH[0], config.frame_receptive_field) if local else None,
-            "window_layers": len(local),
+            "window_share": window_share,
+            "window_layers": window_layers,
             "video_share": video_share,
         },
-        "precision": precision,
-        "attention": attention,
+        **how,
         "gpu": card,
         "steps": steps,
         "ops": costs,
@@ -115,29 +86,32 @@ def plan_clip(
         "launches_per_layer": _launches(precision),
         **_memory(config, clip, text, (precision, attention), memory),
     }
+    emit(data, as_json, lambda console: _render(console, data))
 
 
 def _launches(precision: str) -> int | None:
     """Most launches of any layer in the preferred form; None for eager torch, which promises no number."""
+    from happyhorse_fast.fast.config import FastConfig
+    from happyhorse_fast.fast.launches import launches_per_layer
+    from happyhorse_fast.verify.forms import form_of
+
     form = form_of(precision)
     if form is None or not form.kernels:
         return None
-    from happyhorse_fast.model.fast_config import FastConfig
-    from happyhorse_fast.model.launches import launches_per_layer
-
     return max(len(names) for names in launches_per_layer(FastConfig(precision=form.fast_precision)))
 
 
 def _memory(
     config: ModelConfig, clip: ClipTokens, text: int, precision: tuple[str, str], trace: bool
 ) -> dict[str, Any]:
+    from happyhorse_fast.fast.memory import peak_memory
+    from happyhorse_fast.verify.forms import form_of
+
     form, attention = form_of(precision[0]), precision[1]
     if form is None:
         return {"peak_memory_gib": None, "memory": {"form": None, "why": f"this version has no {precision[0]} form"}}
     if not trace:
         return {"peak_memory_gib": None, "memory": {"form": form.name, "why": "not traced (--no-memory)"}}
-    from happyhorse_fast.model.memory import peak_memory
-
     print("tracing one forward pass under fake tensors...", file=sys.stderr)
     peak = peak_memory(form.without_weights(config, attention), clip, text)  # type: ignore[arg-type]  # checked before
     return {"peak_memory_gib": peak.peak_gib, "memory": {"form": form.name, "why": None, "peak": peak}}

@@ -1,19 +1,28 @@
-"""``happyhorse-fast sample``: a checkpoint and a file of inputs in, a file of latents out."""
+"""``happyhorse-fast sample``: read a checkpoint and a file of inputs, write a file of latents."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from happyhorse_fast._version import __version__
-from happyhorse_fast.cli.options import ConfigOption, DeviceOption, PresetOption, read_config, usable_device
+from happyhorse_fast.cli.options import (
+    AttentionOption,
+    ConfigOption,
+    DeviceOption,
+    PresetOption,
+    read_config,
+    usable_device,
+)
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, save_tensors
-from happyhorse_fast.cli.sample_inputs import Inputs, drawn, read_inputs
+from happyhorse_fast.cli.sample_inputs import Inputs, read_inputs
+from happyhorse_fast.fast.config import FastConfig, Precision
 from happyhorse_fast.files import require_target
 from happyhorse_fast.tokens import VAE_STRIDE, tokens_for
 
@@ -21,12 +30,10 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from happyhorse_fast.config import ModelConfig
     from happyhorse_fast.sampler import StepInfo
+    from happyhorse_fast.sampler.steps import Denoiser
 
 Dtype = Literal["bfloat16", "float32", "float64"]
-Fast = Literal["bf16", "int8", "fp8"]
-Attention = Literal["bf16", "int8_qk", "fp8"]
 
 
 def sample(
@@ -65,13 +72,10 @@ def sample(
         Dtype, typer.Option(help="Compute dtype; bfloat16 as published, and alone with --fast.")
     ] = "bfloat16",
     fast: Annotated[
-        Fast | None,
+        Precision | None,
         typer.Option(help="Run this package's kernels instead of eager torch: bf16, exact; or fp8. Both stages."),
     ] = None,
-    attention: Annotated[
-        Attention | None,
-        typer.Option(help="With --fast: precision of attention; left out, FastConfig's default. Both stages."),
-    ] = None,
+    attention: AttentionOption = None,
     sr_checkpoint: Annotated[Path | None, typer.Option(help="Second stage: its checkpoint.")] = None,
     sr_preset: Annotated[str | None, typer.Option(help="Second stage: its preset.")] = None,
     sr_config: Annotated[
@@ -89,6 +93,8 @@ def sample(
     as_json: JsonOption = False,
 ) -> None:
     """Sample a clip's latents; with --sr-checkpoint in two stages."""
+    from happyhorse_fast import golden
+
     require_target(output, force)
     second = sr_checkpoint is not None
     if second != (size is not None) or (not second and (sr_preset is not None or sr_config is not None)):
@@ -99,7 +105,8 @@ def sample(
         raise ValueError(f"--attention must come with --fast, got {attention} without it")
     how_fast = None if fast is None else (fast, attention)
     tensors = read_inputs(inputs)
-    first = _Stage(checkpoint, preset, config, usable_device(device), dtype, how_fast, not as_json)
+    where = usable_device(device)
+    first = _Stage(checkpoint, preset, config, dtype, how_fast)
     drawn_clip = (None,) * 4 if resolution is None else (resolution, aspect, seconds, fps)
     settings: dict[str, Any] = {
         "version": __version__,
@@ -116,34 +123,40 @@ def sample(
         "dtype": dtype,
         "fast": fast,
         "attention": attention,
-        "device": first.device,
+        "device": where,
     }
     record = Record()
-    draw = tensors.replay if tensors.noise else drawn(seed)
+    draw = tensors.replay if tensors.noise else partial(golden.draw, seed)
     start = _start(first, tensors, draw, resolution, (aspect, seconds, fps))
     how = {"steps": steps, "shift": shift, "guidance": guidance, "noise": draw}
     conditions = _conditions(tensors, image_key)
     stage: _Stage | None = None
     sr_how: dict[str, Any] = {"size": size, "steps": sr_steps, "shift": shift, "noise": draw}
-    _check_first_stage(first, start, conditions, how)
+    # What the samplers say of their arguments is known before minutes of loading.
+    with contextlib.suppress(_CheckedError):
+        _first_stage(_Unloaded(first), start, conditions, how)
     if sr_checkpoint is not None:
-        stage = _Stage(sr_checkpoint, sr_preset, sr_config, first.device, dtype, how_fast, not as_json, option="sr-")
-        _check_second_stage(stage, start, conditions, sr_how)
-    latents = _first_stage(first, start, conditions, record, how)
+        stage = _Stage(sr_checkpoint, sr_preset, sr_config, dtype, how_fast, "sr-")
+        with contextlib.suppress(_CheckedError):
+            _second_stage(_Unloaded(stage), start, conditions, sr_how)
+    place: dict[str, Any] = {"device": where, "progress": not as_json}
+    # No name holds a model: the first is gone before the second is loaded.
+    latents = _first_stage(first.load(**place), start, conditions, how, callback=record, progress=not as_json)
     settings |= {"steps": len(record.sigmas), "sigmas": [*record.sigmas, 0.0]}
     if stage is not None:
-        sr_record = Record()
-        latents["video"] = _second_stage(stage, latents, conditions, sr_record, sr_how)
+        again = Record()
+        shown: dict[str, Any] = {"callback": again, "progress": not as_json}
+        latents["video"] = _second_stage(stage.load(**place), latents, conditions, sr_how, **shown)
         settings |= {
             "sr_checkpoint": sr_checkpoint,
             "sr_preset": sr_preset,
             "sr_config": sr_config,
             "sr_steps": sr_steps,
             "size": size,
-            "sr_sigmas": [*sr_record.sigmas, 0.0],
+            "sr_sigmas": [*again.sigmas, 0.0],
         }
-        record.seconds += sr_record.seconds
-        record.memory_bytes = max(record.memory_bytes or 0, sr_record.memory_bytes or 0) or None
+        record.seconds += again.seconds
+        record.memory_bytes = max(record.memory_bytes or 0, again.memory_bytes or 0) or None
     rows, columns = latents["video"].shape[3:]
     settings["pixels"] = [rows * VAE_STRIDE[1], columns * VAE_STRIDE[2]]
     save_tensors(output, latents, settings)
@@ -161,7 +174,7 @@ def sample(
 
 @dataclass
 class Record:
-    """What a stage's callback kept.
+    """Times and noise levels of a stage, kept by its callback.
 
     Attributes:
         sigmas: Noise level that each step started from.
@@ -169,12 +182,9 @@ class Record:
         memory_bytes: Peak so far.
     """
 
-    sigmas: list[float]
-    seconds: list[float]
-    memory_bytes: int | None
-
-    def __init__(self) -> None:
-        self.sigmas, self.seconds, self.memory_bytes = [], [], None
+    sigmas: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    memory_bytes: int | None = None
 
     def __call__(self, info: StepInfo) -> None:
         self.sigmas.append(info.sigma)
@@ -182,64 +192,50 @@ class Record:
         self.memory_bytes = info.memory_bytes
 
 
-@dataclass(frozen=True)
 class _Stage:
     """A checkpoint and how to run it.
 
-    Attributes:
+    Args:
+        checkpoint: Folder or file.
+        preset: Of the model; a second stage needs it, or ``config``, unless its weights are packed.
+        config: JSON file, in place of ``preset``.
+        dtype: Compute dtype.
         fast: Precision of products and of attention; None for eager.
-        option: What its options' names start with.
+        option: First words of its options' names.
     """
 
-    checkpoint: Path
-    preset: str | None
-    config: Path | None
-    device: str
-    dtype: Dtype
-    fast: tuple[Fast, Attention | None] | None
-    progress: bool
-    option: str = ""
-
-    def check(self) -> ModelConfig:
-        """The model's configuration; raises what :meth:`load` would before it reads data."""
-        from happyhorse_fast.model.checkpoint import check_load
-        from happyhorse_fast.model.packed_checkpoint import is_packed
-
-        if self.option and not is_packed(self.checkpoint) and (self.preset is None) == (self.config is None):
-            got = "neither" if self.preset is None else "both"
-            raise ValueError(f"exactly one of --{self.option}preset and --{self.option}config is required, got {got}")
-        read = read_config(self.config)
-        return check_load(self.checkpoint, self.preset, read, compute_dtype=self._dtype(), fast=self._fast())
-
-    def load(self) -> Any:
-        from happyhorse_fast.model.checkpoint import load
-
-        return load(
-            self.checkpoint,
-            self.preset,
-            read_config(self.config),
-            device=self.device,
-            compute_dtype=self._dtype(),
-            progress=self.progress,
-            fast=self._fast(),
-        )
-
-    def _dtype(self) -> Any:
+    def __init__(
+        self,
+        checkpoint: Path,
+        preset: str | None,
+        config: Path | None,
+        dtype: Dtype,
+        fast: tuple[Precision, str | None] | None,
+        option: str = "",
+    ) -> None:
         import torch
 
-        return getattr(torch, self.dtype)
+        from happyhorse_fast.checkpoint.load import check_load, load
+        from happyhorse_fast.checkpoint.packed import is_packed
 
-    def _fast(self) -> Any:
-        from happyhorse_fast.model.fast_config import FastConfig
-
-        return None if self.fast is None else FastConfig(precision=self.fast[0], attention=self.fast[1])
+        if option and not is_packed(checkpoint) and (preset is None) == (config is None):
+            got = "neither" if preset is None else "both"
+            raise ValueError(f"exactly one of --{option}preset and --{option}config is required, got {got}")
+        how: dict[str, Any] = {
+            "compute_dtype": getattr(torch, dtype),
+            "fast": None if fast is None else FastConfig(precision=fast[0], attention=fast[1]),  # type: ignore[arg-type]  # checked there,
+        }
+        self.stream_dtype = torch.promote_types(how["compute_dtype"], torch.float32)
+        # Raises what loading would, before data are read.
+        self.config = check_load(checkpoint, preset, read_config(config), **how)
+        self.load = partial(load, checkpoint, preset, read_config(config), **how)
 
 
 def _start(
     stage: _Stage, tensors: Inputs, draw: Any, resolution: str | None, clip: tuple[str, int, int]
 ) -> dict[str, torch.Tensor]:
     """Video and audio to start from, on the CPU."""
-    config, path = stage.check(), tensors.path
+    config, path = stage.config, tensors.path
     given = {name: tensors.take(name) for name in ("video", "audio")}
     here = {name: value for name, value in given.items() if value is not None}
     if len(here) == len(given):
@@ -274,67 +270,43 @@ class _CheckedError(Exception):
 
 
 class _Unloaded:
-    """A denoiser of a configuration alone: what a sampler says of its arguments is known before minutes of loading."""
+    """A denoiser of a configuration alone."""
 
     def __init__(self, stage: _Stage) -> None:
         import torch
 
-        self.config, self.device = stage.check(), torch.device("cpu")
-        self.stream_dtype = torch.promote_types(getattr(torch, stage.dtype), torch.float32)
+        self.config, self.stream_dtype, self.device = stage.config, stage.stream_dtype, torch.device("cpu")
 
     def __call__(self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor) -> Any:
         raise _CheckedError
 
 
-def _check_first_stage(
-    stage: _Stage, start: Mapping[str, Any], conditions: Mapping[str, Any], how: Mapping[str, Any]
-) -> None:
-    from happyhorse_fast.sampler import sample as run
-
-    with contextlib.suppress(_CheckedError):
-        run(_Unloaded(stage), start["video"], start["audio"], progress=False, **conditions, **how)
-
-
-def _check_second_stage(
-    stage: _Stage, start: Mapping[str, Any], conditions: Mapping[str, Any], how: Mapping[str, Any]
-) -> None:
-    from happyhorse_fast.sampler import super_resolve
-
-    with contextlib.suppress(_CheckedError):
-        super_resolve(_Unloaded(stage), start["video"], start["audio"], conditions["text"], progress=False, **how)
-
-
 def _first_stage(
-    stage: _Stage,
+    model: Denoiser,
     start: Mapping[str, torch.Tensor],
     conditions: Mapping[str, torch.Tensor | None],
-    record: Record,
     how: Mapping[str, Any],
+    **shown: Any,
 ) -> dict[str, torch.Tensor]:
     from happyhorse_fast.sampler import sample as run
 
-    model = stage.load()
-    there: dict[str, Any] = {
-        n: None if value is None else value.to(model.device) for n, value in {**start, **conditions}.items()
-    }
-    video, audio = run(model, **there, **how, callback=record, progress=stage.progress)
+    there: dict[str, Any] = {**start, **conditions}
+    there = {name: None if value is None else value.to(model.device) for name, value in there.items()}
+    video, audio = run(model, **there, **how, **{"progress": False, **shown})
     return {"video": video, "audio": audio}
 
 
 def _second_stage(
-    stage: _Stage,
+    model: Denoiser,
     latents: Mapping[str, torch.Tensor],
     conditions: Mapping[str, Any],
-    record: Record,
     how: Mapping[str, Any],
+    **shown: Any,
 ) -> torch.Tensor:
     from happyhorse_fast.sampler import super_resolve
 
-    model = stage.load()
     text = conditions["text"].to(model.device)
-    return super_resolve(
-        model, latents["video"], latents["audio"], text, **how, callback=record, progress=stage.progress
-    )
+    return super_resolve(model, latents["video"], latents["audio"], text, **how, **{"progress": False, **shown})
 
 
 def _render(console: Console, data: Mapping[str, Any]) -> None:

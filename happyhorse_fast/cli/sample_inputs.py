@@ -1,10 +1,10 @@
-"""What ``happyhorse-fast sample`` reads: text, starting noise, image and recorded noise, of one safetensors file."""
+"""Read the inputs of ``happyhorse-fast sample``: text, starting noise, image and recorded noise, of one file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Inputs:
-    """What an inputs file holds.
+    """Content of an inputs file.
 
     Attributes:
         path: Of the file.
-        named: text, video, audio, null_text and whatever else has no other meaning, without ``in.``.
+        named: All tensors but recorded noise, such as text, video and audio; names without ``in.``.
         noise: Recorded noise by name.
         ignored: Names that no option asked for.
     """
@@ -27,12 +27,12 @@ class Inputs:
     ignored: set[str]
 
     def take(self, name: str) -> torch.Tensor | None:
-        """A tensor by name, None where there is none; it is then no longer ignored."""
+        """Return a tensor by name, None where there is none, and count it as used."""
         self.ignored.discard(name)
         return self.named.get(name)
 
     def replay(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Recorded noise, as a sampler's ``noise``.
+        """Return recorded noise; a sampler takes this as ``noise``.
 
         Raises:
             ValueError: The file holds noise, but not this one.
@@ -66,10 +66,3 @@ def read_inputs(path: Path) -> Inputs:
             raise ValueError(f"{path}: holds both {name} and in.{name}; one is allowed")
         named[name] = tensors[key]
     return Inputs(path, named, noise, set(named))
-
-
-def drawn(seed: int) -> Any:
-    """Noise by name from a seed, alike on any device, as a sampler's ``noise``."""
-    from happyhorse_fast import golden
-
-    return lambda name, shape: golden.draw(seed, name, shape)

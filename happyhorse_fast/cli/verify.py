@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from happyhorse_fast.cli.options import ConfigOption, DeviceOption, PresetOption, read_config, usable_device
-from happyhorse_fast.cli.output import JsonOption, emit, literal, plain, table, verdict
-from happyhorse_fast.errors import require_whole
-from happyhorse_fast.files import require_target
+from happyhorse_fast.arguments import require_whole
+from happyhorse_fast.cli.options import (
+    AttentionOption,
+    ConfigOption,
+    DeviceOption,
+    PresetOption,
+    read_config,
+    usable_device,
+)
+from happyhorse_fast.cli.output import JsonOption, emit
+from happyhorse_fast.files import plain, require_target
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from happyhorse_fast.cli.checks import Comparison, Measurement
-    from happyhorse_fast.cli.equivalence import Equivalence
-    from happyhorse_fast.cli.fidelity import Fidelity
-    from happyhorse_fast.model.calibration import Calibration
-    from happyhorse_fast.model.fast_config import FastConfig
-    from happyhorse_fast.ops.self_check import KernelCheck
-    from happyhorse_fast.reference.model import HappyHorse
-
+    from happyhorse_fast.eager.model import HappyHorse
+    from happyhorse_fast.fast.config import FastConfig
 
 # Options that mean something in one mode alone.
 _FAST, _PONY, _CALIBRATE, _CHECKPOINT = "--fast", "--pony", "--calibrate", "a checkpoint"
@@ -81,9 +84,7 @@ def verify(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="With --calibrate: replace the file.")] = False,
     precision: Annotated[str, typer.Option(help="With --fast: bf16, int8 or fp8.")] = "fp8",
-    attention: Annotated[
-        str | None, typer.Option(help="With --fast: attention in bf16, int8_qk or fp8; left out, FastConfig's default.")
-    ] = None,
+    attention: AttentionOption = None,
     top_k: Annotated[
         float | None, typer.Option(help="With --fast: also with this share of video blocks, such as 0.25.")
     ] = None,
@@ -135,143 +136,72 @@ def verify(
         if most is not None and not 0 < most <= 1:
             raise ValueError(f"most must be above 0 and at most 1, got {most}")
         require_target(out, force)
-    where = usable_device(device)
-    data: dict[str, Any] = {}
-    comparisons: list[Comparison] = []
-    equivalences: list[Equivalence] = []
-    checked: list[KernelCheck] = []
-    if kernels:
-        checked = check_kernels(where)
-        data["kernels"] = checked
-    fidelity: Fidelity | None = None
-    broken: list[str] = []
-    if pony:
-        fidelity, broken = _pony(clips, quick)
-        data["pony"] = {**plain(fidelity), "violations": broken}
-    if fast:
-        from happyhorse_fast.ops.dispatch import BackendError
 
-        towards = _fast_config(precision, attention, top_k, backend, where)
-        try:
-            equivalences = _equivalences(checkpoint, preset, config, towards, grid, text, seed, steps, where, as_json)
-        except BackendError as error:
-            raise ValueError(str(error)) from error
-        data["equivalence"] = equivalences
-    calibration: Calibration | None = None
-    if calibrate is not None and checkpoint is not None:
-        import torch
-
-        from happyhorse_fast.cli import calibration as calibrating
-
-        model = _load(checkpoint, preset, config, where, torch.bfloat16, as_json)
-        how: dict[str, Any] = {"grid": grid, "text": text, "steps": steps, "seed": seed, "most": most}
-        calibration = calibrating.calibrate(model, calibrate, **how, checkpoint=str(checkpoint), report=_say)
-        calibrating.write(calibration, out)
-        data["calibration"] = calibration
-    if recorded or not (fast or kernels or pony or calibration):
-        from happyhorse_fast.cli import checks
-
-        comparisons = checks.verify_golden() if recorded or checkpoint is None else []
-        if checkpoint is not None and not fast:
-            import torch
-
-            model = _load(checkpoint, preset, config, where, torch.float64, as_json)
-            comparisons += checks.verify_model(model, grid, text=text, seed=seed)
-        data["cases"] = [_as_data(c) for c in comparisons]
-    verdicts = [c.passed for c in comparisons] + [e.passed for e in equivalences] + [c.passed for c in checked]
-    passed = all(verdicts) and not broken and not (calibration and calibration.coarse)
-
-    def render(console: Console) -> None:
-        if comparisons:
-            _render(console, comparisons)
-        if equivalences:
-            from happyhorse_fast.cli import equivalence_tables
-
-            equivalence_tables.render(console, equivalences)
-        if checked:
-            _render_kernels(console, checked, where)
-        if fidelity is not None:
-            _render_pony(console, data["pony"])
-        if calibration is not None:
-            from happyhorse_fast.cli import calibration_tables
-
-            calibration_tables.render(console, calibration, out)
-
-    emit({"passed": passed, **data}, as_json, render)
-    if not passed:
-        raise typer.Exit(1)
-
-
-def check_kernels(device: str) -> list[KernelCheck]:
-    """Run the self-check of every kernel on a device, whatever is remembered of it; progress on standard error.
-
-    Raises:
-        ValueError: Triton kernels cannot run there.
-    """
     import torch
 
-    from happyhorse_fast.ops.dispatch import triton_obstacle
-    from happyhorse_fast.ops.self_check import run_checks
+    from happyhorse_fast.cli import verify_tables
+    from happyhorse_fast.verify import calibration, checks, equivalence, fidelity
+    from happyhorse_fast.verify.kernels import check_kernels
 
-    where = torch.device(device)
-    obstacle = triton_obstacle(where)
-    if obstacle is not None:
-        raise ValueError(f"--kernels needs a device that runs Triton kernels: {obstacle}")
-    # e4m3 in hardware: compute capability 8.9; the interpreter has every format.
-    fp8 = where.type != "cuda" or torch.cuda.get_device_capability(where) >= (8, 9)
-    found = []
-    for check in run_checks("triton", where, fp8=fp8):
-        print(f"{check.op} {check.variant}: {check.seconds:.1f} s", file=sys.stderr)
-        found.append(check)
-    return found
+    where = usable_device(device)
+    load = partial(_load, checkpoint, preset, config, where, quiet=as_json)
+    data: dict[str, Any] = {}
+    passed: list[bool] = []
+    shown: list[Callable[[Console], None]] = []
+    if kernels:
+        checked = check_kernels(torch.device(where), _say)
+        data["kernels"] = checked
+        passed += [check.passed for check in checked]
+        shown += [partial(verify_tables.kernels, checked, where)]
+    if pony:
+        measured = fidelity.measure_fidelity(fidelity.policies(quick=quick), clips, progress=_say)
+        data["pony"] = {**plain(measured), "violations": list(fidelity.violations(measured))}
+        passed += [not data["pony"]["violations"]]
+        shown += [partial(verify_tables.fidelity, data["pony"])]
+    if fast:
+        towards = _fast_config(precision, attention, top_k, backend, where)
+        if checkpoint is None:
+            forms = equivalence.equivalence_golden(towards, steps=steps, device=where)
+        else:
+            model = load(torch.float32)
+            inputs = checks.seeded_inputs(model.config, grid, text=text, seed=seed, device=model.device)
+            forms = [equivalence.equivalence(model, inputs, checkpoint.name, towards, steps=steps, seed=seed)]
+            del model
+        data["equivalence"] = forms
+        passed += [case.passed for case in forms]
+        shown += [partial(verify_tables.equivalences, forms)]
+    if calibrate is not None:
+        how: dict[str, Any] = {"grid": grid, "text": text, "steps": steps, "seed": seed, "most": most}
+        model = load(torch.bfloat16)
+        losses = calibration.calibrate(model, calibrate, **how, checkpoint=str(checkpoint), report=_say)
+        del model
+        calibration.write(losses, out)
+        data["calibration"] = losses
+        passed += [not losses.coarse]
+        shown += [partial(verify_tables.calibration, losses, out)]
+    if recorded or not (fast or kernels or pony or calibrate is not None):
+        cases = checks.verify_golden() if recorded or checkpoint is None else []
+        if checkpoint is not None and not fast:
+            cases += checks.verify_model(load(torch.float64), grid, text=text, seed=seed)
+        data["cases"] = [{**plain(case), "passed": case.passed, "worst": case.worst()} for case in cases]
+        passed += [case.passed for case in cases]
+        shown += [partial(verify_tables.comparisons, cases)]
 
+    def render(console: Console) -> None:
+        for show in shown:
+            show(console)
 
-def _render_kernels(console: Console, checked: list[KernelCheck], device: str) -> None:
-    rows: list[list[Any]] = [[c.op, c.variant, c.detail, f"{c.seconds:.1f}", verdict(c.passed)] for c in checked]
-    console.print(
-        table(
-            f"kernels against their reference, on {device}",
-            ["op", "format", "found", "s", ""],
-            rows,
-            left=2,
-            folded=[2],
-        )
-    )
-    if device == "cpu":
-        note = "Run by Triton's interpreter, made exact: it shows what a kernel computes, not how a GPU rounds."
-        console.print(literal(note))
+    emit({"passed": all(passed), **data}, as_json, render)
+    if not all(passed):
+        raise typer.Exit(1)
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _pony(clips: int, quick: bool) -> tuple[Fidelity, list[str]]:
-    import torch
-
-    from happyhorse_fast.cli import fidelity
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on tensors this small several threads wait for each other
-    try:
-        chosen = fidelity.policies(quick=quick)
-        found = fidelity.measure_fidelity(chosen, clips, progress=_say)
-    finally:
-        torch.set_num_threads(threads)
-    return found, list(fidelity.violations(found))
-
-
-def _render_pony(console: Console, found: dict[str, Any]) -> None:
-    from happyhorse_fast.cli import fidelity_tables
-
-    console.print(table(fidelity_tables.title(found), fidelity_tables.COLUMNS, fidelity_tables.rows(found)))
-    console.print(literal(fidelity_tables.NOTE))
-    for violation in found["violations"]:
-        console.print(literal((violation, "red")))
-
-
 def _fast_config(precision: str, attention: str | None, top_k: float | None, backend: str, device: str) -> FastConfig:
-    from happyhorse_fast.model.fast_config import FastConfig, TopK
+    from happyhorse_fast.fast.config import FastConfig, TopK
 
     if backend == "auto" and not device.startswith("cuda"):
         backend = "reference"
@@ -283,100 +213,14 @@ def _fast_config(precision: str, attention: str | None, top_k: float | None, bac
     )
 
 
-def _equivalences(
-    checkpoint: Path | None,
-    preset: str | None,
-    config: Path | None,
-    fast: FastConfig,
-    grid: tuple[int, int, int],
-    text: int,
-    seed: int,
-    steps: int,
-    device: str,
-    quiet: bool,
-) -> list[Equivalence]:
-    import torch
-
-    from happyhorse_fast.cli.checks import seeded_inputs
-    from happyhorse_fast.cli.equivalence import equivalence, equivalence_golden
-
-    if checkpoint is None:
-        return equivalence_golden(fast, steps=steps, device=device)
-    model = _load(checkpoint, preset, config, device, torch.float32, quiet)
-    inputs = seeded_inputs(model.config, grid, text=text, seed=seed, device=model.device)
-    return [equivalence(model, inputs, checkpoint.name, fast, steps=steps, seed=seed)]
-
-
 def _load(
-    checkpoint: Path, preset: str | None, config: Path | None, device: str, dtype: torch.dtype, quiet: bool
+    checkpoint: Path | None, preset: str | None, config: Path | None, device: str, dtype: torch.dtype, *, quiet: bool
 ) -> HappyHorse:
-    from happyhorse_fast.model.checkpoint import load
-    from happyhorse_fast.model.packed_checkpoint import is_packed
+    """The eager model of a checkpoint, which whoever calls has."""
+    from happyhorse_fast.checkpoint.load import load
+    from happyhorse_fast.checkpoint.packed import is_packed
 
+    assert checkpoint is not None
     if is_packed(checkpoint):
         raise ValueError(f"checkpoint must hold the published weights to be verified; {checkpoint} holds packed ones")
     return load(checkpoint, preset, read_config(config), device=device, compute_dtype=dtype, progress=not quiet)
-
-
-def _as_data(comparison: Comparison) -> dict[str, Any]:
-    worst = comparison.worst()
-    return {
-        "name": comparison.name,
-        "dtype": comparison.dtype,
-        "passed": comparison.passed,
-        "skipped": comparison.skipped,
-        "worst": worst,
-        "measurements": comparison.measurements,
-    }
-
-
-_COLUMNS = {
-    "sequence": "sequence",
-    "worst layer": "layer",
-    "video": "out.video",
-    "audio": "out.audio",
-    "sampler": "sampler",
-}
-
-
-def _render(console: Console, comparisons: list[Comparison]) -> None:
-    rows: list[list[Any]] = []
-    for c in comparisons:
-        cells = [_cell(c.worst(prefix), name == "worst layer") for name, prefix in _COLUMNS.items()]
-        budgets = [f"{max(group):.0e}" if (group := _budgets(c, prefix)) else "" for prefix in ("out.", "sampler.")]
-        rows.append([c.name, *cells, *budgets, literal(("skipped", "yellow")) if c.skipped else verdict(c.passed)])
-    console.print(table("relative L2 error", ["case", *_COLUMNS, "model budget", "sampler budget", ""], rows))
-    for c in comparisons:
-        for m in c.measurements:
-            if not m.passed:
-                console.print(literal((f"{c.name}: {m.what} is off by {m.error:.2e}, budget {m.budget:.0e}", "red")))
-        if c.skipped:
-            console.print(literal((f"{c.name}: {c.skipped}", "yellow")))
-        if any(m.cosine is not None for m in c.measurements):
-            console.print(_layer_table(c))
-
-
-def _budgets(comparison: Comparison, prefix: str) -> list[float]:
-    return [m.budget for m in comparison.measurements if m.what.startswith(prefix)]
-
-
-def _cell(measurement: Measurement | None, with_name: bool) -> str:
-    if measurement is None:
-        return ""
-    return f"{measurement.error:.1e}" + (f" ({measurement.what})" if with_name else "")
-
-
-def _layer_table(comparison: Comparison) -> Any:
-    by_place: dict[str, dict[str, Measurement]] = {}
-    for m in comparison.measurements:
-        place, _, modality = m.what.rpartition(".")
-        by_place.setdefault(place, {})[modality] = m
-    rows = [
-        [
-            place,
-            *(f"{v:.2e}" for v in (pair["video"].error, pair["audio"].error)),
-            *(f"{1 - (pair[m].cosine or 0):.1e}" for m in pair),
-        ]
-        for place, pair in by_place.items()
-    ]
-    return table(comparison.name, ["after", "video", "audio", "1 - cosine, video", "1 - cosine, audio"], rows)

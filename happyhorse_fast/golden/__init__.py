@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 from happyhorse_fast import ambient
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.reference.model import HappyHorse
-from happyhorse_fast.reference.rotary import frequency_bands
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.eager.rotary import frequency_bands
 
 FOLDER = Path(__file__).parent
 

@@ -1,4 +1,4 @@
-"""From a prompt to pictures and sound."""
+"""Generate pictures and sound from a prompt."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from happyhorse_fast import ambient
+from happyhorse_fast.arguments import require_tensor
 from happyhorse_fast.config import LATENT_CHANNELS, PATCH
-from happyhorse_fast.errors import require_tensor
+from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.pony.codec import FRAMES, SIDE, decode_audio, decode_video, encode_video
 from happyhorse_fast.pony.prompt import TEXT_TOKENS, encode_text, parse
 from happyhorse_fast.pony.weights import PONY, load_codecs
-from happyhorse_fast.reference.sequence import Clip
 from happyhorse_fast.sampler import sample
 from happyhorse_fast.sampler.progress import Callback
 from happyhorse_fast.sampler.steps import Denoiser
@@ -45,7 +45,7 @@ class PonyClip:
 
 @ambient.independent
 def encode_image(picture: torch.Tensor) -> torch.Tensor:
-    """[128, 128, 3] float32 in 0..1 -> [1, 48, 1, 8, 8], as ``image`` of :func:`generate` and ``sample`` take it.
+    """Encode a picture [128, 128, 3] in 0..1 to [1, 48, 1, 8, 8], the ``image`` of :func:`generate` and ``sample``.
 
     Raises:
         TypeError: Not a floating-point tensor.
@@ -57,7 +57,7 @@ def encode_image(picture: torch.Tensor) -> torch.Tensor:
 
 @ambient.independent
 def noise_and_text(prompt: str, noise: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What sampling a clip starts from: noise [1, 48, 13, 8, 8] and [1, 49, 64], text tokens.
+    """Draw the start of a clip: noise [1, 48, 13, 8, 8] and [1, 49, 64], and its text tokens.
 
     Raises:
         ValueError: ``prompt`` is not in the grammar.
@@ -76,7 +76,7 @@ def generate(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> PonyClip:
-    """Sample and decode a clip. The same seed gives the same clip on the same machine.
+    """Sample and decode a clip; the same seed gives the same clip on the same machine.
 
     Args:
         model: The pony, from :func:`happyhorse_fast.pony.load_model`, accelerated or not.

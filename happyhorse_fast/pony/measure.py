@@ -1,4 +1,4 @@
-"""What a clip shows and sounds like, read from its pixels and samples alone: colour, size, place and impacts."""
+"""Read a clip's colour, size, place and impacts from its pixels and samples alone."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ REACH = 14.0
 """Pixels from the floor within which a turning point is an impact and not a flaw of the motion."""
 SYNC_FRAMES = 2.0
 RATES = ("colour", "size", "bounces", "sync", "pitch", "place", "all")
-"""What a clip is judged by."""
+"""Criteria that a clip is judged by."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found in one clip; None where no ball or no sound was.
+    """Properties found in one clip; None where there is no ball or no sound.
 
     Attributes:
         colour: Nearest named colour.
@@ -45,7 +45,7 @@ class Measured:
 
     @property
     def sync_error(self) -> float | None:
-        """Frames between an impact's picture and its sound, the largest; None where none or not as many are heard."""
+        """Largest shift, in frames, between an impact's picture and its sound; None unless as many are heard."""
         return largest_shift(self.seen, self.heard) if self.seen else None
 
     @property
@@ -63,7 +63,7 @@ def largest_shift(times: list[float], others: list[float]) -> float | None:
 
 
 def judge(prompt: Prompt, found: Measured) -> dict[str, bool]:
-    """Which of the things that ``prompt`` asks for were found; ``sync`` is impacts heard within 2 frames of seen ones.
+    """Tell by criterion whether the clip is as ``prompt`` asks; ``sync`` is impacts heard within 2 frames of seen ones.
 
     A place that the prompt leaves open counts as right.
     """
@@ -79,7 +79,7 @@ def judge(prompt: Prompt, found: Measured) -> dict[str, bool]:
 
 
 def rates(judged: list[dict[str, bool]]) -> dict[str, float]:
-    """Share of clips per thing asked for."""
+    """Compute the share of clips that meet each criterion."""
     return {name: sum(row[name] for row in judged) / len(judged) for name in RATES}
 
 
@@ -114,12 +114,12 @@ def measure(frames: torch.Tensor, samples: torch.Tensor) -> Measured:
 
 
 def hue_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Distance between two RGB colours of equal length: shading does not count."""
+    """Distance between two RGB colours scaled to one length, so that shading does not count."""
     return float((a / a.norm() - b / b.norm()).norm())
 
 
 def seen_impacts(heights: list[float]) -> list[float]:
-    """Frames at which a ball turns upwards within REACH of the floor, having fallen and rising MIN_RISE at least."""
+    """Find the frames at which a ball turns upwards within REACH of the floor, having fallen and rising by MIN_RISE."""
     found: list[float] = []
     low, low_at, high, falling = math.inf, 0, -math.inf, True
     for frame, height in enumerate(heights):
@@ -139,7 +139,7 @@ def seen_impacts(heights: list[float]) -> list[float]:
 
 
 def heard_impacts(samples: torch.Tensor) -> list[float]:
-    """Frames at which the sound's level jumps up, from its level in windows of an eighth of a frame."""
+    """Find the frames at which the sound's level, in windows of an eighth of a frame, jumps up."""
     window = FRAME_SAMPLES // 8
     level = samples[: len(samples) // window * window].unflatten(0, (-1, window)).square().mean(dim=1).sqrt()
     level = torch.nn.functional.avg_pool1d(level[None], 3, stride=1, padding=1)[0].tolist()
@@ -155,7 +155,7 @@ def heard_impacts(samples: torch.Tensor) -> list[float]:
 
 
 def nearest_pitch(samples: torch.Tensor) -> str:
-    """The size whose tone is nearest to the strongest frequency."""
+    """Find the size whose tone is nearest to the strongest frequency."""
     power = torch.fft.rfft(samples).abs()
     strongest = max(float(power[1:].argmax() + 1) * SAMPLE_RATE / len(samples), 1.0)
     return min(PITCH, key=lambda name: abs(math.log(PITCH[name] / strongest)))

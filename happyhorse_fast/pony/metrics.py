@@ -1,4 +1,4 @@
-"""How far one clip's pictures and sound are from another's."""
+"""Distances between two clips: PSNR and SSIM of pictures, log-spectral distance of sound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a stored picture is to be turned: EXIF's orientation in JPEG, PNG, WebP and TIFF files."""
+"""Read EXIF's orientation from JPEG, PNG, WebP and TIFF files, and turn pictures by it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EXIF = b"Exif\0\0"
 
 
 def exif_orientation(content: bytes) -> int | None:
-    """1 to 8 as EXIF numbers them, 1 where nothing is said; None of the content of a file of another kind."""
+    """Find the orientation in a file's content, 1 to 8 as EXIF has them: 1 where it names none, None of other kinds."""
     if content.startswith(b"\xff\xd8"):
         found = _in_jpeg(content)
     elif content.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -29,7 +29,7 @@ def exif_orientation(content: bytes) -> int | None:
 
 
 def turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """A picture [H, W, channels] as it is to be seen, of an orientation of 1 to 8."""
+    """Turn and mirror a picture [H, W, channels] stored in an orientation of 1 to 8, upright."""
     if orientation >= 5:  # 5 to 8 are 1, 4, 2 and 3 of the picture with rows and columns swapped
         pixels, orientation = pixels.swapaxes(0, 1), {5: 1, 6: 2, 7: 3, 8: 4}[orientation]
     if orientation in (2, 3):

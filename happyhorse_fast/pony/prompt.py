@@ -30,7 +30,7 @@ TEXT_CHANNELS = WORD_LETTERS * len(ALPHABET)
 
 
 class Prompt(NamedTuple):
-    """What a prompt asks for.
+    """Content of a prompt.
 
     Attributes:
         size: One of :data:`SIZES`.
@@ -50,22 +50,22 @@ class Prompt(NamedTuple):
 
 
 def all_prompts() -> list[Prompt]:
-    """Every prompt of the grammar, in a fixed order."""
+    """List every prompt of the grammar, in a fixed order."""
     combinations = itertools.product(SIZES, COLOURS, range(1, len(COUNTS) + 1), (None, *PLACES))
     return [Prompt(*combination) for combination in combinations]
 
 
 HELD_OUT = 64
-"""Prompts that the pony never saw."""
+"""Number of prompts that the pony never saw."""
 
 
 def held_out_prompts() -> list[Prompt]:
-    """64 of the 216 prompts, never trained on; the same on every machine."""
+    """Choose the 64 of the 216 prompts that are never trained on; the same on every machine."""
     return random.Random(20).sample(all_prompts(), HELD_OUT)
 
 
 def training_prompts() -> list[Prompt]:
-    """The others."""
+    """List the prompts that are trained on, in the order of :func:`all_prompts`."""
     held_out = set(held_out_prompts())
     return [prompt for prompt in all_prompts() if prompt not in held_out]
 
@@ -74,7 +74,7 @@ _BY_TEXT = {str(prompt): prompt for prompt in all_prompts()}
 
 
 def parse(text: str) -> Prompt:
-    """The prompt that ``text`` spells, whatever its case and spacing.
+    """Parse a prompt, whatever its case and spacing.
 
     Raises:
         ValueError: Not in the grammar; the message gives it.

@@ -1,4 +1,4 @@
-"""What the grammar's names mean in a picture and in a sound: pixels, colours, Hz."""
+"""Pixels, colours and Hz that the grammar's names stand for."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from happyhorse_fast import ambient
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.model.untraced import untraced
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.fast.untraced import untraced
 from happyhorse_fast.pony.codec import LinearCodec
 from happyhorse_fast.pony.prompt import TEXT_CHANNELS
-from happyhorse_fast.reference.model import HappyHorse
 
 FOLDER = Path(__file__).parent
 CODEC_FILE = FOLDER / "codecs.safetensors"
@@ -62,7 +62,7 @@ def load_model(compute_dtype: torch.dtype = torch.bfloat16) -> HappyHorse:
     """The trained model on the CPU.
 
     Args:
-        compute_dtype: As :class:`happyhorse_fast.reference.model.HappyHorse` takes it.
+        compute_dtype: As :class:`happyhorse_fast.eager.model.HappyHorse` takes it.
     """
     model = HappyHorse(PONY, compute_dtype)
     weights = load_file(WEIGHTS_FILE)

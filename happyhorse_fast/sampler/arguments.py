@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from happyhorse_fast.errors import real_number, require_finite, require_tensor
+from happyhorse_fast.arguments import real_number, require_finite, require_tensor
 
 
 def require_positive(name: str, value: object) -> float:

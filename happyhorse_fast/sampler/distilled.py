@@ -6,30 +6,17 @@ import torch
 
 from happyhorse_fast.sampler.levels import noise_levels
 from happyhorse_fast.sampler.noise import Draw
-from happyhorse_fast.sampler.progress import Callback
-from happyhorse_fast.sampler.steps import Denoiser, predict, run_steps
+from happyhorse_fast.sampler.steps import Advance, Denoiser, predict
 
 DISTILLED_STEPS = 8
 """Steps that the model was distilled to."""
 
 
-def sample_distilled(
-    model: Denoiser,
-    video: torch.Tensor,
-    audio: torch.Tensor,
-    text: torch.Tensor,
-    *,
-    steps: int,
-    shift: float,
-    image: torch.Tensor | None,
-    draw: Draw,
-    callback: Callback | None,
-    progress: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per step, x0 = x - s * v, then x = s' * noise + (1 - s') * x0 with fresh noise, for video and audio alike.
+def distilled(model: Denoiser, text: torch.Tensor, steps: int, shift: float, draw: Draw) -> tuple[Advance, list[float]]:
+    """A step, and the noise levels that steps start from: x0 = x - s * v, then x = s' * noise + (1 - s') * x0.
 
-    Arguments are those of :func:`happyhorse_fast.sampler.sample`, already checked; ``draw`` is called with
-    ``noise.video.{i}`` and ``noise.audio.{i}``, i from 0, at every step but the last, where s' is 0.
+    The noise is fresh, for video and audio alike: ``draw`` is called with ``noise.video.{i}`` and ``noise.audio.{i}``,
+    i from 0, at every step but the last, where s' is 0.
     """
     sigmas = noise_levels(steps, shift)
 
@@ -44,5 +31,4 @@ def sample_distilled(
             following * draw(f"noise.audio.{i}", audio.shape) + (1 - following) * clean_audio,
         )
 
-    title = "distilled sampling"
-    return run_steps(advance, sigmas[:-1], video, audio, title=title, image=image, callback=callback, progress=progress)
+    return advance, sigmas[:-1]

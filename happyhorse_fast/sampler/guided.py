@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from happyhorse_fast.sampler.progress import Callback
-from happyhorse_fast.sampler.steps import Denoiser, predict, run_steps
+from happyhorse_fast.sampler.steps import Advance, Denoiser, predict
 from happyhorse_fast.sampler.unipc import unipc_scheduler, unipc_step
 
 GUIDED_STEPS = 32
@@ -19,24 +18,18 @@ def video_guidance(guidance: float, timestep: int) -> float:
     return guidance if timestep > 500 else LATE_VIDEO_GUIDANCE
 
 
-def sample_guided(
+def guided(
     model: Denoiser,
-    video: torch.Tensor,
-    audio: torch.Tensor,
     text: torch.Tensor,
     null_text: torch.Tensor,
-    *,
     steps: int,
     shift: float,
     guidance: float,
     guidance_audio: float,
-    image: torch.Tensor | None,
-    callback: Callback | None,
-    progress: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per step, v = v_null + scale * (v_text - v_null), then one UniPC step for video and one for audio.
+) -> tuple[Advance, list[float]]:
+    """A step, and the noise levels that steps start from: v = v_null + scale * (v_text - v_null), then UniPC.
 
-    Arguments are those of :func:`happyhorse_fast.sampler.sample`, already checked.
+    Video and audio have a solver each.
     """
     video_solver, audio_solver = unipc_scheduler(steps, shift), unipc_scheduler(steps, shift)
 
@@ -48,7 +41,4 @@ def sample_guided(
         audio_velocity = null_audio + guidance_audio * (text_audio - null_audio)
         return unipc_step(video_solver, video_velocity, i, video), unipc_step(audio_solver, audio_velocity, i, audio)
 
-    sigmas = video_solver.sigmas[:-1].tolist()
-    return run_steps(
-        advance, sigmas, video, audio, title="guided sampling", image=image, callback=callback, progress=progress
-    )
+    return advance, video_solver.sigmas[:-1].tolist()

@@ -1,4 +1,4 @@
-"""Where a sampler's noise comes from: a generator, a callable that replays a recorded run, or torch's global state."""
+"""Sources of a sampler's noise: a generator, a callable that replays a recorded run, or torch's global state."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TypeAlias
 
 import torch
 
-from happyhorse_fast.errors import require_finite, require_tensor
+from happyhorse_fast.arguments import require_finite, require_tensor
 
 Draw: TypeAlias = Callable[[str, torch.Size], torch.Tensor]
 """(name, shape) -> standard normal tensor."""
 Noise: TypeAlias = torch.Generator | Draw | None
-"""What a sampler's ``noise`` may be; see :func:`noise_source`."""
+"""Kinds of ``noise`` that a sampler takes; see :func:`noise_source`."""
 
 
 def noise_source(noise: Noise, device: torch.device, dtype: torch.dtype) -> Draw:

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a record per step, and a progress bar made from it."""
+"""Progress of a run: a record per step, and a progress bar made from it."""
 
 from __future__ import annotations
 

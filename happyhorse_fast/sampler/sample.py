@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from happyhorse_fast.errors import require_finite, require_tensor, require_whole
-from happyhorse_fast.reference.sequence import Clip, check_inputs, check_time_axis
+from happyhorse_fast.arguments import require_finite, require_tensor, require_whole
+from happyhorse_fast.eager.sequence import Clip, check_inputs, check_time_axis
 from happyhorse_fast.sampler.arguments import prepare_image, require_callback, require_positive
-from happyhorse_fast.sampler.distilled import DISTILLED_STEPS, sample_distilled
-from happyhorse_fast.sampler.guided import GUIDED_STEPS, sample_guided
+from happyhorse_fast.sampler.distilled import DISTILLED_STEPS, distilled
+from happyhorse_fast.sampler.guided import GUIDED_STEPS, guided
 from happyhorse_fast.sampler.noise import Noise, noise_source
 from happyhorse_fast.sampler.progress import Callback
-from happyhorse_fast.sampler.steps import Denoiser, latent_dtype, require_denoiser
+from happyhorse_fast.sampler.steps import Denoiser, latent_dtype, require_denoiser, run_steps
 
 
 @torch.no_grad()
@@ -75,36 +75,18 @@ def sample(
     dtype = latent_dtype(model)
     image = prepare_image(image, video.shape, model.device, dtype)
     draw = noise_source(noise, model.device, dtype)
-    video, audio = video.to(dtype), audio.to(dtype)
     if guidance is None:
         if null_text is not None:
             raise ValueError("null_text must come with guidance, such as guidance=5.0; got guidance=None")
-        return sample_distilled(
-            model,
-            video,
-            audio,
-            text,
-            steps=steps,
-            shift=shift,
-            image=image,
-            draw=draw,
-            callback=callback,
-            progress=progress,
-        )
-    return sample_guided(
-        model,
-        video,
-        audio,
-        text,
-        _check_null_text(model, null_text, clip),
-        steps=steps,
-        shift=shift,
-        guidance=require_positive("guidance", guidance),
-        guidance_audio=guidance_audio,
-        image=image,
-        callback=callback,
-        progress=progress,
-    )
+        title = "distilled sampling"
+        advance, sigmas = distilled(model, text, steps, shift, draw)
+    else:
+        title = "guided sampling"
+        negative = _check_null_text(model, null_text, clip)
+        guidance = require_positive("guidance", guidance)
+        advance, sigmas = guided(model, text, negative, steps, shift, guidance, guidance_audio)
+    video, audio = video.to(dtype), audio.to(dtype)
+    return run_steps(advance, sigmas, video, audio, title=title, image=image, callback=callback, progress=progress)
 
 
 def _check_null_text(model: Denoiser, null_text: object, clip: Clip) -> torch.Tensor:

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
+from happyhorse_fast.arguments import require_finite, require_tensor
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.errors import require_finite, require_tensor
-from happyhorse_fast.model.step import at_step
+from happyhorse_fast.fast.step import at_step
 from happyhorse_fast.sampler.progress import Callback, StepInfo, peak_memory, step_display
 
 Advance = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -18,7 +18,7 @@ Advance = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.
 
 
 class Denoiser(Protocol):
-    """What the samplers need of a model: the eager one, an accelerated one, or a wrapper of either."""
+    """A model as the samplers call it: the eager one, an accelerated one, or a wrapper of either."""
 
     @property
     def config(self) -> ModelConfig:

@@ -6,9 +6,9 @@ import torch
 from torch.nn.functional import interpolate
 
 from happyhorse_fast import ambient
+from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.config import PATCH
-from happyhorse_fast.errors import require_whole
-from happyhorse_fast.reference.sequence import check_inputs
+from happyhorse_fast.eager.sequence import check_inputs
 from happyhorse_fast.sampler.arguments import (
     prepare_image,
     require_callback,

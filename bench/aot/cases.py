@@ -1,0 +1,302 @@
+"""Every launch that the committed tables allow, at the 15B model's shapes, on tensors of the device "meta".
+
+A case calls the real launcher; what it launches is recorded by `bench.aot.compile`. Cases that specialise to the same
+kernel, as one expert and three do, are compiled once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench.hopper import FORM, HOPPER, running
+from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, config_for, table
+from happyhorse_fast.ops.attention import triton as block_sparse_attention
+from happyhorse_fast.ops.block_selection import triton as select_blocks
+from happyhorse_fast.ops.linear import triton as fp8_linear
+from happyhorse_fast.ops.qkv import triton as rmsnorm_qkv
+from happyhorse_fast.ops.row_quantization import triton as quantize_rows
+from happyhorse_fast.ops.runtime.triton.device import pretend
+from happyhorse_fast.ops.runtime.triton.library import LAUNCHERS
+
+STEMS = tuple(module.STEM for module in (rmsnorm_qkv, quantize_rows, block_sparse_attention, fp8_linear, select_blocks))
+"""Every launch table."""
+
+ROWS, HIDDEN, HEADS_Q, HEADS_KV, HEAD_DIM = 64_256, 5120, 40, 8, 128
+"""5 s at 1080p, 24 fps, padded to whole tiles; the 15B model's widths."""
+UP, DOWN, GELU = 27_392, 13_696, 20_480
+"""Features of the padded SwiGLU7 product, their half, and those of the GELU7 product."""
+BLOCKS = (502, 1464)
+"""Blocks of 128 tokens of 5 s and of 15 s at 1080p."""
+HEAD_DIMS = (32, 64, 128)
+EXPERTS = (1, 3)
+BF16, E4M3, F32, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32
+DTYPES = {"bf16": BF16, "int8": torch.int8, "fp8": E4M3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher.
+
+    Attributes:
+        op: Name of the op without its namespace.
+        stem: Stem of its launch table.
+        arch: Pretended compute capability.
+        variants: Kernel -> the entry of the table that it is launched with.
+        products: Format of its products: a key of `aot_gates.PRODUCTS`.
+        detail: What tells it from the op's other cases.
+        arguments: The launcher's, on the device "meta".
+        tracing: Whether the launcher is called as torch traces it: without descriptors.
+        hopper: Whether the table is taken to ask for the Hopper kernel.
+    """
+
+    op: str
+    stem: str
+    arch: int
+    variants: dict[str, str]
+    products: str
+    detail: str
+    arguments: dict[str, Any] = field(repr=False)
+    tracing: bool = False
+    hopper: bool = False
+
+    def launch(self) -> None:
+        """Call the launcher, pretending the architecture."""
+        with pretend(self.arch, tracing=self.tracing), running(HOPPER if self.hopper else "triton"):
+            LAUNCHERS[f"happyhorse_fast::{self.op}"](**self.arguments)
+
+
+def cases() -> Iterator[Case]:
+    """All cases."""
+    for arch in ARCHITECTURES:
+        for make in (norms, row_codes, qkv_products, attentions, hopper_attentions, linears, selections):
+            yield from make(arch)
+
+
+def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def formats(arch: int) -> tuple[str, ...]:
+    """Formats of inputs that an architecture has."""
+    return ("bf16", "int8", "fp8") if arch >= FP8_SINCE else ("bf16", "int8")
+
+
+def loads(stem: str, variant: str, arch: int) -> tuple[bool, ...]:
+    """``tracing``, False and True, where that takes the launcher from descriptors to pointers; else only False."""
+    return (False, True) if config_for(stem, variant, arch).descriptors else (False,)
+
+
+def described(detail: str, tracing: bool) -> str:
+    """Add to a case's detail how it loads."""
+    return f"{detail}, traced" if tracing else detail
+
+
+def norms(arch: int) -> Iterator[Case]:
+    """`rmsnorm_quantize`: every output, with a branch to add and without."""
+    for fmt, branch, experts in itertools.product(formats(arch), (False, True), EXPERTS):
+        arguments = {
+            "hidden": meta(ROWS, HIDDEN),
+            "norm_weight": meta(experts, HIDDEN),
+            "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
+            "branch": meta(ROWS, HIDDEN, dtype=BF16) if branch else None,
+            "out": fmt,
+        }
+        variants = {"rmsnorm_quantize_kernel": "rmsnorm_quantize"}
+        detail = f"{fmt} out{', branch' if branch else ''}"
+        yield Case("rmsnorm_quantize", "qkv", arch, variants, "none", detail, arguments)
+
+
+def row_codes(arch: int) -> Iterator[Case]:
+    """`quantize_rows`: every width of the table, the model's where it has one, as they are and through a Hadamard."""
+    for channels, through in itertools.product((4096, HIDDEN, DOWN, GELU), (False, True)):
+        arguments = {"x": meta(ROWS, channels, dtype=BF16), "hadamard": through}
+        variants = {"quantize_rows_kernel": quantize_rows.variant_of(channels)}
+        detail = f"{channels} channels{', Hadamard' if through else ''}"
+        products = "bf16" if through else "none"
+        yield Case("quantize_rows", "row_quantization", arch, variants, products, detail, arguments)
+
+
+def qkv_products(arch: int) -> Iterator[Case]:
+    """`qkv_linear`: inputs and outputs in every format."""
+    outs = ("bf16", "int8_qk", "fp8") if arch >= FP8_SINCE else ("bf16", "int8_qk")
+    features = (HEADS_Q + 2 * HEADS_KV + 1) * HEAD_DIM
+    for fmt, out, experts in itertools.product(formats(arch), outs, EXPERTS):
+        arguments = {
+            "x": meta(ROWS, HIDDEN, dtype=DTYPES[fmt]),
+            "x_scale": None if fmt == "bf16" else meta(ROWS),
+            "weight": meta(experts, features, HIDDEN, dtype=DTYPES[fmt]),
+            "weight_scale": None if fmt == "bf16" else meta(experts, features),
+            "qk_norm": meta(experts, 2, HEAD_DIM),
+            "cos_sin": meta(ROWS, HEAD_DIM),
+            "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
+            "num_heads_q": HEADS_Q,
+            "num_heads_kv": HEADS_KV,
+            "out": out,
+            "qk_scale": meta(experts, 2) if out == "fp8" else None,
+        }
+        variant = f"qkv_{fmt}"
+        for tracing in loads("qkv", variant, arch):
+            detail = described(f"{fmt}, {out} out", tracing)
+            variants = {"qkv_linear_kernel": variant}
+            yield Case("qkv_linear", "qkv", arch, variants, fmt, detail, arguments, tracing)
+
+
+def attentions(arch: int) -> Iterator[Case]:
+    """`block_sparse_attention`: formats, forms of the softmax, head dims, both ways to load; bf16 also with a flag.
+
+    With what the model asks for, and with all. A case with a flag launches both forms.
+    """
+    op, stem = "block_sparse_attention", "attention"
+    for fmt, d, bounded in itertools.product(("bf16", "fp8", "int8_qk"), HEAD_DIMS, (False, True)):
+        variant = f"{fmt}_d{d}"
+        if (bounded and fmt == "fp8") or str(arch) not in table(stem)[variant]:
+            continue
+        ways, to_fp8 = loads(stem, variant, arch), arch >= FP8_SINCE
+        wishes = [(1, False, False, False), (1, to_fp8, True, False)]
+        if d == HEAD_DIM:
+            wishes.append((HEADS_KV, to_fp8, False, False))
+        if fmt == "bf16" and bounded:
+            wishes += [(1, False, False, True), (1, False, True, True)]
+        for tracing, (map_heads, fp8_out, lse, flag) in itertools.product(ways, wishes):
+            arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse, bounded)
+            # Where a table has descriptors, a bounded softmax and e4m3 with an LSE still read through pointers.
+            pointers = True in ways and (tracing or (lse and (bounded or fmt == "fp8")))
+            variants = {"block_sparse_attention_kernel": f"{variant}_strided" if pointers else variant}
+            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE' if lse else ''}"
+            detail += f", {map_heads} maps" if map_heads > 1 else ""
+            if flag:
+                variants["block_sparse_attention_kernel running"] = (
+                    f"{variant}_strided" if tracing and True in ways else variant
+                )
+                arguments, detail = arguments | {"flag": meta(1, dtype=I32)}, f"{detail}, flag"
+            yield Case(op, stem, arch, variants, fmt, described(detail, tracing), arguments, tracing)
+
+
+def hopper_attentions(arch: int) -> Iterator[Case]:
+    """The same op in the Hopper kernel; bf16 also with a flag, where the plain kernel is launched beside it."""
+    op, stem = "block_sparse_attention", "attention"
+    for fmt, d in itertools.product(("bf16", "int8_qk", "fp8"), HEAD_DIMS):
+        variant = f"{fmt}_d{d}"
+        if str(arch) not in table(stem).get(f"{variant}{FORM}", {}):
+            continue
+        wishes = [(1, False, False), (1, fmt != "bf16", True)]
+        if d == HEAD_DIM:
+            wishes.append((HEADS_KV, fmt != "bf16", False))
+        for map_heads, fp8_out, lse in wishes:
+            arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse, fmt != "fp8")
+            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE' if lse else ''}"
+            detail += f", {map_heads} maps" if map_heads > 1 else ""
+            variants = {"block_sparse_attention_hopper_kernel": f"{variant}{FORM}"}
+            yield Case(op, stem, arch, variants, fmt, f"{detail}, hopper", arguments, hopper=True)
+            if fmt == "bf16" and map_heads == 1 and not lse:
+                variants = variants | {"block_sparse_attention_kernel": variant}
+                arguments = arguments | {"flag": meta(1, dtype=I32)}
+                yield Case(op, stem, arch, variants, fmt, f"{detail}, flag, hopper", arguments, hopper=True)
+
+
+def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bool, bounded: bool) -> dict[str, Any]:
+    """Arguments of `block_sparse_attention`: dense tensors as `qkv_linear` gives them, and a gate."""
+    blocks = BLOCKS[0]
+    codes = {"bf16": BF16, "int8_qk": torch.int8, "fp8": E4M3}[fmt]
+    v = meta(HEADS_KV, d, ROWS, dtype=E4M3) if fmt == "fp8" else meta(ROWS, HEADS_KV, d, dtype=BF16)
+    listed = map_heads * blocks * blocks
+    return {
+        "q": meta(ROWS, HEADS_Q, d, dtype=codes),
+        "k": meta(ROWS, HEADS_KV, d, dtype=codes),
+        "v": v,
+        "counts": meta(map_heads, blocks, 2, dtype=I32),
+        "starts": meta(map_heads, blocks, dtype=I32),
+        "columns": meta(listed, dtype=I32),
+        "mask_ids": meta(listed, dtype=I32),
+        "mask_bits": meta(4, 128, 4, dtype=I32),
+        "order": meta(map_heads * blocks, dtype=I32),
+        "scale": d**-0.5,
+        "bounded": bounded,
+        "flag": None,
+        "q_scale": {"bf16": None, "int8_qk": meta(ROWS, HEADS_Q), "fp8": meta(blocks)}[fmt],
+        "k_scale": {"bf16": None, "int8_qk": meta(HEADS_KV, blocks), "fp8": meta(blocks)}[fmt],
+        "v_scale": meta(HEADS_KV, blocks) if fmt == "fp8" else None,
+        "gate": meta(ROWS, HEADS_Q),
+        "out_scale": meta(1) if fp8_out else None,
+        "return_lse": lse,
+    }
+
+
+def linear_shapes(epilogue: str) -> tuple[tuple[int, int], ...]:
+    """(F, K) where the model meets a product: up; proj; and down, of which SwiGLU7's alone is no multiple of 256."""
+    of = {"swiglu7": ((UP, HIDDEN),), "gelu7": ((GELU, HIDDEN),), "residual": ((HIDDEN, HIDDEN), (HIDDEN, DOWN))}
+    return of.get(epilogue, ((HIDDEN, HIDDEN),))
+
+
+def linears(arch: int) -> Iterator[Case]:
+    """`fp8_linear` and its epilogues: every entry of the table, both outputs of an activation, both ways to load.
+
+    In int8 all have an x_scale per row, in e4m3 up; there the others have one, and proj's shape both.
+    """
+    for variant, known in table("linear").items():
+        fmt, epilogue = variant.split("_")
+        if str(arch) not in known:
+            continue
+        activation = epilogue in ("swiglu7", "gelu7")
+        of_bf16 = ("bf16",) if fmt == "int8" or arch < FP8_SINCE else ("bf16", "fp8")
+        outs = of_bf16 if activation else ("float32" if epilogue == "residual" else "bf16",)
+        products = [(*shape, activation or fmt == "int8") for shape in linear_shapes(epilogue)]
+        if fmt == "fp8" and not activation:
+            products.append((HIDDEN, HIDDEN, True))
+        for (features, inputs, per_row), experts, out, tracing in itertools.product(
+            products, EXPERTS, outs, loads("linear", variant, arch)
+        ):
+            arguments = {
+                "x": meta(ROWS, inputs, dtype=DTYPES[fmt]),
+                "x_scale": None if fmt == "bf16" else meta(ROWS if per_row else 1),
+                "weight": meta(experts, features, inputs, dtype=DTYPES[fmt]),
+                "weight_scale": None if fmt == "bf16" else meta(experts, features),
+                "row_tiles": meta(BLOCKS[0], 3, dtype=I32),
+            }
+            op, scales = "fp8_linear", " per row" if per_row and fmt == "fp8" and not activation else ""
+            if activation:
+                op, arguments = "fp8_linear_activation", arguments | {"activation": epilogue, "fp8": out == "fp8"}
+            elif epilogue == "residual":
+                op, arguments = "fp8_linear_residual", arguments | {"hidden": meta(ROWS, features)}
+            detail = f"{fmt}{scales}, {epilogue}, {out} out{f', K {inputs}' if inputs != HIDDEN else ''}"
+            variants = {"fp8_linear_kernel": variant}
+            yield Case(op, "linear", arch, variants, fmt, described(detail, tracing), arguments, tracing)
+
+
+def selections(arch: int) -> Iterator[Case]:
+    """`select_blocks`: its three kernels, for both lengths of clip and both ways to choose and to pool."""
+    pairs = ((0, round(0.9 * 2**20)), (125, 0))
+    # 90 % of the softmax, or a quarter of the blocks.
+    for fmt, blocks, (keep, mass), mean in itertools.product(formats(arch), BLOCKS, pairs, (False, True)):
+        codes = DTYPES[fmt]
+        q_scale, k_scale = {
+            "bf16": (None, None),
+            "int8": (meta(blocks * 128, HEADS_Q), meta(HEADS_KV, blocks)),
+            "fp8": (meta(blocks), meta(blocks)),
+        }[fmt]
+        arguments = {
+            "q": meta(blocks * 128, HEADS_Q, HEAD_DIM, dtype=codes),
+            "k": meta(blocks * 128, HEADS_KV, HEAD_DIM, dtype=codes),
+            "table": meta(blocks, blocks, dtype=I32),
+            "prefix": meta(blocks, dtype=torch.int8),
+            "live": meta(blocks * 128, dtype=torch.int8),
+            "inverse": meta(blocks),
+            "q_scale": q_scale,
+            "k_scale": k_scale,
+            "keep": keep,
+            "mass": mass,
+            "mean": mean,
+        }
+        variants = {
+            "pool_blocks_kernel": f"pool_{fmt}",
+            "select_blocks_kernel": "select",
+            "order_rows_kernel": "order",
+        }
+        detail = f"{fmt}, {blocks} blocks, by {'number' if keep else 'mass'}, {'mean' if mean else 'max'}"
+        yield Case("select_blocks", "block_selection", arch, variants, "none", detail, arguments)

@@ -1,0 +1,81 @@
+"""All that a run leaves, results, logs and tuned tables, in one compressed file that is always whole.
+
+A machine may give back a few small files only, and only those that are there when its time ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tarfile
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from happyhorse_fast.files import replacing
+
+MOST_BYTES = 15 << 20
+"""Largest size of the archive."""
+LOG_BYTES = 1 << 20
+"""Length of a log's end, which is kept."""
+EVERY_SECONDS = 15.0
+
+
+def write(folder: Path, target: Path, log_bytes: int = LOG_BYTES) -> None:
+    """Pack a folder's files; logs lose their beginning where the archive would be too large."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target it would count as a file of its own; in another file system it cannot be renamed.
+    with tempfile.SpooledTemporaryFile(max_size=2 * MOST_BYTES) as packed:
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.resolve() != target.resolve()):
+                if path.suffix == ".partial" or "build" in path.relative_to(folder).parts:
+                    continue
+                _add(archive, path, path.relative_to(folder), log_bytes)
+        size = packed.tell()
+        if size > MOST_BYTES and log_bytes > 1024:
+            write(folder, target, log_bytes // 4)
+            return
+        packed.seek(0)
+        with replacing(target, end=".partial") as partial:
+            partial.write_bytes(packed.read())
+
+
+def _add(archive: tarfile.TarFile, path: Path, name: Path, log_bytes: int) -> None:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:  # a stage replaced it meanwhile
+        return
+    if path.suffix != ".json" and len(content) > log_bytes:
+        content = b"(its beginning is left out)\n" + content[-log_bytes:]
+    entry = tarfile.TarInfo(str(name))
+    entry.size, entry.mtime = len(content), int(path.stat().st_mtime) if path.exists() else 0
+    archive.addfile(entry, io.BytesIO(content))
+
+
+@contextlib.contextmanager
+def kept(folder: Path, target: Path | None, every: float = EVERY_SECONDS) -> Iterator[None]:
+    """Pack a folder again and again while inside, and once more at the end.
+
+    Args:
+        folder: What to pack.
+        target: The archive; None for none.
+        every: Seconds between two.
+    """
+    if target is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(every):
+            write(folder, target)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        write(folder, target)

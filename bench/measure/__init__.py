@@ -1,0 +1,1 @@
+"""Times, and what must hold before one counts."""

@@ -1,0 +1,325 @@
+"""One op against its peers: implementations whose gate is green and peers take turns in one span.
+
+A comparison is of one op, part and size in all chosen precisions, since peers run in bf16 whatever the precision. An
+entry's time and its peers' are always of one span (`timing.Span`); a span replaces the entry of the one
+before, and what was not timed in it is not in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bench.cases import DROP_IN, STEM, Case
+from bench.hopper import HOPPER
+from bench.inputs import Given, call, make, moved_bytes, softmax
+from bench.measure import gates, roofline
+from bench.measure.conditions import Monitor
+from bench.measure.lost import lost
+from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch, Timing
+from bench.peers.peer import Inputs, Peer
+from bench.results import Json
+from happyhorse_fast.ops.runtime.formats import VARIANTS
+
+SETS = 2
+"""Sets of inputs that calls rotate through."""
+# A peer that compiles is not started with less time left: one graph takes 10 to 40 s.
+SLOW_SECONDS = 40.0
+
+Group = tuple[Case, ...]
+"""Cases of one op (attention's two ways in count as one), part and size."""
+Ours = tuple[Case, str]
+"""A case and its implementation."""
+Write = Callable[[Json], None]
+
+
+class Stopped(Exception):
+    """The GPU is lost to this process; the message says in what."""
+
+
+@dataclass
+class Bench:
+    """Compares cases on a device.
+
+    Attributes:
+        device: Where they run.
+        backend: Implementation of the ops.
+        seconds: About how long each contestant of a span runs; on a GPU a span is a second at least.
+        peers: Those that can run here.
+        absent: Reasons of those that cannot, and of what failed.
+        also: Other implementations, each timed on the cases that it has a kernel for.
+        known: What the result file holds; the ceilings in it are not measured again.
+        keep: What else of it is taken over: ``"none"``, ``"gates"``, or with them the comparisons, ``"all"``.
+        monitor: Samples the GPU's state.
+        gated: Called with each gate's verdict, an entry of a result file.
+    """
+
+    device: torch.device
+    backend: str
+    seconds: float = 0.5
+    peers: Sequence[Peer] = ()
+    absent: dict[str, str] = field(default_factory=dict)
+    also: Sequence[str] = ()
+    known: Json = field(default_factory=dict)
+    keep: str = "none"
+    monitor: Monitor | None = None
+    gated: Write | None = None
+
+    def __post_init__(self) -> None:
+        self.stopwatch = Stopwatch(self.device)
+        if self.keep == "none":
+            self.known = {}
+        self._entries = {(entry["case"], entry["impl"]): entry for entry in self.known.get("entries", ())}
+        self._softmax: dict[Case, str | None] = {}
+        self._gates = {(gate["case"], gate["impl"]): gate["passed"] for gate in self.known.get("gates", ())}
+
+    @functools.cached_property
+    def measured(self) -> roofline.Peaks:
+        """Ceilings of this machine, warm."""
+        found = [peaks for peaks in self.known.get("peaks", ()) if peaks["source"] == roofline.MEASURED]
+        if found:
+            return roofline.Peaks(**found[-1])
+        return roofline.measured(self.device, self.stopwatch, seconds=self.seconds, monitor=self.monitor)
+
+    @functools.cached_property
+    def peaks(self) -> roofline.Peaks:
+        """Ceilings that the roofline is of: the datasheet's, or measured ones for a device without."""
+        return roofline.datasheet(self.device) or self.measured
+
+    def ours(self, group: Group) -> list[Ours]:
+        """Every implementation of every case of a group.
+
+        One besides ``backend`` whose gate another process should have held, and was perhaps cut in, is not among them:
+        what hung there would hang here, and leave the others without a number.
+        """
+        every = [(case, impl) for case in group for impl in implementations(case, self.backend, self.also)]
+        alone = self.keep == "none"
+        return [(c, impl) for c, impl in every if alone or impl == self.backend or (c.name, impl) in self._gates]
+
+    def done(self, group: Group, peers: Iterable[Peer]) -> list[Json]:
+        """Entries of a group that the result file holds, with these peers; empty where one is missing."""
+        if self.keep != "all":
+            return []
+        found = [self._entries.get((case.name, impl)) for case, impl in self.ours(group)]
+        entries = [entry for entry in found if entry is not None]
+        green = [entry for entry in entries if entry["verified"]]
+        timed_all = all(entry["median_ms"] is not None and entry.get("span") for entry in green)
+        wanted = [(peer, case) for peer in self._fitting(group, peers) for case in group if peer.fits(case)]
+        there = all(
+            peer.name in entry["peers"] for peer, case in wanted for entry in green if entry["case"] == case.name
+        )
+        return entries if len(entries) == len(found) and timed_all and there else []
+
+    def gate(self, case: Case, impl: str) -> list[str]:
+        """List what is wrong with an implementation on this case; an error that it raises is."""
+        try:
+            return gates.problems(case, make(case, self.device), impl)
+        except Exception as error:  # whatever a compiler or driver raises
+            return [f"{type(error).__name__}: {error}"]
+
+    def green(self, group: Group, write: Write) -> list[Ours]:
+        """Implementations that may be timed; entries of those that may not are written.
+
+        Raises:
+            Stopped: One took the GPU from this process.
+        """
+        found = []
+        for case, impl in self.ours(group):
+            known = self._gates.get((case.name, impl))
+            if known is not None:
+                found += [(case, impl)] if known else []
+                continue
+            problems = self.gate(case, impl)
+            reason = lost(self.device)
+            if problems or reason:
+                self._red(case, impl, [reason] if reason and not problems else problems, write)
+            else:
+                found.append((case, impl))
+                self._verdict(case, impl, True)
+            if reason:
+                raise Stopped(f"{case.name} {impl}: {reason}")
+        return found
+
+    def compare(
+        self, group: Group, peers: Sequence[Peer], write: Write, deadline: float = float("inf")
+    ) -> dict[Ours, Timing]:
+        """Gate what is not gated, time what is green and the peers that fit in one span, and write the entries.
+
+        Args:
+            group: What is compared.
+            peers: With whom; what they cannot do, or what breaks, is then in ``absent``.
+            write: Takes entries, red ones as soon as they are known.
+            deadline: On ``time.monotonic``'s clock: what cannot end before is left out.
+
+        Returns:
+            Times of the implementations that were timed.
+
+        Raises:
+            Stopped: A contestant took the GPU from this process. Entries and ``absent`` say which it was; where that
+                cannot be told it is held against the peers, and without any against the implementations.
+        """
+        ready = dict(self._prepared(self.green(group, write), write))
+        if not ready:
+            return {}
+        fitting = {peer.name: peer for peer in self._fitting(group, peers)}
+        slow = {name for name, peer in fitting.items() if peer.slow}
+        beside = dict(self._prepared_peers(group, fitting.values(), deadline))
+        if slow and not slow & beside.keys():
+            return {}  # nothing that the span before did not have
+        for name, prepared in list(beside.items()):
+            needs, left = self.stopwatch.least_seconds(prepared), deadline - time.monotonic()
+            if needs > left:
+                self.absent[f"{name} on {group[0].name}"] = f"needs {needs:.0f} s, {max(left, 0):.0f} were left"
+                del beside[name]
+        while ready:
+            contestants = {f"{case.name} {impl}": p for (case, impl), p in ready.items()} | beside
+            seconds = self.seconds * len(contestants)
+            on_gpu = self.device.type == "cuda"
+            try:
+                span = self.stopwatch.interleave(
+                    contestants,
+                    seconds=max(SPAN_SECONDS, seconds) if on_gpu else seconds,
+                    warm=WARM_SECONDS if on_gpu else 0.0,
+                )
+                reason = lost(self.device)
+                failed = Failed("", RuntimeError(reason)) if reason else None
+            except Failed as error:
+                reason, failed = lost(self.device), error
+            except Exception as error:  # what a call that had begun raises at the end of the rounds
+                reason, failed = lost(self.device) or str(error), Failed("", error)
+            if failed is None:
+                break
+            self._blame(group, failed, ready, beside, write)
+            if reason:
+                raise Stopped(f"{', '.join(contestants)} took turns: {reason}")
+        else:
+            return {}
+        state = self.monitor.during(span.began, span.ended) if self.monitor else {}
+        for case, impl in ready:
+            times = {n: span.timings[n].median_ms for n in beside if fitting[n].fits(case)}
+            taken = span.timings[f"{case.name} {impl}"]
+            entry = timed(case, impl, taken, self.peaks, self.measured) | {"peers": times, "span": span.name} | state
+            form = self._softmax[case]
+            write(entry | ({"softmax": form} if form else {}))
+        del contestants, beside
+        found = {(case, impl): span.timings[f"{case.name} {impl}"] for case, impl in ready}
+        ready.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    def _fitting(self, group: Group, peers: Iterable[Peer]) -> list[Peer]:
+        """Peers that do some of a group's work; what broke in the result file would break again."""
+        broken = self.known.get("absent", {}) if self.keep == "all" else {}
+        return [
+            peer
+            for peer in peers
+            if (fits := [case for case in group if peer.fits(case)])
+            and not {f"{peer.name} on {case.name}" for case in fits} & broken.keys()
+            and f"{peer.name} on {group[0].use}" not in broken
+        ]
+
+    def _prepared(self, green: Iterable[Ours], write: Write) -> Iterator[tuple[Ours, Prepared]]:
+        """Implementations that ran; those of a case share its inputs."""
+        sets: dict[Case, list[Given]] = {}
+        for case, impl in green:
+            try:
+                if case not in sets:
+                    sets[case] = [make(case, self.device, seed) for seed in range(SETS)]
+                    self._softmax[case] = softmax(sets[case][0])
+                calls = [functools.partial(call, case, given, impl) for given in sets[case]]
+                yield (case, impl), self.stopwatch.prepare(calls, dry=not self.seconds)
+            except Exception as error:  # memory that ran out must not end the run
+                self._red(case, impl, [f"{type(error).__name__}: {error}"], write)
+            if reason := lost(self.device):
+                raise Stopped(f"{case.name} {impl}: {reason}")
+
+    def _prepared_peers(self, group: Group, peers: Iterable[Peer], deadline: float) -> Iterator[tuple[str, Prepared]]:
+        inputs: list[Inputs] = []
+        for peer in peers:
+            if time.monotonic() > deadline - (SLOW_SECONDS if peer.slow and self.device.type == "cuda" else 0):
+                continue
+            case = next(case for case in group if peer.fits(case))
+            inputs = inputs or [Inputs(case, self.device, seed) for seed in range(SETS)]
+            try:
+                # One set where preparing compiles; the flush empties the cache for either.
+                calls = [peer.prepare(case, given) for given in inputs[: 1 if peer.slow else SETS]]
+                yield peer.name, self.stopwatch.prepare(calls, dry=not self.seconds)
+            except LookupError as error:
+                self.absent[f"{peer.name} on {case.use}"] = str(error)
+            except Exception as error:  # a peer that breaks must not end the run
+                self.absent[f"{peer.name} on {case.name}"] = f"{type(error).__name__}: {str(error)[:200]}"
+            if reason := lost(self.device):
+                self.absent.setdefault(f"{peer.name} on {case.name}", reason)
+                raise Stopped(f"{peer.name} on {case.name}: {reason}")
+
+    def _blame(
+        self, group: Group, failed: Failed, ready: dict[Ours, Prepared], beside: dict[str, Prepared], write: Write
+    ) -> None:
+        """Take out who failed; where that cannot be told all peers, and without peers all implementations."""
+        named = {f"{case.name} {impl}": (case, impl) for case, impl in ready}
+        guilty = [failed.contestant] if failed.contestant else list(beside or named)
+        for name in guilty:
+            if name in named:
+                del ready[named[name]]
+                self._red(*named[name], [str(failed)], write)
+            else:
+                del beside[name]
+                self.absent[f"{name} on {group[0].name}"] = str(failed)[:200]
+
+    def _red(self, case: Case, impl: str, problems: Sequence[str], write: Write) -> None:
+        self._verdict(case, impl, False)
+        write(red(case, impl, problems))
+
+    def _verdict(self, case: Case, impl: str, passed: bool) -> None:
+        self._gates[case.name, impl] = passed
+        if self.gated is not None:
+            self.gated({"case": case.name, "impl": impl, "passed": passed})
+
+
+def groups(chosen: Iterable[Case]) -> list[Group]:
+    """Cases by what is compared, each group at the place of its first; both ways into attention are one."""
+    found: dict[tuple[str, str, str], list[Case]] = {}
+    for case in chosen:
+        found.setdefault((STEM if case.op == DROP_IN else case.op, case.part, case.size.name), []).append(case)
+    return [tuple(cases) for cases in found.values()]
+
+
+def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
+    """Name what a case is timed with: the backend and the others, those that have a kernel for it."""
+    able = {
+        "cuda": case.variant in VARIANTS["cuda"].get(case.op, ()),
+        HOPPER: case.op in (STEM, DROP_IN),
+    }
+    return [name for name in (backend, *also) if able.get(name, True)]
+
+
+def red(case: Case, impl: str, problems: Sequence[str]) -> Json:
+    """The entry of a case that must not have a number."""
+    numbers = dict.fromkeys(("median_ms", "tflops", "gbps", "roofline"))
+    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return {"case": case.name, "impl": impl, **numbers, "peers": {}, "verified": False, "reason": problems[0] + more}
+
+
+def timed(case: Case, impl: str, timing: Timing, peaks: roofline.Peaks, measured: roofline.Peaks) -> Json:
+    """The entry of a case that passed its gate, without peers and span."""
+    flops, moved, seconds = case.computed_flops(), moved_bytes(case), timing.median_ms / 1e3
+    return {
+        "case": case.name,
+        "impl": impl,
+        "median_ms": timing.median_ms,
+        "tflops": flops / seconds / 1e12,
+        "gbps": moved / seconds / 1e9,
+        "roofline": peaks.floor_ms(flops, moved, case.precision) / timing.median_ms,
+        "roofline_measured": measured.floor_ms(flops, moved, case.precision) / timing.median_ms,
+        "peers": {},
+        "verified": True,
+        "tflops_useful": case.useful_flops() / seconds / 1e12,
+        "low_ms": timing.low_ms,
+        "high_ms": timing.high_ms,
+        "clock": timing.clock,
+    }

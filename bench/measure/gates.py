@@ -1,0 +1,250 @@
+"""The correctness gate in front of every number: the very call that is timed, against float64, per 128 x 128 tile.
+
+Whole outputs of the full model would take petaflops in float64, so some blocks of 128 rows are compared: all of them
+up to 1,024 rows, beyond that the first, the last and six drawn ones. Every other block must at least have been written:
+outputs are poisoned with NaN before the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import DROP_IN, STEM, Case
+from bench.inputs import Given, call
+from happyhorse_fast import budgets
+from happyhorse_fast.block_map import BLOCK, BlockMap
+from happyhorse_fast.block_map.bits import unpack
+from happyhorse_fast.eager.qkv import rms_norm
+from happyhorse_fast.ops.linear.contract import ACTIVATIONS
+from happyhorse_fast.ops.quantize import dequantize, hadamard, token_order
+
+# An e4m3 output is 3.5e-4 from the exact value by its own rounding, whatever its scale (docs/OPS.md, number formats); a
+# scale that is 4 % off is 8e-4 away.
+E4M3_DISTANCE = 5e-4
+# A row's largest value over 127 and the square root of 12 is 0.6 to 1 % of its RMS where that value is 3 to 4.5 times
+# it: 3.5e-5 to 1e-4 of distance; a scale that is 4 % off is 8e-4 away.
+INT8_DISTANCE = 2e-4
+# P in e4m3 (1e-3 allowed) and an e4m3 output on top of it; a scale 4 % off fails by its slope.
+ATTENTION_FP8_DISTANCE = budgets.ATTENTION_DISTANCE_EXACT_P + E4M3_DISTANCE
+# k has a scale per head and 128 tokens, whose largest value is 5 to 6 times the RMS: up to 2e-4.
+INT8_K_DISTANCE = 4e-4
+# Sums of int8 codes are exact: what is left is their float32 epilogue, 1e-7 of a value and 1e-14 of distance.
+INT8_SUM_DISTANCE, INT8_SUM_SLOPE = 1e-12, 1e-6
+CODE_SLOPE = 5e-3
+ALL_BLOCKS_UP_TO = 8
+DRAWN_BLOCKS = 6
+# Dynamic choices between scores that differ by their rounding alone may fall either way.
+SAME_BLOCKS = Fraction(99, 100)
+
+Compared = tuple[str, Tensor, Tensor, float, float]
+"""(name, result [rows, ...], exact, allowed tile distance, allowed tile slope)."""
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every uninitialised tensor made inside with NaN, or an integer's maximum."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic  # a property of the module's class, which no checker sees
+    fill = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = fill
+
+
+def problems(case: Case, given: Given, backend: str) -> list[str]:
+    """Run a case once and say what is wrong with its result; empty where every budget holds."""
+    given = dict(given)
+    if "hidden" in given:
+        given["hidden"] = given["hidden"].clone()
+    before = given["hidden"].clone() if case.op == "fp8_linear_residual" else None
+    with poisoned():
+        results = call(case, given, backend)
+    if case.op == "select_blocks":
+        return _selection_problems(given, results)
+    found = [
+        f"result {i} has NaN or Inf: a tile that nothing wrote, or an overflow"
+        for i, result in enumerate(results)
+        if result.numel() and not _finite(result)
+    ]
+    for block in _blocks(case.rows // BLOCK):
+        rows = slice(block * BLOCK, (block + 1) * BLOCK)
+        for name, result, exact, distance, slope in _compare(case, given, results, before, rows, block):
+            error = budgets.measure(result, exact)
+            found += [
+                f"{name}, rows {rows.start}: {p}" for p in budgets.violations(error, distance=distance, slope=slope)
+            ]
+    return found
+
+
+def _finite(x: Tensor) -> bool:
+    if x.dtype == torch.float8_e4m3fn:  # in place of isfinite, which e4m3 lacks: NaN is all ones but for the sign
+        return not bool(((x.view(torch.uint8) & 0x7F) == 0x7F).any())
+    return bool(torch.isfinite(x).all())
+
+
+def _blocks(count: int) -> list[int]:
+    if count <= ALL_BLOCKS_UP_TO:
+        return list(range(count))
+    return sorted({0, count - 1, *random.Random(count).sample(range(count), DRAWN_BLOCKS)})
+
+
+def _compare(
+    case: Case, given: Given, results: tuple[Tensor, ...], before: Tensor | None, rows: slice, block: int
+) -> Iterator[Compared]:
+    if case.op in (STEM, DROP_IN):
+        yield from _attention(case, given, results, rows, block)
+    elif case.op == "rmsnorm_quantize":
+        exact = _normed(given, rows, block)
+        if case.precision == "bf16":
+            yield "x", results[0][rows], exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+        else:
+            values = dequantize(results[0][rows], results[1][rows], torch.float64)
+            yield "x", values, exact, E4M3_DISTANCE if case.precision == "fp8" else INT8_DISTANCE, CODE_SLOPE
+    elif case.op == "quantize_rows":
+        x = given["x"][rows].double()
+        values = dequantize(results[0][rows], results[1][rows], torch.float64)
+        yield "codes", values, hadamard(x) if given["hadamard"] else x, INT8_DISTANCE, CODE_SLOPE
+    elif case.op == "qkv_linear":
+        yield from _qkv(case, given, results, rows, block)
+    elif before is not None:
+        added = results[0][rows].double() - before[rows].double()
+        exact_sums = case.precision == "int8"
+        distance = INT8_SUM_DISTANCE if exact_sums else budgets.GEMM_DISTANCE
+        slope = INT8_SUM_SLOPE if exact_sums else budgets.GEMM_SLOPE
+        yield "hidden", added, _product(given, rows, block), distance, slope
+    else:
+        function = ACTIVATIONS[given["activation"]][0]
+        exact = function(_product(given, rows, block))
+        if given["fp8"]:
+            y = dequantize(results[0][rows], results[1], torch.float64)
+            yield "y", y, exact, E4M3_DISTANCE, CODE_SLOPE
+        else:
+            yield "y", results[0][rows], exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+
+
+def _expert(given: Mapping[str, Any], block: int) -> int:
+    return int(given["row_tiles"][block, 0])
+
+
+def _normed(given: Given, rows: slice, block: int) -> Tensor:
+    return rms_norm(given["hidden"][rows].double(), given["norm_weight"][_expert(given, block)].double())
+
+
+def _product(given: Given, rows: slice, block: int) -> Tensor:
+    """x . weight of one block's expert in float64, [rows, F]."""
+    expert = _expert(given, block)
+    weight = given["weight"][expert]
+    x = given["x"][rows].double()
+    if given["x_scale"] is not None:
+        scale = given["x_scale"]
+        x = dequantize(given["x"][rows], scale if len(scale) == 1 else scale[rows], torch.float64)
+    # In parts: 27,392 x 5120 in float64 are 1.1 GB.
+    parts = []
+    for first in range(0, weight.shape[0], 4096):
+        part = slice(first, first + 4096)
+        wide = weight[part].double()
+        if given["weight_scale"] is not None:
+            wide = wide * given["weight_scale"][expert, part, None].double()
+        parts.append(x @ wide.T)
+    return torch.cat(parts, dim=1)
+
+
+def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, block: int) -> Iterator[Compared]:
+    heads_q, heads_kv, d = case.plan.num_heads_q, case.plan.num_heads_kv, case.plan.head_dim
+    expert = _expert(given, block)
+    heads = _product(given, rows, block).unflatten(1, (-1, d))
+    q, k, v, gates = heads.split([heads_q, heads_kv, heads_kv, heads.shape[1] - heads_q - 2 * heads_kv], dim=1)
+    cos, sin = given["cos_sin"][rows].double()[:, None].chunk(2, dim=2)
+    exact = {"v": v, "gate": gates.flatten(1)[:, :heads_q].sigmoid()}
+    for which, (name, value) in enumerate((("q", q), ("k", k))):
+        value = rms_norm(value, given["qk_norm"][expert, which].double())
+        a, b = value[..., 0::2], value[..., 1::2]
+        exact[name] = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    out = dict(zip(("q", "k", "v", "q_scale", "k_scale", "v_scale", "gate"), results, strict=True))
+    if case.precision == "bf16":
+        for name, value in exact.items():
+            yield name, out[name][rows], value, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+        return
+    if case.precision == "int8":
+        q_scale, k_scale = out["q_scale"][rows, :, None].double(), out["k_scale"][:, block, None].double()
+        yield "q", out["q"][rows].double() * q_scale, exact["q"], INT8_DISTANCE, CODE_SLOPE
+        yield "k", out["k"][rows].double() * k_scale, exact["k"], INT8_K_DISTANCE, CODE_SLOPE
+        for name in ("v", "gate"):
+            yield name, out[name][rows], exact[name], budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+        return
+    for name in ("q", "k"):
+        codes, scale = out[name][rows].double(), out[f"{name}_scale"][block].double()
+        yield name, codes * scale, exact[name], E4M3_DISTANCE, CODE_SLOPE
+    values = token_order(out["v"])[:, :, rows].double() * out["v_scale"][:, block, None, None].double()
+    yield "v", values.permute(2, 0, 1), exact["v"], E4M3_DISTANCE, CODE_SLOPE
+    yield "gate", out["gate"][rows], exact["gate"], budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+
+
+def _attention(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, block: int) -> Iterator[Compared]:
+    """One group of query heads, drawn with the block; all keys. Codes are what they stand for."""
+    heads_kv, group = case.plan.num_heads_kv, case.plan.num_heads_q // case.plan.num_heads_kv
+    head = block % heads_kv
+    heads = slice(head * group, (head + 1) * group)
+    block_map: BlockMap = given["block_map"]
+    mask = row_mask(block_map, head % block_map.heads, block)
+    q, k, v = given["q"][rows, heads].double(), given["k"][:, head].double(), given["v"]
+    if case.precision == "fp8":
+        q = q * given["q_scale"][block].double()
+        k = k * given["k_scale"].double().repeat_interleave(BLOCK)[: len(k), None]
+        v = (token_order(v[head]).double() * given["v_scale"][head].double().repeat_interleave(BLOCK)).T[: len(k)]
+    else:
+        v = v[:, head].double()
+    if case.precision == "int8_qk":
+        q = q * given["q_scale"][rows, heads, None].double()
+        k = k * given["k_scale"][head].double().repeat_interleave(BLOCK)[: len(k), None]
+    scores = (torch.einsum("qgd,kd->qgk", q, k) * given["scale"]).masked_fill(~mask[:, None], -torch.inf)
+    exact = scores.softmax(dim=-1) @ v
+    if "gate" in given:
+        exact = exact * given["gate"][rows, heads].double()[..., None]
+    out = results[0][rows, heads]
+    if case.precision == "fp8":
+        values = dequantize(out, results[1], torch.float64)
+        yield f"out, head {head}", values, exact, ATTENTION_FP8_DISTANCE, CODE_SLOPE
+    else:
+        yield f"out, head {head}", out, exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+
+
+def row_mask(block_map: BlockMap, head: int, row: int) -> Tensor:
+    """bool [128, keys]: what one block of queries sees."""
+    start, (full, every) = int(block_map.starts[head, row]), block_map.counts[head, row].tolist()
+    columns = block_map.columns[start : start + every].long()
+    mask = torch.zeros(block_map.key_blocks, BLOCK, BLOCK, dtype=torch.bool, device=block_map.device)
+    mask[columns[:full]] = True
+    ids = block_map.mask_ids[start + full : start + every].long()
+    mask[columns[full:]] = unpack(block_map.mask_bits[ids])
+    return mask.permute(1, 0, 2).flatten(1)[:, : block_map.keys]
+
+
+def _selection_problems(given: Given, results: tuple[Tensor, ...]) -> list[str]:
+    selector = given["selector"]
+    scales = {name: given.get(name) for name in ("q_scale", "k_scale")}
+    wanted = selector.top_k(given["q"], given["k"], given["keep"], **scales)
+    counts, starts, columns, ids, order = (*results[:4], results[5])
+    found = BlockMap(counts, starts, columns, ids, wanted.mask_bits, order, wanted.queries, wanted.keys)
+    try:
+        found.validate()
+    except ValueError as error:
+        return [f"map: {error}"]
+    if not torch.equal(counts[..., 1], wanted.counts[..., 1]):
+        return ["map: rows keep another number of blocks than the reference's"]
+    (ours, our_ids), (theirs, their_ids) = found.to_blocks(), wanted.to_blocks()
+    ours, theirs = ours | (our_ids >= 0), theirs | (their_ids >= 0)
+    share = Fraction(int((ours & theirs).sum()), int(theirs.sum()))
+    least = f"at least {float(SAME_BLOCKS):.0%}"
+    return [] if share >= SAME_BLOCKS else [f"map: {float(share):.2%} of the reference's blocks, {least}"]

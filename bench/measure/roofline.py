@@ -1,0 +1,164 @@
+"""Ceilings of the machine: datasheet peaks by the GPU's name, and those measured in the same run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bench.cases import FULL_SIZES, SMALL_SIZE, cases_of
+from bench.measure.conditions import Monitor
+from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Prepared, Span, Stopwatch
+from happyhorse_fast.costs import GPUS, Gpu
+
+MEASURED = "measured"
+"""Source of ceilings that are not a maker's."""
+# Products of the 15B model whose shapes the library is measured at; the better one is the ceiling.
+_SHAPES = ("qkv", "up")
+COPY_BYTES = 4 << 30
+CPU_COPY_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Rates of one machine.
+
+    Attributes:
+        bandwidth: Memory, TB/s, bytes read plus bytes written.
+        bf16: TFLOP/s.
+        fp8: TFLOP/s, None where there is none.
+        source: :data:`MEASURED`, or where the maker states them.
+        sm_mhz: Clock that the products were measured at, None where it is not known.
+        power_w: Power, likewise.
+        int8: TOP/s; None where that is not known: then as fp8, whose datasheet rate it has on Hopper.
+    """
+
+    bandwidth: float
+    bf16: float
+    fp8: float | None
+    source: str
+    sm_mhz: float | None = None
+    power_w: float | None = None
+    int8: float | None = None
+
+    def rate(self, precision: str) -> float:
+        """TFLOP/s in ``"bf16"``, ``"int8"``, ``"fp8"`` or ``"int8_qk"`` (half int8, half bf16).
+
+        Without 8 bits it is that of bf16.
+        """
+        fp8 = self.fp8 or self.bf16
+        int8 = self.int8 or fp8
+        return {"bf16": self.bf16, "int8": int8, "int8_qk": 2 / (1 / int8 + 1 / self.bf16), "fp8": fp8}[precision]
+
+    def rates(self) -> dict[str, float]:
+        """TFLOP/s by format, those that are known."""
+        known = {"bf16": self.bf16, "int8": self.int8, "fp8": self.fp8}
+        return {name: rate for name, rate in known.items() if rate}
+
+    def floor_ms(self, flops: float, moved: float, precision: str) -> float:
+        """Least time for so many FLOPs and bytes."""
+        return 1e3 * max(flops / (self.rate(precision) * 1e12), moved / (self.bandwidth * 1e12))
+
+
+def datasheet(device: torch.device) -> Peaks | None:
+    """The maker's numbers, None for a device that is not in ``happyhorse_fast.costs``."""
+    if device.type != "cuda":
+        return None
+    gpu = gpu_named(torch.cuda.get_device_name(device))
+    return Peaks(gpu.bandwidth, gpu.bf16, gpu.fp8, gpu.source, int8=gpu.int8) if gpu else None
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """The card that a driver's name of it means; None for one that is not in ``happyhorse_fast.costs``."""
+    short = name.lower().replace(" ", "")
+    return next((gpu for gpu in GPUS.values() if gpu.name in short), None)
+
+
+def measured(
+    device: torch.device, stopwatch: Stopwatch, *, seconds: float = 0.5, monitor: Monitor | None = None
+) -> Peaks:
+    """A large copy, and the library's products in all formats at the model's shapes in turns, on a warm chip.
+
+    The library's int8 product is no ceiling where ours is faster, as on an H200, but it is the one that always runs.
+
+    Args:
+        device: Of the stopwatch.
+        stopwatch: Times them.
+        seconds: About how long each is repeated; on a GPU spans are a second at least, 0 on a CPU is one call.
+        monitor: Knows the clock and power that the products ran at.
+    """
+    on_gpu = device.type == "cuda"
+    size = COPY_BYTES if on_gpu else CPU_COPY_BYTES
+    warm = WARM_SECONDS if on_gpu else 0.0
+
+    def span(contestants: dict[str, Prepared]) -> Span:
+        whole = seconds * len(contestants)
+        return stopwatch.interleave(contestants, seconds=max(SPAN_SECONDS, whole) if on_gpu else whole, warm=warm)
+
+    copied = span({"copy": stopwatch.prepare([large_copy(size, device)], dry=not seconds)}).timings["copy"].median_ms
+    case = next(c for c in cases_of(FULL_SIZES[0] if on_gpu else SMALL_SIZE) if c.op == "qkv_linear")
+    prepared, flops = {}, {}
+    makers = (("bf16", bf16_product), ("fp8", fp8_product), ("int8", int8_product))
+    for (precision, maker), name in itertools.product(makers, _SHAPES):
+        _, features, inputs = case.weight_shape(name)
+        try:
+            call = maker(case.rows, features, inputs, device)
+            prepared[f"{precision} {name}"] = stopwatch.prepare([call], dry=not seconds, graph=False)
+        except (RuntimeError, NotImplementedError, ValueError):  # no 8 bits on this device
+            continue
+        flops[f"{precision} {name}"] = 2.0 * case.rows * features * inputs
+    products = span(prepared)
+    rates: dict[str, float] = {}
+    for name, timing in products.timings.items():
+        precision = name.split()[0]
+        rates[precision] = max(rates.get(precision, 0.0), flops[name] / timing.median_ms / 1e9)
+    state = monitor.during(products.began, products.ended) if monitor else {}
+    clock, power = state.get("sm_mhz"), state.get("power_w")
+    return Peaks(2 * size / copied / 1e9, rates["bf16"], rates.get("fp8"), MEASURED, clock, power, rates.get("int8"))
+
+
+def large_copy(size: int, device: torch.device) -> Callable[[], object]:
+    """A copy of so many bytes of random data to another place."""
+    source = torch.empty(size // 4, device=device).normal_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def bf16_product(rows: int, features: int, inputs: int, device: torch.device) -> Callable[[], object]:
+    """x . weight through torch, random data: zeros ran 13 % faster on an H200."""
+    x = torch.randn(rows, inputs, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(features, inputs, dtype=torch.bfloat16, device=device)
+    return lambda: x @ weight.T
+
+
+def fp8_product(rows: int, features: int, inputs: int, device: torch.device) -> Callable[[], object]:
+    """The same in e4m3 with a scale per row and per output channel, ``torch._scaled_mm``.
+
+    Raises:
+        RuntimeError: The device is a CPU, whose e4m3 product is not a ceiling of anything here.
+    """
+    if device.type != "cuda":
+        raise RuntimeError("row-wise e4m3 products need a GPU")
+    x = torch.randn(rows, inputs, device=device).mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
+    weight = torch.randn(features, inputs, device=device).mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
+    x_scale, weight_scale = torch.ones(rows, 1, device=device), torch.ones(1, features, device=device)
+    return lambda: torch._scaled_mm(
+        x, weight.T, scale_a=x_scale, scale_b=weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def int8_product(rows: int, features: int, inputs: int, device: torch.device) -> Callable[[], object]:
+    """The same of int8 codes, without scales, ``torch._int_mm``: int32 out.
+
+    Raises:
+        RuntimeError: The device is a CPU, whose int8 product is not a ceiling of anything here.
+    """
+    if device.type != "cuda":
+        raise RuntimeError("the library's int8 products need a GPU")
+    x, weight = (
+        torch.randn(n, inputs, device=device).mul_(32).round_().clamp_(-127, 127).to(torch.int8)
+        for n in (rows, features)
+    )
+    return lambda: torch._int_mm(x, weight.T)

@@ -1,0 +1,1 @@
+"""Public kernels that do the work of a case."""

@@ -1,0 +1,169 @@
+"""Every launch of a GPU run, found without one: the tables' (bench/aot/cases.py), cases', clips', self-checks', tests'.
+
+python -m bench.prime.launches --arch 90 > launches.jsonl    one kernel as Triton specialises it a line
+"""
+
+from __future__ import annotations
+
+import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from bench.aot import cases as aot_cases
+from bench.aot.compile import Driver, recording
+from bench.cases import Size, cases
+from bench.hopper import HOPPER, running
+from bench.inputs import call, make
+from bench.measure.comparison import implementations
+from bench.prime.stand_in import stand_in
+from bench.sampler_runs import Run, runs
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.eager.rotary import frequency_bands
+from happyhorse_fast.fast.accelerate import empty_accelerated
+from happyhorse_fast.fast.attention_bound import AttentionBound
+from happyhorse_fast.fast.layer import FastLayer
+from happyhorse_fast.fast.state import build_clip_state
+from happyhorse_fast.kernels.launch import FP8_SINCE, HOPPER_ARCH
+from happyhorse_fast.ops.runtime.dispatch import choose
+from happyhorse_fast.ops.runtime.self_check import run_checks
+from happyhorse_fast.tokens import tokens_for
+
+SCOPES = ("tiny", "small", "main")
+"""Sizes of benchmark cases that a GPU run meets."""
+TESTS = ("configs", "model", "large")
+"""Of tests/gpu/test_gpu_*.py; what test_gpu_ops.py launches are benchmark cases."""
+BOUND = AttentionBound(50.0, 50.0)
+"""Of a sampler's layers, whose weights are drawn: the norms of theirs bound scores by 60 powers of two at most."""
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that launches.
+
+    Attributes:
+        name: For :data:`bench.prime`'s ``--only``.
+        launch: Launches, where :func:`bench.prime.stand_in.stand_in` is entered.
+    """
+
+    name: str
+    launch: Callable[[], object] = field(repr=False)
+
+
+def sources(arch: int) -> Iterator[Source]:
+    """Name everything that launches on an architecture in a GPU run; several may make the same launch."""
+    for case in aot_cases.cases():
+        if case.arch == arch and not case.tracing:  # torch.compile keeps what it compiles elsewhere
+            yield Source(f"table {case.op} {case.detail}", case.launch)
+    also = (HOPPER,) if arch == HOPPER_ARCH else ()
+    for scope in SCOPES:
+        for bench_case in cases(scope):
+            if bench_case.precision == "fp8" and arch < FP8_SINCE:
+                continue
+            for impl in implementations(bench_case, "triton", also):
+                yield Source(f"case {bench_case.name} {impl}", lambda c=bench_case, i=impl: call(c, make(c, META), i))  # type: ignore[misc]
+    for run in runs():
+        if run.fast is not None and run.cap_gb is None and (arch >= FP8_SINCE or "fp8" not in run.mode):
+            yield Source(f"clip {run.name}", lambda run=run: clip(run))  # type: ignore[misc]
+    yield Source("self-check", lambda: self_checks(arch))
+    for name in TESTS:
+        yield Source(f"test {name}", lambda name=name: run_tests(name))  # type: ignore[misc]
+
+
+def clip(run: Run) -> None:
+    """Launch what the layers of a sampler's run do, by the table's own choice of kernels."""
+    config, fast = ModelConfig.preset(run.preset), run.fast
+    assert fast is not None
+    choices = choose("triton", fast.precision, META, attention=fast.attention_format)
+    model = empty_accelerated(config, fast, choices)
+    grid = Size(run.name, config, tokens_for(run.resolution, "16:9", 5)).grid
+    made: Any = model.fast
+    state = build_clip_state(made, grid, frequency_bands(config.head_dim, CPU)).fake(META)
+    hidden = torch.empty(state.rows.slots, config.hidden_size, device=META)
+    for layer in model.block.layers:
+        assert isinstance(layer, FastLayer)
+        layer.bound = BOUND
+        with torch.no_grad():
+            layer(hidden, state, fast.rows_in_mlp)
+
+
+def self_checks(arch: int) -> None:
+    """Run the checks that `accelerate` makes before it trusts a kernel, in the Hopper kernel and in the plain one.
+
+    Raises:
+        RuntimeError: A check fails, though the reference is compared with itself.
+    """
+    for impl in ("triton", HOPPER) if arch == HOPPER_ARCH else ("triton",):
+        with running(impl):
+            failed = [check for check in run_checks("triton", CPU, fp8=arch >= FP8_SINCE) if not check.passed]
+        if failed:
+            raise RuntimeError(f"self-check of {impl} with a stand-in GPU: {failed[0]}")
+
+
+def run_tests(name: str) -> None:
+    """Tests of a GPU, whose results here say nothing.
+
+    Raises:
+        RuntimeError: pytest could not run them.
+    """
+    file = str(bootstrap.ROOT / "tests" / "gpu" / f"test_gpu_{name}.py")
+    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", "-q", "-x", "--tb=short", "--benchmark-disable")
+    stdout, sys.stdout = sys.stdout, sys.stderr
+    try:
+        code = pytest.main([*options, file])
+    finally:
+        sys.stdout = stdout
+    if code != pytest.ExitCode.OK:
+        raise RuntimeError(f"{file} ended with {code!r} on a stand-in GPU")
+
+
+def found(arch: int, only: str = "") -> list[dict[str, Any]]:
+    """The distinct kernels that a GPU run launches: module, name, specialisation, and what launches it first.
+
+    Args:
+        arch: Compute capability as 90 for 9.0.
+        only: Regular expression that the name of a source must contain.
+    """
+    kernels: dict[str, dict[str, Any]] = {}
+
+    def launched(kernel: Any, specialised: str) -> None:
+        place = {"module": kernel.fn.__module__, "kernel": kernel.fn.__name__}
+        kernels.setdefault(specialised, {**place, "specialised": specialised, "source": source.name})
+
+    driver = Driver()
+    driver.arch = arch
+    triton.runtime.driver.set_active(driver)
+    with recording(launched), stand_in(arch):
+        for source in sources(arch):
+            if re.search(only, source.name):
+                source.launch()
+    return list(kernels.values())
+
+
+def main() -> None:
+    """Print them, one a line as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--only", default="", help="regular expression that a source's name must contain")
+    options = parser.parse_args()
+    if bootstrap.INTERPRETED:
+        sys.exit("TRITON_INTERPRET must not be set: nothing would be compiled")
+    # The tests' own set-up would have kernels interpreted.
+    os.environ |= {"TRITON_INTERPRET": "0", "HAPPYHORSE_FAST_GPU_TESTS": "recorded"}
+    for kernel in found(options.arch, options.only):
+        print(json.dumps(kernel), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""README's tables, the report and its figures from committed results."""

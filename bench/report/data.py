@@ -1,0 +1,275 @@
+"""The committed results as the report shows them: what is verified, what is slower than a peer, what fits a card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.measure.roofline import MEASURED, Peaks
+from bench.results import FOLDER, NOT_INTERLEAVED, ROOT, Json, merged, ratio, read
+from bench.sampler_runs import EXACT, SECOND_STAGE
+from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
+
+NOT_GPU = ("equivalence", "memory", "pony")
+"""Folders below the results that hold other files than a GPU's."""
+RATES = (ROOT / "examples/pony/results/rates.json", ROOT / "examples/pony/results/image/rates.json")
+"""Shares of the pony's clips that are right: from a prompt, and from a prompt and a first picture."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything committed.
+
+    Attributes:
+        gpu: Results of GPUs by the path of their newest file, the newest last; all files of a GPU are one.
+        equivalence: Files of error measurements by path.
+        memory: The memory plan, None where there is none.
+        rates: How often the pony's clips are right.
+        fidelity: What precision and sparsity cost the pony, None where that is not measured.
+        activations: Its ranges and attention maps, likewise.
+    """
+
+    gpu: dict[Path, Json]
+    equivalence: dict[Path, Json]
+    memory: Json | None
+    rates: list[Json] = field(default_factory=list)
+    fidelity: Json | None = None
+    activations: Json | None = None
+
+    @property
+    def cases(self) -> list[Json]:
+        """Every measured case of the error files."""
+        return [case for data in self.equivalence.values() for case in data["equivalence"]]
+
+
+def load(folder: Path = FOLDER) -> Report:
+    """Read and validate the results below a folder, and the pony's rates beside its example.
+
+    Raises:
+        ResultError: A GPU's file does not fit its format.
+    """
+    files = sorted(folder.glob("*/*.json"), key=lambda path: (path.name, path.parent.name))  # names start with a date
+    runs = {path: read(path) for path in files if path.parent.name not in NOT_GPU}
+    of_gpu: dict[str, list[Path]] = {}
+    for path, data in runs.items():
+        if data["gpu"] != "cpu":  # a CPU's speed is nobody's question
+            of_gpu.setdefault(data["gpu"], []).append(path)
+    gpu = {paths[-1]: merged([runs[path] for path in paths]) for paths in of_gpu.values()}
+    gpu = dict(sorted(gpu.items(), key=lambda item: item[0].name))
+    equivalence = {path: json.loads(path.read_text()) for path in files if path.parent.name == "equivalence"}
+    memory = [json.loads(path.read_text()) for path in files if path.parent.name == "memory"]
+    pony = {path.stem: json.loads(path.read_text()) for path in files if path.parent.name == "pony"}
+    rates = [json.loads(path.read_text()) for path in RATES if path.exists()]
+    newest = memory[-1] if memory else None
+    return Report(gpu, equivalence, newest, rates, pony.get("fidelity"), pony.get("activations"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A microbenchmark as it is shown.
+
+    Attributes:
+        case: What was run.
+        impl: On what.
+        verdict: ``"fastest"``, ``"slower"``, ``"alone"`` (no peer ran) or ``"not verified"``.
+        note: The verdict in words: the ratio to the best peer, or why there is no number.
+        median_ms: None where it is not verified or did not run.
+        tflops: On computed FLOPs.
+        tflops_useful: On the model's own.
+        gbps: Bytes moved per second.
+        roofline: Share of the roofline of the datasheet.
+        reachable: Share of the roofline of :func:`measured_ceilings`, None where nothing was measured.
+        best: Name of the fastest peer.
+        ratio: The best peer's time over this one's; below 1 it is slower.
+    """
+
+    case: str
+    impl: str
+    verdict: str
+    note: str
+    median_ms: float | None = None
+    tflops: float | None = None
+    tflops_useful: float | None = None
+    gbps: float | None = None
+    roofline: float | None = None
+    reachable: float | None = None
+    best: str | None = None
+    ratio: float | None = None
+
+
+def ceilings(data: Json) -> list[Peaks]:
+    """Ceilings of one GPU: the datasheet's first, then those measured; either where there is one."""
+    stated = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] != MEASURED]
+    measured = measured_ceilings(data)
+    return [*stated, *([measured] if measured else [])]
+
+
+def measured_ceilings(data: Json) -> Peaks | None:
+    """The most that was reached there: the library's products and a large copy, or a kernel that did better.
+
+    The copy alone is no ceiling: on an H200 it moves 2.8 TB/s, and `rmsnorm_quantize` 4.2.
+    """
+    found = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] == MEASURED]
+    if not found:
+        return None
+    timed = [entry for entry in data["entries"] if entry["verified"] and entry["median_ms"] is not None]
+
+    def best(name: str, precision: str) -> float:
+        return max((entry[name] or 0.0 for entry in timed if entry["case"].endswith(precision)), default=0.0)
+
+    newest = found[-1]
+    return Peaks(
+        max(newest.bandwidth, best("gbps", "") / 1e3),
+        max(newest.bf16, best("tflops", "/bf16")),
+        max(newest.fp8, best("tflops", "/fp8")) if newest.fp8 else None,
+        MEASURED,
+        int8=max(newest.int8 or 0.0, best("tflops", "/int8")) or None,
+    )
+
+
+def share_of(entry: Json, peaks: Peaks | None) -> float | None:
+    """A verified entry's share of a roofline: of the products' rate or of the bandwidth, whichever binds it."""
+    if peaks is None:
+        return None
+    rate = peaks.rate(entry["case"].rpartition("/")[2])
+    return max((entry["tflops"] or 0.0) / rate, (entry["gbps"] or 0.0) / 1e3 / peaks.bandwidth)
+
+
+def row_of(entry: Json, measured: Peaks | None = None) -> Row:
+    """An entry as it is shown; one that is not verified shows no number, its peers' included."""
+    case, impl = entry["case"], entry["impl"]
+    reason = entry.get("reason") or "its correctness gate is red"
+    if not entry["verified"]:
+        return Row(case, impl, "not verified", f"not verified: {reason}")
+    taken = entry["median_ms"]
+    if taken is None:
+        return Row(case, impl, "not verified", f"no number: {reason}")
+    numbers = (taken, entry["tflops"], entry.get("tflops_useful"), entry["gbps"], entry["roofline"])
+    reachable = share_of(entry, measured)
+    peers: dict[str, float] = entry["peers"]
+    if not peers:
+        return Row(case, impl, "alone", "no peer ran", *numbers, reachable)
+    best = min(peers, key=lambda name: peers[name])
+    times = peers[best] / taken
+    apart = f", {NOT_INTERLEAVED}" if ratio(entry, best) is None else ""
+    if times < 1:
+        return Row(case, impl, "slower", f"SLOWER than {best}: {times:.2f}x{apart}", *numbers, reachable, best, times)
+    return Row(case, impl, "fastest", f"{times:.2f}x {best}{apart}", *numbers, reachable, best, times)
+
+
+def rows_of(data: Json) -> list[Row]:
+    """All microbenchmarks of a file; those that need attention first."""
+    order = {"not verified": 0, "slower": 1, "alone": 2, "fastest": 3}
+    measured = measured_ceilings(data)
+    return sorted(
+        (row_of(entry, measured) for entry in data["entries"]), key=lambda row: (order[row.verdict], row.case, row.impl)
+    )
+
+
+def verified(path: Path, data: Json) -> str:
+    """Say in a sentence what was verified on a GPU.
+
+    Args:
+        path: Its newest result file; a folder of the same stem beside it may hold what ``python -m bench.checks self``
+            printed, ``self-check.txt``.
+        data: Its results.
+    """
+    whole = sum(entry["verified"] for entry in data["entries"])
+    parts = [f"{whole} of {len(data['entries'])} pairs of op and kernel passed their gate against float64"]
+    checks = path.with_suffix("") / "self-check.txt"
+    if checks.is_file():
+        lines = checks.read_text().splitlines()
+        parts.append(f"{sum(': passed,' in line for line in lines)} of {len(lines)} self-checks passed")
+    sizes = sorted({entry["case"].split("/")[1] for entry in data["entries"]})
+    at = f" at {', '.join(sizes)}" if sizes else ""
+    where = f"{data['gpu']}, commit {data['commit']}, torch {data['torch']}, Triton {data['triton']}"
+    return f"Verified on {where}, driver {data['driver']}: {parts[0]}{at}{''.join(f'; {p}' for p in parts[1:])}."
+
+
+def steps_timed(run: Json) -> int:
+    """Count the steps of a sampler run that were timed: all, or as many as its note says."""
+    part = next((part for part in (run.get("note") or "").split("; ") if part.endswith("steps timed")), None)
+    return int(part.split()[0]) if part else int(run["steps"])
+
+
+FORMS = {
+    "eager": "eager bf16",
+    "torch.compile": "torch.compile, bf16",
+    "fast bf16": "fast bf16",
+    "fast int8": "fast int8, attention int8_qk (the default of int8)",
+    "fast fp8": "fast fp8, attention fp8",
+    "fast fp8 linear": "fast fp8, attention bf16",
+    "fast fp8 int8_qk": "fast fp8, attention int8_qk (the default of fp8)",
+}
+KERNELS = {"triton": "plain Triton", "hopper": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
+"""Names of attention's kernels where a backend of that name also runs other ops."""
+
+
+def form_of(run: Json) -> str:
+    """A sampler run in words: what runs, the kernel of attention, the mask, the card."""
+    kernel = run.get("attention") or run.get("backend") or ""
+    parts = [FORMS.get(run["mode"], run["mode"]), KERNELS.get(kernel, kernel)]
+    parts += [f"{run['mask']} of video pairs"] if run.get("mask", EXACT) != EXACT else []
+    parts += [f"as a {run['cap_gb']} GB card"] if run.get("cap_gb") else []
+    return ", ".join(filter(None, parts))
+
+
+def total_of(run: Json) -> str:
+    """Seconds of a clip; after ~ where not all of its steps were timed."""
+    if run["total_s"] is None:
+        return ""
+    return f"{'~' if steps_timed(run) < run['steps'] else ''}{run['total_s']:.1f}"
+
+
+PARTS = (
+    ("attention", ("block_sparse_attention", "attention")),
+    ("selection", ("select_blocks",)),
+    ("proj + down", ("fp8_linear_residual",)),
+    ("up", ("fp8_linear_activation",)),
+    ("QKV", ("qkv_linear",)),
+    ("norms", ("rmsnorm_quantize",)),
+    ("row codes", ("quantize_rows",)),
+    ("eager's products", ()),
+    ("rest", ("other",)),
+)
+"""Parts that a step's seconds are split into, and the ops of a breakdown that count there."""
+
+
+def parts_of(run: Json) -> dict[str, float]:
+    """Seconds of a profiled step by :data:`PARTS`; empty where none was profiled."""
+    spent = dict(run.get("breakdown") or {})
+    if not spent:
+        return {}
+    found = {name: sum(spent.pop(op, 0.0) for op in ops) for name, ops in PARTS}
+    # In a fast model "products" are the embedders and output heads alone.
+    found["rest" if run["mode"].startswith("fast") else "eager's products"] += spent.pop("products", 0.0)
+    found["rest"] += sum(spent.values())
+    return {name: seconds for name, seconds in found.items() if seconds}
+
+
+def clips(data: Json) -> list[Json]:
+    """Runs of the sampler by clip, the slowest first; those that failed at the end."""
+    return sorted(data["sampler"], key=lambda run: (run["preset"] == SECOND_STAGE, -(run["total_s"] or 0.0)))
+
+
+def fits(peak_gib: float, card_gb: int) -> bool:
+    """Tell whether a clip whose tensors peak at ``peak_gib`` runs on a card of ``card_gb``."""
+    return peak_gib * 2**30 + CONTEXT_BYTES <= card_bytes(card_gb)
+
+
+def worst(form: Json, kind: str, modality: str, measure: str = "relative_l2") -> float | None:
+    """Largest distance among a form's results: ``kind`` is ``layer``, ``velocity``, ``latent`` or ``op.<name>``.
+
+    Returns:
+        None where there is none, or one is not finite.
+    """
+    name = kind.removeprefix("op.")
+    found = []
+    for what, error in form["errors"].items():
+        place, *middle, last = what.split(".")
+        if last == modality and (middle[-1:] == [name] if kind.startswith("op.") else place == kind):
+            found.append(error[measure])
+    if not found or any(value is None for value in found):
+        return None
+    return float(min(found) if measure == "psnr_db" else max(found))

@@ -1,0 +1,375 @@
+"""The report's pictures, drawn from committed results; predictions are drawn hollow or hatched and named as such."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from bench.measure.roofline import gpu_named
+from bench.report.clip import clip
+from bench.report.data import Report, measured_ceilings, rows_of, worst
+from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, TEAL, VIOLET, blank_figure, clean
+from bench.results import Json
+from happyhorse_fast.block_map import BlockMap, Layout
+from happyhorse_fast.config import PATCH, ModelConfig
+from happyhorse_fast.costs import GPUS, OUTSIDE, Gpu, step_costs
+from happyhorse_fast.eager.rotary import apply_rotary, frequency_bands, rotary_phases
+from happyhorse_fast.eager.sequence import Clip, coordinates
+from happyhorse_fast.tokens import TEXT_TOKENS, tokens_for
+from happyhorse_fast.verify.layer_ops import OPS
+
+FORM_STYLE = {
+    "eager bf16": (GREY, "o"),
+    "fast bf16": (BLUE, "s"),
+    "fast int8": (GREEN, "v"),
+    "fast fp8": (ORANGE, "D"),
+    "fast fp8 + sparsity": (VIOLET, "^"),
+}
+FORMAT_COLOURS = {"bf16": BLUE, "int8": GREEN, "int8_qk": TEAL, "fp8": ORANGE}
+OP_COLOURS = {
+    "qkv": BLUE,
+    "attention": ORANGE,
+    "proj": TEAL,
+    "up": GREEN,
+    "down": VIOLET,
+    "norms": GREY,
+    "outside": "#ced4da",
+}
+CONFIG = ModelConfig.preset("happyhorse-1.0-15b")
+CLIP = tokens_for("1080p", "16:9", 5, 24)
+WHAT = "15B model, 1080p, 5 s"
+DPI = 110
+MOST_BARS = 40
+
+
+def figures(report: Report) -> dict[str, Figure]:
+    """Every picture that the results allow."""
+    made: dict[str, Figure] = {"roofline": roofline(report), "floor": floor(), "block_maps": block_maps()}
+    if report.gpu:
+        made["peers"] = peers(report)
+        if any(run["total_s"] is not None for run in list(report.gpu.values())[-1]["sampler"]):
+            made["clip"] = clip(report)
+    if report.cases:
+        made["error_per_layer"] = error_per_layer(report.cases)
+        made["error_per_op"] = error_per_op(report.cases)
+    if report.memory is not None:
+        made["memory"] = memory(report.memory)
+    return made
+
+
+def save(made: dict[str, Figure], folder: Path) -> list[Path]:
+    """Write pictures under their names; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in made.items():
+        FigureCanvasAgg(figure)
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=DPI, metadata={"Software": None})
+        paths.append(path)
+    return paths
+
+
+# Speed ----------------------------------------------------------------------------------------------------------------
+
+
+def _card(report: Report) -> Gpu:
+    """The card of the newest results; an H100 where there are none."""
+    known = (gpu_named(data["gpu"]) for data in reversed(report.gpu.values()))
+    return next(filter(None, known), GPUS["h100"])
+
+
+def roofline(report: Report) -> Figure:
+    """Attainable TFLOP/s over FLOP per byte: the datasheet's roof and the measured one, the ops' ceilings, what ran."""
+    card = _card(report)
+    newest = list(report.gpu.values())[-1:]  # one card: another's rates would not lie under this roof
+    measured = [row for data in newest for row in rows_of(data) if row.tflops and row.gbps]
+    reached = measured_ceilings(newest[0]) if newest else None
+    state = f"filled: measured ({len(measured)})" if measured else "nothing measured on a GPU is committed yet"
+    roof = f"dashed: the most that was measured there ({reached.bandwidth:.2g} TB/s); " if reached else ""
+    note = (
+        f"solid: {card.source}; {roof}hollow: the ceiling at an op's FLOP per byte, a prediction; {state}: square "
+        "Gluon, circle Triton, triangle CUDA; blue bf16, green int8, teal int8 q and k, orange fp8. Norms: no FLOPs."
+    )
+    figure = blank_figure(10.5, 6.4, f"Roofline, {card.name.upper()}: {WHAT}", note)
+    axes = clean(figure.add_subplot())
+    reach = np.logspace(0.4, 5.2, 200)
+    eight = "fp8" if card.fp8 else "int8"  # of one rate where there are both
+    for precision, colour in ((name, FORMAT_COLOURS[name]) for name in ("bf16", eight)):
+        peak = card.rate(precision) / 1e12
+        axes.plot(reach, np.minimum(peak, reach * card.bandwidth), color=colour, lw=2)
+        axes.annotate(
+            f"{precision}, datasheet: {peak:,.0f}", (reach[0] * 1.1, peak), color=colour, fontsize=9, va="bottom"
+        )
+        above = precision == eight
+        for names, intensity in _joined(_intensities(precision)).items():
+            ceiling = min(peak, intensity * card.bandwidth)
+            axes.plot(intensity, ceiling, "o", mfc="white", mec=colour, ms=7)
+            if above:  # in bf16 the same ops stand below: names there would lie on what was measured
+                axes.annotate(
+                    names,
+                    (intensity, ceiling),
+                    (0, 9),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    fontsize=8.5,
+                    color=INK,
+                    rotation=90,
+                )
+    if reached:
+        for precision, rate in reached.rates().items():
+            colour, way = FORMAT_COLOURS[precision], "top" if precision == "int8" else "bottom"
+            axes.plot(reach, np.minimum(rate, reach * reached.bandwidth), color=colour, lw=1.4, ls="--")
+            at = (reach[0] * 1.1, rate)
+            axes.annotate(f"{precision}, measured: {rate:,.0f}", at, color=colour, fontsize=9, va=way)
+    for row in measured:
+        assert row.tflops is not None and row.gbps is not None
+        axes.plot(
+            1e3 * row.tflops / row.gbps,
+            row.tflops,
+            {"hopper": "s", "cuda": "^"}.get(row.impl, "o"),
+            color=FORMAT_COLOURS.get(row.case.rpartition("/")[2], BLUE),
+            ms=5,
+            alpha=0.8,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of compulsory traffic", ylabel="TFLOP/s")
+    axes.set_xlim(reach[0], reach[-1])
+    axes.set_ylim(3, 40000)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
+    return figure
+
+
+def _intensities(precision: str) -> dict[str, float]:
+    costs = step_costs(CONFIG, CLIP, precision=precision)
+    found = {}
+    for cost in costs:
+        if cost.kind.startswith("shared") and cost.flops:
+            mask = f" ({cost.kind.split()[-1]})" if cost.op == "attention" else ""
+            found[f"{cost.op}{mask}"] = cost.flops / cost.bytes
+    return found
+
+
+def _joined(intensities: dict[str, float]) -> dict[str, float]:
+    """Ops within 10 % of each other under one name, so that labels do not overlap."""
+    joined: dict[str, float] = {}
+    for op, value in sorted(intensities.items(), key=lambda item: item[1]):
+        last = next(reversed(joined), None)
+        if last is not None and value <= 1.1 * joined[last]:
+            joined[f"{last}, {op}"] = joined.pop(last)
+        else:
+            joined[op] = value
+    return joined
+
+
+def floor() -> Figure:
+    """Least seconds of a denoising step by op: peaks and bandwidth of the datasheet, nothing measured."""
+    card = GPUS["h100"]
+    bars = {
+        "bf16, dense": (ModelConfig.preset("happyhorse-1.0-15b-dense"), "bf16", None),
+        "bf16, window": (CONFIG, "bf16", None),
+        "int8, window": (CONFIG, "int8", None),
+        "fp8, window": (CONFIG, "fp8", None),
+        "fp8, 25 % of video pairs": (CONFIG, "fp8", 0.25),
+        "fp8, 12.5 %": (CONFIG, "fp8", 0.125),
+    }
+    note = (
+        f"every product at the datasheet's peak, every byte once ({card.source}); no kernel can be faster. "
+        "Attention of int8: q and k alone"
+    )
+    figure = blank_figure(9.5, 3.6, f"PREDICTED floor of a step on an H100, not measured: {WHAT}", note)
+    axes = clean(figure.add_subplot())
+    for place, (config, precision, share) in enumerate(bars.values()):
+        left = 0.0
+        costs = step_costs(config, CLIP, precision=precision, gpu=card, video_share=share)
+        for op, colour in OP_COLOURS.items():
+            mine = [c for c in costs if (c.kind == OUTSIDE if op == "outside" else c.op == op)]
+            seconds = sum(c.count * c.floor_ms for c in mine) / 1e3
+            axes.barh(place, seconds, left=left, color=colour, height=0.62, alpha=0.75, hatch="//", edgecolor="white",
+                      linewidth=0, label=op if place == 0 else None)  # fmt: skip
+            left += seconds
+        axes.annotate(f" {left:.2f} s, 8 steps {8 * left:.0f} s", (left, place), va="center", fontsize=9, color=INK)
+    axes.set_yticks(range(len(bars)), list(bars), fontsize=9, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlabel("s per step")
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.14)
+    axes.grid(False, axis="y")
+    axes.legend(ncols=7, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def peers(report: Report) -> Figure:
+    """Each case's fastest kernel of ours over its best peer; red where slower, no bar where one is not verified."""
+    path, data = list(report.gpu.items())[-1]
+    compared = [row for row in rows_of(data) if row.ratio is not None or row.verdict == "not verified"]
+    best: dict[str, float] = {}
+    for row in compared:
+        best[row.case] = max(best.get(row.case, 0.0), row.ratio or 0.0)
+    ranked = [row for row in compared if row.ratio in (None, best[row.case])]
+    rows = ranked[:MOST_BARS]
+    note = f"{path.parent.name}/{path.name}; our fastest kernel of each case; ratio: the best peer's time over ours; "
+    note += "red: slower. Product only: without the norm, activation or residual that ours has in it; "
+    note += f"{len(rows)} of {len(ranked)} cases, those that need attention first"
+    figure = blank_figure(9.5, 1.6 + 0.27 * max(len(rows), 1), f"Against the best peer, {data['gpu']}", note)
+    axes = clean(figure.add_subplot())
+    for place, row in enumerate(rows):
+        if row.ratio is None:
+            axes.annotate(row.note[:90], (0.02, place), va="center", fontsize=8, color=RED)
+            continue
+        axes.barh(place, row.ratio, color=RED if row.ratio < 1 else GREEN, height=0.66, alpha=0.85)
+        axes.annotate(f" {row.note}", (row.ratio, place), va="center", fontsize=8, color=RED if row.ratio < 1 else INK)
+    axes.axvline(1, color=INK, lw=1)
+    axes.margins(y=0.01)
+    axes.set_yticks(range(len(rows)), [f"{row.case}  {row.impl}" for row in rows], fontsize=8, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max([row.ratio for row in rows if row.ratio is not None], default=1) * 1.45)
+    axes.set_xlabel("times as fast as the best peer")
+    axes.grid(False, axis="y")
+    return figure
+
+
+# Block maps -----------------------------------------------------------------------------------------------------------
+
+
+def block_maps() -> Figure:
+    """The trained window, a quarter of the video blocks by pooled score, and 3D tiles; one clip of 1080p, 5 s."""
+    grid = Clip(CLIP.T // PATCH[0], CLIP.H // PATCH[1], CLIP.W // PATCH[2], CLIP.audio, TEXT_TOKENS)
+    layout = Layout(grid.frames, grid.frame_tokens, grid.audio, grid.text, align_frames=True, align_modalities=True)
+    dense = BlockMap.frame_window(layout, None)
+    video_blocks = -(-layout.audio_start // 128)
+    q = _positions_alone(layout, grid)
+    window = CONFIG.frame_receptive_field
+    maps = {
+        f"trained window: frames within {window}": BlockMap.frame_window(layout, window),
+        "top 25 % of video blocks, by position alone": BlockMap.top_k(q, q, layout, video_blocks // 4, base=dense),
+        "tiles: 6 frames, 8 rows, 60 columns": BlockMap.tile_window(layout, grid.columns, (1, 1, 1), (6, 8, 60), dense),
+    }
+    note = (
+        "blocks of 128 x 128 tokens. The choice in the middle depends on q and k; here every token has the same ones, "
+        "so the rotary position decides alone"
+    )
+    figure = blank_figure(14, 5.9, f"Block maps of {WHAT}", note)
+    for axes, (name, block_map) in zip(figure.subplots(1, 3), maps.items(), strict=True):
+        block_map.plot(axes, layout=layout)
+        axes.set_title(f"{name}\n{axes.get_title()}", fontsize=9.5, color=INK, pad=20)
+        axes.tick_params(labelsize=7.5, colors=FAINT)
+    return figure
+
+
+def _positions_alone(layout: Layout, grid: Clip) -> torch.Tensor:
+    """[slots, 1, D]: one vector for every token, rotated to the token's place."""
+    coords = coordinates(grid, CONFIG.coords_style)
+    token = torch.ones(len(coords), 1, CONFIG.head_dim)
+    rotated = apply_rotary(token, rotary_phases(coords, frequency_bands(CONFIG.head_dim)))
+    rows = torch.cat([torch.arange(*span) for span in (*layout.frame_spans(), *layout.prefix_spans())])
+    out = torch.zeros(layout.slots, 1, CONFIG.head_dim)
+    out[rows] = rotated
+    return out.bfloat16()
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def error_per_layer(cases: list[Json]) -> Figure:
+    """Relative L2 of the residual stream after every layer, per form, video and audio apart."""
+    note = "relative L2 to eager float32 of the residual stream, errors of earlier layers included; out: the velocity"
+    figure = blank_figure(3.1 * len(cases) + 1, 5.4, "Error per layer", note)
+    panels = figure.subplots(2, len(cases), sharey=True, squeeze=False)
+    for column, case in enumerate(cases):
+        for row, modality in enumerate(("video", "audio")):
+            axes = clean(panels[row][column], f"{case['case']}: {modality}" if row == 0 else modality)
+            places = [f"layer.{i}.{modality}" for i in range(case["layers"])] + [f"velocity.{modality}"]
+            for form in case["forms"]:
+                colour, marker = FORM_STYLE[form["form"]]
+                errors = [form["errors"][place]["relative_l2"] for place in places]
+                axes.plot(range(len(places)), errors, color=colour, label=form["form"], **_marker(form["form"], marker))
+            axes.set_yscale("log")
+            axes.set_xticks(range(len(places)), [*map(str, range(case["layers"])), "out"])
+    for axes in panels[:, 0]:
+        axes.set_ylabel("relative L2")
+    handles, labels = panels[0][-1].get_legend_handles_labels()
+    for case_panel in panels[0]:
+        more = case_panel.get_legend_handles_labels()
+        if len(more[1]) > len(labels):
+            handles, labels = more
+    figure.legend(handles, labels, ncols=len(labels), fontsize=9, frameon=False, loc="outside upper right")
+    return figure
+
+
+def _marker(form: str, marker: str) -> dict[str, Any]:
+    """Eager bf16 as a ring around what lies on it: fast bf16 mostly does."""
+    if form.startswith("eager"):
+        return {"marker": marker, "ms": 10, "mfc": "none", "mew": 1.4, "lw": 0}
+    return {"marker": marker, "ms": 4, "lw": 1.4}
+
+
+def error_per_op(cases: list[Json]) -> Figure:
+    """Each op's own error on its float32 inputs: the worst layer of all cases."""
+    note = "worst layer and case; each op runs on its float32 input, whose rounding or quantisation counts as its error"
+    figure = blank_figure(9.5, 3.6, "Error of each op by itself", note)
+    for axes, modality in zip(figure.subplots(1, 2, sharey=True), ("video", "audio"), strict=True):
+        clean(axes, modality)
+        for form, (colour, marker) in FORM_STYLE.items():
+            of = [f for case in cases for f in case["forms"] if f["form"] == form]
+            for place, op in enumerate(OPS):
+                values = [v for f in of if (v := worst(f, f"op.{op}", modality)) is not None]
+                if values and (op == "attention" or "sparsity" not in form):  # elsewhere it is what it is without
+                    how = _marker(form, marker) | {"lw": 0}
+                    label = form if op == "attention" else None
+                    axes.plot(max(values), place, color=colour, label=label, **how | {"ms": max(how["ms"], 7)})
+        axes.set_xscale("log")
+        axes.set_xlim(1e-3, 1)
+        axes.set_yticks(range(len(OPS)), OPS, fontsize=9, color=INK)
+        axes.set_xlabel("relative L2")
+    axes.invert_yaxis()
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(labels), fontsize=8.5, frameon=False, loc="outside upper right")
+    return figure
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def memory(data: Json) -> Figure:
+    """Live bytes along one layer of each kind, on top of the weights of the whole model."""
+    note = (
+        "tensors that live beside the weights, the residual stream included; traced on a pretended device (fake "
+        "tensors): shapes and lifetimes, not a measurement of a GPU. Within a layer: operations in order"
+    )
+    clip = data["timelines"][0]
+    title = f"Memory over one layer of each kind: {clip['preset']}, {clip['resolution']}, {clip['seconds']} s"
+    figure = blank_figure(12.5, 4.6, title, note)
+    panels = figure.subplots(1, len(data["timelines"]), sharey=True)
+    for axes, timeline in zip(panels, data["timelines"], strict=True):
+        _memory_panel(axes, timeline)
+    panels[0].set_ylabel("GiB beside the weights")
+    return figure
+
+
+def _memory_panel(axes: Axes, timeline: Json) -> None:
+    x: list[float] = []
+    for place, layer in enumerate(timeline["layers"]):
+        count = len(layer["activations_gib"])
+        x += [place + i / count for i in range(count)]
+        if place:
+            axes.axvline(place, color="#c5cad0", lw=0.8)
+    live = [value for layer in timeline["layers"] for value in layer["activations_gib"]]
+    operations = [name for layer in timeline["layers"] for name in layer["operations"]]
+    peak = max(range(len(live)), key=live.__getitem__)
+    weights = timeline["weights_gib"]
+    clean(axes, f"{timeline['form']}\n{weights:.1f} weights + {live[peak]:.1f} = {weights + live[peak]:.1f} GiB")
+    axes.fill_between([*x, len(timeline["layers"])], 0, [*live, live[-1]], step="post", color=BLUE, linewidth=0)
+    axes.annotate(
+        f"peak: {operations[peak]}", (x[peak], live[peak]), (2, 3), textcoords="offset points", fontsize=8.5, color=INK
+    )
+    names = [layer["kind"].replace(" ", "\n") for layer in timeline["layers"]]
+    axes.set_xticks([i + 0.5 for i in range(len(names))], names, fontsize=7.5)
+    axes.tick_params(axis="x", length=0)
+    axes.set(xlim=(0, len(names)), ylim=(0, None))
+    axes.grid(False, axis="x")

@@ -1,0 +1,207 @@
+"""The report's part on the pony: how often its clips are right, what precision and sparsity cost them, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.report.data import Report
+from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, VIOLET, blank_figure, clean
+from bench.results import Json
+from bench.table import Table
+from happyhorse_fast.cli import fidelity_tables
+from happyhorse_fast.verify.activations import MODALITIES, TENSORS
+from happyhorse_fast.verify.fidelity import EAGER
+
+KIND_COLOURS = {"bf16": BLUE, "int8 op": "#69b37a", "int8": GREEN, "fp8 op": ORANGE, "fp8": RED, "sparsity": VIOLET}
+WHOLE = ("bf16", "int8", "fp8")
+"""Kinds of policies that take every product to a precision."""
+FRAMES = 13
+
+
+def rates_table(rates: list[Json]) -> Table:
+    """Share of clips per thing that a prompt asks for."""
+    columns = ("from", *rates[0]["rates"])
+    rows = []
+    for data in rates:
+        name = "prompt and first picture" if data["image"] else "prompt"
+        rows.append((f"{name}, {data['clips']} clips", *(f"{100 * rate:.0f} %" for rate in data["rates"].values())))
+    failed = [entry["prompt"] for data in rates[:1] for entry in data["failed"]]
+    note = (
+        f"Held-out prompts, {rates[0]['steps']} steps, read from pixels and samples alone; sync: every impact heard "
+        f"within 2 frames of when it is seen. "
+    )
+    note += f"Wrong from the prompt alone: {', '.join(failed)}." if failed else "Nothing was wrong."
+    return Table("How often a clip shows and sounds as asked", columns, tuple(rows), note)
+
+
+def fidelity_table(found: Json) -> Table:
+    """List what each policy costs."""
+    rows = fidelity_tables.rows(found)
+    note = (
+        f"{fidelity_tables.NOTE} Sparsity decides between latent frames, 13 blocks of 16 tokens; by itself a clip is "
+        "two blocks of 128, too few to leave any out."
+    )
+    return Table(fidelity_tables.title(found), fidelity_tables.COLUMNS, tuple(rows), note)
+
+
+def precisions_table(found: Json) -> Table:
+    """List what whole precisions cost: fast bf16, int8 and fp8 side by side."""
+    of = zip(fidelity_tables.rows(found), found["results"], strict=True)
+    rows = [row for row, result in of if result["kind"] in WHOLE and result["name"] != EAGER]
+    shown = [i for i, name in enumerate(fidelity_tables.COLUMNS) if name not in ("kept", "SSIM", "sync")]
+    columns = tuple(fidelity_tables.COLUMNS[i] for i in shown)
+    note = (
+        "Each clip against float32's of the same noise; PSNR and sound (log-spectral distance): median/worst, L2 of "
+        "the audio latent: median. moved: clips in which a heard, and a seen, impact moved. Which op it comes from, "
+        "and what sparsity costs: [examples/pony](examples/pony/README.md#how-well-it-does)."
+    )
+    return Table(fidelity_tables.title(found), columns, tuple(tuple(row[i] for i in shown) for row in rows), note)
+
+
+def settings_table(found: Json) -> Table:
+    """The FastConfig behind each policy."""
+    names = [row[0] for row in fidelity_tables.rows(found)]
+    rows = [(name, result["settings"] or "the default") for name, result in zip(names, found["results"], strict=True)]
+    rows = [row for row in rows if not row[0].startswith("eager")]
+    return Table("FastConfig of each policy", ("policy", "fields"), tuple(rows))
+
+
+def figures(report: Report) -> dict[str, Figure]:
+    """Every picture that the results allow."""
+    made = {}
+    if report.fidelity is not None:
+        made["fidelity"] = fidelity_figure(report.fidelity)
+    if report.activations is not None:
+        made["activations"] = activations_figure(report.activations)
+        made["attention"] = attention_figure(report.activations)
+    return made
+
+
+def fidelity_figure(found: Json) -> Figure:
+    """Every clip of every policy: pictures, sound, latents of the sound."""
+    results = found["results"]
+    note = (
+        f"{found['clips']} held-out prompts against float32 of the same noise; dots: clips, bars: medians. The pony "
+        "has 7.4 M parameters: what of this carries over to 15 B is in decision 0010"
+    )
+    figure = blank_figure(12.5, 1.5 + 0.26 * len(results), "What precision and sparsity cost a trained model", note)
+    names = [row[0] for row in fidelity_tables.rows(found)]
+    measures = {
+        "psnr_db": "pictures, PSNR dB: right is better",
+        "sound_db": "sound, log-spectral distance dB: left is better",
+        "audio_error": "relative L2 of the audio latent: left is better",
+    }
+    panels = figure.subplots(1, len(measures), sharey=True)
+    for axes, (measure, label) in zip(panels, measures.items(), strict=True):
+        clean(axes)
+        for place, result in enumerate(results):
+            colour = KIND_COLOURS[result["kind"]]
+            values = [clip[measure] for clip in result["clips"]]
+            axes.plot(values, [place] * len(values), "o", ms=3.5, color=colour, alpha=0.45, mew=0)
+            axes.plot([result["summary"][measure][0]], [place], "|", ms=13, mew=2.2, color=colour)
+        axes.set_xlabel(label)
+        if measure != "psnr_db":
+            axes.set_xscale("log")
+    panels[0].set_yticks(range(len(names)), names, fontsize=8.5, color=INK)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def activations_figure(data: Json) -> Figure:
+    """Outliers and what e4m3 makes of them, per tensor; trained beside seeded weights."""
+    note = (
+        "one clip, all 8 steps, a dot per layer and modality; seeded: the same model with random weights. Every tensor "
+        f"under the scales that its op uses. Past the largest code: {_most(data, 'saturated'):.0%} of the values; "
+        f"rounded to zero: at most {_most(data, 'lost'):.2%}"
+    )
+    figure = blank_figure(12.5, 4.6, "Ranges of activations, and e4m3's error on them", note)
+    measures = {
+        "amax": "largest magnitude",
+        "rms": "root mean square",
+        "outlier": "largest magnitude / RMS",
+        "kurtosis": "kurtosis: 3 is normal",
+        "error": "relative L2 of e4m3",
+    }
+    for axes, (measure, label) in zip(figure.subplots(1, len(measures), sharey=True), measures.items(), strict=True):
+        clean(axes, label)
+        for which, colour, shift in (("seeded", GREY, 0.2), ("trained", BLUE, -0.2)):
+            for modality, marker in zip(MODALITIES, "os", strict=True):
+                entries = [e for e in data[which] if e["modality"] == modality and e[measure] is not None]
+                places = [TENSORS.index(e["tensor"]) + shift for e in entries]
+                axes.plot([e[measure] for e in entries], places, marker, ms=4, color=colour, alpha=0.6, mew=0,
+                          label=f"{which}, {modality}")  # fmt: skip
+        axes.set_yticks(range(len(TENSORS)), TENSORS, fontsize=9, color=INK)
+        if measure == "error":
+            axes.set_xlim(0, 0.05)
+        else:
+            axes.set_xscale("log")
+    axes.invert_yaxis()
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=4, fontsize=8.5, frameon=False, loc="outside upper right")
+    return figure
+
+
+def _most(data: Json, field: str) -> float:
+    return max(e[field] for e in data["trained"] if e[field] is not None)
+
+
+def attention_figure(data: Json) -> Figure:
+    """Draw where every layer's attention goes in the first and the last step, by latent frame."""
+    maps = data["maps"]
+    steps = sorted({m["step"] for m in maps})
+    layers = sorted({m["layer"] for m in maps})
+    note = (
+        "weight that queries of a group (down) give to all keys of a group (across), mean over heads: 13 latent frames "
+        "of video, audio by latent frame, text. n: keys that hold a query's weight, exp of its entropy, for video and "
+        "audio queries; flat attention would have 267. Layers 1 and 3 see a window of 5 latent frames"
+    )
+    figure = blank_figure(2.1 * len(layers), 2.35 * len(steps) + 1.1, "Attention of the trained model", note)
+    panels = figure.subplots(len(steps), len(layers), squeeze=False)
+    for m in maps:
+        axes = panels[steps.index(m["step"])][layers.index(m["layer"])]
+        _attention_panel(axes, m)
+    return figure
+
+
+def _attention_panel(axes: Axes, m: Json) -> None:
+    mass = np.asarray(m["mass"])
+    axes.imshow(np.sqrt(mass), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    for bound in (FRAMES - 0.5, 2 * FRAMES - 0.5):
+        axes.axhline(bound, color="white", lw=0.6)
+        axes.axvline(bound, color="white", lw=0.6)
+    video, audio = m["effective_keys"]
+    axes.set_title(f"layer {m['layer']}, step {m['step'] + 1}\nn {video:.0f}, {audio:.0f}", fontsize=8.5, color=INK)
+    places = ((FRAMES - 1) / 2, FRAMES + (FRAMES - 1) / 2, 2 * FRAMES)
+    axes.set_xticks(places, ["video", "audio", "text"], fontsize=7, color=FAINT)
+    axes.set_yticks(places, ["video", "audio", "text"] if m["layer"] == 0 else [], fontsize=7, color=FAINT)
+    axes.tick_params(length=0)
+
+
+def section(report: Report) -> list[str]:
+    """The pony's part of the main README, in Markdown."""
+    parts: list[str] = []
+    if report.rates:
+        parts += [rates_table(report.rates).markdown()]
+        parts += ["![Clips of held-out prompts with their sound](examples/pony/results/sheet.png)"]
+    if report.fidelity is not None:
+        parts += [precisions_table(report.fidelity).markdown()]
+    return parts
+
+
+def own_section(report: Report) -> str:
+    """The generated part of the pony's own README."""
+    tables: list[Any] = [rates_table(report.rates)] if report.rates else []
+    tables += [fidelity_table(report.fidelity), settings_table(report.fidelity)] if report.fidelity is not None else []
+    return "\n\n".join(table.markdown() for table in tables)
+
+
+def page_parts(report: Report) -> list[str]:
+    """The pony's tables of the page, in HTML."""
+    found = [rates_table(report.rates).html()] if report.rates else []
+    if report.fidelity is not None:
+        found += [fidelity_table(report.fidelity).html(), settings_table(report.fidelity).html()]
+    return found

@@ -1,0 +1,58 @@
+"""Ops that run in CUDA rather than in Triton under backend "auto": only those that committed results show faster.
+
+``make report`` writes ``ops/runtime/preferences.json`` from the result files of every architecture: of a case
+that several hold the newest counts. Each kernel was timed by itself, and on an H200 the same kernel took up to 20 %
+longer once the chip was warm, so a smaller difference may be the order of timing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from bench.results import Json, merged
+from happyhorse_fast.ops.runtime.dispatch import PREFERENCES
+from happyhorse_fast.ops.runtime.formats import VARIANTS
+
+LEAST_GAIN = 1.25
+"""Times as fast as Triton's that a CUDA kernel must be in every case: more than the order of timing explains."""
+
+Preferences = dict[str, dict[str, list[str]]]
+"""{"90": {"fp8": [op, ...]}}, by architecture and the format of the cases."""
+
+
+def preferences(files: Iterable[Json]) -> Preferences:
+    """Ops that are faster by :data:`LEAST_GAIN` in CUDA in every case that both ran and passed their gates in.
+
+    Args:
+        files: Result files, oldest first; those of a CPU, or of no known architecture, do not count.
+    """
+    of_gpu: dict[tuple[str, str], list[Json]] = {}
+    for data in files:
+        if data.get("capability"):
+            of_gpu.setdefault((data["capability"], data["gpu"]), []).append(data)
+    # One GPU's Triton is not held against another's CUDA; what one of an architecture is slower with is not preferred.
+    times: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, float]]] = {}
+    for (capability, gpu), several in of_gpu.items():
+        for entry in merged(several)["entries"]:
+            if entry["verified"] and entry["median_ms"] is not None:
+                op, _, fmt = entry["case"].split("/")
+                of_op = times.setdefault((capability, fmt, op.partition("-")[0]), {})
+                of_op.setdefault((gpu, entry["case"]), {})[entry["impl"]] = entry["median_ms"]
+    found: Preferences = {}
+    for (capability, fmt, op), cases in sorted(times.items()):
+        both = [ms for ms in cases.values() if {"triton", "cuda"} <= ms.keys()]
+        there = fmt in VARIANTS["cuda"].get(op, ())
+        if there and both and all(ms["cuda"] * LEAST_GAIN <= ms["triton"] for ms in both):
+            found.setdefault(capability, {}).setdefault(fmt, []).append(op)
+    return found
+
+
+def text(files: Iterable[Json]) -> str:
+    """The file's content."""
+    return json.dumps(preferences(files), indent=1) + "\n"
+
+
+def write(files: Iterable[Json]) -> None:
+    """Write it into the package."""
+    PREFERENCES.write_text(text(files))

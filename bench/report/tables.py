@@ -1,0 +1,275 @@
+"""The report's tables as plain rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.report.data import (
+    KERNELS,
+    Report,
+    ceilings,
+    clips,
+    fits,
+    form_of,
+    parts_of,
+    row_of,
+    rows_of,
+    share_of,
+    steps_timed,
+    total_of,
+    worst,
+)
+from bench.results import Json
+from bench.sampler_runs import SECOND_STAGE
+from bench.table import Table
+from happyhorse_fast.costs import CARDS, CONTEXT_BYTES
+
+FORM_ORDER = ("eager bf16", "fast bf16", "fast int8", "fast fp8", "fast fp8 + sparsity")
+NO_GPU = "No results of a GPU are committed yet, so there is no measured speed here."
+
+
+def memory_table(data: Json) -> Table:
+    """Peak per clip and form, and on which cards it fits."""
+    rows = []
+    for peak in data["peaks"]:
+        on = [f"{card} GB" for card in CARDS if fits(peak["peak_gib"], card)]
+        clip = f"{peak['preset']}, {peak['resolution']}, {peak['seconds']} s"
+        numbers = (f"{peak['peak_gib']:.1f}", f"{peak['weights_gib']:.1f}")
+        rows.append((clip, peak["form"], *numbers, f"{on[0]} and up" if on else "none of 24, 48, 80 GB"))
+    return Table(
+        "Peak memory of a denoising step, GiB, weights included",
+        ("clip", "form", "peak", "of it weights", "fits a card of"),
+        tuple(rows),
+        "Planned, not measured on a GPU: live tensors of a forward pass under fake tensors. A card of N GB counts as "
+        f"N x 10^9 bytes, {CONTEXT_BYTES / 2**30:g} GiB of it for the CUDA context. Attention: "
+        f"{', '.join(f'{attention} in fast {precision}' for precision, attention in data['attention'].items())}.",
+    )
+
+
+def launch_table(data: Json) -> Table:
+    """Launches of a layer."""
+    rows = [
+        (f"fast {entry['precision']}", entry["masks"], *(f"{entry[name]}" for name in ("fewest", "most", "ours")))
+        for entry in data["launches"]
+    ]
+    columns = ("form", "masks", "fewest", "most", "of them kernels of this package")
+    note = (
+        "Over all kinds of layer without a post-norm. The others are torch's: they find the largest of v and of the "
+        "gate, or write one number each, for the scales of e4m3. int8 has two more for row codes, of proj's input and "
+        "down's; where the MLP runs in chunks of rows, its kernels come once for each."
+    )
+    return Table("Kernel launches per layer", columns, tuple(rows), note)
+
+
+def _number(value: float | None, form: str = ".1e") -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def _forms(cases: list[Json]) -> list[str]:
+    """Names of the forms in a table's order; with attention where it is not in bf16."""
+    of = {form["form"]: form["attention"] for case in cases for form in case["forms"]}
+    return [name if of.get(name, "bf16") == "bf16" else f"{name}, attention {of[name]}" for name in FORM_ORDER]
+
+
+def error_table(cases: list[Json]) -> Table:
+    """End to end, per case and form: video and audio apart, what the step added, PSNR of the latents."""
+    rows: list[tuple[str, ...]] = []
+    marks: set[int] = set()
+    named = dict(zip(FORM_ORDER, _forms(cases), strict=True))
+    for case in cases:
+        for form in case["forms"]:
+            if form["violations"]:
+                marks.add(len(rows))
+            cells = [
+                _number(form["errors"][f"velocity.{modality}"][measure])
+                for modality in ("video", "audio")
+                for measure in ("relative_l2", "own")
+            ]
+            psnr = [
+                _number(worst(form, "latent", m, "psnr_db"), ".1f") if case["steps"] else "" for m in ("video", "audio")
+            ]
+            verdict = f"FAIL: {form['violations'][0]}" if form["violations"] else "pass"
+            rows.append((case["case"], named[form["form"]], *cells, " / ".join(psnr), verdict))
+    return Table(
+        "Error end to end: relative L2 of the velocity to float32",
+        ("case", "form", "video", "added", "audio", "added", "PSNR of latents, dB, video / audio", "budget"),
+        tuple(rows),
+        "added: distance to the form it comes from, so the kernels', 8 bits' and sparsity's own part; int8 and fp8 "
+        "come from fast bf16. Small models with seeded random weights; for sparsity that is a hard case: random "
+        "weights attend to all keys alike. Budget: fast bf16 within 2x of eager bf16's own error; 8 bits are stated "
+        "and fail past 0.3.",
+        frozenset(marks),
+    )
+
+
+def error_summary(cases: list[Json]) -> Table:
+    """A row per case: every form's velocity error, video and audio."""
+    rows = []
+    for case in cases:
+        cells = []
+        for name in FORM_ORDER:
+            form = next((form for form in case["forms"] if form["form"] == name), None)
+            values = (
+                [] if form is None else [form["errors"][f"velocity.{m}"]["relative_l2"] for m in ("video", "audio")]
+            )
+            over = " (past its budget)" if form is not None and form["violations"] else ""
+            cells.append(" / ".join(map(_number, values)) + over)
+        rows.append((f"`{case['case']}`", *cells))
+    return Table(
+        "Error of the velocity, video / audio: relative L2 to float32",
+        ("case", *_forms(cases)),
+        tuple(rows),
+        "Small models with seeded random weights. For sparsity (a quarter of the video blocks) that is a hard case: "
+        "random weights attend to all keys alike, so every block that is left out counts.",
+    )
+
+
+def op_table(cases: list[Json]) -> Table:
+    """Worst layer and case of every op and form."""
+    rows = []
+    for op in ("norm", "qkv", "attention", "proj", "up", "down"):
+        cells = []
+        for name in FORM_ORDER:
+            forms = [form for case in cases for form in case["forms"] if form["form"] == name]
+            if "sparsity" in name and op != "attention":
+                cells.append("")
+                continue
+            for measure in ("relative_l2", "tile_distance"):
+                values = [worst(form, f"op.{op}", m, measure) for form in forms for m in ("video", "audio")]
+                finite = [value for value in values if value is not None]
+                cells.append(_number(max(finite) if len(finite) == len(values) and values else None))
+        rows.append((op, *_pairs(cells)))
+    return Table(
+        "Error of each op by itself: relative L2 / worst 128x128 tile, to float32",
+        ("op", *_forms(cases)),
+        tuple(rows),
+        "Each op runs on its float32 input; worst layer, modality and case. qkv and up include their norm; norm is the "
+        "one before qkv. Sparsity changes attention alone.",
+    )
+
+
+def _pairs(cells: list[str]) -> list[str]:
+    joined, rest = [], list(cells)
+    while rest:
+        first = rest.pop(0)
+        joined.append(f"{first} / {rest.pop(0)}" if first else "")
+    return joined
+
+
+def _ceilings_note(data: Json) -> str:
+    """Name the ceilings that shares of a roofline are of."""
+    parts = []
+    for peaks in ceilings(data):
+        rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in peaks.rates().items())
+        parts.append(f"{peaks.source}: {rates} TFLOP/s, {peaks.bandwidth:.2g} TB/s")
+    return f"Ceilings: {'; '.join(parts)}." if parts else ""
+
+
+def bench_table(path: Path, data: Json) -> Table:
+    """A GPU's microbenchmarks: what is not verified has no number, what is slower is marked."""
+    rows: list[tuple[str, ...]] = []
+    marks: set[int] = set()
+    for row in rows_of(data):
+        if row.verdict in ("slower", "not verified"):
+            marks.add(len(rows))
+        numbers: list[Any] = [row.median_ms, row.tflops, row.tflops_useful, row.gbps]
+        cells = ["" if value is None else f"{value:,.3g}" for value in numbers]
+        shares = ["" if value is None else f"{value:.0%}" for value in (row.roofline, row.reachable)]
+        rows.append((row.case, row.impl, *cells, *shares, row.note))
+    title = f"{data['gpu']}: {path.stem}, torch {data['torch']}, Triton {data['triton']}, driver {data['driver']}"
+    columns = ("case", "on", "ms", "TFLOP/s", "useful", "GB/s", "of datasheet", "of measured", "best peer")
+    absent = "; ".join(f"{name}: {why}" for name, why in data.get("absent", {}).items())
+    notes = [_ceilings_note(data), f"Peers that were absent: {absent}." if absent else ""]
+    return Table(title, columns, tuple(rows), " ".join(filter(None, notes)), frozenset(marks))
+
+
+def ops_table(data: Json) -> Table:
+    """A row per case of a GPU: all of our kernels, the fastest first, and all peers."""
+    rows = []
+    by_case: dict[str, list[Json]] = {}
+    for entry in data["entries"]:
+        by_case.setdefault(entry["case"], []).append(entry)
+    measured = ceilings(data)[-1:]
+    sizes = {name.split("/")[1] for name in by_case}
+    for case in sorted(by_case, key=lambda name: (name.split("/")[::2], name)):
+        entries = sorted(by_case[case], key=lambda entry: entry["median_ms"] or float("inf"))
+        first, name = entries[0], case
+        if len(sizes) == 1 and case.count("/") == 2:
+            name = "/".join(case.split("/")[::2])
+        if not first["verified"] or first["median_ms"] is None:
+            rows.append((name, row_of(first).note, "", "", ""))
+            continue
+        ours = ", ".join(
+            f"{KERNELS.get(e['impl'], e['impl'])} {_short(e['median_ms'])}" if e["median_ms"] else row_of(e).note
+            for e in entries
+        )
+        rate = f"{first['tflops']:,.0f} TFLOP/s" if (first["tflops"] or 0) > 100 else f"{first['gbps'] / 1e3:.2f} TB/s"
+        peers = sorted(first["peers"].items(), key=lambda item: item[1])
+        share = share_of(first, measured[0]) if measured else None
+        against = ", ".join(f"{name} {_short(ms)} ({_against(ms / first['median_ms'])})" for name, ms in peers)
+        rows.append((name, ours, rate, "" if share is None else f"{share:.0%}", against))
+    title = f"Every op against its peers at {', '.join(sorted(sizes))}, ms, {data['gpu']}, commit {data['commit']}"
+    columns = ("case", "ours, fastest first", "rate", "of the measured ceiling", "peers (their time over ours)")
+    note = (
+        "Every case passed its gate against float64 at this shape before it was timed, or says that it did not. "
+        "Product only: without the norm, activation or residual that ours has in it. No "
+        "gate: its numbers were not checked. eager is the reference in bf16, for cases of 8 bits too. "
+        f"{_ceilings_note(data)} {_turns_note(data)}"
+    )
+    return Table(title, columns, tuple(rows), note)
+
+
+def _turns_note(data: Json) -> str:
+    """Say how times that are compared were taken."""
+    alone = [entry for entry in data["entries"] if entry["peers"] and not entry.get("span")]
+    if not alone:
+        return "What is compared took turns on a warm chip."
+    which = "Each kernel was" if not any(entry.get("span") for entry in data["entries"]) else "Some kernels were"
+    return f"{which} timed alone on a chip held at its power limit: differences under 20 % may be the order of timing."
+
+
+def _against(ratio: float) -> str:
+    return f"{ratio:.2f}x{': ours is SLOWER' if round(ratio, 2) < 1 else ''}"
+
+
+def _short(ms: float) -> str:
+    return f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+
+
+def clip_table(data: Json) -> Table:
+    """A GPU's runs of the sampler, the slowest first."""
+    rows = []
+    for run in clips(data):
+        failed = run["s_per_step"] is None
+        numbers = "" if failed else f"{run['s_per_step']:.2f}"
+        peak = "" if run["peak_memory_gib"] is None else f"{run['peak_memory_gib']:.1f}"
+        parts = ", ".join(f"{name} {s:.2f}" for name, s in parts_of(run).items() if s >= 0.005)
+        notes = [part for part in (run.get("note") or "").split("; ") if not part.endswith("steps timed")]
+        timed = "" if failed else f"{steps_timed(run)} of {run['steps']}"
+        cells = (numbers, total_of(run), timed, peak, "; ".join(filter(None, [parts, *notes])))
+        rows.append((clip_of(run), form_of(run), *cells))
+    columns = ("clip", "form", "s/step", "denoising, s", "steps timed", "peak GiB", "seconds of a profiled step")
+    note = "~: extrapolated from the median of the steps that were timed. Wall time of denoising alone, random weights."
+    return Table(f"The clip, {data['gpu']}, commit {data['commit']}", columns, tuple(rows), note)
+
+
+def clip_of(run: Json) -> str:
+    """Model and clip of a run."""
+    stage = " (second stage)" if run["preset"] == SECOND_STAGE else ""
+    return f"{run['preset']}{stage}, {run['resolution']}, {run['seconds']} s"
+
+
+def gpu_tables(report: Report, *, every: bool = True) -> list[Table]:
+    """Tables of every GPU file, newest first.
+
+    Args:
+        report: The results.
+        every: Whether to show every entry by itself too.
+    """
+    tables = []
+    for path, data in reversed(report.gpu.items()):
+        tables += [clip_table(data)] if data["sampler"] else []
+        tables += [ops_table(data)] if data["entries"] else []
+        tables += [bench_table(path, data)] if data["entries"] and every else []
+    return tables

@@ -1,0 +1,1 @@
+"""Checkpoints and LoRAs on disk."""

@@ -1,0 +1,214 @@
+"""Checkpoints in the published format, streamed from disk into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from happyhorse_fast import ambient
+from happyhorse_fast.arguments import CheckpointError
+from happyhorse_fast.checkpoint.header import TensorEntry, read_headers
+from happyhorse_fast.checkpoint.lora import plan_updates
+from happyhorse_fast.checkpoint.lora_file import Lora
+from happyhorse_fast.checkpoint.packed import is_packed, load_packed, packed_config
+from happyhorse_fast.checkpoint.save import save_checkpoint
+from happyhorse_fast.checkpoint.stream import (
+    Advance,
+    assign,
+    emptied_on_error,
+    fill,
+    progress_bar,
+    read_tensor,
+    staging_buffer,
+)
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.eager.lora import Update, add_updates
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.eager.rotary import frequency_bands
+from happyhorse_fast.eager.sizes import BANDS_KEY, layer_of, require_sizes
+from happyhorse_fast.fast.accelerate import Accelerating
+from happyhorse_fast.fast.config import FastConfig
+
+__all__ = ["load", "save_checkpoint"]
+
+# Largest relative difference of stored and computed rotary frequencies; they agree to 2e-7 (float32 powers) at most.
+BANDS_TOLERANCE = 1e-6
+
+
+@ambient.makes_tensors
+def load(
+    path: str | Path,
+    preset: str | None = None,
+    config: ModelConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.bfloat16,
+    progress: bool = True,
+    fast: FastConfig | None = None,
+    lora: Lora | Sequence[Lora] = (),
+    lora_scale: float | Sequence[float] = 1.0,
+) -> HappyHorse:
+    """Load a checkpoint: in the published format, or packed by :func:`save_packed`.
+
+    Headers are checked before any data are read. Then every tensor is streamed to the device in pieces of 16 MiB,
+    straight into the memory and the dtype it stays in: linear weights inside layers in bfloat16, the rest in float32.
+
+    Args:
+        path: A folder with ``model.safetensors``, or with shards named by ``model.safetensors.index.json`` (or either
+            under diffusers' name, ``diffusion_pytorch_model``); or one ``.safetensors`` file or index. A prefix that
+            all keys share, such as ``module.``, is taken off. A folder of packed weights carries its own
+            configurations: then ``preset`` and ``config`` must be left out.
+        preset: Name of the published configuration that the checkpoint is of; see :meth:`ModelConfig.preset`.
+        config: The configuration instead. Exactly one of the two: ``local_attn_layers``, ``frame_receptive_field`` and
+            ``coords_style`` cannot be read off the tensors; the sizes that can be are held against it.
+        device: Where the weights go.
+        compute_dtype: Dtype of products and attention, see :class:`HappyHorse`; with ``fast`` and for packed weights
+            bfloat16 alone.
+        progress: Show a progress bar on standard error.
+        fast: Accelerate as :func:`accelerate` would, layer by layer while loading: one layer's published weights are on
+            the device at a time, and they are not kept (so there is no :func:`restore`). Of packed weights it replaces
+            what they were saved with: backend, sparsity, where to stay exact; the precision of each product must be
+            that of the weights.
+        lora: What :func:`merge_lora` takes, merged as there, layer by layer, before a layer is packed. The original
+            weights are not kept. Not for packed weights.
+        lora_scale: Its ``scale``.
+
+    Returns:
+        The model, complete: on any error, Ctrl-C included, there is none, and its memory is free again.
+
+    Raises:
+        CheckpointError: As :func:`read_headers`; missing, unexpected or misshapen tensors, tensors that are not
+            floating point, sizes other than the configuration's, NaN or Inf in a tensor, or rotary frequencies that are
+            not the model's. The message names files and keys.
+        TypeError: ``config`` is not a ModelConfig.
+        ValueError: Not exactly one of ``preset`` and ``config``; no such preset, device or compute dtype; ``fast`` asks
+            for another precision than packed weights have; ``lora`` for packed weights, or one that does not fit.
+    """
+    place = usable_device(device)
+    wanted = check_load(path, preset, config, compute_dtype=compute_dtype, fast=fast)
+    if is_packed(path):
+        if lora:
+            raise ValueError(
+                f"lora must be left out: the folder {str(path)!r} is packed; load the published checkpoint"
+            )
+        return load_packed(path, place, fast, progress=progress)
+    model = HappyHorse(wanted, compute_dtype, device="meta")
+    updates = plan_updates(model, lora, lora_scale)
+    entries = read_headers(path)
+    accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
+    with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
+        _stream(model, entries, place, advance, accelerating, updates)
+    return model
+
+
+def check_load(
+    path: str | Path,
+    preset: str | None,
+    config: ModelConfig | None,
+    *,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    fast: FastConfig | None = None,
+) -> ModelConfig:
+    """Make the checks of :func:`load` that need no data; arguments and errors as there.
+
+    Returns:
+        The configuration that the model would have.
+    """
+    packed = is_packed(path)
+    if packed and (preset is not None or config is not None):
+        raise ValueError(f"preset and config must be left out: the folder {str(path)!r} is packed and carries its own")
+    if (packed or fast is not None) and compute_dtype != torch.bfloat16:
+        raise ValueError(
+            "compute_dtype must be torch.bfloat16 with fast=... and for packed weights, whose products are in bf16 or "
+            f"fp8; got {compute_dtype}"
+        )
+    if packed:
+        return packed_config(path, fast)[0]
+    wanted, asked = _requested(preset, config)
+    if isinstance(fast, FastConfig):
+        fast.require_model(wanted)
+    require_sizes(read_headers(path), Path(path), wanted, asked)
+    return wanted
+
+
+def _requested(preset: str | None, config: ModelConfig | None) -> tuple[ModelConfig, str]:
+    if (preset is None) == (config is None):
+        raise ValueError(
+            f"exactly one of preset and config is required, got {'neither' if preset is None else 'both'}: "
+            "local_attn_layers, frame_receptive_field and coords_style cannot be read off a checkpoint's tensors, and "
+            f"a wrong guess would be silent. Presets: {', '.join(ModelConfig.preset_names())}"
+        )
+    if config is None:
+        return ModelConfig.preset(str(preset)), f"preset {preset!r}"
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"config must be a ModelConfig, got {type(config).__name__}")
+    return config, "config"
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device by its full name.
+
+    Raises:
+        ValueError: This machine does not have it, or it holds no data.
+    """
+    try:
+        place = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device must be one that this machine has, got {str(device)!r}: {error}") from error
+    if place.type == "meta":
+        raise ValueError("device must be one that holds data, got 'meta'")
+    return place
+
+
+def _stream(
+    model: nn.Module,
+    entries: Mapping[str, TensorEntry],
+    device: torch.device,
+    advance: Advance,
+    accelerating: Accelerating | None,
+    updates: Mapping[str, Sequence[Update]],
+) -> None:
+    """Fill a model on ``"meta"`` tensor by tensor: the rotary frequencies first, then in the files' order.
+
+    Where the model is accelerated, layer by layer instead; a layer is packed once it is complete and has its LoRAs.
+    """
+    staging = staging_buffer(device)
+    bands = frequency_bands(model.get_buffer(BANDS_KEY).shape[0] * 8)
+    if BANDS_KEY in entries:
+        entry = entries[BANDS_KEY]
+        with entry.file.open("rb", buffering=0) as stream:
+            stored = read_tensor(stream, entry, bands.dtype, torch.device("cpu"), staging, advance)
+        error = float(((stored - bands) / bands).abs().max())
+        if error > BANDS_TOLERANCE:
+            raise CheckpointError(
+                f"{entry.file}: {BANDS_KEY} differs from the model's rotary frequencies 10000^(-i/{len(bands)}) by a "
+                f"relative {error:.1e}, more than {BANDS_TOLERANCE:.0e}: the checkpoint is of another model"
+            )
+        bands = stored
+    assign(model, BANDS_KEY, bands.to(device))
+    like = model.state_dict()
+    rest = [entry for key, entry in entries.items() if key != BANDS_KEY]
+    if accelerating is None:
+        fill(model, rest, like, device, staging, advance)
+        _merge(model, updates, updates)
+        return
+    of_layer = itemgetter(0)
+    keyed = sorted(
+        ((layer_of(entry.key), entry) for entry in rest), key=lambda pair: -1 if pair[0] is None else pair[0]
+    )
+    for layer, together in groupby(keyed, key=of_layer):
+        fill(model, [entry for _, entry in together], like, device, staging, advance)
+        _merge(model, updates, [path for path in updates if layer_of(path) == layer])
+        if layer is not None:
+            accelerating.pack(layer)
+    accelerating.finish()
+
+
+def _merge(model: nn.Module, updates: Mapping[str, Sequence[Update]], paths: Iterable[str]) -> None:
+    for path in paths:
+        add_updates(model.get_submodule(path), updates[path])

@@ -1,0 +1,194 @@
+"""Checkpoints of packed weights: what an accelerated model holds, so that it loads without packing again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from happyhorse_fast import ambient
+from happyhorse_fast._version import __version__
+from happyhorse_fast.arguments import CheckpointError, listed
+from happyhorse_fast.checkpoint.header import DTYPES, PACKED_FILE, TensorEntry, read_headers, require_regular_file
+from happyhorse_fast.checkpoint.save import write_checkpoint
+from happyhorse_fast.checkpoint.stream import assign, emptied_on_error, fill, progress_bar, staging_buffer
+from happyhorse_fast.config import OPS, ModelConfig
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.eager.rotary import frequency_bands
+from happyhorse_fast.eager.sizes import BANDS_KEY
+from happyhorse_fast.fast.accelerate import choose_ops, empty_accelerated
+from happyhorse_fast.fast.attention_bound import AttentionBound
+from happyhorse_fast.fast.compiled import unwrapped
+from happyhorse_fast.fast.config import GONE_ATTENTION, FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.fast.state import FastState, is_accelerated
+from happyhorse_fast.ops.runtime.dispatch import compute_capability
+
+FORMAT = 1
+"""Version of the packed layout; another one must be packed again from the published checkpoint."""
+_POLICIES = {policy.__name__: policy for policy in (TopK, TopP, Tiles)}
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a folder holds packed weights."""
+    description = Path(path) / PACKED_FILE
+    return description.exists() or description.is_symlink()
+
+
+def save_packed(
+    model: nn.Module, folder: str | Path, *, max_shard_bytes: int = 5 << 30, overwrite: bool = False
+) -> None:
+    """Write an accelerated model's packed weights and configurations, atomically; :func:`load` takes the folder.
+
+    Args:
+        model: An accelerated :class:`HappyHorse`.
+        folder: Where to write. It holds the model's FastConfig too, backend ``"reference"`` as ``"auto"``.
+        max_shard_bytes: As for :func:`save_checkpoint`.
+        overwrite: Replace a checkpoint that is there.
+
+    Raises:
+        ValueError: The model is not an accelerated HappyHorse.
+        FileExistsError: As for :func:`save_checkpoint`.
+    """
+    model = unwrapped(model)
+    if is_accelerated(model) and not isinstance(model, HappyHorse):
+        raise ValueError(
+            f"model must be an accelerated HappyHorse, got {type(model).__name__} of the public implementation, whose "
+            "windows and coordinates are not part of it: save_packed what load(folder, preset, fast=...) makes of the "
+            "same checkpoint"
+        )
+    if not isinstance(model, HappyHorse) or not is_accelerated(model):
+        raise ValueError("model must be an accelerated HappyHorse; call accelerate(model) first")
+    state: FastState = model.fast  # type: ignore[assignment]
+    fast = dataclasses.asdict(state.fast)
+    if state.fast.backend == "reference":
+        fast["backend"] = "auto"  # packed on a machine without a GPU, run on one with
+    if state.fast.sparsity is not None:
+        fast["sparsity"] = {"policy": type(state.fast.sparsity).__name__, **dataclasses.asdict(state.fast.sparsity)}
+    layers: Any = model.block.layers
+    bounds = [dataclasses.asdict(layer.bound) for layer in layers]
+    description = {
+        "format": FORMAT,
+        "version": __version__,
+        "config": state.config.to_dict(),
+        "fast": fast,
+        "bounds": bounds,
+    }
+    beside = {PACKED_FILE: json.dumps(description, indent=2) + "\n"}
+    write_checkpoint(model, folder, beside, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+
+
+def packed_config(folder: str | Path, fast: FastConfig | None) -> tuple[ModelConfig, FastConfig]:
+    """A packed folder's configurations, the second replaced by ``fast`` where that is given.
+
+    Raises:
+        CheckpointError: The description is missing or not one.
+        TypeError: ``fast`` is not a FastConfig.
+        ValueError: It asks for another precision of a product than the weights were packed in.
+    """
+    config, saved, _ = _description(Path(folder) / PACKED_FILE)
+    if fast is None:
+        return config, saved
+    if not isinstance(fast, FastConfig):
+        raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
+    for layer in range(config.num_layers):
+        for op in (op for op in OPS if op != "attention"):  # whose format touches no packed tensor
+            asked, there = fast.precision_of(op, layer), saved.precision_of(op, layer)
+            if asked != there:
+                raise ValueError(
+                    f"fast must have the precision of the packed weights in {str(folder)!r}: {op} of layer {layer} is "
+                    f"{there} there, fast asks for {asked}; pack the published checkpoint again, or leave fast out"
+                )
+    return config, fast
+
+
+@ambient.makes_tensors
+def load_packed(
+    folder: str | Path, device: torch.device, fast: FastConfig | None = None, *, progress: bool
+) -> HappyHorse:
+    """Load packed weights; see :func:`load`, which calls this.
+
+    Raises:
+        CheckpointError: The description or a tensor is missing, unexpected, misshapen or of another dtype.
+        ValueError: As :func:`packed_config`.
+        BackendError: As for :func:`accelerate`.
+    """
+    folder = Path(folder)
+    config, fast = packed_config(folder, fast)
+    entries = read_headers(folder)
+    arch = compute_capability(device)
+    model = empty_accelerated(config, fast, choose_ops(fast.on(arch), device, None), arch)
+    like = model.state_dict()
+    _require_entries(entries, like, folder)
+    with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
+        fill(model, entries.values(), like, device, staging_buffer(device), advance)
+    assign(model, BANDS_KEY, frequency_bands(config.head_dim, device))
+    _, _, bounds = _description(folder / PACKED_FILE)
+    layers: Any = model.block.layers
+    for index, layer in enumerate(layers):
+        if bounds is None:
+            layer.find_bound()
+        else:
+            layer.bound = bounds[index]
+    return model
+
+
+def _description(file: Path) -> tuple[ModelConfig, FastConfig, list[AttentionBound] | None]:
+    """Configurations, and a bound per layer, which files written before there were bounds do not have."""
+    require_regular_file(file)
+    try:
+        content = json.loads(file.read_text())
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"{file}: packed format {content['format']}, this version reads {FORMAT}; pack the published "
+                "checkpoint again"
+            )
+        fast = dict(content["fast"])
+        if fast["sparsity"] is not None:
+            sparsity = dict(fast["sparsity"])
+            fast["sparsity"] = _POLICIES[sparsity.pop("policy")](**sparsity)
+        if fast["attention"] == GONE_ATTENTION:
+            raise CheckpointError(
+                f'{file}: packed for attention in "{GONE_ATTENTION}", in whose place is "int8_qk"; the weights are the '
+                'same for both, so write "attention": "int8_qk" there'
+            )
+        config = ModelConfig(**content["config"])
+        bounds = content.get("bounds")
+        if bounds is not None:
+            bounds = [AttentionBound(float(b["scores"]), float(b["v_max"])) for b in bounds]
+            if len(bounds) != config.num_layers:
+                raise CheckpointError(f"{file}: bounds of {len(bounds)} layers for a model of {config.num_layers}")
+        return config, FastConfig(**fast), bounds
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{file}: not a description of packed weights: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _require_entries(entries: Mapping[str, TensorEntry], wanted: Mapping[str, torch.Tensor], folder: Path) -> None:
+    problems = []
+    missing = [k for k in wanted if k not in entries]
+    unexpected = [k for k in entries if k not in wanted]
+    if missing:
+        problems.append(f"missing {len(missing)} tensors: {listed(missing)}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected tensors: {listed(unexpected)}")
+    for key, entry in entries.items():
+        like = wanted.get(key)
+        if like is None:
+            continue
+        found = DTYPES.get(entry.dtype)
+        if entry.shape != tuple(like.shape) or found != like.dtype:
+            problems.append(
+                f"{entry.file}: {key} is {entry.dtype} {list(entry.shape)}, wanted {like.dtype} {list(like.shape)}"
+            )
+    if problems:
+        raise CheckpointError(
+            f"{folder}: not the packed weights its {PACKED_FILE} describes:\n  " + "\n  ".join(problems)
+        )

@@ -1,0 +1,131 @@
+"""Tensors read from safetensors files in pieces, straight into the memory and dtype they stay in."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from happyhorse_fast.arguments import CheckpointError
+from happyhorse_fast.checkpoint.header import DTYPES, TensorEntry
+
+# Bytes read at a time, a multiple of every item size. All a load takes beside the weights.
+STAGING_BYTES = 16 << 20
+
+Advance = Callable[[int], None]
+
+
+@contextmanager
+def progress_bar(shown: bool, total: int) -> Iterator[Advance]:
+    """A bar over bytes on standard error, where ``shown``; yields what to call with bytes that were read."""
+    if not shown:
+        yield lambda count: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("loading"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("loading", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def emptied_on_error(model: nn.Module) -> Iterator[None]:
+    """Free a model's tensors where loading into it fails; an error outlives the call, and its frames hold tensors."""
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        model.to("meta")
+        raise
+
+
+def staging_buffer(device: torch.device) -> torch.Tensor:
+    """[STAGING_BYTES] uint8 on the host, pinned for a GPU."""
+    return torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def fill(
+    model: nn.Module,
+    entries: Iterable[TensorEntry],
+    like: Mapping[str, torch.Tensor],
+    device: torch.device,
+    staging: torch.Tensor,
+    advance: Advance,
+) -> None:
+    """Read tensors into a model, each into the dtype of ``like``'s of its key; tensors of a file follow each other."""
+    for file, together in groupby(entries, key=lambda entry: entry.file):
+        with file.open("rb", buffering=0) as stream:
+            for entry in together:
+                value = read_tensor(stream, entry, like[entry.key].dtype, device, staging, advance)
+                assign(model, entry.key, value)
+
+
+def read_tensor(
+    stream: FileIO,
+    entry: TensorEntry,
+    dtype: torch.dtype,
+    device: torch.device,
+    staging: torch.Tensor,
+    advance: Advance,
+) -> torch.Tensor:
+    """Read one tensor through the staging buffer into its final memory and dtype; NaN or Inf in it is an error."""
+    value = torch.empty(entry.shape, dtype=dtype, device=device)
+    flat, stored = value.view(-1), DTYPES[entry.dtype]
+    buffer = staging.numpy().data
+    stream.seek(entry.start)
+    for start in range(0, entry.nbytes, len(buffer)):
+        piece = buffer[: min(len(buffer), entry.nbytes - start)]
+        _read_exactly(stream, piece, entry)
+        first = start // stored.itemsize
+        # Synchronous, so that the next piece may overwrite the staging buffer.
+        flat[first : first + len(piece) // stored.itemsize].copy_(staging[: len(piece)].view(stored))
+        advance(len(piece))
+    if not _is_finite(value):
+        bad = int((~torch.isfinite(value.float())).sum())
+        raise CheckpointError(
+            f"{entry.file}: {entry.key} holds {bad} NaN or Inf among {value.numel()} elements "
+            f"(stored as {entry.dtype}, read as {dtype})"
+        )
+    return value
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    if not value.dtype.is_floating_point:
+        return True
+    if value.dtype == torch.float8_e4m3fn:  # no Inf; NaN is 0x7f and 0xff
+        return not bool((value.view(torch.uint8) & 0x7F == 0x7F).any())
+    # NaN and Inf both show in the extremes: one pass without a temporary, 20 times as fast as isfinite on a CPU.
+    return all(bool(torch.isfinite(extreme)) for extreme in value.aminmax())
+
+
+def _read_exactly(stream: FileIO, piece: memoryview, entry: TensorEntry) -> None:
+    filled = 0
+    while filled < len(piece):
+        try:
+            count = stream.readinto(piece[filled:])
+        except OSError as error:
+            raise CheckpointError(f"{entry.file}: cannot be read, within {entry.key}: {error}") from error
+        if not count:
+            raise CheckpointError(f"{entry.file}: truncated while it was read, within {entry.key}")
+        filled += count
+
+
+def assign(model: nn.Module, key: str, value: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, by state-dict key."""
+    owner, _, name = key.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)

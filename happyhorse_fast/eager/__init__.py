@@ -1,0 +1,1 @@
+"""The published model in plain PyTorch."""

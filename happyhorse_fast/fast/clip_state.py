@@ -1,0 +1,151 @@
+"""State that depends on a clip's shape alone, made once: layout, rotary phases, row tiles, block maps."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+
+from happyhorse_fast.block_map import BlockMap
+from happyhorse_fast.block_map.compiled import from_ranges
+from happyhorse_fast.eager.rotary import rotary_phases
+from happyhorse_fast.eager.sequence import Ranges
+from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.padded_rows import PaddedRows
+from happyhorse_fast.fast.plan import LayerPlan
+from happyhorse_fast.fast.sparse_policy import SparsePolicy
+from happyhorse_fast.ops.qkv.packing import pack_cos_sin
+
+Span = tuple[int, int, int]
+"""(experts, first row, end row) of a table of row tiles."""
+
+
+@dataclass
+class ClipState:
+    """Everything a forward pass needs beside weights and latents; threads share it, so no forward pass changes it.
+
+    Attributes:
+        rows: Where tokens sit.
+        fast: The acceleration's configuration.
+        num_layers: Layers of the model.
+        columns: Token columns of a frame, where the sequence is one clip.
+        token_rows: [N] int64 row of every token.
+        cos_sin: [rows, D] float32, see docs/OPS.md; padding rows do not rotate.
+        dense: Map of the layers without a window.
+        local: Map of the layers with one; the same object where the clip is below the window's size.
+        policies: What makes sparse maps within ``dense`` (True) and ``local`` (False), where there is a policy.
+        tiles: [tiles, 3] int32 tables of :meth:`PaddedRows.row_tiles` by (experts, first row, end row): of all rows,
+            and of those that are in the MLP at once.
+    """
+
+    rows: PaddedRows
+    fast: FastConfig
+    num_layers: int
+    columns: int | None
+    token_rows: torch.Tensor
+    cos_sin: torch.Tensor
+    dense: BlockMap
+    local: BlockMap
+    policies: dict[bool, SparsePolicy] = field(default_factory=dict)
+    tiles: dict[Span, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        rows: PaddedRows,
+        dense: Ranges,
+        local: Ranges | None,
+        coords: torch.Tensor,
+        bands: torch.Tensor,
+        fast: FastConfig,
+        num_layers: int,
+        columns: int | None = None,
+    ) -> ClipState:
+        """Compute the state of one clip; waits for the device, so that no forward pass does.
+
+        Args:
+            rows: Where tokens sit.
+            dense: Attention ranges over tokens of layers without a window.
+            local: Of layers with one; None where none applies.
+            coords: [N, 9] float32.
+            bands: [B].
+            fast: The acceleration's configuration.
+            num_layers: Layers of the model.
+            columns: Token columns of a frame, where the sequence is one clip.
+
+        Raises:
+            ValueError: ``sparsity`` is ``Tiles`` and the sequence is not one clip.
+        """
+        device = coords.device
+        token_rows = rows.token_rows(device)
+        rotation = pack_cos_sin(rotary_phases(coords, bands))
+        cos_sin = torch.zeros(rows.slots, rotation.shape[1], dtype=torch.float32, device=device)
+        cos_sin[:, : rotation.shape[1] // 2] = 1.0
+        cos_sin[token_rows] = rotation
+        dense_map = from_ranges(*rows.to_rows(dense), rows.slots, rows.slots).to(device)
+        local_map = dense_map
+        if local is not None:
+            local_map = from_ranges(*rows.to_rows(local), rows.slots, rows.slots).to(device)
+        policies = {}
+        if fast.sparsity is not None:
+            # One per exact map: the two differ only where the clip has a window.
+            exact = {exact_map is dense_map: exact_map for exact_map in (dense_map, local_map)}
+            policies = {which: SparsePolicy(fast.sparsity, exact[which], rows, columns) for which in exact}
+        part = fast.rows_in_mlp or rows.slots
+        spans = {(0, rows.slots), *((first, min(first + part, rows.slots)) for first in range(0, rows.slots, part))}
+        tiles = {(experts, *span): rows.row_tiles(experts, *span, device) for experts in (1, 3) for span in spans}
+        return cls(rows, fast, num_layers, columns, token_rows, cos_sin, dense_map, local_map, policies, tiles)
+
+    def fake(self, device: torch.device | str) -> ClipState:
+        """The same shapes on a device that need not exist; to be called under a FakeTensorMode."""
+
+        def like(x: torch.Tensor) -> torch.Tensor:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+        maps = {id(m): m.changed(like) for m in (self.dense, self.local)}
+        return dataclasses.replace(
+            self,
+            token_rows=like(self.token_rows),
+            cos_sin=like(self.cos_sin),
+            dense=maps[id(self.dense)],
+            local=maps[id(self.local)],
+            policies={which: policy.changed(like) for which, policy in self.policies.items()},
+            tiles={key: like(table) for key, table in self.tiles.items()},
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.token_rows.device
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that takes memory on the device."""
+        policies = (x for policy in self.policies.values() for x in policy.tensors())
+        maps = (*self.dense.tensors(), *self.local.tensors())
+        return [self.token_rows, self.cos_sin, *maps, *policies, *self.tiles.values()]
+
+    def row_tiles(self, experts: int, first: int = 0, end: int | None = None) -> torch.Tensor:
+        """:meth:`PaddedRows.row_tiles` on the device; made anew for rows that :attr:`tiles` has no table of."""
+        span = (experts, first, self.rows.slots if end is None else end)
+        table = self.tiles.get(span)
+        return self.rows.row_tiles(*span, self.device) if table is None else table
+
+    def block_map(
+        self,
+        plan: LayerPlan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        q_scale: torch.Tensor | None,
+        k_scale: torch.Tensor | None,
+        *,
+        exact: bool = False,
+    ) -> BlockMap:
+        """The layer's block map: the exact one, or what the sparsity policy makes of it from q and k.
+
+        ``exact``: whether the policy does not apply at this denoising step.
+        """
+        whole = self.local if plan.local else self.dense
+        if exact or not self.fast.is_sparse(plan.index, self.num_layers, None, None):
+            return whole
+        return self.policies[whole is self.dense].map(q, k, q_scale, k_scale, plan.backend["select_blocks"])

@@ -1,0 +1,306 @@
+"""Peak memory of a model, measured without the memory and without a GPU: fake tensors, every live storage counted.
+
+Counted are the bytes of tensors, as the operations' shapes and lifetimes give them: weights, inputs, temporaries. Not
+counted are the CUDA context, library workspaces, and what the allocator rounds up or cannot reuse.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from happyhorse_fast import ambient
+from happyhorse_fast.config import PATCH, ModelConfig
+from happyhorse_fast.costs import layer_kind
+from happyhorse_fast.eager.rotary import frequency_bands
+from happyhorse_fast.eager.sequence import Clip
+from happyhorse_fast.fast.clip_state import ClipState
+from happyhorse_fast.fast.compiled import unwrapped
+from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.state import build_clip_state, is_accelerated
+from happyhorse_fast.fast.step import at_step
+from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
+
+LARGEST = 12
+"""Tensors that a report names at the peak."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One storage that was live at the peak.
+
+    Attributes:
+        bytes: Its size.
+        shape: Of the tensor that it was made for.
+        dtype: Of that tensor, without the ``torch.`` before it.
+        made_by: The operation that made it, or what it was registered as.
+    """
+
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    made_by: str
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Peak of one run.
+
+    Attributes:
+        peak_bytes: Live bytes at the peak, weights and inputs included.
+        weight_bytes: Of them, parameters and buffers.
+        operation: Operation that reached the peak, with the shape it made.
+        largest: Largest storages at the peak, largest first; weights left out.
+    """
+
+    peak_bytes: int
+    weight_bytes: int
+    operation: str
+    largest: tuple[Allocation, ...]
+
+    @property
+    def peak_gib(self) -> float:
+        """Peak in GiB."""
+        return self.peak_bytes / 2**30
+
+
+class StorageMeter(TorchDispatchMode):
+    """Counts the bytes of live storages while it is entered; views share their storage, so they count once.
+
+    Works on real and on fake tensors. Tensors made before have to be :meth:`register`-ed.
+
+    Attributes:
+        live_bytes: Now.
+        peak_bytes: At the peak.
+        operation: What reached the peak.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = 0
+        self.operation = "nothing"
+        self._live: dict[int, Allocation] = {}
+        self._at_peak: list[Allocation] = []
+        self._stale = False
+
+    def register(self, tensors: Iterable[torch.Tensor], name: str) -> int:
+        """Count tensors that exist already; returns the bytes that were not counted before."""
+        before = self.live_bytes
+        for tensor in tensors:
+            self._count(tensor, name)
+        return self.live_bytes - before
+
+    def largest(self, count: int = LARGEST, *, without: str = "") -> tuple[Allocation, ...]:
+        """The largest storages at the peak, but for those registered as ``without``."""
+        self._keep_peak()
+        ranked = sorted(self._at_peak, key=lambda a: a.bytes, reverse=True)
+        return tuple(a for a in ranked if a.made_by != without)[:count]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf, str(func))
+        return out
+
+    def _count(self, tensor: torch.Tensor, name: str) -> None:
+        if tensor.is_meta:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self._live[key] = Allocation(storage.nbytes(), tuple(tensor.shape), dtype, name)
+        self.live_bytes += storage.nbytes()
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes, self._stale = self.live_bytes, True
+            self.operation = f"{name} -> {dtype} {list(tensor.shape)}"
+        # The storage's Python object lives as long as the storage, whatever views come and go.
+        weakref.finalize(storage, self._free, key).atexit = False
+
+    def _free(self, key: int) -> None:
+        self._keep_peak()
+        self.live_bytes -= self._live.pop(key).bytes
+
+    def _keep_peak(self) -> None:
+        # What is live changes for the worse only by a release, so the list is copied once per ascent, not per tensor.
+        if self._stale:
+            self._at_peak, self._stale = list(self._live.values()), False
+
+
+class _FakeCuda(TorchFunctionMode):
+    """Lets fake tensors on ``"cuda"`` through the Python bindings that ask for a CUDA build even so.
+
+    In a torch without CUDA, indexing, ``copy_``, ``contiguous`` and the choice of a fused attention kernel fail or go
+    another way for fake CUDA tensors (torch 2.13: "PyTorch is not linked with support for cuda devices"; attention
+    falls back to a [tokens, tokens] product). The operations below them work, so they are called directly; attention is
+    counted as FlashAttention, which is what a GPU would choose for 16-bit tensors.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func is torch.Tensor.__getitem__ and _is_basic(args[1]):
+            return _view(*args)
+        if func is torch.Tensor.__setitem__ and _is_basic(args[1]) and isinstance(args[2], torch.Tensor):
+            return aten.copy_.default(_view(*args[:2]), args[2])
+        if func is torch.Tensor.copy_:
+            return aten.copy_.default(*args, **kwargs)
+        if func is torch.Tensor.contiguous:
+            return aten.contiguous.default(*args, **kwargs)
+        if func is torch.nn.functional.scaled_dot_product_attention and set(kwargs) <= {"enable_gqa", "scale"}:
+            return aten._scaled_dot_product_flash_attention.default(*args, scale=kwargs.get("scale"))[0]
+        return func(*args, **kwargs)
+
+
+def _is_basic(index: object) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
+
+
+def _view(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    """``tensor[index]`` for slices, integers, None and an ellipsis."""
+    parts = index if isinstance(index, tuple) else (index,)
+    used = sum(part is not None and part is not Ellipsis for part in parts)
+    if Ellipsis not in parts:
+        parts = (*parts, Ellipsis)
+    skipped = tensor.dim() - used
+    dim = 0
+    for part in parts:
+        if part is Ellipsis:
+            dim += skipped
+        elif part is None:
+            tensor, dim = tensor.unsqueeze(dim), dim + 1
+        elif isinstance(part, slice):
+            tensor = torch.ops.aten.slice.Tensor(tensor, dim, part.start, part.stop, part.step or 1)
+            dim += 1
+        else:
+            tensor = tensor.select(dim, part)
+    return tensor
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@ambient.independent
+def fake_copy(model: Module, device: str) -> Module:
+    """A copy of a model with fake tensors on ``device`` in place of its own, shared where they were shared.
+
+    To be called under a FakeTensorMode. Costs no memory for the tensors, whatever the model's size and device.
+    """
+    fakes: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+    if is_accelerated(model):
+        fakes[id(model.fast.originals)] = []  # type: ignore[union-attr]  # they are on the CPU, and stay there
+    return copy.deepcopy(model, fakes)
+
+
+Call = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], object]
+
+
+@ambient.independent
+def peak_memory(
+    model: nn.Module, clip: ClipTokens, text: int = TEXT_TOKENS, *, device: str = "cuda", call: Call | None = None
+) -> PeakMemory:
+    """Peak memory of a forward pass on a clip, as it would be on ``device``, which need not exist.
+
+    Args:
+        model: On any device, ``"meta"`` included; with attribute ``config``. It is left as it is.
+        clip: Latent size and audio tokens.
+        text: Text tokens.
+        device: Device to pretend.
+        call: What to run, (model, video, audio, text) -> anything; the forward pass where None.
+
+    Raises:
+        TypeError: The model has no :class:`ModelConfig` under ``config``.
+    """
+    model = unwrapped(model)
+    config = getattr(model, "config", None)
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"model must have a ModelConfig as its attribute config, got {type(config).__name__}")
+    meter = StorageMeter()
+    state: ClipState | None = None
+    if is_accelerated(model):
+        # Block maps come from real ranges: made here, their shapes pretended below.
+        grid = Clip(clip.T, clip.H // PATCH[1], clip.W // PATCH[2], clip.audio, text)
+        state = build_clip_state(model.fast, grid, frequency_bands(config.head_dim))  # type: ignore[arg-type]
+    with FakeTensorMode(), torch.no_grad():
+        fake = fake_copy(model, device)
+        if state is not None:
+            pretended = state.fake(device)
+            fake.fast.clips = {grid: pretended}  # type: ignore[union-attr]
+            meter.register(pretended.tensors(), "clip state")
+        shapes = (
+            (1, config.latent_channels, clip.T, clip.H, clip.W),
+            (1, clip.audio, config.audio_in_channels),
+            (1, text, config.text_in_channels),
+        )
+        inputs = [torch.empty(shape, device=device) for shape in shapes]
+        weights = meter.register((*fake.parameters(), *fake.buffers()), "weights")
+        meter.register(inputs, "inputs")
+        with _FakeCuda(), meter, _at_a_sparse_step(model):
+            out = fake(*inputs) if call is None else call(fake, *inputs)
+        del out
+    return PeakMemory(meter.peak_bytes, weights, meter.operation, meter.largest(without="weights"))
+
+
+def _at_a_sparse_step(model: nn.Module) -> AbstractContextManager[None]:
+    """Where an accelerated model's sparsity applies, if it goes by the step: there its maps take memory too."""
+    if not is_accelerated(model):
+        return nullcontext()
+    fast: FastConfig = model.fast.fast  # type: ignore[union-attr,assignment]
+    return at_step(fast.exact_first_steps, fast.exact_first_steps + fast.exact_last_steps + 1)
+
+
+def one_layer_per_kind(config: ModelConfig, clip: ClipTokens) -> ModelConfig:
+    """The same model with each kind of layer once, in the order of their first occurrence."""
+    first: dict[str, int] = {}
+    for layer in range(config.num_layers):
+        first.setdefault(layer_kind(config, layer, clip), layer)
+    kept = {
+        name: tuple(place for place, layer in enumerate(first.values()) if layer in getattr(config, name))
+        for name in ("mm_layers", "local_attn_layers", "gelu7_layers", "post_norm_layers")
+    }
+    return config.replace(num_layers=len(first), **kept)
+
+
+@ambient.independent
+def peak_by_kind(
+    config: ModelConfig, clip: ClipTokens, build: Callable[[ModelConfig], nn.Module], *, text: int = TEXT_TOKENS
+) -> int:
+    """Peak bytes of a model from one layer of each kind: the layers run one after another, so only weights add up.
+
+    A tenth of the time of :func:`peak_memory` on the full model, and the same number as long as no layer keeps anything
+    for a later one.
+
+    Args:
+        config: Of the full model.
+        clip: Latent size and audio tokens.
+        build: Makes the model of a configuration, on ``"meta"``.
+        text: Text tokens.
+    """
+    shallow, full = build(one_layer_per_kind(config, clip)), build(config)
+    return peak_memory(shallow, clip, text).peak_bytes + weight_bytes(full) - weight_bytes(shallow)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, on whatever device."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

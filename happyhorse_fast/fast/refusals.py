@@ -1,0 +1,367 @@
+"""Refuse models with additions, such as hooks, that packed layers would silently leave out."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as global_hooks
+from torch.nn.utils import parametrize
+
+from happyhorse_fast.arguments import listed
+from happyhorse_fast.eager import model as reference
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.eager.sizes import layer_of
+from happyhorse_fast.fast.compiled import published_key, state_dict_of, unwrapped
+from happyhorse_fast.fast.config import FastConfig, Tiles
+from happyhorse_fast.fast.layer import FastLayer
+
+_NORMS = ("pre_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm", "final_norm_video", "final_norm_audio")
+_PRODUCTS = ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj")
+_LINEARS = ("video_embedder", "audio_embedder", "text_embedder", "final_linear_video", "final_linear_audio")
+# What a module of a role holds: its children and its own parameters and buffers.
+_CHILDREN = {
+    "": {"adapter", "block", "final_norm_video", "final_norm_audio", "final_linear_video", "final_linear_audio"},
+    "adapter": {"video_embedder", "audio_embedder", "text_embedder", "rope"},
+    "block": {"layers"},
+    "layer": {"attention", "mlp", "attn_post_norm", "mlp_post_norm"},
+    "attention": {"pre_norm", "linear_qkv", "q_norm", "k_norm", "linear_proj"},
+    "mlp": {"pre_norm", "up_gate_proj", "down_proj"},
+}
+_TENSORS = {role: {"weight"} for role in (*_NORMS, *_PRODUCTS)}
+_TENSORS |= {role: {"weight", "bias"} for role in _LINEARS} | {"rope": {"bands"}}
+_CLASSES: dict[str, type[nn.Module]] = {
+    "": HappyHorse,
+    "adapter": reference.Adapter,
+    "rope": reference.Rope,
+    "block": reference.Block,
+    "layers": nn.ModuleList,
+    "layer": reference.Layer,
+    "attention": reference.Attention,
+    "mlp": reference.MLP,
+}
+_CLASSES |= dict.fromkeys((*_NORMS, *_PRODUCTS), reference.Weight)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+_FORWARD_HOOKS = {"_forward_hooks": "forward hook", "_forward_pre_hooks": "forward pre-hook"}
+_BACKWARD_HOOKS = {"_backward_hooks": "backward hook", "_backward_pre_hooks": "backward pre-hook"}
+_STATE_HOOKS = {"_state_dict_hooks": "state-dict hook", "_state_dict_pre_hooks": "state-dict pre-hook"}
+# Methods of a model that no forward pass calls.
+_BESIDE_FORWARD = {"init_weights", "reset_parameters", "extra_repr"}
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "PeftModel": "base_model.model",
+}
+_SPLIT = ("FullyShardedDataParallel", "FSDPModule")
+_WHOLE = "happyhorse_fast runs whole models, one GPU each: give every process a model of its own, not split or wrapped"
+
+
+def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
+    """Raise where a model's own forward pass does something that packed layers would not.
+
+    What the whole model carries and what still works stays: forward hooks and pre-hooks on ``model`` itself, layers
+    that share weights with each other, changed rotary frequencies.
+
+    Args:
+        model: About to be accelerated.
+        fast: How.
+
+    Raises:
+        TypeError: ``model`` wraps another (DistributedDataParallel, FullyShardedDataParallel, PeftModel, ...).
+        ValueError: Hooks below the model, or backward or global ones; a forward pass of a subclass's or an instance's
+            own; parametrised weights; replaced or added submodules, parameters or buffers; sharded, quantised or
+            outward tied weights; attention without a gate; context parallelism; ``Tiles`` for the public
+            implementation. The message names modules and kinds.
+    """
+    require_unwrapped(model)
+    require_one_rank(model)
+    require_whole_weights(model)
+    if isinstance(fast.sparsity, Tiles) and not isinstance(model, HappyHorse):
+        raise ValueError(
+            "sparsity must be TopK or TopP for a model object of the public implementation, whose forward is not told "
+            "how many columns a frame has; got Tiles. A HappyHorse of the same checkpoint (load) takes it"
+        )
+    problems = [*_global_hooks(), *_gates(model), *_outward_ties(model), *_other_sizes(model)]
+    classes: dict[tuple[str, int], tuple[str, type]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if unwrapped(module) is module:  # what torch.compile wraps comes by itself
+            problems += _problems(published_key(path), module, isinstance(model, HappyHorse), classes)
+    if problems := problems or list(_missing(model)):
+        raise ValueError(
+            f"model must not carry what packed layers leave out ({len(problems)}): {listed(problems)}. Remove it "
+            "before accelerate: merge LoRAs with merge_lora, bake parametrised weights in (remove_parametrizations), "
+            "put code around the model in place of hooks inside it"
+        )
+
+
+def require_running(model: nn.Module) -> None:
+    """Raise where something was attached to parts of an accelerated model that its forward pass does not run.
+
+    Forward hooks on the whole model and on packed layers do run. Takes 0.1 ms for 40 layers; not under torch.compile,
+    whose graph holds no such check.
+
+    Raises:
+        ValueError: Hooks on parts that do not run, backward hooks, replaced parts; context parallelism. The message
+            names them.
+    """
+    require_one_rank(model)
+    parts: Any = model
+    embedders = (getattr(parts.adapter, name) for name in _LINEARS[:3])
+    linears = (*embedders, parts.final_linear_video, parts.final_linear_audio)
+    kinds = [(linears, nn.Linear), (parts.block.layers, FastLayer)]
+    for module in (module for modules, kind in kinds for module in modules if type(unwrapped(module)) is not kind):
+        raise ValueError(
+            f"{_path_of(model, module)} was replaced after accelerate, is a {type(module).__qualname__}: call "
+            "restore(model), replace it, then accelerate(model), which says whether it can be kept"
+        )
+    left: list[nn.Module | None] = [model, *parts.fast.originals]
+    while left:
+        module = left.pop()
+        if module is None:
+            continue
+        left += module._modules.values()
+        if (
+            "forward" in vars(module)
+            and unwrapped(module) is module  # torch.compile's wrapper has one
+            and type(module) is not FastLayer
+            and module not in (model, parts.block)
+            and _is_overridden(module, "forward", vars(module)["forward"], "part")
+        ):
+            raise ValueError(
+                f"{_path_of(model, module)} got a forward of its own after accelerate, which does not run: call "
+                "restore(model) first"
+            )
+        hooks = module._backward_hooks or module._backward_pre_hooks
+        if module is not model and type(module) is not FastLayer:
+            hooks = hooks or module._forward_hooks or module._forward_pre_hooks
+        if hooks:
+            raise ValueError(
+                f"{_path_of(model, module)} got a hook ({', '.join(map(_called, hooks.values()))}) after accelerate, "
+                "which does not run: remove it, or call restore(model) first. Forward hooks on the whole model and on "
+                "block.layers.N run, and on_layer sees the residual stream after every layer"
+            )
+
+
+def _path_of(model: nn.Module, module: nn.Module) -> str:
+    originals = nn.ModuleList(model.fast.originals)  # type: ignore[union-attr,arg-type]
+    every = chain(model.named_modules(), originals.named_modules(prefix="block.layers"))
+    return next(path for path, other in every if other is module) or "model"
+
+
+def require_one_rank(model: nn.Module) -> None:
+    """Raise where the public implementation splits the sequence over ranks: every one would compute all of it.
+
+    Raises:
+        ValueError: Its context-parallel group has more than one rank.
+    """
+    ranks = 1 if isinstance(model, HappyHorse) else _context_parallel_ranks(model)
+    if ranks > 1:
+        raise ValueError(
+            f"context parallelism must be off (cp_size=1), got a group of {ranks} ranks: every rank of an accelerated "
+            "model would compute all rows. Run one rank per clip, or the eager model"
+        )
+
+
+def _context_parallel_ranks(model: nn.Module) -> int:
+    """Ranks that share a sequence, as the public implementation (inference.infra.distributed) would answer."""
+    scopes: list[dict[str, Any]] = []
+    for kind in type(model).__mro__:
+        scope = getattr(inspect.unwrap(vars(kind).get("forward", object)), "__globals__", {})
+        scopes += [scope, getattr(scope.get("ulysses_scheduler"), "__globals__", {})]
+    for name in ("inference.infra.distributed", "inference.infra.distributed.parallel_state"):
+        scopes.append(vars(sys.modules[name]) if name in sys.modules else {})
+    ranks = 1
+    for size in (scope.get("get_cp_world_size") for scope in scopes):
+        # It asserts where torch.distributed is up and the public implementation's groups are not made.
+        with contextlib.suppress(AssertionError):
+            ranks = max(ranks, int(size())) if callable(size) else ranks
+    return ranks
+
+
+def _names(kind: type) -> list[str]:
+    return [base.__name__ for base in kind.__mro__]
+
+
+def _is_model(model: object) -> bool:
+    return isinstance(model, HappyHorse) or hasattr(getattr(model, "block", None), "layers")
+
+
+def require_unwrapped(model: object) -> None:
+    """Raise a TypeError where a model wraps another (DistributedDataParallel, PeftModel, ...), or is none."""
+    for name, inner in _WRAPPERS.items():
+        if name in _names(type(model)):
+            what = _WHOLE if name in (*_SPLIT, "DeepSpeedEngine") else f"pass what it wraps, model.{inner}"
+            raise TypeError(
+                "model must be a HappyHorse or a model object of the public implementation, got "
+                f"{type(model).__name__} around one: {what}"
+            )
+    inside = model._modules if isinstance(model, nn.Module) else getattr(model, "__dict__", {})
+    wrapped = [name for name, value in inside.items() if _is_model(value)]
+    if not isinstance(model, nn.Module) or not _is_model(model):
+        hint = f" around one: pass what it wraps, model.{wrapped[0]}" if wrapped else ""
+        raise TypeError(
+            "model must be a HappyHorse or a model object of the public implementation (adapter, block.layers, "
+            f"final_norm_video, ...), got {type(model).__name__}{hint}"
+        )
+
+
+def require_whole_weights(model: nn.Module) -> None:
+    """Raise a ValueError where weights are sharded or quantised."""
+    for path, module in model.named_modules():
+        if split := [name for name in _SPLIT if name in _names(type(module))]:
+            raise ValueError(f"model must not be sharded, {path or 'model'} is a {split[0]}: {_WHOLE}")
+    for key, value in [*model.named_parameters(), *model.named_buffers()]:
+        if "DTensor" in _names(type(value.data)):
+            raise ValueError(f"model must not be sharded, {key} is a DTensor: {_WHOLE}")
+        if hasattr(value, "ds_id"):
+            raise ValueError(f"model must not be sharded, {key} is a parameter of DeepSpeed's ZeRO-3: {_WHOLE}")
+        if getattr(value, "tensor_model_parallel", False):
+            raise ValueError(f"model must not be sharded, {key} is split by tensor parallelism: {_WHOLE}")
+        if type(value.data) not in (torch.Tensor, FakeTensor) or value.dtype not in _FLOATS:
+            what = type(value.data).__name__ if type(value.data) is not torch.Tensor else str(value.dtype)
+            raise ValueError(
+                f"model must hold bfloat16, float16, float32 or float64 weights, {key} is {what}: "
+                "accelerate quantises by itself (FastConfig), from the unquantised weights"
+            )
+
+
+def _global_hooks() -> Iterator[str]:
+    for name, kind in (_FORWARD_HOOKS | _BACKWARD_HOOKS).items():
+        for hook in getattr(global_hooks, f"_global{name}").values():
+            yield f"global {kind} of every module ({_called(hook)})"
+
+
+def _gates(model: nn.Module) -> Iterator[str]:
+    layers: Any = model.block.layers  # type: ignore[union-attr]
+    for index, layer in enumerate(layers):
+        config = getattr(getattr(layer, "attention", None), "config", None)
+        if getattr(config, "enable_attn_gating", True) is False:
+            yield (
+                f"block.layers.{index}.attention: attention gating is off (enable_attn_gating=False), the kernels have "
+                "one gate per query head: only models with it can be accelerated"
+            )
+
+
+def _outward_ties(model: nn.Module) -> Iterator[str]:
+    named = list(model.named_parameters(remove_duplicate=False))
+    outside = {id(value): key for key, value in named if layer_of(key) is None}
+    for key, value in named:
+        if layer_of(key) is not None and id(value) in outside:
+            yield f"{key}: tied to {outside[id(value)]}, which stays as it is where the layer is packed"
+
+
+def _other_sizes(model: nn.Module) -> Iterator[str]:
+    if not isinstance(model, HappyHorse):
+        return  # its sizes are read off its weights
+    wanted = {key: tuple(like.shape) for key, like in HappyHorse(model.config, device="meta").named_parameters()}
+    there = {published_key(key): tuple(value.shape) for key, value in model.named_parameters(remove_duplicate=False)}
+    for key in (key for key in wanted if key in there and there[key] != wanted[key]):
+        yield f"{key}: is {list(there[key])}, its configuration makes it {list(wanted[key])}"
+    layers: Any = model.block.layers
+    if len(layers) != model.config.num_layers:
+        yield f"block.layers: {len(layers)} layers, its configuration has {model.config.num_layers}"
+
+
+def _missing(model: nn.Module) -> Iterator[str]:
+    if isinstance(model, HappyHorse):
+        there = state_dict_of(model).keys()
+        yield from (
+            f"{key}: is missing" for key in HappyHorse(model.config, device="meta").state_dict() if key not in there
+        )
+
+
+def _role(path: str) -> str:
+    match path.split("."):
+        case ["block", "layers", _]:
+            return "layer"
+        case [*_, name]:
+            return name
+    return path
+
+
+def _problems(
+    path: str, module: nn.Module, ours: bool, classes: dict[tuple[str, int], tuple[str, type]]
+) -> Iterator[str]:
+    """Describe the additions of one module that packed layers leave out."""
+    name, role = path or "model", _role(path)
+    attributes = (
+        _BACKWARD_HOOKS | (_FORWARD_HOOKS if path else {}) | (_STATE_HOOKS if layer_of(path) is not None else {})
+    )
+    for attribute, kind in attributes.items():
+        for hook in getattr(module, attribute).values():
+            yield f"{name}: {kind} ({_called(hook)})"
+    if parametrize.is_parametrized(module):
+        yield f"{name}: parametrised ({', '.join(module.parametrizations)})"  # type: ignore[arg-type]
+        return  # its class, children and tensors follow from that
+    if ".parametrizations" in path:
+        return
+    for attribute, value in vars(module).items():
+        if _is_overridden(module, attribute, value, path):
+            yield f"{name}: {attribute} is replaced on the instance ({_called(value)})"
+    overriding = _overriding(type(module))
+    if role in _LINEARS and type(module) is not nn.Linear:
+        there = f"{type(module).__module__}.{type(module).__qualname__}"
+        yield f"{name}: replaced, is a {there} in the place of a torch.nn.Linear"
+    elif overriding:
+        yield f"{name}: a subclass's own {overriding[1]} ({overriding[0].__qualname__})"
+    elif ours and not isinstance(module, _CLASSES.get(role, nn.Module)):
+        yield f"{name}: replaced, is a {type(module).__qualname__} in the place of {_CLASSES[role].__name__}"
+    else:
+        # The public implementation's classes may be anyone's; one role has one class (its linears: per expert count).
+        weight = getattr(module, "weight", None) if role in _PRODUCTS else None
+        shape = getattr(module, "num_experts", 1) if isinstance(weight, torch.Tensor) else 0
+        first, kind_there = classes.setdefault((role, shape), (name, type(module)))
+        if kind_there is not type(module):
+            yield f"{name}: replaced, is a {type(module).__qualname__}; {first} is a {kind_there.__qualname__}"
+    children = _CHILDREN.get(role, set()) if role != "layers" else {*map(str, range(len(module._modules)))}
+    if extra := [child for child, there in module._modules.items() if there is not None and child not in children]:
+        yield f"{name}: added or replaced, is a {type(module).__qualname__} that holds {', '.join(extra)}"
+    tensors = [key for key, there in [*module._parameters.items(), *module._buffers.items()] if there is not None]
+    if extra := [key for key in tensors if key not in _TENSORS.get(role, set())]:
+        yield f"{name}: added parameters or buffers {', '.join(extra)}"
+
+
+def _is_overridden(module: nn.Module, attribute: str, value: object, path: str) -> bool:
+    """Whether an instance's attribute hides a method of its class, other than by the public implementation itself."""
+    if not inspect.isroutine(getattr(type(module), attribute, None)):
+        return False
+    if path == "":
+        return True  # it would hide the packed forward pass too
+    if path == "block" and "_magi_wrapper_installed" in vars(module):  # @magi_compile
+        return False
+    # A norm there chooses one of its own methods by its number of experts.
+    own: Any = getattr(value, "__func__", None)
+    return getattr(value, "__self__", None) is not module or getattr(type(module), own.__name__, None) is not own
+
+
+def _overriding(kind: type) -> tuple[type, str] | None:
+    """(class, method) of the first method that a class redefines over one of its bases below nn.Module, or None."""
+    seen: dict[str, type] = {}
+    for base in kind.__mro__:
+        if base is nn.Module:
+            break
+        for name, value in vars(base).items():
+            if name.startswith("__") or name in _BESIDE_FORWARD:
+                continue
+            if not (inspect.isroutine(value) or isinstance(value, property)):
+                continue
+            above = seen.setdefault(name, base)
+            if above is not base and (above.__name__, base.__name__) != ("NativeMoELinear", "BaseLinear"):
+                return above, name
+    return None
+
+
+def _called(hook: object) -> str:
+    return getattr(hook, "__qualname__", type(hook).__name__)

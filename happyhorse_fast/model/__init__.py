@@ -1,1 +1,0 @@
-"""Models as users hold them: checkpoints on disk, read and written."""

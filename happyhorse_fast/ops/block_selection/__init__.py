@@ -1,0 +1,1 @@
+"""Choice of the key blocks that a block of queries attends to."""

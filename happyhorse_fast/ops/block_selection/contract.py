@@ -1,0 +1,83 @@
+"""The arguments and results of the choice of a dynamic block map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from happyhorse_fast.block_map.dynamic import Parts
+from happyhorse_fast.ops.runtime.checks import require
+from happyhorse_fast.ops.runtime.operation import Arguments
+
+HEAD_DIMS = (32, 64, 128)
+MOST_BLOCKS = 2048
+"""Blocks of keys that one program holds: 262,144 tokens; 15 s at 1080p are 1,464 blocks."""
+LAUNCHES = {
+    "happyhorse_fast::select_blocks": 3,
+    "happyhorse_fast::select_blocks_cuda": 4,
+    "happyhorse_fast::select_blocks_reference": 3,
+}
+"""Kernels an op stands for, where that is not one: means, choice, order; in CUDA the scores apart from the choice. The
+reference, which is counted in the kernels' place on a machine without a GPU, counts as what it stands in for."""
+
+
+@dataclass(frozen=True)
+class SelectBlocks(Arguments):
+    """Arguments of the choice's ops: `block_map.dynamic.choose` states them."""
+
+    q: Tensor
+    k: Tensor
+    table: Tensor
+    prefix: Tensor
+    live: Tensor
+    inverse: Tensor
+    q_scale: Tensor | None
+    k_scale: Tensor | None
+    keep: int
+    mass: int
+    mean: bool
+
+    def check(self) -> None:
+        """Hold what `BlockSelector.amount` does not know against the contract."""
+        q, k, fp8 = self.q, self.k, torch.float8_e4m3fn
+        if q.dtype not in (torch.bfloat16, torch.int8, fp8):
+            raise TypeError(f"q must be bfloat16, int8 or float8_e4m3fn, got {q.dtype}")
+        if k.dtype != q.dtype:
+            raise TypeError(f"k must be of q's dtype {q.dtype}, got {k.dtype}")
+        if q.shape[2] not in HEAD_DIMS:
+            raise ValueError(f"q must have a head dim of 32, 64 or 128; got {q.shape[2]} in {list(q.shape)}")
+        blocks = len(self.prefix)
+        if blocks > MOST_BLOCKS or k.shape[1] * blocks**2 >= 2**31:
+            raise ValueError(
+                f"selector must have at most {MOST_BLOCKS} blocks and fewer than 2**31 over k's heads, "
+                f"got {blocks} blocks and {k.shape[1]} heads"
+            )
+        if k.device != q.device or self.table.device != q.device:
+            raise ValueError(f"k and selector must be on q's device {q.device}, got {k.device} and {self.table.device}")
+        by_head = q.dtype == torch.int8
+        scales = (
+            ("q_scale", self.q_scale, tuple(q.shape[:2]) if by_head else (blocks,)),
+            ("k_scale", self.k_scale, (k.shape[1], blocks) if by_head else (blocks,)),
+        )
+        for name, value, shape in scales:
+            if (value is not None) != (q.dtype != torch.bfloat16):
+                came = "none" if value is None else f"one of shape {list(value.shape)}"
+                raise ValueError(
+                    f"{name} must be given exactly where q and k have 8 bits; they are {q.dtype}, got {came}"
+                )
+            if value is not None:
+                require(name, value, (torch.float32,), shape, device=q.device)
+
+    def empty(self) -> Parts:
+        """counts, starts, columns, mask_ids, order, int32."""
+        return empty_results(self.k, self.table)
+
+
+def empty_results(k: Tensor, table: Tensor) -> Parts:
+    """Unwritten (counts, starts, columns, mask_ids, order) of the shapes that every implementation gives, int32."""
+    heads, rows, blocks = k.shape[1], *table.shape
+    shapes = ((heads, rows, 2), (heads, rows), (heads * rows * blocks,), (heads * rows * blocks,), (heads * rows,))
+    counts, starts, columns, mask_ids, order = (torch.empty(s, dtype=torch.int32, device=k.device) for s in shapes)
+    return counts, starts, columns, mask_ids, order

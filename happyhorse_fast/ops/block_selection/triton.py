@@ -1,0 +1,91 @@
+"""Launchers of the Triton kernels of `select_blocks`; their arguments were checked."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from happyhorse_fast.block_map import BLOCK
+from happyhorse_fast.block_map.dynamic import Parts
+from happyhorse_fast.kernels.block_selection import order_rows_kernel, pool_blocks_kernel, select_blocks_kernel
+from happyhorse_fast.kernels.launch import FP_FUSION, config_for
+from happyhorse_fast.ops.block_selection.contract import SelectBlocks
+from happyhorse_fast.ops.runtime.triton.device import architecture, on_device
+from happyhorse_fast.ops.runtime.triton.library import kernel_op, launchable
+
+STEM = "block_selection"
+POOLS = {torch.bfloat16: "pool_bf16", torch.int8: "pool_int8", torch.float8_e4m3fn: "pool_fp8"}
+
+
+@kernel_op("select_blocks", SelectBlocks, kernel=select_blocks_kernel)
+def select_blocks(given: SelectBlocks) -> Parts:
+    """Launch the sums of blocks, the choice and the order of rows."""
+    q, k, table = given.q, given.k, given.table
+    counts, starts, columns, mask_ids, order = given.empty()
+    # Tokens may be symbolic while torch traces; what the kernels are compiled for may not.
+    heads_q, heads_kv, d, blocks = int(q.shape[1]), int(k.shape[1]), int(q.shape[2]), int(table.shape[0])
+    group, rows = heads_q // heads_kv, heads_kv * blocks
+    if rows == 0:
+        return counts, starts, columns, mask_ids, order
+    arch = architecture(q.device)
+    pool, choice, ordering = (config_for(STEM, name, arch) for name in (POOLS[q.dtype], "select", "order"))
+    # int8 codes are multiplied before they are added up, e4m3's sums of a block after it.
+    scales, none = (given.q_scale, given.k_scale), (None, None)
+    of_values, of_sums = (scales, none) if q.dtype == torch.int8 else (none, scales)
+    pooled_q = torch.empty(heads_q, blocks, d, dtype=torch.float32, device=q.device)
+    pooled_k = torch.empty(heads_kv, d, blocks, dtype=torch.float32, device=q.device)
+    with on_device(q):
+        launchable(pool_blocks_kernel)[(blocks, heads_q + heads_kv)](
+            q,
+            k,
+            *of_values,
+            given.live,
+            pooled_q,
+            pooled_k,
+            blocks,
+            *q.stride(),
+            *k.stride(),
+            HEADS_Q=heads_q,
+            D=d,
+            BLOCK=BLOCK,
+            ROWS=pool.block_m,
+            num_warps=pool.num_warps,
+            num_stages=pool.num_stages,
+            enable_fp_fusion=FP_FUSION,
+        )
+        launchable(select_blocks_kernel)[(rows,)](
+            pooled_q,
+            pooled_k,
+            table,
+            given.prefix,
+            given.inverse,
+            *of_sums,
+            counts,
+            starts,
+            columns,
+            mask_ids,
+            given.keep,
+            given.mass,
+            d**-0.5 / (group if given.mean else 1),
+            blocks,
+            GROUP=group,
+            PADDED_GROUP=triton.next_power_of_2(group),
+            D=d,
+            BLOCKS=triton.next_power_of_2(blocks),
+            MEAN=given.mean,
+            BY_MASS=given.keep == 0,
+            num_warps=choice.num_warps,
+            num_stages=choice.num_stages,
+            enable_fp_fusion=FP_FUSION,
+        )
+        launchable(order_rows_kernel)[(triton.cdiv(rows, ordering.block_m),)](
+            counts,
+            order,
+            rows,
+            BLOCK_M=ordering.block_m,
+            BLOCK_N=ordering.block_n,
+            num_warps=ordering.num_warps,
+            num_stages=ordering.num_stages,
+            enable_fp_fusion=FP_FUSION,
+        )
+    return counts, starts, columns, mask_ids, order

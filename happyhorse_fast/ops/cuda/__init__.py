@@ -1,1 +1,0 @@
-"""CUDA kernels without a compiled extension: binaries or NVRTC, loaded and launched through the driver API."""

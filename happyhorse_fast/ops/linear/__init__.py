@@ -1,0 +1,1 @@
+"""Linear layers of the experts with their epilogues."""

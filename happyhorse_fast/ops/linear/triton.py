@@ -1,0 +1,95 @@
+"""Launchers of the `fp8_linear` kernel; their arguments were checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, LaunchConfig, config_for
+from happyhorse_fast.kernels.linear import fp8_linear_kernel
+from happyhorse_fast.ops.linear.contract import Linear, LinearActivation, LinearResidual, Product, activation_scale
+from happyhorse_fast.ops.quantize import FORMATS
+from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
+from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors, on_device
+from happyhorse_fast.ops.runtime.triton.library import kernel_op, launchable
+
+STEM = "linear"
+ACCUMULATORS_PER_SM = 128 * 256
+"""float32 accumulators that programs of one multiprocessor may hold: half of its registers."""
+REDUCED_COLUMNS = 64
+"""Columns that the hardware adds at a time: 32 KiB of shared memory beside four stages of a tile of 128 x 256."""
+
+
+def launch(given: Product, out: Tensor, epilogue: str, config: LaunchConfig) -> None:
+    """Write the product with its epilogue to ``out``.
+
+    Raises:
+        ValueError: ``out`` is e4m3 on a GPU that has none.
+    """
+    x, weight, row_tiles = given.x, given.weight, given.row_tiles
+    arch = architecture(x.device)
+    if out.dtype == torch.float8_e4m3fn and arch < FP8_SINCE:
+        raise ValueError(f"fp8 must be False on sm_{arch}: it has no casts to e4m3 (sm_{FP8_SINCE} and later have)")
+    _, features, k = weight.shape
+    described = config.descriptors and descriptors_work(x, weight)
+    reduced = epilogue == "residual" and config.reduce and described and descriptors_work(out)
+    tiles = row_tiles.shape[0] * (ROW_TILE // config.block_m) * -(-features // config.block_n)
+    programs = multiprocessors(x.device) * max(1, ACCUMULATORS_PER_SM // (config.block_m * config.block_n))
+    with on_device(x):
+        launchable(fp8_linear_kernel)[(min(tiles, programs),)](
+            TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]) if described else x,
+            # Every argument is a pointer; one that the flags leave unread stands in for what is not given.
+            row_tiles if given.x_scale is None else given.x_scale,
+            TensorDescriptor.from_tensor(weight.flatten(0, 1), [config.block_n, config.block_k])
+            if described
+            else weight,
+            row_tiles if given.weight_scale is None else given.weight_scale,
+            row_tiles,
+            TensorDescriptor.from_tensor(out, [config.block_m, REDUCED_COLUMNS]) if reduced else out,
+            row_tiles.shape[0],
+            F=features,
+            K=k,
+            ROW_TILE=ROW_TILE,
+            CODES=x.dtype != torch.bfloat16,
+            INT8=x.dtype == torch.int8,
+            PER_ROW=int(given.x_scale is not None and given.x_scale.numel() > 1),
+            EPILOGUE=epilogue,
+            INVERSE=1.0 / activation_scale(epilogue) if out.dtype == torch.float8_e4m3fn else 0.0,
+            REDUCE=REDUCED_COLUMNS if reduced else 0,
+            DESCRIPTORS=described,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=FP_FUSION,
+        )
+
+
+def config_of(x: Tensor, epilogue: str) -> LaunchConfig:
+    """The committed configuration for these inputs on their device."""
+    return config_for(STEM, f"{FORMATS[x.dtype]}_{epilogue}", architecture(x.device))
+
+
+@kernel_op("fp8_linear", Linear, kernel=fp8_linear_kernel)
+def fp8_linear(given: Linear) -> Tensor:
+    """Launch the product."""
+    y = given.empty()
+    launch(given, y, "plain", config_of(given.x, "plain"))
+    return y
+
+
+@kernel_op("fp8_linear_residual", LinearResidual, kernel=fp8_linear_kernel)
+def fp8_linear_residual(given: LinearResidual) -> None:
+    """Launch the product, added to hidden."""
+    launch(given, given.hidden, "residual", config_of(given.x, "residual"))
+
+
+@kernel_op("fp8_linear_activation", LinearActivation, kernel=fp8_linear_kernel)
+def fp8_linear_activation(given: LinearActivation) -> Tensor:
+    """Launch the product and its activation."""
+    y = given.empty()
+    launch(given, y, given.activation, config_of(given.x, given.activation))
+    return y

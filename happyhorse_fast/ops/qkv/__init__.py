@@ -1,0 +1,1 @@
+"""RMSNorm with quantisation, and the QKV product with QK-norm and rotation."""

@@ -1,0 +1,130 @@
+"""Launchers of the CUDA kernels of QKV: RMSNorm, and the epilogue alone and behind products of torch's library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from happyhorse_fast.ops.qkv.contract import NORMALISED, OUTPUTS, QKV, QkNormRope, QkvLinear, RmsnormQuantize
+from happyhorse_fast.ops.quantize import BF16
+from happyhorse_fast.ops.runtime.cuda.launch import launch
+from happyhorse_fast.ops.runtime.cuda.library_product import check_operands, library_product, scale_of_one
+from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
+from happyhorse_fast.ops.runtime.cuda.row_spans import RowTiles, chunks, expert_spans
+from happyhorse_fast.ops.runtime.operation import custom_op
+from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
+
+WARP = 32
+# Of csrc/device/rmsnorm_quantize.cu: a thread holds up to 8 vectors of 4 channels.
+VECTORS_PER_THREAD, VECTOR = 8, 4
+SCRATCH_BYTES = 2 * WARP * 4
+# Of csrc/device/qk_norm_rope.cu.
+THREADS, VECTOR_BYTES = 256, 16
+ROWS_PER_BLOCK = THREADS // WARP
+# Both number the formats bf16, int8 and fp8 in this order.
+
+
+class RmsnormQuantizeParams(Parameters):
+    """`RmsnormQuantizeParams` of csrc/device/rmsnorm_quantize.cu."""
+
+    _fields_ = members(
+        pointer="hidden branch norm_weight row_tiles x scale",
+        int64="hidden_stride branch_stride",
+        int="channels format",
+    )
+
+
+class QkNormRopeParams(Parameters):
+    """`QkNormRopeParams` of csrc/device/qk_norm_rope.cu."""
+
+    _fields_ = members(
+        pointer="product row_scale column_scale qk_norm cos_sin qk_scale q k v q_scale k_scale v_scale gate",
+        rows=RowTiles,
+        int64="product_stride blocks",
+        int="features heads_q heads_kv head_dim format",
+    )
+
+
+@custom_op("rmsnorm_quantize_cuda", RmsnormQuantize)
+def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
+    """Launch the kernel, a block for each row of a tile."""
+    hidden, branch, row_tiles = given.hidden, given.branch, given.row_tiles
+    require_vectors(VECTOR, hidden=hidden, branch=branch, norm_weight=given.norm_weight)
+    x, scale = given.empty()
+    channels = hidden.shape[1]
+    params = RmsnormQuantizeParams.of(
+        given,
+        x=x,
+        scale=scale,
+        hidden_stride=hidden.stride(0),
+        branch_stride=0 if branch is None else branch.stride(0),
+        channels=channels,
+        format=[*NORMALISED].index(given.out),
+    )
+    threads = WARP * -(-channels // (VECTOR * VECTORS_PER_THREAD * WARP))
+    grid = (ROW_TILE, row_tiles.shape[0], 1)
+    launch("rmsnorm_quantize", "rmsnorm_quantize", params, grid, threads, SCRATCH_BYTES, hidden)
+    return x, scale
+
+
+@custom_op("qkv_linear_cuda", QkvLinear)
+def qkv_linear(given: QkvLinear) -> QKV:
+    """A product of torch's library in chunks of rows, each followed by the kernels of its epilogue."""
+    x, weight, results = given.x, given.weight, given.empty()
+    check_operands(x, weight)
+    experts, features, _ = weight.shape
+    spans = expert_spans(given.row_tiles, experts, x.shape[0], whole_tiles=given.out != "bf16")
+    one = scale_of_one(x)
+    for expert, first, end in chunks(spans, features, 2 if x.dtype == BF16 else 4):
+        product = library_product(x[first:end], weight[expert], one)
+        rows = RowTiles(table=None, expert=expert, first=first, end=end)
+        finish_rows(given.epilogue(product), rows, -(-(end - first) // ROW_TILE), results)
+    return results
+
+
+@custom_op("qk_norm_rope_cuda", QkNormRope)
+def qk_norm_rope(given: QkNormRope) -> QKV:
+    """Launch the kernels on all rows."""
+    results = given.empty()
+    finish_rows(given, RowTiles(table=address(given.row_tiles)), given.row_tiles.shape[0], results)
+    return results
+
+
+def finish_rows(given: QkNormRope, rows: RowTiles, tiles: int, results: QKV) -> None:
+    """Write what a product becomes to those rows of ``results`` that ``rows`` names, in ``tiles`` row tiles.
+
+    The product starts with row ``rows.first``; everything else has all rows and experts.
+
+    Raises:
+        ValueError: Rows or addresses are not what 16-byte loads need.
+    """
+    product = given.product
+    require_vectors(VECTOR_BYTES // product.element_size(), product=product)
+    require_vectors(VECTOR_BYTES // 4, column_scale=given.column_scale, qk_norm=given.qk_norm, cos_sin=given.cos_sin)
+    q, k, v, q_scale, k_scale, v_scale, gate = results
+    head_dim = given.cos_sin.shape[1]
+    params = QkNormRopeParams.of(
+        given,
+        q=q,
+        k=k,
+        v=v,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        gate=gate,
+        rows=rows,
+        product_stride=product.stride(0),
+        blocks=-(-q.shape[0] // ROW_TILE),
+        features=product.shape[1],
+        heads_q=q.shape[1],
+        heads_kv=k.shape[1],
+        head_dim=head_dim,
+        format=[*OUTPUTS].index(given.out),
+    )
+    launch("qk_norm_rope", "qk_norm_rope", params, (ROW_TILE // ROWS_PER_BLOCK, tiles, 1), THREADS, 0, product)
+    of_k_or_v = (k.shape[1], tiles, 1)
+    if q.dtype == torch.int8:
+        launch("qk_norm_rope", "quantize_k", params, of_k_or_v, THREADS, WARP * 4, product)
+    elif q.dtype == torch.float8_e4m3fn:
+        shared_bytes = ROW_TILE * head_dim * product.element_size() + (ROW_TILE + THREADS // WARP) * 4
+        launch("qk_norm_rope", "quantize_v", params, of_k_or_v, THREADS, shared_bytes, product)

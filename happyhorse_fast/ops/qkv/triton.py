@@ -1,0 +1,120 @@
+"""Launchers of the QKV kernels; their arguments were checked."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, LaunchConfig, config_for
+from happyhorse_fast.kernels.qkv import qkv_linear_kernel, rmsnorm_quantize_kernel
+from happyhorse_fast.ops.qkv.contract import QKV, QkvLinear, RmsnormQuantize
+from happyhorse_fast.ops.quantize import FORMATS
+from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
+from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors, on_device
+from happyhorse_fast.ops.runtime.triton.library import kernel_op, launchable
+
+STEM = "qkv"
+
+
+@kernel_op("rmsnorm_quantize", RmsnormQuantize, kernel=rmsnorm_quantize_kernel)
+def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
+    """Launch the kernel, a few rows of a tile in each program."""
+    hidden, branch, row_tiles, out = given.hidden, given.branch, given.row_tiles, given.out
+    if out == "fp8":
+        _require_e4m3('out="fp8"', hidden.device)
+    config = config_for(STEM, "rmsnorm_quantize", architecture(hidden.device))
+    x, scale = given.empty()
+    added = hidden if branch is None else branch
+    channels = hidden.shape[1]
+    with on_device(hidden):
+        launchable(rmsnorm_quantize_kernel)[(ROW_TILE // config.block_m, row_tiles.shape[0])](
+            hidden,
+            added,
+            given.norm_weight,
+            row_tiles,
+            x,
+            scale,
+            hidden.stride(0),
+            added.stride(0),
+            C=channels,
+            HAS_BRANCH=branch is not None,
+            # Not as a name: "int8" is one of Triton's types, and becomes it where a kernel is compiled ahead.
+            FP8=out == "fp8",
+            INT8=out == "int8",
+            BLOCK_M=config.block_m,
+            BLOCK_C=triton.next_power_of_2(channels),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=FP_FUSION,
+        )
+    return x, scale
+
+
+@kernel_op("qkv_linear", QkvLinear, kernel=qkv_linear_kernel)
+def qkv_linear(given: QkvLinear) -> QKV:
+    """Launch the product and its epilogue in a persistent grid."""
+    x, weight, qk_norm, row_tiles, out = given.x, given.weight, given.qk_norm, given.row_tiles, given.out
+    fmt = FORMATS[weight.dtype]
+    if "fp8" in (fmt, out):
+        _require_e4m3(f'out="{out}" of {weight.dtype} weights', x.device)
+    config = config_for(STEM, f"qkv_{fmt}", architecture(x.device))
+    q, k, v, q_scale, k_scale, v_scale, gate = results = given.empty()
+    head_dim = given.cos_sin.shape[1]
+    width = config.block_n // 128 * head_dim
+    described = config.descriptors and descriptors_work(x, weight)
+    with on_device(x):
+        launchable(qkv_linear_kernel)[_grid(x.device, row_tiles, weight, width)](
+            _tiled(x, ROW_TILE, config) if described else x,
+            # A kernel takes a pointer for every argument: one that its flags leave unread stands in for a None.
+            qk_norm if given.x_scale is None else given.x_scale,
+            _tiled(weight.flatten(0, 1), width, config) if described else weight,
+            qk_norm if given.weight_scale is None else given.weight_scale,
+            qk_norm,
+            given.cos_sin,
+            row_tiles,
+            qk_norm if given.qk_scale is None else given.qk_scale,
+            q,
+            k,
+            v,
+            q_scale,
+            k_scale,
+            v_scale,
+            gate,
+            row_tiles.shape[0],
+            x.stride(0),
+            -(-x.shape[0] // ROW_TILE),
+            C=x.shape[1],
+            D=head_dim,
+            HQ=given.num_heads_q,
+            HKV=given.num_heads_kv,
+            CODES=fmt != "bf16",
+            INT8=fmt == "int8",
+            INT8_QK=out == "int8_qk",
+            FP8_OUT=out == "fp8",
+            DESCRIPTORS=described,
+            BLOCK_M=ROW_TILE,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=FP_FUSION,
+        )
+    return results
+
+
+def _require_e4m3(what: str, device: torch.device) -> None:
+    """Triton has no e4m3 below sm_89: not as an operand, and not as a cast either."""
+    if architecture(device) < FP8_SINCE:
+        raise ValueError(f"{what} needs e4m3, from sm_{FP8_SINCE} on; {device} is sm_{architecture(device)}")
+
+
+def _tiled(x: Tensor, rows: int, config: LaunchConfig) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [rows, config.block_k])
+
+
+def _grid(device: torch.device, row_tiles: Tensor, weight: Tensor, width: int) -> tuple[int]:
+    tiles = row_tiles.shape[0] * -(-weight.shape[1] // width)
+    return (min(tiles, multiprocessors(device)),)

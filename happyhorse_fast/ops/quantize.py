@@ -1,0 +1,180 @@
+"""Quantisation to e4m3 and int8, in plain torch and to the bit as docs/OPS.md states it: value = code * scale."""
+
+from __future__ import annotations
+
+import torch
+
+BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
+E4M3_MAX = 448.0
+INT8_MAX = 127.0
+SMALLEST_SCALE = 2.0**-126
+"""Below it 1 / scale may be infinite in float32."""
+FORMATS = {BF16: "bf16", INT8: "int8", E4M3: "fp8"}
+"""Formats of a product's operands, by their names."""
+HADAMARD = 64
+"""Neighbouring channels that :func:`hadamard` mixes."""
+
+
+def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
+    """Scale that maps ``amax`` to the largest code, 448.
+
+    Args:
+        amax: Largest magnitudes, any shape, float.
+
+    Returns:
+        amax * (1/448) in float32; 1 where that is below 2^-126: a row of zeros, or one whose scale would have no
+        reciprocal. NaN stays.
+    """
+    return _of_normal(amax.float() * (1.0 / E4M3_MAX))
+
+
+def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Clamp to +-448, then cast: the cast alone gives NaN or saturates past it, depending on the release."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def int8_scale(amax: torch.Tensor) -> torch.Tensor:
+    """Scale that maps ``amax`` to the largest code, 127.
+
+    Args:
+        amax: Largest magnitudes, any shape, float.
+
+    Returns:
+        amax * (1/127) in float32; 1 where that is below 2^-126: a row of zeros, or one whose scale would have no
+        reciprocal. NaN stays, since no code could say it.
+    """
+    return _of_normal(amax.float() * (1.0 / INT8_MAX))
+
+
+def _of_normal(scale: torch.Tensor) -> torch.Tensor:
+    """1 where a scale is too small to have a reciprocal; NaN stays."""
+    return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
+
+
+def to_int8(x: torch.Tensor) -> torch.Tensor:
+    """Round to the nearest integer, ties to even, and clamp to +-127: -128 is no code, so that a sign is a sign."""
+    return x.round().clamp(-INT8_MAX, INT8_MAX).to(INT8)
+
+
+def fragment_order(v: torch.Tensor) -> torch.Tensor:
+    """Tokens in the order in which tensor cores hold P, so that no thread has to exchange codes of P with another.
+
+    Of 16 tokens, token 8 i + 2 t + b (i and b below 2, t below 4) goes to place 4 t + 2 i + b: thread t of a quad holds
+    tokens 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of a product's result, and as an operand's wants places 4 t to 4 t + 3
+    (PTX ISA 8.7, fragments of wgmma.m64n8k32 and mma.m16n8k32).
+
+    Args:
+        v: [..., N], N a multiple of 16.
+    """
+    return v.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
+
+
+def token_order(v: torch.Tensor) -> torch.Tensor:
+    """Undo :func:`fragment_order`."""
+    return v.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Each 64 neighbouring channels times the orthonormal Hadamard matrix: h[i, j] = (-1)^popcount(i & j) / 8.
+
+    It is its own inverse, and leaves a product as it is where both operands go through it; an outlier among 64 channels
+    becomes a share of an eighth in each of them. What `quantize_rows` does to activations is done to weights at load.
+
+    Args:
+        x: [..., K], K a multiple of 64, float32 or float64.
+
+    Returns:
+        Of the shape and dtype of ``x``; sums of 64 values in that dtype, then times 1/8.
+
+    Raises:
+        ValueError: 64 does not divide K.
+    """
+    if x.shape[-1] % HADAMARD:
+        raise ValueError(f"x must have a multiple of {HADAMARD} channels K, got {x.shape[-1]}")
+    signs = x.new_ones(1, 1)
+    while len(signs) < HADAMARD:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    return (x.unflatten(-1, (-1, HADAMARD)) @ signs).flatten(-2) * 0.125
+
+
+def e4m3_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per row: a token's, or an output channel's of an expert.
+
+    Args:
+        x: [..., K], float32 or narrower.
+
+    Returns:
+        codes [..., K] e4m3, scale [...] float32.
+    """
+    scale = e4m3_scale(x.float().abs().amax(dim=-1))
+    return to_e4m3(x.float() / scale[..., None]), scale
+
+
+def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale per row, as :func:`e4m3_rows`: codes [..., K] int8, scale [...] float32."""
+    scale = int8_scale(x.float().abs().amax(dim=-1))
+    return to_int8(x.float() * (1 / scale)[..., None]), scale
+
+
+def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """One scale for the tensor, known beforehand.
+
+    Args:
+        x: Any shape, float32 or narrower.
+        scale: [1] float32.
+
+    Returns:
+        Codes of x's shape, e4m3, of x * (1 / scale); what is past 448 scales becomes that.
+    """
+    return to_e4m3(x.float() * (1.0 / scale))
+
+
+def widened(codes: torch.Tensor) -> torch.Tensor:
+    """Operand of a product of codes: float32, and float64 of int8, whose sum is exact in int32 and not in float32."""
+    return codes.double() if codes.dtype == INT8 else codes.float()
+
+
+def scaled_rows(
+    product: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    column_scale: torch.Tensor | None,
+    rows: slice,
+    expert: int,
+) -> torch.Tensor:
+    """Rows of a product, all of one expert: sums of products of codes times their scales, bf16 as it is.
+
+    Args:
+        product: [N, F] bf16, or float32 with its scales.
+        row_scale: [N] float32, or None.
+        column_scale: [E, F] float32, or None.
+        rows: Of product and row_scale.
+        expert: Of column_scale.
+
+    Returns:
+        [rows, F] float32.
+    """
+    part = product[rows].float()
+    if row_scale is None or column_scale is None:
+        return part
+    return part * row_scale[rows, None] * column_scale[expert]
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """code * scale, computed in ``dtype``; float64 gives the exact value.
+
+    Args:
+        codes: [..., K] e4m3 or int8.
+        scale: [1] (one for all), or [...] (one per row or output channel).
+        dtype: Dtype of the result, float32 or float64.
+
+    Returns:
+        [..., K] in ``dtype``.
+
+    Raises:
+        ValueError: The shapes do not belong together.
+    """
+    if scale.shape not in ((1,), codes.shape[:-1]):
+        raise ValueError(
+            f"scale must be [1] or {list(codes.shape[:-1])} for codes {list(codes.shape)}, got {list(scale.shape)}"
+        )
+    return codes.to(dtype) * scale.to(dtype)[..., None]

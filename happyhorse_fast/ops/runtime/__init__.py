@@ -1,0 +1,1 @@
+"""Choice, checks and launch of an op's implementation."""

@@ -1,0 +1,99 @@
+"""Checks of op arguments; every message names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+ROW_STRIDE_LIMIT = 2**24
+"""Rows of a tile are addressed in int32: 128 rows of at most this many elements."""
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on ``device``'s current stream goes into a CUDA graph."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():  # a fake tensor may be on a GPU that is not there
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def require_backend(backend: str, allowed: tuple[str, ...]) -> None:
+    """Hold a backend's name against those an op has.
+
+    Raises:
+        ValueError: It is not one of them.
+    """
+    if backend not in allowed:
+        raise ValueError(f"backend must be {' or '.join(map(repr, allowed))}, got {backend!r}")
+
+
+def require(
+    name: str,
+    value: object,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | str],
+    *,
+    device: torch.device,
+    strided_rows: bool = False,
+) -> torch.Tensor:
+    """Hold a tensor argument of an op against its dtype, shape, device and strides.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What came.
+        dtypes: Allowed dtypes.
+        shape: Size per dimension; a string such as ``"N"`` for any size of at least 1.
+        device: Device it must be on.
+        strided_rows: Allow any stride between rows, with contiguous rows, rather than only a contiguous tensor.
+
+    Returns:
+        ``value``, typed as a tensor.
+
+    Raises:
+        TypeError: Not a tensor, or not of an allowed dtype.
+        ValueError: Wrong shape, device or strides.
+    """
+    wanted = f"[{', '.join(map(str, shape))}]"
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {wanted}, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+    fits = value.dim() == len(shape) and all(
+        (size >= 1) if isinstance(allowed, str) else size == allowed
+        for allowed, size in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must be of shape {wanted}, got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like the first argument, got {value.device}")
+    if strided_rows:
+        apart = value.stride(0)
+        if value.stride(-1) != 1 or apart >= ROW_STRIDE_LIMIT or (len(value) > 1 and apart < value.shape[-1]):
+            raise ValueError(
+                f"{name} must have contiguous rows, fewer than {ROW_STRIDE_LIMIT} elements apart, "
+                f"got strides {list(value.stride())}"
+            )
+    elif not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {list(value.stride())} of shape {list(value.shape)}")
+    return value
+
+
+def none_for_empty(x: torch.Tensor, x_scale: torch.Tensor | None) -> torch.Tensor | None:
+    """``x_scale``; None for the empty one that an op gives beside an ``x`` in bf16."""
+    empty = x_scale is not None and not x_scale.numel()
+    return None if empty and x.dtype == torch.bfloat16 else x_scale
+
+
+def require_product_scales(
+    product: torch.Tensor, row_scale: torch.Tensor | None, column_scale: torch.Tensor | None, experts: int | str
+) -> None:
+    """Hold the scales of a product [N, F] against its dtype: both where it is float32, none where it is bf16."""
+    if product.dtype == torch.bfloat16:
+        for name, scale in (("row_scale", row_scale), ("column_scale", column_scale)):
+            if scale is not None:
+                raise ValueError(f"{name} must be None where product is bf16, got shape {list(scale.shape)}")
+        return
+    n, features = product.shape
+    require("row_scale", row_scale, (torch.float32,), (n,), device=product.device)
+    require("column_scale", column_scale, (torch.float32,), (experts, features), device=product.device)

@@ -1,0 +1,1 @@
+"""Loading and launching of CUDA kernels."""

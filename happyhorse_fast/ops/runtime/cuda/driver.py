@@ -1,0 +1,182 @@
+"""Loads and launches CUDA kernels through the driver API, in torch's own context and on its current stream."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from happyhorse_fast.ops.runtime.cuda import images
+from happyhorse_fast.ops.runtime.cuda.errors import CudaError, bindings
+
+PARAMETER_SIZES_SINCE = 12040
+"""First driver that tells how large a kernel's parameters are."""
+
+
+@dataclass
+class Function:
+    """A kernel on a device.
+
+    Attributes:
+        handle: The driver's.
+        origin: What code it is from.
+        parameter_bytes: Size of its parameter; None where the driver does not tell.
+        shared_bytes: Dynamic shared memory that it may be launched with, raised when more is asked for.
+    """
+
+    handle: Any
+    origin: str
+    parameter_bytes: int | None
+    shared_bytes: int = 48 * 1024
+
+
+_functions: dict[tuple[int, str, str], Function] = {}
+_modules: dict[tuple[int, str], tuple[Any, str]] = {}
+_lock = threading.Lock()
+
+
+def version() -> int:
+    """Version of the driver: 13000 for one that came with CUDA 13.0.
+
+    Raises:
+        CudaError: There is no driver, or cuda-bindings is not installed.
+    """
+    cuda = bindings("driver")
+    try:
+        (number,) = _checked("cuDriverGetVersion", cuda.cuDriverGetVersion())
+    except Exception as error:  # cuda-bindings loads libcuda at its first call
+        if isinstance(error, CudaError):
+            raise
+        raise CudaError(f"no NVIDIA driver is found ({error})") from error
+    return int(number)
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why CUDA kernels cannot run on a CUDA device; None where they can."""
+    try:
+        driver = version()
+    except CudaError as error:
+        return str(error)
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device"
+    return images.obstacle(torch.cuda.get_device_capability(device), driver)
+
+
+def fingerprint(device: torch.device) -> str:
+    """Digest of what the results of CUDA kernels depend on beside the device: their sources and who compiled them.
+
+    Raises:
+        CudaError: They cannot run there; :func:`obstacle` has the reason.
+    """
+    return images.fingerprint(torch.cuda.get_device_capability(device), version())
+
+
+def launch(
+    stem: str,
+    kernel: str,
+    params: ctypes.Structure,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared_bytes: int,
+    device: torch.device,
+) -> None:
+    """Launch a kernel on a device; :func:`happyhorse_fast.ops.runtime.cuda.launch.launch` has the arguments.
+
+    Raises:
+        CudaError: It cannot be loaded or launched, or takes another parameter; or an earlier kernel failed.
+    """
+    cuda = bindings("driver")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with torch.cuda.device(index):
+        # The thread may not have made its first call of the runtime yet, and then has no context.
+        _checked("cuCtxSetCurrent", cuda.cuCtxSetCurrent(_context(index)))
+        function = _function(index, stem, kernel)
+        size = ctypes.sizeof(params)
+        if function.parameter_bytes not in (None, size):
+            raise CudaError(
+                f"{type(params).__name__} has {size} bytes, kernel {kernel} of {stem} takes {function.parameter_bytes}"
+            )
+        where = f"kernel {kernel} ({function.origin}) on cuda:{index}"
+        if shared_bytes > function.shared_bytes:
+            _allow_shared(function, shared_bytes, where)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        stream = torch.cuda.current_stream(index).cuda_stream
+        _checked(
+            f"{where}, grid {grid}, {threads} threads, {shared_bytes} bytes of shared memory (or an earlier kernel)",
+            cuda.cuLaunchKernel(
+                function.handle, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
+            ),
+        )
+
+
+@functools.cache
+def _context(index: int) -> Any:
+    """The primary context of a device, which is torch's; kept for the life of the process, as torch keeps it."""
+    cuda = bindings("driver")
+    _checked("cuInit", cuda.cuInit(0))
+    (device,) = _checked(f"cuDeviceGet {index}", cuda.cuDeviceGet(index))
+    (context,) = _checked(f"cuDevicePrimaryCtxRetain {index}", cuda.cuDevicePrimaryCtxRetain(device))
+    return context
+
+
+def _function(index: int, stem: str, kernel: str) -> Function:
+    """A kernel in the current context, loaded once per device."""
+    key = (index, stem, kernel)
+    if key in _functions:
+        return _functions[key]
+    if torch.cuda.is_current_stream_capturing():
+        raise CudaError(f"kernel {kernel} of {stem} is loaded at its first launch: launch it once before the capture")
+    cuda = bindings("driver")
+    with _lock:
+        if key in _functions:
+            return _functions[key]
+        driver = version()
+        if (index, stem) not in _modules:
+            capability = torch.cuda.get_device_capability(index)
+            _modules[index, stem] = images.load(stem, capability, driver, _load)
+        module, origin = _modules[index, stem]
+        what = f"kernel {kernel} in {origin}"
+        (handle,) = _checked(what, cuda.cuModuleGetFunction(module, kernel.encode()))
+        size = None
+        if driver >= PARAMETER_SIZES_SINCE:
+            _, size = _checked(f"parameter of {what}", cuda.cuFuncGetParamInfo(handle, 0))
+        _functions[key] = Function(handle, origin, size)
+        return _functions[key]
+
+
+def _load(code: bytes) -> Any:
+    cuda = bindings("driver")
+    # PTX is a string to the driver, which needs its end.
+    (module,) = _checked("cuModuleLoadData", cuda.cuModuleLoadData(code if code[:4] == b"\x7fELF" else code + b"\0"))
+    return module
+
+
+def _allow_shared(function: Function, shared_bytes: int, where: str) -> None:
+    """Beyond 48 KiB a kernel must be told before it is launched; what it was told is never lowered."""
+    cuda = bindings("driver")
+    attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    with _lock:
+        if shared_bytes <= function.shared_bytes:
+            return  # another thread has raised it meanwhile
+        _checked(
+            f"{shared_bytes} bytes of shared memory for {where}",
+            cuda.cuFuncSetAttribute(function.handle, attribute, shared_bytes),
+        )
+        function.shared_bytes = shared_bytes
+
+
+def _checked(what: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Hold a call of the driver against its status, and give what it returned besides.
+
+    Raises:
+        CudaError: It failed.
+    """
+    status, *values = result
+    if int(status) != 0:
+        _, words = bindings("driver").cuGetErrorString(status)
+        raise CudaError(f"{what}: {status.name}: {words.decode() if words else 'no description'}")
+    return tuple(values)

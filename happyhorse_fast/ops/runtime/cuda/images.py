@@ -1,0 +1,119 @@
+"""Code for a GPU and its driver, in order of preference: a binary of the package, its PTX, what NVRTC compiles now."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from happyhorse_fast.csrc import sources
+from happyhorse_fast.ops.runtime.cuda import binaries, nvrtc
+from happyhorse_fast.ops.runtime.cuda.binaries import Capability
+from happyhorse_fast.ops.runtime.cuda.errors import CudaError, cuda_version
+
+OLDEST: Capability = (8, 0)
+"""The kernels use mma.sync for bf16 and cp.async."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """Code of a translation unit.
+
+    Attributes:
+        name: A file of the package, or the compiler.
+        check: Raises CudaError where it is not as it should be.
+        read: The code; compiles it where it is not there yet.
+    """
+
+    name: str
+    check: Callable[[], object]
+    read: Callable[[], bytes]
+
+
+def load(stem: str, capability: Capability, driver: int, accept: Callable[[bytes], Any]) -> tuple[Any, str]:
+    """Hand the code of a translation unit to ``accept``, best first, until it takes one.
+
+    Code that should serve and does not is reported by a warning.
+
+    Args:
+        stem: The translation unit.
+        capability: Compute capability.
+        driver: Version of the driver, as ``cuDriverGetVersion`` has it.
+        accept: Loads code; raises CudaError where it cannot.
+
+    Returns:
+        What ``accept`` returned, and the name of the code.
+
+    Raises:
+        CudaError: None serves; the message has each and its reason.
+    """
+    why_not: list[str] = []
+    for image in _images(stem, capability, driver, why_not):
+        try:
+            return accept(image.read()), image.name
+        except CudaError as error:
+            why_not.append(f"{image.name}: {error}")
+            warnings.warn(f"{why_not[-1]}; the next best code is tried", stacklevel=2)
+    raise CudaError(f"no code for {stem}: {'; '.join(why_not)}")
+
+
+def first(stem: str, capability: Capability, driver: int) -> str:
+    """Name of the code that :func:`load` begins with; nothing is compiled.
+
+    Raises:
+        CudaError: None serves; the message has each and its reason.
+    """
+    why_not: list[str] = []
+    for image in _images(stem, capability, driver, why_not):
+        try:
+            image.check()
+        except CudaError as error:
+            why_not.append(f"{image.name}: {error}")
+        else:
+            return image.name
+    raise CudaError(f"no code for {stem}: {'; '.join(why_not)}")
+
+
+def obstacle(capability: Capability, driver: int) -> str | None:
+    """Why some translation unit has no code for a GPU and its driver; None where all have.
+
+    Args:
+        capability: Compute capability.
+        driver: Version of the driver, as ``cuDriverGetVersion`` has it.
+    """
+    if capability < OLDEST:
+        return f"CUDA kernels need sm_{OLDEST[0]}{OLDEST[1]} or later, this GPU is sm_{capability[0]}{capability[1]}"
+    try:
+        fingerprint(capability, driver)
+    except CudaError as error:
+        return str(error)
+    return None
+
+
+def fingerprint(capability: Capability, driver: int) -> str:
+    """Digest of every translation unit's sources and of what compiled them for a GPU and its driver.
+
+    Raises:
+        CudaError: One has no code.
+    """
+    whole = hashlib.sha256()
+    for stem in sources.stems():
+        whole.update(f"{stem} {sources.digest(stem)} {first(stem, capability, driver)}\n".encode())
+    return whole.hexdigest()
+
+
+def _images(stem: str, capability: Capability, driver: int, why_not: list[str]) -> Iterator[Image]:
+    """Code that should serve, best first; reasons why other code does not go to ``why_not``."""
+    usable, reasons = binaries.usable(stem, capability, driver)
+    why_not += reasons
+    yield from (Image(binary.name, binary.read, binary.read) for binary in usable)
+    # Asked last: it loads NVRTC, which a binary makes needless.
+    reason = nvrtc.obstacle(capability, driver)
+    if reason is not None:
+        why_not.append(reason)
+        return
+    compiled = functools.partial(nvrtc.compiled, stem, capability, driver)
+    yield Image(f"NVRTC {cuda_version(nvrtc.version())}", lambda: None, compiled)

@@ -1,0 +1,65 @@
+"""Products by torch's own library, for the CUDA kernels that finish them."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from happyhorse_fast import ambient
+from happyhorse_fast.ops.runtime.cuda.parameters import require_vectors
+
+FP8_SINCE = (8, 9)
+CODES_PER_VECTOR = 16
+INT8_ROWS = 17
+"""Fewest rows that torch._int_mm takes on a GPU (torch 2.13: "self.size(0) needs to be greater than 16")."""
+
+
+def check_operands(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Hold codes against what the library takes, where that says it late or not at all.
+
+    Args:
+        x: [N, K] bf16, int8 or e4m3.
+        weight: [E, F, K] in the dtype of x.
+
+    Raises:
+        ValueError: e4m3 on a GPU without, or with rows that are not whole vectors of 16 bytes.
+    """
+    if x.dtype == torch.bfloat16:
+        return
+    if x.dtype == torch.float8_e4m3fn and x.is_cuda and torch.cuda.get_device_capability(x.device) < FP8_SINCE:
+        arch = "".join(map(str, torch.cuda.get_device_capability(x.device)))
+        raise ValueError(f"x must be bf16 on sm_{arch} for backend 'cuda': e4m3 products are from sm_89 on")
+    require_vectors(CODES_PER_VECTOR, x=x, weight=weight)
+
+
+def scale_of_one(x: torch.Tensor) -> torch.Tensor | None:
+    """The scale that the library asks for with e4m3, on the device of x; None where it asks for none.
+
+    Made once for all chunks of a call, since a kernel fills it; not kept longer, since a CUDA graph may own its memory.
+    """
+    return None if x.dtype != torch.float8_e4m3fn else torch.ones((), dtype=torch.float32, device=x.device)
+
+
+@ambient.independent
+def library_product(x: torch.Tensor, weight: torch.Tensor, one: torch.Tensor | None) -> torch.Tensor:
+    """x . weight of one expert, accumulated in float32, of int8 in int32.
+
+    Args:
+        x: [rows, K] bf16, int8 or e4m3, rows contiguous.
+        weight: [F, K] in the dtype of x.
+        one: :func:`scale_of_one` of x.
+
+    Returns:
+        [rows, F]: rounded to bf16 of bf16; of codes the float32 sums, without scales, of int8 rounded from int32.
+    """
+    if x.dtype == torch.int8:
+        # The library takes at least 17 rows of int8; rows of zeros are dropped again.
+        rows = x if len(x) >= INT8_ROWS else torch.nn.functional.pad(x, (0, 0, 0, INT8_ROWS - len(x)))
+        return torch._int_mm(rows, weight.T)[: len(x)].float()
+    if one is None:
+        return linear(x, weight)
+    if x.device.type == "cpu":
+        # torch._scaled_mm gives the same here, in a loop of 10 MFLOP/s (torch 2.13).
+        return x.float() @ weight.float().T
+    # use_fast_accum stays False: partial sums go to float32 registers, as the library's default has it.
+    return torch._scaled_mm(x, weight.T, one, one, out_dtype=torch.float32)

@@ -1,0 +1,265 @@
+"""Which implementation of an op runs, decided before the call and remembered with its reason."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from happyhorse_fast import optional
+from happyhorse_fast.kernels.launch import config_for
+from happyhorse_fast.ops.runtime import self_check, trust
+from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
+from happyhorse_fast.ops.runtime.formats import ACTIVATION, ATTENTION, QKV, VARIANTS, WITHOUT_E4M3
+from happyhorse_fast.ops.runtime.obstacles import BackendError, triton_obstacle
+
+STEMS = {
+    "rmsnorm_quantize": "qkv",
+    "quantize_rows": "row_quantization",
+    "qkv_linear": "qkv",
+    "select_blocks": "block_selection",
+    "block_sparse_attention": "attention",
+    "fp8_linear": "linear",
+    "fp8_linear_residual": "linear",
+    "fp8_linear_activation": "linear",
+}
+"""Every op the fast model calls, and the stem its kernel, tests and benchmark cases go by."""
+
+PREFERENCES = Path(__file__).with_name("preferences.json")
+"""{"90": {"fp8": ["rmsnorm_quantize"]}}: ops that committed results show faster in CUDA than in Triton on an
+architecture in a format, of `select_blocks` and attention their own, where both were verified; `make report` writes it.
+"""
+
+INTERPRETED_IS_SLOW: str | None = "Triton's interpreter is for tests; ask for backend 'triton' to run it"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An op's implementation.
+
+    Attributes:
+        op: The op.
+        backend: ``"triton"``, ``"cuda"`` or ``"reference"``.
+        reason: Why this one, and why not a faster one.
+        fell_back: Whether it is not what was asked for, or ``"auto"`` had to take a slower one than there is.
+    """
+
+    op: str
+    backend: str
+    reason: str
+    fell_back: bool = False
+
+
+def choose(
+    backend: str,
+    precision: str,
+    device: torch.device,
+    *,
+    attention: str | None = None,
+    mixed: bool = False,
+    strict: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> dict[str, Choice]:
+    """The implementation of every op.
+
+    ``"auto"`` takes, of the kernels that can run on the device and passed their self-check there, Triton's, or CUDA's
+    where committed results show it faster or Triton's may not run; else the reference. A backend that is named is taken
+    as it is; ops that ``"cuda"`` has no kernel for run as under ``"auto"``.
+
+    Args:
+        backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``.
+        device: Where the model is.
+        attention: Precision of attention: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``; None: of 8 bits where products are.
+        mixed: Whether the model keeps some products in bf16 all the same.
+        strict: Raise instead of falling back.
+        report: Called with a line per kernel that is checked now.
+
+    Returns:
+        A choice per op of :data:`STEMS` that a model of this precision can call.
+
+    Raises:
+        BackendError: A named backend cannot run here, ``strict`` and an op has no kernel that may run, or a check ended
+            this process's use of the GPU.
+    """
+    optional.hide_broken_triton()  # torch's tracer, which an accelerated model is prepared for, imports it
+    attention = attention or ("int8_qk" if precision == "int8" else precision)
+    found = {op: checked_formats(op, precision, attention, mixed=mixed) for op in STEMS}
+    formats = {op: of for op, of in found.items() if of}
+    if backend == "reference":
+        return {op: Choice(op, "reference", "asked for") for op in formats}
+    in_cuda = cuda_ops(precision, attention, mixed=mixed)
+    named = {"triton": tuple(formats), "cuda": in_cuda}.get(backend, ())
+    if named:
+        obstacle = triton_obstacle(device) if backend == "triton" else cuda_obstacle(device)
+        if obstacle is not None:
+            raise BackendError(f"backend {backend!r} cannot run: {obstacle}")
+    own = {op: _format(op, precision, attention) for op in formats}
+    candidates = _Candidates(own, formats, in_cuda, device, report)
+    choices = {}
+    for op in formats:
+        if op in named:
+            choices[op] = Choice(op, backend, "asked for")
+            continue
+        choice = candidates.best(op)
+        if named:
+            reason = f"no {backend} kernel of it in {own[op]}; {choice.reason}"
+            choice = Choice(op, choice.backend, reason, fell_back=True)
+        if strict and choice.fell_back:
+            where = "plain torch" if choice.backend == "reference" else choice.backend
+            raise BackendError(f"strict: {op} would run as {where}: {choice.reason}")
+        choices[op] = choice
+    return choices
+
+
+def cuda_ops(precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
+    """Ops of a model that have a CUDA kernel in every format they run in; arguments as for :func:`choose`."""
+    found = {op: set(checked_formats(op, precision, attention, mixed=mixed)) for op in STEMS}
+    return tuple(op for op, formats in found.items() if formats and formats <= set(VARIANTS["cuda"].get(op, ())))
+
+
+def _format(op: str, precision: str, attention: str | None) -> str:
+    """The format that a model of a precision has an op in, as benchmark cases are named; :data:`PREFERENCES` too."""
+    return (attention or precision) if op in ("select_blocks", "block_sparse_attention") else precision
+
+
+def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
+    """The formats of :data:`VARIANTS` that a model runs an op in, none where it has no use for it.
+
+    Arguments are those of :func:`choose`.
+    """
+    of_products, of_attention = (
+        (own, "bf16") if mixed and own != "bf16" else (own,) for own in (precision, attention or precision)
+    )
+    if op == "qkv_linear":
+        pairs = list(itertools.product(of_products, of_attention))
+        return tuple(name for name, pair in QKV.items() if pair in pairs)
+    # Of int8 what a product takes is bf16 first: `quantize_rows` makes codes of it.
+    results = {"bf16" if p == "int8" else p for p in of_products}
+    if op == "fp8_linear_activation":
+        pairs = list(itertools.product(of_products, results))
+        return tuple(name for name, pair in ACTIVATION.items() if pair in pairs)
+    if op == "block_sparse_attention":
+        formats = list(itertools.product(of_attention, (*results, None)))
+        return tuple(name for name, pair in ATTENTION.items() if pair in formats)
+    if op == "quantize_rows":
+        return tuple(p for p in of_products if p == "int8")
+    return of_attention if op == "select_blocks" else of_products
+
+
+class _Candidates:
+    """Backends that may run on a device, found out when they are first asked for: a self-check takes seconds."""
+
+    def __init__(
+        self,
+        own: dict[str, str],
+        formats: dict[str, tuple[str, ...]],
+        in_cuda: tuple[str, ...],
+        device: torch.device,
+        report: Callable[[str], None] | None,
+    ) -> None:
+        self.own, self.formats, self.in_cuda = own, formats, in_cuda
+        self.device, self.report = device, report
+        self._failed: dict[str, dict[str, str] | str] = {}
+
+    def best(self, op: str) -> Choice:
+        """The first candidate that may run, with what keeps the others from it."""
+        order = ["triton"]
+        if op in self.in_cuda and self.device.type == "cuda":  # on a CPU only tests run them
+            order.insert(0 if op in preferred(self.own[op], self.device) else 1, "cuda")
+        kept: list[str] = []
+        for backend in order:
+            reason = self.obstacle(op, backend)
+            if reason is None:
+                passed = "passed its self-check on this machine"
+                return Choice(op, backend, "; ".join([passed, *kept]))
+            kept.append(reason)
+        return Choice(op, "reference", "; ".join(kept), fell_back=True)
+
+    def obstacle(self, op: str, backend: str) -> str | None:
+        """Why a backend's kernel of an op may not run; None where it may."""
+        if backend not in self._failed:
+            self._failed[backend] = self._look_at(backend)
+        failed = self._failed[backend]
+        return failed if isinstance(failed, str) else failed.get(op)
+
+    def _look_at(self, backend: str) -> dict[str, str] | str:
+        """Why none of a backend's kernels may run, or why some may not."""
+        obstacle = triton_obstacle(self.device) if backend == "triton" else cuda_obstacle(self.device)
+        if obstacle is None and self.device.type != "cuda":
+            obstacle = INTERPRETED_IS_SLOW
+        return obstacle or _failures(backend, self.formats, self.device, self.report)
+
+
+def compute_capability(device: torch.device) -> int | None:
+    """As 90 for 9.0; None where ``device`` is no GPU."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def attention_is_hopper(precision: str, head_dim: int, device: torch.device) -> bool:
+    """Whether Triton's attention on ``device`` is its Hopper kernel, in Gluon, wherever tiles can be described.
+
+    Args:
+        precision: Of attention: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        head_dim: Channels per head.
+        device: Where the model is.
+    """
+    arch = compute_capability(device)
+    if arch is None:
+        return False
+    try:
+        return config_for("attention", f"{precision}_d{head_dim}", arch).hopper
+    except LookupError:  # no such kernel there
+        return False
+
+
+def preferred(fmt: str, device: torch.device) -> tuple[str, ...]:
+    """Ops that run in CUDA rather than in Triton in a format on this device's architecture: :data:`PREFERENCES`."""
+    return tuple(_preferences().get(str(compute_capability(device)), {}).get(fmt, ()))
+
+
+@functools.cache
+def _preferences() -> dict[str, dict[str, list[str]]]:
+    loaded: dict[str, dict[str, list[str]]] = json.loads(PREFERENCES.read_text())
+    return loaded
+
+
+def _failures(
+    backend: str, formats: dict[str, tuple[str, ...]], device: torch.device, report: Callable[[str], None] | None
+) -> dict[str, str]:
+    """Ops whose kernel failed its self-check in one of its formats, with what was found; checks what is not known.
+
+    Raises:
+        BackendError: A kernel ended this process's use of the GPU. That is remembered, and the next process goes on.
+    """
+    fp8 = any(f not in WITHOUT_E4M3 for ours in formats.values() for f in ours)
+    needed = {(op, f) for op, ours in formats.items() for f in ours if f in VARIANTS[backend].get(op, ())}
+    key = trust.machine_key(backend, device, fp8=fp8)
+    known = {(c.op, c.variant): c for c in trust.recall(key) or () if c.fault != self_check.RAISED}
+    missing = needed - known.keys()
+    if missing:
+        for check in self_check.run_checks(backend, device, fp8=fp8, only=missing):
+            known[check.op, check.variant] = check
+            if report is not None:
+                verdict = "passed" if check.passed else "FAILED"
+                report(f"self-check {check.op} {check.variant}: {verdict} ({check.detail}, {check.seconds:.1f} s)")
+        trust.remember(key, [check for check in known.values() if check.fault != self_check.RAISED])
+        if check.fault == self_check.LOST:
+            raise BackendError(
+                f"{backend}'s {check.op} in {check.variant} ended this process's use of {device}: {check.detail}; "
+                "restart the process: it goes on without that kernel"
+            )
+    found: dict[str, str] = {}
+    for op, variant in sorted(needed & known.keys()):
+        check = known[op, variant]
+        if not check.passed:
+            found.setdefault(op, f"{backend}'s self-check failed in {variant}: {check.detail}")
+    return found

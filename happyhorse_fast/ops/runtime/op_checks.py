@@ -1,0 +1,370 @@
+"""A check per op that the fast model calls: small shapes on a device, beside the reference on the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
+from happyhorse_fast.budgets import ATTENTION_DISTANCE_TENSOR_CORE, ATTENTION_DISTANCE_TENSOR_CORE_E4M3_OUT
+from happyhorse_fast.kernels.launch import DESCRIPTORS_SINCE
+from happyhorse_fast.ops.attention.op import block_sparse_attention
+from happyhorse_fast.ops.attention.operands import attention_operands
+from happyhorse_fast.ops.attention.reference import output_scale, sparse_attention
+from happyhorse_fast.ops.attention.score_bound import LIMIT
+from happyhorse_fast.ops.block_selection.op import select_blocks
+from happyhorse_fast.ops.linear.op import fp8_linear, fp8_linear_activation, fp8_linear_residual
+from happyhorse_fast.ops.linear.packing import pack_linear
+from happyhorse_fast.ops.qkv.op import qkv_linear, rmsnorm_quantize
+from happyhorse_fast.ops.qkv.packing import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
+from happyhorse_fast.ops.quantize import dequantize, quantize_static
+from happyhorse_fast.ops.row_quantization.op import quantize_rows
+from happyhorse_fast.ops.runtime.formats import ACTIVATION, QKV
+
+# Kernel and reference share every rounding point, so they differ by rounding flips: a bf16 step on every element is
+# 8e-6, an e4m3 step on one code in fifty 1e-4.
+DISTANCE = 1e-5
+CODE_DISTANCE = 1e-4
+# Three experts, the last tile of each ragged in its content but not in its rows, as the fast model lays them out.
+ROWS, CHANNELS, HEADS_Q, HEADS_KV, HEAD_DIM = 512, 640, 5, 1, 128
+
+Compared = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+"""Name of a result -> (from the kernel, from the reference, allowed tile distance)."""
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    """Standard normal float32, the same in every process."""
+    return torch.randn(*shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
+
+
+def row_tiles() -> torch.Tensor:
+    """[4, 3] int32: three experts, of 256, 128 and 128 rows."""
+    starts = torch.arange(0, ROWS, 128, dtype=torch.int32)
+    experts = torch.tensor([0, 0, 1, 2], dtype=torch.int32)
+    return torch.stack([experts, starts, starts + 128], dim=1)
+
+
+def ragged_tiles() -> torch.Tensor:
+    """[5, 3] int32: three experts, of 200, 57 and 255 rows, two of which end in a tile that others' rows follow."""
+    spans = [(0, 0, 128), (0, 128, 200), (1, 200, 257), (2, 257, 385), (2, 385, ROWS)]
+    return torch.tensor(spans, dtype=torch.int32)
+
+
+def inputs(fmt: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(x, scale) of a product in a format: normalised rows; no scale in bf16."""
+    x, scale = rmsnorm_quantize(
+        draw(0, ROWS, CHANNELS),
+        torch.zeros(3, CHANNELS, dtype=torch.float32),
+        row_tiles(),
+        out=fmt,
+        backend="reference",
+    )
+    return x.to(device), None if fmt == "bf16" else scale.to(device)
+
+
+def packed_weight(seed: int, features: int, fmt: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, scale) of three experts in a format."""
+    # A factor per expert, so that one expert's scale used for all shows.
+    experts = torch.tensor([1.0, 3.0, 0.3], dtype=torch.float32).repeat_interleave(features)[:, None]
+    weight = (draw(seed, 3 * features, CHANNELS) * experts / CHANNELS**0.5).bfloat16()
+    packed, scale = pack_linear(weight, 3, fmt)
+    return packed.to(device), None if scale is None else scale.to(device)
+
+
+def _both(backend: str, device: torch.device) -> tuple[tuple[torch.device, str], tuple[torch.device, str]]:
+    """Where to run and with which backend: what is checked, then what it is held against."""
+    return (device, backend), (torch.device("cpu"), "reference")
+
+
+def _check_rmsnorm(backend: str, device: torch.device, variant: str) -> Compared:
+    norm, added = 0.2 * draw(1, 3, CHANNELS), draw(2, ROWS, CHANNELS).bfloat16()
+    compared: Compared = {}
+    # A kernel each; the model's residual stream has its branches added by the product before.
+    for name, branch in (("", None), (", branch", added)):
+        results = []
+        for where, how in _both(backend, device):
+            hidden = draw(0, ROWS, CHANNELS).to(where)
+            x, scale = rmsnorm_quantize(
+                hidden,
+                norm.to(where),
+                row_tiles().to(where),
+                None if branch is None else branch.to(where),
+                out=variant,
+                backend=how,
+            )
+            results.append((hidden, x if variant == "bf16" else x.float() * scale[:, None]))
+        (hidden, x), (hidden_reference, x_reference) = results
+        compared[f"hidden{name}"] = (hidden, hidden_reference, DISTANCE)
+        compared[f"x{name}"] = (x, x_reference, CODE_DISTANCE if variant == "fp8" else DISTANCE)
+    return compared
+
+
+def _check_rows(backend: str, device: torch.device, variant: str) -> Compared:
+    compared: Compared = {}
+    # Of the 15B model's widths the one that fills its registers least evenly.
+    for rows, channels, hadamard in ((ROWS, CHANNELS, False), (ROWS, CHANNELS, True), (8, 13696, True)):
+        x = (draw(18, rows, channels) * draw(19, rows, 1).exp()).bfloat16()
+        results = []
+        for where, how in _both(backend, device):
+            codes, scale = quantize_rows(x.to(where), hadamard, backend=how)
+            results.append(codes.float() * scale[:, None])
+        compared[f"{channels} channels{', Hadamard' if hadamard else ''}"] = (results[0], results[1], DISTANCE)
+    return compared
+
+
+def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
+    fmt, out = QKV[variant]
+    rows = 3 * ((HEADS_Q + 2 * HEADS_KV) * HEAD_DIM + HEADS_Q)
+    weight = (draw(3, rows, CHANNELS) / CHANNELS**0.5).bfloat16()
+    heads = {"experts": 3, "num_heads_q": HEADS_Q, "num_heads_kv": HEADS_KV, "head_dim": HEAD_DIM}
+    packed, w_scale = pack_qkv_weight(weight, to=fmt, **heads)
+    qk_norm = pack_qk_norm(0.2 * draw(4, 3 * HEAD_DIM), 0.2 * draw(5, 3 * HEAD_DIM), experts=3)
+    angle = draw(6, ROWS, 3 * HEAD_DIM // 8)
+    cos_sin = pack_cos_sin(torch.cat([angle.sin(), angle.cos()], dim=1))
+    qk_scale = static_qk_scale(qk_norm) if out == "fp8" else None
+    results = []
+    for where, how in _both(backend, device):
+        x, x_scale = inputs(fmt, where)
+        outs = qkv_linear(
+            x,
+            x_scale,
+            packed.to(where),
+            None if w_scale is None else w_scale.to(where),
+            qk_norm.to(where),
+            cos_sin.to(where),
+            row_tiles().to(where),
+            HEADS_Q,
+            HEADS_KV,
+            out=out,
+            qk_scale=None if qk_scale is None else qk_scale.to(where),
+            backend=how,
+        )
+        q, k, v, q_scale, k_scale, v_scale, gate = (t.cpu().float() for t in outs)
+        if out == "int8_qk":
+            q, k = q * q_scale[:, :, None], k * k_scale.repeat_interleave(128, dim=1).T[:, :, None]
+        if out == "fp8":
+            v = (v * v_scale.repeat_interleave(128, dim=1)[:, None]).permute(2, 0, 1)  # as the others: tokens first
+        results.append({"q": q, "k": k, "v": v, "gate": gate[:, :, None]})
+    codes = set() if out == "bf16" else {"q", "k"}
+    codes |= {"v"} if out == "fp8" else set()
+    return {
+        name: (value, results[1][name], CODE_DISTANCE if name in codes else DISTANCE)
+        for name, value in results[0].items()
+    }
+
+
+def _check_attention(backend: str, device: torch.device, variant: str) -> Compared:
+    # Rows that see all, a window with partial blocks, and nothing.
+    block_map = BlockMap.from_ranges(
+        [(0, 200), (200, 384), (200, 384)], [(0, ROWS), (0, 300), (ROWS - 100, ROWS)], ROWS, ROWS
+    )
+    q, k, v = (draw(s, ROWS, h, HEAD_DIM) for s, h in ((7, HEADS_Q), (8, HEADS_KV), (9, HEADS_KV)))
+    given: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "gate": torch.sigmoid(draw(10, ROWS, HEADS_Q))}
+    given |= attention_operands(variant.removesuffix("_fp8_out"), q, k, v)
+    # Forms of the softmax -> (bound, whether it is the bounded one, factor of q). Norms of these are at most 40; where
+    # no bound is given, both forms are launched, and what the device finds lets one compute.
+    softmax: dict[str, tuple[float | None, bool, float]] = {", running": (math.inf, False, 1.0)}
+    if variant == "fp8":
+        softmax = {"": (math.inf, False, 1.0)}
+    else:
+        softmax |= {", bounded": (LIMIT, True, 1.0)}
+    if variant == "bf16":
+        softmax |= {", found small": (None, True, 1.0), ", found large": (None, False, 30.0)}
+    # A kernel may be launched in another way for an LSE; the model asks for none, and in fp8 for e4m3 out.
+    plain, to_fp8, with_lse = (False, False), (True, False), (False, True)
+    results_of = (to_fp8,) if variant.endswith("_fp8_out") else (plain, with_lse)
+    if variant == "fp8":
+        results_of = (*results_of, to_fp8)
+    compared: Compared = {}
+    for form, (bound, bounded, factor) in softmax.items():
+        inputs = given | ({"q": given["q"] * factor} if factor != 1 else {})
+        there: dict[str, Any] = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        wanted = [(*result, False) for result in results_of]
+        if bound is not None and _by_descriptors(backend, there["q"], there["k"], there["v"], bounded=bounded):
+            # torch.compile takes another kernel, which reads through pointers, for the result that a model asks for.
+            wanted.append((results_of[-1][0], False, True))
+        for fp8_out, lse, apart in wanted:
+            operands = there | ({"k": _apart(there["k"])} if apart else {})
+            out, out_scale, sums = block_sparse_attention(
+                **operands,
+                block_map=block_map.to(device),
+                bound=bound,
+                fp8_out=fp8_out,
+                return_lse=lse,
+                backend=backend,
+            )
+            options = _rounding(backend, operands["q"], operands["k"], operands["v"], bounded=bounded, lse=lse)
+            if fp8_out:
+                options |= {"out_scale": output_scale(given["v"], given.get("v_scale"), given["gate"])}
+            exact, exact_sums = sparse_attention(
+                **inputs, block_map=block_map, bounded=bounded, return_lse=lse, **options
+            )
+            name = f"out{form}{', e4m3' if fp8_out else ''}{', LSE' if lse else ''}{', pointers' if apart else ''}"
+            if fp8_out:
+                out, exact = dequantize(out, out_scale), dequantize(exact, options["out_scale"])
+            compared[name] = (out, exact, attention_distance(variant, device, fp8_out=fp8_out))
+            if lse:
+                # Rows without a key must say so, and not by NaN: their LSE is compared as a number of its own.
+                kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (sums, exact_sums))
+                compared[f"lse{form}"] = (kernels, references, DISTANCE)
+    return compared
+
+
+def attention_distance(variant: str, device: torch.device, *, fp8_out: bool = False) -> float:
+    """Allowed tile distance of attention: in e4m3 a GPU's tensor cores add with fewer bits than float32 has."""
+    if variant == "fp8" and device.type == "cuda":
+        return ATTENTION_DISTANCE_TENSOR_CORE_E4M3_OUT if fp8_out else ATTENTION_DISTANCE_TENSOR_CORE
+    return CODE_DISTANCE if fp8_out else DISTANCE
+
+
+def _apart(x: torch.Tensor) -> torch.Tensor:
+    """The same values with the heads apart, which no descriptor reads."""
+    return x.new_empty(*x.shape[:2], 2 * x.shape[2])[..., : x.shape[2]].copy_(x)
+
+
+def _rounding(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bounded: bool, lse: bool
+) -> dict[str, Any]:
+    """Where a kernel rounds P: codes differ between steps of 128 and 32 keys, by more than the budget."""
+    if backend == "cuda":
+        return {"step": BLOCK}
+    from happyhorse_fast.ops.attention.triton import launch_config, rounding_of
+
+    return rounding_of(launch_config(q, k, v, bounded=bounded, lse=lse), v)
+
+
+def _by_descriptors(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bounded: bool) -> bool:
+    """Whether the kernel reads tiles through descriptors, which a trace has none of."""
+    if backend == "cuda":
+        return False
+    from happyhorse_fast.ops.attention.triton import launch_config
+
+    return launch_config(q, k, v, bounded=bounded).descriptors
+
+
+def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
+    """Maps of a backend on a device, q and k in a format, beside the reference's; nothing may differ."""
+    # Small integers, whose scores are the same in any order of summation, and tie: the map must be the same exactly.
+    layout = Layout(4, 250, 40, 60, align_frames=True, align_modalities=True)
+    base = BlockMap.frame_window(layout, 2)
+    q, k = (draw(s, layout.slots, h, HEAD_DIM).round() for s, h in ((15, HEADS_Q), (16, HEADS_KV)))
+    # Blocks that differ by at most 2, so that the largest product, (2 * 128)^2 * 128, and its noise stay below 2^24.
+    level = draw(17, len(q) // 128, 1, 1).round().clamp(-2, 2).repeat_interleave(128, dim=0)
+    dtype = {"bf16": torch.bfloat16, "int8_qk": torch.int8, "fp8": torch.float8_e4m3fn}[variant]
+    q, k = ((x + level).to(dtype) for x in (q, k))
+    # Powers of two, so that sums are exact in any order.
+    steps = 2.0 ** -(torch.arange(len(q) // 128) % 3).float()
+    scales: dict[str, Any] = {"q_scale": steps, "k_scale": steps.flip(0)} if variant == "fp8" else {}
+    if variant == "int8_qk":
+        rows = 2.0 ** -(torch.arange(len(q) * HEADS_Q) % 3).float().view(-1, HEADS_Q)
+        scales = {"q_scale": rows, "k_scale": steps.expand(HEADS_KV, -1).contiguous()}
+    compared: Compared = {}
+    for name, keep, mass in (("top-k", 3, None), ("top-p", None, 0.7)):
+        results = []
+        for where, how in _both(backend, device):
+            block_map = select_blocks(
+                q.to(where),
+                k.to(where),
+                BlockSelector(layout, base, where),
+                keep=keep,
+                mass=mass,
+                **{name: scale.to(where) for name, scale in scales.items()},
+                backend=how,
+            )
+            full, ids = block_map.to_blocks()
+            results.append((torch.where(full, -1, torch.where(ids >= 0, ids, -2)), block_map.order))
+        compared[f"{name} blocks"] = (results[0][0], results[1][0], 0.0)
+        compared[f"{name} order"] = (results[0][1], results[1][1], 0.0)
+    return compared
+
+
+def _check_linear(backend: str, device: torch.device, variant: str) -> Compared:
+    compared: Compared = {}
+    for name, x, x_scale in _static_and_rows(variant):
+        results = []
+        for where, how in _both(backend, device):
+            weight, w_scale = packed_weight(11, 384, variant, where)
+            scale = None if x_scale is None else x_scale.to(where)
+            results.append(fp8_linear(x.to(where), scale, weight, w_scale, row_tiles().to(where), backend=how))
+        compared[f"y{name}"] = (results[0], results[1], DISTANCE)
+    return compared
+
+
+def _check_residual(backend: str, device: torch.device, variant: str) -> Compared:
+    compared: Compared = {}
+    for name, x, x_scale in _static_and_rows(variant):
+        results = []
+        for where, how in _both(backend, device):
+            weight, w_scale = packed_weight(12, 384, variant, where)
+            hidden = draw(13, ROWS, 384).to(where)
+            scale = None if x_scale is None else x_scale.to(where)
+            # A tile that the memory adds reaches over the rows behind its end, which are another expert's.
+            fp8_linear_residual(x.to(where), scale, weight, w_scale, ragged_tiles().to(where), hidden, backend=how)
+            results.append(hidden)
+        compared[f"hidden{name}"] = (results[0], results[1], DISTANCE)
+    return compared
+
+
+def _static_and_rows(fmt: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """(form, x, x_scale) of a product's inputs on the CPU: in e4m3 with a scale per row, and with one."""
+    x, x_scale = inputs(fmt, torch.device("cpu"))
+    yield "", x, x_scale
+    if fmt == "fp8" and x_scale is not None:
+        one = torch.full((1,), 2**-6)
+        yield ", one scale", quantize_static(dequantize(x, x_scale), one), one
+
+
+def _check_activation(backend: str, device: torch.device, variant: str) -> Compared:
+    fmt, out = ACTIVATION[variant]
+    fp8 = out == "fp8"
+    compared: Compared = {}
+    for activation in ("swiglu7", "gelu7"):
+        results = []
+        for where, how in _both(backend, device):
+            x, x_scale = inputs(fmt, where)
+            weight, w_scale = packed_weight(14, 512, fmt, where)
+            y, y_scale = fp8_linear_activation(
+                x, x_scale, weight, w_scale, row_tiles().to(where), activation=activation, fp8=fp8, backend=how
+            )
+            results.append(dequantize(y, y_scale) if fp8 else y)
+        compared[activation] = (results[0], results[1], CODE_DISTANCE if fp8 else DISTANCE)
+    return compared
+
+
+Check = Callable[[str, torch.device, str], Compared]
+
+
+def _also_by_pointers(check: Check) -> Check:
+    """A check that runs what torch.compile takes too: kernels without TMA descriptors, which a trace has none of.
+
+    Where the launch table has no descriptor these are the same kernels, which are not compiled again.
+    """
+
+    def both(backend: str, device: torch.device, variant: str) -> Compared:
+        compared = check(backend, device, variant)
+        if backend == "triton":
+            from happyhorse_fast.ops.runtime.triton.device import architecture, by_pointers
+
+            if architecture(device) >= DESCRIPTORS_SINCE:
+                with by_pointers():
+                    again = check(backend, device, variant)
+                compared |= {f"{name}, pointers": results for name, results in again.items()}
+        return compared
+
+    return both
+
+
+CHECKS: dict[str, Check] = {
+    "rmsnorm_quantize": _check_rmsnorm,
+    "quantize_rows": _check_rows,
+    "qkv_linear": _also_by_pointers(_check_qkv),
+    "select_blocks": _check_select,
+    "block_sparse_attention": _check_attention,
+    "fp8_linear": _also_by_pointers(_check_linear),
+    "fp8_linear_residual": _also_by_pointers(_check_residual),
+    "fp8_linear_activation": _also_by_pointers(_check_activation),
+}
+"""A check per op that the fast model calls."""

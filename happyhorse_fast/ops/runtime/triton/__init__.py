@@ -1,0 +1,1 @@
+"""Launching of Triton kernels, and their interpreter on the CPU."""

@@ -1,0 +1,98 @@
+"""Answers to what a launcher asks of the device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# In the interpreter: a few programs, so that each walks several tiles, and the first architecture that has e4m3.
+INTERPRETED_PROGRAMS = 4
+INTERPRETED_ARCHITECTURE = 89
+PRETENDED_PROGRAMS = 132
+"""Multiprocessors of an H100: the size of a grid, which no kernel is compiled for."""
+
+
+@dataclass(frozen=True)
+class Pretence:
+    """Told to launchers in place of a GPU: compute capability, and whether torch is tracing them."""
+
+    arch: int
+    tracing: bool
+
+
+_pretence: Pretence | None = None
+_by_pointers = False
+
+
+@contextlib.contextmanager
+def pretend(arch: int, *, tracing: bool = False) -> Iterator[None]:
+    """Launch for tensors on the device "meta" as on a GPU of compute capability ``arch``: to compile ahead of time.
+
+    Whoever asks how tensors on the CPU would be launched is told the same.
+    """
+    global _pretence
+    before, _pretence = _pretence, Pretence(arch, tracing)
+    try:
+        yield
+    finally:
+        _pretence = before
+
+
+@contextlib.contextmanager
+def by_pointers() -> Iterator[None]:
+    """Launch as where torch traces, without TMA descriptors: what torch.compile takes, to be checked outside of it."""
+    global _by_pointers
+    before, _by_pointers = _by_pointers, True
+    try:
+        yield
+    finally:
+        _by_pointers = before
+
+
+def addressable(x: torch.Tensor) -> bool:
+    """Whether a TMA descriptor of ``x`` can be made on the host: on a GPU, and not while torch traces.
+
+    A descriptor cannot be recorded in a graph ("TMA descriptor capturing not yet supported in non-dynamo tracing",
+    torch 2.13), and there ``x`` is a subclass of a tensor.
+    """
+    if _by_pointers:
+        return False
+    if not x.is_cuda and _pretence is not None:
+        return not _pretence.tracing
+    return x.is_cuda and type(x) is torch.Tensor
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as 90 for 9.0."""
+    if device.type != "cuda" and _pretence is not None:
+        return _pretence.arch
+    if device.type != "cuda":
+        return INTERPRETED_ARCHITECTURE
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Programs of a persistent grid that holds one program per multiprocessor."""
+    if device.type == "meta":
+        return PRETENDED_PROGRAMS
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def descriptors_work(*tensors: torch.Tensor) -> bool:
+    """Whether tensors of one device can be reached through TMA descriptors in this call: 16-byte aligned rows."""
+    return addressable(tensors[0]) and all(
+        t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0 for t in tensors
+    )
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the device of ``x`` current: Triton launches there, wherever its arguments are (triton #2441)."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,90 @@
+"""Self-check results, remembered per user, GPU, driver, torch, Triton and package version."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+from happyhorse_fast._version import __version__
+from happyhorse_fast.csrc import sources
+from happyhorse_fast.files import replacing
+from happyhorse_fast.kernels import launch
+from happyhorse_fast.ops.runtime.cache_folder import cache_folder
+from happyhorse_fast.ops.runtime.cuda import driver
+from happyhorse_fast.ops.runtime.self_check import KernelCheck
+
+PACKAGE = Path(__file__).parents[2]
+KERNELS = Path(launch.__file__).parent
+JUDGED_BY = ("ops/**/*.py", "eager/*.py", "block_map/*.py", "budgets.py")
+"""Files of the package, beside device code, that a verdict comes from: launchers, checks, references and budgets."""
+
+
+def machine_key(backend: str, device: torch.device, *, fp8: bool) -> str:
+    """Digest of all that a result depends on: hardware, driver, versions, the kernels' source, launchers and checks."""
+    parts = [backend, str(fp8), __version__, torch.__version__, str(torch.version.cuda)]
+    try:
+        parts.append(importlib.metadata.version("triton"))
+    except importlib.metadata.PackageNotFoundError:
+        parts.append("no triton")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        parts += [properties.name, f"{properties.major}.{properties.minor}", _driver_version()]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for file in sorted(file for pattern in JUDGED_BY for file in PACKAGE.glob(pattern)):
+        digest.update(file.read_bytes())
+    if backend == "cuda":
+        for stem in sources.stems():
+            digest.update(sources.digest(stem).encode())
+        if device.type == "cuda":
+            digest.update(driver.fingerprint(device).encode())  # which binary runs, or which NVRTC compiles
+    else:
+        for file in sorted(KERNELS.rglob("*")):
+            if file.suffix in (".py", ".json"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _driver_version() -> str:
+    version = Path("/proc/driver/nvidia/version")
+    if version.is_file():
+        return version.read_text().splitlines()[0]
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # 13000: sandboxes hide /proc/driver
+    return "unknown driver" if ask is None else f"driver of CUDA {ask()}"
+
+
+def recall(key: str) -> list[KernelCheck] | None:
+    """Checks found under a key before; None where nothing was, or where it cannot be read."""
+    try:
+        stored = json.loads((cache_folder() / "self_check.json").read_text())
+        return [KernelCheck(**check) for check in stored[key]]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if not isinstance(error, KeyError):
+            warnings.warn(f"remembered self-check cannot be read, kernels are checked again: {error}", stacklevel=2)
+        return None
+
+
+def remember(key: str, checks: list[KernelCheck]) -> None:
+    """Store what was found; a cache that cannot be written costs a check per process, and says so."""
+    try:
+        folder = cache_folder()
+        path = folder / "self_check.json"
+        try:
+            stored = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            stored = None
+        if not isinstance(stored, dict):  # nothing yet, or not what was written
+            stored = {}
+        stored[key] = [dataclasses.asdict(check) for check in checks]
+        with replacing(path) as partial:
+            partial.touch(0o600)
+            partial.write_text(json.dumps(stored, indent=1))
+    except OSError as error:
+        warnings.warn(f"self-check cannot be remembered: {error}", stacklevel=2)

@@ -1,1 +1,0 @@
-"""The eager reference: what every kernel is checked against, in plain torch."""

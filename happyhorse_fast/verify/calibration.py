@@ -1,0 +1,177 @@
+"""Measure the error of every op of every layer in 8 bits, on activations of clips that are sampled."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from happyhorse_fast import ambient, golden
+from happyhorse_fast._version import __version__
+from happyhorse_fast.budgets import measure
+from happyhorse_fast.config import MODALITIES, OPS
+from happyhorse_fast.eager.model import HappyHorse, Layer
+from happyhorse_fast.eager.sequence import Clip
+from happyhorse_fast.fast.accelerate import choose_ops, make_fast_layer
+from happyhorse_fast.fast.calibration import ATTENTION, FORMAT, MOST, Calibration, InputRange, OpCalibration, skip_rules
+from happyhorse_fast.fast.clip_state import ClipState
+from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.state import FastState, build_clip_state, is_accelerated
+from happyhorse_fast.files import plain, replacing
+from happyhorse_fast.ops.runtime.dispatch import Choice
+from happyhorse_fast.sampler import sample
+from happyhorse_fast.verify.activations import Sums, tensors
+from happyhorse_fast.verify.checks import in_dtype, seeded_inputs
+from happyhorse_fast.verify.layer_ops import (
+    LayerInputs,
+    OpResults,
+    attention_in,
+    before_layers,
+    eager_ops,
+    products_alone,
+)
+
+INPUTS = {
+    "qkv": ("qkv input",),
+    "attention": ("q", "k", "v"),
+    "proj": ("proj input",),
+    "up": ("up input",),
+    "down": ("down input",),
+}
+"""Op -> activations that it reads, by their names in :mod:`happyhorse_fast.verify.activations`."""
+SECONDS_PER_LINE = 5.0
+"""Seconds between two lines of progress."""
+
+
+@ambient.independent
+def calibrate(
+    model: HappyHorse,
+    clips: int,
+    *,
+    grid: tuple[int, int, int],
+    text: int,
+    steps: int = 8,
+    seed: int = 0,
+    most: float | None = None,
+    checkpoint: str = "",
+    report: Callable[[str], None],
+) -> Calibration:
+    """Sample clips in bf16, and run every op of every layer at every step again in float32, bf16, int8 and e4m3.
+
+    Formats run in plain torch with the kernels' rounding points. Beside the model one layer's results in float32 and
+    its weights in one format are held at a time.
+
+    Args:
+        model: Weights to calibrate for; its own compute dtype does not matter. It is left as it is.
+        clips: How many; clip i starts from noise and text of ``seed + i``.
+        grid: Token grid (latent frames, rows, columns) of a clip.
+        text: Text tokens.
+        steps: Denoising steps of a clip.
+        seed: Of the first clip.
+        most: Relative L2 that an op may have in every format; None: :data:`happyhorse_fast.fast.calibration.MOST`.
+        checkpoint: Where the weights are from, for the record.
+        report: Called with a line of progress every :data:`SECONDS_PER_LINE`.
+
+    Raises:
+        ValueError: ``grid`` or ``text`` is not positive, or the model is accelerated.
+        NonFiniteError: As for :func:`happyhorse_fast.sampler.sample`.
+    """
+    if is_accelerated(model):
+        raise ValueError("model must hold its published weights to be calibrated for; it is accelerated")
+    eager = in_dtype(model, torch.bfloat16)
+    run = _Run(eager, report, calls=clips * steps * model.config.num_layers)
+    with before_layers(eager, run.look):
+        for clip in range(clips):
+            inputs = seeded_inputs(model.config, grid, text=text, seed=seed + clip, device=model.device)
+            sample(eager, *inputs, steps=steps, noise=functools.partial(golden.draw, seed + clip), progress=False)
+    ops = tuple(run.result(layer, op) for layer in range(model.config.num_layers) for op in OPS)
+    allowed = dict(MOST) if most is None else dict.fromkeys(MOST, most)
+    skip = {precision: skip_rules(ops, precision, allowed[precision]) for precision in ATTENTION}
+    settings = (checkpoint, model.config.to_dict(), clips, steps, grid, text, seed)
+    return Calibration(FORMAT, __version__, *settings, allowed, skip, ops)
+
+
+def error_of(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2; infinite where either is not finite, so that no maximum passes it over."""
+    error = measure(result, expected).relative_l2
+    return math.inf if math.isnan(error) else error
+
+
+def write(found: Calibration, path: Path) -> None:
+    """Write the file, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(plain(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+class _Run:
+    """Ranges and errors found so far, while clips are sampled."""
+
+    def __init__(self, model: HappyHorse, report: Callable[[str], None], calls: int) -> None:
+        self.model, self.report, self.calls = model, report, calls
+        self.done, self.start = 0, time.monotonic()
+        self.said = self.start
+        self.ranges: dict[tuple[int, str], Sums] = {}
+        self.errors: dict[tuple[int, str, str, str], float] = {}
+        self.state: ClipState | None = None  # all clips are of one shape
+        self.forms: dict[str, tuple[FastConfig, dict[str, Choice]]] = {}
+        for precision in ("bf16", *ATTENTION):
+            fast = FastConfig(precision=precision, attention="bf16", backend="reference")  # type: ignore[arg-type]
+            self.forms[precision] = fast, choose_ops(fast, model.device, report)
+        self.fast_state = FastState(model.config, *self.forms["bf16"], [], HappyHorse)
+
+    @torch.no_grad()
+    def look(self, index: int, layer: Layer, given: LayerInputs) -> None:
+        """Run every op of a layer, in every format."""
+        exact = eager_ops(layer, given, torch.float32)
+        for name, x, scaled in tensors(layer, given, exact):
+            if scaled is not None:
+                self.ranges.setdefault((index, name), Sums()).add(x, scaled)
+        rounded = eager_ops(layer, given, torch.bfloat16, exact)
+        for op in OPS:
+            self._compare(index, op, "bf16", rounded.of(op), exact, given.clip)
+        del rounded
+        if self.state is None:
+            self.state = build_clip_state(self.fast_state, given.clip, self.model.adapter.rope.bands)
+        for precision, attention in ATTENTION.items():
+            form = self.forms[precision]
+            packed = make_fast_layer(
+                layer.state_dict(), self.model.config, form[0], index, form[1], given.hidden.device
+            )
+            for op, result in products_alone(packed, self.state, given, exact):
+                self._compare(index, op, precision, result, exact, given.clip)
+            attended = attention_in(attention, packed, self.state, exact)
+            self._compare(index, "attention", precision, attended, exact, given.clip)
+        self._progress()
+
+    def _compare(self, index: int, op: str, precision: str, result: torch.Tensor, exact: OpResults, clip: Clip) -> None:
+        expected = exact.of(op)
+        for modality, rows in zip(MODALITIES, clip.slices(), strict=True):
+            place = (index, op, precision, modality)
+            self.errors[place] = max(self.errors.get(place, 0.0), error_of(result[rows], expected[rows]))
+
+    def _progress(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if now - self.said < SECONDS_PER_LINE:
+            return
+        self.said = now
+        left = (now - self.start) / self.done * (self.calls - self.done)
+        span = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        self.report(f"calibrate: {self.done:,} of {self.calls:,} calls of layers, {span} left")
+
+    def result(self, layer: int, op: str) -> OpCalibration:
+        """Ranges and largest errors of one op."""
+        inputs = {}
+        for name in INPUTS[op]:
+            found = self.ranges[layer, name].result(layer, name, "all")
+            inputs[name] = InputRange(found.amax, found.rms, found.saturated or 0.0, found.lost or 0.0)
+        errors = {
+            precision: {modality: self.errors[layer, op, precision, modality] for modality in MODALITIES}
+            for precision in ("bf16", *ATTENTION)
+        }
+        return OpCalibration(layer, op, inputs, errors)

@@ -1,0 +1,301 @@
+"""Run each op of one layer, eager and fast, on its input in eager float32, so that its error is its own.
+
+The ops are the layers' own methods, called one by one. Rounding or quantising the float32 input counts as the op's
+error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from happyhorse_fast.block_map import BLOCK
+from happyhorse_fast.eager.model import ROW_CHUNK, HappyHorse, Layer, normed
+from happyhorse_fast.eager.sequence import Clip, Ranges, row_chunks
+from happyhorse_fast.fast.clip_state import ClipState
+from happyhorse_fast.fast.layer import AttentionInputs, FastLayer, Operand
+from happyhorse_fast.ops.attention.reference import output_scale
+from happyhorse_fast.ops.linear.contract import static_scale
+from happyhorse_fast.ops.qkv.packing import rotary_permutation
+from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_q, quantize_v
+from happyhorse_fast.ops.quantize import dequantize, quantize_static, to_e4m3, token_order
+
+OPS = ("norm", "qkv", "attention", "proj", "up", "down")
+"""``norm`` is the one before QKV; ``qkv`` and ``up`` start from the residual stream, so they hold their norm too."""
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Inputs of a layer of the eager model.
+
+    Attributes:
+        hidden: [N, C] residual stream.
+        phases: [N, 6B].
+        clip: Token grid.
+        ranges: Attention ranges.
+    """
+
+    hidden: torch.Tensor
+    phases: torch.Tensor
+    clip: Clip
+    ranges: Ranges
+
+
+@dataclass(frozen=True)
+class OpResults:
+    """Results of a layer's ops, token rows in the public order.
+
+    Attributes:
+        norm: [N, C].
+        q: [N, Hq, D].
+        k: [N, Hkv, D].
+        v: [N, Hkv, D].
+        gate: [N, Hq] after its sigmoid.
+        attention: [N, Hq * D] after the gate.
+        proj: [N, C], before a post-norm.
+        middle: [N, C] residual stream between attention and MLP; empty where it was not asked for.
+        up: [N, F] after the activation.
+        down: [N, C], before a post-norm.
+    """
+
+    norm: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gate: torch.Tensor
+    attention: torch.Tensor
+    proj: torch.Tensor
+    middle: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+    def of(self, op: str) -> torch.Tensor:
+        """One op's result as [N, features] float32; ``qkv`` is q, k, v and gate side by side."""
+        if op == "qkv":
+            return side_by_side(self.q, self.k, self.v, self.gate)
+        value: torch.Tensor = getattr(self, op)
+        return value.float()
+
+
+@contextmanager
+def before_layers(model: HappyHorse, look: Callable[[int, Layer, LayerInputs], None]) -> Iterator[None]:
+    """Call ``look`` with its number, the layer and its inputs before any layer of a model runs."""
+
+    def hook(index: int, layer: Any, arguments: tuple[Any, ...]) -> None:
+        look(index, layer, LayerInputs(*arguments[:4]))
+
+    layers = model.block.layers
+    handles = [layer.register_forward_pre_hook(partial(hook, index)) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def record_inputs(model: HappyHorse, inputs: list[torch.Tensor]) -> list[LayerInputs]:
+    """Run a forward pass and keep the inputs of every layer."""
+    kept: list[LayerInputs] = []
+    with torch.no_grad(), before_layers(model, lambda index, layer, given: kept.append(given)):
+        model(*inputs)
+    return kept
+
+
+@torch.no_grad()
+def eager_ops(layer: Layer, given: LayerInputs, dtype: torch.dtype, exact: OpResults | None = None) -> OpResults:
+    """Run the eager layer's ops.
+
+    Args:
+        layer: With its weights.
+        given: Its inputs in float32.
+        dtype: Compute dtype.
+        exact: Inputs of the ops after the first, from float32; None where this is the float32 run itself.
+    """
+    attention, mlp, clip, stream = layer.attention, layer.mlp, given.clip, given.hidden.dtype
+    chunks = list(row_chunks(clip, attention.pre_norm.experts, ROW_CHUNK))
+
+    def product(op: Callable[[torch.Tensor, int], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([op(x[rows].to(dtype), e) for e, rows in chunks]).to(stream)
+
+    norm = normed(given.hidden, attention.pre_norm, clip).to(dtype)
+    q, k, v, gate = attention.qkv(given.hidden, given.phases, clip, dtype)
+    gate = torch.sigmoid(gate)
+    inputs = (q, k, v) if exact is None else (exact.q.to(dtype), exact.k.to(dtype), exact.v.to(dtype))
+    attended = attention.attend(*inputs, given.ranges)
+    gated = attention.gated(attended, gate if exact is None else exact.gate)
+    proj = product(attention.project, gated if exact is None else exact.attention)
+    middle = layer.add(given.hidden, proj, "attn_post_norm", clip) if exact is None else exact.middle
+    up = torch.cat([mlp.up(middle[rows], e, dtype) for e, rows in chunks])
+    down = product(mlp.down, up if exact is None else exact.up)
+    return OpResults(norm, q, k, v, gate, gated, proj, middle, up, down)
+
+
+@torch.no_grad()
+def fast_ops(layer: FastLayer, state: ClipState, given: LayerInputs, exact: OpResults) -> OpResults:
+    """Run the fast layer's ops in the layer's formats and on its implementations, each on its float32 input.
+
+    Args:
+        layer: Packed.
+        state: Of the clip.
+        given: The eager layer's inputs in float32.
+        exact: The eager layer's results in float32.
+    """
+    norm, q, k, v, gate = _norm_and_qkv(layer, state, given)
+    return OpResults(
+        norm,
+        q,
+        k,
+        v,
+        gate,
+        attention=_attention(layer, state, exact),
+        proj=_proj(layer, state, exact),
+        middle=given.hidden[:0],
+        up=_up(layer, state, exact),
+        down=_down(layer, state, exact),
+    )
+
+
+@torch.no_grad()
+def attention_in(precision: str, layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
+    """Run attention alone in a format that need not be the layer's, [N, Hq * D] after the gate, in plain torch.
+
+    Its own error: with the rounding points of the kernels, over the exact mask, its result rounded to bf16.
+
+    Args:
+        precision: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        layer: Packed.
+        state: Of the clip.
+        exact: The eager layer's results in float32.
+    """
+    backend = {**layer.plan.backend, "block_sparse_attention": "reference"}
+    return _attention(_changed(layer, backend, attention=precision, proj="bf16"), state, exact)
+
+
+@torch.no_grad()
+def products_alone(
+    layer: FastLayer, state: ClipState, given: LayerInputs, exact: OpResults
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (op, result [N, features]) of the layer's products, each on its float32 input and with a result in bf16.
+
+    Quantising a result is the error of the next op, whose format asks for it.
+
+    Args:
+        layer: Packed, attention in bf16.
+        state: Of the clip.
+        given: The eager layer's inputs in float32.
+        exact: The eager layer's results in float32.
+    """
+    yield "qkv", side_by_side(*_norm_and_qkv(layer, state, given)[1:])
+    yield "proj", _proj(layer, state, exact)
+    yield "down", _down(layer, state, exact)
+    yield "up", _up(_changed(layer, layer.plan.backend, down="bf16"), state, exact)
+
+
+def side_by_side(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """[N, heads, D] three times and [N, heads] -> [N, features] float32."""
+    return torch.cat([part.float() for part in (q.flatten(1), k.flatten(1), v.flatten(1), gate)], dim=1)
+
+
+def _changed(layer: FastLayer, backend: Mapping[str, str], **precision: str) -> FastLayer:
+    """The layer with some ops in another format, on the same buffers."""
+    plan = dataclasses.replace(layer.plan, precision={**layer.plan.precision, **precision}, backend=backend)
+    changed = FastLayer(plan, dict(layer.named_buffers()))
+    changed.bound = layer.bound
+    return changed
+
+
+def _tiles(layer: FastLayer, state: ClipState) -> torch.Tensor:
+    return state.row_tiles(layer.plan.experts)
+
+
+def _rows(state: ClipState, tokens: torch.Tensor, columns: int | None = None) -> torch.Tensor:
+    """[N, ...] in the public order -> [rows, ...] float32 padded with zeros, to ``columns`` where given."""
+    wide = tokens.float()
+    if columns is not None:
+        wide = torch.nn.functional.pad(wide, (0, columns - wide.shape[1]))
+    out = torch.zeros(state.rows.slots, *wide.shape[1:], device=wide.device)
+    out[state.token_rows] = wide
+    return out
+
+
+def _values(state: ClipState, result: Operand) -> torch.Tensor:
+    """[rows, features] of an op -> [N, features] float32 in the public order."""
+    codes, scale = result
+    return (codes.float() if scale is None else dequantize(codes, scale))[state.token_rows]
+
+
+def _norm_and_qkv(layer: FastLayer, state: ClipState, given: LayerInputs) -> tuple[torch.Tensor, ...]:
+    """norm [N, C]; q [N, Hq, D], k and v [N, Hkv, D], gate [N, Hq] of its codes."""
+    tiles, out = _tiles(layer, state), layer.plan.precision["attention"]
+    x = layer.norm(_rows(state, given.hidden), "qkv", tiles)
+    codes: Any = layer.qkv(x, state.cos_sin, tiles)
+    q, k, v = codes.q.float(), codes.k.float(), codes.v
+    if out == "int8_qk":
+        q, k = q * codes.q_scale[..., None], k * _each_row(codes.k_scale)[:, : len(k)].T[..., None]
+    elif out == "fp8":
+        scales = (codes.q_scale, codes.k_scale)
+        q, k = (x * _each_row(scale)[: len(x), None, None] for x, scale in zip((q, k), scales, strict=True))
+        v = (token_order(v).float() * _each_row(codes.v_scale)[:, None]).permute(2, 0, 1)
+    published = torch.argsort(rotary_permutation(layer.plan.head_dim)).to(q.device)
+    q, k = (x[state.token_rows][..., published] for x in (q, k))
+    return _values(state, x), q, k, v.float()[state.token_rows], codes.gate[state.token_rows]
+
+
+def _attention(layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
+    out = layer.plan.precision["attention"]
+    q, k, v, gate = (_rows(state, x) for x in (exact.q, exact.k, exact.v, exact.gate))
+    q_scale = k_scale = v_scale = None
+    if out == "bf16":
+        q, k = q.bfloat16(), k.bfloat16()
+    elif out == "int8_qk":
+        q, q_scale = quantize_q(q)
+        k, k_scale = quantize_k(k)
+        k_scale = k_scale.contiguous()
+    else:
+        of_blocks = layer.qk_scale.index_select(0, _tiles(layer, state)[:, 0])  # as the epilogue of QKV gives them
+        q_scale, k_scale = of_blocks.T.contiguous()
+        q, k = (to_e4m3(x / _each_row(scale)[: len(x), None, None]) for x, scale in ((q, q_scale), (k, k_scale)))
+        v, v_scale = quantize_v(v)
+    v = v if out == "fp8" else v.bfloat16()
+    return _values(state, layer.attend(AttentionInputs(q, k, v, q_scale, k_scale, v_scale, gate), state))
+
+
+def _proj(layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
+    return _product(layer, state, "proj", exact, output_scale(exact.v.float(), None, exact.gate.float()))
+
+
+def _up(layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
+    tiles = _tiles(layer, state)
+    y = layer.up(layer.norm(_rows(state, exact.middle), "up", tiles), tiles)
+    return _values(state, y)[:, : exact.up.shape[1]]
+
+
+def _down(layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
+    return _product(layer, state, "down", exact, static_scale(layer.activation, True, exact.up.device))
+
+
+def _product(layer: FastLayer, state: ClipState, op: str, exact: OpResults, of_codes: torch.Tensor) -> torch.Tensor:
+    """proj or down of a float32 input, in the format that the op before would have written it."""
+    weight: torch.Tensor = getattr(layer, f"{op}_weight")
+    rows = _rows(state, exact.attention if op == "proj" else exact.up, weight.shape[2])
+    if layer.plan.precision[op] == "fp8":
+        x: Operand = quantize_static(rows, of_codes), of_codes
+    else:
+        x = layer.quantized((rows.bfloat16(), None), op)
+    tiles = _tiles(layer, state)
+    if hasattr(layer, "attn_post_norm"):  # the product is then a launch of its own, whose result the norm takes
+        return layer.product(x, op, tiles)[state.token_rows]
+    branch = torch.zeros(len(rows), exact.middle.shape[1], device=rows.device)
+    layer.add(branch, x, op, tiles)
+    return branch[state.token_rows]
+
+
+def _each_row(scale: torch.Tensor) -> torch.Tensor:
+    """[..., S] of blocks -> [..., S * 128] of their rows."""
+    return scale.repeat_interleave(BLOCK, dim=-1)

@@ -1,0 +1,206 @@
+"""Time each op of a forward pass, in every form of the model, on the device's own clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from happyhorse_fast.config import PATCH, ModelConfig
+from happyhorse_fast.costs import OUTSIDE, step_costs
+from happyhorse_fast.fast.config import AttentionPrecision
+from happyhorse_fast.tokens import ClipTokens
+from happyhorse_fast.verify.forms import FORMS, Form
+
+PACKAGE = "happyhorse_fast::"
+PRODUCTS, ATTENTION, OTHER = "products", "attention", "other"
+"""Names of what eager torch runs."""
+COSTED = {
+    "block_sparse_attention": ("attention",),
+    "fp8_linear_activation": ("up",),
+    "fp8_linear_residual": ("proj", "down"),
+    "qkv_linear": ("qkv",),
+    "attention": ("attention",),
+    "products": ("qkv", "proj", "up", "down"),  # of an eager pass; in an accelerated one they are outside the layers
+}
+"""Name of an op -> its parts in :mod:`happyhorse_fast.costs`."""
+SEED = 0
+
+
+class OpTimes(TorchDispatchMode):
+    """Time every operation while the mode is entered: this package's by name, torch's as products, attention and other.
+
+    CUDA events around each operation cost about 10 us of host time, which a forward pass of short ops does not hide:
+    the sum over ops is then more than the pass takes without.
+
+    Args:
+        device: Where the operations run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._on_gpu = device.type == "cuda"
+        self._spans: list[tuple[str, Callable[[], float]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = group_of(func._schema.name)
+        if func.is_view:
+            return func(*args, **(kwargs or {}))
+        if not self._on_gpu:
+            began = time.perf_counter()
+            result = func(*args, **(kwargs or {}))
+            took = time.perf_counter() - began
+            self._spans.append((name, lambda: took))
+            return result
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = func(*args, **(kwargs or {}))
+        end.record()
+        self._spans.append((name, lambda: start.elapsed_time(end) / 1e3))
+        return result
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by op, longest first; waits for the device."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        total: dict[str, float] = {}
+        for name, taken in self._spans:
+            total[name] = total.get(name, 0.0) + taken()
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+    def calls(self) -> dict[str, int]:
+        """Calls by op."""
+        names = [name for name, _ in self._spans]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def group_of(name: str) -> str:
+    """Name the group of an operation: ``"happyhorse_fast::qkv_linear_reference"`` is in ``"qkv_linear"``."""
+    if name.startswith(PACKAGE):
+        return name.removeprefix(PACKAGE).removesuffix("_reference").removesuffix("_cuda")
+    base = name.removeprefix("aten::")
+    if base in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm"):
+        return PRODUCTS
+    return ATTENTION if base.startswith("_scaled_dot_product") else OTHER
+
+
+@dataclass(frozen=True)
+class OpTime:
+    """One op in a forward pass.
+
+    Attributes:
+        op: Its name.
+        backend: What it runs on; ``"torch"`` where it is no op of this package.
+        calls: In one pass.
+        ms: All of them, the median of the passes.
+        tflops: Useful TFLOP/s; None where the op has no product.
+    """
+
+    op: str
+    backend: str
+    calls: int
+    ms: float
+    tflops: float | None
+
+
+@dataclass(frozen=True)
+class FormTimes:
+    """One form's forward pass.
+
+    Attributes:
+        form: Its name.
+        attention: Precision of attention; None for an eager form.
+        ms: Sum over ops, the median of the passes.
+        ops: Longest first.
+        fallbacks: Why ops are slower than they could be.
+    """
+
+    form: str
+    attention: str | None
+    ms: float
+    ops: list[OpTime]
+    fallbacks: list[str]
+
+
+def time_forms(
+    config: ModelConfig,
+    clip: ClipTokens,
+    *,
+    text: int,
+    repeats: int,
+    device: torch.device,
+    attention: AttentionPrecision | None = None,
+) -> list[FormTimes]:
+    """Time the forward pass of a model with random weights on a clip, in every form but float32.
+
+    Args:
+        config: The model's configuration.
+        clip: Latent size.
+        text: Text tokens.
+        repeats: Forward passes per form.
+        device: Where to run; fp8 needs compute capability 8.9.
+        attention: Precision of attention of the fast forms; None: each form's default.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    forms = [form for form in FORMS if form.precision in ("bf16", "int8") or (fp8 and form.precision == "fp8")]
+    return [time_form(form, config, clip, text, attention, repeats, device) for form in forms]
+
+
+def time_form(
+    form: Form,
+    config: ModelConfig,
+    clip: ClipTokens,
+    text: int,
+    attention: AttentionPrecision | None,
+    repeats: int,
+    device: torch.device,
+) -> FormTimes:
+    """One form; arguments as :func:`time_forms` takes them."""
+    model = form.apply(form.eager(config, str(device)).init_weights(SEED), attention)
+    state: Any = getattr(model, "fast", None)
+    draw = torch.Generator(device).manual_seed(SEED)
+    shapes = (
+        (1, config.latent_channels, clip.T // PATCH[0], clip.H, clip.W),
+        (1, clip.audio, config.audio_in_channels),
+        (1, text, config.text_in_channels),
+    )
+    inputs = [torch.randn(shape, generator=draw, device=device) for shape in shapes]
+    passes, calls = [], {}
+    with torch.no_grad():
+        model(*inputs)  # compiles, and makes what depends on the clip's shape
+        for _ in range(repeats):
+            with OpTimes(device) as times:
+                model(*inputs)
+            passes.append(times.seconds())
+            calls = times.calls()
+    flops: dict[str, float] = {}
+    for cost in step_costs(config, clip, text=text):
+        if cost.kind != OUTSIDE:
+            flops[cost.op] = flops.get(cost.op, 0.0) + cost.count * cost.flops
+    ops = []
+    for name in passes[0]:
+        taken = statistics.median(each.get(name, 0.0) for each in passes)
+        parts = COSTED.get(name, ())
+        if name == PRODUCTS:  # without a fused kernel, attention is two of them
+            parts = () if state is not None else parts if ATTENTION in passes[0] else (*parts, "attention")
+        done = sum(flops[part] for part in parts)
+        backend = state.choices[name].backend if state is not None and name in state.choices else "torch"
+        ops.append(OpTime(name, backend, calls[name], 1e3 * taken, done / taken / 1e12 if done and taken else None))
+    total = statistics.median(sum(each.values()) for each in passes)
+    if state is None:
+        return FormTimes(form.name, None, 1e3 * total, ops, [])
+    fallbacks = sorted({choice.reason for choice in state.choices.values() if choice.fell_back})
+    layer: Any = model.block.layers[0]
+    return FormTimes(form.name, layer.plan.precision["attention"], 1e3 * total, ops, fallbacks)

@@ -1,0 +1,205 @@
+"""Block-sparse attention with warps of two kinds, in Gluon, for Hopper; docs/OPS.md states tensors and rounding.
+
+The work items, masks and formats of ``block_sparse_attention``, another division of labour. One warp loads: it fills
+rings of k and v tiles, and the next item's queries, through TMA. Two warp groups compute, 64 queries of an item each,
+over the same tiles. Within a group the softmax of a block runs beside PV of the block before it, as in FlashAttention-3
+(arXiv 2407.08608, section 3.2).
+
+`hopper_bounded` has the steps of bf16 and of int8 q and k, `hopper_e4m3` those of e4m3. Who waits for whom, bytes,
+instructions, and what was measured and predicted: docs/kernels/attention.md.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from happyhorse_fast.kernels import numerics
+from happyhorse_fast.kernels.attention import LOG_2, P_EXPONENT
+from happyhorse_fast.kernels.hopper_barriers import K_SLOTS, V_SLOTS, pass_turn
+from happyhorse_fast.kernels.hopper_bounded import attend_bounded
+from happyhorse_fast.kernels.hopper_e4m3 import attend_e4m3
+from happyhorse_fast.kernels.hopper_ring import await_full, fill, make_ring, release
+from happyhorse_fast.kernels.hopper_scores import Item, Scales, Work
+from happyhorse_fast.kernels.hopper_sizes import GROUPS, sizes_of
+
+to_e4m3 = gluon.jit(numerics.to_e4m3.fn)
+
+Q_SLOTS = gl.constexpr(2)
+"""Items whose queries fit at once: the next one's arrive while this one is computed."""
+COMPUTE_REGISTERS = gl.constexpr(240)
+LOAD_REGISTERS = gl.constexpr(24)
+"""Per thread: 2 x 128 x 240 + 128 x 24 of 65,536."""
+
+
+@gluon.jit
+def work_item(work, item, sizes: gl.constexpr):
+    """(entry, head, row) of an item: a row of a map and one query head, the heads of a row side by side."""
+    entry = gl.load(work.order + item // sizes.shared)
+    return entry, entry // work.map_rows * sizes.shared + item % sizes.shared, entry % work.map_rows
+
+
+@gluon.jit
+def load_tiles(q, k, v, q_ring, k_ring, v_ring, work, sizes: gl.constexpr):
+    """The loading warp: queries of every item, k and v of every listed block, in the order they are used."""
+    K_NAMED: gl.constexpr = K_SLOTS if sizes.named else 0
+    V_NAMED: gl.constexpr = V_SLOTS if sizes.named else 0
+    turn = 0
+    use = 0
+    for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
+        entry, head, row = work_item(work, item, sizes)
+        fill(q_ring, turn, q, row * sizes.block, head * sizes.d, GROUPS, Q_SLOTS, 0)
+        start = gl.load(work.starts + entry)
+        steps = gl.load(work.counts + entry * 2 + 1)
+        channel = head // sizes.group * sizes.d
+        for at in range(start, start + steps):
+            key = gl.load(work.columns + at) * sizes.block
+            fill(k_ring, use, k, key, channel, 1, sizes.stages, K_NAMED)
+            if sizes.e4m3:
+                fill(v_ring, use, v, channel, key, 1, sizes.stages, V_NAMED)
+            else:
+                fill(v_ring, use, v, key, channel, 1, sizes.stages, V_NAMED)
+            use += 1
+        turn += 1
+
+
+@gluon.jit
+def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
+    """A computing group: queries GROUP * 64 and on of every item."""
+    q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, queries, key_blocks = common
+    ROWS: gl.constexpr = sizes.rows
+    FIRST: gl.constexpr = GROUP * ROWS
+    if not sizes.e4m3 and GROUP == 1:
+        pass_turn(GROUP)
+    turn = 0
+    use = 0
+    for number in range(gl.program_id(0), work.items, gl.num_programs(0)):
+        entry, head, row = work_item(work, number, sizes)
+        kv_head = head // sizes.group
+        query = row * sizes.block + FIRST + gl.arange(0, ROWS, layout=sizes.s_row)
+        live = query < queries
+        scores = scales.scores
+        of_k = scales.k
+        of_v = scales.v
+        if sizes.int8:
+            scores *= gl.load(scales.q + query.to(gl.int64) * sizes.heads_q + head, mask=live, other=1.0)
+            of_k += kv_head * key_blocks
+        if sizes.e4m3:
+            scores *= gl.load(scales.q + row)
+            of_v += kv_head * key_blocks
+        of_item = Scales(scores, scales.q, of_k, of_v)
+        slot = await_full(q_ring, turn, Q_SLOTS)
+        q_tile = q_ring.tiles.index(slot * GROUPS + GROUP)
+        n_full = gl.load(work.counts + entry * 2)
+        n_all = gl.load(work.counts + entry * 2 + 1)
+        item = Item(q_tile, gl.load(work.starts + entry), n_full, n_all)
+        acc = gl.full([ROWS, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
+        row_sum = gl.full([ROWS], 0.0, gl.float32, layout=sizes.s_row)
+        log_sum = row_sum
+        row_max = gl.full([ROWS], -float("inf"), gl.float32, layout=sizes.s_row)
+        if n_all > 0:
+            if sizes.e4m3:
+                acc, row_sum, row_max = attend_e4m3(item, use, k_ring, v_ring, work, of_item, FIRST, sizes)
+            else:
+                acc, row_sum, log_sum = attend_bounded(item, use, k_ring, v_ring, work, of_item, GROUP, sizes)
+            use += n_all
+        release(q_ring, slot, 0)
+        turn += 1
+
+        row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # no key: 0 / 1; NaN stays
+        factor = 1.0 / row_sum
+        if gate is not None:
+            factor *= gl.load(gate + query.to(gl.int64) * sizes.heads_q + head, mask=live, other=0.0)
+        if out_scale is not None:
+            factor *= 1.0 / gl.load(out_scale)
+        result = acc * gl.convert_layout(factor, sizes.o_row)[:, None]
+        store_result(result, out, out_scale, row * sizes.block + FIRST, head, queries, sizes)
+        if lse is not None:  # no key: -inf + log2(1), or log2(0)
+            if sizes.e4m3:
+                log_sum = row_max + gl.log2(row_sum) - P_EXPONENT
+            else:
+                log_sum = gl.log2(log_sum)
+            gl.store(lse + head.to(gl.int64) * queries + query, log_sum * LOG_2, mask=live)
+
+
+@gluon.jit
+def store_result(result, out, out_scale, first, head, queries, sizes: gl.constexpr):
+    """Round, to e4m3 where there is a scale, and store 16 bytes a thread at a time."""
+    D: gl.constexpr = sizes.d
+    EACH: gl.constexpr = 8 if out_scale is None else 16
+    layout: gl.constexpr = gl.BlockedLayout([1, EACH], [32 * EACH // D, D // EACH], [4, 1], [1, 0])
+    if out_scale is None:
+        value = result.to(gl.bfloat16)
+    else:
+        value = to_e4m3(result)
+    query = first + gl.arange(0, sizes.rows, layout=gl.SliceLayout(1, layout))
+    channel = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    place = out + (query.to(gl.int64) * sizes.heads_q + head)[:, None] * D + channel[None, :]
+    gl.store(place, gl.convert_layout(value, layout), mask=(query < queries)[:, None])
+
+
+@gluon.jit
+def block_sparse_attention_hopper_kernel(
+    q,
+    k,
+    v,
+    out,
+    out_scale,
+    lse,
+    counts,
+    starts,
+    columns,
+    mask_ids,
+    mask_bits,
+    order,
+    q_scale,
+    k_scale,
+    v_scale,
+    gate,
+    flag,
+    scale,
+    queries,
+    map_rows,
+    key_blocks,
+    items,
+    HEADS_Q: gl.constexpr,
+    HEADS_KV: gl.constexpr,
+    MAP_HEADS: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Every work item of one launch; q, k and v are TMA descriptors, ``scale`` is the softmax scale times log2(e).
+
+    Where a ``flag`` is given and 0 there are no items: the scores have no bound, and another kernel is launched too.
+    q_scale and k_scale come with q and k of 8 bits, v_scale with e4m3 v; out_scale asks for e4m3 output; lse and
+    gate are None where they are not wanted.
+    """
+    sizes: gl.constexpr = sizes_of(
+        HEADS_Q,
+        HEADS_KV,
+        MAP_HEADS,
+        D,
+        BLOCK,
+        STAGES,
+        q.dtype.primitive_bitwidth,
+        v.dtype.primitive_bitwidth,
+        lse is not None,
+    )
+    if flag is not None:
+        items = gl.where(gl.load(flag) != 0, items, 0)
+    q_ring = make_ring(q, GROUPS, Q_SLOTS, GROUPS)
+    k_ring = make_ring(k, 1, STAGES, GROUPS)
+    v_ring = make_ring(v, 1, STAGES, GROUPS)
+    fence_async_shared()
+    work = Work(counts, starts, columns, mask_ids, mask_bits, order, map_rows, items)
+    scales = Scales(scale, q_scale, k_scale, v_scale)
+    common = (q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, queries, key_blocks)
+    gl.warp_specialize(
+        [
+            (compute, (0, common, sizes)),
+            (compute, (1, common, sizes)),
+            (load_tiles, (q, k, v, q_ring, k_ring, v_ring, work, sizes)),
+        ],
+        [4, 1],
+        [COMPUTE_REGISTERS, LOAD_REGISTERS],
+    )

@@ -1,0 +1,312 @@
+"""Kernels compiled without a GPU: a few here, all in `make aot-check`; and what its gates must catch."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bench.aot import gates
+from happyhorse_fast.kernels.launch import ARCHITECTURES
+
+ROOT = Path(__file__).parents[2]
+
+
+GOOD = gates.Row(
+    stem="linear",
+    kernel="fp8_linear_kernel",
+    variant="fp8_plain",
+    detail="fp8, plain, bf16 out",
+    arch=90,
+    config={"block_m": 128, "block_n": 256, "block_k": 128, "num_warps": 8, "num_stages": 4, "descriptors": True},
+    tile={"block_m": 128, "block_n": 256, "block_k": 128},
+    num_warps=8,
+    num_stages=4,
+    fp_fusion=True,
+    products="fp8",
+    registers=197,
+    stack=0,
+    spill_stores=0,
+    spill_loads=0,
+    shuffles=0,
+    shared=213_024,
+    tensor_core={"QGMMA": 4},
+    triton="3.7.1",
+    seconds=2.4,
+)
+
+
+def run(*command):
+    """In a process whose Triton compiles: this one interprets."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# Compiled -------------------------------------------------------------------------------------------------------------
+
+SOME = {
+    "qkv": ("rmsnorm_quantize fp8 out, branch", "qkv_linear fp8, fp8 out"),
+    "attention": (
+        "block_sparse_attention fp8, D 128, bf16 out",
+        "block_sparse_attention bf16, D 128, bf16 out, hopper",
+        "block_sparse_attention int8_qk, D 128, bf16 out, hopper",
+        "block_sparse_attention fp8, D 128, bf16 out, hopper",
+    ),
+    "row_quantization": ("quantize_rows 13696 channels, Hadamard",),
+    "linear": (
+        "fp8_linear_activation fp8, swiglu7, fp8 out",
+        "fp8_linear_residual fp8, residual, float32 out",
+    ),
+    "block_selection": ("select_blocks bf16, 1464 blocks, by number, max",),
+}
+
+
+slow = pytest.mark.slow  # 3 to 5 s each, and `make check` compiles all of them first
+
+
+@pytest.mark.parametrize("stem", [pytest.param(s, marks=() if s == "linear" else slow) for s in SOME])
+def test_a_kernel_of_every_stem_holds_its_gates_on_hopper(stem):
+    done = run("-m", "bench.aot.compile", "--only", "|".join(f"^sm_90 {case}$" for case in SOME[stem]))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [gates.Row(**json.loads(line)) for line in done.stdout.splitlines()[1:]]
+    assert len(rows) >= len(SOME[stem])
+    assert {row.stem for row in rows} == {stem}
+    assert [problem for row in rows for problem in gates.problems(row)] == []
+
+
+TABLES = {path.stem: json.loads(path.read_text()) for path in (ROOT / "kernels" / "configs").glob("*.json")}
+
+
+def test_every_launch_table_has_a_case_here():
+    assert set(SOME) == set(TABLES)
+
+
+@pytest.mark.parametrize(("stem", "variant"), [(stem, variant) for stem in TABLES for variant in TABLES[stem]])
+def test_every_entry_is_there_for_each_architecture_that_can(stem, variant):
+    """Entries for strided tensors: where others use descriptors, which only sm_90 and sm_100 do in attention."""
+    able = [a for a in ARCHITECTURES if "fp8" not in variant or a >= 89]
+    for end, only in (("_strided", (90, 100)), ("_hopper", (90,))):
+        able = only if variant.endswith(end) else able
+    assert sorted(map(int, TABLES[stem][variant])) == list(able)
+
+
+@pytest.mark.parametrize(
+    ("plant", "problem"),
+    [
+        # Deeper than shared memory: Triton compiles it without a word.
+        ("table('linear')['fp8_plain']['90']['num_stages'] = 6", "bytes of shared memory, sm_90 has 232448"),
+        # One step of a wide tile in four warps: more registers than there are.
+        pytest.param("table('linear')['fp8_plain']['90']['num_warps'] = 4", "spills: ", marks=slow),
+        # A launcher that leaves it to the compiler's default.
+        pytest.param("fp8_linear.FP_FUSION = None", "launched without enable_fp_fusion", marks=slow),
+        # One that launches something else than the table says.
+        pytest.param(
+            "fp8_linear.config_of = lambda *_: config_for('linear', 'bf16_plain', 90)",
+            "launched with tiles",
+            marks=slow,
+        ),
+    ],
+    ids=["stages", "warps", "fusion", "another entry"],
+)
+def test_a_planted_mistake_is_caught(plant, problem):
+    code = f"""
+import triton
+from bench.aot.cases import cases
+from bench.aot.compile import Driver, measure, record
+from bench.aot.gates import problems
+from happyhorse_fast.kernels.launch import config_for, table
+from happyhorse_fast.ops.linear import triton as fp8_linear
+{plant}
+triton.runtime.driver.set_active(driver := Driver())
+case = next(c for c in cases() if (c.arch, c.detail) == (90, "fp8, plain, bf16 out"))
+print(problems(measure(driver, *record(driver, iter([case])))))
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert problem in done.stdout
+
+
+def test_it_does_not_run_where_kernels_are_interpreted():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.aot.compile", "--only", "^$"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET must not be set" in done.stderr
+
+
+# The gates ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_row_holds():
+    assert gates.problems(GOOD) == []
+
+
+def test_int8_has_the_tensor_cores_of_sm_100_from_triton_3_8_on():
+    assert replace(GOOD, arch=100, products="int8_qk", triton="3.7.1").wanted == ["IMMA", "UTCHMMA"]
+    assert replace(GOOD, arch=100, products="int8_qk", triton="3.8.0").wanted == ["UTCHMMA", "UTCIMMA"]
+    assert replace(GOOD, arch=90, products="int8_qk", triton="3.10.0").wanted == ["HGMMA", "IGMMA"]
+
+
+def test_spills_are_known_by_table_and_architecture_and_never_on_hopper():
+    spilling = replace(GOOD, arch=100, tensor_core={"UTCQMMA": 8}, stack=8, spill_stores=1)
+    assert len(gates.problems(spilling)) == 2
+    assert gates.problems(replace(spilling, stem="qkv")) == []
+    assert not any(arch == 90 for _, arch in gates.MAY_SPILL)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"stack": 16}, "16 bytes of stack"),
+        ({"spill_stores": 3}, "spills: 3 STL, 0 LDL"),
+        ({"spill_loads": 2}, "spills: 0 STL, 2 LDL"),
+        ({"registers": 256}, "256 registers, at most 255 allowed"),
+        ({"shared": 232_449}, "needs 232449 bytes of shared memory, sm_90 has 232448"),
+        ({"tensor_core": {"HMMA": 64}}, "tensor-core instructions HMMA, not QGMMA"),
+        ({"tensor_core": {"HMMA": 1, "QGMMA": 4}}, "tensor-core instructions HMMA, QGMMA, not QGMMA"),
+        ({"tensor_core": {}}, "tensor-core instructions none, not QGMMA"),
+        ({"products": "bf16"}, "tensor-core instructions QGMMA, not HGMMA"),
+        ({"products": "int8_qk"}, "tensor-core instructions QGMMA, not HGMMA, IGMMA"),
+        ({"products": "none"}, "tensor-core instructions QGMMA, not none"),
+        ({"num_warps": 4}, "launched with 4 warps and 4 stages, not as 'fp8_plain' says"),
+        ({"tile": {"block_k": 64}}, "launched with tiles {'block_k': 64}, not {'block_k': 128} as 'fp8_plain' says"),
+        ({"fp_fusion": False}, "launched without enable_fp_fusion=FP_FUSION"),
+        ({"config": GOOD.config | {"block_n": 192}}, "block_n must be a power of two, got 192"),
+        ({"arch": 80, "tensor_core": {"QMMA": 4}}, "sm_80 has no e4m3 tensor cores"),
+        ({"config": GOOD.config | {"reduce": True}}, "0 additions by the memory, some wanted"),
+        ({"reduces": 4}, "4 additions by the memory, none wanted"),
+        (
+            {"config": GOOD.config | {"reduce": True}, "reduces": 4, "stores": 2},
+            "2 STG and pointers  beside additions by the memory",
+        ),
+        (
+            {"config": GOOD.config | {"reduce": True}, "reduces": 4, "pointers": ["out", "x_scale"]},
+            "0 STG and pointers out, x_scale beside additions by the memory",
+        ),
+        ({"arch": 100}, "tensor-core instructions QGMMA, not UTCQMMA"),
+        ({"nan_lost": 2, "nan_kept": 4}, "2 minima and maxima that lose NaN, 4 that keep it"),
+    ],
+)
+def test_a_bad_row_is_caught(change, problem):
+    row = replace(GOOD, **change)
+    assert gates.problems(row)[0] == f"sm_{row.arch} fp8_linear fp8, plain, bf16 out, Triton 3.7.1: " + (
+        problem if row.arch != 80 else f"{problem} (sm_89 and later have)"
+    )
+
+
+@pytest.mark.parametrize("detail", ["fp8, swiglu7, bf16 out", "bf16, gelu7, fp8 out", "int8 out", "bf16, int8_qk out"])
+def test_a_clamp_must_be_there_and_keep_nan(detail):
+    row = replace(GOOD, detail=detail)
+    assert gates.problems(replace(row, nan_kept=1)) == []
+    assert gates.problems(row)[0].endswith("0 minima and maxima that lose NaN, 0 that keep it")
+    assert gates.problems(replace(GOOD, stem="attention", nan_lost=9)) == [], "a softmax may lose it"
+
+
+def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
+    config = GOOD.config | {"num_warps": 4, "num_stages": 2, "hopper": True}
+    row = replace(GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", tensor_core={"HGMMA": 96})
+    row = replace(
+        row, exponents=[64, 65, 64, 66], turns=[[16, 0, 1]] * 4, barriers=[[0, 128], [1, 0], [6, 256], [7, 256]]
+    )
+    assert gates.problems(row) == []
+    moved = gates.problems(replace(row, exponents=[64, 2, 64, 64]))[0]
+    assert moved.endswith("3 loops with 64 exponents beside PV, 4 wanted")
+    assert gates.problems(replace(row, turns=[[16, 0, 1]] * 3))[0].endswith("3 turns, 4 wanted")
+    for wrong in ([8, 8, 1], [0, 16, 1], [16, 0, 0], [16, 0, 2], [0, 0, 1]):
+        (found,) = gates.problems(replace(row, turns=[[16, 0, 1], [16, 0, 1], wrong, [16, 0, 1]]))
+        assert f"a turn of {wrong[0]} products, passed {wrong[2]} times, with {wrong[1]} behind it" in found
+    for barriers in ([[6, 256]], [[6, 256], [7, 128]], [[4, 128], [6, 256], [7, 256]]):
+        assert "two of both groups" in gates.problems(replace(row, barriers=barriers))[0], "Triton has come to use more"
+    e4m3 = replace(
+        row, products="fp8", tensor_core={"QGMMA": 48}, exponents=[66, 0, 66, 0], turns=[], barriers=[[1, 0]]
+    )
+    assert gates.problems(e4m3) == []
+    assert "named barriers" in gates.problems(replace(e4m3, barriers=row.barriers))[0]
+    assert "1 loops with 64 exponents beside PV, 2 wanted" in gates.problems(replace(e4m3, exponents=[66, 0, 0, 0]))[0]
+    assert gates.problems(replace(e4m3, exponents=[0, 0, 0, 0], detail="fp8, bf16 out, LSE")) == []
+
+
+@slow
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        # What the wait in `advance` is for: if this passes, it may no longer be needed.
+        (
+            "    await_full(v_ring, use, sizes.stages)\n    acc = ",
+            "    acc = ",
+            "0 loops with 64 exponents beside PV, 4 wanted",
+        ),
+        (
+            "    pv_pending = ",
+            "    pass_turn(GROUP)\n    pv_pending = ",
+            "a turn of 8 products, passed 2 times, with 8 behind",
+        ),
+        ("    pass_turn(GROUP)\n", "", "passed 0 times"),
+    ],
+    ids=["exponents behind PV", "a turn passed before PV", "no turn passed"],
+)
+def test_the_compiled_order_is_seen(old, new, problem, tmp_path):
+    done = run("-c", MOVED.format(root=str(tmp_path), old=old, new=new))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert problem in done.stdout
+
+
+MOVED = r"""
+import importlib.util
+import sys
+from pathlib import Path
+
+import triton
+from bench.aot.cases import cases
+from bench.aot.compile import Driver, measure, record
+from bench.aot.gates import problems
+from happyhorse_fast.kernels import attention_hopper as kernel
+from happyhorse_fast.kernels import hopper_bounded
+
+source = Path(hopper_bounded.__file__).read_text()
+assert source.count({old!r}) == 1
+path = Path({root!r}) / "moved.py"
+path.write_text(source.replace({old!r}, {new!r}))
+spec = importlib.util.spec_from_file_location("moved", path)
+moved = sys.modules["moved"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(moved)
+kernel.attend_bounded = moved.attend_bounded
+triton.runtime.driver.set_active(driver := Driver())
+case = next(c for c in cases() if (c.arch, c.detail) == (90, "bf16, D 128, bf16 out, hopper"))
+print(problems(measure(driver, *record(driver, iter([case])))))
+"""
+
+
+def test_an_entry_that_no_case_launches_is_caught():
+    missing = gates.not_compiled([GOOD])
+    assert "linear 'bf16_plain' for sm_80: no case launches it" in missing
+    assert not any("'fp8_plain' for sm_90" in line for line in missing)
+
+
+def test_a_compiler_that_prints_more_than_a_pipe_holds_is_read_to_its_end(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nhead -c 300000 /dev/zero | tr '\\0' x >&2\necho '{\"kernels\": 1}'\nexit 3\n")
+    script.chmod(0o755)
+    from bench.aot import __main__ as aot
+
+    monkeypatch.setattr(sys, "executable", str(script))
+    compiles = aot.Compiles(Console(file=io.StringIO()), "")
+    compiles.run(aot.Shard(None, 0))
+    assert compiles.expected == 1
+    assert "ended with 3" in compiles.failures[0] and compiles.failures[0].endswith("x" * 100)

@@ -1,0 +1,339 @@
+"""The gate and the table: a wrong kernel has no number, a slow one shows, a broken peer ends nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from comparison_cases import CEILINGS, CPU, FOREVER, SEEN, Counting, compared
+
+from bench import ops, ops_table
+from bench.bootstrap import ROOT
+from bench.cases import cases, padded_rows, select
+from bench.hopper import HOPPER, running
+from bench.inputs import call, make, softmax
+from bench.measure import comparison, gates
+from bench.measure.comparison import Bench, groups, implementations
+from bench.measure.conditions import Monitor
+from bench.peers import eager
+from bench.peers.registry import all_peers, split
+from bench.peers.torch import Eager
+from bench.results import Results, comparable, describe_machine, ratio, read
+from happyhorse_fast.kernels.launch import config_for, table
+
+TINY = cases("tiny")
+
+
+@pytest.fixture(autouse=True)
+def ceilings(monkeypatch):
+    """Not measured for every test anew."""
+    monkeypatch.setattr(Bench, "measured", CEILINGS)
+
+
+@pytest.fixture
+def bench():
+    return Bench(CPU, "reference", seconds=0.0, peers=[Eager()])
+
+
+def planted(monkeypatch, change):
+    """The reference's results, changed, in place of the implementation."""
+
+    def changed(case, given, backend):
+        results = list(call(case, given, backend))
+        first = results[0].clone()
+        results[0] = change(first).to(first.dtype)
+        if case.op == "fp8_linear_residual":
+            given["hidden"].copy_(results[0])
+        return tuple(results)
+
+    monkeypatch.setattr(gates, "call", changed)
+
+
+def drop_tile(x):
+    x[128:256, :64] = 0
+    return x
+
+
+WRONG = {
+    "a dropped tile": drop_tile,
+    "a scale 4 % off": lambda x: x.float() * 1.04,
+    "rows shifted by one": lambda x: x.roll(1, 0),
+    "an unwritten row": lambda x: x.float().index_fill(0, torch.tensor([5]), torch.nan),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("window/tiny/fp8", "window/tiny/int8_qk", "window/tiny/bf16", "attention-dense/tiny/bf16"),
+        *("swiglu7/tiny", "residual-down/tiny", "qkv_linear/tiny/bf16", "quantize/tiny/bf16"),
+        *("swiglu7/tiny/int8", "residual-down/tiny/int8", "qkv_linear/tiny/int8", "rows-down/tiny"),
+    ],
+)
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_kernel_has_no_number(name, what, bench, monkeypatch, tmp_path):
+    case = select(TINY, name)[-1]
+    planted(monkeypatch, WRONG[what])
+    results = Results(tmp_path / "r.json", describe_machine(CPU))
+    (entry,) = ops.run(bench, [case], results, time.monotonic() + 60)
+    assert entry["verified"] is False
+    assert entry["reason"]
+    assert [entry[k] for k in ("median_ms", "tflops", "gbps", "roofline", "peers")] == [None, None, None, None, {}]
+    assert "NOT VERIFIED" in ops_table.table([entry])
+    assert not any(character.isdigit() for cell in ops_table.row(entry)[2:-1] for character in cell)
+    (written,) = read(tmp_path / "r.json")["entries"]
+    assert written == json.loads(json.dumps(entry))
+
+
+@pytest.mark.parametrize(("precision", "seen"), [("int8", True), ("fp8", False)])
+def test_sums_of_int8_codes_are_held_to_be_exact(precision, seen, monkeypatch):
+    (case,) = select(TINY, f"residual-proj/tiny/{precision}")
+    planted(monkeypatch, lambda x: x * (1 + 1e-5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))))
+    assert bool(gates.problems(case, make(case, CPU), "reference")) is seen
+
+
+def test_a_kernel_that_raises_has_no_number(bench, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(gates, "call", broken)
+    (entry,) = compared(bench, TINY[:1])
+    assert (entry["verified"], entry["median_ms"]) == (False, None)
+    assert "out of resource" in entry["reason"]
+
+
+def test_a_sampled_gate_sees_an_unwritten_tile_anywhere(monkeypatch):
+    case = select(cases("small"), "proj/small/bf16")[0]
+    assert case.rows // 128 > gates.ALL_BLOCKS_UP_TO
+    unseen = next(b for b in range(case.rows // 128) if b not in gates._blocks(case.rows // 128))
+
+    def unwritten(x):
+        x[unseen * 128 + 3] = torch.nan
+        return x
+
+    planted(monkeypatch, unwritten)
+    assert "nothing wrote" in gates.problems(case, make(case, CPU), "reference")[0]
+
+
+def test_a_slow_kernel_shows_in_the_table(bench, monkeypatch):
+    case = select(TINY, "proj/tiny/bf16")[0]
+    (honest,) = compared(bench, [case])
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        return call(*arguments)
+
+    monkeypatch.setattr(comparison, "call", slow)
+    (entry,) = compared(bench, [case])
+    assert entry["verified"] and entry["median_ms"] > 500 > honest["median_ms"]
+    assert entry["peers"]["eager"] / entry["median_ms"] < 0.5, "the peer is more than twice as fast"
+    assert entry["roofline"] < honest["roofline"]
+    assert "eager 0.0" in ops_table.table([entry])
+
+
+def test_a_peer_that_breaks_is_named_and_ends_nothing():
+    class Broken(Eager):
+        name = "broken"
+
+        def prepare(self, case, inputs):
+            raise RuntimeError("no kernel image is available")
+
+    both = Bench(CPU, "reference", seconds=0.0, peers=[Broken(), Eager()])
+    (case,) = select(TINY, "swiglu7/tiny/bf16")
+    (entry,) = compared(both, [case])
+    assert set(entry["peers"]) == {"eager"}
+    assert both.absent == {f"broken on {case.name}": "RuntimeError: no kernel image is available"}
+
+
+def test_a_peer_takes_turns_with_both_precisions_once_on_rotated_inputs():
+    peer = Counting("counting")
+    both = Bench(CPU, "reference", seconds=0.0, peers=[peer])
+    fp8, _, bf16 = select(TINY, "quantize/tiny")
+    entries = ops.run(both, [fp8, bf16], None, FOREVER)
+    assert peer.seen == [(fp8.name, 0), (fp8.name, 1)]
+    assert entries[0]["peers"] == entries[1]["peers"] != {}
+    assert comparable(*entries)
+
+
+def test_attention_says_which_softmax_ran_and_without_a_known_bound_takes_turns_with_those_that_have_one(bench):
+    entries = ops.run(bench, select(TINY, "attention-dense/tiny"), None, FOREVER)
+    assert {entry["case"]: entry["softmax"] for entry in entries} == {
+        "block_sparse_attention-dense/tiny/fp8": "running maximum",
+        "block_sparse_attention-dense/tiny/int8_qk": "bounded",
+        "block_sparse_attention-dense/tiny/bf16": "bounded",
+        "attention-dense/tiny/bf16": "bounded, found on the device",
+    }
+    assert all(comparable(entries[0], entry) for entry in entries)
+    assert [set(entry["peers"]) for entry in entries] == [{"eager"}] * 3 + [set()], "eager's gate is work of its own"
+
+
+def test_softmax_is_said_as_it_runs_not_as_it_should():
+    known, found = (make(case, CPU) for case in select(TINY, "attention-dense/tiny/bf16"))
+    assert [softmax(known | {"bound": bound}) for bound in (100.0, 100.1)] == ["bounded", "running maximum"]
+    assert softmax(found | {"q": found["q"] * 30}) == "running maximum, found on the device"
+    assert softmax(make(select(TINY, "quantize/tiny/bf16")[0], CPU)) is None
+
+
+def test_times_of_two_spans_are_not_compared(bench):
+    case = select(TINY, "quantize/tiny/bf16")[0]
+    (one,), (other,) = compared(bench, [case]), compared(bench, [case])
+    assert not comparable(one, other), "the chip may have been cool in one"
+    assert ratio(one, "eager") == one["peers"]["eager"] / one["median_ms"]
+    before = {name: value for name, value in one.items() if name != "span"}  # results from before there were spans
+    assert not comparable(before, before) and ratio(before, "eager") is None
+    assert ops_table.row(before)[-1] == "eager not interleaved" and "x" in ops_table.row(one)[-1]
+
+
+def test_a_peer_that_compiles_takes_turns_after_all_others_were_timed():
+    peers = [Counting("slow a", slow=True), Counting("slow b", slow=True), Counting("quick")]
+    some = Bench(CPU, "reference", seconds=0.0, peers=peers)
+    SEEN.clear()
+    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), None, FOREVER)
+    assert SEEN == ["quick"] * 4 + ["slow a", "slow b", "quick", "quick"] * 2
+    assert all(set(entry["peers"]) == {"quick", "slow a", "slow b"} for entry in entries), "all of one span"
+
+
+def test_without_a_peer_that_compiles_nothing_is_timed_again():
+    class Absent(Counting):
+        def prepare(self, case, inputs):
+            raise LookupError("no such form")
+
+    quick = Counting("quick")
+    some = Bench(CPU, "reference", seconds=0.0, peers=[quick, Absent("absent", slow=True)])
+    (group,), written = groups(select(TINY, "quantize/tiny/bf16")), []
+    some.compare(group, [quick], written.append)
+    assert some.compare(group, some.peers, written.append) == {} and len(written) == 1
+
+
+def test_a_peer_that_does_not_fit_the_time_left_is_left_out(monkeypatch):
+    some = Bench(CPU, "reference", seconds=0.0, peers=[Counting("quick"), Counting("endless")])
+    prepare, made = some.stopwatch.prepare, []
+    monkeypatch.setattr(some.stopwatch, "prepare", lambda *a, **k: made.append(prepare(*a, **k)) or made[-1])
+    monkeypatch.setattr(some.stopwatch, "least_seconds", lambda prepared: 100.0 if prepared is made[-1] else 0.0)
+    (entry,) = compared(some, select(TINY, "quantize/tiny/bf16"), time.monotonic() + 60)
+    assert set(entry["peers"]) == {"quick"}
+    assert list(some.absent.values()) == ["needs 100 s, 60 were left"]
+
+
+def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
+    tried = []
+
+    def counted(case, given, backend):
+        tried.append((case.op, backend))
+        return call(case, given, "reference")
+
+    monkeypatch.setattr(gates, "call", counted)
+    monkeypatch.setattr(comparison, "call", counted)
+    some = Bench(CPU, "triton", seconds=0.0, also=["cuda"])
+    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), None, time.monotonic() + 60)
+    found = {(entry["case"].partition("-")[0].partition("/")[0], entry["impl"]) for entry in entries}
+    assert found == {
+        ("fp8_linear_residual", "triton"),
+        ("rmsnorm_quantize", "triton"),
+        ("rmsnorm_quantize", "cuda"),
+    }
+    assert set(tried) == found
+
+
+def test_hopper_warps_are_an_implementation_of_their_own_whatever_the_table_says():
+    before, seen = json.dumps(table("attention")), []
+    with running(HOPPER) as backend:
+        assert backend == "triton"
+        assert config_for("attention", "bf16_d128", 90).hopper
+        assert not config_for("attention", "bf16_d128", 80).hopper
+        assert not config_for("attention", "bf16_d128_strided", 90).hopper
+        with running("triton"):
+            assert not any(config_for("attention", f"{f}_d128", 90).hopper for f in ("bf16", "fp8"))
+        assert config_for("attention", "bf16_d128", 90).hopper
+        elsewhere = threading.Thread(target=lambda: seen.append(config_for("attention", "fp8_d64", 90).hopper))
+        elsewhere.start()
+        elsewhere.join()
+    with running("triton"), running("auto"):
+        assert not config_for("attention", "bf16_d128", 90).hopper, "what the call around it passes"
+    with running("auto"):
+        assert config_for("attention", "bf16_d128", 90).hopper, "what is committed"
+    assert seen == [False], "another thread launches what is committed"
+    assert json.dumps(table("attention")) == before
+    attention, norm = select(TINY, "window/tiny/bf16,quantize/tiny/bf16")
+    assert implementations(attention, "triton", [HOPPER, "cuda"]) == ["triton", HOPPER, "cuda"]
+    assert implementations(norm, "triton", [HOPPER, "cuda"]) == ["triton", "cuda"]
+    int8, chosen = select(TINY, "window/tiny/int8_qk,select_blocks-25%/tiny/int8_qk")
+    _, found = select(TINY, "attention-dense/tiny/bf16")
+    for case in (int8, found):
+        assert implementations(case, "triton", [HOPPER, "cuda"]) == ["triton", HOPPER]
+    assert implementations(chosen, "triton", [HOPPER, "cuda"]) == ["triton", "cuda"]
+    assert ops.other_backends(CPU)[1][HOPPER] == "needs a GPU"
+
+
+def test_a_kernel_that_runs_out_of_memory_after_its_gate_ends_nothing(bench, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(comparison, "call", full)
+    (entry,) = compared(bench, select(TINY, "quantize/tiny/bf16"))
+    assert (entry["verified"], entry["median_ms"], entry["reason"]) == (
+        False,
+        None,
+        "OutOfMemoryError: CUDA out of memory",
+    )
+
+
+def test_every_peer_is_there_or_named_as_absent():
+    usable, absent = split(all_peers(), CPU)
+    named = " ".join([*(p.name for p in usable), *absent]).lower()
+    wanted = "eager torch.compile cudnn flash efficient flex _scaled_mm torchao flashattention-3 flashinfer torch.mm"
+    for name in f"{wanted} sageattention quack magiattention liger-kernel".split():
+        assert name in named, name
+    assert all(absent.values())
+    assert {p.name for p in usable} >= {"eager"}
+
+
+def test_importing_the_peers_imports_none_of_them():
+    modules = ["torchao", "flash_attn_interface", "flashinfer", "sageattention", "quack", "magi_attention"]
+    code = f"import sys; from bench.peers.registry import all_peers; all_peers(); print(sys.modules.keys() & {modules})"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
+
+
+def test_eager_computes_the_same_thing():
+    # The peer that is always there is timed against the op: it has to do the op's work.
+    for case in select(TINY, "window/tiny/bf16,proj/tiny/bf16,swiglu7/tiny/bf16,gelu7/tiny/bf16,quantize/tiny/bf16"):
+        given, same = make(case, CPU, 1), make(case, CPU, 1)
+        wanted = call(case, given, "reference")[0].double()
+        result = eager.prepare(case, same)()
+        if case.op == "block_sparse_attention":
+            wanted = wanted[padded_rows(case.size).token_rows()]
+        elif case.op == "fp8_linear_residual":
+            result = same["hidden"]
+        elif isinstance(result, list):
+            result = torch.cat(result)
+        assert float((result.double() - wanted).norm() / wanted.norm()) < 1e-2, case.name
+
+
+def test_the_state_of_the_chip_in_the_span_is_in_entry_and_table(bench):
+    asked = []
+
+    class Sampled(Monitor):
+        def during(self, began, ended):
+            asked.append((began, ended))
+            return {"sm_mhz": 1395.0, "power_w": 699.0, "conditions": {"before": {}, "after": {}}}
+
+    case = select(TINY, "quantize/tiny/bf16")[0]
+    assert not {"sm_mhz", "power_w"} & compared(bench, [case])[0].keys()
+    bench.monitor, began = Sampled(CPU), time.monotonic()
+    (entry,) = compared(bench, [case])
+    (span,) = asked
+    assert began < span[0] < span[1] < time.monotonic()
+    line = dict(zip(ops_table.COLUMNS, ops_table.row(entry), strict=True))
+    assert (line["MHz"], line["W"]) == ("1395", "699") and line["of measured"].endswith("%")
+
+
+def test_time_that_is_up_starts_nothing(bench, capsys):
+    assert ops.run(bench, TINY, None, time.monotonic() - 1) == []
+    assert "time is up" in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""Peers that are torch's own: the library's products, attention and FlexAttention do the work of the case."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from test_bench_peers import BF16, CPU, case_of, close, exact, not_compiled
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.cases import cases, select
+from bench.measure.roofline import fp8_product, int8_product
+from bench.peers.peer import Inputs
+from bench.peers.torch import Bf16MM, Compiled, Eager, Flex, IntMM, ScaledMM, Sdpa
+
+
+def test_scaled_mm_takes_the_layouts_and_scales_that_it_is_given():
+    # Its meta function holds the rules of the GPU's: row-major times column-major, scales [M, 1] and [1, N] in float32.
+    case = case_of("down/tiny/fp8")
+    assert ScaledMM().fits(case) and not ScaledMM().fits(case_of("down/tiny/bf16"))
+    assert not ScaledMM().fits(case_of("gelu7/tiny/fp8")), "three experts are three products"
+    with FakeTensorMode():
+        result = fp8_product(256, 512, 1024, torch.device("cuda"))()
+        assert (result.shape, result.dtype) == ((256, 512), BF16)
+        x = torch.empty(256, 1024, dtype=torch.float8_e4m3fn, device="cuda")
+        weight = torch.empty(1024, 512, dtype=torch.float8_e4m3fn, device="cuda")  # row-major: what is not taken
+        scales = (torch.empty(s, device="cuda") for s in ((256, 1), (1, 512)))
+        with pytest.raises(RuntimeError, match="col_major"):
+            torch._scaled_mm(x, weight, *scales, out_dtype=BF16)
+
+
+def test_int_mm_takes_the_layouts_that_it_is_given_and_stands_beside_scaled_mm():
+    case, *others = (case_of(f"swiglu7/tiny/{precision}") for precision in ("int8", "fp8", "bf16"))
+    assert IntMM().fits(case) and ScaledMM().fits(case) and not any(IntMM().fits(other) for other in others)
+    assert not IntMM().fits(case_of("gelu7/tiny/int8")), "three experts are three products"
+    with FakeTensorMode():
+        result = int8_product(256, 512, 1024, torch.device("cuda"))()
+        assert (result.shape, result.dtype) == ((256, 512), torch.int32)
+
+
+def test_every_product_is_held_against_the_librarys_bf16_one():
+    for words in ("down/tiny/fp8", "down/tiny/bf16", "qkv_linear/tiny/fp8", "swiglu7/tiny/bf16"):
+        case = case_of(words)
+        assert Bf16MM().fits(case)
+        assert Bf16MM().prepare(case, Inputs(case, CPU))().shape == (case.rows, case.weight_shape(case.product)[1])
+    for words in ("gelu7/tiny/fp8", "sparse_attention-dense/tiny/fp8", "quantize/tiny/bf16"):
+        assert not Bf16MM().fits(case_of(words))
+
+
+def test_no_window_is_compiled_for_minutes():
+    assert Compiled().fits(case_of("sparse_attention-dense/tiny/fp8")) and not Compiled().fits(
+        case_of("window/tiny/fp8")
+    )
+
+
+@pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
+def test_sdpa_backends(backend, monkeypatch):
+    from torch.nn import attention
+
+    asked = []
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda which: asked.append(which) or contextlib.nullcontext())
+    case = case_of("sparse_attention-dense/tiny/bf16")
+    _, found = select(cases("tiny"), "attention-dense/tiny/bf16")  # without a gate and a known bound, as a peer has it
+    assert Sdpa(backend).fits(case) and Sdpa(backend).fits(found) and not Eager().fits(found)
+    inputs = Inputs(case, CPU)
+    assert close(Sdpa(backend).prepare(case, inputs)()[0].transpose(0, 1), exact(inputs, masked=False))
+    assert asked == [getattr(attention.SDPBackend, backend)]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("part", ["window", "25%"])
+def test_flex_attention_has_the_very_same_mask(part, monkeypatch):
+    not_compiled(monkeypatch)
+    case = case_of(f"attention-{part}/tiny/bf16")
+    inputs = Inputs(case, CPU)
+    wanted = exact(inputs, masked=True)
+    assert close(Flex().prepare(case, inputs)()[0].transpose(0, 1), wanted)
+    assert not close(exact(inputs, masked=False), wanted, within=0.05), "the mask leaves something out"

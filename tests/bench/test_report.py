@@ -1,0 +1,360 @@
+"""The report: README and page are what the committed results make; a slow and a wrong kernel show as such."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import html
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from bench import targets
+from bench.report import __main__ as report
+from bench.report import data as report_data
+from bench.report import figures as report_figures
+from bench.report import measure as report_measure
+from bench.report import pony as report_pony
+from bench.report import preferences
+from bench.report import tables as report_tables
+from bench.results import HEADER, ResultError, Results, read
+from happyhorse_fast.pony.weights import weights_digest
+from happyhorse_fast.verify import fidelity
+
+MOST_BYTES = 200_000
+ENTRY = {
+    "impl": "triton",
+    "median_ms": 2.0,
+    "tflops": 612.3,
+    "gbps": 1843.0,
+    "roofline": 0.62,
+    "peers": {"sdpa-cudnn": 3.0, "flex": 5.0},
+    "verified": True,
+}
+RUN = {
+    "preset": "happyhorse-1.0-15b",
+    "resolution": "1080p",
+    "seconds": 5,
+    "mode": "fast fp8",
+    "steps": 8,
+    "s_per_step": 3.51,
+    "total_s": 28.1,
+    "peak_memory_gib": 17.9,
+}
+
+
+def results(folder: Path, *entries: dict[str, Any], sampler: tuple[dict[str, Any], ...] = ()) -> report_data.Report:
+    """The committed results with a GPU's file beside them."""
+    header = {"gpu": "NVIDIA H200", "driver": "580.1", "torch": "2.11", "triton": "3.6.0", "commit": "abcdef"}
+    file = folder / "nvidia-h200" / "2026-01-02-abcdef.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({**header, "entries": [{**ENTRY, **e} for e in entries], "sampler": list(sampler)}))
+    for committed in (report_measure.EQUIVALENCE / "cpu.json", report_measure.MEMORY / "plan.json"):
+        copied = folder / committed.parent.name / committed.name
+        copied.parent.mkdir()
+        copied.write_bytes(committed.read_bytes())
+    return report_data.load(folder)
+
+
+def text_of(found: report_data.Report) -> str:
+    return report.readme_section(found) + report.page(found, [])
+
+
+def test_readmes_are_what_the_committed_results_make() -> None:
+    found = report_data.load()
+    for path, section in report.sections(found).items():
+        readme = path.read_text(encoding="utf-8")
+        assert readme == report.with_section(readme, section), f"{path} is stale: run `python -m bench.report --readme`"
+
+
+def test_the_page_is_what_the_committed_results_make() -> None:
+    pictures = sorted(report.OUT.glob("*.png"))
+    made = report.page(report_data.load(), pictures)
+    assert (report.OUT / report.PAGE).read_text(encoding="utf-8") == made, "the page is stale: run `make report`"
+
+
+def test_the_page_needs_nothing_from_outside() -> None:
+    page = (report.OUT / report.PAGE).read_text(encoding="utf-8")
+    assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]*\"|@import|url\(|<script", page)
+    for name in report.CAPTIONS.keys() & {p.stem for p in report.OUT.glob("*.png")}:
+        assert html.escape(report.CAPTIONS[name]) in page
+
+
+def test_results_of_the_pony_are_of_the_weights_in_the_package() -> None:
+    found = report_data.load()
+    assert found.fidelity is not None and found.activations is not None and len(found.rates) == 2
+    for data in (found.fidelity, found.activations, *found.rates):
+        stale = "measured on other weights: run `python -m bench.report.measure pony`, then `make report`"
+        assert data["weights"] == weights_digest(), stale
+    measured = [(result["kind"], result["name"]) for result in found.fidelity["results"]]
+    assert measured == [(policy.kind, policy.name) for policy in fidelity.policies()]
+    assert list(fidelity.violations(as_fidelity(found.fidelity))) == []
+
+
+def as_fidelity(data: dict[str, Any]) -> fidelity.Fidelity:
+    results = tuple(
+        fidelity.PolicyResult(r["name"], r["kind"], r["settings"], r["kept"], fidelity.Summary(**r["summary"]), ())
+        for r in data["results"]
+    )
+    return fidelity.Fidelity(data["weights"], data["steps"], data["right"], data["clips"], results)
+
+
+def test_what_the_pony_lost_is_shown() -> None:
+    found = report_data.load()
+    assert found.fidelity is not None and found.activations is not None
+    planted = copy.deepcopy(found.fidelity)
+    planted["results"][0]["summary"] |= {"psnr_db": [12.34, 11.11], "moved": 5, "right": 3}
+    shown = dataclasses.replace(found, fidelity=planted, rates=[{**found.rates[0], "failed": []}])
+    for text in (report_pony.own_section(shown), report.page(shown, [])):
+        assert "12.3/11.1" in text and "Nothing was wrong." in text and "qkv alone" in text
+    of_ops = {"kind": "int8 op", "name": "qkv alone"}, {"kind": "int8", "name": "all, attention int8_qk"}
+    planted["results"] += [copy.deepcopy(planted["results"][1]) | names for names in of_ops]
+    planted["results"][-1]["summary"] |= {"psnr_db": [57.89, 41.23]}
+    short = report.readme_section(shown)
+    assert "| int8: all, attention int8_qk | 57.9/41.2 |" in short and "int8: qkv alone" not in short
+    assert "examples/pony/README.md" in short and "Nothing was wrong." in short and "12.3/11.1" not in short
+    figures = report_pony.figures(shown)
+    assert set(figures) == {"fidelity", "activations", "attention"} <= report.CAPTIONS.keys()
+    worst = min(x for line in figures["fidelity"].axes[0].lines for x in line.get_xdata())
+    assert worst == 12.34
+    nothing = report_data.Report({}, {}, None)
+    assert report_pony.figures(nothing) == {}
+    assert report_pony.page_parts(nothing) == report_pony.section(nothing) == []
+
+
+def test_committed_pictures_are_small_and_named() -> None:
+    pictures = sorted(report.OUT.glob("*.png"))
+    assert {p.stem for p in pictures} <= report.CAPTIONS.keys()
+    assert {"roofline", "memory", "block_maps", "error_per_layer"} <= {p.stem for p in pictures}
+    pictures += report.PONY_README.parent.rglob("*.png")
+    assert [p.name for p in pictures if p.stat().st_size >= MOST_BYTES] == []
+
+
+def test_without_a_gpu_the_report_says_so_and_names_predictions() -> None:
+    found = report_data.load()
+    without = report_data.Report({}, found.equivalence, found.memory)
+    assert report_tables.NO_GPU in report.readme_section(without)
+    assert report_tables.NO_GPU in report.page(without, [])
+    assert "PREDICTED" in report_figures.floor().get_suptitle()
+    assert "nothing measured" in report_figures.roofline(without).get_supxlabel()
+
+
+def test_a_faster_kernel_is_compared_with_its_best_peer(tmp_path: Path) -> None:
+    found = results(tmp_path, {"case": "attention/1080p-5s/fp8"}, sampler=(RUN,))
+    (row,) = report_data.rows_of(next(iter(found.gpu.values())))
+    assert (row.verdict, row.best, row.ratio) == ("fastest", "sdpa-cudnn", 1.5)
+    text = text_of(found)
+    for shown in ("612", "1.50x sdpa-cudnn", "62%", "28.1", "17.9", "NVIDIA H200"):
+        assert shown in text
+    assert report_tables.NO_GPU not in text
+    assert "<tr class=mark>" not in report.page(found, [])
+
+
+def test_calls_and_days_of_one_gpu_are_shown_together(tmp_path: Path) -> None:
+    found = results(tmp_path, {"case": "attention/x"}, {"case": "norm/x"}, sampler=(RUN,))
+    (path,) = found.gpu
+    later = json.loads(path.read_text()) | {"commit": "fedcba", "sampler": []}
+    later["entries"] = [{**ENTRY, "case": "norm/x", "median_ms": 1.0}]
+    path.with_name("2026-01-03-fedcba.json").write_text(json.dumps(later))
+    (data,) = report_data.load(tmp_path).gpu.values()
+    assert {e["case"]: e["median_ms"] for e in data["entries"]} == {"attention/x": 2.0, "norm/x": 1.0}
+    assert data["sampler"] == [RUN] and data["commit"] == "abcdef, fedcba"
+    assert "attention/x" in report.readme_section(report_data.load(tmp_path))
+
+
+def test_a_case_that_is_no_longer_run_is_still_shown(tmp_path: Path) -> None:
+    """Results of an op that is gone, as of the single kernel for norm and QKV, stay what was measured."""
+    gone = "rmsnorm_qkv/1080p-5s/bf16"
+    found = results(tmp_path, {"case": gone}, {"case": "qkv_linear/1080p-5s/bf16"})
+    assert gone in report.page(found, []) and "rmsnorm_qkv/bf16" in report.readme_section(found)
+    ((path, data),) = found.gpu.items()
+    assert gone not in targets.text(data)
+    assert preferences.preferences([data | {"capability": "90"}]) == {}
+    Results(path, {name: data[name] for name in HEADER}).add("entries", ENTRY | {"case": "other/1080p-5s/bf16"})
+    assert gone in [entry["case"] for entry in read(path)["entries"]]
+
+
+def test_a_planted_slow_kernel_is_marked(tmp_path: Path) -> None:
+    found = results(tmp_path, {"case": "good/x"}, {"case": "slow/x", "median_ms": 4.0})
+    first, second = report_data.rows_of(next(iter(found.gpu.values())))
+    assert (first.case, first.verdict, first.ratio) == ("slow/x", "slower", 0.75)
+    assert second.verdict == "fastest"
+    assert "sdpa-cudnn 3 (0.75x: ours is SLOWER), flex 5 (1.25x)" in report.readme_section(found)
+    page = report.page(found, [])
+    assert page.count("<tr class=mark>") == 1
+    marked = re.search(r"<tr class=mark>.*?</tr>", page)
+    assert marked is not None
+    assert "slow/x" in marked[0]
+
+
+def test_a_planted_wrong_kernel_shows_no_number(tmp_path: Path) -> None:
+    wrong = {"case": "wrong/x", "verified": False, "reason": "worst tile distance 8.0e-01, budget 1.0e-05"}
+    nothing = {"median_ms": None, "tflops": None, "gbps": None, "roofline": None, "peers": {"sdpa-cudnn": 7.77}}
+    found = results(tmp_path, wrong | nothing)
+    (row,) = report_data.rows_of(next(iter(found.gpu.values())))
+    assert row.verdict == "not verified"
+    assert (row.median_ms, row.tflops, row.gbps, row.roofline, row.ratio) == (None,) * 5
+    text = text_of(found)
+    assert "not verified: worst tile distance 8.0e-01" in text
+    assert "7.77" not in text, "a peer's time beside a wrong kernel reads as a comparison"
+    assert "<tr class=mark>" in text
+
+
+def test_a_ratio_without_a_span_behind_it_says_so(tmp_path: Path) -> None:
+    apart, turns = {**ENTRY, "case": "slow/x", "median_ms": 4.0}, {**ENTRY, "case": "good/x", "span": "a"}
+    slow, good = report_data.rows_of({"entries": [apart, turns]})
+    assert slow.note == "SLOWER than sdpa-cudnn: 0.75x, not interleaved" and good.note == "1.50x sdpa-cudnn"
+    header = {"gpu": "NVIDIA H200", "commit": "abcdef"}
+    for entries, said in (
+        ([apart], "Each kernel was timed alone"),
+        ([apart, turns], "Some kernels were timed alone"),
+        ([turns], "What is compared took turns"),
+    ):
+        assert said in report_tables.ops_table({**header, "entries": entries}).note
+
+
+def test_a_wrong_kernel_with_a_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match="wrong/x is not verified"):
+        results(tmp_path, {"case": "wrong/x", "verified": False})
+
+
+def test_pictures_of_a_gpu_show_the_slow_and_the_wrong(tmp_path: Path) -> None:
+    nothing = {"median_ms": None, "tflops": None, "gbps": None, "roofline": None, "verified": False, "reason": "NaN"}
+    found = results(tmp_path, {"case": "good/x"}, {"case": "slow/x", "median_ms": 4.0}, {"case": "wrong/x"} | nothing)
+    axes = report_figures.peers(found).axes[0]
+    colours = {patch.get_facecolor()[:3] for patch in axes.patches}
+    assert len(axes.patches) == 2
+    assert len(colours) == 2
+    texts = [t.get_text() for t in axes.texts]
+    assert any("SLOWER" in t for t in texts)
+    assert any("not verified: NaN" in t for t in texts)
+    assert "measured (2)" in report_figures.roofline(found).get_supxlabel()
+
+
+def test_what_was_verified_is_counted_and_told_with_its_gpu(tmp_path: Path) -> None:
+    wrong = {"case": "wrong/x", "verified": False, "reason": "NaN", "peers": {}}
+    nothing: dict[str, Any] = {"median_ms": None, "tflops": None, "gbps": None, "roofline": None}
+    found = results(tmp_path, {"case": "attention/x"}, {"case": "norm/x"}, wrong | nothing)
+    sentence = "Verified on NVIDIA H200, commit abcdef"
+    assert sentence in report.readme_section(found) and sentence in report.page(found, [])
+    assert "2 of 3 pairs of op and kernel passed" in report.readme_section(found)
+    (path,) = found.gpu
+    path.with_suffix("").mkdir()
+    lines = "cuda a bf16: passed, worst 1e-9, 0.1 s\ncuda b bf16: FAILED, worst 1, 0.1 s\n"
+    (path.with_suffix("") / "self-check.txt").write_text(lines)
+    assert "; 1 of 2 self-checks passed." in report.readme_section(found)
+
+
+def test_a_share_of_the_measured_roof_stands_beside_the_datasheets(tmp_path: Path) -> None:
+    found = results(tmp_path, {"case": "attention/x/bf16", "tflops": 500.0, "gbps": 1.0}, {"case": "norm/x/bf16"})
+    (path,) = found.gpu
+    data = json.loads(path.read_text())
+    data["peaks"] = [
+        {"bandwidth": 1.5, "bf16": 625.0, "fp8": None, "source": "measured"},
+        {"bandwidth": 4.8, "bf16": 989.0, "fp8": 1979.0, "source": "datasheet"},
+    ]
+    path.write_text(json.dumps(data))
+    found = report_data.load(tmp_path)
+    shares = {row.case: row.reachable for row in report_data.rows_of(next(iter(found.gpu.values())))}
+    # norm moves 1.843 TB/s, more than the copy: it is the ceiling then.
+    assert shares == {"attention/x/bf16": 0.8, "norm/x/bf16": 1.0}
+    labels = [text.get_text() for text in report_figures.roofline(found).axes[0].texts]
+    assert "bf16, measured: 625" in labels and "bf16, datasheet: 989" in labels
+
+
+def test_the_picture_of_the_clip_tells_measured_from_extrapolated(tmp_path: Path) -> None:
+    spent = {"block_sparse_attention": 3.0, "qkv_linear": 1.0}
+    cut = RUN | {"mode": "eager", "note": "2 of 8 steps timed", "total_s": 70.0, "breakdown": {"attention": 8.0}}
+    failed: dict[str, Any] = dict.fromkeys(("s_per_step", "total_s", "peak_memory_gib"))
+    runs = (
+        RUN | {"breakdown": spent, "attention": "hopper"},
+        cut,
+        RUN | failed | {"note": "out of memory", "cap_gb": 24},
+    )
+    axes = report_figures.figures(results(tmp_path, sampler=runs))["clip"].axes[0]
+    bars = [(patch.get_hatch() or "", round(patch.get_width(), 3)) for patch in axes.patches]
+    assert bars == [("///", 70.0), ("", round(28.1 * 0.75, 3)), ("", round(28.1 * 0.25, 3))]
+    texts = {text.get_text().strip() for text in axes.texts}
+    assert {"~70.0 s", "2 of 8 steps timed", "28.1 s", "8 steps"} <= texts
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["eager bf16", "fast fp8, attention fp8, Gluon"]
+
+
+def test_many_cases_hide_none_that_is_slow(tmp_path: Path) -> None:
+    found = results(tmp_path, *({"case": f"good/{i}"} for i in range(60)), {"case": "slow/x", "median_ms": 4.0})
+    section = report.readme_section(found)
+    assert "slow/x" in section
+    assert section.count("| good/") == 60
+    assert report.page(found, []).count("<td>good/") == 2 * 60
+    assert len(report_figures.peers(found).axes[0].patches) == report_figures.MOST_BARS
+
+
+def test_a_planted_error_past_its_budget_is_marked() -> None:
+    found = report_data.load()
+    data = copy.deepcopy(next(iter(found.equivalence.values())))
+    form = data["equivalence"][0]["forms"][1]
+    form["violations"] = ["velocity.video is off by 5.00e-01, budget 1.09e-02 (2 x eager bf16's own)"]
+    form["errors"]["velocity.video"]["relative_l2"] = None  # as JSON has an infinite error
+    planted = report_data.Report({}, {Path("equivalence/planted.json"): data}, None)
+    text = text_of(planted)
+    assert "FAIL: velocity.video is off by 5.00e-01" in text
+    assert "past its budget" in report.readme_section(planted)
+    assert "not finite" in text
+    assert "<tr class=mark>" in text
+
+
+def test_a_clip_fits_a_card_with_room_for_the_context() -> None:
+    assert report_data.fits(21.8, 24)
+    assert not report_data.fits(22.0, 24)  # 24e9 bytes are 22.35 GiB
+    assert report_data.fits(33.0, 48)
+
+
+@pytest.mark.parametrize(
+    "readme", ["no markers", f"{report.BEGIN} {report.BEGIN} {report.END}", f"{report.END}{report.BEGIN}"]
+)
+def test_a_readme_without_its_markers_is_refused(readme: str) -> None:
+    with pytest.raises(ValueError, match="once each"):
+        report.with_section(readme, "text")
+
+
+def test_committed_memory_is_what_the_model_takes() -> None:
+    # One of the twelve measured again: 1 s; all of them are 40 s.
+    clip = report_measure.CLIPS[0]
+    committed = report_data.load().memory
+    assert committed is not None
+    for peak in committed["peaks"]:
+        if (peak["preset"], peak["resolution"], peak["seconds"], peak["form"]) == (*clip, "fast fp8"):
+            form = report_measure.SHOWN[-1]
+            assert report_measure.rounded(report_measure._peak(form, *clip)) == peak
+            return
+    pytest.fail("no fp8 peak is committed")
+
+
+def test_planned_peaks_of_8_bits_are_within_the_budgets_of_a_24_gb_card() -> None:
+    committed = report_data.load().memory
+    assert committed is not None
+    found = {
+        (peak["form"], peak["seconds"]): peak["peak_gib"]
+        for peak in committed["peaks"]
+        if (peak["preset"], peak["resolution"]) == (targets.BASE, "1080p")
+    }
+    for form, (seconds, budget) in itertools.product(("fast int8", "fast fp8"), targets.PEAK_GIB.items()):
+        assert found[form, seconds] <= budget and report_data.fits(budget, 24), (form, seconds)
+    assert len(committed["peaks"]) == len(report_measure.CLIPS) * len(report_measure.SHOWN)
+
+
+def test_errors_of_every_op_stand_side_by_side_in_the_readme() -> None:
+    found = report_data.load()
+    table = report_tables.op_table(found.cases)
+    assert table.columns[2:5] == ("fast bf16", "fast int8, attention int8_qk", "fast fp8, attention fp8")
+    for op, _, bf16, int8, fp8, _ in table.rows:
+        worst = [float(cell.partition(" / ")[0]) for cell in (bf16, int8, fp8)]
+        assert worst == sorted(worst) and worst[0] < worst[-1], op
+    assert table.markdown() in report.readme_section(found)
+    launches = {row[:2]: row[2:] for row in report_tables.launch_table(found.memory).rows}  # type: ignore[arg-type]
+    assert launches["fast int8", "exact"] == ("9", "9", "9") and launches["fast fp8", "exact"][-1] == "7"

@@ -1,0 +1,48 @@
+"""The choice between the compiled host module and Python: what is chosen, and what is said about it."""
+
+import re
+import sys
+import sysconfig
+import warnings
+from importlib.machinery import PathFinder
+
+import pytest
+import torch
+
+import happyhorse_fast
+from happyhorse_fast.block_map import compiled
+
+
+def test_the_compiled_module_is_there():
+    assert compiled.host_module_obstacle() is None
+
+
+def test_python_takes_over_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(compiled, "host_module_obstacle", lambda: "it was sunny")
+    compiled._say_once.cache_clear()
+    ranges = [(0, 200), (30, 300)], [(3, 9), (100, 270)], 300, 280
+    with pytest.warns(UserWarning, match="made in Python, .*: it was sunny") as warned:
+        block_map = compiled.from_ranges(*ranges)
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled.from_ranges([(0, 200)], [(3, 9)], 200, 10)
+    monkeypatch.undo()
+    assert all(map(torch.equal, block_map.tensors(), compiled.from_ranges(*ranges).tensors()))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "^happyhorse_fast._C is not compiled: .* without a C\\+\\+ compiler$"),
+        (b"not a shared object", "^happyhorse_fast._C cannot be loaded: .*(ELF|mach-o|file too short)"),
+    ],
+)
+def test_the_obstacle_says_what_is_wrong(monkeypatch, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(content)
+    monkeypatch.setattr(happyhorse_fast, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [PathFinder])  # an editable install has one that knows the checkout
+    monkeypatch.delattr(happyhorse_fast, "_C", raising=False)
+    monkeypatch.delitem(sys.modules, "happyhorse_fast._C", raising=False)
+    assert re.search(message, compiled.host_module_obstacle.__wrapped__())

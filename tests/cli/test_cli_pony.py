@@ -1,0 +1,171 @@
+"""``demo``: a prompt, and a picture, become a clip with sound; one layer of it runs through the Triton kernels."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from happyhorse_fast.cli import run
+from happyhorse_fast.pony import encode_image
+from happyhorse_fast.pony.media import read_image
+from happyhorse_fast.verify import interpreted_layer
+from happyhorse_fast.verify.interpreted_layer import InterpretedLayer, LayerCheck
+
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+PRECISIONS = ("bf16", "int8", "fp8")
+
+
+@pytest.fixture
+def no_layer(monkeypatch: Patch) -> None:
+    """Without the process that interprets a layer: it takes as long as everything else."""
+
+    @contextmanager
+    def none(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
+        yield InterpretedLayer(None)
+
+    monkeypatch.setattr(interpreted_layer, "interpreted_layer", none)
+
+
+def made(capsys: Capture, *arguments: object, code: int = 0) -> dict[str, Any]:
+    assert run(["demo", *map(str, arguments), "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path, capsys: Capture) -> None:
+    data = made(capsys, "--out", tmp_path / "new" / "demo")
+    assert data["prompt"] == "a large red ball bounces twice"
+    forms = {form["form"]: form for form in data["forms"]}
+    assert list(forms) == ["eager float32", "eager bfloat16", "fast bfloat16", "fast int8", "fast fp8"]
+    for name in ("eager bfloat16", "fast bfloat16"):
+        assert 0 < forms[name]["video_error"] < 5e-2, f"measured {forms[name]}"
+        assert forms[name]["psnr_db"] > 45, f"measured {forms[name]}"
+    assert forms["fast fp8"]["psnr_db"] > 25, f"measured {forms['fast fp8']}"
+    assert {check["precision"]: check["passed"] for check in data["kernels"]} == dict.fromkeys(PRECISIONS, True)
+    for check in data["kernels"]:
+        assert check["relative_l2"] < check["to_float32"] < 5e-2, f"measured {check}"
+        assert check["relative_l2"] > 0 or check["precision"] == "int8", "only int8's sums are exact"
+    with av.open(data["clip"]) as container:
+        assert len(list(container.decode(video=0))) == 49
+    assert Path(data["sheet"]).read_bytes()[:4] == b"\x89PNG"
+    assert load_file(data["latents"])["fast fp8.video"].shape == (1, 48, 13, 8, 8)
+    assert sorted(p.name for p in Path(data["clip"]).parent.iterdir()) == ["clip.mp4", "clip.png", "clip.safetensors"]
+
+
+@pytest.mark.usefixtures("no_layer")
+def test_tables_say_what_was_made_and_why_no_kernel_ran(tmp_path: Path, capsys: Capture) -> None:
+    assert run(["demo", "--out", str(tmp_path), "--steps", "1"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("eager float32", "fast fp8", "audio error", "Triton is not installed", "clip with sound"):
+        assert words in text
+
+
+@pytest.mark.usefixtures("no_layer")
+@pytest.mark.parametrize(("name", "codec", "pixels"), [("a.png", "png", "rgb24"), ("a.jpg", "mjpeg", "yuvj444p")])
+def test_a_picture_begins_the_clip(name: str, codec: str, pixels: str, tmp_path: Path, capsys: Capture) -> None:
+    rows, columns = np.mgrid[0:96, 0:200]
+    picture = np.stack([columns, 2 * rows, 0 * rows + 40], axis=2).astype(np.uint8)  # 200 x 96: sides are cut off
+    with av.open(str(tmp_path / name), "w", format="image2") as container:
+        stream = container.add_stream(codec, rate=1)
+        stream.width, stream.height, stream.pix_fmt = 200, 96, pixels
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)))
+        container.mux(stream.encode())
+    image = read_image(tmp_path / name)
+    assert image.shape == (128, 128, 3) and 0 <= float(image.min()) < float(image.max()) <= 1
+    # Columns 52 to 147 of 200, each 4/3 of a pixel wide in the result.
+    assert image[64, [0, 127], 0].mul(255).tolist() == pytest.approx([52, 147], abs=6)
+    assert image[[0, 127], 64, 1].mul(255).tolist() == pytest.approx([0, 190], abs=8)
+    data = made(capsys, "--image", tmp_path / name, "--out", tmp_path / "out", "--steps", 1)
+    assert data["image"] == str(tmp_path / name)
+    latent = load_file(data["latents"])["eager float32.video"]
+    assert latent[:, :, :1].equal(encode_image(image))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a horse"], "'a large red ball bounces twice'; got 'a horse'"),
+        (["--image", "nowhere.png"], "image must be a file, nowhere.png is none"),
+        (["--image", __file__], "image must be a picture such as a PNG or JPEG"),
+        (["--out", __file__], "out must be a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_makes_nothing(
+    arguments: list[str], message: str, tmp_path: Path, capsys: Capture
+) -> None:
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    assert run(["demo", *arguments, *out]) == 2
+    text, error = capsys.readouterr()
+    assert text == ""
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_layer")
+def test_without_optional_packages_the_rest_is_made(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    for package in ("matplotlib", "av"):
+        monkeypatch.setitem(sys.modules, package, None)
+    data = made(capsys, "--out", tmp_path, "--steps", 1)
+    assert (data["clip"], data["sheet"]) == (None, None)
+    assert "happyhorse-fast[video]" in data["why_no_clip"]
+    assert "happyhorse-fast[plot]" in data["why_no_sheet"]
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.safetensors"]
+
+
+# The layer in the interpreter -----------------------------------------------------------------------------------------
+
+
+def test_a_wrong_kernel_fails_the_demo(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    wrong = LayerCheck("bf16", 4e-2, 8e-4, 4e-2, False, 1.0)
+
+    @contextmanager
+    def planted(prompt: str, seed: int) -> Iterator[Any]:
+        layer = InterpretedLayer(None)
+        monkeypatch.setattr(layer, "checks", lambda: ([wrong], None))
+        yield layer
+
+    monkeypatch.setattr(interpreted_layer, "interpreted_layer", planted)
+    assert run(["demo", "--out", str(tmp_path), "--steps", "1"]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_a_kernel_that_is_off_by_four_percent_is_found(monkeypatch: Patch) -> None:
+    as_it_is = interpreted_layer._added_by_layer
+
+    def planted(hidden: torch.Tensor, inputs: list[torch.Tensor], precision: Any, backend: str) -> torch.Tensor:
+        added = as_it_is(hidden, inputs, precision, "reference")
+        if backend == "triton":
+            added[128:256, :128] *= 1.04
+        return added
+
+    monkeypatch.setattr(interpreted_layer, "_added_by_layer", planted)
+    assert [check.passed for check in interpreted_layer.run_layer("a large red ball bounces twice", 0)] == [False] * 3
+
+
+def test_why_the_layer_did_not_run() -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such kernel')"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checks, why = InterpretedLayer(process).checks()
+    assert checks == []
+    assert why is not None and "exit code 1, no such kernel" in why
+
+
+def test_the_process_ends_with_its_caller() -> None:
+    with interpreted_layer.interpreted_layer("a large red ball bounces twice", 0) as layer:
+        process = layer._process
+        assert process is not None and process.poll() is None
+    assert process.returncode is not None and process.returncode < 0

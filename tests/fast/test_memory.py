@@ -1,0 +1,182 @@
+"""Peak memory under fake tensors: counted right, against arithmetic and against real tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.costs import parameters
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.fast import memory
+from happyhorse_fast.fast.accelerate import empty_accelerated
+from happyhorse_fast.fast.config import FastConfig, Tiles, TopK
+from happyhorse_fast.fast.memory import StorageMeter, one_layer_per_kind, peak_by_kind, peak_memory
+from happyhorse_fast.ops.runtime.dispatch import choose
+from happyhorse_fast.tokens import ClipTokens, tokens_for
+
+torch.set_num_threads(1)
+
+TINY = ModelConfig.preset("tiny")
+CLIP = ClipTokens(T=5, H=12, W=16, audio=17)
+FULL = ModelConfig.preset("happyhorse-1.0-15b")
+KIB = 1024
+
+
+def tiny(config: ModelConfig = TINY) -> HappyHorse:
+    return HappyHorse(config, device="meta")
+
+
+def test_views_count_once_and_released_storages_count_no_more() -> None:
+    meter = StorageMeter()
+    with meter:
+        a = torch.empty(KIB, dtype=torch.uint8)
+        views = [a.view(32, 32), a[10:], a.view(32, 32).t()]
+        assert meter.live_bytes == KIB
+        del a
+        assert meter.live_bytes == KIB
+        b = torch.empty(2 * KIB, dtype=torch.uint8)
+        assert meter.live_bytes == 3 * KIB
+        del views
+        assert meter.live_bytes == 2 * KIB
+        b.add_(1)
+    assert (meter.live_bytes, meter.peak_bytes) == (2 * KIB, 3 * KIB)
+    assert meter.operation == "aten.empty.memory_format -> uint8 [2048]"
+    assert [a.bytes for a in meter.largest()] == [2 * KIB, KIB]
+
+
+def test_a_peak_between_two_tensors_is_seen() -> None:
+    meter = StorageMeter()
+    with meter:
+        x = torch.empty(KIB)
+        y = (x + 1) * 2
+    assert meter.peak_bytes == 3 * 4 * KIB  # x, x + 1 and the product at once
+    assert meter.live_bytes == 2 * 4 * KIB
+    del x, y
+    assert meter.live_bytes == 0
+
+
+def test_weights_are_counted_and_nothing_is_allocated() -> None:
+    peak = peak_memory(HappyHorse(FULL, device="meta"), tokens_for("256p", seconds=3), call=lambda model, *inputs: None)
+    bands = 4 * FULL.rotary_bands
+    assert peak.weight_bytes == parameters(FULL).bytes + bands
+    assert peak.peak_bytes > 30e9  # on a machine that need not have as much
+
+
+def test_a_fake_run_peaks_where_a_real_one_does() -> None:
+    model = HappyHorse(TINY, torch.float32).init_weights(0)
+    fake = peak_memory(model, CLIP, 8, device="cpu")
+    inputs = torch.randn(1, 48, 5, 12, 16), torch.randn(1, 17, 64), torch.randn(1, 8, 96)
+    meter = StorageMeter()
+    meter.register((*model.parameters(), *model.buffers()), "weights")
+    meter.register(inputs, "inputs")
+    with torch.no_grad(), meter:
+        model(*inputs)
+    # Fake tensors skip the checks for NaN, which are small.
+    assert meter.peak_bytes == pytest.approx(fake.peak_bytes, rel=0.01)
+    assert next(model.parameters()).device.type == "cpu"
+    assert not any(isinstance(p, torch._subclasses.FakeTensor) for p in model.parameters())
+
+
+class Planted(nn.Module):
+    """A model that makes one tensor of [tokens, width] on its way."""
+
+    def __init__(self, model: HappyHorse, width: int) -> None:
+        super().__init__()
+        self.model, self.config, self.width = model, model.config, width
+
+    def forward(self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor) -> object:
+        big = torch.empty(CLIP.total(8), self.width, device=video.device)
+        out = self.model(video, audio, text)
+        del big
+        return out
+
+
+def test_a_planted_tensor_raises_the_peak() -> None:
+    plain, planted = peak_memory(tiny(), CLIP, 8), peak_memory(Planted(tiny(), 27304), CLIP, 8)
+    size = CLIP.total(8) * 27304 * 4
+    assert planted.peak_bytes - plain.peak_bytes == size
+    assert planted.largest[0].shape == (CLIP.total(8), 27304)
+    assert planted.largest[0].bytes == size
+    assert planted.largest[0].made_by == "aten.empty.memory_format"
+
+
+def test_no_square_tensor_in_fused_attention() -> None:
+    peak = peak_memory(HappyHorse(FULL, device="meta"), tokens_for("256p", seconds=3), 640)
+    total = tokens_for("256p", seconds=3).total()
+    assert not [a for a in peak.largest if a.shape.count(total) > 1]
+
+
+@pytest.mark.parametrize("resolution", ["256p", "1080p"])
+def test_one_layer_of_each_kind_gives_the_same_peak(resolution: str) -> None:
+    config = TINY.replace(num_layers=9, post_norm_layers=(3,), local_attn_layers=(0, 2, 4, 6, 8), mm_layers=(0, 7, 8))
+    clip = tokens_for(resolution, "1:1", seconds=3) if resolution == "256p" else CLIP
+    assert one_layer_per_kind(config, clip).num_layers == 6
+    assert peak_by_kind(config, clip, tiny, text=8) == peak_memory(tiny(config), clip, 8).peak_bytes
+
+
+def test_the_full_model_at_1080p() -> None:
+    clip = tokens_for("1080p")
+    peak = peak_by_kind(FULL, clip, lambda config: HappyHorse(config, device="meta")) / 2**30
+    # Eager makes the MLP and QKV in chunks of 8192 rows: no [64001, 27304] float32, which alone is 6.5 GiB.
+    assert 34 < peak < 40, f"measured {peak:.2f} GiB"
+
+
+@pytest.mark.slow
+def test_the_full_model_at_1080p_layer_by_layer() -> None:
+    clip = tokens_for("1080p")
+    peak = peak_memory(HappyHorse(FULL, device="meta"), clip)
+    assert peak.peak_bytes == peak_by_kind(FULL, clip, lambda config: HappyHorse(config, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        0,
+        -1,
+        None,
+        Ellipsis,
+        slice(1, 3),
+        slice(None, None, 2),
+        (0, slice(2)),
+        (slice(None), 1),
+        (Ellipsis, None),
+        (Ellipsis, slice(0, 4, 2), None),
+        (slice(1), Ellipsis, 0),
+        (None, 0, Ellipsis, slice(-2, None)),
+    ],
+)
+def test_indexing_of_fake_cuda_tensors_is_that_of_real_ones(index: object) -> None:
+    real = torch.arange(4 * 5 * 6).view(4, 5, 6)
+    expected, got = real[index], memory._view(real, index)  # type: ignore[index]
+    assert torch.equal(got, expected)
+    assert got.stride() == expected.stride()
+    assert got.data_ptr() == expected.data_ptr()
+
+
+def test_operations_that_need_a_cuda_build_run_on_fake_cuda() -> None:
+    with FakeTensorMode(), memory._FakeCuda():
+        x = torch.empty(4, 6, device="cuda")
+        x[1:3, ::2] = torch.empty(2, 3, device="cuda")
+        x.copy_(torch.empty(4, 6, device="cuda"))
+        assert x.t().contiguous().stride() == (4, 1)
+        q, k = (torch.empty(1, h, 9, 16, device="cuda", dtype=torch.bfloat16) for h in (5, 1))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+        assert (out.shape, out.device.type) == (q.shape, "cuda")
+
+
+@pytest.mark.parametrize("sparsity", [TopK(0.5), Tiles(1, 1, 1)])
+def test_a_sparse_models_masks_are_counted(sparsity: TopK | Tiles) -> None:
+    def peak(policy: TopK | Tiles | None) -> int:
+        choices = choose("reference", "bf16", torch.device("cpu"))
+        return peak_memory(empty_accelerated(TINY, FastConfig(sparsity=policy), choices), CLIP, 8).peak_bytes
+
+    blocks = -(-CLIP.total(8) // 128)
+    assert peak(sparsity) - peak(None) >= 4 * blocks**2, "a table of blocks, or a map"
+
+
+def test_a_model_without_a_config_is_named() -> None:
+    with pytest.raises(TypeError, match="model must have a ModelConfig as its attribute config, got NoneType"):
+        peak_memory(nn.Linear(2, 2), CLIP)

@@ -1,0 +1,398 @@
+"""The Hopper kernel itself: when it is taken, what its emulation catches, and what only its forms can get wrong.
+
+Its results, in every case of the other kernels: test_block_sparse_attention.py, "hopper".
+"""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from attention_cases import (
+    FORMATS,
+    MAP,
+    bound_of,
+    dense_oracle,
+    formatted,
+    hopper,
+    inputs,
+    normed,
+    problems,
+    run,
+)
+from gluon_emulator import Emulated, EmulationError
+
+from bench.hopper import running
+from happyhorse_fast.block_map import BlockMap
+from happyhorse_fast.kernels import launch
+from happyhorse_fast.kernels.hopper_sizes import Sizes
+from happyhorse_fast.ops import block_sparse_attention
+from happyhorse_fast.ops.attention import triton as launcher
+from happyhorse_fast.ops.attention.score_bound import LIMIT, MARGIN, norm_bound
+from happyhorse_fast.ops.runtime.triton.device import pretend
+
+BOUNDED = ("bf16", "int8_qk")
+SCALE = 32**-0.5
+UNEVEN = BlockMap.from_ranges([(0, 100), (100, 250), (290, 400)], [(30, 400), (0, 333), (0, 1)], 400, 400)
+"""Rows that begin with a partial block, rows without a key, and a last block of queries that is not whole."""
+
+LONG = BlockMap.dense(150, 1000)
+"""More steps over full blocks than slots."""
+
+
+def attention(given, block_map=MAP, seed=1, replace=(), **options):
+    """The op through the emulated kernel."""
+    bound = options.pop("bound", bound_of(given, SCALE))
+    with hopper(seed, replace):
+        return block_sparse_attention(**given, block_map=block_map, scale=SCALE, bound=bound, **options)
+
+
+# When it is taken -----------------------------------------------------------------------------------------------------
+
+
+def launched(monkeypatch, given, **options):
+    """Whether a call launches the Hopper kernel, and the plain one."""
+    calls = []
+    plain = launcher.block_sparse_attention_kernel
+    monkeypatch.setattr(Emulated, "__getitem__", lambda self, grid: lambda *a, **k: calls.append("hopper"))
+    wrapped = mock.MagicMock()
+    wrapped.__getitem__.side_effect = lambda grid: lambda *a, **k: calls.append("plain")
+    monkeypatch.setattr(launcher, "launchable", lambda kernel: wrapped if kernel is plain else kernel)
+    attention(given, **options)
+    return calls
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_taken_where_tiles_can_be_described(fmt, monkeypatch):
+    given = inputs(fmt)
+    for options in ({}, {"return_lse": True}):
+        assert launched(monkeypatch, given, **options) == ["hopper"]
+    for name in "qk":
+        apart = given | {name: given[name].transpose(0, 2).contiguous().transpose(0, 2)}
+        assert launched(monkeypatch, apart) == ["plain"], f"{name} with channels apart"
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_row_of_nan_has_an_lse_of_nan(fmt):
+    given = inputs(fmt)
+    if fmt == "fp8":
+        given["q"].view(torch.uint8)[3] = 0x7F
+    else:
+        (given["q_scale"] if fmt == "int8_qk" else given["q"])[3] = torch.nan
+    out, _, lse = attention(given, bound=LIMIT, return_lse=True)
+    assert out[3].isnan().all() and lse[:, 3].isnan().all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_without_a_bound_the_plain_kernel_keeps_a_maximum(fmt, monkeypatch):
+    given = inputs(fmt)
+    e4m3 = fmt == "fp8"
+    assert launched(monkeypatch, given, bound=math.inf) == (["hopper"] if e4m3 else ["plain"])
+    assert launched(monkeypatch, given, bound=LIMIT) == ["hopper"]
+    assert launched(monkeypatch, given, bound=math.nextafter(LIMIT, math.inf)) == (["hopper"] if e4m3 else ["plain"])
+    found_on_the_device = {"bf16": ["hopper", "plain"], "int8_qk": ["plain"], "fp8": ["hopper"]}
+    assert launched(monkeypatch, given, bound=None) == found_on_the_device[fmt]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_of_two_launches_the_flag_lets_one_compute(fits):
+    given = inputs("bf16", 150, heads=(2, 1), spread=1.0 if fits else 40.0)
+    block_map = BlockMap.dense(150, 150)
+    plain = mock.MagicMock()
+    with mock.patch.object(launcher, "launchable", return_value=plain):
+        out, _, lse = run(given, block_map, SCALE, "hopper", bound=None, return_lse=True)
+    assert plain.__getitem__.return_value.call_count == 1, "the other form"
+    assert plain.__getitem__.return_value.call_args.kwargs["BOUNDED"] is False
+    if fits:
+        assert problems(given, block_map, out, SCALE, backend="hopper") == []
+        assert torch.isfinite(lse).all()
+    else:  # as they were allocated
+        assert out.isnan().all() and lse.isnan().all()
+
+
+def test_taken_on_hopper_for_heads_of_128_and_nowhere_else():
+    q, narrow = (torch.empty(256, 2, d, dtype=torch.bfloat16, device="meta") for d in (128, 64))
+    int8, codes = q.to(torch.int8), q.to(torch.float8_e4m3fn)
+    transposed = torch.empty(2, 128, 256, dtype=torch.float8_e4m3fn, device="meta")
+    for given in ((q, q, q), (int8, int8, q), (codes, codes, transposed)):
+        with pretend(90):
+            assert launcher.launch_config(*given, bounded=True).hopper
+            assert launcher.launch_config(*given, bounded=True, lse=True).hopper
+        with pretend(90, tracing=True):  # a trace holds no descriptors: plain Triton, through pointers
+            assert not launcher.launch_config(*given, bounded=True).hopper
+            assert not launcher.launch_config(*given, bounded=True).descriptors
+        with pretend(100):
+            assert not launcher.launch_config(*given, bounded=True).hopper
+    with pretend(90):
+        assert not launcher.launch_config(narrow, narrow, narrow, bounded=True).hopper, "measured at 128 alone"
+        with running("triton"):
+            assert not launcher.launch_config(q, q, q, bounded=True).hopper, "the plain kernel, by its name"
+    assert launch.config_for(launcher.STEM, "bf16_d128_hopper", 90).hopper
+    config = launch.config_for(launcher.STEM, "bf16_d128_hopper", 90)
+    assert launch.illegal(config, 90, fp8=False, shared_bytes=0) is None
+    for arch in (80, 100, 120):
+        assert launch.illegal(config, arch, fp8=False, shared_bytes=0)
+
+
+def test_no_more_slots_than_there_are_named_barriers():
+    assert Sizes(4, 2, 1, 32, 128, 4, q_bits=8, v_bits=8, lse=False).named
+    assert not Sizes(4, 2, 1, 32, 128, 5, q_bits=16, v_bits=16, lse=False).named
+    for v_bits in (8, 16):
+        with pytest.raises(ValueError, match="stages must be at most 4"):
+            Sizes(4, 2, 1, 32, 128, 5, q_bits=8, v_bits=v_bits, lse=False)
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_bits_depend_neither_on_the_order_of_copies_nor_of_groups(fmt):
+    given = inputs(fmt)
+    first = attention(given, seed=2, return_lse=True)
+    for seed in (3, 4, 5):
+        again = attention(given, seed=seed, return_lse=True)
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, again, strict=True))
+
+
+def held(given, block_map, scale=SCALE, **options):
+    """Its output, within the budgets of bf16, with the float64 LSE."""
+    out, _, lse = run(given, block_map, scale, "hopper", return_lse=True, **options)
+    assert problems(given, block_map, out, scale, backend="hopper") == []
+    torch.testing.assert_close(lse.double(), dense_oracle(given, block_map, scale)[1], atol=2e-5, rtol=1e-5)
+    return out
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1)])
+def test_groups_of_query_heads(fmt, heads):
+    held(inputs(fmt, 200, heads=heads), BlockMap.dense(200, 200))
+
+
+def one_key(fmt, **options):
+    """Every query sees one key, each another score: the output is that key's v."""
+    given = inputs(fmt, 260, heads=(2, 2), spread=3.0)
+    keys = [(5 * i % 260, 5 * i % 260 + 1) for i in range(260)]
+    block_map = BlockMap.from_ranges([(i, i + 1) for i in range(260)], keys, 260, 260)
+    return attention(given, block_map, **options)[0], given["v"][[first for first, _ in keys]]
+
+
+@pytest.mark.parametrize("fmt", BOUNDED)
+def test_one_key_alone_gives_its_v_exactly(fmt):
+    out, expected = one_key(fmt)
+    assert torch.equal(out, expected), "as eager attention in bf16 does, whose largest P is 1"
+
+
+@pytest.mark.parametrize("fmt", BOUNDED)
+def test_queries_along_and_against_keys_at_the_bound(fmt):
+    """Scores from -99 to 99 in powers of two: every P from 2^-99 to 2^99 is met, alone and beside others."""
+    k = normed(200, 1, 32, 0)
+    norm = math.sqrt(99 * math.log(2) / SCALE / MARGIN)
+    q = torch.cat((k[:80], -k[80:160], normed(40, 1, 32, 1)))
+    given = formatted(fmt, q * norm, k * norm, torch.randn(200, 1, 32) * 60)
+    assert 90 < bound_of(given, SCALE) <= LIMIT
+    held(given, BlockMap.dense(200, 200))
+    against = BlockMap.from_ranges([(i, i + 1) for i in range(80, 160)], [(i, i + 1) for i in range(80, 160)], 200, 200)
+    out = held(given, against)
+    assert torch.equal(out[80:160], given["v"][80:160]), "a sum of one P of 2^-99"
+
+
+@pytest.mark.parametrize("fmt", BOUNDED)
+def test_norm_weights_on_either_side_of_the_switch(fmt, monkeypatch):
+    k, q, dense = normed(200, 1, 32, 0), normed(200, 2, 32, 1), BlockMap.dense(200, 200)
+    for past, kernel in ((1 - 2**-8, "hopper"), (1 + 2**-8, "plain")):
+        widest = math.sqrt(LIMIT * past / (MARGIN * math.log2(math.e) * math.sqrt(32)))
+        weight = torch.linspace(0.1, widest - 1, 32)  # the norm multiplies by 1 + weight
+        bound = norm_bound(weight, weight)
+        assert bound == pytest.approx(LIMIT * past)
+        norm = 32**0.5 * (1 + weight)
+        given = formatted(fmt, q * norm, k * norm, torch.randn(200, 1, 32))
+        assert bound_of(given, SCALE) <= bound
+        with monkeypatch.context() as patched:
+            assert launched(patched, given, block_map=dense, bound=bound) == [kernel]
+        if kernel == "hopper":
+            held(given, dense, bound=bound)
+
+
+@pytest.mark.parametrize("fmt", BOUNDED)
+def test_one_huge_row_and_others_tiny(fmt):
+    """And where a row's or a block's scale is so small that their product is 0, masked keys are still masked."""
+    q, k, v = (torch.randn(300, h, 32, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
+    q[1:] *= 1e-30
+    q[0] *= 6
+    k[128:] *= 1e-25
+    given = formatted(fmt, q, k, v)
+    held(given, MAP)
+    if fmt == "int8_qk":
+        assert problems(given, MAP, attention(given, replace=MASKED_FIRST)[0], SCALE, backend="hopper")
+
+
+SCALED = "    t = scaled(s, scales, running"
+HIDE = "    if MASKED:\n        t = hide(t, work, at, GROUP * sizes.rows, sizes)\n"
+HIDE_FIRST = "    if MASKED:\n        s = hide(s.to(gl.float32), work, at, GROUP * sizes.rows, sizes)\n"
+MASKED_FIRST = ((HIDE, ""), (SCALED, HIDE_FIRST + SCALED))
+
+
+@pytest.mark.parametrize("fmt", BOUNDED)
+def test_thousands_of_equal_keys(fmt):
+    """All P are the same, so the result is the mean of v however P was rounded."""
+    keys = 8192
+    q, k = normed(64, 1, 32, 0), normed(1, 1, 32, 1).expand(keys, 1, 32)
+    norm = math.sqrt(95 * math.log(2) / SCALE / MARGIN)
+    v = torch.randn(keys, 1, 32, generator=torch.Generator().manual_seed(2)) + 2
+    q[:32] = k[:32]
+    given = formatted(fmt, q * norm, k * norm, v)
+    out = run(given, BlockMap.dense(64, keys), SCALE, "hopper")[0]
+    mean = given["v"].double().mean(dim=0).expand(64, 1, 32)
+    assert ((out.double() - mean).abs() <= 2**-8 * mean.abs()).all()
+
+
+@pytest.mark.parametrize("fmt", BOUNDED)
+def test_a_bound_that_is_too_small_shows(fmt):
+    given = inputs(fmt, 200, heads=(2, 1), spread=40.0)
+    block_map = BlockMap.dense(200, 200)
+    assert bound_of(given, SCALE) > 128
+    out = run(given, block_map, SCALE, "hopper", bound=50.0)[0]
+    assert problems(given, block_map, out, SCALE, backend="hopper")[0] == "the result holds NaN or Inf"
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**-60, 2.0**40])
+def test_blocks_of_v_of_any_size_in_e4m3(factor):
+    """Each block's scale is in P's exponent: one block's is a thousand times the next one's, all small or all large."""
+    given = inputs("fp8", 400, heads=(2, 2), spread=2.0)
+    given["v_scale"] *= factor * torch.tensor([1.0, 2.0**-10, 2.0**6, 1.0])
+    held(given, UNEVEN)
+
+
+# Planted bugs ---------------------------------------------------------------------------------------------------------
+
+PLANTED = {
+    "queries not awaited": ("slot = await_full(q_ring, turn, Q_SLOTS)", "slot = turn % Q_SLOTS"),
+    "queries never released": ("        release(q_ring, slot, 0)\n", ""),
+    "wrong parity, full": ("use // SLOTS & 1)\n", "(use // SLOTS & 1) ^ 1)\n"),
+    "wrong parity, empty": ("(use // SLOTS & 1) ^ 1)", "use // SLOTS & 1)"),
+    "bytes of one tile": ("TILES * source.block_type.nbytes", "source.block_type.nbytes"),
+    "no fence": ("    fence_async_shared()\n", ""),
+    "step forgotten": ("            use += n_all\n", "            use += n_all - 1\n"),
+    "other slot": ("q_ring.tiles.index(slot * GROUPS + GROUP)", "q_ring.tiles.index(slot * GROUPS)"),
+    "other mask word": ("column // 32 == word", "column // 64 == word"),
+    "other half's mask": ("(first + row) * WORDS", "row * WORDS"),
+    "rows past the end": ("mask=(query < queries)[:, None])", "mask=None)"),
+    "other key/value head": ("channel = head // sizes.group * sizes.d", "channel = head % sizes.group * sizes.d"),
+}  # fmt: skip
+STEP = "    s = warpgroup_mma_wait(1, deps=[s_pending])\n"
+TURN = "    pass_turn(GROUP)\n" + STEP
+V_WAIT = "    await_full(v_ring, use, sizes.stages)\n    acc = "
+K_WAIT = "    stage = await_full(k_ring, use, sizes.stages)\n    await_turn"
+V_RELEASE = "    release(v_ring, before, V_SLOTS if sizes.named else 0)\n    log_sum"
+K_RELEASE = "    release(k_ring, stage, K_SLOTS if sizes.named else 0)\n    t = scaled(s, scales, running"
+ISSUE_QK = "    s_pending = start_qk(item.q_tile, k_ring, stage, sizes)\n    pv_pending = warpgroup"
+FREE_V = "    release(v_ring, before, V_SLOTS if sizes.named else 0)\n"
+WAIT_PV = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n"
+SUMS = (
+    ("running.row_sum + sums_of_packed(words, sizes)", "running.row_sum + sums(p, sizes)"),
+    ("Running(zero, words, sums_of_packed(words, sizes),", "Running(zero, words, sums(p, sizes),"),
+)
+IN_TURNS = {
+    "v not awaited": (V_WAIT, "    acc = "),
+    "k not awaited": (K_WAIT, "    stage = use % sizes.stages\n    await_turn"),
+    "k never released": (K_RELEASE, "    t = scaled(s, scales, running"),
+    "v never released": (V_RELEASE, "    log_sum"),
+    # k released early harms nothing: the loading warp waits for this step's v before it comes to that slot of k.
+    "v released early": (WAIT_PV + FREE_V, FREE_V + WAIT_PV),
+    "result before its wait": (TURN, TURN.replace("(1,", "(2,")),
+    "turn not passed": (TURN, STEP),
+    "turn passed twice": (TURN, "    pass_turn(GROUP)\n" + TURN),
+    "turn passed too early": (ISSUE_QK, "    pass_turn(GROUP)\n" + ISSUE_QK),
+    "turn passed between": ("    pv_pending = warp", "    pass_turn(GROUP)\n    pv_pending = warp"),
+    "turn not awaited": ("    await_turn(GROUP)\n", ""),
+    "nobody begins": ("    if not sizes.e4m3 and GROUP == 1:\n        pass_turn(GROUP)\n", ""),
+    "both begin": ("if not sizes.e4m3 and GROUP == 1:", "if not sizes.e4m3:"),
+    "halves of a word": ("[low, high], gl.int32", "[high, low], gl.int32"),
+    "upper halves twice": ("(words << 16)", "(words & -65536)"),
+    "sum of the last block alone": ("running.row_sum + sums_of_packed", "sums_of_packed"),
+    "a turn of other size": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + 1 - GROUP, 288)"),
+    "the same turn for both": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + GROUP, 256)"),
+}  # fmt: skip
+BF16 = {
+    "one reader": ("k_ring = make_ring(k, 1, STAGES, GROUPS)", "k_ring = make_ring(k, 1, STAGES, 1)"),
+    "three readers": ("k_ring = make_ring(k, 1, STAGES, GROUPS)", "k_ring = make_ring(k, 1, STAGES, 3)"),
+}
+INT8 = {
+    "k's scale of the next block": ("scaled(s, scales, running.k_scale", "scaled(s, scales, next_scale"),
+    "column of another block": ("column_of(work, gl.minimum(at + 2", "column_of(work, gl.minimum(at + 1"),
+    "scales of another head": ("of_k += kv_head * key_blocks", "of_k += 0"),
+    "q's scale of another head": ("sizes.heads_q + head, mask=live, other=1.0", "sizes.heads_q, mask=live, other=1.0"),
+    "slots filled at once": ("    elif use >= SLOTS:\n", "    elif use >= 2 * SLOTS:\n"),
+    "slots of k and v at one barrier": ("V_SLOTS = gl.constexpr(12)", "V_SLOTS = gl.constexpr(8)"),
+    "a release of other size": ("        arrive_at(slot + NAMED, 288)", "        arrive_at(slot + NAMED, 256)"),
+}  # fmt: skip
+E4M3_BESIDE = "        s = warpgroup_mma_wait(1, deps=[s_pending])\n"
+E4M3_BEHIND = "        s = warpgroup_mma_wait(0, deps=[s_pending])\n"
+E4M3_PV = "        acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)\n"
+E4M3_PV_FIRST = "        acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)\n"
+FREE_IT = "        release(v_ring, before, V_SLOTS)\n"
+AWAIT_V = "    await_full(v_ring, use, sizes.stages)\n    if BESIDE"
+AWAIT_K = "    stage = await_full(k_ring, use, sizes.stages)\n    if BESIDE"
+E4M3 = {
+    "v not awaited": (AWAIT_V, "    if BESIDE"),
+    "k not awaited": (AWAIT_K, "    stage = use % sizes.stages\n    if BESIDE"),
+    "k never released": ("    release(k_ring, stage, K_SLOTS)\n    if MASKED", "    if MASKED"),
+    "v never released": (E4M3_PV + FREE_IT, E4M3_PV),
+    "v never released behind QK": (E4M3_PV_FIRST + FREE_IT, E4M3_PV_FIRST),
+    "v released early": (E4M3_PV + FREE_IT, FREE_IT + E4M3_PV),
+    "v released early behind QK": (E4M3_PV_FIRST + FREE_IT, FREE_IT + E4M3_PV_FIRST),
+    "result before its wait": (E4M3_BESIDE, E4M3_BESIDE.replace("(1,", "(2,")),
+    "result before its wait behind QK": (E4M3_BEHIND, E4M3_BEHIND.replace("(0,", "(1,")),
+    "no guard of empty rows": ('new_max == -float("inf"), 0.0', "new_max == 1.0, 0.0"),
+    "sum not rescaled": ("running.row_sum * per_thread(alpha, running.row_sum) + total", "running.row_sum + total"),
+    "accumulator not rescaled": (
+        "running.acc * gl.convert_layout(running.alpha, sizes.o_row)[:, None] + pv",
+        "running.acc + pv",
+    ),
+    "v's scale of the next block": ("running.v_scale, MASKED", "next_v, MASKED"),
+    "v's scale not in P": ("(shift - P_EXPONENT - log_v)", "(shift - P_EXPONENT)"),
+    "v's scale not in the maximum": ("axis=1) * scale + log_v)", "axis=1) * scale)"),
+    "v's scale left in the sum": ("total * per_v", "total"),
+    "k's scale of the next block": ("scales.scores, running.k_scale", "scales.scores, next_k"),
+    "tokens in their own order": ("(0, 1, 3, 2, 4)", "(0, 1, 2, 3, 4)"),
+    "scales of another head": ("of_v += kv_head * key_blocks", "of_v += 0"),
+}
+BUGS = {
+    "bf16": PLANTED | IN_TURNS | BF16,
+    "int8_qk": PLANTED | IN_TURNS | INT8,
+    "fp8": PLANTED | E4M3,
+}
+
+
+def planted(fmt, seed, replace, block_map=UNEVEN):
+    """Faults found of an output with bugs planted."""
+    given = inputs(fmt, block_map.queries, heads=(6, 2), m=block_map.keys, spread=3.0)
+    by_block = torch.tensor([1.0, 0.25, 4.0, 1.0]).repeat(2)[: block_map.key_blocks]
+    if fmt == "fp8":
+        given["v_scale"] *= by_block
+    if fmt == "int8_qk":
+        given["k_scale"] *= by_block / 4
+    try:
+        out = attention(given, block_map, seed, replace)[0]
+    except EmulationError as error:
+        return [str(error)]
+    return problems(given, block_map, out, SCALE, backend="hopper")
+
+
+@pytest.mark.parametrize(("fmt", "bug"), [(fmt, bug) for fmt, bugs in BUGS.items() for bug in bugs])
+def test_planted_bugs_are_caught(fmt, bug):
+    found = (planted(fmt, seed, [BUGS[fmt][bug]], m) for m in (UNEVEN, LONG) for seed in (1, 2))
+    assert any(found)
+
+
+@pytest.mark.parametrize("fmt", BOUNDED)
+def test_sums_of_p_before_rounding_are_caught_by_one_key(fmt):
+    out, expected = one_key(fmt, replace=SUMS)
+    assert not torch.equal(out, expected)
+    assert ((out - expected).abs() / expected.abs()).max() > 2**-8
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("seed", range(4))
+def test_without_them_nothing_is_found(fmt, seed):
+    assert planted(fmt, seed, []) == planted(fmt, seed, [], LONG) == []

@@ -1,0 +1,34 @@
+"""A kernel called on the CPU: exact in Triton's interpreter unasked; without it an error that says what to do."""
+
+import os
+import subprocess
+import sys
+
+CODE = """
+import torch
+from happyhorse_fast.ops import rmsnorm_quantize
+hidden, weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 100, torch.zeros(1, 128)
+tiles = torch.tensor([[0, 0, 64]], dtype=torch.int32)
+for out in ("bf16", "int8", "fp8"):
+    a, b = (rmsnorm_quantize(hidden.clone(), weight, tiles, out=out, backend=n)[0] for n in ("triton", "reference"))
+    print(int((a.float() != b.float()).sum()))
+"""
+
+
+def test_a_kernel_under_the_interpreter_is_exact_by_itself():
+    """As shipped, 3.7.1 truncates to bf16: half of the elements differ."""
+    done = run(CODE, interpret="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "0", "0"]
+
+
+def test_without_the_interpreter_the_error_says_what_to_do():
+    """Triton's own is "0 active drivers ([]). There should only be one."."""
+    done = run(CODE, interpret="0")
+    assert "BackendError: happyhorse_fast::rmsnorm_quantize cannot run: Triton kernels need a GPU" in done.stderr
+    assert "or pass backend='reference'" in done.stderr
+
+
+def run(code: str, interpret: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
