@@ -107,6 +107,7 @@ assert run(["doctor"]) == 0
 """
 
 
+@pytest.mark.slow  # 9 s
 def test_a_process_with_a_broken_triton_goes_on(tmp_path: Path) -> None:
     """torch's own tracer raises where Triton does anything but be missing, so nothing may have loaded it before."""
     (tmp_path / "triton").mkdir()

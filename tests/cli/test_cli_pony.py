@@ -73,8 +73,11 @@ def test_tables_say_what_was_made_and_why_no_kernel_ran(tmp_path: Path, capsys: 
         assert words in text
 
 
+JPEG = pytest.param("a.jpg", "mjpeg", "yuvj444p", marks=pytest.mark.slow)
+
+
 @pytest.mark.usefixtures("no_layer")
-@pytest.mark.parametrize(("name", "codec", "pixels"), [("a.png", "png", "rgb24"), ("a.jpg", "mjpeg", "yuvj444p")])
+@pytest.mark.parametrize(("name", "codec", "pixels"), [("a.png", "png", "rgb24"), JPEG])
 def test_a_picture_begins_the_clip(name: str, codec: str, pixels: str, tmp_path: Path, capsys: Capture) -> None:
     rows, columns = np.mgrid[0:96, 0:200]
     picture = np.stack([columns, 2 * rows, 0 * rows + 40], axis=2).astype(np.uint8)  # 200 x 96: sides are cut off

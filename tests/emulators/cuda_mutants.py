@@ -13,8 +13,8 @@ from cuda_shim import CSRC, Shim
 _INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"\n', re.MULTILINE)
 
 
-def some_slow(bugs: Iterable[str], quick: int = 2) -> list[Any]:
-    """Parameters of a test: each takes 2 s to build, so `make test` has the first ones, `make check` all others."""
+def some_slow(bugs: Iterable[str], quick: int = 1) -> list[Any]:
+    """Parameters of a test: each takes 2 s to build, so `make test` has the first, `make check` all others."""
     return [bug if i < quick else pytest.param(bug, marks=pytest.mark.slow) for i, bug in enumerate(bugs)]
 
 
