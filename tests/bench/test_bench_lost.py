@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from comparison_cases import CEILINGS, CPU, FOREVER, Counting, compared
+from comparison_cases import CPU, FOREVER, Counting, compared
 
 from bench import ops
 from bench.cases import cases, select
@@ -19,17 +19,7 @@ from bench.peers.torch import Eager
 from bench.results import Results, describe_machine, read
 
 TINY = cases("tiny")
-
-
-@pytest.fixture(autouse=True)
-def ceilings(monkeypatch):
-    """Not measured for every test anew."""
-    monkeypatch.setattr(Bench, "measured", CEILINGS)
-
-
-@pytest.fixture
-def bench():
-    return Bench(CPU, "reference", seconds=0.0, peers=[Eager()])
+pytestmark = pytest.mark.usefixtures("ceilings")
 
 
 class Gpu:

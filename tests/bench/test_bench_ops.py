@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from comparison_cases import CEILINGS, CPU, FOREVER, SEEN, Counting, compared
+from comparison_cases import CPU, FOREVER, SEEN, Counting, compared
 
 from bench import ops, ops_table
 from bench.bootstrap import ROOT
@@ -27,17 +27,7 @@ from bench.results import Results, comparable, describe_machine, ratio, read
 from happyhorse_fast.kernels.launch import config_for, table
 
 TINY = cases("tiny")
-
-
-@pytest.fixture(autouse=True)
-def ceilings(monkeypatch):
-    """Not measured for every test anew."""
-    monkeypatch.setattr(Bench, "measured", CEILINGS)
-
-
-@pytest.fixture
-def bench():
-    return Bench(CPU, "reference", seconds=0.0, peers=[Eager()])
+pytestmark = pytest.mark.usefixtures("ceilings")
 
 
 def planted(monkeypatch, change):

@@ -44,15 +44,6 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Shards of a small model."""
-    save_checkpoint(weights(), tmp_path / "sharded", max_shard_bytes=8000)
-    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) >= 4
-    return tmp_path / "sharded"
-
-
 # What is written is what is loaded -----------------------------------------------------------------------------------
 
 

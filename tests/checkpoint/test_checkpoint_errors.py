@@ -33,14 +33,6 @@ from happyhorse_fast.eager.model import HappyHorse
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Shards of a small model."""
-    save_checkpoint(weights(), tmp_path / "sharded", max_shard_bytes=8000)
-    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) >= 4
-    return tmp_path / "sharded"
-
-
-@pytest.fixture
 def single(tmp_path: Path) -> Path:
     """The same model in one file."""
     save_checkpoint(weights(), tmp_path / "single")

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import pytest
 from cuda_shim import CSRC, Shim
 
 _INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"\n', re.MULTILINE)
-
-
-def some_slow(bugs: Iterable[str], quick: int = 1) -> list[Any]:
-    """Parameters of a test: each takes 2 s to build, so `make test` has the first, `make check` all others."""
-    return [bug if i < quick else pytest.param(bug, marks=pytest.mark.slow) for i, bug in enumerate(bugs)]
 
 
 def mutant(folder: Path, stem: str, old: str, new: str) -> Shim:

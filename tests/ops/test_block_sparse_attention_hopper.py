@@ -21,6 +21,7 @@ from attention_cases import (
     run,
 )
 from gluon_emulator import Emulated, EmulationError
+from planted import some_slow
 
 from bench.hopper import running
 from happyhorse_fast.block_map import BlockMap
@@ -379,15 +380,7 @@ def planted(fmt, seed, replace, block_map=UNEVEN):
     return problems(given, block_map, out, SCALE, backend="hopper")
 
 
-# The emulator takes 0.3 s a bug: of each format the first ones, in `make check` all.
-PLANTED = [
-    pytest.param(fmt, bug, marks=[pytest.mark.slow] if i > 2 else [])
-    for fmt, bugs in BUGS.items()
-    for i, bug in enumerate(bugs)
-]
-
-
-@pytest.mark.parametrize(("fmt", "bug"), PLANTED)
+@pytest.mark.parametrize(("fmt", "bug"), [x for fmt, bugs in BUGS.items() for x in some_slow(bugs, fmt, quick=3)])
 def test_planted_bugs_are_caught(fmt, bug):
     found = (planted(fmt, seed, [BUGS[fmt][bug]], m) for m in (UNEVEN, LONG) for seed in (1, 2))
     assert any(found)

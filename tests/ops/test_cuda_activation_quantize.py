@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
-from cuda_mutants import mutant, some_slow
+from cuda_mutants import mutant
 from cuda_shim import SHIM, Shim
 from fuzz import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import some_slow
 from strict import poisoned_outputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -9,8 +9,9 @@ import math
 
 import pytest
 import torch
-from cuda_mutants import mutant, some_slow
+from cuda_mutants import mutant
 from cuda_shim import SHIM, ShimError
+from planted import some_slow
 from strict import poisoned_outputs, strict
 
 from happyhorse_fast import budgets

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_mutants import mutant, some_slow
+from cuda_mutants import mutant
 from cuda_shim import SHIM, ShimError
+from planted import some_slow
 from qkv_cases import ALIGNED, SHAPES, fp8_linear, make, steps, tail
 from strict import poisoned_outputs
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_mutants import mutant, some_slow
+from cuda_mutants import mutant
 from cuda_shim import SHIM, Shim, ShimError
+from planted import some_slow
 from qkv_cases import SHAPES, make
 from strict import poisoned_outputs
 

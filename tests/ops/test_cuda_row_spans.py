@@ -9,10 +9,8 @@ import pytest
 import torch
 from qkv_cases import SHAPES, fp8_linear, make
 
-from happyhorse_fast.ops.linear import cuda as linear_launcher
 from happyhorse_fast.ops.linear import op as linear_ops
-from happyhorse_fast.ops.qkv import cuda as qkv_launcher
-from happyhorse_fast.ops.runtime.cuda import row_spans
+from happyhorse_fast.ops.runtime.cuda import library_product, row_spans
 
 
 def same_bits(a, b):
@@ -106,14 +104,14 @@ def test_products_come_in_chunks_and_none_is_larger(name, monkeypatch):
         values = torch.randint(-2, 3, shape, generator=g) * (torch.rand(shape, generator=g) < 0.25)
         setattr(case, field, values.to(torch.float8_e4m3fn))
     whole = fp8_linear(case, "fp8", "cuda")
-    sizes, ones, product = [], [], qkv_launcher.library_product
+    sizes, ones, product = [], [], library_product.library_product
 
     def counted(x, weight, one):
         sizes.append(len(x))
         ones.append(one)
         return product(x, weight, one)
 
-    monkeypatch.setattr(qkv_launcher, "library_product", counted)
+    monkeypatch.setattr(library_product, "library_product", counted)
     monkeypatch.setattr(row_spans, "PRODUCT_BYTES", 1)
     assert same_bits(fp8_linear(case, "fp8", "cuda"), whole)
     assert sizes == {"tail-1-gqa5": [128, 1], "experts-aligned": [128, 128, 128, 57]}[name]
@@ -131,8 +129,8 @@ def test_an_activation_comes_in_chunks(fp8, monkeypatch):
     whole = linear_ops.fp8_linear_activation(*arguments, backend="cuda")
     expected = linear_ops.fp8_linear_activation(*arguments, backend="reference")
     assert float((whole[0].float() != expected[0].float()).float().mean()) < 1e-3
-    calls, product = [], linear_launcher.library_product
-    monkeypatch.setattr(linear_launcher, "library_product", lambda *a: calls.append(a) or product(*a))
+    calls, product = [], library_product.library_product
+    monkeypatch.setattr(library_product, "library_product", lambda *a: calls.append(a) or product(*a))
     monkeypatch.setattr(row_spans, "PRODUCT_BYTES", 1)
     assert same_bits(linear_ops.fp8_linear_activation(*arguments, backend="cuda"), whole)
     assert [len(rows) for rows, *_ in calls] == [128, 42, 128, 2]

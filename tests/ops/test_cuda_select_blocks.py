@@ -6,11 +6,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from cuda_mutants import mutant, some_slow
+from cuda_mutants import mutant
 from cuda_shim import SHIM, ShimError
 from fuzz import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import some_slow
 from select_cases import ALIGNED, RAGGED, SCORES, cases, differences, held, inputs, integers, selector
 from strict import poisoned_outputs
 

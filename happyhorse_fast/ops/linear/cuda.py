@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.ops.linear.contract import ActivationQuantize, LinearActivation, activation_scale
-from happyhorse_fast.ops.quantize import BF16
 from happyhorse_fast.ops.runtime.cuda.launch import launch
-from happyhorse_fast.ops.runtime.cuda.library_product import check_operands, library_product, scale_of_one
+from happyhorse_fast.ops.runtime.cuda.library_product import products
 from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
-from happyhorse_fast.ops.runtime.cuda.row_spans import RowTiles, chunks, expert_spans
+from happyhorse_fast.ops.runtime.cuda.row_spans import RowTiles
 from happyhorse_fast.ops.runtime.operation import custom_op
 from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 
@@ -44,20 +43,14 @@ def activation_quantize(given: ActivationQuantize) -> Tensor:
 @custom_op("fp8_linear_activation_cuda", LinearActivation)
 def fp8_linear_activation(given: LinearActivation) -> Tensor:
     """A product of torch's library in chunks of rows, each followed by the kernel."""
-    x, weight, x_scale, y = given.x, given.weight, given.x_scale, given.empty()
-    check_operands(x, weight)
+    x_scale, y = given.x_scale, given.empty()
     if x_scale is not None:
-        x_scale = x_scale.expand(x.shape[0]).contiguous()
-    experts, features, _ = weight.shape
-    spans = expert_spans(given.row_tiles, experts, x.shape[0], whole_tiles=False)
-    one = scale_of_one(x)
-    for expert, first, end in chunks(spans, features, 2 if x.dtype == BF16 else 4):
-        product = library_product(x[first:end], weight[expert], one)
+        x_scale = x_scale.expand(given.x.shape[0]).contiguous()
+    for product, rows, tiles in products(given.x, given.weight, given.row_tiles, whole_tiles=False):
         epilogue = ActivationQuantize(
             product, x_scale, given.weight_scale, given.row_tiles, given.activation, given.fp8
         )
-        rows = RowTiles(table=None, expert=expert, first=first, end=end)
-        finish_rows(epilogue, rows, -(-(end - first) // ROW_TILE), y)
+        finish_rows(epilogue, rows, tiles, y)
     return y
 
 

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.ops.qkv.contract import NORMALISED, OUTPUTS, QKV, QkNormRope, QkvLinear, RmsnormQuantize
-from happyhorse_fast.ops.quantize import BF16
 from happyhorse_fast.ops.runtime.cuda.launch import launch
-from happyhorse_fast.ops.runtime.cuda.library_product import check_operands, library_product, scale_of_one
+from happyhorse_fast.ops.runtime.cuda.library_product import products
 from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
-from happyhorse_fast.ops.runtime.cuda.row_spans import RowTiles, chunks, expert_spans
+from happyhorse_fast.ops.runtime.cuda.row_spans import RowTiles
 from happyhorse_fast.ops.runtime.operation import custom_op
 from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 
@@ -70,15 +69,9 @@ def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
 @custom_op("qkv_linear_cuda", QkvLinear)
 def qkv_linear(given: QkvLinear) -> QKV:
     """A product of torch's library in chunks of rows, each followed by the kernels of its epilogue."""
-    x, weight, results = given.x, given.weight, given.empty()
-    check_operands(x, weight)
-    experts, features, _ = weight.shape
-    spans = expert_spans(given.row_tiles, experts, x.shape[0], whole_tiles=given.out != "bf16")
-    one = scale_of_one(x)
-    for expert, first, end in chunks(spans, features, 2 if x.dtype == BF16 else 4):
-        product = library_product(x[first:end], weight[expert], one)
-        rows = RowTiles(table=None, expert=expert, first=first, end=end)
-        finish_rows(given.epilogue(product), rows, -(-(end - first) // ROW_TILE), results)
+    results = given.empty()
+    for product, rows, tiles in products(given.x, given.weight, given.row_tiles, whole_tiles=given.out != "bf16"):
+        finish_rows(given.epilogue(product), rows, tiles, results)
     return results
 
 

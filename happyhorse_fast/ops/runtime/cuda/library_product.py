@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import linear
 
 from happyhorse_fast import ambient
 from happyhorse_fast.ops.runtime.cuda.parameters import require_vectors
+from happyhorse_fast.ops.runtime.cuda.row_spans import RowTiles, chunks, expert_spans
+from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 
 FP8_SINCE = (8, 9)
 CODES_PER_VECTOR = 16
 INT8_ROWS = 17
 """Fewest rows that torch._int_mm takes on a GPU (torch 2.13: "self.size(0) needs to be greater than 16")."""
+
+
+def products(
+    x: torch.Tensor, weight: torch.Tensor, row_tiles: torch.Tensor, *, whole_tiles: bool
+) -> Iterator[tuple[torch.Tensor, RowTiles, int]]:
+    """Products of each row with its expert's weight, in chunks of rows that a kernel finishes one after another.
+
+    Args:
+        x: [N, K] bf16, int8 or e4m3.
+        weight: [E, F, K] in the dtype of x.
+        row_tiles: [tiles, 3] int32.
+        whole_tiles: Every tile must start on a multiple of 128.
+
+    Returns:
+        (product [rows, F] as :func:`library_product` gives it, its rows, and how many row tiles they are).
+
+    Raises:
+        ValueError, RuntimeError: As :func:`check_operands` and `row_spans.expert_spans`.
+    """
+    check_operands(x, weight)
+    experts, features, _ = weight.shape
+    spans = expert_spans(row_tiles, experts, x.shape[0], whole_tiles=whole_tiles)
+    one = scale_of_one(x)
+    for expert, first, end in chunks(spans, features, 2 if x.dtype == torch.bfloat16 else 4):
+        rows = RowTiles(table=None, expert=expert, first=first, end=end)
+        yield library_product(x[first:end], weight[expert], one), rows, -(-(end - first) // ROW_TILE)
 
 
 def check_operands(x: torch.Tensor, weight: torch.Tensor) -> None:

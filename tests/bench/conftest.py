@@ -1,0 +1,18 @@
+"""A benchmark of the reference on the CPU, whose ceilings nobody measures."""
+
+import pytest
+from comparison_cases import CEILINGS, CPU
+
+from bench.measure.comparison import Bench
+from bench.peers.torch import Eager
+
+
+@pytest.fixture
+def ceilings(monkeypatch):
+    """Not measured for every test anew."""
+    monkeypatch.setattr(Bench, "measured", CEILINGS)
+
+
+@pytest.fixture
+def bench():
+    return Bench(CPU, "reference", seconds=0.0, peers=[Eager()])
