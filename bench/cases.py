@@ -40,7 +40,7 @@ RESOLUTIONS = ("1080p", "540p", "256p")
 SECONDS = (5, 10, 15)
 PRECISIONS = ("fp8", "int8", "bf16")
 ATTENTION_FORMATS = ("fp8", "int8_qk", "bf16")
-STEM, DROP_IN = "block_sparse_attention", "attention"
+BLOCK_SPARSE, DROP_IN = "block_sparse_attention", "attention"
 """Attention as a layer calls it, which knows how large scores can be, and as any model's tensors are given to it."""
 MASKS = ("window", "dense", "25%", "12.5%")
 """Block maps of attention; shares are of video pairs, chosen as :class:`happyhorse_fast.FastConfig`'s TopK does."""
@@ -48,7 +48,7 @@ MASKS = ("window", "dense", "25%", "12.5%")
 # What a case's op is called in happyhorse_fast.costs.
 _COSTED = {
     "qkv_linear": "qkv",
-    STEM: "attention",
+    BLOCK_SPARSE: "attention",
     DROP_IN: "attention",
     "proj": "proj",
     "down": "down",
@@ -203,7 +203,7 @@ class Case:
         config = self.size.config
         if self.op == "select_blocks":
             return 2.0 * config.num_heads_q * config.head_dim * (self.rows // BLOCK) ** 2
-        if self.op in (STEM, DROP_IN):
+        if self.op in (BLOCK_SPARSE, DROP_IN):
             return 4.0 * config.num_heads_q * config.head_dim * BLOCK**2 * self.blocks()
         if self.product is None:
             return 0.0
@@ -228,7 +228,7 @@ def cases_of(size: Size) -> Iterator[Case]:
             if mask == "window" and not size.windowed:
                 continue
             local = next((i for i in config.local_attn_layers if i >= shared), shared)
-            yield Case(STEM, mask, precision, size, local if mask == "window" else shared)
+            yield Case(BLOCK_SPARSE, mask, precision, size, local if mask == "window" else shared)
         yield Case("select_blocks", "25%", precision, size, shared)
     yield Case(DROP_IN, "dense", "bf16", size, shared)
     for precision in PRECISIONS:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.cases import STEM
+from bench.cases import BLOCK_SPARSE
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.kernels.launch import HOPPER_ARCH, LaunchConfig, config_for, launched_with, table
 from happyhorse_fast.ops.runtime.dispatch import STEMS, attention_is_hopper
@@ -38,7 +38,7 @@ def impl_of(config: LaunchConfig) -> str:
 
 def attention_kernel(state: FastState, device: torch.device) -> str:
     """The kernel that an accelerated model's attention runs in: ``"hopper"``, or its backend."""
-    backend = state.choices[STEM].backend
+    backend = state.choices[BLOCK_SPARSE].backend
     if backend == "triton" and attention_is_hopper(state.fast.attention_format, state.config.head_dim, device):
         return HOPPER
     return backend
@@ -50,7 +50,7 @@ def running(impl: str) -> Iterator[str]:
     if impl not in (HOPPER, "triton"):
         yield impl
         return
-    stem = STEMS[STEM]
+    stem = STEMS[BLOCK_SPARSE]
     both = [name for name in table(stem) if str(HOPPER_ARCH) in table(stem).get(f"{name}{FORM}", {})]
     passed = {(name, HOPPER_ARCH): replace(config_for(stem, name, HOPPER_ARCH), hopper=impl == HOPPER) for name in both}
     with launched_with(stem, passed):

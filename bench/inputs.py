@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import DROP_IN, STEM, Case, exact_map, padded_rows
+from bench.cases import BLOCK_SPARSE, DROP_IN, Case, exact_map, padded_rows
 from bench.hopper import running
 from happyhorse_fast import ops
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
@@ -100,14 +100,14 @@ def _attention(case: Case, draw: Draw) -> Given:
     plan, rows = case.plan, case.rows
     operands, bound = _queries_and_keys(case, draw)
     given: Given = {"scale": plan.head_dim**-0.5, **operands}
-    if case.op == STEM:
+    if case.op == BLOCK_SPARSE:
         given["gate"] = draw.normal(rows, plan.num_heads_q).sigmoid_()
     if case.precision == "fp8":
         given["v"] = draw.codes(plan.num_heads_kv, plan.head_dim, rows)
         given |= {"v_scale": draw.scales(plan.num_heads_kv, rows // BLOCK), "fp8_out": True}
     else:
         given["v"] = draw.normal(rows, plan.num_heads_kv, plan.head_dim, dtype=BF16)
-        given |= {"bound": bound} if case.op == STEM else {}
+        given |= {"bound": bound} if case.op == BLOCK_SPARSE else {}
     given["block_map"] = block_map(case, given)
     return given
 
@@ -204,7 +204,7 @@ def _drop_in(q: Tensor, k: Tensor, v: Tensor, *, backend: str, **options: Any) -
 
 
 _MAKERS = {
-    STEM: _attention,
+    BLOCK_SPARSE: _attention,
     DROP_IN: _attention,
     "fp8_linear_activation": _activation,
     "fp8_linear_residual": _residual,
@@ -214,7 +214,7 @@ _MAKERS = {
     "select_blocks": _select,
 }
 _OPS: dict[str, Any] = {
-    STEM: ops.block_sparse_attention,
+    BLOCK_SPARSE: ops.block_sparse_attention,
     DROP_IN: _drop_in,
     "fp8_linear_activation": ops.fp8_linear_activation,
     "fp8_linear_residual": ops.fp8_linear_residual,
@@ -247,7 +247,7 @@ def moved_bytes(case: Case) -> int:
         outputs = QuantizeRows(**given).empty()
     elif case.op == "qkv_linear":
         outputs = QkvLinear(**given).empty()
-    elif case.op in (STEM, DROP_IN):
+    elif case.op in (BLOCK_SPARSE, DROP_IN):
         dtype = torch.float8_e4m3fn if case.precision == "fp8" else torch.bfloat16
         outputs = (torch.empty_like(given["q"], dtype=dtype), *scale)
     elif case.op == "select_blocks":

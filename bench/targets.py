@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cases import DROP_IN, STEM
+from bench.cases import BLOCK_SPARSE, DROP_IN
 from bench.inputs import BOUNDED, FOUND, RUNNING
 from bench.measure.roofline import gpu_named
 from bench.report.data import ceilings, form_of, load, measured_ceilings, share_of, steps_timed
@@ -90,7 +90,7 @@ def lines(data: Json) -> Iterator[Line]:
             yield Line(what, wanted, entry["tflops"] if entry else None, "TFLOP/s", note=note)
     for precision, softmax, goals in GOALS:
         for part, wanted in goals.items():
-            entry, note = best(data, f"{STEM}-{part}", precision, softmax=softmax)
+            entry, note = best(data, f"{BLOCK_SPARSE}-{part}", precision, softmax=softmax)
             what = f"attention {part} {precision}, {softmax}, computed blocks"
             yield Line(what, wanted, entry["tflops"] if entry else None, "TFLOP/s", note=note)
     yield _finding(data)
@@ -135,7 +135,7 @@ def _finding(data: Json) -> Line:
     found, note = best(data, f"{DROP_IN}-dense", "bf16", softmax=f"{BOUNDED}{FOUND}")
     if found is None:
         return Line(what, FINDING, None, "ms", least=False, note=note)
-    known, note = best(data, f"{STEM}-dense", "bf16", softmax=BOUNDED, impl=found["impl"])
+    known, note = best(data, f"{BLOCK_SPARSE}-dense", "bf16", softmax=BOUNDED, impl=found["impl"])
     if known is None or not comparable(found, known):
         return Line(what, FINDING, None, "ms", least=False, note="its times are of two spans" if known else note)
     more = found["median_ms"] - known["median_ms"]

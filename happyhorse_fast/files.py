@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 import re
 import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 _DESCRIPTORS = re.compile(r"/(proc/(self|thread-self|\d+)(/task/\d+)?|dev)/fd")
 """Folders whose entries are open files of a process, which a file of the same name cannot take the place of."""
@@ -143,20 +140,3 @@ def _require_writable(folder: Path) -> None:
         raise OSError(
             f"output must be in a folder that can be written to, {folder} cannot: {error.strerror}"
         ) from error
-
-
-def plain(value: Any) -> Any:
-    """Data that JSON takes: dataclasses as objects, paths as text, and null for NaN and Inf, which JSON lacks."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"value must be plain data, got {type(value).__name__}")

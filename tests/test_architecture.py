@@ -21,6 +21,7 @@ LAYERS = {
     "config": 0,
     "costs": 0,
     "files": 0,
+    "json_data": 0,
     "moved": 0,
     "optional": 0,
     "tokens": 0,

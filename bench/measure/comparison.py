@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.cases import DROP_IN, STEM, Case
+from bench.cases import BLOCK_SPARSE, DROP_IN, Case
 from bench.hopper import HOPPER
 from bench.inputs import Given, call, make, moved_bytes, softmax
 from bench.measure import gates, roofline
@@ -285,7 +285,7 @@ def groups(chosen: Iterable[Case]) -> list[Group]:
     """Cases by what is compared, each group at the place of its first; both ways into attention are one."""
     found: dict[tuple[str, str, str], list[Case]] = {}
     for case in chosen:
-        found.setdefault((STEM if case.op == DROP_IN else case.op, case.part, case.size.name), []).append(case)
+        found.setdefault((BLOCK_SPARSE if case.op == DROP_IN else case.op, case.part, case.size.name), []).append(case)
     return [tuple(cases) for cases in found.values()]
 
 
@@ -293,7 +293,7 @@ def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
     """Name what a case is timed with: the backend and the others, those that have a kernel for it."""
     able = {
         "cuda": case.variant in VARIANTS["cuda"].get(case.op, ()),
-        HOPPER: case.op in (STEM, DROP_IN),
+        HOPPER: case.op in (BLOCK_SPARSE, DROP_IN),
     }
     return [name for name in (backend, *also) if able.get(name, True)]
 

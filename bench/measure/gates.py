@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import DROP_IN, STEM, Case
+from bench.cases import BLOCK_SPARSE, DROP_IN, Case
 from bench.inputs import Given, call
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap
@@ -102,7 +102,7 @@ def _blocks(count: int) -> list[int]:
 def _compare(
     case: Case, given: Given, results: tuple[Tensor, ...], before: Tensor | None, rows: slice, block: int
 ) -> Iterator[Compared]:
-    if case.op in (STEM, DROP_IN):
+    if case.op in (BLOCK_SPARSE, DROP_IN):
         yield from _attention(case, given, results, rows, block)
     elif case.op == "rmsnorm_quantize":
         exact = _normed(given, rows, block)

@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import torch
 
-from bench.cases import DROP_IN, STEM, Case
+from bench.cases import BLOCK_SPARSE, DROP_IN, Case
 from bench.inputs import Given, make
 
 Function = Callable[[], object]
 LINEAR = ("fp8_linear_activation", "fp8_linear_residual", "qkv_linear")
-ATTENTION = (STEM,)
-WITHOUT_GATE = (STEM, DROP_IN)
+ATTENTION = (BLOCK_SPARSE,)
+WITHOUT_GATE = (BLOCK_SPARSE, DROP_IN)
 """Attention of peers that have no gate."""
 NORM = ("rmsnorm_quantize",)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from bench.cases import STEM
+from bench.cases import BLOCK_SPARSE
 from happyhorse_fast.ops.attention import reference as attention
 from happyhorse_fast.ops.attention import triton as attention_launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
@@ -60,7 +60,7 @@ def launched(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
         results = launcher(*shapes, **named_shapes)
         if all(x.is_meta for x in (*arguments, *named.values()) if isinstance(x, Tensor)):
             return results
-        with _same_steps(*arguments) if launcher.__name__ == STEM else contextlib.nullcontext():
+        with _same_steps(*arguments) if launcher.__name__ == BLOCK_SPARSE else contextlib.nullcontext():
             return reference(*arguments, **named)
 
     return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from bench.cases import STEM, cases
+from bench.cases import BLOCK_SPARSE, cases
 from bench.inputs import moved_bytes
 from bench.report.data import KERNELS, Report
 from bench.report.predictions import HOPPER, PREDICTIONS, Prediction
@@ -15,7 +15,7 @@ from bench.table import Table
 from happyhorse_fast.costs import GPUS
 
 OPS = {
-    "attention": (STEM,),
+    "attention": (BLOCK_SPARSE,),
     "qkv": ("rmsnorm_quantize", "qkv_linear"),
     "linear": ("fp8_linear_activation", "fp8_linear_residual"),
     "row_quantization": ("quantize_rows",),

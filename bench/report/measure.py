@@ -25,7 +25,7 @@ from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precisio
 from happyhorse_fast.fast.launches import launches_per_layer
 from happyhorse_fast.fast.memory import StorageMeter, one_layer_per_kind, peak_by_kind, peak_memory, weight_bytes
 from happyhorse_fast.fast.state import is_accelerated
-from happyhorse_fast.files import plain
+from happyhorse_fast.json_data import plain
 from happyhorse_fast.pony import load_model
 from happyhorse_fast.pony.weights import PONY as CONFIG
 from happyhorse_fast.pony.weights import weights_digest

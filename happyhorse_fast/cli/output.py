@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from happyhorse_fast.files import plain, replacing
+from happyhorse_fast.files import replacing
+from happyhorse_fast.json_data import plain
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,8 @@ from happyhorse_fast.cli.options import (
     usable_device,
 )
 from happyhorse_fast.cli.output import JsonOption, emit
-from happyhorse_fast.files import plain, require_target
+from happyhorse_fast.files import require_target
+from happyhorse_fast.json_data import plain
 
 if TYPE_CHECKING:
     import torch

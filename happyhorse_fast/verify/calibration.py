@@ -22,7 +22,8 @@ from happyhorse_fast.fast.calibration import ATTENTION, FORMAT, MOST, Calibratio
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.state import FastState, build_clip_state, is_accelerated
-from happyhorse_fast.files import plain, replacing
+from happyhorse_fast.files import replacing
+from happyhorse_fast.json_data import plain
 from happyhorse_fast.ops.runtime.dispatch import Choice
 from happyhorse_fast.sampler import sample
 from happyhorse_fast.verify.activations import Sums, tensors

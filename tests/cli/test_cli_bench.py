@@ -10,7 +10,7 @@ import torch
 from happyhorse_fast.cli import run
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.fast.memory import one_layer_per_kind
-from happyhorse_fast.files import plain
+from happyhorse_fast.json_data import plain
 from happyhorse_fast.ops.runtime.dispatch import STEMS
 from happyhorse_fast.tokens import ClipTokens
 from happyhorse_fast.verify import op_times
