@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from happyhorse_fast.kernels import numerics
 from happyhorse_fast.kernels.attention import LOG_2, P_EXPONENT
-from happyhorse_fast.kernels.hopper_barriers import K_SLOTS, V_SLOTS, pass_turn
+from happyhorse_fast.kernels.hopper_barriers import pass_turn
 from happyhorse_fast.kernels.hopper_bounded import attend_bounded
 from happyhorse_fast.kernels.hopper_e4m3 import attend_e4m3
 from happyhorse_fast.kernels.hopper_ring import await_full, fill, make_ring, release
@@ -41,23 +41,21 @@ def work_item(work, item, sizes: gl.constexpr):
 @gluon.jit
 def load_tiles(q, k, v, q_ring, k_ring, v_ring, work, sizes: gl.constexpr):
     """The loading warp: queries of every item, k and v of every listed block, in the order they are used."""
-    K_NAMED: gl.constexpr = K_SLOTS if sizes.named else 0
-    V_NAMED: gl.constexpr = V_SLOTS if sizes.named else 0
     turn = 0
     use = 0
     for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
         entry, head, row = work_item(work, item, sizes)
-        fill(q_ring, turn, q, row * sizes.block, head * sizes.d, GROUPS, Q_SLOTS, 0)
+        fill(q_ring, turn, q, row * sizes.block, head * sizes.d, GROUPS, Q_SLOTS)
         start = gl.load(work.starts + entry)
         steps = gl.load(work.counts + entry * 2 + 1)
         channel = head // sizes.group * sizes.d
         for at in range(start, start + steps):
             key = gl.load(work.columns + at) * sizes.block
-            fill(k_ring, use, k, key, channel, 1, sizes.stages, K_NAMED)
+            fill(k_ring, use, k, key, channel, 1, sizes.stages)
             if sizes.e4m3:
-                fill(v_ring, use, v, channel, key, 1, sizes.stages, V_NAMED)
+                fill(v_ring, use, v, channel, key, 1, sizes.stages)
             else:
-                fill(v_ring, use, v, key, channel, 1, sizes.stages, V_NAMED)
+                fill(v_ring, use, v, key, channel, 1, sizes.stages)
             use += 1
         turn += 1
 
@@ -102,7 +100,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
             else:
                 acc, row_sum, log_sum = attend_bounded(item, use, k_ring, v_ring, work, of_item, GROUP, sizes)
             use += n_all
-        release(q_ring, slot, 0)
+        release(q_ring, slot)
         turn += 1
 
         row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # no key: 0 / 1; NaN stays

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from happyhorse_fast.kernels.hopper_barriers import K_SLOTS, V_SLOTS, await_turn, pass_turn
+from happyhorse_fast.kernels.hopper_barriers import await_turn, pass_turn
 from happyhorse_fast.kernels.hopper_ring import await_full, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
@@ -117,14 +117,14 @@ def advance(
     pv_pending = warpgroup_mma(operand(running.p, sizes), v_ring.tiles.index(before), running.acc, is_async=True)
     pass_turn(GROUP)
     s = warpgroup_mma_wait(1, deps=[s_pending])
-    release(k_ring, stage, K_SLOTS if sizes.named else 0)
+    release(k_ring, stage)
     t = scaled(s, scales, running.k_scale, sizes)
     if MASKED:
         t = hide(t, work, at, GROUP * sizes.rows, sizes)
     p = gl.exp2(t)
     await_full(v_ring, use, sizes.stages)
     acc = warpgroup_mma_wait(0, deps=[pv_pending])
-    release(v_ring, before, V_SLOTS if sizes.named else 0)
+    release(v_ring, before)
     log_sum = running.log_sum
     if sizes.lse:
         log_sum += sums(p, sizes)
@@ -142,7 +142,7 @@ def attend_bounded(item, use, k_ring, v_ring, work, scales, GROUP: gl.constexpr,
     next_column = column_of(work, gl.minimum(item.start + 2, last), sizes)
     stage = await_full(k_ring, use, sizes.stages)
     s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, k_ring, stage, sizes)])
-    release(k_ring, stage, K_SLOTS if sizes.named else 0)
+    release(k_ring, stage)
     t = scaled(s, scales, k_scale, sizes)
     if item.n_full == 0:
         t = hide(t, work, item.start, GROUP * sizes.rows, sizes)
@@ -162,7 +162,7 @@ def attend_bounded(item, use, k_ring, v_ring, work, scales, GROUP: gl.constexpr,
     before = (use + item.n_all - 1) % sizes.stages
     v = v_ring.tiles.index(before)
     acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(operand(running.p, sizes), v, running.acc, is_async=True)])
-    release(v_ring, before, V_SLOTS if sizes.named else 0)
+    release(v_ring, before)
     row_sum = gl.convert_layout(gl.sum(running.row_sum, axis=1), sizes.s_row)
     log_sum = row_sum
     if sizes.lse:

@@ -14,7 +14,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from happyhorse_fast.kernels.attention import P_EXPONENT
-from happyhorse_fast.kernels.hopper_barriers import K_SLOTS, V_SLOTS
 from happyhorse_fast.kernels.hopper_ring import await_full, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
@@ -140,9 +139,9 @@ def advance(
         pv_pending = start_pv(running, v_ring, before, sizes)
         s_pending = start_qk(item.q_tile, k_ring, stage, sizes)
         acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
-        release(v_ring, before, V_SLOTS)
+        release(v_ring, before)
         s = warpgroup_mma_wait(0, deps=[s_pending])
-    release(k_ring, stage, K_SLOTS)
+    release(k_ring, stage)
     if MASKED:
         s = hide(s, work, at, first, sizes)
     p, alpha, total, row_max = softmax(
@@ -151,7 +150,7 @@ def advance(
     await_full(v_ring, use, sizes.stages)
     if BESIDE:
         acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
-        release(v_ring, before, V_SLOTS)
+        release(v_ring, before)
     row_sum = running.row_sum * per_thread(alpha, running.row_sum) + total
     return Running(acc, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, next_column)
 
@@ -171,7 +170,7 @@ def attend_e4m3(item, use, k_ring, v_ring, work, scales, first, sizes: gl.conste
     column = gl.load(work.columns + gl.minimum(item.start + 2, last))
     stage = await_full(k_ring, use, sizes.stages)
     s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, k_ring, stage, sizes)])
-    release(k_ring, stage, K_SLOTS)
+    release(k_ring, stage)
     if item.n_full == 0:
         s = hide(s, work, item.start, first, sizes)
     p, alpha, row_sum, row_max = softmax(s, row_max, scales.scores, k_scale, v_scale, True, sizes)
@@ -187,6 +186,6 @@ def attend_e4m3(item, use, k_ring, v_ring, work, scales, first, sizes: gl.conste
         )
     before = (use + item.n_all - 1) % sizes.stages
     acc = add_pv(running, warpgroup_mma_wait(0, deps=[start_pv(running, v_ring, before, sizes)]), sizes)
-    release(v_ring, before, V_SLOTS)
+    release(v_ring, before)
     row_sum = gl.convert_layout(gl.sum(running.row_sum, axis=1), sizes.s_row)
     return acc, row_sum, running.row_max

@@ -1,8 +1,9 @@
 """Rings of tiles in shared memory, between one warp that loads and warp groups that compute: Gluon, for Hopper.
 
-A slot is full when its mbarrier has counted the bytes of its tiles. It is empty again when every group has said so: at
-an mbarrier, where one thread arrives after its group's warps have met, or at a named barrier, where each warp arrives
-for itself and goes on.
+A slot is full when its mbarrier has counted the bytes of its tiles. It is empty again when every group has said so at
+another: one thread arrives after its group's warps have met. At named barriers, where each warp arrives for itself and
+goes on, tiles were overwritten while they were read as soon as several processes shared an H200
+(docs/kernels/attention.md).
 """
 
 from typing import Any, NamedTuple
@@ -10,8 +11,6 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-
-from happyhorse_fast.kernels.hopper_barriers import arrive_at, sync_at
 
 
 class Ring(NamedTuple):
@@ -36,16 +35,10 @@ def make_ring(source, TILES: gl.constexpr, SLOTS: gl.constexpr, READERS: gl.cons
 
 
 @gluon.jit
-def fill(ring, use, source, row, column, TILES: gl.constexpr, SLOTS: gl.constexpr, NAMED: gl.constexpr):
-    """Load TILES tiles below each other for the ring's ``use``-th use, once its slot is empty.
-
-    NAMED: number of the named barrier of the first slot, 0 where slots are released at mbarriers.
-    """
+def fill(ring, use, source, row, column, TILES: gl.constexpr, SLOTS: gl.constexpr):
+    """Load TILES tiles below each other for the ring's ``use``-th use, once its slot is empty."""
     slot = use % SLOTS
-    if NAMED == 0:
-        mbarrier.wait(ring.empty.index(slot), (use // SLOTS & 1) ^ 1)
-    elif use >= SLOTS:
-        sync_at(slot + NAMED, 288)
+    mbarrier.wait(ring.empty.index(slot), (use // SLOTS & 1) ^ 1)
     full = ring.full.index(slot)
     mbarrier.expect(full, TILES * source.block_type.nbytes)
     for tile in gl.static_range(TILES):
@@ -62,9 +55,6 @@ def await_full(ring, use, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def release(ring, slot, NAMED: gl.constexpr):
-    """Say that this reader is done with a slot; NAMED as in :func:`fill`."""
-    if NAMED == 0:
-        mbarrier.arrive(ring.empty.index(slot), count=1)
-    else:
-        arrive_at(slot + NAMED, 288)
+def release(ring, slot):
+    """Say that this reader is done with a slot."""
+    mbarrier.arrive(ring.empty.index(slot), count=1)
