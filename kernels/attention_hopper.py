@@ -18,12 +18,14 @@ from happyhorse_fast.kernels.attention import LOG_2, P_EXPONENT
 from happyhorse_fast.kernels.hopper_barriers import pass_turn
 from happyhorse_fast.kernels.hopper_bounded import attend_bounded
 from happyhorse_fast.kernels.hopper_e4m3 import attend_e4m3
-from happyhorse_fast.kernels.hopper_ring import Q_SLOTS, Rings, await_full, fill, make_barriers, make_ring, release
+from happyhorse_fast.kernels.hopper_ring import Rings, await_full, fill, make_barriers, make_ring, release
 from happyhorse_fast.kernels.hopper_scores import Item, Scales, Work
 from happyhorse_fast.kernels.hopper_sizes import GROUPS, sizes_of
 
 to_e4m3 = gluon.jit(numerics.to_e4m3.fn)
 
+Q_SLOTS = gl.constexpr(2)
+"""Items whose queries fit at once: the next one's arrive while this one is computed."""
 COMPUTE_REGISTERS = gl.constexpr(240)
 LOAD_REGISTERS = gl.constexpr(24)
 """Per thread: 2 x 128 x 240 + 128 x 24 of 65,536."""
@@ -87,7 +89,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         q_tile = rings.q.tiles.index(slot * GROUPS + GROUP)
         n_full = gl.load(work.counts + entry * 2)
         n_all = gl.load(work.counts + entry * 2 + 1)
-        item = Item(q_tile, turn, gl.load(work.starts + entry), n_full, n_all)
+        item = Item(q_tile, gl.load(work.starts + entry), n_full, n_all)
         acc = gl.full([ROWS, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
         row_sum = gl.full([ROWS], 0.0, gl.float32, layout=sizes.s_row)
         log_sum = row_sum
@@ -185,7 +187,7 @@ def block_sparse_attention_hopper_kernel(
         items = gl.where(gl.load(flag) != 0, items, 0)
     q_ring = make_ring(q, make_barriers(Q_SLOTS, GROUPS), GROUPS, Q_SLOTS)
     steps = make_barriers(STAGES, GROUPS)
-    rings = Rings(q_ring, make_ring(k, steps, 1, STAGES), make_ring(v, steps, 1, STAGES))
+    rings = Rings(q_ring, make_ring(k, steps, 1, STAGES), make_ring(v, steps, 1, STAGES), make_barriers(1, 1))
     fence_async_shared()
     work = Work(counts, starts, columns, mask_ids, mask_bits, order, map_rows, items)
     scales = Scales(scale, q_scale, k_scale, v_scale)

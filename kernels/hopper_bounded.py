@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from happyhorse_fast.kernels.hopper_barriers import await_turn, pass_turn
-from happyhorse_fast.kernels.hopper_ring import Q_SLOTS, await_full, release
+from happyhorse_fast.kernels.hopper_ring import await_full, hold_order, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
 
@@ -115,8 +115,8 @@ def advance(
 ):
     """PV of the block before this one, QK and softmax of this one; ``last`` is the last listed block.
 
-    The queries are awaited once more before the end of PV: a wait is a loop, and ptxas moves nothing across one.
-    Without it the exponents end up behind PV (ptxas of CUDA 12.8), where nothing of this group runs beside them.
+    Without :func:`hold_order` the exponents end up behind PV (ptxas of CUDA 12.8), where nothing of this group runs
+    beside them.
     """
     next_scale = scale_of(scales.k, running.column, sizes)
     next_column = column_of(work, gl.minimum(at + 2, last), sizes)
@@ -136,7 +136,7 @@ def advance(
         log_sum += sums_unrounded(p, sizes)
     even, odd = rounded(p, sizes)
     row_sum = running.row_sum + sums(even, odd, sizes)
-    await_full(rings.q, item.turn, Q_SLOTS)
+    hold_order(rings)
     acc = warpgroup_mma_wait(0, deps=[pv_pending])
     release(rings.k, stage)
     return Running(acc, packed(even, odd), row_sum, log_sum, next_scale, next_column)

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from happyhorse_fast.kernels.attention import P_EXPONENT
-from happyhorse_fast.kernels.hopper_ring import Q_SLOTS, await_full, release
+from happyhorse_fast.kernels.hopper_ring import await_full, hold_order, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
 LEAST_V_SCALE = gl.constexpr(2.0**-96)
@@ -109,10 +109,9 @@ def add_pv(running, pv, sizes: gl.constexpr):
 
 
 @gluon.jit
-def v_scale_of(v_scales, column):
-    """v's scale of a block; NaN stays."""
-    scale = gl.load(v_scales + column)
-    return gl.where(scale < LEAST_V_SCALE, LEAST_V_SCALE, scale)
+def at_least(v_scale):
+    """v's scale of a block as it counts; NaN stays."""
+    return gl.where(v_scale < LEAST_V_SCALE, LEAST_V_SCALE, v_scale)
 
 
 @gluon.jit
@@ -124,9 +123,6 @@ def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl
     beside QK, and the softmax has the other group's products beside it.
     """
     BESIDE: gl.constexpr = not MASKED and not sizes.lse
-    next_k = gl.load(scales.k + running.column)
-    next_v = v_scale_of(scales.v, running.column)
-    next_column = gl.load(work.columns + gl.minimum(at + 2, last))
     stage = await_full(rings.k, use, sizes.stages)
     before = await_full(rings.v, use - 1, sizes.stages)
     if BESIDE:
@@ -142,12 +138,16 @@ def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl
     if MASKED:
         s = hide(s, work, at, first, sizes)
     p, alpha, total, row_max = softmax(
-        s, running.row_max, scales.scores, running.k_scale, running.v_scale, MASKED, sizes
+        s, running.row_max, scales.scores, running.k_scale, at_least(running.v_scale), MASKED, sizes
     )
     if BESIDE:
-        await_full(rings.q, item.turn, Q_SLOTS)
+        hold_order(rings)
         acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
         release(rings.k, stage)
+    # Here, where PV's registers are free again; they are used after the next QK.
+    next_k = gl.load(scales.k + running.column)
+    next_v = gl.load(scales.v + running.column)
+    next_column = gl.load(work.columns + gl.minimum(at + 2, last))
     row_sum = running.row_sum * per_thread(alpha, running.row_sum) + total
     return Running(acc, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, next_column)
 
@@ -160,10 +160,10 @@ def attend_e4m3(item, use, rings, work, scales, first, sizes: gl.constexpr):
     last = item.start + item.n_all - 1
     column = gl.load(work.columns + item.start)
     k_scale = gl.load(scales.k + column)
-    v_scale = v_scale_of(scales.v, column)
+    v_scale = at_least(gl.load(scales.v + column))
     column = gl.load(work.columns + gl.minimum(item.start + 1, last))
     next_k = gl.load(scales.k + column)
-    next_v = v_scale_of(scales.v, column)
+    next_v = gl.load(scales.v + column)
     column = gl.load(work.columns + gl.minimum(item.start + 2, last))
     stage = await_full(rings.k, use, sizes.stages)
     s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])

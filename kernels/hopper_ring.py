@@ -12,9 +12,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-Q_SLOTS = gl.constexpr(2)
-"""Items whose queries fit at once: the next one's arrive while this one is computed."""
-
 
 class Ring(NamedTuple):
     """Slots, and for each an mbarrier that says it is full and one that says it is empty."""
@@ -25,11 +22,15 @@ class Ring(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """Of queries, k and v. k and v share ``empty``: a step ends with k of its block and v of the one before."""
+    """Of queries, k and v. k and v share ``empty``: a step ends with k of its block and v of the one before.
+
+    ``open`` is an mbarrier that nobody arrives at.
+    """
 
     q: Any
     k: Any
     v: Any
+    open: Any
 
 
 @gluon.jit
@@ -71,6 +72,12 @@ def await_full(ring, use, SLOTS: gl.constexpr):
     slot = use % SLOTS
     mbarrier.wait(ring.full.index(slot), use // SLOTS & 1)
     return slot
+
+
+@gluon.jit
+def hold_order(rings):
+    """Let ptxas move nothing across: a wait is a loop. This one ends at once, as the phase before the first is over."""
+    mbarrier.wait(rings.open.index(0), 1)
 
 
 @gluon.jit

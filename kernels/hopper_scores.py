@@ -21,13 +21,9 @@ class Work(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A group's queries of a work item in shared memory, and the blocks they meet: columns[start : start + n_all].
-
-    ``turn`` is the item's number among those of its program: the use of the ring of queries.
-    """
+    """A group's queries of a work item in shared memory, and the blocks they meet: columns[start : start + n_all]."""
 
     q_tile: Any
-    turn: Any
     start: Any
     n_full: Any
     n_all: Any

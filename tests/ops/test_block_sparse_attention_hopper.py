@@ -341,11 +341,14 @@ E4M3 = awaited("    if BESIDE", "    acc = add_pv", "v, channel, key, 1, sizes.s
         "running.acc * gl.convert_layout(running.alpha, sizes.o_row)[:, None] + pv",
         "running.acc + pv",
     ),
-    "v's scale of the next block": ("running.v_scale, MASKED", "next_v, MASKED"),
+    "v's scale of the next block": ("at_least(running.v_scale)", "at_least(gl.load(scales.v + running.column))"),
     "v's scale not in P": ("(shift - P_EXPONENT - log_v)", "(shift - P_EXPONENT)"),
     "v's scale not in the maximum": ("axis=1) * scale + log_v)", "axis=1) * scale)"),
     "v's scale left in the sum": ("total * per_v", "total"),
-    "k's scale of the next block": ("scales.scores, running.k_scale", "scales.scores, next_k"),
+    "k's scale of the next block": (
+        "scales.scores, running.k_scale",
+        "scales.scores, gl.load(scales.k + running.column)",
+    ),
     "tokens in their own order": ("(0, 1, 3, 2, 4)", "(0, 1, 2, 3, 4)"),
     "scales of another head": ("of_v += kv_head * key_blocks", "of_v += 0"),
 }
