@@ -9,18 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import happyhorse_fast.hosts.comfyui as comfyui
     import happyhorse_fast.hosts.diffusers as diffusers
     from happyhorse_fast.hosts.calls import Calls
     from happyhorse_fast.hosts.sparse import Chosen
     from happyhorse_fast.hosts.torch import sdpa
 
-__all__ = ["Calls", "Chosen", "diffusers", "sdpa"]
+__all__ = ["Calls", "Chosen", "comfyui", "diffusers", "sdpa"]
 _WHERE = {"Calls": "calls", "Chosen": "sparse", "sdpa": "torch"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "diffusers":
-        return importlib.import_module(f"{__name__}.diffusers")
+    if name in ("comfyui", "diffusers"):
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

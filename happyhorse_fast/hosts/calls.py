@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -35,17 +36,24 @@ class Calls:
         strict: Raise where a call does not fit.
         sparsity: Which pairs to leave out, of the calls that it is for: a :class:`BlockMap` for one head, of their
             queries and keys, or :class:`Chosen`; None: none, attention is exact.
+        float16: Take calls in float16 too, as bf16: approximate, of 11 significant bits 8 are left.
 
     Attributes:
-        taken: Calls that ran here. A call in a compiled graph counts when it is traced.
-        left: Reason -> calls that the host ran itself.
+        taken: Calls that ran here; those of a compiled graph do not count.
+        left: Reason -> calls that the host ran itself; likewise.
     """
 
     def __init__(
-        self, host: str, *, backend: str = "auto", strict: bool = False, sparsity: BlockMap | Chosen | None = None
+        self,
+        host: str,
+        *,
+        backend: str = "auto",
+        strict: bool = False,
+        sparsity: BlockMap | Chosen | None = None,
+        float16: bool = False,
     ) -> None:
         require_backend(backend, ("auto", "triton", "cuda", "reference"))
-        self.host, self.backend, self.strict = host, backend, strict
+        self.host, self.backend, self.strict, self.float16 = host, backend, strict, float16
         self._sparse = None if sparsity is None else Sparse(sparsity)
         self.taken = 0
         self.left: Counter[str] = Counter()
@@ -86,11 +94,14 @@ class Calls:
             obstacle: Why the host knows that the call does not fit.
 
         Returns:
-            [B, Hq, N, D], where it ran here in bf16 and laid out as [B, N, Hq, D].
+            [B, Hq, N, D], where it ran here in q's dtype and laid out as [B, N, Hq, D].
 
         Raises:
             ValueError: The call does not fit and ``strict`` is set.
         """
+        dtype = q.dtype
+        if self.float16 and dtype == torch.float16:
+            q, k, v = (x.bfloat16() if x.dtype == dtype else x for x in (q, k, v))
         reason = obstacle or self._obstacle(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa)
         backend = self.backend
         if reason is None and backend == "auto":
@@ -104,14 +115,17 @@ class Calls:
             maps = self._masks.maps(mask, q.shape[2])
         elif self._sparse is not None and self._sparse.fits(q, k):
             maps = self._sparse.maps(q, k, backend)
-        run: Any = attention  # which gives a pair only where an LSE is asked for
+        return self._run(q, k, v, maps, scale, backend).to(dtype)
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, maps: Sequence[BlockMap | None], scale: float | None, backend: str
+    ) -> Tensor:
+        """A launch for each item of the batch where each has a map of its own."""
+        run: Any = functools.partial(attention, scale=scale, backend=backend)
         if len(maps) == 1:
-            return run(q, k, v, scale=scale, block_map=maps[0], backend=backend)
+            return run(q, k, v, block_map=maps[0])
         items = zip(q, k, v, maps, strict=True)
-        parts = [
-            run(*(x.transpose(0, 1) for x in item), scale=scale, block_map=block_map, backend=backend)
-            for *item, block_map in items
-        ]
+        parts = [run(*(x.transpose(0, 1) for x in item), block_map=block_map) for *item, block_map in items]
         return torch.stack(parts).transpose(1, 2)
 
     def _obstacle(

@@ -32,7 +32,12 @@ _NUMBERS = itertools.count()
 
 
 def enable(
-    transformer: nn.Module, *, backend: str = "auto", strict: bool = False, sparsity: BlockMap | Chosen | None = None
+    transformer: nn.Module,
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    sparsity: BlockMap | Chosen | None = None,
+    float16: bool = False,
 ) -> Calls:
     """Let a model's attention run here wherever a call fits (:class:`Calls`), and as before where it does not.
 
@@ -44,6 +49,7 @@ def enable(
         backend: As for :class:`Calls`.
         strict: Raise where a call does not fit.
         sparsity: As for :class:`Calls`; None: exact.
+        float16: As for :class:`Calls`.
 
     Returns:
         The calls, counted: ``print(calls)`` says what ran where, and why.
@@ -62,7 +68,7 @@ def enable(
     found = {id(p): p for p in map(_processor, transformer.modules()) if hasattr(p, _CHOICE)}
     if not found:
         raise ValueError(f"{name} has no attention processor with {_CHOICE}, by which diffusers chooses a backend")
-    calls = Calls("diffusers", backend=backend, strict=strict, sparsity=sparsity)
+    calls = Calls("diffusers", backend=backend, strict=strict, sparsity=sparsity, float16=float16)
     enabled = _Enabled()
     for processor in found.values():
         before = getattr(processor, _CHOICE)

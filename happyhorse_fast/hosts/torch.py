@@ -18,7 +18,13 @@ _OPEN = threading.Lock()
 
 
 @contextlib.contextmanager
-def sdpa(*, backend: str = "auto", strict: bool = False, sparsity: BlockMap | Chosen | None = None) -> Iterator[Calls]:
+def sdpa(
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    sparsity: BlockMap | Chosen | None = None,
+    float16: bool = False,
+) -> Iterator[Calls]:
     """`torch.nn.functional.scaled_dot_product_attention` takes this package's kernels where a call fits, in this block.
 
     For code that calls it as an attribute of the module, such as ``F.scaled_dot_product_attention(q, k, v)``; what has
@@ -28,6 +34,7 @@ def sdpa(*, backend: str = "auto", strict: bool = False, sparsity: BlockMap | Ch
         backend: As for :class:`Calls`.
         strict: Raise where a call does not fit, rather than run PyTorch's.
         sparsity: As for :class:`Calls`; None: exact.
+        float16: As for :class:`Calls`.
 
     Yields:
         The calls, counted: ``print(calls)`` says what ran where, and why.
@@ -35,7 +42,7 @@ def sdpa(*, backend: str = "auto", strict: bool = False, sparsity: BlockMap | Ch
     Raises:
         RuntimeError: A block is open already: the name is one for the whole process.
     """
-    calls = Calls("PyTorch", backend=backend, strict=strict, sparsity=sparsity)
+    calls = Calls("PyTorch", backend=backend, strict=strict, sparsity=sparsity, float16=float16)
     if not _OPEN.acquire(blocking=False):
         raise RuntimeError("hosts.sdpa() is open already, in this thread or another: one block at a time")
     own, thread = functional.scaled_dot_product_attention, threading.get_ident()
