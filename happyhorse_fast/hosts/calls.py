@@ -86,8 +86,8 @@ class Calls:
             k: [B, Hkv, M, D].
             v: As ``k``.
             own: What the host would have done.
-            mask: As for PyTorch's `scaled_dot_product_attention`.
-            dropout_p: As there.
+            mask: bool or additive, [B, Hq, N, M] but for dimensions of 1 (:func:`key_masks.broadcast`).
+            dropout_p: As for PyTorch's `scaled_dot_product_attention`.
             is_causal: As there.
             scale: As there.
             enable_gqa: As there.

@@ -13,6 +13,7 @@ from happyhorse_fast import optional
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.hosts import versions
 from happyhorse_fast.hosts.calls import Calls
+from happyhorse_fast.hosts.key_masks import broadcast
 from happyhorse_fast.hosts.sparse import Chosen
 
 _CHOICE = "_attention_backend"
@@ -173,7 +174,7 @@ def _register(dispatch: Any, calls: Calls, before: Any) -> Any:
             key.transpose(1, 2),
             value.transpose(1, 2),
             lambda: own().transpose(1, 2),
-            mask=attn_mask,
+            mask=broadcast(attn_mask, query.shape[0], key.shape[1], by_item=True),
             dropout_p=dropout_p,
             is_causal=is_causal,
             scale=scale,

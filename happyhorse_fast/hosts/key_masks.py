@@ -30,17 +30,14 @@ class KeyMasks:
         """Why a mask cannot be read; None where it can.
 
         Args:
-            mask: bool, True for a key that is seen: [B, M], or what broadcasts to [B, Hq, N, M] from [B or 1, 1, 1, M].
+            mask: bool, True for a key that is seen: [B or 1, 1, 1, M], which broadcasts to [B, Hq, N, M].
             q: [B, Hq, N, D].
             k: [B, Hkv, M, D].
         """
         if mask.dtype != torch.bool:
             return f"attn_mask is {str(mask.dtype)[6:]}: only bool masks are read"
-        shape = tuple(mask.shape)
-        if shape != (q.shape[0], k.shape[2]) and not (
-            mask.dim() == 4 and shape[0] in (1, q.shape[0]) and shape[1:] == (1, 1, k.shape[2])
-        ):
-            return "attn_mask differs by query or head: only masks of keys are read, [B, M] or [B, 1, 1, M]"
+        if mask.dim() != 4 or mask.shape[0] not in (1, q.shape[0]) or mask.shape[1:] != (1, 1, k.shape[2]):
+            return "attn_mask differs by query or head: only masks of keys are read, [B or 1, 1, 1, M]"
         if torch.compiler.is_compiling():
             return "attn_mask cannot be read while torch compiles"
         if mask.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -49,7 +46,7 @@ class KeyMasks:
 
     def maps(self, mask: Tensor, queries: int) -> Maps:
         """The maps of a mask without :meth:`obstacle`."""
-        mask = mask.reshape(mask.shape[0], mask.shape[-1]) if mask.dim() == 2 else mask[:, 0, 0]
+        mask = mask[:, 0, 0]
         if mask.is_inference():
             return _read(mask, queries)
         storage = StorageWeakRef(mask.untyped_storage())  # keeps the address from being given to another
@@ -60,6 +57,22 @@ class KeyMasks:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return self._known[key][1]
+
+
+def broadcast(mask: Tensor | None, batch: int, keys: int, *, by_item: bool) -> Tensor | None:
+    """A mask with the four dimensions that it broadcasts to, [B, Hq, N, M].
+
+    Args:
+        mask: bool or additive, of at most four dimensions; or None.
+        batch: B.
+        keys: M.
+        by_item: Whether a mask [B, M] is of items and keys, as some hosts have it; PyTorch's would be [N, M].
+    """
+    if mask is None:
+        return None
+    if by_item and tuple(mask.shape) == (batch, keys):
+        return mask[:, None, None]
+    return mask[(None,) * (4 - mask.dim())]
 
 
 def _read(mask: Tensor, queries: int) -> Maps:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.hosts.calls import Calls
+from happyhorse_fast.hosts.key_masks import broadcast
 from happyhorse_fast.hosts.sparse import Chosen
 
 _OPEN = threading.Lock()
@@ -67,7 +68,7 @@ def sdpa(
             key,
             value,
             run,
-            mask=attn_mask,
+            mask=broadcast(attn_mask, query.shape[0], key.shape[-2], by_item=False),
             dropout_p=dropout_p,
             is_causal=is_causal,
             scale=scale,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from happyhorse_fast.hosts import versions
 from happyhorse_fast.hosts.calls import Calls
+from happyhorse_fast.hosts.key_masks import broadcast
 
 ENVIRONMENT = "HAPPYHORSE_FAST_VLLM_OMNI"
 """The member whose calls are taken, such as TORCH_SDPA; or "off"."""
@@ -88,7 +89,7 @@ def _backend(name: str) -> type:
                 key.transpose(1, 2),
                 value.transpose(1, 2),
                 lambda: own(query, key, value, attn_metadata).transpose(1, 2),
-                mask=getattr(attn_metadata, "attn_mask", None),
+                mask=broadcast(getattr(attn_metadata, "attn_mask", None), query.shape[0], key.shape[1], by_item=True),
                 is_causal=self.causal,
                 scale=self.softmax_scale,
                 obstacle=_obstacle(attn_metadata),

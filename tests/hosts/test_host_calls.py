@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import happyhorse_fast as hh
 from happyhorse_fast.hosts import Calls, Chosen, sdpa
+from happyhorse_fast.hosts.key_masks import broadcast
 
 OWN = F.scaled_dot_product_attention
 
@@ -49,7 +50,7 @@ def test_a_call_that_fits_is_taken(backend):
         (
             {},
             {"attn_mask": torch.ones(150, 150, dtype=torch.bool)},
-            "attn_mask differs by query or head: only masks of keys are read, [B, M] or [B, 1, 1, M]",
+            "attn_mask differs by query or head: only masks of keys are read, [B or 1, 1, 1, M]",
         ),
     ],
 )
@@ -119,11 +120,22 @@ def test_a_mask_of_keys_is_a_block_map(layout):
     mask[0, ..., 130:] = False
     mask[1, ..., 5:7] = False
     mask = {"[B, M]": mask[:, 0, 0], "[1, 1, 1, M]": mask[:1]}.get(layout, mask)
+    mask = broadcast(mask, 2, 200, by_item=True)
     calls = Calls("test", backend="reference")
     out = calls(q, k, v, own=lambda: pytest.fail("the host's"), mask=mask)
-    assert near(out, q, k, v, mask[:, None, None] if mask.dim() == 2 else mask)
+    assert near(out, q, k, v, mask)
     assert not near(out, q, k, v), "the mask was not seen"
     assert out.shape == q.shape and calls.taken == 1
+
+
+def test_a_mask_of_two_dimensions_is_pytorchs_and_not_of_items():
+    q, k, v = drawn(batch=2, heads=(2, 2), n=2, m=150)
+    mask = torch.rand(2, 150) < 0.5  # [N, M], and B is N
+    with sdpa(backend="reference") as calls:
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), OWN(q, k, v, attn_mask=mask))
+        assert calls.taken == 0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:1])
+    assert calls.taken == 1 and near(out, q, k, v, mask[:1])
 
 
 def test_a_mask_is_read_once_until_it_changes(monkeypatch):
@@ -134,7 +146,7 @@ def test_a_mask_is_read_once_until_it_changes(monkeypatch):
     masks, mask = key_masks.KeyMasks(), torch.ones(2, 1, 1, 200, dtype=torch.bool)
     for _ in range(2):
         masks.maps(mask, 150)
-        masks.maps(mask[:, 0, 0], 150)
+        masks.maps(mask[:, :1], 150)
     assert read == [150]
     masks.maps(mask, 151)
     mask[0, 0, 0, 3] = False
@@ -192,7 +204,7 @@ def test_a_compiled_graph_takes_the_call():
     run = torch.compile(lambda *x: calls(*x, lambda: OWN(*x)) + 1, backend="eager", fullgraph=True)
     assert torch.equal(run(q, k, v), hh.attention(q, k, v) + 1)
     masked = torch.compile(
-        lambda *x: calls(*x, lambda: OWN(*x), mask=torch.ones(2, 150, dtype=torch.bool)),
+        lambda *x: calls(*x, lambda: OWN(*x), mask=torch.ones(2, 1, 1, 150, dtype=torch.bool)),
         backend="eager",
         fullgraph=True,
     )

@@ -34,7 +34,7 @@ def to_float32(inputs):
     return {name: x.float() if is_bf16(x) else x for name, x in inputs.items()}
 
 
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 
 
 @BACKENDS

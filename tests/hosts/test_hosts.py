@@ -1,15 +1,20 @@
 """The package of hosts: what it offers, loads, and says of versions."""
 
+import inspect
 import json
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import happyhorse_fast as hh
 from happyhorse_fast import hosts
+from happyhorse_fast.hosts import versions
 
+ROOT = Path(__file__).parents[2]
 HOSTS = ["comfy", "diffusers", "kernels", "vllm", "vllm_omni"]
 
 
@@ -29,3 +34,43 @@ def test_no_module_of_it_imports_a_host():
     code += f"print(json.dumps([name for name in {HOSTS} if name in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(modules) > 5 and json.loads(done.stdout) == []
+
+
+def rows(columns):
+    """Cells of the page's tables of so many columns, without their heads."""
+    lines = re.findall(r"^\| (.+) \|$", (ROOT / "docs" / "HOSTS.md").read_text(), re.M)
+    return [cells for cells in (line.split(" | ") for line in lines) if len(cells) == columns][1:]
+
+
+def test_the_page_has_the_tested_versions():
+    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.M))
+    assert {cells[0]: cells[1] for cells in rows(5)} == {"PyTorch": pinned["torch"], **versions.TESTED}
+    assert versions.TESTED["diffusers"] == pinned["diffusers"], "the last of its lines: for Python 3.11 and later"
+    assert sys.version_info < (3, 11) or version("diffusers") == pinned["diffusers"]
+
+
+def test_the_shares_of_attention_follow_from_their_rows():
+    table = rows(6)
+    assert len(table) == 8
+    for model, _, tokens, width, weights, share in table:
+        attention = 4 * int(tokens.replace(",", "")) * int(width)
+        assert share == f"{attention / (attention + 2e6 * float(weights)):.0%}", model
+
+
+def test_the_sizes_of_a_row_are_those_of_the_classes():
+    """W of the models whose defaults are the published sizes: the weights of a block's linear layers, per token."""
+    import diffusers
+
+    weights = {model: float(cells[2]) for model, *cells in ((r[0], *r[2:]) for r in rows(6))}
+    wan = inspect.signature(diffusers.WanTransformer3DModel.__init__).parameters
+    d, ffn = wan["num_attention_heads"].default * wan["attention_head_dim"].default, wan["ffn_dim"].default
+    assert round((6 * d * d + 2 * d * ffn) / 1e6, 1) == weights["Wan 2.1, 2.2 14B"]
+    for name, kind in (("HunyuanVideo", "HunyuanVideoTransformer3DModel"), ("Flux.1", "FluxTransformer2DModel")):
+        sizes = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        d = sizes["num_attention_heads"].default * sizes["attention_head_dim"].default
+        assert round(12 * d * d / 1e6, 1) == weights[name]
+    own = hh.ModelConfig.preset("happyhorse-1.0-15b-dense")
+    c, d, heads = own.hidden_size, own.head_dim, (own.num_heads_q, own.num_heads_kv)
+    rows_qkv = (heads[0] + 2 * heads[1]) * d + heads[0]
+    for mlp in (27304 + 13652, 2 * 20480):  # SwiGLU7 and GELU7, docs/DESIGN.md
+        assert round(c * (rows_qkv + heads[0] * d + mlp) / 1e6, 1) == weights["HappyHorse 15B, dense"]
