@@ -106,6 +106,8 @@ class Calls:
         backend = self.backend
         if reason is None and backend == "auto":
             backend, reason = self._choose(q.device)
+        if reason is None and backend == "cuda" and not all(map(_in_vectors, (q, k, v))):
+            reason = "channels apart, or rows off 16 bytes, which the CUDA kernel does not read"
         if reason is not None:
             self.leave(reason)
             return own()
@@ -200,3 +202,9 @@ class Calls:
         self.taken += 1
         if self.taken == 1:
             logger.info("%s: attention by happyhorse_fast, backend %s", self.host, backend)
+
+
+def _in_vectors(x: Tensor) -> bool:
+    """Whether a tensor's rows of channels can be read 16 bytes at a time."""
+    size = x.element_size()
+    return x.stride(3) == 1 and all(stride * size % 16 == 0 for stride in (x.storage_offset(), *x.stride()[:3]))

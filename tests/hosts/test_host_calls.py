@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 import happyhorse_fast as hh
 from happyhorse_fast.hosts import Calls, Chosen, sdpa
+from happyhorse_fast.hosts import calls as calls_module
 from happyhorse_fast.hosts.key_masks import broadcast
+from happyhorse_fast.ops.runtime.dispatch import Choice, op_choice
 
 OWN = F.scaled_dot_product_attention
 
@@ -209,3 +211,44 @@ def test_a_compiled_graph_takes_the_call():
         fullgraph=True,
     )
     assert torch.equal(masked(q, k, v), OWN(q, k, v))
+
+
+def test_auto_takes_the_kernel_that_passed_and_asks_once(monkeypatch):
+    asked, backends = [], {"block_sparse_attention": "triton", "select_blocks": "triton"}
+
+    def choice(op, device):
+        asked.append((op, device.type))
+        return Choice(op, backends[op], f"why {op} runs so")
+
+    monkeypatch.setattr(calls_module, "op_choice", choice)
+    q, k, v = drawn(heads=(2, 2), n=20, m=20)
+    own = lambda: OWN(q, k, v)  # noqa: E731
+    calls = Calls("test")
+    compiled = torch.compile(lambda *x: calls(*x, own), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), own()) and not asked, "a self-check does not fit in a graph"
+    assert torch.equal(calls(q, k, v, own), hh.attention(q, k, v, backend="triton"))
+    assert torch.equal(calls(q, k, v, own), hh.attention(q, k, v, backend="triton"))
+    assert asked == [("block_sparse_attention", "cpu")] and calls.taken == 2
+    asked.clear()
+    backends["select_blocks"] = "reference"
+    calls = Calls("test", sparsity=Chosen(hh.TopK(0.5), tokens=20))
+    assert torch.equal(calls(q, k, v, own), own())
+    assert len(asked) == 2 and dict(calls.left) == {"why select_blocks runs so": 1}
+
+
+def test_the_cuda_kernel_gets_what_it_can_read():
+    calls = Calls("test", backend="cuda")
+    q, k, v = drawn(heads=(2, 2), n=20, m=20)
+    own = lambda: OWN(q, k, v)  # noqa: E731
+    assert torch.equal(calls(q, k, v, own), hh.attention(q, k, v, backend="cuda"))
+    apart = k.transpose(2, 3).contiguous().transpose(2, 3)
+    odd = torch.cat([k.new_zeros(1), k.flatten()])[1:].view(k.shape)
+    for off in (apart, odd):
+        assert torch.equal(off, k) and torch.equal(calls(q, off, v, own), own())
+    assert calls.taken == 1 and list(calls.left.values()) == [2]
+
+
+def test_the_choice_of_one_op_says_why():
+    found = op_choice("block_sparse_attention", torch.device("cpu"))
+    assert (found.op, found.backend, found.fell_back) == ("block_sparse_attention", "reference", True)
+    assert "interpreter" in found.reason

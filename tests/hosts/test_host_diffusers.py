@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from diffusers.models import attention_dispatch
@@ -171,3 +172,43 @@ def test_without_diffusers_one_sentence_says_so():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("hosts.diffusers needs diffusers: diffusers is not installed (pip install"), done
+
+
+def wan_pipeline():
+    sizes = {"base_dim": 4, "z_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 1}
+    vae = diffusers.AutoencoderKLWan(**sizes, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    parts = {"tokenizer": None, "text_encoder": None, "vae": vae, "scheduler": scheduler}
+    pipe = diffusers.WanPipeline(**parts, transformer=TINY["Wan"].model())
+    size = {"height": 96, "width": 128, "num_frames": 9, "guidance_scale": 1.0}
+    return pipe, {"prompt_embeds": torch.randn(1, 7, 16).bfloat16(), **size}
+
+
+def flux_pipeline():
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), latent_channels=2, norm_num_groups=1)
+    parts = {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2")}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.FluxPipeline(**parts, vae=vae, scheduler=scheduler, transformer=TINY["Flux"].model())
+    text = {"prompt_embeds": torch.randn(1, 7, 16).bfloat16(), "pooled_prompt_embeds": torch.randn(1, 8).bfloat16()}
+    return pipe, {**text, "height": 32, "width": 32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [wan_pipeline, flux_pipeline])
+def test_a_pipeline_denoises_to_the_same_latents(made):
+    pipe, inputs = made()
+    pipe.set_progress_bar_config(disable=True)
+
+    def denoised():
+        noise = torch.Generator().manual_seed(0)
+        return pipe(**inputs, num_inference_steps=2, generator=noise, output_type="latent")[0].float()
+
+    before = denoised()
+    calls = enable(pipe.transformer, backend="reference", strict=True)
+    after = denoised()
+    disable(pipe.transformer)
+    assert calls.taken == 2 * TINY["Wan" if made is wan_pipeline else "Flux"].taken
+    assert (after - before).norm() <= 1e-2 * before.norm() and not torch.equal(after, before)
+    assert torch.equal(denoised(), before)

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_transformers import TINY
 
 import happyhorse_fast as hh
 from happyhorse_fast import hosts
@@ -74,3 +76,29 @@ def test_the_sizes_of_a_row_are_those_of_the_classes():
     rows_qkv = (heads[0] + 2 * heads[1]) * d + heads[0]
     for mlp in (27304 + 13652, 2 * 20480):  # SwiGLU7 and GELU7, docs/DESIGN.md
         assert round(c * (rows_qkv + heads[0] * d + mlp) / 1e6, 1) == weights["HappyHorse 15B, dense"]
+
+
+def test_the_python_examples_of_the_page_run_on_a_cpu_but_the_last(capsys):
+    """With a tiny Wan as the pipeline; the last needs `kernels`, and was tried with it by hand."""
+    *examples, last = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "HOSTS.md").read_text(), re.S | re.M)
+    assert len(examples) == 3 and "import LocalLayerRepository" in last
+    q, k, v = torch.randn(3, 1, 2, 40, 32).bfloat16()
+    names = {"q": q, "k": k, "v": v, "pipe": Pipe(TINY["Wan"].model())}
+    for example in examples:
+        exec(example, names)
+    hh.hosts.diffusers.disable(names["pipe"].transformer)
+    said = capsys.readouterr().out
+    assert "PyTorch: 0 attention calls by happyhorse_fast; 1 by PyTorch itself" in said
+    assert "diffusers: 0 attention calls by happyhorse_fast; 4 by diffusers itself" in said
+    assert names["window"].queries == names["chosen"].tokens == 75_600
+
+
+class Pipe:
+    """A pipeline of one step."""
+
+    def __init__(self, transformer):
+        self.transformer = transformer
+
+    def __call__(self, *_):
+        with torch.no_grad():
+            self.transformer(**TINY["Wan"].inputs())
