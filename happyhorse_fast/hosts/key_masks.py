@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 
 import torch
@@ -19,8 +20,8 @@ Maps = list[BlockMap | None]
 class KeyMasks:
     """Block maps of key masks, read on the host once per mask: a wait for the device, at the first layer of a step.
 
-    A mask that is made anew for every layer is read for every layer. So is one of inference mode, whose changes torch
-    does not count.
+    A mask that is made anew for every layer is read, and waited for, at every layer. So is one of inference mode, whose
+    changes torch does not count. Masks of one content share their maps.
     """
 
     def __init__(self) -> None:
@@ -76,10 +77,17 @@ def broadcast(mask: Tensor | None, batch: int, keys: int, *, by_item: bool) -> T
 
 
 def _read(mask: Tensor, queries: int) -> Maps:
+    """The maps of a mask [B, M], by its content: some models make it anew for every layer."""
     rows = mask.cpu()
     if bool((rows == rows[:1]).all()):
         rows = rows[:1]
-    return [_map(row, queries, mask.device) for row in rows]
+    return list(_maps(rows.contiguous().numpy().tobytes(), len(rows), queries, mask.device))
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _maps(seen: bytes, items: int, queries: int, device: torch.device) -> tuple[BlockMap | None, ...]:
+    rows = torch.frombuffer(bytearray(seen), dtype=torch.bool).view(items, -1)
+    return tuple(_map(row, queries, device) for row in rows)
 
 
 def _map(row: Tensor, queries: int, device: torch.device) -> BlockMap | None:

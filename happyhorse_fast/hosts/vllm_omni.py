@@ -1,4 +1,4 @@
-"""Attention of vLLM-Omni's diffusion models by this package: its plugin, and the backend that it registers.
+"""Attention of vLLM-Omni's diffusion models by this package: its plugins, and the backend that one registers.
 
 vLLM-Omni lists its attention backends in a closed enumeration, whose members a plugin may give another class. The class
 here is that member's own class with another `forward_cuda`: what does not fit runs as it would have, and whatever the
@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from happyhorse_fast.fast.config import TopK, TopP
 from happyhorse_fast.hosts import versions
 from happyhorse_fast.hosts.calls import Calls
 from happyhorse_fast.hosts.key_masks import broadcast
+from happyhorse_fast.hosts.sparse import Chosen
 
 ENVIRONMENT = "HAPPYHORSE_FAST_VLLM_OMNI"
 """The member whose calls are taken, such as TORCH_SDPA; or "off"."""
@@ -53,6 +55,49 @@ def unregister() -> None:
     for member in _registry().DiffusionAttentionBackendEnum:
         if member.is_overridden() and member.get_path().startswith(f"{__name__}.{CLASS}"):
             member.clear_override()
+
+
+def sparse_attn(
+    query: Tensor, key: Tensor, value: Tensor, params: dict[str, Any], is_causal: bool, softmax_scale: float
+) -> Tensor:
+    """Entry point ``happyhorse_fast`` of the group ``vllm_omni.sparse_attn``: blocks of keys chosen by q and k.
+
+    Args:
+        query: [B, N, Hq, D] bf16.
+        key: [B, M, Hkv, D] bf16; where M is not N, attention is exact.
+        value: As ``key``.
+        params: ``keep``, the share of blocks that stay (:class:`TopK`; 0.25 where neither is given), or ``mass``
+            (:class:`TopP`); other keys are ignored.
+        is_causal: False.
+        softmax_scale: Softmax scale.
+
+    Returns:
+        [B, N, Hq, D] bf16.
+
+    Raises:
+        ValueError: The call does not fit; there is no other to give it to.
+    """
+    calls = _sparse_calls(params.get("keep"), params.get("mass"), query.shape[1], CALLS.backend)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return calls(q, k, v, _nobody, is_causal=is_causal, scale=softmax_scale).transpose(1, 2)
+
+
+sparse_attn.capabilities = {  # type: ignore[attr-defined]
+    "supports_attention_mask": False,
+    "supports_full_attn_spans": False,
+}
+
+
+def _nobody() -> Tensor:
+    raise AssertionError("a strict call was left")
+
+
+@functools.lru_cache(maxsize=8)
+def _sparse_calls(keep: float | None, mass: float | None, tokens: int, backend: str) -> Calls:
+    if keep is not None and mass is not None:
+        raise ValueError(f"params must have keep or mass, got keep={keep} and mass={mass}")
+    policy = TopP(mass) if mass is not None else TopK(0.25 if keep is None else keep)
+    return Calls("vLLM-Omni", backend=backend, strict=True, sparsity=Chosen(policy, tokens))
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import happyhorse_fast as hh
 from happyhorse_fast.hosts import Calls, Chosen, sdpa
 from happyhorse_fast.hosts import calls as calls_module
-from happyhorse_fast.hosts.key_masks import broadcast
+from happyhorse_fast.hosts.key_masks import KeyMasks, broadcast
 from happyhorse_fast.ops.runtime.dispatch import Choice, op_choice
 
 OWN = F.scaled_dot_product_attention
@@ -163,6 +163,15 @@ def test_a_mask_is_read_once_until_it_changes(monkeypatch):
     for _ in range(20):
         masks.maps(torch.ones(1, 1, 1, 9, dtype=torch.bool), 150)
     assert len(masks._known) <= key_masks.REMEMBERED
+
+
+def test_masks_of_one_content_share_their_maps():
+    mask = torch.rand(2, 1, 1, 200) < 0.5
+    first, again, other = (KeyMasks().maps(each, 150) for each in (mask, mask.clone(), ~mask))
+    assert len(first) == 2 and all(x is y for x, y in zip(first, again, strict=True))
+    assert not any(x is y for x, y in zip(first, other, strict=True))
+    for item, block_map in zip(mask[:, 0], first, strict=True):
+        assert torch.equal(block_map.to_dense()[0], item.expand(150, 200))
 
 
 def test_a_window_is_for_calls_of_its_size():

@@ -178,3 +178,24 @@ def test_off_another_member_and_another_plugin(host, monkeypatch):
     vllm_omni.unregister()
     assert host.FLASH_ATTN.get_path() == "other.B" and host.TORCH_SDPA.get_path() == host.TORCH_SDPA.value
     assert list(vllm_omni.CALLS.left) == ["FLASH_ATTN is other.B already"]
+
+
+def test_the_sparse_plugin_keeps_what_the_selector_chooses(host):
+    (plugin,) = entry_points(group="vllm_omni.sparse_attn", name="happyhorse_fast")
+    attend = plugin.load()
+    assert not any(attend.capabilities.values())
+    q, k, v = (torch.randn(2, 600, h, 64).bfloat16() for h in (4, 2, 2))
+    how = {"is_causal": False, "softmax_scale": 0.2}
+    for params, policy in (({"novel": 1}, hh.TopK(0.25)), ({"keep": 0.5}, hh.TopK(0.5)), ({"mass": 0.3}, hh.TopP(0.3))):
+        out = attend(q, k, v, params, **how)
+        chosen = hh.hosts.Chosen(policy, tokens=600)
+        for item, *one in zip(out, q, k, v, strict=True):
+            block_map = chosen.map(one[0], one[1], "reference")
+            assert block_map.density() < 1
+            assert torch.equal(item, hh.attention(*one, block_map=block_map, scale=0.2))
+    exact = attend(q[:, :100], k, v, {}, **how)
+    assert torch.equal(exact[0], hh.attention(q[0, :100], k[0], v[0], scale=0.2)), "cross-attention is exact"
+    with pytest.raises(ValueError, match="strict: vLLM-Omni would run attention itself: is_causal"):
+        attend(q, k, v, {}, is_causal=True, softmax_scale=0.2)
+    with pytest.raises(ValueError, match="params must have keep or mass"):
+        attend(q, k, v, {"keep": 0.5, "mass": 0.5}, **how)
