@@ -78,6 +78,7 @@ def enable(
         enabled.processors.append((processor, _CHOICE in vars(processor), before))
         setattr(processor, _CHOICE, enabled.members[before])
     _ENABLED[transformer] = enabled
+    weakref.finalize(transformer, _forget, dispatch._AttentionBackendRegistry, enabled.members)
     return calls
 
 
@@ -97,9 +98,14 @@ def disable(transformer: nn.Module) -> None:
             setattr(processor, _CHOICE, before)
         else:
             delattr(processor, _CHOICE)
-    for member in enabled.members.values():
+    _forget(registry, enabled.members)
+
+
+def _forget(registry: Any, members: dict[Any, Any]) -> None:
+    """Take entries out of diffusers' registry; also of a model that is gone without :func:`disable`."""
+    for member in members.values():
         for entries in (registry._backends, registry._constraints, registry._supported_arg_names):
-            del entries[member]
+            entries.pop(member, None)
 
 
 def _processor(module: nn.Module) -> Any:

@@ -1,6 +1,7 @@
 """`hosts.diffusers` in transformers of diffusers' own classes: as near to float32 as diffusers, and gone again."""
 
 import copy
+import gc
 import subprocess
 import sys
 
@@ -89,6 +90,16 @@ def test_what_does_not_fit_runs_on_the_backend_that_was_chosen_before():
     assert len(seen) == 1, "one of two layers had a backend of its own"
     disable(model)
     assert [p._attention_backend for p in processors] == [chosen, None]
+
+
+def test_a_model_that_is_gone_leaves_nothing_in_the_registry():
+    before = list(REGISTRY.list_backends())
+    model = TINY["Flux"].model()
+    enable(model)
+    assert len(REGISTRY.list_backends()) == len(before) + 1
+    del model
+    gc.collect()
+    assert REGISTRY.list_backends() == before
 
 
 def test_a_choice_made_since_stays():
