@@ -75,10 +75,11 @@ def test_fewer_heads_of_keys_precision_and_scale():
         q, k, v = drawn(skip_reshape, heads=(4, 2))
         how = {"attn_precision": torch.float32, "skip_reshape": skip_reshape, "scale": 0.1}
         out = called(options, q, k, v, 4, skip_output_reshape=True, **how)
+        assert torch.equal(called(options, q, k, v, 4, **how), out.transpose(1, 2).flatten(2))
         if not skip_reshape:
             q, k, v = (x.unflatten(-1, (-1, 32)).transpose(1, 2) for x in (q, k, v))
         assert torch.equal(out, hh.attention(q, k, v, scale=0.1))
-    assert calls.taken == 2
+    assert calls.taken == 4
 
 
 @pytest.mark.parametrize(

@@ -134,12 +134,16 @@ def test_a_compiled_model_takes_it_in_one_graph():
     disable(model)
 
 
-def test_strict_context_parallelism_and_lse():
+def test_scale_strict_context_parallelism_and_lse():
     tiny = TINY["Flux"]
     model = tiny.model()
     calls = enable(model, backend="reference")
     backend = next(m.processor._attention_backend for m in model.modules() if hasattr(m, "processor"))
     x = torch.randn(1, 20, 2, 32).bfloat16()
+    how = {"backend": backend, "scale": 0.7, "enable_gqa": True}
+    out = attention_dispatch.dispatch_attention_fn(x, x[:, :, :1], x[:, :, 1:], **how)
+    heads = (x.transpose(1, 2), x[:, :, :1].transpose(1, 2), x[:, :, 1:].transpose(1, 2))
+    assert torch.equal(out, hh.attention(*heads, scale=0.7).transpose(1, 2)) and calls.taken == 1
     with pytest.raises(ValueError, match="does not support setting `return_lse=True`"):  # diffusers' own
         attention_dispatch.dispatch_attention_fn(x, x, x, attention_kwargs={"return_lse": True}, backend=backend)
     with pytest.raises(AttributeError):  # diffusers' own, of what is no configuration
