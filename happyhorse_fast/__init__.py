@@ -12,6 +12,7 @@ from happyhorse_fast import moved
 from happyhorse_fast._version import __version__
 
 if TYPE_CHECKING:
+    from happyhorse_fast import hosts
     from happyhorse_fast.arguments import CheckpointError, NonFiniteError
     from happyhorse_fast.block_map import BlockMap, Layout
     from happyhorse_fast.checkpoint.load import load, save_checkpoint
@@ -47,6 +48,7 @@ _WHERE = {
     "at_step": "fast.step",
     "attention": "ops.attention.sdpa",
     "explain": "fast.accelerate",
+    "hosts": "",
     "load": "checkpoint.load",
     "merge_lora": "checkpoint.lora",
     "restore": "fast.accelerate",
@@ -76,6 +78,7 @@ __all__ = [
     "at_step",
     "attention",
     "explain",
+    "hosts",
     "load",
     "merge_lora",
     "restore",
@@ -90,6 +93,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not _WHERE[name]:  # a part of its own
+        return importlib.import_module(f"{__name__}.{name}")
     return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
 
 

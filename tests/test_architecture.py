@@ -35,6 +35,7 @@ LAYERS = {
     "pipeline": 5,
     "pony": 5,
     "sampler": 5,
+    "hosts": 6,
     "verify": 6,
     "": 6,  # happyhorse_fast/__init__.py: offers what users import, so only the command line may build on it
     "__main__": 7,

@@ -10,8 +10,10 @@ from happyhorse_fast.block_map import BlockMap, BlockSelector
 from happyhorse_fast.ops.block_selection import cuda, reference
 from happyhorse_fast.ops.block_selection.contract import SelectBlocks
 from happyhorse_fast.ops.runtime.checks import require_backend
+from happyhorse_fast.ops.runtime.ranges import ranged
 
 
+@ranged
 def select_blocks(
     q: Tensor,
     k: Tensor,

@@ -117,6 +117,22 @@ def choose(
     return choices
 
 
+@functools.cache
+def op_choice(op: str, device: torch.device) -> Choice:
+    """The implementation of one op in bf16 under ``"auto"``, for tensors of any model; the self-check is of it alone.
+
+    Args:
+        op: Of :data:`STEMS`.
+        device: Where the tensors are, with its index where there are several.
+
+    Raises:
+        BackendError: The check ended this process's use of the GPU.
+    """
+    optional.hide_broken_triton()
+    in_cuda = (op,) if "bf16" in VARIANTS["cuda"].get(op, ()) else ()
+    return _Candidates({op: "bf16"}, {op: ("bf16",)}, in_cuda, device, None).best(op)
+
+
 def cuda_ops(precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
     """Ops of a model that have a CUDA kernel in every format they run in; arguments as for :func:`choose`."""
     found = {op: set(checked_formats(op, precision, attention, mixed=mixed)) for op in STEMS}

@@ -1,0 +1,58 @@
+"""Ranges of NVTX around the ops, for profilers such as Nsight Systems; none unless an environment variable asks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch.cuda import nvtx
+
+P = ParamSpec("P")
+R = TypeVar("R")
+VARIABLE = "HAPPYHORSE_FAST_NVTX"
+"""1: a range for every call of an op. Read when an op is imported: without it an op costs nothing more."""
+
+
+def ranged(op: Callable[P, R]) -> Callable[P, R]:
+    """An op with a range of its name and its first tensor's shape around each call, where :data:`VARIABLE` is 1.
+
+    The range is of the host, while launches are queued; a profiler shows what ran on the device for it. A compiled
+    graph has none.
+
+    Raises:
+        ValueError: :data:`VARIABLE` is neither 0 nor 1.
+    """
+    asked = os.environ.get(VARIABLE, "0")
+    if asked not in ("0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0 or 1, got {asked!r}")
+    if asked == "0" or not _has_nvtx():
+        return op
+
+    @functools.wraps(op)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return op(*args, **kwargs)
+        shape = getattr(args[0], "shape", None) if args else None
+        nvtx.range_push(f"happyhorse_fast::{op.__name__} {'' if shape is None else list(shape)}")
+        try:
+            return op(*args, **kwargs)
+        finally:
+            nvtx.range_pop()
+
+    return run
+
+
+@functools.cache
+def _has_nvtx() -> bool:
+    """Whether this build of torch has it; one line says where it is missing."""
+    try:
+        nvtx.range_push("happyhorse_fast")
+        nvtx.range_pop()
+    except RuntimeError as error:
+        logging.getLogger("happyhorse_fast").warning("%s is set, and there are no ranges: %s", VARIABLE, error)
+        return False
+    return True

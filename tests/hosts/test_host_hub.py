@@ -1,0 +1,140 @@
+"""The repository that `python -m happyhorse_fast.hosts.hub` builds, loaded as `kernels` loads one."""
+
+import ast
+import base64
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from happyhorse_fast.hosts.hub import build as hub
+from happyhorse_fast.hosts.hub import layers
+
+# What `kernels` does with a variant's folder; this package must not be needed, nor be there.
+LOAD = """
+import importlib.util, json, sys
+from pathlib import Path
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "happyhorse_fast":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+variant = Path(sys.argv[1])
+metadata = json.loads((variant / "metadata.json").read_text())
+file = variant / sys.argv[2] / "__init__.py"
+spec = importlib.util.spec_from_file_location(metadata["id"], file)
+kernel = importlib.util.module_from_spec(spec)
+sys.modules[metadata["id"]] = kernel
+spec.loader.exec_module(kernel)
+
+import torch
+q, (k, v) = torch.randn(1, 4, 140, 64).bfloat16(), torch.randn(2, 1, 2, 160, 64).bfloat16()
+exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+results = [kernel.attention(q, k, v, backend=backend) for backend in ("reference", "triton")]
+results.append(kernel.layers.ScaledDotProductAttention()(q, k, v, enable_gqa=True))
+window = kernel.BlockMap.from_ranges([(0, 140)], [(0, 100)], queries=140, keys=160)
+near = kernel.attention(q, k, v, block_map=window, backend="triton")
+wanted = torch.nn.functional.scaled_dot_product_attention(
+    q.double(), k[:, :, :100].double(), v[:, :, :100].double(), enable_gqa=True
+)
+print(json.dumps({
+    "names": kernel.__all__,
+    "errors": [float((out - exact).norm() / exact.norm()) for out in results]
+    + [float((near - wanted).norm() / wanted.norm())],
+    "ops": [name for name in dir(torch.ops) if "happyhorse" in name],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "repository"
+    done = subprocess.run(
+        [sys.executable, "-m", "happyhorse_fast.hosts.hub", str(folder), "--repo-id", "somebody/attention"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"files in {folder}" in done.stdout
+    return folder
+
+
+@pytest.mark.parametrize("within", ["", pytest.param(hub.MODULE, id="as older versions", marks=pytest.mark.slow)])
+def test_it_loads_and_runs_without_this_package(within, built):
+    command = [sys.executable, "-c", LOAD, str(built / "build" / "torch-cpu"), within]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "attention" in found["names"] and "layers" in found["names"]
+    assert len(found["errors"]) == 4 and max(found["errors"]) < 4e-3
+    (namespace,) = found["ops"]
+    assert namespace.startswith(f"{hub.MODULE}_") and len(namespace) > len(hub.MODULE) + 8, "no digest in it"
+
+
+def test_every_module_imports_torch_the_standard_library_and_itself(built):
+    allowed = {
+        *sys.stdlib_module_names,
+        "cuda",
+        "numpy",
+        "torch",
+        "triton",
+        "matplotlib",
+    }  # that in BlockMap.plot alone
+    modules = sorted((built / "torch-ext").rglob("*.py"))
+    for path in modules:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [] if node.level else [str(node.module)]
+                up = len(path.relative_to(built / "torch-ext" / hub.MODULE).parent.parts) + 1
+                assert node.level <= up, f"{path} imports from above the repository's module"
+            assert {name.partition(".")[0] for name in names} <= allowed, path
+    assert len(modules) > 50
+
+
+def test_a_variant_is_what_the_sources_are_and_its_digests_say_so(built):
+    source = built / "torch-ext" / hub.MODULE
+    files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    for backend in hub.BACKENDS:
+        variant = built / "build" / f"torch-{backend}"
+        metadata = json.loads((variant / "metadata.json").read_text())
+        assert metadata["backend"] == {"type": backend} and metadata["name"] == hub.NAME
+        assert metadata["id"].isidentifier()
+        listed = metadata["digest"]["files"]
+        assert files | {hub.Path(hub.MODULE) / "__init__.py"} == set(map(hub.Path, listed))
+        for path, digest in listed.items():
+            content = (variant / path).read_bytes()
+            assert base64.b64encode(hashlib.sha256(content).digest()).decode() == digest
+            assert path.startswith(hub.MODULE) or (source / path).read_bytes() == content
+    assert 'repo-id = "somebody/attention"' in (built / "build.toml").read_text()
+    assert {path.suffix for path in files} == {".py", ".json", ".cu", ".cuh"}, "build.toml lists what is there"
+
+
+def test_a_layer_is_pure_and_its_forward_is_pytorchs():
+    layer = layers.ScaledDotProductAttention
+    assert set(vars(layer)) - {"__module__", "__doc__", "__annotations__", "__annotate_func__"} <= {
+        "__annotations_cache__",
+        "__firstlineno__",
+        "__static_attributes__",
+        "can_torch_compile",
+        "forward",
+        "has_backward",
+    }
+    q = torch.randn(1, 2, 20, 32).bfloat16()
+    wanted = F.scaled_dot_product_attention(q, q, q, None, 0.0, False, scale=0.5, enable_gqa=False)
+    torch.testing.assert_close(layer()(q, q, q, None, 0.0, False, 0.5, False), wanted, atol=1e-2, rtol=1e-2)
+    with pytest.raises(ValueError, match="is_causal must be False"):
+        layer()(q, q, q, is_causal=True)
+
+
+def test_a_folder_in_use_and_a_name_without_owner_are_refused(built, tmp_path):
+    with pytest.raises(FileExistsError, match="must be new or empty"):
+        hub.build(built, "somebody/attention")
+    with pytest.raises(ValueError, match="repo_id must be owner/name, got 'attention'"):
+        hub.build(tmp_path, "attention")

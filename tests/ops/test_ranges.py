@@ -1,0 +1,77 @@
+"""NVTX ranges around the ops: none unless asked for, and then one for every op."""
+
+import ast
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from happyhorse_fast import ops
+from happyhorse_fast.ops.runtime import ranges
+
+
+def product(x, y=1):
+    if y == 0:
+        raise ZeroDivisionError
+    return x * y
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """Ranges as they open and close."""
+    seen = []
+    monkeypatch.setenv(ranges.VARIABLE, "1")
+    monkeypatch.setattr(ranges.nvtx, "range_push", seen.append)
+    monkeypatch.setattr(ranges.nvtx, "range_pop", lambda: seen.append("pop"))
+    ranges._has_nvtx.cache_clear()
+    yield seen
+    ranges._has_nvtx.cache_clear()
+
+
+def test_without_the_variable_an_op_is_itself(monkeypatch):
+    for value in (None, "0"):
+        monkeypatch.delenv(ranges.VARIABLE, raising=False)
+        if value is not None:
+            monkeypatch.setenv(ranges.VARIABLE, value)
+        assert ranges.ranged(product) is product
+    monkeypatch.setenv(ranges.VARIABLE, "yes")
+    with pytest.raises(ValueError, match="HAPPYHORSE_FAST_NVTX must be 0 or 1, got 'yes'"):
+        ranges.ranged(product)
+
+
+def test_with_it_a_call_is_a_range_that_closes(pushed):
+    op = ranges.ranged(product)
+    pushed.clear()
+    assert torch.equal(op(torch.ones(2, 3), y=2), torch.full((2, 3), 2.0))
+    with pytest.raises(ZeroDivisionError):
+        op(torch.ones(1), y=0)
+    assert pushed == ["happyhorse_fast::product [2, 3]", "pop", "happyhorse_fast::product [1]", "pop"]
+    pushed.clear()
+    assert torch.equal(torch.compile(op, backend="eager", fullgraph=True)(torch.ones(2)), torch.ones(2))
+    assert pushed == []
+
+
+def test_a_torch_without_nvtx_is_told_once(monkeypatch, caplog):
+    def missing(message):
+        raise RuntimeError("NVTX functions not installed")
+
+    monkeypatch.setenv(ranges.VARIABLE, "1")
+    monkeypatch.setattr(ranges.nvtx, "range_push", missing)
+    ranges._has_nvtx.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="happyhorse_fast"):
+        assert ranges.ranged(product) is product and ranges.ranged(product) is product
+    ranges._has_nvtx.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "HAPPYHORSE_FAST_NVTX is set, and there are no ranges: NVTX functions not installed"
+    ]
+
+
+def test_every_op_has_one():
+    found = set()
+    for path in Path(ops.__file__).parent.glob("*/op.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                assert [ast.unparse(each) for each in node.decorator_list] == ["ranged"], node.name
+                found.add(node.name)
+    assert found == {name for name, module in ops._WHERE.items() if module.endswith(".op")}
