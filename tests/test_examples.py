@@ -24,7 +24,7 @@ def errors(text: str) -> dict[str, float]:
 
 def test_the_readme_names_every_example_and_each_says_what_it_shows():
     # None has the name of a package that others look for: a script's folder comes first when Python searches.
-    assert EXAMPLES == ["attention", "linear", "lora", "precisions", "sparse"]
+    assert EXAMPLES == ["attention", "linear", "lora", "precisions", "sparse", "tiny_checkpoint"]
     readme = (ROOT / "README.md").read_text()
     for name in EXAMPLES:
         assert f"](examples/{name}.py)" in readme
