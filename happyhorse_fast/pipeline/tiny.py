@@ -85,7 +85,7 @@ def _write_models(root: Path) -> None:
 
 def _write_text(root: Path) -> None:
     """Hidden size 96, two layers, a soft cap; words split into letters and bytes; shards as the published ones."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
 
     letters = ["\u2581", "\n", *map(chr, range(33, 127))]
@@ -95,6 +95,8 @@ def _write_text(root: Path) -> None:
     words.normalizer = normalizers.Replace(" ", "\u2581")
     words.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     words.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    # As in the published file, whose settings below say that there is none: libraries differ in which they obey.
+    words.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", vocabulary["<bos>"])])
     words.add_special_tokens(list(_SPECIAL_TOKENS))
     half: dict[str, Any] = {
         "vocab_size": len(vocabulary),
