@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-EXTRAS = {"PIL": "pipeline", "av": "video", "diffusers": "base", "matplotlib": "plot"}
+EXTRAS = {"av": "video", "diffusers": "base", "matplotlib": "plot"}
 """Package -> extra of this package that brings it."""
 PARTS = {"diffusers": "diffusers.schedulers.scheduling_unipc_multistep", "matplotlib": "matplotlib.figure"}
 """The module to import in a package's place, where the package itself imports what is used of it only later."""
