@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stable_audio import Codec
-from tiny_codecs import save_oobleck
 
 from happyhorse_fast.pipeline import audio
 from happyhorse_fast.pipeline.audio import AudioCodec, cross_faded
 from happyhorse_fast.pipeline.sound import resample
+from happyhorse_fast.pipeline.tiny import AUDIO_FOLDER
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -20,10 +20,8 @@ MULTIPLES, STRIDES = [1, 1, 2, 2, 2], [2, 4, 4, 8, 8]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stable-audio-open-1.0")
-    save_oobleck(folder / "vae")
-    return folder
+def folder(tiny):
+    return (tiny / AUDIO_FOLDER).parent
 
 
 @pytest.fixture(scope="module")
