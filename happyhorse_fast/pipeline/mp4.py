@@ -25,6 +25,8 @@ QUEUED = 2
 BT709 = 1
 """Number of the colour matrix, primaries and transfer in which players show large pictures that name none."""
 LIMITED_RANGE = 1
+BIT_RATE = 96_000
+"""Of each channel of the sound, bits a second."""
 
 
 class Mp4Writer:
@@ -183,6 +185,9 @@ class Mp4Writer:
         coder.color_range = LIMITED_RANGE
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._audio: Any = self._container.add_stream(SOUND_CODEC, rate=self.sample_rate, layout=LAYOUTS[self.channels])
+        # At FFmpeg's 128 kb/s a quiet side beside a loud one has 21 dB to the noise, at 192 kb/s 28 dB; AAC allows no
+        # more than 6 bits a sample.
+        self._audio.bit_rate = self.channels * min(BIT_RATE, 6 * self.sample_rate)
         self._heard = 0
 
     def _encode_all(self) -> None:

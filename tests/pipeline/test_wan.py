@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_codecs import save_wan
 
+from happyhorse_fast.pipeline.tiny import VIDEO_FOLDER
 from happyhorse_fast.pipeline.wan import WanCodec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -15,10 +15,8 @@ KEY = "decoder.conv_in.weight"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wan") / "vae"
-    save_wan(folder)
-    return folder
+def folder(tiny):
+    return tiny / VIDEO_FOLDER
 
 
 @pytest.fixture(scope="module")
