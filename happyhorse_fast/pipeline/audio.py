@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ class AudioCodec:
         optional.require("diffusers", WHAT)
         from diffusers import AutoencoderOobleck
 
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # torch's, of the weight norms that the library has chosen: nothing that a user could change.
+            warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
             vae = AutoencoderOobleck.from_config(settings)
         parts = [*(("encoder",) if encoder else ()), *(("decoder",) if decoder else ())]
         fill_parts(vae, entries, parts, device, torch.float32, source)

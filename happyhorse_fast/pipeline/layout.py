@@ -13,6 +13,9 @@ from happyhorse_fast.config import ModelConfig
 
 NOTE = "pipeline.json"
 """File beside the parts, which may say where one lies and of which configuration a model is."""
+DEFAULTS = "defaults"
+"""Beside the parts in that file: the command line's settings where its options are left out."""
+_SETTINGS = ("seconds", "resolution", "aspect", "stages")
 _FIELDS = ("path", "preset", "config")
 
 
@@ -97,11 +100,13 @@ class Layout:
         folder: Holds the parts under their published names.
         given: Part -> folder named by the caller; it goes before everything else.
         noted: Part -> what ``pipeline.json`` says of it.
+        defaults: Settings of the command line where its options are left out, as ``pipeline.json`` has them.
     """
 
     folder: Path
     given: Mapping[str, Path] = field(default_factory=dict)
     noted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def there(self, name: str) -> bool:
         """Whether a part is found; what :meth:`find` would return may still be no good."""
@@ -152,7 +157,8 @@ def read_layout(folder: str | Path, given: Mapping[str, str | Path | None]) -> L
 
     Args:
         folder: With parts under their published names, and a ``pipeline.json`` where something differs: a JSON object
-            from parts to ``path`` (relative to the folder), and of models ``preset`` or ``config``.
+            from parts to ``path`` (relative to the folder), and of models ``preset`` or ``config``; ``defaults`` in it
+            are the command line's.
         given: Part -> its folder, before everything else; None for none.
 
     Raises:
@@ -163,7 +169,8 @@ def read_layout(folder: str | Path, given: Mapping[str, str | Path | None]) -> L
     if not root.is_dir():
         raise FileNotFoundError(f"folder must hold the published parts, there is none at {root}; {how_to_get()}")
     named = {name: Path(path).expanduser() for name, path in given.items() if path is not None}
-    layout = Layout(root, named, _read_note(root / NOTE))
+    note = _read_note(root / NOTE)
+    layout = Layout(root, named, note, note.pop(DEFAULTS, {}))
     if not any(layout.there(name) for name in FIRST_STAGES.values()):
         raise FileNotFoundError(f"{root}: holds neither {' nor '.join(FIRST_STAGES.values())}; {how_to_get()}")
     return layout
@@ -187,6 +194,10 @@ def _read_note(file: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: must be an object from parts to what is said of them, got {content!r:.60}")
     for name, said in content.items():
+        if name == DEFAULTS:
+            if not isinstance(said, dict) or not set(said) <= set(_SETTINGS):
+                raise CheckpointError(f"{file}: {DEFAULTS} may hold {', '.join(_SETTINGS)}; got {said!r:.80}")
+            continue
         if name not in PARTS:
             raise CheckpointError(f"{file}: parts are {', '.join(PARTS)}; got {name!r}")
         if not isinstance(said, dict) or not set(said) <= set(_FIELDS) or {"preset", "config"} <= set(said):

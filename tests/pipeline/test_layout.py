@@ -95,12 +95,18 @@ def test_a_folder_without_a_first_stage_says_how_to_get_one(tmp_path: Path, name
         ({"distill": {"folder": "x"}}, "of distill may be said path, and of a model preset or config"),
         ({"distill": {"preset": "tiny", "config": {}}}, "of distill may be said"),
         ({"distill": {"path": 3}}, "of distill, path and preset must be text"),
+        ({"defaults": {"seed": 3}}, "defaults may hold seconds, resolution, aspect, stages; got {'seed': 3}"),
         ({"audio_vae": {"preset": "tiny"}}, "of audio_vae, which is no Transformer, path alone"),
     ],
 )
 def test_a_bad_note_is_named(tmp_path: Path, note: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_layout(folder(tmp_path, "distill", note=note), {})
+
+
+def test_a_note_may_hold_defaults_of_the_command_line(tmp_path: Path) -> None:
+    layout = read_layout(folder(tmp_path, "distill", note={"defaults": {"seconds": 3}, "distill": {}}), {})
+    assert layout.defaults == {"seconds": 3} and "defaults" not in layout.noted
 
 
 def test_a_configuration_that_is_none_is_named(tmp_path: Path) -> None:
