@@ -42,6 +42,7 @@ class Keeper:
                 latents.save(self.path)
             except OSError as again:
                 self.path = None
+                self._empty()
                 warnings.warn(f"nor in a temporary folder: {again}; the run goes on without", stacklevel=2)
             else:
                 warnings.warn(f"the latents are kept in {self.path}", stacklevel=2)
@@ -50,7 +51,11 @@ class Keeper:
         """Take away what nobody asked for."""
         if self.path is not None and self.path != self.named and self._folder is None:
             self.path.unlink(missing_ok=True)
-        if self._folder is not None and self.named is None:
+        if self.named is None:
+            self._empty()
+
+    def _empty(self) -> None:
+        if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _beside(self) -> Path | None:
