@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,9 @@ import torch
 
 from happyhorse_fast import optional
 from happyhorse_fast.checkpoint.load import usable_device
+from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
-from happyhorse_fast.files import require_target
+from happyhorse_fast.files import real_path, require_target
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
 from happyhorse_fast.pipeline import stages, work
 from happyhorse_fast.pipeline.audio import read_sound
@@ -177,6 +179,7 @@ class Pipeline:
         if target is not None:
             require_target(target, overwrite)
             optional.require("av", "writing an mp4")
+            _require_room(target.parent, request)
         named = latents if latents is not None else resume
         kept = None if named is None else Path(named)
         if kept is not None:
@@ -275,6 +278,18 @@ class _Run:
         generator = self.noise.generator
         place = generator.device.type
         return Latents(self.request, done, video.cpu(), audio.cpu(), text, image, generator.get_state(), place)
+
+
+def _require_room(folder: Path, request: Request) -> None:
+    """Raise where a disk certainly has too little room: latents of both stages, and a film of 0.4 bits a pixel."""
+    tokens = request.last_tokens
+    height, width = tokens.pixels
+    needed = 8 * LATENT_CHANNELS * tokens.T * tokens.H * tokens.W + request.frames * height * width // 20
+    free = shutil.disk_usage(real_path(folder)).free
+    if free < needed:
+        raise OSError(
+            f"output must have room for {needed / 1e6:.1f} MB of latents and film, {folder} has {free / 1e6:.1f} MB"
+        )
 
 
 def _precision_on(device: torch.device) -> Precision | None:

@@ -60,12 +60,13 @@ class Request:
                 raise TypeError(f"{name} must be text, got {text!r} of type {type(text).__name__}")
             if not text.strip():
                 raise ValueError(f"{name} must say something, got {text!r}")
-        require_whole("stages", self.stages, 1, 2)
-        require_whole("seed", self.seed, 0, MAX_SEED)
+        object.__setattr__(self, "stages", require_whole("stages", self.stages, 1, 2))
+        object.__setattr__(self, "seed", require_whole("seed", self.seed, 0, MAX_SEED))
         for name, allowed in (("first", tuple(FIRST_STAGES)), ("noise", NOISES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         tokens_for(self.resolution, self.aspect, self.seconds, FPS)
+        object.__setattr__(self, "seconds", int(self.seconds))
         if self.stages == 2 and self.resolution not in SECOND_STAGES:
             raise ValueError(
                 f"resolution of two stages must be one of {', '.join(SECOND_STAGES)}, got {self.resolution!r}; "
@@ -79,7 +80,7 @@ class Request:
     @property
     def audio_tokens(self) -> int:
         """Audio latents: 25 a second, and one more where the sound is made too."""
-        return FPS * int(self.seconds) + (0 if self.sound else 1)
+        return FPS * self.seconds + (0 if self.sound else 1)
 
     @property
     def latent_frames(self) -> int:

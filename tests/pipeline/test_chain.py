@@ -6,8 +6,10 @@ import dataclasses
 import importlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -25,7 +27,7 @@ from happyhorse_fast.pipeline.image import image_latent
 from happyhorse_fast.pipeline.latents import read_latents
 from happyhorse_fast.pipeline.pipeline import Pipeline
 from happyhorse_fast.pipeline.progress import Monitor, StageInfo, Work
-from happyhorse_fast.pipeline.tiny import write_tiny_checkpoint
+from happyhorse_fast.pipeline.turbo import to_uint8
 from happyhorse_fast.pipeline.wan import WanCodec
 from happyhorse_fast.sampler import sample, super_resolve
 
@@ -35,13 +37,6 @@ SHORT: dict[str, Any] = {"seconds": 3, "resolution": "540p", "progress": False}
 FRAMES, SAMPLES = 73, int(76 * 2048 * 441 / 512)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_checkpoint(folder)
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tokens, "_SIDES", SIDES)
@@ -49,17 +44,17 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pipe(model: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model, precision=None, placement="resident", device="cpu")
+def pipe(tiny: Path) -> Pipeline:
+    return Pipeline.from_pretrained(tiny, precision=None, placement="resident", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def broken(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def broken(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A copy of the model, changed."""
 
     def made(change: Callable[[Path], object]) -> Path:
         folder = tmp_path_factory.mktemp("broken") / "model"
-        shutil.copytree(model, folder)
+        shutil.copytree(tiny, folder)
         change(folder)
         return folder
 
@@ -104,12 +99,12 @@ def film(path: Path) -> tuple[str, str, int, int]:
 
 
 def test_a_prompt_becomes_an_mp4_and_a_resumed_run_the_same(
-    model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, latents, shots = tmp_path / "x.mp4", tmp_path / "x.safetensors", tmp_path / "shots"
     sizes = ["--seconds", "3", "--resolution", "540p", "--device", "cpu"]
     files = ["--image", picture, "--out", out, "--latents", latents, "--preview", shots]
-    assert run(["generate", PROMPT, "--model", str(model), *sizes, *map(str, files), "--json"]) == 0
+    assert run(["generate", PROMPT, "--model", str(tiny), *sizes, *map(str, files), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     kinds = film(out)
     assert kinds[:3] == ("h264", "aac", FRAMES)
@@ -122,12 +117,12 @@ def test_a_prompt_becomes_an_mp4_and_a_resumed_run_the_same(
     assert Image.open(shots / "super-resolve-05.png").size == (40, 24)
     kept = load_file(latents)
     assert kept["video"].shape == (1, 48, 19, 6, 10) and kept["audio"].shape == (1, 76, 64)
-    codec = WanCodec.load(model / "Wan2.2-TI2V-5B-Diffusers" / "vae", decoder=False)
+    codec = WanCodec.load(tiny / "Wan2.2-TI2V-5B-Diffusers" / "vae", decoder=False)
     assert torch.equal(kept["video"][:, :, :1], image_latent(codec, picture, 96, 160)), "the first frame is held"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("x")) == [out.name, latents.name]
 
     again = tmp_path / "again.mp4"
-    arguments = ["--resume", str(latents), "--out", str(again), "--model", str(model), "--device", "cpu"]
+    arguments = ["--resume", str(latents), "--out", str(again), "--model", str(tiny), "--device", "cpu"]
     assert run(["generate", *arguments]) == 0
     assert "decode video" in capsys.readouterr().out
     assert again.read_bytes() == out.read_bytes()
@@ -222,10 +217,10 @@ def test_the_time_left_falls_to_nothing(pipe: Pipeline) -> None:
     assert all(info.seconds_left is None or info.seconds_left >= 0 for info in infos)
 
 
-def test_parts_are_on_the_device_one_at_a_time_or_stay(model: Path) -> None:
+def test_parts_are_on_the_device_one_at_a_time_or_stay(tiny: Path) -> None:
     held: dict[str, set[tuple[str, ...]]] = {}
     for placement in ("sequential", "resident"):
-        made = Pipeline.from_pretrained(model, precision="bf16", placement=placement, device="cpu")  # type: ignore[arg-type]
+        made = Pipeline.from_pretrained(tiny, precision="bf16", placement=placement, device="cpu")  # type: ignore[arg-type]
         seen = held[placement] = set()
         made(PROMPT, **SHORT, callback=lambda info, seen=seen, made=made: seen.add(made.parts.residency.held))
         if placement == "sequential":
@@ -282,6 +277,43 @@ def test_bad_arguments_are_named_before_the_long_work(
     monkeypatch.setattr(stages, "denoise", lambda *_: pytest.fail("a model ran"))
     with pytest.raises(error, match=message):
         pipe(**{"prompt": PROMPT, **SHORT, **change})
+
+
+def test_libraries_of_another_version_are_refused_before_anything_runs(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.56.0")
+    with pytest.raises(ImportError, match=r"transformers is of version 4\.56\.0, which must be >= 5\.20 and < 6"):
+        pipe(PROMPT, **SHORT, callback=lambda info: pytest.fail(f"{info.stage} ran"))
+    monkeypatch.setattr(sys.modules["diffusers"], "__version__", "0.30.0")
+    with pytest.raises(ImportError, match=r"diffusers is of version 0\.30\.0"):
+        pipe(PROMPT, **SHORT, callback=lambda info: pytest.fail(f"{info.stage} ran"))
+
+
+def test_a_disk_without_room_is_told_before_anything_runs(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    with pytest.raises(OSError, match=r"output must have room for .* MB of latents and film, .* has 0\.1 MB"):
+        pipe(PROMPT, **SHORT, out=tmp_path / "x.mp4", callback=lambda info: pytest.fail(f"{info.stage} ran"))
+
+
+def test_noise_goes_on_where_it_began_alone(pipe: Pipeline, tmp_path: Path) -> None:
+    clip = pipe(PROMPT, **SHORT, stages=1)
+    noise = stages.Noise(clip.request, torch.device("cpu"))
+    with pytest.raises(ValueError, match="must go on with noise of cuda, on which it began; this run's is of cpu"):
+        noise.resume(dataclasses.replace(clip.latents, noise_device="cuda"))
+
+
+def test_the_other_decoder(tiny: Path) -> None:
+    made = Pipeline.from_pretrained(tiny, precision=None, device="cpu", decoder="wan", placement="resident")
+    with made.parts.video_decoder() as decoder:
+        assert isinstance(decoder, WanCodec)
+    latents = torch.randn(1, 48, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    frames: list[torch.Tensor] = []
+    monitor = Monitor(torch.device("cpu"), {"decode video": Work(1, 1)}, None, shown=False)
+    stages.decode_video(made.parts, monitor, latents, frames.append, 1)
+    assert torch.equal(torch.cat(frames), to_uint8(decoder.decode(latents))[0].permute(1, 2, 3, 0))
 
 
 def test_without_a_model_the_command_says_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from happyhorse_fast.pipeline.request import Request, require_rate
@@ -31,6 +33,8 @@ def test_one_stage_has_one_size_and_one_model() -> None:
 def test_plain_data_and_back() -> None:
     request = Request(prompt="x", negative_prompt="y", first="base", seconds=7, sound=True, seed=3)
     assert Request(**request.to_dict()) == request
+    numbers = Request(prompt="x", seconds=np.float32(5), seed=np.int64(3), stages=np.int8(1))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(numbers.to_dict())) == numbers.to_dict()
 
 
 @pytest.mark.parametrize(
