@@ -1,0 +1,50 @@
+"""Parts on the device: one at a time where the card is small, or each kept once it is there."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+P = TypeVar("P")
+
+
+class Residency:
+    """Loads parts when they are needed.
+
+    Args:
+        device: Where they go.
+        keep: Whether parts stay on the device after their use.
+    """
+
+    def __init__(self, device: torch.device, keep: bool) -> None:
+        self.device, self.keep = device, keep
+        self._held: dict[str, Any] = {}
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of the parts that are on the device."""
+        return tuple(self._held)
+
+    @contextmanager
+    def using(self, name: str, load: Callable[[], P]) -> Iterator[P]:
+        """A part on the device. Whoever enters must hold no other name of it afterwards, or its memory stays taken."""
+        if name not in self._held:
+            if not self.keep:
+                self.free()
+            self._held[name] = load()
+        try:
+            yield self._held[name]
+        finally:
+            if not self.keep:
+                self._held.pop(name, None)
+
+    def free(self) -> None:
+        """Take every part off the device, and give its memory back to it."""
+        self._held.clear()
+        gc.collect()  # a model's modules refer to each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
