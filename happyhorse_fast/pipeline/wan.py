@@ -32,6 +32,9 @@ IGNORED = ("clip_output",)
 class WanCodec:
     """``AutoencoderKLWan`` with one or both of its halves; :meth:`load` makes one.
 
+    In bf16 at 1080p a picture is encoded in 2.4 GB and a clip of any length decoded in 23.6 GB, weights included (fake
+    tensors, no cuDNN workspace); at 540p in 0.8 and 6.0 GB.
+
     Attributes:
         vae: The library's model.
         mean: [1, 48, 1, 1, 1] of the latents, in the weights' dtype, as the published code holds it.

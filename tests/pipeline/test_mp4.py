@@ -3,6 +3,7 @@
 import hashlib
 import resource
 import threading
+import time
 from pathlib import Path
 
 import av
@@ -170,6 +171,26 @@ def test_an_error_between_frames_is_kept_and_leaves_nothing(tmp_path, error):
     assert raised.value is error
     assert list(tmp_path.iterdir()) == []
     assert not [thread for thread in threading.enumerate() if thread.name == "mp4"]
+
+
+def test_what_waits_is_not_encoded_once_it_is_of_no_use(tmp_path):
+    film, encoded = Mp4Writer(tmp_path / "a.mp4", WIDTH, HEIGHT), []
+
+    class Slow:
+        def reformat(self, frame, **how):
+            time.sleep(0.02)
+            encoded.append(frame)
+            return frame.reformat(**how)
+
+    def stops():
+        with film:
+            film._reformatter = Slow()
+            film.add(colours(50))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stops()
+    assert len(encoded) < 50
 
 
 @pytest.mark.parametrize(

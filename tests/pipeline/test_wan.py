@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from collections import deque
+from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from happyhorse_fast.fast.memory import StorageMeter, fake_copy
 from happyhorse_fast.pipeline.tiny import VIDEO_FOLDER
 from happyhorse_fast.pipeline.wan import WanCodec
 
@@ -157,3 +161,38 @@ def test_missing_and_truncated_files_are_named_without_loading(folder, tmp_path)
 def test_wrong_arguments_are_refused(codec, call, message):
     with pytest.raises(ValueError, match=message):
         call(codec)
+
+
+@pytest.fixture(scope="module")
+def published(folder):
+    """The published sizes, without their numbers."""
+    from diffusers import AutoencoderKLWan
+
+    settings = {**json.loads((folder / "config.json").read_text()), "base_dim": 160, "decoder_base_dim": 256}
+    with torch.device("meta"), default_dtype(torch.bfloat16):
+        return AutoencoderKLWan.from_config(settings).requires_grad_(False)
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_peak_memory_at_1080p_does_not_grow_with_the_clip(published):
+    def peak(half, run):
+        with FakeTensorMode():
+            codec = WanCodec(fake_copy(published, "cpu"), torch.bfloat16, torch.device("cpu"))
+            meter = StorageMeter()
+            meter.register(list(getattr(codec.vae, half).parameters()), "inputs")
+            with meter:
+                run(codec)
+        return meter.peak_bytes / 1e9
+
+    def decode(latents):
+        return peak("decoder", lambda codec: deque(codec.windows(torch.empty(1, 48, latents, 68, 120)), maxlen=0))
+
+    assert peak("encoder", lambda codec: codec.encode(torch.empty(1, 3, 1, 1088, 1920))) == pytest.approx(2.4, rel=0.03)
+    assert decode(3) == pytest.approx(23.6, rel=0.01)
+    assert decode(5) == pytest.approx(decode(3), rel=2e-3)
