@@ -40,10 +40,10 @@ class Embeddings:
         """
         return len(self._known) < len(set(self.prompts))
 
-    def get(self, monitor: Monitor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def get(self, monitor: Monitor, layers_on_device: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings [1, L, Ct] float32 on the CPU, of the prompt and of the negative one, None where there is none."""
         if self.need_encoder:
-            with self.parts.text_encoder() as encoder:
+            with self.parts.text_encoder(layers_on_device) as encoder:
                 monitor.loaded()
                 for prompt in self.prompts:
                     if prompt not in self._known:

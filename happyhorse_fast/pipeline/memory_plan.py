@@ -187,6 +187,19 @@ def plan(work: Work, budget_bytes: int | None, placement: Placement | None = Non
     return _plan(work, budget_bytes, "sequential", **changes) if changes else found  # type: ignore[arg-type]
 
 
+def floors(work: Work) -> dict[str, float]:
+    """Least seconds of each stage by name, as a plan's ``floor_s``: without the traces that peaks take."""
+    stages = [_text(work, None)]
+    stages += [_image(work)] if work.image else []
+    stages += [_sound(work, "sound", "audio encoder", AUDIO_ENCODER_LATENT, 1)] if work.sound else []
+    found = {stage.name: stage.floor_s for stage in stages}
+    found["denoise"] = _denoise_floor(work, work.first, work.first_clip, _evaluations(work))
+    if work.second is not None:
+        found["super-resolve"] = _denoise_floor(work, work.second, work.last_clip, SECOND_STEPS)
+    found["decode audio"] = _sound(work, "decode audio", "audio decoder", AUDIO_DECODER_LATENT, 2).floor_s
+    return found | {"decode video": _video_floor(work, 1)}
+
+
 def budget_of(device: torch.device) -> int | None:
     """What tensors may take on a CUDA device: free memory and this process's own share; None elsewhere."""
     if device.type != "cuda":
@@ -210,8 +223,7 @@ def _plan(
         stages.append(_image(work))
     if work.sound:
         stages.append(_sound(work, "sound", "audio encoder", AUDIO_ENCODER_LATENT, 1))
-    evaluations = DISTILLED_STEPS if work.mode == "distilled" else 2 * GUIDED_STEPS
-    stages.append(_denoise(work, "denoise", work.first, work.first_clip, evaluations, HELD_LATENTS[work.mode]))
+    stages.append(_denoise(work, "denoise", work.first, work.first_clip, _evaluations(work), HELD_LATENTS[work.mode]))
     if work.second is not None:
         held = 0 if history_on_host else HELD_LATENTS["second"]
         stages.append(_denoise(work, "super-resolve", work.second, work.last_clip, SECOND_STEPS, held))
@@ -246,16 +258,25 @@ def _sound(work: Work, name: str, part: str, per_latent: int, copies: int) -> St
 def _denoise(work: Work, name: str, config: ModelConfig, clip: ClipTokens, evaluations: int, held: int) -> StagePlan:
     weights, peak, loading = _model_bytes(config, clip, work.text, work.precision, work.attention)
     latent = 4 * config.latent_channels * clip.T * clip.H * clip.W
+    floor = _denoise_floor(work, config, clip, evaluations)
+    return StagePlan(
+        name, "first model" if name == "denoise" else "second model", weights, max(peak + held * latent, loading), floor
+    )
+
+
+def _evaluations(work: Work) -> int:
+    """Of the first stage's model."""
+    return DISTILLED_STEPS if work.mode == "distilled" else 2 * GUIDED_STEPS
+
+
+def _denoise_floor(work: Work, config: ModelConfig, clip: ClipTokens, evaluations: int) -> float:
     attention = work.attention or (
         None if work.precision is None else FastConfig(precision=work.precision).attention_format
     )
     costs = step_costs(
         config, clip, text=work.text, precision=work.precision or "bf16", attention=attention or "bf16", gpu=work.gpu
     )
-    floor = evaluations * totals(costs).floor_ms / 1e3
-    return StagePlan(
-        name, "first model" if name == "denoise" else "second model", weights, max(peak + held * latent, loading), floor
-    )
+    return evaluations * totals(costs).floor_ms / 1e3
 
 
 @lru_cache(maxsize=32)
@@ -283,14 +304,19 @@ def _video(work: Work, tiles: int) -> StagePlan:
     pixels = height * width
     latents = 4 * LATENT_CHANNELS * clip.T * clip.H * clip.W
     if work.decoder == "wan":
-        weights, peak, count = WAN_DECODER_BYTES, WAN_DECODER_BYTES + WAN_DECODER_PIXEL * pixels, clip.T
+        weights, peak = WAN_DECODER_BYTES, WAN_DECODER_BYTES + WAN_DECODER_PIXEL * pixels
     else:
         weights, peak = _turbo_bytes(clip.T, clip.H, clip.W, tiles)
-        count = sum(window.stop - window.start for window in tiling.time_windows(clip.T))
-    more = _halo_share(clip, tiles) if work.decoder == "turbo" else 1.0
-    flops = count * clip.H * clip.W * DECODER_FLOPS[work.decoder] * more
     peak += latents + FRAMES_BYTES * pixels
-    return StagePlan("decode video", "video decoder", weights, peak, flops / work.gpu.rate("bf16"))
+    return StagePlan("decode video", "video decoder", weights, peak, _video_floor(work, tiles))
+
+
+def _video_floor(work: Work, tiles: int) -> float:
+    clip, count, more = work.last_clip, work.last_clip.T, 1.0
+    if work.decoder == "turbo":
+        count = sum(window.stop - window.start for window in tiling.time_windows(clip.T))
+        more = _halo_share(clip, tiles)
+    return count * clip.H * clip.W * DECODER_FLOPS[work.decoder] * more / work.gpu.rate("bf16")
 
 
 @lru_cache(maxsize=32)

@@ -99,9 +99,10 @@ class Parts:
             name, lambda: load(**self._where(name), device=self.device, fast=self.fast, progress=False)
         )
 
-    def text_encoder(self) -> AbstractContextManager[TextEncoder]:
-        """The text encoder."""
-        return self.residency.using("text_encoder", self._loader(TextEncoder.load, "text_encoder"))
+    def text_encoder(self, layers_on_device: int | None = None) -> AbstractContextManager[TextEncoder]:
+        """The text encoder, with so many of its layers on the device."""
+        loader = self._loader(TextEncoder.load, "text_encoder", layers_on_device=layers_on_device)
+        return self.residency.using("text_encoder", loader)
 
     def image_encoder(self) -> AbstractContextManager[WanCodec]:
         """The half of the video codec that encodes."""
@@ -123,6 +124,11 @@ class Parts:
     def audio_decoder(self) -> AbstractContextManager[AudioCodec]:
         """The half of the audio codec that decodes."""
         return self.residency.using("audio_decoder", self._loader(AudioCodec.load, "audio_vae"))
+
+    def names(self, request: Request) -> set[str]:
+        """What a run holds on the device at some time, by the names of :attr:`residency`."""
+        coders = (["image_encoder"] if request.image else []) + (["audio_encoder"] if request.sound else [])
+        return {"text_encoder", *coders, *request.models, "audio_decoder", "video_decoder"}
 
     def _loader(self, function: Callable[..., Any], name: str, **how: Any) -> Callable[[], Any]:
         return lambda: function(self.layout.find(name), self.device, **how)

@@ -15,7 +15,7 @@ from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
 from happyhorse_fast.files import real_path, require_target
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
-from happyhorse_fast.pipeline import stages, work
+from happyhorse_fast.pipeline import stages
 from happyhorse_fast.pipeline.audio import read_sound
 from happyhorse_fast.pipeline.clip import SAMPLE_RATE, Clip
 from happyhorse_fast.pipeline.embeddings import Embeddings
@@ -25,13 +25,11 @@ from happyhorse_fast.pipeline.latents import DENOISED, RESOLVED, Latents, read_l
 from happyhorse_fast.pipeline.layout import Layout, read_layout
 from happyhorse_fast.pipeline.mp4 import Mp4Writer
 from happyhorse_fast.pipeline.parts import DECODERS, Decoder, Parts
+from happyhorse_fast.pipeline.placing import PLACEMENTS, Placement, place, predicted
 from happyhorse_fast.pipeline.preview import Preview, fit_preview
 from happyhorse_fast.pipeline.progress import Callback, Monitor
 from happyhorse_fast.pipeline.request import FPS, Request, require_rate
 from happyhorse_fast.pipeline.residency import Residency
-
-Placement = Literal["auto", "resident", "sequential"]
-PLACEMENTS = ("auto", "resident", "sequential")
 
 
 class Pipeline:
@@ -39,12 +37,11 @@ class Pipeline:
 
     Attributes:
         parts: Where the parts lie and how they run.
-        placement: ``"resident"``: each part stays on the device once it is there; ``"sequential"``: one at a time.
-        tiles: Parts of a frame that the turbo decoder decodes one after another.
+        placement: As :meth:`from_pretrained` takes it.
     """
 
-    def __init__(self, parts: Parts, placement: str, tiles: int = 1) -> None:
-        self.parts, self.placement, self.tiles = parts, placement, tiles
+    def __init__(self, parts: Parts, placement: Placement) -> None:
+        self.parts, self.placement = parts, placement
 
     @classmethod
     def from_pretrained(
@@ -88,18 +85,17 @@ class Pipeline:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
         if placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}")
-        place = usable_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        where = usable_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         given = {"text_encoder": text_folder, "video_vae": video_folder, "audio_vae": audio_folder}
         layout = read_layout(folder, given)
-        chosen_precision = _precision_on(place) if precision == "auto" else precision
+        chosen_precision = _precision_on(where) if precision == "auto" else precision
         if chosen_precision is None and attention is not None:
             raise ValueError(f"attention must come with a precision of the fast forms, got {attention!r} without one")
         fast = None
         if chosen_precision is not None:
-            backend: Any = "reference" if place.type == "cpu" else "auto"
+            backend: Any = "reference" if where.type == "cpu" else "auto"
             fast = FastConfig(precision=chosen_precision, attention=attention, backend=backend, originals="drop")
-        chosen = placement if placement != "auto" else "sequential"
-        return cls(Parts(layout, place, fast, decoder, Residency(place, chosen == "resident")), chosen)
+        return cls(Parts(layout, where, fast, decoder, Residency(where, placement == "resident")), placement)
 
     def __call__(
         self,
@@ -203,7 +199,7 @@ class Pipeline:
             return fit_preview(decoder, self.parts.device)
 
     def _rest(self) -> None:
-        if self.placement != "resident":
+        if not self.parts.residency.keep:
             self.parts.residency.free()
 
     @property
@@ -218,9 +214,8 @@ class _Run:
     def __init__(
         self, pipeline: Pipeline, request: Request, begun: Latents | None, callback: Callback | None, progress: bool
     ) -> None:
-        self.parts, self.tiles, self.request, self.begun = pipeline.parts, pipeline.tiles, request, begun
+        self.parts, self.request, self.begun = pipeline.parts, request, begun
         self.embeddings = Embeddings(self.parts, request)
-        self.saved: Path | None = None
         done = None if begun is None else begun.done
         self.parts.check(
             request,
@@ -230,8 +225,12 @@ class _Run:
         self.noise = stages.Noise(request, self.parts.device)
         if begun is not None and not begun.whole:
             self.noise.resume(begun)
-        names = stages.stages_of(request, done)
-        self.monitor = Monitor(self.parts.device, work.predicted(self.parts, request, names), callback, progress)
+        residency = self.parts.residency
+        residency.keep_only(self.parts.names(request))  # before the plan, which counts what is free
+        self.placing = place(self.parts, request, pipeline.placement)
+        residency.keep = self.placing.keep
+        times = predicted(self.parts, request, stages.stages_of(request, done))
+        self.monitor = Monitor(self.parts.device, times, callback, progress)
 
     def denoised(self, picture: Any, sound: torch.Tensor | None, keeper: Keeper) -> Latents:
         """All latents; those of each stage are kept as soon as they are there."""
@@ -239,7 +238,7 @@ class _Run:
         keeper.save(found)
         if found.whole:
             return found
-        video = stages.resolve(self.request, self.parts, self.monitor, self.noise, found)
+        video = stages.resolve(self.request, self.parts, self.monitor, self.noise, found, self.placing.history_on_host)
         found = self._latents(RESOLVED, video, found.audio, found.text, found.image)
         keeper.save(found)
         return found
@@ -257,15 +256,15 @@ class _Run:
             with Mp4Writer(target, width, height, fps=FPS, sample_rate=SAMPLE_RATE) as writer:
                 self._decode(latents, writer.add)
                 writer.add_sound(samples)
-        return Clip(self.request, frames, samples, latents, tuple(self.monitor.costs), target)
+        return Clip(self.request, frames, samples, latents, tuple(self.monitor.costs), self.placing, target)
 
     def _decode(self, latents: Latents, write: Any) -> None:
-        stages.decode_video(self.parts, self.monitor, latents.video, write, self.tiles)
+        stages.decode_video(self.parts, self.monitor, latents.video, write, self.placing.tiles)
 
     def _first(self, picture: Any, sound: torch.Tensor | None) -> Latents:
         request, parts, monitor = self.request, self.parts, self.monitor
         with monitor.stage(stages.TEXT):
-            text, null_text = self.embeddings.get(monitor)
+            text, null_text = self.embeddings.get(monitor, self.placing.layers_on_device)
         stages.check_text(request, parts, text)
         images = [None] if picture is None else stages.encode_image(request, parts, monitor, picture)
         held = None if sound is None else stages.encode_sound(request, parts, monitor, sound, self.noise)

@@ -60,7 +60,7 @@ class StageCost:
 
 
 @dataclass(frozen=True)
-class Work:
+class Prediction:
     """Predicted seconds of a stage; only their ratios matter to the time that is left.
 
     Attributes:
@@ -82,7 +82,9 @@ class Monitor:
         shown: Whether to show a bar on standard error.
     """
 
-    def __init__(self, device: torch.device, work: Mapping[str, Work], callback: Callback | None, shown: bool) -> None:
+    def __init__(
+        self, device: torch.device, work: Mapping[str, Prediction], callback: Callback | None, shown: bool
+    ) -> None:
         self.device, self.work, self.callback, self.shown = device, dict(work), callback, shown
         self.costs: list[StageCost] = []
         self._begun = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -42,9 +42,20 @@ class Residency:
             if not self.keep:
                 self._held.pop(name, None)
 
+    def keep_only(self, names: Collection[str]) -> None:
+        """Take every part off the device that is none of ``names``."""
+        gone = [name for name in self._held if name not in names]
+        for name in gone:
+            del self._held[name]
+        if gone:
+            self._give_back()
+
     def free(self) -> None:
         """Take every part off the device, and give its memory back to it."""
         self._held.clear()
+        self._give_back()
+
+    def _give_back(self) -> None:
         gc.collect()  # a model's modules refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -137,7 +137,9 @@ def denoise(
     return video, audio
 
 
-def resolve(request: Request, parts: Parts, monitor: Monitor, noise: Noise, latents: Latents) -> torch.Tensor:
+def resolve(
+    request: Request, parts: Parts, monitor: Monitor, noise: Noise, latents: Latents, history_on_host: bool = False
+) -> torch.Tensor:
     """Second stage: video [1, 48, T, H, W] at the full size, on the device."""
     tokens, place = request.last_tokens, parts.device
     with monitor.stage(RESOLVED), parts.model(request.models[1]) as model:
@@ -152,6 +154,7 @@ def resolve(request: Request, parts: Parts, monitor: Monitor, noise: Noise, late
             noise=noise.generator,
             callback=_steps_of(monitor),
             progress=False,
+            history_on_host=history_on_host,
         )
 
 

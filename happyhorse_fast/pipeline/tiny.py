@@ -27,7 +27,7 @@ AUDIO_FOLDER = "stable-audio-open-1.0/vae"
 TURBO_CONFIG = "turbo_vae/TurboV3-Wan22-TinyShallow_7_7.json"
 TURBO_WEIGHTS = "turbo_vae/checkpoint-340000.ckpt"
 NOTE = "pipeline.json"
-"""What the published layout leaves open: {model's folder: {"config": fields of ModelConfig}}."""
+"""What the published layout leaves open: of each model the fields of its ModelConfig, and ``DEFAULTS``."""
 
 _DENSE = ModelConfig(
     num_layers=3,
@@ -46,6 +46,8 @@ MODELS = {
     "1080p_sr": _DENSE.replace(coords_style="v1", local_attn_layers=(0, 1), frame_receptive_field=2),
 }
 """Folder -> configuration; 1.1 M parameters each. ``base`` is stored in bf16, the others in float32, as published."""
+DEFAULTS = {"seconds": 3, "resolution": "540p"}
+"""Of the command line: both stages in a minute on two cores."""
 _SHARD_BYTES = 1_000_000
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
 
@@ -70,7 +72,8 @@ def write_tiny_checkpoint(folder: str | Path, seed: int = 0) -> None:
         for place, part in enumerate((_write_models, _write_text, _write_video, _write_audio, _write_turbo)):
             torch.manual_seed(seed * 5 + place)
             part(root)
-    note = {name: {"config": config.to_dict()} for name, config in MODELS.items()}
+    note: dict[str, Any] = {name: {"config": config.to_dict()} for name, config in MODELS.items()}
+    note["defaults"] = DEFAULTS
     _write_json(root / NOTE, note)
 
 

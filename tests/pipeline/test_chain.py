@@ -26,7 +26,7 @@ from happyhorse_fast.pipeline import stages
 from happyhorse_fast.pipeline.image import image_latent
 from happyhorse_fast.pipeline.latents import read_latents
 from happyhorse_fast.pipeline.pipeline import Pipeline
-from happyhorse_fast.pipeline.progress import Monitor, StageInfo, Work
+from happyhorse_fast.pipeline.progress import Monitor, Prediction, StageInfo
 from happyhorse_fast.pipeline.turbo import to_uint8
 from happyhorse_fast.pipeline.wan import WanCodec
 from happyhorse_fast.sampler import sample, super_resolve
@@ -156,7 +156,7 @@ def test_a_given_sound_is_held_by_both_samplers(pipe: Pipeline, sound: Path) -> 
     assert clip.latents.audio.shape == (1, 75, 64) and clip.latents.video.shape[2] == 19
     assert clip.samples.shape == (2, int(75 * 2048 * 441 / 512))
     request = dataclasses.replace(clip.request, first="base")
-    monitor = Monitor(torch.device("cpu"), {"denoise": Work(1, 1)}, None, shown=False)
+    monitor = Monitor(torch.device("cpu"), {"denoise": Prediction(1, 1)}, None, shown=False)
     text = clip.latents.text
     noise = stages.Noise(request, torch.device("cpu"))
     video, audio = stages.denoise(request, pipe.parts, monitor, noise, text, text[:, :2], None, clip.latents.audio)
@@ -311,7 +311,7 @@ def test_the_other_decoder(tiny: Path) -> None:
         assert isinstance(decoder, WanCodec)
     latents = torch.randn(1, 48, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     frames: list[torch.Tensor] = []
-    monitor = Monitor(torch.device("cpu"), {"decode video": Work(1, 1)}, None, shown=False)
+    monitor = Monitor(torch.device("cpu"), {"decode video": Prediction(1, 1)}, None, shown=False)
     stages.decode_video(made.parts, monitor, latents, frames.append, 1)
     assert torch.equal(torch.cat(frames), to_uint8(decoder.decode(latents))[0].permute(1, 2, 3, 0))
 

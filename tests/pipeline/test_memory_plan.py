@@ -10,7 +10,7 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 from happyhorse_fast.fast.memory import StorageMeter
 from happyhorse_fast.pipeline import memory_plan, tiling
-from happyhorse_fast.pipeline.memory_plan import PipelinePlan, StagePlan, Work, budget_of, plan
+from happyhorse_fast.pipeline.memory_plan import PipelinePlan, StagePlan, Work, budget_of, floors, plan
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.tokens import tokens_for
 
@@ -56,6 +56,13 @@ def test_the_floor_of_five_seconds_at_1080p_is_within_the_target():
     assert floors["super-resolve"] == pytest.approx(13.3, rel=0.01)
     assert floors["decode video"] == pytest.approx(1.19e15 / 989e12, rel=0.02)
     assert found.floor_s < 30
+
+
+@pytest.mark.parametrize("changes", [{}, {"sound": True, "image": False, "mode": "base", "decoder": "wan"}])
+def test_floors_are_those_of_the_plan_without_its_traces(changes):
+    wanted = work(precision="fp8", **changes)
+    found = plan(wanted, None)
+    assert floors(wanted) == {stage.name: stage.floor_s for stage in found.stages}
 
 
 def test_what_does_not_fit_is_cut_up_and_still_counted():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from happyhorse_fast.pipeline import progress
-from happyhorse_fast.pipeline.progress import Monitor, StageInfo, Work
+from happyhorse_fast.pipeline.progress import Monitor, Prediction, StageInfo
 from happyhorse_fast.pipeline.residency import Residency
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_the_time_left_follows_what_was_measured(clock: Clock) -> None:
     infos: list[StageInfo] = []
-    work = {"a": Work(load=1, compute=2), "b": Work(load=3, compute=10)}
+    work = {"a": Prediction(load=1, compute=2), "b": Prediction(load=3, compute=10)}
     monitor = Monitor(CPU, work, infos.append, shown=False)
     assert monitor.seconds_left() is None
     with monitor.stage("a"):
@@ -54,14 +54,14 @@ def test_the_time_left_follows_what_was_measured(clock: Clock) -> None:
 
 
 def test_a_stage_that_fails_has_no_cost() -> None:
-    monitor = Monitor(CPU, {"a": Work(1, 1)}, None, shown=False)
+    monitor = Monitor(CPU, {"a": Prediction(1, 1)}, None, shown=False)
     with pytest.raises(KeyboardInterrupt), monitor.stage("a"):
         raise KeyboardInterrupt
     assert monitor.costs == []
 
 
 def test_the_bar_names_the_stage_and_ends_with_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    monitor = Monitor(CPU, {"denoise": Work(0, 1)}, None, shown=True)
+    monitor = Monitor(CPU, {"denoise": Prediction(0, 1)}, None, shown=True)
     with monitor.display(), monitor.stage("denoise"):
         time.sleep(0.01)
         monitor.step(3, 8)
@@ -83,6 +83,8 @@ def test_parts_stay_or_make_room(keep: bool) -> None:
             assert parts.held == (("a", "b")[: len(loads)] if keep else (name,))
     assert loads == (["a", "b"] if keep else ["a", "b", "a"])
     assert parts.held == (("a", "b") if keep else ())
+    parts.keep_only({"b", "c"})
+    assert parts.held == (("b",) if keep else ())
     parts.free()
     assert parts.held == ()
 
