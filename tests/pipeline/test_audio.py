@@ -40,6 +40,11 @@ def generator():
     return torch.Generator().manual_seed(7)
 
 
+@pytest.mark.filterwarnings("error")
+def test_loading_warns_of_nothing(folder):
+    AudioCodec.load(folder)
+
+
 @torch.no_grad()
 def test_sound_is_the_librarys(codec, library):
     latents = torch.randn(1, 5, 64)
@@ -171,8 +176,9 @@ def test_foreign_weights_are_refused_by_key(folder, whole, tmp_path, layout, ten
     copy = tmp_path / "copy"
     shutil.copytree(folder if layout == "vae" else whole[0], copy)
     changed(copy / "vae" / WEIGHTS if layout == "vae" else copy / "model.safetensors", tensors)
-    with pytest.raises(ValueError, match=message):
-        AudioCodec.load(copy)
+    for refuses in (AudioCodec.check, AudioCodec.load):
+        with pytest.raises(ValueError, match=message):
+            refuses(copy)
 
 
 def edit(file, **settings):
