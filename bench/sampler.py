@@ -31,7 +31,7 @@ from bench.measure.lost import LOST, lost
 from bench.measure.random_model import Backend, random_eager, random_fast
 from bench.ops import arguments, open_results
 from bench.results import Json
-from bench.sampler_runs import MODES, Run, chosen, runs
+from bench.sampler_runs import MODES, PUBLISHED_SECONDS, Run, chosen, runs
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
@@ -92,7 +92,7 @@ class Bench:
         entry: Json = {
             "preset": run.preset,
             "resolution": run.resolution,
-            "seconds": 5,
+            "seconds": run.clip_seconds,
             "mode": run.mode,
             "mask": run.mask,
             "steps": run.steps,
@@ -189,14 +189,14 @@ class Bench:
             model(*inputs)
         return {name: round(taken, 5) for name, taken in times.seconds().items()}
 
-    def _clip(self, resolution: str) -> ClipTokens:
+    def _clip(self, resolution: str, seconds: int = PUBLISHED_SECONDS) -> ClipTokens:
         if not self.tiny:
-            return tokens_for(resolution, "16:9", 5)
+            return tokens_for(resolution, "16:9", seconds)
         clip = TINY_SIZE.clip
         return clip if resolution == "1080p" else clip._replace(H=clip.H // 2, W=clip.W // 2)
 
     def _inputs(self, model: HappyHorse, run: Run) -> list[torch.Tensor]:
-        clip, config = self._clip(run.resolution), model.config
+        clip, config = self._clip(run.resolution, run.clip_seconds), model.config
         text = TINY_SIZE.text if self.tiny else TEXT_TOKENS
         shapes = (
             (1, config.latent_channels, clip.T, clip.H, clip.W),
@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench(device, options.tiny, options.backend, monitor)
         for run in wanted:
             backend = options.backend if run.fast else None
-            if (run.preset, run.resolution, run.mode, run.mask, run.cap_gb, backend) in known:
+            if (run.preset, run.resolution, run.clip_seconds, run.mode, run.mask, run.cap_gb, backend) in known:
                 continue
             left = deadline - time.monotonic() - (0.0 if options.tiny else run.least_seconds)
             if left < 0:
@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _key(entry: Json) -> tuple[Any, ...]:
-    return tuple(entry.get(name) for name in ("preset", "resolution", "mode", "mask", "cap_gb", "backend"))
+    return tuple(entry.get(name) for name in ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "backend"))
 
 
 if __name__ == "__main__":

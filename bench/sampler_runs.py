@@ -14,6 +14,8 @@ MODES = ("fast fp8", "fast int8", "fast fp8 linear", "fast fp8 int8_qk", "fast b
 FastConfig(precision="int8") and (precision="fp8") do."""
 _ATTENTION: dict[str, AttentionPrecision] = {"fast fp8": "fp8", "fast int8": "int8_qk", "fast fp8 int8_qk": "int8_qk"}
 EXACT = "exact"
+PUBLISHED_SECONDS = 5
+"""Length of the clips that published times are of."""
 # Steps of a run are stopped after so long, two at least. A fast run of 8 steps at 1080p ends within it.
 SECONDS = {"fast": 40.0, "other": 10.0}
 # What a run needs at least, in seconds: weights 5, the first step with its kernels' compiles, 2 steps, and a breakdown.
@@ -28,11 +30,12 @@ class Run:
 
     Attributes:
         preset: The model.
-        resolution: Of the clip, 5 s long.
+        resolution: Of the clip.
         mode: One of :data:`MODES`.
         mask: :data:`EXACT`, or the share of video pairs such as ``"25%"``.
         steps: Denoising steps.
         cap_gb: Size of the card whose memory the process may use, as it is sold; None for all there is.
+        clip_seconds: Length of the clip.
     """
 
     preset: str
@@ -41,12 +44,17 @@ class Run:
     mask: str = EXACT
     steps: int = 8
     cap_gb: int | None = None
+    clip_seconds: int = PUBLISHED_SECONDS
 
     @property
     def name(self) -> str:
-        """Such as ``"happyhorse-1.0-15b/1080p/fast fp8/25%/whole"``, the last part ``"24gb"`` under a cap."""
+        """Such as ``"happyhorse-1.0-15b/1080p/fast fp8/25%/whole"``, the last part ``"24gb"`` under a cap.
+
+        The second part is ``"1080p-10s"`` for a clip of another length than 5 s.
+        """
         cap = "whole" if self.cap_gb is None else f"{self.cap_gb}gb"
-        return f"{self.preset}/{self.resolution}/{self.mode}/{self.mask}/{cap}"
+        length = "" if self.clip_seconds == PUBLISHED_SECONDS else f"-{self.clip_seconds}s"
+        return f"{self.preset}/{self.resolution}{length}/{self.mode}/{self.mask}/{cap}"
 
     @property
     def second_stage(self) -> bool:
@@ -92,6 +100,8 @@ def runs() -> Iterator[Run]:
         Run(BASE, "1080p", "eager", cap_gb=80),
         Run(BASE, "1080p", "fast fp8", "12.5%"),
         Run(BASE, "1080p", "fast fp8 int8_qk", "25%"),
+        *(Run(BASE, "1080p", "fast fp8", clip_seconds=seconds) for seconds in (10, 15)),
+        *(Run(BASE, resolution, "fast fp8") for resolution in ("540p", "256p")),
     )
     yield from first
     yield from (run for run in _rest() if run not in first)

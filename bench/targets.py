@@ -20,7 +20,7 @@ from bench.report.data import ceilings, form_of, load, measured_ceilings, share_
 from bench.report.predictions import PREDICTIONS, SIZE, Prediction
 from bench.report.tables import clip_table, ops_table
 from bench.results import FOLDER, NOT_INTERLEAVED, Json, comparable, ratio, read
-from bench.sampler_runs import BASE, EXACT, SECOND_STAGE
+from bench.sampler_runs import BASE, EXACT, PUBLISHED_SECONDS, SECOND_STAGE
 from bench.table import Table
 
 ATTENTION = ("window", "25%")
@@ -217,6 +217,7 @@ def _run(data: Json, preset: str, mode: str, mask: str, cap: int | None, softmax
         run
         for run in data["sampler"]
         if (run["preset"], run["resolution"], run["mode"], run.get("mask"), run.get("cap_gb")) == key
+        and run["seconds"] == PUBLISHED_SECONDS
         and softmax in (None, run.get("softmax"))
     ]
     return min(found, key=lambda run: run["total_s"] or float("inf"), default=None)

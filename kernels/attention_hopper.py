@@ -15,17 +15,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from happyhorse_fast.kernels import numerics
 from happyhorse_fast.kernels.attention import LOG_2, P_EXPONENT
-from happyhorse_fast.kernels.hopper_barriers import K_SLOTS, V_SLOTS, pass_turn
+from happyhorse_fast.kernels.hopper_barriers import pass_turn
 from happyhorse_fast.kernels.hopper_bounded import attend_bounded
 from happyhorse_fast.kernels.hopper_e4m3 import attend_e4m3
-from happyhorse_fast.kernels.hopper_ring import await_full, fill, make_ring, release
+from happyhorse_fast.kernels.hopper_ring import Q_SLOTS, Rings, await_full, fill, make_barriers, make_ring, release
 from happyhorse_fast.kernels.hopper_scores import Item, Scales, Work
 from happyhorse_fast.kernels.hopper_sizes import GROUPS, sizes_of
 
 to_e4m3 = gluon.jit(numerics.to_e4m3.fn)
 
-Q_SLOTS = gl.constexpr(2)
-"""Items whose queries fit at once: the next one's arrive while this one is computed."""
 COMPUTE_REGISTERS = gl.constexpr(240)
 LOAD_REGISTERS = gl.constexpr(24)
 """Per thread: 2 x 128 x 240 + 128 x 24 of 65,536."""
@@ -39,25 +37,23 @@ def work_item(work, item, sizes: gl.constexpr):
 
 
 @gluon.jit
-def load_tiles(q, k, v, q_ring, k_ring, v_ring, work, sizes: gl.constexpr):
+def load_tiles(q, k, v, rings, work, sizes: gl.constexpr):
     """The loading warp: queries of every item, k and v of every listed block, in the order they are used."""
-    K_NAMED: gl.constexpr = K_SLOTS if sizes.named else 0
-    V_NAMED: gl.constexpr = V_SLOTS if sizes.named else 0
     turn = 0
     use = 0
     for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
         entry, head, row = work_item(work, item, sizes)
-        fill(q_ring, turn, q, row * sizes.block, head * sizes.d, GROUPS, Q_SLOTS, 0)
+        fill(rings.q, turn, q, row * sizes.block, head * sizes.d, GROUPS, Q_SLOTS)
         start = gl.load(work.starts + entry)
         steps = gl.load(work.counts + entry * 2 + 1)
         channel = head // sizes.group * sizes.d
         for at in range(start, start + steps):
             key = gl.load(work.columns + at) * sizes.block
-            fill(k_ring, use, k, key, channel, 1, sizes.stages, K_NAMED)
+            fill(rings.k, use, k, key, channel, 1, sizes.stages)
             if sizes.e4m3:
-                fill(v_ring, use, v, channel, key, 1, sizes.stages, V_NAMED)
+                fill(rings.v, use, v, channel, key, 1, sizes.stages, 1)
             else:
-                fill(v_ring, use, v, key, channel, 1, sizes.stages, V_NAMED)
+                fill(rings.v, use, v, key, channel, 1, sizes.stages, 1)
             use += 1
         turn += 1
 
@@ -65,7 +61,7 @@ def load_tiles(q, k, v, q_ring, k_ring, v_ring, work, sizes: gl.constexpr):
 @gluon.jit
 def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
     """A computing group: queries GROUP * 64 and on of every item."""
-    q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, queries, key_blocks = common
+    rings, work, scales, out, out_scale, lse, gate, queries, key_blocks = common
     ROWS: gl.constexpr = sizes.rows
     FIRST: gl.constexpr = GROUP * ROWS
     if not sizes.e4m3 and GROUP == 1:
@@ -87,22 +83,22 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
             scores *= gl.load(scales.q + row)
             of_v += kv_head * key_blocks
         of_item = Scales(scores, scales.q, of_k, of_v)
-        slot = await_full(q_ring, turn, Q_SLOTS)
-        q_tile = q_ring.tiles.index(slot * GROUPS + GROUP)
+        slot = await_full(rings.q, turn, Q_SLOTS)
+        q_tile = rings.q.tiles.index(slot * GROUPS + GROUP)
         n_full = gl.load(work.counts + entry * 2)
         n_all = gl.load(work.counts + entry * 2 + 1)
-        item = Item(q_tile, gl.load(work.starts + entry), n_full, n_all)
+        item = Item(q_tile, turn, gl.load(work.starts + entry), n_full, n_all)
         acc = gl.full([ROWS, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
         row_sum = gl.full([ROWS], 0.0, gl.float32, layout=sizes.s_row)
         log_sum = row_sum
         row_max = gl.full([ROWS], -float("inf"), gl.float32, layout=sizes.s_row)
         if n_all > 0:
             if sizes.e4m3:
-                acc, row_sum, row_max = attend_e4m3(item, use, k_ring, v_ring, work, of_item, FIRST, sizes)
+                acc, row_sum, row_max = attend_e4m3(item, use, rings, work, of_item, FIRST, sizes)
             else:
-                acc, row_sum, log_sum = attend_bounded(item, use, k_ring, v_ring, work, of_item, GROUP, sizes)
+                acc, row_sum, log_sum = attend_bounded(item, use, rings, work, of_item, GROUP, sizes)
             use += n_all
-        release(q_ring, slot, 0)
+        release(rings.q, slot)
         turn += 1
 
         row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # no key: 0 / 1; NaN stays
@@ -187,18 +183,18 @@ def block_sparse_attention_hopper_kernel(
     )
     if flag is not None:
         items = gl.where(gl.load(flag) != 0, items, 0)
-    q_ring = make_ring(q, GROUPS, Q_SLOTS, GROUPS)
-    k_ring = make_ring(k, 1, STAGES, GROUPS)
-    v_ring = make_ring(v, 1, STAGES, GROUPS)
+    q_ring = make_ring(q, make_barriers(Q_SLOTS, GROUPS), GROUPS, Q_SLOTS)
+    steps = make_barriers(STAGES, GROUPS)
+    rings = Rings(q_ring, make_ring(k, steps, 1, STAGES), make_ring(v, steps, 1, STAGES))
     fence_async_shared()
     work = Work(counts, starts, columns, mask_ids, mask_bits, order, map_rows, items)
     scales = Scales(scale, q_scale, k_scale, v_scale)
-    common = (q_ring, k_ring, v_ring, work, scales, out, out_scale, lse, gate, queries, key_blocks)
+    common = (rings, work, scales, out, out_scale, lse, gate, queries, key_blocks)
     gl.warp_specialize(
         [
             (compute, (0, common, sizes)),
             (compute, (1, common, sizes)),
-            (load_tiles, (q, k, v, q_ring, k_ring, v_ring, work, sizes)),
+            (load_tiles, (q, k, v, rings, work, sizes)),
         ],
         [4, 1],
         [COMPUTE_REGISTERS, LOAD_REGISTERS],

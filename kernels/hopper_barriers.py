@@ -1,8 +1,7 @@
 """Named barriers (PTX `bar`) between the warps of the Hopper attention kernel; Gluon itself offers mbarriers alone.
 
 Such a barrier completes when the stated number of threads has come to it. A warp that syncs waits for that, one that
-arrives does not. There are 16: Triton takes the first for itself (`bench.aot.gates` sees to it), turns take two,
-and slots of k and v up to four each.
+arrives does not. There are 16: Triton takes the first for itself (`bench.aot.gates` sees to it), turns take two.
 """
 
 from triton.experimental import gluon
@@ -10,10 +9,6 @@ from triton.experimental.gluon import language as gl
 
 TURNS = gl.constexpr(6)
 """Group 0's turn; the next is group 1's."""
-K_SLOTS = gl.constexpr(8)
-V_SLOTS = gl.constexpr(12)
-NAMED_SLOTS = 4
-"""Of k, and of v, at most."""
 
 
 @gluon.constexpr_function

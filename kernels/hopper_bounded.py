@@ -4,6 +4,10 @@ No score can leave float32's range as a power of two (`attention.score_bound`), 
 found, shared between threads or corrected for. Row sums stay per thread, four to a row, until an item's end. P is
 rounded to bf16 and summed after that, because the largest P of a row is not 1: a row of one key must be that key's v.
 
+P is packed twice: once to round it, and once more, exactly, for PV. What is computed behind the end of PV delays the
+next products: with the sums there a tile took 2740 cycles of an SM of an H200, without any rounding 2400. But a word
+that is packed before it is PV's own register while PV reads it: ptxas waits for every single product, 4320 cycles.
+
 The two groups take turns at issuing products. One's QK and PV run while the other computes exponents; without turns
 both come to need the tensor cores at the same time (docs/kernels/attention.md).
 """
@@ -14,8 +18,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from happyhorse_fast.kernels.hopper_barriers import K_SLOTS, V_SLOTS, await_turn, pass_turn
-from happyhorse_fast.kernels.hopper_ring import await_full, release
+from happyhorse_fast.kernels.hopper_barriers import await_turn, pass_turn
+from happyhorse_fast.kernels.hopper_ring import Q_SLOTS, await_full, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
 
@@ -31,10 +35,17 @@ class Running(NamedTuple):
 
 
 @gluon.jit
-def packed(p, sizes: gl.constexpr):
-    """P as bf16, two columns to a 32-bit word: as 64 values of 16 bits ptxas would carry it in 64 registers."""
-    low, high = gl.split(gl.reshape(p, (sizes.rows, sizes.block // 2, 2)))
-    return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], gl.int32, True, 1)
+def packed(even, odd):
+    """Two columns of P as bf16 in a 32-bit word: as 64 values of 16 bits ptxas would carry it in 64 registers."""
+    return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], gl.int32, True, 1)
+
+
+@gluon.jit
+def rounded(p, sizes: gl.constexpr):
+    """P rounded to bf16, as float32: (even columns, odd columns). A bf16 is a float32 whose lower half is 0."""
+    even, odd = gl.split(gl.reshape(p, (sizes.rows, sizes.block // 2, 2)))
+    words = packed(even, odd)
+    return (words << 16).to(gl.float32, bitcast=True), (words & -65536).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -48,16 +59,16 @@ def operand(words, sizes: gl.constexpr):
 
 
 @gluon.jit
-def sums_of_packed(words, sizes: gl.constexpr):
-    """Sums of a thread's columns, [rows, 4]: a bf16 is a float32 whose lower half is 0."""
-    pairs = (words << 16).to(gl.float32, bitcast=True) + (words & -65536).to(gl.float32, bitcast=True)
-    return gl.sum(gl.reshape(pairs, (sizes.rows, sizes.block // 8, 4)), axis=1)
+def sums(even, odd, sizes: gl.constexpr):
+    """Sums of a thread's columns, [rows, 4]."""
+    return gl.sum(gl.reshape(even + odd, (sizes.rows, sizes.block // 8, 4)), axis=1)
 
 
 @gluon.jit
-def sums(p, sizes: gl.constexpr):
-    """Sums of a thread's columns, [rows, 4], before rounding."""
-    return gl.sum(gl.sum(gl.reshape(p, (sizes.rows, sizes.block // 8, 4, 2)), axis=3), axis=1)
+def sums_unrounded(p, sizes: gl.constexpr):
+    """Sums of a thread's columns, [rows, 4], for an LSE."""
+    even, odd = gl.split(gl.reshape(p, (sizes.rows, sizes.block // 2, 2)))
+    return sums(even, odd, sizes)
 
 
 @gluon.jit
@@ -95,8 +106,7 @@ def advance(
     at,
     last,
     item,
-    k_ring,
-    v_ring,
+    rings,
     work,
     scales,
     GROUP: gl.constexpr,
@@ -105,64 +115,58 @@ def advance(
 ):
     """PV of the block before this one, QK and softmax of this one; ``last`` is the last listed block.
 
-    v of this block is awaited before the end of PV: a wait is a loop, and ptxas moves nothing across one. Without it
-    the exponents end up behind PV (ptxas of CUDA 12.8), where nothing of this group runs beside them.
+    The queries are awaited once more before the end of PV: a wait is a loop, and ptxas moves nothing across one.
+    Without it the exponents end up behind PV (ptxas of CUDA 12.8), where nothing of this group runs beside them.
     """
-    before = (use - 1) % sizes.stages
     next_scale = scale_of(scales.k, running.column, sizes)
     next_column = column_of(work, gl.minimum(at + 2, last), sizes)
-    stage = await_full(k_ring, use, sizes.stages)
+    stage = await_full(rings.k, use, sizes.stages)
+    before = await_full(rings.v, use - 1, sizes.stages)
     await_turn(GROUP)
-    s_pending = start_qk(item.q_tile, k_ring, stage, sizes)
-    pv_pending = warpgroup_mma(operand(running.p, sizes), v_ring.tiles.index(before), running.acc, is_async=True)
+    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
+    pv_pending = warpgroup_mma(operand(running.p, sizes), rings.v.tiles.index(before), running.acc, is_async=True)
     pass_turn(GROUP)
     s = warpgroup_mma_wait(1, deps=[s_pending])
-    release(k_ring, stage, K_SLOTS if sizes.named else 0)
     t = scaled(s, scales, running.k_scale, sizes)
     if MASKED:
         t = hide(t, work, at, GROUP * sizes.rows, sizes)
     p = gl.exp2(t)
-    await_full(v_ring, use, sizes.stages)
-    acc = warpgroup_mma_wait(0, deps=[pv_pending])
-    release(v_ring, before, V_SLOTS if sizes.named else 0)
     log_sum = running.log_sum
     if sizes.lse:
-        log_sum += sums(p, sizes)
-    words = packed(p, sizes)
-    return Running(acc, words, running.row_sum + sums_of_packed(words, sizes), log_sum, next_scale, next_column)
+        log_sum += sums_unrounded(p, sizes)
+    even, odd = rounded(p, sizes)
+    row_sum = running.row_sum + sums(even, odd, sizes)
+    await_full(rings.q, item.turn, Q_SLOTS)
+    acc = warpgroup_mma_wait(0, deps=[pv_pending])
+    release(rings.k, stage)
+    return Running(acc, packed(even, odd), row_sum, log_sum, next_scale, next_column)
 
 
 @gluon.jit
-def attend_bounded(item, use, k_ring, v_ring, work, scales, GROUP: gl.constexpr, sizes: gl.constexpr):
+def attend_bounded(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.constexpr):
     """All blocks of an item, of which there is one: (accumulator, sum of rounded P, sum of P for an LSE)."""
     zero = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
     last = item.start + item.n_all - 1
     k_scale = scale_of(scales.k, column_of(work, item.start, sizes), sizes)
     next_scale = scale_of(scales.k, column_of(work, gl.minimum(item.start + 1, last), sizes), sizes)
     next_column = column_of(work, gl.minimum(item.start + 2, last), sizes)
-    stage = await_full(k_ring, use, sizes.stages)
-    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, k_ring, stage, sizes)])
-    release(k_ring, stage, K_SLOTS if sizes.named else 0)
+    stage = await_full(rings.k, use, sizes.stages)
+    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])
+    release(rings.k, stage)
     t = scaled(s, scales, k_scale, sizes)
     if item.n_full == 0:
         t = hide(t, work, item.start, GROUP * sizes.rows, sizes)
     p = gl.exp2(t)
-    await_full(v_ring, use, sizes.stages)
-    words = packed(p, sizes)
-    log_sum = sums(p, sizes) if sizes.lse else 0.0
-    running = Running(zero, words, sums_of_packed(words, sizes), log_sum, next_scale, next_column)
+    log_sum = sums_unrounded(p, sizes) if sizes.lse else 0.0
+    even, odd = rounded(p, sizes)
+    running = Running(zero, packed(even, odd), sums(even, odd, sizes), log_sum, next_scale, next_column)
     for j in range(1, item.n_full):
-        running = advance(
-            running, j + use, j + item.start, last, item, k_ring, v_ring, work, scales, GROUP, False, sizes
-        )
+        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, GROUP, False, sizes)
     for j in range(gl.maximum(item.n_full, 1), item.n_all):
-        running = advance(
-            running, j + use, j + item.start, last, item, k_ring, v_ring, work, scales, GROUP, True, sizes
-        )
-    before = (use + item.n_all - 1) % sizes.stages
-    v = v_ring.tiles.index(before)
+        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, GROUP, True, sizes)
+    before = await_full(rings.v, use + item.n_all - 1, sizes.stages)
+    v = rings.v.tiles.index(before)
     acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(operand(running.p, sizes), v, running.acc, is_async=True)])
-    release(v_ring, before, V_SLOTS if sizes.named else 0)
     row_sum = gl.convert_layout(gl.sum(running.row_sum, axis=1), sizes.s_row)
     log_sum = row_sum
     if sizes.lse:

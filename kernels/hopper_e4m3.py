@@ -14,8 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from happyhorse_fast.kernels.attention import P_EXPONENT
-from happyhorse_fast.kernels.hopper_barriers import K_SLOTS, V_SLOTS
-from happyhorse_fast.kernels.hopper_ring import await_full, release
+from happyhorse_fast.kernels.hopper_ring import Q_SLOTS, await_full, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
 LEAST_V_SCALE = gl.constexpr(2.0**-96)
@@ -117,9 +116,7 @@ def v_scale_of(v_scales, column):
 
 
 @gluon.jit
-def advance(
-    running, use, at, last, item, k_ring, v_ring, work, scales, first, MASKED: gl.constexpr, sizes: gl.constexpr
-):
+def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl.constexpr, sizes: gl.constexpr):
     """PV of the block before this one, QK and softmax of this one; ``last`` is the last listed block.
 
     QK, then PV, and the softmax runs beside PV, as `hopper_bounded.advance` has it. S, PV, the accumulator and P are
@@ -127,37 +124,36 @@ def advance(
     beside QK, and the softmax has the other group's products beside it.
     """
     BESIDE: gl.constexpr = not MASKED and not sizes.lse
-    before = (use - 1) % sizes.stages
     next_k = gl.load(scales.k + running.column)
     next_v = v_scale_of(scales.v, running.column)
     next_column = gl.load(work.columns + gl.minimum(at + 2, last))
-    stage = await_full(k_ring, use, sizes.stages)
+    stage = await_full(rings.k, use, sizes.stages)
+    before = await_full(rings.v, use - 1, sizes.stages)
     if BESIDE:
-        s_pending = start_qk(item.q_tile, k_ring, stage, sizes)
-        pv_pending = start_pv(running, v_ring, before, sizes)
+        s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
+        pv_pending = start_pv(running, rings.v, before, sizes)
         s = warpgroup_mma_wait(1, deps=[s_pending])
     else:
-        pv_pending = start_pv(running, v_ring, before, sizes)
-        s_pending = start_qk(item.q_tile, k_ring, stage, sizes)
+        pv_pending = start_pv(running, rings.v, before, sizes)
+        s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
         acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
-        release(v_ring, before, V_SLOTS)
         s = warpgroup_mma_wait(0, deps=[s_pending])
-    release(k_ring, stage, K_SLOTS)
+        release(rings.k, stage)
     if MASKED:
         s = hide(s, work, at, first, sizes)
     p, alpha, total, row_max = softmax(
         s, running.row_max, scales.scores, running.k_scale, running.v_scale, MASKED, sizes
     )
-    await_full(v_ring, use, sizes.stages)
     if BESIDE:
+        await_full(rings.q, item.turn, Q_SLOTS)
         acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
-        release(v_ring, before, V_SLOTS)
+        release(rings.k, stage)
     row_sum = running.row_sum * per_thread(alpha, running.row_sum) + total
     return Running(acc, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, next_column)
 
 
 @gluon.jit
-def attend_e4m3(item, use, k_ring, v_ring, work, scales, first, sizes: gl.constexpr):
+def attend_e4m3(item, use, rings, work, scales, first, sizes: gl.constexpr):
     """All blocks of an item, of which there is one: (accumulator, sum of P, maximum); both of P times 2^8."""
     zero = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
     row_max = gl.full([sizes.rows], -float("inf"), gl.float32, layout=sizes.s_row)
@@ -169,24 +165,18 @@ def attend_e4m3(item, use, k_ring, v_ring, work, scales, first, sizes: gl.conste
     next_k = gl.load(scales.k + column)
     next_v = v_scale_of(scales.v, column)
     column = gl.load(work.columns + gl.minimum(item.start + 2, last))
-    stage = await_full(k_ring, use, sizes.stages)
-    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, k_ring, stage, sizes)])
-    release(k_ring, stage, K_SLOTS)
+    stage = await_full(rings.k, use, sizes.stages)
+    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])
+    release(rings.k, stage)
     if item.n_full == 0:
         s = hide(s, work, item.start, first, sizes)
     p, alpha, row_sum, row_max = softmax(s, row_max, scales.scores, k_scale, v_scale, True, sizes)
-    await_full(v_ring, use, sizes.stages)
     running = Running(zero, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, column)
     for j in range(1, item.n_full):
-        running = advance(
-            running, j + use, j + item.start, last, item, k_ring, v_ring, work, scales, first, False, sizes
-        )
+        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, False, sizes)
     for j in range(gl.maximum(item.n_full, 1), item.n_all):
-        running = advance(
-            running, j + use, j + item.start, last, item, k_ring, v_ring, work, scales, first, True, sizes
-        )
-    before = (use + item.n_all - 1) % sizes.stages
-    acc = add_pv(running, warpgroup_mma_wait(0, deps=[start_pv(running, v_ring, before, sizes)]), sizes)
-    release(v_ring, before, V_SLOTS)
+        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, True, sizes)
+    before = await_full(rings.v, use + item.n_all - 1, sizes.stages)
+    acc = add_pv(running, warpgroup_mma_wait(0, deps=[start_pv(running, rings.v, before, sizes)]), sizes)
     row_sum = gl.convert_layout(gl.sum(running.row_sum, axis=1), sizes.s_row)
     return acc, row_sum, running.row_max

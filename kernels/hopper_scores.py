@@ -21,9 +21,13 @@ class Work(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A group's queries of a work item in shared memory, and the blocks they meet: columns[start : start + n_all]."""
+    """A group's queries of a work item in shared memory, and the blocks they meet: columns[start : start + n_all].
+
+    ``turn`` is the item's number among those of its program: the use of the ring of queries.
+    """
 
     q_tile: Any
+    turn: Any
     start: Any
     n_full: Any
     n_all: Any

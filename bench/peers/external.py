@@ -42,6 +42,19 @@ class FlashAttention3Fp8(FlashAttention3):
         return lambda: flash_attn_func(q, k, v, softmax_scale=inputs.bf16["scale"], causal=False, **scales)
 
 
+class FlashAttention4(DenseAttention):
+    """FlashAttention-4 in bf16, written in CuTe DSL, its kernels for Hopper included: q, k, v [B, N, H, D]."""
+
+    name, module, package = "FlashAttention-4 bf16 (no gate)", "flash_attn.cute", "flash-attn-4"
+    slow = True  # compiles its kernels
+
+    def prepare(self, case: Case, inputs: Inputs) -> Function:
+        from flash_attn.cute import flash_attn_func
+
+        q, k, v = (inputs.bf16[name][None] for name in "qkv")
+        return lambda: flash_attn_func(q, k, v, softmax_scale=inputs.bf16["scale"], causal=False)
+
+
 class CudnnFp8(DenseAttention):
     """cuDNN's attention on e4m3 codes with a scale per tensor, e4m3 out: q, k, v [B, H, N, D], any strides.
 

@@ -90,7 +90,10 @@ class Peer(ABC):
 
 def missing(module: str, package: str = "") -> str | None:
     """Say why a module cannot be imported; None where it is installed."""
+    absent = f"{package or module} is not installed"
     try:
-        return None if importlib.util.find_spec(module) else f"{package or module} is not installed"
+        return None if importlib.util.find_spec(module) else absent
+    except ModuleNotFoundError:  # of a module inside a package that is not there
+        return absent
     except (ImportError, ValueError) as error:
         return f"{module} cannot be looked up: {error}"

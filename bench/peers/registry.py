@@ -21,6 +21,7 @@ def all_peers() -> tuple[Peer, ...]:
         own.Bf16MM(),
         external.FlashAttention3(),
         external.FlashAttention3Fp8(),
+        external.FlashAttention4(),
         external.CudnnFp8(),
         external.FlashInferDense(),
         external.FlashInferSparse(),

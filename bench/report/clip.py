@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from bench.report.data import Report, clips, form_of, parts_of, steps_timed, total_of
 from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, TEAL, VIOLET, blank_figure, clean
 from bench.results import Json
-from bench.sampler_runs import SECOND_STAGE
+from bench.sampler_runs import PUBLISHED_SECONDS, SECOND_STAGE
 
 COLOURS = {
     "attention": ORANGE,
@@ -31,7 +31,7 @@ NOT_SPLIT, UNKNOWN = "not split by op", "#adb5bd"
 def clip(report: Report) -> Figure:
     """Whole clips with solid bars, those extrapolated from fewer steps hatched; the newest GPU's."""
     data = list(report.gpu.values())[-1]
-    runs = [run for run in clips(data) if run["total_s"] is not None]
+    runs = [run for run in clips(data) if run["total_s"] is not None and of_the_picture(run)]
     note = (
         f"wall time of denoising alone, commit {data['commit']}, 15B model, random weights. Hatched, ~: extrapolated "
         "from the median of the first steps. A bar is split as one profiled step was. Second stage: model evaluations "
@@ -52,6 +52,11 @@ def clip(report: Report) -> Figure:
     patches.append(Patch(facecolor="white", edgecolor=FAINT, hatch="///", label="extrapolated"))
     axes.legend(handles=patches, fontsize=8.5, frameon=False, loc="lower right")
     return figure
+
+
+def of_the_picture(run: Json) -> bool:
+    """Tell whether a run is of 5 s of 1080p."""
+    return run["resolution"] == "1080p" and run["seconds"] == PUBLISHED_SECONDS
 
 
 def _name(run: Json) -> str:

@@ -10,8 +10,9 @@ import torch
 
 from happyhorse_fast import ambient, optional
 from happyhorse_fast.arguments import require_tensor
+from happyhorse_fast.checkpoint.header import TensorEntry
 from happyhorse_fast.pipeline.audio_file import CHANNELS, LATENT_CHANNELS, WHAT, describe
-from happyhorse_fast.pipeline.codec_files import fill_parts
+from happyhorse_fast.pipeline.codec_files import fill_parts, require_tensors
 from happyhorse_fast.pipeline.sound import LATENT_SAMPLES, SAMPLE_RATE, read_sound, resample
 
 __all__ = ["AudioCodec", "read_sound"]
@@ -59,26 +60,20 @@ class AudioCodec:
         """
         if not (encoder or decoder):
             raise ValueError("encoder or decoder must be True, got False for both")
-        source, settings, entries = describe(Path(folder))
-        optional.require("diffusers", WHAT)
-        from diffusers import AutoencoderOobleck
-
-        with torch.device("meta"), warnings.catch_warnings():
-            # torch's, of the weight norms that the library has chosen: nothing that a user could change.
-            warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
-            vae = AutoencoderOobleck.from_config(settings)
+        vae, entries = _described(Path(folder))
         parts = [*(("encoder",) if encoder else ()), *(("decoder",) if decoder else ())]
-        fill_parts(vae, entries, parts, device, torch.float32, source)
+        fill_parts(vae, entries, parts, device, torch.float32)
         return cls(vae)
 
     @staticmethod
     def check(folder: str | Path) -> None:
-        """Make the checks of :meth:`load` that need no weights: the config, and that the files are whole.
+        """Make the checks of :meth:`load` that need no weights: config, keys, shapes, and that the files are whole.
 
         Raises:
             CheckpointError: As there.
+            ImportError: As there.
         """
-        describe(Path(folder))
+        _described(Path(folder))
 
     @property
     def device(self) -> torch.device:
@@ -189,3 +184,16 @@ def cross_faded(windows: list[torch.Tensor]) -> torch.Tensor:
         shared.mul_(1 - fade).add_(fade * window[:, :overlap])
         joined[:, start + overlap : start + length] = window[:, overlap:]
     return joined
+
+
+def _described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
+    """(The library's model on "meta", the entries of its files), which fit each other."""
+    source, settings, entries = describe(folder)
+    optional.require("diffusers", WHAT)
+    from diffusers import AutoencoderOobleck
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated", FutureWarning)  # the library's
+        vae = AutoencoderOobleck.from_config(settings)
+    require_tensors(vae, entries, source)
+    return vae, entries

@@ -51,29 +51,17 @@ def require_settings(file: Path, settings: Mapping[str, Any], wanted: Mapping[st
         raise CheckpointError(f"{file}: not of {what}: {listed(wrong)}")
 
 
-def fill_parts(
-    model: nn.Module,
-    entries: Mapping[str, TensorEntry],
-    parts: Iterable[str],
-    device: torch.device | str,
-    dtype: torch.dtype,
-    source: Path,
-) -> None:
-    """Fill some parts of a model on "meta" from a checkpoint and drop the others; all of it is checked first.
+def require_tensors(model: nn.Module, entries: Mapping[str, TensorEntry], source: Path) -> None:
+    """Hold a checkpoint's headers against a model: the same keys, shapes, and floating point.
 
     Args:
         model: Its state dict's keys are the checkpoint's.
         entries: Of the checkpoint's files.
-        parts: Names of the model's children that are used; the others are removed, none of their data are read.
-        device: Where the tensors go, in pieces.
-        dtype: Of them.
-        source: What the messages name.
+        source: What the message names.
 
     Raises:
-        CheckpointError: A tensor is missing, unknown, of another shape or not of floating point, or has NaN or Inf.
-        ValueError: This machine does not have the device.
+        CheckpointError: A tensor is missing, unknown, of another shape or not of floating point.
     """
-    place = usable_device(device)
     wanted = model.state_dict()
     problems = [f"{key} is missing" for key in wanted if key not in entries]
     problems += [f"{key} is none of the model's" for key in entries if key not in wanted]
@@ -85,7 +73,29 @@ def fill_parts(
             problems.append(f"{key} must be of floating point, got {entry.dtype}")
     if problems:
         raise CheckpointError(f"{source}: {listed(sorted(problems))}")
-    used = set(parts)
+
+
+def fill_parts(
+    model: nn.Module,
+    entries: Mapping[str, TensorEntry],
+    parts: Iterable[str],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    """Fill some parts of a model on "meta" from a checkpoint, and drop the others.
+
+    Args:
+        model: As :func:`require_tensors` was given it.
+        entries: Likewise.
+        parts: Names of the model's children that are used; the others are removed, none of their data are read.
+        device: Where the tensors go, in pieces.
+        dtype: Of them.
+
+    Raises:
+        CheckpointError: A tensor has NaN or Inf, or cannot be read.
+        ValueError: This machine does not have the device.
+    """
+    place, used = usable_device(device), set(parts)
     for name in [name for name, _ in model.named_children() if name not in used]:
         delattr(model, name)
     chosen = [entry for key, entry in entries.items() if key.partition(".")[0] in used]

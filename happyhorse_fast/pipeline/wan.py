@@ -10,9 +10,9 @@ import torch
 
 from happyhorse_fast import ambient, optional
 from happyhorse_fast.arguments import CheckpointError, require_tensor, require_whole
-from happyhorse_fast.checkpoint.header import read_headers
+from happyhorse_fast.checkpoint.header import TensorEntry, read_headers
 from happyhorse_fast.config import LATENT_CHANNELS
-from happyhorse_fast.pipeline.codec_files import CONFIG, fill_parts, read_json, require_settings
+from happyhorse_fast.pipeline.codec_files import CONFIG, fill_parts, read_json, require_settings, require_tensors
 from happyhorse_fast.tokens import VAE_STRIDE
 
 WHAT = "Wan 2.2's video codec"
@@ -76,21 +76,20 @@ class WanCodec:
         """
         if not (encoder or decoder):
             raise ValueError("encoder or decoder must be True, got False for both")
-        vae, entries, source = _described(folder)
+        vae, entries = _described(Path(folder))
         parts = [*(("encoder", "quant_conv") if encoder else ()), *(("decoder", "post_quant_conv") if decoder else ())]
-        fill_parts(vae, entries, parts, device, dtype, source)
+        fill_parts(vae, entries, parts, device, dtype)
         return cls(vae, dtype, next(vae.parameters()).device)
 
     @staticmethod
     def check(folder: str | Path) -> None:
-        """Make the checks of :meth:`load` that need no weights: the config, and that the files are whole.
+        """Make the checks of :meth:`load` that need no weights: config, keys, shapes, and that the files are whole.
 
         Raises:
             CheckpointError: As there.
+            ImportError: As there.
         """
-        source = Path(folder)
-        _settings(source)
-        read_headers(source)
+        _described(Path(folder))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,13 +197,13 @@ def _settings(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in IGNORED}
 
 
-def _described(folder: str | Path) -> tuple[Any, Any, Path]:
-    """(The library's model on "meta", the entries of its files, where they are)."""
-    source = Path(folder)
-    settings = _settings(source)
-    entries = read_headers(source)
+def _described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
+    """(The library's model on "meta", the entries of its files), which fit each other."""
+    settings, entries = _settings(folder), read_headers(folder)
     optional.require("diffusers", WHAT)
     from diffusers import AutoencoderKLWan
 
     with torch.device("meta"):
-        return AutoencoderKLWan.from_config(settings), entries, source
+        vae = AutoencoderKLWan.from_config(settings)
+    require_tensors(vae, entries, folder)
+    return vae, entries

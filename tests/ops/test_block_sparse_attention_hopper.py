@@ -26,7 +26,6 @@ from planted import some_slow
 from bench.hopper import running
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.kernels import launch
-from happyhorse_fast.kernels.hopper_sizes import Sizes
 from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.score_bound import LIMIT, MARGIN, norm_bound
@@ -133,14 +132,6 @@ def test_taken_on_hopper_for_heads_of_128_and_nowhere_else():
     assert launch.illegal(config, 90, fp8=False, shared_bytes=0) is None
     for arch in (80, 100, 120):
         assert launch.illegal(config, arch, fp8=False, shared_bytes=0)
-
-
-def test_no_more_slots_than_there_are_named_barriers():
-    assert Sizes(4, 2, 1, 32, 128, 4, q_bits=8, v_bits=8, lse=False).named
-    assert not Sizes(4, 2, 1, 32, 128, 5, q_bits=16, v_bits=16, lse=False).named
-    for v_bits in (8, 16):
-        with pytest.raises(ValueError, match="stages must be at most 4"):
-            Sizes(4, 2, 1, 32, 128, 5, q_bits=8, v_bits=v_bits, lse=False)
 
 
 # Results --------------------------------------------------------------------------------------------------------------
@@ -267,39 +258,52 @@ def test_blocks_of_v_of_any_size_in_e4m3(factor):
 # Planted bugs ---------------------------------------------------------------------------------------------------------
 
 PLANTED = {
-    "queries not awaited": ("slot = await_full(q_ring, turn, Q_SLOTS)", "slot = turn % Q_SLOTS"),
-    "queries never released": ("        release(q_ring, slot, 0)\n", ""),
+    "queries not awaited": ("slot = await_full(rings.q, turn, Q_SLOTS)", "slot = turn % Q_SLOTS"),
+    "queries never released": ("        release(rings.q, slot)\n", ""),
     "wrong parity, full": ("use // SLOTS & 1)\n", "(use // SLOTS & 1) ^ 1)\n"),
-    "wrong parity, empty": ("(use // SLOTS & 1) ^ 1)", "use // SLOTS & 1)"),
+    "wrong parity, empty": ("(step // SLOTS & 1) ^ 1)", "step // SLOTS & 1)"),
     "bytes of one tile": ("TILES * source.block_type.nbytes", "source.block_type.nbytes"),
     "no fence": ("    fence_async_shared()\n", ""),
     "step forgotten": ("            use += n_all\n", "            use += n_all - 1\n"),
-    "other slot": ("q_ring.tiles.index(slot * GROUPS + GROUP)", "q_ring.tiles.index(slot * GROUPS)"),
+    "other slot": ("rings.q.tiles.index(slot * GROUPS + GROUP)", "rings.q.tiles.index(slot * GROUPS)"),
     "other mask word": ("column // 32 == word", "column // 64 == word"),
     "other half's mask": ("(first + row) * WORDS", "row * WORDS"),
     "rows past the end": ("mask=(query < queries)[:, None])", "mask=None)"),
+    "one reader": ("steps = make_barriers(STAGES, GROUPS)", "steps = make_barriers(STAGES, 1)"),
+    "three readers": ("steps = make_barriers(STAGES, GROUPS)", "steps = make_barriers(STAGES, 3)"),
     "other key/value head": ("channel = head // sizes.group * sizes.d", "channel = head % sizes.group * sizes.d"),
 }  # fmt: skip
 STEP = "    s = warpgroup_mma_wait(1, deps=[s_pending])\n"
 TURN = "    pass_turn(GROUP)\n" + STEP
-V_WAIT = "    await_full(v_ring, use, sizes.stages)\n    acc = "
-K_WAIT = "    stage = await_full(k_ring, use, sizes.stages)\n    await_turn"
-V_RELEASE = "    release(v_ring, before, V_SLOTS if sizes.named else 0)\n    log_sum"
-K_RELEASE = "    release(k_ring, stage, K_SLOTS if sizes.named else 0)\n    t = scaled(s, scales, running"
-ISSUE_QK = "    s_pending = start_qk(item.q_tile, k_ring, stage, sizes)\n    pv_pending = warpgroup"
-FREE_V = "    release(v_ring, before, V_SLOTS if sizes.named else 0)\n"
+AWAIT_K = "    stage = await_full(rings.k, use, sizes.stages)\n"
+AWAIT_V = "    before = await_full(rings.v, use - 1, sizes.stages)\n"
+AWAIT_LAST_V = "    before = await_full(rings.v, use + item.n_all - 1, sizes.stages)\n"
+
+
+def awaited(after_waits, after_last, fill):
+    """Bugs around k and v, by what stands behind their waits and their fill."""
+    stage, before = "    stage = use % sizes.stages\n", "    before = (use - 1) % sizes.stages\n"
+    last = "    before = (use + item.n_all - 1) % sizes.stages\n"
+    both = AWAIT_K + AWAIT_V + after_waits
+    return {
+        "k not awaited": (both, stage + AWAIT_V + after_waits),
+        "v not awaited": (both, AWAIT_K + before + after_waits),
+        "last v not awaited": (AWAIT_LAST_V + after_last, last + after_last),
+        "v's slot filled a step early": (fill + ", 1)", fill + ")"),
+    }
+
+
+RELEASE = "    release(rings.k, stage)\n"
+ISSUE_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n    pv_pending = warpgroup"
 WAIT_PV = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n"
 SUMS = (
-    ("running.row_sum + sums_of_packed(words, sizes)", "running.row_sum + sums(p, sizes)"),
-    ("Running(zero, words, sums_of_packed(words, sizes),", "Running(zero, words, sums(p, sizes),"),
+    ("running.row_sum + sums(even, odd, sizes)", "running.row_sum + sums_unrounded(p, sizes)"),
+    ("packed(even, odd), sums(even, odd, sizes)", "packed(even, odd), sums_unrounded(p, sizes)"),
 )
-IN_TURNS = {
-    "v not awaited": (V_WAIT, "    acc = "),
-    "k not awaited": (K_WAIT, "    stage = use % sizes.stages\n    await_turn"),
-    "k never released": (K_RELEASE, "    t = scaled(s, scales, running"),
-    "v never released": (V_RELEASE, "    log_sum"),
-    # k released early harms nothing: the loading warp waits for this step's v before it comes to that slot of k.
-    "v released early": (WAIT_PV + FREE_V, FREE_V + WAIT_PV),
+IN_TURNS = awaited("    await_turn", "    v = rings", "v, key, channel, 1, sizes.stages") | {
+    "never released": (WAIT_PV + RELEASE, WAIT_PV),
+    "first block never released": (RELEASE + "    t = scaled(", "    t = scaled("),
+    "released early": (WAIT_PV + RELEASE, RELEASE + WAIT_PV),
     "result before its wait": (TURN, TURN.replace("(1,", "(2,")),
     "turn not passed": (TURN, STEP),
     "turn passed twice": (TURN, "    pass_turn(GROUP)\n" + TURN),
@@ -308,40 +312,27 @@ IN_TURNS = {
     "turn not awaited": ("    await_turn(GROUP)\n", ""),
     "nobody begins": ("    if not sizes.e4m3 and GROUP == 1:\n        pass_turn(GROUP)\n", ""),
     "both begin": ("if not sizes.e4m3 and GROUP == 1:", "if not sizes.e4m3:"),
-    "halves of a word": ("[low, high], gl.int32", "[high, low], gl.int32"),
+    "halves of a word": ("packed(even, odd), row_sum", "packed(odd, even), row_sum"),
     "upper halves twice": ("(words << 16)", "(words & -65536)"),
-    "sum of the last block alone": ("running.row_sum + sums_of_packed", "sums_of_packed"),
+    "sum of the last block alone": ("running.row_sum + sums(even", "sums(even"),
     "a turn of other size": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + 1 - GROUP, 288)"),
     "the same turn for both": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + GROUP, 256)"),
 }  # fmt: skip
-BF16 = {
-    "one reader": ("k_ring = make_ring(k, 1, STAGES, GROUPS)", "k_ring = make_ring(k, 1, STAGES, 1)"),
-    "three readers": ("k_ring = make_ring(k, 1, STAGES, GROUPS)", "k_ring = make_ring(k, 1, STAGES, 3)"),
-}
 INT8 = {
     "k's scale of the next block": ("scaled(s, scales, running.k_scale", "scaled(s, scales, next_scale"),
     "column of another block": ("column_of(work, gl.minimum(at + 2", "column_of(work, gl.minimum(at + 1"),
     "scales of another head": ("of_k += kv_head * key_blocks", "of_k += 0"),
     "q's scale of another head": ("sizes.heads_q + head, mask=live, other=1.0", "sizes.heads_q, mask=live, other=1.0"),
-    "slots filled at once": ("    elif use >= SLOTS:\n", "    elif use >= 2 * SLOTS:\n"),
-    "slots of k and v at one barrier": ("V_SLOTS = gl.constexpr(12)", "V_SLOTS = gl.constexpr(8)"),
-    "a release of other size": ("        arrive_at(slot + NAMED, 288)", "        arrive_at(slot + NAMED, 256)"),
 }  # fmt: skip
 E4M3_BESIDE = "        s = warpgroup_mma_wait(1, deps=[s_pending])\n"
 E4M3_BEHIND = "        s = warpgroup_mma_wait(0, deps=[s_pending])\n"
 E4M3_PV = "        acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)\n"
-E4M3_PV_FIRST = "        acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)\n"
-FREE_IT = "        release(v_ring, before, V_SLOTS)\n"
-AWAIT_V = "    await_full(v_ring, use, sizes.stages)\n    if BESIDE"
-AWAIT_K = "    stage = await_full(k_ring, use, sizes.stages)\n    if BESIDE"
-E4M3 = {
-    "v not awaited": (AWAIT_V, "    if BESIDE"),
-    "k not awaited": (AWAIT_K, "    stage = use % sizes.stages\n    if BESIDE"),
-    "k never released": ("    release(k_ring, stage, K_SLOTS)\n    if MASKED", "    if MASKED"),
-    "v never released": (E4M3_PV + FREE_IT, E4M3_PV),
-    "v never released behind QK": (E4M3_PV_FIRST + FREE_IT, E4M3_PV_FIRST),
-    "v released early": (E4M3_PV + FREE_IT, FREE_IT + E4M3_PV),
-    "v released early behind QK": (E4M3_PV_FIRST + FREE_IT, FREE_IT + E4M3_PV_FIRST),
+FREE = "        release(rings.k, stage)\n"
+E4M3 = awaited("    if BESIDE", "    acc = add_pv", "v, channel, key, 1, sizes.stages") | {
+    "never released": (E4M3_PV + FREE, E4M3_PV),
+    "never released behind QK": (E4M3_BEHIND + FREE, E4M3_BEHIND),
+    "released early": (E4M3_PV + FREE, FREE + E4M3_PV),
+    "released early behind QK": (E4M3_BEHIND + FREE, FREE + E4M3_BEHIND),
     "result before its wait": (E4M3_BESIDE, E4M3_BESIDE.replace("(1,", "(2,")),
     "result before its wait behind QK": (E4M3_BEHIND, E4M3_BEHIND.replace("(0,", "(1,")),
     "no guard of empty rows": ('new_max == -float("inf"), 0.0', "new_max == 1.0, 0.0"),
@@ -359,7 +350,7 @@ E4M3 = {
     "scales of another head": ("of_v += kv_head * key_blocks", "of_v += 0"),
 }
 BUGS = {
-    "bf16": PLANTED | IN_TURNS | BF16,
+    "bf16": PLANTED | IN_TURNS,
     "int8_qk": PLANTED | IN_TURNS | INT8,
     "fp8": PLANTED | E4M3,
 }

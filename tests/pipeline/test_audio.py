@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,7 +16,6 @@ from happyhorse_fast.pipeline.audio import AudioCodec, cross_faded
 from happyhorse_fast.pipeline.sound import resample
 from happyhorse_fast.pipeline.tiny import AUDIO_FOLDER
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MULTIPLES, STRIDES = [1, 1, 2, 2, 2], [2, 4, 4, 8, 8]
 
@@ -33,11 +34,25 @@ def codec(folder):
 def library(folder):
     from diffusers import AutoencoderOobleck
 
-    return AutoencoderOobleck.from_pretrained(folder / "vae")
+    with quiet():
+        return AutoencoderOobleck.from_pretrained(folder / "vae")
+
+
+@contextmanager
+def quiet():
+    """Where torch tells a library that weight_norm is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def generator():
     return torch.Generator().manual_seed(7)
+
+
+@pytest.mark.filterwarnings("error")
+def test_loading_warns_of_nothing(folder):
+    AudioCodec.load(folder)
 
 
 @torch.no_grad()
@@ -109,7 +124,8 @@ def whole(tmp_path_factory):
     """(A folder as the root of the published repository, the codec whose weights it has)."""
     folder = tmp_path_factory.mktemp("root")
     torch.manual_seed(0)
-    codec = Codec((128, 8), MULTIPLES, STRIDES)
+    with quiet():
+        codec = Codec((128, 8), MULTIPLES, STRIDES)
     inside = {f"pretransform.model.{key}": tensor.contiguous() for key, tensor in codec.state_dict().items()}
     save_file({**inside, "model.model.transformer.layers.0.ff.weight": torch.zeros(3)}, folder / "model.safetensors")
     half = {"c_mults": MULTIPLES, "strides": STRIDES, "use_snake": True}
@@ -171,8 +187,9 @@ def test_foreign_weights_are_refused_by_key(folder, whole, tmp_path, layout, ten
     copy = tmp_path / "copy"
     shutil.copytree(folder if layout == "vae" else whole[0], copy)
     changed(copy / "vae" / WEIGHTS if layout == "vae" else copy / "model.safetensors", tensors)
-    with pytest.raises(ValueError, match=message):
-        AudioCodec.load(copy)
+    for refuses in (AudioCodec.check, AudioCodec.load):
+        with pytest.raises(ValueError, match=message):
+            refuses(copy)
 
 
 def edit(file, **settings):
