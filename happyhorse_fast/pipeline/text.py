@@ -25,7 +25,7 @@ from happyhorse_fast.checkpoint.stream import Advance, emptied_on_error, fill, p
 from happyhorse_fast.tokens import TEXT_TOKENS
 
 CONFIG_FILE = "config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILE = "tokenizer.json"
 PREFIXES = ("model.encoder.", "encoder.")
 """Of the encoder's keys: in the published files, and where the encoder alone was saved."""
 EMBEDDING = "embed_tokens.weight"
@@ -40,7 +40,7 @@ class TextParts:
 
     Attributes:
         model: The encoder on ``"meta"``.
-        tokenizer: Of transformers.
+        tokenizer: Of the library tokenizers.
         entries: Every tensor of the encoder by its own key, in the order of the files.
     """
 
@@ -63,7 +63,7 @@ def text_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder of a text encoder")
-    small = [folder / name for name in (CONFIG_FILE, *TOKENIZER_FILES)]
+    small = [folder / name for name in (CONFIG_FILE, TOKENIZER_FILE)]
     index = folder / INDEX_FILE
     if index.exists():
         small.append(index)
@@ -118,7 +118,7 @@ class TextEncoder:
         """Read the weights in pieces of 16 MiB straight to the device.
 
         Args:
-            folder: With ``config.json``, ``tokenizer.json``, ``tokenizer_config.json`` and the shards of the encoder.
+            folder: With ``config.json``, ``tokenizer.json`` and the shards of the encoder.
             device: Where it runs.
             dtype: Of weights and activations; published results are of bfloat16.
             layers_on_device: How many layers stay on the device; the rest are read from their files whenever they are
@@ -144,10 +144,19 @@ class TextEncoder:
         return encoder
 
     def tokens(self, prompt: str) -> list[int]:
-        """Tokens of a prompt as it is: no template, no special tokens, nothing cut off."""
+        """Tokens of a prompt as it is: no template, no special tokens, nothing cut off.
+
+        Raises:
+            TypeError: ``prompt`` is no text.
+            ValueError: It is no Unicode.
+        """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be text, got {type(prompt).__name__}")
-        return list(self._parts.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # half of a pair, as bytes of a command line that are no UTF-8 become
+            raise ValueError(f"prompt must be Unicode, got {prompt[error.start : error.end]!r} in it") from None
+        return list(self._parts.tokenizer.encode(prompt, add_special_tokens=False).ids)
 
     @ambient.independent
     @torch.no_grad()
@@ -158,7 +167,7 @@ class TextEncoder:
 
         Raises:
             TypeError: ``prompt`` is no text.
-            ValueError: It has no token.
+            ValueError: It has no token, or is no Unicode.
             NonFiniteError: NaN, or numbers beyond float16.
         """
         numbers = self.tokens(prompt)
@@ -263,15 +272,16 @@ def _empty_encoder(folder: Path) -> Any:
 
 
 def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    """As the file says, which is what transformers 4.56 goes by; 5.x makes a new one of its vocabulary."""
+    from tokenizers import Tokenizer
 
+    file = folder / TOKENIZER_FILE
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        tokenizer("a prompt", add_special_tokens=False)
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: transformers makes no tokenizer of {' and '.join(TOKENIZER_FILES)}: {optional.said(error)}"
-        ) from error
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # which is what the library raises, whatever is wrong
+        raise CheckpointError(f"{file}: no tokenizer can be made of it: {optional.said(error)}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 

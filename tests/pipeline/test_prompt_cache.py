@@ -1,7 +1,6 @@
 """Embeddings on disk: found again, by nothing but the same model and prompt, and made again where damaged."""
 
 import hashlib
-import json
 import os
 import shutil
 import stat
@@ -62,7 +61,6 @@ def spoil(file):
 CHANGES = {
     "config": lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("50.0", "51.0")),
     "tokenizer": lambda f: (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text() + "\n"),
-    "settings": lambda f: (f / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True})),
     "weights": lambda f: spoil(f / "model-00002-of-00004.safetensors"),
 }
 

@@ -79,6 +79,19 @@ def test_an_embedding_is_that_of_the_library_rounded_to_float16(tiny):
     assert (found - state.float()).norm() / state.float().norm() < 1e-2
 
 
+def test_a_tokenizer_that_cuts_and_pads_does_neither(folder):
+    file = folder / "tokenizer.json"
+    before = TextEncoder.load(folder).tokens(PROMPT)
+    settings = json.loads(file.read_text())
+    settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    settings["padding"] = {
+        "strategy": {"Fixed": 512}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }  # fmt: skip
+    file.write_text(json.dumps(settings))
+    assert TextEncoder.load(folder).tokens(PROMPT) == before
+
+
 @pytest.mark.parametrize("layers", [0, 1])
 def test_streamed_layers_give_the_same_bits_and_leave_nothing_behind(tiny, layers):
     folder = tiny / tiny_module.TEXT_FOLDER
@@ -117,6 +130,8 @@ def test_no_prompt_is_an_error(tiny):
     encoder = TextEncoder.load(tiny / tiny_module.TEXT_FOLDER)
     with pytest.raises(ValueError, match="prompt must have at least one token, got ''"):
         encoder.encode("")
+    with pytest.raises(ValueError, match=r"prompt must be Unicode, got '\\ud83d' in it"):
+        encoder.encode("half a horse: \ud83d")
     with pytest.raises(TypeError, match="prompt must be text, got int"):
         encoder.encode(3)  # type: ignore[arg-type]
 
@@ -197,7 +212,10 @@ FAULTS = {
         lambda f: (f / "config.json").write_text('{"model_type": "t5gemma", "encoder": {"num_hidden_layers": "x"}}'),
         "transformers makes no encoder of it",
     ),
-    "tokenizer cut": (lambda f: (f / "tokenizer.json").write_text('{"a'), "transformers makes no tokenizer"),
+    "tokenizer cut": (
+        lambda f: (f / "tokenizer.json").write_text('{"a'),
+        "tokenizer.json: no tokenizer can be made of it",
+    ),
     "index cut": (lambda f: (f / INDEX).write_text("{"), "corrupt index"),
     "index of a decoder": (
         lambda f: reindex(f, lambda m: [m.pop(key) for key in list(m) if "encoder" in key]),
