@@ -13,7 +13,7 @@ from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals
 from happyhorse_fast.costs import window_share as window_share_of
 from happyhorse_fast.fast.config import FastConfig, default_attention
-from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
+from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, fps_of, tokens_for
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,8 @@ def plan(
     aspect: Annotated[str, typer.Option(help="16:9, 9:16 or 1:1.")] = "16:9",
     seconds: Annotated[int, typer.Option(help="Length, 3 to 15.")] = 5,
     fps: Annotated[
-        int | None, typer.Option(help="24 or 25; with --pipeline 25 alone.", show_default="24, or 25")
+        int | None,
+        typer.Option(help="24 or 25; by default what the preset's weights mean. With --pipeline 25 alone."),
     ] = None,
     text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
     precision: Annotated[str, typer.Option(help="bf16, int8 or fp8.")] = "bf16",
@@ -83,7 +84,8 @@ def plan(
             as_json=as_json,
         )
         return
-    preset, fps, steps = preset or PRESET, 24 if fps is None else fps, 8 if steps is None else steps
+    preset, steps = preset or PRESET, 8 if steps is None else steps
+    fps = fps_of(preset) if fps is None else fps
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     config, clip, card = ModelConfig.preset(preset), tokens_for(resolution, aspect, seconds, fps), gpu_named(gpu)
