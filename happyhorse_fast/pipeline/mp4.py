@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -72,6 +72,7 @@ class Mp4Writer:
         self.samples = 0
         self._queue: Queue[tuple[str, Any] | None] = Queue(QUEUED)
         self._stopped = False
+        self._done = threading.Event()
         self._error: Exception | None = None
         self._file = self._encoding()
 
@@ -132,8 +133,7 @@ class Mp4Writer:
                 partial.touch()  # PyAV opens it with the first packet, after minutes of work
                 self._container = av.open(str(partial), "w", format="mp4", options=options)
                 self._add_streams()
-            thread = threading.Thread(target=self._encode_all, name="mp4", daemon=True)
-            thread.start()
+            threading.Thread(target=self._encode_all, name="mp4", daemon=True).start()
             try:
                 try:
                     yield
@@ -141,8 +141,7 @@ class Mp4Writer:
                     self._stopped = True
                     raise
                 finally:
-                    self._queue.put(None)
-                    thread.join()
+                    self._finish()
                 self._raise_refused()
                 if not self.frames or not self.samples:
                     raise ValueError(f"a film needs frames and sound, got {self.frames} and {self.samples} samples")
@@ -152,6 +151,20 @@ class Mp4Writer:
                 raise
             with self._refusing():
                 self._container.close()
+
+    def _finish(self) -> None:
+        """Wait for the thread, which alone may use the encoders; on Ctrl-C no longer than for the frame at hand.
+
+        By an event: an interrupted ``join`` takes a running thread for one that has ended (Python 3.10 to 3.12).
+        """
+        try:
+            self._queue.put(None)
+            self._done.wait()
+        except BaseException:
+            self._stopped = True
+            self._queue.put(None)  # a second one is never read
+            self._done.wait()
+            raise
 
     def _put(self, kind: str, array: np.ndarray[Any, Any]) -> None:
         self._raise_refused()
@@ -192,18 +205,24 @@ class Mp4Writer:
 
     def _encode_all(self) -> None:
         """In the thread: until None comes. After an error what comes is dropped, so that nobody waits for room."""
-        while (item := self._queue.get()) is not None:
-            if self._error is None:
-                try:
-                    self._encode(*item)
-                except Exception as error:  # of whatever kind, it is raised where the frames come from
-                    self._error = error
-        if self._error is None and not self._stopped:
-            try:
-                for stream in (self._video, self._audio):
-                    self._container.mux(stream.encode())
-            except Exception as error:
-                self._error = error
+        try:
+            while (item := self._queue.get()) is not None:
+                if self._error is None:
+                    self._tried(self._encode, *item)
+            if self._error is None and not self._stopped:
+                self._tried(self._flush)
+        finally:
+            self._done.set()
+
+    def _tried(self, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except Exception as error:  # of whatever kind, it is raised where the frames come from
+            self._error = error
+
+    def _flush(self) -> None:
+        for stream in (self._video, self._audio):
+            self._container.mux(stream.encode())
 
     def _encode(self, kind: str, array: np.ndarray[Any, Any]) -> None:
         import av

@@ -1,7 +1,9 @@
 """Films: streams, counts and colours as they were put in; written beside the decoding; whole, or not there at all."""
 
 import hashlib
+import os
 import resource
+import signal
 import threading
 import time
 from pathlib import Path
@@ -161,8 +163,10 @@ def test_an_encoders_error_is_raised_where_frames_come_from(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("of the caller's own"), ZeroDivisionError()])
 def test_an_error_between_frames_is_kept_and_leaves_nothing(tmp_path, error):
+    film = Mp4Writer(tmp_path / "a.mp4", WIDTH, HEIGHT)
+
     def stops():
-        with Mp4Writer(tmp_path / "a.mp4", WIDTH, HEIGHT) as film:
+        with film:
             film.add(colours(10))
             raise error
 
@@ -170,27 +174,54 @@ def test_an_error_between_frames_is_kept_and_leaves_nothing(tmp_path, error):
         stops()
     assert raised.value is error
     assert list(tmp_path.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name == "mp4"]
+    assert film._done.is_set()
+
+
+class Slow:
+    def __init__(self):
+        self.encoded = 0
+
+    def reformat(self, frame, **how):
+        time.sleep(0.02)
+        self.encoded += 1
+        return frame.reformat(**how)
 
 
 def test_what_waits_is_not_encoded_once_it_is_of_no_use(tmp_path):
-    film, encoded = Mp4Writer(tmp_path / "a.mp4", WIDTH, HEIGHT), []
-
-    class Slow:
-        def reformat(self, frame, **how):
-            time.sleep(0.02)
-            encoded.append(frame)
-            return frame.reformat(**how)
+    film, slow = Mp4Writer(tmp_path / "a.mp4", WIDTH, HEIGHT), Slow()
 
     def stops():
         with film:
-            film._reformatter = Slow()
+            film._reformatter = slow
             film.add(colours(50))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         stops()
-    assert len(encoded) < 50
+    assert slow.encoded < 50
+
+
+@pytest.mark.usefixtures("sigint_raises")
+@pytest.mark.parametrize("waiting", [1, mp4.QUEUED + 2])
+def test_an_interrupt_while_the_last_frames_are_encoded_leaves_nothing(tmp_path, waiting):
+    """In the join, or in the wait for room in the queue."""
+    film, slow = Mp4Writer(tmp_path / "a.mp4", WIDTH, HEIGHT), Slow()
+
+    def finishes():
+        with film:
+            timer.start()
+            film._reformatter = slow
+            film.add_sound(tone(100))
+            for _ in range(waiting):
+                film.add(colours(50))
+
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        finishes()
+    timer.join()
+    assert slow.encoded < 50
+    assert list(tmp_path.iterdir()) == []
+    assert film._done.is_set()
 
 
 @pytest.mark.parametrize(
