@@ -182,6 +182,7 @@ def test_factors_of_the_text_encoder():
     assert 0.9 < rest / 640 / memory_plan.TEXT_ROW_BYTES <= 1
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 def test_factors_of_the_codecs():
     from diffusers import AutoencoderKLWan, AutoencoderOobleck
 

@@ -136,6 +136,20 @@ def test_no_prompt_is_an_error(tiny):
         encoder.encode(3)  # type: ignore[arg-type]
 
 
+def test_a_tokenizer_of_another_model_is_found_out(folder):
+    file = folder / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    rows = len(settings["model"]["vocab"])
+    settings["added_tokens"].append(settings["added_tokens"][0] | {"id": rows, "content": "<image>"})
+    file.write_text(json.dumps(settings))
+    encoder = TextEncoder.load(folder)
+    assert encoder.encode("a pony").shape[1] > 1
+    with pytest.raises(
+        CheckpointError, match=f"has {rows} rows, the tokenizer gives token {rows}: .* different models"
+    ):
+        encoder.encode("an <image>")
+
+
 def test_numbers_beyond_float16_are_an_error(tiny, monkeypatch):
     encoder = TextEncoder.load(tiny / tiny_module.TEXT_FOLDER)
     nn.init.constant_(encoder._parts.model.encoder.norm.weight, 1e6)
