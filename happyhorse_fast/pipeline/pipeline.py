@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -312,7 +313,7 @@ def _filling(frames: torch.Tensor) -> Any:
 
 def _resumed(begun: Latents, prompt: str | None, settings: dict[str, Any]) -> Request:
     """The settings of a run that is gone on with; others may be given only where they are the same."""
-    defaults = {field: getattr(Request(prompt="x"), field) for field in settings}
+    defaults = {field.name: field.default for field in dataclasses.fields(Request)}
     for name in ("image", "audio"):
         if settings["sound" if name == "audio" else name]:
             raise ValueError(f"{name} must be left out with resume: its latent is in the file")
