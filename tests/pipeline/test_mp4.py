@@ -215,16 +215,23 @@ def test_an_interrupt_while_the_last_frames_are_encoded_leaves_nothing(tmp_path,
 
     def finishes():
         with film:
-            timer.start()
             film._reformatter = slow
             film.add_sound(tone(100))
             for _ in range(waiting):
                 film.add(colours(50))
 
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    def interrupted(frame, **how):
+        slow.encoded += 1
+        if slow.encoded == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+            until = time.monotonic() + 30
+            while not film._stopped and time.monotonic() < until:  # however long a busy machine takes to notice
+                time.sleep(0.01)
+        return frame.reformat(**how)
+
+    slow.reformat = interrupted
     with pytest.raises(KeyboardInterrupt):
         finishes()
-    timer.join()
     assert slow.encoded < 50
     assert list(tmp_path.iterdir()) == []
     assert film._done.is_set()
