@@ -249,8 +249,13 @@ def parts_of(run: Json) -> dict[str, float]:
 
 
 def clips(data: Json) -> list[Json]:
-    """Runs of the sampler by clip, the slowest first; those that failed at the end."""
-    return sorted(data["sampler"], key=lambda run: (run["preset"] == SECOND_STAGE, -(run["total_s"] or 0.0)))
+    """Runs of the sampler by clip, the slowest first; those that failed at the end.
+
+    Of runs that differ only in how their kernels were asked for, the newest.
+    """
+    names = ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "attention")
+    newest = {tuple(run.get(name) for name in names): run for run in data["sampler"]}
+    return sorted(newest.values(), key=lambda run: (run["preset"] == SECOND_STAGE, -(run["total_s"] or 0.0)))
 
 
 def fits(peak_gib: float, card_gb: int) -> bool:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter
 from bench.measure.roofline import gpu_named
 from bench.report.clip import clip
 from bench.report.data import Report, measured_ceilings, rows_of, worst
+from bench.report.predictions import SIZE
 from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, TEAL, VIOLET, blank_figure, clean
 from bench.results import Json
 from happyhorse_fast.block_map import BlockMap, Layout
@@ -46,7 +47,7 @@ CONFIG = ModelConfig.preset("happyhorse-1.0-15b")
 CLIP = tokens_for("1080p", "16:9", 5, 24)
 WHAT = "15B model, 1080p, 5 s"
 DPI = 110
-MOST_BARS = 40
+MOST_BARS = 22
 
 
 def figures(report: Report) -> dict[str, Figure]:
@@ -215,7 +216,7 @@ def peers(report: Report) -> Figure:
     rows = ranked[:MOST_BARS]
     note = f"{path.parent.name}/{path.name}; our fastest kernel of each case; ratio: the best peer's time over ours; "
     note += "red: slower. Product only: without the norm, activation or residual that ours has in it; "
-    note += f"{len(rows)} of {len(ranked)} cases, those that need attention first"
+    note += f"at {SIZE}; {len(rows)} of {len(ranked)} cases, those that need attention first"
     figure = blank_figure(9.5, 1.6 + 0.27 * max(len(rows), 1), f"Against the best peer, {data['gpu']}", note)
     axes = clean(figure.add_subplot())
     for place, row in enumerate(rows):
@@ -226,7 +227,9 @@ def peers(report: Report) -> Figure:
         axes.annotate(f" {row.note}", (row.ratio, place), va="center", fontsize=8, color=RED if row.ratio < 1 else INK)
     axes.axvline(1, color=INK, lw=1)
     axes.margins(y=0.01)
-    axes.set_yticks(range(len(rows)), [f"{row.case}  {row.impl}" for row in rows], fontsize=8, color=INK)
+    axes.set_yticks(
+        range(len(rows)), [f"{row.case.replace(f'/{SIZE}', '')}  {row.impl}" for row in rows], fontsize=8, color=INK
+    )
     axes.invert_yaxis()
     axes.set_xlim(0, max([row.ratio for row in rows if row.ratio is not None], default=1) * 1.45)
     axes.set_xlabel("times as fast as the best peer")
