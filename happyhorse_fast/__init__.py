@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from happyhorse_fast.fast.step import at_step
     from happyhorse_fast.ops.attention.sdpa import attention
     from happyhorse_fast.ops.runtime.obstacles import BackendError
+    from happyhorse_fast.pipeline.pipeline import Pipeline
     from happyhorse_fast.sampler.sample import sample
     from happyhorse_fast.sampler.super_resolve import super_resolve
     from happyhorse_fast.tokens import ClipTokens, tokens_for
@@ -41,6 +42,7 @@ _WHERE = {
     "Layout": "block_map",
     "ModelConfig": "config",
     "NonFiniteError": "arguments",
+    "Pipeline": "pipeline.pipeline",
     "Tiles": "fast.config",
     "TopK": "fast.config",
     "TopP": "fast.config",
@@ -70,6 +72,7 @@ __all__ = [
     "Layout",
     "ModelConfig",
     "NonFiniteError",
+    "Pipeline",
     "Tiles",
     "TopK",
     "TopP",

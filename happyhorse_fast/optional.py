@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 
-EXTRAS = {"av": "video", "diffusers": "base", "matplotlib": "plot"}
+EXTRAS = {"PIL": "pipeline", "av": "video", "diffusers": "base", "matplotlib": "plot", "transformers": "pipeline"}
 """Package -> extra of this package that brings it."""
 PARTS = {"diffusers": "diffusers.schedulers.scheduling_unipc_multistep", "matplotlib": "matplotlib.figure"}
 """The module to import in a package's place, where the package itself imports what is used of it only later."""
-
+VERSIONS = {"diffusers": ((0, 41), None), "transformers": ((5, 20), (6,))}
+"""Versions that fit: from the first, and below the second where there is one. As pyproject.toml asks for them."""
 
 _BROKEN: dict[str, str] = {}
 """Why each package that was found broken is, once it is kept from being imported again."""
@@ -25,7 +27,7 @@ def obstacle(package: str) -> str | None:
     advice = "" if extra is None else f' (pip install "happyhorse-fast[{extra}]")'
     if package in _BROKEN and sys.modules.get(package, _BROKEN) is None:
         return _BROKEN[package]
-    if package == "diffusers":  # which imports torch's tracer
+    if package in ("diffusers", "transformers"):  # which import torch's tracer
         hide_broken_triton()
     try:
         importlib.import_module(package)
@@ -36,7 +38,21 @@ def obstacle(package: str) -> str | None:
         return _broken(package, error)
     except Exception as error:  # whatever a broken package raises, it is not to be used
         return _broken(package, error)
-    return None
+    unfit = _unfit_version(package)
+    return None if unfit is None else f"{unfit}{advice}"
+
+
+def _unfit_version(package: str) -> str | None:
+    """Which version an imported package has and which would fit; None where it fits, or any does."""
+    if package not in VERSIONS:
+        return None
+    least, below = VERSIONS[package]
+    found = str(getattr(sys.modules[package], "__version__", ""))
+    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+    if numbers >= least and (below is None or numbers < below):
+        return None
+    wanted = f">= {'.'.join(map(str, least))}" + ("" if below is None else f" and < {'.'.join(map(str, below))}")
+    return f"{package} is of version {found or 'unknown'}, which must be {wanted}"
 
 
 def hide_broken_triton() -> None:

@@ -16,7 +16,14 @@ TEXT_TOKENS = 640
 _SIDES = {"1080p": (1088, 1920), "540p": (512, 896), "256p": (256, 448)}
 _ASPECTS = ("16:9", "9:16", "1:1")
 _FPS = (24, 25)
+PUBLIC = "davinci-magihuman"
+"""First word of the presets of the public checkpoints."""
 _SECONDS = range(3, 16)
+
+
+def fps_of(preset: str | None) -> int:
+    """Frames per second that the weights of a preset mean: 25 of the public checkpoints; 24 of the rest, or of none."""
+    return 25 if preset is not None and preset.startswith(PUBLIC) else 24
 
 
 class ClipTokens(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,6 +69,31 @@ def test_why_not_is_kept(how: str, broken: Any) -> None:
 def test_a_package_that_is_not_there_is_named_with_its_extra() -> None:
     assert optional.obstacle("a_module_that_is_not_there") == "a_module_that_is_not_there is not installed"
     assert optional.obstacle("json") is None
+
+
+@pytest.mark.parametrize(
+    ("found", "fits"),
+    [("5.20.0", True), ("5.24.0.dev0", True), ("4.56.0", False), ("5.9", False), ("6.0.0", False), ("", False)],
+)
+def test_a_version_that_does_not_fit_is_named(found: str, fits: bool, monkeypatch: Patch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", found)
+    why = (
+        f"transformers is of version {found or 'unknown'}, which must be >= 5.20 and < 6 "
+        '(pip install "happyhorse-fast[pipeline]")'
+    )
+    assert optional.obstacle("transformers") == (None if fits else why)
+
+
+def test_versions_that_fit_are_those_the_extras_ask_for() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    asked = {name: tuple(versions.split(",")) for name, versions in re.findall(r'"(\w+)([<>]=[\d.,<]+)"', text)}
+    known = {
+        name: (">=" + ".".join(map(str, least)), *(["<" + ".".join(map(str, below))] if below else []))
+        for name, (least, below) in optional.VERSIONS.items()
+    }
+    assert {name: asked[name] for name in known} == known
 
 
 @pytest.mark.parametrize("how", RAISES)
@@ -154,7 +180,7 @@ def test_a_broken_host_module_is_an_obstacle(monkeypatch: Patch) -> None:
 
 def test_doctor_says_what_is_broken(broken: Any, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(doctor, "_CLIPS", (("tiny", "256p"),))
-    broken("triton", "cuda", "av", "diffusers", "matplotlib")
+    broken("triton", "cuda", "av", "diffusers", "matplotlib", "transformers")
     assert run(["doctor", "--json"]) == 0
     runs = {line["what"]: line for line in json.loads(capsys.readouterr().out)["runs"]}
     for what in ("fast bfloat16 kernels", *doctor._OPTIONAL.values()):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.tokens import ClipTokens, tokens_for
+from happyhorse_fast.tokens import ClipTokens, fps_of, tokens_for
 
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 160, "head_dim": 32, "num_heads_q": 5, "num_heads_kv": 1}
 
@@ -126,3 +126,11 @@ def test_every_clip_can_be_cut_into_patches(resolution: str, aspect: str, second
 def test_clips_that_are_refused(arguments: tuple[Any, ...], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         tokens_for(*arguments)
+
+
+def test_presets_of_the_public_checkpoints_mean_25_frames_a_second() -> None:
+    found = {name: fps_of(name) for name in ModelConfig.preset_names()}
+    assert {name for name, fps in found.items() if fps == 25} == {
+        "davinci-magihuman", "davinci-magihuman-sr-540p", "davinci-magihuman-sr-1080p"
+    }  # fmt: skip
+    assert set(found.values()) == {24, 25} and fps_of(None) == 24

@@ -12,7 +12,7 @@ import pytest
 from happyhorse_fast import moved
 
 # Optional, slow to import, or both. torch is imported first, so what it loads by itself is not counted.
-HEAVY = ["PIL", "av", "diffusers", "matplotlib", "pytest", "rich", "triton", "typer"]
+HEAVY = ["PIL", "av", "diffusers", "matplotlib", "pytest", "rich", "transformers", "triton", "typer"]
 PROBE = """
 import importlib, json, sys, time
 for name in {blocked}:

@@ -137,7 +137,7 @@ def _read_folder(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
-    weight_map = _read_index(index)
+    weight_map = read_index(index)
     shards = sorted(set(weight_map.values()))
     pickles = [name for name in shards if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
@@ -180,7 +180,12 @@ def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
+    """The index of a checkpoint in shards: key -> name of its file.
+
+    Raises:
+        CheckpointError: It cannot be read, or is none.
+    """
     try:
         content = _parse_json(index.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The command line ``happyhorse-fast``: demo, sample, verify, plan, bench, doctor; ``--help`` of each says more.
+"""The command line ``happyhorse-fast``: generate, demo, sample, verify, plan, bench, doctor; each has ``--help``.
 
 Exit codes: 0 done, 1 a check failed or memory ran out, 2 bad input, 130 interrupted. Results go to standard output, as
 tables or with ``--json`` as one JSON document; everything else goes to standard error.
@@ -15,7 +15,7 @@ import typer
 
 from happyhorse_fast._version import __version__
 from happyhorse_fast.arguments import NonFiniteError
-from happyhorse_fast.cli import bench, demo, doctor, plan, sample, verify
+from happyhorse_fast.cli import bench, demo, doctor, generate, plan, sample, verify
 
 PROGRAM = "happyhorse-fast"
 # What the package raises for bad input: messages name the argument, what came and what is allowed.
@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # which takes "[on the left]" for a style and drops it
     context_settings={"max_content_width": 1000},  # help as wide as the terminal
 )
-for _command in (demo.demo, sample.sample, verify.verify, plan.plan, bench.bench, doctor.doctor):
+for _command in (generate.generate, demo.demo, sample.sample, verify.verify, plan.plan, bench.bench, doctor.doctor):
     app.command()(_command)
 
 

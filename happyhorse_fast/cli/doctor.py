@@ -28,6 +28,7 @@ _OPTIONAL = {
     "diffusers": "UniPC steps: guided sampling, second stage",
     "matplotlib": "the contact sheet of `demo`",
     "av": "writing decoded clips, reading pictures",
+    "transformers": "the text encoder: from a prompt to an mp4",
 }
 _CLIPS = (
     ("happyhorse-1.0-15b", "1080p"),

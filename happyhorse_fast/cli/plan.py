@@ -8,24 +8,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
+from happyhorse_fast.cli.plan_pipeline import plan_pipeline
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals
 from happyhorse_fast.costs import window_share as window_share_of
-from happyhorse_fast.fast.config import default_attention
-from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
+from happyhorse_fast.fast.config import FastConfig, default_attention
+from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, fps_of, tokens_for
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+PRESET = "happyhorse-1.0-15b"
+
 
 def plan(
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(ModelConfig.preset_names())}.")] = (
-        "happyhorse-1.0-15b"
-    ),
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"One of {', '.join(ModelConfig.preset_names())}.", show_default=PRESET),
+    ] = None,
     resolution: Annotated[str, typer.Option(help="1080p, 540p or 256p.")] = "1080p",
     aspect: Annotated[str, typer.Option(help="16:9, 9:16 or 1:1.")] = "16:9",
     seconds: Annotated[int, typer.Option(help="Length, 3 to 15.")] = 5,
-    fps: Annotated[int, typer.Option(help="24 or 25.")] = 24,
+    fps: Annotated[
+        int | None,
+        typer.Option(help="24 or 25; by default what the preset's weights mean. With --pipeline 25 alone."),
+    ] = None,
     text: Annotated[int, typer.Option(help="Text tokens.")] = TEXT_TOKENS,
     precision: Annotated[str, typer.Option(help="bf16, int8 or fp8.")] = "bf16",
     attention: Annotated[
@@ -33,7 +40,7 @@ def plan(
         typer.Option(help="Precision of attention: bf16, int8_qk or fp8; by default as FastConfig's on an H100."),
     ] = None,
     gpu: Annotated[str, typer.Option(help=f"Peaks to plan with: {', '.join(GPUS)}.")] = "h100",
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="8")] = None,
     video_share: Annotated[
         float | None,
         typer.Option(help="Share of video pairs that every layer computes (0 to 1), in place of the exact masks."),
@@ -41,9 +48,44 @@ def plan(
     memory: Annotated[
         bool, typer.Option(help="Trace the forward pass under fake tensors for its peak memory (seconds).")
     ] = True,
+    pipeline: Annotated[
+        bool,
+        typer.Option("--pipeline", help="Plan the whole path of the public checkpoints instead, from prompt to mp4."),
+    ] = False,
+    stages: Annotated[int, typer.Option(help="Of the whole path: 2, or 1 without super-resolution.")] = 2,
+    first: Annotated[str, typer.Option(help="Of the whole path, first stage: distilled or base.")] = "distilled",
+    decoder: Annotated[str, typer.Option(help="Of the whole path: turbo or wan.")] = "turbo",
     as_json: JsonOption = False,
 ) -> None:
-    """Parameters, tokens, FLOPs, bytes and floor time per operation, and peak memory of one clip."""
+    """Parameters, tokens, FLOPs, bytes and floor time per operation, and peak memory of one clip.
+
+    With --pipeline: memory and floor time of every stage from a prompt to an mp4, and what fits which card.
+    """
+    if pipeline:
+        given = {"preset": preset, "steps": steps, "video-share": video_share}
+        fixed = [f"--{name}" for name, value in given.items() if value is not None]
+        if fixed:
+            raise ValueError(
+                f"{fixed[0]} must be left out with --pipeline, which plans the public checkpoints as they are"
+            )
+        if fps not in (None, 25):
+            raise ValueError(f"fps must be 25 with --pipeline, which is what the public checkpoints mean; got {fps}")
+        plan_pipeline(
+            resolution,
+            aspect,
+            seconds,
+            text=text,
+            precision=precision,
+            attention=attention,
+            gpu=gpu,
+            stages=stages,
+            first=first,
+            decoder=decoder,
+            as_json=as_json,
+        )
+        return
+    preset, steps = preset or PRESET, 8 if steps is None else steps
+    fps = fps_of(preset) if fps is None else fps
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     config, clip, card = ModelConfig.preset(preset), tokens_for(resolution, aspect, seconds, fps), gpu_named(gpu)
@@ -91,7 +133,6 @@ def plan(
 
 def _launches(precision: str) -> int | None:
     """Most launches of any layer in the preferred form; None for eager torch, which promises no number."""
-    from happyhorse_fast.fast.config import FastConfig
     from happyhorse_fast.fast.launches import launches_per_layer
     from happyhorse_fast.verify.forms import form_of
 

@@ -24,7 +24,7 @@ from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, save_tens
 from happyhorse_fast.cli.sample_inputs import Inputs, read_inputs
 from happyhorse_fast.fast.config import FastConfig, Precision
 from happyhorse_fast.files import require_target
-from happyhorse_fast.tokens import VAE_STRIDE, tokens_for
+from happyhorse_fast.tokens import VAE_STRIDE, fps_of, tokens_for
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,9 @@ def sample(
     ] = None,
     aspect: Annotated[str, typer.Option(help="With --resolution: 16:9, 9:16 or 1:1.")] = "16:9",
     seconds: Annotated[int, typer.Option(help="With --resolution: 3 to 15.")] = 5,
-    fps: Annotated[int, typer.Option(help="With --resolution: 24 or 25.")] = 24,
+    fps: Annotated[
+        int | None, typer.Option(help="With --resolution: 24 or 25; by default what the preset's weights mean.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
         Dtype, typer.Option(help="Compute dtype; bfloat16 as published, and alone with --fast.")
@@ -107,6 +109,7 @@ def sample(
     tensors = read_inputs(inputs)
     where = usable_device(device)
     first = _Stage(checkpoint, preset, config, dtype, how_fast)
+    fps = fps_of(preset) if fps is None else fps
     drawn_clip = (None,) * 4 if resolution is None else (resolution, aspect, seconds, fps)
     settings: dict[str, Any] = {
         "version": __version__,

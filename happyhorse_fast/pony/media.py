@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from happyhorse_fast import ambient, optional
+from happyhorse_fast.pipeline.mp4 import Mp4Writer
 from happyhorse_fast.pony.codec import FPS, SAMPLE_RATE, SIDE
 from happyhorse_fast.pony.orientation import exif_orientation, turned
 
@@ -73,23 +73,13 @@ def write_mp4(path: Path, frames: torch.Tensor, samples: torch.Tensor, *, scale:
 
     Raises:
         ImportError: PyAV is not installed or does not import.
+        OSError: The file cannot be written.
     """
-    optional.require("av", "writing a clip")
-    import av
-
-    pictures = (frames * 255).round().byte().numpy().repeat(scale, axis=1).repeat(scale, axis=2)
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=FPS, options={"crf": "16"})
-        video.height, video.width = pictures.shape[1:3]
-        video.pix_fmt = "yuv420p"
-        audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
-        for picture in pictures:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(video.encode())
-        sound = av.AudioFrame.from_ndarray(samples.numpy().astype(np.float32)[None], format="fltp", layout="mono")
-        sound.sample_rate, sound.pts, sound.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
-        container.mux(audio.encode(sound))
-        container.mux(audio.encode())
+    pictures = (frames * 255).round().byte().repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+    _, height, width, _ = pictures.shape
+    with Mp4Writer(path, width, height, fps=FPS, sample_rate=SAMPLE_RATE, crf=16, channels=1) as film:
+        film.add(pictures)
+        film.add_sound(samples[None])
 
 
 def contact_sheet(clips: list[PonyClip], *, pictures: int = 13) -> Figure:

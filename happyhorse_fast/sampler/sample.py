@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from happyhorse_fast.arguments import require_finite, require_tensor, require_whole
@@ -24,6 +26,7 @@ def sample(
     steps: int | None = None,
     shift: float = 5.0,
     image: torch.Tensor | None = None,
+    hold_audio: bool = False,
     noise: Noise = None,
     callback: Callback | None = None,
     progress: bool = True,
@@ -39,12 +42,14 @@ def sample(
         model: A denoiser with attributes ``config``, ``device`` and ``stream_dtype``: (video, audio, text) ->
             velocities.
         video: [1, C, T, H, W] standard normal noise to start from, H and W even.
-        audio: [1, A, Ca] standard normal noise to start from.
+        audio: [1, A, Ca] standard normal noise to start from; with ``hold_audio`` a latent.
         text: [1, L, Ct] embedding of the prompt.
         steps: Number of steps, at least 1; by default 8, or 32 with ``guidance``.
         shift: Of the noise levels, more than 0; 5 as published.
         image: Image to video: [1, C, 1, H, W] latent of the image, which replaces the first latent frame before each
             step and at the end.
+        hold_audio: Video from sound: ``audio`` is the latent of a given sound in place of noise. Every step starts from
+            it as it is, and it is returned. Noise is drawn as without, so the video's is the same.
         noise: Noise that the distilled sampler adds at step i (from 0), at every step but the last: a
             ``torch.Generator`` on the latents' device or the CPU; a callable (name, shape) -> float32 tensor, asked for
             ``noise.video.{i}`` and ``noise.audio.{i}``; None for torch's global generator. Guided steps add none.
@@ -72,6 +77,8 @@ def sample(
     shift = require_positive("shift", shift)
     guidance_audio = require_positive("guidance_audio", guidance_audio)
     require_callback(callback)
+    if not isinstance(hold_audio, bool):
+        raise TypeError(f"hold_audio must be True or False, got {hold_audio!r} of type {type(hold_audio).__name__}")
     dtype = latent_dtype(model)
     image = prepare_image(image, video.shape, model.device, dtype)
     draw = noise_source(noise, model.device, dtype)
@@ -86,7 +93,8 @@ def sample(
         guidance = require_positive("guidance", guidance)
         advance, sigmas = guided(model, text, negative, steps, shift, guidance, guidance_audio)
     video, audio = video.to(dtype), audio.to(dtype)
-    return run_steps(advance, sigmas, video, audio, title=title, image=image, callback=callback, progress=progress)
+    how: dict[str, Any] = {"title": title, "image": image, "callback": callback, "progress": progress}
+    return run_steps(advance, sigmas, video, audio, hold_audio=hold_audio, **how)
 
 
 def _check_null_text(model: Denoiser, null_text: object, clip: Clip) -> torch.Tensor:

@@ -87,6 +87,7 @@ def run_steps(
     image: torch.Tensor | None,
     callback: Callback | None,
     progress: bool,
+    hold_audio: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take one step per noise level.
 
@@ -99,17 +100,19 @@ def run_steps(
         image: [1, C, 1, H, W] that replaces the first latent frame before each step and at the end, or None.
         callback: Called after every step.
         progress: Whether to show a progress bar.
+        hold_audio: Start every step from the given audio, and return it.
 
     Returns:
         (video, audio) after the last step.
     """
-    steps = len(sigmas)
+    steps, given = len(sigmas), audio
     video = _with_image(video, image)
     with step_display(title, steps, progress) as show:
         for i, sigma in enumerate(sigmas):
             start = time.perf_counter()
             with at_step(i, steps):
                 video, audio = advance(i, video, audio)
+            audio = given if hold_audio else audio
             video = _with_image(video, image)
             if video.is_cuda:
                 torch.cuda.synchronize(video.device)  # or the time would be that of the launches

@@ -18,10 +18,11 @@ from happyhorse_fast.sampler.arguments import (
 from happyhorse_fast.sampler.noise import Noise, noise_source
 from happyhorse_fast.sampler.progress import Callback
 from happyhorse_fast.sampler.steps import Denoiser, latent_dtype, predict, require_denoiser, run_steps
-from happyhorse_fast.sampler.unipc import unipc_scheduler, unipc_step
+from happyhorse_fast.sampler.unipc import move_history, unipc_scheduler, unipc_step
 
 SIGNAL_LEVELS = 1000
 """Entries of the signal table."""
+HOST = torch.device("cpu")
 
 
 @ambient.makes_tensors
@@ -55,6 +56,7 @@ def super_resolve(
     image: torch.Tensor | None = None,
     callback: Callback | None = None,
     progress: bool = True,
+    history_on_host: bool = False,
 ) -> torch.Tensor:
     """Upsample a clip's video latent, noise it in part, and denoise it at the larger size with unguided UniPC steps.
 
@@ -79,6 +81,8 @@ def super_resolve(
             each step and at the end.
         callback: Called with a :class:`StepInfo` after every step; what it raises ends the run.
         progress: Whether to show a progress bar on stderr.
+        history_on_host: Keep the solver's history in host memory while the model runs: three latents less on the
+            device, 0.4 GiB of 15 s at 1080p, for as many copies a step. The result is the same.
 
     Returns:
         [1, C, T, H, W] video latent, float32; float64 from a float64 model. The inputs are left as they are.
@@ -102,23 +106,41 @@ def super_resolve(
     image = prepare_image(image, target, sr_model.device, dtype)
     solver = unipc_scheduler(steps, shift)
 
-    with ambient.held():
-        video = interpolate(video.to(dtype), target[2:], mode="trilinear", align_corners=True)
-    audio = audio.to(dtype)
-    if noise_index:
+    def noised_video() -> torch.Tensor:
+        with ambient.held():
+            large = interpolate(video.to(dtype), target[2:], mode="trilinear", align_corners=True)
+        if not noise_index:
+            return large
         signal = float(signal_table()[noise_index])
-        video = signal * video + (1 - signal**2) ** 0.5 * draw("noise.sr.video", video.shape)
-    if audio_noise:
-        audio = audio_noise * draw("noise.sr.audio", audio.shape) + (1 - audio_noise) * audio
+        return signal * large + (1 - signal**2) ** 0.5 * draw("noise.sr.video", large.shape)
+
+    def noised_audio() -> torch.Tensor:
+        clean = audio.to(dtype)
+        if not audio_noise:
+            return clean
+        return audio_noise * draw("noise.sr.audio", clean.shape) + (1 - audio_noise) * clean
 
     def advance(i: int, video: torch.Tensor, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         velocity, _ = predict(sr_model, video, audio, text, f"step {i + 1} of {steps}")
-        return unipc_step(solver, velocity, i, video), audio
+        if history_on_host:
+            move_history(solver, video.device)
+        lower = unipc_step(solver, velocity, i, video)
+        if history_on_host:
+            move_history(solver, HOST)
+        return lower, audio
 
     sigmas = solver.sigmas[:-1].tolist()
-    title = "super-resolution"
-    video, _ = run_steps(advance, sigmas, video, audio, title=title, image=image, callback=callback, progress=progress)
-    return video
+    made, _ = run_steps(
+        advance,
+        sigmas,
+        noised_video(),  # here, because a name would keep the first latent on the device throughout
+        noised_audio(),
+        title="super-resolution",
+        image=image,
+        callback=callback,
+        progress=progress,
+    )
+    return made
 
 
 def _check_size(size: object, video: torch.Size) -> tuple[int, int]:

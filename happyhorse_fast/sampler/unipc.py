@@ -15,6 +15,8 @@ class UniPC(Protocol):
 
     sigmas: torch.Tensor
     timesteps: torch.Tensor
+    model_outputs: list[torch.Tensor | None]
+    last_sample: torch.Tensor | None
 
     def step(
         self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, return_dict: bool
@@ -54,3 +56,11 @@ def unipc_step(scheduler: UniPC, velocity: torch.Tensor, index: int, latent: tor
     """A latent one noise level lower; its products are in the latent's dtype, whatever torch's settings are."""
     (lower,) = scheduler.step(velocity, scheduler.timesteps[index], latent, return_dict=False)
     return lower
+
+
+def move_history(scheduler: UniPC, device: torch.device) -> None:
+    """Put the latents that a scheduler keeps between steps, three of them, on a device."""
+    kept = scheduler.model_outputs
+    scheduler.model_outputs = [None if output is None else output.to(device) for output in kept]
+    if scheduler.last_sample is not None:
+        scheduler.last_sample = scheduler.last_sample.to(device)

@@ -167,6 +167,31 @@ def test_more_guided_steps_than_distinct_timesteps() -> None:
 
 
 @pytest.mark.parametrize("guided", [False, True])
+def test_a_held_sound_is_seen_at_every_step_and_kept(guided: bool) -> None:
+    (video, audio, text), how = clip(), NULL if guided else {}
+    model, free = Toy(), Toy()
+    got = sample(model, video, audio, text, steps=3, hold_audio=True, noise=replay, progress=False, **how)
+    other = sample(free, video, audio, text, steps=3, noise=replay, progress=False, **how)
+    assert torch.equal(got[1], audio) and not torch.equal(other[1], audio)
+    assert all(torch.equal(heard, audio) for _, heard, _ in model.calls)
+    assert not all(torch.equal(heard, audio) for _, heard, _ in free.calls)
+    assert not torch.equal(got[0], other[0]), "the video follows the sound"
+
+
+def test_a_held_sound_leaves_the_noise_of_the_video_as_it_is() -> None:
+    video, audio, text = clip()
+    drawn: dict[bool, list[str]] = {True: [], False: []}
+    for held, names in drawn.items():
+
+        def noise(name: str, shape: torch.Size, names: list[str] = names) -> torch.Tensor:
+            names.append(name)
+            return replay(name, shape)
+
+        sample(Toy(), video, audio, text, steps=3, hold_audio=held, noise=noise, progress=False)
+    assert drawn[True] == drawn[False] and len(drawn[True]) == 4
+
+
+@pytest.mark.parametrize("guided", [False, True])
 def test_image_is_seen_at_every_step_and_kept(guided: bool) -> None:
     video, audio, text = clip()
     image, model, infos = clip(1, t=1)[0], Toy(), []

@@ -38,6 +38,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"image": V[:, :, 0]}, ValueError, "image must have 5 dimensions"),
     ({"image": V[:, :, :1] / 0}, NonFiniteError, "image must be finite"),
     ({"callback": 3}, TypeError, "callback must be callable with a StepInfo, or None; got int"),
+    ({"hold_audio": 1}, TypeError, "hold_audio must be True or False, got 1 of type int"),
     ({"guidance": 5.0}, ValueError, "guidance must come with null_text"),
     ({"null_text": T}, ValueError, "null_text must come with guidance"),
     (NULL | {"guidance": -1.0}, ValueError, "guidance must be finite and more than 0, got -1.0"),

@@ -16,11 +16,13 @@ from toy_denoiser import clip, relative_l2, replay
 from happyhorse_fast import golden
 from happyhorse_fast.arguments import NonFiniteError
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.fast.memory import StorageMeter
 from happyhorse_fast.sampler import StepInfo, super_resolve
 from happyhorse_fast.sampler.super_resolve import signal_table
-from happyhorse_fast.sampler.unipc import unipc_scheduler
+from happyhorse_fast.sampler.unipc import move_history, unipc_scheduler, unipc_step
 
 torch.set_num_threads(1)
+super_module = sys.modules["happyhorse_fast.sampler.super_resolve"]  # whose name in the package is the function's
 CASE = "sr_v1_fp32"
 BUDGET = 1e-4
 CONFIG = ModelConfig(
@@ -123,6 +125,57 @@ def test_steps_are_diffusers_bit_for_bit() -> None:
     assert torch.equal(got, video)
     assert all(torch.equal(seen[:, :, :1], image) for seen, _, _ in model.calls)
     assert all(torch.equal(info.audio, audio) for info in infos)
+
+
+@pytest.mark.parametrize("pictured", [False, True])
+def test_history_on_the_host_leaves_one_latent_and_the_same_result(pictured: bool, monkeypatch: Any) -> None:
+    """What lives beside the model's activations is what decides whether 15 s at 1080p fit a card."""
+    meter, parked, held = StorageMeter(), [], []
+
+    class Metered(Recorder):
+        def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            away = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in parked}
+            held.append((meter.live_bytes - sum(away.values())) / inputs[0].nbytes)
+            return torch.tanh(inputs[0]), torch.sin(inputs[1])  # the class above keeps what it is called with
+
+    def park(solver: Any, device: torch.device) -> None:
+        # Copies stand for the host's memory, where both are one.
+        on_host = device == super_module.HOST
+        kept = [*solver.model_outputs, solver.last_sample]
+        copies = [None if tensor is None else tensor.clone() for tensor in kept]
+        solver.model_outputs, solver.last_sample = copies[:-1], copies[-1]
+        parked[:] = [tensor for tensor in copies if tensor is not None] if on_host else []
+        places.append((on_host, len(held)))
+
+    places: list[tuple[bool, int]] = []
+    large = (96, 128)  # so that audio and text are nothing beside a latent
+    how: dict[str, Any] = {"image": torch.ones(1, 3, 1, *large) if pictured else None, "progress": False}
+
+    def run(history_on_host: bool) -> torch.Tensor:
+        with meter:
+            return super_resolve(Metered(), V, A, T, large, noise=replay, history_on_host=history_on_host, **how)
+
+    whole = run(False).tolist()  # no tensor, which would count
+    assert [round(count) for count in held] == [1, 3, 4, 4, 4]
+    held.clear()
+    monkeypatch.setattr(super_module, "move_history", park)
+    monkeypatch.setattr(super_module, "HOST", torch.device("meta"))
+    assert run(True).tolist() == whole
+    # before each step's arithmetic back on the latents' device, after it on the host
+    assert places == [(on_host, step + 1) for step in range(5) for on_host in (False, True)]
+    assert [round(count) for count in held] == [1, 1, 1, 1, 1]
+
+
+def test_all_of_a_solvers_history_moves() -> None:
+    solver = unipc_scheduler(4, 5.0)
+    latent = torch.ones(1, 3, 1, 4, 4)
+    for index in range(2):
+        latent = unipc_step(solver, latent.sin(), index, latent)
+    move_history(solver, torch.device("meta"))
+    tensors = [value for value in vars(solver).values() if isinstance(value, torch.Tensor)]
+    tensors += [tensor for tensor in solver.model_outputs if tensor is not None]
+    assert all(tensor.is_meta for tensor in tensors if tensor.shape == latent.shape)
+    assert sum(tensor.is_meta for tensor in tensors) == 3
 
 
 def test_generator_makes_a_run_repeatable() -> None:

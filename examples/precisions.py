@@ -1,6 +1,6 @@
 """Shows `accelerate`: one velocity of a small model, eager and packed in bf16, int8 and fp8, and the error of each.
 
-    python examples/accelerate.py
+    python examples/precisions.py
 
 On a GPU: model.cuda() and backend="auto", which takes the fastest kernel that passes its self-check.
 """

@@ -1,0 +1,130 @@
+"""``happyhorse-fast plan --pipeline``: memory and floors of the whole path, from a prompt to an mp4, per stage."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from happyhorse_fast.cli.output import emit, gib, literal, table, verdict
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, card_bytes, gpu_named
+from happyhorse_fast.tokens import tokens_for
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FPS = 25
+"""What the public weights mean."""
+_PRESETS = {"1080p": "davinci-magihuman-sr-1080p", "540p": "davinci-magihuman-sr-540p"}
+
+
+def plan_pipeline(
+    resolution: str,
+    aspect: str,
+    seconds: int,
+    *,
+    text: int,
+    precision: str,
+    attention: str | None,
+    gpu: str,
+    stages: int,
+    first: str,
+    decoder: str,
+    as_json: bool,
+) -> None:
+    """Print the plan of one clip with a picture and a sound made by the public checkpoints, for every size of card."""
+    from happyhorse_fast.pipeline import memory_plan
+
+    _require(stages=(stages, (1, 2)), first=(first, ("distilled", "base")), decoder=(decoder, ("turbo", "wan")))
+    clip = tokens_for(resolution, aspect, seconds, FPS)
+    if stages == 2 and resolution not in _PRESETS:
+        raise ValueError(f"resolution of two stages must be one of {', '.join(_PRESETS)}; got {resolution!r}")
+    card = gpu_named(gpu)
+    work = memory_plan.Work(
+        first=ModelConfig.preset("davinci-magihuman"),
+        second=ModelConfig.preset(_PRESETS[resolution]) if stages == 2 else None,
+        first_clip=tokens_for("256p", aspect, seconds, FPS) if stages == 2 else clip,
+        last_clip=clip,
+        mode=first,  # type: ignore[arg-type]  # checked above
+        precision=precision,  # type: ignore[arg-type]  # FastConfig checks it, and attention
+        attention=attention,  # type: ignore[arg-type]
+        decoder=decoder,  # type: ignore[arg-type]
+        image=True,
+        text=text,
+        gpu=card,
+    )
+    print("tracing every stage under fake tensors...", file=sys.stderr)
+    plans = {gb: memory_plan.plan(work, int(card_bytes(gb) - CONTEXT_BYTES)) for gb in CARDS}
+    free = memory_plan.plan(work, None)
+    data = {
+        "resolution": resolution,
+        "aspect": aspect,
+        "seconds": seconds,
+        "fps": FPS,
+        "precision": precision,
+        "attention": attention,
+        "gpu": card,
+        "stages": free.stages,
+        "resident_gib": free.resident_bytes / 2**30,
+        "sequential_gib": free.sequential_bytes / 2**30,
+        "floor_s": free.floor_s,
+        "cards": [
+            {
+                "gb": gb,
+                "fits": found.fits,
+                "placement": found.placement,
+                "peak_gib": found.peak_bytes / 2**30,
+                "budget_gib": (card_bytes(gb) - CONTEXT_BYTES) / 2**30,
+                "tiles": found.tiles,
+                "layers_on_device": found.layers_on_device,
+                "history_on_host": found.history_on_host,
+            }
+            for gb, found in plans.items()
+        ],
+    }
+    emit(data, as_json, lambda console: _render(console, data))
+
+
+def _require(**given: tuple[object, tuple[object, ...]]) -> None:
+    for name, (value, allowed) in given.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def _render(console: Console, data: dict[str, Any]) -> None:
+    console.print(
+        literal(
+            (f"{data['resolution']} {data['aspect']}, {data['seconds']} s at {data['fps']} fps", "bold"),
+            f", {data['precision']}: every part on the device {data['resident_gib']:.1f} GiB, one at a time "
+            f"{data['sequential_gib']:.1f} GiB; floor ",
+            (f"{data['floor_s']:.1f} s", "bold"),
+            f" on {data['gpu'].name}, without loading",
+        )
+    )
+    rows = [[s.name, s.part, gib(s.weight_bytes), gib(s.peak_bytes), f"{s.floor_s:.2f}"] for s in data["stages"]]
+    console.print(table("per stage", ["stage", "part", "weights", "peak alone", "floor s"], rows, left=2))
+    rows = [
+        [
+            f"{card['gb']} GB",
+            verdict(card["fits"], "fits", "too large"),
+            {"resident": "every part stays", "sequential": "one part at a time"}[card["placement"]],
+            f"{card['peak_gib']:.1f}",
+            f"{card['budget_gib']:.1f}",
+            _pieces(card),
+        ]
+        for card in data["cards"]
+    ]
+    title = f"per card, GiB; {CONTEXT_BYTES / 2**30:g} GiB stay free"
+    console.print(table(title, ["card", "", "placement", "peak", "of", "in pieces"], rows, left=3, folded=[5]))
+
+
+def _pieces(card: dict[str, Any]) -> str:
+    """What a plan cuts up."""
+    said = []
+    if card["tiles"] > 1:
+        said.append(f"frames in {card['tiles']} tiles")
+    if card["layers_on_device"] is not None:
+        said.append(f"{card['layers_on_device']} layers of the text encoder stay, the rest are read when needed")
+    if card["history_on_host"]:
+        said.append("the solver's history on the host")
+    return "; ".join(said) or "none"

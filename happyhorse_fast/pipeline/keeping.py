@@ -1,0 +1,85 @@
+"""Where a run's latents are kept: in the file that was asked for, else until the run has ended well."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from happyhorse_fast.pipeline.latents import Latents
+
+
+class Keeper:
+    """Saves latents stage by stage.
+
+    Args:
+        named: File that keeps them for good, or None.
+        target: The mp4 of the run; without ``named`` they are kept beside it, or else in a temporary folder.
+    """
+
+    def __init__(self, named: Path | None, target: Path | None) -> None:
+        self.named, self.target = named, target
+        self.path: Path | None = None
+        self._folder: Path | None = None
+
+    def save(self, latents: Latents) -> None:
+        """Save them over those of the stage before. Where that fails, in a temporary folder; a warning says so.
+
+        A full disk must not lose what took minutes, nor end a run that may still give its clip.
+        """
+        try:
+            path = self.path or self.named or self._beside() or self._temporary()
+            latents.save(path)
+            self.path = path
+        except OSError as error:
+            warnings.warn(f"the latents cannot be kept where they should be: {error}", stacklevel=2)
+            try:
+                self.path = self._temporary()
+                latents.save(self.path)
+            except OSError as again:
+                self.path = None
+                self._empty()
+                warnings.warn(f"nor in a temporary folder: {again}; the run goes on without", stacklevel=2)
+            else:
+                warnings.warn(f"the latents are kept in {self.path}", stacklevel=2)
+
+    def remove(self) -> None:
+        """Take away what nobody asked for."""
+        if self.path is not None and self.path != self.named and self._folder is None:
+            self.path.unlink(missing_ok=True)
+        if self.named is None:
+            self._empty()
+
+    def _empty(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _beside(self) -> Path | None:
+        if self.target is None:
+            return None
+        ends = (".latents.safetensors", *(f".latents-{i}.safetensors" for i in range(1, 1000)))
+        candidates = (self.target.with_name(self.target.stem + end) for end in ends)
+        return next(itertools.dropwhile(Path.exists, candidates), None)  # those of an earlier run stay
+
+    def _temporary(self) -> Path:
+        self._folder = Path(tempfile.mkdtemp(prefix="happyhorse-fast."))
+        return self._folder / "clip.latents.safetensors"
+
+
+@contextmanager
+def keeping(named: Path | None, target: Path | None) -> Iterator[Keeper]:
+    """Keep the latents where the run inside fails, and say where they are."""
+    keeper = Keeper(named, target)
+    try:
+        yield keeper
+    except BaseException:
+        if keeper.path is not None:
+            warnings.warn(f"the latents of this run are kept in {keeper.path}: resume goes on from them", stacklevel=4)
+        else:
+            keeper.remove()
+        raise
+    keeper.remove()

@@ -1,0 +1,138 @@
+"""The parts of the whole path as they are loaded: what can be known of them is checked before the long work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from happyhorse_fast import optional
+from happyhorse_fast.arguments import CheckpointError
+from happyhorse_fast.checkpoint.load import check_load, load
+from happyhorse_fast.checkpoint.packed import is_packed
+from happyhorse_fast.config import LATENT_CHANNELS, ModelConfig
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.pipeline.audio import AudioCodec
+from happyhorse_fast.pipeline.layout import Layout
+from happyhorse_fast.pipeline.request import Request
+from happyhorse_fast.pipeline.residency import Residency
+from happyhorse_fast.pipeline.text import EMBEDDING, TextEncoder
+from happyhorse_fast.pipeline.turbo import TurboDecoder
+from happyhorse_fast.pipeline.turbo_file import check_turbo, load_turbo
+from happyhorse_fast.pipeline.wan import WanCodec
+
+Decoder = Literal["turbo", "wan"]
+DECODERS = {"turbo": "turbo_vae", "wan": "video_vae"}
+AUDIO_CHANNELS = 64
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Loads parts onto a device.
+
+    Attributes:
+        layout: Where they lie.
+        device: Where they go.
+        fast: How models are accelerated; None for eager torch in bf16.
+        decoder: Of the video.
+        residency: Which parts are there.
+    """
+
+    layout: Layout
+    device: torch.device
+    fast: FastConfig | None
+    decoder: Decoder
+    residency: Residency
+
+    def check(self, request: Request, *, text: bool, denoise: bool = True) -> None:
+        """Make every check of a run's parts that needs no weights.
+
+        Args:
+            request: The run's settings.
+            text: Whether the text encoder is needed.
+            denoise: Whether the models are; not where a run goes on from whole latents.
+
+        Raises:
+            FileNotFoundError: A part is not there.
+            CheckpointError: A part's files are damaged, or of something else.
+            ImportError: A library is missing, broken or of a wrong version.
+        """
+        widths = {name: self.config(name).text_in_channels for name in request.models if denoise}
+        if denoise and (request.stages == 2 or request.first == "base"):
+            optional.require("diffusers", "UniPC, the solver of the second stage and of the base model,")
+        if text:
+            width = TextEncoder.check(self.layout.find("text_encoder")).entries[EMBEDDING].shape[1]
+            for name, wanted in widths.items():
+                if width != wanted:
+                    raise CheckpointError(
+                        f"{self.layout.find('text_encoder')}: gives embeddings of width {width}, "
+                        f"the model {name} takes {wanted}"
+                    )
+        if self.decoder == "turbo":
+            check_turbo(self.layout.find("turbo_vae"))
+        if self.decoder == "wan" or request.image:
+            WanCodec.check(self.layout.find("video_vae"))
+        AudioCodec.check(self.layout.find("audio_vae"))
+
+    def config(self, name: str) -> ModelConfig:
+        """Configuration of a model, with the checks of its files' headers.
+
+        Raises:
+            FileNotFoundError, CheckpointError, ValueError: As :func:`checkpoint.load.check_load`; or its latents are
+                not those of the published codecs.
+        """
+        config = check_load(**self._where(name), fast=self.fast)
+        if (config.latent_channels, config.audio_in_channels) != (LATENT_CHANNELS, AUDIO_CHANNELS):
+            raise CheckpointError(
+                f"{self.layout.find(name)}: must take {LATENT_CHANNELS} video and {AUDIO_CHANNELS} audio channels, "
+                f"got {config.latent_channels} and {config.audio_in_channels}"
+            )
+        return config
+
+    def model(self, name: str) -> AbstractContextManager[HappyHorse]:
+        """A Transformer, packed layer by layer while it is read."""
+        return self.residency.using(
+            name, lambda: load(**self._where(name), device=self.device, fast=self.fast, progress=False)
+        )
+
+    def text_encoder(self, layers_on_device: int | None = None) -> AbstractContextManager[TextEncoder]:
+        """The text encoder, with so many of its layers on the device."""
+        loader = self._loader(TextEncoder.load, "text_encoder", layers_on_device=layers_on_device)
+        return self.residency.using("text_encoder", loader)
+
+    def image_encoder(self) -> AbstractContextManager[WanCodec]:
+        """The half of the video codec that encodes."""
+        return self.residency.using("image_encoder", self._loader(WanCodec.load, "video_vae", decoder=False))
+
+    def video_decoder(self) -> AbstractContextManager[TurboDecoder | WanCodec]:
+        """What turns video latents into frames."""
+        loader: Callable[[], Any] = self._loader(load_turbo, "turbo_vae", dtype=torch.bfloat16)
+        if self.decoder == "wan":
+            loader = self._loader(WanCodec.load, "video_vae", encoder=False)
+        return self.residency.using("video_decoder", loader)
+
+    def audio_encoder(self) -> AbstractContextManager[AudioCodec]:
+        """The half of the audio codec that encodes."""
+        return self.residency.using(
+            "audio_encoder", self._loader(AudioCodec.load, "audio_vae", encoder=True, decoder=False)
+        )
+
+    def audio_decoder(self) -> AbstractContextManager[AudioCodec]:
+        """The half of the audio codec that decodes."""
+        return self.residency.using("audio_decoder", self._loader(AudioCodec.load, "audio_vae"))
+
+    def names(self, request: Request) -> set[str]:
+        """What a run holds on the device at some time, by the names of :attr:`residency`."""
+        coders = (["image_encoder"] if request.image else []) + (["audio_encoder"] if request.sound else [])
+        return {"text_encoder", *coders, *request.models, "audio_decoder", "video_decoder"}
+
+    def _loader(self, function: Callable[..., Any], name: str, **how: Any) -> Callable[[], Any]:
+        return lambda: function(self.layout.find(name), self.device, **how)
+
+    def _where(self, name: str) -> dict[str, Any]:
+        where = self.layout.model(name)
+        return where | {"preset": None, "config": None} if is_packed(where["path"]) else where

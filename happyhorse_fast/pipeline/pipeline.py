@@ -1,0 +1,325 @@
+"""``Pipeline``: from a prompt to a clip with sound, over local folders of the published parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from happyhorse_fast import optional
+from happyhorse_fast.checkpoint.load import usable_device
+from happyhorse_fast.config import LATENT_CHANNELS
+from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
+from happyhorse_fast.files import real_path, require_target
+from happyhorse_fast.ops.runtime.dispatch import compute_capability
+from happyhorse_fast.pipeline import stages
+from happyhorse_fast.pipeline.audio import read_sound
+from happyhorse_fast.pipeline.clip import SAMPLE_RATE, Clip
+from happyhorse_fast.pipeline.embeddings import Embeddings
+from happyhorse_fast.pipeline.image import open_image
+from happyhorse_fast.pipeline.keeping import Keeper, keeping
+from happyhorse_fast.pipeline.latents import DENOISED, RESOLVED, Latents, read_latents
+from happyhorse_fast.pipeline.layout import Layout, read_layout
+from happyhorse_fast.pipeline.mp4 import Mp4Writer
+from happyhorse_fast.pipeline.parts import DECODERS, Decoder, Parts
+from happyhorse_fast.pipeline.placing import PLACEMENTS, Placement, place, predicted
+from happyhorse_fast.pipeline.preview import Preview, fit_preview
+from happyhorse_fast.pipeline.progress import Callback, Monitor
+from happyhorse_fast.pipeline.request import FPS, Request, require_rate
+from happyhorse_fast.pipeline.residency import Residency
+
+
+class Pipeline:
+    """Turns prompts into clips with sound; :meth:`from_pretrained` makes one.
+
+    Attributes:
+        parts: Where the parts lie and how they run.
+        placement: As :meth:`from_pretrained` takes it.
+    """
+
+    def __init__(self, parts: Parts, placement: Placement) -> None:
+        self.parts, self.placement = parts, placement
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        precision: Precision | Literal["auto"] | None = "auto",
+        attention: AttentionPrecision | None = None,
+        device: torch.device | str | None = None,
+        text_folder: str | Path | None = None,
+        video_folder: str | Path | None = None,
+        audio_folder: str | Path | None = None,
+        decoder: Decoder = "turbo",
+        placement: Placement = "auto",
+    ) -> Pipeline:
+        """A pipeline over local folders; nothing is loaded yet, and nothing is ever downloaded.
+
+        Args:
+            folder: Holds the published parts: ``distill`` (or ``base``), ``540p_sr``, ``1080p_sr``, ``turbo_vae``, and
+                ``t5gemma-9b-9b-ul2``, ``Wan2.2-TI2V-5B-Diffusers``, ``stable-audio-open-1.0``. Where something lies
+                elsewhere or is of another configuration, a ``pipeline.json`` in it says so (docs/PIPELINE.md). Models
+                may also be folders of packed weights.
+            precision: Of the models' products: ``"fp8"``, ``"int8"``, ``"bf16"``; None for eager torch in bf16.
+                ``"auto"``: the first of these that the device has, on a CPU eager torch.
+            attention: Precision of attention, by default as :class:`FastConfig`'s.
+            device: Such as ``"cuda"``; by default that where there is one, else the CPU.
+            text_folder: The text encoder's folder, in place of the published place.
+            video_folder: Likewise, of the video autoencoder: the folder ``vae``.
+            audio_folder: Likewise, of the audio autoencoder.
+            decoder: Of the video: ``"turbo"``, as the public implementation decodes; or ``"wan"``, the autoencoder's
+                own, with four times the work.
+            placement: Whether parts stay on the device once loaded (``"resident"``), or one is there at a time
+                (``"sequential"``); ``"auto"`` keeps them where the card is large enough for all.
+
+        Raises:
+            FileNotFoundError: No such folder, or no model in it; says where they are published.
+            CheckpointError: Its ``pipeline.json`` is no good.
+            ValueError: An argument is not among the allowed values, or this machine has no such device.
+        """
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}")
+        where = usable_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        given = {"text_encoder": text_folder, "video_vae": video_folder, "audio_vae": audio_folder}
+        layout = read_layout(folder, given)
+        chosen_precision = _precision_on(where) if precision == "auto" else precision
+        if chosen_precision is None and attention is not None:
+            raise ValueError(f"attention must come with a precision of the fast forms, got {attention!r} without one")
+        fast = None
+        if chosen_precision is not None:
+            backend: Any = "reference" if where.type == "cpu" else "auto"
+            fast = FastConfig(precision=chosen_precision, attention=attention, backend=backend, originals="drop")
+        return cls(Parts(layout, where, fast, decoder, Residency(where, placement == "resident")), placement)
+
+    def __call__(
+        self,
+        prompt: str | None = None,
+        *,
+        image: Any = None,
+        audio: str | Path | None = None,
+        negative_prompt: str | None = None,
+        seconds: int = 5,
+        resolution: str = "1080p",
+        aspect: str = "16:9",
+        stages: int = 2,
+        first: Literal["distilled", "base"] = "distilled",
+        seed: int = 42,
+        noise: Literal["device", "cpu"] = "device",
+        fps: int = FPS,
+        callback: Callback | None = None,
+        progress: bool = True,
+        out: str | Path | None = None,
+        overwrite: bool = False,
+        latents: str | Path | None = None,
+        resume: str | Path | None = None,
+    ) -> Clip:
+        """Make a clip. Everything that can be known to fail is checked first.
+
+        Args:
+            prompt: What to show and to sound; docs/PIPELINE.md says in which form. Left out with ``resume``.
+            image: First picture: a file, a picture of Pillow's or an array [H, W, 3] uint8. Its middle is cut to the
+                clip's aspect.
+            audio: Sound file that the clip is made for and keeps; cut to ``seconds``.
+            negative_prompt: What not to show, of the base model; by default this package's own words.
+            seconds: Whole seconds, 3 to 15.
+            resolution: ``"1080p"``, ``"540p"`` or, in one stage, ``"256p"``.
+            aspect: ``"16:9"``, ``"9:16"`` or ``"1:1"``.
+            stages: 2: a clip of 256p first, then the size asked for; 1: the size asked for at once.
+            first: Model of the first stage: ``"distilled"`` (8 steps) or ``"base"`` (32 steps with guidance).
+            seed: Of all noise: the same gives the same clip on the same machine.
+            noise: Where it is drawn: ``"device"``, in the public implementation's order; or ``"cpu"``, alike
+                everywhere.
+            fps: 25, what the public weights mean.
+            callback: Called with a :class:`StageInfo` after every step of every stage; what it raises ends the run.
+            progress: Whether to show a bar on standard error.
+            out: mp4 file that frames go to while the next are decoded; the clip then holds none.
+            overwrite: Replace ``out`` where it is there.
+            latents: Safetensors file that keeps the latents. Without one they are kept only where the run fails after
+                its first stage: beside ``out``, or in a temporary folder; a warning names the file.
+            resume: Such a file, to go on from; settings are its own, and the latents that follow go into it.
+
+        Returns:
+            The clip, with what each stage took.
+
+        Raises:
+            TypeError, ValueError: An argument is of a wrong type or not among the allowed values.
+            FileNotFoundError: A part is missing; says where it is published.
+            CheckpointError: A part's files are damaged, or of something else.
+            ImportError: A library is missing, broken or of a wrong version.
+            OSError: ``out`` cannot be written.
+        """
+        require_rate(fps)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable with a StageInfo, or None; got {type(callback).__name__}")
+        settings: dict[str, Any] = {
+            "negative_prompt": negative_prompt,
+            "seconds": seconds,
+            "resolution": resolution,
+            "aspect": aspect,
+            "stages": stages,
+            "first": first,
+            "seed": seed,
+            "noise": noise,
+            "image": image is not None,
+            "sound": audio is not None,
+        }
+        begun = None if resume is None else read_latents(resume)
+        request = Request(prompt=prompt or "", **settings) if begun is None else _resumed(begun, prompt, settings)
+        target = None if out is None else Path(out)
+        if target is not None:
+            require_target(target, overwrite)
+            optional.require("av", "writing an mp4")
+            _require_room(target.parent, request)
+        named = latents if latents is not None else resume
+        kept = None if named is None else Path(named)
+        if kept is not None:
+            require_target(kept, True)
+        run = _Run(self, request, begun, callback, progress)
+        picture = open_image(image) if image is not None else None
+        sound = read_sound(audio, request.seconds) if audio is not None else None
+        with ExitStack() as stack:
+            stack.enter_context(run.monitor.display())
+            stack.callback(self._rest)
+            keeper = stack.enter_context(keeping(kept, target))
+            return run.decoded(run.denoised(picture, sound, keeper), target)
+
+    def preview(self) -> Preview:
+        """The map that makes small pictures of the latents that a callback gets, fitted to the video decoder.
+
+        Raises:
+            FileNotFoundError, CheckpointError: The decoder is missing or damaged.
+        """
+        with self.parts.video_decoder() as decoder:
+            return fit_preview(decoder, self.parts.device)
+
+    def _rest(self) -> None:
+        if not self.parts.residency.keep:
+            self.parts.residency.free()
+
+    @property
+    def layout(self) -> Layout:
+        """Where the parts lie."""
+        return self.parts.layout
+
+
+class _Run:
+    """One clip on its way."""
+
+    def __init__(
+        self, pipeline: Pipeline, request: Request, begun: Latents | None, callback: Callback | None, progress: bool
+    ) -> None:
+        self.parts, self.request, self.begun = pipeline.parts, request, begun
+        self.embeddings = Embeddings(self.parts, request)
+        done = None if begun is None else begun.done
+        self.parts.check(
+            request,
+            text=begun is None and self.embeddings.need_encoder,
+            denoise=begun is None or not begun.whole,
+        )
+        self.noise = stages.Noise(request, self.parts.device)
+        if begun is not None and not begun.whole:
+            self.noise.resume(begun)
+        residency = self.parts.residency
+        residency.keep_only(self.parts.names(request))  # before the plan, which counts what is free
+        self.placing = place(self.parts, request, pipeline.placement)
+        residency.keep = self.placing.keep
+        times = predicted(self.parts, request, stages.stages_of(request, done))
+        self.monitor = Monitor(self.parts.device, times, callback, progress)
+
+    def denoised(self, picture: Any, sound: torch.Tensor | None, keeper: Keeper) -> Latents:
+        """All latents; those of each stage are kept as soon as they are there."""
+        found = self.begun if self.begun is not None else self._first(picture, sound)
+        keeper.save(found)
+        if found.whole:
+            return found
+        video = stages.resolve(self.request, self.parts, self.monitor, self.noise, found, self.placing.history_on_host)
+        found = self._latents(RESOLVED, video, found.audio, found.text, found.image)
+        keeper.save(found)
+        return found
+
+    def decoded(self, latents: Latents, target: Path | None) -> Clip:
+        """Frames and samples of latents."""
+        samples = stages.decode_audio(self.parts, self.monitor, latents.audio)
+        tokens = self.request.last_tokens
+        height, width = tokens.pixels
+        frames: torch.Tensor | None = None
+        if target is None:
+            frames = torch.empty(self.request.frames, height, width, 3, dtype=torch.uint8)
+            self._decode(latents, _filling(frames))
+        else:
+            with Mp4Writer(target, width, height, fps=FPS, sample_rate=SAMPLE_RATE) as writer:
+                self._decode(latents, writer.add)
+                writer.add_sound(samples)
+        return Clip(self.request, frames, samples, latents, tuple(self.monitor.costs), self.placing, target)
+
+    def _decode(self, latents: Latents, write: Any) -> None:
+        stages.decode_video(self.parts, self.monitor, latents.video, write, self.placing.tiles)
+
+    def _first(self, picture: Any, sound: torch.Tensor | None) -> Latents:
+        request, parts, monitor = self.request, self.parts, self.monitor
+        with monitor.stage(stages.TEXT):
+            text, null_text = self.embeddings.get(monitor, self.placing.layers_on_device)
+        stages.check_text(request, parts, text)
+        images = [None] if picture is None else stages.encode_image(request, parts, monitor, picture)
+        held = None if sound is None else stages.encode_sound(request, parts, monitor, sound, self.noise)
+        video, audio = stages.denoise(request, parts, monitor, self.noise, text, null_text, images[0], held)
+        return self._latents(DENOISED, video, audio, text, images[-1])
+
+    def _latents(
+        self, done: str, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None
+    ) -> Latents:
+        generator = self.noise.generator
+        place = generator.device.type
+        return Latents(self.request, done, video.cpu(), audio.cpu(), text, image, generator.get_state(), place)
+
+
+def _require_room(folder: Path, request: Request) -> None:
+    """Raise where a disk certainly has too little room: latents of both stages, and a film of 0.4 bits a pixel."""
+    tokens = request.last_tokens
+    height, width = tokens.pixels
+    needed = 8 * LATENT_CHANNELS * tokens.T * tokens.H * tokens.W + request.frames * height * width // 20
+    free = shutil.disk_usage(real_path(folder)).free
+    if free < needed:
+        raise OSError(
+            f"output must have room for {needed / 1e6:.1f} MB of latents and film, {folder} has {free / 1e6:.1f} MB"
+        )
+
+
+def _precision_on(device: torch.device) -> Precision | None:
+    """The fastest precision of a device's tensor cores; None on a CPU, where the fast forms only imitate kernels."""
+    arch = compute_capability(device)
+    if arch is None:
+        return None
+    return "fp8" if arch >= 89 else "int8" if arch >= 80 else "bf16"
+
+
+def _filling(frames: torch.Tensor) -> Any:
+    done = 0
+
+    def write(some: torch.Tensor) -> None:
+        nonlocal done
+        frames[done : done + len(some)] = some
+        done += len(some)
+
+    return write
+
+
+def _resumed(begun: Latents, prompt: str | None, settings: dict[str, Any]) -> Request:
+    """The settings of a run that is gone on with; others may be given only where they are the same."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Request)}
+    for name in ("image", "audio"):
+        if settings["sound" if name == "audio" else name]:
+            raise ValueError(f"{name} must be left out with resume: its latent is in the file")
+    for name, value in {"prompt": prompt, **settings}.items():
+        unset = value is None if name == "prompt" else value == defaults[name]
+        before = getattr(begun.request, name)
+        if not unset and value != before:
+            raise ValueError(f"{name} must be left out with resume, whose file has {before!r}; got {value!r}")
+    return begun.request

@@ -1,0 +1,102 @@
+"""How a run lies on its device: what is kept there and in which pieces, by the memory plan."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from happyhorse_fast.pipeline.layout import SECOND_STAGES
+from happyhorse_fast.pipeline.memory_plan import PipelinePlan, Work, budget_of, floors, plan
+from happyhorse_fast.pipeline.parts import DECODERS, Parts
+from happyhorse_fast.pipeline.progress import Prediction
+from happyhorse_fast.pipeline.request import Request
+
+Placement = Literal["auto", "resident", "sequential"]
+PLACEMENTS = ("auto", "resident", "sequential")
+DISK = 2e9
+"""Bytes a second that a part is read with, of a local NVMe disk."""
+OVER_FLOOR = 2.0
+"""Seconds of a stage over its floor, until they are measured."""
+LEAST = Prediction(load=0.2, compute=0.1)
+
+
+@dataclass(frozen=True)
+class Placing:
+    """What a run does so that it fits.
+
+    Attributes:
+        keep: Whether parts stay on the device after their use.
+        tiles: Of the turbo decoder.
+        layers_on_device: Of the text encoder; None for all.
+        history_on_host: Of the second stage's solver.
+        plan: What it follows; None on a CPU, where nothing is planned.
+    """
+
+    keep: bool
+    tiles: int = 1
+    layers_on_device: int | None = None
+    history_on_host: bool = False
+    plan: PipelinePlan | None = None
+
+    @property
+    def name(self) -> str:
+        """``"resident"`` or ``"sequential"``."""
+        return "resident" if self.keep else "sequential"
+
+
+def work_of(parts: Parts, request: Request) -> Work:
+    """A run in the memory plan's words."""
+    configs = [parts.config(name) for name in request.models]
+    return Work(
+        first=configs[0],
+        second=configs[1] if len(configs) > 1 else None,
+        first_clip=request.first_tokens,
+        last_clip=request.last_tokens,
+        mode="base" if request.first == "base" else "distilled",
+        precision=None if parts.fast is None else parts.fast.precision,
+        attention=None if parts.fast is None else parts.fast.attention,
+        decoder=parts.decoder,
+        image=request.image,
+        sound=request.sound,
+    )
+
+
+def place(parts: Parts, request: Request, placement: Placement) -> Placing:
+    """Choose what stays on the device; a run that fits in no way is told so by a warning, and tried.
+
+    On a CPU one part is there at a time unless ``placement`` says otherwise: what is kept would be the machine's own
+    memory, 60 GB of it for the published parts.
+    """
+    if parts.device.type == "cpu":
+        return Placing(placement == "resident")
+    found = plan(work_of(parts, request), budget_of(parts.device), None if placement == "auto" else placement)
+    if not found.fits:
+        need, there = found.peak_bytes / 2**30, (found.budget_bytes or 0) / 2**30
+        warnings.warn(
+            f"this clip is planned to take {need:.1f} GiB, {parts.device} has {there:.1f}; `happyhorse-fast plan "
+            "--pipeline` says what fits",
+            stacklevel=4,
+        )
+    keep = found.placement == "resident"
+    return Placing(keep, found.tiles, found.layers_on_device, found.history_on_host, found)
+
+
+def predicted(parts: Parts, request: Request, names: list[str]) -> dict[str, Prediction]:
+    """Seconds of each of a run's stages: its floor twice, and its files at a disk's speed."""
+    folders = {"denoise": request.models[0], "decode video": DECODERS[parts.decoder], "text": "text_encoder"}
+    if request.stages == 2:
+        folders["super-resolve"] = SECOND_STAGES[request.resolution]
+    least = floors(work_of(parts, request))
+    found = {}
+    for name in names:
+        there = name in folders and parts.layout.there(folders[name])
+        load = _bytes(parts.layout.find(folders[name])) / DISK if there else 0.0
+        found[name] = Prediction(LEAST.load + load, LEAST.compute + OVER_FLOOR * least[name])
+    return found
+
+
+def _bytes(folder: Path) -> int:
+    files = [folder] if folder.is_file() else [file for file in folder.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,209 @@
+"""The Wan 2.2 video codec of diffusers: pictures into normalized latents, and latents into frames one latent a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from happyhorse_fast import ambient, optional
+from happyhorse_fast.arguments import CheckpointError, require_tensor, require_whole
+from happyhorse_fast.checkpoint.header import TensorEntry, read_headers
+from happyhorse_fast.config import LATENT_CHANNELS
+from happyhorse_fast.pipeline.codec_files import CONFIG, fill_parts, read_json, require_settings, require_tensors
+from happyhorse_fast.tokens import VAE_STRIDE
+
+WHAT = "Wan 2.2's video codec"
+SETTINGS = {
+    "_class_name": "AutoencoderKLWan",
+    "z_dim": LATENT_CHANNELS,
+    "patch_size": 2,
+    "is_residual": True,
+    "scale_factor_temporal": VAE_STRIDE[0],
+    "scale_factor_spatial": VAE_STRIDE[1],
+}
+"""What the config must say; widths and depths are free, the weights are held against them."""
+IGNORED = ("clip_output",)
+"""Settings of the published config that no version of diffusers has; it always clips."""
+
+
+class WanCodec:
+    """``AutoencoderKLWan`` with one or both of its halves; :meth:`load` makes one.
+
+    In bf16 at 1080p a picture is encoded in 2.4 GB and a clip of any length decoded in 23.6 GB, weights included (fake
+    tensors, no cuDNN workspace); at 540p in 0.8 and 6.0 GB.
+
+    Attributes:
+        vae: The library's model.
+        mean: [1, 48, 1, 1, 1] of the latents, in the weights' dtype, as the published code holds it.
+        inverse_std: [1, 48, 1, 1, 1], 1 / std computed in the weights' dtype.
+    """
+
+    def __init__(self, vae: Any, dtype: torch.dtype, device: torch.device) -> None:
+        self.vae = vae
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32).to(device, dtype).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        self.mean, self.inverse_std = mean, 1.0 / std
+
+    @classmethod
+    @ambient.makes_tensors
+    def load(
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        encoder: bool = True,
+        decoder: bool = True,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> WanCodec:
+        """Load the folder ``vae`` of Wan2.2-TI2V-5B-Diffusers; all of it is checked, before any data are read.
+
+        Args:
+            folder: With ``config.json`` and ``diffusion_pytorch_model.safetensors``, or shards and their index.
+            device: Where the weights go, straight from the files.
+            encoder: Whether pictures will be encoded; without, that half takes no memory.
+            decoder: Whether latents will be decoded.
+            dtype: Of weights and arithmetic; the published code's by default.
+
+        Raises:
+            CheckpointError: A file is missing, truncated or of another model; the message names it and the keys.
+            ImportError: diffusers is not installed or does not import.
+            ValueError: Neither half is asked for, or this machine does not have the device.
+        """
+        if not (encoder or decoder):
+            raise ValueError("encoder or decoder must be True, got False for both")
+        vae, entries = _described(Path(folder))
+        parts = [*(("encoder", "quant_conv") if encoder else ()), *(("decoder", "post_quant_conv") if decoder else ())]
+        fill_parts(vae, entries, parts, device, dtype)
+        return cls(vae, dtype, next(vae.parameters()).device)
+
+    @staticmethod
+    def check(folder: str | Path) -> None:
+        """Make the checks of :meth:`load` that need no weights: config, keys, shapes, and that the files are whole.
+
+        Raises:
+            CheckpointError: As there.
+            ImportError: As there.
+        """
+        _described(Path(folder))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.mean.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.mean.device
+
+    @ambient.independent
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode frames: the posterior's mean, normalized as the published code does it, in the weights' dtype.
+
+        Args:
+            pixels: [1, 3, 4 T - 3, 16 H, 16 W] in -1..1, a floating-point dtype, on the codec's device.
+
+        Returns:
+            [1, 48, T, H, W] float32.
+
+        Raises:
+            TypeError: ``pixels`` is no floating-point tensor.
+            ValueError: A wrong shape or device, or the codec was loaded without its encoder.
+        """
+        self._require("encoder")
+        require_tensor("pixels", pixels, (1, 3, "F", "H", "W"), device=self.device)
+        frames, height, width = pixels.shape[2:]
+        if frames % VAE_STRIDE[0] != 1 or height % VAE_STRIDE[1] or width % VAE_STRIDE[2]:
+            raise ValueError(
+                f"pixels must have 4 T - 3 frames of multiples of 16 by 16, got {frames} of {height} x {width}"
+            )
+        mean = self.vae.encode(pixels.to(self.dtype)).latent_dist.mode()
+        return ((mean - self.mean) * self.inverse_std).float()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """All frames of a clip, those of :meth:`windows`: as the library's ``decode`` gives them, bit for bit.
+
+        Args:
+            latents: [1, 48, T, H, W], a floating-point dtype, on the codec's device.
+
+        Returns:
+            [1, 3, 4 T - 3, 16 H, 16 W] in the weights' dtype, -1 to 1.
+
+        Raises:
+            TypeError: ``latents`` is no floating-point tensor.
+            ValueError: A wrong shape or device, or the codec was loaded without its decoder.
+        """
+        return torch.cat(list(self.windows(latents)), dim=2)
+
+    def windows(self, latents: torch.Tensor, tiles: int = 1) -> Iterator[torch.Tensor]:
+        """The frames of a clip, latent by latent: the library's own steps, without its copy of all frames so far.
+
+        Args:
+            latents: [1, 48, T, H, W], a floating-point dtype, on the codec's device.
+            tiles: 1: attention in the codec's middle sees whole frames, so tiles would change the result.
+
+        Returns:
+            An iterator; each item is a tensor of its own, [1, 3, frames, 16 H, 16 W] in the weights' dtype, -1 to 1:
+            first one frame, then 4 each.
+
+        Raises:
+            TypeError: ``latents`` is no floating-point tensor.
+            ValueError: A wrong shape or device, ``tiles`` is not 1, or the codec was loaded without its decoder; all
+                of them before any work.
+        """
+        self._require("decoder")
+        require_whole("tiles", tiles, 1, 1)
+        require_tensor("latents", latents, (1, LATENT_CHANNELS, "T", "H", "W"), device=self.device)
+        return self._windows(latents)
+
+    def _windows(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        self.vae.clear_cache()
+        with torch.no_grad(), ambient.held():
+            ready = self.vae.post_quant_conv(latents.to(self.dtype) / self.inverse_std + self.mean)
+        try:
+            for index in range(latents.shape[2]):
+                yield self._window(ready[:, :, index : index + 1], index == 0)
+        finally:
+            self.vae.clear_cache()  # which holds two frames of every layer
+
+    @ambient.independent
+    @torch.no_grad()
+    def _window(self, latent: torch.Tensor, first: bool) -> torch.Tensor:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        self.vae._conv_idx = [0]
+        frames = self.vae.decoder(latent, feat_cache=self.vae._feat_map, feat_idx=self.vae._conv_idx, first_chunk=first)
+        return unpatchify(frames, patch_size=self.vae.config.patch_size).clamp_(-1, 1)
+
+    def _require(self, half: str) -> None:
+        if not hasattr(self.vae, half):
+            raise ValueError(f"{half} must be True in WanCodec.load for this, it was False")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    settings = read_json(file)
+    require_settings(file, settings, SETTINGS, WHAT)
+    for name in ("latents_mean", "latents_std"):
+        values = settings.get(name)
+        if not isinstance(values, list) or len(values) != LATENT_CHANNELS:
+            raise CheckpointError(f"{file}: {name} must be {LATENT_CHANNELS} numbers, got {values!r}")
+    return {key: value for key, value in settings.items() if key not in IGNORED}
+
+
+def _described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
+    """(The library's model on "meta", the entries of its files), which fit each other."""
+    settings, entries = _settings(folder), read_headers(folder)
+    optional.require("diffusers", WHAT)
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(settings)
+    require_tensors(vae, entries, folder)
+    return vae, entries
