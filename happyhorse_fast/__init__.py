@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from happyhorse_fast.eager.model import HappyHorse
     from happyhorse_fast.fast.accelerate import Explanation, accelerate, explain, restore
     from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
+    from happyhorse_fast.fast.parallelize import parallelize
     from happyhorse_fast.fast.step import at_step
     from happyhorse_fast.ops.attention.sdpa import attention
     from happyhorse_fast.ops.runtime.obstacles import BackendError
@@ -49,6 +50,7 @@ _WHERE = {
     "explain": "fast.accelerate",
     "load": "checkpoint.load",
     "merge_lora": "checkpoint.lora",
+    "parallelize": "fast.parallelize",
     "restore": "fast.accelerate",
     "sample": "sampler",
     "save_checkpoint": "checkpoint.load",
@@ -78,6 +80,7 @@ __all__ = [
     "explain",
     "load",
     "merge_lora",
+    "parallelize",
     "restore",
     "sample",
     "save_checkpoint",
