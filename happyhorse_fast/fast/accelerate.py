@@ -66,6 +66,8 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
     if is_accelerated(inner):
         raise ValueError("model is accelerated already; call restore(model) first")
     require_acceleratable(inner, fast)
+    if getattr(inner, "ranks", None) is not None:
+        raise ValueError("model is parallelized already; call restore(model), accelerate(model), then parallelize it")
     config = _config_of(inner)
     fast.require_model(config)
     require_published_dtypes(inner)
@@ -202,20 +204,24 @@ def install(model: nn.Module, state: FastState) -> None:
 
 @ambient.makes_tensors
 def restore(model: Model) -> Model:
-    """Undo :func:`accelerate` and every :func:`merge_lora`, in place; the weights are what they were, bit for bit.
+    """Undo :func:`accelerate`, :func:`parallelize` and every :func:`merge_lora`, in place, bit for bit.
 
     Args:
-        model: An accelerated model, with ``FastConfig(originals="cpu")``; or one with LoRAs merged into it.
+        model: An accelerated model, with ``FastConfig(originals="cpu")``; or a parallelized one, or one with LoRAs
+            merged into it.
 
     Returns:
         ``model`` itself, of the class it had, on the device where it is now.
 
     Raises:
-        ValueError: The model is neither, its original weights were dropped, or merged ones were changed since.
+        ValueError: The model is none of them, its original weights were dropped, or merged ones were changed since.
     """
     inner: Any = unwrapped(model)
     if not is_accelerated(inner):
-        if unmerge(inner):
+        parallelized = getattr(inner, "ranks", None) is not None
+        if parallelized:
+            inner.ranks = None
+        if unmerge(inner) or parallelized:
             return model
         raise ValueError("model is not accelerated; there is nothing to restore")
     state: FastState = inner.fast

@@ -2,17 +2,13 @@
 
 import numpy as np
 import pytest
+from over_ranks import SIX_TILES, UNEVEN, WINDOW, check
 from rank_pool import rank_pool
-from rank_work import alone_and_together, config_of
+from rank_work import config_of
 
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
 
 FORMATS = (("bf16", "bf16"), ("int8", "int8_qk"), ("fp8", "fp8"), ("fp8", "int8_qk"), ("bf16", "fp8"))
-SIX_TILES = (4, 64, 13)
-"""Frames of a tile each: three tiles a rank of two, and of four ranks the last has two dummies."""
-UNEVEN = (3, 50, 140, 7)
-"""Frames of 100 tokens, audio of more than a tile: six tiles, in which modalities end."""
-WINDOW = {"local_attn_layers": (1,), "frame_receptive_field": 1}
 MASKS = [
     ("window", WINDOW, None),
     ("top_k", {}, TopK(0.5)),
@@ -36,19 +32,6 @@ def many(request):
 
 def fast(precision="bf16", attention="bf16", **options):
     return FastConfig(precision=precision, attention=attention, backend="reference", **options)
-
-
-def check(pool, config, how, sizes=SIX_TILES, **options):
-    results = pool(alone_and_together, pool.ranks, config, how, sizes, **options)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    alone = results[0][0]
-    for rank, (_, together, again) in enumerate(results):
-        for wanted, there, repeated in zip(alone, together, again, strict=True):
-            assert np.array_equal(there, repeated), f"rank {rank} differs from itself"
-            assert np.array_equal(there, wanted), f"rank {rank}: {np.abs(there - wanted).max()} from one process"
-    return alone
 
 
 @pytest.mark.parametrize(("precision", "attention"), FORMATS)
