@@ -3,53 +3,61 @@
 from __future__ import annotations
 
 import multiprocessing
-import traceback
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Ranks are forked from one process that has imported what takes seconds.
 _CONTEXT.set_forkserver_preload(["rank_work"])
+
+
+def _start_server() -> None:
+    """The process that ranks are forked from, which has imported what takes seconds.
+
+    Python 3.11's has not our path, and leaves out in silence what it cannot import.
+    """
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
+        forkserver.ensure_running()
 
 
 class RankPool:
     """``ranks`` processes; the store is the test's own, as torchrun's agent has it, so that it outlives any of them."""
 
     def __init__(self, ranks: int) -> None:
+        _start_server()
         self.ranks = ranks
         self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        self._pipes, self.processes = [], []
+        self.pipes: list[Any] = []
+        self.processes: list[Any] = []
         for rank in range(ranks):
             here, there = _CONTEXT.Pipe()
             process = _CONTEXT.Process(target=_serve, args=(there, self._store.port, ranks, rank), daemon=True)
             process.start()
-            self._pipes.append(here)
+            there.close()  # or the end of a rank would not be seen
+            self.pipes.append(here)
             self.processes.append(process)
 
     def __call__(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """What ``work(rank, ...)`` returns on every rank; an exception that one raises becomes an item."""
-        for pipe in self._pipes:
+        """What ``work(rank, ...)`` returns on every rank; an exception that one raises is an item."""
+        for pipe in self.pipes:
             pipe.send((work, args, kwargs))
-        return [self._answer(pipe, process) for pipe, process in zip(self._pipes, self.processes, strict=True)]
+        return [self.answer(rank, 120) for rank in range(self.ranks)]
 
-    @staticmethod
-    def _answer(pipe: Any, process: Any) -> Any:
-        while not pipe.poll(0.05):
-            if not process.is_alive() and not pipe.poll():
-                return EOFError(f"exit code {process.exitcode}")
-        try:
-            return pipe.recv()
-        except EOFError as error:
-            return error
+    def answer(self, rank: int, seconds: float) -> Any:
+        """What a rank returned or raised."""
+        if not self.pipes[rank].poll(seconds):
+            raise TimeoutError(f"rank {rank} did not answer within {seconds:g} s")
+        return self.pipes[rank].recv()
 
     def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.close()
         for process in self.processes:
             process.kill()
             process.join()
@@ -69,13 +77,9 @@ def _serve(pipe: Any, port: int, ranks: int, rank: int) -> None:
     store = dist.TCPStore("localhost", port, is_master=False)
     dist.init_process_group("gloo", store=store, world_size=ranks, rank=rank, timeout=timedelta(seconds=60))
     while True:
-        try:
-            work, args, kwargs = pipe.recv()
-        except EOFError:
-            return
+        work, args, kwargs = pipe.recv()
         try:
             result = work(rank, *args, **kwargs)
         except Exception as error:
-            error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
             result = error
         pipe.send(result)
