@@ -40,7 +40,7 @@ class Ulysses:
         p, held = self.ranks.size, self.share.held()
         rows, heads, dtype = held[self.share.rank], x.shape[1] // (p * groups), x.dtype
         wanted = _plain(x)[:rows].unflatten(1, (p, groups, heads))[:, :, group]  # [rows, P, h, ...]
-        sent = wanted.transpose(0, 1).reshape(p * rows, heads, *x.shape[2:])
+        sent = wanted.transpose(0, 1).reshape(p * rows, heads, *x.shape[2:]).contiguous()  # else a view, of few rows
         return self.ranks.exchange(sent, [rows] * p, held, lambda arrived: arrived.view(dtype))
 
     def heads_of_columns(self, x: torch.Tensor, unit: int = 1) -> Transfer:
@@ -58,7 +58,7 @@ class Ulysses:
             parts = [part.view(*shape, n) for part, n in zip(arrived.split(sizes), columns, strict=True)]
             return torch.cat(parts, dim=-1).view(dtype)
 
-        sent, dtype = _plain(x)[..., : columns[self.share.rank]].reshape(-1), x.dtype
+        sent, dtype = _plain(x)[..., : columns[self.share.rank]].reshape(-1).contiguous(), x.dtype
         return self.ranks.exchange(sent, [sizes[self.share.rank]] * p, sizes, finish)
 
     def rows_of_heads(self, x: torch.Tensor) -> Transfer:

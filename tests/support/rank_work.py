@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import os
 import pickle
 import time
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import happyhorse_fast as hh
 from happyhorse_fast import golden
+from happyhorse_fast.cli import run
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
@@ -193,3 +197,31 @@ def comes_late(rank: int, ranks: int, culprit: int, timeout: float) -> None:
     if rank == culprit:
         time.sleep(600)
     model(*clip())
+
+
+def sampled(rank: int, ranks: int, fast: FastConfig | None, noise: str, image: bool) -> list[Any]:
+    """Latents of two steps on this rank; every rank's global generator is of another seed."""
+    model = hh.parallelize(model_of(config_of(2), fast), init_device_mesh("cpu", (ranks,)), timeout=30)
+    return sampled_by(model, rank, noise, image)
+
+
+def sampled_by(model: Any, seed: int, noise: str, image: bool) -> list[Any]:
+    video, audio, text = clip(4, 64, 13)
+    torch.manual_seed(seed)
+    kinds: dict[str, Any] = {
+        "global": None,
+        "generator": torch.Generator().manual_seed(seed),
+        "named": lambda name, shape: golden.draw(5, name, shape),
+    }
+    first = video[:, :, :1] / 2 if image else None
+    latents = hh.sample(model, video, audio, text, steps=2, noise=kinds[noise], image=first, progress=False)
+    return [x.numpy() for x in latents]
+
+
+def command(rank: int, ranks: int, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and standard output of the program, started as torchrun would."""
+    said = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    out = io.StringIO()
+    with mock.patch.dict(os.environ, said), contextlib.redirect_stdout(out):
+        code = run(arguments)
+    return code, out.getvalue()
