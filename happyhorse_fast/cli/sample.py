@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import happyhorse_fast
 from happyhorse_fast._version import __version__
 from happyhorse_fast.cli.options import (
     AttentionOption,
@@ -24,6 +25,7 @@ from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, save_tens
 from happyhorse_fast.cli.sample_inputs import Inputs, read_inputs
 from happyhorse_fast.fast.config import FastConfig, Precision
 from happyhorse_fast.files import require_target
+from happyhorse_fast.parallel.launched import Launched
 from happyhorse_fast.tokens import VAE_STRIDE, tokens_for
 
 if TYPE_CHECKING:
@@ -94,8 +96,6 @@ def sample(
 ) -> None:
     """Sample a clip's latents; with --sr-checkpoint in two stages. Under torchrun every process shares each clip."""
     from happyhorse_fast import golden
-    from happyhorse_fast.fast.parallelize import parallelize, require_heads
-    from happyhorse_fast.parallel.launched import Launched
 
     process = Launched.here()
     require_target(output, force)
@@ -143,13 +143,13 @@ def sample(
         with contextlib.suppress(_CheckedError):
             _second_stage(_Unloaded(stage), start, conditions, sr_how)
     for there in filter(None, (first, stage)):
-        require_heads(there.config, process.size)
+        there.config.require_ranks(process.size)
     progress = not as_json and process.rank == 0
     with process.mesh(where) as mesh:
 
         def loaded(there: _Stage) -> Any:
             model = there.load(device=where, progress=progress)
-            return model if mesh is None else parallelize(model, mesh)
+            return model if mesh is None else happyhorse_fast.parallelize(model, mesh)
 
         # No name holds a model: the first is gone before the second is loaded.
         latents = _first_stage(loaded(first), start, conditions, how, callback=record, progress=progress)

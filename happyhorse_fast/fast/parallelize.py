@@ -83,7 +83,7 @@ def parallelize(model: Model, mesh: Any, *, timeout: float = TIMEOUT) -> Model:
         facts["device"] = torch.cuda.get_device_name(device)
     with meeting.call():
         meeting.agree(facts | {"weights": weights_digest(inner)})
-    require_heads(config, mesh.size())  # all ranks have the same, so all raise
+    config.require_ranks(mesh.size())  # all ranks have the same, so all raise
     ranks = Ranks(group, meeting)
     if fast:
         inner.fast.ranks = ranks
@@ -97,13 +97,3 @@ def ranks_of(model: Any) -> Any:
     """The ranks that share a model's sequences; None for one process."""
     inner = unwrapped(model)
     return inner.fast.ranks if is_accelerated(inner) else getattr(inner, "ranks", None)
-
-
-def require_heads(config: ModelConfig, ranks: int) -> None:
-    """Raise a ValueError where a number of ranks does not divide a model's key/value heads, which are not split."""
-    if config.num_heads_kv % ranks:
-        fitting = [n for n in range(1, config.num_heads_kv + 1) if config.num_heads_kv % n == 0]
-        raise ValueError(
-            f"mesh must have a number of ranks that divides the {config.num_heads_kv} key/value heads "
-            f"({', '.join(map(str, fitting))}), got {ranks}"
-        )

@@ -102,7 +102,7 @@ class FastState:
             self.keep(tuple(clip), device)
             kept: ClipState = getattr(self.in_graphs, _attribute(clip))
             return kept
-        state = self.clip_state(clip, device, lambda: build_clip_state(self, clip, self.bands.to(device)))
+        state = self.clip_state(clip, device, lambda: build_clip_state(self, clip, self.bands.to(device), self.ranks))
         if is_capturing(device):
             setattr(self.in_graphs, _attribute(clip), state)
         return state
@@ -168,8 +168,8 @@ class FastState:
             )
 
 
-def build_clip_state(state: FastState, clip: Clip, bands: torch.Tensor) -> ClipState:
-    """The state of one clip, on the device of the rotary frequencies ``bands``."""
+def build_clip_state(state: FastState, clip: Clip, bands: torch.Tensor, ranks: Ranks | None = None) -> ClipState:
+    """The state of one clip that ``ranks`` share, on the device of the rotary frequencies ``bands``."""
     config = state.config
     windowed = any(config.is_local(i, clip.frame_tokens) for i in config.local_attn_layers)
     local = sequence.local_ranges(clip, config.frame_receptive_field) if windowed else None
@@ -182,7 +182,7 @@ def build_clip_state(state: FastState, clip: Clip, bands: torch.Tensor) -> ClipS
         state.fast,
         config.num_layers,
         clip.columns,
-        state.ranks,
+        ranks,
     )
 
 

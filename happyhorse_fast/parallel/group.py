@@ -92,9 +92,8 @@ class Ranks:
         Raises:
             RankError: As :meth:`Transfer.wait`.
         """
-        most = max(held)
-        padded = x.new_zeros((most, *x.shape[1:]))
-        padded[: len(x)] = x
+        most, missing = max(held), max(held) - len(x)
+        padded = torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x.contiguous()
         every = x.new_empty((self.size * most, *x.shape[1:]))
         self.arrived(self._start(dist.all_gather_into_tensor, _bytes(every), _bytes(padded)))
         return torch.cat([part[:count] for part, count in zip(every.split(most), held, strict=True)])

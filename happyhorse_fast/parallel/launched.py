@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ class Launched:
         if self.size == 1:
             yield None
             return
+        import torch  # here: the command line asks before it loads anything heavy
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+
         kind, ours = torch.device(device).type, not dist.is_initialized()
         if kind == "cuda":
             torch.cuda.set_device(device)

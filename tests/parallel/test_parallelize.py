@@ -11,7 +11,7 @@ from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.parallel.rows import RowShare
 
 REFUSALS = {
-    "heads": "mesh must have a number of ranks that divides the 1 key/value heads (1), got 2",
+    "heads": "a sequence can be shared by a number of ranks that divides the 1 key/value heads (1), got 2",
     "config": "config.frame_receptive_field must be the same on all 2 ranks, got 1 on rank 0 and 2 on rank 1",
     "acceleration": "fast must be the same on all 2 ranks, got FastConfig(",
     "weights": "weights must be the same on all 2 ranks, got ",
