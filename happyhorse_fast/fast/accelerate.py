@@ -29,6 +29,7 @@ from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.fast.untraced import load_compiler, untraced
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.dispatch import Choice, attention_is_hopper, choose, compute_capability
+from happyhorse_fast.parallel.sharded import is_sharded, shard_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 LayerTensors = Mapping[str, torch.Tensor]
@@ -100,16 +101,19 @@ class Accelerating:
         config: Its configuration.
         fast: What to do.
         device: Where the weights go.
+        shard: Device mesh whose ranks each keep a share of the matrices; None to keep them whole.
 
     Raises:
         ValueError, BackendError: As :func:`accelerate`.
     """
 
-    def __init__(self, model: nn.Module, config: ModelConfig, fast: FastConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, config: ModelConfig, fast: FastConfig, device: torch.device, shard: Any = None
+    ) -> None:
         if not isinstance(fast, FastConfig):
             raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
         fast.require_model(config)
-        self.model, self.device = model, device
+        self.model, self.device, self.shard = model, device, shard
         self.here = fast.on(compute_capability(device))
         choices = choose_ops(self.here, device, None)
         self.state = FastState(config, fast, choices, [], type(model))
@@ -121,7 +125,10 @@ class Accelerating:
         tensors = layers[index].state_dict()
         layers[index] = None
         state = self.state
-        layers[index] = make_fast_layer(tensors, state.config, self.here, index, state.choices, self.device)
+        layer = make_fast_layer(tensors, state.config, self.here, index, state.choices, self.device)
+        if self.shard is not None:
+            shard_layer(layer, self.shard, layer.matrices())
+        layers[index] = layer
 
     def finish(self) -> None:
         """Make the model run its packed layers, once all are."""
@@ -214,12 +221,15 @@ def restore(model: Model) -> Model:
         ``model`` itself, of the class it had, on the device where it is now.
 
     Raises:
-        ValueError: The model is none of them, its original weights were dropped, or merged ones were changed since.
+        ValueError: The model is none of them, or an eager one whose weights are sharded over ranks; its original
+            weights were dropped, or merged ones were changed since.
     """
     inner: Any = unwrapped(model)
     if not is_accelerated(inner):
         parallelized = getattr(inner, "ranks", None) is not None
         if parallelized:
+            if any(map(is_sharded, inner.block.layers)):
+                raise ValueError("the weights are sharded over ranks (shard_weights=True); load the checkpoint again")
             inner.ranks = None
         if unmerge(inner) or parallelized:
             return model

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from happyhorse_fast.arguments import listed
-from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound, packed_bound
 from happyhorse_fast.fast.attention_inputs import AttentionInputs, Operand
@@ -193,6 +193,13 @@ class FastLayer(nn.Module):
         """``op``'s product [rows, C] in bf16, of a layer with post-norms: one launch."""
         weight: torch.Tensor = getattr(self, f"{op}_weight")
         return fp8_linear(*x, weight, self.scale_of(op), tiles, backend=self.plan.backend["fp8_linear"])
+
+    def matrices(self) -> list[str]:
+        """Names of the products' weights and of their scales."""
+        return [f"{op}_{kind}" for op in OPS if op != "attention" for kind in self._kinds(op)]
+
+    def _kinds(self, op: str) -> tuple[str, ...]:
+        return ("weight",) if self.plan.precision[op] == "bf16" else ("weight", "scale")
 
     @property
     def activation(self) -> str:

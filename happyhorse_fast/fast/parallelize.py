@@ -14,10 +14,12 @@ from happyhorse_fast.arguments import real_number
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.compiled import unwrapped
+from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.state import is_accelerated
 from happyhorse_fast.parallel.agreement import versions, weights_digest
 from happyhorse_fast.parallel.faults import Meeting, default_store
 from happyhorse_fast.parallel.group import Ranks
+from happyhorse_fast.parallel.sharded import is_sharded, shard_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 _MEETINGS: Counter[str] = Counter()
@@ -26,17 +28,20 @@ TIMEOUT = 600.0
 
 
 @ambient.makes_tensors
-def parallelize(model: Model, mesh: Any, *, timeout: float = TIMEOUT) -> Model:
+def parallelize(model: Model, mesh: Any, *, shard_weights: bool = False, timeout: float = TIMEOUT) -> Model:
     """Share every clip's sequence among the ranks of a mesh (Ulysses context parallel), in place.
 
     Every rank calls this with a model of the same weights, and then the model with the same full inputs; every rank
     gets the full result. Between attentions a rank holds and computes its rows alone, within attention all rows of its
-    heads. Weights are replicated. ``restore`` undoes it, and ``accelerate`` with it.
+    heads. ``restore`` undoes it, and ``accelerate`` with it.
 
     Args:
         model: A :class:`HappyHorse`, or an accelerated model of either signature.
         mesh: One-dimensional ``torch.distributed.device_mesh.DeviceMesh`` on the model's kind of device, such as
             ``init_device_mesh("cuda", (4,))``.
+        shard_weights: Keep 1/P of every layer's matrices on a rank (FSDP2), and gather a layer while the one before it
+            runs; else every rank has all weights. An eager model on the CPU then moves to the mesh's devices layer by
+            layer, and has no ``restore``; an accelerated one that no device can hold comes from ``load(shard=mesh)``.
         timeout: Seconds that a rank may keep the others waiting.
 
     Returns:
@@ -67,7 +72,7 @@ def parallelize(model: Model, mesh: Any, *, timeout: float = TIMEOUT) -> Model:
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: {list(mesh.mesh.shape)}")
-    if mesh.device_type != device.type:
+    if mesh.device_type != device.type and not (shard_weights and device.type == "cpu" and not fast):
         raise ValueError(f"mesh must be of {device.type} devices, where the model is; got {mesh.device_type}")
     if mesh.get_coordinate() is None:
         raise ValueError(f"mesh must hold this process, got ranks {mesh.mesh.tolist()}")
@@ -85,12 +90,22 @@ def parallelize(model: Model, mesh: Any, *, timeout: float = TIMEOUT) -> Model:
         meeting.agree(facts | {"weights": weights_digest(inner)})
     config.require_ranks(mesh.size())  # all ranks have the same, so all raise
     ranks = Ranks(group, meeting)
+    if shard_weights:
+        for layer in inner.block.layers:
+            shard(layer, mesh)
+        inner.to(mesh.device_type)
     if fast:
         inner.fast.ranks = ranks
         inner.fast.forget()
     else:
         inner.ranks = ranks
     return model
+
+
+def shard(layer: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread a layer's matrices over the ranks of a mesh, unless they are already."""
+    if not is_sharded(layer):
+        shard_layer(layer, mesh, layer.matrices() if isinstance(layer, FastLayer) else ())
 
 
 def ranks_of(model: Any) -> Any:

@@ -22,11 +22,13 @@ def versions() -> dict[str, str]:
 def weights_digest(model: nn.Module) -> str:
     """Digest of a model's weights: keys, dtypes, shapes, and the sum of every tensor's bits.
 
-    Tells checkpoints apart, not tensors whose elements changed places. Reads every weight once: 33 GiB of a bf16 15B
-    model, predicted 10 ms of an H100.
+    Tells checkpoints apart, not tensors whose elements changed places; of what is sharded already, the shape alone.
+    Reads every weight once: 33 GiB of a bf16 15B model, predicted 10 ms of an H100.
     """
     digest = hashlib.blake2b(digest_size=8)
     tensors: Mapping[str, torch.Tensor] = model.state_dict()
     for key in sorted(tensors):
-        digest.update(f"{key} {said_of(tensors[key])};".encode())
+        value = tensors[key]
+        said = f"{value.dtype} {list(value.shape)}" if hasattr(value, "to_local") else said_of(value)
+        digest.update(f"{key} {said};".encode())
     return digest.hexdigest()

@@ -24,6 +24,7 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.parallelize import ranks_of
 from happyhorse_fast.parallel import agreement
+from happyhorse_fast.parallel.sharded import held_bytes
 
 
 def config_of(heads: int = 2, **changes: Any) -> ModelConfig:
@@ -225,3 +226,30 @@ def command(rank: int, ranks: int, arguments: list[str]) -> tuple[int, str]:
     with mock.patch.dict(os.environ, said), contextlib.redirect_stdout(out):
         code = run(arguments)
     return code, out.getvalue()
+
+
+def sharded(rank: int, ranks: int, fast: FastConfig | None, folder: str | None) -> dict[str, Any]:
+    """Bytes of matrices on this rank and in all, and whether whole and sharded weights give the same outputs."""
+    config, inputs, mesh = config_of(2), clip(), init_device_mesh("cpu", (ranks,))
+    whole = hh.parallelize(model_of(config, fast), mesh, timeout=30)
+    wanted = outputs(whole, inputs)
+    if folder is None:
+        model = hh.parallelize(model_of(config, fast), mesh, timeout=30, shard_weights=True)
+    else:
+        model = hh.load(folder, config=config, fast=fast, shard=mesh, progress=False)
+        hh.parallelize(model, mesh, timeout=30)
+    matrices = [x for x in model.block.layers.state_dict().values() if x.numel() > 1000]
+    there = outputs(model, inputs), outputs(model, inputs)
+    after = [x for x in model.block.layers.state_dict().values() if x.numel() > 1000]
+    try:
+        back = outputs(hh.restore(model), inputs)
+        restored: Any = all(map(np.array_equal, back, outputs(model_of(config, None), inputs)))
+    except ValueError as error:
+        restored = str(error)
+    return {
+        "here": held_bytes(matrices),
+        "after": held_bytes(after),
+        "all": sum(x.nbytes for x in matrices),
+        "same": all(np.array_equal(a, b) for result in there for a, b in zip(wanted, result, strict=True)),
+        "restored": restored,
+    }
