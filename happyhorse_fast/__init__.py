@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from happyhorse_fast.fast.step import at_step
     from happyhorse_fast.ops.attention.sdpa import attention
     from happyhorse_fast.ops.runtime.obstacles import BackendError
+    from happyhorse_fast.parallel.clips import clips_of_rank
     from happyhorse_fast.sampler.sample import sample
     from happyhorse_fast.sampler.super_resolve import super_resolve
     from happyhorse_fast.tokens import ClipTokens, tokens_for
@@ -46,6 +47,7 @@ _WHERE = {
     "TopP": "fast.config",
     "accelerate": "fast.accelerate",
     "at_step": "fast.step",
+    "clips_of_rank": "parallel.clips",
     "attention": "ops.attention.sdpa",
     "explain": "fast.accelerate",
     "load": "checkpoint.load",
@@ -77,6 +79,7 @@ __all__ = [
     "accelerate",
     "at_step",
     "attention",
+    "clips_of_rank",
     "explain",
     "load",
     "merge_lora",

@@ -78,7 +78,8 @@ def parallelize(model: Model, mesh: Any, *, shard_weights: bool = False, timeout
         raise ValueError(f"mesh must hold this process, got ranks {mesh.mesh.tolist()}")
     group = mesh.get_group()
     _MEETINGS[group.group_name] += 1  # every one has keys of its own
-    name = f"{group.group_name}/{_MEETINGS[group.group_name]}"
+    ranks_there = "-".join(map(str, mesh.mesh.tolist()))  # rows of a larger mesh may share a name
+    name = f"{group.group_name}/{ranks_there}/{_MEETINGS[group.group_name]}"
     meeting = Meeting(default_store(name), mesh.size(), mesh.get_local_rank(), seconds)
     facts = versions() | {f"config.{key}": str(value) for key, value in config.to_dict().items()}
     facts |= {"fast": repr(inner.fast.fast) if fast else f"eager in {inner.compute_dtype}"}

@@ -176,7 +176,7 @@ def require_one_rank(model: nn.Module) -> None:
     if ranks > 1:
         raise ValueError(
             f"context parallelism must be off (cp_size=1), got a group of {ranks} ranks: every rank of an accelerated "
-            "model would compute all rows. Run one rank per clip, or the eager model"
+            "model would compute all rows. Take cp_size=1, accelerate, then happyhorse_fast.parallelize(model, mesh)"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-_POLL_SECONDS = 2e-4
+_MOST_POLL_SECONDS = 2e-3
 _LOOK_SECONDS = 0.5
 """How often a waiting rank looks whether another one reported a fault."""
 _MOST_GRACE_SECONDS = 30.0
@@ -94,7 +94,7 @@ class Meeting:
                 look = now
                 if self._reports():
                     self.fault(RuntimeError("another rank reported a fault"))
-            time.sleep(_POLL_SECONDS)
+            time.sleep(min((now - start) / 10, _MOST_POLL_SECONDS))
 
     def fault(self, error: Exception) -> NoReturn:
         """Tell the others that this rank lost them, hear what they say, and raise a RankError of who is to blame."""

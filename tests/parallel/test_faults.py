@@ -38,6 +38,7 @@ def test_the_others_name_it(ranks, how, said):
     assert seconds < 60
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named():
     found, _ = errors(2, comes_late, 1, TIMEOUT)
     assert "rank 1 died or hangs, no answer within 3 s" in str(found[0])

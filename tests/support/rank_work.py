@@ -67,6 +67,14 @@ def alone_and_together(
     return alone, together, again
 
 
+def clips_of_pairs(rank: int, fast: FastConfig) -> dict[int, list[Any]]:
+    """Four processes, two to a clip: latents of three clips by their place."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("clips", "rows"))
+    model = hh.parallelize(model_of(config_of(2), fast), mesh["rows"], timeout=30)
+    seeds = hh.clips_of_rank([7, 8, 9], mesh["clips"])
+    return {place: sampled_by(model, seed, "generator", False) for place, seed in seeds}
+
+
 def held_sizes(rank: int, ranks: int, config: ModelConfig, fast: FastConfig | None, sizes: tuple[int, ...]) -> Any:
     """(rows, channels) of the residual stream before layers; of attention's q, k, v; of all tensors made meanwhile."""
     from torch.utils._python_dispatch import TorchDispatchMode
