@@ -54,6 +54,14 @@ def test_two_ranks_in_another_signature_with_post_norms_and_mlp_in_parts(two, ho
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("precision", "attention"), [FORMATS[0], FORMATS[2], FORMATS[3]])
+def test_the_kernels_give_the_bits_of_one(two, precision, attention):
+    """Triton's, interpreted: they take heads of wider rows; three tiles, so that one of four is a dummy."""
+    how = FastConfig(precision=precision, attention=attention, backend="triton", sparsity=TopK(0.5))
+    check(two, config_of(4), how, (1, 64, 13))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "attention"), FORMATS)
 @pytest.mark.parametrize("sizes", [SIX_TILES, UNEVEN])
 def test_more_ranks_give_the_bits_of_one(many, precision, attention, sizes):

@@ -49,7 +49,7 @@ class RankPool:
         """What ``work(rank, ...)`` returns on every rank; an exception that one raises is an item."""
         for pipe in self.pipes:
             pipe.send((work, args, kwargs))
-        return [self.answer(rank, 120) for rank in range(self.ranks)]
+        return [self.answer(rank, 600) for rank in range(self.ranks)]
 
     def answer(self, rank: int, seconds: float) -> Any:
         """What a rank returned or raised."""
