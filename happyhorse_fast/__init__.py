@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from happyhorse_fast.eager.model import HappyHorse
     from happyhorse_fast.fast.accelerate import Explanation, accelerate, explain, restore
     from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
+    from happyhorse_fast.fast.parallelize import parallelize
     from happyhorse_fast.fast.step import at_step
     from happyhorse_fast.ops.attention.sdpa import attention
     from happyhorse_fast.ops.runtime.obstacles import BackendError
+    from happyhorse_fast.parallel.clips import clips_of_rank
     from happyhorse_fast.pipeline.pipeline import Pipeline
     from happyhorse_fast.sampler.sample import sample
     from happyhorse_fast.sampler.super_resolve import super_resolve
@@ -48,11 +50,13 @@ _WHERE = {
     "TopP": "fast.config",
     "accelerate": "fast.accelerate",
     "at_step": "fast.step",
+    "clips_of_rank": "parallel.clips",
     "attention": "ops.attention.sdpa",
     "explain": "fast.accelerate",
     "hosts": "",
     "load": "checkpoint.load",
     "merge_lora": "checkpoint.lora",
+    "parallelize": "fast.parallelize",
     "restore": "fast.accelerate",
     "sample": "sampler",
     "save_checkpoint": "checkpoint.load",
@@ -80,10 +84,12 @@ __all__ = [
     "accelerate",
     "at_step",
     "attention",
+    "clips_of_rank",
     "explain",
     "hosts",
     "load",
     "merge_lora",
+    "parallelize",
     "restore",
     "sample",
     "save_checkpoint",

@@ -139,6 +139,15 @@ class ModelConfig:
         """Whether ``layer`` uses the frame window on a clip with ``frame_tokens`` tokens per latent frame."""
         return layer in self.local_attn_layers and frame_tokens >= self.local_attn_min_frame_tokens
 
+    def require_ranks(self, ranks: int) -> None:
+        """Raise a ValueError where a number of ranks does not divide the key/value heads, which are not split."""
+        if self.num_heads_kv % ranks:
+            fitting = [n for n in range(1, self.num_heads_kv + 1) if self.num_heads_kv % n == 0]
+            raise ValueError(
+                f"a sequence can be shared by a number of ranks that divides the {self.num_heads_kv} key/value heads "
+                f"({', '.join(map(str, fitting))}), got {ranks}"
+            )
+
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)

@@ -212,8 +212,9 @@ def step_costs(
     attention: str | None = None,
     gpu: Gpu = GPUS["h100"],
     video_share: float | None = None,
+    gpus: int = 1,
 ) -> list[OpCost]:
-    """Cost of one forward pass per operation and kind of layer.
+    """Cost of one forward pass per operation and kind of layer; of one of ``gpus`` that share the sequence.
 
     Args:
         config: The model.
@@ -226,6 +227,7 @@ def step_costs(
         gpu: Card whose peaks make the floor.
         video_share: Share of video pairs that every layer computes, in place of dense and window; None for the exact
             masks.
+        gpus: Ranks that share the sequence: each has all weights, its rows, and in attention its heads.
 
     Raises:
         ValueError: ``text``, ``precision`` or ``video_share`` is out of range, or the card lacks the precision.
@@ -247,10 +249,10 @@ def step_costs(
     example = {layer_kind(config, layer, clip): layer for layer in range(config.num_layers)}
     costs = []
     for kind, count in kinds.items():
-        flops, moved = _layer(config, example[kind], clip, text, (precision, attention), video_share)
+        flops, moved = _layer(config, example[kind], clip, text, (precision, attention), video_share, gpus)
         rates = {op: attention if op == "attention" else precision for op in flops}
         costs += [_op(op, kind, count, flops[op], moved[op], rates[op], gpu) for op in flops]
-    flops, moved = _outside(config, clip, text)
+    flops, moved = _outside(config, clip, text, gpus)
     return costs + [_op(op, OUTSIDE, 1, flops[op], moved[op], "fp32", gpu) for op in flops]
 
 
@@ -266,10 +268,11 @@ def _layer(
     text: int,
     precision: tuple[str, str],
     video_share: float | None,
+    gpus: int,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """FLOPs and bytes by op; ``precision`` of products and of attention."""
     element, (of_qk, of_v) = _INPUT_BYTES[precision[0]], _ATTENTION_BYTES[precision[1]]
-    n, width, experts = clip.total(text), config.hidden_size, config.experts(layer)
+    n, width, experts = clip.total(text) / gpus, config.hidden_size, config.experts(layer)
     q, kv = config.num_heads_q * config.head_dim, config.num_heads_kv * config.head_dim
     share = video_share
     if share is None:
@@ -277,7 +280,7 @@ def _layer(
         share = window_share(clip.T // PATCH[0], config.frame_receptive_field) if local else 1.0
     matrices = _matrices(config, layer)
     flops: dict[str, float] = {op: 2.0 * n * rows * columns for op, (rows, columns) in matrices.items()}
-    flops["attention"] = 4.0 * q * attention_pairs(clip, text, share)
+    flops["attention"] = 4.0 * q * attention_pairs(clip, text, share) / gpus
     flops["norms"] = 0.0
     weights = {op: experts * rows * columns * element for op, (rows, columns) in matrices.items()}
     packed = n * ((q + kv) * of_qk + kv * of_v + config.num_heads_q * _BRANCH_BYTES)  # q, k, v and the gate
@@ -301,9 +304,9 @@ def _layer(
     return {op: flops[op] for op in moved}, moved
 
 
-def _outside(config: ModelConfig, clip: ClipTokens, text: int) -> tuple[dict[str, float], dict[str, float]]:
+def _outside(config: ModelConfig, clip: ClipTokens, text: int, gpus: int) -> tuple[dict[str, float], dict[str, float]]:
     width, channels = config.hidden_size, _channels(config)
-    tokens = dict(zip(MODALITIES, (clip.video, clip.audio, text), strict=True))
+    tokens = dict(zip(MODALITIES, (n / gpus for n in (clip.video, clip.audio, text)), strict=True))
     spans = {"embed": MODALITIES, "heads": ("video", "audio")}
     flops = {op: sum(2.0 * tokens[m] * channels[m] * width for m in spans[op]) for op in spans}
     moved = {op: 4.0 * sum(tokens[m] * (channels[m] + width) + channels[m] * width for m in spans[op]) for op in spans}

@@ -24,6 +24,7 @@ LAYERS = {
     "json_data": 0,
     "moved": 0,
     "optional": 0,
+    "parallel": 0,
     "tokens": 0,
     "eager": 1,
     "kernels": 2,

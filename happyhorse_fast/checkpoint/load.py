@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,6 +53,7 @@ def load(
     fast: FastConfig | None = None,
     lora: Lora | Sequence[Lora] = (),
     lora_scale: float | Sequence[float] = 1.0,
+    shard: Any = None,
 ) -> HappyHorse:
     """Load a checkpoint: in the published format, or packed by :func:`save_packed`.
 
@@ -77,6 +79,8 @@ def load(
         lora: What :func:`merge_lora` takes, merged as there, layer by layer, before a layer is packed. The original
             weights are not kept. Not for packed weights.
         lora_scale: Its ``scale``.
+        shard: Device mesh, with ``fast`` and the published format: every rank keeps its share of a layer's matrices as
+            soon as the layer is packed, so that no device holds all of them; :func:`parallelize` comes after.
 
     Returns:
         The model, complete: on any error, Ctrl-C included, there is none, and its memory is free again.
@@ -87,9 +91,12 @@ def load(
             not the model's. The message names files and keys.
         TypeError: ``config`` is not a ModelConfig.
         ValueError: Not exactly one of ``preset`` and ``config``; no such preset, device or compute dtype; ``fast`` asks
-            for another precision than packed weights have; ``lora`` for packed weights, or one that does not fit.
+            for another precision than packed weights have; ``lora`` for packed weights, or one that does not fit;
+            ``shard`` without ``fast``, or for packed weights.
     """
     place = usable_device(device)
+    if shard is not None and (fast is None or is_packed(path)):
+        raise ValueError(f"shard must come with fast and the published format, got fast={fast} and {str(path)!r}")
     wanted = check_load(path, preset, config, compute_dtype=compute_dtype, fast=fast)
     if is_packed(path):
         if lora:
@@ -100,7 +107,7 @@ def load(
     model = HappyHorse(wanted, compute_dtype, device="meta")
     updates = plan_updates(model, lora, lora_scale)
     entries = read_headers(path)
-    accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
+    accelerating = Accelerating(model, wanted, fast, place, shard) if fast is not None else None
     with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
         _stream(model, entries, place, advance, accelerating, updates)
     return model

@@ -1,7 +1,7 @@
 """The command line ``happyhorse-fast``: generate, demo, sample, verify, plan, bench, doctor; each has ``--help``.
 
-Exit codes: 0 done, 1 a check failed or memory ran out, 2 bad input, 130 interrupted. Results go to standard output, as
-tables or with ``--json`` as one JSON document; everything else goes to standard error.
+Exit codes: 0 done, 1 a check failed, memory ran out or another rank is gone, 2 bad input, 130 interrupted. Results go
+to standard output, as tables or with ``--json`` as one JSON document; everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ def _run(arguments: list[str]) -> int:
         if hasattr(error, "format_message"):  # an error of parsing, from whichever copy of click this typer brings
             return _fail(error.format_message(), error.exit_code)  # type: ignore[attr-defined]
         name = type(error).__name__  # by name: torch may not have been imported
-        out_of_memory, expected = name == "OutOfMemoryError", isinstance(error, _USER_ERRORS) or name == "BackendError"
-        if "--traceback" in arguments or not (out_of_memory or expected):
+        failed = name in ("OutOfMemoryError", "RankError")
+        expected = isinstance(error, _USER_ERRORS) or name == "BackendError"
+        if "--traceback" in arguments or not (failed or expected):
             raise
-        hint = f"; `{PROGRAM} plan` says what a clip needs" if out_of_memory else ""
-        return _fail(f"{error}{hint}", 1 if out_of_memory else 2)
+        hint = f"; `{PROGRAM} plan` says what a clip needs" if name == "OutOfMemoryError" else ""
+        return _fail(f"{error}{hint}", 1 if failed else 2)
     return _fail("interrupted", 130) if code == 130 else int(code or 0)
 
 

@@ -13,6 +13,7 @@ from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals
 from happyhorse_fast.costs import window_share as window_share_of
 from happyhorse_fast.fast.config import FastConfig, default_attention
+from happyhorse_fast.parallel.costs import LINKS, layer_exchange
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, fps_of, tokens_for
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ def plan(
         typer.Option(help="Precision of attention: bf16, int8_qk or fp8; by default as FastConfig's on an H100."),
     ] = None,
     gpu: Annotated[str, typer.Option(help=f"Peaks to plan with: {', '.join(GPUS)}.")] = "h100",
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Cards that share the clip's sequence; times, bytes and memory are of one.")
+    ] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="8")] = None,
     video_share: Annotated[
         float | None,
@@ -89,10 +93,11 @@ def plan(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     config, clip, card = ModelConfig.preset(preset), tokens_for(resolution, aspect, seconds, fps), gpu_named(gpu)
+    config.require_ranks(gpus)
     if attention is None:
         attention = default_attention("bf16" if precision == "fp32" else precision)
-    how = {"precision": precision, "attention": attention}
-    costs = step_costs(config, clip, text=text, gpu=card, video_share=video_share, **how)
+    how: dict[str, Any] = {"precision": precision, "attention": attention}
+    costs = step_costs(config, clip, text=text, gpu=card, video_share=video_share, gpus=gpus, **how)
     total, counted = totals(costs), parameters(config)
     window_layers = sum(config.is_local(i, clip.frame_tokens) for i in range(config.num_layers))
     window_share = window_share_of(clip.T // PATCH[0], config.frame_receptive_field) if window_layers else None
@@ -115,6 +120,7 @@ def plan(
         },
         **how,
         "gpu": card,
+        "gpus": gpus,
         "steps": steps,
         "ops": costs,
         "totals": {
@@ -125,8 +131,9 @@ def plan(
             "floor_ms_per_step": total.floor_ms,
             "floor_s": steps * total.floor_ms / 1e3,
         },
+        "exchange": None if gpus == 1 else _exchange(config, clip, gpus, text, precision, attention, costs),
         "launches_per_layer": _launches(precision),
-        **_memory(config, clip, text, (precision, attention), memory),
+        **_memory(config, clip, text, (precision, attention), memory, gpus),
     }
     emit(data, as_json, lambda console: _render(console, data))
 
@@ -142,8 +149,20 @@ def _launches(precision: str) -> int | None:
     return max(len(names) for names in launches_per_layer(FastConfig(precision=form.fast_precision)))
 
 
+def _exchange(
+    config: ModelConfig, clip: ClipTokens, gpus: int, text: int, precision: str, attention: str, costs: list[OpCost]
+) -> dict[str, Any]:
+    of_layer = layer_exchange(config, clip, gpus, text=text, precision=precision, attention=attention)
+    beside = sum(c.count * c.floor_ms for c in costs if c.op == "attention") / 1e3 / config.num_layers
+    links = []
+    for link in LINKS:
+        whole, exposed = (config.num_layers * s * 1e3 for s in of_layer.seconds(link, beside))
+        links.append({"link": link, "ms_per_step": whole, "exposed_ms_per_step": exposed})
+    return {"bytes_per_step": config.num_layers * of_layer.bytes, "links": links}
+
+
 def _memory(
-    config: ModelConfig, clip: ClipTokens, text: int, precision: tuple[str, str], trace: bool
+    config: ModelConfig, clip: ClipTokens, text: int, precision: tuple[str, str], trace: bool, gpus: int
 ) -> dict[str, Any]:
     from happyhorse_fast.fast.memory import peak_memory
     from happyhorse_fast.verify.forms import form_of
@@ -154,7 +173,10 @@ def _memory(
     if not trace:
         return {"peak_memory_gib": None, "memory": {"form": form.name, "why": "not traced (--no-memory)"}}
     print("tracing one forward pass under fake tensors...", file=sys.stderr)
-    peak = peak_memory(form.without_weights(config, attention), clip, text)  # type: ignore[arg-type]  # checked before
+    model = form.without_weights(config, attention)  # type: ignore[arg-type]  # checked before
+    # The last rank holds the dummies, the first none.
+    peaks = [peak_memory(model, clip, text, gpus=gpus, rank=rank) for rank in {0, gpus - 1}]
+    peak = max(peaks, key=lambda peak: peak.peak_bytes)
     return {"peak_memory_gib": peak.peak_gib, "memory": {"form": form.name, "why": None, "peak": peak}}
 
 
@@ -184,6 +206,8 @@ def _render(console: Console, data: dict[str, Any]) -> None:
             (f"{total['floor_s']:.1f} s", "bold"),
         )
     )
+    if data["exchange"] is not None:
+        console.print(literal(f"each of {data['gpus']} cards sends {_exchanged(data['exchange'])} a step"))
     memory = data["memory"]
     if data["peak_memory_gib"] is None:
         console.print(literal(f"peak memory: not known, {memory['why']}"))
@@ -199,6 +223,14 @@ def _render(console: Console, data: dict[str, Any]) -> None:
     )
     rows = [[gib(a.bytes), a.dtype, str(list(a.shape)), a.made_by] for a in peak.largest]
     console.print(table("largest at the peak, without weights", ["size", "dtype", "shape", "made by"], rows, left=4))
+
+
+def _exchanged(exchange: dict[str, Any]) -> str:
+    links = [
+        f"{x['ms_per_step']:.0f} ms over {x['link'].name}, {x['exposed_ms_per_step']:.0f} of them not beside attention"
+        for x in exchange["links"]
+    ]
+    return f"{number(exchange['bytes_per_step'], 'B')} ({'; '.join(links)})"
 
 
 def _masks(tokens: dict[str, Any]) -> str:

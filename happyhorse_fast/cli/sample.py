@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import happyhorse_fast
 from happyhorse_fast._version import __version__
 from happyhorse_fast.cli.options import (
     AttentionOption,
@@ -24,6 +25,7 @@ from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, save_tens
 from happyhorse_fast.cli.sample_inputs import Inputs, read_inputs
 from happyhorse_fast.fast.config import FastConfig, Precision
 from happyhorse_fast.files import require_target
+from happyhorse_fast.parallel.launched import Launched
 from happyhorse_fast.tokens import VAE_STRIDE, fps_of, tokens_for
 
 if TYPE_CHECKING:
@@ -94,9 +96,10 @@ def sample(
     force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Sample a clip's latents; with --sr-checkpoint in two stages."""
+    """Sample a clip's latents; with --sr-checkpoint in two stages. Under torchrun every process shares each clip."""
     from happyhorse_fast import golden
 
+    process = Launched.here()
     require_target(output, force)
     second = sr_checkpoint is not None
     if second != (size is not None) or (not second and (sr_preset is not None or sr_config is not None)):
@@ -107,7 +110,7 @@ def sample(
         raise ValueError(f"--attention must come with --fast, got {attention} without it")
     how_fast = None if fast is None else (fast, attention)
     tensors = read_inputs(inputs)
-    where = usable_device(device)
+    where = process.device(usable_device(device))
     first = _Stage(checkpoint, preset, config, dtype, how_fast)
     fps = fps_of(preset) if fps is None else fps
     drawn_clip = (None,) * 4 if resolution is None else (resolution, aspect, seconds, fps)
@@ -142,14 +145,23 @@ def sample(
         stage = _Stage(sr_checkpoint, sr_preset, sr_config, dtype, how_fast, "sr-")
         with contextlib.suppress(_CheckedError):
             _second_stage(_Unloaded(stage), start, conditions, sr_how)
-    place: dict[str, Any] = {"device": where, "progress": not as_json}
-    # No name holds a model: the first is gone before the second is loaded.
-    latents = _first_stage(first.load(**place), start, conditions, how, callback=record, progress=not as_json)
-    settings |= {"steps": len(record.sigmas), "sigmas": [*record.sigmas, 0.0]}
+    for there in filter(None, (first, stage)):
+        there.config.require_ranks(process.size)
+    progress = not as_json and process.rank == 0
+    with process.mesh(where) as mesh:
+
+        def loaded(there: _Stage) -> Any:
+            model = there.load(device=where, progress=progress)
+            return model if mesh is None else happyhorse_fast.parallelize(model, mesh)
+
+        # No name holds a model: the first is gone before the second is loaded.
+        latents = _first_stage(loaded(first), start, conditions, how, callback=record, progress=progress)
+        if stage is not None:
+            again = Record()
+            shown: dict[str, Any] = {"callback": again, "progress": progress}
+            latents["video"] = _second_stage(loaded(stage), latents, conditions, sr_how, **shown)
+    settings |= {"ranks": process.size, "steps": len(record.sigmas), "sigmas": [*record.sigmas, 0.0]}
     if stage is not None:
-        again = Record()
-        shown: dict[str, Any] = {"callback": again, "progress": not as_json}
-        latents["video"] = _second_stage(stage.load(**place), latents, conditions, sr_how, **shown)
         settings |= {
             "sr_checkpoint": sr_checkpoint,
             "sr_preset": sr_preset,
@@ -161,6 +173,8 @@ def sample(
         record.seconds += again.seconds
         record.memory_bytes = max(record.memory_bytes or 0, again.memory_bytes or 0) or None
     rows, columns = latents["video"].shape[3:]
+    if process.rank:  # rank 0 writes what all have
+        return
     settings["pixels"] = [rows * VAE_STRIDE[1], columns * VAE_STRIDE[2]]
     save_tensors(output, latents, settings)
     data = {

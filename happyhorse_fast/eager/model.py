@@ -8,6 +8,7 @@ checkpoints load as they are. Everything runs in chunks of rows, so it needs no 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,10 +21,16 @@ from happyhorse_fast.eager.float32 import linear
 from happyhorse_fast.eager.mlp import gelu7, swiglu7
 from happyhorse_fast.eager.qkv import rms_norm, rmsnorm_qkv
 from happyhorse_fast.eager.rotary import frequency_bands, rotary_phases
-from happyhorse_fast.eager.sequence import Clip, Ranges
+from happyhorse_fast.eager.sequence import Clip, HeldTokens, Ranges
+from happyhorse_fast.parallel.group import Ranks
+from happyhorse_fast.parallel.rows import RowShare
+from happyhorse_fast.parallel.sharded import gather_ahead
+from happyhorse_fast.parallel.ulysses import Ulysses
 
 # Rows in flight in a norm, a QKV product or an MLP: 8192 x 27304 float32 is 0.9 GB, all 64k rows would be 7 GB.
 ROW_CHUNK = 8192
+Tokens = Clip | HeldTokens
+"""Where video, audio and text are in the rows at hand."""
 COMPUTE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -56,18 +63,31 @@ class Attention(nn.Module):
         self.linear_proj = Weight(experts, width, attended, dtype=dtype, device=device)
 
     def forward(
-        self, hidden: torch.Tensor, phases: torch.Tensor, clip: Clip, ranges: Ranges, compute_dtype: torch.dtype
+        self,
+        hidden: torch.Tensor,
+        phases: torch.Tensor,
+        clip: Tokens,
+        ranges: Ranges,
+        compute_dtype: torch.dtype,
+        ulysses: Ulysses | None = None,
     ) -> torch.Tensor:
-        """[N, hidden] residual stream -> [N, hidden] to add to it, in the stream's dtype."""
+        """[N, hidden] residual stream -> [N, hidden] to add to it, in the stream's dtype; over ranks, of its rows."""
         q, k, v, gate = self.qkv(hidden, phases, clip, compute_dtype)
-        attended = self.attend(q, k, v, ranges)
+        if ulysses is None:
+            attended = self.attend(q, k, v, ranges)
+        else:
+            coming = [ulysses.heads_of_rows(x) for x in (k, v, q)]
+            del q, k, v
+            k, v, q = (transfer.wait() for transfer in coming)
+            attended = ulysses.rows_of_heads(self.attend(q, k, v, ranges)).wait().flatten(1, 2)
+            del q, k, v
         outputs = []
         for e, rows in sequence.row_chunks(clip, self.pre_norm.experts, ROW_CHUNK):
             outputs.append(self.project(self.gated(attended[rows], torch.sigmoid(gate[rows])), e))
         return torch.cat(outputs).to(hidden.dtype)
 
     def qkv(
-        self, hidden: torch.Tensor, phases: torch.Tensor, clip: Clip, compute_dtype: torch.dtype
+        self, hidden: torch.Tensor, phases: torch.Tensor, clip: Tokens, compute_dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """[N, hidden] -> q [N, Hq, D], k and v [N, Hkv, D] in ``compute_dtype``, gate [N, Hq] before its sigmoid."""
         parts = [
@@ -114,7 +134,7 @@ class MLP(nn.Module):
         self.up_gate_proj = Weight(experts, config.up_features(layer), width, dtype=dtype, device=device)
         self.down_proj = Weight(experts, width, config.intermediate_size(layer), dtype=dtype, device=device)
 
-    def forward(self, hidden: torch.Tensor, clip: Clip, compute_dtype: torch.dtype) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, clip: Tokens, compute_dtype: torch.dtype) -> torch.Tensor:
         """[N, hidden] residual stream -> [N, hidden] to add to it, in the stream's dtype."""
         outputs = []
         for e, rows in sequence.row_chunks(clip, self.pre_norm.experts, ROW_CHUNK):
@@ -146,19 +166,32 @@ class Layer(nn.Module):
             self.mlp_post_norm = Weight(*size, dtype=torch.float32, device=device)
 
     def forward(
-        self, hidden: torch.Tensor, phases: torch.Tensor, clip: Clip, ranges: Ranges, compute_dtype: torch.dtype
+        self,
+        hidden: torch.Tensor,
+        phases: torch.Tensor,
+        clip: Tokens,
+        ranges: Ranges,
+        compute_dtype: torch.dtype,
+        ulysses: Ulysses | None = None,
     ) -> torch.Tensor:
-        """[N, hidden] -> [N, hidden] in the stream's dtype."""
+        """[N, hidden] -> [N, hidden] in the stream's dtype; with ``ulysses`` the rows of this rank."""
         # No name holds a branch: 1.3 GB at 1080p that would stay alive through the MLP.
-        hidden = self.add(hidden, self.attention(hidden, phases, clip, ranges, compute_dtype), "attn_post_norm", clip)
+        how = (phases, clip, ranges, compute_dtype, ulysses)
+        hidden = self.add(hidden, self.attention(hidden, *how), "attn_post_norm", clip)
         return self.add(hidden, self.mlp(hidden, clip, compute_dtype), "mlp_post_norm", clip)
 
-    def add(self, hidden: torch.Tensor, branch: torch.Tensor, post_norm: str, clip: Clip) -> torch.Tensor:
+    def add(self, hidden: torch.Tensor, branch: torch.Tensor, post_norm: str, clip: Tokens) -> torch.Tensor:
         """The residual stream [N, hidden] plus a branch, which goes through the named norm where the layer has one."""
         return hidden + (normed(branch, getattr(self, post_norm), clip) if self.post_norm else branch)
 
 
-def normed(x: torch.Tensor, norm: Weight, clip: Clip) -> torch.Tensor:
+def _extended(x: torch.Tensor, share: RowShare) -> torch.Tensor:
+    """[rows of the sequence, ...] -> [rows held, ...], zeros for dummies."""
+    missing = share.count - len(x)
+    return torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x
+
+
+def normed(x: torch.Tensor, norm: Weight, clip: Tokens) -> torch.Tensor:
     """RMSNorm of [N, hidden], every token by its expert's weight, in the dtype of ``x``."""
     chunks = sequence.row_chunks(clip, norm.experts, ROW_CHUNK)
     return torch.cat([rms_norm(x[rows], norm.of(e)) for e, rows in chunks])
@@ -239,6 +272,7 @@ class HappyHorse(nn.Module):
         where = torch.device(device) if device is not None else None
         self.config = config
         self.compute_dtype = compute_dtype
+        self.ranks: Ranks | None = None
         self.adapter = Adapter(config, where)
         self.block = Block(config, param_dtype, where)
         self.final_norm_video = Weight(1, config.hidden_size, dtype=torch.float32, device=where)
@@ -292,30 +326,62 @@ class HappyHorse(nn.Module):
         Raises:
             TypeError, ValueError, NonFiniteError: As :func:`happyhorse_fast.eager.sequence.check_inputs`.
         """
+        if self.ranks is None:
+            return self._forward(video, audio, text, on_layer, RowShare)
+        with self.ranks.call(video=video, audio=audio, text=text, on_layer=on_layer):
+            share = partial(RowShare, ranks=self.ranks.size, rank=self.ranks.rank)
+            return self._forward(video, audio, text, on_layer, share)
+
+    def _forward(
+        self,
+        video: torch.Tensor,
+        audio: torch.Tensor,
+        text: torch.Tensor,
+        on_layer: LayerHook | None,
+        share_of: Callable[[int], RowShare],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         clip = sequence.check_inputs(self.config, video, audio, text, self.device)
-        coords = sequence.coordinates(clip, self.config.coords_style, self.device)
-        phases = rotary_phases(coords, self.adapter.rope.bands).to(self.stream_dtype)
-        hidden = self._embed(video, audio, text)
+        share = share_of(clip.total)
+        ulysses = None if self.ranks is None else Ulysses(self.ranks, share)
+        here: Tokens = clip if ulysses is None else HeldTokens.of(clip, share)
+        coords = sequence.coordinates(clip, self.config.coords_style, self.device)[share.first : share.end]
+        phases = _extended(rotary_phases(coords, self.adapter.rope.bands).to(self.stream_dtype), share)
+        hidden = _extended(self._embed(video, audio, text, clip, share), share)
         dense = sequence.dense_ranges(clip)
         local = sequence.local_ranges(clip, self.config.frame_receptive_field)
         for i, layer in enumerate(self.block.layers):
             ranges = local if self.config.is_local(i, clip.frame_tokens) else dense
-            hidden = layer(hidden, phases, clip, ranges, self.compute_dtype)
+            gather_ahead(self.block.layers, i + 1)
+            hidden = layer(hidden, phases, here, ranges, self.compute_dtype, ulysses)
             if on_layer is not None:
-                on_layer(i, hidden)
-        video_rows, audio_rows, _ = clip.slices()
+                on_layer(i, self._every(hidden, share, slice(0, clip.total)))
+        video_rows, audio_rows, _ = here.slices()
         video_out = self._head(hidden[video_rows], self.final_norm_video, self.final_linear_video)
         audio_out = self._head(hidden[audio_rows], self.final_norm_audio, self.final_linear_audio)
+        whole_video, whole_audio, _ = clip.slices()
+        video_out, audio_out = self._every(video_out, share, whole_video), self._every(audio_out, share, whole_audio)
         return sequence.unpatchify(video_out, clip), audio_out.unsqueeze(0)
 
-    def _embed(self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def _embed(
+        self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, clip: Clip, share: RowShare
+    ) -> torch.Tensor:
         dtype = self.stream_dtype
         parts = (
             (sequence.patchify(video), self.adapter.video_embedder),
             (audio[0], self.adapter.audio_embedder),
             (text[0], self.adapter.text_embedder),
         )
-        return torch.cat([linear(x.to(dtype), m.weight.to(dtype), m.bias.to(dtype)) for x, m in parts])
+        held = [share.within(rows.start, rows.stop) for rows in clip.slices()]
+        here = [(x[rows].to(dtype), m) for (x, m), rows in zip(parts, held, strict=True)]
+        return torch.cat([linear(x, m.weight.to(dtype), m.bias.to(dtype)) for x, m in here])
+
+    def _every(self, x: torch.Tensor, share: RowShare, rows: slice) -> torch.Tensor:
+        """Some of the sequence's rows from every rank: this one's may be followed by dummies."""
+        if self.ranks is None:
+            return x
+        held = [share.of(rank).within(rows.start, rows.stop) for rank in range(share.ranks)]
+        counts = [part.stop - part.start for part in held]
+        return self.ranks.gather(x[: counts[share.rank]], counts)
 
     def _head(self, hidden: torch.Tensor, norm: Weight, projection: nn.Linear) -> torch.Tensor:
         weight = projection.weight.to(hidden.dtype)

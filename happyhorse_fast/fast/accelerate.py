@@ -29,6 +29,7 @@ from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.fast.untraced import load_compiler, untraced
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.dispatch import Choice, attention_is_hopper, choose, compute_capability
+from happyhorse_fast.parallel.sharded import is_sharded, shard_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 LayerTensors = Mapping[str, torch.Tensor]
@@ -66,6 +67,8 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
     if is_accelerated(inner):
         raise ValueError("model is accelerated already; call restore(model) first")
     require_acceleratable(inner, fast)
+    if getattr(inner, "ranks", None) is not None:
+        raise ValueError("model is parallelized already; call restore(model), accelerate(model), then parallelize it")
     config = _config_of(inner)
     fast.require_model(config)
     require_published_dtypes(inner)
@@ -98,16 +101,19 @@ class Accelerating:
         config: Its configuration.
         fast: What to do.
         device: Where the weights go.
+        shard: Device mesh whose ranks each keep a share of the matrices; None to keep them whole.
 
     Raises:
         ValueError, BackendError: As :func:`accelerate`.
     """
 
-    def __init__(self, model: nn.Module, config: ModelConfig, fast: FastConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, config: ModelConfig, fast: FastConfig, device: torch.device, shard: Any = None
+    ) -> None:
         if not isinstance(fast, FastConfig):
             raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
         fast.require_model(config)
-        self.model, self.device = model, device
+        self.model, self.device, self.shard = model, device, shard
         self.here = fast.on(compute_capability(device))
         choices = choose_ops(self.here, device, None)
         self.state = FastState(config, fast, choices, [], type(model))
@@ -119,7 +125,10 @@ class Accelerating:
         tensors = layers[index].state_dict()
         layers[index] = None
         state = self.state
-        layers[index] = make_fast_layer(tensors, state.config, self.here, index, state.choices, self.device)
+        layer = make_fast_layer(tensors, state.config, self.here, index, state.choices, self.device)
+        if self.shard is not None:
+            shard_layer(layer, self.shard, layer.matrices())
+        layers[index] = layer
 
     def finish(self) -> None:
         """Make the model run its packed layers, once all are."""
@@ -202,20 +211,27 @@ def install(model: nn.Module, state: FastState) -> None:
 
 @ambient.makes_tensors
 def restore(model: Model) -> Model:
-    """Undo :func:`accelerate` and every :func:`merge_lora`, in place; the weights are what they were, bit for bit.
+    """Undo :func:`accelerate`, :func:`parallelize` and every :func:`merge_lora`, in place, bit for bit.
 
     Args:
-        model: An accelerated model, with ``FastConfig(originals="cpu")``; or one with LoRAs merged into it.
+        model: An accelerated model, with ``FastConfig(originals="cpu")``; or a parallelized one, or one with LoRAs
+            merged into it.
 
     Returns:
         ``model`` itself, of the class it had, on the device where it is now.
 
     Raises:
-        ValueError: The model is neither, its original weights were dropped, or merged ones were changed since.
+        ValueError: The model is none of them, or an eager one whose weights are sharded over ranks; its original
+            weights were dropped, or merged ones were changed since.
     """
     inner: Any = unwrapped(model)
     if not is_accelerated(inner):
-        if unmerge(inner):
+        parallelized = getattr(inner, "ranks", None) is not None
+        if parallelized:
+            if any(map(is_sharded, inner.block.layers)):
+                raise ValueError("the weights are sharded over ranks (shard_weights=True); load the checkpoint again")
+            inner.ranks = None
+        if unmerge(inner) or parallelized:
             return model
         raise ValueError("model is not accelerated; there is nothing to restore")
     state: FastState = inner.fast

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from happyhorse_fast.block_map import BlockMap
+from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.block_map.compiled import from_ranges
 from happyhorse_fast.eager.rotary import rotary_phases
 from happyhorse_fast.eager.sequence import Ranges
@@ -16,9 +16,12 @@ from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.fast.sparse_policy import SparsePolicy
 from happyhorse_fast.ops.qkv.packing import pack_cos_sin
+from happyhorse_fast.parallel.group import Ranks
+from happyhorse_fast.parallel.rows import RowShare
+from happyhorse_fast.parallel.ulysses import Ulysses
 
 Span = tuple[int, int, int]
-"""(experts, first row, end row) of a table of row tiles."""
+"""(experts, first row, end row) of a table of row tiles, of those that this rank holds."""
 
 
 @dataclass
@@ -27,19 +30,22 @@ class ClipState:
 
     Attributes:
         rows: Where tokens sit.
+        share: The rows that this process holds: all, or a rank's.
         fast: The acceleration's configuration.
         num_layers: Layers of the model.
         columns: Token columns of a frame, where the sequence is one clip.
-        token_rows: [N] int64 row of every token.
-        cos_sin: [rows, D] float32, see docs/OPS.md; padding rows do not rotate.
+        token_rows: [N] int64 row of every token, counted from the first that is held here.
+        cos_sin: [rows held, D] float32, see docs/OPS.md; padding rows do not rotate.
         dense: Map of the layers without a window.
         local: Map of the layers with one; the same object where the clip is below the window's size.
         policies: What makes sparse maps within ``dense`` (True) and ``local`` (False), where there is a policy.
-        tiles: [tiles, 3] int32 tables of :meth:`PaddedRows.row_tiles` by (experts, first row, end row): of all rows,
-            and of those that are in the MLP at once.
+        tiles: [tiles, 3] int32 tables of :meth:`PaddedRows.row_tiles` by (experts, first row, end row): of all rows
+            held, and of those that are in the MLP at once.
+        ulysses: How ranks exchange rows for heads, where several share the sequence.
     """
 
     rows: PaddedRows
+    share: RowShare
     fast: FastConfig
     num_layers: int
     columns: int | None
@@ -49,6 +55,7 @@ class ClipState:
     local: BlockMap
     policies: dict[bool, SparsePolicy] = field(default_factory=dict)
     tiles: dict[Span, torch.Tensor] = field(default_factory=dict)
+    ulysses: Ulysses | None = None
 
     @classmethod
     def build(
@@ -61,6 +68,7 @@ class ClipState:
         fast: FastConfig,
         num_layers: int,
         columns: int | None = None,
+        ranks: Ranks | None = None,
     ) -> ClipState:
         """Compute the state of one clip; waits for the device, so that no forward pass does.
 
@@ -73,16 +81,19 @@ class ClipState:
             fast: The acceleration's configuration.
             num_layers: Layers of the model.
             columns: Token columns of a frame, where the sequence is one clip.
+            ranks: That share the sequence; None for one process.
 
         Raises:
             ValueError: ``sparsity`` is ``Tiles`` and the sequence is not one clip.
         """
         device = coords.device
-        token_rows = rows.token_rows(device)
-        rotation = pack_cos_sin(rotary_phases(coords, bands))
-        cos_sin = torch.zeros(rows.slots, rotation.shape[1], dtype=torch.float32, device=device)
+        share = RowShare(rows.slots, BLOCK, *((1, 0) if ranks is None else (ranks.size, ranks.rank)))
+        token_rows = rows.token_rows(device) - share.first
+        here = (token_rows >= 0) & (token_rows < share.count)
+        rotation = pack_cos_sin(rotary_phases(coords[here], bands))
+        cos_sin = torch.zeros(share.count, rotation.shape[1], dtype=torch.float32, device=device)
         cos_sin[:, : rotation.shape[1] // 2] = 1.0
-        cos_sin[token_rows] = rotation
+        cos_sin[token_rows[here]] = rotation
         dense_map = from_ranges(*rows.to_rows(dense), rows.slots, rows.slots).to(device)
         local_map = dense_map
         if local is not None:
@@ -92,10 +103,13 @@ class ClipState:
             # One per exact map: the two differ only where the clip has a window.
             exact = {exact_map is dense_map: exact_map for exact_map in (dense_map, local_map)}
             policies = {which: SparsePolicy(fast.sparsity, exact[which], rows, columns) for which in exact}
-        part = fast.rows_in_mlp or rows.slots
-        spans = {(0, rows.slots), *((first, min(first + part, rows.slots)) for first in range(0, rows.slots, part))}
-        tiles = {(experts, *span): rows.row_tiles(experts, *span, device) for experts in (1, 3) for span in spans}
-        return cls(rows, fast, num_layers, columns, token_rows, cos_sin, dense_map, local_map, policies, tiles)
+        part = fast.rows_in_mlp or share.count
+        spans = {(0, share.count), *((first, min(first + part, share.count)) for first in range(0, share.count, part))}
+        ulysses = None if ranks is None else Ulysses(ranks, share)
+        maps = dense_map, local_map
+        made = cls(rows, share, fast, num_layers, columns, token_rows, cos_sin, *maps, policies, ulysses=ulysses)
+        made.tiles = {(experts, *span): made.row_tiles(experts, *span) for experts in (1, 3) for span in spans}
+        return made
 
     def fake(self, device: torch.device | str) -> ClipState:
         """The same shapes on a device that need not exist; to be called under a FakeTensorMode."""
@@ -126,10 +140,29 @@ class ClipState:
         return [self.token_rows, self.cos_sin, *maps, *policies, *self.tiles.values()]
 
     def row_tiles(self, experts: int, first: int = 0, end: int | None = None) -> torch.Tensor:
-        """:meth:`PaddedRows.row_tiles` on the device; made anew for rows that :attr:`tiles` has no table of."""
-        span = (experts, first, self.rows.slots if end is None else end)
-        table = self.tiles.get(span)
-        return self.rows.row_tiles(*span, self.device) if table is None else table
+        """:meth:`PaddedRows.row_tiles` of rows held; made anew for those that :attr:`tiles` has no table of."""
+        end = self.share.count if end is None else end
+        table = self.tiles.get((experts, first, end))
+        start = self.share.first
+        return self.rows.row_tiles(experts, start + first, start + end, self.device) if table is None else table
+
+    def held(self, modality: int) -> slice:
+        """Of the tokens of a modality those whose rows are held here."""
+        return self.rows.held(modality, self.share)
+
+    def every_row(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows held, ...] -> [rows, ...] of all ranks, in the order of ``token_rows + share.first``."""
+        if self.ulysses is None:
+            return hidden
+        held = self.share.held()
+        return self.ulysses.ranks.gather(hidden[: held[self.share.rank]], held)
+
+    def every_token(self, out: torch.Tensor, modality: int) -> torch.Tensor:
+        """[tokens held, ...] of a modality -> those of all ranks, in order."""
+        if self.ulysses is None:
+            return out
+        slices = [self.rows.held(modality, self.share.of(rank)) for rank in range(self.share.ranks)]
+        return self.ulysses.ranks.gather(out, [part.stop - part.start for part in slices])
 
     def block_map(
         self,

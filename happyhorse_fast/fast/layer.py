@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from happyhorse_fast.arguments import listed
-from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound, packed_bound
+from happyhorse_fast.fast.attention_inputs import AttentionInputs, Operand
+from happyhorse_fast.fast.attention_over_ranks import attention_over_ranks
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.dtypes import require_kept_dtypes
 from happyhorse_fast.fast.plan import LayerPlan
@@ -28,32 +31,6 @@ from happyhorse_fast.ops.linear.packing import DTYPES, pack_linear
 from happyhorse_fast.ops.qkv.packing import pack_qk_norm, pack_qkv_weight, static_qk_scale
 
 _FEATURE_TILE = 128
-
-
-Operand = tuple[torch.Tensor, torch.Tensor | None]
-"""[rows, K] in bf16 and None, or codes and their scale."""
-
-
-class AttentionInputs(NamedTuple):
-    """Results of the QKV product, as attention takes them.
-
-    Attributes:
-        q: [rows, Hq, D].
-        k: [rows, Hkv, D].
-        v: [rows, Hkv, D]; in e4m3 as docs/OPS.md lays it out.
-        q_scale: Of codes; None in bf16.
-        k_scale: Likewise.
-        v_scale: Of e4m3 codes.
-        gate: [rows, Hq] float32 after its sigmoid.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    q_scale: torch.Tensor | None
-    k_scale: torch.Tensor | None
-    v_scale: torch.Tensor | None
-    gate: torch.Tensor
 
 
 class FastLayer(nn.Module):
@@ -107,7 +84,12 @@ class FastLayer(nn.Module):
         x: Any
         x = self.norm(hidden, "qkv", tiles)
         x = self.qkv(x, state.cos_sin, tiles)
-        x = self.attend(x, state, exact=exact)
+        if state.ulysses is None:
+            x = self.attend(x, state, exact=exact)
+        else:
+            # Passed on, not held: what is sent is freed as it goes.
+            attend = partial(self.attend, state=state, exact=exact)
+            x = attention_over_ranks(list(x), state.ulysses, attend, fp8_out=self.plan.precision["proj"] == "fp8")
         x = self.quantized(x, "proj")
         self.add(hidden, x, "proj", tiles)
         del x
@@ -146,8 +128,17 @@ class FastLayer(nn.Module):
         q_scale, k_scale, v_scale = (scale if scale.numel() else None for scale in scales)
         return AttentionInputs(q, k, v, q_scale, k_scale, v_scale, gate)
 
-    def attend(self, x: AttentionInputs, state: ClipState, *, exact: bool = False) -> Operand:
-        """Attention times its gate, [rows, Hq * D] as the projection takes it: one launch, and those of a mask."""
+    def attend(
+        self, x: AttentionInputs, state: ClipState, *, exact: bool = False, out_scale: torch.Tensor | None = None
+    ) -> Operand:
+        """Attention times its gate, [rows, Hq * D] as the projection takes it: one launch, and those of a mask.
+
+        Args:
+            x: Of all heads, or of some.
+            state: What depends on the clip only.
+            exact: Whether a sparsity policy does not apply at this denoising step.
+            out_scale: Scale of e4m3 output that all heads share; found of ``x`` where None.
+        """
         plan, fp8_out = self.plan, self.plan.precision["proj"] == "fp8"
         attended, scale, _ = block_sparse_attention(
             x.q,
@@ -161,6 +152,7 @@ class FastLayer(nn.Module):
             v_scale=x.v_scale,
             gate=x.gate,
             fp8_out=fp8_out,
+            out_scale=out_scale,
             backend=plan.backend["block_sparse_attention"],
         )
         return attended.flatten(1), scale if fp8_out else None
@@ -201,6 +193,13 @@ class FastLayer(nn.Module):
         """``op``'s product [rows, C] in bf16, of a layer with post-norms: one launch."""
         weight: torch.Tensor = getattr(self, f"{op}_weight")
         return fp8_linear(*x, weight, self.scale_of(op), tiles, backend=self.plan.backend["fp8_linear"])
+
+    def matrices(self) -> list[str]:
+        """Names of the products' weights and of their scales."""
+        return [f"{op}_{kind}" for op in OPS if op != "attention" for kind in self._kinds(op)]
+
+    def _kinds(self, op: str) -> tuple[str, ...]:
+        return ("weight",) if self.plan.precision[op] == "bf16" else ("weight", "scale")
 
     @property
     def activation(self) -> str:

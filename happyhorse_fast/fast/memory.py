@@ -28,8 +28,10 @@ from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.compiled import unwrapped
 from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.parallelize import ranks_of
 from happyhorse_fast.fast.state import build_clip_state, is_accelerated
 from happyhorse_fast.fast.step import at_step
+from happyhorse_fast.parallel.group import Planned
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
 
 LARGEST = 12
@@ -218,7 +220,14 @@ Call = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], object]
 
 @ambient.independent
 def peak_memory(
-    model: nn.Module, clip: ClipTokens, text: int = TEXT_TOKENS, *, device: str = "cuda", call: Call | None = None
+    model: nn.Module,
+    clip: ClipTokens,
+    text: int = TEXT_TOKENS,
+    *,
+    device: str = "cuda",
+    call: Call | None = None,
+    gpus: int | None = None,
+    rank: int = 0,
 ) -> PeakMemory:
     """Peak memory of a forward pass on a clip, as it would be on ``device``, which need not exist.
 
@@ -228,6 +237,8 @@ def peak_memory(
         text: Text tokens.
         device: Device to pretend.
         call: What to run, (model, video, audio, text) -> anything; the forward pass where None.
+        gpus: Ranks that share the sequence; as the model's own where None.
+        rank: Which of them is measured.
 
     Raises:
         TypeError: The model has no :class:`ModelConfig` under ``config``.
@@ -238,15 +249,20 @@ def peak_memory(
         raise TypeError(f"model must have a ModelConfig as its attribute config, got {type(config).__name__}")
     meter = StorageMeter()
     state: ClipState | None = None
+    own = ranks_of(model)
+    if gpus is None and own is not None:
+        gpus, rank = own.size, own.rank
+    planned = None if gpus in (None, 1) else Planned(gpus, rank)
     if is_accelerated(model):
         # Block maps come from real ranges: made here, their shapes pretended below.
         grid = Clip(clip.T, clip.H // PATCH[1], clip.W // PATCH[2], clip.audio, text)
-        state = build_clip_state(model.fast, grid, frequency_bands(config.head_dim))  # type: ignore[arg-type]
+        state = build_clip_state(model.fast, grid, frequency_bands(config.head_dim), planned)  # type: ignore[arg-type]
     with FakeTensorMode(), torch.no_grad():
-        fake = fake_copy(model, device)
+        fake: Any = fake_copy(model, device)
+        (fake.fast if state is not None else fake).ranks = planned
         if state is not None:
             pretended = state.fake(device)
-            fake.fast.clips = {grid: pretended}  # type: ignore[union-attr]
+            fake.fast.clips = {grid: pretended}
             meter.register(pretended.tensors(), "clip state")
         shapes = (
             (1, config.latent_channels, clip.T, clip.H, clip.W),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,6 +26,7 @@ from happyhorse_fast.fast.refusals import require_running
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.fast.step import answer, is_exact
 from happyhorse_fast.fast.untraced import load_compiler
+from happyhorse_fast.parallel.sharded import gather_ahead
 
 MODALITY_EMBEDDERS = ("video_embedder", "audio_embedder", "text_embedder")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -37,6 +39,15 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
 
     Every dtype is chosen here already; autocast, also in a graph, would make bf16 of the float32 products at both ends.
     """
+    names = tuple(inspect.signature(forward).parameters)
+
+    def together(*args: P.args, **kwargs: P.kwargs) -> R:
+        """On every rank, where several share the sequence."""
+        model: Any = args[0]
+        if model.fast.ranks is None:
+            return forward(*args, **kwargs)
+        with model.fast.ranks.call(**dict(zip(names[1:], args[1:], strict=False)), **kwargs):
+            return forward(*args, **kwargs)
 
     @ambient.makes_tensors  # a clip's state is kept for later calls
     @functools.wraps(forward)
@@ -49,8 +60,8 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
         kind = next(model.parameters()).device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return forward(*args, **kwargs)
-        return forward(*args, **kwargs)
+                return together(*args, **kwargs)
+        return together(*args, **kwargs)
 
     return run
 
@@ -76,13 +87,14 @@ def run_layers(
     """Update the padded residual stream, float32 [rows, C], in place, layer by layer."""
     exact = is_exact(fast)
     for index, layer in enumerate(layers):
+        gather_ahead(layers, index + 1)
         if layer(hidden, state, fast.rows_in_mlp, exact=exact) is not None:
             raise ValueError(
                 f"a forward hook on block.layers.{index} returned a value, which nothing would take: a packed layer "
                 "updates the residual stream in place, and so must its hooks"
             )
         if on_layer is not None:
-            on_layer(index, hidden[state.token_rows])
+            on_layer(index, state.every_row(hidden)[state.token_rows + state.share.first])
 
 
 def embed(embedder: nn.Linear, tokens: torch.Tensor, rows: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -153,15 +165,17 @@ class AcceleratedHappyHorse(Accelerated):
         clip = Clip(*[len(range(size)) for size in sequence.check_inputs(config, video, audio, text, self.device)])
         layers = packed_layers(self)
         state = self.fast.clip(clip, self.device)
-        hidden = torch.zeros(state.rows.slots, config.hidden_size, dtype=torch.float32, device=self.device)
+        hidden = torch.zeros(state.share.count, config.hidden_size, dtype=torch.float32, device=self.device)
+        held = [state.held(modality) for modality in range(3)]
+        rows = [state.token_rows[every][part] for every, part in zip(clip.slices(), held, strict=True)]
         tokens = (sequence.patchify(video), audio[0], text[0])
-        for rows, name, part in zip(clip.slices(), MODALITY_EMBEDDERS, tokens, strict=True):
-            embed(getattr(self.adapter, name), part, state.token_rows[rows], hidden)
-        del tokens, part
+        for name, values, part, there in zip(MODALITY_EMBEDDERS, tokens, held, rows, strict=True):
+            embed(getattr(self.adapter, name), values[part], there, hidden)
+        del tokens, values
         run_layers(layers, self.fast.fast, hidden, state, on_layer)
-        video_rows, audio_rows, _ = (state.token_rows[rows] for rows in clip.slices())
-        video_out = head(hidden, video_rows, self.final_norm_video.weight, self.final_linear_video.weight)
-        audio_out = head(hidden, audio_rows, self.final_norm_audio.weight, self.final_linear_audio.weight)
+        video_out = head(hidden, rows[0], self.final_norm_video.weight, self.final_linear_video.weight)
+        audio_out = head(hidden, rows[1], self.final_norm_audio.weight, self.final_linear_audio.weight)
+        video_out, audio_out = (state.every_token(out, m) for m, out in enumerate((video_out, audio_out)))
         return sequence.unpatchify(video_out, clip), audio_out.unsqueeze(0)
 
 
@@ -211,14 +225,16 @@ class AcceleratedPublic(Accelerated):
         require_finite("coords_mapping", coords)
         _check_modality(modality_mapping, n, device)
         state, where = self._layout(coords, modality_mapping, local_attn_handler)
-        hidden = torch.zeros(state.rows.slots, config.hidden_size, dtype=torch.float32, device=device)
-        for tokens, name, width in zip(where, MODALITY_EMBEDDERS, channels, strict=True):
+        hidden = torch.zeros(state.share.count, config.hidden_size, dtype=torch.float32, device=device)
+        held = [tokens[state.held(modality)] for modality, tokens in enumerate(where)]
+        for tokens, name, width in zip(held, MODALITY_EMBEDDERS, channels, strict=True):
             embed(getattr(self.adapter, name), x[tokens, :width], state.token_rows[tokens], hidden)
         run_layers(layers, self.fast.fast, hidden, state)
         out = torch.zeros(n, max(channels[:2]), dtype=torch.float32, device=device)
-        for tokens, name, width in zip(where[:2], ("video", "audio"), channels[:2], strict=True):
+        for modality, name in enumerate(("video", "audio")):
             norm, weight = getattr(self, f"final_norm_{name}").weight, getattr(self, f"final_linear_{name}").weight
-            out[tokens, :width] = head(hidden, state.token_rows[tokens], norm, weight)
+            values = head(hidden, state.token_rows[held[modality]], norm, weight)
+            out[where[modality], : channels[modality]] = state.every_token(values, modality)
         return out
 
     def _layout(
@@ -249,7 +265,8 @@ class AcceleratedPublic(Accelerated):
             rows = PaddedRows.of_spans(spans, align=_aligned(spans, local is not None))
             ranges = [(0, len(coords), 0, len(coords))]
             bands = self.fast.bands.to(coords.device)
-            return ClipState.build(rows, ranges, local, coords, bands, self.fast.fast, config.num_layers)
+            fast, ranks = self.fast.fast, self.fast.ranks
+            return ClipState.build(rows, ranges, local, coords, bands, fast, config.num_layers, ranks=ranks)
 
         where = [(modality == m).nonzero()[:, 0] for m in range(3)]
         return self.fast.clip_state(key, coords.device, build), where

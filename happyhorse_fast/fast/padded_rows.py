@@ -14,6 +14,7 @@ import torch
 
 from happyhorse_fast.block_map import BLOCK, Layout
 from happyhorse_fast.eager.sequence import Clip, Ranges
+from happyhorse_fast.parallel.rows import RowShare
 
 # More padding than this costs the products more than aligned blocks save in attention: at 540p (448 tokens in 512 rows)
 # it would be 14 %.
@@ -103,6 +104,14 @@ class PaddedRows:
     def token_rows(self, device: torch.device | None = None) -> torch.Tensor:
         """[N] int64: the row of every token, in the public order."""
         return torch.cat([torch.arange(r.row, r.row + r.end - r.first, device=device) for r in self.runs])
+
+    def held(self, modality: int, share: RowShare) -> slice:
+        """Of a modality's tokens in order, those in the rows of a share: their rows ascend, so they are a range."""
+        runs = [run for run in self.runs if run.modality == modality]
+        start, stop = (
+            sum(min(max(row - run.row, 0), run.end - run.first) for run in runs) for row in (share.first, share.end)
+        )
+        return slice(start, stop)
 
     def row_tiles(
         self, experts: int, first: int = 0, end: int | None = None, device: torch.device | None = None

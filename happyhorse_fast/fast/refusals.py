@@ -121,7 +121,7 @@ def require_running(model: nn.Module) -> None:
     embedders = (getattr(parts.adapter, name) for name in _LINEARS[:3])
     linears = (*embedders, parts.final_linear_video, parts.final_linear_audio)
     kinds = [(linears, nn.Linear), (parts.block.layers, FastLayer)]
-    for module in (module for modules, kind in kinds for module in modules if type(unwrapped(module)) is not kind):
+    for module in (module for modules, kind in kinds for module in modules if not _is_a(unwrapped(module), kind)):
         raise ValueError(
             f"{_path_of(model, module)} was replaced after accelerate, is a {type(module).__qualname__}: call "
             "restore(model), replace it, then accelerate(model), which says whether it can be kept"
@@ -135,7 +135,7 @@ def require_running(model: nn.Module) -> None:
         if (
             "forward" in vars(module)
             and unwrapped(module) is module  # torch.compile's wrapper has one
-            and type(module) is not FastLayer
+            and not _is_a(module, FastLayer)
             and module not in (model, parts.block)
             and _is_overridden(module, "forward", vars(module)["forward"], "part")
         ):
@@ -144,7 +144,7 @@ def require_running(model: nn.Module) -> None:
                 "restore(model) first"
             )
         hooks = module._backward_hooks or module._backward_pre_hooks
-        if module is not model and type(module) is not FastLayer:
+        if module is not model and not _is_a(module, FastLayer):
             hooks = hooks or module._forward_hooks or module._forward_pre_hooks
         if hooks:
             raise ValueError(
@@ -152,6 +152,12 @@ def require_running(model: nn.Module) -> None:
                 "which does not run: remove it, or call restore(model) first. Forward hooks on the whole model and on "
                 "block.layers.N run, and on_layer sees the residual stream after every layer"
             )
+
+
+def _is_a(module: nn.Module, kind: type) -> bool:
+    """Of exactly this class, or of the one that FSDP2 makes of it."""
+    there = type(module)
+    return there is kind or there.__bases__[1:] == (kind,)
 
 
 def _path_of(model: nn.Module, module: nn.Module) -> str:
@@ -170,7 +176,7 @@ def require_one_rank(model: nn.Module) -> None:
     if ranks > 1:
         raise ValueError(
             f"context parallelism must be off (cp_size=1), got a group of {ranks} ranks: every rank of an accelerated "
-            "model would compute all rows. Run one rank per clip, or the eager model"
+            "model would compute all rows. Take cp_size=1, accelerate, then happyhorse_fast.parallelize(model, mesh)"
         )
 
 

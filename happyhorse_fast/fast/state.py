@@ -22,6 +22,7 @@ from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.untraced import untraced
 from happyhorse_fast.ops.runtime.checks import is_capturing
 from happyhorse_fast.ops.runtime.dispatch import Choice
+from happyhorse_fast.parallel.group import Ranks
 
 # About 20 operations on a block, each a launch of 10 us.
 PLAIN_SECONDS_PER_BLOCK = 2e-4
@@ -52,6 +53,7 @@ class FastState:
         in_graphs: Of clips that torch compiled a graph for, or that were captured in a CUDA graph: a graph reads them
             for as long as there is the model.
         restored: Whether the packed layers are gone.
+        ranks: Processes that share every clip; None for one.
     """
 
     config: ModelConfig
@@ -63,6 +65,7 @@ class FastState:
     clips: dict[Hashable, ClipState] = field(default_factory=dict)
     in_graphs: _InGraphs = field(default_factory=_InGraphs)
     restored: bool = False
+    ranks: Ranks | None = None
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     # Two clips, so that guidance, whose prompt and null prompt differ in length, computes neither twice.
@@ -77,7 +80,7 @@ class FastState:
         """A state for a copy of the model, which makes its clips' states itself."""
         originals = copy.deepcopy(self.originals, memo)
         other = FastState(self.config, self.fast, dict(self.choices), originals, self.eager_class)
-        other.bands = self.bands
+        other.bands, other.ranks = self.bands, self.ranks
         return other
 
     def take_bands(self, bands: torch.Tensor) -> None:
@@ -99,7 +102,7 @@ class FastState:
             self.keep(tuple(clip), device)
             kept: ClipState = getattr(self.in_graphs, _attribute(clip))
             return kept
-        state = self.clip_state(clip, device, lambda: build_clip_state(self, clip, self.bands.to(device)))
+        state = self.clip_state(clip, device, lambda: build_clip_state(self, clip, self.bands.to(device), self.ranks))
         if is_capturing(device):
             setattr(self.in_graphs, _attribute(clip), state)
         return state
@@ -165,8 +168,8 @@ class FastState:
             )
 
 
-def build_clip_state(state: FastState, clip: Clip, bands: torch.Tensor) -> ClipState:
-    """The state of one clip, on the device of the rotary frequencies ``bands``."""
+def build_clip_state(state: FastState, clip: Clip, bands: torch.Tensor, ranks: Ranks | None = None) -> ClipState:
+    """The state of one clip that ``ranks`` share, on the device of the rotary frequencies ``bands``."""
     config = state.config
     windowed = any(config.is_local(i, clip.frame_tokens) for i in config.local_attn_layers)
     local = sequence.local_ranges(clip, config.frame_receptive_field) if windowed else None
@@ -179,6 +182,7 @@ def build_clip_state(state: FastState, clip: Clip, bands: torch.Tensor) -> ClipS
         state.fast,
         config.num_layers,
         clip.columns,
+        ranks,
     )
 
 

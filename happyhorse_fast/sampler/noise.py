@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 
 from happyhorse_fast.arguments import require_finite, require_tensor
+from happyhorse_fast.parallel.group import Ranks
 
 Draw: TypeAlias = Callable[[str, torch.Size], torch.Tensor]
 """(name, shape) -> standard normal tensor."""
@@ -15,7 +16,7 @@ Noise: TypeAlias = torch.Generator | Draw | None
 """Kinds of ``noise`` that a sampler takes; see :func:`noise_source`."""
 
 
-def noise_source(noise: Noise, device: torch.device, dtype: torch.dtype) -> Draw:
+def noise_source(noise: Noise, device: torch.device, dtype: torch.dtype, ranks: Ranks | None = None) -> Draw:
     """One function for every kind of ``noise``.
 
     Args:
@@ -23,6 +24,7 @@ def noise_source(noise: Noise, device: torch.device, dtype: torch.dtype) -> Draw
             any device, with names such as ``noise.video.0``; or None for torch's global generator.
         device: Of the latents.
         dtype: Of the latents.
+        ranks: That share the model's sequences: every one draws, and takes what rank 0 drew.
 
     Returns:
         (name, shape) -> noise on ``device`` in ``dtype``. Whatever ``dtype`` is, generators draw float32, so a float64
@@ -34,12 +36,14 @@ def noise_source(noise: Noise, device: torch.device, dtype: torch.dtype) -> Draw
         ValueError: The generator is on a third device.
     """
     if noise is None or isinstance(noise, torch.Generator):
-        return _seeded(noise, device, dtype)
-    if callable(noise):
-        return _replayed(noise, device, dtype)
-    raise TypeError(
-        f"noise must be a torch.Generator, a callable (name, shape) -> tensor, or None; got {type(noise).__name__}"
-    )
+        draw = _seeded(noise, device, dtype)
+    elif callable(noise):
+        draw = _replayed(noise, device, dtype)
+    else:
+        raise TypeError(
+            f"noise must be a torch.Generator, a callable (name, shape) -> tensor, or None; got {type(noise).__name__}"
+        )
+    return draw if ranks is None else lambda name, shape: ranks.broadcast(_own(draw(name, shape)))
 
 
 def _seeded(generator: torch.Generator | None, device: torch.device, dtype: torch.dtype) -> Draw:
@@ -65,3 +69,8 @@ def _replayed(replay: Draw, device: torch.device, dtype: torch.dtype) -> Draw:
         return value.to(device, dtype)
 
     return draw
+
+
+def _own(x: torch.Tensor) -> torch.Tensor:
+    """A copy to be written to."""
+    return x.clone(memory_format=torch.contiguous_format)

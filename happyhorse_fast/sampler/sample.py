@@ -8,6 +8,7 @@ import torch
 
 from happyhorse_fast.arguments import require_finite, require_tensor, require_whole
 from happyhorse_fast.eager.sequence import Clip, check_inputs, check_time_axis
+from happyhorse_fast.fast.parallelize import ranks_of
 from happyhorse_fast.sampler.arguments import prepare_image, require_callback, require_positive
 from happyhorse_fast.sampler.distilled import DISTILLED_STEPS, distilled
 from happyhorse_fast.sampler.guided import GUIDED_STEPS, guided
@@ -81,7 +82,7 @@ def sample(
         raise TypeError(f"hold_audio must be True or False, got {hold_audio!r} of type {type(hold_audio).__name__}")
     dtype = latent_dtype(model)
     image = prepare_image(image, video.shape, model.device, dtype)
-    draw = noise_source(noise, model.device, dtype)
+    draw = noise_source(noise, model.device, dtype, ranks_of(model))
     if guidance is None:
         if null_text is not None:
             raise ValueError("null_text must come with guidance, such as guidance=5.0; got guidance=None")

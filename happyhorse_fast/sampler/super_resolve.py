@@ -9,6 +9,7 @@ from happyhorse_fast import ambient
 from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.config import PATCH
 from happyhorse_fast.eager.sequence import check_inputs
+from happyhorse_fast.fast.parallelize import ranks_of
 from happyhorse_fast.sampler.arguments import (
     prepare_image,
     require_callback,
@@ -101,7 +102,7 @@ def super_resolve(
     audio_noise = require_fraction("audio_noise", audio_noise)
     require_callback(callback)
     dtype = latent_dtype(sr_model)
-    draw = noise_source(noise, sr_model.device, dtype)
+    draw = noise_source(noise, sr_model.device, dtype, ranks_of(sr_model))
     target = torch.Size((*video.shape[:3], height, width))
     image = prepare_image(image, target, sr_model.device, dtype)
     solver = unipc_scheduler(steps, shift)

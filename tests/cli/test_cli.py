@@ -133,6 +133,22 @@ def test_plan_of_the_full_clip(as_json: Json, capsys: Capture) -> None:
     assert "25% of video pairs" in text
 
 
+def test_plan_of_one_of_several_cards(as_json: Json, capsys: Capture) -> None:
+    alone, data = (as_json("plan", "--resolution", "256p", "--seconds", 3, "--gpus", gpus) for gpus in (1, 4))
+    weights = data["memory"]["peak"]["weight_bytes"]
+    assert weights == alone["memory"]["peak"]["weight_bytes"], "weights are on every card"
+    beside, before = (x["memory"]["peak"]["peak_bytes"] - weights for x in (data, alone))
+    assert 0.2 < beside / before < 0.5
+    assert data["totals"]["flops"] == pytest.approx(alone["totals"]["flops"] / 4)
+    assert (alone["exchange"], alone["gpus"], data["gpus"]) == (None, 1, 4)
+    rows, out = data["tokens"]["total"] / 4 * 3 / 4, 40 * 128 * 2
+    assert data["exchange"]["bytes_per_step"] == pytest.approx(40 * rows * (out + 56 * 128 * 2 + 40 * 4))
+    assert [x["link"]["bandwidth"] for x in data["exchange"]["links"]] == [450, 63]
+    assert run(["plan", "--no-memory", "--gpus", "8"]) == 0
+    assert "each of 8 cards sends 6.93 GB" in capsys.readouterr().out
+    assert "divides the 8 key/value heads (1, 2, 4, 8), got 3" in fails(capsys, "plan", "--gpus", "3")
+
+
 # sample ---------------------------------------------------------------------------------------------------------------
 
 

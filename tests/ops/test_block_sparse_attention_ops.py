@@ -180,3 +180,17 @@ def test_a_bounded_softmax_with_an_lse_reads_through_pointers():
 def test_a_map_that_is_none_is_named():
     with pytest.raises(TypeError, match=r"block_map must be a BlockMap, such as .*; got NoneType"):
         block_sparse_attention(**inputs("bf16", 130, heads=(2, 1)), block_map=None, scale=0.2, backend="reference")
+
+
+def test_a_scale_that_more_heads_share_is_taken_as_it_is():
+    q, k, v = (torch.randn(128, 2, 64).bfloat16() for _ in range(3))
+    dense, how = BlockMap.dense(128, 128), {"scale": 0.125, "backend": "reference"}
+    wider = torch.tensor([0.5])
+    out, scale, _ = block_sparse_attention(q, k, v, dense, fp8_out=True, out_scale=wider, **how)
+    wide, _, _ = block_sparse_attention(q, k, v, dense, **how)
+    assert scale is wider
+    assert (out.float() * 0.5 - wide.float()).abs().max() <= wide.float().abs().max() * 2**-4 + 2**-10
+    with pytest.raises(ValueError, match="out_scale must be None without fp8_out"):
+        block_sparse_attention(q, k, v, dense, out_scale=wider, **how)
+    with pytest.raises(ValueError, match="out_scale must be of shape"):
+        block_sparse_attention(q, k, v, dense, fp8_out=True, out_scale=torch.ones(2), **how)

@@ -10,7 +10,7 @@ from happyhorse_fast.ops.attention import cuda, reference
 from happyhorse_fast.ops.attention.contract import EIGHT_BIT, BlockSparseAttention
 from happyhorse_fast.ops.attention.reference import output_scale
 from happyhorse_fast.ops.attention.score_bound import score_limit, scores_fit
-from happyhorse_fast.ops.runtime.checks import require_backend
+from happyhorse_fast.ops.runtime.checks import require, require_backend
 from happyhorse_fast.ops.runtime.ranges import ranged
 
 
@@ -28,6 +28,7 @@ def block_sparse_attention(
     v_scale: Tensor | None = None,
     gate: Tensor | None = None,
     fp8_out: bool = False,
+    out_scale: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,6 +57,7 @@ def block_sparse_attention(
         v_scale: float32 [Hkv, S], with e4m3 v.
         gate: float32 [N, Hq], multiplies the normalised output.
         fp8_out: e4m3 output with one scale, rather than bf16.
+        out_scale: float32 [1], that scale where more heads than these share it; found of v and gate where None.
         return_lse: Whether the log-sum-exp is wanted.
         backend: ``"triton"``; ``"cuda"``, which takes bf16 alone, with contiguous channels (last stride 1) and every
             head's rows aligned to 16 bytes; or ``"reference"`` for plain torch with the same rounding points.
@@ -76,7 +78,12 @@ def block_sparse_attention(
     given.check(block_map, bound)
     bounded = v.dtype == torch.bfloat16 and bound is not None and bound <= score_limit(k.shape[0])
     flag = scores_fit(q, k, v, scale) if bound is None and q.dtype == torch.bfloat16 else None
-    out_scale = output_scale(v, v_scale, gate) if fp8_out else None
+    if out_scale is not None:
+        require("out_scale", out_scale, (torch.float32,), (1,), device=q.device)
+        if not fp8_out:
+            raise ValueError("out_scale must be None without fp8_out: bf16 output has no scale")
+    elif fp8_out:
+        out_scale = output_scale(v, v_scale, gate)
     given = BlockSparseAttention(q, k, v, *tensors, scale, bounded, flag, *scales, gate, out_scale, return_lse)
     if backend == "cuda":
         if q.dtype != torch.bfloat16:

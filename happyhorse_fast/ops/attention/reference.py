@@ -33,8 +33,17 @@ def output_scale(v: torch.Tensor, v_scale: torch.Tensor | None, gate: torch.Tens
     """
     if v.numel() == 0 or (gate is not None and gate.numel() == 0):  # the largest of none is an error
         return torch.ones(1, dtype=torch.float32, device=v.device)
-    bound = _largest(v) if v_scale is None else _largest(torch.where(_any(v), v_scale, 0.0)) * E4M3_MAX
+    bound = _largest_value(v, v_scale)
     return e4m3_scale(bound if gate is None else bound * _largest(gate))
+
+
+def output_bounds(v: torch.Tensor, v_scale: torch.Tensor | None, gate: torch.Tensor) -> torch.Tensor:
+    """float32 [2], max|v| and max|gate|, whose product :func:`output_scale` makes a scale of: for heads in parts."""
+    return torch.cat([_largest_value(v, v_scale), _largest(gate)])
+
+
+def _largest_value(v: torch.Tensor, v_scale: torch.Tensor | None) -> torch.Tensor:
+    return _largest(v) if v_scale is None else _largest(torch.where(_any(v), v_scale, 0.0)) * E4M3_MAX
 
 
 @torch.library.custom_op("happyhorse_fast::blocks_with_values", mutates_args=())

@@ -1,0 +1,172 @@
+"""Where ranks meet on the CPU: they agree before they send, and name the rank that died, failed or hangs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
+
+_MOST_POLL_SECONDS = 2e-3
+_LOOK_SECONDS = 0.5
+"""How often a waiting rank looks whether another one reported a fault."""
+_MOST_GRACE_SECONDS = 30.0
+_NOTICED = "noticed"
+
+
+class RankError(RuntimeError):
+    """A rank died, failed or did not answer in time; the message names it. The group cannot be used any more."""
+
+
+class Meeting:
+    """What the ranks of a group tell each other through a store, which works whatever the GPUs do.
+
+    A rank that loses the others says so and waits for what they say: one that failed by itself has told its error, one
+    that is silent died or hangs.
+
+    Args:
+        store: That all ranks have; keys of this meeting are in it only.
+        size: Number of ranks.
+        rank: This one.
+        timeout: Seconds that a rank may keep the others waiting.
+    """
+
+    def __init__(self, store: Store, size: int, rank: int, timeout: float) -> None:
+        self.size, self.rank, self.timeout = size, rank, timeout
+        self._store, self._calls = store, 0
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call that all ranks make: what this one raises is told to the others."""
+        self._calls += 1
+        try:
+            yield
+        except RankError:
+            raise
+        except BaseException as error:
+            self._report(f"{type(error).__name__}: {error}")
+            raise
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Wait until every rank of this call is here, and hold what they say against each other.
+
+        Raises:
+            ValueError: Ranks say different things; names the fact, the ranks and what they say. On every rank.
+            RankError: A rank did not come in time, or failed; names it.
+        """
+        mine = [f"call/{self._calls}/{rank}" for rank in range(self.size)]
+        try:
+            self._store.set(mine[self.rank], json.dumps(dict(facts)))
+            self.until(lambda: self._store.check(mine))
+            said = [json.loads(self._store.get(key)) for key in mine]
+            # Whoever is here has read what was said before the call before.
+            if self._calls > 2:
+                self._store.delete_key(f"call/{self._calls - 2}/{self.rank}")
+        except RuntimeError as error:
+            if isinstance(error, RankError):
+                raise
+            self._without_store(error)
+        for name in said[0]:
+            values = [facts.get(name) for facts in said]
+            if astray := [rank for rank, value in enumerate(values) if value != values[0]]:
+                raise ValueError(
+                    f"{name} must be the same on all {self.size} ranks, got {values[0]} on rank 0 and "
+                    f"{values[astray[0]]} on {_named(astray)}"
+                )
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Wait for something that needs every rank.
+
+        Raises:
+            RankError: Another rank reported a fault meanwhile, or the time is over; names who is to blame.
+        """
+        start = look = time.monotonic()
+        while not done():
+            now = time.monotonic()
+            if now - start > self.timeout:
+                self.fault(TimeoutError(f"waited for {self.timeout:g} s"))
+            if now - look > _LOOK_SECONDS:
+                look = now
+                if self._reports():
+                    self.fault(RuntimeError("another rank reported a fault"))
+            time.sleep(min((now - start) / 10, _MOST_POLL_SECONDS))
+
+    def fault(self, error: Exception) -> NoReturn:
+        """Tell the others that this rank lost them, hear what they say, and raise a RankError of who is to blame."""
+        self._report(_NOTICED)
+        end = time.monotonic() + min(self.timeout / 2, _MOST_GRACE_SECONDS)
+        reports = self._reports()
+        while len(reports) < self.size and time.monotonic() < end:
+            if any(report != _NOTICED for report in reports.values()):
+                break
+            time.sleep(0.02)
+            reports = self._reports()
+        what = f"{self.size - 1} other ranks did not answer: {error}"
+        failed = {rank: report for rank, report in reports.items() if report != _NOTICED}
+        silent = [rank for rank in range(self.size) if rank not in reports]
+        if failed:
+            what = "; ".join(f"rank {rank} failed: {report}" for rank, report in failed.items())
+        elif silent:
+            what = f"{_named(silent)} died or hangs, no answer within {self.timeout:g} s ({error})"
+        raise RankError(f"{what}. Seen by rank {self.rank} of {self.size}; start all ranks again") from error
+
+    def _report(self, what: str) -> None:
+        try:
+            self._store.set(f"fault/{self.rank}", what)
+        except RuntimeError as error:
+            self._without_store(error)
+
+    def _reports(self) -> dict[int, str]:
+        try:
+            keys = {rank: f"fault/{rank}" for rank in range(self.size)}
+            return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
+        except RuntimeError as error:
+            self._without_store(error)
+
+    def _without_store(self, error: Exception) -> NoReturn:
+        raise RankError(
+            f"rank 0, or torchrun's agent, which holds the ranks' store, is gone ({error}). Seen by rank {self.rank} "
+            f"of {self.size}; start all ranks again"
+        ) from error
+
+
+class Alone(Meeting):
+    """A meeting that nobody else comes to."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        self.size, self.rank, self.timeout = size, rank, 0.0
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Nobody to tell."""
+        yield
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Nobody to ask."""
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Nobody to wait for."""
+
+
+def default_store(name: str) -> Store:
+    """The store that torch.distributed was started with, with the keys of ``name`` alone."""
+    return PrefixStore(f"happyhorse_fast/{name}", _get_default_store())
+
+
+def said_of(value: object) -> str:
+    """A tensor in words: dtype, shape and a sum of its bits, the same for the same values; reads it on the host."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    bits = value.detach().contiguous()
+    bits = bits.view(torch.int16 if bits.itemsize == 2 else torch.uint8 if bits.itemsize == 1 else torch.int32)
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{dtype} {list(value.shape)} with bits that add up to {int(bits.sum(dtype=torch.int64))}"
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

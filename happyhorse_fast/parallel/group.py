@@ -1,0 +1,177 @@
+"""The ranks that share a sequence, and what they send each other, on torch.distributed.
+
+Tensors travel as bytes: gloo knows no e4m3 ("Invalid scalar type"), and codes need no arithmetic on their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from happyhorse_fast.parallel.faults import Alone, Meeting, RankError, said_of
+
+Finish = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Transfer:
+    """A tensor on its way, beside what this rank computes; what was sent is held until it has arrived."""
+
+    def __init__(self, ranks: Ranks, work: Any, sent: torch.Tensor, arriving: torch.Tensor, finish: Finish) -> None:
+        self._ranks, self._work, self._finish = ranks, work, finish
+        self._tensors: list[torch.Tensor] = [sent, arriving]
+
+    def wait(self) -> torch.Tensor:
+        """The tensor, once: on a GPU the current stream waits for it, on a CPU this call.
+
+        Raises:
+            RankError: A rank died, failed or did not answer in time; names it.
+        """
+        self._ranks.arrived(self._work)
+        arriving = self._tensors.pop()
+        self._tensors.clear()
+        return self._finish(arriving)
+
+
+class Ranks:
+    """Processes that hold the same weights and share every sequence.
+
+    Args:
+        group: Of torch.distributed.
+        meeting: Where its ranks meet on the CPU, and tell each other of faults.
+
+    Attributes:
+        size: Number of ranks P.
+        rank: This one, 0 to P - 1.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, meeting: Meeting) -> None:
+        self.size, self.rank, self.meeting = meeting.size, meeting.rank, meeting
+        self._group = group
+
+    @contextmanager
+    def call(self, **inputs: object) -> Iterator[None]:
+        """A forward pass of all ranks, on the same inputs; on a GPU it ends when the device has ended.
+
+        Raises:
+            ValueError: Another rank was called with other inputs, of shape, dtype or values; names both.
+            RankError: As :meth:`Transfer.wait`.
+        """
+        if torch.compiler.is_compiling():
+            raise ValueError("a parallelized model runs as it is, got a call that torch.compile or export traces")
+        if _is_capturing(inputs):  # the host can neither read nor wait; the call before the capture did
+            yield
+            return
+        with self.meeting.call():
+            self.meeting.agree({name: said_of(value) for name, value in inputs.items()})
+            yield
+            if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs.values()):
+                event = torch.cuda.Event()
+                event.record()
+                self.meeting.until(event.query)
+
+    def exchange(self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int], finish: Finish) -> Transfer:
+        """All-to-all along the first dimension: ``sent[r]`` rows go to rank r, ``received[r]`` come from it.
+
+        Args:
+            x: [sum(sent), ...], contiguous; not to be written to before the transfer is waited for.
+            sent: Rows for each rank.
+            received: Rows from each rank; what ranks say of each other must agree.
+            finish: Makes the result of what arrived, [sum(received), ...].
+        """
+        arriving = x.new_empty((sum(received), *x.shape[1:]))
+        work = self._start(dist.all_to_all_single, _bytes(arriving), _bytes(x), list(received), list(sent))
+        return Transfer(self, work, x, arriving, finish)
+
+    def gather(self, x: torch.Tensor, held: Sequence[int]) -> torch.Tensor:
+        """[held[rank], ...] of every rank, one after another: [sum(held), ...].
+
+        Raises:
+            RankError: As :meth:`Transfer.wait`.
+        """
+        most, missing = max(held), max(held) - len(x)
+        padded = torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x.contiguous()
+        every = x.new_empty((self.size * most, *x.shape[1:]))
+        self.arrived(self._start(dist.all_gather_into_tensor, _bytes(every), _bytes(padded)))
+        return torch.cat([part[:count] for part, count in zip(every.split(most), held, strict=True)])
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """The largest of every element over the ranks; float32, in place.
+
+        Raises:
+            RankError: As :meth:`Transfer.wait`.
+        """
+        self.arrived(self._start(dist.all_reduce, x, dist.ReduceOp.MAX))
+        return x
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """What rank 0 has, on every rank; contiguous, in place.
+
+        Raises:
+            RankError: As :meth:`Transfer.wait`.
+        """
+        self.arrived(self._start(dist.broadcast, _bytes(x), group_src=0))
+        return x
+
+    def arrived(self, work: Any) -> None:
+        """Wait for a collective: a CPU until it is done, a GPU's stream.
+
+        Raises:
+            RankError: As :meth:`Transfer.wait`.
+        """
+        try:
+            if dist.get_backend(self._group) == "gloo":
+                self.meeting.until(work.is_completed)
+            work.wait()
+        except RuntimeError as error:
+            self._lost(error)
+
+    def _start(self, collective: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
+        try:
+            return collective(*tensors, group=self._group, async_op=True, **options)
+        except RuntimeError as error:
+            self._lost(error)
+
+    def _lost(self, error: Exception) -> NoReturn:
+        if isinstance(error, RankError):
+            raise error
+        self.meeting.fault(error)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        """The same ranks: a copy of a model runs on them too."""
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to pickle: a group of processes is of this run."""
+        raise TypeError("a parallelized model does not pickle (nor torch.save): restore(model) first")
+
+
+class Planned(Ranks):
+    """Ranks that are not there: what they would send takes memory and goes nowhere, to measure a rank's peak."""
+
+    def __init__(self, size: int, rank: int = 0) -> None:
+        super().__init__(None, Alone(size, rank))
+
+    @contextmanager
+    def call(self, **inputs: object) -> Iterator[None]:
+        """Nobody else is called."""
+        yield
+
+    def arrived(self, work: Any) -> None:
+        """Nothing is on its way."""
+
+    def _start(self, collective: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
+        return None
+
+
+def _is_capturing(inputs: dict[str, object]) -> bool:
+    on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs.values())
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """[n, ...], contiguous, as bytes [n, bytes of a row]."""
+    return (x.flatten(1) if x.dim() > 1 else x[:, None]).view(torch.uint8)

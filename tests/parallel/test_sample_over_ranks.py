@@ -1,0 +1,111 @@
+"""Whole runs over two processes: the same noise, the same clip as one process, written once."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rank_pool import rank_pool
+from rank_work import command, config_of, model_of, sampled, sampled_by
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from small_models import clip
+
+import happyhorse_fast as hh
+from happyhorse_fast.cli import run
+from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.parallel.launched import Launched
+
+REFERENCE = FastConfig(backend="reference")
+
+
+@pytest.fixture(scope="module")
+def two():
+    with rank_pool(2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("noise", ["global", "generator", "named"])
+@pytest.mark.parametrize("image", [False, True])
+def test_ranks_sample_the_clip_of_rank_0(two, noise, image):
+    alone = sampled_by(model_of(config_of(2), REFERENCE), 0, noise, image)
+    for latents in two(sampled, 2, REFERENCE, noise, image):
+        assert all(map(np.array_equal, latents, alone))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = config_of(2, coords_style="v1")
+    hh.save_checkpoint(model_of(config, None), folder / "model")
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    video, audio, text = clip(3, 16, 9, 4)
+    save_file({"video": video, "audio": audio, "text": text}, folder / "inputs.safetensors")
+    return folder
+
+
+def arguments(folder, output, *more):
+    model, config = folder / "model", folder / "config.json"
+    said = ["sample", model, folder / "inputs.safetensors", output, "--config", config, "--device", "cpu", "--json"]
+    return [*map(str, [*said, "--steps", 2, *more])]
+
+
+def test_both_stages_under_torchrun_give_one_file(two, checkpoint, tmp_path, capsys):
+    config = checkpoint / "config.json"
+    more = ["--fast", "fp8", "--sr-checkpoint", checkpoint / "model", "--sr-config", config, "--size", 4, 40]
+    assert run(arguments(checkpoint, tmp_path / "alone.safetensors", *more, "--sr-steps", 2)) == 0
+    capsys.readouterr()
+    results = two(command, 2, arguments(checkpoint, tmp_path / "two.safetensors", *more, "--sr-steps", 2))
+    assert [code for code, _ in results] == [0, 0], results
+    assert json.loads(results[0][1])["settings"]["ranks"] == 2
+    assert results[1][1] == ""
+    alone, together = (load_file(tmp_path / f"{name}.safetensors") for name in ("alone", "two"))
+    assert alone.keys() == together.keys()
+    assert all(np.array_equal(alone[key], together[key]) for key in alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit", [False, True])
+def test_torchrun_itself(checkpoint, tmp_path, culprit):
+    said = arguments(checkpoint, tmp_path / "out.safetensors")
+    if culprit:  # the second process has another configuration
+        config = json.loads((checkpoint / "config.json").read_text()) | {"frame_receptive_field": 7}
+        (tmp_path / "other.json").write_text(json.dumps(config))
+        said[said.index("--config") + 1] = "$CONFIG"
+    program = (
+        "import os, sys; from happyhorse_fast.cli import run;"
+        f"paths = {[str(checkpoint / 'config.json'), str(tmp_path / 'other.json')]};"
+        "sys.exit(run([paths[int(os.environ['RANK'])] if x == '$CONFIG' else x for x in sys.argv[1:]]))"
+    )
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, str(script), *said], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode != 0) == culprit, done.stderr
+    assert (tmp_path / "out.safetensors").exists() != culprit
+    if culprit:
+        assert "config.frame_receptive_field must be the same on all 2 ranks" in done.stderr
+
+
+def test_a_number_of_processes_that_cannot_share_the_heads(two, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert run(arguments(checkpoint, tmp_path / "out.safetensors")) == 2
+    assert "a number of ranks that divides the 2 key/value heads (1, 2), got 3" in capsys.readouterr().err
+
+
+def test_what_torchrun_says(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert Launched.here() == Launched()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(ValueError, match="must be numbers, got RANK=3, LOCAL_RANK=None, WORLD_SIZE=4"):
+        Launched.here()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    process = Launched.here()
+    assert (process.device("cuda"), process.device("cpu")) == ("cuda:1", "cpu")
+    with pytest.raises(ValueError, match="device must be auto, cuda or cpu where torchrun starts 4 processes"):
+        process.device("cuda:0")

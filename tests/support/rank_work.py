@@ -1,0 +1,263 @@
+"""What the ranks of a :mod:`rank_pool` run; importable by them without pytest."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import pickle
+import time
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from small_models import CONFIG, PublicLayout, clip, packed
+from torch.distributed.device_mesh import init_device_mesh
+
+import happyhorse_fast as hh
+from happyhorse_fast import golden
+from happyhorse_fast.cli import run
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.parallelize import ranks_of
+from happyhorse_fast.parallel import agreement
+from happyhorse_fast.parallel.sharded import held_bytes
+
+
+def config_of(heads: int = 2, **changes: Any) -> ModelConfig:
+    """A model of ``heads`` key/value heads with two query heads each: a sandwich layer and a shared one."""
+    sizes = {"hidden_size": 64, "num_heads_q": 2 * heads, "num_heads_kv": heads}
+    return CONFIG.replace(**(sizes | changes))
+
+
+def model_of(config: ModelConfig, fast: FastConfig | None, public: bool = False, **eager: Any) -> Any:
+    model: torch.nn.Module = HappyHorse(config, **eager)
+    model.load_state_dict(golden.recipe_weights(config, 3))
+    if public:
+        model = PublicLayout(model)
+    return model if fast is None else hh.accelerate(model, fast)
+
+
+def outputs(model: Any, inputs: tuple[Any, ...]) -> list[Any]:
+    with torch.no_grad():
+        result = model(*inputs)
+    return [x.numpy() for x in ([result] if isinstance(result, torch.Tensor) else result)]
+
+
+def alone_and_together(
+    rank: int,
+    ranks: int,
+    config: ModelConfig,
+    fast: FastConfig | None,
+    sizes: tuple[int, ...],
+    public: bool = False,
+    **eager: Any,
+) -> tuple[Any, Any, Any]:
+    """One process's outputs (on rank 0), this rank's, and again."""
+    inputs = clip(*sizes)
+    if public:
+        inputs = packed(inputs)
+    model = model_of(config, fast, public, **eager)
+    alone = outputs(model, inputs) if rank == 0 else None
+    hh.parallelize(model, init_device_mesh("cpu", (ranks,)), timeout=30)
+    together, again = outputs(model, inputs), outputs(model, inputs)
+    return alone, together, again
+
+
+def clips_of_pairs(rank: int, fast: FastConfig) -> dict[int, list[Any]]:
+    """Four processes, two to a clip: latents of three clips by their place."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("clips", "rows"))
+    model = hh.parallelize(model_of(config_of(2), fast), mesh["rows"], timeout=30)
+    seeds = hh.clips_of_rank([7, 8, 9], mesh["clips"])
+    return {place: sampled_by(model, seed, "generator", False) for place, seed in seeds}
+
+
+def held_sizes(rank: int, ranks: int, config: ModelConfig, fast: FastConfig | None, sizes: tuple[int, ...]) -> Any:
+    """(rows, channels) of the residual stream before layers; of attention's q, k, v; of all tensors made meanwhile."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    model = hh.parallelize(model_of(config, fast), init_device_mesh("cpu", (ranks,)), timeout=30)
+    streams: list[Any] = []
+    attended: list[Any] = []
+    for layer in model.block.layers:
+        layer.register_forward_pre_hook(lambda _, args: streams.append(tuple(args[0].shape)))
+        owner = layer if fast is not None else layer.attention
+        attend = owner.attend
+
+        def watched(*args: Any, attend: Any = attend, **kwargs: Any) -> Any:
+            tensors = args[0][:3] if fast is not None else args[:3]
+            attended.append([tuple(x.shape) for x in tensors])
+            return attend(*args, **kwargs)
+
+        owner.attend = watched
+
+    class Made(TorchDispatchMode):
+        shapes: set[tuple[int, ...]] = set()  # noqa: RUF012
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.is_floating_point():
+                self.shapes.add(tuple(out.shape))
+            return out
+
+    inputs = clip(*sizes)
+    if fast is not None:
+        with torch.no_grad():
+            model(*inputs)  # makes the clip's state
+        streams.clear()
+        attended.clear()
+    made = Made()
+    with torch.no_grad(), made:
+        model(*inputs)
+    return streams, attended, sorted(made.shapes)
+
+
+def refusal(rank: int, ranks: int, what: str) -> None:
+    """Ask for something that ``parallelize`` or a call of its model refuses."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    config, fast = config_of(2), FastConfig(backend="reference")
+    last = rank == ranks - 1
+    if what == "heads":
+        hh.parallelize(model_of(config_of(1), None), mesh)
+    elif what == "config":
+        changes: dict[str, Any] = {"frame_receptive_field": 2} if last else {}
+        hh.parallelize(model_of(config.replace(**changes), None), mesh)
+    elif what == "acceleration":
+        hh.parallelize(model_of(config, fast if last else FastConfig(backend="reference", mlp_rows=128)), mesh)
+    elif what == "weights":
+        model = model_of(config, fast)
+        if last:
+            model.block.layers[1].down_weight[0, 3, 5] += 1
+        hh.parallelize(model, mesh)
+    elif what == "version":
+        agreement.__version__ = "0.0" if last else "1.0"
+        try:
+            hh.parallelize(model_of(config, None), mesh)
+        finally:
+            agreement.__version__ = hh.__version__
+    elif what == "twice":
+        hh.parallelize(hh.parallelize(model_of(config, fast), mesh), mesh)
+    elif what == "mesh":
+        hh.parallelize(model_of(config, fast), init_device_mesh("cpu", (1, ranks)))
+    elif what == "accelerate":
+        hh.accelerate(hh.parallelize(model_of(config, None), mesh), fast)
+    elif what == "pickle":
+        pickle.dumps(hh.parallelize(model_of(config, None), mesh))
+    elif what == "compile":
+        torch.compile(hh.parallelize(model_of(config, fast), mesh), backend="eager", fullgraph=True)(*clip())
+    elif what in ("shape", "noise"):
+        model = hh.parallelize(model_of(config, fast), mesh, timeout=30)
+        video, audio, text = clip(3 if what == "shape" and last else 2)
+        model(video + (what == "noise") * rank, audio, text)
+
+
+def restored(rank: int, ranks: int, accelerated: bool) -> tuple[bool, bool]:
+    """Whether ``restore`` gives one process's model back, and whether a second ``parallelize`` still works."""
+    config, inputs = config_of(2), clip()
+    fast = FastConfig(backend="reference") if accelerated else None
+    mesh = init_device_mesh("cpu", (ranks,))
+    eager = outputs(model_of(config, None), inputs)
+    model = hh.parallelize(model_of(config, fast), mesh, timeout=30)
+    together = outputs(model, inputs)
+    back = outputs(hh.restore(model), inputs)
+    again = outputs(hh.parallelize(model if fast is None else hh.accelerate(model, fast), mesh, timeout=30), inputs)
+    same = all(map(np.array_equal, eager, back)) and ranks_of(copy.deepcopy(model)) is ranks_of(model) is not None
+    return same, all(map(np.array_equal, together, again))
+
+
+def layers_seen(rank: int, ranks: int, fast: FastConfig | None) -> list[float]:
+    """How far the residual stream that ``on_layer`` sees of all ranks is from one process's, per layer."""
+    seen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for together in (False, True):
+        model = model_of(config_of(2), fast)
+        if together:
+            hh.parallelize(model, init_device_mesh("cpu", (ranks,)), timeout=30)
+        with torch.no_grad():
+            model(*clip(4, 64, 13), on_layer=lambda _, x, kept=seen[together]: kept.append(x.clone()))
+    return [float((a - b).norm() / a.norm()) for a, b in zip(seen[False], seen[True], strict=True)]
+
+
+def fails_at_layer(rank: int, ranks: int, culprit: int, how: str, timeout: float) -> None:
+    """One rank dies, hangs or raises in a layer; the others' errors are what matters."""
+    model = model_of(config_of(ranks), FastConfig(backend="reference"))
+    hh.parallelize(model, init_device_mesh("cpu", (ranks,)), timeout=60)
+    model(*clip())  # ranks start together from here
+    ranks_of(model).meeting.timeout = timeout
+
+    def fault(*_: Any) -> None:
+        if how == "dies":
+            os._exit(3)
+        if how == "hangs":
+            time.sleep(600)
+        raise MemoryError("no memory left")
+
+    if rank == culprit:
+        model.block.layers[1].register_forward_pre_hook(fault)
+    model(*clip())
+
+
+def comes_late(rank: int, ranks: int, culprit: int, timeout: float) -> None:
+    """One rank does not come to a call."""
+    model = hh.parallelize(model_of(config_of(ranks), None), init_device_mesh("cpu", (ranks,)), timeout=60)
+    ranks_of(model).meeting.timeout = timeout
+    if rank == culprit:
+        time.sleep(600)
+    model(*clip())
+
+
+def sampled(rank: int, ranks: int, fast: FastConfig | None, noise: str, image: bool) -> list[Any]:
+    """Latents of two steps on this rank; every rank's global generator is of another seed."""
+    model = hh.parallelize(model_of(config_of(2), fast), init_device_mesh("cpu", (ranks,)), timeout=30)
+    return sampled_by(model, rank, noise, image)
+
+
+def sampled_by(model: Any, seed: int, noise: str, image: bool) -> list[Any]:
+    video, audio, text = clip(4, 64, 13)
+    torch.manual_seed(seed)
+    kinds: dict[str, Any] = {
+        "global": None,
+        "generator": torch.Generator().manual_seed(seed),
+        "named": lambda name, shape: golden.draw(5, name, shape),
+    }
+    first = video[:, :, :1] / 2 if image else None
+    latents = hh.sample(model, video, audio, text, steps=2, noise=kinds[noise], image=first, progress=False)
+    return [x.numpy() for x in latents]
+
+
+def command(rank: int, ranks: int, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and standard output of the program, started as torchrun would."""
+    said = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    out = io.StringIO()
+    with mock.patch.dict(os.environ, said), contextlib.redirect_stdout(out):
+        code = run(arguments)
+    return code, out.getvalue()
+
+
+def sharded(rank: int, ranks: int, fast: FastConfig | None, folder: str | None) -> dict[str, Any]:
+    """Bytes of matrices on this rank and in all, and whether whole and sharded weights give the same outputs."""
+    config, inputs, mesh = config_of(2), clip(), init_device_mesh("cpu", (ranks,))
+    whole = hh.parallelize(model_of(config, fast), mesh, timeout=30)
+    wanted = outputs(whole, inputs)
+    if folder is None:
+        model = hh.parallelize(model_of(config, fast), mesh, timeout=30, shard_weights=True)
+    else:
+        model = hh.load(folder, config=config, fast=fast, shard=mesh, progress=False)
+        hh.parallelize(model, mesh, timeout=30)
+    matrices = [x for x in model.block.layers.state_dict().values() if x.numel() > 1000]
+    there = outputs(model, inputs), outputs(model, inputs)
+    after = [x for x in model.block.layers.state_dict().values() if x.numel() > 1000]
+    try:
+        back = outputs(hh.restore(model), inputs)
+        restored: Any = all(map(np.array_equal, back, outputs(model_of(config, None), inputs)))
+    except ValueError as error:
+        restored = str(error)
+    return {
+        "here": held_bytes(matrices),
+        "after": held_bytes(after),
+        "all": sum(x.nbytes for x in matrices),
+        "same": all(np.array_equal(a, b) for result in there for a, b in zip(wanted, result, strict=True)),
+        "restored": restored,
+    }
