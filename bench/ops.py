@@ -30,7 +30,6 @@ from bench.measure.comparison import SLOW_SECONDS, Bench, Stopped, groups
 from bench.measure.conditions import Monitor
 from bench.measure.lost import LOST, lost
 from bench.ops_table import row, summary
-from bench.peers.peer import Peer
 from bench.peers.registry import all_peers, split
 from bench.results import FOLDER, Json, Results, describe_machine, path_for
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
@@ -60,7 +59,8 @@ def run(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline:
         results.add("peaks", asdict(bench.measured))
         results.add("peaks", asdict(bench.peaks))
     of_all = groups(chosen)
-    for i, peers in enumerate(_passes(bench.peers)):
+    quick = [peer for peer in bench.peers if not peer.slow]
+    for i, peers in enumerate([quick] if len(quick) == len(bench.peers) else [quick, bench.peers]):
         for group in of_all:
             if any(peer.slow for peer in peers) and not any(
                 peer.slow and peer.fits(c) for peer in peers for c in group
@@ -84,12 +84,6 @@ def run(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline:
                 if results is not None:
                     results.add_absent(bench.absent)
     return list(found.values())
-
-
-def _passes(peers: Sequence[Peer]) -> list[list[Peer]]:
-    """Peers of the comparisons to make one after another: the quick ones, then all."""
-    quick = [peer for peer in peers if not peer.slow]
-    return [quick] if len(quick) == len(peers) else [quick, list(peers)]
 
 
 def run_gates(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline: float) -> bool:

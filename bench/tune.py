@@ -102,7 +102,7 @@ def candidates(target: Target, arch: int) -> list[LaunchConfig]:
         config = dataclasses.replace(plain, **dict(zip(choices, values, strict=True)))
         if (
             config not in made
-            and illegal(config, arch, fp8=_is_fp8(target), shared_bytes=_shared(target, config)) is None
+            and illegal(config, arch, fp8=target.case.precision == "fp8", shared_bytes=_shared(target, config)) is None
         ):
             made.append(config)
     return made
@@ -112,10 +112,6 @@ def refinements(best: LaunchConfig) -> list[LaunchConfig]:
     """Other groups of row tiles for a configuration; of attention, which has none, nothing."""
     groups = [group for group in GROUP_M if group != best.group_m] if best.group_m else []
     return [dataclasses.replace(best, group_m=group) for group in groups]
-
-
-def _is_fp8(target: Target) -> bool:
-    return target.case.precision == "fp8"
 
 
 def _shared(target: Target, config: LaunchConfig) -> int:

@@ -112,11 +112,6 @@ class ModelConfig:
         return self.video_in_channels // (PATCH[0] * PATCH[1] * PATCH[2])
 
     @property
-    def rotary_bands(self) -> int:
-        """B = head_dim / 8 frequencies per axis; 3 axes, sin and cos, rotate 6B of the head's channels."""
-        return self.head_dim // 8
-
-    @property
     def qkv_features(self) -> int:
         """Rows of ``linear_qkv`` per expert: q, k, v and one gate per query head."""
         return (self.num_heads_q + 2 * self.num_heads_kv) * self.head_dim + self.num_heads_q

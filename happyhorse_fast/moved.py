@@ -13,7 +13,7 @@ MOVED = {
     "happyhorse_fast.reference": "HappyHorse is a name of happyhorse_fast, the modules are in happyhorse_fast.eager",
     "happyhorse_fast.ops.block_sparse_attention": f"{OPS} block_sparse_attention",
     "happyhorse_fast.ops.fp8_linear": f"{OPS} fp8_linear, fp8_linear_residual, fp8_linear_activation",
-    "happyhorse_fast.ops.packing": f"{OPS} pack_linear, unpack_linear",
+    "happyhorse_fast.ops.packing": f"{OPS} pack_linear",
     "happyhorse_fast.ops.packing_qkv": f"{OPS} pack_qkv_weight, pack_qk_norm, pack_cos_sin, static_qk_scale",
     "happyhorse_fast.ops.quantize_rows": f"{OPS} quantize_rows",
     "happyhorse_fast.ops.rmsnorm_qkv": f"{OPS} rmsnorm_quantize, qkv_linear; the op rmsnorm_qkv is gone: call "

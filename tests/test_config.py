@@ -23,7 +23,6 @@ def test_the_full_model_is_as_published() -> None:
     assert (config.up_features(0), config.up_features(4)) == (20480, 27304)
     assert (config.intermediate_size(0), config.intermediate_size(39)) == (20480, 13652)
     assert [i for i in range(40) if config.experts(i) == 3] == [0, 1, 2, 3, 36, 37, 38, 39]
-    assert config.rotary_bands == 16
     assert config.latent_channels == 48
 
 

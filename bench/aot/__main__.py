@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -67,20 +66,17 @@ class Compiles:
         options = ("--shard", f"{shard.number}/{SHARDS}", "--only", self.only)
         try:
             for data in json_lines([sys.executable, "-m", "bench.aot.compile", *options], compiling(shard.folder)):
-                self._take(data)
+                if "kernels" in data:
+                    self.expected += data["kernels"]
+                elif "failure" in data:
+                    self.failures.append(data["failure"])
+                    self.console.print(data["failure"], style="red", highlight=False)
+                else:
+                    self.rows.append(row := Row(**data))
+                    said = f"{len(self.rows)}/{self.expected} {row.triton} {row.name}: {row.summary} ({row.seconds} s)"
+                    self.console.print(said, highlight=False)
         except CommandFailed as error:
             self.failures.append(f"compiling {shard}: {error}")
-
-    def _take(self, data: dict[str, Any]) -> None:
-        if "kernels" in data:
-            self.expected += data["kernels"]
-        elif "failure" in data:
-            self.failures.append(data["failure"])
-            self.console.print(data["failure"], style="red", highlight=False)
-        else:
-            self.rows.append(row := Row(**data))
-            place = f"{len(self.rows)}/{self.expected}"
-            self.console.print(f"{place} {row.triton} {row.name}: {row.summary} ({row.seconds} s)", highlight=False)
 
 
 def key_of(version: str) -> tuple[int, ...]:

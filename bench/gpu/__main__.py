@@ -13,11 +13,8 @@ import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
 import contextlib
-import functools
-import hashlib
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,11 +30,9 @@ import bench
 from bench import targets
 from bench.gpu import archive
 from bench.gpu.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
-from bench.measure import conditions
 from bench.measure.lost import LOST
 from bench.prime import file as primed
 from bench.results import COMMIT_VARIABLE, FOLDER, Results, describe_machine, path_for
-from happyhorse_fast.ops.runtime import cache_folder
 
 TOTAL_SECONDS = 540
 # Of a dry run, whose stages only have to end: some 180 s on a free core, 100 of them for what is built anew.
@@ -51,8 +46,6 @@ SPARE_SECONDS = 8
 TAIL_LINES = 30
 # A command that lost the GPU is started again with at least this much left, of which it needs 10 s to start.
 AGAIN_SECONDS = 20
-CLOCKS = "clocks.csv"
-CLOCK_MS = 500
 CACHE_VARIABLE = "TRITON_CACHE_DIR"
 KEY = "triton-key.txt"
 
@@ -62,22 +55,9 @@ def environment(dry: bool) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(bootstrap.ROOT), os.environ.get("PYTHONPATH", "")]))
     given = {"MAX_JOBS": str(os.cpu_count()), **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     given["TRITON_INTERPRET"] = "1" if dry else "0"
-    with contextlib.suppress(OSError):  # without a cache every process checks anew, and says so
-        given.setdefault(cache_folder.CACHE_VARIABLE, str(cache_folder.cache_folder() / "gpu" / _sources_digest()))
     if dry:
         given |= {"CUDA_VISIBLE_DEVICES": "", "HAPPYHORSE_FAST_GPU_TESTS": "dry", "OMP_NUM_THREADS": "1"}
     return given
-
-
-@functools.cache
-def _sources_digest() -> str:
-    """Hash all that a kernel's result depends on: a self-check before a launcher was changed proves nothing."""
-    digest = hashlib.sha256()
-    for folder in ("happyhorse_fast", "kernels", "csrc"):
-        for path in sorted((bootstrap.ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".json", ".cu", ".cuh") and path.name != "preferences.json":
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def run_command(command: Sequence[str], log: Path, seconds: float, dry: bool) -> tuple[int, str]:
@@ -183,25 +163,6 @@ def run_stages(stages: Sequence[Stage], context: Context, results: Results, dead
 
 
 @contextlib.contextmanager
-def recorded_clocks(folder: Path, dry: bool) -> Iterator[None]:
-    """The chip's clock, power and temperature twice a second in a file, where nvidia-smi is."""
-    if dry or shutil.which(conditions.TOOL) is None:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    query = f"--query-gpu=timestamp,{','.join(list(conditions.FIELDS)[:-1])}"
-    with (folder / CLOCKS).open("ab") as file:
-        process = subprocess.Popen(
-            [conditions.TOOL, query, "--format=csv", f"--loop-ms={CLOCK_MS}"], stdout=file, stderr=subprocess.DEVNULL
-        )
-        try:
-            yield
-        finally:
-            process.kill()
-            process.wait()
-
-
-@contextlib.contextmanager
 def primed_kernels(folder: Path, arch: str | None, logs: Path) -> Iterator[None]:
     """Stages find what `make prime` compiled for this GPU and this build of Triton; says how much they compile.
 
@@ -270,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compiled = primed_kernels(options.primed, None if options.dry else header["capability"], logs)
     # All stages are of one commit, whatever is committed or edited meanwhile.
     of_commit = mock.patch.dict(os.environ, {COMMIT_VARIABLE: header["commit"]})
-    with kept, recorded_clocks(logs, options.dry), of_commit, compiled:
+    with kept, of_commit, compiled:
         passed = run_stages(chosen, context, results, began + seconds - ENDING_SECONDS)
     if not options.dry:
         print(targets.text(Results(results.path, header).data) + "\n")

@@ -190,16 +190,14 @@ class Stopwatch:
         round_ms = sum(self._turn_ms(prepared) for prepared in contestants.values())
         rounds = min(MOST, max(FEWEST, math.ceil(1e3 * seconds / max(round_ms, 1e-3))))
         warm_rounds = min(MOST, math.ceil(1e3 * warm / max(round_ms, 1e-3)))
-        if self.device.type != "cuda":
-            rounds, warm_rounds = (rounds, warm_rounds) if seconds else (1, 0)
-            self._host_rounds(contestants, range(warm_rounds))
-            began = time.monotonic()
-            times = self._host_rounds(contestants, range(warm_rounds, warm_rounds + rounds))
-        else:
-            if warm_rounds:
-                self._device_rounds(contestants, range(warm_rounds))
-            began = time.monotonic()
-            times = self._device_rounds(contestants, range(warm_rounds, warm_rounds + rounds))
+        on_gpu = self.device.type == "cuda"
+        take = self._device_rounds if on_gpu else self._host_rounds
+        if not on_gpu and not seconds:
+            rounds, warm_rounds = 1, 0
+        if warm_rounds:
+            take(contestants, range(warm_rounds))
+        began = time.monotonic()
+        times = take(contestants, range(warm_rounds, warm_rounds + rounds))
         timings = {name: Timing(tuple(taken), contestants[name].clock) for name, taken in times.items()}
         return Span(uuid.uuid4().hex[:12], timings, began, time.monotonic())
 

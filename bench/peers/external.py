@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,9 @@ class FlashAttention3(DenseAttention):
     name, module = "FlashAttention-3 bf16 (no gate)", "flash_attn_interface"
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
-        from flash_attn_interface import flash_attn_func
-
+        attend = importlib.import_module(self.module).flash_attn_func
         q, k, v = (inputs.bf16[name][None] for name in "qkv")
-        return lambda: flash_attn_func(q, k, v, softmax_scale=inputs.bf16["scale"], causal=False)
+        return lambda: attend(q, k, v, softmax_scale=inputs.bf16["scale"], causal=False)
 
 
 class FlashAttention3Fp8(FlashAttention3):
@@ -42,17 +43,11 @@ class FlashAttention3Fp8(FlashAttention3):
         return lambda: flash_attn_func(q, k, v, softmax_scale=inputs.bf16["scale"], causal=False, **scales)
 
 
-class FlashAttention4(DenseAttention):
+class FlashAttention4(FlashAttention3):
     """FlashAttention-4 in bf16, written in CuTe DSL, its kernels for Hopper included: q, k, v [B, N, H, D]."""
 
     name, module, package = "FlashAttention-4 bf16 (no gate)", "flash_attn.cute", "flash-attn-4"
     slow = True  # compiles its kernels
-
-    def prepare(self, case: Case, inputs: Inputs) -> Function:
-        from flash_attn.cute import flash_attn_func
-
-        q, k, v = (inputs.bf16[name][None] for name in "qkv")
-        return lambda: flash_attn_func(q, k, v, softmax_scale=inputs.bf16["scale"], causal=False)
 
 
 class CudnnFp8(DenseAttention):

@@ -54,25 +54,21 @@ def prime(arch: int, triton: Path | None, jobs: int, key: Sequence[str], cache: 
         launches, shards = Path(folder) / "launches.jsonl", -(-len(found) // KERNELS_EACH)
         launches.write_text("".join(json.dumps(kernel) + "\n" for kernel in found))
 
-        def took(said: dict[str, Any]) -> bool:
-            """Note a line of a shard's; whether it is of a kernel."""
-            if "key" in said:
-                done.update(said)
-                return False
-            done["new"] += said.get("new", False)
-            what = f"{said['kernel']} of {said['source']}"
-            if "failure" in said:
-                done["failures"].append(f"{what} does not compile: {said['failure']}")
-            state = said.get("failure") or ("compiled" if said["new"] else "was there")
-            print(f"{what}: {state} ({said['seconds']} s)", flush=True)
-            return True
-
         def shard(number: int) -> None:
             options = (str(launches), *architecture, "--shard", f"{number}/{shards}", *key)
             missing = len(found[number::shards])
             try:
                 for said in json_lines([sys.executable, "-m", "bench.prime.compile", *options], env):
-                    missing -= took(said)
+                    if "key" in said:  # the first line, of the build
+                        done.update(said)
+                        continue
+                    missing -= 1
+                    done["new"] += said.get("new", False)
+                    what, failure = f"{said['kernel']} of {said['source']}", said.get("failure")
+                    if failure:
+                        done["failures"].append(f"{what} does not compile: {failure}")
+                    state = failure or ("compiled" if said["new"] else "was there")
+                    print(f"{what}: {state} ({said['seconds']} s)", flush=True)
             except CommandFailed as error:
                 done["failures"].append(str(error))
             if missing:

@@ -82,7 +82,7 @@ def page(report: Report, pictures: list[Path]) -> str:
         *([tables.error_table(report.cases).html(), tables.op_table(report.cases).html()] if report.cases else []),
         f"<p class=note>{html.escape(_where_measured(report))}</p>",
         "<h2>A trained model: clips of the pony</h2>",
-        *pony.page_parts(report),
+        *(table.html() for table in pony.own_tables(report)),
         *map(figure, ("fidelity", "activations", "attention")),
         "<h2>Block maps</h2>",
         figure("block_maps"),
@@ -133,15 +133,12 @@ def readme_section(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def notes_section(report: Report) -> str:
-    """Targets, clip, ops and predictions of every GPU, for the notes on Hopper."""
-    return "\n\n".join(targets.text(data, markdown=True) for data in report.gpu.values()) or tables.NO_GPU
-
-
 def sections(report: Report) -> dict[Path, str]:
     """Write what stands between the markers of each file."""
+    # Targets, clip, ops and predictions of every GPU.
+    notes = "\n\n".join(targets.text(data, markdown=True) for data in report.gpu.values()) or tables.NO_GPU
     pages = {kernel_tables.page(stem): kernel_tables.section(report, stem) for stem in kernel_tables.OPS}
-    own = {README: readme_section(report), PONY_README: pony.own_section(report), NOTES: notes_section(report)}
+    own = {README: readme_section(report), PONY_README: pony.own_section(report), NOTES: notes}
     return own | pages | {DESIGN: dataflow.table().markdown()}
 
 

@@ -31,7 +31,8 @@ NOT_SPLIT, UNKNOWN = "not split by op", "#adb5bd"
 def clip(report: Report) -> Figure:
     """Whole clips with solid bars, those extrapolated from fewer steps hatched; the newest GPU's."""
     data = list(report.gpu.values())[-1]
-    runs = [run for run in clips(data) if run["total_s"] is not None and of_the_picture(run)]
+    shown = ("1080p", PUBLISHED_SECONDS)
+    runs = [run for run in clips(data) if run["total_s"] and (run["resolution"], run["seconds"]) == shown]
     note = (
         f"wall time of denoising alone, commit {data['commit']}, 15B model, random weights. Hatched, ~: extrapolated "
         "from the median of the first steps. A bar is split as one profiled step was. Second stage: model evaluations "
@@ -47,16 +48,11 @@ def clip(report: Report) -> Figure:
     axes.set_xlabel("s")
     axes.set_xlim(0, max(run["total_s"] for run in runs) * 1.22)
     axes.grid(False, axis="y")
-    shown = [name for name in (*COLOURS, NOT_SPLIT) if name in labelled]
-    patches = [Patch(facecolor=COLOURS.get(name, UNKNOWN), label=name) for name in shown]
+    named = [name for name in (*COLOURS, NOT_SPLIT) if name in labelled]
+    patches = [Patch(facecolor=COLOURS.get(name, UNKNOWN), label=name) for name in named]
     patches.append(Patch(facecolor="white", edgecolor=FAINT, hatch="///", label="extrapolated"))
     axes.legend(handles=patches, fontsize=8.5, frameon=False, loc="lower right")
     return figure
-
-
-def of_the_picture(run: Json) -> bool:
-    """Tell whether a run is of 5 s of 1080p."""
-    return run["resolution"] == "1080p" and run["seconds"] == PUBLISHED_SECONDS
 
 
 def _name(run: Json) -> str:

@@ -20,7 +20,7 @@ from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, TEAL,
 from bench.results import Json
 from happyhorse_fast.block_map import BlockMap, Layout
 from happyhorse_fast.config import PATCH, ModelConfig
-from happyhorse_fast.costs import GPUS, OUTSIDE, Gpu, step_costs
+from happyhorse_fast.costs import GPUS, OUTSIDE, step_costs
 from happyhorse_fast.eager.rotary import apply_rotary, frequency_bands, rotary_phases
 from happyhorse_fast.eager.sequence import Clip, coordinates
 from happyhorse_fast.tokens import TEXT_TOKENS, tokens_for
@@ -80,15 +80,10 @@ def save(made: dict[str, Figure], folder: Path) -> list[Path]:
 # Speed ----------------------------------------------------------------------------------------------------------------
 
 
-def _card(report: Report) -> Gpu:
-    """The card of the newest results; an H100 where there are none."""
-    known = (gpu_named(data["gpu"]) for data in reversed(report.gpu.values()))
-    return next(filter(None, known), GPUS["h100"])
-
-
 def roofline(report: Report) -> Figure:
     """Attainable TFLOP/s over FLOP per byte: the datasheet's roof and the measured one, the ops' ceilings, what ran."""
-    card = _card(report)
+    known = (gpu_named(data["gpu"]) for data in reversed(report.gpu.values()))
+    card = next(filter(None, known), GPUS["h100"])
     newest = list(report.gpu.values())[-1:]  # one card: another's rates would not lie under this roof
     measured = [row for data in newest for row in rows_of(data) if row.tflops and row.gbps]
     reached = measured_ceilings(newest[0]) if newest else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -192,16 +190,12 @@ def section(report: Report) -> list[str]:
     return parts
 
 
+def own_tables(report: Report) -> list[Table]:
+    """The pony's tables of its own README and of the page."""
+    found = [rates_table(report.rates)] if report.rates else []
+    return found + ([fidelity_table(report.fidelity), settings_table(report.fidelity)] if report.fidelity else [])
+
+
 def own_section(report: Report) -> str:
     """The generated part of the pony's own README."""
-    tables: list[Any] = [rates_table(report.rates)] if report.rates else []
-    tables += [fidelity_table(report.fidelity), settings_table(report.fidelity)] if report.fidelity is not None else []
-    return "\n\n".join(table.markdown() for table in tables)
-
-
-def page_parts(report: Report) -> list[str]:
-    """The pony's tables of the page, in HTML."""
-    found = [rates_table(report.rates).html()] if report.rates else []
-    if report.fidelity is not None:
-        found += [fidelity_table(report.fidelity).html(), settings_table(report.fidelity).html()]
-    return found
+    return "\n\n".join(table.markdown() for table in own_tables(report))

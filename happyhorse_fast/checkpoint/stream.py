@@ -93,7 +93,7 @@ def read_tensor(
         # Synchronous, so that the next piece may overwrite the staging buffer.
         flat[first : first + len(piece) // stored.itemsize].copy_(staging[: len(piece)].view(stored))
         advance(len(piece))
-    if not _is_finite(value):
+    if not is_finite(value):
         bad = int((~torch.isfinite(value.float())).sum())
         raise CheckpointError(
             f"{entry.file}: {entry.key} holds {bad} NaN or Inf among {value.numel()} elements "
@@ -102,7 +102,8 @@ def read_tensor(
     return value
 
 
-def _is_finite(value: torch.Tensor) -> bool:
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no Inf; codes of e4m3, which ``torch.isfinite`` does not take, included."""
     if not value.dtype.is_floating_point:
         return True
     if value.dtype == torch.float8_e4m3fn:  # no Inf; NaN is 0x7f and 0xff

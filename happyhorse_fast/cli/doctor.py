@@ -39,6 +39,7 @@ _CLIPS = (
     ("davinci-magihuman-sr-1080p", "1080p"),
     ("tiny", "256p"),
 )
+_NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -49,6 +50,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Collect what :func:`doctor` prints, as plain data."""
+    import torch
+
     from happyhorse_fast.ops.runtime.cuda import status
 
     gpus = _gpus()
@@ -57,16 +60,28 @@ def examine() -> dict[str, Any]:
         "package": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "torch": _torch(),
+        "torch": {
+            "version": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cuda_available": torch.cuda.is_available(),
+        },
         "gpus": gpus,
         "driver": _driver(),
         "triton": _version("triton"),
         "nvcc": _nvcc(),
         "cuda_bindings": _version("cuda-bindings"),
-        "nvrtc": _nvrtc(),
+        "nvrtc": next((f"{name} {version}" for name in _NVRTC if (version := _version(name))), None),
         "cuda": cuda,
         "optional": {name: _version(name) for name in _OPTIONAL},
-        "runs": [*_what_runs(gpus), *_what_of_csrc_runs(cuda)],
+        "runs": [
+            *_what_runs(gpus),
+            {"what": "CUDA kernels", "runs": cuda["obstacle"] is None, "why": status.summary(cuda)},
+            {
+                "what": "host module",
+                "runs": cuda["host_module"]["found"] is not None,
+                "why": cuda["host_module"]["why"] or "block maps in C++",
+            },
+        ],
         "memory": _memory_fit(gpus),
     }
 
@@ -76,12 +91,6 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _torch() -> dict[str, Any]:
-    import torch
-
-    return {"version": torch.__version__, "cuda": torch.version.cuda, "cuda_available": torch.cuda.is_available()}
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -119,11 +128,6 @@ def _first_match(command: list[str], pattern: str) -> str | None:
     return match.group() if match else None
 
 
-def _nvrtc() -> str | None:
-    names = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
-    return next((f"{name} {version}" for name in names if (version := _version(name))), None)
-
-
 def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from happyhorse_fast.verify.forms import FORMS
 
@@ -143,20 +147,6 @@ def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
         obstacle = optional.obstacle(name)
         lines.append({"what": purpose, "runs": obstacle is None, "why": obstacle or f"{name} imports"})
     return lines
-
-
-def _what_of_csrc_runs(cuda: dict[str, Any]) -> list[dict[str, Any]]:
-    from happyhorse_fast.ops.runtime.cuda import status
-
-    module = cuda["host_module"]
-    return [
-        {"what": "CUDA kernels", "runs": cuda["obstacle"] is None, "why": status.summary(cuda)},
-        {
-            "what": "host module",
-            "runs": module["found"] is not None,
-            "why": module["why"] or "block maps in C++",
-        },
-    ]
 
 
 def _kernel_obstacle() -> str | None:

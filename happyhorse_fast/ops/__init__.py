@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from happyhorse_fast.ops.linear.op import fp8_linear_activation as fp8_linear_activation
     from happyhorse_fast.ops.linear.op import fp8_linear_residual as fp8_linear_residual
     from happyhorse_fast.ops.linear.packing import pack_linear as pack_linear
-    from happyhorse_fast.ops.linear.packing import unpack_linear as unpack_linear
     from happyhorse_fast.ops.qkv.op import qk_norm_rope as qk_norm_rope
     from happyhorse_fast.ops.qkv.op import qkv_linear as qkv_linear
     from happyhorse_fast.ops.qkv.op import rmsnorm_quantize as rmsnorm_quantize
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from happyhorse_fast.ops.qkv.packing import pack_qk_norm as pack_qk_norm
     from happyhorse_fast.ops.qkv.packing import pack_qkv_weight as pack_qkv_weight
     from happyhorse_fast.ops.qkv.packing import static_qk_scale as static_qk_scale
-    from happyhorse_fast.ops.qkv.packing import unpack_cos_sin as unpack_cos_sin
-    from happyhorse_fast.ops.qkv.packing import unpack_qk_norm as unpack_qk_norm
-    from happyhorse_fast.ops.qkv.packing import unpack_qkv_weight as unpack_qkv_weight
     from happyhorse_fast.ops.row_quantization.op import quantize_rows as quantize_rows
     from happyhorse_fast.ops.runtime.row_tiles import check_row_tiles as check_row_tiles
 
@@ -33,10 +29,9 @@ _MODULES = {
     "attention.score_bound": "norm_bound",
     "block_selection.op": "select_blocks",
     "linear.op": "activation_quantize fp8_linear fp8_linear_activation fp8_linear_residual",
-    "linear.packing": "pack_linear unpack_linear",
+    "linear.packing": "pack_linear",
     "qkv.op": "qk_norm_rope qkv_linear rmsnorm_quantize",
-    "qkv.packing": "pack_cos_sin pack_qk_norm pack_qkv_weight static_qk_scale "
-    "unpack_cos_sin unpack_qk_norm unpack_qkv_weight",
+    "qkv.packing": "pack_cos_sin pack_qk_norm pack_qkv_weight static_qk_scale",
     "row_quantization.op": "quantize_rows",
     "runtime.row_tiles": "check_row_tiles",
 }

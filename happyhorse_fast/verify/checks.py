@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -142,77 +143,49 @@ def _forward(case: GoldenCase, model: HappyHorse) -> list[Measurement]:
 
 
 def _distilled(case: GoldenCase, model: HappyHorse) -> list[Measurement]:
-    t, steps = case.tensors, _Steps()
-    recorded = t["sampler.sigmas"]
+    t, steps, recorded = case.tensors, list[StepInfo](), case.tensors["sampler.sigmas"]
     inputs = (t["in.video"], t["in.audio"], t["in.text"])
-    video, audio = sample(model, *inputs, steps=len(recorded) - 1, noise=case.draw, callback=steps, progress=False)
-    sigmas = torch.tensor([*steps.sigmas, 0.0], dtype=recorded.dtype)
+    options: Any = {"steps": len(recorded) - 1, "noise": case.draw, "callback": _kept(steps), "progress": False}
+    video, audio = sample(model, *inputs, **options)
     return [
-        _error("sampler.sigmas", sigmas, recorded, 1e-6),
-        _error("sampler.step0.video", steps.videos[0], t["sampler.step0.video"], SAMPLER_BUDGET),
-        _error("sampler.step0.audio", steps.audios[0], t["sampler.step0.audio"], SAMPLER_BUDGET),
+        _error("sampler.sigmas", _sigmas(steps, recorded), recorded, 1e-6),
+        _error("sampler.step0.video", steps[0].video, t["sampler.step0.video"], SAMPLER_BUDGET),
+        _error("sampler.step0.audio", steps[0].audio, t["sampler.step0.audio"], SAMPLER_BUDGET),
         _error("sampler.final.video", video, t["sampler.final.video"], SAMPLER_BUDGET),
         _error("sampler.final.audio", audio, t["sampler.final.audio"], SAMPLER_BUDGET),
     ]
 
 
 def _second_stage(case: GoldenCase, model: HappyHorse) -> list[Measurement]:
-    t, steps, start = case.tensors, _Steps(), _FirstCall(model)
-    recorded = t["sr.sigmas"]
+    t, steps, recorded = case.tensors, list[StepInfo](), case.tensors["sr.sigmas"]
     rows, columns = t["sr.start.video"].shape[3:]
-    super_resolve(
-        start,
-        t["in.base.video"],
-        t["in.base.audio"],
-        t["in.text"],
-        size=(rows, columns),
-        steps=len(recorded) - 1,
-        noise=case.draw,
-        callback=steps,
-        progress=False,
-    )
-    sigmas = torch.tensor([*steps.sigmas, 0.0], dtype=recorded.dtype)
+    given: list[torch.Tensor] = []  # video and audio of every call
+    inputs = (t["in.base.video"], t["in.base.audio"], t["in.text"])
+    options: Any = {"steps": len(recorded) - 1, "noise": case.draw, "callback": _kept(steps), "progress": False}
+    handle = model.register_forward_pre_hook(lambda _, latents: given.extend(x.clone() for x in latents[:2]))
+    try:
+        super_resolve(model, *inputs, size=(rows, columns), **options)
+    finally:
+        handle.remove()
     return [
         _error("sampler.table", signal_table(), t["sr.table"], 1e-6),
-        _error("sampler.sigmas", sigmas, recorded, 1e-6),
-        _error("sampler.start.video", start.video, t["sr.start.video"], SAMPLER_BUDGET),
-        _error("sampler.start.audio", start.audio, t["sr.start.audio"], SAMPLER_BUDGET),
+        _error("sampler.sigmas", _sigmas(steps, recorded), recorded, 1e-6),
+        _error("sampler.start.video", given[0], t["sr.start.video"], SAMPLER_BUDGET),
+        _error("sampler.start.audio", given[1], t["sr.start.audio"], SAMPLER_BUDGET),
         *(
-            _error(f"sampler.step{i}.video", video, t[f"sr.step{i}.video"], SAMPLER_BUDGET)
-            for i, video in enumerate(steps.videos)
+            _error(f"sampler.step{i}.video", step.video, t[f"sr.step{i}.video"], SAMPLER_BUDGET)
+            for i, step in enumerate(steps)
         ),
     ]
 
 
-class _Steps:
+def _kept(steps: list[StepInfo]) -> Callable[[StepInfo], None]:
     """A callback that keeps what every step gave."""
-
-    def __init__(self) -> None:
-        self.sigmas: list[float] = []
-        self.videos: list[torch.Tensor] = []
-        self.audios: list[torch.Tensor] = []
-
-    def __call__(self, info: StepInfo) -> None:
-        self.sigmas.append(info.sigma)
-        self.videos.append(info.video.clone())
-        self.audios.append(info.audio.clone())
+    return lambda info: steps.append(replace(info, video=info.video.clone(), audio=info.audio.clone()))
 
 
-class _FirstCall:
-    """A denoiser that keeps the latents it was first called with."""
-
-    def __init__(self, model: HappyHorse) -> None:
-        self.model, self.config = model, model.config
-        self.device, self.stream_dtype = model.device, model.stream_dtype
-        self.video = self.audio = torch.empty(0)
-
-    def __call__(
-        self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.video.numel():
-            self.video, self.audio = video.clone(), audio.clone()
-        velocities: tuple[torch.Tensor, torch.Tensor] = self.model(video, audio, text)
-        return velocities
+def _sigmas(steps: list[StepInfo], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([*(step.sigma for step in steps), 0.0], dtype=like.dtype)
 
 
 # A model at three precisions ------------------------------------------------------------------------------------------

@@ -249,14 +249,6 @@ def test_a_commit_during_a_run_makes_no_other_file(tmp_path, monkeypatch):
     assert "COMMIT" not in os.environ
 
 
-def test_what_was_checked_with_other_sources_proves_nothing(monkeypatch):
-    monkeypatch.delenv(gpu.cache_folder.CACHE_VARIABLE, raising=False)
-    here = gpu.environment(dry=False)[gpu.cache_folder.CACHE_VARIABLE]
-    assert gpu._sources_digest() in here
-    monkeypatch.setenv(gpu.cache_folder.CACHE_VARIABLE, "/elsewhere")
-    assert gpu.environment(dry=False)[gpu.cache_folder.CACHE_VARIABLE] == "/elsewhere"
-
-
 def test_an_absent_tool_is_named_and_fails_nothing(tmp_path):
     passed, written = run(stage(Step([], absent="compute-sanitizer is absent: not on the PATH")), tmp_path)
     assert passed is True and "compute-sanitizer is absent" in written["outcome"]

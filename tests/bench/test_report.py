@@ -125,7 +125,7 @@ def test_what_the_pony_lost_is_shown() -> None:
     assert worst == 12.34
     nothing = report_data.Report({}, {}, None)
     assert report_pony.figures(nothing) == {}
-    assert report_pony.page_parts(nothing) == report_pony.section(nothing) == []
+    assert report_pony.own_tables(nothing) == report_pony.section(nothing) == []
 
 
 def test_committed_pictures_are_small_and_named() -> None:

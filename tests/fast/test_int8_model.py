@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from interpreter import make_exact
+from unpacking import unpack_linear
 
 from happyhorse_fast import golden
 from happyhorse_fast.arguments import CheckpointError
@@ -20,7 +21,6 @@ from happyhorse_fast.fast.accelerate import accelerate, empty_accelerated, expla
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.launches import launches_per_layer
 from happyhorse_fast.fast.memory import peak_by_kind
-from happyhorse_fast.ops.linear.packing import unpack_linear
 from happyhorse_fast.ops.runtime.dispatch import checked_formats, choose
 from happyhorse_fast.tokens import tokens_for
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from bf16_budget import bf16_violations
 from fuzz import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import E4M3, EPILOGUES, IMPLEMENTED, KERNELS, ROWS, Case, row_tiles, run_epilogue
 from strict import checked_memory, checked_overflow, permuted_grid, poisoned_outputs, strict
 
-from happyhorse_fast.budgets import bf16_violations, measure, violations
+from happyhorse_fast.budgets import measure, violations
 from happyhorse_fast.eager.mlp import gelu7, swiglu7
 from happyhorse_fast.kernels import linear as kernels
 from happyhorse_fast.kernels.launch import LaunchConfig, table

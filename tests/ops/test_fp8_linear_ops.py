@@ -4,13 +4,14 @@ import pytest
 import torch
 from linear_cases import E4M3, EPILOGUES, Case, row_tiles, run_epilogue
 from strict import strict
+from unpacking import unpack_linear
 
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, LaunchConfig, illegal, shared_memory_bytes, table
 from happyhorse_fast.ops.linear import op as ops
 from happyhorse_fast.ops.linear import reference
 from happyhorse_fast.ops.linear import triton as launcher
-from happyhorse_fast.ops.linear.packing import pack_linear, unpack_linear
+from happyhorse_fast.ops.linear.packing import pack_linear
 from happyhorse_fast.ops.quantize import (
     dequantize,
     e4m3_rows,

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from bf16_budget import bf16_violations
 from fuzz import examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,7 +67,7 @@ def test_normalised_rows(name, branch, out, backend):
     else:
         assert scale.shape == (0,)
         rounded = torch.cat([eager.rms_norm(case.hidden[a:b], case.norm[e]).bfloat16() for e, a, b in case.spans])
-        assert budgets.bf16_violations(budgets.measure(x, truth), budgets.measure(rounded, truth)) == []
+        assert bf16_violations(budgets.measure(x, truth), budgets.measure(rounded, truth)) == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
+import unpacking
 from qkv_cases import BACKENDS, SHAPES, make, tail
 
 import happyhorse_fast.ops
@@ -165,13 +166,13 @@ def test_the_single_kernel_that_is_gone_names_what_to_call():
 def test_packing_and_back_is_exact(d):
     case = make(((5, 6, 7), 48, d, 4, 2))
     sizes = {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": d}
-    assert torch.equal(packing.unpack_qkv_weight(case.weight, None, **sizes), case.published)
-    codes = packing.unpack_qkv_weight(case.codes, case.weight_scale, **sizes)
+    assert torch.equal(unpacking.unpack_qkv_weight(case.weight, None, **sizes), case.published)
+    codes = unpacking.unpack_qkv_weight(case.codes, case.weight_scale, **sizes)
     assert budgets.measure(codes, case.published.double()).relative_l2 < 0.04
     assert case.weight.shape == (3, 9 * d, 48)
     assert case.weight[:, 8 * d + 4 :].eq(0).all()
-    assert all(map(torch.equal, packing.unpack_qk_norm(case.qk_norm), (case.q_norm, case.k_norm)))
-    assert torch.equal(packing.unpack_cos_sin(case.cos_sin), case.phases)
+    assert all(map(torch.equal, unpacking.unpack_qk_norm(case.qk_norm), (case.q_norm, case.k_norm)))
+    assert torch.equal(unpacking.unpack_cos_sin(case.cos_sin), case.phases)
     half = 3 * d // 8
     assert packing.rotary_permutation(d)[: 2 * half].tolist() == [i + j * half for i in range(half) for j in (0, 1)]
     with pytest.raises(ValueError, match=r"weight must have 3 x"):

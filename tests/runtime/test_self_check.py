@@ -48,9 +48,9 @@ def test_there_is_a_check_of_every_kernel_that_the_dispatcher_may_choose() -> No
 
 def test_a_default_dtype_changes_no_input() -> None:
     def drawn() -> list[torch.Tensor]:
-        weight, scale = op_checks.packed_weight(11, 384, "fp8", CPU)
+        weight, scale = op_checks.packed_weight(11, 384, "fp8")
         assert scale is not None
-        return [op_checks.draw(0, 4), op_checks.inputs("bf16", CPU)[0], weight.float(), scale]
+        return [op_checks.draw(0, 4), op_checks.inputs("bf16")[0], weight.float(), scale]
 
     expected = drawn()
     torch.set_default_dtype(torch.bfloat16)

@@ -9,6 +9,7 @@ from unittest import mock
 import interpreter  # noqa: F401  (exact arithmetic)
 import pytest
 import torch
+from bf16_budget import bf16_violations
 from cuda_shim import SHIM
 from gluon_emulator import Emulated
 from strict import strict
@@ -224,7 +225,7 @@ def problems(given, block_map, result, scale, gate=None, backend="triton"):
         return found
     if "q_scale" not in given:
         eager = (eager_bf16(given, block_map, scale).float() * factor).bfloat16()
-        return budgets.bf16_violations(budgets.measure(result, exact * factor), budgets.measure(eager, exact * factor))
+        return bf16_violations(budgets.measure(result, exact * factor), budgets.measure(eager, exact * factor))
     ordered, _ = sparse_attention(
         **given,
         block_map=block_map,

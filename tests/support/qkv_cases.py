@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from bf16_budget import bf16_violations
 
 from happyhorse_fast import budgets
 from happyhorse_fast.eager import qkv as eager
@@ -126,7 +127,7 @@ def bf16_problems(case, result, truth=None):
     truth = published(case, torch.float64) if truth is None else truth
     found = []
     for name, got, want, ref in zip(NAMES, result, truth, published(case, torch.bfloat16), strict=True):
-        problems = budgets.bf16_violations(budgets.measure(got, want), budgets.measure(ref, want))
+        problems = bf16_violations(budgets.measure(got, want), budgets.measure(ref, want))
         found += [f"{name}: {p}" for p in problems]
     return found
 

@@ -1,10 +1,10 @@
-"""Linear weights in the layout of the `fp8_linear` ops, padded once, and back."""
+"""Linear weights in the layout of the `fp8_linear` ops, padded once."""
 
 from __future__ import annotations
 
 import torch
 
-from happyhorse_fast.ops.quantize import FORMATS, dequantize, e4m3_rows, hadamard, int8_rows
+from happyhorse_fast.ops.quantize import FORMATS, e4m3_rows, hadamard, int8_rows
 
 DTYPES = {name: dtype for dtype, name in FORMATS.items()}
 QUANTIZE = {"int8": int8_rows, "fp8": e4m3_rows}
@@ -73,23 +73,3 @@ def require_format(name: str, to: str) -> None:
     """Hold a packed weight's format against those there are."""
     if to not in DTYPES:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, DTYPES))}; got {to!r}")
-
-
-def unpack_linear(
-    packed: torch.Tensor, scale: torch.Tensor | None, *, features: int, inputs: int, through_hadamard: bool = False
-) -> torch.Tensor:
-    """The published layout again: exactly the packed bf16 values, or what the codes stand for, rounded to bf16.
-
-    Args:
-        packed: [E, F', K'] bf16, or codes with ``scale``.
-        scale: [E, F'] float32, or None.
-        features: F before padding.
-        inputs: K before padding.
-        through_hadamard: Whether the packed inputs went through the Hadamard matrix, which is its own inverse.
-
-    Returns:
-        [E * F, K] bf16.
-    """
-    values = packed if scale is None else dequantize(packed, scale)
-    values = (hadamard(values) if through_hadamard else values).bfloat16()
-    return values[:, :features, :inputs].flatten(0, 1)

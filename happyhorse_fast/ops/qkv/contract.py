@@ -54,7 +54,9 @@ class RmsnormQuantize(Arguments):
 
     def empty(self) -> tuple[Tensor, Tensor]:
         """x [N, C] and its scale."""
-        return empty_normalised(self.hidden, self.out)
+        hidden, scales = self.hidden, 0 if self.out == "bf16" else self.hidden.shape[0]
+        x = torch.empty(hidden.shape, dtype=NORMALISED[self.out], device=hidden.device)
+        return x, torch.empty(scales, dtype=torch.float32, device=hidden.device)
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,6 @@ class QkNormRope(Arguments):
     def empty(self) -> QKV:
         """q, k, v, q_scale, k_scale, v_scale, gate."""
         return empty_qkv(self.cos_sin, self.num_heads_q, self.num_heads_kv, self.out)
-
-
-def empty_normalised(hidden: Tensor, out: str) -> tuple[Tensor, Tensor]:
-    """Results of `rmsnorm_quantize`, not yet written: x [N, C] and its scale."""
-    x = torch.empty(hidden.shape, dtype=NORMALISED[out], device=hidden.device)
-    return x, torch.empty(0 if out == "bf16" else hidden.shape[0], dtype=torch.float32, device=hidden.device)
 
 
 def empty_qkv(cos_sin: Tensor, num_heads_q: int, num_heads_kv: int, out: str) -> QKV:

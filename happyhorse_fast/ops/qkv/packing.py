@@ -1,4 +1,4 @@
-"""Weights, norms and phases of the QKV product in the layout its kernels take, and back.
+"""Weights, norms and phases of the QKV product in the layout its kernels take.
 
 Rotary pairs (x[i], x[3B + i]) become adjacent channels of every q and k head: scores do not change when q and k share a
 permutation, and the rotation then fits the product's epilogue.
@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from happyhorse_fast.ops.linear.packing import QUANTIZE, require_format
-from happyhorse_fast.ops.quantize import E4M3_MAX, dequantize
+from happyhorse_fast.ops.quantize import E4M3_MAX
 
 
 def rotary_permutation(head_dim: int) -> torch.Tensor:
@@ -58,36 +58,10 @@ def pack_qkv_weight(
     return torch.cat(codes), torch.cat(scale)
 
 
-def unpack_qkv_weight(
-    packed: torch.Tensor, scale: torch.Tensor | None, *, num_heads_q: int, num_heads_kv: int, head_dim: int
-) -> torch.Tensor:
-    """The published order again, bf16: exactly the packed bf16 values, or what the codes stand for.
-
-    Args:
-        packed: [E, F, C].
-        scale: [E, F] for codes, else None.
-        num_heads_q: Hq.
-        num_heads_kv: Hkv.
-        head_dim: D.
-
-    Returns:
-        [E * ((Hq + 2 Hkv) * D + Hq), C].
-    """
-    values = packed if scale is None else dequantize(packed, scale).to(torch.bfloat16)
-    order = _row_order(num_heads_q, num_heads_kv, head_dim).to(packed.device)
-    return values[:, torch.argsort(order)].flatten(0, 1)
-
-
 def pack_qk_norm(q_norm: torch.Tensor, k_norm: torch.Tensor, *, experts: int) -> torch.Tensor:
     """q and k norm weights, [E * D] each -> [E, 2, D], channels permuted like the weight's rows."""
     both = torch.stack([norm.unflatten(0, (experts, -1)) for norm in (q_norm, k_norm)], dim=1)
     return both[..., rotary_permutation(both.shape[-1]).to(both.device)].contiguous()
-
-
-def unpack_qk_norm(qk_norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[E, 2, D] -> q and k norm weights as published, [E * D] each."""
-    published = qk_norm[..., torch.argsort(rotary_permutation(qk_norm.shape[-1])).to(qk_norm.device)]
-    return published[:, 0].flatten(), published[:, 1].flatten()
 
 
 def pack_cos_sin(phases: torch.Tensor) -> torch.Tensor:
@@ -98,13 +72,6 @@ def pack_cos_sin(phases: torch.Tensor) -> torch.Tensor:
     half = phases.shape[1] // 2
     sin, cos = phases.float().split(half, dim=1)
     return torch.cat([pad(cos, (0, half // 3), value=1.0), pad(sin, (0, half // 3))], dim=1)
-
-
-def unpack_cos_sin(cos_sin: torch.Tensor) -> torch.Tensor:
-    """[N, D] -> [N, 6B] sines then cosines, as published."""
-    cos, sin = cos_sin.chunk(2, dim=1)
-    half = 3 * (cos_sin.shape[1] // 8)
-    return torch.cat([sin[:, :half], cos[:, :half]], dim=1)
 
 
 def static_qk_scale(qk_norm: torch.Tensor) -> torch.Tensor:

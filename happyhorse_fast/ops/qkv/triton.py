@@ -64,8 +64,9 @@ def qkv_linear(given: QkvLinear) -> QKV:
     head_dim = given.cos_sin.shape[1]
     width = config.block_n // 128 * head_dim
     described = config.descriptors and descriptors_work(x, weight)
+    tiles = row_tiles.shape[0] * -(-weight.shape[1] // width)
     with on_device(x):
-        launchable(qkv_linear_kernel)[_grid(x.device, row_tiles, weight, width)](
+        launchable(qkv_linear_kernel)[(min(tiles, multiprocessors(x.device)),)](
             _tiled(x, ROW_TILE, config) if described else x,
             # A kernel takes a pointer for every argument: one that its flags leave unread stands in for a None.
             qk_norm if given.x_scale is None else given.x_scale,
@@ -113,8 +114,3 @@ def _require_e4m3(what: str, device: torch.device) -> None:
 
 def _tiled(x: Tensor, rows: int, config: LaunchConfig) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, [rows, config.block_k])
-
-
-def _grid(device: torch.device, row_tiles: Tensor, weight: Tensor, width: int) -> tuple[int]:
-    tiles = row_tiles.shape[0] * -(-weight.shape[1] // width)
-    return (min(tiles, multiprocessors(device)),)

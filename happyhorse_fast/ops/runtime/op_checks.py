@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
 from happyhorse_fast.budgets import ATTENTION_DISTANCE_TENSOR_CORE, ATTENTION_DISTANCE_TENSOR_CORE_E4M3_OUT
 from happyhorse_fast.kernels.launch import DESCRIPTORS_SINCE
 from happyhorse_fast.ops.attention.op import block_sparse_attention
-from happyhorse_fast.ops.attention.operands import attention_operands
 from happyhorse_fast.ops.attention.reference import output_scale, sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.block_selection.op import select_blocks
@@ -20,7 +20,8 @@ from happyhorse_fast.ops.linear.op import fp8_linear, fp8_linear_activation, fp8
 from happyhorse_fast.ops.linear.packing import pack_linear
 from happyhorse_fast.ops.qkv.op import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.qkv.packing import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
-from happyhorse_fast.ops.quantize import dequantize, quantize_static
+from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_q, quantize_v
+from happyhorse_fast.ops.quantize import dequantize, quantize_static, to_e4m3, token_order
 from happyhorse_fast.ops.row_quantization.op import quantize_rows
 from happyhorse_fast.ops.runtime.formats import ACTIVATION, QKV
 
@@ -53,50 +54,42 @@ def ragged_tiles() -> torch.Tensor:
     return torch.tensor(spans, dtype=torch.int32)
 
 
-def inputs(fmt: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def inputs(fmt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(x, scale) of a product in a format: normalised rows; no scale in bf16."""
-    x, scale = rmsnorm_quantize(
-        draw(0, ROWS, CHANNELS),
-        torch.zeros(3, CHANNELS, dtype=torch.float32),
-        row_tiles(),
-        out=fmt,
-        backend="reference",
-    )
-    return x.to(device), None if fmt == "bf16" else scale.to(device)
+    norm = torch.zeros(3, CHANNELS, dtype=torch.float32)
+    x, scale = rmsnorm_quantize(draw(0, ROWS, CHANNELS), norm, row_tiles(), out=fmt, backend="reference")
+    return x, None if fmt == "bf16" else scale
 
 
-def packed_weight(seed: int, features: int, fmt: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def packed_weight(seed: int, features: int, fmt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight, scale) of three experts in a format."""
     # A factor per expert, so that one expert's scale used for all shows.
     experts = torch.tensor([1.0, 3.0, 0.3], dtype=torch.float32).repeat_interleave(features)[:, None]
     weight = (draw(seed, 3 * features, CHANNELS) * experts / CHANNELS**0.5).bfloat16()
-    packed, scale = pack_linear(weight, 3, fmt)
-    return packed.to(device), None if scale is None else scale.to(device)
+    return pack_linear(weight, 3, fmt)
 
 
-def _both(backend: str, device: torch.device) -> tuple[tuple[torch.device, str], tuple[torch.device, str]]:
-    """Where to run and with which backend: what is checked, then what it is held against."""
-    return (device, backend), (torch.device("cpu"), "reference")
+def _both(backend: str, device: torch.device, op: Callable[..., Any], *given: Any, **options: Any) -> tuple[Any, Any]:
+    """(results of ``backend`` on a device, of the reference on the CPU), each of tensors of its own."""
+
+    def run(where: torch.device, how: str) -> Any:
+        there, named = tree_map_only(torch.Tensor, lambda x: x.to(where, copy=True), (given, options))
+        return op(*there, **named, backend=how)
+
+    return run(device, backend), run(torch.device("cpu"), "reference")
 
 
 def _check_rmsnorm(backend: str, device: torch.device, variant: str) -> Compared:
+    def normed(hidden: torch.Tensor, *given: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x, scale = rmsnorm_quantize(hidden, *given, **options)
+        return hidden, x if variant == "bf16" else x.float() * scale[:, None]
+
     norm, added = 0.2 * draw(1, 3, CHANNELS), draw(2, ROWS, CHANNELS).bfloat16()
     compared: Compared = {}
     # A kernel each; the model's residual stream has its branches added by the product before.
     for name, branch in (("", None), (", branch", added)):
-        results = []
-        for where, how in _both(backend, device):
-            hidden = draw(0, ROWS, CHANNELS).to(where)
-            x, scale = rmsnorm_quantize(
-                hidden,
-                norm.to(where),
-                row_tiles().to(where),
-                None if branch is None else branch.to(where),
-                out=variant,
-                backend=how,
-            )
-            results.append((hidden, x if variant == "bf16" else x.float() * scale[:, None]))
-        (hidden, x), (hidden_reference, x_reference) = results
+        given = draw(0, ROWS, CHANNELS), norm, row_tiles(), branch, variant
+        (hidden, x), (hidden_reference, x_reference) = _both(backend, device, normed, *given)
         compared[f"hidden{name}"] = (hidden, hidden_reference, DISTANCE)
         compared[f"x{name}"] = (x, x_reference, CODE_DISTANCE if variant == "fp8" else DISTANCE)
     return compared
@@ -107,11 +100,9 @@ def _check_rows(backend: str, device: torch.device, variant: str) -> Compared:
     # Of the 15B model's widths the one that fills its registers least evenly.
     for rows, channels, hadamard in ((ROWS, CHANNELS, False), (ROWS, CHANNELS, True), (8, 13696, True)):
         x = (draw(18, rows, channels) * draw(19, rows, 1).exp()).bfloat16()
-        results = []
-        for where, how in _both(backend, device):
-            codes, scale = quantize_rows(x.to(where), hadamard, backend=how)
-            results.append(codes.float() * scale[:, None])
-        compared[f"{channels} channels{', Hadamard' if hadamard else ''}"] = (results[0], results[1], DISTANCE)
+        results = _both(backend, device, quantize_rows, x, hadamard)
+        kernel, reference = (codes.float() * scale[:, None] for codes, scale in results)
+        compared[f"{channels} channels{', Hadamard' if hadamard else ''}"] = (kernel, reference, DISTANCE)
     return compared
 
 
@@ -125,23 +116,9 @@ def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
     angle = draw(6, ROWS, 3 * HEAD_DIM // 8)
     cos_sin = pack_cos_sin(torch.cat([angle.sin(), angle.cos()], dim=1))
     qk_scale = static_qk_scale(qk_norm) if out == "fp8" else None
+    operands = *inputs(fmt), packed, w_scale, qk_norm, cos_sin, row_tiles()
     results = []
-    for where, how in _both(backend, device):
-        x, x_scale = inputs(fmt, where)
-        outs = qkv_linear(
-            x,
-            x_scale,
-            packed.to(where),
-            None if w_scale is None else w_scale.to(where),
-            qk_norm.to(where),
-            cos_sin.to(where),
-            row_tiles().to(where),
-            HEADS_Q,
-            HEADS_KV,
-            out=out,
-            qk_scale=None if qk_scale is None else qk_scale.to(where),
-            backend=how,
-        )
+    for outs in _both(backend, device, qkv_linear, *operands, HEADS_Q, HEADS_KV, out, qk_scale):
         q, k, v, q_scale, k_scale, v_scale, gate = (t.cpu().float() for t in outs)
         if out == "int8_qk":
             q, k = q * q_scale[:, :, None], k * k_scale.repeat_interleave(128, dim=1).T[:, :, None]
@@ -163,7 +140,7 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
     )
     q, k, v = (draw(s, ROWS, h, HEAD_DIM) for s, h in ((7, HEADS_Q), (8, HEADS_KV), (9, HEADS_KV)))
     given: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "gate": torch.sigmoid(draw(10, ROWS, HEADS_Q))}
-    given |= attention_operands(variant.removesuffix("_fp8_out"), q, k, v)
+    given |= _attention_operands(variant.removesuffix("_fp8_out"), q, k, v)
     # Forms of the softmax -> (bound, whether it is the bounded one, factor of q). Norms of these are at most 40; where
     # no bound is given, both forms are launched, and what the device finds lets one compute.
     softmax: dict[str, tuple[float | None, bool, float]] = {", running": (math.inf, False, 1.0)}
@@ -211,6 +188,21 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
                 kernels, references = (torch.where(x == -torch.inf, -1e4, x) for x in (sums, exact_sums))
                 compared[f"lse{form}"] = (kernels, references, DISTANCE)
     return compared
+
+
+def _attention_operands(fmt: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    """q, k and v of float32 in a format of attention; e4m3's scales of q and k differ from block to block."""
+    if fmt == "bf16":
+        return {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16()}
+    if fmt == "int8_qk":
+        (q, q_scale), (k, k_scale) = quantize_q(q), quantize_k(k)
+        return {"q": q, "k": k, "v": v.bfloat16(), "q_scale": q_scale, "k_scale": k_scale.contiguous()}
+    ends = ((0.005, 0.01), (0.01, 0.006))
+    q_scale, k_scale = (torch.linspace(*pair, ROWS // BLOCK, dtype=torch.float32) for pair in ends)
+    q, k = (to_e4m3(x / s.repeat_interleave(BLOCK)[:, None, None]) for x, s in ((q, q_scale), (k, k_scale)))
+    codes, v_scale = quantize_v(v.bfloat16().float())
+    v = token_order(codes).contiguous()
+    return {"q": q, "k": k, "v": v, "q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
 
 
 def attention_distance(variant: str, device: torch.device, *, fp8_out: bool = False) -> float:
@@ -261,56 +253,44 @@ def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
     if variant == "int8_qk":
         rows = 2.0 ** -(torch.arange(len(q) * HEADS_Q) % 3).float().view(-1, HEADS_Q)
         scales = {"q_scale": rows, "k_scale": steps.expand(HEADS_KV, -1).contiguous()}
+
+    def chosen(q: torch.Tensor, k: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        block_map = select_blocks(q, k, BlockSelector(layout, base, q.device), **options)
+        full, ids = block_map.to_blocks()
+        return torch.where(full, -1, torch.where(ids >= 0, ids, -2)), block_map.order
+
     compared: Compared = {}
-    for name, keep, mass in (("top-k", 3, None), ("top-p", None, 0.7)):
-        results = []
-        for where, how in _both(backend, device):
-            block_map = select_blocks(
-                q.to(where),
-                k.to(where),
-                BlockSelector(layout, base, where),
-                keep=keep,
-                mass=mass,
-                **{name: scale.to(where) for name, scale in scales.items()},
-                backend=how,
-            )
-            full, ids = block_map.to_blocks()
-            results.append((torch.where(full, -1, torch.where(ids >= 0, ids, -2)), block_map.order))
-        compared[f"{name} blocks"] = (results[0][0], results[1][0], 0.0)
-        compared[f"{name} order"] = (results[0][1], results[1][1], 0.0)
+    for name, amount in (("top-k", {"keep": 3}), ("top-p", {"mass": 0.7})):
+        (blocks, order), (blocks_reference, order_reference) = _both(backend, device, chosen, q, k, **amount, **scales)
+        compared[f"{name} blocks"] = (blocks, blocks_reference, 0.0)
+        compared[f"{name} order"] = (order, order_reference, 0.0)
     return compared
 
 
 def _check_linear(backend: str, device: torch.device, variant: str) -> Compared:
     compared: Compared = {}
     for name, x, x_scale in _static_and_rows(variant):
-        results = []
-        for where, how in _both(backend, device):
-            weight, w_scale = packed_weight(11, 384, variant, where)
-            scale = None if x_scale is None else x_scale.to(where)
-            results.append(fp8_linear(x.to(where), scale, weight, w_scale, row_tiles().to(where), backend=how))
-        compared[f"y{name}"] = (results[0], results[1], DISTANCE)
+        operands = x, x_scale, *packed_weight(11, 384, variant), row_tiles()
+        compared[f"y{name}"] = (*_both(backend, device, fp8_linear, *operands), DISTANCE)
     return compared
 
 
 def _check_residual(backend: str, device: torch.device, variant: str) -> Compared:
+    def added(*given: Any, **options: Any) -> Any:
+        fp8_linear_residual(*given, **options)
+        return given[-1]
+
     compared: Compared = {}
     for name, x, x_scale in _static_and_rows(variant):
-        results = []
-        for where, how in _both(backend, device):
-            weight, w_scale = packed_weight(12, 384, variant, where)
-            hidden = draw(13, ROWS, 384).to(where)
-            scale = None if x_scale is None else x_scale.to(where)
-            # A tile that the memory adds reaches over the rows behind its end, which are another expert's.
-            fp8_linear_residual(x.to(where), scale, weight, w_scale, ragged_tiles().to(where), hidden, backend=how)
-            results.append(hidden)
-        compared[f"hidden{name}"] = (results[0], results[1], DISTANCE)
+        # A tile that the memory adds reaches over the rows behind its end, which are another expert's.
+        operands = x, x_scale, *packed_weight(12, 384, variant), ragged_tiles(), draw(13, ROWS, 384)
+        compared[f"hidden{name}"] = (*_both(backend, device, added, *operands), DISTANCE)
     return compared
 
 
 def _static_and_rows(fmt: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    """(form, x, x_scale) of a product's inputs on the CPU: in e4m3 with a scale per row, and with one."""
-    x, x_scale = inputs(fmt, torch.device("cpu"))
+    """(form, x, x_scale) of a product's inputs: in e4m3 with a scale per row, and with one."""
+    x, x_scale = inputs(fmt)
     yield "", x, x_scale
     if fmt == "fp8" and x_scale is not None:
         one = torch.full((1,), 2**-6)
@@ -322,15 +302,10 @@ def _check_activation(backend: str, device: torch.device, variant: str) -> Compa
     fp8 = out == "fp8"
     compared: Compared = {}
     for activation in ("swiglu7", "gelu7"):
-        results = []
-        for where, how in _both(backend, device):
-            x, x_scale = inputs(fmt, where)
-            weight, w_scale = packed_weight(14, 512, fmt, where)
-            y, y_scale = fp8_linear_activation(
-                x, x_scale, weight, w_scale, row_tiles().to(where), activation=activation, fp8=fp8, backend=how
-            )
-            results.append(dequantize(y, y_scale) if fp8 else y)
-        compared[activation] = (results[0], results[1], CODE_DISTANCE if fp8 else DISTANCE)
+        operands = *inputs(fmt), *packed_weight(14, 512, fmt), row_tiles()
+        results = _both(backend, device, fp8_linear_activation, *operands, activation, fp8)
+        kernel, reference = (dequantize(y, y_scale) if fp8 else y for y, y_scale in results)
+        compared[activation] = (kernel, reference, CODE_DISTANCE if fp8 else DISTANCE)
     return compared
 
 

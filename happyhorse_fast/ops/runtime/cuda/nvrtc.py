@@ -28,7 +28,8 @@ def version() -> int:
     try:
         status, major, minor = nvrtc.nvrtcVersion()
     except Exception as error:  # cuda-bindings loads the library at its first call
-        raise CudaError(f"NVRTC is not installed ({_first_line(error)}): pip install nvidia-cuda-nvrtc") from error
+        first_line = str(error).partition("\n")[0]
+        raise CudaError(f"NVRTC is not installed ({first_line}): pip install nvidia-cuda-nvrtc") from error
     if int(status) != 0:
         raise CudaError(f"NVRTC does not tell its version: {status.name}")
     return 1000 * int(major) + 10 * int(minor)
@@ -148,7 +149,7 @@ def compiled(stem: str, capability: Capability, driver: int) -> bytes:
     try:
         with replacing(path) as partial:
             partial.touch(0o600)
-            partial.write_bytes(_packed(code))
+            partial.write_bytes(hashlib.sha256(code).digest() + code)
     except OSError as error:
         warnings.warn(f"compiled kernels of {stem} cannot be kept: {error}", stacklevel=2)
     return code
@@ -176,16 +177,8 @@ def _supported() -> list[int]:
     return [int(number) for number in numbers]
 
 
-def _packed(code: bytes) -> bytes:
-    return hashlib.sha256(code).digest() + code
-
-
 def _unpacked(content: bytes) -> bytes:
     digest, code = content[:32], content[32:]
     if hashlib.sha256(code).digest() != digest:
         raise ValueError(f"its digest does not match its {len(content)} bytes")
     return code
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
