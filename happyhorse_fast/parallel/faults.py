@@ -42,7 +42,7 @@ class Meeting:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """A call that all ranks make: what this one raises is told to the others."""
+        """A call that all ranks make: what this one raises is told to the others, for this call."""
         self._calls += 1
         try:
             yield
@@ -59,11 +59,11 @@ class Meeting:
             ValueError: Ranks say different things; names the fact, the ranks and what they say. On every rank.
             RankError: A rank did not come in time, or failed; names it.
         """
-        mine = [f"call/{self._calls}/{rank}" for rank in range(self.size)]
+        keys = [f"call/{self._calls}/{rank}" for rank in range(self.size)]
         try:
-            self._store.set(mine[self.rank], json.dumps(dict(facts)))
-            self.until(lambda: self._store.check(mine))
-            said = [json.loads(self._store.get(key)) for key in mine]
+            self._store.set(keys[self.rank], json.dumps(dict(facts)))
+            self.until(lambda: self._store.check(keys))
+            said = [json.loads(self._store.get(key)) for key in keys]
             # Whoever is here has read what was said before the call before.
             if self._calls > 2:
                 self._store.delete_key(f"call/{self._calls - 2}/{self.rank}")
@@ -117,13 +117,13 @@ class Meeting:
 
     def _report(self, what: str) -> None:
         try:
-            self._store.set(f"fault/{self.rank}", what)
+            self._store.set(f"fault/{self._calls}/{self.rank}", what)
         except RuntimeError as error:
             self._without_store(error)
 
     def _reports(self) -> dict[int, str]:
         try:
-            keys = {rank: f"fault/{rank}" for rank in range(self.size)}
+            keys = {rank: f"fault/{self._calls}/{rank}" for rank in range(self.size)}
             return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
         except RuntimeError as error:
             self._without_store(error)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from over_ranks import SIX_TILES
 from rank_pool import rank_pool
-from rank_work import config_of, layers_seen, model_of, refusal, restored
+from rank_work import called_again, config_of, layers_seen, model_of, refusal, restored
 
 import happyhorse_fast as hh
 from happyhorse_fast.fast.config import FastConfig
@@ -37,6 +37,12 @@ def test_every_rank_refuses(two, what):
     for error in two(refusal, 2, what):
         assert isinstance(error, (ValueError, TypeError)) or what == "compile", error
         assert REFUSALS[what] in str(error)
+
+
+def test_a_refused_call_is_forgotten(two):
+    for said, answered in two(called_again, 2):
+        assert "video must be the same on all 2 ranks" in said
+        assert answered
 
 
 @pytest.mark.parametrize("accelerated", [False, True])

@@ -154,6 +154,17 @@ def refusal(rank: int, ranks: int, what: str) -> None:
         model(video + (what == "noise") * rank, audio, text)
 
 
+def called_again(rank: int, ranks: int) -> tuple[str, bool]:
+    """What a call of other shapes raises, and whether the next one, to which a rank comes late, is answered."""
+    model = hh.parallelize(model_of(config_of(2), None), init_device_mesh("cpu", (ranks,)), timeout=30)
+    try:
+        model(*clip(2 + rank))
+    except ValueError as error:
+        said = str(error)
+    time.sleep(1.2 * rank)  # the others look for reports meanwhile
+    return said, np.isfinite(outputs(model, clip())[0]).all()
+
+
 def restored(rank: int, ranks: int, accelerated: bool) -> tuple[bool, bool]:
     """Whether ``restore`` gives one process's model back, and whether a second ``parallelize`` still works."""
     config, inputs = config_of(2), clip()
