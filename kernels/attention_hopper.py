@@ -1,12 +1,12 @@
-"""Block-sparse attention with warps of two kinds, in Gluon, for Hopper; docs/OPS.md states tensors and rounding.
+"""Warp-specialized block-sparse attention in Gluon, for Hopper; docs/OPS.md states tensors and rounding.
 
-The work items, masks and formats of ``block_sparse_attention``, another division of labour. One warp loads: it fills
-rings of k and v tiles, and the next item's queries, through TMA. Two warp groups compute, 64 queries of an item each,
-over the same tiles. Within a group the softmax of a block runs beside PV of the block before it, as in FlashAttention-3
-(arXiv 2407.08608, section 3.2).
+Work items, masks and formats are those of `kernels/attention.py`; the division of labour is not. One warp loads: it
+fills rings of k and v tiles, and the next item's queries, through TMA. Two warp groups compute over the same tiles,
+each 64 queries of an item. Within a group the softmax of a block overlaps with PV of the block before it, as in
+FlashAttention-3 (arXiv 2407.08608, section 3.2).
 
-`hopper_bounded` has the steps of bf16 and of int8 q and k, `hopper_e4m3` those of e4m3. Who waits for whom, bytes,
-instructions, and what was measured and predicted: docs/kernels/attention.md.
+`hopper_bounded` has the steps of bf16 and of int8 q and k, `hopper_e4m3` those of e4m3. docs/kernels/attention.md says
+who waits for whom, counts bytes and instructions, and has predictions and measurements.
 """
 
 from triton.experimental import gluon
@@ -25,22 +25,22 @@ from happyhorse_fast.kernels.hopper_sizes import GROUPS, sizes_of
 to_e4m3 = gluon.jit(numerics.to_e4m3.fn)
 
 Q_SLOTS = gl.constexpr(2)
-"""Items whose queries fit at once: the next one's arrive while this one is computed."""
+"""Slots of the ring of queries: the next item's arrive while this item is computed."""
 COMPUTE_REGISTERS = gl.constexpr(240)
 LOAD_REGISTERS = gl.constexpr(24)
-"""Per thread: 2 x 128 x 240 + 128 x 24 of 65,536."""
+"""Registers per thread. The loading warp counts as a group of 128: 2 x 128 x 240 + 128 x 24 of an SM's 65,536."""
 
 
 @gluon.jit
 def work_item(work, item, sizes: gl.constexpr):
-    """(entry, head, row) of an item: a row of a map and one query head, the heads of a row side by side."""
+    """Return (entry, head, row) of an item: one row of a map, one query head. Heads of a row are consecutive items."""
     entry = gl.load(work.order + item // sizes.shared)
     return entry, entry // work.map_rows * sizes.shared + item % sizes.shared, entry % work.map_rows
 
 
 @gluon.jit
 def load_tiles(q, k, v, rings, work, sizes: gl.constexpr):
-    """The loading warp: queries of every item, k and v of every listed block, in the order they are used."""
+    """Load, in the loading warp, queries of every item, and k and v of its listed blocks, in the order of their use."""
     turn = 0
     use = 0
     for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
@@ -62,7 +62,7 @@ def load_tiles(q, k, v, rings, work, sizes: gl.constexpr):
 
 @gluon.jit
 def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
-    """A computing group: queries GROUP * 64 and on of every item."""
+    """Compute, as one of the two groups, the queries from GROUP * 64 on of every item's block."""
     rings, work, scales, out, out_scale, lse, gate, queries, key_blocks = common
     ROWS: gl.constexpr = sizes.rows
     FIRST: gl.constexpr = GROUP * ROWS
@@ -103,7 +103,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         release(rings.q, slot)
         turn += 1
 
-        row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # no key: 0 / 1; NaN stays
+        row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # a row without a key gives 0 / 1; NaN stays
         factor = 1.0 / row_sum
         if gate is not None:
             factor *= gl.load(gate + query.to(gl.int64) * sizes.heads_q + head, mask=live, other=0.0)
@@ -111,7 +111,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
             factor *= 1.0 / gl.load(out_scale)
         result = acc * gl.convert_layout(factor, sizes.o_row)[:, None]
         store_result(result, out, out_scale, row * sizes.block + FIRST, head, queries, sizes)
-        if lse is not None:  # no key: -inf + log2(1), or log2(0)
+        if lse is not None:  # a row without a key gives -inf + log2(1), or log2(0)
             if sizes.e4m3:
                 log_sum = row_max + gl.log2(row_sum) - P_EXPONENT
             else:
@@ -121,7 +121,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
 
 @gluon.jit
 def store_result(result, out, out_scale, first, head, queries, sizes: gl.constexpr):
-    """Round, to e4m3 where there is a scale, and store 16 bytes a thread at a time."""
+    """Round the result, to e4m3 with an ``out_scale``, else to bf16, and store it 16 bytes a thread at a time."""
     D: gl.constexpr = sizes.d
     EACH: gl.constexpr = 8 if out_scale is None else 16
     layout: gl.constexpr = gl.BlockedLayout([1, EACH], [32 * EACH // D, D // EACH], [4, 1], [1, 0])
@@ -166,11 +166,13 @@ def block_sparse_attention_hopper_kernel(
     BLOCK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Every work item of one launch; q, k and v are TMA descriptors, ``scale`` is the softmax scale times log2(e).
+    """Compute every work item of a launch.
 
-    Where a ``flag`` is given and 0 there are no items: the scores have no bound, and another kernel is launched too.
-    q_scale and k_scale come with q and k of 8 bits, v_scale with e4m3 v; out_scale asks for e4m3 output; lse and
-    gate are None where they are not wanted.
+    q, k and v are TMA descriptors. ``scale`` is the softmax scale times log2(e).
+
+    With a ``flag`` of 0 the kernel has no items: the scores have no bound, and the plain kernel, launched beside it,
+    computes them. q_scale and k_scale come with q and k of 8 bits, v_scale with e4m3 v. out_scale asks for e4m3 output.
+    lse and gate are None where they are not wanted.
     """
     sizes: gl.constexpr = sizes_of(
         HEADS_Q,

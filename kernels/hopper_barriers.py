@@ -1,32 +1,33 @@
 """Named barriers (PTX `bar`) between the warps of the Hopper attention kernel; Gluon itself offers mbarriers alone.
 
-Such a barrier completes when the stated number of threads has come to it. A warp that syncs waits for that, one that
-arrives does not. There are 16: Triton takes the first for itself (`bench.aot.gates` sees to it), turns take two.
+Such a barrier completes when the stated number of threads has arrived at it. A warp that syncs waits for that, one that
+arrives does not. There are 16 of them. Triton may take the first four for itself, and turns take 6 and
+7; `bench.aot.gates` checks both in the compiled code.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 TURNS = gl.constexpr(6)
-"""Group 0's turn; the next is group 1's."""
+"""Number of the named barrier of group 0's turn; the next number is group 1's."""
 
 
 @gluon.constexpr_function
 def bar(kind, threads):
-    """The instruction; Triton's inline assembly must have a result, which nobody reads."""
+    """Return the assembly of the instruction. Triton's inline assembly must have a result; nobody reads this one."""
     return f"bar.{kind} $1, {threads}; mov.b32 $0, $1;"
 
 
 @gluon.jit
 def sync_at(number, THREADS: gl.constexpr):
-    """Come to a barrier, and wait until THREADS threads have."""
+    """Arrive at a barrier, and wait until THREADS threads have."""
     asm: gl.constexpr = bar("sync", THREADS)
     gl.inline_asm_elementwise(asm, "=r,r", [number], gl.int32, False, 1)
 
 
 @gluon.jit
 def arrive_at(number, THREADS: gl.constexpr):
-    """Come to a barrier, and go on."""
+    """Arrive at a barrier of THREADS threads, and go on."""
     asm: gl.constexpr = bar("arrive", THREADS)
     gl.inline_asm_elementwise(asm, "=r,r", [number], gl.int32, False, 1)
 

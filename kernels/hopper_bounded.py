@@ -1,15 +1,17 @@
 """Attention of one item with a bounded softmax, for bf16 and for int8 q and k: a part of the Hopper kernel.
 
-No score can leave float32's range as a power of two (`attention.score_bound`), so p = exp2(s * scale): no maximum is
-found, shared between threads or corrected for. Row sums stay per thread, four to a row, until an item's end. P is
-rounded to bf16 and summed after that, because the largest P of a row is not 1: a row of one key must be that key's v.
+A bound on the scores keeps exp2(score) in float32's range (`ops.attention.score_bound`), so p = exp2(s * scale) needs
+no maximum to find, to share between threads or to correct for. Each of the four threads of a row keeps its own row sum
+until the item ends. P is summed after it is rounded to bf16: its largest value in a row is not 1, and a row of one key
+must give exactly that key's v.
 
-P is packed twice: once to round it, and once more, exactly, for PV. What is computed behind the end of PV delays the
-next products: with the sums there a tile took 2740 cycles of an SM of an H200, without any rounding 2400. But a word
-that is packed before it is PV's own register while PV reads it: ptxas waits for every single product, 4320 cycles.
+P is packed to bf16 twice: before the end of PV to round it, and after it, exactly, as the operand of the next PV. Work
+after the end of PV delays the next products: with the sums there a tile took 2740 cycles of an SM of an H200, and 2400
+with sums of P as it is before rounding, made earlier. Packing once, before the end of PV, is slower still, 4320 cycles:
+the packed words are then the registers that PV still reads, and ptxas waits for every single product.
 
-The two groups take turns at issuing products. One's QK and PV run while the other computes exponents; without turns
-both come to need the tensor cores at the same time (docs/kernels/attention.md).
+The two groups take turns at issuing products. The QK and PV of one run while the other computes exponents. Without
+turns both come to need the tensor cores at the same time (docs/kernels/attention.md).
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +26,10 @@ from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
 
 class Running(NamedTuple):
-    """Between two steps: PV of the packed ``p`` is yet to come; k's scale and the column are of the next two blocks."""
+    """State between two steps. PV of ``p`` is not issued yet; ``p`` is packed, two bf16 to a 32-bit word.
+
+    ``k_scale`` is of the next block, ``column`` is the block after it.
+    """
 
     acc: Any
     p: Any
@@ -36,13 +41,13 @@ class Running(NamedTuple):
 
 @gluon.jit
 def packed(even, odd):
-    """Two columns of P as bf16 in a 32-bit word: as 64 values of 16 bits ptxas would carry it in 64 registers."""
+    """Pack two columns of P as bf16 into a 32-bit word: ptxas would carry 64 values of 16 bits in 64 registers."""
     return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], gl.int32, True, 1)
 
 
 @gluon.jit
 def rounded(p, sizes: gl.constexpr):
-    """P rounded to bf16, as float32: (even columns, odd columns). A bf16 is a float32 whose lower half is 0."""
+    """Round P to bf16, kept in float32: (even columns, odd columns). A bf16 is the upper half of its float32."""
     even, odd = gl.split(gl.reshape(p, (sizes.rows, sizes.block // 2, 2)))
     words = packed(even, odd)
     return (words << 16).to(gl.float32, bitcast=True), (words & -65536).to(gl.float32, bitcast=True)
@@ -50,7 +55,7 @@ def rounded(p, sizes: gl.constexpr):
 
 @gluon.jit
 def operand(words, sizes: gl.constexpr):
-    """PV's operand of packed P. Each word is given for both of its columns, of which the assembly takes one."""
+    """Return packed P as PV's left operand. Both columns of a word pass it to the assembly, which uses one."""
     both = gl.reshape(gl.join(words, words), (sizes.rows, sizes.block))
     halves = gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r,r", [gl.convert_layout(both, sizes.p_layout)], gl.int16, True, 2
@@ -60,20 +65,20 @@ def operand(words, sizes: gl.constexpr):
 
 @gluon.jit
 def sums(even, odd, sizes: gl.constexpr):
-    """Sums of a thread's columns, [rows, 4]."""
+    """Return each thread's sum over its own columns, [rows, 4]."""
     return gl.sum(gl.reshape(even + odd, (sizes.rows, sizes.block // 8, 4)), axis=1)
 
 
 @gluon.jit
 def sums_unrounded(p, sizes: gl.constexpr):
-    """Sums of a thread's columns, [rows, 4], for an LSE."""
+    """Return each thread's sum of P before rounding, [rows, 4], for an LSE."""
     even, odd = gl.split(gl.reshape(p, (sizes.rows, sizes.block // 2, 2)))
     return sums(even, odd, sizes)
 
 
 @gluon.jit
 def scaled(s, scales, k_scale, sizes: gl.constexpr):
-    """Scores in powers of two. They are masked after this: a scale may round to 0, and -inf * 0 is NaN."""
+    """Return the scores as exponents of 2. Masks come after this: a scale may round to 0, and -inf * 0 is NaN."""
     if sizes.int8:
         t = s.to(gl.float32) * (scales.scores * k_scale)[:, None]
     else:
@@ -83,7 +88,7 @@ def scaled(s, scales, k_scale, sizes: gl.constexpr):
 
 @gluon.jit
 def scale_of(k_scales, column, sizes: gl.constexpr):
-    """k's scale of a block; bf16 has none."""
+    """Return k's scale of a block, 1 in bf16, which has none."""
     scale = 1.0
     if sizes.int8:
         scale = gl.load(k_scales + column)
@@ -92,7 +97,7 @@ def scale_of(k_scales, column, sizes: gl.constexpr):
 
 @gluon.jit
 def column_of(work, at, sizes: gl.constexpr):
-    """A listed block, where its scale will be wanted."""
+    """Return the column of a listed block in int8, whose scale is read by it; 0 in bf16."""
     column = 0
     if sizes.int8:
         column = gl.load(work.columns + at)
@@ -113,10 +118,10 @@ def advance(
     MASKED: gl.constexpr,
     sizes: gl.constexpr,
 ):
-    """PV of the block before this one, QK and softmax of this one; ``last`` is the last listed block.
+    """Run one step: QK and softmax of block ``at``, PV of the block before it. ``last`` is the last listed block.
 
-    Without :func:`hold_order` the exponents end up behind PV (ptxas of CUDA 12.8), where nothing of this group runs
-    beside them.
+    Without :func:`hold_order` ptxas (CUDA 12.8) moves the exponents behind the end of PV, where none of this group's
+    products overlap with them.
     """
     next_scale = scale_of(scales.k, running.column, sizes)
     next_column = column_of(work, gl.minimum(at + 2, last), sizes)
@@ -144,7 +149,7 @@ def advance(
 
 @gluon.jit
 def attend_bounded(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.constexpr):
-    """All blocks of an item, of which there is one: (accumulator, sum of rounded P, sum of P for an LSE)."""
+    """Attend to all listed blocks of an item, at least one: (accumulator, sum of rounded P, sum of P for an LSE)."""
     zero = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
     last = item.start + item.n_all - 1
     k_scale = scale_of(scales.k, column_of(work, item.start, sizes), sizes)

@@ -1,10 +1,10 @@
 """Attention of one item in e4m3, with a running maximum: a part of the Hopper kernel.
 
-P needs the maximum, because e4m3 has no room for a bound's slack. v's scale of a block is a part of P's exponent: P is
-2^8 * 2^(s - m) with s the score plus log2 of v's scale, and m the largest of those. So blocks add up without a product
-by their scale. Each block's PV is still added to the accumulator in float32: the tensor cores' own sum of e4m3 products
-keeps 13 fraction bits, and over the 502 blocks of a 1080p clip a channel whose mean is half its spread loses a third
-(tests/emulators/test_wgmma_accumulator.py).
+P needs the maximum: without it P would spread over more powers of two than e4m3 has. v's scale of a block is folded
+into P's exponent: P is 2^8 * 2^(s - m), where s is the score plus log2 of v's scale, and m is the largest s. So PV of a
+block needs no multiplication by v's scale. It is still added to the accumulator in float32: the tensor cores' own sum
+of e4m3 products keeps 13 fraction bits, and over the 502 blocks of a 1080p clip a channel whose mean is half its spread
+loses a third (tests/emulators/test_wgmma_accumulator.py).
 """
 
 from typing import Any, NamedTuple
@@ -18,14 +18,14 @@ from happyhorse_fast.kernels.hopper_ring import await_full, hold_order, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
 LEAST_V_SCALE = gl.constexpr(2.0**-96)
-"""A smaller scale of v counts as this: sums of P are divided by it, and 2^(96 + 8) times 2^20 keys fits float32. The
-result is off by less than 448 * 2^-96."""
+"""A smaller scale of v is raised to this. Sums of P are divided by the scale, and 2^(96 + 8) times 2^20 keys fits
+float32. The result is off by less than 448 * 2^-96."""
 
 
 class Running(NamedTuple):
-    """Between two steps: PV of the packed ``p`` is yet to come, to be added to ``acc`` times ``alpha``.
+    """State between two steps. PV of the packed ``p`` is not issued yet; ``acc`` times ``alpha`` will be added to it.
 
-    ``k_scale``, ``v_scale`` and ``column`` are of the next two blocks.
+    ``k_scale`` and ``v_scale`` are of the next block, ``column`` is the block after it.
     """
 
     acc: Any
@@ -40,7 +40,7 @@ class Running(NamedTuple):
 
 @gluon.jit
 def packed(p, sizes: gl.constexpr):
-    """P as e4m3, four columns to a 32-bit word, in the order of v's tokens (docs/OPS.md): none leaves its thread."""
+    """Pack P as e4m3, four columns to a 32-bit word, in v's fragment order (docs/OPS.md). No value changes threads."""
     by_token = gl.permute(gl.reshape(p, (sizes.rows, sizes.block // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
     even, odd = gl.split(gl.reshape(by_token, (sizes.rows, sizes.block // 4, 2, 2)))
     a, c = gl.split(even)
@@ -58,7 +58,7 @@ def packed(p, sizes: gl.constexpr):
 
 @gluon.jit
 def operand(words, sizes: gl.constexpr):
-    """PV's operand of packed P. Each word is given for all four of its columns, of which the assembly takes one."""
+    """Return packed P as PV's left operand. All four columns of a word pass it to the assembly, which uses one."""
     two = gl.join(words, words)
     four = gl.reshape(gl.join(two, two), (sizes.rows, sizes.block))
     codes = gl.inline_asm_elementwise(
@@ -69,25 +69,25 @@ def operand(words, sizes: gl.constexpr):
 
 @gluon.jit
 def per_thread(x, like):
-    """A number per row, for :func:`softmax`'s sums."""
+    """Convert one number per row to the layout of ``like``, the sums of :func:`softmax`, [rows, 1]."""
     return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout))[:, None]
 
 
 @gluon.jit
 def log2_and_reciprocal(x):
-    """Of a normal float32, by the two instructions alone: `gl.log2` and a division are 20."""
+    """Return log2(x) and 1 / x of a normal float32 by one instruction each: `gl.log2` and a division take 20."""
     log = gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
     return log, gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
 
 
 @gluon.jit
 def softmax(s, row_max, scores, k_scale, v_scale, MASKED: gl.constexpr, sizes: gl.constexpr):
-    """One step of the softmax, in powers of two: (p, alpha, sums of a thread's columns [rows, 4], row_max)."""
+    """Run one step of the online softmax in base 2: (p, alpha, sums of each thread's columns [rows, 4], row_max)."""
     scale = scores * k_scale
     log_v, per_v = log2_and_reciprocal(v_scale)
     new_max = gl.maximum(row_max, gl.max(s, axis=1) * scale + log_v)
     shift = new_max
-    if MASKED:  # a row that has seen no key: -inf - -inf would be NaN
+    if MASKED:  # in a row without a key so far -inf - -inf would be NaN
         shift = gl.where(new_max == -float("inf"), 0.0, new_max)
     p = gl.exp2(s * scale - (shift - P_EXPONENT - log_v)[:, None])
     total = gl.sum(gl.sum(gl.reshape(p, (sizes.rows, sizes.block // 8, 4, 2)), axis=3), axis=1)
@@ -96,7 +96,7 @@ def softmax(s, row_max, scores, k_scale, v_scale, MASKED: gl.constexpr, sizes: g
 
 @gluon.jit
 def start_pv(running, v_ring, stage, sizes: gl.constexpr):
-    """Issue PV."""
+    """Issue PV of the packed P without waiting for it."""
     zero = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
     v = v_ring.tiles.index(stage).permute((1, 0))
     return warpgroup_mma(operand(running.p, sizes), v, zero, use_acc=False, is_async=True)
@@ -104,23 +104,23 @@ def start_pv(running, v_ring, stage, sizes: gl.constexpr):
 
 @gluon.jit
 def add_pv(running, pv, sizes: gl.constexpr):
-    """The accumulator with a finished PV."""
+    """Return the accumulator, rescaled to the new maximum, plus a finished PV."""
     return running.acc * gl.convert_layout(running.alpha, sizes.o_row)[:, None] + pv
 
 
 @gluon.jit
 def at_least(v_scale):
-    """v's scale of a block as it counts; NaN stays."""
+    """Raise a block's scale of v to LEAST_V_SCALE where it is smaller; NaN stays."""
     return gl.where(v_scale < LEAST_V_SCALE, LEAST_V_SCALE, v_scale)
 
 
 @gluon.jit
 def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl.constexpr, sizes: gl.constexpr):
-    """PV of the block before this one, QK and softmax of this one; ``last`` is the last listed block.
+    """Run one step: QK and softmax of block ``at``, PV of the block before it. ``last`` is the last listed block.
 
-    QK, then PV, and the softmax runs beside PV, as `hopper_bounded.advance` has it. S, PV, the accumulator and P are
-    208 registers of 240: with a mask, or what an LSE keeps for later, some would spill. There PV comes first, is added
-    beside QK, and the softmax has the other group's products beside it.
+    QK is issued, then PV, and the softmax overlaps with PV, as in `hopper_bounded.advance`. S, PV, the accumulator and
+    P take 208 registers of 240, so a mask, or what an LSE keeps for later, would spill. In those steps PV is issued
+    first and added to the accumulator while QK runs; only the other group's products overlap with the softmax.
     """
     BESIDE: gl.constexpr = not MASKED and not sizes.lse
     stage = await_full(rings.k, use, sizes.stages)
@@ -144,7 +144,7 @@ def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl
         hold_order(rings)
         acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
         release(rings.k, stage)
-    # Here, where PV's registers are free again; they are used after the next QK.
+    # Loaded here, where PV's registers are free again; the next step uses them after its QK.
     next_k = gl.load(scales.k + running.column)
     next_v = gl.load(scales.v + running.column)
     next_column = gl.load(work.columns + gl.minimum(at + 2, last))
@@ -154,7 +154,10 @@ def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl
 
 @gluon.jit
 def attend_e4m3(item, use, rings, work, scales, first, sizes: gl.constexpr):
-    """All blocks of an item, of which there is one: (accumulator, sum of P, maximum); both of P times 2^8."""
+    """Attend to all listed blocks of an item, at least one: (accumulator, sum of P, maximum).
+
+    Accumulator and sum are of P times 2^8.
+    """
     zero = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
     row_max = gl.full([sizes.rows], -float("inf"), gl.float32, layout=sizes.s_row)
     last = item.start + item.n_all - 1

@@ -1,9 +1,10 @@
 """Rings of tiles in shared memory, between one warp that loads and warp groups that compute: Gluon, for Hopper.
 
-A slot is full when its mbarrier has counted the bytes of its tiles. It is empty again when every group has said so at
-another: one thread arrives after its group's warps have met, and since that costs, k and v share one arrival a step. At
-named barriers, where each warp arrives for itself and goes on, tiles were overwritten while they were read as soon as
-several processes shared an H200 (docs/kernels/attention.md).
+A slot is full when its "full" mbarrier has counted the bytes of its tiles. It is empty again when every computing group
+has arrived at its "empty" mbarrier. One thread arrives for its group, after the group's warps have synchronized. That
+costs a barrier, so k and v share one arrival per step. Named barriers, at which each warp arrives for itself, are
+cheaper and failed: as soon as several processes shared an H200, tiles were overwritten while they were read
+(docs/kernels/attention.md).
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 
 class Ring(NamedTuple):
-    """Slots, and for each an mbarrier that says it is full and one that says it is empty."""
+    """Slots of tiles in shared memory, each with one mbarrier for "full" and one for "empty"."""
 
     tiles: Any
     full: Any
@@ -22,7 +23,7 @@ class Ring(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """Of queries, k and v. k and v share ``empty``: a step ends with k of its block and v of the one before.
+    """The rings of q, k and v. k and v share ``empty``: a step's end frees k of its block and v of the block before.
 
     ``open`` is an mbarrier that nobody arrives at.
     """
@@ -35,7 +36,7 @@ class Rings(NamedTuple):
 
 @gluon.jit
 def make_barriers(SLOTS: gl.constexpr, COUNT: gl.constexpr):
-    """SLOTS mbarriers, each of COUNT arrivals."""
+    """Allocate and initialize SLOTS mbarriers of COUNT arrivals each."""
     barriers = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(barriers.index(slot), count=COUNT)
@@ -44,7 +45,7 @@ def make_barriers(SLOTS: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def make_ring(source, empty, TILES: gl.constexpr, SLOTS: gl.constexpr):
-    """SLOTS slots of TILES tiles as the descriptor ``source`` loads them; ``empty`` are mbarriers of the slots."""
+    """Make a ring of SLOTS slots of TILES tiles of the descriptor ``source``, with mbarriers ``empty`` given."""
     shape: gl.constexpr = [SLOTS * TILES] + source.block_type.shape  # noqa: RUF005 - Triton knows no star
     tiles = gl.allocate_shared_memory(source.dtype, shape, source.layout)
     return Ring(tiles, make_barriers(SLOTS, 1), empty)
@@ -52,9 +53,9 @@ def make_ring(source, empty, TILES: gl.constexpr, SLOTS: gl.constexpr):
 
 @gluon.jit
 def fill(ring, use, source, row, column, TILES: gl.constexpr, SLOTS: gl.constexpr, LATER: gl.constexpr = 0):
-    """Load TILES tiles below each other for the ring's ``use``-th use, once its slot is empty.
+    """Wait until the slot of the ring's ``use``-th use is empty, then load TILES tiles into it, consecutive in rows.
 
-    LATER: 1 where a use ends with the step after its own, as v's does.
+    LATER is 1 where a slot is released one step after the step that loaded it, as v's are, else 0.
     """
     step = use + LATER
     mbarrier.wait(ring.empty.index(step % SLOTS), (step // SLOTS & 1) ^ 1)
@@ -68,7 +69,7 @@ def fill(ring, use, source, row, column, TILES: gl.constexpr, SLOTS: gl.constexp
 
 @gluon.jit
 def await_full(ring, use, SLOTS: gl.constexpr):
-    """Wait until the tiles of the ring's ``use``-th use are there; returns their slot."""
+    """Wait until the tiles of the ring's ``use``-th use have arrived, and return their slot."""
     slot = use % SLOTS
     mbarrier.wait(ring.full.index(slot), use // SLOTS & 1)
     return slot
@@ -76,11 +77,14 @@ def await_full(ring, use, SLOTS: gl.constexpr):
 
 @gluon.jit
 def hold_order(rings):
-    """Let ptxas move nothing across: a wait is a loop. This one ends at once, as the phase before the first is over."""
+    """Keep ptxas from moving instructions across this point: a wait is a loop, and nothing moves across a loop.
+
+    The wait ends at once, since it is for the phase before the barrier's first.
+    """
     mbarrier.wait(rings.open.index(0), 1)
 
 
 @gluon.jit
 def release(ring, slot):
-    """Say that this reader is done with a slot; in k's ring also with v of the block before."""
+    """Arrive for this group at a slot's "empty" mbarrier; in k's ring this also frees v of the block before."""
     mbarrier.arrive(ring.empty.index(slot), count=1)

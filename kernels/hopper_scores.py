@@ -1,4 +1,4 @@
-"""What both softmaxes of the Hopper attention kernel begin with: where blocks are listed, QK, and masks."""
+"""Shared by both softmaxes of the Hopper attention kernel: block map, work item, scales, QK, and masks."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 
 class Work(NamedTuple):
-    """What there is to do: the block map's tensors, the rows of a map and the number of items."""
+    """The work of a launch: the block map's tensors, the rows of a map and the number of items."""
 
     counts: Any
     starts: Any
@@ -21,7 +21,10 @@ class Work(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A group's queries of a work item in shared memory, and the blocks they meet: columns[start : start + n_all]."""
+    """A work item of one group: its queries in shared memory, and their blocks, columns[start : start + n_all].
+
+    The first ``n_full`` blocks have no mask.
+    """
 
     q_tile: Any
     start: Any
@@ -30,9 +33,10 @@ class Item(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """``scores`` multiplies S: softmax's scale times log2(e); q's of rows or blocks, k's and v's of blocks.
+    """Scales of a launch: ``scores``, the softmax scale times log2(e), and those of q, k and v, None where without.
 
-    Of an item q's is in ``scores``, a number per row with int8 q, and k and v are those of its head.
+    In those of an item ``scores`` includes q's scale, one number per row in int8 and one per block in e4m3. ``k`` in
+    int8 and ``v`` point at the scales of the item's key/value head.
     """
 
     scores: Any
@@ -43,16 +47,16 @@ class Scales(NamedTuple):
 
 @gluon.jit
 def start_qk(q_tile, k_ring, stage, sizes: gl.constexpr):
-    """Issue QK."""
+    """Issue QK of one block without waiting for it."""
     zero = gl.full([sizes.rows, sizes.block], 0, sizes.s_type, layout=sizes.s_layout)
     return warpgroup_mma(q_tile, k_ring.tiles.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def hide(s, work, at, first, sizes: gl.constexpr):
-    """-inf where a partial block's bits are 0; ``first`` is the group's first query in the block.
+    """Set scores to -inf where a partial block's mask bit is 0; ``first`` is the group's first query in the block.
 
-    Which word a column is in is known when this is compiled: a thread loads 8 words and exchanges none.
+    A column's mask word is known at compile time, so a thread loads 8 words and exchanges none.
     """
     WORDS: gl.constexpr = sizes.block // 32
     row = gl.arange(0, sizes.rows, layout=sizes.s_row)

@@ -1,4 +1,4 @@
-"""What is known when the Hopper attention kernel is compiled: sizes, and layouts of tensors in registers."""
+"""Compile-time constants of the Hopper attention kernel: sizes, and layouts of tensors in registers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ GROUPS = gl.constexpr(2)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Compile-time constants of one kernel; bits are of an element of q and k, and of v."""
+    """Compile-time constants of one kernel. ``q_bits`` are of an element of q and of k, ``v_bits`` of v."""
 
     heads_q: int
     heads_kv: int
@@ -51,36 +51,36 @@ class Sizes:
 
     @property
     def s_type(self) -> Any:
-        """Of S."""
+        """Element type of S, the scores."""
         return gl.int32 if self.int8 else gl.float32
 
     @property
     def s_layout(self) -> Any:
-        """Of S: four warps below each other; one instruction is 32 bytes deep."""
+        """Layout of S: the four warps split its rows; one instruction reduces over 32 bytes of channels."""
         return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.block, 256 // self.q_bits])
 
     @property
     def o_layout(self) -> Any:
-        """Of the accumulator."""
+        """Layout of the accumulator."""
         return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.d, 256 // self.v_bits])
 
     @property
     def p_layout(self) -> Any:
-        """Of P as PV's operand."""
+        """Layout of P as PV's left operand, in registers."""
         return gl.DotOperandLayout(0, self.o_layout, 32 // self.v_bits)
 
     @property
     def s_row(self) -> Any:
-        """Of one number per row of S."""
+        """Layout of a vector with one number per row of S."""
         return gl.SliceLayout(1, self.s_layout)
 
     @property
     def o_row(self) -> Any:
-        """Of one number per row of the accumulator."""
+        """Layout of a vector with one number per row of the accumulator."""
         return gl.SliceLayout(1, self.o_layout)
 
 
 @gluon.constexpr_function
 def sizes_of(*values):
-    """The sizes as one compile-time value."""
+    """Make one compile-time value of the sizes."""
     return Sizes(*values)
