@@ -1,7 +1,7 @@
-"""Launch configurations: what a kernel may be launched with, and the committed table per architecture.
+"""Launch configurations: their legality, and the committed table per architecture.
 
-One function, :func:`illegal`, states what is legal; the table, the tuner and the tests all go through it. Nothing is
-tuned in the user's process.
+:func:`illegal` alone states which configurations are legal; the table, the tuner and the tests all go through it.
+Nothing is tuned in the user's process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 ROW_TILE = 128
-"""Most rows in one entry of ``row_tiles``."""
+"""Largest number of rows in one entry of ``row_tiles``."""
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities with a committed table: A100, RTX 30xx, RTX 40xx, H100/H200, B200, RTX 50xx."""
 FP8_SINCE = 89
@@ -28,8 +28,8 @@ DESCRIPTORS_SINCE = 90
 HOPPER_ARCH = 90
 """Compute capability of Hopper, the one with warp-group products (wgmma)."""
 FP_FUSION = True
-"""Whether the compiler may fuse a * b + c into one rounding. Every launch says so: Triton 3.10 flips its default, and
-what is compiled must not depend on the version."""
+"""Whether the compiler may fuse a * b + c into one rounding. Every launch passes it, because Triton 3.10 flips its
+default and the compiled code must not depend on the version."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class LaunchConfig:
         num_stages: Depth of the software pipeline.
         group_m: Row tiles that run side by side before the next column tile, for reuse in L2; 0 where there is none.
         descriptors: Load tiles through TMA descriptors (Hopper and later).
-        hopper: Attention's kernel for Hopper, with warps of two kinds: one that loads and two groups that compute. An
-            entry that says so is launched as the entry of the same name with ``_hopper`` after it says.
-        reduce: Let the hardware add a product to what is there (TMA reduce), where ``descriptors`` work for that too.
+        hopper: Launch attention's warp-specialized kernel for Hopper instead, with the configuration of the entry of
+            the same name with ``_hopper`` appended.
+        reduce: Let the hardware add a product to the output in memory (TMA reduce); needs ``descriptors``.
     """
 
     block_m: int
@@ -61,7 +61,7 @@ class LaunchConfig:
 
 
 def shared_memory_bytes(config: LaunchConfig, element_bytes: int, extra: int = 0) -> int:
-    """Bytes of a product's software pipeline: num_stages tiles of both operands, and what the caller adds.
+    """Count the bytes of a product's software pipeline: num_stages tiles of both operands, plus ``extra``.
 
     Args:
         config: The configuration.
@@ -73,13 +73,13 @@ def shared_memory_bytes(config: LaunchConfig, element_bytes: int, extra: int = 0
 
 
 def illegal(config: LaunchConfig, arch: int, *, fp8: bool, shared_bytes: int) -> str | None:
-    """Why a configuration must not be launched on an architecture; None where it may.
+    """Return why a configuration must not be launched on an architecture, None where it may.
 
     Args:
         config: The configuration.
         arch: Compute capability as in :data:`ARCHITECTURES`.
         fp8: Whether the kernel multiplies e4m3 codes.
-        shared_bytes: Shared memory it needs, from :func:`shared_memory_bytes` or from the compiler.
+        shared_bytes: Bytes of shared memory it needs, from :func:`shared_memory_bytes` or from the compiler.
     """
     if arch not in ARCHITECTURES:
         return f"sm_{arch} has no committed table; there are {', '.join(f'sm_{a}' for a in ARCHITECTURES)}"
@@ -104,7 +104,7 @@ def illegal(config: LaunchConfig, arch: int, *, fp8: bool, shared_bytes: int) ->
 
 @functools.cache
 def table(stem: str) -> dict[str, dict[str, dict[str, object]]]:
-    """The committed configurations of a stem: {variant: {"90": {field: value}}}, read once."""
+    """Read a stem's committed configurations, {variant: {"90": {field: value}}}, once per process."""
     data = Path(__file__).parent / "configs" / f"{stem}.json"
     loaded: dict[str, dict[str, dict[str, object]]] = json.loads(data.read_text())
     return loaded
@@ -115,11 +115,11 @@ _PASSED: ContextVar[Mapping[tuple[str, str, int], LaunchConfig]] = ContextVar("p
 
 @contextlib.contextmanager
 def launched_with(stem: str, configs: Mapping[tuple[str, int], LaunchConfig]) -> Iterator[None]:
-    """Pass configurations to the launches made inside, by this thread; what is committed stays as it is.
+    """Replace table entries for the launches made inside, by this thread. The committed table is not changed.
 
     Args:
         stem: File stem of the kernel.
-        configs: In the place of the table's entry of a (variant, architecture). Nested calls add up.
+        configs: Configuration by (variant, architecture), in place of the table's entry. Nested calls add up.
     """
     entered = _PASSED.set({**_PASSED.get(), **{(stem, *entry): config for entry, config in configs.items()}})
     try:
@@ -129,15 +129,15 @@ def launched_with(stem: str, configs: Mapping[tuple[str, int], LaunchConfig]) ->
 
 
 def config_for(stem: str, variant: str, arch: int) -> LaunchConfig:
-    """The configuration of a kernel: the committed one, or what :func:`launched_with` passes.
+    """Return the configuration of a kernel: that of :func:`launched_with` where there is one, else the committed one.
 
     Args:
         stem: File stem of the kernel.
         variant: Its dtype and epilogue, as the stem's table names them.
-        arch: Compute capability; an unlisted one takes the nearest lower.
+        arch: Compute capability; an unlisted one takes the nearest lower one.
 
     Raises:
-        LookupError: No such variant, or no architecture at or below ``arch`` has it.
+        LookupError: There is no such variant, or no configuration of it at or below ``arch``.
     """
     variants = table(stem)
     if variant not in variants:

@@ -1,18 +1,18 @@
-"""Rows of bf16 to int8, with a scale each, as they are or through a Hadamard of 64; docs/OPS.md states the rounding.
+"""Quantize rows of bf16 to int8 with a scale each, as they are or through a Hadamard of 64; rounding: docs/OPS.md.
 
-A program walks rows in steps of the grid's size. A row is read once, 16 bytes a lane, and stays in registers, 64 values
-a thread; the next is on its way meanwhile. Predicted for 64,256 rows at 4.2 TB/s, what `rmsnorm_quantize` reaches on an
-H200 (2 bytes read, 1 written):
+A program walks rows in steps of the grid's size. It reads a row once, 16 bytes a lane, and keeps it in registers, 64
+values a thread; the load of the next row is in flight meanwhile. Predicted for 64,256 rows, 2 bytes read and 1 written
+per value, at 4.2 TB/s, the rate that `rmsnorm_quantize` reaches on an H200:
 
 | rows of | GB | ms |
 |---|---|---|
 | 5,120 (proj's input) | 0.99 | 0.24 |
 | 13,696 (down's, Hadamard) | 2.64 | 0.63 |
 
-A row of 13,696, 16,384 places with those that are masked, has 2,070 cycles of its multiprocessor there. The Hadamard is
-a product of [256, 64] by a matrix of signs in bf16 on the tensor cores, exact but for the order of float32 sums: 512
-cycles beside the rest, with 32 KB of bf16 through shared memory, 256 of its cycles. In six steps of additions it would
-be 768 cycles of the pipe that also scales and rounds, and 64 KB of float32 there and back once at least, 1,024.
+At that rate an SM has 2,070 cycles for a row of 13,696, padded to 16,384 values. The Hadamard is a product of [256, 64]
+by a matrix of signs in bf16 on the tensor cores, exact but for the order of float32 sums. It takes 512 cycles beside
+the rest; its 32 KB of bf16 take 256 cycles of shared memory. As six steps of additions it would take 768 cycles of the
+pipe that also scales and rounds, and at least one round trip of 64 KB of float32 through shared memory, 1,024 cycles.
 """
 
 import triton
@@ -25,7 +25,7 @@ HADAMARD = tl.constexpr(64)
 
 @triton.jit
 def hadamard_signs():
-    """[64, 64] bf16: (-1)^popcount(i & j)."""
+    """Return the Hadamard matrix of signs, [64, 64] bf16: (-1)^popcount(i & j)."""
     lane = tl.arange(0, HADAMARD)
     parity = lane[:, None] & lane[None, :]
     parity ^= parity >> 4
@@ -46,7 +46,7 @@ def quantize_rows_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """codes = x / scale of every row; x is [rows, K] bf16, rows ``x_stride`` apart, codes are int8 without gaps."""
+    """Write codes = x / scale of every row; x is [rows, K] bf16, rows ``x_stride`` apart, codes int8, contiguous."""
     if HADAMARD_ROWS:
         signs = hadamard_signs()
         group = tl.arange(0, BLOCK_K // HADAMARD)[:, None]
