@@ -3,12 +3,13 @@
 The softmax has two forms. With a running maximum it is FlashAttention's. Where the scores are known to be bounded
 (`ops.attention.score_bound`) there is no maximum to find, to exchange between threads, or to correct for.
 
-A work item is one row of the map (128 queries, or half of them) and one query head. The grid is persistent; rows come
-longest first, and the heads of a group side by side, so that they read k and v from L2.
+A work item is one row of the map (128 queries, or half of them) and one query head. The grid is persistent. Rows come
+longest first; heads that share a row are consecutive items, so that they read k and v from L2.
 
-Predicted per 128 x 128 x 128 tile: 8.4 MFLOP; 64 KiB of k and v in bf16, 32 in fp8 (128 and 256 FLOP per byte from L2,
-five times that from memory with five heads a group); on an H100 SM 2048 cycles of tensor cores in bf16, 1024 in fp8,
-beside 1024 of exponents, which two warp groups hide behind each other's products in bf16 and cannot in fp8.
+Predicted per tile of 128 queries, 128 keys and head dim 128: 8.4 MFLOP, and 64 KiB of k and v in bf16, 32 in fp8. That
+is 128 and 256 FLOP per byte from L2, five times that per byte from memory with five heads a group. An SM of an H100
+takes 2048 cycles of tensor cores in bf16, 1024 in fp8, and 1024 cycles of exponents. Two warp groups can hide the
+exponents behind each other's products in bf16, but not in fp8.
 """
 
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 from happyhorse_fast.kernels.numerics import to_e4m3
 
 P_EXPONENT = tl.constexpr(8.0)
-"""P is multiplied by 2^8 before it becomes e4m3: at most 256, so no clamp, and kept down to 2^-17."""
+"""P is multiplied by 2^8 before its cast to e4m3: at most 256, it needs no clamp, and P down to 2^-17 is not lost."""
 LOG_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -35,9 +36,9 @@ def load_rows(
     MASKED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """[ROWS, D] of a head from row ``first``; with MASKED rows from ``end`` on are 0 and not read.
+    """Load [ROWS, D] of a head from row ``first``. With MASKED, rows from ``end`` on are 0 and not read.
 
-    Offsets are int64: strides of a packed or transposed tensor pass 2^31 with the row at 1080p and 10 s.
+    Offsets are int64: in a packed or transposed tensor they pass 2^31 elements at 1080p and 10 s.
     """
     if DESCRIPTORS:
         tile = source.load([first, head * D])
@@ -64,7 +65,7 @@ def load_columns(
     COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """[D, COLUMNS] of a head of the transposed v, which is stored up to a whole block."""
+    """Load [D, COLUMNS] of a head of the transposed v, which is stored up to a whole block: no mask."""
     if DESCRIPTORS:
         tile = source.load([head * D, first])
     else:
@@ -77,7 +78,7 @@ def load_columns(
 
 @triton.jit
 def in_fragment_order(p):
-    """Columns of P in the order of v's tokens (docs/OPS.md): on sm_89, 90 and 120 no thread gives another any."""
+    """Permute P's columns to v's fragment order (docs/OPS.md); on sm_89, 90 and 120 no value changes threads."""
     ROWS: tl.constexpr = p.shape[0]
     COLUMNS: tl.constexpr = p.shape[1]
     split = tl.reshape(p, (ROWS, COLUMNS // 16, 2, 4, 2))
@@ -86,10 +87,10 @@ def in_fragment_order(p):
 
 @triton.jit
 def rounded(p):
-    """P in bf16, and the same values in float32.
+    """Round P to bf16; return it as bf16 and as float32.
 
-    In PTX, for two at a time: what is both multiplied and added up ptxas would convert one by one, in the unit that
-    computes the exponents.
+    PTX converts two values at once. Written as casts, ptxas would convert one by one, in the unit of the exponents,
+    because P is both multiplied and added up.
     """
     return tl.inline_asm_elementwise(
         "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
@@ -103,10 +104,11 @@ def rounded(p):
 
 @triton.jit
 def scores(q, k, BIASED: tl.constexpr):
-    """q.k in float32. int8 codes: their int32 sums are at most 127 * 127 * 128, which float32 holds exactly.
+    """Multiply q and k, in float32. int32 sums of int8 codes are at most 127 * 127 * 128, which float32 holds exactly.
 
-    BIASED, a sum begins as the bits of 1.5 * 2^23 and so ends as those of 1.5 * 2^23 plus it: a subtraction in place of
-    sm_80's only conversion, which has a quarter of its rate, in the unit of the exponents.
+    With BIASED an int32 sum s starts as the bits of 1.5 * 2^23, so that it ends as the bits of 1.5 * 2^23 + s. A
+    subtraction then gives s in float32. sm_80's only conversion has a quarter of a subtraction's rate, in the unit of
+    the exponents.
     """
     if BIASED:
         start = tl.full([q.shape[0], k.shape[0]], 0x4B400000, dtype=tl.int32)
@@ -118,7 +120,7 @@ def scores(q, k, BIASED: tl.constexpr):
 
 @triton.jit
 def over_rows(scale):
-    """One number as it is, one a row as a column."""
+    """Make a column of one scale per row; return a single scale as it is."""
     if len(scale.shape) == 1:
         scale = scale[:, None]
     return scale
@@ -139,19 +141,19 @@ def attend(
     PV_FP8: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """One step with a running maximum, in powers of two: (acc, row_sum, row_max) after the keys in ``k``.
+    """Run one step with a running maximum, in base 2: (acc, row_sum, row_max) after the keys in ``k``.
 
-    Args of note: ``scale`` > 0 includes log2(e) and the scales of q and k, one number or one a row; ``v_scale`` belongs
-    to this step's v alone, so its product is not accumulated in the tensor core but added to ``acc`` in float32.
+    ``scale`` > 0 includes log2(e) and the scales of q and k, as one number or one per row. ``v_scale`` is of this
+    step's v alone, so PV is not accumulated in the tensor core but added to ``acc`` in float32.
     """
     s = scores(q, k, BIASED)
-    if MASKED:  # behind the scale, which may be so small that it is 0: -inf * 0 would be NaN
+    if MASKED:  # after scaling: a scale may round to 0, and -inf * 0 would be NaN
         s = tl.where(visible, s * over_rows(scale), -float("inf"))
         new_max = tl.maximum(row_max, tl.max(s, axis=1))
     else:
         new_max = tl.maximum(row_max, tl.max(s, axis=1) * scale)
         s = s * over_rows(scale)
-    shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # no key yet: -inf - -inf would be NaN
+    shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # for a row without a key so far -inf - -inf is NaN
     alpha = tl.exp2(row_max - shift)
     if PV_FP8:
         p = tl.exp2(s - (shift - P_EXPONENT)[:, None])
@@ -176,9 +178,9 @@ def attend_bounded(
     LSE: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """One step without a maximum, in powers of two: (acc, row_sum, log_sum) after the keys in ``k``.
+    """Run one step without a maximum, in base 2: (acc, row_sum, log_sum) after the keys in ``k``.
 
-    ``row_sum`` is of P as it is multiplied, rounded to bf16; ``log_sum`` of P before that, where an LSE is wanted.
+    ``row_sum`` adds P after rounding to bf16, as PV multiplies it; ``log_sum`` adds P before that, with LSE.
     """
     s = scores(q, k, BIASED) * over_rows(scale)
     if MASKED:
@@ -237,18 +239,18 @@ def block_sparse_attention_kernel(
     BOUNDED: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """Every work item of one launch: BLOCK is the map's, 128. ``scale`` is the softmax scale times log2(e).
+    """Compute every work item of a launch. ``scale`` is the softmax scale times log2(e); BLOCK is the map's, 128.
 
-    Strides of v are of (key, head, channel), in either layout.
-    q_scale and k_scale come with int8 (per token and head; per head and block) and e4m3 q and k (per block), v_scale
-    with e4m3 v; out_scale asks for e4m3 output; lse and gate are None where they are not wanted. Where ``flag``
-    is given, the form of the softmax that it does not name has nothing to do. BIASED: see :func:`scores`. Rows of
-    ``columns`` list full blocks first: the first loop has no mask.
+    Strides of v are of (key, head, channel), in either layout. q_scale and k_scale come with q and k of 8 bits: per
+    token and head, and per head and block, in int8; per block in e4m3. v_scale comes with e4m3 v. out_scale asks for
+    e4m3 output. lse and gate are None where they are not wanted. A ``flag`` other than 0 lets the bounded form run, 0
+    the other one; the form it does not name returns at once. BIASED is explained at :func:`scores`. Rows of ``columns``
+    list full blocks first, so that the first loop has no mask.
     """
     HALVES: tl.constexpr = BLOCK // BLOCK_M
     STEPS: tl.constexpr = BLOCK // BLOCK_N
     BY_HEAD: tl.constexpr = q.dtype.element_ty == tl.int8  # and by row of q: scales of int8
-    WORDS: tl.constexpr = BLOCK // 32  # int32 words that hold one query's keys of a partial block
+    WORDS: tl.constexpr = BLOCK // 32  # int32 mask words of one query in a partial block
     SHARED: tl.constexpr = HEADS_Q // MAP_HEADS  # query heads that walk the same row of the map
     GROUP: tl.constexpr = HEADS_Q // HEADS_KV
     if flag is not None:
@@ -285,7 +287,7 @@ def block_sparse_attention_kernel(
 
         ahead = tl.load(columns + start, mask=n_full > 0, other=0)
         for step in tl.range(0, n_full * STEPS):
-            column = ahead  # read one step ahead: the loads of k and v never wait for their address
+            column = ahead  # loaded one step ahead, so that the loads of k and v never wait for their address
             ahead = tl.load(columns + start + (step + 1) // STEPS, mask=step + 1 < n_full * STEPS, other=0)
             key = column * BLOCK + step % STEPS * BLOCK_N
             step_scale = row_scale
@@ -339,15 +341,15 @@ def block_sparse_attention_kernel(
                     q_tile, k_tile, v_tile, acc, row_sum, other, step_scale, step_v_scale, visible, True, PV_FP8, BIASED
                 )
 
-        row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # no key: 0 / 1, and an LSE of -inf + 0; NaN stays
+        row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # no key: 0 / 1, an LSE of -inf + 0; NaN stays NaN
         factor = 1.0 / row_sum
         if gate is not None:
             factor *= tl.load(gate + query.to(tl.int64) * HEADS_Q + head, mask=live, other=0.0)
         if out_scale is not None:
             factor *= 1.0 / tl.load(out_scale)
         result = acc * factor[:, None]
-        # On sm_90 e4m3 spills 8 bytes in the second form with Triton 3.6.0, bf16 in the first with 3.7.1.
-        if PV_FP8:  # only the tile's first row is multiplied in int64: 128 rows of heads fit int32
+        # On sm_90, e4m3 spills 8 bytes with the else branch (Triton 3.6.0), bf16 with the if branch (3.7.1).
+        if PV_FP8:  # only the first row's offset is int64: the others are within 128 rows of it
             place = out + (first_query.to(tl.int64) * HEADS_Q + head) * D
             place += (tl.arange(0, BLOCK_M) * (HEADS_Q * D))[:, None] + channel[None, :]
         else:

@@ -1,24 +1,25 @@
 """A dynamic block map in three launches: pool q and k per block, choose the blocks of every row, order the rows.
 
-The choice is one program per key/value head and block of queries, with the whole row of scores in registers (2048
-blocks of keys; 15 s at 1080p have 1,464). Scores are ranked as integers of the same order, and the threshold is found
-bit by bit: 32 counts, no sort. Equal scores go to the lowest block.
+One program chooses the blocks of one key/value head and block of queries, with the whole row of scores in registers (at
+most 2048 blocks of keys; 15 s at 1080p have 1,464). Scores are ranked as integers of the same order, and the threshold
+is found bit by bit: 32 counts, no sort. Of equal scores the lowest block is chosen.
 
-Predicted per layer at 1080p on an H100: 5 s (502 blocks) 2.6 GFLOP and 1.0 GB from L2 (the pooled keys of a head, once
-per row), 0.2 ms; 15 s 22 GFLOP and 8.8 GB, 1.6 ms: half a percent of the attention at 25 % of the blocks.
+Predicted per layer at 1080p on an H100: 5 s (502 blocks) take 2.6 GFLOP and 1.0 GB from L2 (the pooled keys of a head,
+once per row), 0.2 ms; 15 s take 22 GFLOP and 8.8 GB, 1.6 ms. That is half a percent of attention over 25 % of the
+blocks.
 """
 
 import triton
 import triton.language as tl
 
 FULL = tl.constexpr(-1)
-"""In a selector's table: a block without a mask."""
+"""Entry of a selector's table for a block without a mask."""
 ABSENT = tl.constexpr(-2)
-"""In a selector's table: no block of the exact map."""
+"""Entry of a selector's table for a block that the exact map leaves out."""
 BEST_WEIGHT = tl.constexpr(float(2**30))
-"""Softmax weight of a row's best block. Weights are integers, so that a sum does not depend on its order."""
+"""Softmax weight of a row's best block. Weights are integers, so that their sum does not depend on its order."""
 MASS_STEPS = tl.constexpr(2**20)
-"""``mass`` counts in steps of 2^-20."""
+"""Steps of ``mass`` in 1: ``mass`` is an integer number of 2^-20."""
 
 
 @triton.jit
@@ -36,9 +37,9 @@ def block_sum(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """[D] float32: the sum of a head's live rows of a block; other rows, also those past the last, are not read.
+    """Sum a head's live rows of a block, [D] float32. Other rows, also those past the last, are not read.
 
-    ``scale`` [tokens, HEADS] is what a row's codes are multiplied by, None for none.
+    ``scale`` [tokens, HEADS] multiplies a row's codes; None for none.
     """
     start = source + block.to(tl.int64) * BLOCK * stride_row + head.to(tl.int64) * stride_head
     channel = tl.arange(0, D)
@@ -76,9 +77,10 @@ def pool_blocks_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Grid (blocks, Hq + Hkv): ``pooled_q`` [Hq, R, D], and ``pooled_k`` [Hkv, D, S] for the choice to read along S.
+    """Write ``pooled_q`` [Hq, R, D], and ``pooled_k`` [Hkv, D, S], which the choice reads along S.
 
-    q_scale [N, Hq] and k_scale [Hkv, S] are those of int8, whose sums are of values; None otherwise.
+    The grid is (blocks, Hq + Hkv). q_scale [N, Hq] and k_scale [Hkv, S] come with int8, whose values are summed. They
+    are None in bf16, and in e4m3, whose codes are summed.
     """
     block, head = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, D)
@@ -106,7 +108,7 @@ def row_products(
     BLOCKS: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """[BLOCKS] float32: products of a row's pooled queries with every pooled key, over the group by sum or maximum."""
+    """Multiply a row's pooled queries by every pooled key, [BLOCKS] float32: the group's sum (MEAN) or its maximum."""
     column, member = tl.arange(0, BLOCKS), tl.arange(0, PADDED_GROUP)
     query = pooled_q + ((kv_head * GROUP + member) * blocks + row) * D
     key = pooled_k + kv_head * D * blocks + column
@@ -126,7 +128,7 @@ def row_products(
 
 @triton.jit
 def rank_key(score):
-    """uint32 of the same order as a float32 that is not NaN, above 0; -0.0 as 0.0."""
+    """Map a float32 other than NaN to a uint32 above 0 of the same order; -0.0 counts as 0.0."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ -1, bits | -(2**31))
     return ordered.to(tl.uint32, bitcast=True)
@@ -156,10 +158,10 @@ def select_blocks_kernel(
     MEAN: tl.constexpr,
     BY_MASS: tl.constexpr,
 ):
-    """Grid (Hkv * R,): one row of the map, each of its S places in ``columns`` and ``mask_ids`` written once.
+    """Choose one row of the map, and write each of its S places in ``columns`` and ``mask_ids`` once.
 
-    Args of note: ``mass`` in steps of 2^-20, read with BY_MASS, else ``keep``; q_scale and k_scale are
-    those of e4m3 codes per block, else None.
+    The grid is (Hkv * R,). BY_MASS chooses by ``mass``, in steps of 2^-20, else ``keep`` blocks are chosen. q_scale and
+    k_scale are the scales per block of e4m3 codes, None in the other formats.
     """
     entry = tl.program_id(0)
     kv_head, row = entry // blocks, entry % blocks
@@ -181,14 +183,14 @@ def select_blocks_kernel(
     if BY_MASS:
         best = tl.max(tl.where(candidate, score, -float("inf")), axis=0)
         share = tl.exp(tl.where(candidate, score - best, -float("inf")))
-        # At least 1, so that a mass of 1 keeps every candidate.
+        # Every weight is at least 1, so that a mass of 1 keeps every candidate.
         weight = tl.where(candidate, tl.maximum((share * BEST_WEIGHT).to(tl.int64), 1), 0)
         need = (tl.sum(weight, axis=0) * mass + (MASS_STEPS - 1)) // MASS_STEPS
     else:
         weight = candidate.to(tl.int32)
         need = keep
 
-    # The largest rank at or above which there is enough; 0, which no candidate has, where there never is.
+    # The largest rank whose candidates, with those above it, reach ``need``; 0, which no candidate has, if none does.
     threshold = tl.full((), 0, tl.uint32)
     for step in tl.range(0, 32):
         trial = threshold | (tl.full((), 1 << 31, tl.uint32) >> step)
@@ -215,9 +217,10 @@ def select_blocks_kernel(
 
 @triton.jit
 def order_rows_kernel(counts, order, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Grid (rows / BLOCK_M,): ``order`` [rows], longest row first, by counting for each row those that come before it.
+    """Write ``order`` [rows], longest row first: a row's place is the number of rows that come before it.
 
-    11,712 rows (15 s at 1080p, 8 heads) are 137 million comparisons, predicted 25 us; a sort is several launches.
+    The grid is (rows / BLOCK_M,). 11,712 rows (15 s at 1080p, 8 heads) take 137 million comparisons, predicted 25 us; a
+    sort would take several launches.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     length = tl.load(counts + row * 2 + 1, mask=row < rows, other=0)

@@ -4,7 +4,8 @@ A program computes tiles of BLOCK_M rows of one expert by BLOCK_N features. The 
 tiles in steps of the grid's size, GROUP_M row tiles per column tile, so that a weight tile is read from L2.
 
 Predicted for 64,256 rows of the 15B model on an H100 (peaks 1979 fp8, 989 bf16 TFLOP/s, 3.35 TB/s), each operand and
-result moved once: the tensor cores are the floor of all, 1.9 (proj, fp8) to 23 times (up) over memory.
+result moved once. All products are bound by the tensor cores, which take 1.9 (proj, fp8) to 23 times (up) as long as
+memory:
 
 | product | TFLOP | ms at peak, fp8 / bf16 | GB fp8 / bf16 | ms of memory, fp8 / bf16 |
 |---|---|---|---|---|
@@ -12,11 +13,12 @@ result moved once: the tensor cores are the floor of all, 1.9 (proj, fp8) to 23 
 | up 5120 -> 27392, SwiGLU7 | 18.02 | 9.11 / 18.2 | 1.35 / 2.70 | 0.40 / 0.80 |
 | down 13696 -> 5120, residual | 9.01 | 4.55 / 9.11 | 3.58 / 4.53 | 1.07 / 1.35 |
 
-The residual is 2.63 GB of these: 64,256 x 5120 float32 read and written, and the program waits for what it reads. On
-sm_90, and but for int8 on sm_100, the memory adds (TMA reduce), in pieces of 64 columns: 1.32 GB go to L2, none comes
-back to a program, no register holds an address, and the last of a tile's four pieces is under way while the next tile's
-operands arrive; L2 still reads and writes the 2.63 GB. 8 bits with one scale and load, add, store took 7.4 (down) and
-3.2 ms (proj) on an H200 at 700 W, the bare products 7.0 and 2.7. Predicted with the reduce: 7.2 and 2.9.
+The residual is 2.63 GB of these, 64,256 x 5120 float32 read and written. A program that loads, adds and stores waits
+for what it reads. On sm_90, and on sm_100 except in int8, L2 does the addition (TMA reduce), in pieces of 64 columns:
+1.32 GB go to L2, nothing comes back to a program, and no register holds an address. The last of a tile's four pieces is
+in flight while the next tile's operands arrive. L2 still reads and writes the 2.63 GB. On an H200 at 700 W, fp8 with
+load, add and store took 7.4 (down) and 3.2 ms (proj), the products alone 7.0 and 2.7. With the reduce 7.2 and 2.9 were
+predicted; docs/kernels/linear.md has the measured times.
 """
 
 import triton
@@ -27,9 +29,9 @@ from happyhorse_fast.kernels.numerics import gelu7, grouped_tile, swiglu7, to_e4
 
 @triton.jit
 def load_tile(source, first, last, at, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_R, BLOCK_K] of [rows, K] from (first, at); rows past ``last`` repeat it, columns past K are 0.
+    """Load [BLOCK_R, BLOCK_K] of [rows, K] from (first, at). Rows past ``last`` repeat it, columns past K are 0.
 
-    Repeating needs no mask in the loop. Only the first row is multiplied in int64: 128 rows fit int32.
+    Repeated rows need no mask in the loop. Only the first row's offset is int64: the others are within 128 rows of it.
     """
     row = tl.minimum(tl.arange(0, BLOCK_R), last - first)
     column = at + tl.arange(0, BLOCK_K)
@@ -58,18 +60,18 @@ def finish(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The epilogue: what a tile of the product from (first, feature) becomes; rows from ``end`` on are left alone.
+    """Run the epilogue on a tile of the product that starts at (first, feature), and store rows before ``end``.
 
-    Wide tiles are finished in pieces of 128 bytes per row, of swiglu7 and of e4m3 in 64: in one piece a residual of
-    128 x 256 spills 1,104 bytes, in pieces of 32 columns the whole kernel takes 186 registers. With REDUCE ``out`` is a
-    descriptor of pieces of REDUCE columns, to which the hardware adds: each element has one addend, so that their order
-    changes no bit. It clips at N and F but knows no ``end``: rows past it get -0.0, which changes no number
-    but a subnormal one, which may become zero.
+    A wide tile is finished in pieces: 32 columns of a residual (REDUCE with the reduce), 64 of a plain product, 128
+    before an activation. In one piece a residual of 128 x 256 spills 1,104 bytes; in pieces of 32 columns the whole
+    kernel takes 186 registers. With REDUCE ``out`` is a descriptor of pieces of REDUCE columns, to which the hardware
+    adds. Each element gets one addend, so the order of additions changes no bit. The descriptor clips at N and F but
+    not at ``end``: rows from there on get -0.0 added, which changes nothing but may flush a subnormal number to zero.
     """
     RESIDUAL: tl.constexpr = REDUCE if REDUCE != 0 else 32
     PIECE: tl.constexpr = RESIDUAL if EPILOGUE == "residual" else 64 if EPILOGUE == "plain" else 128
     if BLOCK_N > PIECE:
-        # In the tensor core's layout a choice of registers: no data moves.
+        # In the tensor core's layout this split only chooses registers: no data moves.
         left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         finish(
             left, factor, weight_scale, out, first, end, expert, feature,
@@ -88,7 +90,7 @@ def finish(
         else:
             product = product.to(tl.bfloat16).to(tl.float32)
         if EPILOGUE == "swiglu7":
-            # Gate and linear are neighbours: again one thread holds both.
+            # Gate and linear are adjacent columns, held by the same thread: no data moves here either.
             gate, up = tl.split(tl.reshape(product, (BLOCK_M, BLOCK_N // 2, 2)))
             y = swiglu7(gate, up)
         elif EPILOGUE == "gelu7":
@@ -98,7 +100,7 @@ def finish(
         row = tl.arange(0, BLOCK_M)
         live = row < end - first
         if REDUCE != 0:
-            # Written -0.0, Triton makes it 0.0.
+            # By its bits: Triton turns the literal -0.0 into 0.0.
             nothing = tl.full((BLOCK_M, BLOCK_N), -(2**31), tl.int32).to(tl.float32, bitcast=True)
             out.atomic_add([first, feature], tl.where(live[:, None], y, nothing))
         else:
@@ -107,7 +109,7 @@ def finish(
             start = first.to(tl.int64)
             column = feature // PER + tl.arange(0, BLOCK_N // PER)
             if RAGGED:
-                # The last tile, and with it whole pieces, may lie past F.
+                # Pieces of the last column tile may lie past F.
                 live = live & (feature < F)
                 mask = live[:, None] & (column < COLUMNS)[None, :]
             else:
@@ -145,17 +147,18 @@ def fp8_linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """x and weight are pointers, or TMA descriptors with DESCRIPTORS; ``tiles`` is the length of ``row_tiles``.
+    """Multiply and run the epilogue on all tiles; ``tiles`` is the length of ``row_tiles``.
 
-    CODES says that the operands have scales, INT8 that they are int8 and not e4m3: their sum, in int32, is exact.
-    PER_ROW is 1 for an x_scale per row, 0 for one of the tensor. INVERSE is 1 / scale of e4m3 results, 0 where they are
-    bf16. A product of e4m3 accumulates in the tensor core alone, whose default never leaves it (turning promotion on by
-    max_num_imprecise_acc = 32 spills, 0 silently leaves the fp8 tensor cores).
+    x and weight are pointers, or TMA descriptors with DESCRIPTORS. With CODES the operands have scales; with INT8 they
+    are int8, else e4m3. Sums of int8 are exact, in int32. PER_ROW is 1 for an x_scale per row, 0 for one of the tensor.
+    INVERSE is 1 / scale of e4m3 results, 0 where they are bf16. e4m3 accumulates in the tensor core throughout,
+    Triton's default. Promoting sums to float32 by max_num_imprecise_acc = 32 spills; 0 silently leaves the fp8 tensor
+    cores.
     """
     PARTS: tl.constexpr = ROW_TILE // BLOCK_M
     SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
     COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    # Flattened, the next tile's operands are loaded during the epilogue.
+    # flatten makes one loop of tiles and reduction, so that the next tile's operands are loaded during the epilogue.
     for tile in tl.range(tl.program_id(0), tiles * PARTS * COLUMN_TILES, tl.num_programs(0), flatten=True):
         m, n = grouped_tile(tile, tiles * PARTS, COLUMN_TILES, GROUP_M)
         entry = row_tiles + 3 * (m // PARTS)
@@ -165,7 +168,7 @@ def fp8_linear_kernel(
         feature = n * BLOCK_N
         channel = expert * F + feature
         last = expert * F + F - 1
-        # A part may lie past the end of a short row tile: then every row repeats the last one, and none is stored.
+        # A part past the end of a short row tile repeats the last row throughout and stores nothing.
         row = tl.minimum(tl.arange(0, BLOCK_M), end - 1 - first)
         product = tl.zeros((BLOCK_M, BLOCK_N), SUM)
         for at in tl.range(0, K, BLOCK_K):

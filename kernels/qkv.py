@@ -1,9 +1,9 @@
 """RMSNorm with quantisation, and the QKV product with its epilogue; docs/OPS.md states tensors, layouts and rounding.
 
-A program of the product computes tiles of 128 rows by one head, on sm_90 by two, so that QK-norm, rotation, gate and
-quantisation run on the accumulator, of one head after the other. The grid is persistent: programs walk all tiles in
-steps of the grid's size. (Fusing that walk with the reduction, tl.range's `flatten`, does not compile around an
-epilogue with branches: Triton 3.7.1.)
+A program of the product computes tiles of 128 rows by one head, on sm_90 by two. So QK-norm, rotation, gate and
+quantisation run on the accumulator, one head after the other. The grid is persistent: programs walk all tiles in steps
+of the grid's size. (Fusing that loop with the reduction, by tl.range's `flatten`, does not compile around an epilogue
+with branches in Triton 3.7.1.)
 
 Predicted for 64,256 rows of the 15B model on an H100 (peaks 1979 fp8, 989 bf16 TFLOP/s, 3.35 TB/s), each operand and
 result moved once:
@@ -13,15 +13,16 @@ result moved once:
 | rmsnorm_quantize, with a branch | 0 | 0 | 3.62 / 3.95 | 1.08 / 1.18 |
 | qkv_linear | 4.80 | 2.43 / 4.85 | 0.87 / 1.70 | 0.26 / 0.51 |
 
-Norm and product in one kernel took 19.2 ms on an H200, the two here 8.6 (docs/decisions/0013-*.md): every column tile
-reads its row tile again, 57 times in all, which is 75 GB of float32 through L2 rather than 37.5 of bf16 or 18.8 of
-codes, and norms it again.
+Norm and product in one kernel took 19.2 ms on an H200, the two here 8.6 (docs/decisions/0013-*.md). In one kernel every
+column tile reads its row tile again, 57 times in all, and norms it again. That is 75 GB of float32 through L2 rather
+than 37.5 of bf16 or 18.8 of codes.
 
-Two heads a tile: of 57 heads the last tile computes half in vain, 1.8 % more FLOP, but each operand byte from L2 does
-171 FLOP rather than 128: 28.6 GB for 37.5 in fp8, 57.2 for 75.0 in bf16. Predicted on an H200 at 700 W, whose bare
-products take 3.68 and 7.15 ms: 4.0 ms for 4.38 in fp8 and 7.6 for 8.09 in bf16.
+With two heads a tile, half of the last tile of 57 heads is computed in vain, 1.8 % more FLOP. But each operand byte
+from L2 serves 171 FLOP rather than 128: 28.6 GB instead of 37.5 in fp8, 57.2 instead of 75.0 in bf16. On an H200 at
+700 W, where the products alone take 3.68 and 7.15 ms, 4.0 ms instead of 4.38 were predicted in fp8 and 7.6 instead of
+8.09 in bf16; docs/kernels/qkv.md has the measured times.
 
-The epilogue reads 64 KB of cosines and sines per tile of q and k, 1.6 GB from L2 in all; they are float32 and stay so.
+The epilogue reads 64 KB of cosines and sines per tile of q and k, 1.6 GB from L2 in all, as float32.
 """
 
 import triton
@@ -39,7 +40,7 @@ from happyhorse_fast.kernels.numerics import (
 
 EPS = tl.constexpr(1e-6)
 ROTATED = tl.constexpr(32)
-"""Channels that are rotated at a time."""
+"""Channels that are rotated at once."""
 
 
 @triton.jit
@@ -59,7 +60,10 @@ def rmsnorm_quantize_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """BLOCK_M whole rows per program, ROW_TILE / BLOCK_M programs per entry of row_tiles: one pass over hidden."""
+    """Add the branch, normalise, and round or quantise BLOCK_M whole rows, in one pass over hidden.
+
+    The grid is (ROW_TILE / BLOCK_M, entries of row_tiles).
+    """
     part = tl.program_id(0)
     entry = row_tiles + 3 * tl.program_id(1)
     expert = tl.load(entry)
@@ -91,9 +95,9 @@ def rmsnorm_quantize_kernel(
 
 @triton.jit
 def load_rows(source, first, last, stride, k, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_R, BLOCK_K] from row ``first`` and column ``k``; rows past ``last`` repeat it, columns past C are 0.
+    """Load [BLOCK_R, BLOCK_K] from row ``first``, column ``k``. Rows past ``last`` repeat it, columns past C are 0.
 
-    Only the tile's first row is multiplied in int64: 128 rows of at most 2^24 elements fit int32.
+    Only the first row's offset is int64: the others are within 128 rows of at most 2^24 elements, which fits int32.
     """
     row = tl.minimum(tl.arange(0, BLOCK_R), last - first)
     column = k + tl.arange(0, BLOCK_K)
@@ -105,11 +109,11 @@ def load_rows(source, first, last, stride, k, C: tl.constexpr, BLOCK_R: tl.const
 
 @triton.jit
 def rotate(x, phase, live, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rotate adjacent channels; ``phase`` points at the tile's first row of cos_sin.
+    """Rotate pairs of adjacent channels; ``phase`` points at the tile's first row of cos_sin.
 
     Split and join move no data: in the tensor core's layout one thread holds both channels of a pair. The compiler then
-    takes both halves through shared memory to the layout in which the phases are loaded. In pieces, so that fewer of
-    them are held beside the other head of a tile: whole, ten of the sm_90 kernels spill.
+    converts both halves, through shared memory, to the layout in which the phases are loaded. Pieces of ROTATED
+    channels keep fewer phases in registers beside the tile's other head: without pieces ten of the sm_90 kernels spill.
     """
     if COLUMNS > ROTATED:
         left, right = tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, COLUMNS // 2)), (0, 2, 1)))
@@ -126,7 +130,7 @@ def rotate(x, phase, live, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.c
 
 @triton.jit
 def store_rows(out, value, start, head, live, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Store a tile into [N, HEADS, D]."""
+    """Store a tile of one head into [N, HEADS, D]."""
     tile = out + (start * HEADS + head) * D
     offset = tl.arange(0, BLOCK_M)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
     tl.store(tile + offset, value, mask=live)
@@ -134,13 +138,13 @@ def store_rows(out, value, start, head, live, HEADS: tl.constexpr, D: tl.constex
 
 @triton.jit
 def store_v_codes(v, v_scale, product, first, end, head, blocks, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Quantise a tile by its own maximum and store it transposed, in fragment order, rows past its end as zeros."""
+    """Quantise a tile of v by its own maximum, and store it transposed, in fragment order; rows past its end are 0."""
     row = tl.arange(0, BLOCK_M)
     held = tl.where((row < end - first)[:, None], product, 0.0)
-    # Over both axes at once: row by row and then over rows, Triton 3.7.1 fails to compile for sm_100.
+    # One reduction over both axes: as one over each axis, Triton 3.7.1 fails to compile for sm_100.
     scale = scale_of(largest_magnitude(held, None))
     codes = to_e4m3(held * (1.0 / scale))
-    # Token 8 i + 2 t + b of 16 goes to place 4 t + 2 i + b: then a thread stores 16 tokens of a channel at once.
+    # Token 8 i + 2 t + b of 16 goes to place 4 t + 2 i + b, so that a thread stores 16 tokens of a channel at once.
     codes = tl.permute(tl.reshape(codes, (BLOCK_M // 16, 2, 4, 2, D)), (0, 2, 1, 3, 4))
     slots = blocks * BLOCK_M
     block = first // BLOCK_M
@@ -159,8 +163,8 @@ def store_q_codes(q, q_scale, y, start, head, live, HQ: tl.constexpr, D: tl.cons
 
 @triton.jit
 def store_k_codes(k, k_scale, y, start, head, live, blocks, HKV: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Quantise a tile of k to int8 by its own maximum; rows past its end do not count."""
-    scale = int8_scale_of(largest_magnitude(tl.where(live, y, 0.0), None))  # over both axes at once, as for v
+    """Quantise a tile of k to int8 by its own maximum, over rows before its end."""
+    scale = int8_scale_of(largest_magnitude(tl.where(live, y, 0.0), None))  # one reduction, as for v
     store_rows(k, to_int8(y * (1.0 / scale)), start, head, live, HKV, D, BLOCK_M)
     tl.store(k_scale + head * blocks + start // BLOCK_M, scale)
 
@@ -193,14 +197,14 @@ def store_head(
     FP8_OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """What one head of the product becomes, by its kind: q, k, v or gates."""
+    """Finish and store one head of the product, by its kind: q, k, v or gates."""
     HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, D)
     live = (row < end - first)[:, None]
     start = first.to(tl.int64)
     if CODES:
-        # Of another name: in a branch taken at run time a variable keeps its type, and int8's product is int32.
+        # A new name: Triton keeps a variable's type over a run-time branch, and the product of int8 is int32.
         scaled = product.to(tl.float32) * factor[:, None]
         scaled *= tl.load(weight_scale + (expert * HEADS + head) * D + column)[None, :]
     else:
@@ -218,7 +222,7 @@ def store_head(
         else:
             if FP8_OUT:
                 scale = tl.load(qk_scale + which)
-                # The reciprocal of a scalar, once: a division per element is 1024 of 20480 cycles, on paper.
+                # One reciprocal of the scale: a division per element would take 1024 of 20480 cycles, by count.
                 value = to_e4m3(y * (1.0 / scale))
                 if head == 0:
                     tl.store(q_scale + first // BLOCK_M, scale)
@@ -271,14 +275,15 @@ def store_heads(
     TILE_HEADS: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """The epilogue: what TILE_HEADS heads of the product become; where RAGGED the last ones may lie past its end.
+    """Run the epilogue on TILE_HEADS heads of the product; with RAGGED the last ones may lie past its end.
 
-    One after the other: scaled, normed and quantised together, two heads of 128 spill 72 to 496 bytes. Where no
-    head lies past the end none is under a condition, in which Triton 3.6.0 cannot read an accumulator of sm_100 first.
+    Heads are finished one after the other: scaled, normed and quantised together, two heads of 128 spill 72 to 496
+    bytes. Only RAGGED tests whether a head exists: Triton 3.6.0 cannot read an accumulator of sm_100 for the first time
+    inside a condition.
     """
     HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
     if TILE_HEADS > 1:
-        # In the tensor core's layout a choice of registers: no data moves.
+        # In the tensor core's layout this split only chooses registers: no data moves.
         PART: tl.constexpr = TILE_HEADS // 2
         left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, PART * D)), (0, 2, 1)))
         store_heads(
@@ -336,22 +341,21 @@ def qkv_linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """x . weight, BLOCK_N // 128 heads a tile, and its epilogue.
+    """Compute x . weight, BLOCK_N // 128 heads a tile, and run its epilogue.
 
-    x and weight are pointers, or TMA descriptors with DESCRIPTORS.
+    x and weight are pointers, or TMA descriptors with DESCRIPTORS. With CODES the operands have scales; with INT8 they
+    are int8, else e4m3. Sums of int8 are exact, in int32.
 
-    CODES says that the operands have scales, INT8 that they are int8 and not e4m3: their sum is exact, in int32.
-
-    e4m3 products accumulate as the tensor core does by default, over all of C: only hardware shows what that costs in
-    accuracy. Promoting to float32 every 128 took 163 registers instead of 102 in a smaller kernel (this one has 255 of
-    255 without it), and max_num_imprecise_acc=0 silently leaves the fp8 tensor cores.
+    e4m3 accumulates in the tensor core over all of C, Triton's default; only hardware shows what that costs in
+    accuracy. Promoting sums to float32 every 128 channels took 163 registers instead of 102 in a smaller kernel, and
+    this one has 255 of 255 without it. max_num_imprecise_acc=0 silently leaves the fp8 tensor cores.
     """
     SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
     HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
     TILE_HEADS: tl.constexpr = BLOCK_N // 128
     COLUMN_TILES: tl.constexpr = (HEADS + TILE_HEADS - 1) // TILE_HEADS
     WIDTH: tl.constexpr = TILE_HEADS * D
-    # What does not depend on the tile, above all rows' offsets in every layout, is not kept in registers meanwhile.
+    # disable_licm: values that do not depend on the tile, mostly row offsets, would take registers throughout the loop.
     for tile in tl.range(tl.program_id(0), tiles * COLUMN_TILES, tl.num_programs(0), disable_licm=True):
         m, n = grouped_tile(tile, tiles, COLUMN_TILES, GROUP_M)
         head = n * TILE_HEADS
