@@ -1,1 +1,1 @@
-"""CUDA device code, its build, and the sources that NVRTC compiles; installed as ``happyhorse_fast.csrc``."""
+"""CUDA device code, compiled by nvcc at build time or NVRTC at run time; installed as ``happyhorse_fast.csrc``."""

@@ -1,6 +1,6 @@
-"""Declares PTX to be of the oldest ISA version that the assembler takes it in, so that older drivers take it as well.
+"""Declare PTX to be of the oldest ISA version that assembles it, so that older drivers load it.
 
-nvcc names the newest version it knows, whatever the code needs; a driver refuses PTX that is newer than itself. The
+nvcc names the newest version it knows, whatever the code needs, and a driver refuses PTX newer than itself. The
 assembler checks every instruction against the version that the file names.
 """
 
@@ -24,20 +24,20 @@ DRIVERS = {
     "8.8": 12090,
     "9.0": 13000,
 }
-"""PTX ISA version -> first driver (as ``cuDriverGetVersion`` has it) that takes it; PTX ISA manual, release notes. From
-CUDA 12.0, the oldest driver that a supported torch runs on."""
+"""PTX ISA version -> first driver (as ``cuDriverGetVersion`` returns it) that loads it; PTX ISA manual, release notes.
+The table starts at CUDA 12.0, the oldest driver that a supported torch runs on."""
 
 _VERSION = re.compile(r"^\.version (\d+\.\d+)$", re.MULTILINE)
 
 
 def version(text: str) -> str:
-    """ISA version that a PTX file names."""
+    """Return the ISA version that a PTX file names."""
     (found,) = _VERSION.findall(text)
     return str(found)
 
 
 def lowered(text: str, nvcc: str) -> str:
-    """``text`` with the oldest ISA version of :data:`DRIVERS` that assembles; as it is where none does.
+    """Return ``text`` with the oldest ISA version of :data:`DRIVERS` that assembles, unchanged where none does.
 
     Args:
         text: PTX.
@@ -47,7 +47,7 @@ def lowered(text: str, nvcc: str) -> str:
     newest = tuple(map(int, version(text).split(".")))
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "lowered.ptx", Path(folder) / "lowered.cubin"
-        # -O0: whether it assembles is all that is asked.
+        # -O0, because the only question is whether it assembles.
         command = [nvcc, f"-arch={target}", "-Xptxas", "-O0", "-cubin", str(source), "-o", str(binary)]
         for candidate in DRIVERS:
             if tuple(map(int, candidate.split("."))) >= newest:

@@ -1,6 +1,6 @@
-"""Builds the pybind11 module and the device binaries with ninja; what did not change is not compiled again.
+"""Build the pybind11 module and the device binaries with ninja, which compiles only what changed.
 
-No header of torch or CUDA is included, so neither the build nor what it makes knows a version of torch.
+No header of torch or CUDA is included, so neither the build nor its results depend on a version of torch.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from . import lower_ptx, sources
 HOST = Path(__file__).parent / "host"
 MANIFEST = "manifest.json"
 MODULE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra")
-# A stack frame or a spill fails the build. (-warn-spills passes a kernel that keeps an array of 1,200 bytes in local
-# memory.)
+# A stack frame or a spill fails the build. -warn-spills would not do: it passes a kernel that keeps an array of 1,200
+# bytes in local memory.
 DEVICE_FLAGS = (*sources.OPTIONS, "-O3", "-Xptxas", "-v,-warn-lmem-usage,-Werror")
 
 
 def compiler() -> list[str] | None:
-    """The C++ compiler as a command, None where it is not there: ``CXX`` where that is set, and nothing else.
+    """Return the C++ compiler as a command, None where there is none.
 
-    Else what this Python was built with, ``c++`` or ``g++``: a Python built elsewhere names a compiler of there.
+    Where ``CXX`` is set, only that counts. Else it is the first on the PATH of: the compiler that this Python was built
+    with, which may exist on another machine only, ``c++`` and ``g++``.
     """
     named = os.environ.get("CXX")
     for text in [named] if named else [sysconfig.get_config_var("CXX") or "c++", "c++", "g++"]:
@@ -42,27 +43,27 @@ def compiler() -> list[str] | None:
 
 
 def nvcc() -> str | None:
-    """Path of nvcc, on the PATH or in ``CUDA_HOME``; None where there is none."""
+    """Return the path of nvcc, from the PATH, ``CUDA_HOME`` or ``CUDA_PATH``; None where there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
 
 
 def module_sources() -> list[Path]:
-    """Sources of the host module."""
+    """List the sources of the host module."""
     return sorted(HOST.glob("*.cpp"))
 
 
 def build(package: Path, root: Path) -> Path:
-    """Build all that a package has beside its Python: the host module, and CUDA binaries where there is nvcc.
+    """Build a package's compiled parts: the host module, and CUDA binaries where there is nvcc.
 
-    Each is tried where the other does not build: without Python's headers there are still binaries.
+    Each is built even if the other fails: without Python's headers there are still binaries.
 
     Args:
-        package: Where both go.
-        root: The checkout; what lies between is kept in its ``build/``, so that a second build compiles what changed.
+        package: Folder that both go to.
+        root: The checkout. Intermediate files are kept in its ``build/``, so that a second build compiles only changes.
 
     Returns:
-        The host module.
+        Path of the host module.
 
     Raises:
         RuntimeError: As :func:`build_module` and :func:`build_binaries`.
@@ -112,16 +113,18 @@ def build_module(output: Path, work: Path) -> None:
 
 
 def build_binaries(folder: Path, work: Path, *, device: Path = sources.DEVICE) -> None:
-    """Compile every translation unit to a binary per architecture and to PTX, with a manifest; without nvcc, to none.
+    """Compile every translation unit to a binary per architecture and to PTX, and write a manifest of them.
+
+    Without nvcc only the manifest is written, without binaries.
 
     Args:
-        folder: Where they go, alone: what else is there is removed.
-        work: Folder of what lies between, kept between builds.
+        folder: Folder that they go to. Any other file in it is removed.
+        work: Folder of intermediate files, kept between builds.
         device: Folder of the translation units.
 
     Raises:
         RuntimeError: There is no ninja, or ``MAX_JOBS`` is no positive number.
-        CalledProcessError: One does not compile, or uses local memory; the compiler has said why on stderr.
+        CalledProcessError: A unit does not compile, or uses local memory; the compiler has said why on stderr.
     """
     path = nvcc()
     if path is None:
@@ -140,8 +143,8 @@ def build_binaries(folder: Path, work: Path, *, device: Path = sources.DEVICE) -
     if len(architectures) < len(sources.ARCHITECTURES):
         print(f"happyhorse-fast: {path} {release[0]} builds for {', '.join(architectures)} alone", file=sys.stderr)
 
-    work = work / release[0]  # another version's are compiled again
-    # Before compiling: a file that changes meanwhile makes the binary an old one, not the digest a wrong one.
+    work = work / release[0]  # another version of nvcc compiles everything again
+    # Digests come before compiling: where a file changes meanwhile, the binary then counts as outdated, not as current.
     digests = {stem: sources.digest(stem, device) for stem in sources.stems(device)}
     edges = [_rule("lower", [sys.executable, lower_ptx.__file__, path, "$in", "$out"])]
     script = _escaped(Path(lower_ptx.__file__))
@@ -170,7 +173,7 @@ def build_binaries(folder: Path, work: Path, *, device: Path = sources.DEVICE) -
 
 
 def kernels_in(log: str) -> dict[str, dict[str, int]]:
-    """Registers, bytes of stack and bytes of spills of every kernel, from what ``ptxas -v`` writes."""
+    """Read every kernel's registers, bytes of stack and bytes of spills from the log of ``ptxas -v``."""
     found = {}
     for part in log.split("Compiling entry function ")[1:]:
         name = part.partition("'")[2].partition("'")[0]
@@ -185,7 +188,7 @@ def kernels_in(log: str) -> dict[str, dict[str, int]]:
 
 
 def _entry(file: Path, release: tuple[int, int]) -> dict[str, Any]:
-    """Entry of a binary in the manifest: its digest, the driver it needs, and what its kernels use."""
+    """Make a binary's entry in the manifest: its digest, the driver it needs, and what its kernels use."""
     content = file.read_bytes()
     entry: dict[str, Any] = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
     if file.suffix == ".ptx":
@@ -196,7 +199,7 @@ def _entry(file: Path, release: tuple[int, int]) -> dict[str, Any]:
 
 
 def _install(folder: Path, manifest: dict[str, Any], files: Iterable[Path]) -> None:
-    """Fill ``folder`` with these files and the manifest, and nothing else. The manifest comes last."""
+    """Fill ``folder`` with these files and the manifest, and nothing else. The manifest is written last."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
@@ -206,7 +209,7 @@ def _install(folder: Path, manifest: dict[str, Any], files: Iterable[Path]) -> N
 
 
 def _rule(name: str, command: Iterable[str], *, log: str | None = None, depfile: str | None = None) -> str:
-    """A rule of ninja; with a log, what it writes to stderr is kept there, and shown where it fails."""
+    """Write a rule of ninja. With a log, stderr of the command goes there, and is shown where the command fails."""
     line = " ".join(word if word.startswith("$") else _quoted(word) for word in command)
     if log is not None:
         line = f"{line} 2> {log} || (cat {log} >&2; exit 1)"

@@ -1,6 +1,6 @@
-"""The device code as files: translation units, what each includes, and how all of them are compiled.
+"""The device code as files: translation units, the files that each includes, and the compiler's options.
 
-Standard library only: the build imports this before the package is installed, and the runtime compiles by it.
+It imports the standard library only: the build uses it before the package is installed, and NVRTC's caller at run time.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from pathlib import Path
 
 DEVICE = Path(__file__).parent / "device"
 OPTIONS = ("-std=c++17", "--fmad=false")
-"""Options of nvcc and NVRTC alike. No contraction of a * b + c into one rounding but where fmaf is written: the tests
-run the same sources on the host with -ffp-contract=off, and the bits must be the same. Expected to cost little, since
-memory or tensor cores bound the kernels; the difference was not measured."""
+"""Options of nvcc and NVRTC alike. a * b + c is contracted into one rounding only where fmaf is written: the tests run
+the same sources on the host with -ffp-contract=off, and the bits must be the same. This is expected to cost little,
+since memory or tensor cores bound the kernels; the difference was not measured."""
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
-"""Targets of binaries. A GPU runs those of its major version and a lower minor one; sm_90a runs on 9.0 alone,
-and may use the instructions that only Hopper has."""
+"""Targets of binaries. A GPU runs binaries of its own major version and an equal or lower minor one. sm_90a runs on 9.0
+alone, and may use the instructions that only Hopper has."""
 VIRTUAL_ARCHITECTURES = ("compute_80", "compute_89")
-"""Targets of PTX: every later GPU, and drivers older than the binaries. 89 has the conversion to e4m3 in
-hardware, where 80 computes it."""
+"""Targets of PTX, for every later GPU, and for drivers older than the binaries. From 89 on the conversion to e4m3 is an
+instruction; 80 computes it."""
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w.]+)"', re.MULTILINE)
 
 
 def stems(folder: Path | None = None) -> list[str]:
-    """Stems of the translation units in a folder; in :data:`DEVICE` where none is named, as in all of these."""
+    """List the stems of the translation units in a folder, by default :data:`DEVICE`."""
     return sorted(path.stem for path in (folder or DEVICE).glob("*.cu"))
 
 
 def texts(stem: str, folder: Path | None = None) -> dict[str, str]:
-    """A translation unit and all that it includes from its folder, directly or not: {file name: text}.
+    """Read a translation unit and all files that it includes from its folder, directly or not: {file name: text}.
 
     Raises:
-        FileNotFoundError: There is no such unit, or it includes a file that is not there.
+        FileNotFoundError: The unit, or a file that it includes, is not there.
     """
     found: dict[str, str] = {}
     waiting = [f"{stem}.cu"]
@@ -46,7 +46,7 @@ def texts(stem: str, folder: Path | None = None) -> dict[str, str]:
 
 
 def digest(stem: str, folder: Path | None = None) -> str:
-    """SHA-256 of a translation unit, what it includes, and the options: what is compiled from other sources differs."""
+    """Return the SHA-256 of a translation unit, the files it includes, and the options: it names what was compiled."""
     whole = hashlib.sha256("\0".join(OPTIONS).encode())
     for name, text in texts(stem, folder).items():
         whole.update(f"\0{name}\0{len(text)}\0{text}".encode())

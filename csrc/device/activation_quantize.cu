@@ -1,15 +1,15 @@
-// SwiGLU7 or GELU7 of a product that another GEMM made, rounded to bf16 or, by a static scale, to e4m3; docs/OPS.md,
+// SwiGLU7 or GELU7 of a given product, rounded to bf16 or, by a static scale, to e4m3; docs/OPS.md,
 // `activation_quantize`.
 //
-// A block takes 1024 columns (float32) or 2048 (bf16) of 16 rows, so that the columns' scales are read once per 16 rows.
-// 64,256 rows of 27392 columns, SwiGLU7: float32 to e4m3 7.04 + 0.88 GB, 2.36 ms at the 3.35 TB/s of an H100; bf16 to
-// bf16 3.52 + 1.76 GB, 1.58 ms.
+// A block computes 1024 columns (float32) or 2048 (bf16) of 16 rows, so that it reads the columns' scales once per 16
+// rows. Predicted for 64,256 rows of 27392 columns, SwiGLU7, at the 3.35 TB/s of an H100: float32 to e4m3 reads and
+// writes 7.04 + 0.88 GB, 2.36 ms; bf16 to bf16 3.52 + 1.76 GB, 1.58 ms.
 #include "activations.cuh"
 #include "product.cuh"
 
 constexpr int THREADS = 256;
-constexpr int ROWS = 16;  // of a block; divides ROW_TILE
-constexpr int IN_FLIGHT = 4;
+constexpr int ROWS = 16;      // of a block; divides ROW_TILE
+constexpr int IN_FLIGHT = 4;  // loads of a thread
 
 struct ActivationQuantizeParams {
   const void* product;        // [rows, F] bf16, float32 where there are scales; starts with row rows.first
@@ -20,7 +20,7 @@ struct ActivationQuantizeParams {
   i64 product_stride;   // elements between rows
   int features;         // F, a multiple of 128
   int gated;            // SwiGLU7 rather than GELU7
-  float inverse_scale;  // of e4m3, a power of two; 0: bf16
+  float inverse_scale;  // 1 / scale of an e4m3 y, a power of two; 0 for bf16
 };
 
 template <int VALUES, bool GATED>
@@ -73,7 +73,7 @@ HH_DEVICE void activate_rows(const ActivationQuantizeParams& p) {
   }
 }
 
-// Grid: (columns in blocks, tiles, 8 parts of 16 rows).
+// Grid: (blocks of columns, tiles, 8 parts of 16 rows).
 HH_KERNEL(activation_quantize, ActivationQuantizeParams, THREADS) {
   if (p.row_scale != nullptr) {
     if (p.gated != 0) {

@@ -1,13 +1,13 @@
-// The activations of docs/OPS.md, for host and device. A clamp is written so that NaN stays NaN: fminf would lose it.
+// The activations of docs/OPS.md, for host and device. Clamps are comparisons, so that NaN stays NaN: fminf drops it.
 #pragma once
 
 #include "platform.cuh"
 
-// exp overflows to infinity below -88: then 1 / (1 + inf) is the right 0.
+// Below -88 exp overflows to infinity, and 1 / (1 + inf) is 0, as it should be.
 HH_SHARED_FUNCTION float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// For results of 8 or 4 bits of mantissa: on the device without the range checks of expf and division, 4 instructions
-// instead of 20 a value (what Triton's exp and division are as well). Off by 2^-20 of itself above -12.
+// For results that are rounded to bf16 or e4m3. On the device it leaves out the range checks of expf and of division: 4
+// instructions a value instead of 20, as Triton's exp and division have. Its relative error is 2^-20 for x above -12.
 HH_SHARED_FUNCTION float quick_sigmoid(float x) {
 #if defined(__CUDA_ARCH__)
   float power, inverse;
@@ -19,13 +19,13 @@ HH_SHARED_FUNCTION float quick_sigmoid(float x) {
 #endif
 }
 
-// a sigmoid(1.702 a), a = min(x, 7)
+// Computes a sigmoid(1.702 a), where a = min(x, 7).
 HH_SHARED_FUNCTION float gelu7(float x) {
   const float a = x > 7.0f ? 7.0f : x;
   return a * quick_sigmoid(1.702f * a);
 }
 
-// a sigmoid(1.702 a) (b + 1), a = min(gate, 7), b = clamp(linear, -7, 7)
+// Computes a sigmoid(1.702 a) (b + 1), where a = min(gate, 7) and b = clamp(linear, -7, 7).
 HH_SHARED_FUNCTION float swiglu7(float gate, float linear) {
   const float b = linear > 7.0f ? 7.0f : linear < -7.0f ? -7.0f : linear;
   return gelu7(gate) * (b + 1.0f);

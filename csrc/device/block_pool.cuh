@@ -1,4 +1,4 @@
-// Sums of q and k per block of 128 tokens, a thread block per head and block.
+// Sums of q and k per block of 128 tokens; a thread block computes one block of one head.
 #pragma once
 
 #include "numerics.cuh"
@@ -10,16 +10,16 @@ constexpr int POOL_BATCH = 4;  // loads in flight per thread, 16 bytes each
 struct Strided {
   const void* data;
   i64 row, head, channel;  // strides, in elements
-  int vectors;             // whether 16 bytes of channels are one aligned load; else they are read one by one
+  int vectors;             // 1 where 16 bytes of channels are one aligned load, 0 where channels are read one by one
 };
 
 struct PoolBlocksParams {
   Strided q;             // [N, Hq, D]
   Strided k;             // [N, Hkv, D]
-  const float* q_scale;  // [N, Hq] in INT8: sums are of values, else of codes
+  const float* q_scale;  // [N, Hq] in INT8, whose values are summed; in FP8 codes are
   const float* k_scale;  // [Hkv, S] in INT8
-  const u8* live;        // [S * 128]: 1 for a slot that holds a token; others are not read
-  float* pooled;         // [Hq + Hkv, S, D]: sums, the heads of q before those of k
+  const u8* live;        // [S * 128]: 1 for a slot that holds a token; the rows of others are not read
+  float* pooled;         // [Hq + Hkv, S, D]: sums, heads of q first
   int heads_q;
   int d;       // 32, 64 or 128
   int format;  // of q and k: a PoolFormat
@@ -39,7 +39,7 @@ HH_DEVICE uint4 load_channels(const T* from, i64 stride, bool vectors) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Adds a word's values to sums; int8 codes times their row's scale.
+// Adds a word's values to sums; int8 codes are multiplied by their row's scale.
 HH_DEVICE void add_word(float* sums, u32 word, float, bf16) {
   sums[0] += low_bf16(word);
   sums[1] += high_bf16(word);
@@ -53,7 +53,8 @@ HH_DEVICE void add_word(float* sums, u32 word, float scale, int8) {
   for (int i = 0; i < 4; ++i) sums[i] += to_float(int8{static_cast<u8>(word >> 8 * i & 0xffu)}) * scale;
 }
 
-// row_scale: of token 0 and the head, p.heads_q apart, or null; block_scale multiplies the sums.
+// Sums one block of a head. row_scale points at the scale of the head's token 0, tokens p.heads_q apart, or is null.
+// block_scale multiplies the sums.
 template <typename T>
 HH_DEVICE void pool_block(const PoolBlocksParams& p, const Strided& x, int head, const float* row_scale,
                           float block_scale, float* partial, float* to) {

@@ -1,6 +1,7 @@
-// The choice of the largest values of a row that a block holds in registers: a threshold found bit by bit, no sort.
+// Chooses the largest values of a row that a block holds in registers: it finds a threshold bit by bit, without a sort.
 //
-// Value i of lane l in warp w is column (VALUES w + i) 32 + l, so that loads are contiguous and ballots give the order.
+// Value i of lane l in warp w is column (VALUES w + i) 32 + l. So loads are contiguous, and ballots have columns'
+// order.
 #pragma once
 
 #include "block_scan.cuh"
@@ -8,15 +9,15 @@
 
 constexpr int VALUES = 8;  // per thread: 2048 columns in 256 threads
 
-// Of the same order as a float32 that is not NaN, above 0; -0.0 as 0.0.
+// Maps a float32 other than NaN to an integer above 0 of the same order; -0.0 counts as 0.0.
 HH_DEVICE u32 rank_key(float score) {
   const u32 bits = bits_of(score == 0.0f ? 0.0f : score);
   return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
 }
 
-// Bits of the values to keep: those of rank above the largest at or above which the weights reach `need`, and of that
-// rank as many as are needed, lowest column first; all where there is never enough. Equal ranks have equal weights, and
-// rank 0 is of what cannot be chosen.
+// Returns the bits of the values to keep. The threshold is the largest rank whose values, with all of higher rank, have
+// weights that reach `need`. Values above it are kept, and of those at it as many as are needed, lowest column first.
+// All are kept where their weights never reach `need`. Equal ranks have equal weights; rank 0 cannot be chosen.
 template <typename Sum>
 HH_DEVICE u32 choose(const u32 (&rank)[VALUES], const u32 (&weight)[VALUES], Sum need, Sum (*sums)[WARP],
                      u32* counts) {

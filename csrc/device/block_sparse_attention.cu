@@ -1,19 +1,20 @@
-// Block-sparse attention over a block map, bf16, with FlashAttention's online softmax or, where scores are bounded, no
-// maximum; docs/OPS.md. The simple form, with mma.sync and cp.async of sm_80: a second opinion on the Triton kernel.
+// Block-sparse attention over a block map, in bf16, with FlashAttention's online softmax or, where scores are bounded,
+// without a maximum; docs/OPS.md. It is the simple form, with mma.sync and cp.async of sm_80: a second, independent
+// implementation that the Triton kernel can be compared with.
 //
-// A block makes one head's output of 128 queries, 16 in each of 8 warps, a block of 128 keys at a time. k and v have a
-// buffer each, and one is copied while the other is multiplied. Scores and output take 128 of at most 255 registers a
-// thread at head dim 128; 32 queries a warp would halve what is read from shared memory, and spill.
+// A block computes 128 queries of one head, 16 in each of 8 warps, over 128 keys at a time. k and v have one buffer
+// each: one is copied while the other is multiplied. Scores and output take 128 of at most 255 registers a thread at
+// head dim 128. 32 queries a warp would halve the reads of shared memory, but spill.
 //
-// One block per row of the map and head, not a persistent grid: the hardware hands blocks out in order as SMs become
-// free, so rows that come longest first balance themselves, where a fixed stride would not see how long each takes.
-// Heads that share keys lie side by side and read them from L2.
+// There is one block per row of the map and head, not a persistent grid. The hardware starts blocks in order as SMs
+// become free, so rows that come longest first balance the load; a fixed stride would ignore how long each row takes.
+// Heads that share keys are consecutive blocks and read them from L2.
 //
-// 64,256 rows, 40 heads of 128, every block: 84.6 TFLOP; 1.6 GB from and to memory, 661 GB of k and v from L2. For a
-// block of keys an SM of an H100 takes 4900 cycles of shared memory (608 KiB), beside 3300 of tensor cores (mma.sync
-// reaches 62 % of wgmma's rate), and 1024 of exponents, beside them in part: 6500 predicted, 300 TFLOP/s, 0.28 s.
-// A partial block adds its mask: 500 to 750 cycles for one trip to memory behind the products, twice that where its id
-// is not read before them (predicted).
+// Predicted for 64,256 rows, 40 heads of 128 and every block on an H100: 84.6 TFLOP, 1.6 GB from and to memory, 661 GB
+// of k and v from L2. Per block of keys an SM takes 4900 cycles of shared memory (608 KiB), 3300 of tensor cores
+// (mma.sync reaches 62 % of wgmma's rate) and 1024 of exponents. They overlap in part: 6500 cycles, 300 TFLOP/s, 0.28
+// s. The mask of a partial block adds one trip to memory behind the products, 500 to 750 cycles; it would be two if the
+// mask's id were not read before the products.
 #include "async_copy.cuh"
 #include "numerics.cuh"
 #include "tensor_core.cuh"
@@ -22,8 +23,8 @@ constexpr int BLOCK = 128;  // queries and keys of a block of the map
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
 constexpr int ROWS = BLOCK / WARPS;  // of a warp, and of a fragment of mma.sync
-constexpr int CHUNK = 8;             // bf16 of 16 bytes
-constexpr int WORDS = BLOCK / 32;    // that hold a query's keys of a partial block
+constexpr int CHUNK = 8;             // bf16 values in 16 bytes
+constexpr int WORDS = BLOCK / 32;    // mask words of one query in a partial block
 constexpr float LOG_2 = 0.6931471805599453f;
 
 struct BlockSparseAttentionParams {
@@ -40,7 +41,7 @@ struct BlockSparseAttentionParams {
   const uint4* mask_bits;  // [masks, 128]
   const int* order;        // [Hm * R], longest first
   const float* gate;       // [N, Hq] or null
-  const int* flag;         // or null: not 0 where the bounded form is to run, 0 where the other
+  const int* flag;         // null, or 0 to run the form with a maximum, other than 0 to run the bounded form
   i64 q_token, q_head;     // strides, in elements
   i64 k_token, k_head;
   i64 v_token, v_head;
@@ -50,7 +51,7 @@ struct BlockSparseAttentionParams {
 
 HH_DEVICE float minus_infinity() { return float_of(0xff800000u); }
 
-// 2^x, and 0 for results below 2^-126: one instruction, where exp2f() takes three to keep those.
+// Returns 2^x, and 0 for results below 2^-126: one instruction, where exp2f() takes three to keep subnormal results.
 HH_DEVICE float power_of_two(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -61,10 +62,11 @@ HH_DEVICE float power_of_two(float x) {
 #endif
 }
 
-// Fragments: a lane holds rows lane / 4 and lane / 4 + 8, and of 8 columns the two from this one on.
+// Returns the first of the two adjacent columns, of every 8, that a lane holds in a fragment. Its rows are lane / 4 and
+// lane / 4 + 8.
 HH_DEVICE int first_column() { return lane_of_thread() % 4 * 2; }
 
-// Over the 4 lanes that hold a row of a fragment, the same bits in each.
+// Return the sum and the maximum over the 4 lanes that hold a row of a fragment, with the same bits in each of them.
 HH_DEVICE float quad_sum(float x) {
   for (int step = 1; step < 4; step *= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
   return x;
@@ -74,16 +76,17 @@ HH_DEVICE float quad_max(float x) {
   return x;
 }
 
-// Byte of the 16 bytes `chunk` of a row of [rows, D] in shared memory. Chunks change places within 128 bytes from row
-// to row, so that the eight rows that ldmatrix reads at once lie in different banks. For a constant c,
-// byte_of(row + 8 * c, chunk) is byte_of(row, chunk) + 16 * D * c, and byte_of(row, chunk ^ c) is it ^ 16 * c.
+// Returns the byte offset of a chunk, 16 bytes, of a row of [rows, D] in shared memory. Chunks are swizzled within 128
+// bytes from row to row, so that the eight rows that ldmatrix reads at once lie in different banks. For a constant c,
+// byte_of(row + 8 * c, chunk) is byte_of(row, chunk) + 16 * D * c, and byte_of(row, chunk ^ c) is byte_of(row, chunk) ^
+// 16 * c.
 template <int D>
 HH_DEVICE int byte_of(int row, int chunk) {
   constexpr int CHUNKS = D / CHUNK, PLACES = CHUNKS < 8 ? CHUNKS : 8;
   return row * (2 * D) + (chunk ^ row / (8 / PLACES) % PLACES) * 16;
 }
 
-// Begins to copy [128, D] of a head from token `first`; rows from `end` on become zeros and are not read.
+// Begins to copy [128, D] of a head from token `first` on. Rows from `end` on become zeros and are not read.
 template <int D>
 HH_DEVICE void copy_block(u8* tile, const bf16* head, i64 stride, int first, int end) {
   constexpr int CHUNKS = D / CHUNK, ROWS_AT_ONCE = THREADS / CHUNKS;
@@ -98,7 +101,7 @@ HH_DEVICE void copy_block(u8* tile, const bf16* head, i64 stride, int first, int
   }
 }
 
-// Columns 8 * j .. 8 * j + 15 of d += a . b.
+// Computes columns 8 * j .. 8 * j + 15 of d += a . b.
 template <int COLUMNS>
 HH_DEVICE void multiply_pair(float (&d)[COLUMNS / 8][4], const u32 (&a)[4], const u32 (&b)[4], int j) {
   const u32 left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
@@ -106,14 +109,14 @@ HH_DEVICE void multiply_pair(float (&d)[COLUMNS / 8][4], const u32 (&a)[4], cons
   mma_m16n8k16_bf16(d[j + 1], a, right);
 }
 
-// This warp's queries, channels 16 * depth .. 16 * depth + 15, as a left operand.
+// Loads channels 16 * depth .. 16 * depth + 15 of this warp's queries as a left operand.
 template <int D>
 HH_DEVICE void load_q(u32 (&a)[4], const u8* q_tile, int depth) {
   const int lane = lane_of_thread();
   ldmatrix_x4(a, q_tile + (byte_of<D>(warp_of_thread() * ROWS + lane % 16, lane / 16) ^ 32 * depth));
 }
 
-// s = q . k, not scaled.
+// Computes s = q . k, not scaled.
 template <int D>
 HH_DEVICE void multiply_qk(float (&s)[BLOCK / 8][4], const u8* q_tile, const u8* k_tile) {
   const int lane = lane_of_thread(), at = byte_of<D>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
@@ -132,7 +135,8 @@ HH_DEVICE void multiply_qk(float (&s)[BLOCK / 8][4], const u8* q_tile, const u8*
   }
 }
 
-// acc += p . v, with p as pairs of bf16: its fragments lie in the lanes as those of a left operand do.
+// Computes acc += p . v. p is pairs of bf16; fragments of a result have the layout of a left operand's, so p stays in
+// its registers.
 template <int D>
 HH_DEVICE void multiply_pv(float (&acc)[D / 8][4], const u32 (&p)[BLOCK / 8][2], const u8* v_tile) {
   const int lane = lane_of_thread(), at = byte_of<D>(lane % 16, lane / 16);
@@ -148,7 +152,7 @@ HH_DEVICE void multiply_pv(float (&acc)[D / 8][4], const u32 (&p)[BLOCK / 8][2],
   }
 }
 
-// Takes the keys whose bit is 0 out of the scores; `mask` is of the warp's first query.
+// Sets the scores of keys whose bit is 0 to -inf. `mask` points at the bits of the warp's first query.
 HH_DEVICE void hide(float (&s)[BLOCK / 8][4], const uint4* mask) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -163,13 +167,13 @@ HH_DEVICE void hide(float (&s)[BLOCK / 8][4], const uint4* mask) {
   }
 }
 
-// What a lane keeps of its two rows, over its keys alone: the lanes of a row share their factors.
+// A lane's state of its two rows. Sums are over the lane's own keys; the maximum is the same in all lanes of a row.
 struct Rows {
-  float sum[2];    // of p: before it is rounded with a maximum, after it without
-  float other[2];  // the maximum, or the sum before rounding, for the LSE
+  float sum[2];    // sum of p: before rounding with a maximum, after rounding without
+  float other[2];  // the maximum; without one the sum of p before rounding, for the LSE
 };
 
-// One step without a maximum: p = 2^(scale * s). Sums are of p as it is multiplied, rounded to bf16.
+// Runs one step without a maximum: p = 2^(scale * s). Sums are of p after rounding to bf16, as PV multiplies it.
 HH_DEVICE void soften_bounded(u32 (&p)[BLOCK / 8][2], const float (&s)[BLOCK / 8][4], Rows& rows, float scale,
                               bool lse) {
 #pragma unroll
@@ -187,7 +191,7 @@ HH_DEVICE void soften_bounded(u32 (&p)[BLOCK / 8][2], const float (&s)[BLOCK / 8
   }
 }
 
-// One step of the online softmax, in powers of two: p = 2^(scale * s - maximum), and what is summed so far is scaled to
+// Runs one step of the online softmax in base 2: p = 2^(scale * s - maximum). Sums and output so far are rescaled to
 // the new maximum.
 template <int D>
 HH_DEVICE void soften(u32 (&p)[BLOCK / 8][2], const float (&s)[BLOCK / 8][4], float (&acc)[D / 8][4], Rows& rows,
@@ -198,7 +202,7 @@ HH_DEVICE void soften(u32 (&p)[BLOCK / 8][2], const float (&s)[BLOCK / 8][4], fl
 #pragma unroll
     for (int j = 0; j < BLOCK / 8; ++j) largest = fmaxf(largest, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
     const float maximum = fmaxf(rows.other[half], quad_max(largest) * scale);
-    const float shift = maximum == minus_infinity() ? 0.0f : maximum;  // no key yet: -inf - -inf would be NaN
+    const float shift = maximum == minus_infinity() ? 0.0f : maximum;  // without a key so far -inf - -inf is NaN
     const float factor = power_of_two(rows.other[half] - shift);
     float sum = 0.0f;
 #pragma unroll
@@ -218,7 +222,8 @@ HH_DEVICE void soften(u32 (&p)[BLOCK / 8][2], const float (&s)[BLOCK / 8][4], fl
   }
 }
 
-// Stores a warp's rows from shared memory, 16 bytes a lane; out, BYTES a row, is of the block's first query.
+// Stores a warp's rows from shared memory, 16 bytes a lane. `out` points at the block's first query; a row is BYTES
+// long.
 template <int D, int BYTES>
 HH_DEVICE void store_rows(u8* out, i64 stride, const u8* tile, int rows) {
   constexpr int CHUNKS = BYTES / 16;
@@ -231,7 +236,7 @@ HH_DEVICE void store_rows(u8* out, i64 stride, const u8* tile, int rows) {
   }
 }
 
-// Normalises, gates and stores what the steps have summed.
+// Normalises, gates, rounds and stores the output.
 template <int D, bool BOUNDED>
 HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4], const Rows& rows, u8* q_tile,
                       int head, int first_query) {
@@ -254,7 +259,7 @@ HH_DEVICE void finish(const BlockSparseAttentionParams& p, float (&acc)[D / 8][4
       acc[j][2 * half] *= factor;
       acc[j][2 * half + 1] *= factor;
     }
-    // Into this warp's rows of q, which no other warp reads, and from there to memory in whole rows.
+    // The output goes to this warp's rows of q, which no other warp reads, and from there to memory in whole rows.
     if (p.out_scale == nullptr) {
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
@@ -304,7 +309,7 @@ HH_DEVICE void attend(const BlockSparseAttentionParams& p) {
   int column = n_all > 0 ? p.columns[start] : 0;
   if (n_all > 0) copy_block<D>(k_tile, k_head, p.k_token, column * BLOCK, p.keys);
   for (int i = 0; i < n_all; ++i) {
-    // Read before the products: neither the copy of the next k nor the mask waits for its address.
+    // Both are read before the products, so that neither the copy of the next k nor the mask waits for its address.
     const int next = i + 1 < n_all ? p.columns[start + i + 1] : 0;
     const int mask = i >= n_full ? p.mask_ids[start + i] : 0;
     wait_for_copies();
@@ -333,7 +338,7 @@ HH_DEVICE void attend(const BlockSparseAttentionParams& p) {
   finish<D, BOUNDED>(p, acc, rows, q_tile, head, first_query);
 }
 
-// Grid: (R * Hq). Shared memory: 768 * D bytes, a block each of q, k and v.
+// Grid: (R * Hq). Shared memory: 768 * D bytes, for one block each of q, k and v.
 HH_KERNEL(block_sparse_attention_d32, BlockSparseAttentionParams, THREADS) { attend<32, false>(p); }
 HH_KERNEL(block_sparse_attention_d32_bounded, BlockSparseAttentionParams, THREADS) { attend<32, true>(p); }
 HH_KERNEL(block_sparse_attention_d64, BlockSparseAttentionParams, THREADS) { attend<64, false>(p); }

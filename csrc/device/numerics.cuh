@@ -1,7 +1,7 @@
-// Number formats and activations, written once for host and device: what the tests prove on the host is what runs.
+// Number formats, written once for host and device, so that tests on the host test what the device runs.
 //
-// Where the device has an instruction for a cast (bf16 from sm_80, e4m3 from sm_89) it is used there; it rounds to the
-// nearest even as the code for the host does, so the bits are the same.
+// Where the device has an instruction for a cast (bf16 from sm_80, e4m3 from sm_89), it uses that. The instruction
+// rounds to nearest even, as the code for the host does, so the bits are the same.
 #pragma once
 
 #include "platform.cuh"
@@ -57,7 +57,7 @@ HH_SHARED_FUNCTION bf16 to_bf16(float x) {
 
 HH_SHARED_FUNCTION float round_to_bf16(float x) { return to_float(to_bf16(x)); }
 
-// Two values as one word, the first in the lower half: how they lie in memory.
+// Packs two values into a word, the first in the lower half, the order of two in memory.
 HH_SHARED_FUNCTION u32 pack_bf16(float low, float high) {
   return static_cast<u32>(to_bf16(low).bits) | static_cast<u32>(to_bf16(high).bits) << 16;
 }
@@ -66,8 +66,8 @@ HH_SHARED_FUNCTION float high_bf16(u32 pair) { return float_of(pair & 0xffff0000
 
 HH_SHARED_FUNCTION float clamp_e4m3(float x) { return x > E4M3_MAX ? E4M3_MAX : x < -E4M3_MAX ? -E4M3_MAX : x; }
 
-// e4m3: 1 sign, 4 exponent (bias 7) and 3 mantissa bits; no infinity, NaN is 0x7f. Clamps first, so that an overflow
-// saturates whatever the instruction would do; NaN stays NaN.
+// Casts to e4m3: 1 sign, 4 exponent (bias 7) and 3 mantissa bits; no infinity, NaN is 0x7f. It clamps first, so that an
+// overflow saturates whatever the instruction would do. NaN stays NaN.
 HH_SHARED_FUNCTION e4m3 to_e4m3(float x) {
   x = clamp_e4m3(x);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
@@ -87,40 +87,42 @@ HH_SHARED_FUNCTION e4m3 to_e4m3(float x) {
 #endif
 }
 
-// A code's bits, shifted to where float32 has them, are 2^-120 times its value; a subnormal one gives a subnormal. The
-// product is exact, and there is no branch.
+// A code's exponent and mantissa, shifted to their place in float32, are 2^-120 times its value, for subnormal codes
+// too. So one multiplication, which is exact, converts every code without a branch.
 HH_SHARED_FUNCTION float to_float(e4m3 x) {
   const u32 magnitude = x.bits & 0x7fu, sign = static_cast<u32>(x.bits & 0x80u) << 24;
   const float value = float_of(sign | magnitude << 20) * 0x1p120f;
   return magnitude == 0x7fu ? float_of(0x7fffffffu) : value;
 }
 
-// Four codes as one word, the first lowest.
+// Packs four codes into a word, the first in the lowest byte.
 HH_SHARED_FUNCTION u32 pack_e4m3(float a, float b, float c, float d) {
   return static_cast<u32>(to_e4m3(a).bits) | static_cast<u32>(to_e4m3(b).bits) << 8 |
          static_cast<u32>(to_e4m3(c).bits) << 16 | static_cast<u32>(to_e4m3(d).bits) << 24;
 }
 
-// value = code * scale; 1 for zeros, and for scales below 2^-126, whose reciprocal may be infinite. NaN stays.
+// Returns the scale of e4m3 codes, value = code * scale. It is 1 for zeros, and instead of scales below 2^-126, whose
+// reciprocal may be infinite. NaN stays NaN.
 HH_SHARED_FUNCTION float scale_of(float amax) {
   const float scale = amax * (1.0f / E4M3_MAX);
   return scale < 0x1p-126f ? 1.0f : scale;
 }
 
-// int8: rounded to the nearest integer, ties to even, and clamped to +-127. Adding 1.5 * 2^23 leaves the integer in the
-// lowest bits of the sum, in two's complement: no conversion, of which an SM does a quarter or less of its additions.
+// Rounds to the nearest integer, ties to even, and clamps to +-127. Adding 1.5 * 2^23 leaves the integer in the lowest
+// bits of the sum, in two's complement. A conversion would have at most a quarter of an addition's rate.
 HH_SHARED_FUNCTION u32 int8_bits(float x) {
   x = x > INT8_LIMIT ? INT8_LIMIT : x < -INT8_LIMIT ? -INT8_LIMIT : x;
   return bits_of(x + 12582912.0f) & 0xffu;
 }
 HH_SHARED_FUNCTION float to_float(int8 x) { return static_cast<float>(static_cast<signed char>(x.bits)); }
 
-// Four codes as one word, the first lowest.
+// Packs four codes into a word, the first in the lowest byte.
 HH_SHARED_FUNCTION u32 pack_int8(float a, float b, float c, float d) {
   return int8_bits(a) | int8_bits(b) << 8 | int8_bits(c) << 16 | int8_bits(d) << 24;
 }
 
-// value = code * scale; 1 for zeros, and for scales below 2^-126, whose reciprocal may be infinite. NaN stays.
+// Returns the scale of int8 codes, value = code * scale. It is 1 for zeros, and instead of scales below 2^-126, whose
+// reciprocal may be infinite. NaN stays NaN.
 HH_SHARED_FUNCTION float int8_scale_of(float amax) {
   const float scale = amax * (1.0f / INT8_LIMIT);
   return scale < 0x1p-126f ? 1.0f : scale;

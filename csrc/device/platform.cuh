@@ -1,6 +1,6 @@
-// What device code may assume of its compiler: nvcc, NVRTC, or a host compiler with the shim (HH_SHIM).
+// The platform of device code, the same for nvcc, NVRTC, and a host compiler with the shim (HH_SHIM).
 //
-// No header of CUDA or torch is included: NVRTC's wheel carries none, and cubins must not depend on torch's version.
+// No header of CUDA or torch is included: NVRTC's wheel has none, and cubins must not depend on torch's version.
 #pragma once
 
 #if defined(HH_SHIM)
@@ -15,13 +15,13 @@ using i64 = long long;
 
 static_assert(sizeof(u32) == 4 && sizeof(i64) == 8 && sizeof(void*) == 8, "a 64-bit platform");
 
-#define HH_SHARED_FUNCTION __host__ __device__ __forceinline__  // runs on both sides, bit for bit
+#define HH_SHARED_FUNCTION __host__ __device__ __forceinline__  // gives the same bits on host and device
 #define HH_DEVICE __device__ __forceinline__
 
-// HH_KERNEL(name, Params, threads) { ... p ... }: an entry point of at most `threads` threads per block, which takes
-// one struct; HH_KERNEL_OF_BLOCKS has registers for that many blocks an SM. HH_SHARED_MEMORY(name): the dynamic shared
-// memory of the launch, 128-byte aligned; static shared memory is not used, since the shim poisons only what a launch
-// asks for.
+// HH_KERNEL(name, Params, threads) { ... p ... } defines an entry point that takes one struct, `p`, and at most
+// `threads` threads a block. HH_KERNEL_OF_BLOCKS also limits registers so that `blocks` blocks fit an SM.
+// HH_SHARED_MEMORY(name) is the dynamic shared memory of the launch, 128-byte aligned. Static shared memory is not
+// used: the shim poisons only what a launch asks for.
 #if defined(HH_SHIM)
 #define HH_KERNEL(name, Params, threads)                                                                  \
   static void name##_body(const Params& p);                                                               \
@@ -46,7 +46,7 @@ constexpr int WARP = 32;
 HH_DEVICE int lane_of_thread() { return static_cast<int>(threadIdx.x) % WARP; }
 HH_DEVICE int warp_of_thread() { return static_cast<int>(threadIdx.x) / WARP; }
 
-// The larger of two numbers, and NaN where one is: fmaxf leaves it out.
+// Returns the larger of two numbers, NaN where one is NaN: fmaxf drops it.
 HH_SHARED_FUNCTION float larger(float a, float b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float largest;
@@ -57,7 +57,8 @@ HH_SHARED_FUNCTION float larger(float a, float b) {
 #endif
 }
 
-// Sum and largest over LANES neighbouring lanes, a power of two, the same bits in each; all 32 lanes must come.
+// Return the sum and the maximum over LANES adjacent lanes, a power of two, with the same bits in each of them. All 32
+// lanes must call.
 template <int LANES>
 HH_DEVICE float lanes_sum(float x) {
 #pragma unroll
@@ -71,8 +72,8 @@ HH_DEVICE float lanes_max(float x) {
   return x;
 }
 
-// Sum and largest over a block, the same bits in every thread. `scratch` holds 32 floats of shared memory; it may be
-// used again after the next barrier.
+// Return the sum and the maximum over a block, with the same bits in every thread. `scratch` is 32 floats of shared
+// memory, free again after the next barrier.
 template <typename Join>
 HH_DEVICE float block_join(float x, float* scratch, float neutral, Join join) {
   const int warps = static_cast<int>(blockDim.x) / WARP;

@@ -1,12 +1,12 @@
-// Rows of a product that another GEMM made: bf16, or float32 that is yet to be multiplied by a scale per row and one per
-// column. Lanes read 16 bytes, VALUES elements: 8 are bf16, 4 are float32 with scales.
+// Rows of a given product: bf16, or float32 still to be multiplied by a scale per row and one per column. Lanes read
+// 16 bytes, VALUES elements: 8 of bf16, or 4 of float32 with scales.
 #pragma once
 
 #include "numerics.cuh"
 
 constexpr int ROW_TILE = 128;
 
-// Which rows a launch covers: `table` [tiles, 3] on the device, or where that is null rows first..end of one expert.
+// Rows of a launch: `table` [tiles, 3] on the device, or where that is null rows first..end-1 of one expert.
 struct RowTiles {
   const int* table;
   int expert;
@@ -27,7 +27,7 @@ HH_DEVICE RowTile row_tile(const RowTiles& rows, u32 index) {
   return {rows.expert, first, min(first + ROW_TILE, rows.end)};
 }
 
-// The 16 bytes from `element` of a row of bf16 (VALUES 8) or float32 (VALUES 4).
+// Loads the 16 bytes from `element` of a row of bf16 (VALUES 8) or float32 (VALUES 4).
 template <int VALUES>
 HH_DEVICE uint4 load_vector(const void* row, int element) {
   return static_cast<const uint4*>(row)[element / VALUES];
@@ -47,7 +47,7 @@ HH_DEVICE void widen(const uint4& raw, float (&x)[VALUES]) {
   }
 }
 
-// N floats, aligned to 16 bytes, or to 8 where there are 2.
+// Loads N floats, aligned to 16 bytes, or to 8 bytes for 2 floats.
 template <int N>
 HH_DEVICE void load_floats(const float* from, float (&x)[N]) {
   if constexpr (N == 2) {
@@ -66,14 +66,14 @@ HH_DEVICE void load_floats(const float* from, float (&x)[N]) {
   }
 }
 
-// Multiplies by the row's scale, then by the columns'; the order counts, each product is rounded.
+// Multiplies by the row's scale, then by the columns'. The order matters, because each product is rounded.
 template <int N>
 HH_DEVICE void scale_values(float (&x)[N], float row_scale, const float (&column_scale)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) x[i] = x[i] * row_scale * column_scale[i];
 }
 
-// Stores N values at an address aligned to all of them.
+// Stores N values in one store; the address is aligned to its size.
 template <int N>
 HH_DEVICE void store_bf16(bf16* to, const float (&x)[N]) {
   if constexpr (N == 2) {

@@ -1,18 +1,19 @@
-// Per-head QK-norm, rotation, gate and quantisation of a packed qkv product that another GEMM made; docs/OPS.md,
-// `qk_norm_rope`. qk_norm_rope takes rows; what has a scale per 128 rows, k in int8 and v in e4m3, is a kernel of its
-// own. Each reads its columns of the product once.
+// Per-head QK-norm, rotation, gate and quantisation of a given packed qkv product; docs/OPS.md, `qk_norm_rope`. The
+// kernel qk_norm_rope computes row by row. quantize_k and quantize_v compute what has a scale per 128 rows, k in int8
+// and v in e4m3. Each reads its columns of the product once.
 //
-// 64,256 rows of 40 + 8 + 8 heads of 128 and 40 gates: float32 to fp8 1.85 GB read, 0.03 of cosines and sines, 0.47
-// written, 0.70 ms at the 3.35 TB/s of an H100; bf16 to bf16 0.92 + 0.03 + 0.93 GB, 0.56 ms, to int8 q and k 0.92 + 0.03 +
-// 0.55 GB, 0.45 ms. About 25 instructions per value (sm_90a), 0.35 ms of issue slots beside.
+// Predicted for 64,256 rows of 40 + 8 + 8 heads of 128 and 40 gates, at the 3.35 TB/s of an H100: float32 to fp8 reads
+// 1.85 GB, and 0.03 of cosines and sines, and writes 0.47, 0.70 ms; bf16 to bf16 0.92 + 0.03 + 0.93 GB, 0.56 ms; bf16
+// to int8 q and k 0.92 + 0.03 + 0.55 GB, 0.45 ms. About 25 instructions per value (sm_90a) take 0.35 ms of issue slots
+// beside that.
 #include "activations.cuh"
 #include "async_copy.cuh"
 #include "product.cuh"
 
 constexpr int THREADS = 256;
 constexpr int ROWS = THREADS / WARP;  // of a block of qk_norm_rope, one per warp; divides ROW_TILE
-constexpr int IN_FLIGHT = 4;
-constexpr int STRIP = 32;  // rows of v whose codes a thread stores
+constexpr int IN_FLIGHT = 4;  // loads of a thread
+constexpr int STRIP = 32;     // rows of v whose codes a thread stores
 
 enum Format { BF16 = 0, INT8_QK = 1, FP8 = 2 };  // of q and k; v is e4m3 in the last alone
 
@@ -64,11 +65,12 @@ HH_DEVICE float largest_of(const float (&x)[VALUES]) {
   return largest;
 }
 
-// What a lane keeps of its row for all heads, and the arithmetic on VALUES channels of one of them.
+// A lane's cosines, sines and norm weights, the same for all heads of its row, and the arithmetic on VALUES channels of
+// a head.
 template <int D, int VALUES>
 struct RowOfHeads {
   float cosine[VALUES / 2], sine[VALUES / 2];
-  float norm[2][VALUES];  // of q and k, 1 added
+  float norm[2][VALUES];  // norm weights of q and k, plus 1
 
   HH_DEVICE RowOfHeads(const QkNormRopeParams& p, int expert, i64 row, int channel) {
     load_floats(p.cos_sin + row * D + channel / 2, cosine);
@@ -91,7 +93,8 @@ struct RowOfHeads {
   }
 };
 
-// One row of a warp: D / VALUES lanes per head, so that its channels' norms, cosines and sines stay in registers.
+// Computes one row per warp, D / VALUES lanes per head. A lane has the same channels in every head, so that their norm
+// weights, cosines and sines stay in registers.
 template <int D, int VALUES>
 HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
   constexpr int LANES = D / VALUES, TOGETHER = WARP / LANES;
@@ -100,7 +103,7 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
   const float row_scale = VALUES == 4 ? p.row_scale[row] : 1.0f;
   const RowOfHeads<D, VALUES> held(p, expert, row, channel);
   const int heads_qk = p.heads_q + p.heads_kv, heads = p.format == FP8 ? heads_qk : heads_qk + p.heads_kv;
-  // Of k in int8, quantize_k makes the codes.
+  // quantize_k makes the codes of k in int8.
   const auto is_mine = [&](int head) {
     return head < heads && !(p.format == INT8_QK && head >= p.heads_q && head < heads_qk);
   };
@@ -132,7 +135,7 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
       float scale = 1.0f;
       if (p.format == INT8_QK) scale = int8_scale_of(lanes_max<LANES>(largest_of(x)));
       if (!is_mine(head)) continue;
-      // One store for all three: one of its own for v was compiled to stores of 4 bytes.
+      // One store serves q, k and v: a separate one for v was compiled to stores of 4 bytes.
       void* const out = is_q ? p.q : is_v ? p.v : p.k;
       const int place = is_q ? head : is_v ? head - heads_qk : head - p.heads_q;
       const i64 at = (row * (is_q ? p.heads_q : p.heads_kv) + place) * D + channel;
@@ -153,7 +156,7 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
     }
   }
 
-  const int gates = (heads_qk + p.heads_kv) * D;  // the columns behind the last gate are zero: nobody reads them
+  const int gates = (heads_qk + p.heads_kv) * D;  // nobody reads the columns behind the last gate, which are zero
   for (int head = lane; head < p.heads_q; head += WARP) {
     float x;
     if constexpr (VALUES == 8) {
@@ -181,8 +184,8 @@ HH_KERNEL(qk_norm_rope, QkNormRopeParams, THREADS) {
   }
 }
 
-// 128 rows of k of one head, whose int8 codes share a scale; values stay in registers until it is known. Rows past the
-// tile's end are zeros.
+// Quantises 128 rows of k of one head to int8 with one scale. Values stay in registers until the scale is known. Rows
+// past the tile's end count as zeros.
 template <int D, int VALUES>
 HH_DEVICE void finish_k(const QkNormRopeParams& p, const RowTile& tile, float* scratch) {
   constexpr int LANES = D / VALUES, AT_ONCE = THREADS / LANES, MINE = ROW_TILE / AT_ONCE;
@@ -252,9 +255,10 @@ HH_KERNEL(quantize_k, QkNormRopeParams, THREADS) {
   }
 }
 
-// 128 rows of v of one head, transposed through shared memory. They are copied there at once: loads to registers came one
-// at a time, ptxas prefers 32 registers to eight loads in flight. A thread then stores codes of 32 rows of a channel, a
-// whole sector of 32 bytes, in fragment order (docs/OPS.md); neither way do lanes meet in a bank.
+// Quantises 128 rows of v of one head to e4m3 and transposes them through shared memory. cp.async brings all of them at
+// once; loads to registers came one at a time, because ptxas prefers 32 registers to eight loads in flight. A thread
+// then stores the codes of 32 rows of a channel, a whole sector of 32 bytes, in fragment order (docs/OPS.md). Neither
+// access to shared memory has bank conflicts.
 template <int D, int VALUES>
 HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsigned char* shared) {
   constexpr int LANES = D / VALUES, VECTORS = ROW_TILE * LANES;
@@ -267,7 +271,7 @@ HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsig
   for (int at = thread; at < VECTORS; at += THREADS) {
     const int row = min(at / LANES, rows - 1);
     const u8* const from = product_row<VALUES>(p, tile.first + row) + static_cast<i64>(column) * (16 / VALUES);
-    copy_async_16(held + at, from, at / LANES < rows ? 16 : 0);  // rows past the end are zeros
+    copy_async_16(held + at, from, at / LANES < rows ? 16 : 0);  // zeros past the end
   }
   float column_scale[VALUES] = {};
   if constexpr (VALUES == 4) {
@@ -309,7 +313,7 @@ HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsig
       float codes[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int token = i / 16 * 16 + j / 2 * 8 + i % 16 / 2 + j % 2;  // whose place is i + j
+        const int token = i / 16 * 16 + j / 2 * 8 + i % 16 / 2 + j % 2;  // the token at place i + j
         const int at = (strip + token) * D + channel;
         if constexpr (VALUES == 8) {
           codes[j] = to_float(reinterpret_cast<const bf16*>(held)[at]) * inverse;

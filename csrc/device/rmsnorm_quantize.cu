@@ -1,14 +1,14 @@
 // Residual add, RMSNorm and cast of whole rows, one pass over the residual stream; docs/OPS.md, `rmsnorm_quantize`.
 //
-// A block holds a row in registers: VECTORS vectors of four float32 per thread. Bytes per element: 4 read, and with a
-// branch 2 more read and 4 written; 1 (e4m3, int8) or 2 (bf16) written. 64,256 rows of 5120 with a branch, 8 bits: 3.62 GB,
-// 1.08 ms at the 3.35 TB/s of an H100. Loads of `hidden` are 16 bytes a lane; codes are stored 4 bytes a lane, 128
-// contiguous a warp.
+// A block holds a row in registers: VECTORS vectors of four float32 per thread. Per element it reads 4 bytes and writes
+// 1 (e4m3, int8) or 2 (bf16); with a branch it reads 2 bytes more and writes 4 more. 64,256 rows of 5120 with a branch,
+// 8 bits, are 3.62 GB, predicted 1.08 ms at the 3.35 TB/s of an H100. Loads of `hidden` are 16 bytes a lane; codes are
+// stored 4 bytes a lane, 128 contiguous bytes a warp.
 //
-// All loads of a row are in flight at once: 128 bytes a thread, 192 with a branch, by 5 blocks of 160 threads (73 to
-// 80 registers) 102 and 154 KB an SM, where 3.35 TB/s at 0.7 us want 14 KB at any time. One trip to memory a row.
-// With each load behind the use of the one before it there were 8 trips, and 15 and 23 KB in flight in 6 blocks:
-// predicted 0 to 30 % slower, most without a branch.
+// All loads of a row are in flight at once, one trip to memory a row: 128 bytes a thread, 192 with a branch. With 5
+// blocks of 160 threads (73 to 80 registers) that is 102 and 154 KB an SM, where 3.35 TB/s at a latency of 0.7 us need
+// 14 KB. A form in which each load waited for the use of the one before it made 8 trips, with 15 and 23 KB in flight in
+// 6 blocks: predicted 0 to 30 % slower, most without a branch.
 #include "numerics.cuh"
 
 constexpr int VECTORS = 8;
@@ -41,8 +41,8 @@ HH_KERNEL_OF_BLOCKS(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS, 3) {
   float4* const hidden = reinterpret_cast<float4*>(p.hidden + row * p.hidden_stride);
   const float4* const weight = reinterpret_cast<const float4*>(p.norm_weight + static_cast<i64>(expert) * p.channels);
 
-  // All loads before the first store or use of what they bring: a store to `hidden` between two of them, which may be
-  // of the same address for all the compiler knows, makes eight trips to memory of one.
+  // All loads come before the first store and the first use of their values. The compiler must assume that a store to
+  // `hidden` may change what a later load reads, so a store between them would make eight trips to memory of one.
   float4 held[VECTORS];
 #pragma unroll
   for (int i = 0; i < VECTORS; ++i) {

@@ -1,19 +1,23 @@
 // A dynamic block map on the device, in four launches; docs/OPS.md, `select_blocks`.
 //
 // pool_blocks sums q and k per block of 128 tokens, score_blocks multiplies the sums, select_blocks chooses and
-// compacts every row, order_rows sorts the rows by length. One layer at 1080p in bf16 (40 and 8 heads of 128),
-// predicted on an H100 (3.35 TB/s, 67 float32 TFLOP/s, L2 about 5.5 TB/s), 5 s (502 blocks) and 15 s (1,464 blocks):
+// compacts every row, and order_rows sorts the rows by length. Predicted for one layer at 1080p in bf16 (40 and 8 heads
+// of 128) on an H100 (3.35 TB/s, 67 float32 TFLOP/s, L2 about 5.5 TB/s), for 5 s (502 blocks) and 15 s (1,464 blocks):
 //   pool    0.79 and 2.3 GB read, half in fp8                             0.25 and 0.70 ms
 //   score   2.6 and 22 GFLOP at two thirds of the peak; 0.13 and 1.1 GB
 //           from L2, 8 and 69 MB written                                  0.06 and 0.5 ms
 //   select  32 sums over each of 4,016 and 11,712 rows; 24 and 206 MB     0.02 and 0.08 ms
 //   order   16 and 137 million comparisons                                2 and 16 us
-// A thread of `score` loads 6 vectors of 16 bytes per 32 channels, all in flight at once, 49 KB an SM (2 blocks of
-// 256 threads, at most 128 registers), beside 2048 cycles of fmaf per scheduler. Each behind the stores of the one
-// before it they took 4 + 2 trips to L2, 2000 to 3000 cycles with 8 KB in flight: predicted 20 to 60 % slower.
-// Scores go through memory, a launch more than where each row computes its own: 138 MB there and back at 15 s, half of
-// it from L2, where a program per row reads all keys of its head, 8.8 GB. They are float32 products in float32 sums:
-// TF32 would change which blocks are chosen. fmaf is one rounding less per term; integers are exact either way.
+//
+// A thread of `score` loads 6 vectors of 16 bytes per 32 channels, all in flight at once: 49 KB an SM (2 blocks of 256
+// threads, at most 128 registers), beside 2048 cycles of fmaf per scheduler. A form in which each load waited for the
+// stores of the one before it made 4 + 2 trips to L2, 2000 to 3000 cycles with 8 KB in flight: predicted 20 to 60 %
+// slower.
+//
+// Scores go through memory, which takes one launch more than a program per row that computes its own. At 15 s they are
+// 138 MB written and read, half of that from L2; a program per row would read all keys of its head, 8.8 GB in all.
+// Scores are float32 products in float32 sums: TF32 would change which blocks are chosen. fmaf rounds once per term
+// instead of twice; sums of integers are exact either way.
 #include "block_pool.cuh"
 #include "block_scan.cuh"
 #include "block_select.cuh"
@@ -23,8 +27,8 @@ constexpr u32 MINUS_INFINITY = 0xff800000u;
 
 // Pool ----------------------------------------------------------------------------------------------------------------
 
-// Grid: (Hq + Hkv, S): blocks that run at once read neighbouring heads of the same tokens. Shared memory: 16 bytes of
-// channels per thread as float32, 4 KB in bf16 and 8 in 8 bits.
+// Grid: (Hq + Hkv, S), so that blocks that run at once read adjacent heads of the same tokens. Shared memory: the
+// float32 sums of each thread's 16 bytes of channels, 4 KB in bf16 and 8 in 8 bits.
 HH_KERNEL(pool_blocks, PoolBlocksParams, POOL_THREADS) {
   HH_SHARED_MEMORY(shared);
   float* const partial = reinterpret_cast<float*>(shared);
@@ -46,11 +50,12 @@ HH_KERNEL(pool_blocks, PoolBlocksParams, POOL_THREADS) {
 
 // Score ---------------------------------------------------------------------------------------------------------------
 
-// A tile of 128 rows and 64 columns, 8 x 4 per thread: per channel 3 vectors from shared memory for 32 fmaf.
+// A block computes a tile of 128 rows and 64 columns, 8 x 4 per thread: per channel 3 vectors from shared memory serve
+// 32 fmaf.
 constexpr int SCORE_THREADS = 256;
 constexpr int SCORE_ROWS = 128, SCORE_COLUMNS = 64, SCORE_DEPTH = 32;
 constexpr int MY_ROWS = 8, MY_COLUMNS = 4;
-constexpr int PAD = 4;  // floats: keeps rows of vectors aligned, and stores of a warp to 4 per bank rather than 8
+constexpr int PAD = 4;  // floats: keeps vectors aligned; a warp's stores then meet 4 to a bank instead of 8
 
 struct ScoreBlocksParams {
   const float* pooled;   // [Hq + Hkv, S, D]
@@ -64,11 +69,11 @@ struct ScoreBlocksParams {
   int d;      // a multiple of 32
   int blocks;
   int score_stride;  // a multiple of 4, at least `blocks`
-  int mean;          // of the group's scores, rather than their maximum: the product of the sum of its queries
+  int mean;          // 1 to add up the group's scores, by the sum of its queries; 0 to take their maximum
 };
 
-// ROWS rows of SCORE_DEPTH channels, the sum of `members` heads, as [channel][row]; zeros past the last block. The
-// loads of a member are in flight together: none waits for the stores of another row.
+// Loads ROWS rows of SCORE_DEPTH channels, adds up `members` heads, and stores them as [channel][row], zeros past the
+// last block. The loads of a member are in flight together: none waits for the stores of another row.
 template <int ROWS>
 HH_DEVICE void stage(float* to, const float* from, int first, const ScoreBlocksParams& p, int members) {
   constexpr int LANES = SCORE_DEPTH / 4, STRIDE = ROWS + PAD;  // 8 lanes read 128 bytes of a row
@@ -177,7 +182,7 @@ HH_KERNEL(score_blocks, ScoreBlocksParams, SCORE_THREADS) {
 
 constexpr int SELECT_THREADS = 256;
 constexpr int FULL = -1, ABSENT = -2;
-constexpr float BEST_WEIGHT = 1073741824.0f;  // 2^30, of a row's best block: weights are integers, their sums exact
+constexpr float BEST_WEIGHT = 1073741824.0f;  // 2^30, weight of a row's best block: sums of integer weights are exact
 constexpr u64 MASS_STEPS = 1u << 20;          // `mass` counts in steps of 2^-20: 41 bits of a sum times 20 fit 64
 
 struct SelectBlocksParams {
@@ -190,8 +195,8 @@ struct SelectBlocksParams {
   int* mask_ids;        // [Hkv * S * S]
   int blocks;
   int score_stride;
-  int keep;  // blocks per row, or 0 to go by mass
-  int mass;
+  int keep;  // blocks per row, or 0 to choose by mass
+  int mass;  // in steps of 2^-20
 };
 
 struct SelectScratch {
@@ -237,7 +242,7 @@ HH_KERNEL(select_blocks, SelectBlocksParams, SELECT_THREADS) {
     u64 total = 0;
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) {
-      // At least 1, so that a mass of 1 keeps every candidate.
+      // Every weight is at least 1, so that a mass of 1 keeps every candidate.
       const float share = rank[i] != 0 ? expf(score[i] - best) * BEST_WEIGHT : 0.0f;
       weight[i] = rank[i] == 0 ? 0u : share >= 1.0f ? static_cast<u32>(share) : 1u;
       total += weight[i];
@@ -247,7 +252,7 @@ HH_KERNEL(select_blocks, SelectBlocksParams, SELECT_THREADS) {
     kept = always | choose(rank, weight, need, scratch.sums, scratch.counts[0]);
   }
 
-  // Full blocks in the lower half of a word, partial ones in the upper: at most 2048 of either.
+  // A word counts full blocks in its lower half and partial ones in its upper: at most 2048 of either.
   u32 below[VALUES], in_warp = 0;
 #pragma unroll
   for (int i = 0; i < VALUES; ++i) {
@@ -287,12 +292,12 @@ constexpr int ORDER_WARPS = ORDER_THREADS / WARP;
 
 struct OrderRowsParams {
   const int* counts;  // [rows, 2]
-  int* order;         // [rows]: longest first, equal ones as they come
+  int* order;         // [rows]: longest first, rows of equal length in ascending order
   int rows;
 };
 
-// Grid: (rows / 32,): a lane per row counts those that come before it, each warp among an eighth of all. Shared memory:
-// 2 * 8 * 32 words.
+// Grid: (rows / 32,). A lane per row counts the rows that come before it; each of the 8 warps counts among an eighth of
+// all rows. Shared memory: 2 * 8 * 32 words.
 HH_KERNEL(order_rows, OrderRowsParams, ORDER_THREADS) {
   HH_SHARED_MEMORY(shared);
   int* const lengths = reinterpret_cast<int*>(shared) + warp_of_thread() * WARP;

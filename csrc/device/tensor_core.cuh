@@ -8,13 +8,13 @@
 
 #include "platform.cuh"
 
-// d += a . b
+// mma_m16n8k16_bf16(d, a, b) computes d += a . b.
 #if defined(HH_SHIM)
 #define mma_m16n8k16_bf16(d, a, b) shim::multiply_bf16(SHIM_SITE("mma_m16n8k16_bf16"), d, a, b)
-// r[i] of this lane: elements 2t..2t+1 of row g of the i-th 8x8 matrix of 16-bit elements; lanes 8i..8i+7 give the
-// addresses of its rows, 16 bytes each.
+// ldmatrix_x4(r, row) loads into r[i] of this lane elements 2t..2t+1 of row g of the i-th 8x8 matrix of 16-bit
+// elements. Lanes 8i..8i+7 pass the addresses of its rows, 16 bytes each.
 #define ldmatrix_x4(r, row) shim::load_matrices(SHIM_SITE("ldmatrix_x4"), r, row, false)
-// The same of the transposed matrices: elements (row 2t, column g) and (row 2t + 1, column g).
+// ldmatrix_x4_trans does so with the matrices transposed: elements (row 2t, column g) and (row 2t + 1, column g).
 #define ldmatrix_x4_trans(r, row) shim::load_matrices(SHIM_SITE("ldmatrix_x4_trans"), r, row, true)
 #else
 HH_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {

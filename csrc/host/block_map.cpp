@@ -40,8 +40,9 @@ void BlockMap::flush() {
   if (!fragments_.empty()) add_rows(row_, 1);
 }
 
-// Turns the fragments of a row into runs of blocks, for as many rows as are alike. Between two neighbouring bounds all
-// blocks are alike: a span ends in the midst of a block only where that block lies between two bounds alone.
+// Turns the fragments of a row into runs of blocks, for `rows` equal rows. The bounds are the block borders at or
+// around both ends of every span. So a block in which a span begins or ends stands alone between two neighbouring
+// bounds, and several blocks between two neighbouring bounds are equal.
 void BlockMap::add_rows(std::int64_t row, std::int64_t rows) {
   const std::int64_t height = std::min(BLOCK, queries_ - row * BLOCK);
   bounds_.clear();
@@ -79,7 +80,7 @@ void BlockMap::add_rows(std::int64_t row, std::int64_t rows) {
   spans_.clear();
 }
 
-// FULL or the mask's number of the blocks first_block..end_block-1, which are alike. `seen`: whether any query sees one.
+// Returns FULL or the mask's number of the equal blocks first_block..end_block-1. Sets `seen` where a query sees one.
 std::int32_t BlockMap::kind(std::int64_t first_block, std::int64_t end_block, std::int64_t height, bool& seen) {
   const std::int64_t low = first_block * BLOCK, high = end_block * BLOCK;
   std::int64_t covered = 0;  // queries that see every key
@@ -93,7 +94,7 @@ std::int32_t BlockMap::kind(std::int64_t first_block, std::int64_t end_block, st
   return !seen || covered == height ? FULL : draw(low);
 }
 
-// The number of the mask of the block of keys from `low`.
+// Returns the number of the mask of the block of keys that starts at `low`.
 std::int32_t BlockMap::draw(std::int64_t low) {
   Mask mask{};
   for (const Fragment& fragment : fragments_) {
@@ -116,7 +117,7 @@ void BlockMap::write(const BlockMapArrays& out) const {
   std::int64_t row = 0;
   std::int32_t at = 0;
   for (const Group& group : groups_) {
-    std::fill(out.starts + row, out.starts + group.first_row, at);  // rows that see nothing
+    std::fill(out.starts + row, out.starts + group.first_row, at);  // rows without a key
     const std::int32_t pattern = at;
     for (const bool full : {true, false}) {
       for (std::size_t i = group.first_run; i < group.end_run; ++i) {

@@ -1,7 +1,7 @@
-// Which blocks of 128 keys every block of 128 queries attends to, as compressed rows: built from pieces, then written.
+// A block map: the blocks of 128 keys that every block of 128 queries attends to, as compressed rows.
 //
-// happyhorse_fast/block_map/map.py says what the arrays hold, and from_ranges.py beside it makes the same ones in Python.
-// Rows that see the same keys are kept as one group, so that a map costs what it has of structure until it is written.
+// happyhorse_fast/block_map/map.py says what the arrays hold; from_ranges.py beside it makes the same ones in Python.
+// Rows that see the same keys are kept as one group, so that memory grows with the groups until the map is written.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ inline bool operator==(const Span& a, const Span& b) { return a.first == b.first
 
 using Spans = std::vector<Span>;
 
-// Where a map is written to; sizes as in happyhorse_fast/block_map/map.py, with one head.
+// Destination of a map; sizes as in happyhorse_fast/block_map/map.py, with one head.
 struct BlockMapArrays {
   std::int32_t* counts;
   std::int32_t* starts;
@@ -32,13 +32,13 @@ struct BlockMapArrays {
 
 class BlockMap {
  public:
-  // Refuses sizes past int32.
+  // Refuses negative sizes and those that int32 cannot hold.
   BlockMap(std::int64_t queries, std::int64_t keys);
 
-  // Queries first..end-1 see `keys`, which ascend and do not touch. Pieces ascend and do not overlap; queries without a
-  // piece see nothing.
+  // Adds a piece: queries first..end-1 see `keys`, spans that ascend and do not touch. Pieces must ascend and not
+  // overlap. A query of no piece sees no key.
   void add(std::int64_t first, std::int64_t end, const Spans& keys);
-  // After the last piece. Refuses, as add() does, a map of more blocks than int32 numbers.
+  // Ends the map after its last piece. Refuses, as add() does, a map of more blocks than int32 can number.
   void finish() { flush(); }
 
   std::int64_t rows() const { return ceil_div(queries_, BLOCK); }
@@ -48,16 +48,17 @@ class BlockMap {
   void write(const BlockMapArrays& out) const;
 
  private:
-  // Queries top..bottom-1 of a row, and the keys they see: spans_[first_span .. end_span-1], `span` being the walk's.
+  // Queries top..bottom-1 of a row, and the keys they see, spans_[first_span .. end_span-1]. `span` is the first of
+  // these that kind() has not passed.
   struct Fragment {
     std::int64_t top, bottom;
     std::size_t first_span, end_span, span;
   };
-  // Key blocks first..end-1, alike: mask FULL or a mask's number.
+  // Equal key blocks first..end-1; `mask` is FULL or a mask's number.
   struct Run {
     std::int32_t first, end, mask;
   };
-  // Rows first_row .. first_row+rows-1, all of them with the runs first_run .. end_run-1.
+  // Equal rows first_row .. first_row+rows-1, each with the runs first_run .. end_run-1.
   struct Group {
     std::int64_t first_row, rows;
     std::size_t first_run, end_run;

@@ -20,7 +20,7 @@ void check_ranges(const char* name, const Spans& ranges, std::int64_t total) {
   }
 }
 
-// The keys of pairs in `active`, which are ordered by where their keys start: disjoint, and not touching.
+// Merges the keys of the pairs in `active`, ordered by first key, into spans that neither overlap nor touch.
 void merge_keys(const std::vector<Pair>& pairs, const std::vector<std::size_t>& active, Spans& merged) {
   merged.clear();
   for (const std::size_t i : active) {
@@ -35,7 +35,7 @@ void merge_keys(const std::vector<Pair>& pairs, const std::vector<std::size_t>& 
 
 }  // namespace
 
-// A sweep over the queries: between two neighbouring ends of ranges, all queries see the keys of the same pairs.
+// Sweeps over the queries: between two neighbouring ends of ranges, all queries see the keys of the same pairs.
 BlockMap from_ranges(const Spans& q_ranges, const Spans& k_ranges, std::int64_t queries, std::int64_t keys) {
   BlockMap map(queries, keys);
   check_ranges("q_ranges", q_ranges, queries);
@@ -83,7 +83,7 @@ BlockMap from_ranges(const Spans& q_ranges, const Spans& k_ranges, std::int64_t 
     since = cut;
     visible.swap(changed);
   }
-  map.finish();  // past the last cut no range is left, so every piece has been added
+  map.finish();  // no range goes past the last cut, so every piece has been added
   return map;
 }
 

@@ -5,8 +5,8 @@
 
 namespace host {
 
-// The union of queries[i] x keys[i]: overlapping, in any order, empty ones too. Refuses ranges that are reversed or leave
-// their tokens, and lists of different lengths.
+// Makes the map of the union of q_ranges[i] x k_ranges[i], which may overlap, be empty and come in any order. Refuses
+// ranges that are reversed or leave 0..queries or 0..keys, and lists of different lengths.
 BlockMap from_ranges(const Spans& q_ranges, const Spans& k_ranges, std::int64_t queries, std::int64_t keys);
 
 }  // namespace host

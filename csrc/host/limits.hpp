@@ -1,4 +1,4 @@
-// Sizes that the int32 arrays of a block map can hold, and how a caller is told of one that they cannot.
+// Sizes that the int32 arrays of a block map can hold, and the error for others.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 namespace host {
 
 constexpr std::int64_t BLOCK = 128;  // queries and keys of one block
-// Tokens, rows and blocks in use: what int32 numbers.
+// Most tokens, rows and blocks in use, since int32 numbers them.
 constexpr std::int64_t MOST = std::numeric_limits<std::int32_t>::max();
 
-// An argument out of range: what came and what is allowed. Python gets it as a ValueError.
+// Refuses an argument; the message says what came and what is allowed. Python gets a ValueError.
 [[noreturn]] inline void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 inline void check_size(const char* name, std::int64_t size) {

@@ -10,14 +10,14 @@
 
 namespace host {
 
-constexpr int WORDS = BLOCK / 32;  // words that hold one query's keys of a block
+constexpr int WORDS = BLOCK / 32;  // words of one query's bits in a block
 
 // Key 32 * w + b of query i is bit b of word [i][w].
 using Mask = std::array<std::array<std::uint32_t, WORDS>, BLOCK>;
 
 class MaskTable {
  public:
-  // The mask's number; masks are numbered as they first come.
+  // Returns the mask's number, a new one where the mask is new. Numbers count up from 0.
   std::int32_t number(const Mask& mask);
   const std::vector<Mask>& masks() const { return masks_; }
 

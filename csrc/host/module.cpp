@@ -1,7 +1,7 @@
-// happyhorse_fast._C: block maps for Python. int64 arrays come in, int32 arrays go out.
+// happyhorse_fast._C: block maps for Python. It takes int64 arrays and returns int32 arrays.
 //
-// Input is copied before the GIL is released: another thread may write to an array while its copy is being checked and
-// used. Errors are C++ exceptions until pybind11 has the GIL again: std::invalid_argument becomes a ValueError.
+// Input is copied before the GIL is released, since another thread may then write to the arrays. Errors are C++
+// exceptions; pybind11 turns std::invalid_argument into a ValueError once it holds the GIL again.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Tests of happyhorse_fast._C under AddressSanitizer and UndefinedBehaviorSanitizer; the first finding ends the run.
+# Run the tests of happyhorse_fast._C under AddressSanitizer and UndefinedBehaviorSanitizer. The first finding ends it.
 #   csrc/host/sanitize.sh [python [arguments for pytest]]
-# The package is imported through links, beside which the instrumented module lies: the checkout's own stays as it is.
+# The package is imported through links beside the instrumented module, so that the checkout's own module stays.
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=$("${1:-"$root/.venv/bin/python"}" -c 'import sys; print(sys.executable)')
@@ -15,19 +15,19 @@ for entry in "$root"/happyhorse_fast/*; do
 done
 ln -s "$root/kernels" "$root/csrc" "$work/happyhorse_fast/"
 module=$work/happyhorse_fast/_C$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-# The same build as setup.py's. Masks that all have one hash: the comparison behind it is tested too.
+# The same build as setup.py's, but all masks have one hash, which tests the comparison of masks too.
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 (cd "$root" && CXX="${CXX:-g++}" LDFLAGS="$sanitizers" \
   CXXFLAGS="-O1 -g $sanitizers -D_GLIBCXX_ASSERTIONS -DHAPPYHORSE_MASKS_COLLIDE" \
   "$python" -c "from csrc import native; native.build_module(native.Path('$module'), native.Path('$work/objects'))")
 
 export PYTHONPATH="$work" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
-# An uninstrumented interpreter needs the runtime first; the C++ one too, or the runtime cannot follow its exceptions.
+# An uninstrumented interpreter must load the sanitizer's runtime first, and libstdc++, whose exceptions it intercepts.
 export LD_PRELOAD="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libstdc++.so)"
 cd "$work"
 "$python" -c "from happyhorse_fast import _C; assert _C.__file__ == '$module', _C.__file__"
 cd "$root"
-# -s: what a sanitizer writes before it ends the process would be lost in pytest's capture. Without the claim about speed:
-# instrumented code is several times slower.
+# -s, or pytest's capture would lose what a sanitizer writes before it ends the process. The test of speed is left out,
+# since instrumented code is several times slower.
 "$(dirname "$python")/pytest" -q -s -p no:xdist -p no:cacheprovider -k "not milliseconds" \
   tests/block_map/test_host_module.py "$@"

@@ -16,7 +16,7 @@
 namespace shim {
 namespace {
 
-constexpr std::size_t MAX_SHARED = 232448;  // what one block of an H100 may ask for
+constexpr std::size_t MAX_SHARED = 232448;  // bytes, the limit of a block on an H100
 constexpr std::size_t SHARED_ALIGNMENT = 128;
 constexpr unsigned MAX_THREADS = 1024;
 constexpr std::size_t MAX_PARAMS = 4096;
@@ -33,7 +33,7 @@ struct Thread {
 
 struct Warp {
   int arrived = 0;
-  const Thread* first = nullptr;  // of those that wait for the others, all at one site
+  const Thread* first = nullptr;  // first thread that waits; all others wait at its site
   unsigned char given[LANES][PAYLOAD];
   unsigned char taken[LANES][PAYLOAD];
 };
@@ -88,7 +88,7 @@ void wait(State state, Site site) {
   me.fiber.leave();
 }
 
-// One thread per kind of waiting, with how many wait there.
+// Describes a deadlock: for each place where threads wait, how many do, and the first of them.
 std::string deadlock() {
   std::vector<std::pair<std::string, std::pair<int, unsigned>>> places;
   for (const Thread& thread : current->threads) {
@@ -107,8 +107,8 @@ std::string deadlock() {
   return text;
 }
 
-// Runs the lanes of a warp that can run, each until it waits; false where none can. Called until then, so that a warp is
-// as far ahead of the others as barriers let it: what it overwrites too early, they then read.
+// Runs every lane of a warp that can run until it waits; returns false where none can. The caller repeats this until
+// then, so that a warp runs as far ahead of the others as barriers let it: they read what it overwrites too early.
 bool run_lanes(std::size_t warp, const std::vector<std::size_t>& lanes) {
   bool moved = false;
   for (const std::size_t lane : lanes) {
@@ -189,7 +189,7 @@ int run(const Launch& launch, std::size_t params_bytes, unsigned max_threads, ch
     block.warps = std::vector<Warp>(launch.threads / LANES);
     block.shared_bytes = launch.shared_bytes;
     if (launch.shared_bytes > 0) {
-      void* memory = nullptr;  // of exactly that size, so that a sanitizer sees the first byte past it
+      void* memory = nullptr;  // of exactly that size, so that a sanitizer reports the first byte past it
       check(posix_memalign(&memory, SHARED_ALIGNMENT, launch.shared_bytes) == 0, "out of memory");
       block.shared.reset(static_cast<unsigned char*>(memory));
     }

@@ -1,4 +1,4 @@
-// Runs whole blocks of a kernel on the CPU: a fiber per thread, barriers and warp exchanges that all must reach.
+// Runs whole blocks of a kernel on the CPU: one fiber per thread, with barriers and exchanges between a warp's lanes.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ struct Index {
   unsigned x, y, z;
 };
 
-// Where in the source a thread waits, and for what.
+// A place in the source where a thread waits, and the function that it waits in.
 struct Site {
   const char* what;
   const char* file;
@@ -30,17 +30,18 @@ struct Launch {
   unsigned threads;
   std::uint64_t shared_bytes;
   // Order in which threads and blocks run: 0 ascending, 1 descending, else shuffled by this seed. A warp runs until its
-  // lanes wait for other warps, so a missing barrier, before a read or before the next write, gives other bits in one.
+  // lanes wait for other warps. So in some order a missing barrier, before a read or before the next write, changes
+  // bits.
   unsigned order;
 };
 
 using Body = void (*)(const void* params);
 
-// Runs every block of the grid, one after another. 0, or 1 with what went wrong in `message`.
+// Runs every block of the grid, one after another. Returns 0, or 1 with the problem in `message`.
 int run(const Launch& launch, std::size_t params_bytes, unsigned max_threads, char* message, std::size_t capacity,
         Body body);
 
-// Of the thread that is running.
+// State of the running thread.
 const Index& thread_index();
 const Index& block_index();
 const Index& block_size();
@@ -48,22 +49,22 @@ const Index& grid_size();
 unsigned char* shared_memory();
 std::size_t shared_bytes();
 
-// A copy to shared memory that was begun and not waited for; a thread must not return with one.
+// A copy to shared memory that has begun and was not waited for. A thread must not return with one.
 struct Copy {
   unsigned char* to;
   const void* from;
   std::size_t bytes;
 };
-std::vector<Copy>& copies();  // of the thread that is running
+std::vector<Copy>& copies();  // of the running thread
 
 // Waits until every thread of the block is at this site.
 void barrier(Site site);
 
-// Waits until all 32 lanes of the warp are at this site; then every lane may read what each of them gave, PAYLOAD bytes
-// apart, until it meets the others again.
+// Waits until all 32 lanes of the warp are at this site, and returns the bytes that each of them gave, PAYLOAD bytes
+// apart. They are valid until the lane's next exchange.
 const unsigned char* exchange(Site site, unsigned mask, const void* given, std::size_t bytes);
 
-// Ends the launch with a message.
+// Ends the launch with the site and the problem as its message.
 [[noreturn]] void fail(Site site, const char* problem);
 
 }  // namespace shim

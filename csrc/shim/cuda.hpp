@@ -67,7 +67,7 @@ inline unsigned reduce_add(Site site, unsigned mask, unsigned value) {
 
 }  // namespace shim
 
-// Vector types carry the alignment that a GPU demands; UndefinedBehaviorSanitizer reports an address that lacks it.
+// Vector types have the alignment that a GPU demands; UndefinedBehaviorSanitizer reports a misaligned address.
 struct alignas(8) uint2 {
   unsigned x, y;
 };
@@ -101,7 +101,7 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-// Threads of a block never run at once, and blocks follow one another.
+// Plain operations are atomic here: the threads of a block never run at once, and blocks run one after another.
 template <typename T>
 inline T atomicAdd(T* at, T value) {
   const T old = *at;

@@ -1,4 +1,4 @@
-#undef _FORTIFY_SOURCE  // its longjmp takes another stack for a frame that is gone
+#undef _FORTIFY_SOURCE  // its longjmp mistakes a jump to another stack for one to a frame that has returned
 #include "fiber.hpp"
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 namespace shim {
 
 void Fiber::start(void (*entry)(void*), void* argument) {
-  if (!stack_) stack_.reset(new char[STACK]);  // not cleared: pages that no frame reaches cost nothing
+  if (!stack_) stack_.reset(new char[STACK]);  // not cleared: pages that no frame reaches are never allocated
   entry_ = entry;
   argument_ = argument;
 #if !defined(__SANITIZE_ADDRESS__)
@@ -45,7 +45,7 @@ void Fiber::leave(bool last) {
   __sanitizer_finish_switch_fiber(fake_here_, &scheduler_stack_, &scheduler_size_);
 }
 
-#else  // jumps, because swapcontext asks the kernel for the signal mask: ten times as slow
+#else  // _setjmp and _longjmp: swapcontext is ten times as slow, because it saves the signal mask by a system call
 
 void Fiber::resume() {
   if (_setjmp(left_) != 0) return;

@@ -1,4 +1,4 @@
-// A CUDA thread as a fiber: a stack of its own, entered and left by the scheduler of its block.
+// A CUDA thread as a fiber with a stack of its own; its block's scheduler resumes it.
 #pragma once
 
 #include <setjmp.h>
@@ -15,16 +15,16 @@ namespace shim {
 
 class Fiber {
  public:
-  // Prepares `entry(argument)` to run on this fiber's stack at the next resume(). `entry` must not return: it ends by
-  // leave().
+  // Prepares `entry(argument)` to run on this fiber's stack at the next resume(). `entry` must not return: it ends with
+  // leave(true).
   void start(void (*entry)(void*), void* argument);
   // Runs the fiber until it leaves; called by the scheduler.
   void resume();
-  // Goes back to the scheduler; called on the fiber. `last` where it will not be resumed again.
+  // Goes back to the scheduler; called on the fiber. `last` means that it will not be resumed again.
   void leave(bool last = false);
 
  private:
-  // Frames of a kernel that keeps 250 values in registers, unoptimised and with a sanitizer's redzones.
+  // Room for the frames of a kernel that keeps 250 values in registers, unoptimised and with a sanitizer's redzones.
   static constexpr std::size_t STACK = 512 * 1024;
 
   static void enter(unsigned low, unsigned high);

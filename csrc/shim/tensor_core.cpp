@@ -33,14 +33,15 @@ const unsigned char* of_lane(const unsigned char* table, int lane) {
   return table + static_cast<std::size_t>(lane) * PAYLOAD;
 }
 
-// Shared memory serves 8 rows of 16 bytes at once where they lie in different banks, else those of a bank in turn.
+// Counts bank conflicts of 8 rows of 16 bytes. Shared memory serves rows of different banks at once, those of one bank
+// one after another.
 void count_conflicts(const unsigned char* table, int first_lane) {
   std::uintptr_t seen[BANKS];
   int in_bank[BANKS] = {}, found = 0;
   for (int i = 0; i < BANKS; ++i) {
     MatrixRow row;
     std::memcpy(&row, of_lane(table, first_lane + i), sizeof row);
-    if (std::find(seen, seen + found, row.address) != seen + found) continue;  // read once for both
+    if (std::find(seen, seen + found, row.address) != seen + found) continue;  // one read serves both lanes
     seen[found++] = row.address;
     ++in_bank[row.address / sizeof row.bytes % BANKS];
   }
@@ -55,7 +56,7 @@ void multiply_bf16(Site site, float (&d)[4], const unsigned (&a)[4], const unsig
   std::memcpy(mine.b, b, sizeof mine.b);
   const unsigned char* const table = exchange(site, 0xffffffffu, &mine, sizeof mine);
   const int g = static_cast<int>(thread_index().x) % LANES / 4, t = static_cast<int>(thread_index().x) % 4;
-  double left[2][DEPTH], right[2][DEPTH];  // rows g and g + 8, columns 2t and 2t + 1: all that this lane's results need
+  double left[2][DEPTH], right[2][DEPTH];  // rows g and g + 8, columns 2t and 2t + 1: this lane's operands
   for (int from = 0; from < 4; ++from) {
     Operands row, columns[2];
     std::memcpy(&row, of_lane(table, 4 * g + from), sizeof row);

@@ -1,17 +1,17 @@
-// Warp-wide matrix instructions, from the fragments that the 32 lanes give; layouts as in device/tensor_core.cuh.
+// Warp-wide matrix instructions on fragments of 32 lanes, laid out as in device/tensor_core.cuh.
 #pragma once
 
 #include "block.hpp"
 
 namespace shim {
 
-// d += a . b: products of bf16 are exact in double, and so is nearly their sum; d is rounded once.
+// Computes d += a . b. Products of bf16 are exact in double, their sum nearly so; d is rounded once.
 void multiply_bf16(Site site, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 
-// Fails where a row is not aligned to 16 bytes, or does not lie in shared memory.
+// Loads four 8x8 matrices, as ldmatrix does. Fails where a row is not aligned to 16 bytes or not in shared memory.
 void load_matrices(Site site, unsigned (&r)[4], const void* row, bool transposed);
 
 }  // namespace shim
 
-// Turns that shared memory took for ldmatrix beyond one for every 8 rows, since the library was loaded.
+// Returns the bank conflicts of ldmatrix since the library was loaded: accesses beyond one for every 8 rows.
 extern "C" unsigned long long shim_bank_conflicts();
