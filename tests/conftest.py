@@ -51,6 +51,21 @@ def pytest_collectstart() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is marked ``quick(n)``, n of its cases, spread evenly, are quick; the rest are slow proofs."""
+    cases: dict[tuple[object, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("quick") and not item.get_closest_marker("slow"):
+            cases.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    for found in cases.values():
+        (quick,) = found[0].get_closest_marker("quick").args  # type: ignore[union-attr]
+        kept = {i * len(found) // quick for i in range(quick)}
+        for i, item in enumerate(found):
+            if i not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Before any fixture, so that no test draws what the tests before it left."""
     seed()

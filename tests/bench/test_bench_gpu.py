@@ -30,6 +30,7 @@ def test_all_stages_take_at_most_nine_minutes():
     assert gpu.TOTAL_SECONDS <= 9 * 60 and gpu.KILLED_SECONDS < gpu.ENDING_SECONDS
 
 
+@pytest.mark.slow
 def test_stages_that_never_end_are_cut_within_the_total(tmp_path, monkeypatch):
     never = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"]
     found = [Stage(name, size, lambda _: [Step(never)] * 2) for name, size in (("a", 10), ("b", 10), ("c", 20))]

@@ -133,6 +133,7 @@ def test_plan_of_the_full_clip(as_json: Json, capsys: Capture) -> None:
     assert "25% of video pairs" in text
 
 
+@pytest.mark.slow
 def test_plan_of_one_of_several_cards(as_json: Json, capsys: Capture) -> None:
     alone, data = (as_json("plan", "--resolution", "256p", "--seconds", 3, "--gpus", gpus) for gpus in (1, 4))
     weights = data["memory"]["peak"]["weight_bytes"]

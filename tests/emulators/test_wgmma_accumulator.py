@@ -82,6 +82,7 @@ def on_hopper(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op_checks, op, attention if op == "block_sparse_attention" else call)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("op", OPS)
 def test_the_self_check_accepts_hoppers_products(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     on_hopper(op, monkeypatch)

@@ -72,6 +72,7 @@ def test_exported() -> None:
         assert same(program.module()(*INPUTS), accelerated()(*INPUTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_second_clip_shape_after_compiling(dynamic: bool | None) -> None:
     compiled = torch.compile(accelerated(), fullgraph=True, dynamic=dynamic, backend="aot_eager")

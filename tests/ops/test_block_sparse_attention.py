@@ -57,6 +57,7 @@ def test_tails(fmt, n, backend):
     held(inputs(fmt, n, heads=(1, 1)), BlockMap.dense(n, n), backend=backend)
 
 
+@pytest.mark.quick(12)
 @CASES
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (10, 2)])
 def test_grouped_heads_on_a_frame_window(fmt, heads, backend):
@@ -82,6 +83,7 @@ def test_several_clips_in_one_sequence(fmt, backend):
     held(inputs(fmt, block_map.queries, heads=(2, 1)), block_map, backend=backend)
 
 
+@pytest.mark.quick(5)
 @CASES
 def test_aligned_padding_is_never_read_as_a_key(fmt, backend):
     layout = Layout(2, 120, 20, 30, align_frames=True, align_modalities=True)
@@ -123,6 +125,7 @@ def test_nothing_at_all(backend):
     assert run(inputs("bf16", 0, m=5), BlockMap.dense(0, 5), backend=backend)[0].shape == (0, 4, 32)
 
 
+@pytest.mark.quick(5)
 @CASES
 def test_strided_inputs_give_the_same_bits(fmt, backend):
     given = inputs(fmt)
@@ -169,6 +172,7 @@ def test_one_softmax_over_the_union_of_window_and_prefix(backend):
         assert bf16_violations(budgets.measure(wrong, exact), eager)
 
 
+@pytest.mark.quick(5)
 @CASES
 def test_a_map_per_key_value_head(fmt, backend):
     layout = Layout(4, 128, 20, 30)
@@ -180,6 +184,7 @@ def test_a_map_per_key_value_head(fmt, backend):
     held(given, block_map, backend=backend)
 
 
+@pytest.mark.quick(5)
 @CASES
 def test_gate_and_fp8_output(fmt, backend):
     given = inputs(fmt)
@@ -253,6 +258,7 @@ def test_blocks_of_zeros_do_not_bound_e4m3_results():
         assert float(output_scale(v.to(torch.float8_e4m3fn), torch.tensor([[1.0, 0.25]]), None)) == 0.25
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("bound", [math.inf, LIMIT], ids=["running", "bounded"])
 def test_bits_do_not_depend_on_the_order_of_the_work(fmt, bound):
@@ -373,6 +379,7 @@ def without_bugs(fmt, backend):
     return given, block_map, run(given, block_map, backend=backend)[0]
 
 
+@pytest.mark.quick(20)
 @CASES
 @pytest.mark.parametrize(
     "bug", ["block skipped", "tile dropped", "scale", "prefix forgotten", "other head", "mask ignored"]

@@ -172,6 +172,7 @@ def test_rows_of_any_width(blocks, distinct, seed, order, amount):
     assert unequal(ours, wanted_choice(*case, *amount, rows=min(blocks, 3))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amount", [(300, 0), (0, 2**19), (0, 2**20)])
 @pytest.mark.parametrize("distinct", [2, 4000])
 def test_the_widest_row(amount, distinct):

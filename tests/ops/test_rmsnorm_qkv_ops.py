@@ -35,6 +35,7 @@ def op_calls(case):
     yield "qkv_linear_cuda", int8
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("index", range(13))
 def test_opcheck(index):
     name, arguments = list(op_calls(make(SHAPES["one-tile"])))[index]

@@ -21,6 +21,7 @@ def errors(ranks, work, *args):
         return found, time.monotonic() - start
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("how", "said"),
     [

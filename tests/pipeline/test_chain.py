@@ -150,6 +150,7 @@ def test_noise_is_drawn_in_the_published_order(pipe: Pipeline) -> None:
     assert torch.equal(clip.latents.video, large)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 def test_a_given_sound_is_held_by_both_samplers(pipe: Pipeline, sound: Path) -> None:
     clip = pipe(PROMPT, audio=sound, stages=1, **SHORT)

@@ -29,6 +29,7 @@ def test_on_a_cpu_nothing_is_planned(tiny: Path) -> None:
     assert place(parts(tiny, "cpu"), REQUEST, "resident").name == "resident"
 
 
+@pytest.mark.slow
 def test_on_a_gpu_its_budget_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = parts(tiny, "cuda")
     budget = [80 << 30]

@@ -93,6 +93,7 @@ def test_windows_come_one_by_one_and_are_joined(decoder):
     assert torch.equal(torch.cat(windows, dim=2), decoder.decode(latents))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("height", "width", "tiles"), [(1, 33, 2), (33, 1, 4), (5, 3, 4)])
 def test_tiles_are_exact_by_their_halo(decoder, height, width, tiles, monkeypatch):
     decoder, latents = copy.deepcopy(decoder).double(), torch.randn(1, 48, 1, height, width)
@@ -119,6 +120,7 @@ def test_pixels_depend_on_the_latents_of_the_halo_and_no_others():
             assert frames.narrow(axis, 0, 16 * 3).isnan().any() == reached
 
 
+@pytest.mark.slow
 def test_tiles_in_float32_differ_by_rounding(decoder):
     latents = torch.randn(1, 48, 1, 2, 35)
     whole = decoder.decode(latents)
@@ -194,6 +196,7 @@ def test_bytes_are_truncated():
     assert frames[0] == -2, "the frames were written to"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tiles", "gigabytes"), [(1, 9.2), (2, 7.4), (4, 6.4)])
 def test_peak_memory_of_a_window_at_1080p(tiles, gigabytes):
     meter = StorageMeter()

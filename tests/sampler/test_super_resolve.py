@@ -140,6 +140,7 @@ def run_alone(test: str) -> None:
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pictured", [False, True])
 def test_history_on_the_host_leaves_one_latent_and_the_same_result(pictured: bool, monkeypatch: Any) -> None:
     """What lives beside the model's activations is what decides whether 15 s at 1080p fit a card.

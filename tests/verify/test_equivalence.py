@@ -154,6 +154,7 @@ def test_float32_ops_are_the_models(name: str) -> None:
         torch.testing.assert_close(after, case.tensors[f"layer.{index}.out"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("precision", "attention"),
     [("bf16", "bf16"), ("bf16", "int8_qk"), ("int8", "int8_qk"), ("fp8", "fp8"), ("fp8", "int8_qk")],
