@@ -246,12 +246,8 @@ def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        # What the wait in `advance` is for: if this passes, it may no longer be needed.
-        (
-            "    await_full(v_ring, use, sizes.stages)\n    acc = ",
-            "    acc = ",
-            "0 loops with 64 exponents beside PV, 4 wanted",
-        ),
+        # What `hold_order` is for: if this passes, it may no longer be needed.
+        ("    hold_order(rings)\n    acc = ", "    acc = ", "0 loops with 64 exponents beside PV, 4 wanted"),
         (
             "    pv_pending = ",
             "    pass_turn(GROUP)\n    pv_pending = ",
