@@ -247,7 +247,7 @@ def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
     ("old", "new", "problem"),
     [
         # What `hold_order` is for: if this passes, it may no longer be needed.
-        ("    hold_order(rings)\n    acc = ", "    acc = ", "0 loops with 64 exponents beside PV, 4 wanted"),
+        ("    hold_order(rings)\n    acc = ", "    acc = ", "2 loops with 64 exponents beside PV, 4 wanted"),
         (
             "    pv_pending = ",
             "    pass_turn(GROUP)\n    pv_pending = ",
