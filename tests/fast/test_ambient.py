@@ -248,7 +248,7 @@ def first_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) ->
     return None
 
 
-@pytest.mark.quick(14)
+@pytest.mark.quick(8)
 @pytest.mark.parametrize(("name", "part"), CASES)
 def test_no_setting_reaches_a_result(name: str, part: str, folder: Path, unset: dict[str, list[torch.Tensor]]) -> None:
     with SETTINGS[name]():

@@ -58,7 +58,7 @@ IN_SHIM = [
 ]
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(("name", "backend"), [*((name, "reference") for name in CASES), *INTERPRETED, *IN_SHIM])
 def test_bf16_within_twice_eagers_own_error(name: str, backend: str) -> None:
     case = golden.load_case(name)

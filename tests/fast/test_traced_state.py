@@ -93,7 +93,7 @@ def tensors_kept(model: Any) -> list[torch.Tensor]:
     return [model.fast.bands, *(tensor for state in states for tensor in state.tensors())]
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("tracer", TRACERS)
 @pytest.mark.parametrize(
     "options", [{}, {"precision": "fp8", "attention": "fp8", "sparsity": TopK(0.5), "mlp_rows": 256}]

@@ -57,7 +57,7 @@ def test_tails(fmt, n, backend):
     held(inputs(fmt, n, heads=(1, 1)), BlockMap.dense(n, n), backend=backend)
 
 
-@pytest.mark.quick(12)
+@pytest.mark.quick(6)
 @CASES
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (10, 2)])
 def test_grouped_heads_on_a_frame_window(fmt, heads, backend):
@@ -379,7 +379,7 @@ def without_bugs(fmt, backend):
     return given, block_map, run(given, block_map, backend=backend)[0]
 
 
-@pytest.mark.quick(20)
+@pytest.mark.quick(12)
 @CASES
 @pytest.mark.parametrize(
     "bug", ["block skipped", "tile dropped", "scale", "prefix forgotten", "other head", "mask ignored"]

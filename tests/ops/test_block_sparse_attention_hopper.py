@@ -387,7 +387,7 @@ def test_sums_of_p_before_rounding_are_caught_by_one_key(fmt):
     assert ((out - expected).abs() / expected.abs()).max() > 2**-8
 
 
-@pytest.mark.quick(6)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("seed", range(4))
 def test_without_them_nothing_is_found(fmt, seed):

@@ -40,7 +40,7 @@ def test_opcheck(fmt, flag):
         torch.library.opcheck(op, arguments, test_utils=checks)
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(6)
 @BOUNDS
 @pytest.mark.parametrize(("fmt", "backend"), BACKENDS)
 def test_compiles_as_one_graph(fmt, backend, bound):

@@ -130,7 +130,7 @@ def distinct_configs():
     return list(seen.values())
 
 
-@pytest.mark.quick(32)
+@pytest.mark.quick(16)
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize(("variant", "config"), distinct_configs())
 def test_every_committed_tile_shape(variant, config, described, monkeypatch):

@@ -43,7 +43,7 @@ from happyhorse_fast.ops.quantize import to_int8 as reference_int8
 from happyhorse_fast.ops.quantize import token_order
 
 
-@pytest.mark.quick(24)
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("out", ["bf16", "int8", "fp8"])
 @pytest.mark.parametrize("branch", [False, True], ids=["alone", "branch"])
@@ -99,7 +99,7 @@ def test_one_outlier_among_ones_saturates_and_leaves_them_nothing_in_int8(backen
     assert x[0].eq(127).all() and x[1].nonzero().tolist() == [[3]] and int(x[1, 3]) == -127
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_bf16(name, backend):
@@ -135,7 +135,7 @@ def test_fp8_in_every_output_kind(name, backend):
         assert steps(v[:, :, rows], want / v_scale[:, tile, None, None].double()) <= 1
 
 
-@pytest.mark.quick(15)
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("x", ["bf16", "fp8"])
 @pytest.mark.parametrize("name", ALIGNED)
@@ -332,7 +332,7 @@ def test_descriptors_load_what_pointers_do(kind):
     used.assert_called_once()
 
 
-@pytest.mark.quick(12)
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("out", ["bf16", "int8_qk", "fp8"])
 @pytest.mark.parametrize("name", ALIGNED)

@@ -26,7 +26,7 @@ def backend(request):
 # Against plain torch, and against a choice written down again ---------------------------------------------------------
 
 
-@pytest.mark.quick(9)
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("fmt", SCORES)
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (5, 1)])
 def test_groups_and_formats(fmt, heads, backend):
@@ -97,7 +97,7 @@ def rule(chooser, given, keep=None, mass=None):
     return result
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("amount", [{"keep": 1}, {"keep": 4}, {"mass": 0.37}, {"mass": 0.83}, {"mass": 1.0}])
 @pytest.mark.parametrize("layout", [ALIGNED, RAGGED])
 def test_ties_go_to_the_lowest_block(layout, amount, backend):
