@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,7 +12,7 @@ from happyhorse_fast import ambient, optional
 from happyhorse_fast.arguments import require_tensor
 from happyhorse_fast.checkpoint.header import TensorEntry
 from happyhorse_fast.pipeline.audio_file import CHANNELS, LATENT_CHANNELS, WHAT, describe
-from happyhorse_fast.pipeline.codec_files import fill_parts, require_tensors
+from happyhorse_fast.pipeline.codec_files import Codec, require_tensors
 from happyhorse_fast.pipeline.sound import LATENT_SAMPLES, SAMPLE_RATE, read_sound, resample
 
 __all__ = ["AudioCodec", "read_sound"]
@@ -21,7 +21,7 @@ WINDOW_SECONDS = 29
 """Longest sound that is encoded as a whole."""
 
 
-class AudioCodec:
+class AudioCodec(Codec):
     """``AutoencoderOobleck`` with one or both of its halves, in float32; :meth:`load` makes one.
 
     A latent stands for 2048 samples of 51,200 Hz, 25 latents a second, though the codec was trained on 44,100 Hz: that
@@ -30,6 +30,8 @@ class AudioCodec:
     Attributes:
         vae: The library's model.
     """
+
+    HALVES: ClassVar = {"encoder": ("encoder",), "decoder": ("decoder",)}
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
@@ -58,22 +60,21 @@ class AudioCodec:
             ImportError: diffusers is not installed or does not import.
             ValueError: Neither half is asked for, or this machine does not have the device.
         """
-        if not (encoder or decoder):
-            raise ValueError("encoder or decoder must be True, got False for both")
-        vae, entries = _described(Path(folder))
-        parts = [*(("encoder",) if encoder else ()), *(("decoder",) if decoder else ())]
-        fill_parts(vae, entries, parts, device, torch.float32)
-        return cls(vae)
+        return cls(cls.filled(folder, device, torch.float32, encoder=encoder, decoder=decoder))
 
     @staticmethod
-    def check(folder: str | Path) -> None:
-        """Make the checks of :meth:`load` that need no weights: config, keys, shapes, and that the files are whole.
+    def described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
+        """As :meth:`Codec.described` says."""
+        source, settings, entries = describe(folder)
+        optional.require("diffusers", WHAT)
+        from diffusers import AutoencoderOobleck
 
-        Raises:
-            CheckpointError: As there.
-            ImportError: As there.
-        """
-        _described(Path(folder))
+        with torch.device("meta"), warnings.catch_warnings():
+            # The library's own warning.
+            warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated", FutureWarning)
+            vae = AutoencoderOobleck.from_config(settings)
+        require_tensors(vae.state_dict(), entries, source)
+        return vae, entries
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +96,7 @@ class AudioCodec:
             TypeError: ``latents`` is no floating-point tensor.
             ValueError: A wrong shape or device, or the codec was loaded without its decoder.
         """
-        self._require("decoder")
+        self.require_half("decoder")
         require_tensor("latents", latents, (1, "A", LATENT_CHANNELS), device=self.device)
         return self.vae.decode(latents.float().transpose(1, 2)).sample[0]
 
@@ -138,7 +139,7 @@ class AudioCodec:
             TypeError: ``sound`` is no floating-point tensor.
             ValueError: A wrong shape, shorter than one latent, or the codec was loaded without its encoder.
         """
-        self._require("encoder")
+        self.require_half("encoder")
         require_tensor("sound", sound, ("samples",))
         wanted, window = len(sound) if seconds is None else int(seconds * SAMPLE_RATE), WINDOW_SECONDS * SAMPLE_RATE
         if wanted < LATENT_SAMPLES:
@@ -155,10 +156,6 @@ class AudioCodec:
     def _encode_window(self, sound: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         stereo = sound.expand(1, CHANNELS, -1)
         return self.vae.encode(stereo).latent_dist.sample(generator).transpose(1, 2)
-
-    def _require(self, half: str) -> None:
-        if not hasattr(self.vae, half):
-            raise ValueError(f"{half} must be True in AudioCodec.load for this, it was False")
 
 
 def _exactly(sound: torch.Tensor, count: int) -> torch.Tensor:
@@ -184,16 +181,3 @@ def cross_faded(windows: list[torch.Tensor]) -> torch.Tensor:
         shared.mul_(1 - fade).add_(fade * window[:, :overlap])
         joined[:, start + overlap : start + length] = window[:, overlap:]
     return joined
-
-
-def _described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
-    """(The library's model on "meta", the entries of its files), which fit each other."""
-    source, settings, entries = describe(folder)
-    optional.require("diffusers", WHAT)
-    from diffusers import AutoencoderOobleck
-
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated", FutureWarning)  # the library's
-        vae = AutoencoderOobleck.from_config(settings)
-    require_tensors(vae, entries, source)
-    return vae, entries

@@ -22,9 +22,9 @@ from happyhorse_fast.arguments import CheckpointError, listed, require_finite, r
 from happyhorse_fast.checkpoint.header import DTYPES, INDEX_FILE, SINGLE_FILE, TensorEntry, read_file, read_index
 from happyhorse_fast.checkpoint.load import usable_device
 from happyhorse_fast.checkpoint.stream import Advance, emptied_on_error, fill, progress_bar, read_tensor, staging_buffer
+from happyhorse_fast.pipeline.codec_files import CONFIG, require_tensors
 from happyhorse_fast.tokens import TEXT_TOKENS
 
-CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 PREFIXES = ("model.encoder.", "encoder.")
 """Of the encoder's keys: in the published files, and where the encoder alone was saved."""
@@ -63,7 +63,7 @@ def text_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder of a text encoder")
-    small = [folder / name for name in (CONFIG_FILE, TOKENIZER_FILE)]
+    small = [folder / name for name in (CONFIG, TOKENIZER_FILE)]
     index = folder / INDEX_FILE
     if index.exists():
         small.append(index)
@@ -101,7 +101,10 @@ class TextEncoder:
         with torch.device("meta"):
             model = _empty_encoder(Path(folder))
         entries = _entries(files)
-        _require_same(entries, model.state_dict(), Path(folder))
+        wanted = {key.removeprefix(PREFIXES[1]): value for key, value in model.state_dict().items()}
+        floats = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
+        source = f"{folder}: text encoder"
+        require_tensors(wanted, entries, source, owner="the encoder", dtypes=floats, kind="floats")
         return TextParts(model, _tokenizer(Path(folder)), entries)
 
     @classmethod
@@ -250,7 +253,7 @@ def _empty_encoder(folder: Path) -> Any:
     """The encoder without weights, its attention without the soft cap."""
     from transformers import AttentionInterface, AttentionMaskInterface, T5GemmaConfig, T5GemmaEncoderModel
 
-    file = folder / CONFIG_FILE
+    file = folder / CONFIG
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -313,18 +316,3 @@ def _entries(files: list[Path]) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{index}: does not name tensors that are there: {listed(unnamed)}")
     prefix = next(prefix for prefix in PREFIXES if next(iter(where)).startswith(prefix))
     return {key.removeprefix(prefix): entry for key, entry in entries.items() if key in where}
-
-
-def _require_same(entries: Mapping[str, TensorEntry], state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Hold the files' tensors against those of the configuration."""
-    wanted = {key.removeprefix(PREFIXES[1]): tuple(value.shape) for key, value in state.items()}
-    problems = [f"{key} is missing" for key in wanted if key not in entries]
-    problems += [f"{key} is none of the encoder's" for key in entries if key not in wanted]
-    for key in wanted.keys() & entries.keys():
-        entry = entries[key]
-        if entry.shape != wanted[key]:
-            problems.append(f"{key} must be {list(wanted[key])}, got {list(entry.shape)}")
-        elif entry.dtype not in DTYPES or not DTYPES[entry.dtype].is_floating_point:
-            problems.append(f"{key} must be floats, got {entry.dtype}")
-    if problems:
-        raise CheckpointError(f"{folder}: text encoder: {listed(sorted(problems))}")

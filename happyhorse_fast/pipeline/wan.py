@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,7 +12,7 @@ from happyhorse_fast import ambient, optional
 from happyhorse_fast.arguments import CheckpointError, require_tensor, require_whole
 from happyhorse_fast.checkpoint.header import TensorEntry, read_headers
 from happyhorse_fast.config import LATENT_CHANNELS
-from happyhorse_fast.pipeline.codec_files import CONFIG, fill_parts, read_json, require_settings, require_tensors
+from happyhorse_fast.pipeline.codec_files import CONFIG, Codec, read_json, require_settings, require_tensors
 from happyhorse_fast.tokens import VAE_STRIDE
 
 WHAT = "Wan 2.2's video codec"
@@ -29,7 +29,7 @@ IGNORED = ("clip_output",)
 """Settings of the published config that no version of diffusers has; it always clips."""
 
 
-class WanCodec:
+class WanCodec(Codec):
     """``AutoencoderKLWan`` with one or both of its halves; :meth:`load` makes one.
 
     In bf16 at 1080p a picture is encoded in 2.4 GB and a clip of any length decoded in 23.6 GB, weights included (fake
@@ -40,6 +40,8 @@ class WanCodec:
         mean: [1, 48, 1, 1, 1] of the latents, in the weights' dtype, as the published code holds it.
         inverse_std: [1, 48, 1, 1, 1], 1 / std computed in the weights' dtype.
     """
+
+    HALVES: ClassVar = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
 
     def __init__(self, vae: Any, dtype: torch.dtype, device: torch.device) -> None:
         self.vae = vae
@@ -74,22 +76,20 @@ class WanCodec:
             ImportError: diffusers is not installed or does not import.
             ValueError: Neither half is asked for, or this machine does not have the device.
         """
-        if not (encoder or decoder):
-            raise ValueError("encoder or decoder must be True, got False for both")
-        vae, entries = _described(Path(folder))
-        parts = [*(("encoder", "quant_conv") if encoder else ()), *(("decoder", "post_quant_conv") if decoder else ())]
-        fill_parts(vae, entries, parts, device, dtype)
+        vae = cls.filled(folder, device, dtype, encoder=encoder, decoder=decoder)
         return cls(vae, dtype, next(vae.parameters()).device)
 
     @staticmethod
-    def check(folder: str | Path) -> None:
-        """Make the checks of :meth:`load` that need no weights: config, keys, shapes, and that the files are whole.
+    def described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
+        """As :meth:`Codec.described` says."""
+        settings, entries = _settings(folder), read_headers(folder)
+        optional.require("diffusers", WHAT)
+        from diffusers import AutoencoderKLWan
 
-        Raises:
-            CheckpointError: As there.
-            ImportError: As there.
-        """
-        _described(Path(folder))
+        with torch.device("meta"):
+            vae = AutoencoderKLWan.from_config(settings)
+        require_tensors(vae.state_dict(), entries, folder)
+        return vae, entries
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,7 +116,7 @@ class WanCodec:
             TypeError: ``pixels`` is no floating-point tensor.
             ValueError: A wrong shape or device, or the codec was loaded without its encoder.
         """
-        self._require("encoder")
+        self.require_half("encoder")
         require_tensor("pixels", pixels, (1, 3, "F", "H", "W"), device=self.device)
         frames, height, width = pixels.shape[2:]
         if frames % VAE_STRIDE[0] != 1 or height % VAE_STRIDE[1] or width % VAE_STRIDE[2]:
@@ -157,7 +157,7 @@ class WanCodec:
             ValueError: A wrong shape or device, ``tiles`` is not 1, or the codec was loaded without its decoder; all
                 of them before any work.
         """
-        self._require("decoder")
+        self.require_half("decoder")
         require_whole("tiles", tiles, 1, 1)
         require_tensor("latents", latents, (1, LATENT_CHANNELS, "T", "H", "W"), device=self.device)
         return self._windows(latents)
@@ -181,10 +181,6 @@ class WanCodec:
         frames = self.vae.decoder(latent, feat_cache=self.vae._feat_map, feat_idx=self.vae._conv_idx, first_chunk=first)
         return unpatchify(frames, patch_size=self.vae.config.patch_size).clamp_(-1, 1)
 
-    def _require(self, half: str) -> None:
-        if not hasattr(self.vae, half):
-            raise ValueError(f"{half} must be True in WanCodec.load for this, it was False")
-
 
 def _settings(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
@@ -195,15 +191,3 @@ def _settings(folder: Path) -> dict[str, Any]:
         if not isinstance(values, list) or len(values) != LATENT_CHANNELS:
             raise CheckpointError(f"{file}: {name} must be {LATENT_CHANNELS} numbers, got {values!r}")
     return {key: value for key, value in settings.items() if key not in IGNORED}
-
-
-def _described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
-    """(The library's model on "meta", the entries of its files), which fit each other."""
-    settings, entries = _settings(folder), read_headers(folder)
-    optional.require("diffusers", WHAT)
-    from diffusers import AutoencoderKLWan
-
-    with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(settings)
-    require_tensors(vae, entries, folder)
-    return vae, entries
