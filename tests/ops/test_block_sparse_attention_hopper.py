@@ -21,7 +21,6 @@ from attention_cases import (
     run,
 )
 from gluon_emulator import Emulated, EmulationError
-from planted import some_slow
 
 from bench.hopper import running
 from happyhorse_fast.block_map import BlockMap
@@ -374,7 +373,8 @@ def planted(fmt, seed, replace, block_map=UNEVEN):
     return problems(given, block_map, out, SCALE, backend="hopper")
 
 
-@pytest.mark.parametrize(("fmt", "bug"), [x for fmt, bugs in BUGS.items() for x in some_slow(bugs, fmt, quick=3)])
+@pytest.mark.quick(9)
+@pytest.mark.parametrize(("fmt", "bug"), [(fmt, bug) for fmt, bugs in BUGS.items() for bug in bugs])
 def test_planted_bugs_are_caught(fmt, bug):
     found = (planted(fmt, seed, [BUGS[fmt][bug]], m) for m in (UNEVEN, LONG) for seed in (1, 2))
     assert any(found)

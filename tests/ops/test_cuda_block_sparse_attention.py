@@ -11,7 +11,6 @@ import pytest
 import torch
 from cuda_mutants import mutant
 from cuda_shim import SHIM, ShimError
-from planted import some_slow
 from strict import poisoned_outputs, strict
 
 from happyhorse_fast import budgets
@@ -315,25 +314,29 @@ def e4m3_is_right(shim):
     return bool(((codes.float() * scale - plain).abs() <= plain.abs() * (2**-4 + 2**-8) + 2**-10 * scale).all())
 
 
-@pytest.mark.parametrize("bug", some_slow(E4M3_BUGS))
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("bug", E4M3_BUGS)
 def test_a_planted_bug_of_e4m3_output_is_caught(bug, tmp_path):
     assert e4m3_is_right(SHIM) and not e4m3_is_right(mutant(tmp_path, STEM, *E4M3_BUGS[bug]))
 
 
-@pytest.mark.parametrize("bug", some_slow(BUGS))
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(bug, tmp_path):
     bad = mutant(tmp_path, STEM, *BUGS[bug])
     for form in ("running",) if bug in RUNNING_ALONE else FORMS:
         assert caught(bad, form), (bug, form)
 
 
-@pytest.mark.parametrize("bug", some_slow(BOUNDED_BUGS))
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("bug", BOUNDED_BUGS)
 def test_a_planted_bug_of_the_bounded_form_is_caught(bug, tmp_path):
     bad = mutant(tmp_path, STEM, *BOUNDED_BUGS[bug])
     assert caught(bad, "bounded") and not caught(bad, "running")
 
 
-@pytest.mark.parametrize("bug", some_slow(FLAG_BUGS))
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("bug", FLAG_BUGS)
 def test_a_planted_bug_of_the_flag_is_caught(bug, tmp_path):
     assert not flag_is_heeded(mutant(tmp_path, STEM, *FLAG_BUGS[bug]))
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from cuda_mutants import mutant
 from cuda_shim import SHIM, ShimError
-from planted import some_slow
 from qkv_cases import ALIGNED, SHAPES, fp8_linear, make, steps, tail
 from strict import poisoned_outputs
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -125,7 +124,8 @@ ALL_MUTANTS = {bug: (edit, "fp8") for bug, edit in MUTANTS.items()}
 ALL_MUTANTS |= {bug: (edit, "int8_qk") for bug, edit in INT8_MUTANTS.items()}
 
 
-@pytest.mark.parametrize("bug", some_slow(ALL_MUTANTS))
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("bug", ALL_MUTANTS)
 def test_a_planted_bug_is_caught(bug, tmp_path):
     case = make(WIDE)
     edit, out = ALL_MUTANTS[bug]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from cuda_mutants import mutant
 from cuda_shim import SHIM, Shim, ShimError
-from planted import some_slow
 from qkv_cases import SHAPES, make
 from strict import poisoned_outputs
 
@@ -107,7 +106,8 @@ def test_no_problems_without_a_planted_bug():
     assert [problem for out in ("bf16", "int8", "fp8") for problem in problems(SHIM, out)] == []
 
 
-@pytest.mark.parametrize("bug", some_slow(BUGS))
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_caught(bug, tmp_path):
     shim = mutant(tmp_path, "rmsnorm_quantize", *BUGS[bug])
     assert problems(shim, "int8" if bug in OF_INT8 else "fp8")

@@ -11,7 +11,6 @@ from cuda_shim import SHIM, ShimError
 from fuzz import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import some_slow
 from select_cases import ALIGNED, RAGGED, SCORES, cases, differences, held, inputs, integers, selector
 from strict import poisoned_outputs
 
@@ -293,6 +292,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("bug", some_slow(MUTANTS))
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("bug", MUTANTS)
 def test_planted_bugs_are_caught(bug, judged, tmp_path):
     assert problems(mutant(tmp_path, "select_blocks", *MUTANTS[bug]), judged)
