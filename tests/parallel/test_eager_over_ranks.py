@@ -7,23 +7,10 @@ differ by rounding. The fast model's ranks hold whole tiles of 128 rows, and giv
 import pytest
 import torch
 from over_ranks import SIX_TILES, UNEVEN, WINDOW, check
-from rank_pool import rank_pool
 from rank_work import config_of
 
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 """Relative L2; in bf16 what the public code's own rounding makes of it is 4e-3 to 6e-3."""
-
-
-@pytest.fixture(scope="module")
-def two():
-    with rank_pool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module", params=[4, 8])
-def many(request):
-    with rank_pool(request.param) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

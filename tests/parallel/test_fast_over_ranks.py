@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from over_ranks import SIX_TILES, UNEVEN, WINDOW, check
-from rank_pool import rank_pool
 from rank_work import config_of
 
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
@@ -16,18 +15,6 @@ MASKS = [
     ("top_p", {}, TopP(0.6)),
     ("tiles", {}, Tiles(1, 2, 30)),
 ]
-
-
-@pytest.fixture(scope="module")
-def two():
-    with rank_pool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module", params=[4, 8])
-def many(request):
-    with rank_pool(request.param) as pool:
-        yield pool
 
 
 def fast(precision="bf16", attention="bf16", **options):

@@ -2,7 +2,6 @@
 
 import pytest
 from over_ranks import SIX_TILES
-from rank_pool import rank_pool
 from rank_work import config_of, held_sizes
 
 from happyhorse_fast.fast.config import FastConfig
@@ -10,12 +9,6 @@ from happyhorse_fast.fast.config import FastConfig
 ROWS, TOKENS, HIDDEN, HEADS_Q, HEADS_KV, D = 6 * 128, 4 * 128 + 13 + 6, 96, 8, 4, 32
 MLP = (384, 256, 512)
 """GELU7; SwiGLU7 after and before its activation."""
-
-
-@pytest.fixture(scope="module")
-def two():
-    with rank_pool(2) as pool:
-        yield pool
 
 
 # Names are told by their widths, so these are all different: of the stream, the MLP, and a head's 32, 64 or 128.

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from over_ranks import SIX_TILES
-from rank_pool import rank_pool
 from rank_work import called_again, config_of, layers_seen, model_of, refusal, restored
 
 import happyhorse_fast as hh
@@ -24,12 +23,6 @@ REFUSALS = {
     "shape": "video must be the same on all 2 ranks, got float32 [1, 48, 2, 4, 8]",
     "noise": "video must be the same on all 2 ranks, got float32 [1, 48, 2, 4, 8] with bits that add up to",
 }
-
-
-@pytest.fixture(scope="module")
-def two():
-    with rank_pool(2) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("what", REFUSALS)

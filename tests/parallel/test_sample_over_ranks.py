@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from rank_pool import rank_pool
 from rank_work import command, config_of, model_of, sampled, sampled_by
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -18,12 +17,6 @@ from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.parallel.launched import Launched
 
 REFERENCE = FastConfig(backend="reference")
-
-
-@pytest.fixture(scope="module")
-def two():
-    with rank_pool(2) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("noise", ["global", "generator", "named"])

@@ -1,19 +1,12 @@
 """Weights spread over ranks: what a rank holds, and that its results are those of whole weights."""
 
 import pytest
-from rank_pool import rank_pool
 from rank_work import config_of, model_of, sharded
 
 import happyhorse_fast as hh
 from happyhorse_fast.fast.config import FastConfig
 
 FORMS = [None, *(FastConfig(precision=name, backend="reference") for name in ("bf16", "int8", "fp8"))]
-
-
-@pytest.fixture(scope="module")
-def two():
-    with rank_pool(2) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("fast", FORMS, ids=["eager", "bf16", "int8", "fp8"])
