@@ -24,9 +24,14 @@ from bench.peers import eager
 from bench.peers.registry import all_peers, split
 from bench.peers.torch import Eager
 from bench.results import Results, comparable, describe_machine, ratio, read
+from happyhorse_fast import budgets
+from happyhorse_fast.eager.mlp import swiglu7
 from happyhorse_fast.kernels.launch import config_for, table
+from happyhorse_fast.ops.quantize import dequantize, to_e4m3
 
 TINY = cases("tiny")
+ACCUMULATOR = 1.5e-3
+"""Error of a sum of 5120 products in e4m3, over the sums' deviation; by the emulator of Hopper's accumulator."""
 pytestmark = pytest.mark.usefixtures("ceilings")
 
 
@@ -78,6 +83,24 @@ def test_a_wrong_kernel_has_no_number(name, what, bench, monkeypatch, tmp_path):
     assert not any(character.isdigit() for cell in ops_table.row(entry)[2:-1] for character in cell)
     (written,) = read(tmp_path / "r.json")["entries"]
     assert written == json.loads(json.dumps(entry))
+
+
+@pytest.mark.parametrize("factor", [1, 1.01, 0.99])
+def test_codes_may_differ_beside_a_boundary_alone(factor):
+    """Sums with the error of Hopper's accumulator give other codes, whose slope one large value can decide."""
+    noise = torch.Generator().manual_seed(0)
+    sums = torch.randn(128, 2048, generator=noise)
+    sums[0, :2] = torch.tensor([8.0, 34 / 7 - 1])  # 34, between the codes of 32 and 36
+    moved = sums + ACCUMULATOR * torch.randn(sums.shape, generator=noise)
+    moved[0, :2] = sums[0, :2] + torch.tensor([0.0, 1e-3])
+    exact, scale = swiglu7(sums.double()), torch.tensor([0.125])
+    y = dequantize(to_e4m3(swiglu7(moved) * factor / scale), scale, torch.float64)
+    kept = budgets.violations(
+        budgets.measure(y, gates.codes_beside(y, exact, scale)), distance=gates.CODES_DISTANCE, slope=budgets.GEMM_SLOPE
+    )
+    assert bool(kept) == (factor != 1)
+    rounded = dequantize(to_e4m3(exact / scale), scale, torch.float64)
+    assert budgets.measure(y, rounded).tile_slope > gates.CODE_SLOPE
 
 
 @pytest.mark.parametrize(("precision", "seen"), [("int8", True), ("fp8", False)])
