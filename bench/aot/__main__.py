@@ -34,8 +34,8 @@ differs. Every launch that the tables in `kernels/configs/` allow at the 15B mod
 it, compiled without a GPU by Triton {versions}. A cell with several values has them in this order.
 
 Every kernel fits its device, and products use the tensor-core instruction of their format and no other. None has stack
-or spills but for those of `MAY_SPILL` in `bench/aot/gates.py`; on sm_90 none at all. "Traced" is a launch as
-torch.compile records it, through pointers. "Hopper" is the Gluon kernel for sm_90 alone: its registers are those of its
+or spills but for those of `MAY_SPILL` in `bench/aot/gates.py`; on sm_90 none at all. "Pointers" is a launch for tensors
+that no TMA descriptor can be made of. "Hopper" is the Gluon kernel for sm_90 alone: its registers are those of its
 launch, of which computing groups then take 240 a thread and the loading warp 24; in bf16 and with int8 q and k each of
 its loops has the exponents of a block beside the PV of the one before, and passes its turn once, behind its last
 product. Stack and shared memory are in bytes; SHFL, STL and LDL count instructions in the listing, not executions. None

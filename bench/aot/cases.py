@@ -6,6 +6,7 @@ kernel, as one expert and three do, are compiled once.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from happyhorse_fast.ops.block_selection import triton as select_blocks
 from happyhorse_fast.ops.linear import triton as fp8_linear
 from happyhorse_fast.ops.qkv import triton as rmsnorm_qkv
 from happyhorse_fast.ops.row_quantization import triton as quantize_rows
-from happyhorse_fast.ops.runtime.triton.device import pretend
+from happyhorse_fast.ops.runtime.triton.device import by_pointers, pretend
 from happyhorse_fast.ops.runtime.triton.library import LAUNCHERS
 
 STEMS = tuple(module.STEM for module in (rmsnorm_qkv, quantize_rows, block_sparse_attention, fp8_linear, select_blocks))
@@ -50,7 +51,7 @@ class Case:
         products: Format of its products: a key of `aot_gates.PRODUCTS`.
         detail: What tells it from the op's other cases.
         arguments: The launcher's, on the device "meta".
-        tracing: Whether the launcher is called as torch traces it: without descriptors.
+        pointers: Whether the launcher may make no descriptors, where it otherwise would.
         hopper: Whether the table is taken to ask for the Hopper kernel.
     """
 
@@ -61,12 +62,13 @@ class Case:
     products: str
     detail: str
     arguments: dict[str, Any] = field(repr=False)
-    tracing: bool = False
+    pointers: bool = False
     hopper: bool = False
 
     def launch(self) -> None:
         """Call the launcher, pretending the architecture."""
-        with pretend(self.arch, tracing=self.tracing), running(HOPPER if self.hopper else "triton"):
+        loads = by_pointers() if self.pointers else contextlib.nullcontext()
+        with pretend(self.arch), loads, running(HOPPER if self.hopper else "triton"):
             LAUNCHERS[f"happyhorse_fast::{self.op}"](**self.arguments)
 
 
@@ -88,13 +90,13 @@ def formats(arch: int) -> tuple[str, ...]:
 
 
 def loads(stem: str, variant: str, arch: int) -> tuple[bool, ...]:
-    """``tracing``, False and True, where that takes the launcher from descriptors to pointers; else only False."""
+    """``pointers``, False and True, where the table has descriptors; else only False."""
     return (False, True) if config_for(stem, variant, arch).descriptors else (False,)
 
 
-def described(detail: str, tracing: bool) -> str:
+def described(detail: str, pointers: bool) -> str:
     """Add to a case's detail how it loads."""
-    return f"{detail}, traced" if tracing else detail
+    return f"{detail}, pointers" if pointers else detail
 
 
 def norms(arch: int) -> Iterator[Case]:
@@ -141,10 +143,10 @@ def qkv_products(arch: int) -> Iterator[Case]:
             "qk_scale": meta(experts, 2) if out == "fp8" else None,
         }
         variant = f"qkv_{fmt}"
-        for tracing in loads("qkv", variant, arch):
-            detail = described(f"{fmt}, {out} out", tracing)
+        for pointers in loads("qkv", variant, arch):
+            detail = described(f"{fmt}, {out} out", pointers)
             variants = {"qkv_linear_kernel": variant}
-            yield Case("qkv_linear", "qkv", arch, variants, fmt, detail, arguments, tracing)
+            yield Case("qkv_linear", "qkv", arch, variants, fmt, detail, arguments, pointers)
 
 
 def attentions(arch: int) -> Iterator[Case]:
@@ -163,19 +165,17 @@ def attentions(arch: int) -> Iterator[Case]:
             wishes.append((HEADS_KV, to_fp8, False, False))
         if fmt == "bf16" and bounded:
             wishes += [(1, False, False, True), (1, False, True, True)]
-        for tracing, (map_heads, fp8_out, lse, flag) in itertools.product(ways, wishes):
+        for pointers, (map_heads, fp8_out, lse, flag) in itertools.product(ways, wishes):
             arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse, bounded)
             # Where a table has descriptors, a bounded softmax and e4m3 with an LSE still read through pointers.
-            pointers = True in ways and (tracing or (lse and (bounded or fmt == "fp8")))
-            variants = {"block_sparse_attention_kernel": f"{variant}_strided" if pointers else variant}
+            strided = pointers or (True in ways and lse and (bounded or fmt == "fp8"))
+            variants = {"block_sparse_attention_kernel": f"{variant}_strided" if strided else variant}
             detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE' if lse else ''}"
             detail += f", {map_heads} maps" if map_heads > 1 else ""
             if flag:
-                variants["block_sparse_attention_kernel running"] = (
-                    f"{variant}_strided" if tracing and True in ways else variant
-                )
+                variants["block_sparse_attention_kernel running"] = f"{variant}_strided" if pointers else variant
                 arguments, detail = arguments | {"flag": meta(1, dtype=I32)}, f"{detail}, flag"
-            yield Case(op, stem, arch, variants, fmt, described(detail, tracing), arguments, tracing)
+            yield Case(op, stem, arch, variants, fmt, described(detail, pointers), arguments, pointers)
 
 
 def hopper_attentions(arch: int) -> Iterator[Case]:
@@ -249,7 +249,7 @@ def linears(arch: int) -> Iterator[Case]:
         products = [(*shape, activation or fmt == "int8") for shape in linear_shapes(epilogue)]
         if fmt == "fp8" and not activation:
             products.append((HIDDEN, HIDDEN, True))
-        for (features, inputs, per_row), experts, out, tracing in itertools.product(
+        for (features, inputs, per_row), experts, out, pointers in itertools.product(
             products, EXPERTS, outs, loads("linear", variant, arch)
         ):
             arguments = {
@@ -266,7 +266,7 @@ def linears(arch: int) -> Iterator[Case]:
                 op, arguments = "fp8_linear_residual", arguments | {"hidden": meta(ROWS, features)}
             detail = f"{fmt}{scales}, {epilogue}, {out} out{f', K {inputs}' if inputs != HIDDEN else ''}"
             variants = {"fp8_linear_kernel": variant}
-            yield Case(op, "linear", arch, variants, fmt, described(detail, tracing), arguments, tracing)
+            yield Case(op, "linear", arch, variants, fmt, described(detail, pointers), arguments, pointers)
 
 
 def selections(arch: int) -> Iterator[Case]:

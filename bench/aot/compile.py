@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from torch._library.triton import set_wrap_triton_enabled
 from triton.backends.compiler import GPUTarget
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -95,7 +94,7 @@ def recording(launched: Callable[[Any, str], None]) -> Iterator[None]:
         launched(fn.jit_function, compile["specialization_data"])
         return True  # do not compile, do not launch
 
-    with triton.knobs.runtime.scope(), triton.knobs.language.scope(), set_wrap_triton_enabled(False):
+    with triton.knobs.runtime.scope(), triton.knobs.language.scope():
         triton.knobs.runtime.jit_cache_hook = hook
         # The other default, so that a launch that does not say which it wants shows.
         triton.knobs.language.default_fp_fusion = False

@@ -166,7 +166,7 @@ def problems(row: Row) -> list[str]:
     own = [barrier for barrier in row.barriers if barrier[0] >= RESERVED]
     if config.hopper and (len(own), *{threads for _, threads in own}) != ((2, GROUP_THREADS) if taking_turns else (0,)):
         found.append(f"named barriers {own}, not {'two of both groups' if taking_turns else 'none'}")
-    reducing = config.reduce and not row.detail.endswith("traced")
+    reducing = config.reduce and not row.detail.endswith("pointers")
     if bool(row.reduces) != reducing:
         found.append(f"{row.reduces} additions by the memory, {'some' if reducing else 'none'} wanted")
     if reducing and (row.stores or "out" in row.pointers):

@@ -29,7 +29,6 @@ from unittest import mock
 
 import bench.bootstrap
 import torch, triton
-from torch._library.triton import set_wrap_triton_enabled
 from triton.compiler import CompiledKernel
 
 from bench.aot.compile import Driver
@@ -43,7 +42,7 @@ triton.runtime.driver.set_active(driver)
 looked = []
 triton.knobs.compilation.listener = lambda *, cache_hit, metadata, **_: looked.append((metadata["name"], cache_hit))
 never = mock.patch.multiple(CompiledKernel, run=lambda *_: None, launch_metadata=lambda *_: None)
-with never, set_wrap_triton_enabled(False), stand_in(90):
+with never, stand_in(90):
     for source in sources(90):
         if re.search(sys.argv[1], source.name):
             source.launch()

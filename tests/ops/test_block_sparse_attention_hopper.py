@@ -28,7 +28,7 @@ from happyhorse_fast.kernels import launch
 from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.score_bound import LIMIT, MARGIN, norm_bound
-from happyhorse_fast.ops.runtime.triton.device import pretend
+from happyhorse_fast.ops.runtime.triton.device import by_pointers, pretend
 
 BOUNDED = ("bf16", "int8_qk")
 SCALE = 32**-0.5
@@ -52,11 +52,10 @@ def attention(given, block_map=MAP, seed=1, replace=(), **options):
 def launched(monkeypatch, given, **options):
     """Whether a call launches the Hopper kernel, and the plain one."""
     calls = []
-    plain = launcher.block_sparse_attention_kernel
     monkeypatch.setattr(Emulated, "__getitem__", lambda self, grid: lambda *a, **k: calls.append("hopper"))
-    wrapped = mock.MagicMock()
-    wrapped.__getitem__.side_effect = lambda grid: lambda *a, **k: calls.append("plain")
-    monkeypatch.setattr(launcher, "launchable", lambda kernel: wrapped if kernel is plain else kernel)
+    plain = mock.MagicMock()
+    plain.__getitem__.side_effect = lambda grid: lambda *a, **k: calls.append("plain")
+    monkeypatch.setattr(launcher, "block_sparse_attention_kernel", plain)
     attention(given, **options)
     return calls
 
@@ -98,7 +97,7 @@ def test_of_two_launches_the_flag_lets_one_compute(fits):
     given = inputs("bf16", 150, heads=(2, 1), spread=1.0 if fits else 40.0)
     block_map = BlockMap.dense(150, 150)
     plain = mock.MagicMock()
-    with mock.patch.object(launcher, "launchable", return_value=plain):
+    with mock.patch.object(launcher, "block_sparse_attention_kernel", plain):
         out, _, lse = run(given, block_map, SCALE, "hopper", bound=None, return_lse=True)
     assert plain.__getitem__.return_value.call_count == 1, "the other form"
     assert plain.__getitem__.return_value.call_args.kwargs["BOUNDED"] is False
@@ -117,7 +116,7 @@ def test_taken_on_hopper_for_heads_of_128_and_nowhere_else():
         with pretend(90):
             assert launcher.launch_config(*given, bounded=True).hopper
             assert launcher.launch_config(*given, bounded=True, lse=True).hopper
-        with pretend(90, tracing=True):  # a trace holds no descriptors: plain Triton, through pointers
+        with pretend(90), by_pointers():
             assert not launcher.launch_config(*given, bounded=True).hopper
             assert not launcher.launch_config(*given, bounded=True).descriptors
         with pretend(100):

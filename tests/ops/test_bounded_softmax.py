@@ -72,7 +72,7 @@ def test_norm_weights_on_either_side_of_the_switch(fmt):
         norm = 32**0.5 * (1 + weight)
         given = formatted(fmt, q * norm, k * norm, torch.randn(200, 1, 32))
         plain = mock.MagicMock()
-        with mock.patch.object(launcher, "launchable", return_value=plain):
+        with mock.patch.object(launcher, "block_sparse_attention_kernel", plain):
             options = {"scale": SCALE, "bound": norm_bound(weight, weight)}
             block_sparse_attention(**given, block_map=BlockMap.dense(200, 200), **options)
         assert plain.__getitem__.return_value.call_args.kwargs["BOUNDED"] is bounded

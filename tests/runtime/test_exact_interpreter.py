@@ -29,6 +29,26 @@ def test_without_the_interpreter_the_error_says_what_to_do():
     assert "or pass backend='reference'" in done.stderr
 
 
+TRACE = """
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from happyhorse_fast.ops import quantize_rows
+def show(graph, inputs):
+    print(*(node.target for node in graph.graph.nodes if "happyhorse_fast" in str(node.target)))
+    return graph
+traced = torch.compile(
+    lambda x: quantize_rows(x, hadamard=True, backend="triton"), backend=aot_autograd(fw_compiler=show)
+)
+traced(torch.empty(64, 4096, dtype=torch.bfloat16))
+"""
+
+
+def test_a_trace_keeps_the_op_whole():
+    """Looked into it would launch without TMA descriptors, and on Hopper another kernel."""
+    done = run(TRACE, interpret="0")
+    assert done.stdout.split() == ["happyhorse_fast.quantize_rows.default"], done.stderr
+
+
 def run(code: str, interpret: str) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -164,7 +164,7 @@ def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatc
     compared = CHECKS["block_sparse_attention"]("triton", CPU, variant)
     assert self_check._judge(compared)[0], "the reference passes in steps of either kernel"
     e4m3, to_fp8 = variant == "fp8", variant.endswith("fp8_out") or variant == "fp8"
-    for hopper in (True, False):  # and False as torch.compile launches it for the model
+    for hopper in (True, False):  # and False for tensors that no descriptor can be made of
         assert (not e4m3, to_fp8, False, hopper) in asked
     assert all(found[3] == (e4m3 or found[0]) for found in asked if found[2]), "with an LSE"
     assert e4m3 or (False, to_fp8, False, False) in asked, "a running maximum"

@@ -16,7 +16,7 @@ from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.ops.attention import hopper
 from happyhorse_fast.ops.attention.contract import BlockSparseAttention
 from happyhorse_fast.ops.runtime.triton.device import addressable, architecture, multiprocessors, on_device
-from happyhorse_fast.ops.runtime.triton.library import kernel_op, launchable
+from happyhorse_fast.ops.runtime.triton.library import kernel_op
 
 STEM = "attention"
 # Warps that fill an SM's 65,536 registers at 255 a thread.
@@ -129,7 +129,6 @@ def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]
     for form in forms:
         config = launch_config(q, k, v, bounded=form, lse=return_lse)
         if config.hopper:
-            # Never in a trace, which has no descriptors: no wrap_triton.
             with on_device(q):
                 hopper.launch(config, *matrices(q, k, v), tensors, (n, map_rows, key_blocks, map_rows * heads_q), sizes)
             continue
@@ -143,7 +142,7 @@ def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]
             v_tile = k_tile[::-1] if is_transposed(v) else k_tile
             k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
         with on_device(q):
-            launchable(block_sparse_attention_kernel)[(min(items, programs),)](
+            block_sparse_attention_kernel[(min(items, programs),)](
                 q,
                 k_source,
                 v_source,

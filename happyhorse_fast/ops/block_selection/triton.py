@@ -11,7 +11,7 @@ from happyhorse_fast.kernels.block_selection import order_rows_kernel, pool_bloc
 from happyhorse_fast.kernels.launch import FP_FUSION, config_for
 from happyhorse_fast.ops.block_selection.contract import SelectBlocks
 from happyhorse_fast.ops.runtime.triton.device import architecture, on_device
-from happyhorse_fast.ops.runtime.triton.library import kernel_op, launchable
+from happyhorse_fast.ops.runtime.triton.library import kernel_op
 
 STEM = "block_selection"
 POOLS = {torch.bfloat16: "pool_bf16", torch.int8: "pool_int8", torch.float8_e4m3fn: "pool_fp8"}
@@ -35,7 +35,7 @@ def select_blocks(given: SelectBlocks) -> Parts:
     pooled_q = torch.empty(heads_q, blocks, d, dtype=torch.float32, device=q.device)
     pooled_k = torch.empty(heads_kv, d, blocks, dtype=torch.float32, device=q.device)
     with on_device(q):
-        launchable(pool_blocks_kernel)[(blocks, heads_q + heads_kv)](
+        pool_blocks_kernel[(blocks, heads_q + heads_kv)](
             q,
             k,
             *of_values,
@@ -53,7 +53,7 @@ def select_blocks(given: SelectBlocks) -> Parts:
             num_stages=pool.num_stages,
             enable_fp_fusion=FP_FUSION,
         )
-        launchable(select_blocks_kernel)[(rows,)](
+        select_blocks_kernel[(rows,)](
             pooled_q,
             pooled_k,
             table,
@@ -78,7 +78,7 @@ def select_blocks(given: SelectBlocks) -> Parts:
             num_stages=choice.num_stages,
             enable_fp_fusion=FP_FUSION,
         )
-        launchable(order_rows_kernel)[(triton.cdiv(rows, ordering.block_m),)](
+        order_rows_kernel[(triton.cdiv(rows, ordering.block_m),)](
             counts,
             order,
             rows,

@@ -12,7 +12,7 @@ from happyhorse_fast.ops.linear.contract import Linear, LinearActivation, Linear
 from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors, on_device
-from happyhorse_fast.ops.runtime.triton.library import kernel_op, launchable
+from happyhorse_fast.ops.runtime.triton.library import kernel_op
 
 STEM = "linear"
 ACCUMULATORS_PER_SM = 128 * 256
@@ -37,7 +37,7 @@ def launch(given: Product, out: Tensor, epilogue: str, config: LaunchConfig) -> 
     tiles = row_tiles.shape[0] * (ROW_TILE // config.block_m) * -(-features // config.block_n)
     programs = multiprocessors(x.device) * max(1, ACCUMULATORS_PER_SM // (config.block_m * config.block_n))
     with on_device(x):
-        launchable(fp8_linear_kernel)[(min(tiles, programs),)](
+        fp8_linear_kernel[(min(tiles, programs),)](
             TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]) if described else x,
             # Every argument is a pointer; one that the flags leave unread stands in for what is not given.
             row_tiles if given.x_scale is None else given.x_scale,

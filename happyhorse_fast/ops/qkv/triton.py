@@ -13,7 +13,7 @@ from happyhorse_fast.ops.qkv.contract import QKV, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors, on_device
-from happyhorse_fast.ops.runtime.triton.library import kernel_op, launchable
+from happyhorse_fast.ops.runtime.triton.library import kernel_op
 
 STEM = "qkv"
 
@@ -29,7 +29,7 @@ def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
     added = hidden if branch is None else branch
     channels = hidden.shape[1]
     with on_device(hidden):
-        launchable(rmsnorm_quantize_kernel)[(ROW_TILE // config.block_m, row_tiles.shape[0])](
+        rmsnorm_quantize_kernel[(ROW_TILE // config.block_m, row_tiles.shape[0])](
             hidden,
             added,
             given.norm_weight,
@@ -66,7 +66,7 @@ def qkv_linear(given: QkvLinear) -> QKV:
     described = config.descriptors and descriptors_work(x, weight)
     tiles = row_tiles.shape[0] * -(-weight.shape[1] // width)
     with on_device(x):
-        launchable(qkv_linear_kernel)[(min(tiles, multiprocessors(x.device)),)](
+        qkv_linear_kernel[(min(tiles, multiprocessors(x.device)),)](
             _tiled(x, ROW_TILE, config) if described else x,
             # A kernel takes a pointer for every argument: one that its flags leave unread stands in for a None.
             qk_norm if given.x_scale is None else given.x_scale,

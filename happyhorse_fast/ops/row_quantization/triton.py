@@ -9,7 +9,7 @@ from happyhorse_fast.kernels.launch import FP_FUSION, config_for
 from happyhorse_fast.kernels.row_quantization import quantize_rows_kernel
 from happyhorse_fast.ops.row_quantization.contract import QuantizeRows
 from happyhorse_fast.ops.runtime.triton.device import architecture, multiprocessors, on_device
-from happyhorse_fast.ops.runtime.triton.library import kernel_op, launchable
+from happyhorse_fast.ops.runtime.triton.library import kernel_op
 
 STEM = "row_quantization"
 NARROWEST, WARP = 4096, 32
@@ -31,7 +31,7 @@ def quantize_rows(given: QuantizeRows) -> tuple[Tensor, Tensor]:
     config = config_for(STEM, variant_of(channels), architecture(x.device))
     programs = multiprocessors(x.device) * max(1, THREADS_PER_SM // (WARP * config.num_warps))
     with on_device(x):
-        launchable(quantize_rows_kernel)[(min(rows, programs),)](
+        quantize_rows_kernel[(min(rows, programs),)](
             x,
             codes,
             scale,

@@ -161,7 +161,7 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
         there: dict[str, Any] = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         wanted = [(*result, False) for result in results_of]
         if bound is not None and _by_descriptors(backend, there["q"], there["k"], there["v"], bounded=bounded):
-            # torch.compile takes another kernel, which reads through pointers, for the result that a model asks for.
+            # Strided tensors take another kernel, which reads through pointers.
             wanted.append((results_of[-1][0], False, True))
         for fp8_out, lse, apart in wanted:
             operands = there | ({"k": _apart(there["k"])} if apart else {})
@@ -229,7 +229,7 @@ def _rounding(
 
 
 def _by_descriptors(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bounded: bool) -> bool:
-    """Whether the kernel reads tiles through descriptors, which a trace has none of."""
+    """Whether the kernel reads tiles through descriptors, as it does all but strided tensors."""
     if backend == "cuda":
         return False
     from happyhorse_fast.ops.attention.triton import launch_config
@@ -313,7 +313,7 @@ Check = Callable[[str, torch.device, str], Compared]
 
 
 def _also_by_pointers(check: Check) -> Check:
-    """A check that runs what torch.compile takes too: kernels without TMA descriptors, which a trace has none of.
+    """A check that runs what tensors that are not aligned take too: kernels without TMA descriptors.
 
     Where the launch table has no descriptor these are the same kernels, which are not compiled again.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -16,35 +15,28 @@ PRETENDED_PROGRAMS = 132
 """Multiprocessors of an H100: the size of a grid, which no kernel is compiled for."""
 
 
-@dataclass(frozen=True)
-class Pretence:
-    """Told to launchers in place of a GPU: compute capability, and whether torch is tracing them."""
-
-    arch: int
-    tracing: bool
-
-
-_pretence: Pretence | None = None
+_pretended: int | None = None
+"""Compute capability that launchers are told in place of a GPU's."""
 _by_pointers = False
 
 
 @contextlib.contextmanager
-def pretend(arch: int, *, tracing: bool = False) -> Iterator[None]:
+def pretend(arch: int) -> Iterator[None]:
     """Launch for tensors on the device "meta" as on a GPU of compute capability ``arch``: to compile ahead of time.
 
     Whoever asks how tensors on the CPU would be launched is told the same.
     """
-    global _pretence
-    before, _pretence = _pretence, Pretence(arch, tracing)
+    global _pretended
+    before, _pretended = _pretended, arch
     try:
         yield
     finally:
-        _pretence = before
+        _pretended = before
 
 
 @contextlib.contextmanager
 def by_pointers() -> Iterator[None]:
-    """Launch as where torch traces, without TMA descriptors: what torch.compile takes, to be checked outside of it."""
+    """Launch without TMA descriptors, as for tensors that none can be made of."""
     global _by_pointers
     before, _by_pointers = _by_pointers, True
     try:
@@ -54,22 +46,14 @@ def by_pointers() -> Iterator[None]:
 
 
 def addressable(x: torch.Tensor) -> bool:
-    """Whether a TMA descriptor of ``x`` can be made on the host: on a GPU, and not while torch traces.
-
-    A descriptor cannot be recorded in a graph ("TMA descriptor capturing not yet supported in non-dynamo tracing",
-    torch 2.13), and there ``x`` is a subclass of a tensor.
-    """
-    if _by_pointers:
-        return False
-    if not x.is_cuda and _pretence is not None:
-        return not _pretence.tracing
-    return x.is_cuda and type(x) is torch.Tensor
+    """Whether TMA descriptors may be made where ``x`` is: on a GPU, outside of :func:`by_pointers`."""
+    return not _by_pointers and (x.is_cuda or _pretended is not None)
 
 
 def architecture(device: torch.device) -> int:
     """Compute capability as 90 for 9.0."""
-    if device.type != "cuda" and _pretence is not None:
-        return _pretence.arch
+    if device.type != "cuda" and _pretended is not None:
+        return _pretended
     if device.type != "cuda":
         return INTERPRETED_ARCHITECTURE
     major, minor = torch.cuda.get_device_capability(device)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.library import wrap_triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from happyhorse_fast.ops.runtime.obstacles import BackendError, triton_obstacle
@@ -17,12 +16,11 @@ LAUNCHERS: dict[str, Implementation] = {}
 
 
 def kernel_op(name: str, arguments: type[A], *, kernel: object) -> Callable[[Callable[[A], Any]], Any]:
-    """Decorator: a launcher as the op ``happyhorse_fast::name``, so that torch.compile sees the launch in it.
+    """Decorator: a launcher as the op ``happyhorse_fast::name``, into which torch does not look while it traces.
 
-    It is a `triton_op` where Triton compiles ``kernel``. Under TRITON_INTERPRET=1 a launch needs addresses and cannot
-    be traced (torch 2.13: "Attempted to access the data pointer on an invalid python storage"), so the op is an opaque
-    `custom_op` there. The interpreter is made exact: as shipped it gets bf16 wrong (block_sparse_attention of 150
-    tokens was off by a factor of 4e9).
+    So a compiled model launches what an eager one does: in a trace TMA descriptors and Gluon kernels cannot stand
+    (docs/decisions/0018-opaque-ops.md). Where Triton interprets ``kernel`` the interpreter is made exact: as shipped it
+    gets bf16 wrong (block_sparse_attention of 150 tokens was off by a factor of 4e9).
     """
     interpreted = isinstance(kernel, InterpretedFunction)
     if interpreted:
@@ -38,19 +36,10 @@ def kernel_op(name: str, arguments: type[A], *, kernel: object) -> Callable[[Cal
 
     def decorate(launcher: Callable[[A], Any]) -> Any:
         LAUNCHERS[whole] = run = flat(launcher, arguments)
-        register = torch.library.custom_op if interpreted else torch.library.triton_op
-        op = register(whole, mutates_args=arguments.MUTATES)(run)
+        op = torch.library.custom_op(whole, mutates_args=arguments.MUTATES)(run)
         op.register_fake(flat(arguments.empty, arguments))
         if not interpreted:
             op.register_kernel("cpu")(refuse)
         return op
 
     return decorate
-
-
-def launchable(kernel: Any) -> Any:
-    """A kernel as an op's body launches it: `wrap_triton` where it is compiled, so that a trace sees the launch.
-
-    Interpreted it is itself: there no trace looks inside the op, and torch 2.11's `wrap_triton` refuses it.
-    """
-    return kernel if isinstance(kernel, InterpretedFunction) else wrap_triton(kernel)
