@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_files_and_a_run_leaves_the_random_state(ti
     different = [file for file in files if (tiny / file).read_bytes() != (tmp_path / "again" / file).read_bytes()]
     assert different == []
     printed = capsys.readouterr()
-    assert "is whole: 23.3 MB" in printed.out and "distill: 1.77 MB" in printed.out
+    assert "is whole: 16.2 MB" in printed.out and "distill: 1.77 MB" in printed.out
     assert printed.err == ""
 
 
