@@ -64,7 +64,7 @@ def generate(
     attention: AttentionOption = None,
     decoder: Annotated[str, typer.Option(help="Of the video: turbo, or wan with four times the work.")] = "turbo",
     placement: Annotated[
-        str, typer.Option(help="auto, resident (parts stay on the device) or sequential (one at a time).")
+        str, typer.Option(help="auto, resident (all parts stay on the device) or sequential (one at a time).")
     ] = "auto",
     device: DeviceOption = "auto",
     text_folder: Annotated[Path | None, typer.Option(help="Text encoder, where it lies elsewhere.")] = None,
@@ -96,6 +96,7 @@ def generate(
         audio_folder=audio_folder,
         decoder=decoder,  # type: ignore[arg-type]
         placement=placement,  # type: ignore[arg-type]
+        on_host=False,
     )
     asked = {"seconds": seconds, "resolution": resolution, "aspect": aspect, "stages": stages}
     sizes: dict[str, Any] = {} if resume is not None else dict(pipe.layout.defaults)
@@ -125,7 +126,8 @@ def generate(
         "fps": clip.fps,
         "samples": clip.samples.shape[1],
         "sample_rate": clip.sample_rate,
-        "placement": clip.placing.name,
+        "placement": clip.placing.placement,
+        "kept": clip.placing.kept,
         "planned_peak_bytes": None if clip.placing.plan is None else clip.placing.plan.peak_bytes,
         "device": str(pipe.parts.device),
         "precision": "eager" if pipe.parts.fast is None else pipe.parts.fast.precision,

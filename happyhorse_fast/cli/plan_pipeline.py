@@ -13,6 +13,8 @@ from happyhorse_fast.tokens import tokens_for
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from happyhorse_fast.pipeline.memory_plan import StagePlan
+
 FPS = 25
 """What the public weights mean."""
 _PRESETS = {"1080p": "davinci-magihuman-sr-1080p", "540p": "davinci-magihuman-sr-540p"}
@@ -73,6 +75,7 @@ def plan_pipeline(
                 "gb": gb,
                 "fits": found.fits,
                 "placement": found.placement,
+                "kept": found.kept,
                 "peak_gib": found.peak_bytes / 2**30,
                 "budget_gib": (card_bytes(gb) - CONTEXT_BYTES) / 2**30,
                 "tiles": found.tiles,
@@ -107,7 +110,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         [
             f"{card['gb']} GB",
             verdict(card["fits"], "fits", "too large"),
-            {"resident": "every part stays", "sequential": "one part at a time"}[card["placement"]],
+            _staying(card["kept"], data["stages"]),
             f"{card['peak_gib']:.1f}",
             f"{card['budget_gib']:.1f}",
             _pieces(card),
@@ -116,6 +119,14 @@ def _render(console: Console, data: dict[str, Any]) -> None:
     ]
     title = f"per card, GiB; {CONTEXT_BYTES / 2**30:g} GiB stay free"
     console.print(table(title, ["card", "", "placement", "peak", "of", "in pieces"], rows, left=3, folded=[5]))
+    for card in data["cards"]:
+        if card["placement"] == "mixed":
+            console.print(literal(f"on {card['gb']} GB stay: {', '.join(card['kept'])}"))
+
+
+def _staying(kept: tuple[str, ...], stages: tuple[StagePlan, ...]) -> str:
+    count = len({stage.part for stage in stages})
+    return {0: "one part at a time", count: "every part stays"}.get(len(kept), f"{len(kept)} of {count} parts stay")
 
 
 def _pieces(card: dict[str, Any]) -> str:

@@ -32,6 +32,11 @@ class Codec(ABC):
     HALVES: ClassVar[Mapping[str, tuple[str, ...]]]
     vae: Any
 
+    @property
+    def module(self) -> nn.Module:
+        """What holds its weights."""
+        return self.vae
+
     @staticmethod
     @abstractmethod
     def described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:

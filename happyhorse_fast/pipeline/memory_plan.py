@@ -8,6 +8,7 @@ their published sizes (transformers 5.24, diffusers 0.42), and the tests hold th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -30,6 +31,7 @@ from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
 
 Placement = Literal["resident", "sequential"]
 
+TEXT_ENCODER = "text encoder"
 TEXT_LAYERS = 42
 TEXT_LAYER_BYTES = 396_390_400
 """A layer of the published encoder in bf16; the embedding stays in its file."""
@@ -40,7 +42,7 @@ WAN_ENCODER_BYTES, WAN_ENCODER_PIXEL = 299_278_880, 984
 WAN_DECODER_BYTES, WAN_DECODER_PIXEL = 1_110_121_784, 11_000
 """Likewise, decoding latent by latent."""
 AUDIO_HALF_BYTES = 312_500_000
-"""Weights of either half of the audio codec in float32; the decoder makes them once more, for its weight norm."""
+"""Weights of either half of the audio codec in float32; its weight norm makes them once more, and keeps them."""
 AUDIO_DECODER_LATENT, AUDIO_ENCODER_LATENT = 4_720_000, 5_280_000
 """Activations per audio latent."""
 WAN_ENCODER_FLOPS, AUDIO_FLOPS = 4.65e6, 5.05e9
@@ -51,6 +53,8 @@ HELD_LATENTS = {"distilled": 1, "base": 5, "second": 3}
 """Latents beside the model's input while it runs: the start, the solvers' history, a guided step's first velocity."""
 SECOND_STEPS = 5
 TILES = (1, 2, 4, 6, 9, 16)
+WORKSPACE_BYTES = 2**30
+"""Of the budget, for the workspaces of cuDNN and cuBLAS, which no plan counts: a part does not stay for this room."""
 FRAMES_BYTES = 28 * 3
 """Of a pixel: a window's frames as bytes, which leave while the next window is decoded."""
 
@@ -80,7 +84,7 @@ class PipelinePlan:
 
     Attributes:
         stages: In order.
-        placement: ``"resident"``: each part stays; ``"sequential"``: one part at a time.
+        kept: Parts that stay on the device; of the others there is one at a time.
         tiles: Of the turbo decoder.
         layers_on_device: Of the text encoder; None for all.
         history_on_host: Of :func:`~happyhorse_fast.sampler.super_resolve`.
@@ -88,27 +92,36 @@ class PipelinePlan:
     """
 
     stages: tuple[StagePlan, ...]
-    placement: Placement
+    kept: tuple[str, ...]
     tiles: int
     layers_on_device: int | None
     history_on_host: bool
     budget_bytes: int | None
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """All parts, in the order of their first use."""
+        return tuple(dict.fromkeys(stage.part for stage in self.stages))
+
+    @property
+    def placement(self) -> Literal["resident", "mixed", "sequential"]:
+        """Whether all parts stay on the device, some, or none."""
+        return "sequential" if not self.kept else "resident" if len(self.kept) == len(self.parts) else "mixed"
+
+    @property
     def sequential_bytes(self) -> int:
         """Peak with one part at a time."""
-        return max(stage.peak_bytes for stage in self.stages)
+        return peak_with(self.stages, ())
 
     @property
     def resident_bytes(self) -> int:
         """Peak with every part on the device: all weights, and the largest stage's rest."""
-        weights = {stage.part: stage.weight_bytes for stage in self.stages}
-        return sum(weights.values()) + max(stage.peak_bytes - stage.weight_bytes for stage in self.stages)
+        return peak_with(self.stages, self.parts)
 
     @property
     def peak_bytes(self) -> int:
-        """Peak of the placement."""
-        return self.resident_bytes if self.placement == "resident" else self.sequential_bytes
+        """Peak with the parts that stay."""
+        return peak_with(self.stages, self.kept)
 
     @property
     def fits(self) -> bool:
@@ -154,37 +167,76 @@ class Work:
     gpu: Gpu = GPUS["h100"]
 
 
+def peak_with(stages: Sequence[StagePlan], kept: Collection[str]) -> int:
+    """Peak bytes of stages of which each has its own part on the device and those that are ``kept``."""
+    weights = {stage.part: stage.weight_bytes for stage in stages if stage.part in kept}
+    return max(stage.peak_bytes + sum(weights.values()) - weights.get(stage.part, 0) for stage in stages)
+
+
 def plan(work: Work, budget_bytes: int | None, placement: Placement | None = None) -> PipelinePlan:
     """Place a run on a device.
 
-    Parts stay on the device where all of them fit. Otherwise there is one at a time, and what is still too large is cut
+    All parts stay on the device where they fit. Otherwise there is one at a time, and what is still too large is cut
     up: the turbo decoder's frames into tiles, the text encoder into layers that are read when they are needed, and the
-    second stage's history goes to the host between evaluations. Results stay the same, but for the rounding of tiles.
+    second stage's history goes to the host between evaluations. In the room that is left parts stay, those first that
+    cost most to bring back: models, then by size. Results stay the same, but for the rounding of tiles.
 
     Args:
         work: What is to be done.
         budget_bytes: What tensors may take; of a card ``card_bytes(gb) - CONTEXT_BYTES``. None: no limit.
-        placement: Instead of choosing.
+        placement: All parts stay (``"resident"``), or none (``"sequential"``); chosen where None.
 
     Returns:
         The plan; ``fits`` says whether it is within the budget.
     """
-    whole = _plan(work, budget_bytes, placement or "resident")
+    found = _plan(work, budget_bytes)
+    whole = dataclasses.replace(found, kept=found.parts)
     if placement == "resident" or (placement is None and whole.fits):
         return whole
-    found = dataclasses.replace(whole, placement="sequential")
     changes: dict[str, object] = {}
     if budget_bytes is not None:
         too_large = {stage.name for stage in found.stages if stage.peak_bytes > budget_bytes}
         if "text" in too_large:
-            kept = (budget_bytes - TEXT_ROW_BYTES * work.text) // TEXT_LAYER_BYTES - 1
-            changes["layers_on_device"] = max(0, min(TEXT_LAYERS - 1, kept))
+            changes["layers_on_device"] = _text_layers(work, budget_bytes)
         if "super-resolve" in too_large:
             changes["history_on_host"] = True
         if "decode video" in too_large and work.decoder == "turbo":
             fitting = (tiles for tiles in TILES if _video(work, tiles).peak_bytes <= budget_bytes)
             changes["tiles"] = next(fitting, TILES[-1])
-    return _plan(work, budget_bytes, "sequential", **changes) if changes else found  # type: ignore[arg-type]
+    if changes:
+        found = _plan(work, budget_bytes, **changes)  # type: ignore[arg-type]
+    return found if placement == "sequential" or not found.fits else _keeping(work, found)
+
+
+def _keeping(work: Work, alone: PipelinePlan) -> PipelinePlan:
+    """``alone``, one part at a time, with as many parts kept as there is room for.
+
+    A model is read from up to four times its bytes and packed again. The text encoder, where it does not stay, needs no
+    more room than a layer: those that do not fit are read when they are needed, once a prompt as all of them are.
+    """
+    room = (alone.budget_bytes or 0) - WORKSPACE_BYTES
+    rest = tuple(stage for stage in alone.stages if stage.part != TEXT_ENCODER)
+    whole, least = _text(work, None), _text(work, 0)
+    weights = {stage.part: stage.weight_bytes for stage in (*rest, whole)}
+    kept: list[str] = []
+    for part in sorted(weights, key=lambda part: (part.endswith("model"), weights[part]), reverse=True):
+        tried = [*kept, part]
+        if peak_with([*rest, whole if TEXT_ENCODER in tried else least], tried) <= room:
+            kept = tried
+    if not kept:
+        return alone
+    beside = sum(weights[part] for part in kept)
+    layers = None if TEXT_ENCODER in kept else _text_layers(work, room - beside)
+    stages = tuple(_text(work, layers) if stage.part == TEXT_ENCODER else stage for stage in alone.stages)
+    in_order = tuple(part for part in alone.parts if part in kept)
+    return dataclasses.replace(alone, stages=stages, kept=in_order, layers_on_device=layers)
+
+
+def _text_layers(work: Work, room: int) -> int | None:
+    """How many of the text encoder's layers may stay while it runs, beside one that is read; None for all."""
+    if _text(work, None).peak_bytes <= room:
+        return None
+    return max(0, min(TEXT_LAYERS - 1, (room - TEXT_ROW_BYTES * work.text) // TEXT_LAYER_BYTES - 1))
 
 
 def floors(work: Work) -> dict[str, float]:
@@ -212,7 +264,6 @@ def budget_of(device: torch.device) -> int | None:
 def _plan(
     work: Work,
     budget_bytes: int | None,
-    placement: Placement,
     *,
     tiles: int = 1,
     layers_on_device: int | None = None,
@@ -229,7 +280,7 @@ def _plan(
         stages.append(_denoise(work, "super-resolve", work.second, work.last_clip, SECOND_STEPS, held))
     stages.append(_sound(work, "decode audio", "audio decoder", AUDIO_DECODER_LATENT, 2))
     stages.append(_video(work, tiles))
-    return PipelinePlan(tuple(stages), placement, tiles, layers_on_device, history_on_host, budget_bytes)
+    return PipelinePlan(tuple(stages), (), tiles, layers_on_device, history_on_host, budget_bytes)
 
 
 def _text(work: Work, layers_on_device: int | None) -> StagePlan:
@@ -238,7 +289,7 @@ def _text(work: Work, layers_on_device: int | None) -> StagePlan:
     weights = there * TEXT_LAYER_BYTES
     flops = work.text * TEXT_LAYERS * TEXT_LAYER_BYTES  # two per weight of two bytes
     floor = max(flops / work.gpu.rate("bf16"), TEXT_LAYERS * TEXT_LAYER_BYTES / (work.gpu.bandwidth * 1e12))
-    return StagePlan("text", "text encoder", weights, weights + TEXT_ROW_BYTES * work.text, floor)
+    return StagePlan("text", TEXT_ENCODER, weights, weights + TEXT_ROW_BYTES * work.text, floor)
 
 
 def _image(work: Work) -> StagePlan:
@@ -252,7 +303,7 @@ def _image(work: Work) -> StagePlan:
 def _sound(work: Work, name: str, part: str, per_latent: int, copies: int) -> StagePlan:
     latents = work.last_clip.audio
     peak = copies * AUDIO_HALF_BYTES + per_latent * latents
-    return StagePlan(name, part, AUDIO_HALF_BYTES, peak, latents * AUDIO_FLOPS / work.gpu.rate("fp32"))
+    return StagePlan(name, part, 2 * AUDIO_HALF_BYTES, peak, latents * AUDIO_FLOPS / work.gpu.rate("fp32"))
 
 
 def _denoise(work: Work, name: str, config: ModelConfig, clip: ClipTokens, evaluations: int, held: int) -> StagePlan:

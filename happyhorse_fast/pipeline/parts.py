@@ -17,6 +17,7 @@ from happyhorse_fast.config import LATENT_CHANNELS, ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.pipeline.audio import AudioCodec
+from happyhorse_fast.pipeline.latents import DENOISED, RESOLVED
 from happyhorse_fast.pipeline.layout import Layout
 from happyhorse_fast.pipeline.request import Request
 from happyhorse_fast.pipeline.residency import Residency
@@ -102,7 +103,7 @@ class Parts:
     def text_encoder(self, layers_on_device: int | None = None) -> AbstractContextManager[TextEncoder]:
         """The text encoder, with so many of its layers on the device."""
         loader = self._loader(TextEncoder.load, "text_encoder", layers_on_device=layers_on_device)
-        return self.residency.using("text_encoder", loader)
+        return self.residency.using("text_encoder", loader, how=layers_on_device)
 
     def image_encoder(self) -> AbstractContextManager[WanCodec]:
         """The half of the video codec that encodes."""
@@ -125,10 +126,16 @@ class Parts:
         """The half of the audio codec that decodes."""
         return self.residency.using("audio_decoder", self._loader(AudioCodec.load, "audio_vae"))
 
-    def names(self, request: Request) -> set[str]:
-        """What a run holds on the device at some time, by the names of :attr:`residency`."""
-        coders = (["image_encoder"] if request.image else []) + (["audio_encoder"] if request.sound else [])
-        return {"text_encoder", *coders, *request.models, "audio_decoder", "video_decoder"}
+    def names(self, request: Request) -> dict[str, str]:
+        """Stage -> its part, by the names of :attr:`residency`."""
+        return {
+            "text": "text_encoder",
+            **({"image": "image_encoder"} if request.image else {}),
+            **({"sound": "audio_encoder"} if request.sound else {}),
+            **dict(zip((DENOISED, RESOLVED), request.models, strict=False)),
+            "decode audio": "audio_decoder",
+            "decode video": "video_decoder",
+        }
 
     def _loader(self, function: Callable[..., Any], name: str, **how: Any) -> Callable[[], Any]:
         return lambda: function(self.layout.find(name), self.device, **how)

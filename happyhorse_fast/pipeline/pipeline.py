@@ -57,6 +57,7 @@ class Pipeline:
         audio_folder: str | Path | None = None,
         decoder: Decoder = "turbo",
         placement: Placement = "auto",
+        on_host: bool = True,
     ) -> Pipeline:
         """A pipeline over local folders; nothing is loaded yet, and nothing is ever downloaded.
 
@@ -74,8 +75,10 @@ class Pipeline:
             audio_folder: Likewise, of the audio autoencoder.
             decoder: Of the video: ``"turbo"``, as the public implementation decodes; or ``"wan"``, the autoencoder's
                 own, with four times the work.
-            placement: Whether parts stay on the device once loaded (``"resident"``), or one is there at a time
-                (``"sequential"``); ``"auto"`` keeps them where the card is large enough for all.
+            placement: Whether all parts stay on the device once loaded (``"resident"``), or one is there at a time
+                (``"sequential"``); ``"auto"`` keeps as many as the card is large enough for.
+            on_host: Whether the others wait in host memory, pinned for a GPU, where half of it is enough, so that the
+                next clip copies what this one reads and packs. False where there is no next clip.
 
         Raises:
             FileNotFoundError: No such folder, or no model in it; says where they are published.
@@ -96,7 +99,7 @@ class Pipeline:
         if chosen_precision is not None:
             backend: Any = "reference" if where.type == "cpu" else "auto"
             fast = FastConfig(precision=chosen_precision, attention=attention, backend=backend, originals="drop")
-        return cls(Parts(layout, where, fast, decoder, Residency(where, placement == "resident")), placement)
+        return cls(Parts(layout, where, fast, decoder, Residency(where, on_host)), placement)
 
     def __call__(
         self,
@@ -186,7 +189,7 @@ class Pipeline:
         sound = read_sound(audio, request.seconds) if audio is not None else None
         with ExitStack() as stack:
             stack.enter_context(run.monitor.display())
-            stack.callback(self._rest)
+            stack.callback(self.parts.residency.free)
             keeper = stack.enter_context(keeping(kept, target))
             return run.decoded(run.denoised(picture, sound, keeper), target)
 
@@ -198,10 +201,6 @@ class Pipeline:
         """
         with self.parts.video_decoder() as decoder:
             return fit_preview(decoder, self.parts.device)
-
-    def _rest(self) -> None:
-        if not self.parts.residency.keep:
-            self.parts.residency.free()
 
     @property
     def layout(self) -> Layout:
@@ -226,10 +225,8 @@ class _Run:
         self.noise = stages.Noise(request, self.parts.device)
         if begun is not None and not begun.whole:
             self.noise.resume(begun)
-        residency = self.parts.residency
-        residency.keep_only(self.parts.names(request))  # before the plan, which counts what is free
         self.placing = place(self.parts, request, pipeline.placement)
-        residency.keep = self.placing.keep
+        self.parts.residency.keep_only(self.placing.kept)
         times = predicted(self.parts, request, stages.stages_of(request, done))
         self.monitor = Monitor(self.parts.device, times, callback, progress)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from happyhorse_fast.pipeline.layout import SECOND_STAGES
 from happyhorse_fast.pipeline.memory_plan import PipelinePlan, Work, budget_of, floors, plan
 from happyhorse_fast.pipeline.parts import DECODERS, Parts
 from happyhorse_fast.pipeline.progress import Prediction
@@ -27,23 +26,20 @@ class Placing:
     """What a run does so that it fits.
 
     Attributes:
-        keep: Whether parts stay on the device after their use.
+        kept: Names of the parts that stay on the device after their use.
+        placement: What that amounts to: all parts (``"resident"``), none (``"sequential"``) or some (``"mixed"``).
         tiles: Of the turbo decoder.
         layers_on_device: Of the text encoder; None for all.
         history_on_host: Of the second stage's solver.
         plan: What it follows; None on a CPU, where nothing is planned.
     """
 
-    keep: bool
+    kept: tuple[str, ...]
+    placement: str
     tiles: int = 1
     layers_on_device: int | None = None
     history_on_host: bool = False
     plan: PipelinePlan | None = None
-
-    @property
-    def name(self) -> str:
-        """``"resident"`` or ``"sequential"``."""
-        return "resident" if self.keep else "sequential"
 
 
 def work_of(parts: Parts, request: Request) -> Work:
@@ -69,8 +65,9 @@ def place(parts: Parts, request: Request, placement: Placement) -> Placing:
     On a CPU one part is there at a time unless ``placement`` says otherwise: what is kept would be the machine's own
     memory, 60 GB of it for the published parts.
     """
+    names = parts.names(request)
     if parts.device.type == "cpu":
-        return Placing(placement == "resident")
+        return Placing(tuple(names.values()), "resident") if placement == "resident" else Placing((), "sequential")
     found = plan(work_of(parts, request), budget_of(parts.device), None if placement == "auto" else placement)
     if not found.fits:
         need, there = found.peak_bytes / 2**30, (found.budget_bytes or 0) / 2**30
@@ -79,21 +76,22 @@ def place(parts: Parts, request: Request, placement: Placement) -> Placing:
             "--pipeline` says what fits",
             stacklevel=4,
         )
-    keep = found.placement == "resident"
-    return Placing(keep, found.tiles, found.layers_on_device, found.history_on_host, found)
+    kept = tuple(names[stage.name] for stage in found.stages if stage.part in found.kept)
+    return Placing(kept, found.placement, found.tiles, found.layers_on_device, found.history_on_host, found)
 
 
-def predicted(parts: Parts, request: Request, names: list[str]) -> dict[str, Prediction]:
-    """Seconds of each of a run's stages: its floor twice, and its files at a disk's speed."""
-    folders = {"denoise": request.models[0], "decode video": DECODERS[parts.decoder], "text": "text_encoder"}
-    if request.stages == 2:
-        folders["super-resolve"] = SECOND_STAGES[request.resolution]
-    least = floors(work_of(parts, request))
+def predicted(parts: Parts, request: Request, stages: list[str]) -> dict[str, Prediction]:
+    """Seconds of each of a run's stages: its floor twice, and what brings its part, a large one's files at a disk's."""
+    held, least = parts.names(request), floors(work_of(parts, request))
+    files = {"text": "text_encoder", "decode video": DECODERS[parts.decoder]}
+    files |= {stage: held[stage] for stage in ("denoise", "super-resolve") if stage in held}
     found = {}
-    for name in names:
-        there = name in folders and parts.layout.there(folders[name])
-        load = _bytes(parts.layout.find(folders[name])) / DISK if there else 0.0
-        found[name] = Prediction(LEAST.load + load, LEAST.compute + OVER_FLOOR * least[name])
+    for stage in stages:
+        load = parts.residency.seconds_to_bring(held[stage])
+        if load is None:
+            there = stage in files and parts.layout.there(files[stage])
+            load = LEAST.load + (_bytes(parts.layout.find(files[stage])) / DISK if there else 0.0)
+        found[stage] = Prediction(load, LEAST.compute + OVER_FLOOR * least[stage])
     return found
 
 

@@ -146,6 +146,11 @@ class TextEncoder:
             encoder._fill(layers_on_device, progress)
         return encoder
 
+    @property
+    def module(self) -> nn.Module:
+        """What holds the weights that are on the device."""
+        return self._parts.model
+
     def tokens(self, prompt: str) -> list[int]:
         """Tokens of a prompt as it is: no template, no special tokens, nothing cut off.
 

@@ -24,9 +24,8 @@ def test_the_whole_path_in_json(capsys: Capture) -> None:
     assert data["floor_s"] == pytest.approx(sum(stage["floor_s"] for stage in stages.values())) and data["floor_s"] < 30
     assert max(stage["peak_bytes"] for stage in stages.values()) == data["sequential_gib"] * 2**30
     cards = {card["gb"]: card for card in data["cards"]}
-    assert {gb: card["placement"] for gb, card in cards.items()} == {
-        24: "sequential", 48: "sequential", 80: "resident"
-    }  # fmt: skip
+    assert {gb: card["placement"] for gb, card in cards.items()} == {24: "mixed", 48: "mixed", 80: "resident"}
+    assert cards[24]["kept"] == ["image encoder", "audio decoder", "video decoder"]
     assert all(card["fits"] and card["peak_gib"] <= card["budget_gib"] for card in cards.values())
     assert cards[80]["peak_gib"] == data["resident_gib"]
 
@@ -34,6 +33,7 @@ def test_the_whole_path_in_json(capsys: Capture) -> None:
 def test_the_whole_path_in_tables(capsys: Capture) -> None:
     text = printed(capsys, "--precision", "int8", "--seconds", "15")
     assert "the solver's history on the host" in text and "every part stays" in text
+    assert "5 of 6 parts stay" in text and "on 48 GB stay: image encoder, first model, second model, audio" in text
     text = printed(capsys, "--precision", "bf16", "--stages", "1", "--resolution", "256p", "--first", "base")
     assert "super-resolve" not in text and "too large" in text and "256p 16:9, 5 s at 25 fps, bf16" in text
 

@@ -10,6 +10,7 @@ import torch
 from gpu_support import DEVICE, MARKS
 
 from happyhorse_fast import tokens
+from happyhorse_fast.pipeline import parts
 from happyhorse_fast.pipeline.pipeline import Pipeline
 from happyhorse_fast.pipeline.tiny import write_tiny_checkpoint
 
@@ -40,13 +41,22 @@ def test_every_placement_gives_the_same_clip(tiny: Path, precision: Any, tmp_pat
         pipe = Pipeline.from_pretrained(tiny, precision=precision, placement=placement, device=DEVICE)  # type: ignore[arg-type]
         clips.append(pipe(PROMPT, **HOW, out=tmp_path / f"{placement}.mp4"))
         del pipe
-    assert clips[-1].placing.keep == (DEVICE.type == "cuda"), "the tiny parts fit"
+    assert (clips[-1].placing.placement == "resident") == (DEVICE.type == "cuda"), "the tiny parts fit"
     for clip in clips[1:]:
         assert torch.equal(clip.latents.video, clips[0].latents.video)
         assert torch.equal(clip.samples, clips[0].samples)
     assert len({path.read_bytes() for path in tmp_path.glob("*.mp4")}) == 1
     for cost in clips[0].stages:
         assert cost.peak_bytes is not None and 0 < cost.peak_bytes < 4 << 30
+
+
+def test_parts_come_back_from_the_host_as_they_were(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Pipeline.from_pretrained(tiny, precision="bf16", placement="sequential", device=DEVICE)
+    first = pipe(PROMPT, **HOW)
+    assert pipe.parts.residency.held == ()
+    monkeypatch.setattr(parts, "load", lambda *_, **how: pytest.fail("a model is read again"))
+    second = pipe(PROMPT, **HOW)
+    assert torch.equal(first.latents.video, second.latents.video) and torch.equal(first.samples, second.samples)
 
 
 def test_a_cpu_and_a_gpu_draw_the_same_noise_where_it_is_asked_for(tiny: Path) -> None:

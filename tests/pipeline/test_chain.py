@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import pydoc
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,11 +23,12 @@ from safetensors.torch import load_file
 from happyhorse_fast import tokens
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.cli import run
-from happyhorse_fast.pipeline import stages
+from happyhorse_fast.pipeline import residency, stages
 from happyhorse_fast.pipeline.image import image_latent
-from happyhorse_fast.pipeline.latents import read_latents
+from happyhorse_fast.pipeline.latents import Latents, read_latents
 from happyhorse_fast.pipeline.pipeline import Pipeline
 from happyhorse_fast.pipeline.progress import Monitor, Prediction, StageInfo
+from happyhorse_fast.pipeline.request import Request
 from happyhorse_fast.pipeline.turbo import to_uint8
 from happyhorse_fast.pipeline.wan import WanCodec
 from happyhorse_fast.sampler import sample, super_resolve
@@ -218,6 +220,22 @@ def test_the_time_left_falls_to_nothing(pipe: Pipeline) -> None:
     assert all(info.seconds_left is None or info.seconds_left >= 0 for info in infos)
 
 
+def test_a_second_clip_reads_nothing_and_is_the_same(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAPPYHORSE_FAST_PROMPT_CACHE", "0")
+    monkeypatch.setattr(residency, "available_bytes", lambda: 1 << 34)
+    reads: list[str] = []
+    for name in ("parts.load", "parts.load_turbo", "text.TextEncoder.load", "audio.AudioCodec.load"):
+        whole = f"happyhorse_fast.pipeline.{name}"
+        function = pydoc.locate(whole)
+        assert callable(function)
+        monkeypatch.setattr(whole, lambda *a, f=function, n=name, **k: (reads.append(n), f(*a, **k))[1])
+    made = Pipeline.from_pretrained(tiny, precision="bf16", device="cpu")
+    first, second = (made(PROMPT, **SHORT, stages=1) for _ in range(2))
+    assert len(reads) == 4 and made.parts.residency.held == ()
+    assert first.frames is not None and second.frames is not None
+    assert torch.equal(first.frames, second.frames) and torch.equal(first.samples, second.samples)
+
+
 def test_parts_are_on_the_device_one_at_a_time_or_stay(tiny: Path) -> None:
     held: dict[str, set[tuple[str, ...]]] = {}
     for placement in ("sequential", "resident"):
@@ -299,11 +317,11 @@ def test_a_disk_without_room_is_told_before_anything_runs(
         pipe(PROMPT, **SHORT, out=tmp_path / "x.mp4", callback=lambda info: pytest.fail(f"{info.stage} ran"))
 
 
-def test_noise_goes_on_where_it_began_alone(pipe: Pipeline, tmp_path: Path) -> None:
-    clip = pipe(PROMPT, **SHORT, stages=1)
-    noise = stages.Noise(clip.request, torch.device("cpu"))
+def test_noise_goes_on_where_it_began_alone() -> None:
+    request, none = Request(prompt="x"), torch.empty(0)
+    elsewhere = Latents(request, "denoise", none, none, none, None, none, noise_device="cuda")
     with pytest.raises(ValueError, match="must go on with noise of cuda, on which it began; this run's is of cpu"):
-        noise.resume(dataclasses.replace(clip.latents, noise_device="cuda"))
+        stages.Noise(request, torch.device("cpu")).resume(elsewhere)
 
 
 def test_the_other_decoder(tiny: Path) -> None:

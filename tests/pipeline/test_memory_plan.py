@@ -32,12 +32,12 @@ def card(gb):
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_eight_bits_fit_a_card_of_24_gb_and_stay_on_one_of_80(seconds, precision):
     small, large = (plan(work(seconds, precision=precision), card(gb)) for gb in (24, 80))
-    assert small.fits and small.placement == "sequential"
+    assert small.fits and not {"text encoder", "first model", "second model"} & set(small.kept)
     assert small.peak_bytes <= 21.8 * GIB
     assert (small.tiles, small.layers_on_device) == (1, None)
     assert small.history_on_host == (precision == "int8" and seconds == 15)
     assert large.fits and large.placement == "resident" and not large.history_on_host
-    assert 53 * GIB < large.peak_bytes < 54 * GIB
+    assert 53.5 * GIB < large.peak_bytes < 54 * GIB
     assert [stage.name for stage in small.stages] == [
         "text", "image", "denoise", "super-resolve", "decode audio", "decode video"
     ]  # fmt: skip
@@ -46,7 +46,7 @@ def test_eight_bits_fit_a_card_of_24_gb_and_stay_on_one_of_80(seconds, precision
 def test_bf16_fits_48_gb_one_part_at_a_time_and_not_80_all_at_once():
     found = {gb: plan(work(precision="bf16"), card(gb)) for gb in (24, 48, 80)}
     assert {gb: one.fits for gb, one in found.items()} == {24: False, 48: True, 80: True}
-    assert {one.placement for one in found.values()} == {"sequential"}
+    assert found[24].kept == () and "text encoder" not in found[80].kept
     assert found[80].resident_bytes > card(80)
 
 
@@ -88,12 +88,40 @@ def test_a_placement_can_be_asked_for():
     assert plan(work(precision="fp8"), None).placement == "resident"
 
 
-def test_resident_adds_up_weights_and_the_largest_rest():
+CODECS = ("image encoder", "audio decoder", "video decoder")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [5, 15])
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_as_many_parts_stay_as_fit(seconds, precision):
+    found = {gb: plan(work(seconds, precision=precision), card(gb)) for gb in (24, 32, 48, 80)}
+    assert all(one.fits and one.peak_bytes <= card(gb) for gb, one in found.items())
+    assert found[24].kept == (CODECS if seconds == 5 else ()) and found[32].kept == CODECS
+    assert set(found[48].kept) == {*CODECS, "first model", "second model"} and found[48].placement == "mixed"
+    assert found[80].placement == "resident" and found[80].layers_on_device is None
+    # In what the two models leave, with the workspaces, all but seven layers of the text encoder and one that is read.
+    assert found[48].layers_on_device == 35
+    beside = card(48) - memory_plan.WORKSPACE_BYTES - found[48].peak_bytes
+    assert 0 <= beside < memory_plan.TEXT_LAYER_BYTES
+
+
+def test_the_text_encoder_stays_after_the_models_have_their_place():
+    bf16 = plan(work(precision="bf16"), card(80))
+    assert set(bf16.kept) == {*CODECS, "first model", "second model"} and bf16.layers_on_device == 38
+    alone = plan(work(precision="bf16", second=None, last_clip=tokens_for("256p", "16:9", 5, 25)), card(48))
+    assert "first model" in alone.kept and "text encoder" not in alone.kept
+
+
+def test_the_peak_is_of_what_stays_and_the_largest_stage_beside_it():
     stages = (StagePlan("a", "x", 5, 7, 1.0), StagePlan("b", "y", 3, 11, 1.0), StagePlan("c", "x", 5, 6, 0.5))
-    found = PipelinePlan(stages, "resident", 1, None, False, 16)
+    found = PipelinePlan(stages, ("x", "y"), 1, None, False, 16)
     assert (found.resident_bytes, found.sequential_bytes, found.floor_s) == (5 + 3 + 8, 11, 2.5)
     assert found.fits and not dataclasses.replace(found, budget_bytes=15).fits
-    assert dataclasses.replace(found, placement="sequential", budget_bytes=15).fits
+    assert dataclasses.replace(found, kept=(), budget_bytes=15).fits
+    assert dataclasses.replace(found, kept=("y",)).peak_bytes == 11
+    names = [dataclasses.replace(found, kept=kept).placement for kept in ((), ("x",), ("x", "y"))]
+    assert names == ["sequential", "mixed", "resident"]
 
 
 def test_one_stage_a_sound_and_the_other_decoder():

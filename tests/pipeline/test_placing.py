@@ -21,12 +21,13 @@ REQUEST = Request(prompt="x", seconds=3, resolution="540p", image=True)
 
 def parts(folder: Path, device: str) -> Parts:
     where = torch.device(device)
-    return Parts(read_layout(folder, {}), where, FastConfig(precision="int8"), "turbo", Residency(where, False))
+    return Parts(read_layout(folder, {}), where, FastConfig(precision="int8"), "turbo", Residency(where, on_host=False))
 
 
 def test_on_a_cpu_nothing_is_planned(tiny: Path) -> None:
-    assert place(parts(tiny, "cpu"), REQUEST, "auto") == placing.Placing(False)
-    assert place(parts(tiny, "cpu"), REQUEST, "resident").name == "resident"
+    there = parts(tiny, "cpu")
+    assert place(there, REQUEST, "auto") == placing.Placing((), "sequential")
+    assert place(there, REQUEST, "resident") == placing.Placing(tuple(there.names(REQUEST).values()), "resident")
 
 
 @pytest.mark.slow
@@ -35,11 +36,12 @@ def test_on_a_gpu_its_budget_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch
     budget = [80 << 30]
     monkeypatch.setattr(placing, "budget_of", lambda device: budget[0])
     large = place(there, REQUEST, "auto")
-    assert large.keep and large.plan is not None and large.plan.fits
-    assert not place(there, REQUEST, "sequential").keep
+    assert large.placement == "resident" and large.plan is not None and large.plan.fits
+    assert set(large.kept) == set(there.names(REQUEST).values())
+    assert place(there, REQUEST, "sequential").kept == ()
     budget[0] = large.plan.peak_bytes - 1
     smaller = place(there, REQUEST, "auto")
-    assert not smaller.keep and smaller.layers_on_device is None
+    assert smaller.placement == "mixed" and {"distill", "540p_sr", "video_decoder"} <= set(smaller.kept)
     budget[0] = 1 << 30
     with pytest.warns(UserWarning, match=r"this clip is planned to take .* GiB, cuda has 1\.0; `happyhorse-fast plan"):
         smallest = place(there, REQUEST, "auto")

@@ -1,16 +1,14 @@
-"""Time that is left over all stages, and which parts stay on the device."""
+"""Time that is left over all stages."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import pytest
 import torch
 
 from happyhorse_fast.pipeline import progress
 from happyhorse_fast.pipeline.progress import Monitor, Prediction, StageInfo
-from happyhorse_fast.pipeline.residency import Residency
 
 CPU = torch.device("cpu")
 
@@ -67,30 +65,3 @@ def test_the_bar_names_the_stage_and_ends_with_the_run(capsys: pytest.CaptureFix
         monitor.step(3, 8)
     shown = capsys.readouterr().err
     assert "denoise 3/8" in shown and "left" in shown
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_parts_stay_or_make_room(keep: bool) -> None:
-    loads: list[str] = []
-
-    def load(name: str) -> Any:
-        loads.append(name)
-        return object()
-
-    parts = Residency(CPU, keep)
-    for name in ("a", "b", "a"):
-        with parts.using(name, lambda name=name: load(name)):
-            assert parts.held == (("a", "b")[: len(loads)] if keep else (name,))
-    assert loads == (["a", "b"] if keep else ["a", "b", "a"])
-    assert parts.held == (("a", "b") if keep else ())
-    parts.keep_only({"b", "c"})
-    assert parts.held == (("b",) if keep else ())
-    parts.free()
-    assert parts.held == ()
-
-
-def test_a_part_that_fails_is_not_held_where_one_is_there_at_a_time() -> None:
-    parts = Residency(CPU, keep=False)
-    with pytest.raises(RuntimeError), parts.using("a", object):
-        raise RuntimeError
-    assert parts.held == ()
