@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from happyhorse_fast.fast.memory import StorageMeter, fake_copy
@@ -194,6 +195,36 @@ def test_bytes_are_truncated():
     frames = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])
     assert to_uint8(frames).tolist() == [0, 0, 127, 254, 255, 255]
     assert frames[0] == -2, "the frames were written to"
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that a GPU would launch a kernel for."""
+
+    NONE = ("prim::device", "aten::new_empty", "aten::empty")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
+        self.count += not views and func._schema.name not in self.NONE
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("height", "width", "count", "teraflop"), [(16, 28, 2364, 66), (32, 56, 6299, 266), (68, 120, 18770, 1190)]
+)
+def test_kernels_are_longer_than_their_launches(height, width, count, teraflop):
+    launches = Launches()
+    with FakeTensorMode():
+        decoder, latents = fake_copy(PUBLISHED, "cpu"), torch.empty(1, 48, 32, height, width)
+        with launches:
+            for _ in decoder.windows(latents):
+                pass
+    assert launches.count == pytest.approx(count, rel=0.02)
+    assert teraflop / (0.4 * 989) / launches.count > 10 * 4e-6
 
 
 @pytest.mark.slow
