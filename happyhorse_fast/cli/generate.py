@@ -13,6 +13,7 @@ from happyhorse_fast import optional
 from happyhorse_fast.cli.options import AttentionOption, DeviceOption, usable_device
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, table
 from happyhorse_fast.files import require_folder
+from happyhorse_fast.parallel.launched import Launched
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +79,10 @@ def generate(
     force: Annotated[bool, typer.Option("--force", help="Replace the mp4.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a clip with sound from a prompt: text encoder, two denoising stages, decoders, mp4."""
+    """Make a clip with sound from a prompt: text encoder, two denoising stages, decoders, mp4.
+
+    Under torchrun all processes share the denoising.
+    """
     if model is None:
         raise ValueError(HOW_TO_GET)
     if precision not in PRECISIONS:
@@ -86,38 +90,45 @@ def generate(
     if preview is not None:
         require_folder(preview)
         optional.require("PIL", "--preview")
-    pipe = hh.Pipeline.from_pretrained(
-        model,
-        precision=None if precision == "eager" else precision,  # type: ignore[arg-type]  # checked above
-        attention=attention,  # type: ignore[arg-type]  # checked there, as what follows
-        device=usable_device(device),
-        text_folder=text_folder,
-        video_folder=video_folder,
-        audio_folder=audio_folder,
-        decoder=decoder,  # type: ignore[arg-type]
-        placement=placement,  # type: ignore[arg-type]
-        on_host=False,
-    )
-    asked = {"seconds": seconds, "resolution": resolution, "aspect": aspect, "stages": stages}
-    sizes: dict[str, Any] = {} if resume is not None else dict(pipe.layout.defaults)
-    sizes |= {name: value for name, value in asked.items() if value is not None}
-    clip = pipe(
-        DEFAULT_PROMPT if prompt is None and resume is None else prompt,
-        image=image,
-        audio=audio,
-        negative_prompt=negative_prompt,
-        **sizes,
-        first=first,  # type: ignore[arg-type]
-        seed=seed,
-        noise=noise,  # type: ignore[arg-type]
-        fps=fps,
-        callback=None if preview is None else _previews(preview, pipe.preview()),
-        progress=not as_json,
-        out=out,
-        overwrite=force,
-        latents=latents,
-        resume=resume,
-    )
+    process = Launched.here()
+    where = process.device(usable_device(device))
+    with process.mesh(where) as mesh:
+        pipe = hh.Pipeline.from_pretrained(
+            model,
+            precision=None if precision == "eager" else precision,  # type: ignore[arg-type]  # checked above
+            attention=attention,  # type: ignore[arg-type]  # checked there, as what follows
+            device=where,
+            text_folder=text_folder,
+            video_folder=video_folder,
+            audio_folder=audio_folder,
+            decoder=decoder,  # type: ignore[arg-type]
+            placement=placement,  # type: ignore[arg-type]
+            on_host=False,
+            mesh=mesh,
+        )
+        if process.rank:  # rank 0 reads and writes
+            pipe.follow()
+            return
+        asked = {"seconds": seconds, "resolution": resolution, "aspect": aspect, "stages": stages}
+        sizes: dict[str, Any] = {} if resume is not None else dict(pipe.layout.defaults)
+        sizes |= {name: value for name, value in asked.items() if value is not None}
+        clip = pipe(
+            DEFAULT_PROMPT if prompt is None and resume is None else prompt,
+            image=image,
+            audio=audio,
+            negative_prompt=negative_prompt,
+            **sizes,
+            first=first,  # type: ignore[arg-type]
+            seed=seed,
+            noise=noise,  # type: ignore[arg-type]
+            fps=fps,
+            callback=None if preview is None else _previews(preview, pipe.preview()),
+            progress=not as_json,
+            out=out,
+            overwrite=force,
+            latents=latents,
+            resume=resume,
+        )
     height, width = clip.request.last_tokens.pixels
     data = {
         "output": out,
@@ -130,6 +141,7 @@ def generate(
         "kept": clip.placing.kept,
         "planned_peak_bytes": None if clip.placing.plan is None else clip.placing.plan.peak_bytes,
         "device": str(pipe.parts.device),
+        "ranks": process.size,
         "precision": "eager" if pipe.parts.fast is None else pipe.parts.fast.precision,
         "settings": clip.request.to_dict(),
         "stages": list(clip.stages),

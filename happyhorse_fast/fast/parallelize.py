@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +16,11 @@ from happyhorse_fast.fast.compiled import unwrapped
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.state import is_accelerated
 from happyhorse_fast.parallel.agreement import versions, weights_digest
-from happyhorse_fast.parallel.faults import Meeting, default_store
+from happyhorse_fast.parallel.faults import Meeting
 from happyhorse_fast.parallel.group import Ranks
 from happyhorse_fast.parallel.sharded import is_sharded, shard_layer
 
 Model = TypeVar("Model", bound=nn.Module)
-_MEETINGS: Counter[str] = Counter()
 TIMEOUT = 600.0
 """Seconds that a rank may keep the others waiting, unless told otherwise; a first call may compile kernels."""
 
@@ -76,11 +74,7 @@ def parallelize(model: Model, mesh: Any, *, shard_weights: bool = False, timeout
         raise ValueError(f"mesh must be of {device.type} devices, where the model is; got {mesh.device_type}")
     if mesh.get_coordinate() is None:
         raise ValueError(f"mesh must hold this process, got ranks {mesh.mesh.tolist()}")
-    group = mesh.get_group()
-    _MEETINGS[group.group_name] += 1  # every one has keys of its own
-    ranks_there = "-".join(map(str, mesh.mesh.tolist()))  # rows of a larger mesh may share a name
-    name = f"{group.group_name}/{ranks_there}/{_MEETINGS[group.group_name]}"
-    meeting = Meeting(default_store(name), mesh.size(), mesh.get_local_rank(), seconds)
+    meeting = Meeting.of(mesh, seconds)
     facts = versions() | {f"config.{key}": str(value) for key, value in config.to_dict().items()}
     facts |= {"fast": repr(inner.fast.fast) if fast else f"eager in {inner.compute_dtype}"}
     if fast:
@@ -90,7 +84,7 @@ def parallelize(model: Model, mesh: Any, *, shard_weights: bool = False, timeout
     with meeting.call():
         meeting.agree(facts | {"weights": weights_digest(inner)})
     config.require_ranks(mesh.size())  # all ranks have the same, so all raise
-    ranks = Ranks(group, meeting)
+    ranks = Ranks(mesh.get_group(), meeting)
     if shard_weights:
         for layer in inner.block.layers:
             shard(layer, mesh)

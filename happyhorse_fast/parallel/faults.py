@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -17,6 +18,9 @@ _LOOK_SECONDS = 0.5
 """How often a waiting rank looks whether another one reported a fault."""
 _MOST_GRACE_SECONDS = 30.0
 _NOTICED = "noticed"
+_PIECE = 4 << 20
+"""Bytes of a store's value: torch's TCPStore takes at most 8 MiB."""
+_meetings: Counter[str] = Counter()
 
 
 class RankError(RuntimeError):
@@ -38,7 +42,16 @@ class Meeting:
 
     def __init__(self, store: Store, size: int, rank: int, timeout: float) -> None:
         self.size, self.rank, self.timeout = size, rank, timeout
-        self._store, self._calls = store, 0
+        self._store, self._calls, self._messages = store, 0, 0
+
+    @classmethod
+    def of(cls, mesh: Any, timeout: float) -> Meeting:
+        """A new meeting of the ranks of a one-dimensional mesh, all of which ask for it, in the same order."""
+        ranks = "-".join(map(str, mesh.mesh.tolist()))  # rows of a larger mesh may share a name
+        name = f"happyhorse_fast/{mesh.get_group().group_name}/{ranks}"
+        _meetings[name] += 1  # every one has keys of its own
+        store = PrefixStore(f"{name}/{_meetings[name]}", _get_default_store())
+        return cls(store, mesh.size(), mesh.get_local_rank(), timeout)
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -78,6 +91,33 @@ class Meeting:
                     f"{name} must be the same on all {self.size} ranks, got {values[0]} on rank 0 and "
                     f"{values[astray[0]]} on {_named(astray)}"
                 )
+
+    def from_first(self, message: bytes = b"") -> bytes:
+        """What rank 0 says, on every rank; it goes on, the others wait for it.
+
+        Raises:
+            RankError: Rank 0 did not speak in time, or failed.
+        """
+        self._messages += 1
+        key = f"message/{self._messages}"
+        try:
+            if self.rank == 0:
+                starts = range(0, len(message), _PIECE)
+                for start in starts:
+                    self._store.set(f"{key}/{start}", message[start : start + _PIECE])  # type: ignore[arg-type]  # bytes
+                self._store.set(key, str(len(message)))
+                return message
+            self.until(lambda: self._store.check([key]))
+            keys = [f"{key}/{start}" for start in range(0, int(self._store.get(key)), _PIECE)]
+            message = b"".join(map(self._store.get, keys))
+            if self._store.add(f"{key}/heard", 1) == self.size - 1:
+                for old in (*keys, key, f"{key}/heard"):
+                    self._store.delete_key(old)
+        except RuntimeError as error:
+            if isinstance(error, RankError):
+                raise
+            self._without_store(error)
+        return message
 
     def until(self, done: Callable[[], bool]) -> None:
         """Wait for something that needs every rank.
@@ -149,13 +189,35 @@ class Alone(Meeting):
     def agree(self, facts: Mapping[str, str]) -> None:
         """Nobody to ask."""
 
+    def from_first(self, message: bytes = b"") -> bytes:
+        """What rank 0 says, on every rank; it goes on, the others wait for it.
+
+        Raises:
+            RankError: Rank 0 did not speak in time, or failed.
+        """
+        self._messages += 1
+        key = f"message/{self._messages}"
+        try:
+            if self.rank == 0:
+                starts = range(0, len(message), _PIECE)
+                for start in starts:
+                    self._store.set(f"{key}/{start}", message[start : start + _PIECE])  # type: ignore[arg-type]  # bytes
+                self._store.set(key, str(len(message)))
+                return message
+            self.until(lambda: self._store.check([key]))
+            keys = [f"{key}/{start}" for start in range(0, int(self._store.get(key)), _PIECE)]
+            message = b"".join(map(self._store.get, keys))
+            if self._store.add(f"{key}/heard", 1) == self.size - 1:
+                for old in (*keys, key, f"{key}/heard"):
+                    self._store.delete_key(old)
+        except RuntimeError as error:
+            if isinstance(error, RankError):
+                raise
+            self._without_store(error)
+        return message
+
     def until(self, done: Callable[[], bool]) -> None:
         """Nobody to wait for."""
-
-
-def default_store(name: str) -> Store:
-    """The store that torch.distributed was started with, with the keys of ``name`` alone."""
-    return PrefixStore(f"happyhorse_fast/{name}", _get_default_store())
 
 
 def said_of(value: object) -> str:

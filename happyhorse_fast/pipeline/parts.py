@@ -17,6 +17,7 @@ from happyhorse_fast.config import LATENT_CHANNELS, ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.pipeline.audio import AudioCodec
+from happyhorse_fast.pipeline.company import Company
 from happyhorse_fast.pipeline.latents import DENOISED, RESOLVED
 from happyhorse_fast.pipeline.layout import Layout
 from happyhorse_fast.pipeline.request import Request
@@ -41,6 +42,7 @@ class Parts:
         fast: How models are accelerated; None for eager torch in bf16.
         decoder: Of the video.
         residency: Which parts are there.
+        company: Ranks that share the models' work; None for one process.
     """
 
     layout: Layout
@@ -48,6 +50,7 @@ class Parts:
     fast: FastConfig | None
     decoder: Decoder
     residency: Residency
+    company: Company | None = None
 
     def check(self, request: Request, *, text: bool, denoise: bool = True) -> None:
         """Make every check of a run's parts that needs no weights.
@@ -84,9 +87,11 @@ class Parts:
 
         Raises:
             FileNotFoundError, CheckpointError, ValueError: As :func:`checkpoint.load.check_load`; or its latents are
-                not those of the published codecs.
+                not those of the published codecs, or ranks cannot share its heads.
         """
         config = check_load(**self._where(name), fast=self.fast)
+        if self.company is not None:
+            config.require_ranks(self.company.meeting.size)
         if (config.latent_channels, config.audio_in_channels) != (LATENT_CHANNELS, AUDIO_CHANNELS):
             raise CheckpointError(
                 f"{self.layout.find(name)}: must take {LATENT_CHANNELS} video and {AUDIO_CHANNELS} audio channels, "
@@ -96,9 +101,12 @@ class Parts:
 
     def model(self, name: str) -> AbstractContextManager[HappyHorse]:
         """A Transformer, packed layer by layer while it is read."""
-        return self.residency.using(
-            name, lambda: load(**self._where(name), device=self.device, fast=self.fast, progress=False)
-        )
+
+        def loaded() -> HappyHorse:
+            model = load(**self._where(name), device=self.device, fast=self.fast, progress=False)
+            return model if self.company is None else self.company.share(model)
+
+        return self.residency.using(name, loaded)
 
     def text_encoder(self, layers_on_device: int | None = None) -> AbstractContextManager[TextEncoder]:
         """The text encoder, with so many of its layers on the device."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ from happyhorse_fast.ops.runtime.dispatch import compute_capability
 from happyhorse_fast.pipeline import stages
 from happyhorse_fast.pipeline.audio import read_sound
 from happyhorse_fast.pipeline.clip import SAMPLE_RATE, Clip
+from happyhorse_fast.pipeline.company import Company, Work, tells_faults
 from happyhorse_fast.pipeline.embeddings import Embeddings
 from happyhorse_fast.pipeline.image import open_image
 from happyhorse_fast.pipeline.keeping import Keeper, keeping
@@ -26,11 +28,13 @@ from happyhorse_fast.pipeline.latents import DENOISED, RESOLVED, Latents, read_l
 from happyhorse_fast.pipeline.layout import Layout, read_layout
 from happyhorse_fast.pipeline.mp4 import Mp4Writer
 from happyhorse_fast.pipeline.parts import DECODERS, Decoder, Parts
-from happyhorse_fast.pipeline.placing import PLACEMENTS, Placement, place, predicted
+from happyhorse_fast.pipeline.placing import LEAST, PLACEMENTS, Placement, place, predicted
 from happyhorse_fast.pipeline.preview import Preview, fit_preview
 from happyhorse_fast.pipeline.progress import Callback, Monitor
 from happyhorse_fast.pipeline.request import FPS, Request, require_rate
 from happyhorse_fast.pipeline.residency import Residency
+
+R = TypeVar("R")
 
 
 class Pipeline:
@@ -58,6 +62,7 @@ class Pipeline:
         decoder: Decoder = "turbo",
         placement: Placement = "auto",
         on_host: bool = True,
+        mesh: Any = None,
     ) -> Pipeline:
         """A pipeline over local folders; nothing is loaded yet, and nothing is ever downloaded.
 
@@ -79,6 +84,8 @@ class Pipeline:
                 (``"sequential"``); ``"auto"`` keeps as many as the card is large enough for.
             on_host: Whether the others wait in host memory, pinned for a GPU, where half of it is enough, so that the
                 next clip copies what this one reads and packs. False where there is no next clip.
+            mesh: Device mesh of ranks that share the models' work, as :func:`parallelize` takes it; ``device`` is then
+                this rank's own. Rank 0 calls the pipeline, the others :meth:`follow`, as often.
 
         Raises:
             FileNotFoundError: No such folder, or no model in it; says where they are published.
@@ -99,8 +106,10 @@ class Pipeline:
         if chosen_precision is not None:
             backend: Any = "reference" if where.type == "cpu" else "auto"
             fast = FastConfig(precision=chosen_precision, attention=attention, backend=backend, originals="drop")
-        return cls(Parts(layout, where, fast, decoder, Residency(where, on_host)), placement)
+        company = None if mesh is None else Company(mesh)
+        return cls(Parts(layout, where, fast, decoder, Residency(where, on_host), company), placement)
 
+    @tells_faults
     def __call__(
         self,
         prompt: str | None = None,
@@ -193,6 +202,27 @@ class Pipeline:
             keeper = stack.enter_context(keeping(kept, target))
             return run.decoded(run.denoised(picture, sound, keeper), target)
 
+    @tells_faults
+    def follow(self) -> None:
+        """Take part in one clip that rank 0 makes by a call: in the stages that denoise, with its settings.
+
+        Raises:
+            ValueError: There are no other ranks, this is rank 0, or ranks differ; names in what.
+            RankError: Rank 0 failed, or said nothing for 600 s; names it.
+            FileNotFoundError, CheckpointError: A model is missing here, or damaged.
+        """
+        parts = self.parts
+        if parts.company is None or parts.company.meeting.rank == 0:
+            raise ValueError("follow is for ranks 1 and above of a pipeline with mesh=...; rank 0 calls the pipeline")
+        while (work := parts.company.hear()) is not None:
+            parts.residency.keep_only(parts.names(work.request))
+            parts.residency.keep = work.keep
+            noise = stages.Noise(work.request, parts.device)
+            noise.generator.set_state(work.noise)
+            unseen = dict.fromkeys(stages.stages_of(work.request), LEAST)
+            work.stage(work.request, parts, Monitor(parts.device, unseen, None, False), noise, *work.given)
+        self._rest()
+
     def preview(self) -> Preview:
         """The map that makes small pictures of the latents that a callback gets, fitted to the video decoder.
 
@@ -234,12 +264,21 @@ class _Run:
         """All latents; those of each stage are kept as soon as they are there."""
         found = self.begun if self.begun is not None else self._first(picture, sound)
         keeper.save(found)
-        if found.whole:
-            return found
-        video = stages.resolve(self.request, self.parts, self.monitor, self.noise, found, self.placing.history_on_host)
-        found = self._latents(RESOLVED, video, found.audio, found.text, found.image)
-        keeper.save(found)
+        if not found.whole:
+            video = self._together(stages.resolve, found, self.placing.history_on_host)
+            found = self._latents(RESOLVED, video, found.audio, found.text, found.image)
+            keeper.save(found)
+        if self.parts.company is not None:
+            self.parts.company.tell(None)
         return found
+
+    def _together(self, stage: Callable[..., R], *given: Any) -> R:
+        """A stage that denoises, of which all ranks are told."""
+        if self.parts.company is not None:
+            state = self.noise.generator.get_state()
+            here = tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in given)
+            self.parts.company.tell(Work(stage, self.request, state, self.placing.keep, here))
+        return stage(self.request, self.parts, self.monitor, self.noise, *given)
 
     def decoded(self, latents: Latents, target: Path | None) -> Clip:
         """Frames and samples of latents."""
@@ -266,7 +305,7 @@ class _Run:
         stages.check_text(request, parts, text)
         images = [None] if picture is None else stages.encode_image(request, parts, monitor, picture)
         held = None if sound is None else stages.encode_sound(request, parts, monitor, sound, self.noise)
-        video, audio = stages.denoise(request, parts, monitor, self.noise, text, null_text, images[0], held)
+        video, audio = self._together(stages.denoise, text, null_text, images[0], held)
         return self._latents(DENOISED, video, audio, text, images[-1])
 
     def _latents(

@@ -50,7 +50,7 @@ def test_both_stages_under_torchrun_give_one_file(two, checkpoint, tmp_path, cap
     assert run(arguments(checkpoint, tmp_path / "alone.safetensors", *more, "--sr-steps", 2)) == 0
     capsys.readouterr()
     results = two(command, 2, arguments(checkpoint, tmp_path / "two.safetensors", *more, "--sr-steps", 2))
-    assert [code for code, _ in results] == [0, 0], results
+    assert [result[0] for result in results] == [0, 0], results
     assert json.loads(results[0][1])["settings"]["ranks"] == 2
     assert results[1][1] == ""
     alone, together = (load_file(tmp_path / f"{name}.safetensors") for name in ("alone", "two"))

@@ -17,7 +17,7 @@ from small_models import CONFIG, PublicLayout, clip, packed
 from torch.distributed.device_mesh import init_device_mesh
 
 import happyhorse_fast as hh
-from happyhorse_fast import golden
+from happyhorse_fast import golden, tokens
 from happyhorse_fast.cli import run
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
@@ -238,13 +238,19 @@ def sampled_by(model: Any, seed: int, noise: str, image: bool) -> list[Any]:
     return [x.numpy() for x in latents]
 
 
-def command(rank: int, ranks: int, arguments: list[str]) -> tuple[int, str]:
-    """Exit code and standard output of the program, started as torchrun would."""
+def command(rank: int, ranks: int, arguments: list[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of the program, started as torchrun would."""
     said = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    out = io.StringIO()
-    with mock.patch.dict(os.environ, said), contextlib.redirect_stdout(out):
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch.dict(os.environ, said), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run(arguments)
-    return code, out.getvalue()
+    return code, out.getvalue(), err.getvalue()
+
+
+def generated(rank: int, ranks: int, arguments: list[str], sides: dict[str, tuple[int, int]], cache: str) -> Any:
+    """:func:`command` with other frame sizes and a cache of its own; an mp4 at 1080p takes a CPU an hour."""
+    with mock.patch.object(tokens, "_SIDES", sides), mock.patch.dict(os.environ, {"HAPPYHORSE_FAST_CACHE": cache}):
+        return command(rank, ranks, arguments)
 
 
 def sharded(rank: int, ranks: int, fast: FastConfig | None, folder: str | None) -> dict[str, Any]:

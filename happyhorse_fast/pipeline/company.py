@@ -1,0 +1,86 @@
+"""A run over several ranks: rank 0 reads, decides, decodes and writes; all of them take part in what denoises."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from happyhorse_fast.fast.parallelize import TIMEOUT, parallelize
+from happyhorse_fast.parallel.faults import Meeting
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage that all ranks take part in, as rank 0 tells of it.
+
+    Attributes:
+        stage: A function of :mod:`happyhorse_fast.pipeline.stages`.
+        request: The run's settings.
+        noise: State of the run's generator.
+        keep: Whether the part stays on the device.
+        given: Further arguments of ``stage``, tensors on the CPU.
+    """
+
+    stage: Callable[..., Any]
+    request: Any
+    noise: torch.Tensor
+    keep: bool
+    given: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Company:
+    """The ranks that make clips together.
+
+    Attributes:
+        mesh: One-dimensional ``DeviceMesh``.
+        meeting: Where rank 0 says what is to be done.
+    """
+
+    mesh: Any
+    meeting: Meeting = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Meet."""
+        object.__setattr__(self, "meeting", Meeting.of(self.mesh, TIMEOUT))
+
+    def share(self, model: Model) -> Model:
+        """The model, parallelized; every rank calls this with its own."""
+        return parallelize(model, self.mesh)
+
+    def tell(self, work: Work | None) -> None:
+        """Say on rank 0 what all do next; None: the rest of the clip is rank 0's."""
+        self.meeting.from_first(pickle.dumps(work))
+
+    def hear(self) -> Work | None:
+        """What rank 0 told.
+
+        Raises:
+            RankError: Rank 0 failed, or said nothing in time.
+        """
+        told: Work | None = pickle.loads(self.meeting.from_first())
+        return told
+
+
+def tells_faults(method: Callable[P, R]) -> Callable[P, R]:
+    """Tell the other ranks of what a pipeline's method raises, where there are others."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        pipeline: Any = args[0]
+        company: Company | None = pipeline.parts.company
+        with nullcontext() if company is None else company.meeting.call():
+            return method(*args, **kwargs)
+
+    return run

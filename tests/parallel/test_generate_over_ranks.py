@@ -1,0 +1,62 @@
+"""From a prompt to an mp4 over two processes: one file, of the same bytes as one process's."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+from rank_work import generated
+from safetensors.numpy import load_file
+
+from happyhorse_fast.pipeline.tiny import write_tiny_checkpoint
+
+SIDES = {"256p": (64, 96), "540p": (96, 160), "1080p": (128, 192)}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    write_tiny_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def sound(tmp_path):
+    path = tmp_path / "sound.wav"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=44100, layout="mono")
+        wave = (np.sin(np.arange(4 * 44100) / 20) * 9000).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
+        frame.sample_rate = 44100
+        container.mux([*stream.encode(frame), *stream.encode()])
+    return path
+
+
+def arguments(tiny, folder, *more):
+    folder.mkdir(exist_ok=True)
+    sizes = ["--seconds", 3, "--resolution", "540p", "--device", "cpu", "--precision", "bf16", "--json"]
+    files = ["--out", folder / "clip.mp4", "--latents", folder / "clip.safetensors"]
+    return [*map(str, ["generate", "a ball", "--model", tiny, *sizes, *files, *more])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["sequential", "resident"])
+def test_two_ranks_make_the_mp4_of_one(two, tiny, sound, tmp_path, placement):
+    one, both = tmp_path / "one", tmp_path / "both"
+    said, where = ["--audio", sound, "--placement", placement], (SIDES, str(tmp_path / "cache"))
+    assert generated(0, 1, arguments(tiny, one, *said), *where)[0] == 0
+    results = two(generated, 2, arguments(tiny, both, *said), *where)
+    assert [result[0] for result in results] == [0, 0], results
+    assert json.loads(results[0][1])["ranks"] == 2
+    assert results[1][1] == "", "rank 0 alone reports"
+    alone, together = (load_file(folder / "clip.safetensors") for folder in (one, both))
+    assert all(np.array_equal(alone[key], together[key]) for key in alone)
+    assert (one / "clip.mp4").read_bytes() == (both / "clip.mp4").read_bytes()
+
+
+@pytest.mark.slow
+def test_what_rank_0_finds_wrong_ends_the_others(two, tiny, tmp_path):
+    tmp_path.joinpath("clip.mp4").touch()
+    results = two(generated, 2, arguments(tiny, tmp_path), SIDES, str(tmp_path / "cache"))
+    assert [result[0] for result in results] == [2, 1]
+    assert "rank 0 failed: FileExistsError: " in results[1][2]
