@@ -24,11 +24,12 @@ from happyhorse_fast.fast.dtypes import require_kept_dtypes
 from happyhorse_fast.fast.padded_rows import PaddedRows, Spans, worth_aligning
 from happyhorse_fast.fast.refusals import require_running
 from happyhorse_fast.fast.state import FastState
-from happyhorse_fast.fast.step import answer, is_exact
+from happyhorse_fast.fast.step import answer, is_exact, step_in_words
 from happyhorse_fast.fast.untraced import load_compiler
 from happyhorse_fast.parallel.sharded import gather_ahead
 
 MODALITY_EMBEDDERS = ("video_embedder", "audio_embedder", "text_embedder")
+_RANGES = ("q_ranges", "k_ranges")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,7 +47,10 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
         model: Any = args[0]
         if model.fast.ranks is None:
             return forward(*args, **kwargs)
-        with model.fast.ranks.call(**dict(zip(names[1:], args[1:], strict=False)), **kwargs):
+        inputs = dict(zip(names[1:], args[1:], strict=False)) | kwargs
+        handler = inputs.pop("local_attn_handler", None)
+        inputs |= {f"local_attn_handler.{name}": getattr(handler, name, None) for name in _RANGES}
+        with model.fast.ranks.call(step_in_words, **inputs):
             return forward(*args, **kwargs)
 
     @ambient.makes_tensors  # a clip's state is kept for later calls
@@ -291,7 +295,7 @@ def _new(eager: type[nn.Module]) -> Any:
 
 def _local_ranges(handler: Any, n: int) -> Ranges:
     """(q start, q end, k start, k end) of the local layers, which must lie in the sequence."""
-    ranges: list[Any] = [getattr(handler, name, None) for name in ("q_ranges", "k_ranges")]
+    ranges: list[Any] = [getattr(handler, name, None) for name in _RANGES]
     shapes = [list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in ranges]
     if not all(isinstance(x, torch.Tensor) and x.dim() == 2 and x.shape == (len(ranges[0]), 2) for x in ranges):
         raise ValueError(f"local_attn_handler must have q_ranges and k_ranges [R, 2], got {shapes[0]} and {shapes[1]}")

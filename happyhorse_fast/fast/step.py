@@ -87,6 +87,12 @@ def at_step(step: int, steps: int) -> Iterator[None]:
         _STEP.reset(token)
 
 
+def step_in_words() -> str:
+    """Where this call is in a run, for what ranks compare."""
+    step = _STEP.get()
+    return "outside of at_step" if step is None else f"step {step.index} of {step.count}"
+
+
 def is_exact(fast: FastConfig) -> bool:
     """Whether this call is of a step in which ``sparsity`` does not apply.
 

@@ -65,6 +65,17 @@ class Meeting:
             self._report(f"{type(error).__name__}: {error}")
             raise
 
+    @contextmanager
+    def between_calls(self) -> Iterator[None]:
+        """What this rank does between calls: what it raises there is told in the place of its next call."""
+        try:
+            yield
+        except RankError:
+            raise
+        except BaseException:
+            with self.call():
+                raise
+
     def agree(self, facts: Mapping[str, str]) -> None:
         """Wait until every rank of this call is here, and hold what they say against each other.
 

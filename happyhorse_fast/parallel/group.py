@@ -53,22 +53,30 @@ class Ranks:
         self._group = group
 
     @contextmanager
-    def call(self, **inputs: object) -> Iterator[None]:
+    def call(self, step: Callable[[], str] = str, **inputs: object) -> Iterator[None]:
         """A forward pass of all ranks, on the same inputs; on a GPU it ends when the device has ended.
 
+        Args:
+            step: Says which of a run's steps it is.
+            inputs: To be compared, tensors by dtype, shape and values.
+
         Raises:
-            ValueError: Another rank was called with other inputs, of shape, dtype or values; names both.
+            ValueError: Another rank was called with other inputs, of shape, dtype or values; names both. Or the call is
+                traced, or captured in a CUDA graph.
             RankError: As :meth:`Transfer.wait`.
         """
         if torch.compiler.is_compiling():
             raise ValueError("a parallelized model runs as it is, got a call that torch.compile or export traces")
-        if _is_capturing(inputs):  # the host can neither read nor wait; the call before the capture did
-            yield
-            return
+        on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs.values())
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "a parallelized model runs as it is, got a call in the capture of a CUDA graph: its replays would "
+                "neither compare what ranks are called with nor name a rank that is gone"
+            )
         with self.meeting.call():
-            self.meeting.agree({name: said_of(value) for name, value in inputs.items()})
+            self.meeting.agree({"step": step()} | {name: said_of(value) for name, value in inputs.items()})
             yield
-            if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs.values()):
+            if on_gpu:
                 event = torch.cuda.Event()
                 event.record()
                 self.meeting.until(event.query)
@@ -156,7 +164,7 @@ class Planned(Ranks):
         super().__init__(None, Alone(size, rank))
 
     @contextmanager
-    def call(self, **inputs: object) -> Iterator[None]:
+    def call(self, step: Callable[[], str] = str, **inputs: object) -> Iterator[None]:
         """Nobody else is called."""
         yield
 
@@ -165,11 +173,6 @@ class Planned(Ranks):
 
     def _start(self, collective: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
         return None
-
-
-def _is_capturing(inputs: dict[str, object]) -> bool:
-    on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs.values())
-    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

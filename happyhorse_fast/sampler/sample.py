@@ -82,7 +82,8 @@ def sample(
         raise TypeError(f"hold_audio must be True or False, got {hold_audio!r} of type {type(hold_audio).__name__}")
     dtype = latent_dtype(model)
     image = prepare_image(image, video.shape, model.device, dtype)
-    draw = noise_source(noise, model.device, dtype, ranks_of(model))
+    ranks = ranks_of(model)
+    draw = noise_source(noise, model.device, dtype, ranks)
     if guidance is None:
         if null_text is not None:
             raise ValueError("null_text must come with guidance, such as guidance=5.0; got guidance=None")
@@ -95,7 +96,7 @@ def sample(
         advance, sigmas = guided(model, text, negative, steps, shift, guidance, guidance_audio)
     video, audio = video.to(dtype), audio.to(dtype)
     how: dict[str, Any] = {"title": title, "image": image, "callback": callback, "progress": progress}
-    return run_steps(advance, sigmas, video, audio, hold_audio=hold_audio, **how)
+    return run_steps(advance, sigmas, video, audio, hold_audio=hold_audio, ranks=ranks, **how)
 
 
 def _check_null_text(model: Denoiser, null_text: object, clip: Clip) -> torch.Tensor:

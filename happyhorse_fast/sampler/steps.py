@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from happyhorse_fast.arguments import require_finite, require_tensor
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.fast.step import at_step
+from happyhorse_fast.parallel.group import Ranks
 from happyhorse_fast.sampler.progress import Callback, StepInfo, peak_memory, step_display
 
 Advance = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -88,6 +90,7 @@ def run_steps(
     callback: Callback | None,
     progress: bool,
     hold_audio: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take one step per noise level.
 
@@ -101,13 +104,15 @@ def run_steps(
         callback: Called after every step.
         progress: Whether to show a progress bar.
         hold_audio: Start every step from the given audio, and return it.
+        ranks: That take the steps together: what this one raises ends the others.
 
     Returns:
         (video, audio) after the last step.
     """
     steps, given = len(sigmas), audio
     video = _with_image(video, image)
-    with step_display(title, steps, progress) as show:
+    told = nullcontext() if ranks is None else ranks.meeting.between_calls()
+    with told, step_display(title, steps, progress) as show:
         for i, sigma in enumerate(sigmas):
             start = time.perf_counter()
             with at_step(i, steps):

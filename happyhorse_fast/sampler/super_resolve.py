@@ -102,7 +102,8 @@ def super_resolve(
     audio_noise = require_fraction("audio_noise", audio_noise)
     require_callback(callback)
     dtype = latent_dtype(sr_model)
-    draw = noise_source(noise, sr_model.device, dtype, ranks_of(sr_model))
+    ranks = ranks_of(sr_model)
+    draw = noise_source(noise, sr_model.device, dtype, ranks)
     target = torch.Size((*video.shape[:3], height, width))
     image = prepare_image(image, target, sr_model.device, dtype)
     solver = unipc_scheduler(steps, shift)
@@ -140,6 +141,7 @@ def super_resolve(
         image=image,
         callback=callback,
         progress=progress,
+        ranks=ranks,
     )
     return made
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 from rank_pool import rank_pool
-from rank_work import comes_late, fails_at_layer
+from rank_work import cancelled, comes_late, fails_at_layer
 from torch.distributed import HashStore
 
 from happyhorse_fast.parallel.faults import Meeting, RankError
@@ -44,6 +44,13 @@ def test_the_others_name_it(ranks, how, said):
 def test_a_rank_that_does_not_come_is_named():
     found, _ = errors(2, comes_late, 1, TIMEOUT)
     assert "rank 1 died or hangs, no answer within 3 s" in str(found[0])
+
+
+def test_a_run_that_one_rank_ends_between_two_steps_ends_for_all(two):
+    found = two(cancelled, 2, 1)
+    assert isinstance(found[0], RankError)
+    assert "rank 1 failed: InterruptedError: enough after step 1" in str(found[0])
+    assert isinstance(found[1], InterruptedError)
 
 
 def test_what_a_gpu_never_finishes_is_ended_by_the_host():

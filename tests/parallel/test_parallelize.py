@@ -1,12 +1,17 @@
 """What ``parallelize`` refuses, on every rank and before anything is sent, and that ``restore`` undoes it."""
 
+from unittest import mock
+
 import pytest
 import torch
 from over_ranks import SIX_TILES
 from rank_work import called_again, config_of, layers_seen, model_of, refusal, restored
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import happyhorse_fast as hh
 from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.parallel.faults import Alone
+from happyhorse_fast.parallel.group import Ranks
 from happyhorse_fast.parallel.rows import RowShare
 
 REFUSALS = {
@@ -21,6 +26,8 @@ REFUSALS = {
     "pickle": "a parallelized model does not pickle",
     "compile": "a parallelized model runs as it is, got a call that torch.compile or export traces",
     "shape": "video must be the same on all 2 ranks, got float32 [1, 48, 2, 4, 8]",
+    "step": "step must be the same on all 2 ranks, got step 0 of 8 on rank 0 and step 1 of 8 on rank 1",
+    "ranges": "local_attn_handler.k_ranges must be the same on all 2 ranks, got ",
     "noise": "video must be the same on all 2 ranks, got float32 [1, 48, 2, 4, 8] with bits that add up to",
 }
 
@@ -48,6 +55,18 @@ def test_on_layer_sees_all_ranks_rows(two, fast):
     for apart in two(layers_seen, 2, fast):
         assert len(apart) == 2
         assert max(apart) <= (0 if fast else 4e-3)
+
+
+def test_the_capture_of_a_cuda_graph_is_refused():
+    with FakeTensorMode():
+        video = torch.empty(1, device="cuda")
+    ranks = Ranks(None, Alone(2, 0))
+    with (
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+        pytest.raises(ValueError, match="a parallelized model runs as it is, got a call in the capture of a CUDA gr"),
+        ranks.call(video=video),
+    ):
+        raise AssertionError("it ran")
 
 
 def test_what_is_no_model_and_no_mesh():

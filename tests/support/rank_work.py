@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import time
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -148,6 +149,14 @@ def refusal(rank: int, ranks: int, what: str) -> None:
         pickle.dumps(hh.parallelize(model_of(config, None), mesh))
     elif what == "compile":
         torch.compile(hh.parallelize(model_of(config, fast), mesh), backend="eager", fullgraph=True)(*clip())
+    elif what == "step":
+        model = hh.parallelize(model_of(config, fast), mesh, timeout=30)
+        with hh.at_step(rank, 8):
+            model(*clip())
+    elif what == "ranges":
+        model = hh.parallelize(model_of(config_of(2, local_attn_layers=(1,)), fast, public=True), mesh, timeout=30)
+        whole = torch.tensor([[0, 10]])
+        model(*packed(clip())[:4], SimpleNamespace(q_ranges=whole, k_ranges=whole - rank))
     elif what in ("shape", "noise"):
         model = hh.parallelize(model_of(config, fast), mesh, timeout=30)
         video, audio, text = clip(3 if what == "shape" and last else 2)
@@ -217,6 +226,17 @@ def comes_late(rank: int, ranks: int, culprit: int, timeout: float) -> None:
     if rank == culprit:
         time.sleep(600)
     model(*clip())
+
+
+def cancelled(rank: int, ranks: int, culprit: int) -> None:
+    """A run that one rank's callback ends after its first step."""
+    model = hh.parallelize(model_of(config_of(2), None), init_device_mesh("cpu", (ranks,)))
+
+    def callback(info: Any) -> None:
+        if rank == culprit:
+            raise InterruptedError(f"enough after step {info.step}")
+
+    hh.sample(model, *clip(), steps=2, callback=callback, progress=False)
 
 
 def sampled(rank: int, ranks: int, fast: FastConfig | None, noise: str, image: bool) -> list[Any]:
