@@ -1,7 +1,8 @@
 """A layer's attention over ranks: rows become heads, attention runs a key/value head at a time, heads become rows.
 
 Keys and values go first, then queries by key/value head; while one is attended to, the next one's queries come and the
-last one's output goes. A map chosen by q and k needs all queries of such a head, so no smaller part is sent.
+last one's output goes. A map chosen by q and k needs all queries of such a head, so no smaller part is sent. Buffers of
+two heads are there at a time: an output that comes back takes the place of queries that went.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.fast.attention_inputs import AttentionInputs, Operand
 from happyhorse_fast.ops.attention.reference import output_bounds
 from happyhorse_fast.ops.quantize import E4M3, INT8, e4m3_scale
+from happyhorse_fast.parallel.group import Transfer
 from happyhorse_fast.parallel.ulysses import Ulysses
 
 
@@ -49,16 +51,20 @@ def attention_over_ranks(
     out_scale = _shared_scale(v, v_scale, gate, ulysses) if fp8_out else None
     if not int8:  # e4m3 q and k have a scale per tile, the same for all heads
         q_scale, k_scale = (None if x is None else ulysses.tiles(x, BLOCK) for x in (q_scale, k_scale))
-    coming = [ulysses.heads_of_columns(v) if e4m3 else ulysses.heads_of_rows(v), ulysses.heads_of_rows(k)]
+    coming = [ulysses.heads_of_columns(v) if e4m3 else ulysses.heads_of_rows(v)]
+    del v
+    coming.append(ulysses.heads_of_rows(k))
+    del k
     of_tiles = v_scale if e4m3 else k_scale if int8 else None
     if of_tiles is not None:
         coming.append(ulysses.heads_of_columns(of_tiles, BLOCK))
     by_row = [q, gate, q_scale] if int8 else [q, gate]
-    del q, k, v, gate
+    del gate
     queries = [ulysses.heads_of_rows(x, groups, 0) for x in by_row if x is not None]
     values, keys, *scales = (transfer.wait() for transfer in coming)
     del coming
-    going = []
+    going: Transfer | None = None
+    every: torch.Tensor | None = None
     for group in range(groups):
         here = [transfer.wait() for transfer in queries]
         if group + 1 < groups:
@@ -79,11 +85,24 @@ def attention_over_ranks(
             out_scale=out_scale,
         )
         del here
-        going.append(ulysses.rows_of_heads(attended))
+        if going is not None:
+            every = _placed(going, group - 1, groups, every, q)
+        going = ulysses.rows_of_heads(attended)
         del attended
     del keys, values
-    every = torch.stack([transfer.wait() for transfer in going], dim=2)
-    return every.view(torch.bfloat16 if out_scale is None else E4M3).flatten(1), scale
+    assert going is not None
+    every = _placed(going, groups - 1, groups, every, q)
+    return every.flatten(1).view(torch.bfloat16 if out_scale is None else E4M3), scale
+
+
+def _placed(going: Transfer, group: int, groups: int, every: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
+    """[M, P, groups, h * D] with the outputs of one group of heads: in the place of q, sent by then, where they fit."""
+    out = going.wait()
+    if every is None:
+        every = q.view(out.dtype) if q.itemsize == out.itemsize else out.new_empty(q.shape)
+        every = every.view(*out.shape[:2], groups, -1)
+    every[:, :, group] = out
+    return every
 
 
 def _shared_scale(v: torch.Tensor, v_scale: torch.Tensor | None, gate: torch.Tensor, ulysses: Ulysses) -> torch.Tensor:

@@ -5,10 +5,13 @@ import torch
 from rank_work import config_of, model_of
 from small_models import clip
 
+from happyhorse_fast.fast.attention_over_ranks import attention_over_ranks
 from happyhorse_fast.fast.config import FastConfig
-from happyhorse_fast.fast.memory import peak_memory
+from happyhorse_fast.fast.memory import StorageMeter, peak_memory
 from happyhorse_fast.parallel.costs import LINKS, Exchange, layer_exchange
 from happyhorse_fast.parallel.group import Planned
+from happyhorse_fast.parallel.rows import RowShare
+from happyhorse_fast.parallel.ulysses import Ulysses
 from happyhorse_fast.tokens import ClipTokens
 from happyhorse_fast.verify.forms import FORMS
 
@@ -59,6 +62,24 @@ def test_what_goes_beside_attention_takes_no_time():
     assert parts.seconds(link, 1.0) == pytest.approx((9 / 450, 3 / 450))
     assert parts.seconds(link, 0.004) == pytest.approx((9 / 450, 9 / 450 - 0.003))
     assert Exchange(first, 0, last, 1).seconds(link, 1.0) == pytest.approx((3 / 450, 3 / 450))
+
+
+def test_buffers_of_two_heads_are_there_at_a_time():
+    rows, groups, d, meter = 256, 4, 64, StorageMeter()
+    ulysses = Ulysses(Planned(2), RowShare(2 * rows, 128, 2, 0))
+
+    def attend(x, out_scale):
+        return torch.zeros_like(x.q).flatten(1), out_scale
+
+    with meter:
+        q, k, v = (torch.zeros(rows, n, d, dtype=torch.bfloat16) for n in (40, 8, 8))
+        gate = torch.zeros(rows, 40)
+        inputs, of_head = [q, k, v, None, None, None, gate], q.nbytes // groups
+        whole = q.nbytes + gate.nbytes + k.nbytes + v.nbytes
+        del q, k, v, gate
+        attention_over_ranks(inputs, ulysses, attend, fp8_out=False)
+    # A head's queries here; the next one's and the last one's output, each sent and arriving; the output that is made.
+    assert whole + 5 * of_head < meter.peak_bytes < whole + 6.5 * of_head
 
 
 @pytest.mark.parametrize("form", [FORMS[1], FORMS[2]], ids=lambda form: form.name)
