@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from happyhorse_fast.checkpoint.save import save_checkpoint
 from happyhorse_fast.checkpoint.stream import (
     Advance,
     assign,
+    by_layer,
     emptied_on_error,
     fill,
     progress_bar,
@@ -34,6 +33,7 @@ from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.eager.sizes import BANDS_KEY, layer_of, require_sizes
 from happyhorse_fast.fast.accelerate import Accelerating
 from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.parallelize import spread
 
 __all__ = ["load", "save_checkpoint"]
 
@@ -79,8 +79,8 @@ def load(
         lora: What :func:`merge_lora` takes, merged as there, layer by layer, before a layer is packed. The original
             weights are not kept. Not for packed weights.
         lora_scale: Its ``scale``.
-        shard: Device mesh, with ``fast`` and the published format: every rank keeps its share of a layer's matrices as
-            soon as the layer is packed, so that no device holds all of them; :func:`parallelize` comes after.
+        shard: Device mesh of ``device``'s kind: every rank keeps its share of a layer's matrices as soon as it has the
+            layer, so that no device ever holds more than one whole layer; :func:`parallelize` comes after.
 
     Returns:
         The model, complete: on any error, Ctrl-C included, there is none, and its memory is free again.
@@ -92,24 +92,34 @@ def load(
         TypeError: ``config`` is not a ModelConfig.
         ValueError: Not exactly one of ``preset`` and ``config``; no such preset, device or compute dtype; ``fast`` asks
             for another precision than packed weights have; ``lora`` for packed weights, or one that does not fit;
-            ``shard`` without ``fast``, or for packed weights.
+            ``shard`` is a mesh of another kind of device.
     """
     place = usable_device(device)
-    if shard is not None and (fast is None or is_packed(path)):
-        raise ValueError(f"shard must come with fast and the published format, got fast={fast} and {str(path)!r}")
+    if shard is not None and shard.device_type != place.type:
+        raise ValueError(f"shard must be a mesh of {place.type} devices, as device is; got {shard.device_type}")
     wanted = check_load(path, preset, config, compute_dtype=compute_dtype, fast=fast)
     if is_packed(path):
         if lora:
             raise ValueError(
                 f"lora must be left out: the folder {str(path)!r} is packed; load the published checkpoint"
             )
-        return load_packed(path, place, fast, progress=progress)
+        return load_packed(path, place, fast, progress=progress, shard=shard)
     model = HappyHorse(wanted, compute_dtype, device="meta")
     updates = plan_updates(model, lora, lora_scale)
     entries = read_headers(path)
-    accelerating = Accelerating(model, wanted, fast, place, shard) if fast is not None else None
+    accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
+    by_layers = accelerating is not None or shard is not None
+
+    def done(layer: int) -> None:
+        if accelerating is not None:
+            accelerating.pack(layer)
+        if shard is not None:
+            spread(model.block.layers[layer], shard)
+
     with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
-        _stream(model, entries, place, advance, accelerating, updates)
+        _stream(model, entries, place, advance, done if by_layers else None, updates)
+        if accelerating is not None:
+            accelerating.finish()
     return model
 
 
@@ -177,12 +187,12 @@ def _stream(
     entries: Mapping[str, TensorEntry],
     device: torch.device,
     advance: Advance,
-    accelerating: Accelerating | None,
+    done: Callable[[int], None] | None,
     updates: Mapping[str, Sequence[Update]],
 ) -> None:
     """Fill a model on ``"meta"`` tensor by tensor: the rotary frequencies first, then in the files' order.
 
-    Where the model is accelerated, layer by layer instead; a layer is packed once it is complete and has its LoRAs.
+    With ``done`` layer by layer instead; it is called with a layer's number once that is complete and has its LoRAs.
     """
     staging = staging_buffer(device)
     bands = frequency_bands(model.get_buffer(BANDS_KEY).shape[0] * 8)
@@ -200,20 +210,15 @@ def _stream(
     assign(model, BANDS_KEY, bands.to(device))
     like = model.state_dict()
     rest = [entry for key, entry in entries.items() if key != BANDS_KEY]
-    if accelerating is None:
+    if done is None:
         fill(model, rest, like, device, staging, advance)
         _merge(model, updates, updates)
         return
-    of_layer = itemgetter(0)
-    keyed = sorted(
-        ((layer_of(entry.key), entry) for entry in rest), key=lambda pair: -1 if pair[0] is None else pair[0]
-    )
-    for layer, together in groupby(keyed, key=of_layer):
-        fill(model, [entry for _, entry in together], like, device, staging, advance)
+    for layer, together in by_layer(rest):
+        fill(model, together, like, device, staging, advance)
         _merge(model, updates, [path for path in updates if layer_of(path) == layer])
         if layer is not None:
-            accelerating.pack(layer)
-    accelerating.finish()
+            done(layer)
 
 
 def _merge(model: nn.Module, updates: Mapping[str, Sequence[Update]], paths: Iterable[str]) -> None:

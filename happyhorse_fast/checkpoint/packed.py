@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from happyhorse_fast._version import __version__
 from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.checkpoint.header import DTYPES, PACKED_FILE, TensorEntry, read_headers, require_regular_file
 from happyhorse_fast.checkpoint.save import write_checkpoint
-from happyhorse_fast.checkpoint.stream import assign, emptied_on_error, fill, progress_bar, staging_buffer
+from happyhorse_fast.checkpoint.stream import assign, by_layer, emptied_on_error, fill, progress_bar, staging_buffer
 from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
@@ -25,6 +25,8 @@ from happyhorse_fast.fast.accelerate import choose_ops, empty_accelerated
 from happyhorse_fast.fast.attention_bound import AttentionBound
 from happyhorse_fast.fast.compiled import unwrapped
 from happyhorse_fast.fast.config import GONE_ATTENTION, FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.fast.layer import FastLayer
+from happyhorse_fast.fast.parallelize import spread
 from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
 
@@ -108,7 +110,7 @@ def packed_config(folder: str | Path, fast: FastConfig | None) -> tuple[ModelCon
 
 @ambient.makes_tensors
 def load_packed(
-    folder: str | Path, device: torch.device, fast: FastConfig | None = None, *, progress: bool
+    folder: str | Path, device: torch.device, fast: FastConfig | None = None, *, progress: bool, shard: Any = None
 ) -> HappyHorse:
     """Load packed weights; see :func:`load`, which calls this.
 
@@ -124,16 +126,20 @@ def load_packed(
     model = empty_accelerated(config, fast, choose_ops(fast.on(arch), device, None), arch)
     like = model.state_dict()
     _require_entries(entries, like, folder)
-    with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
-        fill(model, entries.values(), like, device, staging_buffer(device), advance)
-    assign(model, BANDS_KEY, frequency_bands(config.head_dim, device))
     _, _, bounds = _description(folder / PACKED_FILE)
-    layers: Any = model.block.layers
-    for index, layer in enumerate(layers):
-        if bounds is None:
-            layer.find_bound()
-        else:
-            layer.bound = bounds[index]
+    staging, layers = staging_buffer(device), cast("list[FastLayer]", model.block.layers)
+    with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
+        for index, together in by_layer(entries.values()):
+            fill(model, together, like, device, staging, advance)
+            if index is None:
+                continue
+            if bounds is None:
+                layers[index].find_bound()
+            else:
+                layers[index].bound = bounds[index]
+            if shard is not None:
+                spread(layers[index], shard)
+    assign(model, BANDS_KEY, frequency_bands(config.head_dim, device))
     return model
 
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import nn
 
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint.header import DTYPES, TensorEntry
+from happyhorse_fast.eager.sizes import layer_of
 
 # Bytes read at a time, a multiple of every item size. All a load takes beside the weights.
 STAGING_BYTES = 16 << 20
@@ -71,6 +73,14 @@ def fill(
             for entry in together:
                 value = read_tensor(stream, entry, like[entry.key].dtype, device, staging, advance)
                 assign(model, entry.key, value)
+
+
+def by_layer(entries: Iterable[TensorEntry]) -> Iterator[tuple[int | None, list[TensorEntry]]]:
+    """(layer, its tensors) in order, those of no layer first."""
+    keyed = [(layer_of(entry.key), entry) for entry in entries]
+    keyed.sort(key=lambda pair: -1 if pair[0] is None else pair[0])
+    for layer, together in groupby(keyed, key=itemgetter(0)):
+        yield layer, [entry for _, entry in together]
 
 
 def read_tensor(

@@ -10,7 +10,7 @@ import typer
 
 import happyhorse_fast as hh
 from happyhorse_fast import optional
-from happyhorse_fast.cli.options import AttentionOption, DeviceOption, usable_device
+from happyhorse_fast.cli.options import AttentionOption, DeviceOption, ShardOption, shards, usable_device
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, table
 from happyhorse_fast.files import require_folder
 from happyhorse_fast.parallel.launched import Launched
@@ -76,6 +76,7 @@ def generate(
         Path | None, typer.Option(help="Go on from latents that a run left; its settings are used.")
     ] = None,
     preview: Annotated[Path | None, typer.Option(help="Folder for a picture of the latents after each step.")] = None,
+    shard_weights: ShardOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the mp4.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -105,6 +106,7 @@ def generate(
             placement=placement,  # type: ignore[arg-type]
             on_host=False,
             mesh=mesh,
+            shard_weights=shards(mesh, shard_weights) is not None,
         )
         if process.rank:  # rank 0 reads and writes
             pipe.follow()

@@ -24,6 +24,13 @@ AttentionOption = Annotated[
     typer.Option(help="Of the fast forms: attention in bf16, int8_qk or fp8; left out, FastConfig's default."),
 ]
 
+ShardOption = Annotated[
+    bool,
+    typer.Option(
+        "--shard-weights", help="Of several processes: each keeps a share of the weights, for cards too small for all."
+    ),
+]
+
 
 def read_config(path: Path | None) -> ModelConfig | None:
     """Read a configuration from a JSON file of :meth:`ModelConfig.to_dict`.
@@ -46,6 +53,17 @@ def read_config(path: Path | None) -> ModelConfig | None:
 def _from_fifo(path: Path) -> Any:
     """Read JSON once: a FIFO gives it once, and a command asks before and while it loads a model."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def shards(mesh: Any, shard_weights: bool) -> Any:
+    """The mesh that weights are spread over; None where each process keeps all.
+
+    Raises:
+        ValueError: There is one process.
+    """
+    if shard_weights and mesh is None:
+        raise ValueError("--shard-weights must come with several processes, which torchrun starts; this is one")
+    return mesh if shard_weights else None
 
 
 def usable_device(name: str) -> str:

@@ -44,6 +44,9 @@ def plan(
     gpus: Annotated[
         int, typer.Option(min=1, help="Cards that share the clip's sequence; times, bytes and memory are of one.")
     ] = 1,
+    shard_weights: Annotated[
+        bool, typer.Option("--shard-weights", help="With --gpus: each card keeps a share of the weights.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="8")] = None,
     video_share: Annotated[
         float | None,
@@ -94,6 +97,8 @@ def plan(
         raise ValueError(f"steps must be at least 1, got {steps}")
     config, clip, card = ModelConfig.preset(preset), tokens_for(resolution, aspect, seconds, fps), gpu_named(gpu)
     config.require_ranks(gpus)
+    if shard_weights and gpus == 1:
+        raise ValueError("--shard-weights must come with --gpus of at least 2, got 1")
     if attention is None:
         attention = default_attention("bf16" if precision == "fp32" else precision)
     how: dict[str, Any] = {"precision": precision, "attention": attention}
@@ -133,7 +138,7 @@ def plan(
         },
         "exchange": None if gpus == 1 else _exchange(config, clip, gpus, text, precision, attention, costs),
         "launches_per_layer": _launches(precision),
-        **_memory(config, clip, text, (precision, attention), memory, gpus),
+        **_memory(config, clip, text, (precision, attention), memory, gpus, shard_weights),
     }
     emit(data, as_json, lambda console: _render(console, data))
 
@@ -162,9 +167,15 @@ def _exchange(
 
 
 def _memory(
-    config: ModelConfig, clip: ClipTokens, text: int, precision: tuple[str, str], trace: bool, gpus: int
+    config: ModelConfig,
+    clip: ClipTokens,
+    text: int,
+    precision: tuple[str, str],
+    trace: bool,
+    gpus: int,
+    shard_weights: bool,
 ) -> dict[str, Any]:
-    from happyhorse_fast.fast.memory import peak_memory
+    from happyhorse_fast.fast.memory import peak_memory, sharded_bytes
     from happyhorse_fast.verify.forms import form_of
 
     form, attention = form_of(precision[0]), precision[1]
@@ -177,7 +188,10 @@ def _memory(
     # The last rank holds the dummies, the first none.
     peaks = [peak_memory(model, clip, text, gpus=gpus, rank=rank) for rank in {0, gpus - 1}]
     peak = max(peaks, key=lambda peak: peak.peak_bytes)
-    return {"peak_memory_gib": peak.peak_gib, "memory": {"form": form.name, "why": None, "peak": peak}}
+    held, gathered = sharded_bytes(model, gpus) if shard_weights else (peak.weight_bytes, 0)
+    whole = peak.peak_bytes - peak.weight_bytes + held + gathered
+    memory = {"form": form.name, "why": None, "held_weight_bytes": held, "gathered_weight_bytes": gathered}
+    return {"peak_memory_gib": whole / 2**30, "memory": {**memory, "peak": peak}}
 
 
 def _render(console: Console, data: dict[str, Any]) -> None:
@@ -213,12 +227,13 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         console.print(literal(f"peak memory: not known, {memory['why']}"))
         return
     peak = memory["peak"]
+    gathered = f" and {gib(memory['gathered_weight_bytes'])} gathered" if memory["gathered_weight_bytes"] else ""
     form = memory["form"] + (f", attention in {data['attention']}" if data["attention"] != data["precision"] else "")
     console.print(
         literal(
             f"peak memory, {form}: ",
             (f"{data['peak_memory_gib']:.1f} GiB", "bold"),
-            f", of it weights {gib(peak.weight_bytes)}; reached by {peak.operation}",
+            f", of it weights {gib(memory['held_weight_bytes'])}{gathered}; reached by {peak.operation}",
         )
     )
     rows = [[gib(a.bytes), a.dtype, str(list(a.shape)), a.made_by] for a in peak.largest]

@@ -18,7 +18,9 @@ from happyhorse_fast.cli.options import (
     ConfigOption,
     DeviceOption,
     PresetOption,
+    ShardOption,
     read_config,
+    shards,
     usable_device,
 )
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, save_tensors
@@ -93,6 +95,7 @@ def sample(
         ),
     ] = None,
     sr_steps: Annotated[int, typer.Option(help="Second stage: UniPC steps.")] = 5,
+    shard_weights: ShardOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -149,9 +152,10 @@ def sample(
         there.config.require_ranks(process.size)
     progress = not as_json and process.rank == 0
     with process.mesh(where) as mesh:
+        shard = shards(mesh, shard_weights)
 
         def loaded(there: _Stage) -> Any:
-            model = there.load(device=where, progress=progress)
+            model = there.load(device=where, progress=progress, shard=shard)
             return model if mesh is None else happyhorse_fast.parallelize(model, mesh)
 
         # No name holds a model: the first is gone before the second is loaded.

@@ -24,7 +24,7 @@ from happyhorse_fast.eager.rotary import frequency_bands, rotary_phases
 from happyhorse_fast.eager.sequence import Clip, HeldTokens, Ranges
 from happyhorse_fast.parallel.group import Ranks
 from happyhorse_fast.parallel.rows import RowShare
-from happyhorse_fast.parallel.sharded import gather_ahead
+from happyhorse_fast.parallel.sharded import gather
 from happyhorse_fast.parallel.ulysses import Ulysses
 
 # Rows in flight in a norm, a QKV product or an MLP: 8192 x 27304 float32 is 0.9 GB, all 64k rows would be 7 GB.
@@ -351,7 +351,7 @@ class HappyHorse(nn.Module):
         local = sequence.local_ranges(clip, self.config.frame_receptive_field)
         for i, layer in enumerate(self.block.layers):
             ranges = local if self.config.is_local(i, clip.frame_tokens) else dense
-            gather_ahead(self.block.layers, i + 1)
+            gather(self.block.layers, i)
             hidden = layer(hidden, phases, here, ranges, self.compute_dtype, ulysses)
             if on_layer is not None:
                 on_layer(i, self._every(hidden, share, slice(0, clip.total)))

@@ -29,7 +29,7 @@ from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.fast.untraced import load_compiler, untraced
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.dispatch import Choice, attention_is_hopper, choose, compute_capability
-from happyhorse_fast.parallel.sharded import is_sharded, shard_layer
+from happyhorse_fast.parallel.sharded import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 LayerTensors = Mapping[str, torch.Tensor]
@@ -101,19 +101,16 @@ class Accelerating:
         config: Its configuration.
         fast: What to do.
         device: Where the weights go.
-        shard: Device mesh whose ranks each keep a share of the matrices; None to keep them whole.
 
     Raises:
         ValueError, BackendError: As :func:`accelerate`.
     """
 
-    def __init__(
-        self, model: nn.Module, config: ModelConfig, fast: FastConfig, device: torch.device, shard: Any = None
-    ) -> None:
+    def __init__(self, model: nn.Module, config: ModelConfig, fast: FastConfig, device: torch.device) -> None:
         if not isinstance(fast, FastConfig):
             raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
         fast.require_model(config)
-        self.model, self.device, self.shard = model, device, shard
+        self.model, self.device = model, device
         self.here = fast.on(compute_capability(device))
         choices = choose_ops(self.here, device, None)
         self.state = FastState(config, fast, choices, [], type(model))
@@ -125,10 +122,7 @@ class Accelerating:
         tensors = layers[index].state_dict()
         layers[index] = None
         state = self.state
-        layer = make_fast_layer(tensors, state.config, self.here, index, state.choices, self.device)
-        if self.shard is not None:
-            shard_layer(layer, self.shard, layer.matrices())
-        layers[index] = layer
+        layers[index] = make_fast_layer(tensors, state.config, self.here, index, state.choices, self.device)
 
     def finish(self) -> None:
         """Make the model run its packed layers, once all are."""

@@ -48,7 +48,6 @@ class FastLayer(nn.Module):
     qk_norm: torch.Tensor
     qk_scale: torch.Tensor
     qkv_weight: torch.Tensor
-    up_weight: torch.Tensor
 
     def __init__(self, plan: LayerPlan, buffers: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -62,7 +61,7 @@ class FastLayer(nn.Module):
         plan = self.plan
         start = (plan.num_heads_q + plan.num_heads_kv) * plan.head_dim
         v_rows = slice(start, start + plan.num_heads_kv * plan.head_dim)
-        self.bound = packed_bound(self.attn_norm, self.qk_norm, self.qkv_weight, self.scale_of("qkv"), v_rows)
+        self.bound = packed_bound(self.attn_norm, self.qk_norm, self.weight_of("qkv"), self.scale_of("qkv"), v_rows)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FastLayer:
         """Carry out ``nn.Module.to`` and the like; raise a TypeError where a tensor's dtype would change."""
@@ -114,7 +113,7 @@ class FastLayer(nn.Module):
         plan, out = self.plan, self.plan.precision["attention"]
         q, k, v, *scales, gate = qkv_linear(
             *x,
-            self.qkv_weight,
+            self.weight_of("qkv"),
             self.scale_of("qkv"),
             self.qk_norm,
             cos_sin,
@@ -162,7 +161,7 @@ class FastLayer(nn.Module):
         fp8 = self.plan.precision["down"] == "fp8"
         y, scale = fp8_linear_activation(
             *x,
-            self.up_weight,
+            self.weight_of("up"),
             self.scale_of("up"),
             tiles,
             activation=self.activation,
@@ -181,9 +180,8 @@ class FastLayer(nn.Module):
         """Add ``op``'s product, ``"proj"`` or ``"down"``, to [rows, C] in place: one launch, more with a post-norm."""
         norm = getattr(self, "attn_post_norm" if op == "proj" else "mlp_post_norm", None)
         if norm is None:
-            weight: torch.Tensor = getattr(self, f"{op}_weight")
             backend = self.plan.backend["fp8_linear_residual"]
-            fp8_linear_residual(*x, weight, self.scale_of(op), tiles, hidden, backend=backend)
+            fp8_linear_residual(*x, self.weight_of(op), self.scale_of(op), tiles, hidden, backend=backend)
             return
         branch = self.product(x, op, tiles)
         experts = tiles[:, 0].repeat_interleave(tiles[:, 2] - tiles[:, 1], output_size=hidden.shape[0])
@@ -191,8 +189,8 @@ class FastLayer(nn.Module):
 
     def product(self, x: Operand, op: str, tiles: torch.Tensor) -> torch.Tensor:
         """``op``'s product [rows, C] in bf16, of a layer with post-norms: one launch."""
-        weight: torch.Tensor = getattr(self, f"{op}_weight")
-        return fp8_linear(*x, weight, self.scale_of(op), tiles, backend=self.plan.backend["fp8_linear"])
+        backend = self.plan.backend["fp8_linear"]
+        return fp8_linear(*x, self.weight_of(op), self.scale_of(op), tiles, backend=backend)
 
     def matrices(self) -> list[str]:
         """Names of the products' weights and of their scales."""
@@ -206,9 +204,18 @@ class FastLayer(nn.Module):
         """Of the MLP: ``"swiglu7"`` or ``"gelu7"``."""
         return "swiglu7" if self.plan.gated else "gelu7"
 
+    def weight_of(self, op: str) -> torch.Tensor:
+        """Weight [experts, F, K] of a product."""
+        return self._per_expert(f"{op}_weight", 3)
+
     def scale_of(self, op: str) -> torch.Tensor | None:
         """Scales [experts, F] of a product's weight; None in bf16."""
-        return None if self.plan.precision[op] == "bf16" else getattr(self, f"{op}_scale")
+        return None if self.plan.precision[op] == "bf16" else self._per_expert(f"{op}_scale", 2)
+
+    def _per_expert(self, name: str, dims: int) -> torch.Tensor:
+        """A matrix, which is [experts * F, ...] where it is spread over ranks."""
+        value: torch.Tensor = getattr(self, name)
+        return value if value.dim() == dims else value.unflatten(0, (self.plan.experts, -1))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         self.require_packed(state_dict, prefix)

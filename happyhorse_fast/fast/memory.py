@@ -28,6 +28,7 @@ from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.compiled import unwrapped
 from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.parallelize import ranks_of
 from happyhorse_fast.fast.state import build_clip_state, is_accelerated
 from happyhorse_fast.fast.step import at_step
@@ -315,6 +316,25 @@ def peak_by_kind(
     """
     shallow, full = build(one_layer_per_kind(config, clip)), build(config)
     return peak_memory(shallow, clip, text).peak_bytes + weight_bytes(full) - weight_bytes(shallow)
+
+
+def sharded_bytes(model: Any, ranks: int) -> tuple[int, int]:
+    """Weights that are spread over P ranks, ``parallelize(shard_weights=True)``, in bytes of one.
+
+    Args:
+        model: As it is before that, on whatever device.
+        ranks: P.
+
+    Returns:
+        (what it holds, layers that are whole at the peak: one as it arrives and in its place, or that and the next).
+    """
+    spread = []
+    for layer in model.block.layers:
+        packed = isinstance(layer, FastLayer)
+        matrices = map(layer.get_buffer, layer.matrices()) if packed else (p for p in layer.parameters() if p.dim() > 1)
+        spread.append(sum(x.nbytes for x in matrices if x.flatten(0, 1 if packed else 0).shape[0] % ranks == 0))
+    whole = max(first + max(first, after) for first, after in zip(spread, [*spread[1:], 0], strict=True))
+    return weight_bytes(model) - sum(spread) * (ranks - 1) // ranks, whole
 
 
 def weight_bytes(model: nn.Module) -> int:

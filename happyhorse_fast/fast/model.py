@@ -26,7 +26,7 @@ from happyhorse_fast.fast.refusals import require_running
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.fast.step import answer, is_exact, step_in_words
 from happyhorse_fast.fast.untraced import load_compiler
-from happyhorse_fast.parallel.sharded import gather_ahead
+from happyhorse_fast.parallel.sharded import gather
 
 MODALITY_EMBEDDERS = ("video_embedder", "audio_embedder", "text_embedder")
 _RANGES = ("q_ranges", "k_ranges")
@@ -91,7 +91,7 @@ def run_layers(
     """Update the padded residual stream, float32 [rows, C], in place, layer by layer."""
     exact = is_exact(fast)
     for index, layer in enumerate(layers):
-        gather_ahead(layers, index + 1)
+        gather(layers, index)
         if layer(hidden, state, fast.rows_in_mlp, exact=exact) is not None:
             raise ValueError(
                 f"a forward hook on block.layers.{index} returned a value, which nothing would take: a packed layer "

@@ -87,7 +87,7 @@ def parallelize(model: Model, mesh: Any, *, shard_weights: bool = False, timeout
     ranks = Ranks(mesh.get_group(), meeting)
     if shard_weights:
         for layer in inner.block.layers:
-            shard(layer, mesh)
+            spread(layer, mesh)
         inner.to(mesh.device_type)
     if fast:
         inner.fast.ranks = ranks
@@ -97,7 +97,7 @@ def parallelize(model: Model, mesh: Any, *, shard_weights: bool = False, timeout
     return model
 
 
-def shard(layer: nn.Module, mesh: DeviceMesh) -> None:
+def spread(layer: nn.Module, mesh: DeviceMesh) -> None:
     """Spread a layer's matrices over the ranks of a mesh, unless they are already."""
     if not is_sharded(layer):
         shard_layer(layer, mesh, layer.matrices() if isinstance(layer, FastLayer) else ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Mapping
 
@@ -11,6 +12,9 @@ from torch import nn
 
 from happyhorse_fast._version import __version__
 from happyhorse_fast.parallel.faults import said_of
+
+DIGEST = "digest_of_whole_weights"
+"""Attribute of a layer whose weights are spread over ranks."""
 
 
 def versions() -> dict[str, str]:
@@ -22,13 +26,10 @@ def versions() -> dict[str, str]:
 def weights_digest(model: nn.Module) -> str:
     """Digest of a model's weights: keys, dtypes, shapes, and the sum of every tensor's bits.
 
-    Tells checkpoints apart, not tensors whose elements changed places; of what is sharded already, the shape alone.
-    Reads every weight once: 33 GiB of a bf16 15B model, predicted 10 ms of an H100.
+    Tells checkpoints apart, not tensors whose elements changed places. A layer that is spread over ranks has kept the
+    digest of what it was. Reads every weight once: 33 GiB of a bf16 15B model, predicted 10 ms of an H100.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    kept = {f"{path}.": getattr(part, DIGEST) for path, part in model.named_modules() if hasattr(part, DIGEST)}
     tensors: Mapping[str, torch.Tensor] = model.state_dict()
-    for key in sorted(tensors):
-        value = tensors[key]
-        said = f"{value.dtype} {list(value.shape)}" if hasattr(value, "to_local") else said_of(value)
-        digest.update(f"{key} {said};".encode())
-    return digest.hexdigest()
+    said = {key: said_of(value) for key, value in tensors.items() if not key.startswith(tuple(kept))} | kept
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from happyhorse_fast.parallel.faults import Alone, Meeting, RankError, said_of
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
+# The second is its name before torch 2.13, which warns of it.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
 class Transfer:
@@ -103,7 +105,7 @@ class Ranks:
         most, missing = max(held), max(held) - len(x)
         padded = torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x.contiguous()
         every = x.new_empty((self.size * most, *x.shape[1:]))
-        self.arrived(self._start(dist.all_gather_into_tensor, _bytes(every), _bytes(padded)))
+        self.arrived(self._start(_all_gather, _bytes(every), _bytes(padded)))
         return torch.cat([part[:count] for part, count in zip(every.split(most), held, strict=True)])
 
     def largest(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from happyhorse_fast.parallel.agreement import DIGEST, weights_digest
+
+_INTEGERS = "2.13"
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -16,33 +20,35 @@ if TYPE_CHECKING:
 def shard_layer(layer: nn.Module, mesh: DeviceMesh, buffers: Sequence[str] = ()) -> None:
     """Keep 1/P of a layer's matrices on each of P ranks, on the mesh's device; they are whole while the layer runs.
 
-    FSDP2 shards parameters and leaves buffers whole without a word, so ``buffers`` become parameters without gradients:
-    [experts, F, ...], split along F. Matrices [F, K] that are parameters already are split along F too. Norms, and what
-    P does not divide, stay whole on every rank.
+    FSDP2 shards parameters and leaves buffers whole without a word, so ``buffers`` become parameters without gradients,
+    [experts * F, ...]: split along any dimension but the first, they would be copied once more whenever they are
+    gathered. Norms, and what P does not divide, stay whole on every rank.
 
     Args:
         layer: On any device.
         mesh: One-dimensional.
-        buffers: Names of those that are matrices or their scales, of at least two dimensions.
-    """
-    from torch.distributed.fsdp import fully_shard  # here: its import takes 0.4 s, and no other call needs it
-    from torch.distributed.tensor import Shard
+        buffers: Names of those that are matrices [experts, F, K] or their scales [experts, F].
 
+    Raises:
+        ValueError: One is int8, and torch is older than 2.13, whose FSDP2 takes no integers.
+    """
+    if torch.__version__ < _INTEGERS and any(layer.get_buffer(name).dtype == torch.int8 for name in buffers):
+        raise ValueError(f"int8 weights spread over ranks need torch {_INTEGERS} or later, got {torch.__version__}")
+    from torch.distributed.fsdp import fully_shard  # here: its import takes 0.4 s, and no other call needs it
+
+    setattr(layer, DIGEST, weights_digest(layer))
     for name in buffers:
-        value = layer.get_buffer(name)
+        value = layer.get_buffer(name).flatten(0, 1)
         delattr(layer, name)
         layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
     packed = {id(layer.get_parameter(name)) for name in buffers}
-
-    def split(parameter: nn.Parameter) -> Shard:
-        return Shard(1 if id(parameter) in packed else 0)
-
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
-    whole = {p for p in layer.parameters() if p.dim() < 2 or p.shape[split(p).dim] % mesh.size()}
+    norms = {p for p in layer.parameters() if p.dim() < 2 and id(p) not in packed}
+    whole = norms | {p for p in layer.parameters() if len(p) % mesh.size()}
     for tensor in chain(whole, layer.buffers()):
         tensor.data = tensor.data.to(mesh.device_type)  # FSDP2 moves what it shards
-    fully_shard(layer, mesh=mesh, reshard_after_forward=True, shard_placement_fn=split, ignored_params=whole)
+    fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
 
 def is_sharded(layer: nn.Module) -> bool:
@@ -50,11 +56,16 @@ def is_sharded(layer: nn.Module) -> bool:
     return hasattr(layer, "unshard")
 
 
-def gather_ahead(layers: Sequence[nn.Module] | nn.ModuleList, index: int) -> None:
-    """Start to gather a layer that is to run next; nothing past the last, and where its weights are whole."""
-    layer: Any = layers[index] if index < len(layers) else None
-    if layer is not None and is_sharded(layer):
-        layer.unshard(async_op=True)
+def gather(layers: Sequence[nn.Module] | nn.ModuleList, index: int) -> None:
+    """Have a layer whole that is to run now, and start to gather the next; nothing where weights are whole.
+
+    In this order two layers are there at a time: this one whole, and the next one as it arrives, or this one as it
+    arrived.
+    """
+    for ahead, layer in enumerate(layers[index : index + 2]):
+        if is_sharded(layer):
+            there: Any = layer
+            there.unshard(async_op=bool(ahead))
 
 
 def held_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -45,19 +45,21 @@ class Company:
 
     Attributes:
         mesh: One-dimensional ``DeviceMesh``.
+        shard_weights: Whether a rank keeps a share of the models' weights, not all of them.
         meeting: Where rank 0 says what is to be done.
     """
 
     mesh: Any
+    shard_weights: bool
     meeting: Meeting = field(init=False)
 
     def __post_init__(self) -> None:
         """Meet."""
         object.__setattr__(self, "meeting", Meeting.of(self.mesh, TIMEOUT))
 
-    def share(self, model: Model) -> Model:
-        """The model, parallelized; every rank calls this with its own."""
-        return parallelize(model, self.mesh)
+    def load(self, load: Callable[..., Model], **how: Any) -> Model:
+        """What :func:`happyhorse_fast.load` gives, parallelized; every rank calls this."""
+        return parallelize(load(**how, shard=self.mesh if self.shard_weights else None), self.mesh)
 
     def tell(self, work: Work | None) -> None:
         """Say on rank 0 what all do next; None: the rest of the clip is rank 0's."""

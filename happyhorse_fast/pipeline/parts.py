@@ -103,8 +103,8 @@ class Parts:
         """A Transformer, packed layer by layer while it is read."""
 
         def loaded() -> HappyHorse:
-            model = load(**self._where(name), device=self.device, fast=self.fast, progress=False)
-            return model if self.company is None else self.company.share(model)
+            how = {**self._where(name), "device": self.device, "fast": self.fast, "progress": False}
+            return load(**how) if self.company is None else self.company.load(load, **how)
 
         return self.residency.using(name, loaded)
 

@@ -63,6 +63,7 @@ class Pipeline:
         placement: Placement = "auto",
         on_host: bool = True,
         mesh: Any = None,
+        shard_weights: bool = False,
     ) -> Pipeline:
         """A pipeline over local folders; nothing is loaded yet, and nothing is ever downloaded.
 
@@ -86,6 +87,7 @@ class Pipeline:
                 next clip copies what this one reads and packs. False where there is no next clip.
             mesh: Device mesh of ranks that share the models' work, as :func:`parallelize` takes it; ``device`` is then
                 this rank's own. Rank 0 calls the pipeline, the others :meth:`follow`, as often.
+            shard_weights: Keep a share of every model's weights on a rank, not all of them; with ``mesh``.
 
         Raises:
             FileNotFoundError: No such folder, or no model in it; says where they are published.
@@ -106,7 +108,7 @@ class Pipeline:
         if chosen_precision is not None:
             backend: Any = "reference" if where.type == "cpu" else "auto"
             fast = FastConfig(precision=chosen_precision, attention=attention, backend=backend, originals="drop")
-        company = None if mesh is None else Company(mesh)
+        company = None if mesh is None else Company(mesh, shard_weights)
         return cls(Parts(layout, where, fast, decoder, Residency(where, on_host), company), placement)
 
     @tells_faults

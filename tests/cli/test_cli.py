@@ -148,6 +148,10 @@ def test_plan_of_one_of_several_cards(as_json: Json, capsys: Capture) -> None:
     assert run(["plan", "--no-memory", "--gpus", "8"]) == 0
     assert "each of 8 cards sends 6.93 GB" in capsys.readouterr().out
     assert "divides the 8 key/value heads (1, 2, 4, 8), got 3" in fails(capsys, "plan", "--gpus", "3")
+    shared = as_json("plan", "--resolution", "256p", "--seconds", 3, "--gpus", 4, "--shard-weights")["memory"]
+    assert weights / 4 < shared["held_weight_bytes"] < 0.27 * weights, "embedders and heads are whole"
+    assert shared["gathered_weight_bytes"] < 0.15 * weights, "two layers of 40, with three experts each"
+    assert "of at least 2, got 1" in fails(capsys, "plan", "--shard-weights")
 
 
 # sample ---------------------------------------------------------------------------------------------------------------

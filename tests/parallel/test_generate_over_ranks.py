@@ -45,7 +45,8 @@ def test_two_ranks_make_the_mp4_of_one(two, tiny, sound, tmp_path, placement):
     one, both = tmp_path / "one", tmp_path / "both"
     said, where = ["--audio", sound, "--placement", placement], (SIDES, str(tmp_path / "cache"))
     assert generated(0, 1, arguments(tiny, one, *said), *where)[0] == 0
-    results = two(generated, 2, arguments(tiny, both, *said), *where)
+    sharded = ["--shard-weights"] if placement == "sequential" else []
+    results = two(generated, 2, arguments(tiny, both, *said, *sharded), *where)
     assert [result[0] for result in results] == [0, 0], results
     assert json.loads(results[0][1])["ranks"] == 2
     assert results[1][1] == "", "rank 0 alone reports"

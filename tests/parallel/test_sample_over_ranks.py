@@ -49,6 +49,7 @@ def test_both_stages_under_torchrun_give_one_file(two, checkpoint, tmp_path, cap
     more = ["--fast", "fp8", "--sr-checkpoint", checkpoint / "model", "--sr-config", config, "--size", 4, 40]
     assert run(arguments(checkpoint, tmp_path / "alone.safetensors", *more, "--sr-steps", 2)) == 0
     capsys.readouterr()
+    more.append("--shard-weights")
     results = two(command, 2, arguments(checkpoint, tmp_path / "two.safetensors", *more, "--sr-steps", 2))
     assert [result[0] for result in results] == [0, 0], results
     assert json.loads(results[0][1])["settings"]["ranks"] == 2
@@ -79,6 +80,14 @@ def test_torchrun_itself(checkpoint, tmp_path, culprit):
     assert (tmp_path / "out.safetensors").exists() != culprit
     if culprit:
         assert "config.frame_receptive_field must be the same on all 2 ranks" in done.stderr
+
+
+def test_weights_of_one_process_are_not_shared(checkpoint, tmp_path, capsys):
+    assert run(arguments(checkpoint, tmp_path / "out.safetensors", "--shard-weights")) == 2
+    assert (
+        "--shard-weights must come with several processes, which torchrun starts; this is one"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_number_of_processes_that_cannot_share_the_heads(two, checkpoint, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,9 @@ import io
 import os
 import pickle
 import time
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -16,16 +19,20 @@ import numpy as np
 import torch
 from small_models import CONFIG, PublicLayout, clip, packed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import happyhorse_fast as hh
 from happyhorse_fast import golden, tokens
+from happyhorse_fast.checkpoint.header import PACKED_FILE
 from happyhorse_fast.cli import run
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.memory import sharded_bytes
 from happyhorse_fast.fast.parallelize import ranks_of
 from happyhorse_fast.parallel import agreement
-from happyhorse_fast.parallel.sharded import held_bytes
+from happyhorse_fast.parallel.sharded import held_bytes, local
 
 
 def config_of(heads: int = 2, **changes: Any) -> ModelConfig:
@@ -78,8 +85,6 @@ def clips_of_pairs(rank: int, fast: FastConfig) -> dict[int, list[Any]]:
 
 def held_sizes(rank: int, ranks: int, config: ModelConfig, fast: FastConfig | None, sizes: tuple[int, ...]) -> Any:
     """(rows, channels) of the residual stream before layers; of attention's q, k, v; of all tensors made meanwhile."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     model = hh.parallelize(model_of(config, fast), init_device_mesh("cpu", (ranks,)), timeout=30)
     streams: list[Any] = []
     attended: list[Any] = []
@@ -281,7 +286,8 @@ def sharded(rank: int, ranks: int, fast: FastConfig | None, folder: str | None) 
     if folder is None:
         model = hh.parallelize(model_of(config, fast), mesh, timeout=30, shard_weights=True)
     else:
-        model = hh.load(folder, config=config, fast=fast, shard=mesh, progress=False)
+        packed_already = (Path(folder) / PACKED_FILE).exists()
+        model = hh.load(folder, config=None if packed_already else config, fast=fast, shard=mesh, progress=False)
         hh.parallelize(model, mesh, timeout=30)
     matrices = [x for x in model.block.layers.state_dict().values() if x.numel() > 1000]
     there = outputs(model, inputs), outputs(model, inputs)
@@ -298,3 +304,54 @@ def sharded(rank: int, ranks: int, fast: FastConfig | None, folder: str | None) 
         "same": all(np.array_equal(a, b) for result in there for a, b in zip(wanted, result, strict=True)),
         "restored": restored,
     }
+
+
+def shares_of(rank: int, ranks: int, folder: str) -> None:
+    """Load a share of another checkpoint on every rank, and parallelize."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    model = hh.load(f"{folder}/{rank}", config=config_of(2), shard=mesh, progress=False)
+    hh.parallelize(model, mesh, timeout=30)
+
+
+class Live(TorchDispatchMode):
+    """The largest sum of live storages' bytes, as they are: FSDP2 frees a storage by resizing it."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: dict[int, Any] = {}
+        self._see(tensors)
+
+    def _see(self, tensors: Iterable[Any]) -> None:
+        for x in tensors:
+            if isinstance(x, torch.Tensor) and not hasattr(x, "to_local"):
+                storage = x.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self._storages[storage._cdata] = weakref.ref(storage)
+                    weakref.finalize(storage, self._storages.pop, storage._cdata).atexit = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._see(tree_leaves((args, kwargs, out)))
+        there = [storage() for storage in list(self._storages.values())]
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in there if storage is not None))
+        return out
+
+
+def gathered_bytes(rank: int, ranks: int, fast: FastConfig | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What a rank holds of sharded weights and what of them is whole at the peak, in bytes: found, and on paper."""
+    mesh, config = init_device_mesh("cpu", (ranks,)), config_of(2, hidden_size=512, num_layers=4, mm_layers=(0, 1))
+    beside_weights = {}
+    for shard in (False, True):
+        model = model_of(config, fast)
+        paper = sharded_bytes(model, ranks)
+        hh.parallelize(model, mesh, shard_weights=shard, timeout=30)
+        outputs(model, clip())  # makes what is kept
+        held = [local(x) for x in (*model.parameters(), *model.buffers())]
+        peaks = []
+        for _ in range(4):  # a thread of gloo's may hold what has arrived a little longer
+            with Live(held) as live:
+                outputs(model, clip())
+            peaks.append(live.peak)
+        beside_weights[shard] = min(peaks) - held_bytes(held)
+    return (held_bytes(held), beside_weights[True] - beside_weights[False]), paper
