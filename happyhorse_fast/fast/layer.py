@@ -86,9 +86,9 @@ class FastLayer(nn.Module):
         if state.ulysses is None:
             x = self.attend(x, state, exact=exact)
         else:
-            # Passed on, not held: what is sent is freed as it goes.
             attend = partial(self.attend, state=state, exact=exact)
-            x = attention_over_ranks(list(x), state.ulysses, attend, fp8_out=self.plan.precision["proj"] == "fp8")
+            x = list(x)  # which is emptied there: what was sent is freed as it goes
+            x = attention_over_ranks(x, state.ulysses, attend, fp8_out=self.plan.precision["proj"] == "fp8")
         x = self.quantized(x, "proj")
         self.add(hidden, x, "proj", tiles)
         del x

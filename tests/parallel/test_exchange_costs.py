@@ -1,10 +1,13 @@
 """Bytes on paper against bytes that a model's ranks send, and the memory that planned ranks take."""
 
+import weakref
+
 import pytest
 import torch
 from rank_work import config_of, model_of
 from small_models import clip
 
+from happyhorse_fast.fast import layer
 from happyhorse_fast.fast.attention_over_ranks import attention_over_ranks
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.memory import StorageMeter, peak_memory
@@ -45,8 +48,8 @@ def test_a_layer_sends_what_paper_says(ranks, precision, attention):
     def attend(x, state, exact, out_scale):
         return torch.zeros(len(x.q), x.q.shape[1] * 32, dtype=dtype), out_scale
 
-    for layer in model.block.layers:  # what planned ranks receive is nothing to attend to
-        layer.attend = attend
+    for each in model.block.layers:  # what planned ranks receive is nothing to attend to
+        each.attend = attend
     with torch.no_grad():
         model(*clip(*SIZES))
     size = ClipTokens(T=7, H=4, W=128, audio=128)
@@ -80,6 +83,24 @@ def test_buffers_of_two_heads_are_there_at_a_time():
         attention_over_ranks(inputs, ulysses, attend, fp8_out=False)
     # A head's queries here; the next one's and the last one's output, each sent and arriving; the output that is made.
     assert whole + 5 * of_head < meter.peak_bytes < whole + 6.5 * of_head
+
+
+def test_a_layer_holds_nothing_that_was_sent(monkeypatch):
+    kept = []
+
+    def emptied(inputs, ulysses, attend, *, fp8_out):
+        queries = weakref.ref(inputs[0])
+        zeros = torch.zeros_like(inputs[0]).flatten(1)
+        inputs.clear()
+        kept.append(queries())
+        return zeros, None
+
+    monkeypatch.setattr(layer, "attention_over_ranks", emptied)
+    model = model_of(config_of(2), FastConfig(backend="reference"))
+    model.fast.ranks = Planned(2)
+    with torch.no_grad():
+        model(*clip(*SIZES))
+    assert kept == [None, None]
 
 
 @pytest.mark.parametrize("form", [FORMS[1], FORMS[2]], ids=lambda form: form.name)
