@@ -28,14 +28,14 @@ class Work:
         stage: A function of :mod:`happyhorse_fast.pipeline.stages`.
         request: The run's settings.
         noise: State of the run's generator.
-        keep: Whether the part stays on the device.
+        kept: Names of the parts that stay on the device.
         given: Further arguments of ``stage``, tensors on the CPU.
     """
 
     stage: Callable[..., Any]
     request: Any
     noise: torch.Tensor
-    keep: bool
+    kept: tuple[str, ...]
     given: tuple[Any, ...]
 
 

@@ -109,7 +109,9 @@ class Pipeline:
             backend: Any = "reference" if where.type == "cpu" else "auto"
             fast = FastConfig(precision=chosen_precision, attention=attention, backend=backend, originals="drop")
         company = None if mesh is None else Company(mesh, shard_weights)
-        return cls(Parts(layout, where, fast, decoder, Residency(where, on_host), company), placement)
+        # Shards are not plain tensors, which alone are copied to the host.
+        residency = Residency(where, on_host and not shard_weights)
+        return cls(Parts(layout, where, fast, decoder, residency, company), placement)
 
     @tells_faults
     def __call__(
@@ -217,13 +219,12 @@ class Pipeline:
         if parts.company is None or parts.company.meeting.rank == 0:
             raise ValueError("follow is for ranks 1 and above of a pipeline with mesh=...; rank 0 calls the pipeline")
         while (work := parts.company.hear()) is not None:
-            parts.residency.keep_only(parts.names(work.request))
-            parts.residency.keep = work.keep
+            parts.residency.keep_only(work.kept)
             noise = stages.Noise(work.request, parts.device)
             noise.generator.set_state(work.noise)
             unseen = dict.fromkeys(stages.stages_of(work.request), LEAST)
             work.stage(work.request, parts, Monitor(parts.device, unseen, None, False), noise, *work.given)
-        self._rest()
+        parts.residency.free()
 
     def preview(self) -> Preview:
         """The map that makes small pictures of the latents that a callback gets, fitted to the video decoder.
@@ -279,7 +280,7 @@ class _Run:
         if self.parts.company is not None:
             state = self.noise.generator.get_state()
             here = tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in given)
-            self.parts.company.tell(Work(stage, self.request, state, self.placing.keep, here))
+            self.parts.company.tell(Work(stage, self.request, state, self.placing.kept, here))
         return stage(self.request, self.parts, self.monitor, self.noise, *given)
 
     def decoded(self, latents: Latents, target: Path | None) -> Clip:
