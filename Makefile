@@ -28,6 +28,8 @@ AOT_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 AOT_FOLDERS := $(AOT_TRITON:%=.aot/triton-%)
+# Hosts that are tested as they are, without what they depend on; of diffusers the environment has the tested version.
+HOST_FOLDERS := $(shell sed -nE 's@^ +"(vllm-omni|kernels)": "(.*)",$$@.hosts/\1-\2@p' happyhorse_fast/hosts/versions.py)
 GPU_FOLDER := .aot/triton-$(GPU_TRITON)
 AOT := $(BIN)/python -m bench.aot --jobs $(JOBS) $(AOT_FOLDERS:%=--also %) $(AOT_ARGS)
 # One thread per worker: two workers with a thread per core each would fight over two cores.
@@ -47,7 +49,7 @@ demo: $(STAMP) ## a prompt becomes a clip with sound, 8 steps on the CPU, eager 
 test: $(STAMP) ## the tests, without the slow proofs: at most 5 minutes on 2 cores
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
-check: $(STAMP) aot-check sanitize fuzz ## the slow proofs: at most 60 minutes on 2 cores
+check: $(STAMP) $(HOST_FOLDERS:%=%/.installed) aot-check sanitize fuzz ## the slow proofs: at most 60 minutes on 2 cores
 	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
 
 fuzz: $(STAMP) ## 20 times the examples of `make test`, from a fresh seed, which it tells where one fails
@@ -104,7 +106,7 @@ format: $(STAMP) ## rewrite the sources as ruff formats them
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, build outputs and caches
-	rm -rf $(VENV) .aot .primed build dist *.egg-info .benchmarks .build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .aot .hosts .primed build dist *.egg-info .benchmarks .build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf happyhorse_fast/cubins happyhorse_fast/_C*.so
 	find csrc happyhorse_fast kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -138,4 +140,8 @@ $(GPU_FOLDER)-python$(GPU_PYTHON)/.installed: $(STAMP)
 # Beside the environment, because two versions do not install in one; what comes first on PYTHONPATH is imported.
 $(AOT_FOLDERS:%=%/.installed): .aot/triton-%/.installed: $(STAMP)
 	$(BIN)/python -m pip install -q --upgrade --no-deps --target .aot/triton-$* triton==$*
+	@touch $@
+
+$(HOST_FOLDERS:%=%/.installed): .hosts/%/.installed: $(STAMP)
+	$(BIN)/python -m pip install -q --upgrade --no-deps --target .hosts/$* $$(echo $* | sed -E 's/-([0-9.]+)$$/==\1/')
 	@touch $@

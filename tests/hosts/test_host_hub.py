@@ -4,18 +4,19 @@ import ast
 import base64
 import hashlib
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from host_wheels import ROOT, run
 
 from happyhorse_fast.hosts.hub import build as hub
 from happyhorse_fast.hosts.hub import layers
 
-# What `kernels` does with a variant's folder; this package must not be needed, nor be there.
-LOAD = """
+ABSENT = """
 import importlib.util, json, sys
 from pathlib import Path
 
@@ -25,6 +26,9 @@ class Absent:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Absent())
+"""
+# What `kernels` does with a variant's folder; this package must not be needed, nor be there.
+LOAD = """
 variant = Path(sys.argv[1])
 metadata = json.loads((variant / "metadata.json").read_text())
 file = variant / sys.argv[2] / "__init__.py"
@@ -51,6 +55,30 @@ print(json.dumps({
 }))
 """
 
+# The same by the host's own wheel, and the page's example, whose layer is on a CPU here.
+KERNELS = """
+import torch
+from kernels import get_local_kernel, use_kernel_forward_from_hub
+
+kernel = get_local_kernel(Path(sys.argv[1]), backend="cpu")
+q, k, v = torch.randn(3, 1, 4, 140, 64).bfloat16()
+exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+out = kernel.attention(q, k, v)
+
+@use_kernel_forward_from_hub("ScaledDotProductAttention")
+class Own(torch.nn.Module):
+    def forward(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        raise AssertionError("the layer's own forward")
+
+model = torch.nn.ModuleList([Own()])
+exec(Path("example.py").read_text())
+print(json.dumps({
+    "error": float((out - exact).norm() / exact.norm()),
+    "layer": torch.equal(model[0](q, k, v), out),
+    "compiled": torch.equal(torch.compile(model[0], backend="eager", fullgraph=True)(q, k, v), out),
+}))
+"""
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
@@ -67,7 +95,7 @@ def built(tmp_path_factory):
 
 @pytest.mark.parametrize("within", ["", pytest.param(hub.MODULE, id="as older versions", marks=pytest.mark.slow)])
 def test_it_loads_and_runs_without_this_package(within, built):
-    command = [sys.executable, "-c", LOAD, str(built / "build" / "torch-cpu"), within]
+    command = [sys.executable, "-c", ABSENT + LOAD, str(built / "build" / "torch-cpu"), within]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -75,6 +103,15 @@ def test_it_loads_and_runs_without_this_package(within, built):
     assert len(found["errors"]) == 4 and max(found["errors"]) < 4e-3
     (namespace,) = found["ops"]
     assert namespace.startswith(f"{hub.MODULE}_") and len(namespace) > len(hub.MODULE) + 8, "no digest in it"
+
+
+@pytest.mark.slow
+def test_kernels_itself_loads_it_and_the_example_of_the_page_runs(built, tmp_path):
+    *_, example = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "HOSTS.md").read_text(), re.S | re.M)
+    assert "LocalLayerRepository" in example
+    (tmp_path / "example.py").write_text(example.replace('"FOLDER"', repr(str(built))).replace('"cuda"', '"cpu"'))
+    found = run("kernels", "-c", ABSENT + KERNELS, built, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert 0 < found["error"] < 4e-3 and found["layer"] and found["compiled"]
 
 
 def test_every_module_imports_torch_the_standard_library_and_itself(built):

@@ -79,7 +79,7 @@ def test_the_sizes_of_a_row_are_those_of_the_classes():
 
 
 def test_the_python_examples_of_the_page_run_on_a_cpu_but_the_last(capsys):
-    """With a tiny Wan as the pipeline; the last needs `kernels`, and was tried with it by hand."""
+    """With a tiny Wan as the pipeline; the last needs `kernels`: test_host_hub.py."""
     *examples, last = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "HOSTS.md").read_text(), re.S | re.M)
     assert len(examples) == 3 and "import LocalLayerRepository" in last
     q, k, v = torch.randn(3, 1, 2, 40, 32).bfloat16()
