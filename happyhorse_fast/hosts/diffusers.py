@@ -121,18 +121,8 @@ def _dispatcher() -> Any:
     optional.require("diffusers", "hosts.diffusers")
     import diffusers
 
-    versions.tell("diffusers", diffusers.__version__)
-    try:
-        from diffusers.models import attention_dispatch as dispatch
-
-        for name in ("AttentionBackendName", "_AttentionBackendRegistry", "dispatch_attention_fn"):
-            getattr(dispatch, name)
-    except (ImportError, AttributeError) as error:
-        here, tested = diffusers.__version__, versions.TESTED["diffusers"]
-        raise ImportError(
-            f"diffusers {here} does not have the attention backends of {tested}: {optional.said(error)}"
-        ) from error
-    return dispatch
+    names = ("AttentionBackendName", "_AttentionBackendRegistry", "dispatch_attention_fn")
+    return versions.interface("diffusers", diffusers.__version__, "diffusers.models.attention_dispatch", *names)
 
 
 def _register(dispatch: Any, calls: Calls, before: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Attention of vLLM-Omni's diffusion models by this package: its plugins, and the backend that one registers.
+"""vLLM-Omni's plugins: attention of its diffusion models by this package, and HappyHorse among those models.
 
 vLLM-Omni lists its attention backends in a closed enumeration, whose members a plugin may give another class. The class
 here is that member's own class with another `forward_cuda`: what does not fit runs as it would have, and whatever the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 from typing import Any
 
@@ -30,10 +31,15 @@ MEANT = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "valid_
 """Keys of a call's ``extra`` that change its result; backends are to ignore what they do not know."""
 CALLS = Calls("vLLM-Omni")
 """The calls of this process, counted."""
+MODEL = "HappyHorseFastPipeline"
+"""Name of the model among vLLM-Omni's, and of its class in `hosts.vllm_omni_model`."""
+logger = logging.getLogger(__name__)
 
 
 def register() -> None:
     """Entry point of the group ``vllm_omni.general_plugins``: installing this package is enabling it.
+
+    In a vLLM-Omni of another interface it registers nothing and logs why: other models have to run there.
 
     Raises:
         ValueError: :data:`ENVIRONMENT` names no member.
@@ -41,17 +47,35 @@ def register() -> None:
     name = os.environ.get(ENVIRONMENT, DEFAULT)
     if name == "off":
         return
-    registry = _registry()
+    try:
+        registry = _registry()
+        _register_model()
+    except ImportError as error:
+        logger.warning("vLLM-Omni runs without happyhorse_fast: %s", error)
+        return
     member = registry.DiffusionAttentionBackendEnum[name]
     ours = f"{__name__}.{CLASS}{name}"
     if member.is_overridden() and member.get_path() != ours:
-        CALLS.leave(f"{name} is {member.get_path()} already")
+        logger.warning("vLLM-Omni runs attention itself: %s is %s already", name, member.get_path())
         return
     registry.register_diffusion_backend(member, ours)
 
 
+def _register_model() -> None:
+    """Add the model, and what a server may ask of it, which is not asked of its class."""
+    registry = _interface("vllm_omni.diffusion.registry", "register_diffusion_model")
+    metadata = _interface("vllm_omni.diffusion.model_metadata", "DiffusionModelMetadata", "_DIFFUSION_MODEL_METADATA")
+    registry.register_diffusion_model(MODEL, f"{__name__}_model", MODEL)
+    metadata._DIFFUSION_MODEL_METADATA[MODEL] = metadata.DiffusionModelMetadata(
+        supports_multimodal_inputs=True, max_multimodal_image_inputs=1, final_output_type="video"
+    )
+
+
 def unregister() -> None:
-    """Give every member that :func:`register` gave a class its own back; for models that are made from now on."""
+    """Give every member that :func:`register` gave a class its own back, for models that are made from now on.
+
+    The name :data:`MODEL` stays, which takes nobody's place.
+    """
     for member in _registry().DiffusionAttentionBackendEnum:
         if member.is_overridden() and member.get_path().startswith(f"{__name__}.{CLASS}"):
             member.clear_override()
@@ -106,12 +130,15 @@ def __getattr__(name: str) -> Any:
     return _backend(name.removeprefix(CLASS))
 
 
-def _registry() -> Any:
+def _interface(module: str, *names: str) -> Any:
     import vllm_omni
-    from vllm_omni.diffusion.attention.backends import registry
 
-    versions.tell("vllm-omni", vllm_omni.__version__)
-    return registry
+    return versions.interface("vllm-omni", vllm_omni.__version__, module, *names)
+
+
+def _registry() -> Any:
+    names = ("DiffusionAttentionBackendEnum", "register_diffusion_backend")
+    return _interface("vllm_omni.diffusion.attention.backends.registry", *names)
 
 
 @functools.cache

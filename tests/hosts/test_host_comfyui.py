@@ -220,7 +220,7 @@ def test_the_attention_node_clones(nodes, host, caplog, monkeypatch):
     assert comfyui.OPTION in ours.model_options["transformer_options"] and model.model_options == {}
     assert not caplog.records
     monkeypatch.setattr(sys.modules["comfyui_version"], "__version__", "0.4.0")
-    monkeypatch.setattr(versions, "_SAID", set())
+    monkeypatch.setattr(versions, "_TOLD", set())
     nodes.NODE_CLASS_MAPPINGS["HappyHorseFastAttention"]().apply(model, "reference", False, False)
     assert "ComfyUI is 0.4.0, and happyhorse_fast was tested with" in caplog.text
 

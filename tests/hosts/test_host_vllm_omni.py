@@ -59,7 +59,7 @@ class Metadata:
 @pytest.fixture
 def host(monkeypatch):
     """Modules under vLLM-Omni's names, with a registry as it has one."""
-    overrides = {}
+    overrides, models = {}, []
 
     class Named(enum.EnumMeta):
         def __getitem__(cls, name):
@@ -84,21 +84,27 @@ def host(monkeypatch):
         def clear_override(self):
             overrides.pop(self, None)
 
-    root = "vllm_omni"
-    for name in ("", ".diffusion", ".diffusion.attention", ".diffusion.attention.backends"):
-        made = types.ModuleType(root + name)
+    def module(name, **names):
+        made = types.ModuleType(f"vllm_omni{name}")
         made.__path__ = []
-        monkeypatch.setitem(sys.modules, root + name, made)
-    sys.modules[root].__version__ = versions.TESTED["vllm-omni"]
-    backends = sys.modules[f"{root}.diffusion.attention.backends"]
-    backends.registry = types.ModuleType(f"{root}.diffusion.attention.backends.registry")
-    backends.registry.DiffusionAttentionBackendEnum = Members
-    backends.registry.register_diffusion_backend = overrides.__setitem__
-    flash = types.ModuleType(f"{root}.diffusion.attention.backends.flash_attn")
-    flash.FlashAttentionBackend = FlashAttentionBackend
-    monkeypatch.setitem(sys.modules, flash.__name__, flash)
+        vars(made).update(names)
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+
+    module("", __version__=versions.TESTED["vllm-omni"])
+    module(".diffusion")
+    module(".diffusion.registry", register_diffusion_model=lambda *names: models.append(names))
+    module(".diffusion.model_metadata", DiffusionModelMetadata=dict, _DIFFUSION_MODEL_METADATA={})
+    module(".diffusion.attention")
+    module(".diffusion.attention.backends")
+    module(
+        ".diffusion.attention.backends.registry",
+        DiffusionAttentionBackendEnum=Members,
+        register_diffusion_backend=overrides.__setitem__,
+    )
+    module(".diffusion.attention.backends.flash_attn", FlashAttentionBackend=FlashAttentionBackend)
     monkeypatch.setattr(vllm_omni, "CALLS", hh.hosts.Calls("vLLM-Omni", backend="reference"))
     vllm_omni._backend.cache_clear()
+    Members.models = models
     yield Members
     vllm_omni._backend.cache_clear()
 
@@ -160,10 +166,20 @@ def test_what_does_not_fit_runs_as_before(metadata, reason, host, monkeypatch):
     assert dict(vllm_omni.CALLS.left) == {reason: 1} and vllm_omni.CALLS.taken == 0
 
 
-def test_off_another_member_and_another_plugin(host, monkeypatch):
-    monkeypatch.setenv(vllm_omni.ENVIRONMENT, "off")
+def test_another_interface_registers_nothing_and_one_line_says_so(host, monkeypatch, caplog):
+    monkeypatch.delattr(sys.modules["vllm_omni.diffusion.attention.backends.registry"], "register_diffusion_backend")
     load_plugins(monkeypatch)
     assert not any(member.is_overridden() for member in host)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith(
+        "vLLM-Omni runs without happyhorse_fast: vllm-omni 0.30.0 does not have vllm_omni.diffusion."
+    )
+
+
+def test_off_another_member_and_another_plugin(host, monkeypatch, caplog):
+    monkeypatch.setenv(vllm_omni.ENVIRONMENT, "off")
+    load_plugins(monkeypatch)
+    assert not any(member.is_overridden() for member in host) and not host.models
     monkeypatch.setenv(vllm_omni.ENVIRONMENT, "NO_SUCH")
     with pytest.raises(ValueError, match="Unknown diffusion attention backend: 'NO_SUCH'"):  # vLLM-Omni's own
         load_plugins(monkeypatch)
@@ -171,13 +187,13 @@ def test_off_another_member_and_another_plugin(host, monkeypatch):
     load_plugins(monkeypatch)
     assert host.TORCH_SDPA.get_path() == "happyhorse_fast.hosts.vllm_omni.Backend_TORCH_SDPA"
     monkeypatch.delenv(vllm_omni.ENVIRONMENT)
-    sys.modules["vllm_omni.diffusion.attention.backends"].registry.register_diffusion_backend(
+    sys.modules["vllm_omni.diffusion.attention.backends.registry"].register_diffusion_backend(
         host.FLASH_ATTN, "other.B"
     )
     load_plugins(monkeypatch)
     vllm_omni.unregister()
     assert host.FLASH_ATTN.get_path() == "other.B" and host.TORCH_SDPA.get_path() == host.TORCH_SDPA.value
-    assert list(vllm_omni.CALLS.left) == ["FLASH_ATTN is other.B already"]
+    assert caplog.messages == ["vLLM-Omni runs attention itself: FLASH_ATTN is other.B already"]
 
 
 def test_the_sparse_plugin_keeps_what_the_selector_chooses(host):
