@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
+import logging
 
 import torch
 
@@ -16,6 +16,8 @@ from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.block_map.from_ranges import Ranges, checked_ranges
 from happyhorse_fast.block_map.map import BlockMap
 from happyhorse_fast.optional import said
+
+logger = logging.getLogger(__name__)
 
 MOST = 2**31 - 1
 """Tokens that int32 numbers."""
@@ -65,5 +67,4 @@ def host_module_obstacle() -> str | None:
 
 @functools.cache
 def _say_once(obstacle: str) -> None:
-    line = f"block maps are made in Python, at 1080p and 15 s in up to 0.4 s rather than 2 ms: {obstacle}"
-    warnings.warn(line, stacklevel=5)  # past the wrappers of from_ranges
+    logger.warning("block maps are made in Python, at 1080p and 15 s in up to 0.4 s rather than 2 ms: %s", obstacle)

@@ -6,9 +6,11 @@ to standard output, as tables or with ``--json`` as one JSON document; everythin
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -53,7 +55,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Bad input becomes one line on standard error, unless ``--traceback`` asks for more.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _logged():
         warnings.showwarning = _show_warning
         return _run(arguments)
 
@@ -87,6 +89,27 @@ def _fail(message: str, code: int) -> int:
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Without the place in the code, which to a user of the program reads like a crash."""
     print(f"{PROGRAM}: {message}", file=sys.stderr)
+
+
+class _Lines(logging.Handler):
+    """A line on standard error for each record."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _show_warning(record.getMessage())
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Show what the package logs, notes on progress included."""
+    logger, lines = logging.getLogger("happyhorse_fast"), _Lines()
+    level = logger.level
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(level)
 
 
 def main() -> None:

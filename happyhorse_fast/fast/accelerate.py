@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import warnings
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.dispatch import Choice, attention_is_hopper, choose, compute_capability
 from happyhorse_fast.parallel.sharded import is_sharded
 
+logger = logging.getLogger(__name__)
+
 Model = TypeVar("Model", bound=nn.Module)
 LayerTensors = Mapping[str, torch.Tensor]
 
@@ -47,8 +48,8 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
             Whatever its compute dtype was, fast layers are in bf16 or fp8. What ``torch.compile`` wraps is accelerated
             inside its wrapper.
         fast: What to do; bf16 and exact by default.
-        report: Called with a line per kernel checked and per fallback; by default the first go to standard error and
-            the second to ``warnings``.
+        report: Called with a line per kernel checked and per fallback; by default they are logged, the first as notes
+            (INFO), the second as warnings.
 
     Returns:
         ``model`` itself.
@@ -161,7 +162,7 @@ def choose_ops(fast: FastConfig, device: torch.device, report: Callable[[str], N
             attention=fast.attention,
             mixed=bool(fast.skip),
             strict=fast.strict,
-            report=report or _to_stderr,
+            report=report or logger.info,
         )
     reasons: dict[tuple[str, str], list[str]] = {}
     for choice in choices.values():
@@ -175,12 +176,8 @@ def choose_ops(fast: FastConfig, device: torch.device, report: Callable[[str], N
         if device.type == "cuda" and backend == "reference" and "block_sparse_attention" in ops:
             # 502 x 502 blocks in 40 layers at 0.2 ms (fast_state.PLAIN_SECONDS_PER_BLOCK): 34 minutes.
             line += "; attention in plain torch is for short clips: half an hour a step of a dense model at 1080p"
-        report(line) if report else warnings.warn(line, stacklevel=5)  # past two wrappers
+        (report or logger.warning)(line)
     return choices
-
-
-def _to_stderr(line: str) -> None:
-    print(f"happyhorse_fast: {line}", file=sys.stderr)
 
 
 def make_fast_layer(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
-import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -23,6 +23,8 @@ from happyhorse_fast.fast.untraced import untraced
 from happyhorse_fast.ops.runtime.checks import is_capturing
 from happyhorse_fast.ops.runtime.dispatch import Choice
 from happyhorse_fast.parallel.group import Ranks
+
+logger = logging.getLogger(__name__)
 
 # About 20 operations on a block, each a launch of 10 us.
 PLAIN_SECONDS_PER_BLOCK = 2e-4
@@ -161,10 +163,9 @@ class FastState:
             blocks = sum(sum(block_map.blocks()) * count for block_map, count in layers)
         minutes = blocks * PLAIN_SECONDS_PER_BLOCK / 60
         if minutes >= WORTH_A_WARNING:
-            warnings.warn(
+            logger.warning(
                 f"attention runs in plain torch, {blocks:,} blocks one after another: expect at least {minutes:.0f} "
-                f"minutes per forward pass of this clip ({state.rows.slots:,} rows); {choice.reason}",
-                stacklevel=2,
+                f"minutes per forward pass of this clip ({state.rows.slots:,} rows); {choice.reason}"
             )
 
 

@@ -19,7 +19,7 @@ from happyhorse_fast.ops.attention.sdpa import attention
 from happyhorse_fast.ops.runtime.checks import is_capturing, require_backend
 from happyhorse_fast.ops.runtime.dispatch import op_choice
 
-logger = logging.getLogger("happyhorse_fast")
+logger = logging.getLogger(__name__)
 
 
 class Calls:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from happyhorse_fast.pipeline.latents import Latents
+
+logger = logging.getLogger(__name__)
 
 
 class Keeper:
@@ -36,16 +38,16 @@ class Keeper:
             latents.save(path)
             self.path = path
         except OSError as error:
-            warnings.warn(f"the latents cannot be kept where they should be: {error}", stacklevel=2)
+            logger.warning("the latents cannot be kept where they should be: %s", error)
             try:
                 self.path = self._temporary()
                 latents.save(self.path)
             except OSError as again:
                 self.path = None
                 self._empty()
-                warnings.warn(f"nor in a temporary folder: {again}; the run goes on without", stacklevel=2)
+                logger.warning("nor in a temporary folder: %s; the run goes on without", again)
             else:
-                warnings.warn(f"the latents are kept in {self.path}", stacklevel=2)
+                logger.warning("the latents are kept in %s", self.path)
 
     def remove(self) -> None:
         """Take away what nobody asked for."""
@@ -78,7 +80,7 @@ def keeping(named: Path | None, target: Path | None) -> Iterator[Keeper]:
         yield keeper
     except BaseException:
         if keeper.path is not None:
-            warnings.warn(f"the latents of this run are kept in {keeper.path}: resume goes on from them", stacklevel=4)
+            logger.warning("the latents of this run are kept in %s: resume goes on from them", keeper.path)
         else:
             keeper.remove()
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,8 @@ from happyhorse_fast.pipeline.memory_plan import PipelinePlan, Work, budget_of, 
 from happyhorse_fast.pipeline.parts import DECODERS, Parts
 from happyhorse_fast.pipeline.progress import Prediction
 from happyhorse_fast.pipeline.request import Request
+
+logger = logging.getLogger(__name__)
 
 Placement = Literal["auto", "resident", "sequential"]
 PLACEMENTS = ("auto", "resident", "sequential")
@@ -71,10 +73,11 @@ def place(parts: Parts, request: Request, placement: Placement) -> Placing:
     found = plan(work_of(parts, request), budget_of(parts.device), None if placement == "auto" else placement)
     if not found.fits:
         need, there = found.peak_bytes / 2**30, (found.budget_bytes or 0) / 2**30
-        warnings.warn(
-            f"this clip is planned to take {need:.1f} GiB, {parts.device} has {there:.1f}; `happyhorse-fast plan "
-            "--pipeline` says what fits",
-            stacklevel=4,
+        logger.warning(
+            "this clip is planned to take %.1f GiB, %s has %.1f; `happyhorse-fast plan --pipeline` says what fits",
+            need,
+            parts.device,
+            there,
         )
     kept = tuple(names[stage.name] for stage in found.stages if stage.part in found.kept)
     return Placing(kept, found.placement, found.tiles, found.layers_on_device, found.history_on_host, found)

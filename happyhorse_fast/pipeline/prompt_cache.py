@@ -7,8 +7,8 @@ digest: the prompt itself is not stored.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from happyhorse_fast.files import replacing
 from happyhorse_fast.ops.runtime.cache_folder import cache_folder
 from happyhorse_fast.pipeline.text import ATTENTION, text_files
 from happyhorse_fast.tokens import TEXT_TOKENS
+
+logger = logging.getLogger(__name__)
 
 SWITCH = "HAPPYHORSE_FAST_PROMPT_CACHE"
 """Environment variable; ``0`` keeps no embeddings. Where they are kept is for ``HAPPYHORSE_FAST_CACHE`` to say."""
@@ -60,7 +62,7 @@ class PromptCache:
             return None
         except (OSError, ValueError) as error:
             where = "the prompt cache" if file is None else str(file)
-            warnings.warn(f"{where} cannot be used, the prompt is encoded again: {error}", stacklevel=2)
+            logger.warning("%s cannot be used, the prompt is encoded again: %s", where, error)
             return None
         return found
 
@@ -84,7 +86,7 @@ class PromptCache:
                 write_safetensors({KEY: stored}, partial, {DIGEST: _digest(stored)})
             _forget(file.parent)
         except OSError as error:
-            warnings.warn(f"the embedding of a prompt cannot be kept: {error}", stacklevel=2)
+            logger.warning("the embedding of a prompt cannot be kept: %s", error)
 
     def _file(self, prompt: str) -> Path:
         digest = hashlib.sha256(self._model.encode() + prompt.encode("utf-8", "surrogatepass")).hexdigest()

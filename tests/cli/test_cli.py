@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -308,10 +309,18 @@ def test_an_output_that_cannot_be_written_is_known_before_the_work(
     assert "/proc cannot" in fails(capsys, "demo", "--out", "/proc/a/b")
 
 
-def test_a_warning_is_one_line_without_a_place_in_the_code(monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(demo_command, "require_folder", lambda _: warnings.warn("slow", stacklevel=1))
+def test_warnings_and_what_is_logged_are_lines_without_a_place_in_the_code(monkeypatch: Patch, capsys: Capture) -> None:
+    package = logging.getLogger("happyhorse_fast")
+    before = package.level, list(package.handlers)
+
+    def said(_: Path) -> None:
+        warnings.warn("slow", stacklevel=1)
+        package.getChild("anywhere").info("%d of 2", 1)
+
+    monkeypatch.setattr(demo_command, "require_folder", said)
     run(["demo", "--prompt", "a cat"])
-    assert capsys.readouterr().err.splitlines()[0] == "happyhorse-fast: slow"
+    assert capsys.readouterr().err.splitlines()[:2] == ["happyhorse-fast: slow", "happyhorse-fast: 1 of 2"]
+    assert (package.level, package.handlers) == before
 
 
 def test_problems_of_several_lines_stay_apart(monkeypatch: Patch, capsys: Capture) -> None:

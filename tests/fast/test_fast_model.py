@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from interpreter import make_exact
+from logged import logs
 from small_models import PublicLayout
 
 from happyhorse_fast import golden
@@ -52,10 +52,7 @@ INTERPRETED = [
 
 
 # CUDA kernels in the shim; the products that have none run as plain torch, which "cuda" says.
-IN_SHIM = [
-    pytest.param(name, "cuda", marks=pytest.mark.filterwarnings("ignore:fp8_linear"))
-    for name in ("postnorm_v2_fp32", "local_d128_fp32")
-]
+IN_SHIM = [(name, "cuda") for name in ("postnorm_v2_fp32", "local_d128_fp32")]
 
 
 @pytest.mark.quick(3)
@@ -76,7 +73,7 @@ def test_bf16_within_twice_eagers_own_error(name: str, backend: str) -> None:
     [
         ("local_v1_fp32", "reference", "fp8"),
         ("postnorm_v2_fp32", "reference", "bf16"),
-        pytest.param("local_v1_fp32", "cuda", "bf16", marks=pytest.mark.filterwarnings("ignore:fp8_linear")),
+        ("local_v1_fp32", "cuda", "bf16"),
         pytest.param("local_d128_fp32", "triton", "fp8", marks=pytest.mark.slow),
         pytest.param("dense_v2_fp32", "triton", "int8_qk", marks=pytest.mark.slow),
     ],
@@ -359,8 +356,7 @@ def test_a_policys_first_step_makes_nothing(sparsity: Any, monkeypatch: pytest.M
 
 def test_attention_that_would_seem_to_hang_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = several_blocks(FastConfig(backend="reference"))
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with torch.no_grad(), logs(None):
         model(*inputs)
     monkeypatch.setattr(fast_state, "PLAIN_SECONDS_PER_BLOCK", 10.0)
     model, inputs = several_blocks(FastConfig(backend="reference"))
@@ -369,7 +365,7 @@ def test_attention_that_would_seem_to_hang_is_announced(monkeypatch: pytest.Monk
         raise AssertionError("the first layer runs before anything is said")
 
     model.block.layers[0].register_forward_pre_hook(reached)
-    said = pytest.warns(UserWarning, match=r"plain torch, 72 blocks one after another: expect at least 12 minutes")
+    said = logs(r"plain torch, 72 blocks one after another: expect at least 12 minutes")
     with said, pytest.raises(AssertionError, match="first layer"):
         model(*inputs)
 
@@ -380,7 +376,7 @@ def test_plain_attention_on_a_gpu_is_announced_before_weights_are_packed(monkeyp
         return {op: Choice(op, "reference", "triton is wrong", fell_back=True)}
 
     monkeypatch.setattr(acceleration, "choose", slow)
-    with pytest.warns(UserWarning, match="triton is wrong; attention in plain torch is for short clips: half an hour"):
+    with logs("triton is wrong; attention in plain torch is for short clips: half an hour"):
         acceleration.choose_ops(FastConfig(), torch.device("cuda"), None)
 
 

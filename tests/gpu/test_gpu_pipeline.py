@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_support import DEVICE, MARKS
+from logged import logs
 
 from happyhorse_fast import tokens
 from happyhorse_fast.pipeline import parts
@@ -75,6 +76,6 @@ def test_a_run_goes_on_from_its_latents_with_the_noise_of_the_device(tiny: Path,
 
     pipe = Pipeline.from_pretrained(tiny, precision="bf16", device=DEVICE)
     kept = tmp_path / "x.safetensors"
-    with pytest.warns(UserWarning, match="resume goes on"), pytest.raises(KeyboardInterrupt):
+    with logs("resume goes on"), pytest.raises(KeyboardInterrupt):
         pipe(PROMPT, **HOW, latents=kept, callback=stop)
     assert torch.equal(pipe(resume=kept, progress=False).latents.video, pipe(PROMPT, **HOW).latents.video)

@@ -66,7 +66,7 @@ def test_a_call_that_does_not_fit_is_the_hosts(change, options, reason, caplog):
             assert torch.equal(F.scaled_dot_product_attention(q, k, v, **options), wanted)
     assert calls.taken == 0 and dict(calls.left) == {reason: 2}
     assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("happyhorse_fast", "WARNING", f"PyTorch runs attention itself: {reason}")
+        ("happyhorse_fast.hosts.calls", "WARNING", f"PyTorch runs attention itself: {reason}")
     ]
     assert str(calls).endswith(f"; 2 by PyTorch itself: {reason}")
     with pytest.raises(ValueError, match="strict: PyTorch would run attention itself"):  # noqa: SIM117

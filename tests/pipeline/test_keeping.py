@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import tempfile
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from logged import logs
 
 from happyhorse_fast.pipeline.keeping import keeping
 from happyhorse_fast.pipeline.latents import DENOISED, Latents
@@ -65,7 +65,7 @@ def test_what_ends_well_leaves_nothing_and_what_fails_its_latents(tmp_path: Path
         assert len(names(tmp_path)) == 1
     assert names(tmp_path) == []
     with (
-        pytest.warns(UserWarning, match=r"latents of this run are kept in .*: resume goes on") as said,
+        logs(r"latents of this run are kept in .*: resume goes on") as said,
         pytest.raises(KeyboardInterrupt),
     ):
         save_in(None, target, KeyboardInterrupt)
@@ -92,10 +92,9 @@ def test_a_full_disk_sends_them_to_the_temporary_folder(
     tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full(monkeypatch, tmp_path / "films")
-    with pytest.warns(UserWarning, match="latents") as said:
+    with logs("latents") as said:
         save_in(tmp_path / "films" / "y.safetensors", None)
-    messages = [str(warning.message) for warning in said]
-    assert "No space left on device" in messages[0] and str(temporary) in messages[1] and len(messages) == 2
+    assert "No space left on device" in said[0] and str(temporary) in said[1] and len(said) == 2
     assert names(tmp_path) == ["clip.latents.safetensors"], "they were asked for, so they stay"
 
 
@@ -103,15 +102,13 @@ def test_where_nothing_can_be_kept_the_run_goes_on(
     tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full(monkeypatch, tmp_path)
-    with pytest.warns(UserWarning, match="latents") as said:
+    with logs("latents") as said:
         save_in(tmp_path / "y.safetensors", None)
-    assert "nor in a temporary folder" in str(said[1].message) and "goes on without" in str(said[1].message)
+    assert "nor in a temporary folder" in said[1] and "goes on without" in said[1]
     assert list(temporary.iterdir()) == []
 
 
 def test_a_run_that_fails_before_there_are_latents_says_nothing(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(RuntimeError):
-            fail_in(tmp_path / "x.mp4")
+    with logs(None), pytest.raises(RuntimeError):
+        fail_in(tmp_path / "x.mp4")
     assert names(tmp_path) == []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import pwd
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from logged import logs
 
 from happyhorse_fast.ops.runtime import cache_folder, self_check, trust
 from happyhorse_fast.ops.runtime.cuda import nvrtc
@@ -39,10 +39,9 @@ def no_home(monkeypatch: Patch) -> None:
 def test_without_a_home_nothing_is_kept_and_that_is_said() -> None:
     with pytest.raises(OSError, match=r"no folder for the cache: .*Set HAPPYHORSE_FAST_CACHE"):
         cache_folder.cache_folder()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with logs(None):
         assert trust.recall("key") is None
-    with pytest.warns(UserWarning, match="self-check cannot be remembered: there is no folder for the cache"):
+    with logs("self-check cannot be remembered: there is no folder for the cache"):
         trust.remember("key", [CHECK])
     assert len(trust.machine_key("triton", torch.device("cpu"), fp8=False)) == 64
 
@@ -53,7 +52,7 @@ def test_without_a_home_nvrtc_says_what_to_set(monkeypatch: Patch) -> None:
     monkeypatch.setattr(nvrtc, "_supported", lambda: [90])
     assert "HAPPYHORSE_FAST_CACHE names another folder" in (nvrtc.obstacle((9, 0), 13000) or "")
     monkeypatch.setattr(nvrtc, "compile", lambda stem, wanted: b"code")
-    with pytest.warns(UserWarning, match="cannot be kept: there is no folder for the cache"):
+    with logs("cannot be kept: there is no folder for the cache"):
         assert nvrtc.compiled("qk_norm_rope", (9, 0), 13000) == b"code"
 
 
@@ -91,7 +90,7 @@ def test_what_is_no_record_is_written_anew(content: str, tmp_path: Path, monkeyp
     monkeypatch.setenv(cache_folder.CACHE_VARIABLE, str(tmp_path))
     os.chmod(tmp_path, 0o700)
     (tmp_path / "self_check.json").write_text(content)
-    with pytest.warns(UserWarning, match="remembered self-check cannot be read"):
+    with logs("remembered self-check cannot be read"):
         assert trust.recall("key") is None
     trust.remember("key", [CHECK])
     assert trust.recall("key") == [CHECK]
@@ -101,10 +100,8 @@ def test_what_is_no_record_is_written_anew(content: str, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("place", ["/proc/happyhorse", "/dev/null", "/dev/null/below"])
 def test_a_place_that_takes_nothing_costs_a_check_and_no_error(place: str, monkeypatch: Patch) -> None:
     monkeypatch.setenv(cache_folder.CACHE_VARIABLE, place)
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        assert trust.recall("key") is None
-    with pytest.warns(UserWarning, match="self-check cannot be remembered"):
+    assert trust.recall("key") is None
+    with logs("self-check cannot be remembered"):
         trust.remember("key", [CHECK])
 
 

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from logged import logs
 
 from happyhorse_fast.csrc import sources
 from happyhorse_fast.ops.runtime import cache_folder
@@ -146,8 +146,7 @@ def loaded(driver: int, refuses: tuple[str, ...] = ()) -> tuple[str, str]:
 def test_the_binary_is_taken_and_nvrtc_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     install()
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with logs(None):
         assert loaded(R580) == ("unit.sm_90a.cubin", "unit.sm_90a.cubin")
     assert images.first("unit", HOPPER, R580) == "unit.sm_90a.cubin"
     assert images.obstacle(HOPPER, R580) is None
@@ -158,14 +157,14 @@ def test_a_corrupt_binary_is_reported_and_ptx_taken(content: bytes | None) -> No
     file = install() / "unit.sm_90a.cubin"
     file.unlink() if content is None else file.write_bytes(content)
     reason = "cannot be read" if content is None else "is not the file that was built"
-    with pytest.warns(UserWarning, match=rf"unit\.sm_90a\.cubin {reason}.*the next best code is tried"):
+    with logs(rf"unit\.sm_90a\.cubin {reason}.*the next best code is tried"):
         assert loaded(R580)[1] == "unit.compute_89.ptx"
     assert images.first("unit", HOPPER, R580) == "unit.compute_89.ptx"
 
 
 def test_code_that_the_driver_refuses_is_reported_and_the_next_taken() -> None:
     install()
-    with pytest.warns(UserWarning, match="CUDA_ERROR_INVALID_IMAGE") as warned:
+    with logs("CUDA_ERROR_INVALID_IMAGE") as warned:
         code, name = loaded(R580, refuses=("unit.sm_90a", "unit.compute_"))
     assert len(warned) == 3
     assert name == "NVRTC 13.0"
@@ -279,11 +278,10 @@ def test_a_corrupt_cached_file_is_reported_and_compiled_again(damage: str, compi
     (file,) = cache_folder.cache_folder().iterdir()
     content = file.read_bytes()
     file.write_bytes({"truncated": content[:-1], "changed": content[:-1] + b"?", "empty": b""}[damage])
-    with pytest.warns(UserWarning, match="cannot be used and is compiled again: its digest does not match"):
+    with logs("cannot be used and is compiled again: its digest does not match"):
         assert nvrtc.compiled("unit", HOPPER, R580) == code
     assert len(compiles) == 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with logs(None):
         assert nvrtc.compiled("unit", HOPPER, R580) == code
     assert len(compiles) == 2
 
@@ -307,7 +305,7 @@ def test_a_file_that_cannot_be_kept_is_reported_and_the_code_used(monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.warns(UserWarning, match="compiled kernels of unit cannot be kept: .*No space left"):
+    with logs("compiled kernels of unit cannot be kept: .*No space left"):
         assert nvrtc.compiled("unit", HOPPER, R580).startswith(b"\x7fELF")
 
 

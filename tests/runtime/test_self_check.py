@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import stat
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from cuda_mutants import mutant
 from interpreter import make_exact
+from logged import logs
 
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import accelerate, explain
@@ -380,7 +380,7 @@ def test_a_kernel_that_loses_the_gpu_is_named_and_blames_no_other(faulty: dict[s
 def test_a_corrupt_cache_is_said_and_checked_again(pretended_gpu: list[int], own_cache: Path) -> None:
     own_cache.mkdir(mode=0o700)
     (own_cache / "self_check.json").write_text("{")
-    with pytest.warns(UserWarning, match="remembered self-check cannot be read"):
+    with logs("remembered self-check cannot be read"):
         dispatch.choose("auto", "bf16", CPU)
     assert pretended_gpu == [1]
     assert len(json.loads((own_cache / "self_check.json").read_text())) == 1
@@ -389,9 +389,7 @@ def test_a_corrupt_cache_is_said_and_checked_again(pretended_gpu: list[int], own
 def test_a_cache_that_others_may_write_is_not_trusted(pretended_gpu: list[int], own_cache: Path) -> None:
     own_cache.mkdir()
     own_cache.chmod(0o777)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with logs("may be written by others"):
         dispatch.choose("auto", "bf16", CPU)
         dispatch.choose("auto", "bf16", CPU)
     assert pretended_gpu == [1, 1]
-    assert any("may be written by others" in str(w.message) for w in caught)

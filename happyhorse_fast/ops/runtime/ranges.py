@@ -11,6 +11,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.cuda import nvtx
 
+logger = logging.getLogger(__name__)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 VARIABLE = "HAPPYHORSE_FAST_NVTX"
@@ -53,6 +55,6 @@ def _has_nvtx() -> bool:
         nvtx.range_push("happyhorse_fast")
         nvtx.range_pop()
     except RuntimeError as error:
-        logging.getLogger("happyhorse_fast").warning("%s is set, and there are no ranges: %s", VARIABLE, error)
+        logger.warning("%s is set, and there are no ranges: %s", VARIABLE, error)
         return False
     return True

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import warnings
+import logging
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from happyhorse_fast.kernels import launch
 from happyhorse_fast.ops.runtime.cache_folder import cache_folder
 from happyhorse_fast.ops.runtime.cuda import driver
 from happyhorse_fast.ops.runtime.self_check import KernelCheck
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parents[2]
 KERNELS = Path(launch.__file__).parent
@@ -67,7 +69,7 @@ def recall(key: str) -> list[KernelCheck] | None:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         if not isinstance(error, KeyError):
-            warnings.warn(f"remembered self-check cannot be read, kernels are checked again: {error}", stacklevel=2)
+            logger.warning("remembered self-check cannot be read, kernels are checked again: %s", error)
         return None
 
 
@@ -87,4 +89,4 @@ def remember(key: str, checks: list[KernelCheck]) -> None:
             partial.touch(0o600)
             partial.write_text(json.dumps(stored, indent=1))
     except OSError as error:
-        warnings.warn(f"self-check cannot be remembered: {error}", stacklevel=2)
+        logger.warning("self-check cannot be remembered: %s", error)

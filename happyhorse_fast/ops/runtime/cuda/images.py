@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import warnings
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from happyhorse_fast.csrc import sources
 from happyhorse_fast.ops.runtime.cuda import binaries, nvrtc
 from happyhorse_fast.ops.runtime.cuda.binaries import Capability
 from happyhorse_fast.ops.runtime.cuda.errors import CudaError, cuda_version
+
+logger = logging.getLogger(__name__)
 
 OLDEST: Capability = (8, 0)
 """The kernels use mma.sync for bf16 and cp.async."""
@@ -56,7 +58,7 @@ def load(stem: str, capability: Capability, driver: int, accept: Callable[[bytes
             return accept(image.read()), image.name
         except CudaError as error:
             why_not.append(f"{image.name}: {error}")
-            warnings.warn(f"{why_not[-1]}; the next best code is tried", stacklevel=2)
+            logger.warning("%s; the next best code is tried", why_not[-1])
     raise CudaError(f"no code for {stem}: {'; '.join(why_not)}")
 
 

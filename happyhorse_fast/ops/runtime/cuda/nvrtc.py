@@ -7,8 +7,8 @@ translation unit, options, NVRTC and driver, with a digest before the code.
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
-import warnings
 from pathlib import Path
 
 from happyhorse_fast.csrc import sources
@@ -16,6 +16,8 @@ from happyhorse_fast.files import replacing
 from happyhorse_fast.ops.runtime.cache_folder import cache_folder
 from happyhorse_fast.ops.runtime.cuda.binaries import Capability
 from happyhorse_fast.ops.runtime.cuda.errors import CudaError, bindings, cuda_version
+
+logger = logging.getLogger(__name__)
 
 
 def version() -> int:
@@ -137,21 +139,21 @@ def compiled(stem: str, capability: Capability, driver: int) -> bytes:
     try:
         path = cache_path(stem, wanted, driver)
     except OSError as error:
-        warnings.warn(f"compiled kernels of {stem} cannot be kept: {error}", stacklevel=2)
+        logger.warning("compiled kernels of %s cannot be kept: %s", stem, error)
         return compile(stem, wanted)
     try:
         return _unpacked(path.read_bytes())
     except FileNotFoundError:
         code = compile(stem, wanted)
     except (OSError, ValueError) as error:
-        warnings.warn(f"{path} cannot be used and is compiled again: {error}", stacklevel=2)
+        logger.warning("%s cannot be used and is compiled again: %s", path, error)
         code = compile(stem, wanted)
     try:
         with replacing(path) as partial:
             partial.touch(0o600)
             partial.write_bytes(hashlib.sha256(code).digest() + code)
     except OSError as error:
-        warnings.warn(f"compiled kernels of {stem} cannot be kept: {error}", stacklevel=2)
+        logger.warning("compiled kernels of %s cannot be kept: %s", stem, error)
     return code
 
 
