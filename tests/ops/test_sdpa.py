@@ -8,6 +8,7 @@ import torch
 from attention_cases import MAP
 from strict import strict
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention as eager
 
 import happyhorse_fast
@@ -182,9 +183,18 @@ def test_keys_that_score_minus_infinity_count_nothing():
 @pytest.mark.parametrize("options", [{}, {"return_lse": True}, {"block_map": BlockMap.dense(150, 150)}])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_compiles_as_one_graph(options, batch):
+    compiles_as_one_graph(options, batch, None)
+
+
+@pytest.mark.slow
+def test_compiles_with_sizes_that_are_not_known():
+    compiles_as_one_graph({"return_lse": True}, 1, dynamic=True)
+
+
+def compiles_as_one_graph(options, batch, dynamic):
     q, k, v = drawn(batch)
     torch._dynamo.reset()  # the other cases' graphs count towards its limit of one function's
-    compiled = torch.compile(lambda *x: attention(*x, **options), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *x: attention(*x, **options), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     ours, expected = compiled(q, k, v), attention(q, k, v, **options)
     for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (ours, expected)), strict=True):
         assert torch.equal(a, b)
@@ -232,6 +242,9 @@ Q, K = torch.zeros(2, 4, 10, 32).bfloat16(), torch.zeros(2, 2, 10, 32).bfloat16(
     [
         ({"q": Q.float()}, TypeError, r"q must be bfloat16, got float32: pass q.bfloat16\(\)"),
         ({"k": K.half()}, TypeError, "k must be bfloat16, got float16"),
+        ({"v": None}, TypeError, "v must be a bfloat16 tensor, got NoneType"),
+        ({"k": K.float().numpy()}, TypeError, "k must be a bfloat16 tensor, got ndarray"),
+        ({"scale": "0.1"}, TypeError, "scale must be a positive number or None, got '0.1'"),
         ({"attn_mask": torch.ones(10, 10)}, ValueError, "attn_mask must be None: a BlockMap as block_map"),
         ({"dropout_p": 0.1}, ValueError, "dropout_p must be 0, got 0.1"),
         ({"is_causal": True}, ValueError, "is_causal must be False: pass block_map"),
@@ -252,6 +265,14 @@ Q, K = torch.zeros(2, 4, 10, 32).bfloat16(), torch.zeros(2, 2, 10, 32).bfloat16(
 def test_what_it_cannot_take_is_named(change, error, message):
     with pytest.raises(error, match=message):
         attention(**({"q": Q, "k": K, "v": K} | change))
+
+
+def test_tangents_are_refused():
+    """They would count as zeros: torch has no forward derivative of an op of its own, and does not say so."""
+    with forward_ad.dual_level(), torch.no_grad():  # no_grad is of backward passes alone
+        with pytest.raises(ValueError, match=r"k requires gradients, which this attention has none of"):
+            attention(Q, forward_ad.make_dual(K, K), K)
+        assert attention(Q, K, K).shape == Q.shape, "nothing to differentiate"
 
 
 def test_leaves_that_require_gradients_are_fine_without_them():

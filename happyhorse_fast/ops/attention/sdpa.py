@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
 
+from happyhorse_fast.arguments import real_number
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.ops.attention.contract import HEAD_DIMS
 from happyhorse_fast.ops.attention.op import block_sparse_attention
-from happyhorse_fast.ops.runtime.checks import is_capturing, require_backend
+from happyhorse_fast.ops.runtime.checks import is_capturing, is_differentiated, require_backend
 
 MAPS = 8
 """Dense maps that are remembered; of 64,256 tokens one has 2 MB, of 187,392 17 MB."""
@@ -57,9 +57,9 @@ def attention(
         [B, Hq, N] or [Hq, N]. A query without a key gives 0 and -inf.
 
     Raises:
-        TypeError: A tensor that is not bf16, or no BlockMap.
-        ValueError: A mask, dropout or causality, tensors that require gradients, or another shape, device or value than
-            listed; the message names it, what came and what is allowed.
+        TypeError: No tensor, one that is not bf16, no BlockMap, or a scale that is no number.
+        ValueError: A mask, dropout or causality, tensors that require gradients or carry tangents, or another shape,
+            device or value than listed; the message names it, what came and what is allowed.
     """
     require_backend(backend, ("auto", "triton", "cuda", "reference"))
     _refuse(attn_mask, dropout_p, is_causal)
@@ -69,7 +69,8 @@ def attention(
     batched = q.dim() == 4
     if block_map is None:
         block_map = _dense(q.shape[-2] if batched else q.shape[0], k.shape[-2] if batched else k.shape[0], q)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    # The constant, not the size: torch.compile(dynamic=True) has no number for a size, and cannot hold its root.
+    scale = HEAD_DIMS[HEAD_DIMS.index(q.shape[-1])] ** -0.5 if scale is None else _number(scale)
     call = functools.partial(
         block_sparse_attention, block_map=block_map, scale=scale, return_lse=return_lse, backend=backend
     )
@@ -96,6 +97,8 @@ def _refuse(attn_mask: object, dropout_p: float, is_causal: bool) -> None:
 def _check(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
     """Hold what :func:`block_sparse_attention` does not check, or names by tensors that the caller does not know."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a bfloat16 tensor, got {type(x).__name__}")
         if x.dtype != torch.bfloat16:
             raise TypeError(f"{name} must be bfloat16, got {str(x.dtype)[6:]}: pass {name}.bfloat16()")
         if x.dim() not in (3, 4) or x.dim() != q.dim():
@@ -103,9 +106,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
                 f"{name} must be [B, heads, tokens, D] or [tokens, heads, D], as q is; got {list(x.shape)} "
                 f"with q {list(q.shape)}"
             )
-        if x.requires_grad and torch.is_grad_enabled():
+        if is_differentiated(x):
             raise ValueError(
-                f"{name} requires gradients, which this attention has none of: call it under torch.no_grad()"
+                f"{name} requires gradients, which this attention has none of: call it under torch.no_grad(), on "
+                "tensors without tangents"
             )
     if q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"q must have a head dim of {', '.join(map(str, HEAD_DIMS))}; got {list(q.shape)}")
@@ -117,6 +121,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
         )
     if not enable_gqa and q.shape[heads] != k.shape[heads]:
         raise ValueError(f"k must have q's {q.shape[heads]} heads where enable_gqa is False, got {k.shape[heads]}")
+
+
+def _number(scale: object) -> float:
+    number = real_number(scale)
+    if number is None:
+        raise TypeError(f"scale must be a positive number or None, got {scale!r}")
+    return number
 
 
 def _dense(queries: int, keys: int, like: Tensor) -> BlockMap:

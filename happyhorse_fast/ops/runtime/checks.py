@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 ROW_STRIDE_LIMIT = 2**24
 """Rows of a tile are addressed in int32: 128 rows of at most this many elements."""
@@ -16,6 +17,14 @@ def is_capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
+
+
+def is_differentiated(x: torch.Tensor) -> bool:
+    """Whether a call with ``x`` is to be differentiated: backward, or forward, where ``x`` carries a tangent.
+
+    ``torch.func.jvp`` takes the tangents of an op without gradients for zeros, and says nothing.
+    """
+    return (x.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def require_backend(backend: str, allowed: tuple[str, ...]) -> None:
