@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PRESET = "happyhorse-1.0-15b"
+_ONE_MODEL = ("preset", "steps", "video_share", "gpus", "memory")
+_WHOLE_PATH = ("stages", "first", "decoder")
+"""Options that mean something without --pipeline alone, and with it alone."""
 
 
 def plan(
+    context: typer.Context,
     preset: Annotated[
         str | None,
         typer.Option(help=f"One of {', '.join(ModelConfig.preset_names())}.", show_default=PRESET),
@@ -68,13 +72,16 @@ def plan(
 
     With --pipeline: memory and floor time of every stage from a prompt to an mp4, and what fits which card.
     """
-    if pipeline:
-        given = {"preset": preset, "steps": steps, "video-share": video_share}
-        fixed = [f"--{name}" for name, value in given.items() if value is not None]
-        if fixed:
+    for name in _ONE_MODEL if pipeline else _WHOLE_PATH:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            if not pipeline:
+                raise ValueError(f"{option} must come with --pipeline, got none")
             raise ValueError(
-                f"{fixed[0]} must be left out with --pipeline, which plans the public checkpoints as they are"
+                f"{option} must be left out with --pipeline, which plans the public checkpoints as they are"
             )
+    if pipeline:
         if fps not in (None, 25):
             raise ValueError(f"fps must be 25 with --pipeline, which is what the public checkpoints mean; got {fps}")
         plan_pipeline(

@@ -95,6 +95,7 @@ def test_version_and_no_command(capsys: Capture) -> None:
         (["plan", "--attention", "fp8_qk"], "attention must be one of bf16, int8_qk, fp8; got 'fp8_qk'"),
         (["plan", "--attention", "fp8", "--gpu", "a100"], "a100 has no fp8 tensor cores"),
         (["plan", "--steps", "0"], "steps must be at least 1, got 0"),
+        (["plan", "--decoder", "turbo"], "--decoder must come with --pipeline, got none"),
         (["demo", "--steps", "0"], "steps"),
     ],
 )
