@@ -7,6 +7,7 @@ checkout's ``make bench`` and ``make gpu``, which are not installed. Kernels are
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,6 +49,8 @@ def bench(
     clip = tokens_for(resolution, "16:9", seconds)
     config = one_layer_per_kind(ModelConfig.preset(preset), clip)
     how: dict[str, Any] = {"attention": attention, "repeats": repeats, "device": where}  # checked there
+    if not as_json:
+        how["report"] = lambda form: print(f"timing {form}...", file=sys.stderr)
     data = {
         "preset": preset,
         "resolution": resolution,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import OUTSIDE, step_costs
 from happyhorse_fast.fast.config import AttentionPrecision
@@ -137,6 +138,7 @@ def time_forms(
     repeats: int,
     device: torch.device,
     attention: AttentionPrecision | None = None,
+    report: Callable[[str], object] = lambda form: None,
 ) -> list[FormTimes]:
     """Time the forward pass of a model with random weights on a clip, in every form but float32.
 
@@ -147,15 +149,20 @@ def time_forms(
         repeats: Forward passes per form.
         device: Where to run; fp8 needs compute capability 8.9.
         attention: Precision of attention of the fast forms; None: each form's default.
+        report: Called with the name of each form before its passes.
 
     Raises:
         ValueError: An argument is out of range.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    require_whole("text", text, 1)
+    require_whole("repeats", repeats, 1)
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
     forms = [form for form in FORMS if form.precision in ("bf16", "int8") or (fp8 and form.precision == "fp8")]
-    return [time_form(form, config, clip, text, attention, repeats, device) for form in forms]
+    found = []
+    for form in forms:
+        report(form.name)
+        found.append(time_form(form, config, clip, text, attention, repeats, device))
+    return found
 
 
 def time_form(

@@ -66,9 +66,18 @@ def test_both_outputs(monkeypatch, capsys):
     assert "block_sparse_attention" in capsys.readouterr().out
 
 
+def test_forms_are_named_before_their_time_is_taken(monkeypatch, capsys):
+    """All four take a minute and a half of two cores."""
+    monkeypatch.setattr(op_times, "time_form", lambda form, *_: op_times.FormTimes(form.name, None, 1.0, [], []))
+    assert run(["bench", "--device", "cpu"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"timing {form.name}..." for form in op_times.FORMS if form.precision != "fp32"]
+
+
 def test_bad_input_is_one_line(capsys):
-    assert run(["bench", "--repeats", "0"]) == 2
-    assert "repeats must be at least 1, got 0" in capsys.readouterr().err
+    for option in ("repeats", "text"):
+        assert run(["bench", f"--{option}", "-4"]) == 2
+        assert f"{option} must be at least 1, got -4" in capsys.readouterr().err
 
 
 def test_what_an_operation_counts_as():
