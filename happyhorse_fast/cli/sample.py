@@ -26,7 +26,7 @@ from happyhorse_fast.cli.options import (
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, save_tensors
 from happyhorse_fast.cli.sample_inputs import Inputs, read_inputs
 from happyhorse_fast.fast.config import FastConfig, Precision
-from happyhorse_fast.files import require_target
+from happyhorse_fast.files import is_special, require_target
 from happyhorse_fast.parallel.launched import Launched
 from happyhorse_fast.tokens import VAE_STRIDE, fps_of, tokens_for
 
@@ -79,7 +79,7 @@ def sample(
     ] = "bfloat16",
     fast: Annotated[
         Precision | None,
-        typer.Option(help="Run this package's kernels instead of eager torch: bf16, exact; or fp8. Both stages."),
+        typer.Option(help="Run this package's kernels instead of eager torch: bf16, exact; int8; or fp8. Both stages."),
     ] = None,
     attention: AttentionOption = None,
     sr_checkpoint: Annotated[Path | None, typer.Option(help="Second stage: its checkpoint.")] = None,
@@ -104,11 +104,15 @@ def sample(
 
     process = Launched.here()
     require_target(output, force)
+    if output.exists() and inputs.exists() and output.samefile(inputs) and not is_special(output):
+        raise ValueError(f"output must not be the file of inputs, got {output} for both")
     second = sr_checkpoint is not None
     if second != (size is not None) or (not second and (sr_preset is not None or sr_config is not None)):
         raise ValueError("--sr-checkpoint and --size must come together, with --sr-preset or --sr-config")
     if fast is not None and dtype != "bfloat16":
-        raise ValueError(f"--dtype must be left out or bfloat16 with --fast, got {dtype}: fast layers are bf16 or fp8")
+        raise ValueError(
+            f"--dtype must be left out or bfloat16 with --fast, got {dtype}: their products are in it or 8 bits"
+        )
     if attention is not None and fast is None:
         raise ValueError(f"--attention must come with --fast, got {attention} without it")
     how_fast = None if fast is None else (fast, attention)
@@ -335,6 +339,10 @@ def _render(console: Console, data: Mapping[str, Any]) -> None:
     peak = f", peak {gib(data['peak_memory_bytes'])}" if data["peak_memory_bytes"] is not None else ""
     console.print(literal((str(data["output"]), "bold"), f": video {data['video']}, audio {data['audio']}"))
     per_step = sum(seconds) / len(seconds)
-    console.print(literal(f"{len(seconds)} steps in {sum(seconds):.2f} s, {per_step:.3f} s per step{peak}"))
+    console.print(
+        literal(
+            f"{len(seconds)} step{'s'[: len(seconds) != 1]} in {sum(seconds):.2f} s, {per_step:.3f} s per step{peak}"
+        )
+    )
     if data["ignored"]:
         console.print(literal(f"not used of {data['settings']['inputs']}: {', '.join(data['ignored'])}"))

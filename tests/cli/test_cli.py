@@ -369,7 +369,11 @@ def test_an_existing_output_is_kept_without_force(published: Published, tmp_path
     assert "--force replaces it" in fails(capsys, *arguments)
     assert output.read_bytes() == b"precious"
     assert run([*arguments, "--force"]) == 0
-    assert "1 steps in" in capsys.readouterr().out
+    assert "1 step in" in capsys.readouterr().out
+    assert load_file(output).keys() == {"video", "audio"}
+    assert "output must not be the file of inputs" in fails(
+        capsys, *sampling(published("dense_v2_fp32"), output, "--force", inputs=str(output))
+    )
     assert load_file(output).keys() == {"video", "audio"}
 
 
