@@ -141,8 +141,8 @@ def check_load(
         raise ValueError(f"preset and config must be left out: the folder {str(path)!r} is packed and carries its own")
     if (packed or fast is not None) and compute_dtype != torch.bfloat16:
         raise ValueError(
-            "compute_dtype must be torch.bfloat16 with fast=... and for packed weights, whose products are in bf16 or "
-            f"fp8; got {compute_dtype}"
+            "compute_dtype must be torch.bfloat16 with fast=... and for packed weights, whose products are in bf16, "
+            f"int8 or fp8; got {compute_dtype}"
         )
     if packed:
         return packed_config(path, fast)[0]

@@ -45,8 +45,8 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
 
     Args:
         model: A :class:`HappyHorse`, or a model object of the public implementation, whose forward keeps its signature.
-            Whatever its compute dtype was, fast layers are in bf16 or fp8. What ``torch.compile`` wraps is accelerated
-            inside its wrapper.
+            Whatever its compute dtype was, fast layers are in bf16, int8 or fp8. What ``torch.compile`` wraps is
+            accelerated inside its wrapper.
         fast: What to do; bf16 and exact by default.
         report: Called with a line per kernel checked and per fallback; by default they are logged, the first as notes
             (INFO), the second as warnings.

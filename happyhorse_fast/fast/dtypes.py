@@ -41,8 +41,8 @@ def require_kept_dtypes(module: nn.Module, change: Callable[[torch.Tensor], torc
             after[kind] = change(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype
         if after[kind] != tensor.dtype:
             raise TypeError(
-                f"an accelerated model keeps its dtypes (packed bf16 and fp8 weights, float32 norms and scales), got a "
-                f"conversion of {name} from {_short(tensor.dtype)} to {_short(after[kind])} (.to(dtype), .half(), "
+                f"an accelerated model keeps its dtypes (packed bf16 or 8-bit weights, float32 norms and scales), got "
+                f"a conversion of {name} from {_short(tensor.dtype)} to {_short(after[kind])} (.to(dtype), .half(), "
                 ".float(), .double() or .bfloat16()): restore(model) first, or move it with .to(device) alone"
             )
 
