@@ -97,7 +97,7 @@ def verify(
         tuple[int, int, int], typer.Option(help="Token grid for a checkpoint: latent frames, rows, columns.")
     ] = (3, 4, 6),
     text: Annotated[int, typer.Option(help="Text tokens for a checkpoint.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of a checkpoint's inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of a checkpoint's inputs.")] = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -131,6 +131,10 @@ def verify(
         raise ValueError(f"--device must be left out, got {device!r}: the recorded cases and --pony run on the CPU")
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
+    if checkpoint is not None:  # before minutes of loading
+        for name, size in zip(("frames", "rows", "columns"), grid, strict=True):
+            require_whole(f"{name} of grid", size, 1)
+        require_whole("text", text, 1)
     if calibrate is not None:
         require_whole("calibrate", calibrate, 1)
         require_whole("steps", steps, 1)

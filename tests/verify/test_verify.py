@@ -163,7 +163,9 @@ def test_the_command_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
     assert [case["dtype"] for case in data["cases"]] == ["float32", "bfloat16"]
     assert {m["what"] for m in data["cases"][0]["measurements"]} >= {"layer.2.audio", "out.video"}
     assert run(arguments) == 0
-    assert "1 - cosine" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1 - cosine" in shown and "sampler" not in shown
+    assert "(layer.2.video)" in shown or "(layer.2.audio)" in shown, "not cut off"
 
 
 @pytest.mark.parametrize(
@@ -186,6 +188,15 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytes
     assert out == ""
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--grid=0 1 1", "--text=0", f"--seed={2**32}"])
+def test_a_checkpoints_inputs_are_held_before_it_is_loaded(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("happyhorse_fast.checkpoint.load.load", lambda *_, **__: pytest.fail("loaded"))
+    assert run(["verify", str(tmp_path), "--preset", "tiny", *option.replace("=", " ").split()]) == 2
+    assert option[2:].partition("=")[0] in capsys.readouterr().err
 
 
 def test_packed_weights_cannot_be_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
