@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from bench.measure.roofline import Peaks
-from bench.results import NOT_INTERLEAVED, Json, ratio
+from bench.results import NOT_INTERLEAVED, Json, ratio, refusal
 from bench.table import Table
 
 COLUMNS = (
@@ -16,19 +16,19 @@ COLUMNS = (
 
 def row(entry: Json) -> list[str]:
     """A line of the table; a red case has its reason in place of numbers."""
-    if not entry["verified"]:
-        return [entry["case"], entry["impl"], *"-" * (len(COLUMNS) - 3), f"NOT VERIFIED: {entry['reason']}"]
+    if (why := refusal(entry)) is not None:
+        return [entry["case"], entry["impl"], *"-" * (len(COLUMNS) - 3), why]
     ours = entry["median_ms"]
-    spread = (entry["high_ms"] - entry["low_ms"]) / ours
+    spread = f"{(entry['high_ms'] - entry['low_ms']) / ours:.0%}" if "high_ms" in entry else ""
     ratios = {name: ratio(entry, name) for name in entry["peers"]}
     peers = ", ".join(f"{n} {NOT_INTERLEAVED if x is None else f'{x:.2f}x'}" for n, x in ratios.items())
     measured, mhz, watts = (entry.get(name) for name in ("roofline_measured", "sm_mhz", "power_w"))
-    flops = [f"{entry[k]:.3g}" if entry["tflops"] else "" for k in ("tflops", "tflops_useful")]
+    flops = [f"{entry[k]:.3g}" if entry.get(k) else "" for k in ("tflops", "tflops_useful")]
     return [
         entry["case"],
         entry["impl"],
         f"{ours:.4g}",
-        f"{spread:.0%}",
+        spread,
         *flops,
         f"{entry['gbps']:.4g}",
         f"{entry['roofline']:.1%}",

@@ -217,6 +217,14 @@ def ratio(entry: Json, peer: str) -> float | None:
     return entry["peers"][peer] / entry["median_ms"] if entry.get("span") and peer in entry["peers"] else None
 
 
+def refusal(entry: Json) -> str | None:
+    """Say why an entry shows no number, its peers' included; None where it has one."""
+    reason = entry.get("reason") or "its correctness gate is red"
+    if not entry["verified"]:
+        return f"not verified: {reason}"
+    return f"no number: {reason}" if entry["median_ms"] is None else None
+
+
 RENAMED = {"gluon": "hopper"}
 """Recorded name of a kernel -> its name now."""
 NOT_INTERLEAVED = "not interleaved"

@@ -30,7 +30,6 @@ BEGIN, END = "<!-- generated: python -m bench.report --readme -->", "<!-- end of
 CAPTIONS = {
     "clip": "Seconds of a whole clip by form and op; hatched bars are extrapolated from the steps that were timed.",
     "roofline": "Where the layer's ops can go at most: by the datasheet, and by what was ever measured on that card.",
-    "peers": "Each verified case against the fastest peer of the same run.",
     "floor": "Prediction from peaks and bandwidth; hatched because nothing of it is measured.",
     "memory": "What lives beside the weights while a layer runs.",
     "block_maps": "What attention computes, skips, and masks inside a block.",
@@ -69,7 +68,7 @@ def page(report: Report, pictures: list[Path]) -> str:
     parts = [
         "<h2>Speed</h2>",
         *speed,
-        *map(figure, ("clip", "peers", "roofline", "floor")),
+        *map(figure, ("clip", "roofline", "floor")),
         "<h2>Memory and launches</h2>",
         *map(figure, ("memory",)),
         *(

@@ -1,4 +1,4 @@
-"""The committed results as the report shows them: what is verified, what is slower than a peer, what fits a card."""
+"""The committed results as the report shows them: what is verified, what of a roofline is reached, what fits a card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.measure.roofline import MEASURED, Peaks
-from bench.results import FOLDER, NOT_INTERLEAVED, ROOT, Json, merged, ratio, read
+from bench.results import FOLDER, ROOT, Json, merged, read
 from bench.sampler_runs import EXACT, SECOND_STAGE
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 
@@ -65,39 +65,6 @@ def load(folder: Path = FOLDER) -> Report:
     return Report(gpu, equivalence, newest, rates, pony.get("fidelity"), pony.get("activations"))
 
 
-@dataclass(frozen=True)
-class Row:
-    """A microbenchmark as it is shown.
-
-    Attributes:
-        case: What was run.
-        impl: On what.
-        verdict: ``"fastest"``, ``"slower"``, ``"alone"`` (no peer ran) or ``"not verified"``.
-        note: The verdict in words: the ratio to the best peer, or why there is no number.
-        median_ms: None where it is not verified or did not run.
-        tflops: On computed FLOPs.
-        tflops_useful: On the model's own.
-        gbps: Bytes moved per second.
-        roofline: Share of the roofline of the datasheet.
-        reachable: Share of the roofline of :func:`measured_ceilings`, None where nothing was measured.
-        best: Name of the fastest peer.
-        ratio: The best peer's time over this one's; below 1 it is slower.
-    """
-
-    case: str
-    impl: str
-    verdict: str
-    note: str
-    median_ms: float | None = None
-    tflops: float | None = None
-    tflops_useful: float | None = None
-    gbps: float | None = None
-    roofline: float | None = None
-    reachable: float | None = None
-    best: str | None = None
-    ratio: float | None = None
-
-
 def ceilings(data: Json) -> list[Peaks]:
     """Ceilings of one GPU: the datasheet's first, then those measured; either where there is one."""
     stated = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] != MEASURED]
@@ -134,37 +101,6 @@ def share_of(entry: Json, peaks: Peaks | None) -> float | None:
         return None
     rate = peaks.rate(entry["case"].rpartition("/")[2])
     return max((entry["tflops"] or 0.0) / rate, (entry["gbps"] or 0.0) / 1e3 / peaks.bandwidth)
-
-
-def row_of(entry: Json, measured: Peaks | None = None) -> Row:
-    """An entry as it is shown; one that is not verified shows no number, its peers' included."""
-    case, impl = entry["case"], entry["impl"]
-    reason = entry.get("reason") or "its correctness gate is red"
-    if not entry["verified"]:
-        return Row(case, impl, "not verified", f"not verified: {reason}")
-    taken = entry["median_ms"]
-    if taken is None:
-        return Row(case, impl, "not verified", f"no number: {reason}")
-    numbers = (taken, entry["tflops"], entry.get("tflops_useful"), entry["gbps"], entry["roofline"])
-    reachable = share_of(entry, measured)
-    peers: dict[str, float] = entry["peers"]
-    if not peers:
-        return Row(case, impl, "alone", "no peer ran", *numbers, reachable)
-    best = min(peers, key=lambda name: peers[name])
-    times = peers[best] / taken
-    apart = f", {NOT_INTERLEAVED}" if ratio(entry, best) is None else ""
-    if times < 1:
-        return Row(case, impl, "slower", f"SLOWER than {best}: {times:.2f}x{apart}", *numbers, reachable, best, times)
-    return Row(case, impl, "fastest", f"{times:.2f}x {best}{apart}", *numbers, reachable, best, times)
-
-
-def rows_of(data: Json) -> list[Row]:
-    """All microbenchmarks of a file; those that need attention first."""
-    order = {"not verified": 0, "slower": 1, "alone": 2, "fastest": 3}
-    measured = measured_ceilings(data)
-    return sorted(
-        (row_of(entry, measured) for entry in data["entries"]), key=lambda row: (order[row.verdict], row.case, row.impl)
-    )
 
 
 def verified(path: Path, data: Json) -> str:

@@ -14,9 +14,8 @@ from matplotlib.ticker import FuncFormatter
 
 from bench.measure.roofline import gpu_named
 from bench.report.clip import clip
-from bench.report.data import Report, measured_ceilings, rows_of, worst
-from bench.report.predictions import SIZE
-from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, TEAL, VIOLET, blank_figure, clean
+from bench.report.data import Report, measured_ceilings, worst
+from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, TEAL, VIOLET, blank_figure, clean
 from bench.results import Json
 from happyhorse_fast.block_map import BlockMap, Layout
 from happyhorse_fast.config import PATCH, ModelConfig
@@ -47,16 +46,13 @@ CONFIG = ModelConfig.preset("happyhorse-1.0-15b")
 CLIP = tokens_for("1080p", "16:9", 5, 24)
 WHAT = "15B model, 1080p, 5 s"
 DPI = 110
-MOST_BARS = 22
 
 
 def figures(report: Report) -> dict[str, Figure]:
     """Every picture that the results allow."""
     made: dict[str, Figure] = {"roofline": roofline(report), "floor": floor(), "block_maps": block_maps()}
-    if report.gpu:
-        made["peers"] = peers(report)
-        if any(run["total_s"] is not None for run in list(report.gpu.values())[-1]["sampler"]):
-            made["clip"] = clip(report)
+    if report.gpu and any(run["total_s"] is not None for run in list(report.gpu.values())[-1]["sampler"]):
+        made["clip"] = clip(report)
     if report.cases:
         made["error_per_layer"] = error_per_layer(report.cases)
         made["error_per_op"] = error_per_op(report.cases)
@@ -85,7 +81,7 @@ def roofline(report: Report) -> Figure:
     known = (gpu_named(data["gpu"]) for data in reversed(report.gpu.values()))
     card = next(filter(None, known), GPUS["h100"])
     newest = list(report.gpu.values())[-1:]  # one card: another's rates would not lie under this roof
-    measured = [row for data in newest for row in rows_of(data) if row.tflops and row.gbps]
+    measured = [e for data in newest for e in data["entries"] if e["verified"] and e["tflops"] and e["gbps"]]
     reached = measured_ceilings(newest[0]) if newest else None
     state = f"filled: measured ({len(measured)})" if measured else "nothing measured on a GPU is committed yet"
     roof = f"dashed: the most that was measured there ({reached.bandwidth:.2g} TB/s); " if reached else ""
@@ -125,13 +121,12 @@ def roofline(report: Report) -> Figure:
             axes.plot(reach, np.minimum(rate, reach * reached.bandwidth), color=colour, lw=1.4, ls="--")
             at = (reach[0] * 1.1, rate)
             axes.annotate(f"{precision}, measured: {rate:,.0f}", at, color=colour, fontsize=9, va=way)
-    for row in measured:
-        assert row.tflops is not None and row.gbps is not None
+    for entry in measured:
         axes.plot(
-            1e3 * row.tflops / row.gbps,
-            row.tflops,
-            {"hopper": "s", "cuda": "^"}.get(row.impl, "o"),
-            color=FORMAT_COLOURS.get(row.case.rpartition("/")[2], BLUE),
+            1e3 * entry["tflops"] / entry["gbps"],
+            entry["tflops"],
+            {"hopper": "s", "cuda": "^"}.get(entry["impl"], "o"),
+            color=FORMAT_COLOURS.get(entry["case"].rpartition("/")[2], BLUE),
             ms=5,
             alpha=0.8,
         )
@@ -197,38 +192,6 @@ def floor() -> Figure:
     axes.set_xlim(0, axes.get_xlim()[1] * 1.14)
     axes.grid(False, axis="y")
     axes.legend(ncols=7, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def peers(report: Report) -> Figure:
-    """Each case's fastest kernel of ours over its best peer; red where slower, no bar where one is not verified."""
-    path, data = list(report.gpu.items())[-1]
-    compared = [row for row in rows_of(data) if row.ratio is not None or row.verdict == "not verified"]
-    best: dict[str, float] = {}
-    for row in compared:
-        best[row.case] = max(best.get(row.case, 0.0), row.ratio or 0.0)
-    ranked = [row for row in compared if row.ratio in (None, best[row.case])]
-    rows = ranked[:MOST_BARS]
-    note = f"{path.parent.name}/{path.name}; our fastest kernel of each case; ratio: the best peer's time over ours; "
-    note += "red: slower. Product only: without the norm, activation or residual that ours has in it; "
-    note += f"at {SIZE}; {len(rows)} of {len(ranked)} cases, those that need attention first"
-    figure = blank_figure(9.5, 1.6 + 0.27 * max(len(rows), 1), f"Against the best peer, {data['gpu']}", note)
-    axes = clean(figure.add_subplot())
-    for place, row in enumerate(rows):
-        if row.ratio is None:
-            axes.annotate(row.note[:90], (0.02, place), va="center", fontsize=8, color=RED)
-            continue
-        axes.barh(place, row.ratio, color=RED if row.ratio < 1 else GREEN, height=0.66, alpha=0.85)
-        axes.annotate(f" {row.note}", (row.ratio, place), va="center", fontsize=8, color=RED if row.ratio < 1 else INK)
-    axes.axvline(1, color=INK, lw=1)
-    axes.margins(y=0.01)
-    axes.set_yticks(
-        range(len(rows)), [f"{row.case.replace(f'/{SIZE}', '')}  {row.impl}" for row in rows], fontsize=8, color=INK
-    )
-    axes.invert_yaxis()
-    axes.set_xlim(0, max([row.ratio for row in rows if row.ratio is not None], default=1) * 1.45)
-    axes.set_xlabel("times as fast as the best peer")
-    axes.grid(False, axis="y")
     return figure
 
 

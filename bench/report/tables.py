@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
 
+from bench import ops_table as microbenchmarks
 from bench.report.data import (
     KERNELS,
     Report,
@@ -13,14 +14,12 @@ from bench.report.data import (
     fits,
     form_of,
     parts_of,
-    row_of,
-    rows_of,
     share_of,
     steps_timed,
     total_of,
     worst,
 )
-from bench.results import Json
+from bench.results import Json, refusal
 from bench.sampler_runs import SECOND_STAGE
 from bench.table import Table
 from happyhorse_fast.costs import CARDS, CONTEXT_BYTES
@@ -167,21 +166,21 @@ def _ceilings_note(data: Json) -> str:
 
 
 def bench_table(path: Path, data: Json) -> Table:
-    """A GPU's microbenchmarks: what is not verified has no number, what is slower is marked."""
-    rows: list[tuple[str, ...]] = []
-    marks: set[int] = set()
-    for row in rows_of(data):
-        if row.verdict in ("slower", "not verified"):
-            marks.add(len(rows))
-        numbers: list[Any] = [row.median_ms, row.tflops, row.tflops_useful, row.gbps]
-        cells = ["" if value is None else f"{value:,.3g}" for value in numbers]
-        shares = ["" if value is None else f"{value:.0%}" for value in (row.roofline, row.reachable)]
-        rows.append((row.case, row.impl, *cells, *shares, row.note))
+    """A GPU's microbenchmarks: first, and marked, what is not verified, then what a peer is faster than."""
+    entries = sorted(data["entries"], key=lambda entry: (_rank(entry), entry["case"], entry["impl"]))
+    marks = frozenset(place for place, entry in enumerate(entries) if _rank(entry) < 2)
     title = f"{data['gpu']}: {path.stem}, torch {data['torch']}, Triton {data['triton']}, driver {data['driver']}"
-    columns = ("case", "on", "ms", "TFLOP/s", "useful", "GB/s", "of datasheet", "of measured", "best peer")
     absent = "; ".join(f"{name}: {why}" for name, why in data.get("absent", {}).items())
     notes = [_ceilings_note(data), f"Peers that were absent: {absent}." if absent else ""]
-    return Table(title, columns, tuple(rows), " ".join(filter(None, notes)), frozenset(marks))
+    rows = tuple(tuple(microbenchmarks.row(entry)) for entry in entries)
+    return Table(title, microbenchmarks.COLUMNS, rows, " ".join(filter(None, notes)), marks)
+
+
+def _rank(entry: Json) -> int:
+    """0 where an entry has no number, 1 where a peer is faster, 2 where none is."""
+    if refusal(entry) is not None:
+        return 0
+    return 1 if min(entry["peers"].values(), default=math.inf) < entry["median_ms"] else 2
 
 
 def ops_table(data: Json) -> Table:
@@ -197,13 +196,10 @@ def ops_table(data: Json) -> Table:
         first, name = entries[0], case
         if len(sizes) == 1 and case.count("/") == 2:
             name = "/".join(case.split("/")[::2])
-        if not first["verified"] or first["median_ms"] is None:
-            rows.append((name, row_of(first).note, "", "", ""))
+        if (why := refusal(first)) is not None:
+            rows.append((name, why, "", "", ""))
             continue
-        ours = ", ".join(
-            f"{KERNELS.get(e['impl'], e['impl'])} {_short(e['median_ms'])}" if e["median_ms"] else row_of(e).note
-            for e in entries
-        )
+        ours = ", ".join(refusal(e) or f"{KERNELS.get(e['impl'], e['impl'])} {_short(e['median_ms'])}" for e in entries)
         rate = f"{first['tflops']:,.0f} TFLOP/s" if (first["tflops"] or 0) > 100 else f"{first['gbps'] / 1e3:.2f} TB/s"
         peers = sorted(first["peers"].items(), key=lambda item: item[1])
         share = share_of(first, measured[0]) if measured else None
