@@ -30,11 +30,9 @@ BEGIN, END = "<!-- generated: python -m bench.report --readme -->", "<!-- end of
 CAPTIONS = {
     "clip": "Seconds of a whole clip by form and op; hatched bars are extrapolated from the steps that were timed.",
     "roofline": "Where the layer's ops can go at most: by the datasheet, and by what was ever measured on that card.",
-    "floor": "Prediction from peaks and bandwidth; hatched because nothing of it is measured.",
     "memory": "What lives beside the weights while a layer runs.",
     "block_maps": "What attention computes, skips, and masks inside a block.",
     "error_per_layer": "Error of the residual stream: rounding, kernels, int8, fp8, sparsity.",
-    "error_per_op": "Which op an error comes from.",
     "fidelity": "Clips of the trained small model under every precision and sparsity, against float32's.",
     "activations": "Outliers of its activations, and what e4m3 makes of them; random weights have few.",
     "attention": "Where its attention goes.",
@@ -68,7 +66,7 @@ def page(report: Report, pictures: list[Path]) -> str:
     parts = [
         "<h2>Speed</h2>",
         *speed,
-        *map(figure, ("clip", "roofline", "floor")),
+        *map(figure, ("clip", "roofline")),
         "<h2>Memory and launches</h2>",
         *map(figure, ("memory",)),
         *(
@@ -77,7 +75,7 @@ def page(report: Report, pictures: list[Path]) -> str:
             else []
         ),
         "<h2>Error</h2>",
-        *map(figure, ("error_per_layer", "error_per_op")),
+        *map(figure, ("error_per_layer",)),
         *([tables.error_table(report.cases).html(), tables.op_table(report.cases).html()] if report.cases else []),
         f"<p class=note>{html.escape(_where_measured(report))}</p>",
         "<h2>A trained model: clips of the pony</h2>",

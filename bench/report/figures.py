@@ -14,16 +14,15 @@ from matplotlib.ticker import FuncFormatter
 
 from bench.measure.roofline import gpu_named
 from bench.report.clip import clip
-from bench.report.data import Report, measured_ceilings, worst
+from bench.report.data import Report, measured_ceilings
 from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, TEAL, VIOLET, blank_figure, clean
 from bench.results import Json
 from happyhorse_fast.block_map import BlockMap, Layout
 from happyhorse_fast.config import PATCH, ModelConfig
-from happyhorse_fast.costs import GPUS, OUTSIDE, step_costs
+from happyhorse_fast.costs import GPUS, step_costs
 from happyhorse_fast.eager.rotary import apply_rotary, frequency_bands, rotary_phases
 from happyhorse_fast.eager.sequence import Clip, coordinates
 from happyhorse_fast.tokens import TEXT_TOKENS, tokens_for
-from happyhorse_fast.verify.layer_ops import OPS
 
 FORM_STYLE = {
     "eager bf16": (GREY, "o"),
@@ -33,15 +32,6 @@ FORM_STYLE = {
     "fast fp8 + sparsity": (VIOLET, "^"),
 }
 FORMAT_COLOURS = {"bf16": BLUE, "int8": GREEN, "int8_qk": TEAL, "fp8": ORANGE}
-OP_COLOURS = {
-    "qkv": BLUE,
-    "attention": ORANGE,
-    "proj": TEAL,
-    "up": GREEN,
-    "down": VIOLET,
-    "norms": GREY,
-    "outside": "#ced4da",
-}
 CONFIG = ModelConfig.preset("happyhorse-1.0-15b")
 CLIP = tokens_for("1080p", "16:9", 5, 24)
 WHAT = "15B model, 1080p, 5 s"
@@ -50,12 +40,11 @@ DPI = 110
 
 def figures(report: Report) -> dict[str, Figure]:
     """Every picture that the results allow."""
-    made: dict[str, Figure] = {"roofline": roofline(report), "floor": floor(), "block_maps": block_maps()}
+    made: dict[str, Figure] = {"roofline": roofline(report), "block_maps": block_maps()}
     if report.gpu and any(run["total_s"] is not None for run in list(report.gpu.values())[-1]["sampler"]):
         made["clip"] = clip(report)
     if report.cases:
         made["error_per_layer"] = error_per_layer(report.cases)
-        made["error_per_op"] = error_per_op(report.cases)
     if report.memory is not None:
         made["memory"] = memory(report.memory)
     return made
@@ -159,42 +148,6 @@ def _joined(intensities: dict[str, float]) -> dict[str, float]:
     return joined
 
 
-def floor() -> Figure:
-    """Least seconds of a denoising step by op: peaks and bandwidth of the datasheet, nothing measured."""
-    card = GPUS["h100"]
-    bars = {
-        "bf16, dense": (ModelConfig.preset("happyhorse-1.0-15b-dense"), "bf16", None),
-        "bf16, window": (CONFIG, "bf16", None),
-        "int8, window": (CONFIG, "int8", None),
-        "fp8, window": (CONFIG, "fp8", None),
-        "fp8, 25 % of video pairs": (CONFIG, "fp8", 0.25),
-        "fp8, 12.5 %": (CONFIG, "fp8", 0.125),
-    }
-    note = (
-        f"every product at the datasheet's peak, every byte once ({card.source}); no kernel can be faster. "
-        "Attention of int8: q and k alone"
-    )
-    figure = blank_figure(9.5, 3.6, f"PREDICTED floor of a step on an H100, not measured: {WHAT}", note)
-    axes = clean(figure.add_subplot())
-    for place, (config, precision, share) in enumerate(bars.values()):
-        left = 0.0
-        costs = step_costs(config, CLIP, precision=precision, gpu=card, video_share=share)
-        for op, colour in OP_COLOURS.items():
-            mine = [c for c in costs if (c.kind == OUTSIDE if op == "outside" else c.op == op)]
-            seconds = sum(c.count * c.floor_ms for c in mine) / 1e3
-            axes.barh(place, seconds, left=left, color=colour, height=0.62, alpha=0.75, hatch="//", edgecolor="white",
-                      linewidth=0, label=op if place == 0 else None)  # fmt: skip
-            left += seconds
-        axes.annotate(f" {left:.2f} s, 8 steps {8 * left:.0f} s", (left, place), va="center", fontsize=9, color=INK)
-    axes.set_yticks(range(len(bars)), list(bars), fontsize=9, color=INK)
-    axes.invert_yaxis()
-    axes.set_xlabel("s per step")
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.14)
-    axes.grid(False, axis="y")
-    axes.legend(ncols=7, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
-    return figure
-
-
 # Block maps -----------------------------------------------------------------------------------------------------------
 
 
@@ -268,30 +221,6 @@ def _marker(form: str, marker: str) -> dict[str, Any]:
     if form.startswith("eager"):
         return {"marker": marker, "ms": 10, "mfc": "none", "mew": 1.4, "lw": 0}
     return {"marker": marker, "ms": 4, "lw": 1.4}
-
-
-def error_per_op(cases: list[Json]) -> Figure:
-    """Each op's own error on its float32 inputs: the worst layer of all cases."""
-    note = "worst layer and case; each op runs on its float32 input, whose rounding or quantisation counts as its error"
-    figure = blank_figure(9.5, 3.6, "Error of each op by itself", note)
-    for axes, modality in zip(figure.subplots(1, 2, sharey=True), ("video", "audio"), strict=True):
-        clean(axes, modality)
-        for form, (colour, marker) in FORM_STYLE.items():
-            of = [f for case in cases for f in case["forms"] if f["form"] == form]
-            for place, op in enumerate(OPS):
-                values = [v for f in of if (v := worst(f, f"op.{op}", modality)) is not None]
-                if values and (op == "attention" or "sparsity" not in form):  # elsewhere it is what it is without
-                    how = _marker(form, marker) | {"lw": 0}
-                    label = form if op == "attention" else None
-                    axes.plot(max(values), place, color=colour, label=label, **how | {"ms": max(how["ms"], 7)})
-        axes.set_xscale("log")
-        axes.set_xlim(1e-3, 1)
-        axes.set_yticks(range(len(OPS)), OPS, fontsize=9, color=INK)
-        axes.set_xlabel("relative L2")
-    axes.invert_yaxis()
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=len(labels), fontsize=8.5, frameon=False, loc="outside upper right")
-    return figure
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
