@@ -27,7 +27,7 @@ class Report:
         memory: The memory plan, None where there is none.
         rates: How often the pony's clips are right.
         fidelity: What precision and sparsity cost the pony, None where that is not measured.
-        activations: Its ranges and attention maps, likewise.
+        activations: Its ranges, likewise.
     """
 
     gpu: dict[Path, Json]

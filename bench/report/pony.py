@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.report.data import Report
-from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, RED, VIOLET, blank_figure, clean
+from bench.report.style import BLUE, GREEN, GREY, INK, ORANGE, RED, VIOLET, blank_figure, clean
 from bench.results import Json
 from bench.table import Table
 from happyhorse_fast.cli import fidelity_tables
@@ -17,7 +15,6 @@ from happyhorse_fast.verify.fidelity import EAGER
 KIND_COLOURS = {"bf16": BLUE, "int8 op": "#69b37a", "int8": GREEN, "fp8 op": ORANGE, "fp8": RED, "sparsity": VIOLET}
 WHOLE = ("bf16", "int8", "fp8")
 """Kinds of policies that take every product to a precision."""
-FRAMES = 13
 
 
 def rates_table(rates: list[Json]) -> Table:
@@ -75,7 +72,6 @@ def figures(report: Report) -> dict[str, Figure]:
         made["fidelity"] = fidelity_figure(report.fidelity)
     if report.activations is not None:
         made["activations"] = activations_figure(report.activations)
-        made["attention"] = attention_figure(report.activations)
     return made
 
 
@@ -145,38 +141,6 @@ def activations_figure(data: Json) -> Figure:
 
 def _most(data: Json, field: str) -> float:
     return max(e[field] for e in data["trained"] if e[field] is not None)
-
-
-def attention_figure(data: Json) -> Figure:
-    """Draw where every layer's attention goes in the first and the last step, by latent frame."""
-    maps = data["maps"]
-    steps = sorted({m["step"] for m in maps})
-    layers = sorted({m["layer"] for m in maps})
-    note = (
-        "weight that queries of a group (down) give to all keys of a group (across), mean over heads: 13 latent frames "
-        "of video, audio by latent frame, text. n: keys that hold a query's weight, exp of its entropy, for video and "
-        "audio queries; flat attention would have 267. Layers 1 and 3 see a window of 5 latent frames"
-    )
-    figure = blank_figure(2.1 * len(layers), 2.35 * len(steps) + 1.1, "Attention of the trained model", note)
-    panels = figure.subplots(len(steps), len(layers), squeeze=False)
-    for m in maps:
-        axes = panels[steps.index(m["step"])][layers.index(m["layer"])]
-        _attention_panel(axes, m)
-    return figure
-
-
-def _attention_panel(axes: Axes, m: Json) -> None:
-    mass = np.asarray(m["mass"])
-    axes.imshow(np.sqrt(mass), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-    for bound in (FRAMES - 0.5, 2 * FRAMES - 0.5):
-        axes.axhline(bound, color="white", lw=0.6)
-        axes.axvline(bound, color="white", lw=0.6)
-    video, audio = m["effective_keys"]
-    axes.set_title(f"layer {m['layer']}, step {m['step'] + 1}\nn {video:.0f}, {audio:.0f}", fontsize=8.5, color=INK)
-    places = ((FRAMES - 1) / 2, FRAMES + (FRAMES - 1) / 2, 2 * FRAMES)
-    axes.set_xticks(places, ["video", "audio", "text"], fontsize=7, color=FAINT)
-    axes.set_yticks(places, ["video", "audio", "text"] if m["layer"] == 0 else [], fontsize=7, color=FAINT)
-    axes.tick_params(length=0)
 
 
 def section(report: Report) -> list[str]:

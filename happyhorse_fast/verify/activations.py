@@ -1,4 +1,4 @@
-"""Measure the ranges of a model's activations, their rounding to e4m3, and the weights of its attention."""
+"""Measure the ranges of a model's activations, and their rounding to e4m3."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from happyhorse_fast.eager.model import HappyHorse, Layer, normed
-from happyhorse_fast.eager.sequence import Clip, Ranges, row_chunks
+from happyhorse_fast.eager.sequence import row_chunks
 from happyhorse_fast.ops.attention.reference import output_scale
 from happyhorse_fast.ops.linear.contract import static_scale
 from happyhorse_fast.ops.qkv.packing import static_qk_scale
@@ -51,25 +51,6 @@ class ActivationRange:
     saturated: float | None
     lost: float | None
     error: float | None
-
-
-@dataclass(frozen=True)
-class AttentionMap:
-    """Attention weights of one layer in one denoising step, averaged over its heads.
-
-    Attributes:
-        layer: Layer number.
-        step: 0-based.
-        effective_keys: exp of the entropy of a query's weights, mean over video and over audio queries; as many as
-            there are keys where attention is flat.
-        mass: [groups][groups] weight that a query of the row's group gives to all keys of the column's. Groups: latent
-            frames of video, audio tokens by latent frame, all text.
-    """
-
-    layer: int
-    step: int
-    effective_keys: tuple[float, float]
-    mass: tuple[tuple[float, ...], ...]
 
 
 class Sums:
@@ -120,9 +101,7 @@ class Sums:
         )
 
 
-def measure_activations(
-    model: HappyHorse, prompt: str, *, seed: int = 0, steps: int = 8, map_steps: tuple[int, ...] = (0, 7)
-) -> tuple[list[ActivationRange], list[AttentionMap]]:
+def measure_activations(model: HappyHorse, prompt: str, *, seed: int = 0, steps: int = 8) -> list[ActivationRange]:
     """Sample a clip in float32 and measure every layer in every step.
 
     Args:
@@ -130,11 +109,8 @@ def measure_activations(
         prompt: In the pony's grammar.
         seed: Of the noise.
         steps: Denoising steps.
-        map_steps: 0-based steps of which attention maps are kept.
     """
     sums: dict[tuple[int, str, str], Sums] = {}
-    maps: list[AttentionMap] = []
-    calls = [0] * len(model.block.layers)
 
     def look(index: int, layer: Layer, given: LayerInputs) -> None:
         results = eager_ops(layer, given, torch.float32)
@@ -143,13 +119,10 @@ def measure_activations(
             for modality, part in rows.items():
                 of = sums.setdefault((index, name, modality), Sums())
                 of.add(x[part], None if scaled is None else scaled[part])
-        if calls[index] in map_steps:
-            maps.append(attention_map(index, calls[index], results, given.clip, given.ranges))
-        calls[index] += 1
 
     with before_layers(model, look):
         generate(model, prompt, seed=seed, steps=steps)
-    return [of.result(*key) for key, of in sums.items()], maps
+    return [of.result(*key) for key, of in sums.items()]
 
 
 def tensors(
@@ -177,40 +150,3 @@ def tensors(
     yield "up input", up_input, units(up_input, e4m3_rows(up_input)[1][:, None])
     down_scale = static_scale("swiglu7" if layer.mlp.gated else "gelu7", True, results.up.device)
     yield "down input", results.up, units(results.up, down_scale)
-
-
-def attention_map(layer: int, step: int, results: OpResults, clip: Clip, ranges: Ranges) -> AttentionMap:
-    """Sum the attention weights, softmax of q.k over each query's own keys, by groups of queries and of keys.
-
-    Args:
-        layer: Layer number.
-        step: Denoising step.
-        results: With q [N, Hq, D] and k [N, Hkv, D].
-        clip: Token grid.
-        ranges: The layer's attention ranges.
-    """
-    q, k = results.q.float(), results.k.float()
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    allowed = torch.zeros(len(q), len(k), dtype=torch.bool)
-    for q0, q1, k0, k1 in ranges:
-        allowed[q0:q1, k0:k1] = True
-    scores = torch.einsum("nhd,mhd->hnm", q, k) * q.shape[2] ** -0.5
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
-    entropy = -torch.special.xlogy(weights, weights).sum(dim=-1)
-    keys = entropy.exp().mean(dim=0)
-    video, audio, _ = clip.slices()
-    # An audio token belongs to the latent frame of its picture: 0 to frame 0, 1..4 to frame 1, and so on.
-    frame_of_audio = (torch.arange(clip.audio) + 3) // 4
-    group = torch.cat(
-        [
-            torch.arange(clip.frames).repeat_interleave(clip.frame_tokens),
-            clip.frames + frame_of_audio.clamp(max=clip.frames - 1),
-            torch.full((clip.text,), 2 * clip.frames),
-        ]
-    )
-    one_hot = torch.nn.functional.one_hot(group, 2 * clip.frames + 1).float()
-    mean = one_hot / one_hot.sum(dim=0)
-    mass = mean.T @ weights.mean(dim=0) @ one_hot
-    return AttentionMap(
-        layer, step, (float(keys[video].mean()), float(keys[audio].mean())), tuple(map(tuple, mass.tolist()))
-    )

@@ -120,7 +120,7 @@ def test_what_the_pony_lost_is_shown() -> None:
     assert "| int8: all, attention int8_qk | 57.9/41.2 |" in short and "int8: qkv alone" not in short
     assert "examples/pony/README.md" in short and "Nothing was wrong." in short and "12.3/11.1" not in short
     figures = report_pony.figures(shown)
-    assert set(figures) == {"fidelity", "activations", "attention"} <= report.CAPTIONS.keys()
+    assert set(figures) == {"fidelity", "activations"} <= report.CAPTIONS.keys()
     worst = min(x for line in figures["fidelity"].axes[0].lines for x in line.get_xdata())
     assert worst == 12.34
     nothing = report_data.Report({}, {}, None)
