@@ -1,6 +1,6 @@
-"""Checks before anything is timed: sources build and import, kernels pass their self-check and run clean.
+"""Checks before anything is timed: sources build and import, kernels pass their self-check.
 
-Run as ``python -m bench.checks native``, ``build``, ``self`` or ``tiny``.
+Run as ``python -m bench.checks native``, ``build`` or ``self``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import cases, select
-from bench.inputs import make
-from bench.measure.comparison import implementations
-from bench.measure.gates import problems
 from bench.measure.lost import LOST
-from bench.ops import other_backends
 from bench.results import describe_machine
 from happyhorse_fast.ops.runtime import formats, self_check, trust
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
@@ -51,12 +46,13 @@ def build(device: torch.device) -> int:
 
 
 def self_checks(device: torch.device, ops: Sequence[str], impl: str = "") -> int:
-    """The checks that ``accelerate`` makes before it trusts a kernel; what is remembered is shown, not made again."""
+    """The checks that ``accelerate`` makes before it trusts a kernel; what is remembered is shown, not made again.
+
+    Of Triton's kernels of attention that one is checked which the launch table says.
+    """
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
     failed = False
     for backend in _backends(device, impl):
-        if backend not in formats.VARIANTS:  # of Triton's kernels that one is checked which the launch table says
-            continue
         keys = [trust.machine_key(backend, device, fp8=precision) for precision in {False, fp8}]
         wanted = [
             (op, variant)
@@ -86,34 +82,21 @@ def _show(backend: str, check: self_check.KernelCheck, when: str) -> None:
     print(f"{backend} {check.op} {check.variant}: {verdict}, {check.detail}, {when}", flush=True)
 
 
-def tiny(device: torch.device, words: str, impl: str = "") -> int:
-    """Gates of tiny cases: what a memory checker is put around."""
-    failed = 0
-    backends = _backends(device, impl)
-    for case in select(cases("tiny"), words) if backends else ():
-        for backend in implementations(case, backends[0], backends[1:]):
-            found = problems(case, make(case, device), backend)
-            failed += bool(found)
-            print(f"{case.name} {backend}: {found[0] if found else 'ok'}", flush=True)
-    return int(failed > 0)
-
-
 def _backends(device: torch.device, impl: str) -> list[str]:
     """Triton, and CUDA where it can run, or the one that is named; says why where it cannot."""
-    others, without = other_backends(device)
-    for name, reason in without.items():
-        if impl in ("", name):
-            print(f"{name}: not checked: {reason}")
-    return [name for name in ("triton", *others) if impl in ("", name)]
+    why_not = cuda_obstacle(device)
+    if why_not is not None and impl in ("", "cuda"):
+        print(f"cuda: not checked: {why_not}")
+    return [name for name in ("triton", "cuda") if impl in ("", name) and not (name == "cuda" and why_not)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 1 where something failed, 3 where the GPU is lost to this process."""
     parser = argparse.ArgumentParser(prog="python -m bench.checks", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("native", "build", "self", "tiny"))
+    parser.add_argument("what", choices=("native", "build", "self"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", default="", help="comma-separated: ops of the self-check, words of tiny cases' names")
-    parser.add_argument("--impl", choices=("triton", "hopper", "cuda"), default="", help="of self and tiny; or all")
+    parser.add_argument("--only", default="", help="comma-separated ops of the self-check")
+    parser.add_argument("--impl", choices=("triton", "cuda"), default="", help="of self; or all")
     parser.add_argument("--into", type=Path, default=bootstrap.ROOT / "happyhorse_fast", help="where native builds")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
@@ -121,9 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return native(options.into)
     if options.what == "build":
         return build(device)
-    if options.what == "self":
-        return self_checks(device, [op for op in options.only.split(",") if op], options.impl)
-    return tiny(device, options.only, options.impl)
+    return self_checks(device, [op for op in options.only.split(",") if op], options.impl)
 
 
 if __name__ == "__main__":

@@ -133,9 +133,9 @@ def _tests(context: Context) -> list[Step]:
 
 
 def _sanitize(context: Context) -> list[Step]:
-    inner = context.python("bench.checks", "tiny", "--device", context.device)
+    gates = context.python("bench.ops", "--device", context.device, "--scope", "tiny", "--gates", "--cases")
     if context.dry:
-        return [Step([*inner, "--only", "down/tiny/fp8"])]
+        return [Step([*gates, "down/tiny/fp8"])]
     tool = sanitizer()
     if tool is None:
         return [Step([], absent=f"{SANITIZER} is absent: not on the PATH, nor in /usr/local/cuda/bin")]
@@ -147,7 +147,7 @@ def _sanitize(context: Context) -> list[Step]:
     # Without torch's cache of blocks, so that an access past a tensor is one past its allocation.
     uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
     return [
-        Step([*uncached, tool, "--tool", name, *options, *names, "--error-exitcode", "1", *inner, "--only", only])
+        Step([*uncached, tool, "--tool", name, *options, *names, "--error-exitcode", "1", *gates, only])
         for name in ("memcheck", "racecheck")
     ]
 
