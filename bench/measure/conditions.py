@@ -1,17 +1,15 @@
 """The GPU's state while something is timed: clock, power, temperature and why the clock is held back.
 
-A :class:`Monitor` samples it all along, through NVML where pynvml is installed, else through nvidia-smi in a process
-beside; what was timed asks it for the samples of its own span.
+A :class:`Monitor` samples it all along, through NVML's Python bindings (nvidia-ml-py); what was timed asks it for the
+samples of its own span.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
-import shutil
 import statistics
-import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,32 +20,14 @@ import torch
 
 from bench.results import Json
 
-FIELDS = {
-    "clocks.sm": "sm_mhz",
-    "clocks.mem": "memory_mhz",
-    "power.draw": "power_w",
-    "temperature.gpu": "temperature_c",
-    "clocks_throttle_reasons.active": "throttle",
-}
-"""Fields of nvidia-smi, and their names here."""
-# Since Ampere power.draw is an average over a second; the momentary one, and the throttle reasons' newer name, are not
-# known to every driver.
-_FORMS: tuple[dict[str, str], ...] = (
-    {"power.draw": "power.draw.instant", "clocks_throttle_reasons.active": "clocks_event_reasons.active"},
-    {"power.draw": "power.draw.instant"},
-    {"clocks_throttle_reasons.active": "clocks_event_reasons.active"},
-    {},
-)
-TOOL = "nvidia-smi"
-PERIOD_MS = 50
+PERIOD_SECONDS = 0.05
 """Between two samples: 20 in the shortest span."""
-ANSWER_SECONDS = 2.0
 Sample = tuple[float, Json]
-"""(on ``time.monotonic``'s clock, the state by the names of :data:`FIELDS`)."""
+"""(on ``time.monotonic``'s clock, the state)."""
 
 
 class Monitor:
-    """Samples of a GPU's state while inside; none on a CPU, or where neither NVML nor nvidia-smi answers.
+    """Samples of a GPU's state while inside; none on a CPU, or where NVML does not answer, which it then says.
 
     Args:
         device: The GPU.
@@ -57,25 +37,21 @@ class Monitor:
         self.device = device
         self.samples: list[Sample] = []
         self._ended = threading.Event()
-        self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Monitor:
         if self.device.type == "cuda":
-            name = _name(self.device)
-            read = _nvml(name)
-            if read is not None:
+            try:
+                read = _reader(self.device)
+            except RuntimeError as error:
+                print(f"clock and power are not known: {error}", file=sys.stderr, flush=True)
+            else:
                 threading.Thread(target=self._sample, args=(read,), daemon=True).start()
-            elif shutil.which(TOOL) is not None:
-                self._start(name)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
 
     def during(self, began: float, ended: float) -> Json:
         """Return what a result says of its span: ``sm_mhz`` and ``power_w``, medians, and ``conditions`` at its ends.
@@ -90,65 +66,28 @@ class Monitor:
         found = [state for taken, state in list(self.samples) if began <= taken <= ended]
         if not found:
             return {}
-        medians = {
-            name: statistics.median(values)
-            for name in ("sm_mhz", "power_w")
-            if (values := [state[name] for state in found if isinstance(state.get(name), float)])
-        }
+        medians = {name: statistics.median(state[name] for state in found) for name in ("sm_mhz", "power_w")}
         return medians | {"conditions": {"before": found[0], "after": found[-1]}}
 
     def _sample(self, read: Callable[[], Json]) -> None:
-        while not self._ended.wait(PERIOD_MS / 1e3):
+        while not self._ended.wait(PERIOD_SECONDS):
             self.samples.append((time.monotonic(), read()))
 
-    def _start(self, name: str) -> None:
-        """Start nvidia-smi with the newest fields that it answers to."""
-        for form in _FORMS:
-            query = ",".join(form.get(field, field) for field in FIELDS)
-            command = [TOOL, f"--query-gpu={query}", "--format=csv,noheader,nounits", "-i", name]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
-            except (OSError, subprocess.SubprocessError):
-                continue
-            self.samples.append((time.monotonic(), _state(done.stdout)))
-            self._process = subprocess.Popen(
-                [*command, f"--loop-ms={PERIOD_MS}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-            threading.Thread(target=self._follow, args=(self._process,), daemon=True).start()
-            return
 
-    def _follow(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            self.samples.append((time.monotonic(), _state(line)))
+def _reader(device: torch.device) -> Callable[[], Json]:
+    """Reads a GPU's state.
 
-
-def _name(device: torch.device) -> str:
-    """Name a device for NVML and nvidia-smi, by UUID: CUDA_VISIBLE_DEVICES changes torch's numbers alone."""
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    return str(device.index or 0) if uuid is None else f"GPU-{uuid}"
-
-
-def _state(line: str) -> Json:
-    """One line of nvidia-smi's."""
-    state: Json = {}
-    for name, value in zip(FIELDS.values(), line.split(","), strict=False):
-        try:
-            state[name] = float(value)
-        except ValueError:  # a mask, or what this card does not tell
-            state[name] = value.strip()
-    return state
-
-
-def _nvml(name: str) -> Callable[[], Json] | None:
-    """Reads the state through NVML; None where pynvml is not installed or does not answer."""
-    if importlib.util.find_spec("pynvml") is None:
-        return None
-    nvml: Any = importlib.import_module("pynvml")
+    Raises:
+        RuntimeError: nvidia-ml-py is not installed, or NVML does not answer.
+    """
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError as error:
+        raise RuntimeError("nvidia-ml-py is not installed") from error
     try:
         nvml.nvmlInit()
-        by_uuid = name.startswith("GPU-")
-        handle = nvml.nvmlDeviceGetHandleByUUID(name) if by_uuid else nvml.nvmlDeviceGetHandleByIndex(int(name))
+        # By UUID: CUDA_VISIBLE_DEVICES changes torch's numbers alone.
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         instant = getattr(nvml, "NVML_FI_DEV_POWER_INSTANT", None)
 
         def power() -> float:
@@ -169,6 +108,6 @@ def _nvml(name: str) -> Callable[[], Json] | None:
             }
 
         read()
-    except nvml.NVMLError:
-        return None
+    except nvml.NVMLError as error:
+        raise RuntimeError(f"NVML does not answer: {error}") from error
     return read
