@@ -24,7 +24,6 @@
 #define __shfl_sync(mask, value, lane) shim::shuffle(SHIM_SITE("__shfl_sync"), mask, value, lane)
 #define __shfl_xor_sync(mask, value, bits) \
   shim::shuffle(SHIM_SITE("__shfl_xor_sync"), mask, value, shim::lane() ^ static_cast<int>(bits))
-#define __shfl_up_sync(mask, value, by) shim::shuffle_up(SHIM_SITE("__shfl_up_sync"), mask, value, by)
 #define __ballot_sync(mask, predicate) shim::ballot(SHIM_SITE("__ballot_sync"), mask, predicate)
 #define __reduce_add_sync(mask, value) shim::reduce_add(SHIM_SITE("__reduce_add_sync"), mask, value)
 
@@ -43,12 +42,6 @@ template <typename T>
 T shuffle(Site site, unsigned mask, T value, int lane) {
   static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "4 or 8 bytes");
   return read<T>(exchange(site, mask, &value, sizeof value), lane & (LANES - 1));
-}
-
-// A lane below `by` keeps its own value.
-template <typename T>
-T shuffle_up(Site site, unsigned mask, T value, int by) {
-  return shuffle(site, mask, value, lane() < by ? lane() : lane() - by);
 }
 
 inline unsigned ballot(Site site, unsigned mask, bool predicate) {
@@ -85,32 +78,18 @@ struct alignas(16) int4 {
 };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
 template <typename T>
 inline T min(T a, T b) {
   return b < a ? b : a;
 }
-template <typename T>
-inline T max(T a, T b) {
-  return a < b ? b : a;
-}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 
 // Plain operations are atomic here: the threads of a block never run at once, and blocks run one after another.
 template <typename T>
 inline T atomicAdd(T* at, T value) {
   const T old = *at;
   *at = old + value;
-  return old;
-}
-template <typename T>
-inline T atomicMax(T* at, T value) {
-  const T old = *at;
-  *at = max(old, value);
   return old;
 }

@@ -123,17 +123,16 @@ HH_KERNEL(read_vector, ShimParams, THREADS) {
 
 // Exchanges -----------------------------------------------------------------------------------------------------------
 
-// out [7, 32] of in [32].
+// out [6, 32] of in [32].
 HH_KERNEL(exchanges, ShimParams, 32) {
   const int lane = lane_of_thread(), x = static_cast<const int*>(p.in)[lane];
   int* const out = static_cast<int*>(p.out) + lane;
   out[0] = __shfl_sync(ALL_LANES, x, 31 - lane);
   out[32] = __shfl_xor_sync(ALL_LANES, x, 5);
-  out[64] = __shfl_up_sync(ALL_LANES, x, 3);
-  out[96] = static_cast<int>(__ballot_sync(ALL_LANES, x % 3 == 0));
-  out[128] = static_cast<int>(__reduce_add_sync(ALL_LANES, static_cast<u32>(x)));
-  out[160] = static_cast<int>(__shfl_sync(ALL_LANES, x * (i64{1} << 33), 7) / (i64{1} << 33));
-  out[192] = static_cast<int>(count_below(__ballot_sync(ALL_LANES, x % 3 == 0)));
+  out[64] = static_cast<int>(__ballot_sync(ALL_LANES, x % 3 == 0));
+  out[96] = static_cast<int>(__reduce_add_sync(ALL_LANES, static_cast<u32>(x)));
+  out[128] = static_cast<int>(__shfl_sync(ALL_LANES, x * (i64{1} << 33), 7) / (i64{1} << 33));
+  out[160] = static_cast<int>(count_below(__ballot_sync(ALL_LANES, x % 3 == 0)));
 }
 
 // Sums of the lanes up to this one; variant 1 is one lane off.
@@ -141,7 +140,7 @@ HH_KERNEL(prefix_sums, ShimParams, THREADS) {
   const int lane = lane_of_thread();
   int x = static_cast<const int*>(p.in)[thread()];
   for (int by = 1; by < WARP; by *= 2) {
-    const int below = __shfl_up_sync(ALL_LANES, x, by);
+    const int below = __shfl_sync(ALL_LANES, x, lane - by);
     if (p.variant == 0 ? lane >= by : lane > by) x += below;
   }
   static_cast<int*>(p.out)[thread()] = x;

@@ -223,7 +223,6 @@ def test_exchanges():
     wanted = [
         x[::-1],
         x[lanes ^ 5],
-        np.where(lanes < 3, x, np.roll(x, 3)),
         np.full(32, int((multiples.astype(np.uint64) << lanes.astype(np.uint64)).sum()))
         .astype(np.uint32)
         .view(np.int32)[:32],
@@ -231,8 +230,8 @@ def test_exchanges():
         np.full(32, x[7]),
         np.cumsum(multiples) - multiples,
     ]
-    for out in in_orders("exchanges", x, np.zeros((7, 32), np.int32)):
-        for name, a, b in zip(("shfl", "xor", "up", "ballot", "add", "64 bits", "below"), out, wanted, strict=True):
+    for out in in_orders("exchanges", x, np.zeros((6, 32), np.int32)):
+        for name, a, b in zip(("shfl", "xor", "ballot", "add", "64 bits", "below"), out, wanted, strict=True):
             assert (a == b).all(), name
 
 
