@@ -2,8 +2,8 @@
 
 A GPU machine may have torch and Triton but no network and nothing to install into. There, ``happyhorse_fast`` is found
 from the checkout's root, and the folders ``kernels/`` and ``csrc/``, which an installation maps into the package
-(docs/decisions/0001-kernels-package-dir.md), are put in their places here. Under ``TRITON_INTERPRET=1`` the interpreter
-is made exact as well, as the tests do. Serves as a pytest plugin: ``pytest -p bench.bootstrap``.
+(docs/decisions/0001-kernels-package-dir.md), are put in their places here. Serves as a
+pytest plugin: ``pytest -p bench.bootstrap``.
 """
 
 from __future__ import annotations
@@ -43,16 +43,6 @@ def map_folder(name: str) -> bool:
     return True
 
 
-def exact_interpreter() -> bool:
-    """Make Triton's interpreter exact where kernels are interpreted; returns whether they are."""
-    if os.environ.get("TRITON_INTERPRET", "0") != "1" or importlib.util.find_spec("triton") is None:
-        return False
-    from happyhorse_fast.ops.runtime.triton.exact_interpreter import make_exact
-
-    make_exact()
-    return True
-
-
 def settle_keys() -> int:
     """Give every kernel the key in Triton's cache that it has whatever ran before; returns how many.
 
@@ -75,7 +65,7 @@ def settle_keys() -> int:
 
 for _name in MAPPED:
     map_folder(_name)
-INTERPRETED = exact_interpreter()
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1" and importlib.util.find_spec("triton") is not None
 """Whether kernels run in the interpreter, on CPU tensors."""
 if os.environ.get(PRIMED_VARIABLE):
     settle_keys()

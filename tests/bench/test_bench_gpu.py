@@ -11,7 +11,6 @@ import sys
 import tarfile
 import time
 
-import interpreter  # noqa: F401  (exact arithmetic)
 import pytest
 import torch
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 
-import interpreter  # noqa: F401  (exact arithmetic)
 import pytest
 import torch
 

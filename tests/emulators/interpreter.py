@@ -2,6 +2,4 @@
 
 from happyhorse_fast.ops.runtime.triton.exact_interpreter import make_exact
 
-__all__ = ["make_exact"]
-
 make_exact()

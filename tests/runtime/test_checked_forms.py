@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import make_exact
 
 from happyhorse_fast import golden
 from happyhorse_fast.config import OPS
@@ -25,7 +24,6 @@ from happyhorse_fast.ops.runtime.dispatch import checked_formats
 from happyhorse_fast.ops.runtime.formats import VARIANTS
 from happyhorse_fast.ops.runtime.self_check import CHECKS
 
-make_exact()
 CPU = torch.device("cpu")
 DECISION = Path(__file__).parents[2] / "docs/decisions/0008-trust-by-self-check.md"
 Forms = set[tuple[Any, ...]]

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from cuda_mutants import mutant
-from interpreter import make_exact
 from logged import logs
 
 from happyhorse_fast.eager.model import HappyHorse
@@ -27,7 +26,6 @@ from happyhorse_fast.ops.runtime.cuda.launch import use_runner
 from happyhorse_fast.ops.runtime.self_check import CHECKS, VARIANTS, KernelCheck, run_checks
 from happyhorse_fast.ops.runtime.triton import device
 
-make_exact()
 CPU = torch.device("cpu")
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import make_exact
 
 from happyhorse_fast import golden
 from happyhorse_fast.budgets import measure
@@ -32,7 +31,6 @@ from happyhorse_fast.verify import equivalence as eq
 from happyhorse_fast.verify import layer_ops
 from happyhorse_fast.verify.checks import in_dtype, seeded_inputs
 
-make_exact()
 SMALL = ModelConfig.preset("tiny").replace(
     num_layers=2, mm_layers=(0,), gelu7_layers=(0,), local_attn_layers=(1,), hidden_size=160, head_dim=32
 )
