@@ -1,4 +1,4 @@
-"""A picture into the latent of a clip's first frame."""
+"""A picture into the pixels of a clip's first frame."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-    from happyhorse_fast.pipeline.wan import WanCodec
 
 CHANNELS = (1, 3, 4)
 SEVERAL_ARE_ONE = ("MPO",)
@@ -98,26 +97,6 @@ def image_pixels(image: str | Path | Image | NDArray[np.uint8], height: int, wid
     scaled = whole.crop(box).resize((width, height), Resampling.LANCZOS)
     values = torch.from_numpy(np.asarray(scaled).astype(np.float32) / 255)
     return (2 * values - 1).permute(2, 0, 1)[None, :, None].contiguous()
-
-
-def image_latent(
-    codec: WanCodec, image: str | Path | Image | NDArray[np.uint8], height: int, width: int
-) -> torch.Tensor:
-    """The latent that a clip's first frame is held at.
-
-    Args:
-        codec: With its encoder.
-        image: As :func:`open_image` takes it.
-        height: Rows of the clip's frames in pixels; rounded down to a multiple of 32.
-        width: Columns, likewise.
-
-    Returns:
-        [1, 48, 1, height / 16, width / 16] float32 on the codec's device.
-
-    Raises:
-        As :func:`image_pixels`.
-    """
-    return codec.encode(image_pixels(image, height, width).to(codec.device))
 
 
 def _read(path: Path) -> Image:

@@ -22,7 +22,7 @@ from happyhorse_fast.pipeline.audio import read_sound
 from happyhorse_fast.pipeline.clip import SAMPLE_RATE, Clip
 from happyhorse_fast.pipeline.company import Company, Work, tells_faults
 from happyhorse_fast.pipeline.embeddings import Embeddings
-from happyhorse_fast.pipeline.image import open_image
+from happyhorse_fast.pipeline.image import image_pixels, open_image
 from happyhorse_fast.pipeline.keeping import Keeper, keeping
 from happyhorse_fast.pipeline.latents import DENOISED, RESOLVED, Latents, read_latents
 from happyhorse_fast.pipeline.layout import Layout, read_layout
@@ -193,18 +193,20 @@ class Pipeline:
             require_target(target, overwrite)
             optional.require("av", "writing an mp4")
             _require_room(target.parent, request)
-        named = latents if latents is not None else resume
-        kept = None if named is None else Path(named)
+        resumed = None if resume is None else Path(resume)
+        kept = resumed if latents is None else Path(latents)
         if kept is not None:
-            require_target(kept, True)
+            require_target(kept, overwrite or kept == resumed)
+            if target is not None and real_path(kept) == real_path(target):
+                raise ValueError(f"out must be another file than that of the latents, got {kept} for both")
         run = _Run(self, request, begun, callback, progress)
-        picture = open_image(image) if image is not None else None
+        pictures = _pictures(image, request) if image is not None else None
         sound = read_sound(audio, request.seconds) if audio is not None else None
         with ExitStack() as stack:
             stack.enter_context(run.monitor.display())
             stack.callback(self.parts.residency.free)
             keeper = stack.enter_context(keeping(kept, target))
-            return run.decoded(run.denoised(picture, sound, keeper), target)
+            return run.decoded(run.denoised(pictures, sound, keeper), target)
 
     @tells_faults
     def follow(self) -> None:
@@ -263,9 +265,9 @@ class _Run:
         times = predicted(self.parts, request, stages.stages_of(request, done))
         self.monitor = Monitor(self.parts.device, times, callback, progress)
 
-    def denoised(self, picture: Any, sound: torch.Tensor | None, keeper: Keeper) -> Latents:
+    def denoised(self, pictures: list[torch.Tensor] | None, sound: torch.Tensor | None, keeper: Keeper) -> Latents:
         """All latents; those of each stage are kept as soon as they are there."""
-        found = self.begun if self.begun is not None else self._first(picture, sound)
+        found = self.begun if self.begun is not None else self._first(pictures, sound)
         keeper.save(found)
         if not found.whole:
             video = self._together(stages.resolve, found, self.placing.history_on_host)
@@ -301,12 +303,12 @@ class _Run:
     def _decode(self, latents: Latents, write: Any) -> None:
         stages.decode_video(self.parts, self.monitor, latents.video, write, self.placing.tiles)
 
-    def _first(self, picture: Any, sound: torch.Tensor | None) -> Latents:
+    def _first(self, pictures: list[torch.Tensor] | None, sound: torch.Tensor | None) -> Latents:
         request, parts, monitor = self.request, self.parts, self.monitor
         with monitor.stage(stages.TEXT):
             text, null_text = self.embeddings.get(monitor, self.placing.layers_on_device)
         stages.check_text(request, parts, text)
-        images = [None] if picture is None else stages.encode_image(request, parts, monitor, picture)
+        images = [None] if pictures is None else stages.encode_image(parts, monitor, pictures)
         held = None if sound is None else stages.encode_sound(request, parts, monitor, sound, self.noise)
         video, audio = self._together(stages.denoise, text, null_text, images[0], held)
         return self._latents(DENOISED, video, audio, text, images[-1])
@@ -317,6 +319,13 @@ class _Run:
         generator = self.noise.generator
         place = generator.device.type
         return Latents(self.request, done, video.cpu(), audio.cpu(), text, image, generator.get_state(), place)
+
+
+def _pictures(image: Any, request: Request) -> list[torch.Tensor]:
+    """The first picture at the size of each stage, [1, 3, 1, H, W] float32 in -1..1."""
+    opened = open_image(image)
+    sizes = dict.fromkeys(tokens.pixels for tokens in (request.first_tokens, request.last_tokens))
+    return [image_pixels(opened, height, width) for height, width in sizes]
 
 
 def _require_room(folder: Path, request: Request) -> None:

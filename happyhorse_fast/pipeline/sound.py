@@ -83,7 +83,8 @@ def read_sound(path: str | Path, seconds: float | None = None) -> torch.Tensor:
             else:
                 pieces += [resampled.to_ndarray()[0] for resampled in resampler.resample(None)]
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"audio must be a sound file such as a WAV or MP3, {file} is not: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"audio must be a sound file such as a WAV or MP3, {file} is not: {why}") from error
     if not sum(map(len, pieces)):
         raise ValueError(f"audio must have sound, that of {file} is empty")
     return torch.from_numpy(np.concatenate(pieces)[:most].astype(np.float32) / 32768)

@@ -10,7 +10,6 @@ import torch
 from happyhorse_fast.config import LATENT_CHANNELS, PATCH
 from happyhorse_fast.eager.sequence import Clip, check_time_axis
 from happyhorse_fast.pipeline.host_frames import host_frames
-from happyhorse_fast.pipeline.image import image_latent
 from happyhorse_fast.pipeline.latents import DENOISED, RESOLVED, Latents
 from happyhorse_fast.pipeline.parts import AUDIO_CHANNELS, Parts
 from happyhorse_fast.pipeline.progress import Monitor
@@ -82,15 +81,14 @@ def check_text(request: Request, parts: Parts, text: torch.Tensor) -> None:
             raise ValueError(f"prompt is too short for the model {name}: {error}") from error
 
 
-def encode_image(request: Request, parts: Parts, monitor: Monitor, image: Any) -> list[torch.Tensor]:
-    """Latents [1, 48, 1, H, W] of the first picture at the size of each stage, on the CPU."""
-    sizes = list(dict.fromkeys(tokens.pixels for tokens in (request.first_tokens, request.last_tokens)))
+def encode_image(parts: Parts, monitor: Monitor, pictures: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Latents [1, 48, 1, H / 16, W / 16] of the first picture at several sizes, [1, 3, 1, H, W], on the CPU."""
     with monitor.stage(IMAGE), parts.image_encoder() as codec:
         monitor.loaded()
         made = []
-        for index, (height, width) in enumerate(sizes):
-            made.append(image_latent(codec, image, height, width).cpu())
-            monitor.step(index + 1, len(sizes))
+        for step, pixels in enumerate(pictures, start=1):
+            made.append(codec.encode(pixels.to(parts.device)).cpu())
+            monitor.step(step, len(pictures))
     return made
 
 

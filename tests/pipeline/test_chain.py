@@ -7,6 +7,7 @@ import importlib
 import json
 import pydoc
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,9 @@ from happyhorse_fast import tokens
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.cli import run
 from happyhorse_fast.pipeline import residency, stages
-from happyhorse_fast.pipeline.image import image_latent
+from happyhorse_fast.pipeline.image import image_pixels
 from happyhorse_fast.pipeline.latents import Latents, read_latents
+from happyhorse_fast.pipeline.parts import Parts
 from happyhorse_fast.pipeline.pipeline import Pipeline
 from happyhorse_fast.pipeline.progress import Monitor, Prediction, StageInfo
 from happyhorse_fast.pipeline.request import Request
@@ -42,6 +44,10 @@ FRAMES, SAMPLES = 73, int(76 * 2048 * 441 / 512)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def connect(self: socket.socket, address: object) -> None:
+        pytest.fail(f"a part calls {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr(tokens, "_SIDES", SIDES)
     monkeypatch.setenv("HAPPYHORSE_FAST_CACHE", str(tmp_path / "cache"))
 
@@ -121,7 +127,7 @@ def test_a_prompt_becomes_an_mp4_and_a_resumed_run_the_same(
     kept = load_file(latents)
     assert kept["video"].shape == (1, 48, 19, 6, 10) and kept["audio"].shape == (1, 76, 64)
     codec = WanCodec.load(tiny / "Wan2.2-TI2V-5B-Diffusers" / "vae", decoder=False)
-    assert torch.equal(kept["video"][:, :, :1], image_latent(codec, picture, 96, 160)), "the first frame is held"
+    assert torch.equal(kept["video"][:, :, :1], codec.encode(image_pixels(picture, 96, 160))), "the first frame is held"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("x")) == [out.name, latents.name]
 
     again = tmp_path / "again.mp4"
@@ -131,8 +137,12 @@ def test_a_prompt_becomes_an_mp4_and_a_resumed_run_the_same(
     assert again.read_bytes() == out.read_bytes()
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(pipe: Pipeline) -> None:
-    first, second, other = (pipe(PROMPT, stages=1, **SHORT, seed=seed) for seed in (1, 1, 2))
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = pipe(PROMPT, stages=1, **SHORT, seed=1)
+    monkeypatch.setattr(Parts, "text_encoder", lambda *_: pytest.fail("the embedding is in the cache"))
+    second, other = (pipe(PROMPT, stages=1, **SHORT, seed=seed) for seed in (1, 2))
     assert first.frames is not None and first.frames.shape == (FRAMES, 96, 160, 3)
     assert first.samples.shape == (2, SAMPLES)
     assert torch.equal(first.frames, second.frames) and torch.equal(first.samples, second.samples)
@@ -285,6 +295,7 @@ def test_faulty_parts_are_named_before_anything_runs(
         ({"prompt": "a"}, ValueError, r"prompt is too short for the model 540p_sr: text must have at least 2 tokens"),
         ({"fps": 24}, ValueError, "fps must be 25"),
         ({"image": "gone.png"}, FileNotFoundError, r"image must be a file, gone\.png is none"),
+        ({"image": np.zeros((900, 1), np.uint8)}, ValueError, "image must not be so narrow: 1 x 900"),
         ({"audio": "gone.wav"}, FileNotFoundError, r"gone\.wav"),
         ({"out": "gone/x.mp4"}, FileNotFoundError, "output must be in a folder that exists"),
         ({"callback": 3}, TypeError, "callback must be callable"),
@@ -294,9 +305,19 @@ def test_faulty_parts_are_named_before_anything_runs(
 def test_bad_arguments_are_named_before_the_long_work(
     pipe: Pipeline, change: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "denoise", lambda *_: pytest.fail("a model ran"))
+    ran = "a model ran" if "prompt" in change else "a stage ran"  # tokens are counted by the encoder
+    monkeypatch.setattr(stages, "denoise" if "prompt" in change else "check_text", lambda *_: pytest.fail(ran))
     with pytest.raises(error, match=message):
         pipe(**{"prompt": PROMPT, **SHORT, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("x.mp4", "out must be another file than that"), ("kept.safetensors", "must not exist yet")]
+)
+def test_the_latents_replace_nothing_unasked(pipe: Pipeline, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "kept.safetensors").write_text("of an earlier run")
+    with pytest.raises((ValueError, FileExistsError), match=message):
+        pipe(PROMPT, **SHORT, out=tmp_path / "x.mp4", latents=tmp_path / name)
 
 
 def test_libraries_of_another_version_are_refused_before_anything_runs(

@@ -11,9 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from happyhorse_fast.pipeline.image import image_latent, image_pixels, open_image
-from happyhorse_fast.pipeline.tiny import VIDEO_FOLDER
-from happyhorse_fast.pipeline.wan import WanCodec
+from happyhorse_fast.pipeline.image import image_pixels, open_image
 
 GREY16 = (np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040).astype(np.uint16)
 
@@ -50,13 +48,6 @@ def test_sides_round_down_to_whole_patches():
         image_pixels(image, 31, 64)
     with pytest.raises(ValueError, match="image must not be so narrow: 1 x 900"):
         image_pixels(noise(900, 1), 32, 64)
-
-
-def test_a_latent_is_that_of_the_pixels(tiny):
-    codec = WanCodec.load(tiny / VIDEO_FOLDER, decoder=False)
-    latent = image_latent(codec, noise(50, 80), 64, 96)
-    assert latent.shape == (1, 48, 1, 4, 6) and latent.dtype == torch.float32
-    assert latent.equal(codec.encode(image_pixels(noise(50, 80), 64, 96)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
