@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from happyhorse_fast.pipeline.host_weights import HostWeights, available_bytes, host_bytes
+
+logger = logging.getLogger(__name__)
 
 P = TypeVar("P")
 HOST_SPEED = 2.5e10
@@ -140,7 +142,7 @@ class Residency:
             try:
                 part.host = HostWeights(part.module, pinned)
             except (RuntimeError, MemoryError) as error:
-                warnings.warn(f"{name} cannot wait on the host, it will be loaded again: {error}", stacklevel=2)
+                logger.warning("%s cannot wait on the host, it will be loaded again: %s", name, error)
                 return False
         part.host_bytes = needed
         return True

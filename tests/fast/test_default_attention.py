@@ -20,8 +20,6 @@ from happyhorse_fast.fast.memory import peak_memory
 from happyhorse_fast.tokens import tokens_for
 from happyhorse_fast.verify.forms import FORMS
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* in plain torch")
-
 
 @pytest.fixture(scope="module")
 def case() -> golden.GoldenCase:

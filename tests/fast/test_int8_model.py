@@ -58,7 +58,7 @@ def test_the_error_is_as_stated_and_a_third_of_e4m3s(name: str, attention: str) 
     [
         pytest.param("postnorm_v2_fp32", "triton", marks=pytest.mark.slow),
         pytest.param("local_d128_fp32", "triton", marks=pytest.mark.slow),
-        pytest.param("postnorm_v2_fp32", "cuda", marks=pytest.mark.filterwarnings("ignore:.* runs in plain torch")),
+        ("postnorm_v2_fp32", "cuda"),
     ],
 )
 def test_kernels_give_what_plain_torch_gives(name: str, backend: str) -> None:
