@@ -186,19 +186,15 @@ class Calls:
         """
         if self.strict:
             raise ValueError(f"strict: {self.host} would run attention itself: {reason}")
-        if not torch.compiler.is_compiling():
-            self._note(reason)
-
-    def _take(self, backend: str) -> None:
-        if not torch.compiler.is_compiling():
-            self._note_taken(backend)
-
-    def _note(self, reason: str) -> None:
+        if torch.compiler.is_compiling():
+            return
         self.left[reason] += 1
         if self.left[reason] == 1:
             logger.warning("%s runs attention itself: %s", self.host, reason)
 
-    def _note_taken(self, backend: str) -> None:
+    def _take(self, backend: str) -> None:
+        if torch.compiler.is_compiling():
+            return
         self.taken += 1
         if self.taken == 1:
             logger.info("%s: attention by happyhorse_fast, backend %s", self.host, backend)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from host_wheels import ROOT, run
 
+from happyhorse_fast.hosts.hub import __main__ as command
 from happyhorse_fast.hosts.hub import build as hub
 from happyhorse_fast.hosts.hub import layers
 
@@ -170,8 +171,12 @@ def test_a_layer_is_pure_and_its_forward_is_pytorchs():
         layer()(q, q, q, is_causal=True)
 
 
-def test_a_folder_in_use_and_a_name_without_owner_are_refused(built, tmp_path):
+def test_a_folder_in_use_and_a_name_without_owner_are_refused(built, tmp_path, monkeypatch, capsys):
     with pytest.raises(FileExistsError, match="must be new or empty"):
         hub.build(built, "somebody/attention")
     with pytest.raises(ValueError, match="repo_id must be owner/name, got 'attention'"):
         hub.build(tmp_path, "attention")
+    monkeypatch.setattr(sys, "argv", ["hub", str(tmp_path / "new"), "--repo-id", "attention"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert capsys.readouterr().err.endswith("error: repo_id must be owner/name, got 'attention'\n")

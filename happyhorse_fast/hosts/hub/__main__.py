@@ -14,7 +14,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where; new or empty")
     parser.add_argument("--repo-id", default=f"happyhorse/{NAME}", help="name on the hub (default: %(default)s)")
     given = parser.parse_args()
-    made = build(given.folder, given.repo_id)
+    try:
+        made = build(given.folder, given.repo_id)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(f"{len(made)} files in {given.folder}; try it: LocalLayerRepository({str(given.folder)!r}, layer_name=...)")
 
 
