@@ -30,6 +30,16 @@ _LEFT_OUT = {
     "lora_path": None,
 }
 """Settings of vLLM-Omni for the modules of a model, which are not there to it -> this package's own for the same."""
+_MODELS_OWN = (
+    "num_inference_steps",
+    "guidance_scale",
+    "sigmas",
+    "timesteps",
+    "latents",
+    "audio_latents",
+    "lora_request",
+)
+"""Of a request's sampling parameters, those that would change the clip and are not for a request to say."""
 _SIZES = {
     tokens_for(resolution, aspect).pixels: (resolution, aspect)
     for resolution in ("1080p", "540p", "256p")
@@ -139,6 +149,9 @@ def settings_of(prompt: Any, sampling: Any) -> tuple[dict[str, Any], Any]:
     fields: Any = {"prompt": prompt} if isinstance(prompt, str) else prompt
     if not isinstance(fields, Mapping) or "prompt" not in fields:
         raise TypeError(f"prompt must be text, or a mapping with one; got {type(prompt).__name__}")
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        if fields.get(name) is not None:
+            raise ValueError(f"{name} must be left out: the prompt is encoded here")
     given = dict(fields.get("multi_modal_data") or {})
     image = given.pop("image", None)
     if isinstance(image, list | tuple):
@@ -149,8 +162,9 @@ def settings_of(prompt: Any, sampling: Any) -> tuple[dict[str, Any], Any]:
         raise ValueError(f"multi_modal_data must be an image, got {', '.join(sorted(given))} as well")
     if sampling.num_outputs_per_prompt != 1:
         raise ValueError(f"num_outputs_per_prompt must be 1, got {sampling.num_outputs_per_prompt}")
-    if sampling.num_inference_steps is not None or sampling.guidance_scale_provided:
-        raise ValueError("num_inference_steps and guidance_scale must be left out: each model has its own")
+    for name in _MODELS_OWN:
+        if getattr(sampling, name) is not None and (name != "guidance_scale" or sampling.guidance_scale_provided):
+            raise ValueError(f"{name} must be left out: the model has its own")
     if sampling.seed is None:
         raise ValueError("seed must be given rather than a generator")
     if sampling.resolved_frame_rate not in (None, FPS):

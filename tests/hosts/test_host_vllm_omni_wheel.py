@@ -58,6 +58,7 @@ def test_what_keeps_a_call_from_being_taken_has_its_names(attention):
 def test_the_model_is_registered_with_what_a_server_asks_of_it(model):
     assert model["class"] == "happyhorse_fast.hosts.vllm_omni_model.HappyHorseFastPipeline"
     assert model["name"] == vllm_omni.MODEL == model["class"].rpartition(".")[2]
+    assert model["names before plugins load"] == [vllm_omni.MODEL, True], "a server asks before"
     assert model["images"] == [True, 1] and model["inputs"] == [True, False]
     assert (model["output"], model["sound"], model["frames to warm up"]) == ("video", True, 0)
     assert (model["batches"], model["cancels"]) == (False, True)
@@ -87,8 +88,10 @@ def test_what_it_does_not_make_is_a_client_error(model):
         "frames": "num_frames must be 25 for each of 3 to 15 seconds, got 81",
         "duration": "seconds must be a whole number from 3 to 15; got 3.5",
         "fps": "fps must be 25, got 24",
-        "steps": "num_inference_steps and guidance_scale must be left out",
-        "guidance": "num_inference_steps and guidance_scale must be left out",
+        "steps": "num_inference_steps must be left out: the model has its own",
+        "guidance": "guidance_scale must be left out: the model has its own",
+        "LoRA": "lora_request must be left out: the model has its own",
+        "embedding": "prompt_embeds must be left out: the prompt is encoded here",
         "outputs": "num_outputs_per_prompt must be 1, got 2",
         "sound": "multi_modal_data must be an image, got audio as well",
         "images": "image must be one picture, the first of the clip; got 2",

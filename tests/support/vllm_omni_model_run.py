@@ -9,10 +9,16 @@ import numpy as np
 import PIL.Image
 import torch
 from vllm_omni.diffusion import cancellation, diffusion_engine, io_support, output_formatter
-from vllm_omni.diffusion.data import DiffusionOutput, DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.data import (
+    DiffusionOutput,
+    DiffusionParallelConfig,
+    OmniDiffusionConfig,
+    resolve_model_class_name,
+)
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.diffusion.registry import DiffusionModelRegistry
 from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.utils.hf_utils import is_diffusion_model
 from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.platforms import current_omni_platform
@@ -27,7 +33,7 @@ before = DiffusionModelRegistry._try_load_model_cls(MODEL)
 
 
 def configured(**settings):
-    config = OmniDiffusionConfig(model=str(folder), **settings)
+    config = OmniDiffusionConfig.from_kwargs(model=str(folder), **settings)
     config.enrich_config()
     return config
 
@@ -36,6 +42,7 @@ config = configured(additional_config={"happyhorse_fast": {"decoder": "wan"}})
 found = {
     "class": f"{before.__module__}.{before.__qualname__}",
     "name": config.model_class_name,
+    "names before plugins load": [resolve_model_class_name(str(folder)), is_diffusion_model(str(folder))],
     "images": [config.supports_multimodal_inputs, config.max_multimodal_image_inputs],
     "inputs": io_support.supports_multimodal_input(config),
     "output": io_support.get_diffusion_output_type(MODEL),
@@ -126,6 +133,8 @@ refused = {
     "fps": run("a pony", fps=24),
     "steps": run("a pony", num_inference_steps=4),
     "guidance": run("a pony", guidance_scale=4.0),
+    "LoRA": run("a pony", lora_request=object()),
+    "embedding": run({"prompt": "a pony", "prompt_embeds": torch.zeros(1)}),
     "outputs": run("a pony", num_outputs_per_prompt=2),
     "sound": run({"prompt": "a pony", "multi_modal_data": {"audio": "a.wav"}}),
     "images": run({"prompt": "a pony", "multi_modal_data": {"image": [picture] * 2}}),
