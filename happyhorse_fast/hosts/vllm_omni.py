@@ -59,6 +59,9 @@ def register() -> None:
         logger.warning("vLLM-Omni runs attention itself: %s is %s already", name, member.get_path())
         return
     registry.register_diffusion_backend(member, ours)
+    package = logging.getLogger("happyhorse_fast")
+    if not package.hasHandlers():  # as vLLM-Omni's own: a worker sets up vLLM's alone, and would show no note
+        package.parent = logging.getLogger("vllm")
 
 
 def _register_model() -> None:
@@ -79,6 +82,7 @@ def unregister() -> None:
     for member in _registry().DiffusionAttentionBackendEnum:
         if member.is_overridden() and member.get_path().startswith(f"{__name__}.{CLASS}"):
             member.clear_override()
+    logging.getLogger("happyhorse_fast").parent = logging.getLogger()
 
 
 def sparse_attn(

@@ -45,6 +45,11 @@ def test_a_call_is_as_near_to_float64_as_its_own_and_another_runs_as_before(atte
     assert 0 < ours <= 1.5 * own
     assert attention["float32"] and attention["joint query"]
     assert attention["taken"] == 1
+    assert attention["lines"] == [
+        "vLLM-Omni: attention by happyhorse_fast, backend reference",
+        "vLLM-Omni runs attention itself: query is float32, not bfloat16",
+        "vLLM-Omni runs attention itself: metadata with joint_query",
+    ], "what vLLM's own logger shows"
     assert attention["left"] == {"query is float32, not bfloat16": 1, "metadata with joint_query": 1}
 
 

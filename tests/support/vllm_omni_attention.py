@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,11 @@ from vllm_omni.plugins import load_omni_general_plugins
 import happyhorse_fast as hh
 from happyhorse_fast.hosts import vllm_omni
 
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("vllm").addHandler(handler)
+logging.getLogger("vllm").setLevel(logging.INFO)
 load_omni_general_plugins()
 found = {"chosen": [member.name for member in Members if member.is_overridden()]}
 vllm_omni.CALLS = hh.hosts.Calls("vLLM-Omni", backend="reference")
@@ -52,6 +58,8 @@ for member in (Members.FLASH_ATTN, Members.TORCH_SDPA, Members.CUDNN_ATTN):
         found["joint query"] = torch.equal(*attend(member, torch.bfloat16, attn_mask=mask, joint_query=q[:, :1]))
 found["taken"], found["left"] = vllm_omni.CALLS.taken, dict(vllm_omni.CALLS.left)
 vllm_omni.unregister()
+logging.getLogger("happyhorse_fast").warning("after it")
+found["lines"] = lines
 found["after"] = [member.name for member in Members if member.is_overridden()]
 found["metadata"] = [field.name for field in dataclasses.fields(AttentionMetadata)]
 print(json.dumps(found))
