@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from rank_work import command, config_of, model_of, sampled, sampled_by
+from rank_work import both_stages, command, config_of, model_of, sampled, sampled_by
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from small_models import clip
@@ -19,12 +19,21 @@ from happyhorse_fast.parallel.launched import Launched
 REFERENCE = FastConfig(backend="reference")
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("noise", ["global", "generator", "named"])
 @pytest.mark.parametrize("image", [False, True])
 def test_ranks_sample_the_clip_of_rank_0(two, noise, image):
     alone = sampled_by(model_of(config_of(2), REFERENCE), 0, noise, image)
     for latents in two(sampled, 2, REFERENCE, noise, image):
         assert all(map(np.array_equal, latents, alone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8"])
+def test_more_ranks_make_both_stages_of_a_picture(many, precision):
+    results = many(both_stages, many.ranks, FastConfig(precision=precision, backend="reference"))
+    for latents, _ in results:
+        assert all(map(np.array_equal, latents, results[0][1]))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from happyhorse_fast.fast.config import FastConfig
 FORMS = [None, *(FastConfig(precision=name, backend="reference") for name in ("bf16", "int8", "fp8"))]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("fast", FORMS, ids=["eager", "bf16", "int8", "fp8"])
 def test_a_rank_holds_half_of_every_matrix(two, fast):
     for found in two(sharded, 2, fast, None):
@@ -20,6 +21,7 @@ def test_a_rank_holds_half_of_every_matrix(two, fast):
         assert found["restored"] is True if fast else "load the checkpoint again" in found["restored"]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("form", ["eager", "bf16", "fp8", "packed"])
 def test_a_model_is_sharded_while_it_is_loaded(two, tmp_path, form):
     fast = None if form == "eager" else FastConfig(precision="bf16" if form == "bf16" else "fp8", backend="reference")
@@ -43,11 +45,12 @@ def test_shares_of_different_checkpoints_are_found(two, tmp_path):
         assert isinstance(error, ValueError) and "weights must be the same on all 2 ranks, got " in str(error)
 
 
-@pytest.mark.parametrize("fast", FORMS[:2], ids=["eager", "bf16"])
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("fast", FORMS, ids=["eager", "bf16", "int8", "fp8"])
 def test_a_rank_holds_what_is_planned(two, fast):
     for (held, whole), planned in two(gathered_bytes, 2, fast):
         assert held == planned[0]
-        assert whole == pytest.approx(planned[1], rel=0.03)
+        assert whole == pytest.approx(planned[1], rel=0.05)
 
 
 def test_a_mesh_of_another_kind_of_device_is_refused(tmp_path):

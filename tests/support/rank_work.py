@@ -263,6 +263,21 @@ def sampled_by(model: Any, seed: int, noise: str, image: bool) -> list[Any]:
     return [x.numpy() for x in latents]
 
 
+def both_stages(rank: int, ranks: int, fast: FastConfig) -> list[Any]:
+    """Latents of a picture's clip and of its second stage on this rank, and rank 0's alone."""
+    config, (video, audio, text) = config_of(8, coords_style="v1"), clip(3, 16, 9, 4)
+    how: dict[str, Any] = {"steps": 2, "progress": False}
+
+    def made(model: Any) -> list[Any]:
+        noise = torch.Generator().manual_seed(5)
+        video_out, audio_out = hh.sample(model, video, audio, text, image=video[:, :, :1] / 2, noise=noise, **how)
+        large = hh.super_resolve(model, video_out, audio_out, text, (4, 40), noise=noise, **how)
+        return [x.numpy() for x in (video_out, audio_out, large)]
+
+    alone = made(model_of(config, fast)) if rank == 0 else []
+    return [made(hh.parallelize(model_of(config, fast), init_device_mesh("cpu", (ranks,)), timeout=60)), alone]
+
+
 def command(rank: int, ranks: int, arguments: list[str]) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of the program, started as torchrun would."""
     said = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -340,7 +355,7 @@ class Live(TorchDispatchMode):
 
 def gathered_bytes(rank: int, ranks: int, fast: FastConfig | None) -> tuple[tuple[int, int], tuple[int, int]]:
     """What a rank holds of sharded weights and what of them is whole at the peak, in bytes: found, and on paper."""
-    mesh, config = init_device_mesh("cpu", (ranks,)), config_of(2, hidden_size=512, num_layers=4, mm_layers=(0, 1))
+    mesh, config = init_device_mesh("cpu", (ranks,)), config_of(2, hidden_size=256, num_layers=3, mm_layers=(0, 1))
     beside_weights = {}
     for shard in (False, True):
         model = model_of(config, fast)
@@ -349,7 +364,7 @@ def gathered_bytes(rank: int, ranks: int, fast: FastConfig | None) -> tuple[tupl
         outputs(model, clip())  # makes what is kept
         held = [local(x) for x in (*model.parameters(), *model.buffers())]
         peaks = []
-        for _ in range(4):  # a thread of gloo's may hold what has arrived a little longer
+        for _ in range(3 if shard else 1):  # a thread of gloo's may hold what has arrived a little longer
             with Live(held) as live:
                 outputs(model, clip())
             peaks.append(live.peak)
