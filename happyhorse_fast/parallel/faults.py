@@ -84,17 +84,13 @@ class Meeting:
             RankError: A rank did not come in time, or failed; names it.
         """
         keys = [f"call/{self._calls}/{rank}" for rank in range(self.size)]
-        try:
+        with self._named_store():
             self._store.set(keys[self.rank], json.dumps(dict(facts)))
             self.until(lambda: self._store.check(keys))
             said = [json.loads(self._store.get(key)) for key in keys]
             # Whoever is here has read what was said before the call before.
             if self._calls > 2:
                 self._store.delete_key(f"call/{self._calls - 2}/{self.rank}")
-        except RuntimeError as error:
-            if isinstance(error, RankError):
-                raise
-            self._without_store(error)
         for name in said[0]:
             values = [facts.get(name) for facts in said]
             if astray := [rank for rank, value in enumerate(values) if value != values[0]]:
@@ -111,23 +107,18 @@ class Meeting:
         """
         self._messages += 1
         key = f"message/{self._messages}"
-        try:
+        with self._named_store():
             if self.rank == 0:
-                starts = range(0, len(message), _PIECE)
-                for start in starts:
+                for start in range(0, len(message), _PIECE):
                     self._store.set(f"{key}/{start}", message[start : start + _PIECE])  # type: ignore[arg-type]  # bytes
                 self._store.set(key, str(len(message)))
                 return message
             self.until(lambda: self._store.check([key]))
-            keys = [f"{key}/{start}" for start in range(0, int(self._store.get(key)), _PIECE)]
-            message = b"".join(map(self._store.get, keys))
+            pieces = [f"{key}/{start}" for start in range(0, int(self._store.get(key)), _PIECE)]
+            message = b"".join(map(self._store.get, pieces))
             if self._store.add(f"{key}/heard", 1) == self.size - 1:
-                for old in (*keys, key, f"{key}/heard"):
+                for old in (*pieces, key, f"{key}/heard"):
                     self._store.delete_key(old)
-        except RuntimeError as error:
-            if isinstance(error, RankError):
-                raise
-            self._without_store(error)
         return message
 
     def until(self, done: Callable[[], bool]) -> None:
@@ -167,68 +158,26 @@ class Meeting:
         raise RankError(f"{what}. Seen by rank {self.rank} of {self.size}; start all ranks again") from error
 
     def _report(self, what: str) -> None:
-        try:
+        with self._named_store():
             self._store.set(f"fault/{self._calls}/{self.rank}", what)
-        except RuntimeError as error:
-            self._without_store(error)
 
     def _reports(self) -> dict[int, str]:
-        try:
+        with self._named_store():
             keys = {rank: f"fault/{self._calls}/{rank}" for rank in range(self.size)}
             return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
-        except RuntimeError as error:
-            self._without_store(error)
-
-    def _without_store(self, error: Exception) -> NoReturn:
-        raise RankError(
-            f"rank 0, or torchrun's agent, which holds the ranks' store, is gone ({error}). Seen by rank {self.rank} "
-            f"of {self.size}; start all ranks again"
-        ) from error
-
-
-class Alone(Meeting):
-    """A meeting that nobody else comes to."""
-
-    def __init__(self, size: int, rank: int) -> None:
-        self.size, self.rank, self.timeout = size, rank, 0.0
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Nobody to tell."""
-        yield
-
-    def agree(self, facts: Mapping[str, str]) -> None:
-        """Nobody to ask."""
-
-    def from_first(self, message: bytes = b"") -> bytes:
-        """What rank 0 says, on every rank; it goes on, the others wait for it.
-
-        Raises:
-            RankError: Rank 0 did not speak in time, or failed.
-        """
-        self._messages += 1
-        key = f"message/{self._messages}"
+    def _named_store(self) -> Iterator[None]:
+        """Raise a RankError of the store's holder where the store is gone."""
         try:
-            if self.rank == 0:
-                starts = range(0, len(message), _PIECE)
-                for start in starts:
-                    self._store.set(f"{key}/{start}", message[start : start + _PIECE])  # type: ignore[arg-type]  # bytes
-                self._store.set(key, str(len(message)))
-                return message
-            self.until(lambda: self._store.check([key]))
-            keys = [f"{key}/{start}" for start in range(0, int(self._store.get(key)), _PIECE)]
-            message = b"".join(map(self._store.get, keys))
-            if self._store.add(f"{key}/heard", 1) == self.size - 1:
-                for old in (*keys, key, f"{key}/heard"):
-                    self._store.delete_key(old)
+            yield
+        except RankError:
+            raise
         except RuntimeError as error:
-            if isinstance(error, RankError):
-                raise
-            self._without_store(error)
-        return message
-
-    def until(self, done: Callable[[], bool]) -> None:
-        """Nobody to wait for."""
+            raise RankError(
+                f"rank 0, or torchrun's agent, which holds the ranks' store, is gone ({error}). Seen by rank "
+                f"{self.rank} of {self.size}; start all ranks again"
+            ) from error
 
 
 def said_of(value: object) -> str:

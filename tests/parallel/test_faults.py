@@ -5,7 +5,7 @@ import time
 import pytest
 from rank_pool import rank_pool
 from rank_work import cancelled, comes_late, fails_at_layer
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from happyhorse_fast.parallel.faults import Meeting, RankError
 
@@ -58,6 +58,16 @@ def test_what_a_gpu_never_finishes_is_ended_by_the_host():
     meeting = Meeting(HashStore(), 2, 0, 0.2)
     with meeting.call(), pytest.raises(RankError, match=r"rank 1 died or hangs, no answer within 0\.2 s"):
         meeting.until(lambda: False)
+
+
+def test_what_rank_0_says_may_be_larger_than_a_value_of_the_store():
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    here, there = Meeting(store, 2, 0, 60), Meeting(store, 2, 1, 60)
+    keys, messages = store.num_keys(), (bytes(9 << 20), b"done", b"")
+    for message in messages:
+        here.from_first(message)
+    assert all(there.from_first() == message for message in messages)
+    assert store.num_keys() == keys, "what all have heard stays in the store"
 
 
 def test_another_ranks_error_ends_the_wait_at_once():

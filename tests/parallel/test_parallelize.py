@@ -7,10 +7,11 @@ import torch
 from over_ranks import SIX_TILES
 from rank_work import called_again, config_of, layers_seen, model_of, refusal, restored
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import HashStore
 
 import happyhorse_fast as hh
 from happyhorse_fast.fast.config import FastConfig
-from happyhorse_fast.parallel.faults import Alone
+from happyhorse_fast.parallel.faults import Meeting
 from happyhorse_fast.parallel.group import Ranks
 from happyhorse_fast.parallel.rows import RowShare
 
@@ -60,7 +61,7 @@ def test_on_layer_sees_all_ranks_rows(two, fast):
 def test_the_capture_of_a_cuda_graph_is_refused():
     with FakeTensorMode():
         video = torch.empty(1, device="cuda")
-    ranks = Ranks(None, Alone(2, 0))
+    ranks = Ranks(None, Meeting(HashStore(), 2, 0, 1.0))
     with (
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
         pytest.raises(ValueError, match="a parallelized model runs as it is, got a call in the capture of a CUDA gr"),
