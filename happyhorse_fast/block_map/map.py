@@ -88,6 +88,7 @@ class BlockMap:
             receptive_field: R >= 0, or None for no window.
 
         Raises:
+            TypeError: No Layout.
             ValueError: R is negative, or there is no layout.
         """
         q_ranges, k_ranges, slots = frame_window(layouts, receptive_field)
@@ -112,6 +113,7 @@ class BlockMap:
             base: The exact map to stay within; dense where None.
 
         Raises:
+            TypeError: No Layout, or not three sizes.
             ValueError: A size is out of range.
         """
         keep = tile_window(layout, columns, tile, window)

@@ -45,6 +45,8 @@ def tile_window(
     A block spans the tiles of its tokens, a box in tile coordinates; two blocks see each other where their boxes are at
     most ``window`` apart along every axis. Blocks that hold audio or text see and are seen by every block.
     """
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a Layout, got {layout!r}")
     columns = require_whole("columns", columns, 1)
     tile, window = _three("tile", tile, 1), _three("window", window, 0)
     if layout.frame_tokens % columns:
@@ -66,5 +68,7 @@ def tile_window(
 
 
 def _three(name: str, sizes: Sequence[int], least: int) -> tuple[int, int, int]:
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != 3:
+        raise TypeError(f"{name} must be three sizes (t, h, w), got {sizes!r}")
     t, h, w = (require_whole(name, size, least) for size in sizes)
     return t, h, w

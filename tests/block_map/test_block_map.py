@@ -163,6 +163,20 @@ def test_bad_arguments_say_what_is_allowed(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: BlockMap.frame_window((4, 60), 1), "layouts must be a Layout or a list of them, got 4"),
+        (lambda: BlockMap.tile_window("1080p", 5, (1, 1, 1), (1, 1, 1)), "layout must be a Layout, got '1080p'"),
+        (lambda: BlockMap.tile_window(Layout(1, 10, 0, 0), 5, (1, 1), (1, 1, 1)), r"tile must be three .*\(1, 1\)"),
+        (lambda: BlockMap.tile_window(Layout(1, 10, 0, 0), 5, (1, 1, 1), 3), "window must be three .* got 3"),
+    ],
+)
+def test_arguments_of_another_type_say_what_is_allowed(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
 def test_tile_order_is_a_permutation_and_stays_within_frames():
     order = tile_order(3, 10, 14, (1, 4, 8))
     assert torch.equal(order.sort().values, torch.arange(420))
