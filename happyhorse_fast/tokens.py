@@ -76,7 +76,7 @@ def tokens_for(resolution: str, aspect: str = "16:9", seconds: int = 5, fps: int
     Raises:
         ValueError: An argument is not among the allowed values; the message lists them.
     """
-    if resolution not in _SIDES:
+    if resolution not in tuple(_SIDES):  # a tuple, since what does not hash is not one of them either
         raise ValueError(f"resolution must be one of {', '.join(_SIDES)}; got {resolution!r}")
     if aspect not in _ASPECTS:
         raise ValueError(f"aspect must be one of {', '.join(_ASPECTS)}; got {aspect!r}")

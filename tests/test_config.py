@@ -112,6 +112,7 @@ def test_every_clip_can_be_cut_into_patches(resolution: str, aspect: str, second
     ("arguments", "says"),
     [
         (("720p",), "resolution must be one of 1080p, 540p, 256p; got '720p'"),
+        ((["1080p"],), r"resolution must be one of 1080p, 540p, 256p; got \['1080p'\]"),
         (("1080p", "4:3"), "aspect must be one of 16:9, 9:16, 1:1; got '4:3'"),
         (("1080p", "16:9", 2), "seconds must be a whole number from 3 to 15; got 2"),
         (("1080p", "16:9", 16), "got 16"),

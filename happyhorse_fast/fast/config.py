@@ -161,6 +161,8 @@ class FastConfig:
                 raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}{hint}")
         if self.sparsity is not None and not isinstance(self.sparsity, Sparsity):
             raise TypeError(f"sparsity must be None, TopK, TopP or Tiles; got {self.sparsity!r}")
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"strict must be True or False, got {self.strict!r}")
         for name in ("exact_first_layers", "exact_last_layers", "exact_first_steps", "exact_last_steps"):
             object.__setattr__(self, name, _require_count(name, getattr(self, name)))
         if self.mlp_rows not in (None, "auto"):

@@ -57,6 +57,7 @@ def test_where_sparsity_applies() -> None:
         ({"attention": "fp8", "skip": ["*:0", "up"]}, ValueError, "not in bf16 anyway, got 'up'"),
         ({"attention": "fp8_qk"}, ValueError, "one of bf16, int8_qk, fp8; got 'fp8_qk'; int8_qk is in its place"),
         ({"attention": "int8"}, ValueError, "attention must be one of bf16, int8_qk, fp8; got 'int8'$"),
+        ({"strict": "no"}, TypeError, "strict must be True or False, got 'no'"),
         ({"mlp_rows": "a"}, ValueError, "multiple of 128, got 'a'"),
         ({"mlp_rows": 100}, ValueError, "multiple of 128, got 100"),
         ({"exact_first_steps": -1}, ValueError, "exact_first_steps must be an integer of at least 0, got -1"),
