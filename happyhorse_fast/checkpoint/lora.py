@@ -46,12 +46,12 @@ def merge_lora(model: Model, lora: Lora | Sequence[Lora], scale: float | Sequenc
             than LoRA, NaN or Inf, or weights changed since an earlier merge. The message names the keys.
     """
     require_unwrapped(model)
-    require_whole_weights(model)
     if is_accelerated(model):
         raise ValueError(
             "model must not be accelerated, its weights are packed: call restore(model) (which takes out LoRAs merged "
             "before), merge_lora, then accelerate(model); or load(..., lora=...)"
         )
+    require_whole_weights(model)
     updates = plan_updates(model, lora, scale)
     if meta := next((path for path in updates if model.get_submodule(path).weight.is_meta), None):
         raise ValueError(f"model must hold data, {meta}.weight is on the meta device")

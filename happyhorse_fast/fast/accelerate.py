@@ -57,8 +57,9 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
     Raises:
         TypeError: ``model`` is neither or wraps one, or ``fast`` is not a FastConfig.
         ValueError: The model carries what packed layers would leave out (hooks inside it, a forward of its own,
-            parametrised, sharded or quantised weights, ...), is accelerated already, has a tensor of a dtype that it is
-            not published in, its head_dim is not 32, 64 or 128, or ``fast`` names a layer that it does not have.
+            parametrised, sharded or quantised weights, ...), is accelerated already or on ``"meta"``, has a tensor of a
+            dtype that it is not published in, its head_dim is not 32, 64 or 128, or ``fast`` names a layer that it does
+            not have.
         BackendError: A backend that was asked for, or that ``strict`` needs, cannot run here.
     """
     fast = FastConfig() if fast is None else fast
@@ -74,6 +75,8 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
     fast.require_model(config)
     require_published_dtypes(inner)
     device = next(inner.parameters()).device
+    if device.type == "meta":
+        raise ValueError("model must hold data to be packed, it is on the meta device: load(...) fills and packs one")
     here = fast.on(compute_capability(device))
     layers: Any = inner.block.layers
     choices = choose_ops(here, device, report)
@@ -212,10 +215,13 @@ def restore(model: Model) -> Model:
         ``model`` itself, of the class it had, on the device where it is now.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: The model is none of them, or an eager one whose weights are sharded over ranks; its original
             weights were dropped, or merged ones were changed since.
     """
     inner: Any = unwrapped(model)
+    if not isinstance(inner, nn.Module):
+        raise TypeError(f"model must be a module that accelerate, parallelize or merge_lora took, got {inner!r}")
     if not is_accelerated(inner):
         parallelized = getattr(inner, "ranks", None) is not None
         if parallelized:

@@ -395,7 +395,7 @@ def test_misuse_is_named() -> None:
     with pytest.raises(TypeError, match="got DataParallel around one"):
         merge_lora(torch.nn.DataParallel(model()), tensors)
     with pytest.raises(ValueError, match=r"must not be accelerated.*call restore\(model\)"):
-        merge_lora(accelerate(model(), FAST), tensors)
+        merge_lora(accelerate(model(), FastConfig(precision="fp8", backend="reference")), tensors)
     tied = model()
     tied.block.layers[3].mlp.down_proj = tied.block.layers[2].mlp.down_proj  # type: ignore[union-attr]
     tied.block.layers[3].mlp.down_proj = copy.copy(tied.block.layers[2].mlp.down_proj)  # type: ignore[union-attr]

@@ -186,6 +186,10 @@ def test_misuse_is_named() -> None:
         accelerate(model, {})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model must be a HappyHorse"):
         accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model must be a module that accelerate, .* got None"):
+        restore(None)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="model must hold data to be packed, it is on the meta device"):
+        accelerate(HappyHorse(model.config, device="meta"))
     with use_runner(None), pytest.raises(BackendError, match="backend 'cuda' cannot run: CUDA kernels need a GPU"):
         accelerate(model, FastConfig(backend="cuda"))
     accelerate(model, FastConfig(backend="reference", originals="drop"))
