@@ -32,7 +32,7 @@ def variant_of(q: Tensor, v: Tensor) -> str:
         (torch.int8, torch.bfloat16): "int8_qk",
         (torch.float8_e4m3fn, torch.float8_e4m3fn): "fp8",
     }
-    return f"{formats[q.dtype, v.dtype]}_d{int(q.shape[2])}"
+    return f"{formats[q.dtype, v.dtype]}_d{q.shape[2]}"
 
 
 def describable(x: Tensor) -> bool:
@@ -94,8 +94,7 @@ def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]
     q, k, v, starts, return_lse = given.q, given.k, given.v, given.starts, given.return_lse
     out, lse = given.empty()
     n, m, map_rows = q.shape[0], k.shape[0], starts.shape[1]
-    # Tokens may be symbolic while torch traces; what the kernel is compiled for may not.
-    heads_q, d, heads_kv, map_heads = int(q.shape[1]), int(q.shape[2]), int(k.shape[1]), int(starts.shape[0])
+    heads_q, d, heads_kv, map_heads = q.shape[1], q.shape[2], k.shape[1], starts.shape[0]
     if map_rows * heads_q == 0:
         return out, lse
     forms = [given.bounded] if given.flag is None else [True, False]

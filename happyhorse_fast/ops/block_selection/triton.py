@@ -22,8 +22,7 @@ def select_blocks(given: SelectBlocks) -> Parts:
     """Launch the sums of blocks, the choice and the order of rows."""
     q, k, table = given.q, given.k, given.table
     counts, starts, columns, mask_ids, order = given.empty()
-    # Tokens may be symbolic while torch traces; what the kernels are compiled for may not.
-    heads_q, heads_kv, d, blocks = int(q.shape[1]), int(k.shape[1]), int(q.shape[2]), int(table.shape[0])
+    heads_q, heads_kv, d, blocks = q.shape[1], k.shape[1], q.shape[2], table.shape[0]
     group, rows = heads_q // heads_kv, heads_kv * blocks
     if rows == 0:
         return counts, starts, columns, mask_ids, order

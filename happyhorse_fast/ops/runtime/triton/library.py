@@ -9,7 +9,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from happyhorse_fast.ops.runtime.obstacles import BackendError, triton_obstacle
-from happyhorse_fast.ops.runtime.operation import NAMESPACE, A, Implementation, flat
+from happyhorse_fast.ops.runtime.operation import NAMESPACE, A, Implementation, custom_op, flat
 
 LAUNCHERS: dict[str, Implementation] = {}
 """The function behind every op, which takes tensors on the device "meta" as well: there the op itself is its fake."""
@@ -35,9 +35,8 @@ def kernel_op(name: str, arguments: type[A], *, kernel: object) -> Callable[[Cal
         raise BackendError(f"{whole} cannot run: {triton_obstacle(torch.device('cpu'))}; or pass backend='reference'")
 
     def decorate(launcher: Callable[[A], Any]) -> Any:
-        LAUNCHERS[whole] = run = flat(launcher, arguments)
-        op = torch.library.custom_op(whole, mutates_args=arguments.MUTATES)(run)
-        op.register_fake(flat(arguments.empty, arguments))
+        LAUNCHERS[whole] = flat(launcher, arguments)
+        op = custom_op(name, arguments)(launcher)
         if not interpreted:
             op.register_kernel("cpu")(refuse)
         return op
