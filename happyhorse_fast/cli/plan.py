@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
-from happyhorse_fast.cli.plan_pipeline import plan_pipeline
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals
 from happyhorse_fast.costs import window_share as window_share_of
@@ -84,6 +83,8 @@ def plan(
     if pipeline:
         if fps not in (None, 25):
             raise ValueError(f"fps must be 25 with --pipeline, which is what the public checkpoints mean; got {fps}")
+        from happyhorse_fast.cli.plan_pipeline import plan_pipeline
+
         plan_pipeline(
             resolution,
             aspect,

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 from happyhorse_fast.cli.output import emit, gib, literal, table, verdict
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, card_bytes, gpu_named
+from happyhorse_fast.pipeline import memory_plan
+from happyhorse_fast.pipeline.layout import FIRST_STAGES, PARTS, SECOND_STAGES
+from happyhorse_fast.pipeline.memory_plan import StagePlan
+from happyhorse_fast.pipeline.parts import DECODERS
+from happyhorse_fast.pipeline.request import FPS, SMALL
 from happyhorse_fast.tokens import tokens_for
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from happyhorse_fast.pipeline.memory_plan import StagePlan
-
-FPS = 25
-"""What the public weights mean."""
-_PRESETS = {"1080p": "davinci-magihuman-sr-1080p", "540p": "davinci-magihuman-sr-540p"}
 
 
 def plan_pipeline(
@@ -35,17 +34,15 @@ def plan_pipeline(
     as_json: bool,
 ) -> None:
     """Print the plan of one clip with a picture and a sound made by the public checkpoints, for every size of card."""
-    from happyhorse_fast.pipeline import memory_plan
-
-    _require(stages=(stages, (1, 2)), first=(first, ("distilled", "base")), decoder=(decoder, ("turbo", "wan")))
+    _require(stages=(stages, (1, 2)), first=(first, tuple(FIRST_STAGES)), decoder=(decoder, tuple(DECODERS)))
     clip = tokens_for(resolution, aspect, seconds, FPS)
-    if stages == 2 and resolution not in _PRESETS:
-        raise ValueError(f"resolution of two stages must be one of {', '.join(_PRESETS)}; got {resolution!r}")
+    if stages == 2 and resolution not in SECOND_STAGES:
+        raise ValueError(f"resolution of two stages must be one of {', '.join(SECOND_STAGES)}; got {resolution!r}")
     card = gpu_named(gpu)
     work = memory_plan.Work(
-        first=ModelConfig.preset("davinci-magihuman"),
-        second=ModelConfig.preset(_PRESETS[resolution]) if stages == 2 else None,
-        first_clip=tokens_for("256p", aspect, seconds, FPS) if stages == 2 else clip,
+        first=ModelConfig.preset(str(PARTS[FIRST_STAGES[first]].preset)),
+        second=ModelConfig.preset(str(PARTS[SECOND_STAGES[resolution]].preset)) if stages == 2 else None,
+        first_clip=tokens_for(SMALL, aspect, seconds, FPS) if stages == 2 else clip,
         last_clip=clip,
         mode=first,  # type: ignore[arg-type]  # checked above
         precision=precision,  # type: ignore[arg-type]  # FastConfig checks it, and attention

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from happyhorse_fast.pipeline.clip import SAMPLE_RATE
 from happyhorse_fast.pipeline.image import open_image
 from happyhorse_fast.pipeline.pipeline import Pipeline
 from happyhorse_fast.pipeline.request import FPS, Request
+from happyhorse_fast.pipeline.sound import PLAYED_RATE
 from happyhorse_fast.tokens import tokens_for
 
 OPTIONS = "happyhorse_fast"
@@ -61,7 +61,7 @@ class HappyHorseFastPipeline(nn.Module):
 
     support_image_input: ClassVar[bool] = True
     support_audio_output: ClassVar[bool] = True
-    audio_sample_rate: ClassVar[int] = SAMPLE_RATE
+    audio_sample_rate: ClassVar[int] = PLAYED_RATE
     supports_request_cancellation: ClassVar[bool] = True
     dummy_run_num_frames: ClassVar[int] = 0
     """No run to warm up: the shortest clip has 3 seconds."""

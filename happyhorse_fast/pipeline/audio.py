@@ -11,11 +11,9 @@ import torch
 from happyhorse_fast import ambient, optional
 from happyhorse_fast.arguments import require_tensor
 from happyhorse_fast.checkpoint.header import TensorEntry
-from happyhorse_fast.pipeline.audio_file import CHANNELS, LATENT_CHANNELS, WHAT, describe
+from happyhorse_fast.pipeline.audio_file import AUDIO_CHANNELS, CHANNELS, WHAT, describe
 from happyhorse_fast.pipeline.codec_files import Codec, require_tensors
-from happyhorse_fast.pipeline.sound import LATENT_SAMPLES, SAMPLE_RATE, read_sound, resample
-
-__all__ = ["AudioCodec", "read_sound"]
+from happyhorse_fast.pipeline.sound import LATENT_SAMPLES, SAMPLE_RATE, resample
 
 WINDOW_SECONDS = 29
 """Longest sound that is encoded as a whole."""
@@ -97,7 +95,7 @@ class AudioCodec(Codec):
             ValueError: A wrong shape or device, or the codec was loaded without its decoder.
         """
         self.require_half("decoder")
-        require_tensor("latents", latents, (1, "A", LATENT_CHANNELS), device=self.device)
+        require_tensor("latents", latents, (1, "A", AUDIO_CHANNELS), device=self.device)
         return self.vae.decode(latents.float().transpose(1, 2)).sample[0]
 
     def samples(self, latents: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,10 @@ from happyhorse_fast.pipeline.codec_files import CONFIG, read_json, require_sett
 from happyhorse_fast.pipeline.sound import LATENT_SAMPLES
 
 WHAT = "Stable Audio's codec"
-LATENT_CHANNELS = 64
+AUDIO_CHANNELS = 64
+"""Of a latent."""
 CHANNELS = 2
+"""Of the sound."""
 RATIOS = [2, 4, 4, 8, 8]
 """Of the published codec: how many samples or features each of its blocks makes one of."""
 ROOT_CONFIG = "model_config.json"
@@ -52,7 +54,7 @@ def describe(folder: Path) -> tuple[Path, dict[str, Any], dict[str, TensorEntry]
         place = folder / SINGLE_FILE
         settings = _root_settings(folder / ROOT_CONFIG)
         entries = _root_entries(place)
-    wanted = {"decoder_input_channels": LATENT_CHANNELS, "audio_channels": CHANNELS}
+    wanted = {"decoder_input_channels": AUDIO_CHANNELS, "audio_channels": CHANNELS}
     require_settings(place, {**wanted, **settings}, wanted, WHAT)  # what a config leaves out is the library's default
     ratios = settings.get("downsampling_ratios", RATIOS)
     if math.prod(ratios) != LATENT_SAMPLES:

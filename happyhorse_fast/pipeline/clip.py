@@ -13,9 +13,7 @@ from happyhorse_fast.pipeline.mp4 import Mp4Writer
 from happyhorse_fast.pipeline.placing import Placing
 from happyhorse_fast.pipeline.progress import StageCost
 from happyhorse_fast.pipeline.request import FPS, Request
-
-SAMPLE_RATE = 44_100
-"""Of the sound that is given back, and that the public implementation saves."""
+from happyhorse_fast.pipeline.sound import PLAYED_RATE
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Clip:
     placing: Placing = field(repr=False)
     path: Path | None = None
     fps: int = FPS
-    sample_rate: int = SAMPLE_RATE
+    sample_rate: int = PLAYED_RATE
 
     @property
     def seconds(self) -> float:

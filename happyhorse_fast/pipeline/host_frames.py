@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -83,27 +83,3 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _STREAMS:
         _STREAMS[device] = torch.cuda.Stream(device)
     return _STREAMS[device]
-
-
-def decode_to(
-    take: Callable[[torch.Tensor], object], decoder: VideoDecoder, latents: torch.Tensor, tiles: int = 1
-) -> int:
-    """Hand a clip's frames on window by window, such as to the ``add`` of an ``Mp4Writer``.
-
-    Args:
-        take: Called with each item of :func:`host_frames`, while the next window is decoded.
-        decoder: As there.
-        latents: As there.
-        tiles: As there.
-
-    Returns:
-        How many frames there were, 4 T - 3.
-
-    Raises:
-        As :func:`host_frames`, and what ``take`` raises.
-    """
-    count = 0
-    for frames in host_frames(decoder, latents, tiles):
-        take(frames)
-        count += len(frames)
-    return count

@@ -13,11 +13,9 @@ from safetensors import SafetensorError, safe_open
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint.save import write_safetensors
 from happyhorse_fast.files import replacing
-from happyhorse_fast.pipeline.request import Request
+from happyhorse_fast.pipeline.request import DENOISED, RESOLVED, Request
 
 FORMAT = "1"
-DENOISED, RESOLVED = "denoise", "super-resolve"
-"""What a file of latents holds: those of the first stage, or of the second."""
 _KIND = "happyhorse_fast latents"
 
 

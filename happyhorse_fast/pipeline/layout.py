@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.pipeline.codec_files import read_json
 
 NOTE = "pipeline.json"
 """File beside the parts, which may say where one lies and of which configuration a model is."""
@@ -187,12 +187,7 @@ def how_to_get() -> str:
 def _read_note(file: Path) -> dict[str, dict[str, Any]]:
     if not file.exists():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: must be an object from parts to what is said of them, got {content!r:.60}")
+    content = read_json(file)
     for name, said in content.items():
         if name == DEFAULTS:
             if not isinstance(said, dict) or not set(said) <= set(_SETTINGS):

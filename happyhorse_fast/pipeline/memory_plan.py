@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.config import LATENT_CHANNELS, ModelConfig
 from happyhorse_fast.costs import GPUS, Gpu, step_costs, totals
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import empty_accelerated
@@ -24,7 +24,8 @@ from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precisio
 from happyhorse_fast.fast.memory import StorageMeter, fake_copy, peak_by_kind, weight_bytes
 from happyhorse_fast.ops.runtime.dispatch import choose
 from happyhorse_fast.pipeline import tiling
-from happyhorse_fast.pipeline.turbo import LATENT_CHANNELS, TurboDecoder
+from happyhorse_fast.pipeline.request import AUDIO, DENOISED, IMAGE, RESOLVED, SOUND, TEXT, VIDEO
+from happyhorse_fast.pipeline.turbo import TurboDecoder
 from happyhorse_fast.sampler.distilled import DISTILLED_STEPS
 from happyhorse_fast.sampler.guided import GUIDED_STEPS
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
@@ -196,11 +197,11 @@ def plan(work: Work, budget_bytes: int | None, placement: Placement | None = Non
     changes: dict[str, object] = {}
     if budget_bytes is not None:
         too_large = {stage.name for stage in found.stages if stage.peak_bytes > budget_bytes}
-        if "text" in too_large:
+        if TEXT in too_large:
             changes["layers_on_device"] = _text_layers(work, budget_bytes)
-        if "super-resolve" in too_large:
+        if RESOLVED in too_large:
             changes["history_on_host"] = True
-        if "decode video" in too_large and work.decoder == "turbo":
+        if VIDEO in too_large and work.decoder == "turbo":
             fitting = (tiles for tiles in TILES if _video(work, tiles).peak_bytes <= budget_bytes)
             changes["tiles"] = next(fitting, TILES[-1])
     if changes:
@@ -243,13 +244,13 @@ def floors(work: Work) -> dict[str, float]:
     """Least seconds of each stage by name, as a plan's ``floor_s``: without the traces that peaks take."""
     stages = [_text(work, None)]
     stages += [_image(work)] if work.image else []
-    stages += [_sound(work, "sound", "audio encoder", AUDIO_ENCODER_LATENT, 1)] if work.sound else []
+    stages += [_sound(work, SOUND, "audio encoder", AUDIO_ENCODER_LATENT, 1)] if work.sound else []
     found = {stage.name: stage.floor_s for stage in stages}
-    found["denoise"] = _denoise_floor(work, work.first, work.first_clip, _evaluations(work))
+    found[DENOISED] = _denoise_floor(work, work.first, work.first_clip, _evaluations(work))
     if work.second is not None:
-        found["super-resolve"] = _denoise_floor(work, work.second, work.last_clip, SECOND_STEPS)
-    found["decode audio"] = _sound(work, "decode audio", "audio decoder", AUDIO_DECODER_LATENT, 2).floor_s
-    return found | {"decode video": _video_floor(work, 1)}
+        found[RESOLVED] = _denoise_floor(work, work.second, work.last_clip, SECOND_STEPS)
+    found[AUDIO] = _sound(work, AUDIO, "audio decoder", AUDIO_DECODER_LATENT, 2).floor_s
+    return found | {VIDEO: _video_floor(work, 1)}
 
 
 def budget_of(device: torch.device) -> int | None:
@@ -273,12 +274,12 @@ def _plan(
     if work.image:
         stages.append(_image(work))
     if work.sound:
-        stages.append(_sound(work, "sound", "audio encoder", AUDIO_ENCODER_LATENT, 1))
-    stages.append(_denoise(work, "denoise", work.first, work.first_clip, _evaluations(work), HELD_LATENTS[work.mode]))
+        stages.append(_sound(work, SOUND, "audio encoder", AUDIO_ENCODER_LATENT, 1))
+    stages.append(_denoise(work, DENOISED, work.first, work.first_clip, _evaluations(work), HELD_LATENTS[work.mode]))
     if work.second is not None:
         held = 0 if history_on_host else HELD_LATENTS["second"]
-        stages.append(_denoise(work, "super-resolve", work.second, work.last_clip, SECOND_STEPS, held))
-    stages.append(_sound(work, "decode audio", "audio decoder", AUDIO_DECODER_LATENT, 2))
+        stages.append(_denoise(work, RESOLVED, work.second, work.last_clip, SECOND_STEPS, held))
+    stages.append(_sound(work, AUDIO, "audio decoder", AUDIO_DECODER_LATENT, 2))
     stages.append(_video(work, tiles))
     return PipelinePlan(tuple(stages), (), tiles, layers_on_device, history_on_host, budget_bytes)
 
@@ -289,7 +290,7 @@ def _text(work: Work, layers_on_device: int | None) -> StagePlan:
     weights = there * TEXT_LAYER_BYTES
     flops = work.text * TEXT_LAYERS * TEXT_LAYER_BYTES  # two per weight of two bytes
     floor = max(flops / work.gpu.rate("bf16"), TEXT_LAYERS * TEXT_LAYER_BYTES / (work.gpu.bandwidth * 1e12))
-    return StagePlan("text", TEXT_ENCODER, weights, weights + TEXT_ROW_BYTES * work.text, floor)
+    return StagePlan(TEXT, TEXT_ENCODER, weights, weights + TEXT_ROW_BYTES * work.text, floor)
 
 
 def _image(work: Work) -> StagePlan:
@@ -297,7 +298,7 @@ def _image(work: Work) -> StagePlan:
     pixels = [height * width for height, width in sizes]
     floor = sum(pixels) * WAN_ENCODER_FLOPS / work.gpu.rate("bf16")
     peak = WAN_ENCODER_BYTES + WAN_ENCODER_PIXEL * max(pixels)
-    return StagePlan("image", "image encoder", WAN_ENCODER_BYTES, peak, floor)
+    return StagePlan(IMAGE, "image encoder", WAN_ENCODER_BYTES, peak, floor)
 
 
 def _sound(work: Work, name: str, part: str, per_latent: int, copies: int) -> StagePlan:
@@ -311,7 +312,7 @@ def _denoise(work: Work, name: str, config: ModelConfig, clip: ClipTokens, evalu
     latent = 4 * config.latent_channels * clip.T * clip.H * clip.W
     floor = _denoise_floor(work, config, clip, evaluations)
     return StagePlan(
-        name, "first model" if name == "denoise" else "second model", weights, max(peak + held * latent, loading), floor
+        name, "first model" if name == DENOISED else "second model", weights, max(peak + held * latent, loading), floor
     )
 
 
@@ -359,7 +360,7 @@ def _video(work: Work, tiles: int) -> StagePlan:
     else:
         weights, peak = _turbo_bytes(clip.T, clip.H, clip.W, tiles)
     peak += latents + FRAMES_BYTES * pixels
-    return StagePlan("decode video", "video decoder", weights, peak, _video_floor(work, tiles))
+    return StagePlan(VIDEO, "video decoder", weights, peak, _video_floor(work, tiles))
 
 
 def _video_floor(work: Work, tiles: int) -> float:

@@ -17,10 +17,10 @@ from happyhorse_fast.config import LATENT_CHANNELS, ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.pipeline.audio import AudioCodec
+from happyhorse_fast.pipeline.audio_file import AUDIO_CHANNELS
 from happyhorse_fast.pipeline.company import Company
-from happyhorse_fast.pipeline.latents import DENOISED, RESOLVED
 from happyhorse_fast.pipeline.layout import Layout
-from happyhorse_fast.pipeline.request import Request
+from happyhorse_fast.pipeline.request import AUDIO, DENOISED, IMAGE, RESOLVED, SOUND, TEXT, VIDEO, Request
 from happyhorse_fast.pipeline.residency import Residency
 from happyhorse_fast.pipeline.text import EMBEDDING, TextEncoder
 from happyhorse_fast.pipeline.turbo import TurboDecoder
@@ -29,7 +29,6 @@ from happyhorse_fast.pipeline.wan import WanCodec
 
 Decoder = Literal["turbo", "wan"]
 DECODERS = {"turbo": "turbo_vae", "wan": "video_vae"}
-AUDIO_CHANNELS = 64
 
 
 @dataclass(frozen=True)
@@ -137,12 +136,12 @@ class Parts:
     def names(self, request: Request) -> dict[str, str]:
         """Stage -> its part, by the names of :attr:`residency`."""
         return {
-            "text": "text_encoder",
-            **({"image": "image_encoder"} if request.image else {}),
-            **({"sound": "audio_encoder"} if request.sound else {}),
+            TEXT: "text_encoder",
+            **({IMAGE: "image_encoder"} if request.image else {}),
+            **({SOUND: "audio_encoder"} if request.sound else {}),
             **dict(zip((DENOISED, RESOLVED), request.models, strict=False)),
-            "decode audio": "audio_decoder",
-            "decode video": "video_decoder",
+            AUDIO: "audio_decoder",
+            VIDEO: "video_decoder",
         }
 
     def _loader(self, function: Callable[..., Any], name: str, **how: Any) -> Callable[[], Any]:

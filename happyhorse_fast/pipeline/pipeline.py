@@ -18,21 +18,21 @@ from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precisio
 from happyhorse_fast.files import real_path, require_target
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
 from happyhorse_fast.pipeline import stages
-from happyhorse_fast.pipeline.audio import read_sound
-from happyhorse_fast.pipeline.clip import SAMPLE_RATE, Clip
+from happyhorse_fast.pipeline.clip import Clip
 from happyhorse_fast.pipeline.company import Company, Work, tells_faults
 from happyhorse_fast.pipeline.embeddings import Embeddings
 from happyhorse_fast.pipeline.image import image_pixels, open_image
 from happyhorse_fast.pipeline.keeping import Keeper, keeping
-from happyhorse_fast.pipeline.latents import DENOISED, RESOLVED, Latents, read_latents
+from happyhorse_fast.pipeline.latents import Latents, read_latents
 from happyhorse_fast.pipeline.layout import Layout, read_layout
 from happyhorse_fast.pipeline.mp4 import Mp4Writer
 from happyhorse_fast.pipeline.parts import DECODERS, Decoder, Parts
 from happyhorse_fast.pipeline.placing import LEAST, PLACEMENTS, Placement, place, predicted
 from happyhorse_fast.pipeline.preview import Preview, fit_preview
 from happyhorse_fast.pipeline.progress import Callback, Monitor
-from happyhorse_fast.pipeline.request import FPS, Request, require_rate
+from happyhorse_fast.pipeline.request import DENOISED, FPS, RESOLVED, TEXT, Request, require_rate
 from happyhorse_fast.pipeline.residency import Residency
+from happyhorse_fast.pipeline.sound import PLAYED_RATE, read_sound
 
 R = TypeVar("R")
 
@@ -156,7 +156,7 @@ class Pipeline:
             callback: Called with a :class:`StageInfo` after every step of every stage; what it raises ends the run.
             progress: Whether to show a bar on standard error.
             out: mp4 file that frames go to while the next are decoded; the clip then holds none.
-            overwrite: Replace ``out`` where it is there.
+            overwrite: Replace ``out``, and what ``latents`` names, where they are there.
             latents: Safetensors file that keeps the latents. Without one they are kept only where the run fails after
                 its first stage: beside ``out``, or in a temporary folder; a warning names the file.
             resume: Such a file, to go on from; settings are its own, and the latents that follow go into it.
@@ -295,7 +295,7 @@ class _Run:
             frames = torch.empty(self.request.frames, height, width, 3, dtype=torch.uint8)
             self._decode(latents, _filling(frames))
         else:
-            with Mp4Writer(target, width, height, fps=FPS, sample_rate=SAMPLE_RATE) as writer:
+            with Mp4Writer(target, width, height, fps=FPS, sample_rate=PLAYED_RATE) as writer:
                 self._decode(latents, writer.add)
                 writer.add_sound(samples)
         return Clip(self.request, frames, samples, latents, tuple(self.monitor.costs), self.placing, target)
@@ -305,7 +305,7 @@ class _Run:
 
     def _first(self, pictures: list[torch.Tensor] | None, sound: torch.Tensor | None) -> Latents:
         request, parts, monitor = self.request, self.parts, self.monitor
-        with monitor.stage(stages.TEXT):
+        with monitor.stage(TEXT):
             text, null_text = self.embeddings.get(monitor, self.placing.layers_on_device)
         stages.check_text(request, parts, text)
         images = [None] if pictures is None else stages.encode_image(parts, monitor, pictures)

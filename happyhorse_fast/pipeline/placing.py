@@ -10,7 +10,7 @@ from typing import Literal
 from happyhorse_fast.pipeline.memory_plan import PipelinePlan, Work, budget_of, floors, plan
 from happyhorse_fast.pipeline.parts import DECODERS, Parts
 from happyhorse_fast.pipeline.progress import Prediction
-from happyhorse_fast.pipeline.request import Request
+from happyhorse_fast.pipeline.request import DENOISED, RESOLVED, TEXT, VIDEO, Request
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ def place(parts: Parts, request: Request, placement: Placement) -> Placing:
 def predicted(parts: Parts, request: Request, stages: list[str]) -> dict[str, Prediction]:
     """Seconds of each of a run's stages: its floor twice, and what brings its part, a large one's files at a disk's."""
     held, least = parts.names(request), floors(work_of(parts, request))
-    files = {"text": "text_encoder", "decode video": DECODERS[parts.decoder]}
-    files |= {stage: held[stage] for stage in ("denoise", "super-resolve") if stage in held}
+    files = {TEXT: "text_encoder", VIDEO: DECODERS[parts.decoder]}
+    files |= {stage: held[stage] for stage in (DENOISED, RESOLVED) if stage in held}
     found = {}
     for stage in stages:
         load = parts.residency.seconds_to_bring(held[stage])

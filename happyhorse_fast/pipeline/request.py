@@ -14,6 +14,10 @@ FPS = 25
 """Frames per second that the public weights mean: an audio latent stands for 2,048 samples at 51,200 Hz."""
 SMALL = "256p"
 """Resolution of the first of two stages."""
+TEXT, IMAGE, SOUND = "text", "image", "sound"
+DENOISED, RESOLVED = "denoise", "super-resolve"
+AUDIO, VIDEO = "decode audio", "decode video"
+"""Names of the stages, in order."""
 MAX_SEED = 2**63 - 1
 NOISES = ("device", "cpu")
 

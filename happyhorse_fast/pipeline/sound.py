@@ -15,7 +15,7 @@ SAMPLE_RATE = 51_200
 """What a second of audio latents stands for: 25 latents of 2048 samples. Public weights know no other."""
 LATENT_SAMPLES = 2048
 PLAYED_RATE = 44_100
-"""Sample rate of finished clips."""
+"""Of the sound of finished clips, as the public implementation saves it."""
 
 
 def resample(sound: torch.Tensor, count: int | None = None) -> torch.Tensor:

@@ -9,15 +9,14 @@ import torch
 
 from happyhorse_fast.config import LATENT_CHANNELS, PATCH
 from happyhorse_fast.eager.sequence import Clip, check_time_axis
+from happyhorse_fast.pipeline.audio_file import AUDIO_CHANNELS
 from happyhorse_fast.pipeline.host_frames import host_frames
-from happyhorse_fast.pipeline.latents import DENOISED, RESOLVED, Latents
-from happyhorse_fast.pipeline.parts import AUDIO_CHANNELS, Parts
+from happyhorse_fast.pipeline.latents import Latents
+from happyhorse_fast.pipeline.parts import Parts
 from happyhorse_fast.pipeline.progress import Monitor
-from happyhorse_fast.pipeline.request import Request
+from happyhorse_fast.pipeline.request import AUDIO, DENOISED, IMAGE, RESOLVED, SOUND, TEXT, VIDEO, Request
 from happyhorse_fast.sampler import StepInfo, sample, super_resolve
 
-TEXT, IMAGE, SOUND = "text", "image", "sound"
-AUDIO, VIDEO = "decode audio", "decode video"
 GUIDANCE = 5.0
 """Of the base model, as published."""
 

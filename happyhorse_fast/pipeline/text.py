@@ -8,7 +8,6 @@ come from without). The decoder half is neither read nor needed.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from happyhorse_fast import ambient, optional
 from happyhorse_fast.arguments import CheckpointError, listed, require_finite, require_whole
 from happyhorse_fast.checkpoint.header import DTYPES, INDEX_FILE, SINGLE_FILE, TensorEntry, read_file, read_index
 from happyhorse_fast.checkpoint.load import usable_device
-from happyhorse_fast.checkpoint.stream import Advance, emptied_on_error, fill, progress_bar, read_tensor, staging_buffer
-from happyhorse_fast.pipeline.codec_files import CONFIG, require_tensors
+from happyhorse_fast.checkpoint.stream import emptied_on_error, fill, read_tensor, staging_buffer
+from happyhorse_fast.pipeline.codec_files import CONFIG, read_json, require_tensors
 from happyhorse_fast.tokens import TEXT_TOKENS
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -47,11 +46,6 @@ class TextParts:
     model: Any
     tokenizer: Any
     entries: Mapping[str, TensorEntry]
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes as stored of what goes to the device: all tensors but the embedding, whose rows are read one by one."""
-        return sum(entry.nbytes for key, entry in self.entries.items() if key != EMBEDDING)
 
 
 def text_files(folder: str | Path) -> list[Path]:
@@ -116,7 +110,6 @@ class TextEncoder:
         *,
         dtype: torch.dtype = torch.bfloat16,
         layers_on_device: int | None = None,
-        progress: bool = False,
     ) -> TextEncoder:
         """Read the weights in pieces of 16 MiB straight to the device.
 
@@ -127,7 +120,6 @@ class TextEncoder:
             layers_on_device: How many layers stay on the device; the rest are read from their files whenever they are
                 needed, one at a time, with the same result. None: all. 0: the weights of one layer at a time, 0.4 of
                 16.6 GB.
-            progress: Show a progress bar on standard error.
 
         Raises:
             ImportError: As :meth:`check`.
@@ -143,7 +135,7 @@ class TextEncoder:
         parts = cls.check(folder)
         encoder = cls(parts, place, dtype)
         with emptied_on_error(parts.model):
-            encoder._fill(layers_on_device, progress)
+            encoder._fill(layers_on_device)
         return encoder
 
     @property
@@ -209,7 +201,7 @@ class TextEncoder:
                 found[number] = read_tensor(stream, row, self._dtype, CPU, self._staging, _no_progress)
         return torch.stack([found[number] for number in numbers]).to(self._device)
 
-    def _fill(self, layers_on_device: int | None, progress: bool) -> None:
+    def _fill(self, layers_on_device: int | None) -> None:
         model: nn.Module = self._parts.model.encoder
         # The frequencies are in no file. On the CPU and in float32, as the library computes them when it loads.
         model.rotary_emb = type(model.rotary_emb)(model.config).to(self._device)
@@ -219,8 +211,7 @@ class TextEncoder:
         here = {
             key: entry for key, entry in self._parts.entries.items() if key != EMBEDDING and not key.startswith(away)
         }
-        with progress_bar(progress, sum(entry.nbytes for entry in here.values())) as advance:
-            self._read(model, here, advance)
+        self._read(model, here)
         for number, prefix in zip(range(kept, len(layers)), away, strict=True):
             self._stream(
                 layers[number],
@@ -235,7 +226,7 @@ class TextEncoder:
         """Let a layer's weights be there while it runs only."""
 
         def read(*_: object) -> None:
-            self._read(layer, entries, _no_progress)
+            self._read(layer, entries)
 
         def forget(*_: object) -> None:
             layer.to("meta")
@@ -244,14 +235,14 @@ class TextEncoder:
         layer.register_forward_hook(forget)
         self._streamed.append(layer)
 
-    def _read(self, module: nn.Module, entries: Mapping[str, TensorEntry], advance: Advance) -> None:
+    def _read(self, module: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
         keyed = [dataclasses.replace(entry, key=key) for key, entry in entries.items()]
         like = {key: torch.empty(0, dtype=self._dtype, device="meta") for key in entries}
-        fill(module, keyed, like, self._device, self._staging, advance)
+        fill(module, keyed, like, self._device, self._staging, _no_progress)
 
 
 def _no_progress(count: int) -> None:
-    """Bytes of a few rows, or of a layer that is read again and again, count for no bar."""
+    """The bar over all stages goes by time, not by bytes."""
 
 
 def _empty_encoder(folder: Path) -> Any:
@@ -259,11 +250,7 @@ def _empty_encoder(folder: Path) -> Any:
     from transformers import AttentionInterface, AttentionMaskInterface, T5GemmaConfig, T5GemmaEncoderModel
 
     file = folder / CONFIG
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: corrupt: {error}") from error
-    found = settings.get("model_type") if isinstance(settings, dict) else None
+    found = read_json(file).get("model_type")
     if found != "t5gemma":
         raise CheckpointError(f"{file}: model_type must be 't5gemma', the text encoder's; got {found!r}")
     AttentionInterface.register(ATTENTION, AttentionInterface()["sdpa"])

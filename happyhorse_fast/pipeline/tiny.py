@@ -19,15 +19,13 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.sizes import BANDS_KEY
 from happyhorse_fast.files import replacing, require_folder
+from happyhorse_fast.pipeline.layout import DEFAULTS, NOTE, PARTS
 from happyhorse_fast.pipeline.turbo import LATENT_MEAN, LATENT_STD, TurboDecoder
+from happyhorse_fast.pipeline.turbo_file import EMA, SETTINGS_FILE, WEIGHTS_FILE
 
-TEXT_FOLDER = "t5gemma-9b-9b-ul2"
-VIDEO_FOLDER = "Wan2.2-TI2V-5B-Diffusers/vae"
-AUDIO_FOLDER = "stable-audio-open-1.0/vae"
-TURBO_CONFIG = "turbo_vae/TurboV3-Wan22-TinyShallow_7_7.json"
-TURBO_WEIGHTS = "turbo_vae/checkpoint-340000.ckpt"
-NOTE = "pipeline.json"
-"""What the published layout leaves open: of each model the fields of its ModelConfig, and ``DEFAULTS``."""
+TEXT_FOLDER, VIDEO_FOLDER, AUDIO_FOLDER, TURBO_FOLDER = (
+    PARTS[name].places[0] for name in ("text_encoder", "video_vae", "audio_vae", "turbo_vae")
+)
 
 _DENSE = ModelConfig(
     num_layers=3,
@@ -46,8 +44,8 @@ MODELS = {
     "1080p_sr": _DENSE.replace(coords_style="v1", local_attn_layers=(0, 1), frame_receptive_field=2),
 }
 """Folder -> configuration; 1.1 M parameters each. ``base`` is stored in bf16, the others in float32, as published."""
-DEFAULTS = {"seconds": 3, "resolution": "540p"}
-"""Of the command line: both stages in a minute on two cores."""
+QUICK = {"seconds": 3, "resolution": "540p"}
+"""Defaults of the command line: both stages in a minute on two cores."""
 _SHARD_BYTES = 1_000_000
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
 
@@ -73,7 +71,7 @@ def write_tiny_checkpoint(folder: str | Path, seed: int = 0) -> None:
             torch.manual_seed(seed * 5 + place)
             part(root)
     note: dict[str, Any] = {name: {"config": config.to_dict()} for name, config in MODELS.items()}
-    note["defaults"] = DEFAULTS
+    note[DEFAULTS] = QUICK
     _write_json(root / NOTE, note)
 
 
@@ -199,11 +197,12 @@ def _write_turbo(root: Path) -> None:
         "first_chunk_size": 7,
         "step_size": 7,
     }
-    (root / TURBO_CONFIG).parent.mkdir(parents=True, exist_ok=True)
-    _write_json(root / TURBO_CONFIG, settings)
+    folder = root / TURBO_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / SETTINGS_FILE, settings)
     # Into a stream: with a name, torch would store that of the partial file.
-    with replacing(root / TURBO_WEIGHTS) as file, file.open("wb") as stream:
-        torch.save({"ema_state_dict": {f"module.{key}": value for key, value in weights.items()}}, stream)
+    with replacing(folder / WEIGHTS_FILE) as file, file.open("wb") as stream:
+        torch.save({EMA: {f"module.{key}": value for key, value in weights.items()}}, stream)
 
 
 def _write_json(file: Path, content: object) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 
 from happyhorse_fast import ambient
 from happyhorse_fast.arguments import CheckpointError, listed, require_tensor, require_whole
+from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.pipeline import tiling
 from happyhorse_fast.pipeline.frame_stream import Chunk, FrameConv, Resnet, UpBlock, as_is, norm_then
 
-LATENT_CHANNELS = 48
 PATCH = 2
 """Pixels in height and width that one position of the last convolution holds."""
 SCALES = ((True, True), (True, True), (True, False), (False, False))

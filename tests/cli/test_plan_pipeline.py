@@ -50,7 +50,7 @@ def test_the_whole_path_in_tables(capsys: Capture) -> None:
         (["--stages", "3"], "stages must be one of 1, 2; got 3"),
         (["--first", "second"], "first must be one of distilled, base; got 'second'"),
         (["--decoder", "none"], "decoder must be one of turbo, wan; got 'none'"),
-        (["--resolution", "256p"], "resolution of two stages must be one of 1080p, 540p; got '256p'"),
+        (["--resolution", "256p"], "resolution of two stages must be one of 540p, 1080p; got '256p'"),
         (["--precision", "fp32"], "precision must be one of bf16, int8, fp8; got 'fp32'"),
         (["--precision", "fp8", "--gpu", "a100"], "a100 has no fp8 tensor cores"),
     ],

@@ -11,8 +11,8 @@ import torch
 from logged import logs
 
 from happyhorse_fast.pipeline.keeping import keeping
-from happyhorse_fast.pipeline.latents import DENOISED, Latents
-from happyhorse_fast.pipeline.request import Request
+from happyhorse_fast.pipeline.latents import Latents
+from happyhorse_fast.pipeline.request import DENOISED, Request
 
 LATENTS = Latents(
     Request(prompt="x"), DENOISED, *(torch.zeros(1, 1, 1) for _ in range(3)), None, torch.zeros(1).byte(), "cpu"

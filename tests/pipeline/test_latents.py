@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from happyhorse_fast.arguments import CheckpointError
-from happyhorse_fast.pipeline.latents import DENOISED, RESOLVED, Latents, read_latents
-from happyhorse_fast.pipeline.request import Request
+from happyhorse_fast.pipeline.latents import Latents, read_latents
+from happyhorse_fast.pipeline.request import DENOISED, RESOLVED, Request
 
 
 def latents(**changes: object) -> Latents:

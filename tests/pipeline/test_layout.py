@@ -89,8 +89,8 @@ def test_a_folder_without_a_first_stage_says_how_to_get_one(tmp_path: Path, name
 @pytest.mark.parametrize(
     ("note", "message"),
     [
-        ("{", "not JSON"),
-        ("[]", r"must be an object from parts to what is said of them, got \[\]"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "must be a JSON object, got list"),
         ({"distil": {}}, "parts are distill, base, .*; got 'distil'"),
         ({"distill": {"folder": "x"}}, "of distill may be said path, and of a model preset or config"),
         ({"distill": {"preset": "tiny", "config": {}}}, "of distill may be said"),
