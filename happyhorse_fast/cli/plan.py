@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PRESET = "happyhorse-1.0-15b"
-_ONE_MODEL = ("preset", "steps", "video_share", "gpus", "memory")
+_ONE_MODEL = ("preset", "steps", "video_share", "gpus", "shard_weights", "memory")
 _WHOLE_PATH = ("stages", "first", "decoder")
 """Options that mean something without --pipeline alone, and with it alone."""
 

@@ -110,7 +110,9 @@ def check_inputs(config: ModelConfig, video: object, audio: object, text: object
             raise ValueError(f"video must have an even {axis} (patches are 1x2x2), got {list(video.shape)}")
     for name, value in (("video", video), ("audio", audio), ("text", text)):
         require_finite(name, value)
-    clip = Clip(frames, height // PATCH[1], width // PATCH[2], audio.shape[1], text.shape[1])
+    sizes = (frames, height // PATCH[1], width // PATCH[2], audio.shape[1], text.shape[1])
+    # Whole numbers, whatever traces this call: torch.jit.trace has tensors for sizes, torch.compile unknowns.
+    clip = Clip(*[len(range(size)) for size in sizes])
     check_time_axis(clip, config.coords_style)
     return clip
 

@@ -46,6 +46,7 @@ def test_the_whole_path_in_tables(capsys: Capture) -> None:
         (["--steps", "8"], "--steps must be left out with --pipeline"),
         (["--video-share", "0.5"], "--video-share must be left out with --pipeline"),
         (["--gpus", "4"], "--gpus must be left out with --pipeline"),
+        (["--shard-weights"], "--shard-weights must be left out with --pipeline"),
         (["--no-memory"], "--memory must be left out with --pipeline"),
         (["--stages", "3"], "stages must be one of 1, 2; got 3"),
         (["--first", "second"], "first must be one of distilled, base; got 'second'"),

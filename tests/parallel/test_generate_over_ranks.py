@@ -5,7 +5,7 @@ import json
 import av
 import numpy as np
 import pytest
-from rank_work import generated
+from rank_work import clips_of_a_pipeline, generated
 from safetensors.numpy import load_file
 
 from happyhorse_fast.pipeline.tiny import write_tiny_checkpoint
@@ -61,3 +61,9 @@ def test_what_rank_0_finds_wrong_ends_the_others(two, tiny, tmp_path):
     results = two(generated, 2, arguments(tiny, tmp_path), SIDES, str(tmp_path / "cache"))
     assert [result[0] for result in results] == [2, 1]
     assert "rank 0 failed: FileExistsError: " in results[1][2]
+
+
+@pytest.mark.slow
+def test_a_pipeline_makes_clip_after_clip(two, tiny):
+    first, second = two(clips_of_a_pipeline, 2, str(tiny), SIDES)[0]
+    assert np.array_equal(first, second) and first.std() > 0

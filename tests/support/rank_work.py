@@ -10,6 +10,7 @@ import pickle
 import time
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ from happyhorse_fast.fast.memory import sharded_bytes
 from happyhorse_fast.fast.parallelize import ranks_of
 from happyhorse_fast.parallel import agreement
 from happyhorse_fast.parallel.sharded import held_bytes, local
+from happyhorse_fast.pipeline import company, residency
 
 
 def config_of(heads: int = 2, **changes: Any) -> ModelConfig:
@@ -319,6 +321,23 @@ def sharded(rank: int, ranks: int, fast: FastConfig | None, folder: str | None) 
         "same": all(np.array_equal(a, b) for result in there for a, b in zip(wanted, result, strict=True)),
         "restored": restored,
     }
+
+
+def clips_of_a_pipeline(rank: int, ranks: int, folder: str, sides: dict[str, tuple[int, int]]) -> list[Any]:
+    """Frames of two clips by one pipeline, on rank 0; hosts have unlike room for a model that waits."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    with (
+        mock.patch.object(tokens, "_SIDES", sides),
+        mock.patch.object(residency, "available_bytes", return_value=rank * 2**40),
+        mock.patch.dict(os.environ, {"HAPPYHORSE_FAST_PROMPT_CACHE": "0"}),
+        mock.patch.object(company, "parallelize", partial(hh.parallelize, timeout=60)),
+    ):
+        pipe = hh.Pipeline.from_pretrained(folder, precision="bf16", device="cpu", mesh=mesh)
+        if rank:
+            pipe.follow(), pipe.follow()
+            return []
+        how: dict[str, Any] = {"seconds": 3, "resolution": "256p", "stages": 1, "progress": False}
+        return [pipe("a ball", **how).frames.numpy() for _ in range(2)]
 
 
 def shares_of(rank: int, ranks: int, folder: str) -> None:
