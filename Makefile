@@ -143,5 +143,5 @@ $(AOT_FOLDERS:%=%/.installed): .aot/triton-%/.installed: $(STAMP)
 	@touch $@
 
 $(HOST_FOLDERS:%=%/.installed): .hosts/%/.installed: $(STAMP)
-	$(BIN)/python -m pip install -q --upgrade --no-deps --target .hosts/$* $$(echo $* | sed -E 's/-([0-9.]+)$$/==\1/')
+	$(BIN)/python -m pip install -q --upgrade --no-deps --only-binary :all: --target .hosts/$* $$(echo $* | sed -E 's/-([0-9.]+)$$/==\1/')
 	@touch $@

@@ -1,7 +1,7 @@
 """What vLLM-Omni's wheel imports and this environment has not: vLLM above all, and small libraries.
 
 Every name of a package that is not there is a class that takes anything; those whose behaviour counts are written out
-below as vLLM has them. Import this before vllm_omni, in a process of its own.
+below as vLLM has them. As a script: VERSION SCRIPT ARGUMENTS runs another one in such a process.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-LIBRARIES = ("cache_dit", "fastapi", "janus", "modelscope", "msgspec", "omegaconf", "prettytable", "prometheus_client")
-ABSENT = {"vllm", *(name for name in (*LIBRARIES, "soundfile", "zmq") if find_spec(name) is None)}
+LIBRARIES = ("cache_dit", "modelscope", "prettytable", "prometheus_client")
+ABSENT = {"vllm", *(name for name in LIBRARIES if find_spec(name) is None)}
 BETWEEN_STAGES = "vllm_omni.distributed"
 """Transport between stages of a model, which HappyHorse has not, and which is written upon vLLM's."""
 
