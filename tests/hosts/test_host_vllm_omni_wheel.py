@@ -37,6 +37,7 @@ def test_its_loader_finds_the_plugin_and_its_registry_gives_the_subclasses(atten
     for name in ("FLASH_ATTN", "TORCH_SDPA", "CUDNN_ATTN"):
         path = f"{vllm_omni.__name__}.{vllm_omni.CLASS}{name}"
         assert attention[name] == {"is a": True, "name": True, "path": path}
+    assert attention["a model's own"], "its layer refuses an implementation that is no subclass of the chosen one"
     assert attention["after"] == []
 
 
@@ -44,7 +45,7 @@ def test_a_call_is_as_near_to_float64_as_its_own_and_another_runs_as_before(atte
     ours, own = attention["errors"]
     assert 0 < ours <= 1.5 * own
     assert attention["float32"] and attention["joint query"]
-    assert attention["taken"] == 1
+    assert attention["layer"] == ours and attention["taken"] == 2, "vLLM-Omni's own layer makes the second call"
     assert attention["lines"] == [
         "vLLM-Omni: attention by happyhorse_fast, backend reference",
         "vLLM-Omni runs attention itself: query is float32, not bfloat16",

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.registry import DiffusionAttentionBackendEnum as Members
+from vllm_omni.diffusion.attention.layer import Attention
+from vllm_omni.platforms import current_omni_platform
 from vllm_omni.plugins import load_omni_general_plugins
 
 import happyhorse_fast as hh
@@ -38,6 +40,14 @@ def attend(member, dtype, **metadata):
     return [impl.forward_cuda(*given, AttentionMetadata(**metadata)) for impl in impls]
 
 
+def layer(**more):
+    """vLLM-Omni's layer of attention, as on a GPU for which it chooses TORCH_SDPA."""
+    platform = type(current_omni_platform)
+    platform.is_cuda = lambda self: True
+    platform.get_diffusion_attn_backend_cls = lambda self, **asked: Members.TORCH_SDPA.get_path()
+    return Attention(num_heads=4, head_size=64, softmax_scale=0.125, causal=False, **more)
+
+
 exact = F.scaled_dot_product_attention(
     *(x.to(torch.bfloat16).double().transpose(1, 2) for x in (q, k, v)), attn_mask=mask[:, None, None]
 ).transpose(1, 2)
@@ -55,6 +65,9 @@ for member in (Members.FLASH_ATTN, Members.TORCH_SDPA, Members.CUDNN_ATTN):
     if name == "TORCH_SDPA":  # the others need their libraries for a call of their own
         found["errors"] = [error(x) for x in attend(member, torch.bfloat16, attn_mask=mask)]
         found["float32"] = torch.equal(*attend(member, torch.float32, attn_mask=mask))
+        found["layer"] = error(layer()(*(x.bfloat16() for x in (q, k, v)), AttentionMetadata(attn_mask=mask)))
+        own_impl = type("OwnImpl", (base.get_impl_cls(),), {})
+        found["a model's own"] = type(layer(impl_overrides={base.get_name(): own_impl}).attention) is own_impl
         found["joint query"] = torch.equal(*attend(member, torch.bfloat16, attn_mask=mask, joint_query=q[:, :1]))
 found["taken"], found["left"] = vllm_omni.CALLS.taken, dict(vllm_omni.CALLS.left)
 vllm_omni.unregister()
