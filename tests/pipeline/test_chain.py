@@ -289,6 +289,13 @@ def test_faulty_parts_are_named_before_anything_runs(
         made(PROMPT, **SHORT, callback=lambda info: pytest.fail(f"{info.stage} ran"))
 
 
+def test_the_codec_of_pictures_is_asked_for_where_there_is_one(broken: Callable[..., Path], picture: Path) -> None:
+    made = Pipeline.from_pretrained(broken(remove("Wan2.2-TI2V-5B-Diffusers")), precision=None, device="cpu")
+    with pytest.raises(FileNotFoundError, match=r"video autoencoder \(video_vae\) is not there"):
+        made(PROMPT, **SHORT, image=picture, callback=lambda info: pytest.fail(f"{info.stage} ran"))
+    made.parts.check(Request(prompt=PROMPT, seconds=3, resolution="540p"), text=True)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

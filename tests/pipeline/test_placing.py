@@ -69,4 +69,8 @@ def test_every_stage_has_a_prediction(tiny: Path) -> None:
         found = predicted(there, request, stages_of(request))
         assert list(found) == stages_of(request)
         assert all(one.load > 0 and one.compute > 0 for one in found.values())
+    found = predicted(there, REQUEST, stages_of(REQUEST))
+    there.residency.seconds_to_bring = {"distill": 0.0, "540p_sr": 2.0}.get  # type: ignore[method-assign]
+    again = predicted(there, REQUEST, stages_of(REQUEST))
+    assert (again["denoise"].load, again["super-resolve"].load, again["text"]) == (0, 2, found["text"])
     assert next(iter(predicted(there, REQUEST, stages_of(REQUEST, "denoise")))) == "super-resolve"
