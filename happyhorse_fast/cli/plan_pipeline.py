@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from happyhorse_fast.cli.output import emit, gib, literal, table, verdict
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, card_bytes, gpu_named
-from happyhorse_fast.pipeline import memory_plan
 from happyhorse_fast.pipeline.layout import FIRST_STAGES, PARTS, SECOND_STAGES
-from happyhorse_fast.pipeline.memory_plan import StagePlan
+from happyhorse_fast.pipeline.memory_plan import plan
 from happyhorse_fast.pipeline.parts import DECODERS
 from happyhorse_fast.pipeline.request import FPS, SMALL
+from happyhorse_fast.pipeline.stage_plan import StagePlan, Work
 from happyhorse_fast.tokens import tokens_for
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def plan_pipeline(
     if stages == 2 and resolution not in SECOND_STAGES:
         raise ValueError(f"resolution of two stages must be one of {', '.join(SECOND_STAGES)}; got {resolution!r}")
     card = gpu_named(gpu)
-    work = memory_plan.Work(
+    work = Work(
         first=ModelConfig.preset(str(PARTS[FIRST_STAGES[first]].preset)),
         second=ModelConfig.preset(str(PARTS[SECOND_STAGES[resolution]].preset)) if stages == 2 else None,
         first_clip=tokens_for(SMALL, aspect, seconds, FPS) if stages == 2 else clip,
@@ -53,8 +53,8 @@ def plan_pipeline(
         gpu=card,
     )
     print("tracing every stage under fake tensors...", file=sys.stderr)
-    plans = {gb: memory_plan.plan(work, int(card_bytes(gb) - CONTEXT_BYTES)) for gb in CARDS}
-    free = memory_plan.plan(work, None)
+    plans = {gb: plan(work, int(card_bytes(gb) - CONTEXT_BYTES)) for gb in CARDS}
+    free = plan(work, None)
     data = {
         "resolution": resolution,
         "aspect": aspect,

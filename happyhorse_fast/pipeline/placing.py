@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from happyhorse_fast.pipeline.memory_plan import PipelinePlan, Work, budget_of, floors, plan
+from happyhorse_fast.pipeline.memory_plan import PipelinePlan, budget_of, plan
 from happyhorse_fast.pipeline.parts import DECODERS, Parts
 from happyhorse_fast.pipeline.progress import Prediction
 from happyhorse_fast.pipeline.request import DENOISED, RESOLVED, TEXT, VIDEO, Request
+from happyhorse_fast.pipeline.stage_plan import Work, floors
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 from happyhorse_fast.fast.memory import StorageMeter
-from happyhorse_fast.pipeline import memory_plan, tiling
-from happyhorse_fast.pipeline.memory_plan import PipelinePlan, StagePlan, Work, budget_of, floors, plan
+from happyhorse_fast.pipeline import memory_plan, stage_plan, tiling
+from happyhorse_fast.pipeline.memory_plan import PipelinePlan, budget_of, plan
+from happyhorse_fast.pipeline.stage_plan import StagePlan, Work, floors
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.tokens import tokens_for
 
@@ -72,7 +73,7 @@ def test_what_does_not_fit_is_cut_up_and_still_counted():
     assert not small.fits and small.placement == "sequential"
     peaks = {stage.name: stage.peak_bytes for stage in small.stages}
     assert small.layers_on_device == 18
-    assert peaks["text"] <= 7.2 * GIB < peaks["text"] + memory_plan.TEXT_LAYER_BYTES
+    assert peaks["text"] <= 7.2 * GIB < peaks["text"] + stage_plan.TEXT_LAYER_BYTES
     assert small.tiles == 2 and peaks["decode video"] <= 7.2 * GIB
     assert small.history_on_host
     whole = plan(work(precision="fp8"), None)
@@ -103,9 +104,10 @@ def test_as_many_parts_stay_as_fit(seconds, precision):
     # In what the two models leave, with the workspaces, all but seven layers of the text encoder and one that is read.
     assert found[48].layers_on_device == 35
     beside = card(48) - memory_plan.WORKSPACE_BYTES - found[48].peak_bytes
-    assert 0 <= beside < memory_plan.TEXT_LAYER_BYTES
+    assert 0 <= beside < stage_plan.TEXT_LAYER_BYTES
 
 
+@pytest.mark.slow
 def test_the_text_encoder_stays_after_the_models_have_their_place():
     bf16 = plan(work(precision="bf16"), card(80))
     assert set(bf16.kept) == {*CODECS, "first model", "second model"} and bf16.layers_on_device == 38
@@ -150,18 +152,18 @@ def test_latents_beside_the_models_input_are_those_that_a_run_holds(mode):
     with meter:
         meter.register(start, "start")
         sample(Metered(), *start, image=torch.randn(1, 48, 1, 64, 64), progress=False, **guidance)
-    assert round(max(held)) == memory_plan.HELD_LATENTS[mode]
+    assert round(max(held)) == stage_plan.HELD_LATENTS[mode]
 
 
 def test_the_turbo_decoders_trace_is_of_its_largest_window_and_tile(monkeypatch):
     traced = []
-    monkeypatch.setattr(memory_plan.TurboDecoder, "_window", lambda self, latents, *how: traced.append(how))
-    memory_plan._turbo_bytes.__wrapped__(32, 68, 120, 9)
+    monkeypatch.setattr(stage_plan.TurboDecoder, "_window", lambda self, latents, *how: traced.append(how))
+    stage_plan._turbo_bytes.__wrapped__(32, 68, 120, 9)
     ((window, (tile,)),) = traced
     assert window.stop - window.start == 9
     grid = tiling.space_tiles(68, 120, 9)
-    sizes = [memory_plan._positions(one) for one in grid]
-    assert memory_plan._positions(tile) == max(sizes) > sizes[0]  # one in the middle has halos on both sides
+    sizes = [stage_plan._positions(one) for one in grid]
+    assert stage_plan._positions(tile) == max(sizes) > sizes[0]  # one in the middle has halos on both sides
 
 
 def test_a_cpu_has_no_budget():
@@ -205,9 +207,9 @@ def test_factors_of_the_text_encoder():
         model(inputs_embeds=rows, attention_mask=mask)
 
     weights, rest = traced(build, run, torch.bfloat16)
-    layers = 2 * memory_plan.TEXT_LAYER_BYTES
+    layers = 2 * stage_plan.TEXT_LAYER_BYTES
     assert 0 < weights - layers < 2**20  # the last norm, and an embedding of 8 rows
-    assert 0.9 < rest / 640 / memory_plan.TEXT_ROW_BYTES <= 1
+    assert 0.9 < rest / 640 / stage_plan.TEXT_ROW_BYTES <= 1
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
@@ -235,29 +237,29 @@ def test_factors_of_the_codecs():
             lambda: wan(without="decoder"),
             lambda model: model.encode(torch.empty(picture.shape)).latent_dist.mean,
             torch.bfloat16,
-            memory_plan.WAN_ENCODER_BYTES,
-            memory_plan.WAN_ENCODER_PIXEL * pixels,
+            stage_plan.WAN_ENCODER_BYTES,
+            stage_plan.WAN_ENCODER_PIXEL * pixels,
         ),
         (
             lambda: wan(without="encoder"),
             lambda model: model.decode(torch.empty(latents.shape)).sample,
             torch.bfloat16,
-            memory_plan.WAN_DECODER_BYTES,
-            memory_plan.WAN_DECODER_PIXEL * pixels,
+            stage_plan.WAN_DECODER_BYTES,
+            stage_plan.WAN_DECODER_PIXEL * pixels,
         ),
         (
             lambda: oobleck(without="encoder"),
             lambda model: model.decode(torch.empty(1, 64, 376)).sample,
             torch.float32,
-            memory_plan.AUDIO_HALF_BYTES,
-            memory_plan.AUDIO_HALF_BYTES + memory_plan.AUDIO_DECODER_LATENT * 376,
+            stage_plan.AUDIO_HALF_BYTES,
+            stage_plan.AUDIO_HALF_BYTES + stage_plan.AUDIO_DECODER_LATENT * 376,
         ),
         (
             lambda: oobleck(without="decoder"),
             lambda model: model.encode(torch.empty(1, 2, 375 * 2048)).latent_dist.mode(),
             torch.float32,
-            memory_plan.AUDIO_HALF_BYTES,
-            memory_plan.AUDIO_ENCODER_LATENT * 375,
+            stage_plan.AUDIO_HALF_BYTES,
+            stage_plan.AUDIO_ENCODER_LATENT * 375,
         ),
     ):
         found = traced(build, run, dtype)

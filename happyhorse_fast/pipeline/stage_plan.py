@@ -1,0 +1,260 @@
+"""What each stage of the whole path takes: weights, peak memory, and the least time on a card.
+
+Peaks of the Transformers and of the turbo decoder are traced under fake tensors, as ``fast/memory.py`` does. Those of
+the libraries' parts grow in proportion with pixels, or with audio latents; the factors are of traces of these parts at
+their published sizes (transformers 5.24, diffusers 0.42), and the tests hold them against the libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from happyhorse_fast.config import LATENT_CHANNELS, ModelConfig
+from happyhorse_fast.costs import GPUS, Gpu, step_costs, totals
+from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.fast.accelerate import empty_accelerated
+from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
+from happyhorse_fast.fast.memory import StorageMeter, fake_copy, peak_by_kind, weight_bytes
+from happyhorse_fast.ops.runtime.dispatch import choose
+from happyhorse_fast.pipeline import tiling
+from happyhorse_fast.pipeline.request import AUDIO, DENOISED, IMAGE, RESOLVED, SOUND, TEXT, VIDEO
+from happyhorse_fast.pipeline.turbo import TurboDecoder
+from happyhorse_fast.sampler.distilled import DISTILLED_STEPS
+from happyhorse_fast.sampler.guided import GUIDED_STEPS
+from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
+
+TEXT_ENCODER = "text encoder"
+TEXT_LAYERS = 42
+TEXT_LAYER_BYTES = 396_390_400
+"""A layer of the published encoder in bf16; the embedding stays in its file."""
+TEXT_ROW_BYTES = 120_000
+"""Activations per token, in bf16: at the peak three of the MLP's width, 14,336."""
+WAN_ENCODER_BYTES, WAN_ENCODER_PIXEL = 299_278_880, 984
+"""Weights of the half in bf16, and its activations per pixel of one frame."""
+WAN_DECODER_BYTES, WAN_DECODER_PIXEL = 1_110_121_784, 11_000
+"""Likewise, decoding latent by latent."""
+AUDIO_HALF_BYTES = 312_500_000
+"""Weights of either half of the audio codec in float32; its weight norm makes them once more, and keeps them."""
+AUDIO_DECODER_LATENT, AUDIO_ENCODER_LATENT = 4_720_000, 5_280_000
+"""Activations per audio latent."""
+WAN_ENCODER_FLOPS, AUDIO_FLOPS = 4.65e6, 5.05e9
+"""Per pixel; per audio latent, either way."""
+DECODER_FLOPS = {"turbo": 3.4e9, "wan": 18.5e9}
+"""Per position of a latent that is decoded (docs/DECODER.md)."""
+HELD_LATENTS = {"distilled": 1, "base": 5, "second": 3}
+"""Latents beside the model's input while it runs: the start, the solvers' history, a guided step's first velocity."""
+SECOND_STEPS = 5
+FRAMES_BYTES = 28 * 3
+"""Of a pixel: a window's frames as bytes, which leave while the next window is decoded."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the whole path.
+
+    Attributes:
+        name: As a run names it.
+        part: What it loads.
+        weight_bytes: Of the part on the device.
+        peak_bytes: Of the stage where it has the device to itself, weights included.
+        floor_s: Least seconds for its products and bytes on the card; loading is not in it.
+    """
+
+    name: str
+    part: str
+    weight_bytes: int
+    peak_bytes: int
+    floor_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a run does; sizes are those of the run, so 25 frames a second.
+
+    Attributes:
+        first: Configuration of the first stage's model.
+        second: Of the second stage's; None for one stage.
+        first_clip: Latent size of the first stage.
+        last_clip: Latent size of the clip that is decoded.
+        mode: ``"distilled"`` or ``"base"``: how the first stage is sampled.
+        precision: Of the models' products; None for eager torch in bf16.
+        attention: Of their attention; None for its default.
+        decoder: ``"turbo"`` or ``"wan"``.
+        image: Whether a picture is given.
+        sound: Whether a sound is given.
+        text: Tokens of the prompt.
+        gpu: Card whose peaks make the floors.
+    """
+
+    first: ModelConfig
+    second: ModelConfig | None
+    first_clip: ClipTokens
+    last_clip: ClipTokens
+    mode: Literal["distilled", "base"] = "distilled"
+    precision: Precision | None = "fp8"
+    attention: AttentionPrecision | None = None
+    decoder: Literal["turbo", "wan"] = "turbo"
+    image: bool = False
+    sound: bool = False
+    text: int = TEXT_TOKENS
+    gpu: Gpu = GPUS["h100"]
+
+
+def floors(work: Work) -> dict[str, float]:
+    """Least seconds of each stage by name, as a plan's ``floor_s``: without the traces that peaks take."""
+    stages = [text_stage(work, None)]
+    stages += [_image(work)] if work.image else []
+    stages += [_sound(work, SOUND, "audio encoder", AUDIO_ENCODER_LATENT, 1)] if work.sound else []
+    found = {stage.name: stage.floor_s for stage in stages}
+    found[DENOISED] = _denoise_floor(work, work.first, work.first_clip, _evaluations(work))
+    if work.second is not None:
+        found[RESOLVED] = _denoise_floor(work, work.second, work.last_clip, SECOND_STEPS)
+    found[AUDIO] = _sound(work, AUDIO, "audio decoder", AUDIO_DECODER_LATENT, 2).floor_s
+    return found | {VIDEO: _video_floor(work, 1)}
+
+
+def stage_plans(
+    work: Work, *, tiles: int = 1, layers_on_device: int | None = None, history_on_host: bool = False
+) -> tuple[StagePlan, ...]:
+    """Each stage of a run, in order.
+
+    Args:
+        work: What is to be done.
+        tiles: Of the turbo decoder.
+        layers_on_device: Of the text encoder; None for all.
+        history_on_host: Of :func:`~happyhorse_fast.sampler.super_resolve`.
+    """
+    stages = [text_stage(work, layers_on_device)]
+    if work.image:
+        stages.append(_image(work))
+    if work.sound:
+        stages.append(_sound(work, SOUND, "audio encoder", AUDIO_ENCODER_LATENT, 1))
+    stages.append(_denoise(work, DENOISED, work.first, work.first_clip, _evaluations(work), HELD_LATENTS[work.mode]))
+    if work.second is not None:
+        held = 0 if history_on_host else HELD_LATENTS["second"]
+        stages.append(_denoise(work, RESOLVED, work.second, work.last_clip, SECOND_STEPS, held))
+    stages.append(_sound(work, AUDIO, "audio decoder", AUDIO_DECODER_LATENT, 2))
+    stages.append(video_stage(work, tiles))
+    return tuple(stages)
+
+
+def text_stage(work: Work, layers_on_device: int | None) -> StagePlan:
+    """The text encoder, with so many of its layers on the device; None for all."""
+    # One more than stay: a layer that is read when it is needed.
+    there = TEXT_LAYERS if layers_on_device is None else min(TEXT_LAYERS, layers_on_device + 1)
+    weights = there * TEXT_LAYER_BYTES
+    flops = work.text * TEXT_LAYERS * TEXT_LAYER_BYTES  # two per weight of two bytes
+    floor = max(flops / work.gpu.rate("bf16"), TEXT_LAYERS * TEXT_LAYER_BYTES / (work.gpu.bandwidth * 1e12))
+    return StagePlan(TEXT, TEXT_ENCODER, weights, weights + TEXT_ROW_BYTES * work.text, floor)
+
+
+def _image(work: Work) -> StagePlan:
+    sizes = {clip.pixels for clip in (work.first_clip, work.last_clip)}
+    pixels = [height * width for height, width in sizes]
+    floor = sum(pixels) * WAN_ENCODER_FLOPS / work.gpu.rate("bf16")
+    peak = WAN_ENCODER_BYTES + WAN_ENCODER_PIXEL * max(pixels)
+    return StagePlan(IMAGE, "image encoder", WAN_ENCODER_BYTES, peak, floor)
+
+
+def _sound(work: Work, name: str, part: str, per_latent: int, copies: int) -> StagePlan:
+    latents = work.last_clip.audio
+    peak = copies * AUDIO_HALF_BYTES + per_latent * latents
+    return StagePlan(name, part, 2 * AUDIO_HALF_BYTES, peak, latents * AUDIO_FLOPS / work.gpu.rate("fp32"))
+
+
+def _denoise(work: Work, name: str, config: ModelConfig, clip: ClipTokens, evaluations: int, held: int) -> StagePlan:
+    weights, peak, loading = _model_bytes(config, clip, work.text, work.precision, work.attention)
+    latent = 4 * config.latent_channels * clip.T * clip.H * clip.W
+    floor = _denoise_floor(work, config, clip, evaluations)
+    return StagePlan(
+        name, "first model" if name == DENOISED else "second model", weights, max(peak + held * latent, loading), floor
+    )
+
+
+def _evaluations(work: Work) -> int:
+    """Of the first stage's model."""
+    return DISTILLED_STEPS if work.mode == "distilled" else 2 * GUIDED_STEPS
+
+
+def _denoise_floor(work: Work, config: ModelConfig, clip: ClipTokens, evaluations: int) -> float:
+    attention = work.attention or (
+        None if work.precision is None else FastConfig(precision=work.precision).attention_format
+    )
+    costs = step_costs(
+        config, clip, text=work.text, precision=work.precision or "bf16", attention=attention or "bf16", gpu=work.gpu
+    )
+    return evaluations * totals(costs).floor_ms / 1e3
+
+
+@lru_cache(maxsize=32)
+def _model_bytes(
+    config: ModelConfig, clip: ClipTokens, text: int, precision: Precision | None, attention: AttentionPrecision | None
+) -> tuple[int, int, int]:
+    """Of a model: weights, peak of an evaluation, peak of loading: all but the largest layer packed, that one not."""
+
+    def build(wanted: ModelConfig) -> torch.nn.Module:
+        if precision is None:
+            return HappyHorse(wanted, device="meta")
+        fast = FastConfig(precision=precision, attention=attention)
+        choices = choose("reference", fast.precision, torch.device("cpu"), attention=fast.attention_format)
+        return empty_accelerated(wanted, fast, choices)
+
+    weights = weight_bytes(build(config))
+    layers = HappyHorse(config, device="meta").block.layers
+    largest = max(weight_bytes(layer) for layer in layers)
+    return weights, peak_by_kind(config, clip, build, text=text), weights + (0 if precision is None else largest)
+
+
+def video_stage(work: Work, tiles: int) -> StagePlan:
+    """The video decoder, with frames in so many tiles."""
+    clip = work.last_clip
+    height, width = clip.pixels
+    pixels = height * width
+    latents = 4 * LATENT_CHANNELS * clip.T * clip.H * clip.W
+    if work.decoder == "wan":
+        weights, peak = WAN_DECODER_BYTES, WAN_DECODER_BYTES + WAN_DECODER_PIXEL * pixels
+    else:
+        weights, peak = _turbo_bytes(clip.T, clip.H, clip.W, tiles)
+    peak += latents + FRAMES_BYTES * pixels
+    return StagePlan(VIDEO, "video decoder", weights, peak, _video_floor(work, tiles))
+
+
+def _video_floor(work: Work, tiles: int) -> float:
+    clip, count, more = work.last_clip, work.last_clip.T, 1.0
+    if work.decoder == "turbo":
+        count = sum(window.stop - window.start for window in tiling.time_windows(clip.T))
+        more = _halo_share(clip, tiles)
+    return count * clip.H * clip.W * DECODER_FLOPS[work.decoder] * more / work.gpu.rate("bf16")
+
+
+@lru_cache(maxsize=32)
+def _turbo_bytes(count: int, height: int, width: int, tiles: int) -> tuple[int, int]:
+    """Of the published turbo decoder: weights, and the peak of its largest window, the latents of a clip included."""
+    decoder = TurboDecoder([512, 512, 256, 128, 64], [3, 3, 2, 2, 2]).to(torch.bfloat16).requires_grad_(False)
+    window = max(tiling.time_windows(count), key=lambda one: one.stop - one.start)
+    meter = StorageMeter()
+    with FakeTensorMode():
+        fake = fake_copy(decoder, "cpu")
+        weights = meter.register(fake.parameters(), "weights")
+        latents = torch.empty(count, height, width, LATENT_CHANNELS, dtype=torch.bfloat16)
+        meter.register([latents], "latents")
+        largest = max(tiling.space_tiles(height, width, tiles), key=_positions)
+        with meter:
+            fake._window(latents, window, [largest])
+    return weights, meter.peak_bytes
+
+
+def _halo_share(clip: ClipTokens, tiles: int) -> float:
+    """Positions that tiles decode, halos included, over those of a frame."""
+    return sum(map(_positions, tiling.space_tiles(clip.H, clip.W, tiles))) / (clip.H * clip.W)
+
+
+def _positions(tile: tuple[tiling.Span, tiling.Span]) -> int:
+    """Latents of a frame that a tile decodes."""
+    rows, columns = ((span.outer_stop - span.outer_start) for span in tile)
+    return rows * columns
