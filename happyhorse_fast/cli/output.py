@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+SENTENCE = 24
+"""Width below which a column of sentences is not folded."""
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
@@ -27,13 +29,22 @@ def emit(data: Mapping[str, Any], as_json: bool, render: Callable[[Console], Non
     if as_json:
         print(json.dumps(plain(data), indent=2, allow_nan=False))
         return
-    from rich.console import Console
-
-    # What is printed holds paths and messages, whose brackets and colons are no markup: styles come from `literal`.
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = whole_console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a pipe has no width; do not fold tables
     render(console)
+
+
+def whole_console(**options: Any) -> Console:
+    """A console that prints words as they are, and the ends of lines that are longer than it is wide."""
+    from rich.console import Console
+
+    class Whole(Console):
+        def print(self, *objects: Any, **how: Any) -> None:
+            super().print(*objects, **{"crop": False, **how})
+
+    # What is printed holds paths and messages, whose brackets and colons are no markup: styles come from `literal`.
+    return Whole(highlight=False, markup=False, emoji=False, **options)
 
 
 def literal(*parts: str | tuple[str, str]) -> Text:
@@ -58,18 +69,23 @@ def table(
 ) -> Table:
     """A table of words as they are, or of what :func:`literal` made.
 
-    Its first ``left`` columns are left-aligned and never folded, the others right-aligned. ``folded`` columns hold
-    sentences: left-aligned, and folded where the terminal is narrow. Without one rich makes columns that do not fit
-    narrower, down to nothing.
+    Its first ``left`` columns are left-aligned, the others right-aligned. ``folded`` columns hold sentences:
+    left-aligned, and folded where the terminal is narrow. Of the others only the head folds: a table that does not fit
+    is wider than the terminal, where rich would cut names and numbers short, down to nothing.
     """
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.table import Table
 
     made = Table(title=literal(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(columns):
         sentence = i in folded
+        longest = max((cell_len(str(part)) for part in (*name.split(), *(row[i] for row in rows))), default=0)
         made.add_column(
-            literal(name), justify="left" if sentence or i < left else "right", no_wrap=not sentence and i < left
+            literal(name),
+            justify="left" if sentence or i < left else "right",
+            no_wrap=not sentence and i < left,
+            min_width=min(longest, SENTENCE) if sentence else longest,
         )
     for row in rows:
         made.add_row(*(literal(cell) if isinstance(cell, str) else cell for cell in row))

@@ -14,7 +14,7 @@ from toy_checkpoint import CONFIG, weights
 import happyhorse_fast as hh
 from happyhorse_fast import optional
 from happyhorse_fast.cli import doctor, run
-from happyhorse_fast.cli.output import emit, literal, table, verdict
+from happyhorse_fast.cli.output import emit, literal, table, verdict, whole_console
 from happyhorse_fast.golden import draw
 
 Capture = pytest.CaptureFixture[str]
@@ -38,6 +38,15 @@ def test_a_table_is_literal_on_any_console(words: str) -> None:
     console = Console(width=120, file=io.StringIO())
     console.print(table(words, [words], [[words]]))
     assert console.file.getvalue().count(words) == 3  # type: ignore[attr-defined]
+
+
+def test_a_narrow_terminal_cuts_no_number_short() -> None:
+    """rich makes columns that do not fit narrower, 12345.678 to 1…, and then cuts the line."""
+    console = whole_console(width=40, file=io.StringIO())
+    numbers, why = [f"{n}2345.678" for n in range(1, 9)], "a reason of many words, which may be folded"
+    console.print(table("", ["kind", *("of it",) * 8, "why"], [["sandwich gelu7", *numbers, why]], folded=[9]))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(word in printed for word in ("sandwich gelu7", *numbers, *why.split())) and why not in printed
 
 
 def test_doctor_names_the_extras_to_install(monkeypatch: Patch, capsys: Capture) -> None:
