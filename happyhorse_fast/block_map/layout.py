@@ -80,9 +80,9 @@ def frame_window(layouts: Layout | Sequence[Layout], receptive_field: int | None
     Padding slots are never keys. As queries they share their frame's keys, so that alignment makes no block partial
     along the queries; nobody reads their result.
     """
-    layouts = list(layouts) if isinstance(layouts, (list, tuple)) else [layouts]
-    if strange := [layout for layout in layouts if not isinstance(layout, Layout)]:
-        raise TypeError(f"layouts must be a Layout or a list of them, got {strange[0]!r}")
+    layouts = [layouts] if isinstance(layouts, Layout) else layouts
+    if not isinstance(layouts, (list, tuple)) or not all(isinstance(layout, Layout) for layout in layouts):
+        raise TypeError(f"layouts must be a Layout or a list of them, got {layouts!r}")
     if not layouts:
         raise ValueError("layouts must name at least one clip, got none")
     if receptive_field is not None:

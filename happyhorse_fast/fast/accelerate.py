@@ -219,9 +219,9 @@ def restore(model: Model) -> Model:
         ValueError: The model is none of them, or an eager one whose weights are sharded over ranks; its original
             weights were dropped, or merged ones were changed since.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module that accelerate, parallelize or merge_lora took, got {model!r}")
     inner: Any = unwrapped(model)
-    if not isinstance(inner, nn.Module):
-        raise TypeError(f"model must be a module that accelerate, parallelize or merge_lora took, got {inner!r}")
     if not is_accelerated(inner):
         parallelized = getattr(inner, "ranks", None) is not None
         if parallelized:
