@@ -84,7 +84,7 @@ class Pipeline:
             placement: Whether all parts stay on the device once loaded (``"resident"``), or one is there at a time
                 (``"sequential"``); ``"auto"`` keeps as many as the card is large enough for.
             on_host: Whether the others wait in host memory, pinned for a GPU, where half of it is enough, so that the
-                next clip copies what this one reads and packs. False where there is no next clip.
+                next clip copies what this one reads and packs. False where there is no next clip; never with ``mesh``.
             mesh: Device mesh of ranks that share the models' work, as :func:`parallelize` takes it; ``device`` is then
                 this rank's own. Rank 0 calls the pipeline, the others :meth:`follow`, as often.
             shard_weights: Keep a share of every model's weights on a rank, not all of them; with ``mesh``.
@@ -109,8 +109,8 @@ class Pipeline:
             backend: Any = "reference" if where.type == "cpu" else "auto"
             fast = FastConfig(precision=chosen_precision, attention=attention, backend=backend, originals="drop")
         company = None if mesh is None else Company(mesh, shard_weights)
-        # Shards are not plain tensors, which alone are copied to the host.
-        residency = Residency(where, on_host and not shard_weights)
+        # Ranks load a model together, so none may find on its host what another has no room for there.
+        residency = Residency(where, on_host and mesh is None)
         return cls(Parts(layout, where, fast, decoder, residency, company), placement)
 
     @tells_faults
