@@ -39,7 +39,7 @@ def parallelize(model: Model, mesh: Any, *, shard_weights: bool = False, timeout
             ``init_device_mesh("cuda", (4,))``.
         shard_weights: Keep 1/P of every layer's matrices on a rank (FSDP2), and gather a layer while the one before it
             runs; else every rank has all weights. An eager model on the CPU then moves to the mesh's devices layer by
-            layer, and has no ``restore``; an accelerated one that no device can hold comes from ``load(shard=mesh)``.
+            layer, and has no ``restore``. A model that no device can hold comes from ``load(shard=mesh)``.
         timeout: Seconds that a rank may keep the others waiting.
 
     Returns:
@@ -59,8 +59,7 @@ def parallelize(model: Model, mesh: Any, *, shard_weights: bool = False, timeout
             f"model must be a HappyHorse or an accelerated model, got {type(inner).__name__}: call accelerate(model) "
             "first, with the public implementation's own context parallelism off (cp_size=1)"
         )
-    if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f'mesh must be a DeviceMesh, such as init_device_mesh("cuda", (4,)); got {type(mesh).__name__}')
+    require_mesh(mesh)
     if ranks_of(inner) is not None:
         raise ValueError("model is parallelized already; call restore(model) first")
     config: ModelConfig = inner.fast.config if fast else inner.config
@@ -68,15 +67,12 @@ def parallelize(model: Model, mesh: Any, *, shard_weights: bool = False, timeout
     seconds = real_number(timeout)
     if seconds is None or not seconds > 0:
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
-    if mesh.ndim != 1:
-        raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: {list(mesh.mesh.shape)}")
     if mesh.device_type != device.type and not (shard_weights and device.type == "cpu" and not fast):
         raise ValueError(f"mesh must be of {device.type} devices, where the model is; got {mesh.device_type}")
-    if mesh.get_coordinate() is None:
-        raise ValueError(f"mesh must hold this process, got ranks {mesh.mesh.tolist()}")
     meeting = Meeting.of(mesh, seconds)
     facts = versions() | {f"config.{key}": str(value) for key, value in config.to_dict().items()}
     facts |= {"fast": repr(inner.fast.fast) if fast else f"eager in {inner.compute_dtype}"}
+    facts |= {"shard_weights": str(shard_weights or is_sharded(inner.block.layers[0]))}
     if fast:
         facts |= {f"backend of {op}": choice.backend for op, choice in inner.fast.choices.items()}
     if device.type == "cuda":
@@ -95,6 +91,16 @@ def parallelize(model: Model, mesh: Any, *, shard_weights: bool = False, timeout
     else:
         inner.ranks = ranks
     return model
+
+
+def require_mesh(mesh: object) -> None:
+    """Raise a TypeError or ValueError where a mesh is no one-dimensional ``DeviceMesh`` with this process in it."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f'mesh must be a DeviceMesh, such as init_device_mesh("cuda", (4,)); got {type(mesh).__name__}')
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: {list(mesh.mesh.shape)}")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"mesh must hold this process, got ranks {mesh.mesh.tolist()}")
 
 
 def spread(layer: nn.Module, mesh: DeviceMesh) -> None:

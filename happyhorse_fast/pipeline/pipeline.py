@@ -15,6 +15,7 @@ from happyhorse_fast import optional
 from happyhorse_fast.checkpoint.load import usable_device
 from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
+from happyhorse_fast.fast.parallelize import require_mesh
 from happyhorse_fast.files import real_path, require_target
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
 from happyhorse_fast.pipeline import stages
@@ -93,7 +94,12 @@ class Pipeline:
             FileNotFoundError: No such folder, or no model in it; says where they are published.
             CheckpointError: Its ``pipeline.json`` is no good.
             ValueError: An argument is not among the allowed values, or this machine has no such device.
+            TypeError: ``mesh`` is no DeviceMesh.
         """
+        if mesh is not None:
+            require_mesh(mesh)
+        elif shard_weights:
+            raise ValueError("shard_weights must come with mesh, got mesh=None")
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
         if placement not in PLACEMENTS:

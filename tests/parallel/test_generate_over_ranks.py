@@ -8,6 +8,7 @@ import pytest
 from rank_work import clips_of_a_pipeline, generated
 from safetensors.numpy import load_file
 
+import happyhorse_fast as hh
 from happyhorse_fast.pipeline.tiny import write_tiny_checkpoint
 
 SIDES = {"256p": (64, 96), "540p": (96, 160), "1080p": (128, 192)}
@@ -37,6 +38,13 @@ def arguments(tiny, folder, *more):
     sizes = ["--seconds", 3, "--resolution", "540p", "--device", "cpu", "--precision", "bf16", "--json"]
     files = ["--out", folder / "clip.mp4", "--latents", folder / "clip.safetensors"]
     return [*map(str, ["generate", "a ball", "--model", tiny, *sizes, *files, *more])]
+
+
+def test_what_makes_no_pipeline_of_several_ranks():
+    with pytest.raises(TypeError, match=r"mesh must be a DeviceMesh, .*; got int"):
+        hh.Pipeline.from_pretrained("nowhere", mesh=2)
+    with pytest.raises(ValueError, match="shard_weights must come with mesh, got mesh=None"):
+        hh.Pipeline.from_pretrained("nowhere", shard_weights=True)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ REFUSALS = {
     "config": "config.frame_receptive_field must be the same on all 2 ranks, got 1 on rank 0 and 2 on rank 1",
     "acceleration": "fast must be the same on all 2 ranks, got FastConfig(",
     "weights": "weights must be the same on all 2 ranks, got ",
+    "shares": "shard_weights must be the same on all 2 ranks, got False on rank 0 and True on rank 1",
     "version": "happyhorse_fast must be the same on all 2 ranks, got 1.0 on rank 0 and 0.0 on rank 1",
     "twice": "model is parallelized already; call restore(model) first",
     "mesh": "mesh must have one dimension, got 2: [1, 2]",

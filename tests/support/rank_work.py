@@ -140,6 +140,8 @@ def refusal(rank: int, ranks: int, what: str) -> None:
         if last:
             model.block.layers[1].down_weight[0, 3, 5] += 1
         hh.parallelize(model, mesh)
+    elif what == "shares":
+        hh.parallelize(model_of(config, fast), mesh, shard_weights=last)
     elif what == "version":
         agreement.__version__ = "0.0" if last else "1.0"
         try:
