@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from happyhorse_fast.cli.output import emit, gib, literal, table, verdict
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, card_bytes, gpu_named
+from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes, gpu_named
 from happyhorse_fast.pipeline.layout import FIRST_STAGES, PARTS, SECOND_STAGES
 from happyhorse_fast.pipeline.memory_plan import plan
 from happyhorse_fast.pipeline.parts import DECODERS
@@ -17,6 +17,9 @@ from happyhorse_fast.tokens import tokens_for
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+SIZES = (24, 32, 48, 80)
+"""Memory of the cards that are planned for, GB."""
 
 
 def plan_pipeline(
@@ -53,7 +56,7 @@ def plan_pipeline(
         gpu=card,
     )
     print("tracing every stage under fake tensors...", file=sys.stderr)
-    plans = {gb: plan(work, int(card_bytes(gb) - CONTEXT_BYTES)) for gb in CARDS}
+    plans = {gb: plan(work, int(card_bytes(gb) - CONTEXT_BYTES)) for gb in SIZES}
     free = plan(work, None)
     data = {
         "resolution": resolution,

@@ -65,8 +65,8 @@ def work_of(parts: Parts, request: Request) -> Work:
 def place(parts: Parts, request: Request, placement: Placement) -> Placing:
     """Choose what stays on the device; a run that fits in no way is told so by a warning, and tried.
 
-    On a CPU one part is there at a time unless ``placement`` says otherwise: what is kept would be the machine's own
-    memory, 60 GB of it for the published parts.
+    On a CPU one part is there at a time unless ``placement`` says otherwise, and waits in the same memory afterwards as
+    far as that allows: of the published parts 60 GB.
     """
     names = parts.names(request)
     if parts.device.type == "cpu":
