@@ -8,7 +8,7 @@ It makes noise, not pictures, in seconds on a CPU. Needs `pip install "happyhors
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from happyhorse_fast.pipeline.tiny import write_tiny_checkpoint
@@ -16,9 +16,9 @@ from happyhorse_fast.pipeline.tiny import write_tiny_checkpoint
 
 def main() -> None:
     """Write the checkpoint into the folder named on the command line; print its parts and their sizes."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python examples/tiny_checkpoint.py FOLDER")
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write")
+    folder = parser.parse_args().folder
     write_tiny_checkpoint(folder)
     total = 0
     for part in sorted(folder.iterdir()):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,18 @@ def test_the_readme_names_every_example_and_each_says_what_it_shows():
         assert f"](examples/{name}.py)" in readme
         text = (ROOT / "examples" / f"{name}.py").read_text()
         assert text.startswith('"""Shows ') and f"python examples/{name}.py" in text
+
+
+@pytest.mark.parametrize("name", ["tiny_checkpoint", "pony/fit_codec"])
+def test_asked_for_help_it_writes_nothing(name, capsys, monkeypatch, tmp_path):
+    """They make a folder of that name, and the codecs of the package anew in three minutes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples" / "pony")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    monkeypatch.setattr(time, "perf_counter", lambda: pytest.fail("started"))
+    with pytest.raises(SystemExit):
+        printed(name, capsys)
+    assert "usage: " in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_precisions(capsys):

@@ -5,6 +5,7 @@ Run with ``python examples/pony/fit_codec.py``.
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
 
@@ -63,6 +64,7 @@ def fit(clips: int, seed: int) -> tuple[LinearCodec, LinearCodec]:
 
 def main() -> None:
     """Fit, gate, save."""
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help, and a slip, do not start it
     start = time.perf_counter()
     video, audio = fit(clips=480, seed=0)
     rng = random.Random(1)
