@@ -85,7 +85,7 @@ def write_checkpoint(
     aside = home / f".{folder.name}.{uuid.uuid4().hex}.partial"
     aside.mkdir()
     try:
-        _write_files(tensors, aside, most)
+        _write_files(tensors, aside, most, folder)
         for name, content in beside.items():
             (aside / name).write_text(content)
         if folder.exists():
@@ -110,7 +110,7 @@ def _tensors_of(model_or_state_dict: object) -> dict[str, torch.Tensor]:
     return {published_key(key): value for key, value in state.items()}
 
 
-def _write_files(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: int) -> None:
+def _write_files(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_bytes: int, named: Path) -> None:
     shards: list[list[str]] = [[]]
     filled = 0
     for key, value in tensors.items():
@@ -128,7 +128,7 @@ def _write_files(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_by
         for key, value in shard.items():
             if storages[value.untyped_storage().data_ptr()] > 1:  # tied: the format has no two names for one tensor
                 shard[key] = value.clone()
-        write_safetensors(shard, folder / name, {"format": "pt"})
+        write_safetensors(shard, folder / name, {"format": "pt"}, named=named / name)
     if len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         total = sum(value.nbytes for value in tensors.values())
@@ -136,11 +136,13 @@ def _write_files(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_by
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_safetensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapping[str, str], *, named: Path | None = None
+) -> None:
     """Write one safetensors file, readable by whom the umask says: the library's own (0.8) are for their owner alone.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: It cannot be written; the message names ``named``, whose place ``file`` is to take, where it is given.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -150,7 +152,7 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata:
     try:
         save_file(dict(tensors), file, metadata=dict(metadata))
     except SafetensorError as error:
-        raise OSError(f"{file} cannot be written: {error}") from error
+        raise OSError(f"{named or file} cannot be written: {error}") from error
     file.chmod(mode)
 
 

@@ -112,4 +112,5 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 
     texts = {key: value if isinstance(value, str) else json.dumps(plain(value)) for key, value in metadata.items()}
     with replacing(path) as partial:
-        write_safetensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, texts)
+        there = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        write_safetensors(there, partial, texts, named=path)

@@ -40,6 +40,7 @@ from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint import stream as streaming
 from happyhorse_fast.checkpoint.header import read_headers
 from happyhorse_fast.checkpoint.load import load, save_checkpoint
+from happyhorse_fast.cli.output import save_tensors
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
@@ -302,6 +303,20 @@ def test_interrupted_save_leaves_the_folder_as_it_was(
     assert snapshot(tmp_path) == before
     assert folder.exists() == (existing != "nothing")
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_full_disk_is_told_by_the_name_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by that of the file written aside, which is gone by then."""
+
+    def full(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match=r"/new/model\.safetensors cannot be written: I/O error: No space"):
+        save_checkpoint(weights(), tmp_path / "new")
+    with pytest.raises(OSError, match=r"/clip\.safetensors cannot be written: I/O error: No space"):
+        save_tensors(tmp_path / "clip.safetensors", weights(), {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
