@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rank_work import config_of, gathered_bytes, model_of, sharded, shares_of
+from rank_work import config_of, gathered_bytes, model_of, sharded, shares_of, whole_layers
 
 import happyhorse_fast as hh
 from happyhorse_fast.fast.config import FastConfig
@@ -33,6 +33,18 @@ def test_a_model_is_sharded_while_it_is_loaded(two, tmp_path, form):
         assert found["same"]
         assert found["here"] == found["after"] == found["all"] / 2
         assert ("the original weights were dropped" if fast else "load the checkpoint again") in found["restored"]
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("form", ["packed", "bf16", "eager"])
+def test_no_rank_ever_holds_the_whole_model(two, tmp_path, form):
+    config, fast = config_of(2, num_layers=4, mm_layers=(), gelu7_layers=()), FORMS[1]
+    if form == "packed":
+        hh.save_packed(model_of(config, fast), tmp_path)
+    else:
+        hh.save_checkpoint(model_of(config, None), tmp_path)
+    given = {"packed": (None, None), "bf16": (config, fast), "eager": (config, None)}[form]
+    assert two(whole_layers, 2, str(tmp_path), *given) == [[1, 1, 1, 1]] * 2
 
 
 def test_shares_of_different_checkpoints_are_found(two, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import os
 import pickle
@@ -25,13 +26,15 @@ from torch.utils._pytree import tree_leaves
 
 import happyhorse_fast as hh
 from happyhorse_fast import golden, tokens
+from happyhorse_fast.checkpoint import load
+from happyhorse_fast.checkpoint import packed as packed_weights
 from happyhorse_fast.checkpoint.header import PACKED_FILE
 from happyhorse_fast.cli import run
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.memory import sharded_bytes
-from happyhorse_fast.fast.parallelize import ranks_of
+from happyhorse_fast.fast.parallelize import ranks_of, spread
 from happyhorse_fast.parallel import agreement
 from happyhorse_fast.parallel.sharded import held_bytes, local
 from happyhorse_fast.pipeline import company, residency
@@ -372,6 +375,24 @@ class Live(TorchDispatchMode):
         there = [storage() for storage in list(self._storages.values())]
         self.peak = max(self.peak, sum(storage.nbytes() for storage in there if storage is not None))
         return out
+
+
+def whole_layers(rank: int, ranks: int, folder: str, config: ModelConfig | None, fast: FastConfig | None) -> list[int]:
+    """While a share of a model is loaded: in how many layers the largest matrix is whole, each time one is spread."""
+    counts = []
+
+    def counted(layer: torch.nn.Module, mesh: Any) -> None:
+        size = max(x.numel() for x in (*layer.parameters(), *layer.buffers()))
+        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta]
+        counts.append(len({x.untyped_storage()._cdata for x in tensors if x.numel() == size}))
+        del tensors
+        spread(layer, mesh)
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    gc.collect()
+    with mock.patch.object(load, "spread", counted), mock.patch.object(packed_weights, "spread", counted):
+        hh.load(folder, config=config, fast=fast, shard=mesh, progress=False)
+    return counts
 
 
 def gathered_bytes(rank: int, ranks: int, fast: FastConfig | None) -> tuple[tuple[int, int], tuple[int, int]]:
