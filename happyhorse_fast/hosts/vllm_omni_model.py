@@ -122,6 +122,7 @@ class HappyHorseFastPipeline(nn.Module):
             callback=lambda info: check_request_cancellation(),
             progress=False,
             latents=Path(self._kept.name) / "clip.latents.safetensors",
+            overwrite=True,
         )
         assert clip.frames is not None  # no file was asked for
         return DiffusionOutput(
