@@ -93,12 +93,17 @@ def _merged(module: nn.Module, path: str) -> Merged | None:
     if merged is None:
         return None
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    if weight.shape != merged.original.shape or not torch.equal(_bits(weight.to(merged.original.dtype)), merged.bits):
-        raise ValueError(
-            f"{path}.weight was changed after merge_lora(model, ...), so that its LoRAs can be neither taken out "
-            "nor added to: load the checkpoint into a new model"
-        )
-    return merged
+    if weight.shape == merged.original.shape:
+        bits = _bits(weight.to(merged.original.dtype))
+        if torch.equal(bits, merged.bits):
+            return merged
+        if torch.equal(bits, _bits(merged.original)):  # Ctrl-C came before its record went, or it was loaded again
+            del module.merged_lora
+            return None
+    raise ValueError(
+        f"{path}.weight was changed after merge_lora(model, ...), so that its LoRAs can be neither taken out "
+        "nor added to: load the checkpoint into a new model"
+    )
 
 
 def _write(module: nn.Module, merged: Merged | None, updates: tuple[Update, ...], path: str) -> None:

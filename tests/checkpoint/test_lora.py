@@ -268,6 +268,22 @@ def test_an_interruption_leaves_the_weights_as_they_were(monkeypatch: pytest.Mon
     assert differing(restore(merged), model().state_dict()) == []
 
 
+def test_an_interrupted_restore_can_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = merge_lora(model(), keyed("bare", halves()))
+    real = merging._copy
+
+    def interrupted(weight: torch.Tensor, value: torch.Tensor) -> None:
+        real(weight, value)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging, "_copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        restore(merged)
+    monkeypatch.undo()
+    assert differing(restore(merged), model().state_dict()) == []
+    assert differing(merge_lora(merged, keyed("bare", halves(2))), expected((halves(2), 1.0))) == []
+
+
 QKV, DOWN = PATHS[:2]
 
 
