@@ -1,6 +1,6 @@
 """Custom nodes of ComfyUI: happyhorse_fast's attention in any model, and HappyHorse models with their sampler.
 
-Copy or link this folder into ComfyUI's ``custom_nodes``, beside `pip install happyhorse-fast` in its environment.
+Copy or link this folder into ComfyUI's ``custom_nodes``, with this package in its environment.
 """
 
 from __future__ import annotations

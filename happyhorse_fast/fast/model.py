@@ -17,7 +17,7 @@ from happyhorse_fast.eager import sequence
 from happyhorse_fast.eager.float32 import linear
 from happyhorse_fast.eager.model import ROW_CHUNK, HappyHorse, LayerHook
 from happyhorse_fast.eager.qkv import rms_norm
-from happyhorse_fast.eager.sequence import Clip, Ranges
+from happyhorse_fast.eager.sequence import Ranges
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.dtypes import require_kept_dtypes
@@ -26,6 +26,7 @@ from happyhorse_fast.fast.refusals import require_running
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.fast.step import answer, is_exact, step_in_words
 from happyhorse_fast.fast.untraced import load_compiler
+from happyhorse_fast.ops.runtime.checks import has_tangent
 from happyhorse_fast.parallel.sharded import gather
 
 MODALITY_EMBEDDERS = ("video_embedder", "audio_embedder", "text_embedder")
@@ -61,6 +62,9 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
         if not torch.compiler.is_compiling():
             model.fast.require_packed()
             require_running(model)
+            for name, value in (dict(zip(names[1:], args[1:], strict=False)) | kwargs).items():
+                if isinstance(value, torch.Tensor) and has_tangent(value):
+                    raise ValueError(f"{name} must have no tangent: an accelerated model has no derivatives")
         kind = next(model.parameters()).device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
@@ -165,8 +169,7 @@ class AcceleratedHappyHorse(Accelerated):
             RuntimeError: A shape's first call is in the capture of a CUDA graph; or the layers were given back.
         """
         config = self.config
-        # Whole numbers, whatever traces this call: torch.jit.trace has tensors for sizes, torch.compile unknowns.
-        clip = Clip(*[len(range(size)) for size in sequence.check_inputs(config, video, audio, text, self.device)])
+        clip = sequence.check_inputs(config, video, audio, text, self.device)
         layers = packed_layers(self)
         state = self.fast.clip(clip, self.device)
         hidden = torch.zeros(state.share.count, config.hidden_size, dtype=torch.float32, device=self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from happyhorse_fast.hosts.key_masks import KeyMasks
 from happyhorse_fast.hosts.sparse import Chosen, Sparse
 from happyhorse_fast.ops.attention.contract import HEAD_DIMS
 from happyhorse_fast.ops.attention.sdpa import attention
-from happyhorse_fast.ops.runtime.checks import is_capturing, require_backend
+from happyhorse_fast.ops.runtime.checks import is_capturing, is_differentiated, require_backend
 from happyhorse_fast.ops.runtime.dispatch import op_choice
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ class Calls:
                 return f"{name} has {x.dim()} dimensions, not 4"
             if x.device != q.device:
                 return f"{name} is on another device than query"
-            if x.requires_grad and torch.is_grad_enabled():
+            if is_differentiated(x):
                 return f"{name} requires gradients"
         if q.shape[3] not in HEAD_DIMS:
             return f"head dim {int(q.shape[3])}, not {', '.join(map(str, HEAD_DIMS))}"
@@ -161,8 +162,8 @@ class Calls:
             return "dropout"
         if is_causal:
             return "is_causal"
-        if scale is not None and not scale > 0:
-            return "scale is not positive"
+        if scale is not None and not 0 < scale < math.inf:
+            return "scale is not positive and finite"
         return None if mask is None else self._masks.obstacle(mask, q, k)
 
     def _choose(self, device: torch.device) -> tuple[str, str | None]:

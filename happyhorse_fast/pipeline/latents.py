@@ -65,7 +65,7 @@ class Latents:
             "request": json.dumps(self.request.to_dict()),
         }
         with replacing(path) as partial:
-            write_safetensors({key: value.contiguous() for key, value in tensors.items()}, partial, said)
+            write_safetensors({key: value.contiguous() for key, value in tensors.items()}, partial, said, named=path)
 
 
 def read_latents(path: str | Path) -> Latents:

@@ -124,6 +124,13 @@ def test_the_live_model_is_right_after_a_tracer_saw_a_new_shape(
         assert same(again, expected)
 
 
+def test_tangents_are_refused() -> None:
+    """torch has no forward derivative of an op of its own, and would give those of the ends of the model alone."""
+    inputs, model = clip(), fast_model()
+    with pytest.raises(ValueError, match="video must have no tangent"):
+        torch.func.jvp(lambda video: model(video, *inputs[1:])[0], inputs[:1], inputs[:1])
+
+
 @pytest.mark.parametrize("public", [False, True])
 def test_a_shape_first_seen_in_inference_mode_can_be_compiled_and_exported(public: bool) -> None:
     inputs = packed(clip()) if public else clip()

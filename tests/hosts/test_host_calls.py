@@ -1,11 +1,13 @@
 """What a host's attention calls are taken for, and what stays the host's: `hosts.Calls` and `hosts.sdpa`."""
 
 import logging
+import math
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import happyhorse_fast as hh
 from happyhorse_fast.hosts import Calls, Chosen, sdpa
@@ -47,7 +49,7 @@ def test_a_call_that_fits_is_taken(backend):
         ({"d": 48}, {}, "head dim 48, not 32, 64, 128"),
         ({}, {"is_causal": True}, "is_causal"),
         ({}, {"dropout_p": 0.1}, "dropout"),
-        ({}, {"scale": -1.0}, "scale is not positive"),
+        ({}, {"scale": -1.0}, "scale is not positive and finite"),
         ({}, {"attn_mask": torch.zeros(150, 150).bfloat16()}, "attn_mask is bfloat16: only bool masks are read"),
         (
             {},
@@ -82,6 +84,7 @@ def test_gradients_heads_and_dimensions_stay_the_hosts():
         with pytest.raises(RuntimeError):
             F.scaled_dot_product_attention(q.detach(), k, v)
         F.scaled_dot_product_attention(q[0, :2].detach(), k[0], v[0])
+        F.scaled_dot_product_attention(q.detach(), k, v, scale=math.inf, enable_gqa=True)
         with torch.no_grad():
             F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     assert calls.taken == 1
@@ -89,7 +92,15 @@ def test_gradients_heads_and_dimensions_stay_the_hosts():
         "query requires gradients",
         "4 heads of queries on 2 of keys without enable_gqa",
         "query has 3 dimensions, not 4",
+        "scale is not positive and finite",
     }
+
+
+def test_tangents_stay_the_hosts():
+    q, k, v = drawn(heads=(2, 2))
+    with sdpa(backend="reference") as calls, sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(lambda x: F.scaled_dot_product_attention(x, k, v), (q,), (q,))
+    assert tangent.any() and calls.taken == 0
 
 
 def test_on_a_cpu_auto_leaves_every_call_and_says_why():

@@ -19,12 +19,14 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def is_differentiated(x: torch.Tensor) -> bool:
-    """Whether a call with ``x`` is to be differentiated: backward, or forward, where ``x`` carries a tangent.
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether ``x`` carries a tangent: ``torch.func.jvp`` silently takes those of an op of one's own for zeros."""
+    return forward_ad.unpack_dual(x).tangent is not None
 
-    ``torch.func.jvp`` takes the tangents of an op without gradients for zeros, and says nothing.
-    """
-    return (x.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(x).tangent is not None
+
+def is_differentiated(x: torch.Tensor) -> bool:
+    """Whether a call with ``x`` is to be differentiated: backward, or forward."""
+    return (x.requires_grad and torch.is_grad_enabled()) or has_tangent(x)
 
 
 def require_backend(backend: str, allowed: tuple[str, ...]) -> None:
