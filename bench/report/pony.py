@@ -82,7 +82,7 @@ def fidelity_figure(found: Json) -> Figure:
         f"{found['clips']} held-out prompts against float32 of the same noise; dots: clips, bars: medians. The pony "
         "has 7.4 M parameters: what of this carries over to 15 B is in decision 0010"
     )
-    figure = blank_figure(12.5, 1.5 + 0.26 * len(results), "What precision and sparsity cost a trained model", note)
+    figure = blank_figure(11.5, 1.5 + 0.26 * len(results), "What precision and sparsity cost a trained model", note)
     names = [row[0] for row in fidelity_tables.rows(found)]
     measures = {
         "psnr_db": "pictures, PSNR dB: right is better",
@@ -95,7 +95,7 @@ def fidelity_figure(found: Json) -> Figure:
         for place, result in enumerate(results):
             colour = KIND_COLOURS[result["kind"]]
             values = [clip[measure] for clip in result["clips"]]
-            axes.plot(values, [place] * len(values), "o", ms=3.5, color=colour, alpha=0.45, mew=0)
+            axes.plot(values, [place] * len(values), "o", ms=3, color=colour, alpha=0.4, mew=0)
             axes.plot([result["summary"][measure][0]], [place], "|", ms=13, mew=2.2, color=colour)
         axes.set_xlabel(label)
         if measure != "psnr_db":
@@ -162,4 +162,7 @@ def own_tables(report: Report) -> list[Table]:
 
 def own_section(report: Report) -> str:
     """The generated part of the pony's own README."""
-    return "\n\n".join(table.markdown() for table in own_tables(report))
+    parts = [table.markdown() for table in own_tables(report)]
+    if report.fidelity is not None:
+        parts += ["![What precision and sparsity cost each clip](../../docs/report/fidelity.png)"]
+    return "\n\n".join(parts)
