@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from bf16_budget import bf16_violations
 from fuzz import examples
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from linear_cases import E4M3, EPILOGUES, IMPLEMENTED, KERNELS, ROWS, Case, row_tiles, run_epilogue
 from strict import checked_memory, checked_overflow, permuted_grid, poisoned_outputs, strict
@@ -227,6 +227,7 @@ def test_inputs_past_2_31_elements():
     epilogue=st.sampled_from(EPILOGUES),
     seed=st.integers(0, 9),
 )
+@example(sizes=[1, 99], f=2, k=50, form="bf16", epilogue="swiglu7", seed=2)  # a factor near 0
 def test_any_shape(sizes, f, k, form, epilogue, seed):
     case = Case(tuple(sizes), 128 * f, 8 * k, form != "bf16", form == "static", seed)
     with strict(seed):
@@ -234,7 +235,11 @@ def test_any_shape(sizes, f, k, form, epilogue, seed):
         expected = run_epilogue(case, epilogue, backend="reference")
     for a, b in zip(*(t if isinstance(t, tuple) else (t,) for t in (y, expected)), strict=True):
         # Both round at the same places; sums differ in their order, so a bf16 value may fall on its neighbour.
-        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)
+        room = 2**-6 * (1 + b.float().abs())
+        if (form, epilogue) == ("bf16", "swiglu7") and b.numel():
+            # Of its factor (linear + 1) near 0 the neighbour is 2^-7 away, and the other factor is up to 7.
+            room += 2**-7 * gelu7(run_epilogue(case, "plain", backend="reference")[:, ::2].float()).abs()
+        assert (a.dtype, a.shape) == (b.dtype, b.shape) and bool(((a.float() - b.float()).abs() <= room).all())
 
 
 # --- the budgets catch what they are for ------------------------------------------------------------------------------
