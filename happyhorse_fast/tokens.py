@@ -12,13 +12,14 @@ VAE_STRIDE = (4, 16, 16)
 TEXT_TOKENS = 640
 """Length that the published pipeline pads prompts to."""
 
-# (short side, long side) in pixels; multiples of 32, so that a 1x2x2 patch of a stride-16 latent always fits.
-_SIDES = {"1080p": (1088, 1920), "540p": (512, 896), "256p": (256, 448)}
-_ASPECTS = ("16:9", "9:16", "1:1")
+SIDES = {"1080p": (1088, 1920), "540p": (512, 896), "256p": (256, 448)}
+"""(short side, long side) in pixels; multiples of 32, so that a 1x2x2 patch of a stride-16 latent always fits."""
+ASPECTS = ("16:9", "9:16", "1:1")
 _FPS = (24, 25)
 PUBLIC = "davinci-magihuman"
 """First word of the presets of the public checkpoints."""
-_SECONDS = range(3, 16)
+SECONDS = range(3, 16)
+"""Lengths that a clip may have."""
 
 
 def fps_of(preset: str | None) -> int:
@@ -76,16 +77,16 @@ def tokens_for(resolution: str, aspect: str = "16:9", seconds: int = 5, fps: int
     Raises:
         ValueError: An argument is not among the allowed values; the message lists them.
     """
-    if resolution not in tuple(_SIDES):  # a tuple, since what does not hash is not one of them either
-        raise ValueError(f"resolution must be one of {', '.join(_SIDES)}; got {resolution!r}")
-    if aspect not in _ASPECTS:
-        raise ValueError(f"aspect must be one of {', '.join(_ASPECTS)}; got {aspect!r}")
+    if resolution not in tuple(SIDES):  # a tuple, since what does not hash is not one of them either
+        raise ValueError(f"resolution must be one of {', '.join(SIDES)}; got {resolution!r}")
+    if aspect not in ASPECTS:
+        raise ValueError(f"aspect must be one of {', '.join(ASPECTS)}; got {aspect!r}")
     length, rate = real_number(seconds), real_number(fps)
-    if length is None or length not in _SECONDS:
-        raise ValueError(f"seconds must be a whole number from {_SECONDS[0]} to {_SECONDS[-1]}; got {seconds!r}")
+    if length is None or length not in SECONDS:
+        raise ValueError(f"seconds must be a whole number from {SECONDS[0]} to {SECONDS[-1]}; got {seconds!r}")
     if rate is None or rate not in _FPS:
         raise ValueError(f"fps must be one of {', '.join(map(str, _FPS))}; got {fps!r}")
-    short, long = _SIDES[resolution]
+    short, long = SIDES[resolution]
     rows, columns = {"16:9": (short, long), "9:16": (long, short), "1:1": (short, short)}[aspect]
     frames = int(length) * int(rate) + 1
     return ClipTokens((frames - 1) // VAE_STRIDE[0] + 1, rows // VAE_STRIDE[1], columns // VAE_STRIDE[2], audio=frames)

@@ -43,12 +43,16 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
     """
     names = tuple(inspect.signature(forward).parameters)
 
+    def inputs_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name, without the model."""
+        return dict(zip(names[1:], args[1:], strict=False)) | dict(kwargs)
+
     def together(*args: P.args, **kwargs: P.kwargs) -> R:
         """On every rank, where several share the sequence."""
         model: Any = args[0]
         if model.fast.ranks is None:
             return forward(*args, **kwargs)
-        inputs = dict(zip(names[1:], args[1:], strict=False)) | kwargs
+        inputs = inputs_of(args, kwargs)
         handler = inputs.pop("local_attn_handler", None)
         inputs |= {f"local_attn_handler.{name}": getattr(handler, name, None) for name in _RANGES}
         with model.fast.ranks.call(step_in_words, **inputs):
@@ -62,7 +66,7 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
         if not torch.compiler.is_compiling():
             model.fast.require_packed()
             require_running(model)
-            for name, value in (dict(zip(names[1:], args[1:], strict=False)) | kwargs).items():
+            for name, value in inputs_of(args, kwargs).items():
                 if isinstance(value, torch.Tensor) and has_tangent(value):
                     raise ValueError(f"{name} must have no tangent: an accelerated model has no derivatives")
         kind = next(model.parameters()).device.type

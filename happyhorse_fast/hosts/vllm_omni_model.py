@@ -17,7 +17,7 @@ from happyhorse_fast.pipeline.image import open_image
 from happyhorse_fast.pipeline.pipeline import Pipeline
 from happyhorse_fast.pipeline.request import FPS, Request
 from happyhorse_fast.pipeline.sound import PLAYED_RATE
-from happyhorse_fast.tokens import tokens_for
+from happyhorse_fast.tokens import ASPECTS, SECONDS, SIDES, tokens_for
 
 OPTIONS = "happyhorse_fast"
 """Key of the configuration's ``additional_config`` whose value has arguments of :meth:`Pipeline.from_pretrained`."""
@@ -40,11 +40,7 @@ _MODELS_OWN = (
     "lora_request",
 )
 """Of a request's sampling parameters, those that would change the clip and are not for a request to say."""
-_SIZES = {
-    tokens_for(resolution, aspect).pixels: (resolution, aspect)
-    for resolution in ("1080p", "540p", "256p")
-    for aspect in ("16:9", "9:16", "1:1")
-}
+_SIZES = {tokens_for(resolution, aspect).pixels: (resolution, aspect) for resolution in SIDES for aspect in ASPECTS}
 """(height, width) -> resolution and aspect."""
 
 
@@ -202,7 +198,9 @@ def _seconds_of(sampling: Any) -> dict[str, Any]:
         return {"seconds": sampling.extra_args["duration"]}
     if sampling.num_frames in (None, 1):
         return {}
-    for seconds in range(3, 16):
+    for seconds in SECONDS:
         if sampling.num_frames in (FPS * seconds, Request(prompt="a clip", seconds=seconds).frames):
             return {"seconds": seconds}
-    raise ValueError(f"num_frames must be {FPS} for each of 3 to 15 seconds, got {sampling.num_frames}")
+    raise ValueError(
+        f"num_frames must be {FPS} for each of {SECONDS[0]} to {SECONDS[-1]} seconds, got {sampling.num_frames}"
+    )

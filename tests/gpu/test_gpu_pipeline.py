@@ -29,7 +29,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tokens, "_SIDES", {"256p": (64, 96), "540p": (96, 160)})
+    monkeypatch.setattr(tokens, "SIDES", {"256p": (64, 96), "540p": (96, 160)})
     monkeypatch.setenv("HAPPYHORSE_FAST_CACHE", str(tmp_path / "cache"))
 
 

@@ -2,11 +2,11 @@
 
 import json
 
-import av
 import numpy as np
 import pytest
 from rank_work import clips_of_a_pipeline, generated
 from safetensors.numpy import load_file
+from sound_files import write_sine
 
 import happyhorse_fast as hh
 from happyhorse_fast.pipeline.tiny import write_tiny_checkpoint
@@ -23,14 +23,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def sound(tmp_path):
-    path = tmp_path / "sound.wav"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=44100, layout="mono")
-        wave = (np.sin(np.arange(4 * 44100) / 20) * 9000).astype(np.int16)
-        frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
-        frame.sample_rate = 44100
-        container.mux([*stream.encode(frame), *stream.encode()])
-    return path
+    return write_sine(tmp_path / "sound.wav", 44100)
 
 
 def arguments(tiny, folder, *more):

@@ -21,6 +21,7 @@ import torch
 from logged import logs
 from PIL import Image
 from safetensors.torch import load_file
+from sound_files import write_sine
 
 from happyhorse_fast import tokens
 from happyhorse_fast.arguments import CheckpointError
@@ -48,7 +49,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         pytest.fail(f"a part calls {address}")
 
     monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr(tokens, "_SIDES", SIDES)
+    monkeypatch.setattr(tokens, "SIDES", SIDES)
     monkeypatch.setenv("HAPPYHORSE_FAST_CACHE", str(tmp_path / "cache"))
 
 
@@ -79,14 +80,7 @@ def picture(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sound(tmp_path: Path) -> Path:
-    path = tmp_path / "sound.wav"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=48000, layout="mono")
-        wave = (np.sin(np.arange(4 * 48000) / 20) * 9000).astype(np.int16)
-        frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
-        frame.sample_rate = 48000
-        container.mux([*stream.encode(frame), *stream.encode()])
-    return path
+    return write_sine(tmp_path / "sound.wav", 48000)
 
 
 @pytest.fixture

@@ -296,7 +296,7 @@ def command(rank: int, ranks: int, arguments: list[str]) -> tuple[int, str, str]
 
 def generated(rank: int, ranks: int, arguments: list[str], sides: dict[str, tuple[int, int]], cache: str) -> Any:
     """:func:`command` with other frame sizes and a cache of its own; an mp4 at 1080p takes a CPU an hour."""
-    with mock.patch.object(tokens, "_SIDES", sides), mock.patch.dict(os.environ, {"HAPPYHORSE_FAST_CACHE": cache}):
+    with mock.patch.object(tokens, "SIDES", sides), mock.patch.dict(os.environ, {"HAPPYHORSE_FAST_CACHE": cache}):
         return command(rank, ranks, arguments)
 
 
@@ -332,7 +332,7 @@ def clips_of_a_pipeline(rank: int, ranks: int, folder: str, sides: dict[str, tup
     """Frames of two clips by one pipeline, on rank 0; hosts have unlike room for a model that waits."""
     mesh = init_device_mesh("cpu", (ranks,))
     with (
-        mock.patch.object(tokens, "_SIDES", sides),
+        mock.patch.object(tokens, "SIDES", sides),
         mock.patch.object(residency, "available_bytes", return_value=rank * 2**40),
         mock.patch.dict(os.environ, {"HAPPYHORSE_FAST_PROMPT_CACHE": "0"}),
         mock.patch.object(company, "parallelize", partial(hh.parallelize, timeout=60)),
