@@ -189,7 +189,7 @@ def block_sparse_attention_hopper_kernel(
         items = gl.where(gl.load(flag) != 0, items, 0)
     q_ring = make_ring(q, make_barriers(Q_SLOTS, GROUPS), GROUPS, Q_SLOTS)
     steps = make_barriers(STAGES, GROUPS)
-    rings = Rings(q_ring, make_ring(k, steps, 1, STAGES), make_ring(v, steps, 1, STAGES), make_barriers(1, 1))
+    rings = Rings(q_ring, make_ring(k, steps, 1, STAGES), make_ring(v, steps, 1, STAGES))
     fence_async_shared()
     work = Work(counts, starts, columns, mask_ids, mask_bits, order, map_rows, items)
     scales = Scales(scale, q_scale, k_scale, v_scale)

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from happyhorse_fast.kernels.attention import P_EXPONENT
-from happyhorse_fast.kernels.hopper_ring import await_full, hold_order, release
+from happyhorse_fast.kernels.hopper_ring import await_full, await_next, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
 LEAST_V_SCALE = gl.constexpr(2.0**-96)
@@ -25,7 +25,8 @@ float32. The result is off by less than 448 * 2^-96."""
 class Running(NamedTuple):
     """State between two steps. PV of the packed ``p`` is not issued yet; ``acc`` times ``alpha`` will be added to it.
 
-    ``k_scale`` and ``v_scale`` are of the next block, ``column`` is the block after it.
+    ``k_scale`` and ``v_scale`` are of the next block, ``column`` is the block after it. v of ``p``'s block and k of the
+    next one have arrived.
     """
 
     acc: Any
@@ -123,27 +124,27 @@ def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl
     first and added to the accumulator while QK runs; only the other group's products overlap with the softmax.
     """
     BESIDE: gl.constexpr = not MASKED and not sizes.lse
-    stage = await_full(rings.k, use, sizes.stages)
-    before = await_full(rings.v, use - 1, sizes.stages)
+    stage = use % sizes.stages
+    before = (use - 1) % sizes.stages
     if BESIDE:
         s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
         pv_pending = start_pv(running, rings.v, before, sizes)
+        release(rings.k, before)
         s = warpgroup_mma_wait(1, deps=[s_pending])
     else:
         pv_pending = start_pv(running, rings.v, before, sizes)
         s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
+        release(rings.k, before)
         acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
         s = warpgroup_mma_wait(0, deps=[s_pending])
-        release(rings.k, stage)
     if MASKED:
         s = hide(s, work, at, first, sizes)
     p, alpha, total, row_max = softmax(
         s, running.row_max, scales.scores, running.k_scale, at_least(running.v_scale), MASKED, sizes
     )
+    await_next(rings, use, gl.minimum(last - at, 1), sizes.stages)
     if BESIDE:
-        hold_order(rings)
         acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
-        release(rings.k, stage)
     # Loaded here, where PV's registers are free again; the next step uses them after its QK.
     next_k = gl.load(scales.k + running.column)
     next_v = gl.load(scales.v + running.column)
@@ -170,16 +171,18 @@ def attend_e4m3(item, use, rings, work, scales, first, sizes: gl.constexpr):
     column = gl.load(work.columns + gl.minimum(item.start + 2, last))
     stage = await_full(rings.k, use, sizes.stages)
     s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])
-    release(rings.k, stage)
     if item.n_full == 0:
         s = hide(s, work, item.start, first, sizes)
     p, alpha, row_sum, row_max = softmax(s, row_max, scales.scores, k_scale, v_scale, True, sizes)
+    await_next(rings, use, gl.minimum(item.n_all - 1, 1), sizes.stages)
     running = Running(zero, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, column)
     for j in range(1, item.n_full):
         running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, False, sizes)
     for j in range(gl.maximum(item.n_full, 1), item.n_all):
         running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, True, sizes)
-    before = await_full(rings.v, use + item.n_all - 1, sizes.stages)
-    acc = add_pv(running, warpgroup_mma_wait(0, deps=[start_pv(running, rings.v, before, sizes)]), sizes)
+    before = (use + item.n_all - 1) % sizes.stages
+    pv_pending = start_pv(running, rings.v, before, sizes)
+    release(rings.k, before)
+    acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
     row_sum = gl.convert_layout(gl.sum(running.row_sum, axis=1), sizes.s_row)
     return acc, row_sum, running.row_max

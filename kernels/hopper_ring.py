@@ -23,15 +23,11 @@ class Ring(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """The rings of q, k and v. k and v share ``empty``: a step's end frees k of its block and v of the block before.
-
-    ``open`` is an mbarrier that nobody arrives at.
-    """
+    """The rings of q, k and v. k and v share ``empty``: a step's end frees k of its block and v of the block before."""
 
     q: Any
     k: Any
     v: Any
-    open: Any
 
 
 @gluon.jit
@@ -76,12 +72,13 @@ def await_full(ring, use, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def hold_order(rings):
-    """Keep ptxas from moving instructions across this point: a wait is a loop, and nothing moves across a loop.
+def await_next(rings, use, more, SLOTS: gl.constexpr):
+    """Wait for v of the ``use``-th block and for k of the next one; where ``more`` is 0 there is none, else it is 1.
 
-    The wait ends at once, since it is for the phase before the barrier's first.
+    Called before the end of PV: what stands between that and the next products delays them.
     """
-    mbarrier.wait(rings.open.index(0), 1)
+    await_full(rings.v, use, SLOTS)
+    await_full(rings.k, use + more, SLOTS)
 
 
 @gluon.jit

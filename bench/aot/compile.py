@@ -167,6 +167,7 @@ def hopper_order(cubin: Path) -> dict[str, Any]:
         "exponents": disassembly.exponents_beside_products(cubin),
         "turns": [list(turn) for turn in disassembly.turns(cubin, (TURNS.value, TURNS.value + 1), GROUP_THREADS)],
         "barriers": [list(barrier) for barrier in disassembly.named_barriers(cubin)],
+        "overwritten": disassembly.overwritten(cubin),
         "step": min(disassembly.steps(cubin, EXPONENTS), default=0),
     }
 

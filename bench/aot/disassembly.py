@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+# N of a product of m64nNkK, the first register of its sums, and that of its left operand where that is in registers.
+_PRODUCT = re.compile(r"GMMA\.64x(\d+)x\d+\S* R(\d+), (?:R(\d+), )?")
+_RESULT = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*) (?:P\d, )?R(\d+)\b")
 _USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
@@ -45,11 +48,19 @@ def exponents_beside_products(cubin: Path) -> list[int]:
 
 
 class Turn(NamedTuple):
-    """Products of a warp group between a wait for its turn and the end of its step: before it passes, and behind."""
+    """A warp group's step, from the wait for its turn on.
+
+    Attributes:
+        before: Products before it passes its turn.
+        behind: Products after that.
+        passes: How often it passes.
+        sums: Additions between that and the wait for the first batch of products, when the group has nothing to do.
+    """
 
     before: int
     behind: int
     passes: int
+    sums: int
 
 
 def turns(cubin: Path, numbers: tuple[int, int], threads: int) -> list[Turn]:
@@ -65,42 +76,79 @@ def turns(cubin: Path, numbers: tuple[int, int], threads: int) -> list[Turn]:
     found: list[Turn] = []
     number: int | None = None
     counts = [0, 0]
-    passes = 0
+    passes = sums = 0
+    waited = False
     for line in tool("nvdisasm", "-c", cubin).splitlines():
         code = OPCODE.search(line)
         if (at := sync.search(line)) and int(at[1], 16) in numbers:
             if number is not None:
-                found.append(Turn(counts[0], counts[1], passes))
-            number, counts, passes = int(at[1], 16), [0, 0], 0
+                found.append(Turn(counts[0], counts[1], passes, sums))
+            number, counts, passes, sums, waited = int(at[1], 16), [0, 0], 0, 0, False
         elif number is None or code is None:
             continue
         elif (at := arrive.search(line)) and int(at[1], 16) in numbers and int(at[1], 16) != number:
             passes += 1
         elif code[1].endswith("GMMA"):
             counts[passes > 0] += 1
+        elif code[1] == "FADD":
+            sums += passes > 0 and not waited
+        elif "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line:
+            waited = True
         elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
-            found.append(Turn(counts[0], counts[1], passes))
+            found.append(Turn(counts[0], counts[1], passes, sums))
             number = None
     return found
 
 
-def steps(cubin: Path, exponents: int) -> list[int]:
-    """Instructions of every loop with warp-group products and at least so many exponents, and no such loop in it."""
+def loops(cubin: Path) -> list[list[str]]:
+    """Lines of the instructions of every loop with warp-group products that holds no other such loop."""
     listing: list[str] = []
     labels: dict[str, int] = {}
     found: list[tuple[int, int]] = []
     for line in tool("nvdisasm", "-c", cubin).splitlines():
         if (label := re.match(r"(\.L_\w+):", line)) is not None:
             labels[label[1]] = len(listing)
-        elif (code := OPCODE.search(line)) is not None:
-            listing.append("MUFU.EX2" if "MUFU.EX2" in line else code[1])
+        elif OPCODE.search(line) is not None:
+            listing.append(line)
             back = re.search(r"BRA `\((\.L_\w+)\)", line)
-            if back is not None and (first := labels.get(back[1])) is not None:
-                body = listing[first:]
-                if body.count("MUFU.EX2") >= exponents and any(name.endswith("GMMA") for name in body):
-                    found.append((first, len(listing)))
+            first = labels.get(back[1]) if back is not None else None
+            if first is not None and any("GMMA" in inside for inside in listing[first:]):
+                found.append((first, len(listing)))
     inner = [(a, b) for a, b in found if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)]
-    return [b - a for a, b in inner]
+    return [listing[a:b] for a, b in inner]
+
+
+def steps(cubin: Path, exponents: int) -> list[int]:
+    """Instructions of every loop with warp-group products and at least so many exponents, and no such loop in it."""
+    return [len(loop) for loop in loops(cubin) if sum("MUFU.EX2" in line for line in loop) >= exponents]
+
+
+def overwritten(cubin: Path) -> int:
+    """Count the instructions of loops that write a register which a warp-group product under way reads or adds to.
+
+    A loop is walked twice, so that what is under way when it begins again counts. A product's left operand stays in
+    registers until the wait for it; ptxas (CUDA 12.8) does not see to that where the wait comes in the next iteration.
+    """
+    found = set()
+    for number, loop in enumerate(loops(cubin)):
+        batches: list[set[int]] = []
+        held: set[int] = set()  # of the batch that is being issued
+        for at, line in [*enumerate(loop), *enumerate(loop)]:
+            if (product := _PRODUCT.search(line)) is not None:
+                sums, left = int(product[2]), product[3]
+                held |= {*range(sums, sums + int(product[1]) // 2)} | (
+                    {*range(int(left), int(left) + 4)} if left else set()
+                )
+                if "gsb0" in line:
+                    batches, held = [*batches, held], set()
+            elif (wait := re.search(r"DEPBAR\.LE gsb0, 0x([0-9a-f]+)", line)) is not None:
+                batches = batches[max(len(batches) - int(wait[1], 16), 0) :]
+            elif (result := _RESULT.search(line)) is not None:
+                wide = 4 if ".128" in result[1] else 2 if ".64" in result[1] or ".WIDE" in result[1] else 1
+                written = {*range(int(result[2]), int(result[2]) + wide)}
+                if any(written & registers for registers in (*batches, held)):
+                    found.add((number, at))
+    return len(found)
 
 
 def named_barriers(cubin: Path) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ CLAMPS = re.compile("swiglu7|gelu7|fp8 out|int8 out|int8_qk out|Hadamard")
 MAY_SPILL = {("qkv", 100), ("qkv", 120), ("attention", 100)}
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
 EXPONENTS = 64
-"""Exponents of a thread per step of the Hopper kernel: 64 x 128 by 128 threads."""
+"""Exponents of a thread per step of the Hopper kernel: 64 x 128 by 128 threads. As many numbers it sums."""
 TURNS = 4
 """Its two groups, each in its loop over full blocks and that over partial ones."""
 GROUP_THREADS = 256
@@ -59,9 +59,10 @@ class Row:
         triton: Version that compiled it.
         seconds: What compiling took.
         exponents: In the Hopper kernel, how many of a loop's stand beside products that are under way.
-        turns: In the Hopper kernel, each loop's products before a group passes its turn, behind that, and passes.
+        turns: In the Hopper kernel, each loop's `disassembly.Turn`.
         barriers: In the Hopper kernel, numbers of named barriers, and the threads that meet there, 0 for all.
         step: In the Hopper kernel, instructions of the shortest loop over blocks.
+        overwritten: In the Hopper kernel, instructions that write what a product under way reads.
         reduces: UTMAREDG instructions: additions by the memory.
         stores: STG instructions.
         pointers: Arguments that are pointers, by name.
@@ -93,6 +94,7 @@ class Row:
     turns: list[list[int]] = field(default_factory=list)
     barriers: list[list[int]] = field(default_factory=list)
     step: int = 0
+    overwritten: int = 0
     reduces: int = 0
     stores: int = 0
     pointers: list[str] = field(default_factory=list)
@@ -129,11 +131,13 @@ def problems(row: Row) -> list[str]:
     """Gates that a row fails, each in a line; empty where it holds all.
 
     No stack and no spills, but for :data:`MAY_SPILL`; it fits the device; its configuration is legal and is the one it
-    was launched with; its listing has the tensor-core instructions of its format and no others; in the Hopper kernel,
-    a block's exponents stand between the start of a PV and the wait for it, and with P in bf16 a group passes its turn
-    once, behind its last product; where its configuration says so, the memory adds, and there is no other way to the
-    result; activations and casts keep NaN. (Triton may take others without a word: e4m3 as bf16 with
-    max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
+    was launched with; its listing has the tensor-core instructions of its format and no others; where its configuration
+    says so, the memory adds, and there is no other way to the result; activations and casts keep NaN. (Triton may take
+    others without a word: e4m3 as bf16 with max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
+
+    In the Hopper kernel a block's exponents stand between the start of a PV and the wait for it, and nothing writes
+    what a product under way reads. With P in bf16 a group passes its turn once, behind its last product, and sums P
+    between that and the wait for QK.
     """
     found = []
     config = LaunchConfig(**row.config)
@@ -160,9 +164,13 @@ def problems(row: Row) -> list[str]:
         found.append(f"{beside} loops with {EXPONENTS} exponents beside PV, {loops} wanted")
     if taking_turns and len(row.turns) != TURNS:
         found.append(f"{len(row.turns)} turns, {TURNS} wanted")
-    for before, behind, passes in row.turns:
+    for before, behind, passes, sums in row.turns:
         if not before or behind or passes != 1:
             found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
+        if sums < EXPONENTS:
+            found.append(f"{sums} sums while QK runs, {EXPONENTS} wanted")
+    if row.overwritten:
+        found.append(f"{row.overwritten} instructions that write what a product under way reads")
     own = [barrier for barrier in row.barriers if barrier[0] >= RESERVED]
     if config.hopper and (len(own), *{threads for _, threads in own}) != ((2, GROUP_THREADS) if taking_turns else (0,)):
         found.append(f"named barriers {own}, not {'two of both groups' if taking_turns else 'none'}")

@@ -271,48 +271,57 @@ PLANTED = {
     "three readers": ("steps = make_barriers(STAGES, GROUPS)", "steps = make_barriers(STAGES, 3)"),
     "other key/value head": ("channel = head // sizes.group * sizes.d", "channel = head % sizes.group * sizes.d"),
 }  # fmt: skip
-STEP = "    s = warpgroup_mma_wait(1, deps=[s_pending])\n"
-TURN = "    pass_turn(GROUP)\n" + STEP
-AWAIT_K = "    stage = await_full(rings.k, use, sizes.stages)\n"
-AWAIT_V = "    before = await_full(rings.v, use - 1, sizes.stages)\n"
-AWAIT_LAST_V = "    before = await_full(rings.v, use + item.n_all - 1, sizes.stages)\n"
+FIRST_K = (
+    "    stage = await_full(rings.k, use, sizes.stages)\n"
+    "    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])\n"
+)
 
 
-def awaited(after_waits, after_last, fill):
-    """Bugs around k and v, by what stands behind their waits and their fill."""
-    stage, before = "    stage = use % sizes.stages\n", "    before = (use - 1) % sizes.stages\n"
-    last = "    before = (use + item.n_all - 1) % sizes.stages\n"
-    both = AWAIT_K + AWAIT_V + after_waits
+def around_slots(behind_first, behind_next, behind_last, fill):
+    """Bugs around the slots of k and v, by what stands behind the softmax's own waits, and by its fill."""
+    more = "await_next(rings, use, gl.minimum(item.n_all - 1, 1), sizes.stages)\n" + behind_next
+    steps = "await_next(rings, use, gl.minimum(last - at, 1), sizes.stages)\n" + behind_last
     return {
-        "k not awaited": (both, stage + AWAIT_V + after_waits),
-        "v not awaited": (both, AWAIT_K + before + after_waits),
-        "last v not awaited": (AWAIT_LAST_V + after_last, last + after_last),
+        "k not awaited": ("    await_full(rings.k, use + more, SLOTS)\n", ""),
+        "v not awaited": ("    await_full(rings.v, use, SLOTS)\n", ""),
+        "k of another block awaited": ("await_full(rings.k, use + more", "await_full(rings.k, use"),
+        "first k not awaited": (
+            FIRST_K + behind_first,
+            FIRST_K.replace("await_full(rings.k, use, sizes.stages)", "use % sizes.stages") + behind_first,
+        ),
+        "k awaited that never comes": (more, more.replace("gl.minimum(item.n_all - 1, 1)", "1")),
+        "k awaited behind the last": (steps, steps.replace("gl.minimum(last - at, 1)", "1")),
         "v's slot filled a step early": (fill + ", 1)", fill + ")"),
     }
 
 
-RELEASE = "    release(rings.k, stage)\n"
-ISSUE_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n    pv_pending = warpgroup"
-WAIT_PV = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n"
+STEP = "    s = warpgroup_mma_wait(1, deps=[s_pending])\n"
+PASS = "    pass_turn(GROUP)\n"
+RELEASE = "    release(rings.k, before)\n"
+LAST = "    row_sum = gl.sum("
+ISSUE_QK = "    s_pending = start_qk(item.q_tile, rings.k, use % sizes.stages, sizes)\n    pv_pending = warpgroup"
 SUMS = (
-    ("running.row_sum + sums(even, odd, sizes)", "running.row_sum + sums_unrounded(p, sizes)"),
-    ("packed(even, odd), sums(even, odd, sizes)", "packed(even, odd), sums_unrounded(p, sizes)"),
+    ("running.row_sum + sums_of_packed(running.p, zero_behind(use), sizes)", "running.log_sum"),
+    ("running.row_sum + sums_of_packed(running.p, 0, sizes)", "running.log_sum"),
+    ("    if sizes.lse:\n        log_sum += ", "    if True:\n        log_sum += "),
 )
-IN_TURNS = awaited("    await_turn", "    v = rings", "v, key, channel, 1, sizes.stages") | {
-    "never released": (WAIT_PV + RELEASE, WAIT_PV),
-    "first block never released": (RELEASE + "    t = scaled(", "    t = scaled("),
-    "released early": (WAIT_PV + RELEASE, RELEASE + WAIT_PV),
-    "result before its wait": (TURN, TURN.replace("(1,", "(2,")),
-    "turn not passed": (TURN, STEP),
-    "turn passed twice": (TURN, "    pass_turn(GROUP)\n" + TURN),
-    "turn passed too early": (ISSUE_QK, "    pass_turn(GROUP)\n" + ISSUE_QK),
-    "turn passed between": ("    pv_pending = warp", "    pass_turn(GROUP)\n    pv_pending = warp"),
+IN_TURNS = around_slots("    t = scaled(", "    row_sum", "    acc = warp", "v, key, channel, 1, sizes.stages") | {
+    "never released": (PASS + RELEASE, PASS),
+    "last block never released": (RELEASE + LAST, LAST),
+    "released early": (PASS + RELEASE, PASS + RELEASE.replace("before", "use % sizes.stages")),
+    "result before its wait": (STEP + "    t =", STEP.replace("(1,", "(2,") + "    t ="),
+    "turn not passed": (PASS + RELEASE, RELEASE),
+    "turn passed twice": (PASS + RELEASE, PASS + PASS + RELEASE),
+    "turn passed too early": (ISSUE_QK, PASS + ISSUE_QK),
+    "turn passed between": (ISSUE_QK, ISSUE_QK.replace("    pv_pending", PASS + "    pv_pending")),
     "turn not awaited": ("    await_turn(GROUP)\n", ""),
     "nobody begins": ("    if not sizes.e4m3 and GROUP == 1:\n        pass_turn(GROUP)\n", ""),
     "both begin": ("if not sizes.e4m3 and GROUP == 1:", "if not sizes.e4m3:"),
-    "halves of a word": ("packed(even, odd), row_sum", "packed(odd, even), row_sum"),
+    "halves of a word": ('"=r,f,f", [even, odd]', '"=r,f,f", [odd, even]'),
     "upper halves twice": ("(words << 16)", "(words & -65536)"),
-    "sum of the last block alone": ("running.row_sum + sums(even", "sums(even"),
+    "sum of the last two blocks": ("computed_here(running.row_sum + ", "computed_here("),
+    "sum without the last block": ("running.row_sum + sums_of_packed(running.p, 0, sizes)", "running.row_sum"),
+    "a loop without end": ("zero_behind(use)", "zero_behind(-use)"),
     "a turn of other size": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + 1 - GROUP, 288)"),
     "the same turn for both": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + GROUP, 256)"),
 }  # fmt: skip
@@ -324,13 +333,14 @@ INT8 = {
 }  # fmt: skip
 E4M3_BESIDE = "        s = warpgroup_mma_wait(1, deps=[s_pending])\n"
 E4M3_BEHIND = "        s = warpgroup_mma_wait(0, deps=[s_pending])\n"
-E4M3_PV = "        acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)\n"
-FREE = "        release(rings.k, stage)\n"
-E4M3 = awaited("    if BESIDE", "    acc = add_pv", "v, channel, key, 1, sizes.stages") | {
-    "never released": (E4M3_PV + FREE, E4M3_PV),
-    "never released behind QK": (E4M3_BEHIND + FREE, E4M3_BEHIND),
-    "released early": (E4M3_PV + FREE, FREE + E4M3_PV),
-    "released early behind QK": (E4M3_BEHIND + FREE, FREE + E4M3_BEHIND),
+FREE = "        release(rings.k, before)\n"
+SUM_PV = "        acc = add_pv("
+E4M3 = around_slots("    if item.n_full", "    running =", "    if BESIDE", "v, channel, key, 1, sizes.stages") | {
+    "never released": (FREE + E4M3_BESIDE, E4M3_BESIDE),
+    "never released behind QK": (FREE + SUM_PV, SUM_PV),
+    "last block never released": ("    release(rings.k, before)\n    acc = add_pv", "    acc = add_pv"),
+    "released early": (FREE + E4M3_BESIDE, FREE.replace("before", "stage") + E4M3_BESIDE),
+    "released early behind QK": (FREE + SUM_PV, FREE.replace("before", "stage") + SUM_PV),
     "result before its wait": (E4M3_BESIDE, E4M3_BESIDE.replace("(1,", "(2,")),
     "result before its wait behind QK": (E4M3_BEHIND, E4M3_BEHIND.replace("(0,", "(1,")),
     "no guard of empty rows": ('new_max == -float("inf"), 0.0', "new_max == 1.0, 0.0"),
