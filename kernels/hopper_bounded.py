@@ -123,12 +123,11 @@ def advance(
 ):
     """Run one step: QK and softmax of block ``at``, PV of the block before it. ``last`` is the last listed block.
 
-    The slots of the step before are released behind this step's products, which need not wait for that. Without the
-    loop of :func:`await_next` ptxas moves the exponents behind the end of PV, where none of this group's products
-    overlap with them.
+    What the next products need is awaited before the end of PV: their tiles and the turn. The slots of the step before
+    are released behind this step's products, which need not wait for that. Without the loop of :func:`await_next`
+    ptxas moves the exponents behind the end of PV, where none of this group's products overlap with them.
     """
     before = (use - 1) % sizes.stages
-    await_turn(GROUP)
     s_pending = start_qk(item.q_tile, rings.k, use % sizes.stages, sizes)
     pv_pending = warpgroup_mma(operand(running.p, sizes), rings.v.tiles.index(before), running.acc, is_async=True)
     pass_turn(GROUP)
@@ -145,6 +144,7 @@ def advance(
     if sizes.lse:
         log_sum += sums_unrounded(p, sizes)
     await_next(rings, use, gl.minimum(last - at, 1), sizes.stages)
+    await_turn(GROUP)
     acc = warpgroup_mma_wait(0, deps=[pv_pending])
     return Running(acc, packed(p, sizes), row_sum, log_sum, next_scale, next_column)
 
@@ -165,6 +165,7 @@ def attend_bounded(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: g
     p = gl.exp2(t)
     log_sum = sums_unrounded(p, sizes)
     await_next(rings, use, gl.minimum(item.n_all - 1, 1), sizes.stages)
+    await_turn(GROUP)
     row_sum = gl.zeros_like(log_sum)
     running = Running(zero, packed(p, sizes), row_sum, log_sum, next_scale, next_column)
     for j in range(1, item.n_full):
@@ -173,6 +174,7 @@ def attend_bounded(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: g
         running = advance(running, j + use, j + item.start, last, item, rings, work, scales, GROUP, True, sizes)
     before = (use + item.n_all - 1) % sizes.stages
     pv_pending = warpgroup_mma(operand(running.p, sizes), rings.v.tiles.index(before), running.acc, is_async=True)
+    pass_turn(GROUP)
     release(rings.k, before)
     row_sum = gl.sum(running.row_sum + sums_of_packed(running.p, 0, sizes), axis=1)
     acc = warpgroup_mma_wait(0, deps=[pv_pending])

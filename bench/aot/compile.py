@@ -165,10 +165,12 @@ def hopper_order(cubin: Path) -> dict[str, Any]:
     """Fields of a Row that say in which order the Hopper kernel's instructions stand."""
     return {
         "exponents": disassembly.exponents_beside_products(cubin),
-        "turns": [list(turn) for turn in disassembly.turns(cubin, (TURNS.value, TURNS.value + 1), GROUP_THREADS)],
+        "turns": [
+            list(turn) for turn in disassembly.turns(cubin, (TURNS.value, TURNS.value + 1), GROUP_THREADS, EXPONENTS)
+        ],
         "barriers": [list(barrier) for barrier in disassembly.named_barriers(cubin)],
         "overwritten": disassembly.overwritten(cubin),
-        "step": min(disassembly.steps(cubin, EXPONENTS), default=0),
+        "step": min(map(len, disassembly.loops(cubin, EXPONENTS)), default=0),
     }
 
 

@@ -63,48 +63,39 @@ class Turn(NamedTuple):
     sums: int
 
 
-def turns(cubin: Path, numbers: tuple[int, int], threads: int) -> list[Turn]:
-    """Every turn in the listing: from a wait at one of two named barriers on, to the wait for all products.
+def turns(cubin: Path, numbers: tuple[int, int], threads: int, exponents: int) -> list[Turn]:
+    """The turn of every loop over blocks that waits for one.
 
     Args:
         cubin: The binary.
         numbers: Of the barriers; to pass is to arrive at the other one.
         threads: That meet there.
+        exponents: Of a loop over blocks, at least.
     """
     sync = re.compile(r"BAR\.SYNC\S* 0x([0-9a-f]+), " + hex(threads) + r"\b")
     arrive = re.compile(r"BAR\.ARV 0x([0-9a-f]+), " + hex(threads) + r"\b")
     found: list[Turn] = []
-    number: int | None = None
-    counts = [0, 0]
-    passes = sums = 0
-    waited = False
-    for line in tool("nvdisasm", "-c", cubin).splitlines():
-        code = OPCODE.search(line)
-        if (at := sync.search(line)) and int(at[1], 16) in numbers:
-            if number is not None:
-                found.append(Turn(counts[0], counts[1], passes, sums))
-            number, counts, passes, sums, waited = int(at[1], 16), [0, 0], 0, 0, False
-        elif number is None or code is None:
+    for loop in loops(cubin, exponents):
+        waits = [(at, int(m[1], 16)) for at, line in enumerate(loop) if (m := sync.search(line)) is not None]
+        waits = [(at, number) for at, number in waits if number in numbers]
+        if not waits:
             continue
-        elif (at := arrive.search(line)) and int(at[1], 16) in numbers and int(at[1], 16) != number:
-            passes += 1
-        elif code[1].endswith("GMMA"):
-            counts[passes > 0] += 1
-        elif code[1] == "FADD":
-            sums += passes > 0 and not waited
-        elif "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line:
-            waited = True
-        elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
-            found.append(Turn(counts[0], counts[1], passes, sums))
-            number = None
+        (at, own), counts, passes, sums, waited = waits[0], [0, 0], 0, 0, False
+        for line in loop[at + 1 :] + loop[:at]:  # the loop begins somewhere else
+            if (passed := arrive.search(line)) is not None:
+                passes += int(passed[1], 16) in numbers and int(passed[1], 16) != own
+            counts[passes > 0] += "GMMA" in line
+            waited |= "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line
+            sums += passes > 0 and not waited and " FADD " in line
+        found.append(Turn(counts[0], counts[1], passes, sums))
     return found
 
 
-def loops(cubin: Path) -> list[list[str]]:
-    """Lines of the instructions of every loop with warp-group products that holds no other such loop."""
+def loops(cubin: Path, exponents: int = 0) -> list[list[str]]:
+    """Instructions of every loop with warp-group products that holds no other, and with so many exponents at least."""
     listing: list[str] = []
     labels: dict[str, int] = {}
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for line in tool("nvdisasm", "-c", cubin).splitlines():
         if (label := re.match(r"(\.L_\w+):", line)) is not None:
             labels[label[1]] = len(listing)
@@ -113,14 +104,9 @@ def loops(cubin: Path) -> list[list[str]]:
             back = re.search(r"BRA `\((\.L_\w+)\)", line)
             first = labels.get(back[1]) if back is not None else None
             if first is not None and any("GMMA" in inside for inside in listing[first:]):
-                found.append((first, len(listing)))
-    inner = [(a, b) for a, b in found if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)]
-    return [listing[a:b] for a, b in inner]
-
-
-def steps(cubin: Path, exponents: int) -> list[int]:
-    """Instructions of every loop with warp-group products and at least so many exponents, and no such loop in it."""
-    return [len(loop) for loop in loops(cubin) if sum("MUFU.EX2" in line for line in loop) >= exponents]
+                spans.append((first, len(listing)))
+    inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
+    return [loop for loop in (listing[a:b] for a, b in inner) if sum("MUFU.EX2" in line for line in loop) >= exponents]
 
 
 def overwritten(cubin: Path) -> int:

@@ -246,7 +246,8 @@ def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
 
 QK = "    s_pending = start_qk(item.q_tile, rings.k, use % sizes.stages, sizes)\n"
 PASS = "    pass_turn(GROUP)\n"
-AWAITED = "    await_next(rings, use, gl.minimum(last - at, 1), sizes.stages)\n"
+NEXT_RELEASE = "    release(rings.k, before)\n    next_scale"
+AWAITED = "    await_next(rings, use, gl.minimum(last - at, 1), sizes.stages)\n    await_turn(GROUP)\n"
 PV_DONE = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n    return"
 
 
@@ -254,9 +255,9 @@ PV_DONE = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n    return"
 @pytest.mark.parametrize(
     ("replaced", "problem"),
     [
-        ([(AWAITED + PV_DONE, PV_DONE)], "0 loops with 64 exponents beside PV, 4 wanted"),
+        ([(AWAITED + PV_DONE, "    await_turn(GROUP)\n" + PV_DONE)], "0 loops with 64 exponents beside PV, 4 wanted"),
         ([(QK, QK + PASS)], "a turn of 8 products, passed 2 times, with 8 behind"),
-        ([(PASS, "")], "passed 0 times"),
+        ([(PASS + NEXT_RELEASE, NEXT_RELEASE)], "passed 0 times"),
         # What the two functions of `hopper_order` are for: if one of these passes, it may no longer be needed.
         ([("zero_behind(use)", "0")], "sums while QK runs, 64 wanted"),
         ([("computed_here(", "(")], "sums while QK runs, 64 wanted"),

@@ -298,6 +298,7 @@ def around_slots(behind_first, behind_next, behind_last, fill):
 STEP = "    s = warpgroup_mma_wait(1, deps=[s_pending])\n"
 PASS = "    pass_turn(GROUP)\n"
 RELEASE = "    release(rings.k, before)\n"
+NEXT = "    next_scale"
 LAST = "    row_sum = gl.sum("
 ISSUE_QK = "    s_pending = start_qk(item.q_tile, rings.k, use % sizes.stages, sizes)\n    pv_pending = warpgroup"
 SUMS = (
@@ -305,16 +306,19 @@ SUMS = (
     ("running.row_sum + sums_of_packed(running.p, 0, sizes)", "running.log_sum"),
     ("    if sizes.lse:\n        log_sum += ", "    if True:\n        log_sum += "),
 )
-IN_TURNS = around_slots("    t = scaled(", "    row_sum", "    acc = warp", "v, key, channel, 1, sizes.stages") | {
-    "never released": (PASS + RELEASE, PASS),
+TURN = "    await_turn(GROUP)\n"
+IN_TURNS = around_slots("    t = scaled(", TURN + "    row", TURN + "    acc", "v, key, channel, 1, sizes.stages") | {
+    "never released": (PASS + RELEASE + NEXT, PASS + NEXT),
     "last block never released": (RELEASE + LAST, LAST),
-    "released early": (PASS + RELEASE, PASS + RELEASE.replace("before", "use % sizes.stages")),
+    "released early": (PASS + RELEASE + NEXT, PASS + RELEASE.replace("before", "use % sizes.stages") + NEXT),
     "result before its wait": (STEP + "    t =", STEP.replace("(1,", "(2,") + "    t ="),
-    "turn not passed": (PASS + RELEASE, RELEASE),
-    "turn passed twice": (PASS + RELEASE, PASS + PASS + RELEASE),
+    "turn not passed": (PASS + RELEASE + NEXT, RELEASE + NEXT),
+    "turn not passed behind the last PV": (PASS + RELEASE + LAST, RELEASE + LAST),
+    "turn passed twice": (PASS + RELEASE + NEXT, PASS + PASS + RELEASE + NEXT),
     "turn passed too early": (ISSUE_QK, PASS + ISSUE_QK),
     "turn passed between": (ISSUE_QK, ISSUE_QK.replace("    pv_pending", PASS + "    pv_pending")),
-    "turn not awaited": ("    await_turn(GROUP)\n", ""),
+    "turn not awaited behind the first QK": (TURN + "    row_sum", "    row_sum"),
+    "turn not awaited": (TURN + "    acc", "    acc"),
     "nobody begins": ("    if not sizes.e4m3 and GROUP == 1:\n        pass_turn(GROUP)\n", ""),
     "both begin": ("if not sizes.e4m3 and GROUP == 1:", "if not sizes.e4m3:"),
     "halves of a word": ('"=r,f,f", [even, odd]', '"=r,f,f", [odd, even]'),
