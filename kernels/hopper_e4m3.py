@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from happyhorse_fast.kernels.attention import P_EXPONENT
+from happyhorse_fast.kernels.hopper_order import zero_behind
 from happyhorse_fast.kernels.hopper_ring import await_full, await_next, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
@@ -37,6 +38,13 @@ class Running(NamedTuple):
     k_scale: Any
     v_scale: Any
     column: Any
+
+
+class Done(NamedTuple):
+    """A PV that has ended and is to be added to the accumulator times ``alpha``."""
+
+    pv: Any
+    alpha: Any
 
 
 @gluon.jit
@@ -104,9 +112,9 @@ def start_pv(running, v_ring, stage, sizes: gl.constexpr):
 
 
 @gluon.jit
-def add_pv(running, pv, sizes: gl.constexpr):
-    """Return the accumulator, rescaled to the new maximum, plus a finished PV."""
-    return running.acc * gl.convert_layout(running.alpha, sizes.o_row)[:, None] + pv
+def add_pv(acc, alpha, pv, sizes: gl.constexpr):
+    """Return the accumulator, rescaled to PV's maximum, plus a finished PV."""
+    return acc * gl.convert_layout(alpha, sizes.o_row)[:, None] + pv
 
 
 @gluon.jit
@@ -116,40 +124,59 @@ def at_least(v_scale):
 
 
 @gluon.jit
-def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl.constexpr, sizes: gl.constexpr):
+def go_on(running, s, scales, MASKED: gl.constexpr, sizes: gl.constexpr):
+    """Run the softmax of a step: (p, alpha, row_sum, row_max)."""
+    k_scale = running.k_scale
+    v_scale = at_least(running.v_scale)
+    p, alpha, total, row_max = softmax(s, running.row_max, scales.scores, k_scale, v_scale, MASKED, sizes)
+    return p, alpha, running.row_sum * per_thread(alpha, running.row_sum) + total, row_max
+
+
+@gluon.jit
+def advance_beside(running, done, use, at, last, item, rings, work, scales, sizes: gl.constexpr):
     """Run one step: QK and softmax of block ``at``, PV of the block before it. ``last`` is the last listed block.
 
-    QK is issued, then PV, and the softmax overlaps with PV, as in `hopper_bounded.advance`. S, PV, the accumulator and
-    P take 208 registers of 240, so a mask, or what an LSE keeps for later, would spill. In those steps PV is issued
-    first and added to the accumulator while QK runs; only the other group's products overlap with the softmax.
+    QK is issued, then PV, and the softmax overlaps with PV, as in `hopper_bounded.advance`. While QK runs, the PV that
+    ended in the step before is added to the accumulator; ptxas would do that before it issues QK.
     """
-    BESIDE: gl.constexpr = not MASKED and not sizes.lse
     stage = use % sizes.stages
     before = (use - 1) % sizes.stages
-    if BESIDE:
-        s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
-        pv_pending = start_pv(running, rings.v, before, sizes)
-        release(rings.k, before)
-        s = warpgroup_mma_wait(1, deps=[s_pending])
-    else:
-        pv_pending = start_pv(running, rings.v, before, sizes)
-        s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
-        release(rings.k, before)
-        acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
-        s = warpgroup_mma_wait(0, deps=[s_pending])
+    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
+    alpha = (done.alpha.to(gl.int32, bitcast=True) | zero_behind(use)).to(gl.float32, bitcast=True)
+    acc = add_pv(running.acc, alpha, done.pv, sizes)
+    pv_pending = start_pv(running, rings.v, before, sizes)
+    release(rings.k, before)
+    next_column = gl.load(work.columns + gl.minimum(at + 2, last))
+    s = warpgroup_mma_wait(1, deps=[s_pending])
+    p, alpha, row_sum, row_max = go_on(running, s, scales, False, sizes)
+    await_next(rings, use, gl.minimum(last - at, 1), sizes.stages)
+    pv = warpgroup_mma_wait(0, deps=[pv_pending])
+    next_k = gl.load(scales.k + running.column)
+    next_v = gl.load(scales.v + running.column)
+    after = Running(acc, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, next_column)
+    return after, Done(pv, running.alpha)
+
+
+@gluon.jit
+def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl.constexpr, sizes: gl.constexpr):
+    """Run one step where registers are short: with a mask, or with what an LSE keeps for later.
+
+    S, PV, the accumulator and P take 208 registers of 240. So PV is issued first and added to the accumulator while QK
+    runs; only the other group's products overlap with the softmax.
+    """
+    before = (use - 1) % sizes.stages
+    pv_pending = start_pv(running, rings.v, before, sizes)
+    s_pending = start_qk(item.q_tile, rings.k, use % sizes.stages, sizes)
+    release(rings.k, before)
+    acc = add_pv(running.acc, running.alpha, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
+    s = warpgroup_mma_wait(0, deps=[s_pending])
     if MASKED:
         s = hide(s, work, at, first, sizes)
-    p, alpha, total, row_max = softmax(
-        s, running.row_max, scales.scores, running.k_scale, at_least(running.v_scale), MASKED, sizes
-    )
+    p, alpha, row_sum, row_max = go_on(running, s, scales, MASKED, sizes)
     await_next(rings, use, gl.minimum(last - at, 1), sizes.stages)
-    if BESIDE:
-        acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
-    # Loaded here, where PV's registers are free again; the next step uses them after its QK.
     next_k = gl.load(scales.k + running.column)
     next_v = gl.load(scales.v + running.column)
     next_column = gl.load(work.columns + gl.minimum(at + 2, last))
-    row_sum = running.row_sum * per_thread(alpha, running.row_sum) + total
     return Running(acc, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, next_column)
 
 
@@ -176,13 +203,21 @@ def attend_e4m3(item, use, rings, work, scales, first, sizes: gl.constexpr):
     p, alpha, row_sum, row_max = softmax(s, row_max, scales.scores, k_scale, v_scale, True, sizes)
     await_next(rings, use, gl.minimum(item.n_all - 1, 1), sizes.stages)
     running = Running(zero, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, column)
-    for j in range(1, item.n_full):
-        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, False, sizes)
+    if sizes.lse:
+        for j in range(1, item.n_full):
+            running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, False, sizes)
+    else:
+        done = Done(zero, alpha)
+        for j in range(1, item.n_full):
+            running, done = advance_beside(
+                running, done, j + use, j + item.start, last, item, rings, work, scales, sizes
+            )
+        running = Running(add_pv(running.acc, done.alpha, done.pv, sizes), *running[1:])
     for j in range(gl.maximum(item.n_full, 1), item.n_all):
         running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, True, sizes)
     before = (use + item.n_all - 1) % sizes.stages
     pv_pending = start_pv(running, rings.v, before, sizes)
     release(rings.k, before)
-    acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
+    acc = add_pv(running.acc, running.alpha, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
     row_sum = gl.convert_layout(gl.sum(running.row_sum, axis=1), sizes.s_row)
     return acc, row_sum, running.row_max

@@ -35,8 +35,11 @@ SCALE = 32**-0.5
 UNEVEN = BlockMap.from_ranges([(0, 100), (100, 250), (290, 400)], [(30, 400), (0, 333), (0, 1)], 400, 400)
 """Rows that begin with a partial block, rows without a key, and a last block of queries that is not whole."""
 
-LONG = BlockMap.dense(150, 1000)
-"""More steps over full blocks than slots."""
+LONG = BlockMap.dense(150, 1024)
+"""More steps over full blocks than slots, and no other blocks."""
+
+PARTIAL = BlockMap.dense(150, 300)
+"""Every row, the last item's too, ends with a partial block."""
 
 
 def attention(given, block_map=MAP, seed=1, replace=(), **options):
@@ -325,7 +328,7 @@ IN_TURNS = around_slots("    t = scaled(", TURN + "    row", TURN + "    acc", "
     "upper halves twice": ("(words << 16)", "(words & -65536)"),
     "sum of the last two blocks": ("computed_here(running.row_sum + ", "computed_here("),
     "sum without the last block": ("running.row_sum + sums_of_packed(running.p, 0, sizes)", "running.row_sum"),
-    "a loop without end": ("zero_behind(use)", "zero_behind(-use)"),
+    "a loop without end": ("running.p, zero_behind(use)", "running.p, zero_behind(-use)"),
     "a turn of other size": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + 1 - GROUP, 288)"),
     "the same turn for both": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + GROUP, 256)"),
 }  # fmt: skip
@@ -335,32 +338,34 @@ INT8 = {
     "scales of another head": ("of_k += kv_head * key_blocks", "of_k += 0"),
     "q's scale of another head": ("sizes.heads_q + head, mask=live, other=1.0", "sizes.heads_q, mask=live, other=1.0"),
 }  # fmt: skip
-E4M3_BESIDE = "        s = warpgroup_mma_wait(1, deps=[s_pending])\n"
-E4M3_BEHIND = "        s = warpgroup_mma_wait(0, deps=[s_pending])\n"
-FREE = "        release(rings.k, before)\n"
-SUM_PV = "        acc = add_pv("
-E4M3 = around_slots("    if item.n_full", "    running =", "    if BESIDE", "v, channel, key, 1, sizes.stages") | {
-    "never released": (FREE + E4M3_BESIDE, E4M3_BESIDE),
-    "never released behind QK": (FREE + SUM_PV, SUM_PV),
-    "last block never released": ("    release(rings.k, before)\n    acc = add_pv", "    acc = add_pv"),
-    "released early": (FREE + E4M3_BESIDE, FREE.replace("before", "stage") + E4M3_BESIDE),
-    "released early behind QK": (FREE + SUM_PV, FREE.replace("before", "stage") + SUM_PV),
-    "result before its wait": (E4M3_BESIDE, E4M3_BESIDE.replace("(1,", "(2,")),
+E4M3_QK = "    s = warpgroup_mma_wait(1, deps=[s_pending])\n    p, alpha"
+E4M3_BEHIND = "    s = warpgroup_mma_wait(0, deps=[s_pending])\n    if MASKED"
+COLUMN = "    next_column = gl.load(work.columns + gl.minimum(at + 2, last))\n    s = "
+SUM_PV = "    acc = add_pv(running.acc, running.alpha, warpgroup_mma_wait(1"
+SUM_LAST = "    acc = add_pv(running.acc, running.alpha, warpgroup_mma_wait(0"
+NO_MORE = "gl.minimum(last - at, 1), sizes.stages)\n    pv ="
+ADDED = "        running = Running(add_pv(running.acc, done.alpha, done.pv, sizes), *running[1:])\n"
+E4M3 = around_slots("    if item.n_full", "    running =", "    next_k", "v, channel, key, 1, sizes.stages") | {
+    "k awaited behind the last full block": (NO_MORE, NO_MORE.replace("gl.minimum(last - at, 1)", "1")),
+    "never released": (RELEASE + COLUMN, COLUMN),
+    "never released behind QK": (RELEASE + SUM_PV, SUM_PV),
+    "last block never released": (RELEASE + SUM_LAST, SUM_LAST),
+    "released early": (RELEASE + COLUMN, RELEASE.replace("before", "stage") + COLUMN),
+    "released early behind QK": (RELEASE + SUM_PV, RELEASE.replace("before", "use % sizes.stages") + SUM_PV),
+    "result before its wait": (E4M3_QK, E4M3_QK.replace("(1,", "(2,")),
     "result before its wait behind QK": (E4M3_BEHIND, E4M3_BEHIND.replace("(0,", "(1,")),
+    "a loop without end": ("| zero_behind(use)", "| zero_behind(-use)"),
+    "PV of full blocks not added": ("add_pv(running.acc, alpha, done.pv, sizes)", "running.acc"),
+    "last PV of full blocks not added": (ADDED, ""),
+    "PV added with the next block's rescaling": ("Done(pv, running.alpha)", "Done(pv, alpha)"),
     "no guard of empty rows": ('new_max == -float("inf"), 0.0', "new_max == 1.0, 0.0"),
     "sum not rescaled": ("running.row_sum * per_thread(alpha, running.row_sum) + total", "running.row_sum + total"),
-    "accumulator not rescaled": (
-        "running.acc * gl.convert_layout(running.alpha, sizes.o_row)[:, None] + pv",
-        "running.acc + pv",
-    ),
+    "accumulator not rescaled": ("acc * gl.convert_layout(alpha, sizes.o_row)[:, None] + pv", "acc + pv"),
     "v's scale of the next block": ("at_least(running.v_scale)", "at_least(gl.load(scales.v + running.column))"),
     "v's scale not in P": ("(shift - P_EXPONENT - log_v)", "(shift - P_EXPONENT)"),
     "v's scale not in the maximum": ("axis=1) * scale + log_v)", "axis=1) * scale)"),
     "v's scale left in the sum": ("total * per_v", "total"),
-    "k's scale of the next block": (
-        "scales.scores, running.k_scale",
-        "scales.scores, gl.load(scales.k + running.column)",
-    ),
+    "k's scale of the next block": ("k_scale = running.k_scale", "k_scale = gl.load(scales.k + running.column)"),
     "tokens in their own order": ("(0, 1, 3, 2, 4)", "(0, 1, 2, 3, 4)"),
     "scales of another head": ("of_v += kv_head * key_blocks", "of_v += 0"),
 }
@@ -389,7 +394,7 @@ def planted(fmt, seed, replace, block_map=UNEVEN):
 @pytest.mark.quick(9)
 @pytest.mark.parametrize(("fmt", "bug"), [(fmt, bug) for fmt, bugs in BUGS.items() for bug in bugs])
 def test_planted_bugs_are_caught(fmt, bug):
-    found = (planted(fmt, seed, [BUGS[fmt][bug]], m) for m in (UNEVEN, LONG) for seed in (1, 2))
+    found = (planted(fmt, seed, [BUGS[fmt][bug]], m) for m in (UNEVEN, LONG, PARTIAL) for seed in (1, 2))
     assert any(found)
 
 
@@ -404,4 +409,4 @@ def test_sums_of_p_before_rounding_are_caught_by_one_key(fmt):
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("seed", range(4))
 def test_without_them_nothing_is_found(fmt, seed):
-    assert planted(fmt, seed, []) == planted(fmt, seed, [], LONG) == []
+    assert planted(fmt, seed, []) == planted(fmt, seed, [], LONG) == planted(fmt, seed, [], PARTIAL) == []
