@@ -33,8 +33,8 @@ class Transfer:
         Raises:
             RankError: A rank died, failed or did not answer in time; names it.
         """
-        self._ranks.arrived(self._work)
         arriving = self._tensors.pop()
+        self._ranks.arrived(self._work, arriving)
         self._tensors.clear()
         return self._finish(arriving)
 
@@ -70,8 +70,8 @@ class Ranks:
         """
         if torch.compiler.is_compiling():
             raise ValueError("a parallelized model runs as it is, got a call that torch.compile or export traces")
-        on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs.values())
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        gpu = next((x.device for x in inputs.values() if isinstance(x, torch.Tensor) and x.is_cuda), None)
+        if gpu is not None and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 "a parallelized model runs as it is, got a call in the capture of a CUDA graph: its replays would "
                 "neither compare what ranks are called with nor name a rank that is gone"
@@ -79,9 +79,9 @@ class Ranks:
         with self.meeting.call():
             self.meeting.agree({"step": step()} | {name: said_of(value) for name, value in inputs.items()})
             yield
-            if on_gpu:
+            if gpu is not None:
                 event = torch.cuda.Event()
-                event.record()
+                event.record(torch.cuda.current_stream(gpu))  # by itself it would take the current device's
                 self.meeting.until(event.query)
 
     def exchange(self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int], finish: Finish) -> Transfer:
@@ -106,7 +106,7 @@ class Ranks:
         most, missing = max(held), max(held) - len(x)
         padded = torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x.contiguous()
         every = x.new_empty((self.size * most, *x.shape[1:]))
-        self.arrived(self._start(_all_gather, _bytes(every), _bytes(padded)))
+        self.arrived(self._start(_all_gather, _bytes(every), _bytes(padded)), every)
         return torch.cat([part[:count] for part, count in zip(every.split(most), held, strict=True)])
 
     def largest(self, x: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ class Ranks:
         Raises:
             RankError: As :meth:`Transfer.wait`.
         """
-        self.arrived(self._start(dist.all_reduce, x, dist.ReduceOp.MAX))
+        self.arrived(self._start(dist.all_reduce, x, dist.ReduceOp.MAX), x)
         return x
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,17 +124,18 @@ class Ranks:
         Raises:
             RankError: As :meth:`Transfer.wait`.
         """
-        self.arrived(self._start(dist.broadcast, _bytes(x), group_src=0))
+        self.arrived(self._start(dist.broadcast, _bytes(x), group_src=0), x)
         return x
 
-    def arrived(self, work: Any) -> None:
-        """Wait for a collective: a CPU until it is done, a GPU's stream.
+    def arrived(self, work: Any, x: torch.Tensor) -> None:
+        """Wait for a collective that writes ``x``: a CPU until it is done, a GPU's stream.
 
         Raises:
             RankError: As :meth:`Transfer.wait`.
         """
         try:
-            if dist.get_backend(self._group) == "gloo":
+            # A group that was made without a backend's name has gloo for CPUs, and is called "undefined".
+            if not x.is_cuda or dist.get_backend(self._group) == "gloo":
                 self.meeting.until(work.is_completed)
             work.wait()
         except RuntimeError as error:
@@ -172,7 +173,7 @@ class Planned(Ranks):
         """Nobody else is called."""
         yield
 
-    def arrived(self, work: Any) -> None:
+    def arrived(self, work: Any, x: torch.Tensor) -> None:
         """Nothing is on its way."""
 
     def _start(self, collective: Callable[..., Any], *tensors: Any, **options: Any) -> Any:

@@ -1,13 +1,20 @@
 """A rank that dies, hangs or fails ends the others within the time-out, and its name is in their error."""
 
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 from rank_pool import rank_pool
 from rank_work import cancelled, comes_late, fails_at_layer
+from torch._subclasses import FakeTensorMode
 from torch.distributed import HashStore, TCPStore
 
+from happyhorse_fast.parallel import group
 from happyhorse_fast.parallel.faults import Meeting, RankError
+from happyhorse_fast.parallel.group import Ranks
 
 TIMEOUT = 3.0
 
@@ -58,6 +65,27 @@ def test_what_a_gpu_never_finishes_is_ended_by_the_host():
     meeting = Meeting(HashStore(), 2, 0, 0.2)
     with meeting.call(), pytest.raises(RankError, match=r"rank 1 died or hangs, no answer within 0\.2 s"):
         meeting.until(lambda: False)
+
+
+def test_a_group_without_a_backends_name_is_watched_as_well(monkeypatch):
+    # As init_device_mesh("cpu", ...) makes it where nobody called init_process_group.
+    monkeypatch.setattr(dist, "get_backend", lambda of: "undefined")
+    ranks = Ranks(None, Meeting(HashStore(), 2, 0, 0.2))
+    work = SimpleNamespace(is_completed=lambda: False, wait=lambda: pytest.fail("waits for gloo's half an hour"))
+    with ranks.meeting.call(), pytest.raises(RankError, match=r"rank 1 died or hangs, no answer within 0\.2 s"):
+        ranks.arrived(work, torch.zeros(1))
+
+
+def test_a_call_ends_when_the_gpu_of_its_inputs_has_ended(monkeypatch):
+    # Of two GPUs; the current device is the other one.
+    event, streams = mock.Mock(**{"query.side_effect": [False, True]}), []
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams.append(device))
+    monkeypatch.setattr(group, "said_of", lambda value: "")
+    with FakeTensorMode(), Ranks(None, Meeting(HashStore(), 1, 0, 60.0)).call(x=torch.empty(1, device="cuda:1")):
+        assert not event.query.called
+    assert streams == [torch.device("cuda:1")] and event.query.call_count == 2
 
 
 def test_what_rank_0_says_may_be_larger_than_a_value_of_the_store():
