@@ -76,6 +76,11 @@ class Launched:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         try:
             yield init_device_mesh(kind, (self.size,))
+        except BaseException:
+            if ours and kind == "cuda":
+                # NCCL's shutdown waits for what is on its way, which may be from a rank that is gone.
+                dist.distributed_c10d._abort_process_group()
+            raise
         finally:
-            if ours:
+            if ours and dist.is_initialized():
                 dist.destroy_process_group()

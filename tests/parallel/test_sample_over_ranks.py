@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from rank_work import both_stages, command, config_of, model_of, sampled, sampled_by
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from small_models import clip
+from torch.distributed import device_mesh
 
 import happyhorse_fast as hh
 from happyhorse_fast.cli import run
@@ -120,3 +124,20 @@ def test_what_torchrun_says(monkeypatch):
     assert (process.device("cuda"), process.device("cpu")) == ("cuda:1", "cpu")
     with pytest.raises(ValueError, match="device must be auto, cuda or cpu where torchrun starts 4 processes"):
         process.device("cuda:0")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_failed_run_left_on_its_way_over_nccl_is_aborted(monkeypatch, fails):
+    # To destroy a group is to wait for its collectives, of a rank that is gone for ever.
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: done[-1:] == ["made"])
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: done.append("made"))
+    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda kind, shape: (kind, shape))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: done.append("aborted"))
+    with pytest.raises(KeyError) if fails else nullcontext(), Launched(1, 1, 2).mesh("cuda:1") as mesh:
+        assert mesh == ("cuda", (2,))
+        if fails:
+            raise KeyError
+    assert done == ["made", "aborted" if fails else "destroyed"]
