@@ -135,7 +135,9 @@ class _Held:
 
 _HELD = _Held()
 _THREAD = threading.local()
-_AUTOCAST_KINDS = ("cpu", "cuda", "xpu", "mps")
+# Found out here: torch 2.11 cannot trace the question.
+AUTOCAST_KINDS = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps")))
+"""Devices that may have autocast."""
 
 
 @contextlib.contextmanager
@@ -154,7 +156,7 @@ def held() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_HELD)
             if _C._is_any_autocast_enabled():
-                stack.enter_context(without_autocast(*_AUTOCAST_KINDS))
+                stack.enter_context(without_autocast(*AUTOCAST_KINDS))
             # A mode costs every call of torch a microsecond, so only where there is something to undo.
             if _C._len_torch_function_stack() or _C._get_default_device() != "cpu":
                 stack.enter_context(torch.device("cpu"))
@@ -168,7 +170,7 @@ def without_autocast(*kinds: str) -> Iterator[None]:
     """No autocast on devices of these kinds; may be traced."""
     with contextlib.ExitStack() as stack:
         for kind in kinds:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            if kind in AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 

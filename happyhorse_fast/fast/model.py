@@ -70,7 +70,7 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
                 if isinstance(value, torch.Tensor) and has_tangent(value):
                     raise ValueError(f"{name} must have no tangent: an accelerated model has no derivatives")
         kind = next(model.parameters()).device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if kind in ambient.AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return together(*args, **kwargs)
         return together(*args, **kwargs)

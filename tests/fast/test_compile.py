@@ -55,7 +55,9 @@ def test_a_sparse_model_is_one_graph_and_exports(sparsity: Tiles | TopK) -> None
         assert same(torch.export.export(models[2], inputs).module()(*inputs), expected)
 
 
-def test_one_graph_under_autocast() -> None:
+def test_one_graph_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch 2.11, which a GPU's machine may have, cannot trace it.
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: pytest.fail("asked for in a call"))
     model = accelerated()
     with torch.no_grad():
         expected = accelerated()(*INPUTS)
