@@ -76,6 +76,37 @@ class _Float32Products(_Setting):
         return True
 
 
+class _Float32Convolutions(_Setting):
+    """Whether cuDNN may round float32 convolutions to TF32, as torch lets it by default; values as above."""
+
+    def __init__(self) -> None:
+        super().__init__(self.read, self.write, None)
+
+    def read(self) -> tuple[bool | None, str]:
+        kind = _C._get_fp32_precision_getter("cuda", "conv")
+        try:
+            return _C._get_cudnn_allow_tf32(), kind
+        except RuntimeError:
+            return None, kind
+
+    def write(self, value: tuple[bool | None, str]) -> None:
+        old, kind = value
+        if old is not None:
+            _C._set_cudnn_allow_tf32(old)
+        if _C._get_fp32_precision_getter("cuda", "conv") != kind:
+            _C._set_fp32_precision_setter("cuda", "conv", kind)
+
+    def hold(self, value: tuple[bool | None, str]) -> bool:
+        old, kind = value
+        if kind in _Float32Products.EXACT:
+            return False
+        if old is not None:
+            _C._set_cudnn_allow_tf32(False)
+        if _C._get_fp32_precision_getter("cuda", "conv") not in _Float32Products.EXACT:  # inherits what others are
+            _C._set_fp32_precision_setter("cuda", "conv", "ieee")
+        return True
+
+
 def _bf16_sums() -> tuple[bool, ...]:
     """Whether bf16 products may round partial sums to bf16, and newer torch: whether they may split K."""
     allowed = _C._get_cublas_allow_bf16_reduced_precision_reduction()
@@ -88,6 +119,11 @@ def _attention(kind: str) -> _Setting:
 
 SETTINGS = (
     _Float32Products(),
+    _Float32Convolutions(),
+    # Of a transposed convolution cuDNN may take an algorithm whose sums are in another order in every run.
+    _Setting(_C._get_cudnn_deterministic, _C._set_cudnn_deterministic, True),
+    # Tries algorithms out in the first call of every shape, and takes another one in another process.
+    _Setting(_C._get_cudnn_benchmark, _C._set_cudnn_benchmark, False),
     # Partial sums of bf16 products as torch has them by default, which is how the published numbers were made.
     _Setting(
         _bf16_sums,

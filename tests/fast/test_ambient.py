@@ -271,6 +271,19 @@ def test_a_setting_that_is_not_held_is_seen(
     assert first_difference(found, unset["eager"]) is not None
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_convolutions_on_a_gpu_are_exact_and_the_same_in_every_run(mixed: bool) -> None:
+    put = lambda value: torch_C._set_fp32_precision_setter("cuda", "rnn", value)  # noqa: E731
+    apart = setting(lambda: "tf32", put, "ieee") if mixed else contextlib.nullcontext()
+    with apart, setting(torch_C._get_cudnn_benchmark, torch_C._set_cudnn_benchmark, True):
+        before = state()
+        with ambient.held():
+            assert torch_C._get_fp32_precision_getter("cuda", "conv") in ("none", "ieee")
+            assert torch_C._get_cudnn_deterministic() and not torch_C._get_cudnn_benchmark()
+            assert mixed or torch.backends.cudnn.allow_tf32 is False, "whoever reads the old name meanwhile would fail"
+        assert state() == before
+
+
 @pytest.mark.slow
 def test_threads_change_the_order_of_sums_and_no_more(folder: Path, unset: dict[str, list[torch.Tensor]]) -> None:
     with torch_setting("set_num_threads", 2, torch.get_num_threads):
