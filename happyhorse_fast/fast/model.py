@@ -118,8 +118,9 @@ def embed(embedder: nn.Linear, tokens: torch.Tensor, rows: torch.Tensor, hidden:
 
 def head(hidden: torch.Tensor, rows: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """float32 output head on some rows, [M] -> [M, channels], a chunk at a time."""
-    chunks = [linear(rms_norm(hidden.index_select(0, part), norm), weight) for part in rows.split(ROW_CHUNK)]
-    return torch.cat(chunks)
+    # Not by split, which fake tensors of torch 2.11 do not have of no rows.
+    parts = [rows[first : first + ROW_CHUNK] for first in range(0, max(1, len(rows)), ROW_CHUNK)]
+    return torch.cat([linear(rms_norm(hidden.index_select(0, part), norm), weight) for part in parts])
 
 
 class Accelerated:
