@@ -340,7 +340,7 @@ def _softmax(layer: FastLayer) -> str:
     said = "running maximum, which P in e4m3 needs" if e4m3 else layer.bound.softmax
     if plan.backend["block_sparse_attention"] == "triton" and attention_is_hopper(precision, plan.head_dim, device):
         if e4m3 or layer.bound.effective <= LIMIT:
-            said += "; in the Hopper kernel (under torch.compile in plain Triton, through pointers)"
+            said += "; in the Hopper kernel"
         else:
             said += "; in plain Triton, Hopper's kernel is for bounded scores"
     return said
