@@ -21,7 +21,7 @@ from pathlib import Path
 SANITIZER = "compute-sanitizer"
 SANITIZED = ("block_sparse_attention", "fp8_linear", "rmsnorm", "qkv", "qk_norm", "quantize", "_blocks", "order_rows")
 """Parts of our kernels' names: the gates' own products in float64 are not instrumented, nor blamed."""
-GPU_TESTS = ("ops", "model", "configs", "frames", "pipeline", "large")
+GPU_TESTS = ("ops", "model", "step", "configs", "frames", "pipeline", "large")
 """Of tests/gpu/test_gpu_*.py, most important first."""
 WORKERS = 6
 """Processes of tests at a time: compiling bounds them, and each holds up to 6 GB of GPU memory."""

@@ -46,9 +46,12 @@ def config_of(heads: int = 2, **changes: Any) -> ModelConfig:
     return CONFIG.replace(**(sizes | changes))
 
 
-def model_of(config: ModelConfig, fast: FastConfig | None, public: bool = False, **eager: Any) -> Any:
+def model_of(
+    config: ModelConfig, fast: FastConfig | None, public: bool = False, *, device: str = "cpu", **eager: Any
+) -> Any:
     model: torch.nn.Module = HappyHorse(config, **eager)
     model.load_state_dict(golden.recipe_weights(config, 3))
+    model.to(device)
     if public:
         model = PublicLayout(model)
     return model if fast is None else hh.accelerate(model, fast)
@@ -57,7 +60,7 @@ def model_of(config: ModelConfig, fast: FastConfig | None, public: bool = False,
 def outputs(model: Any, inputs: tuple[Any, ...]) -> list[Any]:
     with torch.no_grad():
         result = model(*inputs)
-    return [x.numpy() for x in ([result] if isinstance(result, torch.Tensor) else result)]
+    return [x.cpu().numpy() for x in ([result] if isinstance(result, torch.Tensor) else result)]
 
 
 def alone_and_together(
@@ -67,15 +70,18 @@ def alone_and_together(
     fast: FastConfig | None,
     sizes: tuple[int, ...],
     public: bool = False,
+    *,
+    device: str = "cpu",
     **eager: Any,
 ) -> tuple[Any, Any, Any]:
     """One process's outputs (on rank 0), this rank's, and again."""
-    inputs = clip(*sizes)
+    inputs = tuple(x.to(device) for x in clip(*sizes))
     if public:
         inputs = packed(inputs)
-    model = model_of(config, fast, public, **eager)
+    model = model_of(config, fast, public, device=device, **eager)
     alone = outputs(model, inputs) if rank == 0 else None
-    hh.parallelize(model, init_device_mesh("cpu", (ranks,)), timeout=30)
+    # On a GPU the others wait while rank 0 compiles.
+    hh.parallelize(model, init_device_mesh(device, (ranks,)), timeout=30 if device == "cpu" else 120)
     together, again = outputs(model, inputs), outputs(model, inputs)
     return alone, together, again
 
