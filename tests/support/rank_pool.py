@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Of a rank's 1.6 s until it samples or shards, 1.5 are imports.
-_CONTEXT.set_forkserver_preload(["rank_work", "torch._dynamo", "torch.distributed.fsdp", "happyhorse_fast.sampler"])
+# Of a rank's 1.6 s until it samples or shards, 1.5 are imports. The first maps the kernels where nothing is installed.
+_PRELOADED = ["bench.bootstrap", "rank_work", "torch._dynamo", "torch.distributed.fsdp", "happyhorse_fast.sampler"]
+_CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
 def _start_server() -> None:
