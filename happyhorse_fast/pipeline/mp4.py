@@ -1,13 +1,11 @@
-"""Frames and sound into an mp4, encoded in a thread of its own while further frames are made."""
+"""Frames and sound into an mp4."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from queue import Queue
 from types import TracebackType
 from typing import Any
 
@@ -23,8 +21,6 @@ SAME_BYTES = {"mbtree": "0"}
 """Without x264's macroblock tree the same frames give the same bytes, whatever the number of its threads; with it
 (x264 165) even one thread gave 2 to 8 different films of the same 40 frames in 8 runs."""
 LAYOUTS = {1: "mono", 2: "stereo"}
-QUEUED = 2
-"""Calls of ``add`` that wait to be encoded; the next one blocks. A window of 28 frames at 1080p is 175 MB."""
 BT709 = 1
 """Number of the colour matrix, primaries and transfer in which players show large pictures that name none."""
 LIMITED_RANGE = 1
@@ -73,11 +69,7 @@ class Mp4Writer:
         self.frames = 0
         """How many came so far."""
         self.samples = 0
-        self._queue: Queue[tuple[str, Any] | None] = Queue(QUEUED)
-        self._stopped = False
-        self._done = threading.Event()
-        self._error: Exception | None = None
-        self._file = self._encoding()
+        self._file = self._opened()
 
     def __enter__(self) -> Mp4Writer:
         self._file.__enter__()
@@ -89,13 +81,13 @@ class Mp4Writer:
         self._file.__exit__(kind, error, trace)
 
     def add(self, frames: torch.Tensor | np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """Queue frames for the encoder; returns at once unless :data:`QUEUED` calls are still waiting.
+        """Encode frames. What a GPU was given to do before, it does meanwhile.
 
         Args:
-            frames: [n, height, width, 3] uint8 in RGB, on the host; not to be changed afterwards.
+            frames: [n, height, width, 3] uint8 in RGB, on the host.
 
         Raises:
-            OSError: An earlier frame could not be encoded or written.
+            OSError: They cannot be encoded or written.
             TypeError: Not a tensor or array of uint8.
             ValueError: Another shape.
         """
@@ -105,26 +97,43 @@ class Mp4Writer:
             raise TypeError(f"frames must be a tensor or an array of uint8, got {came}")
         if array.shape[1:] != (*self.size, 3):
             raise ValueError(f"frames must be [n, {self.size[0]}, {self.size[1]}, 3], got {list(array.shape)}")
+        import av
+
+        with self._refusing():
+            for picture in array:
+                frame = self._reformatter.reformat(
+                    av.VideoFrame.from_ndarray(picture, format="rgb24"),
+                    format="yuv420p",
+                    dst_colorspace=BT709,
+                    dst_color_range=LIMITED_RANGE,
+                )
+                self._container.mux(self._video.encode(frame))
         self.frames += len(array)
-        self._put("frames", array)
 
     def add_sound(self, samples: torch.Tensor) -> None:
-        """Queue the sound, or its next part.
+        """Encode the sound, or its next part.
 
         Args:
             samples: [channels, m], floating point, on the host; cut at -1 and 1.
 
         Raises:
-            OSError: An earlier frame could not be encoded or written.
+            OSError: It cannot be encoded or written.
             ValueError: Another shape.
         """
         if samples.dim() != 2 or len(samples) != self.channels:
             raise ValueError(f"samples must be [{self.channels}, m], got {list(samples.shape)}")
-        self._put("sound", np.ascontiguousarray(samples.float().clamp(-1, 1).numpy()))
+        import av
+
+        array = np.ascontiguousarray(samples.float().clamp(-1, 1).numpy())
+        with self._refusing():
+            sound = av.AudioFrame.from_ndarray(array, format="fltp", layout=LAYOUTS[self.channels])
+            sound.sample_rate, sound.time_base = self.sample_rate, Fraction(1, self.sample_rate)
+            sound.pts = self.samples
+            self._container.mux(self._audio.encode(sound))
         self.samples += samples.shape[1]
 
     @contextmanager
-    def _encoding(self) -> Iterator[None]:
+    def _opened(self) -> Iterator[None]:
         optional.require("av", "writing a clip")
         import av
 
@@ -136,50 +145,19 @@ class Mp4Writer:
                 partial.touch()  # PyAV opens it with the first packet, after minutes of work
                 self._container = av.open(str(partial), "w", format="mp4", options=options)
                 self._add_streams()
-            threading.Thread(target=self._encode_all, name="mp4", daemon=True).start()
             try:
-                try:
-                    yield
-                except BaseException:
-                    self._stopped = True
-                    raise
-                finally:
-                    self._finish()
-                self._raise_refused()
+                yield
                 if not self.frames or not self.samples:
                     raise ValueError(f"a film needs frames and sound, got {self.frames} and {self.samples} samples")
+                with self._refusing():
+                    for stream in (self._video, self._audio):
+                        self._container.mux(stream.encode())
             except BaseException:
                 with suppress(av.FFmpegError, OSError):
                     self._container.close()
                 raise
             with self._refusing():
                 self._container.close()
-
-    def _finish(self) -> None:
-        """Wait for the thread, which alone may use the encoders; on Ctrl-C no longer than for the frame at hand.
-
-        By an event: an interrupted ``join`` takes a running thread for one that has ended (Python 3.10 to 3.12).
-        """
-        try:
-            self._queue.put(None)
-            self._done.wait()
-        except BaseException:
-            self._stopped = True
-            self._queue.put(None)  # a second one is never read
-            self._done.wait()
-            raise
-
-    def _put(self, kind: str, array: np.ndarray[Any, Any]) -> None:
-        self._raise_refused()
-        self._queue.put((kind, array))
-
-    def _raise_refused(self) -> None:
-        if self._error is not None:
-            raise self._refused(self._error) from self._error
-
-    def _refused(self, error: Exception) -> OSError:
-        why = getattr(error, "strerror", None) or optional.said(error)
-        return OSError(f"{self.path} cannot be written: {why}")
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -188,7 +166,8 @@ class Mp4Writer:
         try:
             yield
         except (av.FFmpegError, OSError, ValueError) as error:  # the last where a build lacks an encoder
-            raise self._refused(error) from error
+            why = getattr(error, "strerror", None) or optional.said(error)
+            raise OSError(f"{self.path} cannot be written: {why}") from error
 
     def _add_streams(self) -> None:
         import av.video.reformatter
@@ -206,43 +185,3 @@ class Mp4Writer:
         # At FFmpeg's 128 kb/s a quiet side beside a loud one has 21 dB to the noise, at 192 kb/s 28 dB; AAC allows no
         # more than 6 bits a sample.
         self._audio.bit_rate = self.channels * min(BIT_RATE, 6 * self.sample_rate)
-        self._heard = 0
-
-    def _encode_all(self) -> None:
-        """In the thread: until None comes. After an error what comes is dropped, so that nobody waits for room."""
-        try:
-            while (item := self._queue.get()) is not None:
-                if self._error is None:
-                    self._tried(self._encode, *item)
-            if self._error is None and not self._stopped:
-                self._tried(self._flush)
-        finally:
-            self._done.set()
-
-    def _tried(self, work: Callable[..., None], *arguments: Any) -> None:
-        try:
-            work(*arguments)
-        except Exception as error:  # of whatever kind, it is raised where the frames come from
-            self._error = error
-
-    def _flush(self) -> None:
-        for stream in (self._video, self._audio):
-            self._container.mux(stream.encode())
-
-    def _encode(self, kind: str, array: np.ndarray[Any, Any]) -> None:
-        import av
-
-        if kind == "sound":
-            sound = av.AudioFrame.from_ndarray(array, format="fltp", layout=LAYOUTS[self.channels])
-            sound.sample_rate, sound.pts, sound.time_base = self.sample_rate, self._heard, Fraction(1, self.sample_rate)
-            self._heard += array.shape[1]
-            self._container.mux(self._audio.encode(sound))
-            return
-        for picture in array:
-            if self._stopped:
-                return
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            converted = self._reformatter.reformat(
-                frame, format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED_RANGE
-            )
-            self._container.mux(self._video.encode(converted))

@@ -1,10 +1,6 @@
-"""Films: streams, counts and colours as they were put in; written beside the decoding; whole, or not there at all."""
+"""Films: streams, counts and colours as they were put in; whole, or not there at all."""
 
-import os
 import resource
-import signal
-import threading
-import time
 from pathlib import Path
 
 import av
@@ -102,31 +98,6 @@ def test_loud_sound_is_cut_not_wrapped(tmp_path):
     assert 0.9 < np.abs(heard).max() < 1.6
 
 
-def test_frames_are_encoded_beside_what_makes_them(tmp_path, monkeypatch):
-    reached, go = threading.Event(), threading.Event()
-    encode = Mp4Writer._encode
-
-    def waits(self, *item):
-        reached.set()
-        assert go.wait(30)
-        encode(self, *item)
-
-    monkeypatch.setattr(Mp4Writer, "_encode", waits)
-    with Mp4Writer(tmp_path / "a.mp4", WIDTH, HEIGHT) as film:
-        film.add(colours(3))
-        assert reached.wait(30)
-        for _ in range(mp4.QUEUED):
-            film.add(colours(1))  # returns although nothing is encoded
-        blocked = threading.Thread(target=lambda: film.add(colours(1)))
-        blocked.start()
-        blocked.join(0.2)
-        assert blocked.is_alive(), "frames pile up"
-        go.set()
-        blocked.join()
-        film.add_sound(tone(1000))
-    assert packets(tmp_path / "a.mp4").count("v") == 4 + mp4.QUEUED
-
-
 @pytest.fixture
 def full_disk():
     """Files may not grow beyond 4 KiB: writes fail as on a full disk."""
@@ -147,25 +118,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path, sound_f
     assert path.read_bytes() == b"an older film"
 
 
-def test_an_encoders_error_is_raised_where_frames_come_from(tmp_path, monkeypatch):
-    def breaks(self, *item):
-        raise RuntimeError("no such encoder\nsecond line")
-
-    monkeypatch.setattr(Mp4Writer, "_encode", breaks)
-    added = []
-
-    def add():
-        with Mp4Writer(tmp_path / "a.mp4", WIDTH, HEIGHT) as film:
-            for index in range(1000):
-                film.add(colours(1))
-                added.append(index)
-
-    with pytest.raises(OSError, match=r"a\.mp4 cannot be written: RuntimeError: no such encoder$"):
-        add()
-    assert len(added) < 1000
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("of the caller's own"), ZeroDivisionError()])
 def test_an_error_between_frames_is_kept_and_leaves_nothing(tmp_path, error):
     film = Mp4Writer(tmp_path / "a.mp4", WIDTH, HEIGHT)
@@ -179,61 +131,6 @@ def test_an_error_between_frames_is_kept_and_leaves_nothing(tmp_path, error):
         stops()
     assert raised.value is error
     assert list(tmp_path.iterdir()) == []
-    assert film._done.is_set()
-
-
-class Slow:
-    def __init__(self):
-        self.encoded = 0
-
-    def reformat(self, frame, **how):
-        time.sleep(0.02)
-        self.encoded += 1
-        return frame.reformat(**how)
-
-
-def test_what_waits_is_not_encoded_once_it_is_of_no_use(tmp_path):
-    film, slow = Mp4Writer(tmp_path / "a.mp4", WIDTH, HEIGHT), Slow()
-
-    def stops():
-        with film:
-            film._reformatter = slow
-            film.add(colours(50))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stops()
-    assert slow.encoded < 50
-
-
-@pytest.mark.usefixtures("sigint_raises")
-@pytest.mark.parametrize("waiting", [1, mp4.QUEUED + 2])
-def test_an_interrupt_while_the_last_frames_are_encoded_leaves_nothing(tmp_path, waiting):
-    """In the join, or in the wait for room in the queue."""
-    film, slow = Mp4Writer(tmp_path / "a.mp4", WIDTH, HEIGHT), Slow()
-
-    def finishes():
-        with film:
-            film._reformatter = slow
-            film.add_sound(tone(100))
-            for _ in range(waiting):
-                film.add(colours(50))
-
-    def interrupted(frame, **how):
-        slow.encoded += 1
-        if slow.encoded == 10:
-            os.kill(os.getpid(), signal.SIGINT)
-            until = time.monotonic() + 30
-            while not film._stopped and time.monotonic() < until:  # however long a busy machine takes to notice
-                time.sleep(0.01)
-        return frame.reformat(**how)
-
-    slow.reformat = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        finishes()
-    assert slow.encoded < 50
-    assert list(tmp_path.iterdir()) == []
-    assert film._done.is_set()
 
 
 @pytest.mark.parametrize(
