@@ -141,7 +141,7 @@ def generate(
         "sample_rate": clip.sample_rate,
         "placement": clip.placing.placement,
         "kept": clip.placing.kept,
-        "planned_peak_bytes": None if clip.placing.plan is None else clip.placing.plan.peak_bytes,
+        "planned_peak_bytes": None if clip.placing.budget_bytes is None else clip.placing.peak_bytes,
         "device": str(pipe.parts.device),
         "ranks": process.size,
         "precision": "eager" if pipe.parts.fast is None else pipe.parts.fast.precision,

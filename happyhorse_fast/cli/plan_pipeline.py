@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from happyhorse_fast.cli.output import emit, gib, literal, table, verdict
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes, gpu_named
-from happyhorse_fast.pipeline.layout import FIRST_STAGES, PARTS, SECOND_STAGES
+from happyhorse_fast.pipeline.layout import PARTS
 from happyhorse_fast.pipeline.memory_plan import plan
 from happyhorse_fast.pipeline.parts import DECODERS
-from happyhorse_fast.pipeline.request import FPS, SMALL
+from happyhorse_fast.pipeline.request import FPS, Request
 from happyhorse_fast.pipeline.stage_plan import StagePlan, Work
-from happyhorse_fast.tokens import tokens_for
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,21 +36,18 @@ def plan_pipeline(
     as_json: bool,
 ) -> None:
     """Print the plan of one clip with a picture and a sound made by the public checkpoints, for every size of card."""
-    _require(stages=(stages, (1, 2)), first=(first, tuple(FIRST_STAGES)), decoder=(decoder, tuple(DECODERS)))
-    clip = tokens_for(resolution, aspect, seconds, FPS)
-    if stages == 2 and resolution not in SECOND_STAGES:
-        raise ValueError(f"resolution of two stages must be one of {', '.join(SECOND_STAGES)}; got {resolution!r}")
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
+    request = Request(
+        prompt="any", seconds=seconds, resolution=resolution, aspect=aspect, stages=stages, first=first, image=True
+    )
     card = gpu_named(gpu)
     work = Work(
-        first=ModelConfig.preset(str(PARTS[FIRST_STAGES[first]].preset)),
-        second=ModelConfig.preset(str(PARTS[SECOND_STAGES[resolution]].preset)) if stages == 2 else None,
-        first_clip=tokens_for(SMALL, aspect, seconds, FPS) if stages == 2 else clip,
-        last_clip=clip,
-        mode=first,  # type: ignore[arg-type]  # checked above
+        request=request,
+        models=tuple(ModelConfig.preset(str(PARTS[name].preset)) for name in request.models),
         precision=precision,  # type: ignore[arg-type]  # FastConfig checks it, and attention
         attention=attention,  # type: ignore[arg-type]
-        decoder=decoder,  # type: ignore[arg-type]
-        image=True,
+        decoder=decoder,  # type: ignore[arg-type]  # checked above
         text=text,
         gpu=card,
     )
@@ -86,12 +82,6 @@ def plan_pipeline(
         ],
     }
     emit(data, as_json, lambda console: _render(console, data))
-
-
-def _require(**given: tuple[object, tuple[object, ...]]) -> None:
-    for name, (value, allowed) in given.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 
 
 def _render(console: Console, data: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from happyhorse_fast.files import require_target
 from happyhorse_fast.pipeline.latents import Latents
+from happyhorse_fast.pipeline.memory_plan import PipelinePlan
 from happyhorse_fast.pipeline.mp4 import Mp4Writer
-from happyhorse_fast.pipeline.placing import Placing
 from happyhorse_fast.pipeline.progress import StageCost
 from happyhorse_fast.pipeline.request import FPS, Request
 from happyhorse_fast.pipeline.sound import PLAYED_RATE
@@ -26,7 +26,7 @@ class Clip:
         samples: [2, m] float32 in about -1..1 on the CPU.
         latents: Video [1, 48, T, H, W] and audio [1, A, 64] that they were decoded from, with the text's embedding.
         stages: What each stage took, in order.
-        placing: What stayed on the device, and the plan that said so.
+        placing: What stayed on the device, and in which pieces the rest was there.
         path: The file that was written while the frames were decoded, or None.
         fps: Frames per second.
         sample_rate: Samples per second.
@@ -37,7 +37,7 @@ class Clip:
     samples: torch.Tensor = field(repr=False)
     latents: Latents = field(repr=False)
     stages: tuple[StageCost, ...]
-    placing: Placing = field(repr=False)
+    placing: PipelinePlan = field(repr=False)
     path: Path | None = None
     fps: int = FPS
     sample_rate: int = PLAYED_RATE

@@ -11,7 +11,6 @@ import torch
 
 from happyhorse_fast.pipeline.request import RESOLVED, TEXT, VIDEO
 from happyhorse_fast.pipeline.stage_plan import (
-    TEXT_ENCODER,
     TEXT_LAYER_BYTES,
     TEXT_LAYERS,
     TEXT_ROW_BYTES,
@@ -44,10 +43,10 @@ class PipelinePlan:
 
     stages: tuple[StagePlan, ...]
     kept: tuple[str, ...]
-    tiles: int
-    layers_on_device: int | None
-    history_on_host: bool
-    budget_bytes: int | None
+    tiles: int = 1
+    layers_on_device: int | None = None
+    history_on_host: bool = False
+    budget_bytes: int | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -133,19 +132,19 @@ def _keeping(work: Work, alone: PipelinePlan) -> PipelinePlan:
     more room than a layer: those that do not fit are read when they are needed, once a prompt as all of them are.
     """
     room = (alone.budget_bytes or 0) - WORKSPACE_BYTES
-    rest = tuple(stage for stage in alone.stages if stage.part != TEXT_ENCODER)
+    rest = tuple(stage for stage in alone.stages if stage.name != TEXT)
     whole, least = text_stage(work, None), text_stage(work, 0)
     weights = {stage.part: stage.weight_bytes for stage in (*rest, whole)}
     kept: list[str] = []
-    for part in sorted(weights, key=lambda part: (part.endswith("model"), weights[part]), reverse=True):
+    for part in sorted(weights, key=lambda part: (part in work.request.models, weights[part]), reverse=True):
         tried = [*kept, part]
-        if peak_with([*rest, whole if TEXT_ENCODER in tried else least], tried) <= room:
+        if peak_with([*rest, whole if whole.part in tried else least], tried) <= room:
             kept = tried
     if not kept:
         return alone
     beside = sum(weights[part] for part in kept)
-    layers = None if TEXT_ENCODER in kept else _text_layers(work, room - beside)
-    stages = tuple(text_stage(work, layers) if stage.part == TEXT_ENCODER else stage for stage in alone.stages)
+    layers = None if whole.part in kept else _text_layers(work, room - beside)
+    stages = tuple(text_stage(work, layers) if stage.name == TEXT else stage for stage in alone.stages)
     in_order = tuple(part for part in alone.parts if part in kept)
     return dataclasses.replace(alone, stages=stages, kept=in_order, layers_on_device=layers)
 
@@ -159,8 +158,7 @@ def _text_layers(work: Work, room: int) -> int | None:
 
 def _alone(work: Work, budget_bytes: int | None, **pieces: Any) -> PipelinePlan:
     """One part at a time; ``pieces`` as :func:`stage_plans` takes them."""
-    how = {"tiles": 1, "layers_on_device": None, "history_on_host": False} | pieces
-    return PipelinePlan(stage_plans(work, **how), (), budget_bytes=budget_bytes, **how)
+    return PipelinePlan(stage_plans(work, **pieces), (), budget_bytes=budget_bytes, **pieces)
 
 
 def budget_of(device: torch.device) -> int | None:

@@ -20,7 +20,7 @@ from happyhorse_fast.pipeline.audio import AudioCodec
 from happyhorse_fast.pipeline.audio_file import AUDIO_CHANNELS
 from happyhorse_fast.pipeline.company import Company
 from happyhorse_fast.pipeline.layout import Layout
-from happyhorse_fast.pipeline.request import AUDIO, DENOISED, IMAGE, RESOLVED, SOUND, TEXT, VIDEO, Request
+from happyhorse_fast.pipeline.request import Request
 from happyhorse_fast.pipeline.residency import Residency
 from happyhorse_fast.pipeline.text import EMBEDDING, TextEncoder
 from happyhorse_fast.pipeline.turbo import TurboDecoder
@@ -132,17 +132,6 @@ class Parts:
     def audio_decoder(self) -> AbstractContextManager[AudioCodec]:
         """The half of the audio codec that decodes."""
         return self.residency.using("audio_decoder", self._loader(AudioCodec.load, "audio_vae"))
-
-    def names(self, request: Request) -> dict[str, str]:
-        """Stage -> its part, by the names of :attr:`residency`."""
-        return {
-            TEXT: "text_encoder",
-            **({IMAGE: "image_encoder"} if request.image else {}),
-            **({SOUND: "audio_encoder"} if request.sound else {}),
-            **dict(zip((DENOISED, RESOLVED), request.models, strict=False)),
-            AUDIO: "audio_decoder",
-            VIDEO: "video_decoder",
-        }
 
     def _loader(self, function: Callable[..., Any], name: str, **how: Any) -> Callable[[], Any]:
         return lambda: function(self.layout.find(name), self.device, **how)

@@ -268,7 +268,7 @@ class _Run:
             self.noise.resume(begun)
         self.placing = place(self.parts, request, pipeline.placement)
         self.parts.residency.keep_only(self.placing.kept)
-        times = predicted(self.parts, request, stages.stages_of(request, done))
+        times = predicted(self.parts, self.placing, stages.stages_of(request, done))
         self.monitor = Monitor(self.parts.device, times, callback, progress)
 
     def denoised(self, pictures: list[torch.Tensor] | None, sound: torch.Tensor | None, keeper: Keeper) -> Latents:

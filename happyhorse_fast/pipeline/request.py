@@ -112,6 +112,18 @@ class Request:
         second = [SECOND_STAGES[self.resolution]] if self.stages == 2 else []
         return [FIRST_STAGES[self.first], *second]
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """Stage -> the part that it loads, in order."""
+        return {
+            TEXT: "text_encoder",
+            **({IMAGE: "image_encoder"} if self.image else {}),
+            **({SOUND: "audio_encoder"} if self.sound else {}),
+            **dict(zip((DENOISED, RESOLVED), self.models, strict=False)),
+            AUDIO: "audio_decoder",
+            VIDEO: "video_decoder",
+        }
+
     def _tokens(self, resolution: str) -> ClipTokens:
         tokens = tokens_for(resolution, self.aspect, self.seconds, FPS)
         return tokens._replace(T=self.latent_frames, audio=self.audio_tokens)

@@ -22,13 +22,12 @@ from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precisio
 from happyhorse_fast.fast.memory import StorageMeter, fake_copy, peak_by_kind, weight_bytes
 from happyhorse_fast.ops.runtime.dispatch import choose
 from happyhorse_fast.pipeline import tiling
-from happyhorse_fast.pipeline.request import AUDIO, DENOISED, IMAGE, RESOLVED, SOUND, TEXT, VIDEO
+from happyhorse_fast.pipeline.request import AUDIO, DENOISED, IMAGE, RESOLVED, SOUND, TEXT, VIDEO, Request
 from happyhorse_fast.pipeline.turbo import TurboDecoder
 from happyhorse_fast.sampler.distilled import DISTILLED_STEPS
 from happyhorse_fast.sampler.guided import GUIDED_STEPS
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
 
-TEXT_ENCODER = "text encoder"
 TEXT_LAYERS = 42
 TEXT_LAYER_BYTES = 396_390_400
 """A layer of the published encoder in bf16; the embedding stays in its file."""
@@ -74,52 +73,34 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a run does; sizes are those of the run, so 25 frames a second.
+    """What a run does, and how.
 
     Attributes:
-        first: Configuration of the first stage's model.
-        second: Of the second stage's; None for one stage.
-        first_clip: Latent size of the first stage.
-        last_clip: Latent size of the clip that is decoded.
-        mode: ``"distilled"`` or ``"base"``: how the first stage is sampled.
+        request: Its settings.
+        models: Configurations of the request's models, in order.
         precision: Of the models' products; None for eager torch in bf16.
         attention: Of their attention; None for its default.
         decoder: ``"turbo"`` or ``"wan"``.
-        image: Whether a picture is given.
-        sound: Whether a sound is given.
         text: Tokens of the prompt.
         gpu: Card whose peaks make the floors.
     """
 
-    first: ModelConfig
-    second: ModelConfig | None
-    first_clip: ClipTokens
-    last_clip: ClipTokens
-    mode: Literal["distilled", "base"] = "distilled"
+    request: Request
+    models: tuple[ModelConfig, ...]
     precision: Precision | None = "fp8"
     attention: AttentionPrecision | None = None
     decoder: Literal["turbo", "wan"] = "turbo"
-    image: bool = False
-    sound: bool = False
     text: int = TEXT_TOKENS
     gpu: Gpu = GPUS["h100"]
 
 
-def floors(work: Work) -> dict[str, float]:
-    """Least seconds of each stage by name, as a plan's ``floor_s``: without the traces that peaks take."""
-    stages = [text_stage(work, None)]
-    stages += [_image(work)] if work.image else []
-    stages += [_sound(work, SOUND, "audio encoder", AUDIO_ENCODER_LATENT, 1)] if work.sound else []
-    found = {stage.name: stage.floor_s for stage in stages}
-    found[DENOISED] = _denoise_floor(work, work.first, work.first_clip, _evaluations(work))
-    if work.second is not None:
-        found[RESOLVED] = _denoise_floor(work, work.second, work.last_clip, SECOND_STEPS)
-    found[AUDIO] = _sound(work, AUDIO, "audio decoder", AUDIO_DECODER_LATENT, 2).floor_s
-    return found | {VIDEO: _video_floor(work, 1)}
-
-
 def stage_plans(
-    work: Work, *, tiles: int = 1, layers_on_device: int | None = None, history_on_host: bool = False
+    work: Work,
+    *,
+    tiles: int = 1,
+    layers_on_device: int | None = None,
+    history_on_host: bool = False,
+    traced: bool = True,
 ) -> tuple[StagePlan, ...]:
     """Each stage of a run, in order.
 
@@ -128,18 +109,18 @@ def stage_plans(
         tiles: Of the turbo decoder.
         layers_on_device: Of the text encoder; None for all.
         history_on_host: Of :func:`~happyhorse_fast.sampler.super_resolve`.
+        traced: Whether to trace peaks, which takes a second or two; else those of models and decoder are of no meaning.
     """
     stages = [text_stage(work, layers_on_device)]
-    if work.image:
+    if work.request.image:
         stages.append(_image(work))
-    if work.sound:
-        stages.append(_sound(work, SOUND, "audio encoder", AUDIO_ENCODER_LATENT, 1))
-    stages.append(_denoise(work, DENOISED, work.first, work.first_clip, _evaluations(work), HELD_LATENTS[work.mode]))
-    if work.second is not None:
-        held = 0 if history_on_host else HELD_LATENTS["second"]
-        stages.append(_denoise(work, RESOLVED, work.second, work.last_clip, SECOND_STEPS, held))
-    stages.append(_sound(work, AUDIO, "audio decoder", AUDIO_DECODER_LATENT, 2))
-    stages.append(video_stage(work, tiles))
+    if work.request.sound:
+        stages.append(_sound(work, SOUND, AUDIO_ENCODER_LATENT, 1))
+    stages.append(_denoise(work, DENOISED, HELD_LATENTS[work.request.first], traced))
+    if len(work.models) > 1:
+        stages.append(_denoise(work, RESOLVED, 0 if history_on_host else HELD_LATENTS["second"], traced))
+    stages.append(_sound(work, AUDIO, AUDIO_DECODER_LATENT, 2))
+    stages.append(video_stage(work, tiles, traced))
     return tuple(stages)
 
 
@@ -150,45 +131,42 @@ def text_stage(work: Work, layers_on_device: int | None) -> StagePlan:
     weights = there * TEXT_LAYER_BYTES
     flops = work.text * TEXT_LAYERS * TEXT_LAYER_BYTES  # two per weight of two bytes
     floor = max(flops / work.gpu.rate("bf16"), TEXT_LAYERS * TEXT_LAYER_BYTES / (work.gpu.bandwidth * 1e12))
-    return StagePlan(TEXT, TEXT_ENCODER, weights, weights + TEXT_ROW_BYTES * work.text, floor)
+    return StagePlan(TEXT, work.request.parts[TEXT], weights, weights + TEXT_ROW_BYTES * work.text, floor)
 
 
 def _image(work: Work) -> StagePlan:
-    sizes = {clip.pixels for clip in (work.first_clip, work.last_clip)}
+    sizes = {clip.pixels for clip in (work.request.first_tokens, work.request.last_tokens)}
     pixels = [height * width for height, width in sizes]
     floor = sum(pixels) * WAN_ENCODER_FLOPS / work.gpu.rate("bf16")
     peak = WAN_ENCODER_BYTES + WAN_ENCODER_PIXEL * max(pixels)
-    return StagePlan(IMAGE, "image encoder", WAN_ENCODER_BYTES, peak, floor)
+    return StagePlan(IMAGE, work.request.parts[IMAGE], WAN_ENCODER_BYTES, peak, floor)
 
 
-def _sound(work: Work, name: str, part: str, per_latent: int, copies: int) -> StagePlan:
-    latents = work.last_clip.audio
+def _sound(work: Work, name: str, per_latent: int, copies: int) -> StagePlan:
+    latents = work.request.audio_tokens
     peak = copies * AUDIO_HALF_BYTES + per_latent * latents
-    return StagePlan(name, part, 2 * AUDIO_HALF_BYTES, peak, latents * AUDIO_FLOPS / work.gpu.rate("fp32"))
+    floor = latents * AUDIO_FLOPS / work.gpu.rate("fp32")
+    return StagePlan(name, work.request.parts[name], 2 * AUDIO_HALF_BYTES, peak, floor)
 
 
-def _denoise(work: Work, name: str, config: ModelConfig, clip: ClipTokens, evaluations: int, held: int) -> StagePlan:
-    weights, peak, loading = _model_bytes(config, clip, work.text, work.precision, work.attention)
-    latent = 4 * config.latent_channels * clip.T * clip.H * clip.W
-    floor = _denoise_floor(work, config, clip, evaluations)
-    return StagePlan(
-        name, "first model" if name == DENOISED else "second model", weights, max(peak + held * latent, loading), floor
-    )
-
-
-def _evaluations(work: Work) -> int:
-    """Of the first stage's model."""
-    return DISTILLED_STEPS if work.mode == "distilled" else 2 * GUIDED_STEPS
-
-
-def _denoise_floor(work: Work, config: ModelConfig, clip: ClipTokens, evaluations: int) -> float:
-    attention = work.attention or (
-        None if work.precision is None else FastConfig(precision=work.precision).attention_format
-    )
+def _denoise(work: Work, name: str, held: int, traced: bool) -> StagePlan:
+    if name == DENOISED:
+        config, clip = work.models[0], work.request.first_tokens
+        evaluations = DISTILLED_STEPS if work.request.first == "distilled" else 2 * GUIDED_STEPS
+    else:
+        config, clip, evaluations = work.models[1], work.request.last_tokens, SECOND_STEPS
+    attention = work.attention
+    if attention is None:
+        attention = "bf16" if work.precision is None else FastConfig(precision=work.precision).attention_format
     costs = step_costs(
-        config, clip, text=work.text, precision=work.precision or "bf16", attention=attention or "bf16", gpu=work.gpu
+        config, clip, text=work.text, precision=work.precision or "bf16", attention=attention, gpu=work.gpu
     )
-    return evaluations * totals(costs).floor_ms / 1e3
+    weights = peak = loading = 0
+    if traced:
+        weights, peak, loading = _model_bytes(config, clip, work.text, work.precision, work.attention)
+    peak += held * 4 * config.latent_channels * clip.T * clip.H * clip.W
+    floor = evaluations * totals(costs).floor_ms / 1e3
+    return StagePlan(name, work.request.parts[name], weights, max(peak, loading), floor)
 
 
 @lru_cache(maxsize=32)
@@ -210,26 +188,22 @@ def _model_bytes(
     return weights, peak_by_kind(config, clip, build, text=text), weights + (0 if precision is None else largest)
 
 
-def video_stage(work: Work, tiles: int) -> StagePlan:
-    """The video decoder, with frames in so many tiles."""
-    clip = work.last_clip
+def video_stage(work: Work, tiles: int, traced: bool = True) -> StagePlan:
+    """The video decoder, with frames in so many tiles; ``traced`` as for :func:`stage_plans`."""
+    clip = work.request.last_tokens
     height, width = clip.pixels
     pixels = height * width
-    latents = 4 * LATENT_CHANNELS * clip.T * clip.H * clip.W
+    positions = clip.T * clip.H * clip.W
+    latents = 4 * LATENT_CHANNELS * positions
     if work.decoder == "wan":
         weights, peak = WAN_DECODER_BYTES, WAN_DECODER_BYTES + WAN_DECODER_PIXEL * pixels
     else:
-        weights, peak = _turbo_bytes(clip.T, clip.H, clip.W, tiles)
+        weights, peak = _turbo_bytes(clip.T, clip.H, clip.W, tiles) if traced else (0, 0)
+        windows = sum(window.stop - window.start for window in tiling.time_windows(clip.T))
+        positions = windows * sum(map(_positions, tiling.space_tiles(clip.H, clip.W, tiles)))  # halos included
     peak += latents + FRAMES_BYTES * pixels
-    return StagePlan(VIDEO, "video decoder", weights, peak, _video_floor(work, tiles))
-
-
-def _video_floor(work: Work, tiles: int) -> float:
-    clip, count, more = work.last_clip, work.last_clip.T, 1.0
-    if work.decoder == "turbo":
-        count = sum(window.stop - window.start for window in tiling.time_windows(clip.T))
-        more = _halo_share(clip, tiles)
-    return count * clip.H * clip.W * DECODER_FLOPS[work.decoder] * more / work.gpu.rate("bf16")
+    floor = positions * DECODER_FLOPS[work.decoder] / work.gpu.rate("bf16")
+    return StagePlan(VIDEO, work.request.parts[VIDEO], weights, peak, floor)
 
 
 @lru_cache(maxsize=32)
@@ -247,11 +221,6 @@ def _turbo_bytes(count: int, height: int, width: int, tiles: int) -> tuple[int, 
         with meter:
             fake._window(latents, window, [largest])
     return weights, meter.peak_bytes
-
-
-def _halo_share(clip: ClipTokens, tiles: int) -> float:
-    """Positions that tiles decode, halos included, over those of a frame."""
-    return sum(map(_positions, tiling.space_tiles(clip.H, clip.W, tiles))) / (clip.H * clip.W)
 
 
 def _positions(tile: tuple[tiling.Span, tiling.Span]) -> int:

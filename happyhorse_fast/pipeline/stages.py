@@ -14,7 +14,7 @@ from happyhorse_fast.pipeline.host_frames import host_frames
 from happyhorse_fast.pipeline.latents import Latents
 from happyhorse_fast.pipeline.parts import Parts
 from happyhorse_fast.pipeline.progress import Monitor
-from happyhorse_fast.pipeline.request import AUDIO, DENOISED, IMAGE, RESOLVED, SOUND, TEXT, VIDEO, Request
+from happyhorse_fast.pipeline.request import AUDIO, DENOISED, IMAGE, RESOLVED, SOUND, VIDEO, Request
 from happyhorse_fast.sampler import StepInfo, sample, super_resolve
 
 GUIDANCE = 5.0
@@ -23,8 +23,7 @@ GUIDANCE = 5.0
 
 def stages_of(request: Request, done: str | None = None) -> list[str]:
     """Names of a run's stages in order, of those after ``done``."""
-    first = [TEXT, *([IMAGE] if request.image else []), *([SOUND] if request.sound else []), DENOISED]
-    names = [*first, *([RESOLVED] if request.stages == 2 else []), AUDIO, VIDEO]
+    names = list(request.parts)
     return names if done is None else names[names.index(done) + 1 :]
 
 

@@ -27,7 +27,7 @@ def test_the_whole_path_in_json(capsys: Capture) -> None:
     assert {gb: card["placement"] for gb, card in cards.items()} == {
         24: "mixed", 32: "mixed", 48: "mixed", 80: "resident"
     }  # fmt: skip
-    assert cards[24]["kept"] == ["image encoder", "audio decoder", "video decoder"]
+    assert cards[24]["kept"] == ["image_encoder", "audio_decoder", "video_decoder"]
     assert all(card["fits"] and card["peak_gib"] <= card["budget_gib"] for card in cards.values())
     assert cards[80]["peak_gib"] == data["resident_gib"]
 
@@ -35,7 +35,7 @@ def test_the_whole_path_in_json(capsys: Capture) -> None:
 def test_the_whole_path_in_tables(capsys: Capture) -> None:
     text = printed(capsys, "--precision", "int8", "--seconds", "15")
     assert "the solver's history on the host" in text and "every part stays" in text
-    assert "5 of 6 parts stay" in text and "on 48 GB stay: image encoder, first model, second model, audio" in text
+    assert "5 of 6 parts stay" in text and "on 48 GB stay: image_encoder, distill, 1080p_sr, audio_" in text
     text = printed(capsys, "--precision", "bf16", "--stages", "1", "--resolution", "256p", "--first", "base")
     assert "super-resolve" not in text and "too large" in text and "256p 16:9, 5 s at 25 fps, bf16" in text
 
@@ -50,10 +50,10 @@ def test_the_whole_path_in_tables(capsys: Capture) -> None:
         (["--gpus", "4"], "--gpus must be left out with --pipeline"),
         (["--shard-weights"], "--shard-weights must be left out with --pipeline"),
         (["--no-memory"], "--memory must be left out with --pipeline"),
-        (["--stages", "3"], "stages must be one of 1, 2; got 3"),
+        (["--stages", "3"], "stages must be from 1 to 2, got 3"),
         (["--first", "second"], "first must be one of distilled, base; got 'second'"),
         (["--decoder", "none"], "decoder must be one of turbo, wan; got 'none'"),
-        (["--resolution", "256p"], "resolution of two stages must be one of 540p, 1080p; got '256p'"),
+        (["--resolution", "256p"], "resolution of two stages must be one of 540p, 1080p, got '256p'"),
         (["--precision", "fp32"], "precision must be one of bf16, int8, fp8; got 'fp32'"),
         (["--precision", "fp8", "--gpu", "a100"], "a100 has no fp8 tensor cores"),
     ],

@@ -11,18 +11,18 @@ from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 from happyhorse_fast.fast.memory import StorageMeter
 from happyhorse_fast.pipeline import memory_plan, stage_plan, tiling
 from happyhorse_fast.pipeline.memory_plan import PipelinePlan, budget_of, plan
-from happyhorse_fast.pipeline.stage_plan import StagePlan, Work, floors
+from happyhorse_fast.pipeline.request import Request
+from happyhorse_fast.pipeline.stage_plan import StagePlan, Work, stage_plans
 from happyhorse_fast.sampler.sample import sample
-from happyhorse_fast.tokens import tokens_for
 
 GIB = 2**30
 FIRST, SECOND = (ModelConfig.preset(f"davinci-magihuman{name}") for name in ("", "-sr-1080p"))
+SMALL = {"stages": 1, "resolution": "256p"}
 
 
-def work(seconds=5, **changes):
-    clips = (tokens_for(resolution, "16:9", seconds, 25) for resolution in ("256p", "1080p"))
-    how = dict(zip(("first_clip", "last_clip"), clips, strict=True)) | {"image": True}
-    return Work(**{"first": FIRST, "second": SECOND} | how | changes)
+def work(seconds=5, precision="fp8", decoder="turbo", **settings):
+    request = Request(**{"prompt": "x", "seconds": seconds, "image": True} | settings)
+    return Work(request=request, models=(FIRST, SECOND)[: request.stages], precision=precision, decoder=decoder)
 
 
 def card(gb):
@@ -33,7 +33,7 @@ def card(gb):
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_eight_bits_fit_a_card_of_24_gb_and_stay_on_one_of_80(seconds, precision):
     small, large = (plan(work(seconds, precision=precision), card(gb)) for gb in (24, 80))
-    assert small.fits and not {"text encoder", "first model", "second model"} & set(small.kept)
+    assert small.fits and not {"text_encoder", *MODELS} & set(small.kept)
     assert small.peak_bytes <= 21.8 * GIB
     assert (small.tiles, small.layers_on_device) == (1, None)
     assert small.history_on_host == (precision == "int8" and seconds == 15)
@@ -47,7 +47,7 @@ def test_eight_bits_fit_a_card_of_24_gb_and_stay_on_one_of_80(seconds, precision
 def test_bf16_fits_48_gb_one_part_at_a_time_and_not_80_all_at_once():
     found = {gb: plan(work(precision="bf16"), card(gb)) for gb in (24, 48, 80)}
     assert {gb: one.fits for gb, one in found.items()} == {24: False, 48: True, 80: True}
-    assert found[24].kept == () and "text encoder" not in found[80].kept
+    assert found[24].kept == () and "text_encoder" not in found[80].kept
     assert found[80].resident_bytes > card(80)
 
 
@@ -59,15 +59,17 @@ def test_the_floor_of_five_seconds_at_1080p_is_within_the_target():
     assert found.floor_s < 30
 
 
-@pytest.mark.parametrize("changes", [{}, {"sound": True, "image": False, "mode": "base", "decoder": "wan"}])
+@pytest.mark.parametrize("changes", [{}, {"sound": True, "image": False, "first": "base", "decoder": "wan"}])
 def test_floors_are_those_of_the_plan_without_its_traces(changes):
     wanted = work(precision="fp8", **changes)
-    found = plan(wanted, None)
-    assert floors(wanted) == {stage.name: stage.floor_s for stage in found.stages}
+    quick, traced = stage_plans(wanted, traced=False), plan(wanted, None).stages
+    assert [(stage.name, stage.part, stage.floor_s) for stage in quick] == [
+        (stage.name, stage.part, stage.floor_s) for stage in traced
+    ]
 
 
 def test_what_does_not_fit_is_cut_up_and_still_counted():
-    tight = plan(work(precision="fp8", second=None, last_clip=tokens_for("256p", "16:9", 5, 25)), int(16.2 * GIB))
+    tight = plan(work(precision="fp8", **SMALL), int(16.2 * GIB))
     assert tight.fits and tight.layers_on_device is None
     small = plan(work(precision="fp8"), int(7.2 * GIB))
     assert not small.fits and small.placement == "sequential"
@@ -89,7 +91,7 @@ def test_a_placement_can_be_asked_for():
     assert plan(work(precision="fp8"), None).placement == "resident"
 
 
-CODECS = ("image encoder", "audio decoder", "video decoder")
+CODECS, MODELS = ("image_encoder", "audio_decoder", "video_decoder"), ("distill", "1080p_sr")
 
 
 @pytest.mark.slow
@@ -99,7 +101,7 @@ def test_as_many_parts_stay_as_fit(seconds, precision):
     found = {gb: plan(work(seconds, precision=precision), card(gb)) for gb in (24, 32, 48, 80)}
     assert all(one.fits and one.peak_bytes <= card(gb) for gb, one in found.items())
     assert found[24].kept == (CODECS if seconds == 5 else ()) and found[32].kept == CODECS
-    assert set(found[48].kept) == {*CODECS, "first model", "second model"} and found[48].placement == "mixed"
+    assert set(found[48].kept) == {*CODECS, *MODELS} and found[48].placement == "mixed"
     assert found[80].placement == "resident" and found[80].layers_on_device is None
     # In what the two models leave, with the workspaces, all but seven layers of the text encoder and one that is read.
     assert found[48].layers_on_device == 35
@@ -110,9 +112,9 @@ def test_as_many_parts_stay_as_fit(seconds, precision):
 @pytest.mark.slow
 def test_the_text_encoder_stays_after_the_models_have_their_place():
     bf16 = plan(work(precision="bf16"), card(80))
-    assert set(bf16.kept) == {*CODECS, "first model", "second model"} and bf16.layers_on_device == 38
-    alone = plan(work(precision="bf16", second=None, last_clip=tokens_for("256p", "16:9", 5, 25)), card(48))
-    assert "first model" in alone.kept and "text encoder" not in alone.kept
+    assert set(bf16.kept) == {*CODECS, *MODELS} and bf16.layers_on_device == 38
+    alone = plan(work(precision="bf16", **SMALL), card(48))
+    assert "distill" in alone.kept and "text_encoder" not in alone.kept
 
 
 def test_the_peak_is_of_what_stays_and_the_largest_stage_beside_it():
@@ -127,11 +129,11 @@ def test_the_peak_is_of_what_stays_and_the_largest_stage_beside_it():
 
 
 def test_one_stage_a_sound_and_the_other_decoder():
-    found = plan(work(second=None, last_clip=tokens_for("540p", "16:9", 5, 25), sound=True, decoder="wan"), None)
+    found = plan(work(stages=1, resolution="540p", sound=True, decoder="wan"), None)
     assert [stage.name for stage in found.stages] == [
         "text", "image", "sound", "denoise", "decode audio", "decode video"
     ]  # fmt: skip
-    base = plan(work(mode="base"), None)
+    base = plan(work(first="base"), None)
     floors = [{stage.name: stage.floor_s for stage in one.stages}["denoise"] for one in (base, plan(work(), None))]
     assert floors[0] == pytest.approx(8 * floors[1])  # 32 steps of two evaluations for 8 of one
 

@@ -13,6 +13,7 @@ from happyhorse_fast.pipeline import placing
 from happyhorse_fast.pipeline.layout import read_layout
 from happyhorse_fast.pipeline.parts import Parts
 from happyhorse_fast.pipeline.placing import place, predicted, work_of
+from happyhorse_fast.pipeline.progress import Prediction
 from happyhorse_fast.pipeline.request import Request
 from happyhorse_fast.pipeline.residency import Residency
 from happyhorse_fast.pipeline.stages import stages_of
@@ -27,8 +28,10 @@ def parts(folder: Path, device: str) -> Parts:
 
 def test_on_a_cpu_nothing_is_planned(tiny: Path) -> None:
     there = parts(tiny, "cpu")
-    assert place(there, REQUEST, "auto") == placing.Placing((), "sequential")
-    assert place(there, REQUEST, "resident") == placing.Placing(tuple(there.names(REQUEST).values()), "resident")
+    for placement, wanted in (("auto", "sequential"), ("sequential", "sequential"), ("resident", "resident")):
+        found = place(there, REQUEST, placement)  # type: ignore[arg-type]
+        assert found.placement == wanted and found.budget_bytes is None
+        assert found.kept == (tuple(REQUEST.parts.values()) if placement == "resident" else ())
 
 
 @pytest.mark.slow
@@ -37,10 +40,10 @@ def test_on_a_gpu_its_budget_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch
     budget = [80 << 30]
     monkeypatch.setattr(placing, "budget_of", lambda device: budget[0])
     large = place(there, REQUEST, "auto")
-    assert large.placement == "resident" and large.plan is not None and large.plan.fits
-    assert set(large.kept) == set(there.names(REQUEST).values())
+    assert large.placement == "resident" and large.fits
+    assert set(large.kept) == set(REQUEST.parts.values())
     assert place(there, REQUEST, "sequential").kept == ()
-    budget[0] = large.plan.peak_bytes - 1
+    budget[0] = large.peak_bytes - 1
     smaller = place(there, REQUEST, "auto")
     assert smaller.placement == "mixed" and {"distill", "540p_sr", "video_decoder"} <= set(smaller.kept)
     budget[0] = 1 << 30
@@ -51,26 +54,22 @@ def test_on_a_gpu_its_budget_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_plan_is_of_the_run_that_is_asked_for(tiny: Path) -> None:
     work = work_of(parts(tiny, "cuda"), REQUEST)
-    assert (work.precision, work.attention, work.decoder, work.image, work.sound) == (
-        "int8",
-        None,
-        "turbo",
-        True,
-        False,
-    )
-    assert work.first.coords_style == "v2" and work.second is not None and work.second.coords_style == "v1"
-    assert (work.first_clip, work.last_clip) == ((19, 16, 28, 76), (19, 32, 56, 76))
-    assert work_of(parts(tiny, "cuda"), Request(prompt="x", stages=1, first="base")).second is None
+    assert (work.precision, work.attention, work.decoder, work.request) == ("int8", None, "turbo", REQUEST)
+    assert [config.coords_style for config in work.models] == ["v2", "v1"]
 
 
 def test_every_stage_has_a_prediction(tiny: Path) -> None:
     there = parts(tiny, "cpu")
+
+    def found(request: Request, done: str | None = None) -> dict[str, Prediction]:
+        return predicted(there, place(there, request, "auto"), stages_of(request, done))
+
     for request in (REQUEST, Request(prompt="x", stages=1, sound=True, first="base")):
-        found = predicted(there, request, stages_of(request))
-        assert list(found) == stages_of(request)
-        assert all(one.load > 0 and one.compute > 0 for one in found.values())
-    found = predicted(there, REQUEST, stages_of(REQUEST))
+        every = found(request)
+        assert list(every) == stages_of(request)
+        assert all(one.load > 0 and one.compute > 0 for one in every.values())
+    before = found(REQUEST)
     there.residency.seconds_to_bring = {"distill": 0.0, "540p_sr": 2.0}.get  # type: ignore[method-assign]
-    again = predicted(there, REQUEST, stages_of(REQUEST))
-    assert (again["denoise"].load, again["super-resolve"].load, again["text"]) == (0, 2, found["text"])
-    assert next(iter(predicted(there, REQUEST, stages_of(REQUEST, "denoise")))) == "super-resolve"
+    again = found(REQUEST)
+    assert (again["denoise"].load, again["super-resolve"].load, again["text"]) == (0, 2, before["text"])
+    assert next(iter(found(REQUEST, "denoise"))) == "super-resolve"
