@@ -14,6 +14,8 @@ from torch import nn
 
 from happyhorse_fast.fast.parallelize import TIMEOUT, parallelize
 from happyhorse_fast.parallel.faults import Meeting
+from happyhorse_fast.pipeline.memory_plan import PipelinePlan
+from happyhorse_fast.pipeline.request import Request
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,17 +27,17 @@ class Work:
     """A stage that all ranks take part in, as rank 0 tells of it.
 
     Attributes:
-        stage: A function of :mod:`happyhorse_fast.pipeline.stages`.
+        stage: Name of a method of :class:`~happyhorse_fast.pipeline.run.Run`.
         request: The run's settings.
+        placing: How its parts lie on the device.
         noise: State of the run's generator.
-        kept: Names of the parts that stay on the device.
-        given: Further arguments of ``stage``, tensors on the CPU.
+        given: Arguments of the method, tensors on the CPU.
     """
 
-    stage: Callable[..., Any]
-    request: Any
+    stage: str
+    request: Request
+    placing: PipelinePlan
     noise: torch.Tensor
-    kept: tuple[str, ...]
     given: tuple[Any, ...]
 
 

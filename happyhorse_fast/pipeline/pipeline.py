@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
@@ -18,24 +17,21 @@ from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precisio
 from happyhorse_fast.fast.parallelize import require_mesh
 from happyhorse_fast.files import real_path, require_target
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
-from happyhorse_fast.pipeline import stages
 from happyhorse_fast.pipeline.clip import Clip
-from happyhorse_fast.pipeline.company import Company, Work, tells_faults
-from happyhorse_fast.pipeline.embeddings import Embeddings
+from happyhorse_fast.pipeline.company import Company, tells_faults
 from happyhorse_fast.pipeline.image import image_pixels, open_image
-from happyhorse_fast.pipeline.keeping import Keeper, keeping
+from happyhorse_fast.pipeline.keeping import keeping
 from happyhorse_fast.pipeline.latents import Latents, read_latents
 from happyhorse_fast.pipeline.layout import Layout, read_layout
-from happyhorse_fast.pipeline.mp4 import Mp4Writer
 from happyhorse_fast.pipeline.parts import DECODERS, Decoder, Parts
-from happyhorse_fast.pipeline.placing import LEAST, PLACEMENTS, Placement, place, predicted
+from happyhorse_fast.pipeline.placing import PLACEMENTS, Placement, place
 from happyhorse_fast.pipeline.preview import Preview, fit_preview
-from happyhorse_fast.pipeline.progress import Callback, Monitor
-from happyhorse_fast.pipeline.request import DENOISED, FPS, RESOLVED, TEXT, Request, require_rate
+from happyhorse_fast.pipeline.progress import Callback
+from happyhorse_fast.pipeline.prompt_cache import PromptCache
+from happyhorse_fast.pipeline.request import FPS, Request, require_rate
 from happyhorse_fast.pipeline.residency import Residency
-from happyhorse_fast.pipeline.sound import PLAYED_RATE, read_sound
-
-R = TypeVar("R")
+from happyhorse_fast.pipeline.run import Run
+from happyhorse_fast.pipeline.sound import read_sound
 
 
 class Pipeline:
@@ -205,14 +201,24 @@ class Pipeline:
             require_target(kept, overwrite or kept == resumed)
             if target is not None and real_path(kept) == real_path(target):
                 raise ValueError(f"out must be another file than that of the latents, got {kept} for both")
-        run = _Run(self, request, begun, callback, progress)
+        known: dict[str, torch.Tensor | None] = {}
+        if begun is None:
+            cache = PromptCache(self.parts.layout.find("text_encoder"))
+            known = {prompt: cache.get(prompt) for prompt in request.prompts}
+        self.parts.check(
+            request,
+            text=any(embedding is None for embedding in known.values()),
+            denoise=begun is None or not begun.whole,
+        )
+        placing = place(self.parts, request, self.placement)
+        run = Run(request, self.parts, placing, callback=callback, shown=progress, begun=begun)
         pictures = _pictures(image, request) if image is not None else None
         sound = read_sound(audio, request.seconds) if audio is not None else None
         with ExitStack() as stack:
             stack.enter_context(run.monitor.display())
             stack.callback(self.parts.residency.free)
             keeper = stack.enter_context(keeping(kept, target))
-            return run.decoded(run.denoised(pictures, sound, keeper), target)
+            return run.decoded(run.denoised(known, pictures, sound, keeper), target)
 
     @tells_faults
     def follow(self) -> None:
@@ -227,11 +233,9 @@ class Pipeline:
         if parts.company is None or parts.company.meeting.rank == 0:
             raise ValueError("follow is for ranks 1 and above of a pipeline with mesh=...; rank 0 calls the pipeline")
         while (work := parts.company.hear()) is not None:
-            parts.residency.keep_only(work.kept)
-            noise = stages.Noise(work.request, parts.device)
-            noise.generator.set_state(work.noise)
-            unseen = dict.fromkeys(stages.stages_of(work.request), LEAST)
-            work.stage(work.request, parts, Monitor(parts.device, unseen, None, False), noise, *work.given)
+            run = Run(work.request, parts, work.placing)
+            run.generator.set_state(work.noise)
+            getattr(run, work.stage)(*work.given)
         parts.residency.free()
 
     def preview(self) -> Preview:
@@ -247,84 +251,6 @@ class Pipeline:
     def layout(self) -> Layout:
         """Where the parts lie."""
         return self.parts.layout
-
-
-class _Run:
-    """One clip on its way."""
-
-    def __init__(
-        self, pipeline: Pipeline, request: Request, begun: Latents | None, callback: Callback | None, progress: bool
-    ) -> None:
-        self.parts, self.request, self.begun = pipeline.parts, request, begun
-        self.embeddings = Embeddings(self.parts, request)
-        done = None if begun is None else begun.done
-        self.parts.check(
-            request,
-            text=begun is None and self.embeddings.need_encoder,
-            denoise=begun is None or not begun.whole,
-        )
-        self.noise = stages.Noise(request, self.parts.device)
-        if begun is not None and not begun.whole:
-            self.noise.resume(begun)
-        self.placing = place(self.parts, request, pipeline.placement)
-        self.parts.residency.keep_only(self.placing.kept)
-        times = predicted(self.parts, self.placing, stages.stages_of(request, done))
-        self.monitor = Monitor(self.parts.device, times, callback, progress)
-
-    def denoised(self, pictures: list[torch.Tensor] | None, sound: torch.Tensor | None, keeper: Keeper) -> Latents:
-        """All latents; those of each stage are kept as soon as they are there."""
-        found = self.begun if self.begun is not None else self._first(pictures, sound)
-        keeper.save(found)
-        if not found.whole:
-            video = self._together(stages.resolve, found, self.placing.history_on_host)
-            found = self._latents(RESOLVED, video, found.audio, found.text, found.image)
-            keeper.save(found)
-        if self.parts.company is not None:
-            self.parts.company.tell(None)
-        return found
-
-    def _together(self, stage: Callable[..., R], *given: Any) -> R:
-        """A stage that denoises, of which all ranks are told."""
-        if self.parts.company is not None:
-            state = self.noise.generator.get_state()
-            here = tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in given)
-            self.parts.company.tell(Work(stage, self.request, state, self.placing.kept, here))
-        return stage(self.request, self.parts, self.monitor, self.noise, *given)
-
-    def decoded(self, latents: Latents, target: Path | None) -> Clip:
-        """Frames and samples of latents."""
-        samples = stages.decode_audio(self.parts, self.monitor, latents.audio)
-        tokens = self.request.last_tokens
-        height, width = tokens.pixels
-        frames: torch.Tensor | None = None
-        if target is None:
-            frames = torch.empty(self.request.frames, height, width, 3, dtype=torch.uint8)
-            self._decode(latents, _filling(frames))
-        else:
-            with Mp4Writer(target, width, height, fps=FPS, sample_rate=PLAYED_RATE) as writer:
-                self._decode(latents, writer.add)
-                writer.add_sound(samples)
-        return Clip(self.request, frames, samples, latents, tuple(self.monitor.costs), self.placing, target)
-
-    def _decode(self, latents: Latents, write: Any) -> None:
-        stages.decode_video(self.parts, self.monitor, latents.video, write, self.placing.tiles)
-
-    def _first(self, pictures: list[torch.Tensor] | None, sound: torch.Tensor | None) -> Latents:
-        request, parts, monitor = self.request, self.parts, self.monitor
-        with monitor.stage(TEXT):
-            text, null_text = self.embeddings.get(monitor, self.placing.layers_on_device)
-        stages.check_text(request, parts, text)
-        images = [None] if pictures is None else stages.encode_image(parts, monitor, pictures)
-        held = None if sound is None else stages.encode_sound(request, parts, monitor, sound, self.noise)
-        video, audio = self._together(stages.denoise, text, null_text, images[0], held)
-        return self._latents(DENOISED, video, audio, text, images[-1])
-
-    def _latents(
-        self, done: str, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None
-    ) -> Latents:
-        generator = self.noise.generator
-        place = generator.device.type
-        return Latents(self.request, done, video.cpu(), audio.cpu(), text, image, generator.get_state(), place)
 
 
 def _pictures(image: Any, request: Request) -> list[torch.Tensor]:
@@ -352,17 +278,6 @@ def _precision_on(device: torch.device) -> Precision | None:
     if arch is None:
         return None
     return "fp8" if arch >= 89 else "int8" if arch >= 80 else "bf16"
-
-
-def _filling(frames: torch.Tensor) -> Any:
-    done = 0
-
-    def write(some: torch.Tensor) -> None:
-        nonlocal done
-        frames[done : done + len(some)] = some
-        done += len(some)
-
-    return write
 
 
 def _resumed(begun: Latents, prompt: str | None, settings: dict[str, Any]) -> Request:

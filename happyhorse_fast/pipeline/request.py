@@ -8,6 +8,7 @@ from typing import Any
 
 from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.pipeline.layout import FIRST_STAGES, SECOND_STAGES
+from happyhorse_fast.pipeline.negative_prompt import NEGATIVE_PROMPT
 from happyhorse_fast.tokens import ClipTokens, tokens_for
 
 FPS = 25
@@ -111,6 +112,11 @@ class Request:
         """Parts that denoise, in order."""
         second = [SECOND_STAGES[self.resolution]] if self.stages == 2 else []
         return [FIRST_STAGES[self.first], *second]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Prompts that are encoded: what is asked for and, of the base model, what it is guided away from."""
+        return [self.prompt, *([self.negative_prompt or NEGATIVE_PROMPT] if self.first == "base" else [])]
 
     @property
     def parts(self) -> dict[str, str]:

@@ -26,13 +26,15 @@ from sound_files import write_sine
 from happyhorse_fast import tokens
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.cli import run
-from happyhorse_fast.pipeline import residency, stages
+from happyhorse_fast.pipeline import residency
 from happyhorse_fast.pipeline.image import image_pixels
 from happyhorse_fast.pipeline.latents import Latents, read_latents
 from happyhorse_fast.pipeline.parts import Parts
 from happyhorse_fast.pipeline.pipeline import Pipeline
-from happyhorse_fast.pipeline.progress import Monitor, Prediction, StageInfo
+from happyhorse_fast.pipeline.placing import place
+from happyhorse_fast.pipeline.progress import StageInfo
 from happyhorse_fast.pipeline.request import Request
+from happyhorse_fast.pipeline.run import Run
 from happyhorse_fast.pipeline.turbo import to_uint8
 from happyhorse_fast.pipeline.wan import WanCodec
 from happyhorse_fast.sampler import sample, super_resolve
@@ -101,6 +103,10 @@ def film(path: Path) -> tuple[str, str, int, int]:
     return *names, frames, samples
 
 
+def run_of(pipe: Pipeline, request: Request, begun: Latents | None = None) -> Run:
+    return Run(request, pipe.parts, place(pipe.parts, request, pipe.placement), begun=begun)
+
+
 def test_a_prompt_becomes_an_mp4_and_a_resumed_run_the_same(
     tiny: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,11 +169,9 @@ def test_a_given_sound_is_held_by_both_samplers(pipe: Pipeline, sound: Path) -> 
     clip = pipe(PROMPT, audio=sound, stages=1, **SHORT)
     assert clip.latents.audio.shape == (1, 75, 64) and clip.latents.video.shape[2] == 19
     assert clip.samples.shape == (2, int(75 * 2048 * 441 / 512))
-    request = dataclasses.replace(clip.request, first="base")
-    monitor = Monitor(torch.device("cpu"), {"denoise": Prediction(1, 1)}, None, shown=False)
+    made = run_of(pipe, dataclasses.replace(clip.request, first="base"))
     text = clip.latents.text
-    noise = stages.Noise(request, torch.device("cpu"))
-    video, audio = stages.denoise(request, pipe.parts, monitor, noise, text, text[:, :2], None, clip.latents.audio)
+    video, audio = made.denoise(text, text[:, :2], None, clip.latents.audio)
     assert torch.equal(audio, clip.latents.audio)
     assert not torch.equal(video, clip.latents.video)
 
@@ -307,7 +311,7 @@ def test_bad_arguments_are_named_before_the_long_work(
     pipe: Pipeline, change: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = "a model ran" if "prompt" in change else "a stage ran"  # tokens are counted by the encoder
-    monkeypatch.setattr(stages, "denoise" if "prompt" in change else "check_text", lambda *_: pytest.fail(ran))
+    monkeypatch.setattr(Run, "denoise" if "prompt" in change else "encode_text", lambda *_: pytest.fail(ran))
     with pytest.raises(error, match=message):
         pipe(**{"prompt": PROMPT, **SHORT, **change})
 
@@ -340,11 +344,11 @@ def test_a_disk_without_room_is_told_before_anything_runs(
         pipe(PROMPT, **SHORT, out=tmp_path / "x.mp4", callback=lambda info: pytest.fail(f"{info.stage} ran"))
 
 
-def test_noise_goes_on_where_it_began_alone() -> None:
+def test_noise_goes_on_where_it_began_alone(pipe: Pipeline) -> None:
     request, none = Request(prompt="x"), torch.empty(0)
     elsewhere = Latents(request, "denoise", none, none, none, None, none, noise_device="cuda")
     with pytest.raises(ValueError, match="must go on with noise of cuda, on which it began; this run's is of cpu"):
-        stages.Noise(request, torch.device("cpu")).resume(elsewhere)
+        run_of(pipe, request, begun=elsewhere)
 
 
 def test_the_other_decoder(tiny: Path) -> None:
@@ -353,8 +357,7 @@ def test_the_other_decoder(tiny: Path) -> None:
         assert isinstance(decoder, WanCodec)
     latents = torch.randn(1, 48, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     frames: list[torch.Tensor] = []
-    monitor = Monitor(torch.device("cpu"), {"decode video": Prediction(1, 1)}, None, shown=False)
-    stages.decode_video(made.parts, monitor, latents, frames.append, 1)
+    run_of(made, Request(prompt="x")).decode_video(latents, lambda _, some: frames.append(some))
     assert torch.equal(torch.cat(frames), to_uint8(decoder.decode(latents))[0].permute(1, 2, 3, 0))
 
 

@@ -16,7 +16,6 @@ from happyhorse_fast.pipeline.placing import place, predicted, work_of
 from happyhorse_fast.pipeline.progress import Prediction
 from happyhorse_fast.pipeline.request import Request
 from happyhorse_fast.pipeline.residency import Residency
-from happyhorse_fast.pipeline.stages import stages_of
 
 REQUEST = Request(prompt="x", seconds=3, resolution="540p", image=True)
 
@@ -61,15 +60,14 @@ def test_the_plan_is_of_the_run_that_is_asked_for(tiny: Path) -> None:
 def test_every_stage_has_a_prediction(tiny: Path) -> None:
     there = parts(tiny, "cpu")
 
-    def found(request: Request, done: str | None = None) -> dict[str, Prediction]:
-        return predicted(there, place(there, request, "auto"), stages_of(request, done))
+    def found(request: Request) -> dict[str, Prediction]:
+        return predicted(there, place(there, request, "auto"), list(request.parts))
 
     for request in (REQUEST, Request(prompt="x", stages=1, sound=True, first="base")):
         every = found(request)
-        assert list(every) == stages_of(request)
+        assert list(every) == list(request.parts)
         assert all(one.load > 0 and one.compute > 0 for one in every.values())
     before = found(REQUEST)
     there.residency.seconds_to_bring = {"distill": 0.0, "540p_sr": 2.0}.get  # type: ignore[method-assign]
     again = found(REQUEST)
     assert (again["denoise"].load, again["super-resolve"].load, again["text"]) == (0, 2, before["text"])
-    assert next(iter(found(REQUEST, "denoise"))) == "super-resolve"
