@@ -51,10 +51,8 @@ def build(folder: Path, repo_id: str) -> list[Path]:
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} must be new or empty")
     files = sources()
-    extension = {Path("torch-ext") / MODULE / path: content for path, content in files.items()}
-    files[Path(MODULE) / "__init__.py"] = _COMPATIBLE.encode()
     made = {Path("build.toml"): _toml(repo_id), Path("flake.nix"): _FLAKE.encode(), Path("CARD.md"): _card(repo_id)}
-    made |= extension
+    made |= {Path("torch-ext") / MODULE / path: content for path, content in files.items()}
     for backend in BACKENDS:
         variant = Path("build") / f"torch-{backend}"
         made |= {variant / path: content for path, content in files.items()}
@@ -192,19 +190,3 @@ _FLAKE = """{
   outputs = { self, kernel-builder }: kernel-builder.lib.genKernelFlakeOutputs { inherit self; path = ./.; };
 }
 """
-
-_COMPATIBLE = '''"""Where older versions of `kernels` look: the same names as in the folder above."""
-
-import importlib.util
-import sys
-from pathlib import Path
-
-_above = Path(__file__).parents[1]
-_name = f"_{Path(__file__).parent.name}_{hash(str(_above)) & 0xFFFFFFFF:x}"
-_spec = importlib.util.spec_from_file_location(_name, _above / "__init__.py")
-_module = importlib.util.module_from_spec(_spec)
-sys.modules[_name] = _module
-_spec.loader.exec_module(_module)
-globals().update({name: getattr(_module, name) for name in _module.__all__})
-__all__ = list(_module.__all__)
-'''
