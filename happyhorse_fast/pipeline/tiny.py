@@ -21,7 +21,7 @@ from happyhorse_fast.eager.sizes import BANDS_KEY
 from happyhorse_fast.files import replacing, require_folder
 from happyhorse_fast.pipeline.layout import DEFAULTS, NOTE, PARTS
 from happyhorse_fast.pipeline.turbo import LATENT_MEAN, LATENT_STD, TurboDecoder
-from happyhorse_fast.pipeline.turbo_file import EMA, SETTINGS_FILE, WEIGHTS_FILE
+from happyhorse_fast.pipeline.turbo_file import EMA, SETTINGS, SETTINGS_FILE, WEIGHTS_FILE
 
 TEXT_FOLDER, VIDEO_FOLDER, AUDIO_FOLDER, TURBO_FOLDER = (
     PARTS[name].places[0] for name in ("text_encoder", "video_vae", "audio_vae", "turbo_vae")
@@ -176,27 +176,7 @@ def _write_turbo(root: Path) -> None:
         key: torch.randn(value.shape) * (2 / value[0].numel()) ** 0.5 if value.dim() > 1 else torch.zeros(value.shape)
         for key, value in empty.items()
     }
-    settings = {
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": 48,
-        "decoder_block_out_channels": channels,
-        "decoder_layers_per_block": depths,
-        "decoder_spatio_temporal_scaling": [False, True, True, True],
-        "decoder_spatio_only": [False, True, False, False],
-        "decoder_is_dw_conv": [False] * 5,
-        "decoder_dw_kernel_size": 5,
-        "decoder_causal": False,
-        "patch_size": 2,
-        "patch_size_t": 1,
-        "use_unpatchify": True,
-        "resnet_norm_eps": 1e-6,
-        "scaling_factor": 1.0,
-        "temporal_compression_ratio": 4,
-        "spatial_compression_ratio": 16,
-        "first_chunk_size": 7,
-        "step_size": 7,
-    }
+    settings = SETTINGS | {"decoder_block_out_channels": channels, "decoder_layers_per_block": depths}
     folder = root / TURBO_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / SETTINGS_FILE, settings)
