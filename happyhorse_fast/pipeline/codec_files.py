@@ -1,16 +1,17 @@
-"""Models of a library, built from their config and filled from their files: strictly, and only the parts in use."""
+"""Codecs of a library, built from their config and filled from their files: strictly, and only the halves in use."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
+from happyhorse_fast import ambient
 from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.checkpoint.header import TensorEntry
 from happyhorse_fast.checkpoint.load import usable_device
@@ -21,21 +22,72 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 """Dtypes that a codec's tensors may have, as safetensors names them."""
 
 
+C = TypeVar("C", bound="Codec")
+
+
 class Codec(ABC):
-    """A codec of diffusers with one or both of its halves; one that is not asked for takes no memory.
+    """A codec of diffusers with one or both of its halves; :meth:`load` makes one.
 
     Attributes:
         HALVES: Children of the library's model that make a half, ``"encoder"`` and ``"decoder"``.
+        DTYPE: Of weights and arithmetic in the published code.
         vae: The library's model.
     """
 
     HALVES: ClassVar[Mapping[str, tuple[str, ...]]]
-    vae: Any
+    DTYPE: ClassVar[torch.dtype]
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+
+    @classmethod
+    @ambient.makes_tensors
+    def load(
+        cls: type[C],
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        encoder: bool = True,
+        decoder: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> C:
+        """Load a codec; all of it is checked, before any data are read.
+
+        Args:
+            folder: As the class says.
+            device: Where the weights go, straight from the files.
+            encoder: Whether something will be encoded; without, that half takes no memory.
+            decoder: Whether latents will be decoded.
+            dtype: Of weights and arithmetic; the published code's by default.
+
+        Raises:
+            CheckpointError: A file is missing, truncated or of another model, or a tensor has NaN or Inf; the message
+                names it and the keys.
+            ImportError: diffusers is not installed or does not import.
+            ValueError: Neither half is asked for, or this machine does not have the device.
+        """
+        if not (encoder or decoder):
+            raise ValueError("encoder or decoder must be True, got False for both")
+        vae, entries = cls.described(Path(folder))
+        place = usable_device(device)
+        used = {*(cls.HALVES["encoder"] if encoder else ()), *(cls.HALVES["decoder"] if decoder else ())}
+        for name in [name for name, _ in vae.named_children() if name not in used]:
+            delattr(vae, name)
+        chosen = [entry for key, entry in entries.items() if key.partition(".")[0] in used]
+        like = {entry.key: torch.empty(0, dtype=dtype or cls.DTYPE) for entry in chosen}
+        with emptied_on_error(vae):
+            fill(vae, chosen, like, place, staging_buffer(place), lambda count: None)
+        return cls(vae.requires_grad_(False).eval())
 
     @property
     def module(self) -> nn.Module:
         """What holds its weights."""
         return self.vae
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.vae.parameters()).device
 
     @staticmethod
     @abstractmethod
@@ -44,25 +96,13 @@ class Codec(ABC):
 
     @classmethod
     def check(cls, folder: str | Path) -> None:
-        """Make the checks of ``load`` that need no weights: config, keys, shapes, and that the files are whole.
+        """Make the checks of :meth:`load` that need no weights: config, keys, shapes, and that the files are whole.
 
         Raises:
             CheckpointError: As there.
             ImportError: As there.
         """
         cls.described(Path(folder))
-
-    @classmethod
-    def filled(
-        cls, folder: str | Path, device: torch.device | str, dtype: torch.dtype, *, encoder: bool, decoder: bool
-    ) -> Any:
-        """The library's model with the halves that are asked for; arguments and errors as of ``load``."""
-        if not (encoder or decoder):
-            raise ValueError("encoder or decoder must be True, got False for both")
-        vae, entries = cls.described(Path(folder))
-        parts = [*(cls.HALVES["encoder"] if encoder else ()), *(cls.HALVES["decoder"] if decoder else ())]
-        fill_parts(vae, entries, parts, device, dtype)
-        return vae
 
     def require_half(self, half: str) -> None:
         """Hold that a half was loaded.
@@ -139,33 +179,3 @@ def require_tensors(
             problems.append(f"{key} must be {kind}, got {entry.dtype}")
     if problems:
         raise CheckpointError(f"{source}: {listed(sorted(problems))}")
-
-
-def fill_parts(
-    model: nn.Module,
-    entries: Mapping[str, TensorEntry],
-    parts: Iterable[str],
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> None:
-    """Fill some parts of a model on "meta" from a checkpoint, and drop the others.
-
-    Args:
-        model: Whose state dict :func:`require_tensors` was given.
-        entries: As it was given them.
-        parts: Names of the model's children that are used; the others are removed, none of their data are read.
-        device: Where the tensors go, in pieces.
-        dtype: Of them.
-
-    Raises:
-        CheckpointError: A tensor has NaN or Inf, or cannot be read.
-        ValueError: This machine does not have the device.
-    """
-    place, used = usable_device(device), set(parts)
-    for name in [name for name, _ in model.named_children() if name not in used]:
-        delattr(model, name)
-    chosen = [entry for key, entry in entries.items() if key.partition(".")[0] in used]
-    like = {entry.key: torch.empty(0, dtype=dtype) for entry in chosen}
-    with emptied_on_error(model):
-        fill(model, chosen, like, place, staging_buffer(place), lambda count: None)
-    model.requires_grad_(False).eval()

@@ -125,13 +125,11 @@ class Parts:
 
     def audio_encoder(self) -> AbstractContextManager[AudioCodec]:
         """The half of the audio codec that encodes."""
-        return self.residency.using(
-            "audio_encoder", self._loader(AudioCodec.load, "audio_vae", encoder=True, decoder=False)
-        )
+        return self.residency.using("audio_encoder", self._loader(AudioCodec.load, "audio_vae", decoder=False))
 
     def audio_decoder(self) -> AbstractContextManager[AudioCodec]:
         """The half of the audio codec that decodes."""
-        return self.residency.using("audio_decoder", self._loader(AudioCodec.load, "audio_vae"))
+        return self.residency.using("audio_decoder", self._loader(AudioCodec.load, "audio_vae", encoder=False))
 
     def _loader(self, function: Callable[..., Any], name: str, **how: Any) -> Callable[[], Any]:
         return lambda: function(self.layout.find(name), self.device, **how)

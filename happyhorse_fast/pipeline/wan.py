@@ -30,54 +30,27 @@ IGNORED = ("clip_output",)
 
 
 class WanCodec(Codec):
-    """``AutoencoderKLWan`` with one or both of its halves; :meth:`load` makes one.
+    """``AutoencoderKLWan``: the folder ``vae`` of Wan2.2-TI2V-5B-Diffusers, its weights in one file or in shards.
 
     In bf16 at 1080p a picture is encoded in 2.4 GB and a clip of any length decoded in 23.6 GB, weights included (fake
     tensors, no cuDNN workspace); at 540p in 0.8 and 6.0 GB.
 
     Attributes:
-        vae: The library's model.
         mean: [1, 48, 1, 1, 1] of the latents, in the weights' dtype, as the published code holds it.
         inverse_std: [1, 48, 1, 1, 1], 1 / std computed in the weights' dtype.
     """
 
     HALVES: ClassVar = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
+    DTYPE: ClassVar = torch.bfloat16
 
-    def __init__(self, vae: Any, dtype: torch.dtype, device: torch.device) -> None:
-        self.vae = vae
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae)
+        weight = next(vae.parameters())
         mean, std = (
-            torch.tensor(values, dtype=torch.float32).to(device, dtype).view(1, -1, 1, 1, 1)
+            torch.tensor(values, dtype=torch.float32).to(weight.device, weight.dtype).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         self.mean, self.inverse_std = mean, 1.0 / std
-
-    @classmethod
-    @ambient.makes_tensors
-    def load(
-        cls,
-        folder: str | Path,
-        device: torch.device | str = "cpu",
-        *,
-        encoder: bool = True,
-        decoder: bool = True,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> WanCodec:
-        """Load the folder ``vae`` of Wan2.2-TI2V-5B-Diffusers; all of it is checked, before any data are read.
-
-        Args:
-            folder: With ``config.json`` and ``diffusion_pytorch_model.safetensors``, or shards and their index.
-            device: Where the weights go, straight from the files.
-            encoder: Whether pictures will be encoded; without, that half takes no memory.
-            decoder: Whether latents will be decoded.
-            dtype: Of weights and arithmetic; the published code's by default.
-
-        Raises:
-            CheckpointError: A file is missing, truncated or of another model; the message names it and the keys.
-            ImportError: diffusers is not installed or does not import.
-            ValueError: Neither half is asked for, or this machine does not have the device.
-        """
-        vae = cls.filled(folder, device, dtype, encoder=encoder, decoder=decoder)
-        return cls(vae, dtype, next(vae.parameters()).device)
 
     @staticmethod
     def described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
@@ -91,55 +64,25 @@ class WanCodec(Codec):
         require_tensors(vae.state_dict(), entries, folder)
         return vae, entries
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.mean.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.mean.device
-
     @ambient.independent
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode frames: the posterior's mean, normalized as the published code does it, in the weights' dtype.
+        """Encode a picture: the posterior's mean, normalized as the published code does it, in the weights' dtype.
 
         Args:
-            pixels: [1, 3, 4 T - 3, 16 H, 16 W] in -1..1, a floating-point dtype, on the codec's device.
+            pixels: [1, 3, 1, 16 H, 16 W] in -1..1, a floating-point dtype, on the codec's device.
 
         Returns:
-            [1, 48, T, H, W] float32.
+            [1, 48, 1, H, W] float32.
 
         Raises:
             TypeError: ``pixels`` is no floating-point tensor.
             ValueError: A wrong shape or device, or the codec was loaded without its encoder.
         """
         self.require_half("encoder")
-        require_tensor("pixels", pixels, (1, 3, "F", "H", "W"), device=self.device)
-        frames, height, width = pixels.shape[2:]
-        if frames % VAE_STRIDE[0] != 1 or height % VAE_STRIDE[1] or width % VAE_STRIDE[2]:
-            raise ValueError(
-                f"pixels must have 4 T - 3 frames of multiples of 16 by 16, got {frames} of {height} x {width}"
-            )
-        mean = self.vae.encode(pixels.to(self.dtype)).latent_dist.mode()
+        require_tensor("pixels", pixels, (1, 3, 1, "16 H", "16 W"), device=self.device)
+        mean = self.vae.encode(pixels.to(self.mean.dtype)).latent_dist.mode()
         return ((mean - self.mean) * self.inverse_std).float()
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """All frames of a clip, those of :meth:`windows`: as the library's ``decode`` gives them, bit for bit.
-
-        Args:
-            latents: [1, 48, T, H, W], a floating-point dtype, on the codec's device.
-
-        Returns:
-            [1, 3, 4 T - 3, 16 H, 16 W] in the weights' dtype, -1 to 1.
-
-        Raises:
-            TypeError: ``latents`` is no floating-point tensor.
-            ValueError: A wrong shape or device, or the codec was loaded without its decoder.
-        """
-        return torch.cat(list(self.windows(latents)), dim=2)
 
     def windows(self, latents: torch.Tensor, tiles: int = 1) -> Iterator[torch.Tensor]:
         """The frames of a clip, latent by latent: the library's own steps, without its copy of all frames so far.
@@ -165,7 +108,7 @@ class WanCodec(Codec):
     def _windows(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         self.vae.clear_cache()
         with torch.no_grad(), ambient.held():
-            ready = self.vae.post_quant_conv(latents.to(self.dtype) / self.inverse_std + self.mean)
+            ready = self.vae.post_quant_conv(latents.to(self.mean.dtype) / self.inverse_std + self.mean)
         try:
             for index in range(latents.shape[2]):
                 yield self._window(ready[:, :, index : index + 1], index == 0)

@@ -358,7 +358,9 @@ def test_the_other_decoder(tiny: Path) -> None:
     latents = torch.randn(1, 48, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     frames: list[torch.Tensor] = []
     run_of(made, Request(prompt="x")).decode_video(latents, lambda _, some: frames.append(some))
-    assert torch.equal(torch.cat(frames), to_uint8(decoder.decode(latents))[0].permute(1, 2, 3, 0))
+    assert torch.equal(
+        torch.cat(frames), to_uint8(torch.cat(list(decoder.windows(latents)), dim=2))[0].permute(1, 2, 3, 0)
+    )
 
 
 def test_without_a_model_the_command_says_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
