@@ -31,39 +31,34 @@ class Preview:
     Attributes:
         weight: [48, 3] float32 on the CPU.
         bias: [3] float32 on the CPU.
-        explained: Share of the variance of decoded colours that the map gave back where it was fitted, 0 to 1.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
-    explained: float
 
-    def picture(self, latents: torch.Tensor, frame: int | None = None, *, scale: int = 1) -> torch.Tensor:
-        """The colours of one latent frame.
+    def picture(self, latents: torch.Tensor, *, scale: int = 1) -> torch.Tensor:
+        """The colours of the middle latent frame.
 
         Args:
             latents: [1, 48, T, H, W] as the sampler has them, on any device.
-            frame: Which of the T; the middle one by default.
             scale: Pixels per latent in height and width, blended; 16 is the size of the clip.
 
         Returns:
             [scale H, scale W, 3] uint8 on the CPU.
 
         Raises:
-            TypeError: ``latents`` is no floating-point tensor, or ``frame`` or ``scale`` no whole number.
-            ValueError: A wrong shape, or no such frame.
+            TypeError: ``latents`` is no floating-point tensor, or ``scale`` no whole number.
+            ValueError: A wrong shape, or ``scale`` is below 1.
         """
         require_tensor("latents", latents, (1, LATENT_CHANNELS, "T", "H", "W"))
-        count = latents.shape[2]
-        chosen = require_whole("frame", count // 2 if frame is None else frame, 0, count - 1)
-        colours = latents[0, :, chosen].float().cpu().movedim(0, -1) @ self.weight + self.bias
+        colours = latents[0, :, latents.shape[2] // 2].float().cpu().movedim(0, -1) @ self.weight + self.bias
         size = require_whole("scale", scale, 1)
         if size > 1:
             wide = F.interpolate(colours.movedim(-1, 0)[None], scale_factor=size, mode="bicubic")
             colours = wide[0].movedim(0, -1)
         return to_uint8(colours)
 
-    def save(self, path: str | Path, latents: torch.Tensor, frame: int | None = None, *, scale: int = 4) -> None:
+    def save(self, path: str | Path, latents: torch.Tensor, *, scale: int = 4) -> None:
         """Write :meth:`picture` as a PNG, whole or not at all.
 
         Raises:
@@ -75,7 +70,7 @@ class Preview:
         optional.require("PIL", "a preview")
         from PIL import Image
 
-        pixels = self.picture(latents, frame, scale=scale).numpy()
+        pixels = self.picture(latents, scale=scale).numpy()
         with replacing(Path(path), end=".png") as partial:
             Image.fromarray(pixels).save(partial, format="png")
 
@@ -110,7 +105,4 @@ def fit_preview(decoder: VideoDecoder, device: torch.device | str = "cpu") -> Pr
         raise RuntimeError("the decoder must give finite colours, some of random latents are NaN or Inf")
     known = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
     solution = torch.linalg.lstsq(known, colours).solution
-    left = (known @ solution - colours).square().sum()
-    spread_of_colours = (colours - colours.mean(0)).square().sum()
-    explained = 1 - float(left / spread_of_colours) if spread_of_colours > 0 else 1.0
-    return Preview(solution[:-1].float(), solution[-1].float(), explained)
+    return Preview(solution[:-1].float(), solution[-1].float())
