@@ -13,7 +13,7 @@ from happyhorse_fast.arguments import require_tensor
 from happyhorse_fast.checkpoint.header import TensorEntry
 from happyhorse_fast.pipeline.audio_file import AUDIO_CHANNELS, CHANNELS, WHAT, describe
 from happyhorse_fast.pipeline.codec_files import Codec, require_tensors
-from happyhorse_fast.pipeline.sound import LATENT_SAMPLES, SAMPLE_RATE, resample
+from happyhorse_fast.pipeline.sound import LATENT_SAMPLES, SAMPLE_RATE
 
 
 class AudioCodec(Codec):
@@ -61,20 +61,6 @@ class AudioCodec(Codec):
         self.require_half("decoder")
         require_tensor("latents", latents, (1, "A", AUDIO_CHANNELS), device=self.device)
         return self.vae.decode(latents.float().transpose(1, 2)).sample[0]
-
-    def samples(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode to stereo sound at the rate of players, on the host.
-
-        Args:
-            latents: As :meth:`decode` takes them.
-
-        Returns:
-            [2, int(2048 A * 441 / 512)] float32 at 44,100 Hz, on the CPU.
-
-        Raises:
-            As :meth:`decode`.
-        """
-        return resample(self.decode(latents).cpu())
 
     @ambient.independent
     @torch.no_grad()

@@ -24,7 +24,7 @@ from happyhorse_fast.pipeline.placing import predicted
 from happyhorse_fast.pipeline.progress import Callback, Monitor
 from happyhorse_fast.pipeline.prompt_cache import PromptCache
 from happyhorse_fast.pipeline.request import AUDIO, DENOISED, FPS, IMAGE, RESOLVED, SOUND, TEXT, VIDEO, Request
-from happyhorse_fast.pipeline.sound import PLAYED_RATE
+from happyhorse_fast.pipeline.sound import PLAYED_RATE, resample
 from happyhorse_fast.sampler import StepInfo, sample, super_resolve
 
 GUIDANCE = 5.0
@@ -232,7 +232,7 @@ class Run:
         """Samples [2, m] at 44,100 Hz, float32 on the CPU."""
         with self.monitor.stage(AUDIO), self.parts.audio_decoder() as codec:
             self.monitor.loaded()
-            samples = codec.samples(audio.to(self.parts.device))
+            samples = resample(codec.decode(audio.to(self.parts.device)).cpu())
             self.monitor.step(1, 1)
         return samples
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from stable_audio import Codec
 
 from happyhorse_fast.pipeline.audio import AudioCodec
-from happyhorse_fast.pipeline.sound import resample
 from happyhorse_fast.pipeline.tiny import AUDIO_FOLDER
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -59,7 +58,6 @@ def test_sound_is_the_librarys(codec, library):
     sound = codec.decode(latents)
     assert sound.shape == (2, 5 * 2048)
     assert sound.equal(library.decode(latents.transpose(1, 2)).sample[0])
-    assert codec.samples(latents).equal(resample(sound)) and codec.samples(latents).shape == (2, 5 * 2048 * 441 // 512)
 
 
 @torch.no_grad()
