@@ -15,8 +15,7 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.compiled import unwrapped
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.state import is_accelerated
-from happyhorse_fast.parallel.agreement import versions, weights_digest
-from happyhorse_fast.parallel.faults import Meeting
+from happyhorse_fast.parallel.faults import Meeting, versions, weights_digest
 from happyhorse_fast.parallel.group import Ranks
 from happyhorse_fast.parallel.sharded import is_sharded, shard_layer
 

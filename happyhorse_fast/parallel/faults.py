@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -10,9 +12,14 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
+from happyhorse_fast._version import __version__
+
+DIGEST = "digest_of_whole_weights"
+"""Attribute of a layer whose weights are spread over ranks."""
 _MOST_POLL_SECONDS = 2e-3
 _LOOK_SECONDS = 0.5
 """How often a waiting rank looks whether another one reported a fault."""
@@ -188,6 +195,24 @@ def said_of(value: object) -> str:
     bits = bits.view(torch.int16 if bits.itemsize == 2 else torch.uint8 if bits.itemsize == 1 else torch.int32)
     dtype = str(value.dtype).removeprefix("torch.")
     return f"{dtype} {list(value.shape)} with bits that add up to {int(bits.sum(dtype=torch.int64))}"
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of what decides a result's bits, on this machine."""
+    python = ".".join(map(str, sys.version_info[:2]))
+    return {"happyhorse_fast": __version__, "torch": torch.__version__, "python": python}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of a model's weights: keys, dtypes, shapes, and the sum of every tensor's bits.
+
+    Tells checkpoints apart, not tensors whose elements changed places. A layer that is spread over ranks has kept the
+    digest of what it was. Reads every weight once: 33 GiB of a bf16 15B model, predicted 10 ms of an H100.
+    """
+    kept = {f"{path}.": getattr(part, DIGEST) for path, part in model.named_modules() if hasattr(part, DIGEST)}
+    tensors: Mapping[str, torch.Tensor] = model.state_dict()
+    said = {key: said_of(value) for key, value in tensors.items() if not key.startswith(tuple(kept))} | kept
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _named(ranks: list[int]) -> str:

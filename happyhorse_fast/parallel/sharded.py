@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from happyhorse_fast.parallel.agreement import DIGEST, weights_digest
+from happyhorse_fast.parallel.faults import DIGEST, weights_digest
 
 _INTEGERS = "2.13"
 

@@ -35,7 +35,7 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.memory import sharded_bytes
 from happyhorse_fast.fast.parallelize import ranks_of, spread
-from happyhorse_fast.parallel import agreement
+from happyhorse_fast.parallel import faults
 from happyhorse_fast.parallel.sharded import held_bytes, local
 from happyhorse_fast.pipeline import company, residency
 
@@ -152,11 +152,11 @@ def refusal(rank: int, ranks: int, what: str) -> None:
     elif what == "shares":
         hh.parallelize(model_of(config, fast), mesh, shard_weights=last)
     elif what == "version":
-        agreement.__version__ = "0.0" if last else "1.0"
+        faults.__version__ = "0.0" if last else "1.0"
         try:
             hh.parallelize(model_of(config, None), mesh)
         finally:
-            agreement.__version__ = hh.__version__
+            faults.__version__ = hh.__version__
     elif what == "twice":
         hh.parallelize(hh.parallelize(model_of(config, fast), mesh), mesh)
     elif what == "mesh":
