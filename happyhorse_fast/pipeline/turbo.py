@@ -121,17 +121,7 @@ class TurboDecoder(nn.Module):
             TypeError: ``latents`` is no floating-point tensor, or ``tiles`` no whole number.
             ValueError: A wrong shape or device; a grid of so many tiles does not fit.
         """
-        windows = self.windows(latents, tiles)
-        _, _, count, height, width = latents.shape
-        scale = tiling.SPACE_SCALE
-        clip = latents.new_empty(
-            1, 3, tiling.TIME_SCALE * (count - 1) + 1, scale * height, scale * width, dtype=self._weight.dtype
-        )
-        done = 0
-        for frames in windows:
-            clip[:, :, done : done + frames.shape[2]] = frames
-            done += frames.shape[2]
-        return clip
+        return torch.cat(list(self.windows(latents, tiles)), dim=2)
 
     def windows(self, latents: torch.Tensor, tiles: int = 1) -> Iterator[torch.Tensor]:
         """The frames of a clip window by window, so that some can leave the device while the next are decoded.
