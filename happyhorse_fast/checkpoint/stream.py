@@ -65,7 +65,7 @@ def fill(
     like: Mapping[str, torch.Tensor],
     device: torch.device,
     staging: torch.Tensor,
-    advance: Advance,
+    advance: Advance = lambda count: None,
 ) -> None:
     """Read tensors into a model, each into the dtype of ``like``'s of its key; tensors of a file follow each other."""
     for file, together in groupby(entries, key=lambda entry: entry.file):
@@ -89,7 +89,7 @@ def read_tensor(
     dtype: torch.dtype,
     device: torch.device,
     staging: torch.Tensor,
-    advance: Advance,
+    advance: Advance = lambda count: None,
 ) -> torch.Tensor:
     """Read one tensor through the staging buffer into its final memory and dtype; NaN or Inf in it is an error."""
     value = torch.empty(entry.shape, dtype=dtype, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -13,13 +13,13 @@ from torch import nn
 
 from happyhorse_fast import ambient
 from happyhorse_fast.arguments import CheckpointError, listed
-from happyhorse_fast.checkpoint.header import TensorEntry
+from happyhorse_fast.checkpoint.header import DTYPES, TensorEntry
 from happyhorse_fast.checkpoint.load import usable_device
 from happyhorse_fast.checkpoint.stream import emptied_on_error, fill, staging_buffer
 
 CONFIG = "config.json"
-FLOATS = ("BF16", "F16", "F32", "F64")
-"""Dtypes that a codec's tensors may have, as safetensors names them."""
+FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
+"""Dtypes that tensors may have, as safetensors names them."""
 
 
 C = TypeVar("C", bound="Codec")
@@ -76,7 +76,7 @@ class Codec(ABC):
         chosen = [entry for key, entry in entries.items() if key.partition(".")[0] in used]
         like = {entry.key: torch.empty(0, dtype=dtype or cls.DTYPE) for entry in chosen}
         with emptied_on_error(vae):
-            fill(vae, chosen, like, place, staging_buffer(place), lambda count: None)
+            fill(vae, chosen, like, place, staging_buffer(place))
         return cls(vae.requires_grad_(False).eval())
 
     @property
@@ -153,8 +153,6 @@ def require_tensors(
     source: str | Path,
     *,
     owner: str = "the model",
-    dtypes: Collection[str] = FLOATS,
-    kind: str = "of floating point",
 ) -> None:
     """Hold a checkpoint's headers against a model: the same keys, shapes, and floating point.
 
@@ -163,8 +161,6 @@ def require_tensors(
         entries: Of the checkpoint's files.
         source: What the message begins with.
         owner: Whose tensors they are, in the message.
-        dtypes: That a tensor may have, as safetensors names them.
-        kind: Those, in the message.
 
     Raises:
         CheckpointError: A tensor is missing, unknown, of another shape or dtype.
@@ -175,7 +171,7 @@ def require_tensors(
         entry, shape = entries[key], tuple(wanted[key].shape)
         if entry.shape != shape:
             problems.append(f"{key} must be {list(shape)}, got {list(entry.shape)}")
-        elif entry.dtype not in dtypes:
-            problems.append(f"{key} must be {kind}, got {entry.dtype}")
+        elif entry.dtype not in FLOATS:
+            problems.append(f"{key} must be of floating point, got {entry.dtype}")
     if problems:
         raise CheckpointError(f"{source}: {listed(sorted(problems))}")

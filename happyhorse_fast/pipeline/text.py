@@ -18,7 +18,7 @@ from torch import nn
 
 from happyhorse_fast import ambient, optional
 from happyhorse_fast.arguments import CheckpointError, listed, require_finite, require_whole
-from happyhorse_fast.checkpoint.header import DTYPES, INDEX_FILE, SINGLE_FILE, TensorEntry, read_file, read_index
+from happyhorse_fast.checkpoint.header import INDEX_FILE, SINGLE_FILE, TensorEntry, read_file, read_index
 from happyhorse_fast.checkpoint.load import usable_device
 from happyhorse_fast.checkpoint.stream import emptied_on_error, fill, read_tensor, staging_buffer
 from happyhorse_fast.pipeline.codec_files import CONFIG, read_json, require_tensors
@@ -96,9 +96,7 @@ class TextEncoder:
             model = _empty_encoder(Path(folder))
         entries = _entries(files)
         wanted = {key.removeprefix(PREFIXES[1]): value for key, value in model.state_dict().items()}
-        floats = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
-        source = f"{folder}: text encoder"
-        require_tensors(wanted, entries, source, owner="the encoder", dtypes=floats, kind="floats")
+        require_tensors(wanted, entries, f"{folder}: text encoder", owner="the encoder")
         return TextParts(model, _tokenizer(Path(folder)), entries)
 
     @classmethod
@@ -198,7 +196,7 @@ class TextEncoder:
         with entry.file.open("rb", buffering=0) as stream:
             for number in sorted(set(numbers)):
                 row = dataclasses.replace(entry, shape=(width,), start=entry.start + number * nbytes, nbytes=nbytes)
-                found[number] = read_tensor(stream, row, self._dtype, CPU, self._staging, _no_progress)
+                found[number] = read_tensor(stream, row, self._dtype, CPU, self._staging)
         return torch.stack([found[number] for number in numbers]).to(self._device)
 
     def _fill(self, layers_on_device: int | None) -> None:
@@ -238,11 +236,7 @@ class TextEncoder:
     def _read(self, module: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
         keyed = [dataclasses.replace(entry, key=key) for key, entry in entries.items()]
         like = {key: torch.empty(0, dtype=self._dtype, device="meta") for key in entries}
-        fill(module, keyed, like, self._device, self._staging, _no_progress)
-
-
-def _no_progress(count: int) -> None:
-    """The bar over all stages goes by time, not by bytes."""
+        fill(module, keyed, like, self._device, self._staging)
 
 
 def _empty_encoder(folder: Path) -> Any:

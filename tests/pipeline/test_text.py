@@ -244,7 +244,7 @@ FAULTS = {
         f"names tensors that are not there: model.encoder.{KEY} in model-0000",
     ),
     "misshapen": (lambda f: edit(f, reshape), rf"text encoder: {KEY} must be \[192, 96\], got \[191, 96\]"),
-    "integers": (lambda f: edit(f, integers), f"text encoder: {KEY} must be floats, got I8"),
+    "integers": (lambda f: edit(f, integers), f"text encoder: {KEY} must be of floating point, got I8"),
     "shard cut": (
         lambda f: (f / "model-00002-of-00004.safetensors").write_bytes(
             (f / "model-00002-of-00004.safetensors").read_bytes()[:-5]
