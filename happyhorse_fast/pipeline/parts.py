@@ -68,7 +68,8 @@ class Parts:
         if denoise and (request.stages == 2 or request.first == "base"):
             optional.require("diffusers", "UniPC, the solver of the second stage and of the base model,")
         if text:
-            width = TextEncoder.check(self.layout.find("text_encoder")).entries[EMBEDDING].shape[1]
+            _, _, entries = TextEncoder.check(self.layout.find("text_encoder"))
+            width = entries[EMBEDDING].shape[1]
             for name, wanted in widths.items():
                 if width != wanted:
                     raise CheckpointError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +30,6 @@ EMBEDDING = "embed_tokens.weight"
 ATTENTION = "without_soft_cap"
 """transformers' name for its own fused attention, which takes no soft cap and which it refuses by its usual name."""
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class TextParts:
-    """What a folder holds, found without reading weights.
-
-    Attributes:
-        model: The encoder on ``"meta"``.
-        tokenizer: Of the library tokenizers.
-        entries: Every tensor of the encoder by its own key, in the order of the files.
-    """
-
-    model: Any
-    tokenizer: Any
-    entries: Mapping[str, TensorEntry]
 
 
 def text_files(folder: str | Path) -> list[Path]:
@@ -74,16 +58,25 @@ class TextEncoder:
     """The encoder on a device; :meth:`load` makes one, :meth:`check` says beforehand whether it would.
 
     The embedding stays in its file, which is asked for a prompt's rows alone: 1.8 of 18.5 GB that are not moved.
+
+    Attributes:
+        module: What holds the weights that are on the device.
     """
 
-    def __init__(self, parts: TextParts, device: torch.device, dtype: torch.dtype) -> None:
-        self._parts, self._device, self._dtype = parts, device, dtype
+    def __init__(
+        self, parts: tuple[Any, Any, Mapping[str, TensorEntry]], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.module, self._tokenizer, self._entries = parts
+        self._device, self._dtype = device, dtype
         self._staging = staging_buffer(device)
         self._streamed: list[nn.Module] = []
 
     @staticmethod
-    def check(folder: str | Path) -> TextParts:
+    def check(folder: str | Path) -> tuple[Any, Any, Mapping[str, TensorEntry]]:
         """All that can be known before weights are read; seconds, most of them transformers' import.
+
+        Returns:
+            (the encoder on "meta", the tokenizer, every tensor by the encoder's own key, in the order of the files).
 
         Raises:
             ImportError: transformers is missing, broken or of another version.
@@ -97,7 +90,7 @@ class TextEncoder:
         entries = _entries(files)
         wanted = {key.removeprefix(PREFIXES[1]): value for key, value in model.state_dict().items()}
         require_tensors(wanted, entries, f"{folder}: text encoder", owner="the encoder")
-        return TextParts(model, _tokenizer(Path(folder)), entries)
+        return model, _tokenizer(Path(folder)), entries
 
     @classmethod
     @ambient.makes_tensors
@@ -130,16 +123,10 @@ class TextEncoder:
             raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
         if layers_on_device is not None:
             require_whole("layers_on_device", layers_on_device, 0)
-        parts = cls.check(folder)
-        encoder = cls(parts, place, dtype)
-        with emptied_on_error(parts.model):
+        encoder = cls(cls.check(folder), place, dtype)
+        with emptied_on_error(encoder.module):
             encoder._fill(layers_on_device)
         return encoder
-
-    @property
-    def module(self) -> nn.Module:
-        """What holds the weights that are on the device."""
-        return self._parts.model
 
     def tokens(self, prompt: str) -> list[int]:
         """Tokens of a prompt as it is: no template, no special tokens, nothing cut off.
@@ -154,7 +141,7 @@ class TextEncoder:
             prompt.encode()
         except UnicodeEncodeError as error:  # half of a pair, as bytes of a command line that are no UTF-8 become
             raise ValueError(f"prompt must be Unicode, got {prompt[error.start : error.end]!r} in it") from None
-        return list(self._parts.tokenizer.encode(prompt, add_special_tokens=False).ids)
+        return list(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
 
     @ambient.independent
     @torch.no_grad()
@@ -174,7 +161,7 @@ class TextEncoder:
         rows = self._rows(numbers)
         everything = torch.ones(1, len(numbers), dtype=torch.long, device=self._device)
         try:
-            hidden = self._parts.model(inputs_embeds=rows[None], attention_mask=everything).last_hidden_state
+            hidden = self.module(inputs_embeds=rows[None], attention_mask=everything).last_hidden_state
         finally:  # a hook alone is not called at Ctrl-C
             for layer in self._streamed:
                 layer.to("meta")
@@ -184,7 +171,7 @@ class TextEncoder:
 
     def _rows(self, numbers: list[int]) -> torch.Tensor:
         """[tokens, channels] of the embedding, read from its file."""
-        entry = self._parts.entries[EMBEDDING]
+        entry = self._entries[EMBEDDING]
         rows, width = entry.shape
         if max(numbers) >= rows:
             raise CheckpointError(
@@ -200,24 +187,18 @@ class TextEncoder:
         return torch.stack([found[number] for number in numbers]).to(self._device)
 
     def _fill(self, layers_on_device: int | None) -> None:
-        model: nn.Module = self._parts.model.encoder
+        model: nn.Module = self.module.encoder
         # The frequencies are in no file. On the CPU and in float32, as the library computes them when it loads.
         model.rotary_emb = type(model.rotary_emb)(model.config).to(self._device)
         layers: Any = model.layers
         kept = len(layers) if layers_on_device is None else min(layers_on_device, len(layers))
         away = tuple(f"layers.{number}." for number in range(kept, len(layers)))
-        here = {
-            key: entry for key, entry in self._parts.entries.items() if key != EMBEDDING and not key.startswith(away)
-        }
+        here = {key: entry for key, entry in self._entries.items() if key != EMBEDDING and not key.startswith(away)}
         self._read(model, here)
         for number, prefix in zip(range(kept, len(layers)), away, strict=True):
             self._stream(
                 layers[number],
-                {
-                    key.removeprefix(prefix): entry
-                    for key, entry in self._parts.entries.items()
-                    if key.startswith(prefix)
-                },
+                {key.removeprefix(prefix): entry for key, entry in self._entries.items() if key.startswith(prefix)},
             )
 
     def _stream(self, layer: nn.Module, entries: Mapping[str, TensorEntry]) -> None:

@@ -41,7 +41,7 @@ def hidden(encoder, numbers):
     """The last hidden state of token numbers."""
     with torch.no_grad():
         mask = torch.ones(1, len(numbers), dtype=torch.long)
-        return encoder._parts.model(inputs_embeds=encoder._rows(numbers)[None], attention_mask=mask).last_hidden_state
+        return encoder.module(inputs_embeds=encoder._rows(numbers)[None], attention_mask=mask).last_hidden_state
 
 
 @pytest.mark.parametrize("layers", [None, 0, 1, 9])
@@ -54,8 +54,8 @@ def test_the_hidden_state_is_the_recorded_one_wherever_the_layers_are(recorded, 
 
 def test_the_recorded_state_with_a_soft_cap_is_what_the_library_would_give(recorded):
     encoder = TextEncoder.load(recorded, dtype=torch.float32)
-    encoder._parts.model.encoder.set_attn_implementation("eager")
-    for layer in encoder._parts.model.encoder.layers:
+    encoder.module.encoder.set_attn_implementation("eager")
+    for layer in encoder.module.encoder.layers:
         assert layer.self_attn.attn_logit_softcapping is None
         layer.self_attn.attn_logit_softcapping = 50.0
     found = hidden(encoder, RECORDED["in.ids"].tolist())[0]
@@ -98,14 +98,14 @@ def test_streamed_layers_give_the_same_bits_and_leave_nothing_behind(tiny, layer
     whole, streamed = TextEncoder.load(folder), TextEncoder.load(folder, layers_on_device=layers)
     for prompt in (PROMPT, "twice, " * 200):
         assert torch.equal(whole.encode(prompt), streamed.encode(prompt))
-    left = [key for key, value in streamed._parts.model.encoder.layers.named_parameters() if not value.is_meta]
+    left = [key for key, value in streamed.module.encoder.layers.named_parameters() if not value.is_meta]
     assert {key.partition(".")[0] for key in left} == {str(number) for number in range(layers)}
-    assert whole._parts.model.encoder.embed_tokens.weight.is_meta
+    assert whole.module.encoder.embed_tokens.weight.is_meta
 
 
 def test_a_streamed_layer_is_forgotten_where_it_fails(tiny, monkeypatch):
     encoder = TextEncoder.load(tiny / tiny_module.TEXT_FOLDER, layers_on_device=0)
-    layer = encoder._parts.model.encoder.layers[1]
+    layer = encoder.module.encoder.layers[1]
 
     def interrupted(*arguments):
         assert not layer.mlp.up_proj.weight.is_meta
@@ -152,7 +152,7 @@ def test_a_tokenizer_of_another_model_is_found_out(folder):
 
 def test_numbers_beyond_float16_are_an_error(tiny, monkeypatch):
     encoder = TextEncoder.load(tiny / tiny_module.TEXT_FOLDER)
-    nn.init.constant_(encoder._parts.model.encoder.norm.weight, 1e6)
+    nn.init.constant_(encoder.module.encoder.norm.weight, 1e6)
     with pytest.raises(NonFiniteError, match="embedding of the prompt must be finite"):
         encoder.encode(PROMPT)
 
