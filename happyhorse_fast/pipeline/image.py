@@ -42,26 +42,29 @@ def open_image(image: str | Path | Image | NDArray[np.uint8]) -> Image:
         ValueError: The file is not a picture, is damaged, or holds several; the array has another shape or dtype.
     """
     optional.require("PIL", "reading a picture")
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    name = "the picture"
-    given: object = image
+    name, given = "the picture", image
     if isinstance(given, str | Path):
-        name, found = str(given), _read(Path(given))
+        name, path = str(given), Path(given)
+        if not path.exists() or path.is_dir():
+            raise FileNotFoundError(f"image must be a file, {path} is none")
     elif isinstance(given, np.ndarray):
-        found = _from_array(given)
-    elif isinstance(given, Image.Image):
-        found = given
-    else:
+        given = _from_array(given)
+    elif not isinstance(given, Image.Image):
         raise TypeError(f"image must be a path, Pillow's picture or an array of uint8, got {type(given).__name__}")
+    try:
+        # Read once: a FIFO gives it once.
+        found = given if isinstance(given, Image.Image) else Image.open(io.BytesIO(path.read_bytes()))
+        found.load()
+        upright = ImageOps.exif_transpose(found)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"image must be a picture such as a PNG or JPEG, {name} is not") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image must be a picture such as a PNG or JPEG, {name} is damaged: {error}") from error
     count = getattr(found, "n_frames", 1)
     if count > 1 and found.format not in SEVERAL_ARE_ONE:
         raise ValueError(f"image must be one picture, {name} holds {count}; save the one that the clip starts from")
-    try:
-        found.load()
-        upright = ImageOps.exif_transpose(found)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image must be a picture such as a PNG or JPEG, {name} is damaged: {error}") from error
     if upright.mode in _HIGH_16 or upright.mode == "I":
         upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
     if not upright.has_transparency_data:
@@ -97,20 +100,6 @@ def image_pixels(image: str | Path | Image | NDArray[np.uint8], height: int, wid
     scaled = whole.crop(box).resize((width, height), Resampling.LANCZOS)
     values = torch.from_numpy(np.asarray(scaled).astype(np.float32) / 255)
     return (2 * values - 1).permute(2, 0, 1)[None, :, None].contiguous()
-
-
-def _read(path: Path) -> Image:
-    from PIL import Image, UnidentifiedImageError
-
-    if not path.exists() or path.is_dir():
-        raise FileNotFoundError(f"image must be a file, {path} is none")
-    content = io.BytesIO(path.read_bytes())  # once: a FIFO gives it once
-    try:
-        return Image.open(content)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"image must be a picture such as a PNG or JPEG, {path} is not") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image must be a picture such as a PNG or JPEG, {path} is damaged: {error}") from error
 
 
 def _from_array(pixels: NDArray[Any]) -> Image:
