@@ -6,7 +6,7 @@ import functools
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -41,23 +41,20 @@ class Work:
     given: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
 class Company:
     """The ranks that make clips together.
 
-    Attributes:
+    Args:
         mesh: One-dimensional ``DeviceMesh``.
         shard_weights: Whether a rank keeps a share of the models' weights, not all of them.
+
+    Attributes:
         meeting: Where rank 0 says what is to be done.
     """
 
-    mesh: Any
-    shard_weights: bool
-    meeting: Meeting = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Meet."""
-        object.__setattr__(self, "meeting", Meeting.of(self.mesh, TIMEOUT))
+    def __init__(self, mesh: Any, shard_weights: bool) -> None:
+        self.mesh, self.shard_weights = mesh, shard_weights
+        self.meeting = Meeting.of(mesh, TIMEOUT)
 
     def load(self, load: Callable[..., Model], **how: Any) -> Model:
         """What :func:`happyhorse_fast.load` gives, parallelized; every rank calls this."""
