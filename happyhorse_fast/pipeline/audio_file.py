@@ -70,26 +70,16 @@ def _root_settings(file: Path) -> dict[str, Any]:
     try:
         inside = read_json(file)["model"]["pretransform"]["config"]
         encoder, decoder = inside["encoder"]["config"], inside["decoder"]["config"]
-        require_settings(
-            file,
-            {
-                "encoder.channels": encoder["channels"],
-                "encoder.use_snake": encoder["use_snake"],
-                "decoder.use_snake": decoder["use_snake"],
-                "decoder.final_tanh": decoder["final_tanh"],
-                "decoder.c_mults": decoder["c_mults"],
-                "decoder.strides": decoder["strides"],
-            },
-            {
-                "encoder.channels": encoder["latent_dim"],  # as the library has it
-                "encoder.use_snake": True,
-                "decoder.use_snake": True,
-                "decoder.final_tanh": False,
-                "decoder.c_mults": encoder["c_mults"],
-                "decoder.strides": encoder["strides"],
-            },
-            WHAT,
-        )
+        said = {f"{half}.{key}": value for half in _BLOCKS for key, value in inside[half]["config"].items()}
+        wanted = {
+            "encoder.channels": encoder["latent_dim"],  # as the library has it
+            "encoder.use_snake": True,
+            "decoder.use_snake": True,
+            "decoder.final_tanh": False,
+            "decoder.c_mults": encoder["c_mults"],
+            "decoder.strides": encoder["strides"],
+        }
+        require_settings(file, said, wanted, WHAT)
         return {
             "encoder_hidden_size": encoder["channels"],
             "downsampling_ratios": encoder["strides"],
@@ -98,7 +88,7 @@ def _root_settings(file: Path) -> dict[str, Any]:
             "decoder_input_channels": decoder["latent_dim"],
             "audio_channels": decoder["out_channels"],
         }
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not of {WHAT}: model.pretransform.config lacks {error}") from error
 
 

@@ -106,7 +106,7 @@ def plan(work: Work, budget_bytes: int | None, placement: Placement | None = Non
     Returns:
         The plan; ``fits`` says whether it is within the budget.
     """
-    found = _alone(work, budget_bytes)
+    found = PipelinePlan(stage_plans(work), (), budget_bytes=budget_bytes)
     whole = dataclasses.replace(found, kept=found.parts)
     if placement == "resident" or (placement is None and whole.fits):
         return whole
@@ -121,7 +121,7 @@ def plan(work: Work, budget_bytes: int | None, placement: Placement | None = Non
             fitting = (tiles for tiles in TILES if video_stage(work, tiles).peak_bytes <= budget_bytes)
             changes["tiles"] = next(fitting, TILES[-1])
     if changes:
-        found = _alone(work, budget_bytes, **changes)
+        found = PipelinePlan(stage_plans(work, **changes), (), budget_bytes=budget_bytes, **changes)
     return found if placement == "sequential" or not found.fits else _keeping(work, found)
 
 
@@ -154,11 +154,6 @@ def _text_layers(work: Work, room: int) -> int | None:
     if text_stage(work, None).peak_bytes <= room:
         return None
     return max(0, min(TEXT_LAYERS - 1, (room - TEXT_ROW_BYTES * work.text) // TEXT_LAYER_BYTES - 1))
-
-
-def _alone(work: Work, budget_bytes: int | None, **pieces: Any) -> PipelinePlan:
-    """One part at a time; ``pieces`` as :func:`stage_plans` takes them."""
-    return PipelinePlan(stage_plans(work, **pieces), (), budget_bytes=budget_bytes, **pieces)
 
 
 def budget_of(device: torch.device) -> int | None:
