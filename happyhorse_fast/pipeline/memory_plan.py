@@ -21,7 +21,7 @@ from happyhorse_fast.pipeline.stage_plan import (
     video_stage,
 )
 
-Placement = Literal["resident", "sequential"]
+Placement = Literal["auto", "resident", "sequential"]
 
 TILES = (1, 2, 4, 6, 9, 16)
 WORKSPACE_BYTES = 2**30
@@ -90,7 +90,7 @@ def peak_with(stages: Sequence[StagePlan], kept: Collection[str]) -> int:
     return max(stage.peak_bytes + sum(weights.values()) - weights.get(stage.part, 0) for stage in stages)
 
 
-def plan(work: Work, budget_bytes: int | None, placement: Placement | None = None) -> PipelinePlan:
+def plan(work: Work, budget_bytes: int | None, placement: Placement = "auto") -> PipelinePlan:
     """Place a run on a device.
 
     All parts stay on the device where they fit. Otherwise there is one at a time, and what is still too large is cut
@@ -101,14 +101,14 @@ def plan(work: Work, budget_bytes: int | None, placement: Placement | None = Non
     Args:
         work: What is to be done.
         budget_bytes: What tensors may take; of a card ``card_bytes(gb) - CONTEXT_BYTES``. None: no limit.
-        placement: All parts stay (``"resident"``), or none (``"sequential"``); chosen where None.
+        placement: All parts stay (``"resident"``), or none (``"sequential"``); ``"auto"``: as above.
 
     Returns:
         The plan; ``fits`` says whether it is within the budget.
     """
     found = PipelinePlan(stage_plans(work), (), budget_bytes=budget_bytes)
     whole = dataclasses.replace(found, kept=found.parts)
-    if placement == "resident" or (placement is None and whole.fits):
+    if placement == "resident" or (placement == "auto" and whole.fits):
         return whole
     changes: dict[str, Any] = {}
     if budget_bytes is not None:

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -23,8 +23,9 @@ from happyhorse_fast.pipeline.image import image_pixels, open_image
 from happyhorse_fast.pipeline.keeping import keeping
 from happyhorse_fast.pipeline.latents import Latents, read_latents
 from happyhorse_fast.pipeline.layout import Layout, read_layout
+from happyhorse_fast.pipeline.memory_plan import Placement
 from happyhorse_fast.pipeline.parts import DECODERS, Decoder, Parts
-from happyhorse_fast.pipeline.placing import PLACEMENTS, Placement, place
+from happyhorse_fast.pipeline.placing import place
 from happyhorse_fast.pipeline.preview import Preview, fit_preview
 from happyhorse_fast.pipeline.progress import Callback
 from happyhorse_fast.pipeline.prompt_cache import PromptCache
@@ -98,8 +99,8 @@ class Pipeline:
             raise ValueError("shard_weights must come with mesh, got mesh=None")
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
-        if placement not in PLACEMENTS:
-            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}")
+        if placement not in get_args(Placement):
+            raise ValueError(f"placement must be one of {', '.join(get_args(Placement))}; got {placement!r}")
         where = usable_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         given = {"text_encoder": text_folder, "video_vae": video_folder, "audio_vae": audio_folder}
         layout = read_layout(folder, given)

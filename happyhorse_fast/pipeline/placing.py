@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal
 
-from happyhorse_fast.pipeline.memory_plan import PipelinePlan, budget_of, plan
+from happyhorse_fast.pipeline.memory_plan import PipelinePlan, Placement, budget_of, plan
 from happyhorse_fast.pipeline.parts import DECODERS, Parts
 from happyhorse_fast.pipeline.progress import Prediction
 from happyhorse_fast.pipeline.request import DENOISED, RESOLVED, TEXT, VIDEO, Request
@@ -14,8 +13,6 @@ from happyhorse_fast.pipeline.stage_plan import Work, stage_plans
 
 logger = logging.getLogger(__name__)
 
-Placement = Literal["auto", "resident", "sequential"]
-PLACEMENTS = ("auto", "resident", "sequential")
 DISK = 2e9
 """Bytes a second that a part is read with, of a local NVMe disk."""
 OVER_FLOOR = 2.0
@@ -44,7 +41,7 @@ def place(parts: Parts, request: Request, placement: Placement) -> PipelinePlan:
     if parts.device.type == "cpu":
         kept = tuple(request.parts.values()) if placement == "resident" else ()
         return PipelinePlan(stage_plans(work, traced=False), kept)
-    found = plan(work, budget_of(parts.device), None if placement == "auto" else placement)
+    found = plan(work, budget_of(parts.device), placement)
     if not found.fits:
         need, there = found.peak_bytes / 2**30, (found.budget_bytes or 0) / 2**30
         logger.warning(
