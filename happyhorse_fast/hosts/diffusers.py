@@ -66,7 +66,8 @@ def enable(
     name = type(transformer).__name__
     if transformer in _ENABLED:
         raise ValueError(f"{name} is enabled already: disable it first")
-    found = {id(p): p for p in map(_processor, transformer.modules()) if hasattr(p, _CHOICE)}
+    processors = (getattr(module, "processor", None) for module in transformer.modules())
+    found = {id(processor): processor for processor in processors if hasattr(processor, _CHOICE)}
     if not found:
         raise ValueError(f"{name} has no attention processor with {_CHOICE}, by which diffusers chooses a backend")
     calls = Calls("diffusers", backend=backend, strict=strict, sparsity=sparsity, float16=float16)
@@ -106,10 +107,6 @@ def _forget(registry: Any, members: dict[Any, Any]) -> None:
     for member in members.values():
         for entries in (registry._backends, registry._constraints, registry._supported_arg_names):
             entries.pop(member, None)
-
-
-def _processor(module: nn.Module) -> Any:
-    return getattr(module, "processor", None)
 
 
 def _dispatcher() -> Any:
