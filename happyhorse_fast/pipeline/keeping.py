@@ -6,8 +6,6 @@ import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from happyhorse_fast.pipeline.latents import Latents
@@ -16,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Keeper:
-    """Saves latents stage by stage.
+    """Saves latents stage by stage; where the run inside it fails they stay, and a warning says where.
 
     Args:
         named: File that keeps them for good, or None.
@@ -49,11 +47,15 @@ class Keeper:
             else:
                 logger.warning("the latents are kept in %s", self.path)
 
-    def remove(self) -> None:
-        """Take away what nobody asked for."""
-        if self.path is not None and self.path != self.named and self._folder is None:
-            self.path.unlink(missing_ok=True)
-        if self.named is None:
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.path is not None:
+            logger.warning("the latents of this run are kept in %s: resume goes on from them", self.path)
+        elif self.named is None:
+            if self.path is not None:
+                self.path.unlink(missing_ok=True)
             self._empty()
 
     def _empty(self) -> None:
@@ -70,18 +72,3 @@ class Keeper:
     def _temporary(self) -> Path:
         self._folder = Path(tempfile.mkdtemp(prefix="happyhorse-fast."))
         return self._folder / "clip.latents.safetensors"
-
-
-@contextmanager
-def keeping(named: Path | None, target: Path | None) -> Iterator[Keeper]:
-    """Keep the latents where the run inside fails, and say where they are."""
-    keeper = Keeper(named, target)
-    try:
-        yield keeper
-    except BaseException:
-        if keeper.path is not None:
-            logger.warning("the latents of this run are kept in %s: resume goes on from them", keeper.path)
-        else:
-            keeper.remove()
-        raise
-    keeper.remove()

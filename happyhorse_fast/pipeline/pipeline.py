@@ -20,7 +20,7 @@ from happyhorse_fast.ops.runtime.dispatch import compute_capability
 from happyhorse_fast.pipeline.clip import Clip
 from happyhorse_fast.pipeline.company import Company, tells_faults
 from happyhorse_fast.pipeline.image import image_pixels, open_image
-from happyhorse_fast.pipeline.keeping import keeping
+from happyhorse_fast.pipeline.keeping import Keeper
 from happyhorse_fast.pipeline.latents import Latents, read_latents
 from happyhorse_fast.pipeline.layout import Layout, read_layout
 from happyhorse_fast.pipeline.memory_plan import Placement
@@ -218,7 +218,7 @@ class Pipeline:
         with ExitStack() as stack:
             stack.enter_context(run.monitor.display())
             stack.callback(self.parts.residency.free)
-            keeper = stack.enter_context(keeping(kept, target))
+            keeper = stack.enter_context(Keeper(kept, target))
             return run.decoded(run.denoised(known, pictures, sound, keeper), target)
 
     @tells_faults

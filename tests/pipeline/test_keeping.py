@@ -10,7 +10,7 @@ import pytest
 import torch
 from logged import logs
 
-from happyhorse_fast.pipeline.keeping import keeping
+from happyhorse_fast.pipeline.keeping import Keeper
 from happyhorse_fast.pipeline.latents import Latents
 from happyhorse_fast.pipeline.request import DENOISED, Request
 
@@ -41,7 +41,7 @@ def full(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
 
 def save_in(named: Path | None, target: Path | None, raised: type[BaseException] | None = None) -> None:
     """A run that saves its latents and then fails, or not."""
-    with keeping(named, target) as keeper:
+    with Keeper(named, target) as keeper:
         keeper.save(LATENTS)
         if raised is not None:
             raise raised
@@ -49,7 +49,7 @@ def save_in(named: Path | None, target: Path | None, raised: type[BaseException]
 
 def fail_in(target: Path) -> None:
     """A run that fails before there are latents."""
-    with keeping(None, target):
+    with Keeper(None, target):
         raise RuntimeError
 
 
@@ -60,7 +60,7 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("beside", [True, False])
 def test_what_ends_well_leaves_nothing_and_what_fails_its_latents(tmp_path: Path, beside: bool) -> None:
     target = tmp_path / "x.mp4" if beside else None
-    with keeping(None, target) as keeper:
+    with Keeper(None, target) as keeper:
         keeper.save(LATENTS)
         assert len(names(tmp_path)) == 1
     assert names(tmp_path) == []
@@ -81,7 +81,7 @@ def test_what_was_asked_for_stays(tmp_path: Path) -> None:
 def test_what_an_earlier_run_left_is_not_written_over(tmp_path: Path) -> None:
     earlier = tmp_path / "x.latents.safetensors"
     earlier.write_text("earlier")
-    with keeping(None, tmp_path / "x.mp4") as keeper:
+    with Keeper(None, tmp_path / "x.mp4") as keeper:
         keeper.save(LATENTS)
         keeper.save(LATENTS)
         assert names(tmp_path) == ["x.latents-1.safetensors", "x.latents.safetensors"]
