@@ -19,17 +19,13 @@ Ranges: TypeAlias = Sequence[Sequence[int]] | torch.Tensor
 Ints: TypeAlias = npt.NDArray[np.int64]
 MOST_BLOCKS = 2**31 - 1
 """Blocks, used or not: tables hold all of them, and int32 numbers their places."""
-# Masks of 2 KiB that are built at a time: 8 MiB, whatever the number of partial blocks.
-MASK_CHUNK = 4096
 
 
 @ambient.makes_tensors
 def from_ranges(q_ranges: Ranges, k_ranges: Ranges, queries: int, keys: int) -> Rows:
     """See :meth:`BlockMap.from_ranges`.
 
-    Queries are cut where a range or a block starts or ends; the key ranges of each piece are merged. A block is full
-    where the pieces that cover all its keys add up to all its queries. All of it in array operations; only the masks
-    of partial blocks are looked up one by one, to keep one copy of each.
+    A row of blocks at a time; rows that the same ranges cut in the same places, as most of a frame's, are made once.
     """
     queries, keys = require_whole("queries", queries, 0), require_whole("keys", keys, 0)
     q, k = checked_ranges("q_ranges", q_ranges, queries), checked_ranges("k_ranges", k_ranges, keys)
@@ -37,39 +33,58 @@ def from_ranges(q_ranges: Ranges, k_ranges: Ranges, queries: int, keys: int) -> 
         raise ValueError(f"q_ranges and k_ranges must have as many rows, got {len(q)} and {len(k)}")
     used = (q[:, 0] < q[:, 1]) & (k[:, 0] < k[:, 1])
     q, k = q[used], k[used]
-
     rows, width = -(-queries // BLOCK), -(-keys // BLOCK)
     if rows * width > MOST_BLOCKS:
         raise ValueError(f"queries x keys must be at most {MOST_BLOCKS} blocks in Python, got {rows} x {width}")
-    cuts = np.unique(np.concatenate([q.ravel(), np.arange(0, queries, BLOCK), [queries]]))
-    piece, lo, hi = _merged(np.searchsorted(cuts, q), k)
-    row, size = cuts[piece] // BLOCK, cuts[piece + 1] - cuts[piece]
+    full = np.zeros((1, rows, width), dtype=bool)
+    ids = np.full((1, rows, width), -1, dtype=np.int32)
+    masks: dict[bytes, int] = {}  # numbered as they first come
+    made: dict[tuple[int, bytes, bytes], tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32]]] = {}
+    for row in range(rows):
+        size = min(BLOCK, queries - row * BLOCK)
+        inside = np.clip(q - row * BLOCK, 0, size)
+        here = np.flatnonzero(inside[:, 0] < inside[:, 1])
+        key = (size, here.tobytes(), inside[here].tobytes())
+        if key not in made:
+            made[key] = _row(inside[here], k[here], size, width, masks)
+        full[0, row], ids[0, row] = made[key]
+    bits = np.frombuffer(b"".join(masks), dtype=np.int32).reshape(-1, BLOCK, WORDS).copy()
+    return assemble(torch.from_numpy(full), torch.from_numpy(ids), torch.from_numpy(bits), queries, keys)
 
-    covered = _spread(row, -(-lo // BLOCK), hi // BLOCK, size, rows, width)  # queries that see all 128 keys
-    touched = _spread(row, lo // BLOCK, -(-hi // BLOCK), size, rows, width)  # queries that see some, with repeats
-    in_block = np.minimum(queries - np.arange(rows) * BLOCK, BLOCK)
-    full = covered == in_block[:, None]
-    partial = (touched > 0) & ~full
 
-    place = np.flatnonzero(partial)
-    first = np.searchsorted(place, row * width + lo // BLOCK)
-    last = np.searchsorted(place, row * width + (hi - 1) // BLOCK, side="right")
-    source, block = _expand(first, last)
-    column = place[block] % width
-    begin = cuts[piece[source]] % BLOCK
-    bits = _Rectangles(
-        block,
-        begin,
-        begin + size[source],
-        np.clip(lo[source] - column * BLOCK, 0, BLOCK),
-        np.clip(hi[source] - column * BLOCK, 0, BLOCK),
-    )
-    ids = np.full(rows * width, -1, dtype=np.int32)
-    ids[place], masks = bits.distinct(len(place))
-    shape = (1, rows, width)
-    return assemble(
-        torch.from_numpy(full).view(shape), torch.from_numpy(ids).view(shape), torch.from_numpy(masks), queries, keys
-    )
+def _row(
+    q: Ints, k: Ints, size: int, width: int, masks: dict[bytes, int]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32]]:
+    """(whether full [S], mask id or -1 [S]) of a row's blocks; new masks are added to ``masks``.
+
+    Queries and keys are cut where a range or a block starts or ends. Of a piece of both all pairs are seen, or none:
+    the running sum of the ranges' corners counts how many ranges see it.
+
+    Args:
+        q: [ranges, 2]: the row's queries that each range has, not empty.
+        k: [ranges, 2]: its keys, not empty.
+        size: Queries of the row.
+        width: Blocks of keys S.
+        masks: Bits of a mask -> its number.
+    """
+    borders = np.arange(width + 1) * BLOCK
+    q_cuts, k_cuts = np.unique([*q.ravel(), 0, size]), np.unique(np.concatenate([k.ravel(), borders]))
+    (top, bottom), (left, right) = np.searchsorted(q_cuts, q).T, np.searchsorted(k_cuts, k).T
+    seen_by = np.zeros((len(q_cuts), len(k_cuts)), dtype=np.int32)
+    for queries, keys, change in ((top, left, 1), (bottom, right, 1), (top, right, -1), (bottom, left, -1)):
+        np.add.at(seen_by, (queries, keys), change)
+    seen = seen_by.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] > 0
+    first = np.searchsorted(k_cuts, borders)  # piece of each block
+    full = np.logical_and.reduceat(seen.all(axis=0), first[:-1])
+    some = np.logical_or.reduceat(seen.any(axis=0), first[:-1])
+    ids = np.full(width, -1, dtype=np.int32)
+    for block in np.flatnonzero(some & ~full):
+        pieces = slice(first[block], first[block + 1])
+        keys = np.diff(k_cuts[first[block] : first[block + 1] + 1])
+        mask = np.zeros((BLOCK, BLOCK), dtype=bool)
+        mask[:size] = seen[:, pieces].repeat(np.diff(q_cuts), axis=0).repeat(keys, axis=1)
+        ids[block] = masks.setdefault(np.packbits(mask, axis=1, bitorder="little").tobytes(), len(masks))
+    return full, ids
 
 
 def checked_ranges(name: str, ranges: Any, total: int) -> Ints:
@@ -89,68 +104,3 @@ def checked_ranges(name: str, ranges: Any, total: int) -> Ints:
         row = int(bad[0])
         raise ValueError(f"{name}[{row}] must satisfy 0 <= start <= end <= {total}, got {array[row].tolist()}")
     return array
-
-
-def _expand(first: Ints, last: Ints) -> tuple[Ints, Ints]:
-    """(i, j) for every j in first[i]..last[i]-1, one after another."""
-    counts = last - first
-    source = np.repeat(np.arange(len(first)), counts)
-    return source, np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts) + first[source]
-
-
-def _merged(pieces: Ints, k: Ints) -> tuple[Ints, Ints, Ints]:
-    """Merged key ranges of every piece: (piece, start, end), disjoint and not touching within a piece.
-
-    Args:
-        pieces: [ranges, 2]: first and past-the-last piece of every range.
-        k: [ranges, 2]: its keys, not empty.
-    """
-    source, piece = _expand(pieces[:, 0], pieces[:, 1])
-    sort = np.lexsort((k[source, 0], piece))
-    source, piece = source[sort], piece[sort]
-    if not len(piece):
-        return piece, piece, piece
-    stride = int(k.max()) + 2  # sets the pieces so far apart that one running maximum serves all of them
-    start, end = k[source, 0] + piece * stride, k[source, 1] + piece * stride
-    reach = np.maximum.accumulate(end)
-    opens = np.flatnonzero(np.concatenate([[True], start[1:] > reach[:-1]]))
-    closes = np.concatenate([opens[1:] - 1, [len(reach) - 1]])
-    piece = piece[opens]
-    return piece, start[opens] - piece * stride, reach[closes] - piece * stride
-
-
-def _spread(row: Ints, first: Ints, last: Ints, weight: Ints, rows: int, width: int) -> npt.NDArray[np.int32]:
-    """[rows, width]: the weights of all runs of columns first..last-1, summed, by a running sum of their ends."""
-    run = first < last
-    change = np.zeros((rows, width + 1), dtype=np.int32)
-    np.add.at(change, (row[run], first[run]), weight[run])
-    np.subtract.at(change, (row[run], last[run]), weight[run])
-    return change.cumsum(axis=1, dtype=np.int32)[:, :width]
-
-
-class _Rectangles:
-    """Masks as sums of disjoint rectangles: queries top..bottom-1 x keys left..right-1 of block number ``block``."""
-
-    def __init__(self, block: Ints, top: Ints, bottom: Ints, left: Ints, right: Ints) -> None:
-        sort = np.argsort(block, kind="stable")
-        self.block, self.top, self.bottom = block[sort], top[sort], bottom[sort]
-        word = np.arange(WORDS) * 32
-        low, high = (np.clip(x[sort][:, None] - word, 0, 32) for x in (left, right))
-        self.words = (np.int64(1) << high) - (np.int64(1) << low)  # bits low..high-1
-
-    def distinct(self, blocks: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """(mask id of every block [blocks], int32 [masks, 128, 4]), masks numbered as they first come."""
-        ids = np.empty(blocks, dtype=np.int32)
-        known: dict[bytes, int] = {}
-        for start in range(0, blocks, MASK_CHUNK):
-            end = min(start + MASK_CHUNK, blocks)
-            part = slice(*np.searchsorted(self.block, [start, end]))
-            # Rectangles of one block share no bit, so sums of words are unions, and a running sum fills the rows.
-            change = np.zeros((end - start, BLOCK + 1, WORDS), dtype=np.int64)
-            np.add.at(change, (self.block[part] - start, self.top[part]), self.words[part])
-            np.subtract.at(change, (self.block[part] - start, self.bottom[part]), self.words[part])
-            masks = change.cumsum(axis=1)[:, :BLOCK].astype(np.uint32)
-            for i, mask in enumerate(masks):
-                ids[start + i] = known.setdefault(mask.tobytes(), len(known))
-        stacked = np.frombuffer(b"".join(known), dtype=np.int32).reshape(-1, BLOCK, WORDS).copy()
-        return ids, stacked
