@@ -148,8 +148,9 @@ def block_map(case: Case, given: Mapping[str, Any]) -> BlockMap:
         return exact_map(case.size, case.part == "window").to(device)
     chooser = selector(case, device)
     if device.type == "meta":
-        return chooser.block_map(empty_results(given["k"], chooser.table))
-    return chooser.top_k(given["q"], given["k"], case.keep, q_scale=given.get("q_scale"), k_scale=given.get("k_scale"))
+        return chooser.base.within(empty_results(given["k"], chooser.table))
+    scales: dict[str, Any] = {name: given.get(name) for name in ("q_scale", "k_scale")}
+    return ops.select_blocks(given["q"], given["k"], chooser, keep=case.keep, **scales, backend="reference")
 
 
 def selector(case: Case, device: torch.device) -> BlockSelector:

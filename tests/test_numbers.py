@@ -15,7 +15,8 @@ from toy_denoiser import Toy, clip
 
 import happyhorse_fast as hh
 from happyhorse_fast.arguments import plain_number, real_number, whole_number
-from happyhorse_fast.block_map import BlockMap, BlockSelector, Layout, compiled
+from happyhorse_fast.block_map import BlockMap, Layout, compiled
+from happyhorse_fast.block_map.dynamic import amount
 from happyhorse_fast.block_map.tiles import tile_order
 
 TINY = hh.ModelConfig.preset("tiny")
@@ -82,8 +83,7 @@ def test_block_maps_take_whole_numbers_of_any_kind(kind: str) -> None:
         assert all(map(torch.equal, found.tensors(), expected.tensors()))
     assert tile_order(n(2), n(3), n(4), (n(1), n(2), n(2))).equal(tile_order(2, 3, 4, (1, 2, 2)))
     q = torch.randn(layout.slots, 1, 8)
-    selector = BlockSelector(layout, None, "cpu")
-    assert selector.amount(q, q, n(2), None, "max") == (2, 0)
+    assert amount(q, q, len(q), n(2), None, "max") == (2, 0)
 
 
 @pytest.mark.parametrize("kind", REAL)
@@ -99,7 +99,7 @@ def test_a_real_number_of_any_kind_is_a_float(kind: str) -> None:
     assert all(map(torch.equal, found, expected))
     hh.super_resolve(Toy(), *inputs, (6, 8), steps=1, audio_noise=x(0.5), progress=False)
     q = torch.randn(128, 1, 8)
-    assert BlockSelector(Layout(1, 128, 0, 0), None, "cpu").amount(q, q, None, x(0.5), "max") == (0, 2**19)
+    assert amount(q, q, len(q), None, x(0.5), "max") == (0, 2**19)
 
 
 @pytest.mark.parametrize("value", [*NEITHER, 2.0, 2.5, np.float32(2), float("inf"), float("nan")], ids=repr)

@@ -22,6 +22,7 @@ from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.block_map.bits import unpack
 from happyhorse_fast.eager.qkv import rms_norm
+from happyhorse_fast.ops import select_blocks
 from happyhorse_fast.ops.linear.contract import ACTIVATIONS
 from happyhorse_fast.ops.quantize import dequantize, hadamard, to_e4m3, token_order
 
@@ -252,9 +253,7 @@ def row_mask(block_map: BlockMap, head: int, row: int) -> Tensor:
 
 
 def _selection_problems(given: Given, results: tuple[Tensor, ...]) -> list[str]:
-    selector = given["selector"]
-    scales = {name: given.get(name) for name in ("q_scale", "k_scale")}
-    wanted = selector.top_k(given["q"], given["k"], given["keep"], **scales)
+    wanted = select_blocks(**given, backend="reference")
     counts, starts, columns, ids, order = (*results[:4], results[5])
     found = BlockMap(counts, starts, columns, ids, wanted.mask_bits, order, wanted.queries, wanted.keys)
     try:

@@ -12,6 +12,7 @@ from bench.cases import Case, padded_rows, token_ranges
 from bench.inputs import Given
 from happyhorse_fast.eager.attention import fused_attention
 from happyhorse_fast.eager.qkv import rms_norm
+from happyhorse_fast.ops import select_blocks
 from happyhorse_fast.ops.linear.contract import ACTIVATIONS
 from happyhorse_fast.ops.qkv.reference import epilogue
 from happyhorse_fast.ops.runtime.row_tiles import joined
@@ -39,8 +40,7 @@ def prepare(case: Case, given: Given, *, compiled: bool = False) -> Function:
     if case.op == "select_blocks":
         if compiled:
             raise LookupError("the choice of blocks builds its map with Python code between the operations")
-        selector = given["selector"]
-        return lambda: selector.top_k(given["q"], given["k"], given["keep"])
+        return lambda: select_blocks(given["q"], given["k"], given["selector"], keep=given["keep"], backend="reference")
     if case.op == "rmsnorm_quantize":
         function = built(_norm)
         return lambda: function(given["hidden"], given["norm_weight"][0])

@@ -121,12 +121,12 @@ class BlockMap:
 
     @classmethod
     def top_k(cls, q: torch.Tensor, k: torch.Tensor, layout: Layout, keep: int, **options: Any) -> BlockMap:
-        """Approximate, per key/value head: the ``keep`` blocks of largest pooled score; see :class:`BlockSelector`."""
+        """Approximate, per key/value head: the ``keep`` blocks of largest pooled score; see `ops.select_blocks`."""
         return cls._chosen(q, k, layout, keep=keep, **options)
 
     @classmethod
     def top_p(cls, q: torch.Tensor, k: torch.Tensor, layout: Layout, mass: float, **options: Any) -> BlockMap:
-        """Approximate, per key/value head: blocks up to a share of the pooled softmax; see :class:`BlockSelector`."""
+        """Approximate, per key/value head: blocks up to a share of the pooled softmax; see `ops.select_blocks`."""
         return cls._chosen(q, k, layout, mass=mass, **options)
 
     @classmethod

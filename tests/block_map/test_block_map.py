@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout, tile_order
+from happyhorse_fast.block_map.dynamic import choose
 from happyhorse_fast.eager.sequence import Clip, local_ranges
 
 
@@ -152,10 +153,10 @@ def test_no_window_is_dense_over_the_tokens():
         (lambda: tile_order(1, 1, 1, (0, 1, 1)), "tile must be at least 1"),
         (lambda: BlockMap.dense(300, 300).to_flex() and dynamic_map().to_flex(3), "num_heads_q must be a multiple"),
         (lambda: BlockSelector(Layout(1, 10, 0, 0), BlockMap.dense(3, 3), "cpu"), "the layout's 10 slots, got 3 x 3"),
-        (lambda: selector().top_k(torch.zeros(9, 2, 8), torch.zeros(9, 2, 8), 1), r"q must be \[\d+, heads, D\]"),
-        (lambda: selector().top_k(*pooled_inputs(), 0), "keep must be at least 1"),
-        (lambda: selector().top_p(*pooled_inputs(), 0.0), "0 < mass <= 1, got 0.0"),
-        (lambda: selector().top_p(*pooled_inputs(), 0.5, pool="min"), 'pool must be "max" or "mean"'),
+        (lambda: BlockMap.top_k(*torch.zeros(2, 9, 2, 8), LAYOUT, 1), r"q must be \[\d+, heads, D\]"),
+        (lambda: BlockMap.top_k(*pooled_inputs(), LAYOUT, 0), "keep must be at least 1"),
+        (lambda: BlockMap.top_p(*pooled_inputs(), LAYOUT, 0.0), "0 < mass <= 1, got 0.0"),
+        (lambda: BlockMap.top_p(*pooled_inputs(), LAYOUT, 0.5, pool="min"), 'pool must be "max" or "mean"'),
     ],
 )
 def test_bad_arguments_say_what_is_allowed(call, message):
@@ -233,12 +234,8 @@ def pooled_inputs(heads_q=4, heads_kv=2, seed=0):
 LAYOUT = Layout(6, 250, 40, 60, align_frames=True, align_modalities=True)
 
 
-def selector(radius=None):
-    return BlockSelector(LAYOUT, BlockMap.frame_window(LAYOUT, radius), "cpu")
-
-
 def dynamic_map():
-    return selector().top_k(*pooled_inputs(), 3)
+    return BlockMap.top_k(*pooled_inputs(), LAYOUT, 3)
 
 
 def block_means(x, layout):
@@ -254,11 +251,12 @@ def block_means(x, layout):
 def test_top_k_keeps_the_best_blocks_and_the_prefix(pool, radius):
     q, k = pooled_inputs()
     keep = 3
-    block_map = selector(radius).top_k(q, k, keep, pool=pool)
+    exact = BlockMap.frame_window(LAYOUT, radius)
+    block_map = BlockMap.top_k(q, k, LAYOUT, keep, base=exact, pool=pool)
     block_map.validate()
     full, ids = block_map.to_blocks()
     kept = full | (ids >= 0)
-    base_full, base_ids = BlockMap.frame_window(LAYOUT, radius).to_blocks()
+    base_full, base_ids = exact.to_blocks()
     base = (base_full | (base_ids >= 0))[0]
     video = LAYOUT.audio_start // BLOCK
     assert torch.equal(kept[:, video:], base[None, video:].expand(2, -1, -1)), "audio and text are dense as queries"
@@ -277,7 +275,7 @@ def test_top_k_keeps_the_best_blocks_and_the_prefix(pool, radius):
 def test_top_p_holds_its_mass_with_the_fewest_blocks():
     q, k = pooled_inputs()
     q = q * 8
-    block_map = selector().top_p(q, k, 0.7)
+    block_map = BlockMap.top_p(q, k, LAYOUT, 0.7)
     block_map.validate()
     full, ids = block_map.to_blocks()
     video = LAYOUT.audio_start // BLOCK
@@ -288,13 +286,15 @@ def test_top_p_holds_its_mass_with_the_fewest_blocks():
         chosen = share[(full | (ids >= 0))[head, row, :video]].sort().values
         assert chosen.sum() >= 0.7 - 1e-2
         assert chosen[1:].sum() < 0.7 + 1e-2
-    assert torch.equal(
-        selector().top_p(q, k, 1.0).to_dense(), BlockMap.frame_window(LAYOUT, None).to_dense().expand(2, -1, -1)
-    )
+    everything = BlockMap.frame_window(LAYOUT, None).to_dense().expand(2, -1, -1)
+    assert torch.equal(BlockMap.top_p(q, k, LAYOUT, 1.0).to_dense(), everything)
 
 
 def test_dynamic_maps_are_made_without_waiting_for_the_device():
-    chooser, (q, k) = selector(), pooled_inputs()
+    chooser, (q, k) = BlockSelector(LAYOUT, None, "cpu"), pooled_inputs()
+
+    def chosen(keep, mass):
+        return chooser.base.within(choose(q, k, *chooser.tensors(), None, None, keep, mass, False))
 
     class NoSync(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -302,10 +302,10 @@ def test_dynamic_maps_are_made_without_waiting_for_the_device():
             return func(*args, **(kwargs or {}))
 
     with NoSync():
-        chooser.top_k(q, k, 3)
-        chooser.top_p(q, k, 0.5)
+        chosen(3, 0)
+        chosen(0, 2**19)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
-        chooser.top_k(q, k, 3).pairs()
+        chosen(3, 0).pairs()
 
 
 def test_scales_of_codes_count_in_the_pooled_scores():
@@ -315,8 +315,8 @@ def test_scales_of_codes_count_in_the_pooled_scores():
     each = scale.repeat_interleave(BLOCK).view(-1, 1, 1)
     codes = [(x.float() / each).clamp(-448, 448).to(torch.float8_e4m3fn) for x in (q, k)]
     back = [(c.float() * each).bfloat16() for c in codes]
-    from_codes = selector().top_k(*codes, 2, q_scale=scale, k_scale=scale).to_dense()
-    assert (from_codes == selector().top_k(*back, 2).to_dense()).float().mean() > 0.99
+    from_codes = BlockMap.top_k(*codes, LAYOUT, 2, q_scale=scale, k_scale=scale).to_dense()
+    assert (from_codes == BlockMap.top_k(*back, LAYOUT, 2).to_dense()).float().mean() > 0.99
 
 
 DOCUMENT = torch.tensor([0] * 100 + [1] * 200 + [2] * 33)

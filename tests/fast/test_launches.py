@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from happyhorse_fast.block_map.dynamic import choose
 from happyhorse_fast.fast import launches
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.fast.launches import LaunchCounter, launches_per_layer
@@ -39,7 +40,7 @@ def test_dynamic_masks(precision, sparsity):
 
 def test_a_map_made_by_plain_torch_is_past_the_budget(monkeypatch):
     def plain(self, q, k, q_scale, k_scale, backend):
-        return self.selector.top_k(q, k, 2, q_scale=q_scale, k_scale=k_scale)
+        return self.selector.base.within(choose(q, k, *self.selector.tensors(), q_scale, k_scale, 2, 0, False))
 
     monkeypatch.setattr(SparsePolicy, "map", plain)
     assert most(FastConfig(sparsity=TopK(0.5))) > DYNAMIC

@@ -40,7 +40,7 @@ class SelectBlocks(Arguments):
     mean: bool
 
     def check(self) -> None:
-        """Hold what `BlockSelector.amount` does not know against the contract."""
+        """Hold what `block_map.dynamic.amount` does not know against the contract."""
         q, k, fp8 = self.q, self.k, torch.float8_e4m3fn
         if q.dtype not in (torch.bfloat16, torch.int8, fp8):
             raise TypeError(f"q must be bfloat16, int8 or float8_e4m3fn, got {q.dtype}")

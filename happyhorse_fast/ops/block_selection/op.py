@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from happyhorse_fast.block_map import BlockMap, BlockSelector
+from happyhorse_fast.block_map.dynamic import amount
 from happyhorse_fast.ops.block_selection import cuda, reference
 from happyhorse_fast.ops.block_selection.contract import SelectBlocks
 from happyhorse_fast.ops.runtime.checks import require_backend
@@ -28,8 +29,10 @@ def select_blocks(
 ) -> BlockMap:
     """Per key/value head and block of queries, the blocks of keys of largest pooled score; no wait for the device.
 
-    :meth:`BlockSelector.top_k` (``keep``) and :meth:`BlockSelector.top_p` (``mass``) say what is chosen; all backends
-    choose the same blocks, but for scores that differ by their rounding alone.
+    Blocks of audio and text are kept besides those that are chosen. By ``mass``, the fewest blocks that hold it are, of
+    a softmax over the blocks that are not always kept, in integers of 2^-30 of the best block's weight and at least 1:
+    1 keeps every block. Of equal scores the one of the lower block is the larger. All backends choose the same blocks,
+    but for scores that differ by their rounding alone.
 
     Args:
         q: [N, Hq, D], D 32, 64 or 128, any strides; bf16, or codes of int8 or e4m3. Slots without a token are not read.
@@ -50,12 +53,12 @@ def select_blocks(
         ValueError: Another shape, device or value; the message names it, what came and what is allowed.
     """
     require_backend(backend, ("triton", "cuda", "reference"))
-    amount = selector.amount(q, k, keep, mass, pool)
-    given = SelectBlocks(q, k, *selector.tensors(), q_scale, k_scale, *amount, pool == "mean")
+    counts = amount(q, k, selector.base.keys, keep, mass, pool)
+    given = SelectBlocks(q, k, *selector.tensors(), q_scale, k_scale, *counts, pool == "mean")
     given.check()
     op = cuda.select_blocks if backend == "cuda" else reference.select_blocks
     if backend == "triton":
         from happyhorse_fast.ops.block_selection import triton
 
         op = triton.select_blocks
-    return selector.block_map(op(*given.values()))
+    return selector.base.within(op(*given.values()))
