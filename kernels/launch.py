@@ -59,6 +59,10 @@ class LaunchConfig:
     hopper: bool = False
     reduce: bool = False
 
+    def options(self) -> dict[str, int]:
+        """What a launch of Triton tells the compiler."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": FP_FUSION}
+
 
 def shared_memory_bytes(config: LaunchConfig, element_bytes: int, extra: int = 0) -> int:
     """Count the bytes of a product's software pipeline: num_stages tiles of both operands, plus ``extra``.

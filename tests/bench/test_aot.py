@@ -109,7 +109,7 @@ def test_every_entry_is_there_for_each_architecture_that_can(stem, variant):
         # One step of a wide tile in four warps: more registers than there are.
         pytest.param("table('linear')['fp8_plain']['90']['num_warps'] = 4", "spills: ", marks=slow),
         # A launcher that leaves it to the compiler's default.
-        pytest.param("fp8_linear.FP_FUSION = None", "launched without enable_fp_fusion", marks=slow),
+        pytest.param("launch.FP_FUSION = None", "launched without enable_fp_fusion", marks=slow),
         # One that launches something else than the table says.
         pytest.param(
             "fp8_linear.config_of = lambda *_: config_for('linear', 'bf16_plain', 90)",
@@ -125,6 +125,7 @@ import triton
 from bench.aot.cases import cases
 from bench.aot.compile import Driver, measure, record
 from bench.aot.gates import problems
+from happyhorse_fast.kernels import launch
 from happyhorse_fast.kernels.launch import config_for, table
 from happyhorse_fast.ops.linear import triton as fp8_linear
 {plant}

@@ -18,7 +18,6 @@ from bench.hopper import HOPPER, running
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
 from happyhorse_fast.ops import block_sparse_attention
-from happyhorse_fast.ops.attention import hopper as hopper_launcher
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT, effective_bound
@@ -193,8 +192,7 @@ def hopper(seed=1, replace=()):
     """On the CPU, Triton's op launches what it would on sm_90 in the Hopper kernel, in the emulator."""
     kernel = Emulated(GLUON_MODULES, "block_sparse_attention_hopper_kernel", seed, replace)
     stand_ins = {"architecture": lambda _: 90, "addressable": lambda _: True}
-    in_its_place = mock.patch.object(hopper_launcher, "block_sparse_attention_hopper_kernel", kernel)
-    with running(HOPPER), mock.patch.multiple(launcher, **stand_ins), in_its_place:
+    with running(HOPPER), mock.patch.multiple(launcher, **stand_ins, block_sparse_attention_hopper_kernel=kernel):
         yield
 
 

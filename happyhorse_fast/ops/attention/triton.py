@@ -1,4 +1,4 @@
-"""Launcher of the Triton kernel of block-sparse attention; its arguments were checked."""
+"""Launcher of the Triton and Gluon kernels of block-sparse attention; its arguments were checked."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.kernels.attention import block_sparse_attention_kernel
+from happyhorse_fast.kernels.attention_hopper import block_sparse_attention_hopper_kernel
+from happyhorse_fast.kernels.hopper_sizes import GROUPS
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, config_for
-from happyhorse_fast.ops.attention import hopper
 from happyhorse_fast.ops.attention.contract import BlockSparseAttention
 from happyhorse_fast.ops.runtime.triton.device import addressable, architecture, multiprocessors, on_device
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
@@ -23,6 +26,7 @@ STEM = "attention"
 WARPS_PER_SM = 8
 I2FP_SINCE = 86
 """First compute capability that makes int32 float32 at the rate of additions."""
+ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 def variant_of(q: Tensor, v: Tensor) -> str:
@@ -55,6 +59,12 @@ def matrices(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def described(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
     """A matrix, read in tiles."""
     return TensorDescriptor.from_tensor(x, list(tile))
+
+
+def described_in_shared(x: Tensor, tile: tuple[int, int]) -> hopper.TensorDescriptor:
+    """The same for Gluon, with the tiles' layout in shared memory."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(tile), ELEMENTS[x.dtype])
+    return hopper.TensorDescriptor.from_tensor(x, list(tile), layout)
 
 
 def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse: bool = False) -> LaunchConfig:
@@ -121,15 +131,30 @@ def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]
         "MAP_HEADS": map_heads,
         "D": d,
         "BLOCK": BLOCK,
-        "enable_fp_fusion": FP_FUSION,
     }
     key_blocks = -(-m // BLOCK)
     stride_v = (v.stride(2), v.stride(0), v.stride(1)) if is_transposed(v) else v.stride()
     for form in forms:
         config = launch_config(q, k, v, bounded=form, lse=return_lse)
+        k_tile = (config.block_n, d)
+        v_tile = k_tile[::-1] if is_transposed(v) else k_tile
         if config.hopper:
+            q_matrix, k_matrix, v_matrix = matrices(q, k, v)
             with on_device(q):
-                hopper.launch(config, *matrices(q, k, v), tensors, (n, map_rows, key_blocks, map_rows * heads_q), sizes)
+                block_sparse_attention_hopper_kernel[(min(map_rows * heads_q, multiprocessors(q.device)),)](
+                    described_in_shared(q_matrix, (BLOCK // GROUPS.value, d)),
+                    described_in_shared(k_matrix, k_tile),
+                    described_in_shared(v_matrix, v_tile),
+                    *tensors,
+                    n,
+                    map_rows,
+                    key_blocks,
+                    map_rows * heads_q,
+                    STAGES=config.num_stages,
+                    num_warps=config.num_warps,
+                    enable_fp_fusion=FP_FUSION,
+                    **sizes,
+                )
             continue
         items = map_rows * heads_q * (BLOCK // config.block_m)
         programs = multiprocessors(q.device) * max(1, WARPS_PER_SM // config.num_warps)
@@ -137,8 +162,6 @@ def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]
         v_source: Any = v
         if config.descriptors:
             _, k_matrix, v_matrix = matrices(q, k, v)
-            k_tile = (config.block_n, d)
-            v_tile = k_tile[::-1] if is_transposed(v) else k_tile
             k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
         with on_device(q):
             block_sparse_attention_kernel[(min(items, programs),)](
@@ -160,8 +183,7 @@ def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]
                 DESCRIPTORS=config.descriptors,
                 BOUNDED=form,
                 BIASED=q.dtype == torch.int8 and architecture(q.device) < I2FP_SINCE,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **config.options(),
                 **sizes,
             )
     return out, lse

@@ -8,7 +8,7 @@ import triton
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.block_map.dynamic import Parts
 from happyhorse_fast.kernels.block_selection import order_rows_kernel, pool_blocks_kernel, select_blocks_kernel
-from happyhorse_fast.kernels.launch import FP_FUSION, config_for
+from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.ops.block_selection.contract import SelectBlocks
 from happyhorse_fast.ops.runtime.triton.device import architecture, on_device
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
@@ -48,9 +48,7 @@ def select_blocks(given: SelectBlocks) -> Parts:
             D=d,
             BLOCK=BLOCK,
             ROWS=pool.block_m,
-            num_warps=pool.num_warps,
-            num_stages=pool.num_stages,
-            enable_fp_fusion=FP_FUSION,
+            **pool.options(),
         )
         select_blocks_kernel[(rows,)](
             pooled_q,
@@ -73,9 +71,7 @@ def select_blocks(given: SelectBlocks) -> Parts:
             BLOCKS=triton.next_power_of_2(blocks),
             MEAN=given.mean,
             BY_MASS=given.keep == 0,
-            num_warps=choice.num_warps,
-            num_stages=choice.num_stages,
-            enable_fp_fusion=FP_FUSION,
+            **choice.options(),
         )
         order_rows_kernel[(triton.cdiv(rows, ordering.block_m),)](
             counts,
@@ -83,8 +79,6 @@ def select_blocks(given: SelectBlocks) -> Parts:
             rows,
             BLOCK_M=ordering.block_m,
             BLOCK_N=ordering.block_n,
-            num_warps=ordering.num_warps,
-            num_stages=ordering.num_stages,
-            enable_fp_fusion=FP_FUSION,
+            **ordering.options(),
         )
     return counts, starts, columns, mask_ids, order

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, LaunchConfig, config_for
+from happyhorse_fast.kernels.launch import FP8_SINCE, LaunchConfig, config_for
 from happyhorse_fast.kernels.linear import fp8_linear_kernel
 from happyhorse_fast.ops.linear.contract import Linear, LinearActivation, LinearResidual, Product, activation_scale
 from happyhorse_fast.ops.quantize import FORMATS
@@ -62,9 +62,7 @@ def launch(given: Product, out: Tensor, epilogue: str, config: LaunchConfig) -> 
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=FP_FUSION,
+            **config.options(),
         )
 
 

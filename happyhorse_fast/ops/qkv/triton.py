@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, LaunchConfig, config_for
+from happyhorse_fast.kernels.launch import FP8_SINCE, LaunchConfig, config_for
 from happyhorse_fast.kernels.qkv import qkv_linear_kernel, rmsnorm_quantize_kernel
 from happyhorse_fast.ops.qkv.contract import QKV, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.quantize import FORMATS
@@ -45,9 +45,7 @@ def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
             INT8=out == "int8",
             BLOCK_M=config.block_m,
             BLOCK_C=triton.next_power_of_2(channels),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=FP_FUSION,
+            **config.options(),
         )
     return x, scale
 
@@ -99,9 +97,7 @@ def qkv_linear(given: QkvLinear) -> QKV:
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             GROUP_M=config.group_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=FP_FUSION,
+            **config.options(),
         )
     return results
 

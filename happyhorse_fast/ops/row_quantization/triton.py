@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from happyhorse_fast.kernels.launch import FP_FUSION, config_for
+from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.kernels.row_quantization import quantize_rows_kernel
 from happyhorse_fast.ops.row_quantization.contract import QuantizeRows
 from happyhorse_fast.ops.runtime.triton.device import architecture, multiprocessors, on_device
@@ -41,8 +41,6 @@ def quantize_rows(given: QuantizeRows) -> tuple[Tensor, Tensor]:
             HADAMARD_ROWS=given.hadamard,
             BLOCK_K=config.block_k,
             STAGES=config.num_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=FP_FUSION,
+            **config.options(),
         )
     return codes, scale
