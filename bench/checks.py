@@ -53,23 +53,22 @@ def self_checks(device: torch.device, ops: Sequence[str], impl: str = "") -> int
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
     failed = False
     for backend in _backends(device, impl):
-        keys = [trust.machine_key(backend, device, fp8=precision) for precision in {False, fp8}]
+        key = trust.machine_key(backend, device)
         wanted = [
             (op, variant)
             for op, variants in formats.VARIANTS[backend].items()
             for variant in variants
-            if (not ops or op in ops) and (fp8 or variant in formats.WITHOUT_E4M3)
+            if (not ops or op in ops) and (fp8 or not formats.uses_e4m3(variant))
         ]
-        recalled = trust.recall(trust.machine_key(backend, device, fp8=fp8)) or []
-        known = {(c.op, c.variant): c for c in recalled if c.fault != self_check.RAISED}
+        known = {(c.op, c.variant): c for c in trust.recall(key) if c.fault != self_check.RAISED}
         for place in wanted:
             if place in known:
                 _show(backend, known[place], "remembered")
         for check in self_check.run_checks(backend, device, fp8=fp8, only=set(wanted) - known.keys()):
             known[check.op, check.variant] = check
             _show(backend, check, f"{check.seconds:.1f} s")
-            for key in keys:  # after each one: a cut forgets nothing
-                trust.remember(key, [found for found in known.values() if found.fault != self_check.RAISED])
+            # After each one: a cut forgets nothing.
+            trust.remember(key, [found for found in known.values() if found.fault != self_check.RAISED])
             if check.fault == self_check.LOST:
                 print(f"STOPPED: {backend} {check.op} {check.variant} took the GPU from this process", flush=True)
                 return LOST

@@ -36,7 +36,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def trusted():
-    return {c.op: c.passed for c in trust.recall(trust.machine_key("triton", CPU, fp8=True)) or ()}
+    return {c.op: c.passed for c in trust.recall(trust.machine_key("triton", CPU))}
 
 
 def test_a_check_that_loses_the_gpu_is_not_tried_again_and_blames_no_other(machine, capsys):

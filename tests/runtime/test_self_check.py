@@ -304,27 +304,27 @@ def test_what_is_remembered_depends_on_the_machine(pretended_gpu: list[int], mon
 
 
 def test_what_is_remembered_depends_on_the_device_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {trust.machine_key(backend, CPU, fp8=fp8) for backend in ("triton", "cuda") for fp8 in (False, True)}
-    assert len(keys) == 4
+    keys = {trust.machine_key(backend, CPU) for backend in ("triton", "cuda")}
+    assert len(keys) == 2
     monkeypatch.setattr("happyhorse_fast.csrc.sources.digest", lambda stem: f"another {stem}")
-    assert trust.machine_key("cuda", CPU, fp8=False) not in keys
-    assert trust.machine_key("triton", CPU, fp8=False) in keys
+    assert trust.machine_key("cuda", CPU) not in keys
+    assert trust.machine_key("triton", CPU) in keys
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_what_is_remembered_depends_on_what_judged_it(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = trust.machine_key(backend, CPU, fp8=True)
+    before = trust.machine_key(backend, CPU)
     copy = tmp_path / "package"
     shutil.copytree(trust.PACKAGE, copy, ignore=lambda folder, names: [n for n in names if n.endswith("safetensors")])
     monkeypatch.setattr(trust, "PACKAGE", copy)
-    assert trust.machine_key(backend, CPU, fp8=True) == before
+    assert trust.machine_key(backend, CPU) == before
     keys = {before}
     judges = ("ops/linear/triton.py", "ops/runtime/self_check.py", "ops/attention/reference.py", "eager/qkv.py")
     for name in (*judges, "block_map/dynamic.py", "budgets.py"):
         (copy / name).write_text((copy / name).read_text() + "\n# changed\n")
-        keys.add(trust.machine_key(backend, CPU, fp8=True))
+        keys.add(trust.machine_key(backend, CPU))
     assert len(keys) == 7
 
 
@@ -377,11 +377,12 @@ def test_a_kernel_that_loses_the_gpu_is_named_and_blames_no_other(faulty: dict[s
 
 def test_a_corrupt_cache_is_said_and_checked_again(pretended_gpu: list[int], own_cache: Path) -> None:
     own_cache.mkdir(mode=0o700)
-    (own_cache / "self_check.json").write_text("{")
+    kept = own_cache / f"self_check.{trust.machine_key('triton', CPU)}.json"
+    kept.write_text("{")
     with logs("remembered self-check cannot be read"):
         dispatch.choose("auto", "bf16", CPU)
     assert pretended_gpu == [1]
-    assert len(json.loads((own_cache / "self_check.json").read_text())) == 1
+    assert len(json.loads(kept.read_text())) == len(CHECKS)
 
 
 def test_a_cache_that_others_may_write_is_not_trusted(pretended_gpu: list[int], own_cache: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from happyhorse_fast import optional
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.ops.runtime import self_check, trust
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
-from happyhorse_fast.ops.runtime.formats import ACTIVATION, ATTENTION, QKV, VARIANTS, WITHOUT_E4M3
+from happyhorse_fast.ops.runtime.formats import ACTIVATION, ATTENTION, QKV, VARIANTS
 from happyhorse_fast.ops.runtime.obstacles import BackendError, triton_obstacle
 
 STEMS = {
@@ -100,13 +100,14 @@ def choose(
         if obstacle is not None:
             raise BackendError(f"backend {backend!r} cannot run: {obstacle}")
     own = {op: _format(op, precision, attention) for op in formats}
-    candidates = _Candidates(own, formats, in_cuda, device, report)
+    # Found out when it is first asked for, once: a self-check takes seconds.
+    why_not = functools.cache(lambda of: _obstacles(of, formats, device, report))
     choices = {}
     for op in formats:
         if op in named:
             choices[op] = Choice(op, backend, "asked for")
             continue
-        choice = candidates.best(op)
+        choice = _best(op, own[op], op in in_cuda, device, why_not)
         if named:
             reason = f"no {backend} kernel of it in {own[op]}; {choice.reason}"
             choice = Choice(op, choice.backend, reason, fell_back=True)
@@ -129,8 +130,8 @@ def op_choice(op: str, device: torch.device) -> Choice:
         BackendError: The check ended this process's use of the GPU.
     """
     optional.hide_broken_triton()
-    in_cuda = (op,) if "bf16" in VARIANTS["cuda"].get(op, ()) else ()
-    return _Candidates({op: "bf16"}, {op: ("bf16",)}, in_cuda, device, None).best(op)
+    in_cuda = "bf16" in VARIANTS["cuda"].get(op, ())
+    return _best(op, "bf16", in_cuda, device, lambda of: _obstacles(of, {op: ("bf16",)}, device, None))
 
 
 def cuda_ops(precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
@@ -152,64 +153,43 @@ def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bo
     of_products, of_attention = (
         (own, "bf16") if mixed and own != "bf16" else (own,) for own in (precision, attention or precision)
     )
-    if op == "qkv_linear":
-        pairs = list(itertools.product(of_products, of_attention))
-        return tuple(name for name, pair in QKV.items() if pair in pairs)
     # Of int8 what a product takes is bf16 first: `quantize_rows` makes codes of it.
-    results = {"bf16" if p == "int8" else p for p in of_products}
-    if op == "fp8_linear_activation":
-        pairs = list(itertools.product(of_products, results))
-        return tuple(name for name, pair in ACTIVATION.items() if pair in pairs)
-    if op == "block_sparse_attention":
-        formats = list(itertools.product(of_attention, (*results, None)))
-        return tuple(name for name, pair in ATTENTION.items() if pair in formats)
+    results = ["bf16" if p == "int8" else p for p in of_products]
+    pairs: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str | None]]] = {
+        "qkv_linear": (QKV, of_products, [*of_attention]),
+        "fp8_linear_activation": (ACTIVATION, of_products, [*results]),
+        "block_sparse_attention": (ATTENTION, of_attention, [*results, None]),
+    }
+    if op in pairs:
+        names, firsts, seconds = pairs[op]
+        return tuple(name for name, (first, second) in names.items() if first in firsts and second in seconds)
     if op == "quantize_rows":
         return tuple(p for p in of_products if p == "int8")
     return of_attention if op == "select_blocks" else of_products
 
 
-class _Candidates:
-    """Backends that may run on a device, found out when they are first asked for: a self-check takes seconds."""
+def _best(op: str, fmt: str, in_cuda: bool, device: torch.device, why_not: Callable[[str], dict[str, str]]) -> Choice:
+    """The first kernel that may run, with what keeps others from it; ``why_not`` has that of the ops by backend."""
+    order = ["triton"]
+    if in_cuda and device.type == "cuda":  # on a CPU only tests run them
+        order.insert(0 if op in preferred(fmt, device) else 1, "cuda")
+    kept: list[str] = []
+    for backend in order:
+        reason = why_not(backend).get(op)
+        if reason is None:
+            return Choice(op, backend, "; ".join(["passed its self-check on this machine", *kept]))
+        kept.append(reason)
+    return Choice(op, "reference", "; ".join(kept), fell_back=True)
 
-    def __init__(
-        self,
-        own: dict[str, str],
-        formats: dict[str, tuple[str, ...]],
-        in_cuda: tuple[str, ...],
-        device: torch.device,
-        report: Callable[[str], None] | None,
-    ) -> None:
-        self.own, self.formats, self.in_cuda = own, formats, in_cuda
-        self.device, self.report = device, report
-        self._failed: dict[str, dict[str, str] | str] = {}
 
-    def best(self, op: str) -> Choice:
-        """The first candidate that may run, with what keeps the others from it."""
-        order = ["triton"]
-        if op in self.in_cuda and self.device.type == "cuda":  # on a CPU only tests run them
-            order.insert(0 if op in preferred(self.own[op], self.device) else 1, "cuda")
-        kept: list[str] = []
-        for backend in order:
-            reason = self.obstacle(op, backend)
-            if reason is None:
-                passed = "passed its self-check on this machine"
-                return Choice(op, backend, "; ".join([passed, *kept]))
-            kept.append(reason)
-        return Choice(op, "reference", "; ".join(kept), fell_back=True)
-
-    def obstacle(self, op: str, backend: str) -> str | None:
-        """Why a backend's kernel of an op may not run; None where it may."""
-        if backend not in self._failed:
-            self._failed[backend] = self._look_at(backend)
-        failed = self._failed[backend]
-        return failed if isinstance(failed, str) else failed.get(op)
-
-    def _look_at(self, backend: str) -> dict[str, str] | str:
-        """Why none of a backend's kernels may run, or why some may not."""
-        obstacle = triton_obstacle(self.device) if backend == "triton" else cuda_obstacle(self.device)
-        if obstacle is None and self.device.type != "cuda":
-            obstacle = INTERPRETED_IS_SLOW
-        return obstacle or _failures(backend, self.formats, self.device, self.report)
+def _obstacles(
+    backend: str, formats: dict[str, tuple[str, ...]], device: torch.device, report: Callable[[str], None] | None
+) -> dict[str, str]:
+    """Why a backend's kernels may not run, of every op whose may not."""
+    obstacle = triton_obstacle(device) if backend == "triton" else cuda_obstacle(device)
+    if obstacle is None and device.type != "cuda":
+        obstacle = INTERPRETED_IS_SLOW
+    return dict.fromkeys(formats, obstacle) if obstacle else _failures(backend, formats, device, report)
 
 
 def compute_capability(device: torch.device) -> int | None:
@@ -256,13 +236,12 @@ def _failures(
     Raises:
         BackendError: A kernel ended this process's use of the GPU. That is remembered, and the next process goes on.
     """
-    fp8 = any(f not in WITHOUT_E4M3 for ours in formats.values() for f in ours)
     needed = {(op, f) for op, ours in formats.items() for f in ours if f in VARIANTS[backend].get(op, ())}
-    key = trust.machine_key(backend, device, fp8=fp8)
-    known = {(c.op, c.variant): c for c in trust.recall(key) or () if c.fault != self_check.RAISED}
+    key = trust.machine_key(backend, device)
+    known = {(c.op, c.variant): c for c in trust.recall(key) if c.fault != self_check.RAISED}
     missing = needed - known.keys()
     if missing:
-        for check in self_check.run_checks(backend, device, fp8=fp8, only=missing):
+        for check in self_check.run_checks(backend, device, fp8=True, only=missing):
             known[check.op, check.variant] = check
             if report is not None:
                 verdict = "passed" if check.passed else "FAILED"

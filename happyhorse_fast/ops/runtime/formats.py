@@ -54,17 +54,8 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
 Attention's format need not be its neighbours', so two meet in :data:`QKV` and :data:`ATTENTION`; of the MLP's products
 one may be skipped, so two meet in :data:`ACTIVATION`. Each is a kernel that no other format compiles.
 """
-WITHOUT_E4M3 = ("bf16", "int8_qk", "int8", "int8_x", "int8_x_int8_qk")
-"""Formats that every GPU has."""
-ORDER = (
-    *WITHOUT_E4M3,
-    "bf16_x_fp8",
-    "int8_x_fp8",
-    "bf16_fp8_out",
-    "int8_qk_fp8_out",
-    "fp8_x",
-    "fp8_x_int8_qk",
-    "fp8_bf16_out",
-    "fp8",
-)
-"""Formats in the order of their checks."""
+
+
+def uses_e4m3(fmt: str) -> bool:
+    """Whether a format has e4m3, which not every GPU has."""
+    return "fp8" in fmt

@@ -11,7 +11,7 @@ import torch
 from happyhorse_fast import ambient
 from happyhorse_fast.budgets import measure, violations
 from happyhorse_fast.ops.runtime.checks import require_backend
-from happyhorse_fast.ops.runtime.formats import ORDER, VARIANTS, WITHOUT_E4M3
+from happyhorse_fast.ops.runtime.formats import VARIANTS, uses_e4m3
 from happyhorse_fast.ops.runtime.op_checks import CHECKS, Compared
 
 RAISED, LOST = "raised", "lost"
@@ -52,27 +52,28 @@ def run_checks(
         only: The ops and formats to check, all where None.
 
     Yields:
-        An outcome per op and format that the backend has. A kernel that raises has failed; the error is its detail. One
-        that ends this process's use of the GPU, as an illegal address does, is the last: later ones would be blamed.
+        An outcome per op and format that the backend has, those with e4m3 last. A kernel that raises has failed; the
+        error is its detail. One that ends this process's use of the GPU, as an illegal address does, is the last: later
+        ones would be blamed.
 
     Raises:
         ValueError: There is no such backend.
     """
     require_backend(backend, tuple(VARIANTS))
-    for variant in ORDER if fp8 else WITHOUT_E4M3:
-        for op, check in CHECKS.items():
-            if variant not in VARIANTS[backend].get(op, ()) or (only is not None and (op, variant) not in only):
-                continue
-            start, fault = time.perf_counter(), ""
-            try:
-                with ambient.held():  # a caller's TF32 would fail a right kernel, and be remembered
-                    passed, detail = _judge(check(backend, device, variant))
-            except Exception as error:  # whatever a compiler or driver raises, the kernel is not to be used
-                passed, detail = False, f"{type(error).__name__}: {error}"
-                fault = LOST if _is_lost(device) else RAISED
-            yield KernelCheck(op, variant, passed, detail, time.perf_counter() - start, fault)
-            if fault == LOST:
-                return
+    every = [(op, variant) for op in CHECKS for variant in VARIANTS[backend].get(op, ())]
+    for op, variant in sorted(every, key=lambda each: uses_e4m3(each[1])):
+        if (uses_e4m3(variant) and not fp8) or (only is not None and (op, variant) not in only):
+            continue
+        start, fault = time.perf_counter(), ""
+        try:
+            with ambient.held():  # a caller's TF32 would fail a right kernel, and be remembered
+                passed, detail = _judge(CHECKS[op](backend, device, variant))
+        except Exception as error:  # whatever a compiler or driver raises, the kernel is not to be used
+            passed, detail = False, f"{type(error).__name__}: {error}"
+            fault = LOST if _is_lost(device) else RAISED
+        yield KernelCheck(op, variant, passed, detail, time.perf_counter() - start, fault)
+        if fault == LOST:
+            return
 
 
 def _is_lost(device: torch.device) -> bool:

@@ -27,9 +27,9 @@ JUDGED_BY = ("ops/**/*.py", "eager/*.py", "block_map/*.py", "budgets.py")
 """Files of the package, beside device code, that a verdict comes from: launchers, checks, references and budgets."""
 
 
-def machine_key(backend: str, device: torch.device, *, fp8: bool) -> str:
+def machine_key(backend: str, device: torch.device) -> str:
     """Digest of all that a result depends on: hardware, driver, versions, the kernels' source, launchers and checks."""
-    parts = [backend, str(fp8), __version__, torch.__version__, str(torch.version.cuda)]
+    parts = [backend, __version__, torch.__version__, str(torch.version.cuda)]
     try:
         parts.append(importlib.metadata.version("triton"))
     except importlib.metadata.PackageNotFoundError:
@@ -60,33 +60,26 @@ def _driver_version() -> str:
     return "unknown driver" if ask is None else f"driver of CUDA {ask()}"
 
 
-def recall(key: str) -> list[KernelCheck] | None:
-    """Checks found under a key before; None where nothing was, or where it cannot be read."""
+def recall(key: str) -> list[KernelCheck]:
+    """Checks found under a key before; none where nothing was, or where it cannot be read."""
     try:
-        stored = json.loads((cache_folder() / "self_check.json").read_text())
-        return [KernelCheck(**check) for check in stored[key]]
+        return [KernelCheck(**check) for check in json.loads(_path(key).read_text())]
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if not isinstance(error, KeyError):
-            logger.warning("remembered self-check cannot be read, kernels are checked again: %s", error)
-        return None
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("remembered self-check cannot be read, kernels are checked again: %s", error)
+        return []
 
 
 def remember(key: str, checks: list[KernelCheck]) -> None:
     """Store what was found; a cache that cannot be written costs a check per process, and says so."""
     try:
-        folder = cache_folder()
-        path = folder / "self_check.json"
-        try:
-            stored = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):
-            stored = None
-        if not isinstance(stored, dict):  # nothing yet, or not what was written
-            stored = {}
-        stored[key] = [dataclasses.asdict(check) for check in checks]
-        with replacing(path) as partial:
+        with replacing(_path(key)) as partial:
             partial.touch(0o600)
-            partial.write_text(json.dumps(stored, indent=1))
+            partial.write_text(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
     except OSError as error:
         logger.warning("self-check cannot be remembered: %s", error)
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / f"self_check.{key}.json"
