@@ -50,6 +50,15 @@ def install(drivers: dict[str, int] | None = None) -> Path:
     return binaries.FOLDER
 
 
+def obstacle(capability: binaries.Capability, driver: int) -> str | None:
+    """Why a GPU and its driver get no code."""
+    try:
+        images.fingerprint(capability, driver)
+    except CudaError as error:
+        return str(error)
+    return None
+
+
 def without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     """As cuda-bindings is where NVRTC's library is not installed."""
 
@@ -149,7 +158,7 @@ def test_the_binary_is_taken_and_nvrtc_not_asked(monkeypatch: pytest.MonkeyPatch
     with logs(None):
         assert loaded(R580) == ("unit.sm_90a.cubin", "unit.sm_90a.cubin")
     assert images.first("unit", HOPPER, R580) == "unit.sm_90a.cubin"
-    assert images.obstacle(HOPPER, R580) is None
+    assert obstacle(HOPPER, R580) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"unit.sm_90a.cubi", b"unit.sm_80.cubin", None])
@@ -179,25 +188,25 @@ def test_where_nothing_serves_the_error_has_every_reason(monkeypatch: pytest.Mon
     message = str(caught.value)
     assert "unit.sm_90a.cubin needs a driver for CUDA 13.0, this one is for CUDA 12.4" in message
     assert "NVRTC is not installed (Failure finding libnvrtc.so): pip install nvidia-cuda-nvrtc" in message
-    assert images.obstacle(HOPPER, R550) == message
+    assert obstacle(HOPPER, R550) == message
 
 
 def test_without_cuda_bindings_the_obstacle_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
-    assert "pip install 'happyhorse-fast[cuda]'" in str(images.obstacle(HOPPER, R580))
+    assert "pip install 'happyhorse-fast[cuda]'" in str(obstacle(HOPPER, R580))
 
 
 def test_a_driver_older_than_nvrtc_and_all_binaries_is_an_obstacle() -> None:
     install(CUBINS)
     reason = "NVRTC 13.0 makes code that a driver for CUDA 12.4 does not load"
-    assert reason in str(images.obstacle(HOPPER, R550))
+    assert reason in str(obstacle(HOPPER, R550))
     install()
-    assert images.obstacle(HOPPER, R550) is None
+    assert obstacle(HOPPER, R550) is None
 
 
 def test_an_old_gpu_is_an_obstacle() -> None:
     install()
-    assert images.obstacle((7, 5), R580) == "CUDA kernels need sm_80 or later, this GPU is sm_75"
+    assert obstacle((7, 5), R580) == "CUDA kernels need sm_80 or later, this GPU is sm_75"
 
 
 # NVRTC ----------------------------------------------------------------------------------------------------------------
@@ -289,15 +298,15 @@ def test_a_corrupt_cached_file_is_reported_and_compiled_again(damage: str, compi
 def test_a_cache_that_cannot_be_written_is_an_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv(cache_folder.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
-    reason = str(images.obstacle(HOPPER, R580))
+    reason = str(obstacle(HOPPER, R580))
     assert "the cache of compiled kernels cannot be written" in reason
     assert cache_folder.CACHE_VARIABLE in reason
     monkeypatch.setenv(cache_folder.CACHE_VARIABLE, str(tmp_path / "shared"))
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
-    assert "may be written by others" in str(images.obstacle(HOPPER, R580))
+    assert "may be written by others" in str(obstacle(HOPPER, R580))
     install()
-    assert images.obstacle(HOPPER, R580) is None, "no cache is needed where a binary serves"
+    assert obstacle(HOPPER, R580) is None, "no cache is needed where a binary serves"
 
 
 def test_a_file_that_cannot_be_kept_is_reported_and_the_code_used(monkeypatch: pytest.MonkeyPatch) -> None:

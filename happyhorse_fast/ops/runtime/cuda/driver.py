@@ -58,21 +58,22 @@ def version() -> int:
 def obstacle(device: torch.device) -> str | None:
     """Why CUDA kernels cannot run on a CUDA device; None where they can."""
     try:
-        driver = version()
+        fingerprint(device)
     except CudaError as error:
         return str(error)
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no CUDA device"
-    return images.obstacle(torch.cuda.get_device_capability(device), driver)
+    return None
 
 
 def fingerprint(device: torch.device) -> str:
     """Digest of what the results of CUDA kernels depend on beside the device: their sources and who compiled them.
 
     Raises:
-        CudaError: They cannot run there; :func:`obstacle` has the reason.
+        CudaError: They cannot run there.
     """
-    return images.fingerprint(torch.cuda.get_device_capability(device), version())
+    driver = version()
+    if not torch.cuda.is_available():
+        raise CudaError(f"torch {torch.__version__} sees no CUDA device")
+    return images.fingerprint(torch.cuda.get_device_capability(device), driver)
 
 
 def launch(

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from happyhorse_fast.csrc import sources
@@ -18,21 +17,6 @@ logger = logging.getLogger(__name__)
 
 OLDEST: Capability = (8, 0)
 """The kernels use mma.sync for bf16 and cp.async."""
-
-
-@dataclass(frozen=True)
-class Image:
-    """Code of a translation unit.
-
-    Attributes:
-        name: A file of the package, or the compiler.
-        check: Raises CudaError where it is not as it should be.
-        read: The code; compiles it where it is not there yet.
-    """
-
-    name: str
-    check: Callable[[], object]
-    read: Callable[[], bytes]
 
 
 def load(stem: str, capability: Capability, driver: int, accept: Callable[[bytes], Any]) -> tuple[Any, str]:
@@ -53,11 +37,11 @@ def load(stem: str, capability: Capability, driver: int, accept: Callable[[bytes
         CudaError: None serves; the message has each and its reason.
     """
     why_not: list[str] = []
-    for image in _images(stem, capability, driver, why_not):
+    for name, code, _ in _images(stem, capability, driver, why_not):
         try:
-            return accept(image.read()), image.name
+            return accept(code()), name
         except CudaError as error:
-            why_not.append(f"{image.name}: {error}")
+            why_not.append(f"{name}: {error}")
             logger.warning("%s; the next best code is tried", why_not[-1])
     raise CudaError(f"no code for {stem}: {'; '.join(why_not)}")
 
@@ -69,53 +53,47 @@ def first(stem: str, capability: Capability, driver: int) -> str:
         CudaError: None serves; the message has each and its reason.
     """
     why_not: list[str] = []
-    for image in _images(stem, capability, driver, why_not):
+    for name, code, is_built in _images(stem, capability, driver, why_not):
         try:
-            image.check()
+            if is_built:
+                code()
+            return name
         except CudaError as error:
-            why_not.append(f"{image.name}: {error}")
-        else:
-            return image.name
+            why_not.append(f"{name}: {error}")
     raise CudaError(f"no code for {stem}: {'; '.join(why_not)}")
-
-
-def obstacle(capability: Capability, driver: int) -> str | None:
-    """Why some translation unit has no code for a GPU and its driver; None where all have.
-
-    Args:
-        capability: Compute capability.
-        driver: Version of the driver, as ``cuDriverGetVersion`` has it.
-    """
-    if capability < OLDEST:
-        return f"CUDA kernels need sm_{OLDEST[0]}{OLDEST[1]} or later, this GPU is sm_{capability[0]}{capability[1]}"
-    try:
-        fingerprint(capability, driver)
-    except CudaError as error:
-        return str(error)
-    return None
 
 
 def fingerprint(capability: Capability, driver: int) -> str:
     """Digest of every translation unit's sources and of what compiled them for a GPU and its driver.
 
     Raises:
-        CudaError: One has no code.
+        CudaError: The GPU is too old, or one has no code.
     """
+    if capability < OLDEST:
+        raise CudaError(
+            f"CUDA kernels need sm_{OLDEST[0]}{OLDEST[1]} or later, this GPU is sm_{capability[0]}{capability[1]}"
+        )
     whole = hashlib.sha256()
     for stem in sources.stems():
         whole.update(f"{stem} {sources.digest(stem)} {first(stem, capability, driver)}\n".encode())
     return whole.hexdigest()
 
 
-def _images(stem: str, capability: Capability, driver: int, why_not: list[str]) -> Iterator[Image]:
-    """Code that should serve, best first; reasons why other code does not go to ``why_not``."""
+def _images(
+    stem: str, capability: Capability, driver: int, why_not: list[str]
+) -> Iterator[tuple[str, Callable[[], bytes], bool]]:
+    """Code that should serve, best first; reasons why other code does not go to ``why_not``.
+
+    Yields:
+        Its name, what reads it or compiles it, and whether it is built already.
+    """
     usable, reasons = binaries.usable(stem, capability, driver)
     why_not += reasons
-    yield from (Image(binary.name, binary.read, binary.read) for binary in usable)
+    yield from ((binary.name, binary.read, True) for binary in usable)
     # Asked last: it loads NVRTC, which a binary makes needless.
     reason = nvrtc.obstacle(capability, driver)
     if reason is not None:
         why_not.append(reason)
         return
     compiled = functools.partial(nvrtc.compiled, stem, capability, driver)
-    yield Image(f"NVRTC {cuda_version(nvrtc.version())}", lambda: None, compiled)
+    yield f"NVRTC {cuda_version(nvrtc.version())}", compiled, False
