@@ -10,7 +10,7 @@ import torch
 from qkv_cases import SHAPES, fp8_linear, make
 
 from happyhorse_fast.ops.linear import op as linear_ops
-from happyhorse_fast.ops.runtime.cuda import library_product, row_spans
+from happyhorse_fast.ops.runtime.cuda import library_product
 
 
 def same_bits(a, b):
@@ -19,25 +19,25 @@ def same_bits(a, b):
 
 @pytest.fixture
 def capturing():
-    with mock.patch.object(row_spans, "is_capturing", return_value=True) as patched:
+    with mock.patch.object(library_product, "is_capturing", return_value=True) as patched:
         yield patched
 
 
 def test_spans_join_neighbours_of_one_expert():
     tiles = torch.tensor([[0, 0, 128], [0, 128, 130], [2, 130, 200], [1, 200, 201], [1, 201, 300]], dtype=torch.int32)
-    spans = row_spans.expert_spans(tiles, 3, 300, whole_tiles=False)
+    spans = library_product.expert_spans(tiles, 3, 300, whole_tiles=False)
     assert spans == [(0, 0, 130), (2, 130, 200), (1, 200, 300)]
     with pytest.raises(ValueError, match=r'must start on multiples of 128 unless out is "bf16", got 130'):
-        row_spans.expert_spans(tiles, 3, 300, whole_tiles=True)
+        library_product.expert_spans(tiles, 3, 300, whole_tiles=True)
 
 
 def test_chunks_are_whole_row_tiles_within_the_bound():
     spans = [(0, 0, 64_000), (1, 64_000, 64_129), (2, 64_129, 64_130)]
-    chunks = list(row_spans.chunks(spans, 27_392, 4))
+    chunks = list(library_product.chunks(spans, 27_392, 4))
     assert [c for c in chunks if c[0] > 0] == spans[1:]
     assert [(a, b) for e, a, b in chunks if e == 0] == [(a, min(a + 2432, 64_000)) for a in range(0, 64_000, 2432)]
-    assert 2432 * 27_392 * 4 <= row_spans.PRODUCT_BYTES < (2432 + 128) * 27_392 * 4
-    assert list(row_spans.chunks([(0, 0, 300)], 2**24, 4)) == [(0, 0, 128), (0, 128, 256), (0, 256, 300)]
+    assert 2432 * 27_392 * 4 <= library_product.PRODUCT_BYTES < (2432 + 128) * 27_392 * 4
+    assert list(library_product.chunks([(0, 0, 300)], 2**24, 4)) == [(0, 0, 128), (0, 128, 256), (0, 256, 300)]
 
 
 def test_a_table_is_read_once_and_again_when_it_was_written(capturing):
@@ -72,20 +72,20 @@ def test_inference_tensors_are_remembered_too(capturing):
     with torch.inference_mode():
         tiles = torch.tensor([[0, 0, 128], [1, 128, 200]], dtype=torch.int32)
         capturing.return_value = False
-        spans = row_spans.expert_spans(tiles, 2, 200, whole_tiles=True)
+        spans = library_product.expert_spans(tiles, 2, 200, whole_tiles=True)
         capturing.return_value = True
-        assert row_spans.expert_spans(tiles, 2, 200, whole_tiles=True) == spans == [(0, 0, 128), (1, 128, 200)]
+        assert library_product.expert_spans(tiles, 2, 200, whole_tiles=True) == spans == [(0, 0, 128), (1, 128, 200)]
 
 
 def test_a_table_is_forgotten_with_its_tensor():
     tiles = torch.tensor([[0, 0, 128], [1, 128, 200]], dtype=torch.int32)
     gc.collect()
-    before = len(row_spans._read)
-    row_spans.expert_spans(tiles, 2, 200, whole_tiles=False)
-    assert len(row_spans._read) == before + 1
+    before = len(library_product._read)
+    library_product.expert_spans(tiles, 2, 200, whole_tiles=False)
+    assert len(library_product._read) == before + 1
     del tiles
     gc.collect()
-    assert len(row_spans._read) == before
+    assert len(library_product._read) == before
 
 
 def test_one_expert_needs_no_table(capturing):
@@ -112,7 +112,7 @@ def test_products_come_in_chunks_and_none_is_larger(name, monkeypatch):
         return product(x, weight, one)
 
     monkeypatch.setattr(library_product, "library_product", counted)
-    monkeypatch.setattr(row_spans, "PRODUCT_BYTES", 1)
+    monkeypatch.setattr(library_product, "PRODUCT_BYTES", 1)
     assert same_bits(fp8_linear(case, "fp8", "cuda"), whole)
     assert sizes == {"tail-1-gqa5": [128, 1], "experts-aligned": [128, 128, 128, 57]}[name]
     assert len({id(one) for one in ones}) == 1, "made once, not per chunk"
@@ -131,7 +131,7 @@ def test_an_activation_comes_in_chunks(fp8, monkeypatch):
     assert float((whole[0].float() != expected[0].float()).float().mean()) < 1e-3
     calls, product = [], library_product.library_product
     monkeypatch.setattr(library_product, "library_product", lambda *a: calls.append(a) or product(*a))
-    monkeypatch.setattr(row_spans, "PRODUCT_BYTES", 1)
+    monkeypatch.setattr(library_product, "PRODUCT_BYTES", 1)
     assert same_bits(linear_ops.fp8_linear_activation(*arguments, backend="cuda"), whole)
     assert [len(rows) for rows, *_ in calls] == [128, 42, 128, 2]
     assert len({id(one) for *_, one in calls}) == 1, "made once, not per chunk"

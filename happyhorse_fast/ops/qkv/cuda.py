@@ -7,9 +7,8 @@ from torch import Tensor
 
 from happyhorse_fast.ops.qkv.contract import NORMALISED, OUTPUTS, QKV, QkNormRope, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.runtime.cuda.launch import launch
-from happyhorse_fast.ops.runtime.cuda.library_product import products
+from happyhorse_fast.ops.runtime.cuda.library_product import RowTiles, products
 from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
-from happyhorse_fast.ops.runtime.cuda.row_spans import RowTiles
 from happyhorse_fast.ops.runtime.operation import custom_op
 from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 

@@ -1,21 +1,36 @@
-"""Products by torch's own library, for the CUDA kernels that finish them."""
+"""Products by torch's own library, for the CUDA kernels that finish them, and whose rows are whose, on the host."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
 from torch.nn.functional import linear
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from happyhorse_fast import ambient
+from happyhorse_fast.ops.runtime.checks import is_capturing
 from happyhorse_fast.ops.runtime.cuda.parameters import require_vectors
-from happyhorse_fast.ops.runtime.cuda.row_spans import RowTiles, chunks, expert_spans
-from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
+from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE, Span, joined
 
 FP8_SINCE = (8, 9)
 CODES_PER_VECTOR = 16
 INT8_ROWS = 17
 """Fewest rows that torch._int_mm takes on a GPU (torch 2.13: "self.size(0) needs to be greater than 16")."""
+PRODUCT_BYTES = 256 * 2**20
+"""Of a chunk's product: in float32 2432 rows by 27392 features, 4066 tiles of 128 x 128 for 132 multiprocessors."""
+
+
+class RowTiles(ctypes.Structure):
+    """`RowTiles` of csrc/device/product.cuh: a table on the device, or rows of one expert where that is null."""
+
+    _fields_ = [
+        ("table", ctypes.c_void_p),
+        ("expert", ctypes.c_int),
+        ("first", ctypes.c_int),
+        ("end", ctypes.c_int),
+    ]
 
 
 def products(
@@ -33,7 +48,7 @@ def products(
         (product [rows, F] as :func:`library_product` gives it, its rows, and how many row tiles they are).
 
     Raises:
-        ValueError, RuntimeError: As :func:`check_operands` and `row_spans.expert_spans`.
+        ValueError, RuntimeError: As :func:`check_operands` and :func:`expert_spans`.
     """
     check_operands(x, weight)
     experts, features, _ = weight.shape
@@ -93,3 +108,56 @@ def library_product(x: torch.Tensor, weight: torch.Tensor, one: torch.Tensor | N
         return x.float() @ weight.float().T
     # use_fast_accum stays False: partial sums go to float32 registers, as the library's default has it.
     return torch._scaled_mm(x, weight.T, one, one, out_dtype=torch.float32)
+
+
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Table -> its version when it was read, which writing changes (an inference tensor has None), and its tiles."""
+
+
+def expert_spans(row_tiles: torch.Tensor, experts: int, rows: int, *, whole_tiles: bool) -> list[Span]:
+    """Spans of consecutive rows of one expert, in order.
+
+    One expert has all rows: nothing is read. Else the table comes to the host once per tensor object, and is remembered
+    for as long as that lives. (torch's grouped products take offsets on the device, but give bf16 alone from e4m3, and
+    that on sm_90 and sm_100 only; a product of all rows per expert is three times the work.)
+
+    Args:
+        row_tiles: [tiles, 3] int32.
+        experts: E.
+        rows: N.
+        whole_tiles: Every tile must start on a multiple of 128.
+
+    Raises:
+        ValueError: A tile does not start on such a multiple.
+        RuntimeError: The table was not read before, and a CUDA graph is being captured.
+    """
+    if experts == 1:
+        return [(0, 0, rows)]
+    tiles = _tiles(row_tiles)
+    for _, first, _ in tiles:
+        if whole_tiles and first % ROW_TILE:
+            raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} unless out is "bf16", got {first}')
+    return joined(tiles)
+
+
+def chunks(spans: list[Span], features: int, element_bytes: int) -> Iterator[Span]:
+    """Cut spans into whole row tiles whose product [rows, features] is at most :data:`PRODUCT_BYTES`, or one tile."""
+    tiles = max(1, PRODUCT_BYTES // (ROW_TILE * features * element_bytes))
+    for expert, first, end in spans:
+        for start in range(first, end, tiles * ROW_TILE):
+            yield expert, start, min(start + tiles * ROW_TILE, end)
+
+
+def _tiles(row_tiles: torch.Tensor) -> list[Span]:
+    version = None if row_tiles.is_inference() else row_tiles._version
+    known_version, known = _read.get(row_tiles, (None, None))
+    if known is not None and known_version == version:
+        return known
+    if is_capturing(row_tiles.device):
+        raise RuntimeError(
+            "row_tiles of several experts must reach the host before a CUDA graph is captured, for backend 'cuda': "
+            "call the op once before the capture, with the same row_tiles tensor (not a copy or a new view)"
+        )
+    tiles = [(expert, first, end) for expert, first, end in row_tiles.tolist()]
+    _read[row_tiles] = version, tiles
+    return tiles
