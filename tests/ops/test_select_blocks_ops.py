@@ -140,7 +140,7 @@ def test_scales_of_another_size_and_too_many_blocks_are_named():
         select_blocks(**given | {"q_scale": torch.ones(8)}, selector=selector(), keep=2)
     with pytest.raises(ValueError, match=r"k_scale must be of shape \[1, 8\], got \[8\]"):
         select_blocks(**given | {"k_scale": torch.ones(8)}, selector=selector(), keep=2)
-    with pytest.raises(ValueError, match=r"k_scale must be given exactly where q and k have 8 bits; .* got none"):
+    with pytest.raises(ValueError, match=r"k_scale must be given exactly where k has 8 bits; .* got none"):
         select_blocks(**given | {"k_scale": None}, selector=selector(), keep=2)
     with FakeTensorMode():
         x, chooser = torch.empty(2049 * BLOCK, 1, 32, dtype=torch.bfloat16), unmade_selector(2049)

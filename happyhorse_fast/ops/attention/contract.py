@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.block_map import BLOCK, BlockMap
-from happyhorse_fast.ops.runtime.checks import require
+from happyhorse_fast.ops.runtime.checks import require, require_scale
 from happyhorse_fast.ops.runtime.operation import Arguments
 
 HEAD_DIMS = (32, 64, 128)
@@ -87,26 +87,17 @@ class BlockSparseAttention(Arguments):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         if bound is not None and not bound >= 0:
             raise ValueError(f"bound must be None or at least 0, in powers of two, got {bound}")
-        by_head = q.dtype == torch.int8
-        scales: tuple[tuple[str, Tensor | None, tuple[int, ...], str, Tensor], ...] = (
-            ("q_scale", self.q_scale, (n, heads_q) if by_head else (rows,), "q", q),
-            ("k_scale", self.k_scale, (heads_kv, key_blocks) if by_head else (key_blocks,), "k", k),
-            ("v_scale", self.v_scale, (heads_kv, key_blocks), "v", v),
-        )
-        for name, value, _, of, tensor in scales:
-            if (value is not None) != (tensor.dtype != torch.bfloat16):
-                came = "none" if value is None else f"one of shape {list(value.shape)}"
-                raise ValueError(
-                    f"{name} must be given exactly where {of} has 8 bits; {of} is {tensor.dtype}, got {came}"
-                )
         if k.device != q.device or v.device != q.device or block_map.device != q.device:
             raise ValueError(
                 f"k, v and block_map must be on q's device {q.device}, "
                 f"got {k.device}, {v.device} and {block_map.device}"
             )
-        for name, value, shape in (*((s[0], s[1], s[2]) for s in scales), ("gate", self.gate, (n, heads_q))):
-            if value is not None:
-                require(name, value, (torch.float32,), shape, device=q.device)
+        by_head = q.dtype == torch.int8
+        require_scale("q_scale", self.q_scale, "q", q, (n, heads_q) if by_head else (rows,))
+        require_scale("k_scale", self.k_scale, "k", k, (heads_kv, key_blocks) if by_head else (key_blocks,))
+        require_scale("v_scale", self.v_scale, "v", v, (heads_kv, key_blocks))
+        if self.gate is not None:
+            require("gate", self.gate, (torch.float32,), (n, heads_q), device=q.device)
 
     def empty(self) -> tuple[Tensor, Tensor]:
         """out [N, Hq, D] and LSE [Hq, N], or [0]."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.block_map.dynamic import Parts
-from happyhorse_fast.ops.runtime.checks import require
+from happyhorse_fast.ops.runtime.checks import require_scale
 from happyhorse_fast.ops.runtime.operation import Arguments
 
 HEAD_DIMS = (32, 64, 128)
@@ -57,18 +57,8 @@ class SelectBlocks(Arguments):
         if k.device != q.device or self.table.device != q.device:
             raise ValueError(f"k and selector must be on q's device {q.device}, got {k.device} and {self.table.device}")
         by_head = q.dtype == torch.int8
-        scales = (
-            ("q_scale", self.q_scale, tuple(q.shape[:2]) if by_head else (blocks,)),
-            ("k_scale", self.k_scale, (k.shape[1], blocks) if by_head else (blocks,)),
-        )
-        for name, value, shape in scales:
-            if (value is not None) != (q.dtype != torch.bfloat16):
-                came = "none" if value is None else f"one of shape {list(value.shape)}"
-                raise ValueError(
-                    f"{name} must be given exactly where q and k have 8 bits; they are {q.dtype}, got {came}"
-                )
-            if value is not None:
-                require(name, value, (torch.float32,), shape, device=q.device)
+        require_scale("q_scale", self.q_scale, "q", q, q.shape[:2] if by_head else (blocks,))
+        require_scale("k_scale", self.k_scale, "k", k, (k.shape[1], blocks) if by_head else (blocks,))
 
     def empty(self) -> Parts:
         """counts, starts, columns, mask_ids, order, int32."""

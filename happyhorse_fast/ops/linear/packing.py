@@ -49,7 +49,8 @@ def pack_linear(
     for name, multiple in (("pad_f_to", pad_f_to), ("pad_k_to", pad_k_to)):
         if multiple < 1:
             raise ValueError(f"{name} must be at least 1, got {multiple}")
-    require_format("to", to)
+    if to not in DTYPES:
+        raise ValueError(f"to must be one of {', '.join(map(repr, DTYPES))}; got {to!r}")
     if through_hadamard and to != "int8":
         raise ValueError(f'through_hadamard must be False unless to is "int8", got to={to!r}')
     features = rows // experts
@@ -67,9 +68,3 @@ def pack_linear(
             values = hadamard(torch.nn.functional.pad(values.float(), (0, shape[2] - inputs)))
         packed[:, part, : values.shape[2]], scale[:, part] = QUANTIZE[to](values)
     return packed, scale
-
-
-def require_format(name: str, to: str) -> None:
-    """Hold a packed weight's format against those there are."""
-    if to not in DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, DTYPES))}; got {to!r}")

@@ -59,6 +59,28 @@ class RmsnormQuantize(Arguments):
         return x, torch.empty(scales, dtype=torch.float32, device=hidden.device)
 
 
+def empty_qkv(given: QkvLinear | QkNormRope) -> QKV:
+    """Results of `qkv_linear`, not yet written: q, k, v, q_scale, k_scale, v_scale, gate."""
+    heads_q, heads_kv, fp8 = given.num_heads_q, given.num_heads_kv, given.out == "fp8"
+    n, d = given.cos_sin.shape
+    blocks, none = -(-n // ROW_TILE), (0,)
+    q_scale = {"bf16": none, "int8_qk": (n, heads_q), "fp8": (blocks,)}[given.out]
+    k_scale = {"bf16": none, "int8_qk": (heads_kv, blocks), "fp8": (blocks,)}[given.out]
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=given.cos_sin.device)
+
+    return (
+        empty((n, heads_q, d), OUTPUTS[given.out]),
+        empty((n, heads_kv, d), OUTPUTS[given.out]),
+        empty((heads_kv, d, blocks * ROW_TILE), E4M3) if fp8 else empty((n, heads_kv, d), BF16),
+        empty(q_scale),
+        empty(k_scale),
+        empty((heads_kv, blocks) if fp8 else none),
+        empty((n, heads_q)),
+    )
+
+
 @dataclass(frozen=True)
 class QkvLinear(Arguments):
     """Arguments of :func:`ops.qkv.op.qkv_linear`."""
@@ -75,17 +97,16 @@ class QkvLinear(Arguments):
     out: str
     qk_scale: Tensor | None = None
 
+    empty = empty_qkv
+
     def check(self) -> None:
         """Hold the arguments against the contract."""
         x, x_scale, weight_scale, device = self.x, self.x_scale, self.weight_scale, self.x.device
         require("x", x, (BF16, INT8, E4M3), ("N", "C"), device=device, strided_rows=True)
         n, c = x.shape
-        d = check_heads(self.cos_sin, n, self.num_heads_q, self.num_heads_kv, device)
-        features = features_of(self.num_heads_q, self.num_heads_kv, d)
-        require("weight", self.weight, (x.dtype,), ("E", features, c), device=device)
-        experts = self.weight.shape[0]
-        require("qk_norm", self.qk_norm, (torch.float32,), (experts, 2, d), device=device)
-        require("row_tiles", self.row_tiles, (torch.int32,), ("tiles", 3), device=device)
+        experts, features = check_epilogue(self, n, device)
+        weight = require("weight", self.weight, (x.dtype,), ("E", features, c), device=device)
+        require("qk_norm", self.qk_norm, (torch.float32,), (len(weight), *self.qk_norm.shape[1:]), device=device)
         if x.dtype != BF16:
             require("x_scale", x_scale, (torch.float32,), (n,), device=device)
             require("weight_scale", weight_scale, (torch.float32,), (experts, features), device=device)
@@ -93,11 +114,6 @@ class QkvLinear(Arguments):
             raise ValueError(f"x_scale must be None or empty where x is bf16, got shape {list(x_scale.shape)}")
         elif weight_scale is not None:
             raise ValueError(f"weight_scale must be None where weight is bf16, got shape {list(weight_scale.shape)}")
-        check_outputs(self.out, self.qk_scale, experts, device)
-
-    def empty(self) -> QKV:
-        """q, k, v, q_scale, k_scale, v_scale, gate."""
-        return empty_qkv(self.cos_sin, self.num_heads_q, self.num_heads_kv, self.out)
 
     def epilogue(self, product: Tensor) -> QkNormRope:
         """Arguments of the epilogue of ``product``, rows of x times a weight."""
@@ -121,76 +137,33 @@ class QkNormRope(Arguments):
     out: str
     qk_scale: Tensor | None = None
 
+    empty = empty_qkv
+
     def check(self) -> None:
         """Hold the arguments against the contract."""
         product, device = self.product, self.product.device
         require("product", product, (BF16, torch.float32), ("N", "F"), device=device, strided_rows=True)
         n = product.shape[0]
-        d = check_heads(self.cos_sin, n, self.num_heads_q, self.num_heads_kv, device)
-        shape = (n, features_of(self.num_heads_q, self.num_heads_kv, d))
-        require("product", product, (product.dtype,), shape, device=device, strided_rows=True)
-        require("qk_norm", self.qk_norm, (torch.float32,), ("E", 2, d), device=device)
-        require("row_tiles", self.row_tiles, (torch.int32,), ("tiles", 3), device=device)
-        experts = self.qk_norm.shape[0]
+        experts, features = check_epilogue(self, n, device)
+        require("product", product, (product.dtype,), (n, features), device=device, strided_rows=True)
         require_product_scales(product, self.row_scale, self.column_scale, experts)
-        check_outputs(self.out, self.qk_scale, experts, device)
-
-    def empty(self) -> QKV:
-        """q, k, v, q_scale, k_scale, v_scale, gate."""
-        return empty_qkv(self.cos_sin, self.num_heads_q, self.num_heads_kv, self.out)
 
 
-def empty_qkv(cos_sin: Tensor, num_heads_q: int, num_heads_kv: int, out: str) -> QKV:
-    """Results of `qkv_linear`, not yet written: q, k, v, q_scale, k_scale, v_scale, gate."""
-    n, d = cos_sin.shape
-    blocks = -(-n // ROW_TILE)
-    none = (0,)
-    codes = OUTPUTS[out]
-    q_scale = {"bf16": none, "int8_qk": (n, num_heads_q), "fp8": (blocks,)}[out]
-    k_scale = {"bf16": none, "int8_qk": (num_heads_kv, blocks), "fp8": (blocks,)}[out]
-    v_shape = (num_heads_kv, d, blocks * ROW_TILE) if out == "fp8" else (n, num_heads_kv, d)
-    v_scale = (num_heads_kv, blocks) if out == "fp8" else none
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=cos_sin.device)
-
-    return (
-        empty((n, num_heads_q, d), codes),
-        empty((n, num_heads_kv, d), codes),
-        empty(v_shape, E4M3 if out == "fp8" else BF16),
-        empty(q_scale),
-        empty(k_scale),
-        empty(v_scale),
-        empty((n, num_heads_q)),
-    )
-
-
-def features_of(num_heads_q: int, num_heads_kv: int, head_dim: int) -> int:
-    """F, columns of the packed product: q, k, v, and the gates up to a whole head."""
-    return (num_heads_q + 2 * num_heads_kv + -(-num_heads_q // head_dim)) * head_dim
-
-
-def check_heads(cos_sin: Tensor, n: int, num_heads_q: int, num_heads_kv: int, device: torch.device) -> int:
-    """Hold the heads and their rotation against the contract; the head dim."""
-    require("cos_sin", cos_sin, (torch.float32,), (n, "D"), device=device)
-    d = cos_sin.shape[1]
+def check_epilogue(given: QkvLinear | QkNormRope, n: int, device: torch.device) -> tuple[int, int]:
+    """Hold what a product of ``n`` rows becomes q, k and v by against the contract; its experts E and features F."""
+    heads_q, heads_kv, out, qk_scale = given.num_heads_q, given.num_heads_kv, given.out, given.qk_scale
+    d = require("cos_sin", given.cos_sin, (torch.float32,), (n, "D"), device=device).shape[1]
     if d not in HEAD_DIMS:
         raise ValueError(f"cos_sin must have D = 32, 64 or 128 columns (the head dim), got {d}")
-    if num_heads_kv < 1 or num_heads_q < 1 or num_heads_q % num_heads_kv:
-        raise ValueError(f"num_heads_q must be a multiple of num_heads_kv, got {num_heads_q} and {num_heads_kv}")
-    return d
-
-
-def check_outputs(
-    out: str,
-    qk_scale: Tensor | None,
-    experts: int,
-    device: torch.device,
-) -> None:
-    """Hold what decides how q, k and v are written against the contract."""
+    if heads_kv < 1 or heads_q < 1 or heads_q % heads_kv:
+        raise ValueError(f"num_heads_q must be a multiple of num_heads_kv, got {heads_q} and {heads_kv}")
+    experts = require("qk_norm", given.qk_norm, (torch.float32,), ("E", 2, d), device=device).shape[0]
+    require("row_tiles", given.row_tiles, (torch.int32,), ("tiles", 3), device=device)
     if out not in OUTPUTS:
         raise ValueError(f"out must be one of {', '.join(map(repr, OUTPUTS))}; got {out!r}")
     if out == "fp8":
         require("qk_scale", qk_scale, (torch.float32,), (experts, 2), device=device)
     elif qk_scale is not None:
         raise ValueError(f'qk_scale must be None where out is "{out}", got shape {list(qk_scale.shape)}')
+    # q, k, v, and the gates up to a whole head.
+    return experts, (heads_q + 2 * heads_kv + -(-heads_q // d)) * d

@@ -11,7 +11,7 @@ import math
 import torch
 from torch.nn.functional import pad
 
-from happyhorse_fast.ops.linear.packing import QUANTIZE, require_format
+from happyhorse_fast.ops.linear.packing import pack_linear
 from happyhorse_fast.ops.quantize import E4M3_MAX
 
 
@@ -41,21 +41,15 @@ def pack_qkv_weight(
     Raises:
         ValueError: The number of rows does not belong to these heads, or there is no such format.
     """
-    require_format("to", to)
     rows = (num_heads_q + 2 * num_heads_kv) * head_dim
     if weight.shape[0] != experts * (rows + num_heads_q):
         raise ValueError(
             f"weight must have {experts} x {rows + num_heads_q} rows for {experts} experts of {num_heads_q} query and "
             f"{num_heads_kv} key/value heads of {head_dim}, got {list(weight.shape)}"
         )
-    per_expert = weight.unflatten(0, (experts, -1))
-    packed = per_expert[:, _row_order(num_heads_q, num_heads_kv, head_dim).to(weight.device)]
-    packed = pad(packed, (0, 0, 0, -num_heads_q % head_dim)).contiguous()
-    if to == "bf16":
-        return packed.to(torch.bfloat16), None
-    # An expert at a time: in float32 three of the 15B model's are 448 MB.
-    codes, scale = zip(*(QUANTIZE[to](packed[e : e + 1]) for e in range(experts)), strict=True)
-    return torch.cat(codes), torch.cat(scale)
+    order = _row_order(num_heads_q, num_heads_kv, head_dim).to(weight.device)
+    permuted = weight.unflatten(0, (experts, -1))[:, order].flatten(0, 1)
+    return pack_linear(permuted, experts, to, pad_f_to=head_dim)
 
 
 def pack_qk_norm(q_norm: torch.Tensor, k_norm: torch.Tensor, *, experts: int) -> torch.Tensor:

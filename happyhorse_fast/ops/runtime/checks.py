@@ -90,6 +90,17 @@ def require(
     return value
 
 
+def require_scale(
+    name: str, value: torch.Tensor | None, of: str, codes: torch.Tensor, shape: Sequence[int | str]
+) -> None:
+    """Hold the scale of argument ``of`` against the contract: float32 of a shape for codes, none for bf16."""
+    if (value is not None) != (codes.dtype != torch.bfloat16):
+        came = "none" if value is None else f"one of shape {list(value.shape)}"
+        raise ValueError(f"{name} must be given exactly where {of} has 8 bits; {of} is {codes.dtype}, got {came}")
+    if value is not None:
+        require(name, value, (torch.float32,), shape, device=codes.device)
+
+
 def none_for_empty(x: torch.Tensor, x_scale: torch.Tensor | None) -> torch.Tensor | None:
     """``x_scale``; None for the empty one that an op gives beside an ``x`` in bf16."""
     empty = x_scale is not None and not x_scale.numel()
