@@ -113,14 +113,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
             )
     if q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"q must have a head dim of {', '.join(map(str, HEAD_DIMS))}; got {list(q.shape)}")
-    batch, heads = (q.shape[:1], 1) if q.dim() == 4 else (q.shape[:0], 1)
-    if k.shape[: len(batch)] != batch or v.shape != k.shape or k.shape[-1] != q.shape[-1] or 0 in batch:
+    batch = q.shape[:-3]
+    if k.shape[:-3] != batch or v.shape != k.shape or k.shape[-1] != q.shape[-1] or 0 in batch:
         raise ValueError(
             f"k and v must be alike, with q's batch and head dim, and the batch not empty; got q {list(q.shape)}, "
             f"k {list(k.shape)}, v {list(v.shape)}"
         )
-    if not enable_gqa and q.shape[heads] != k.shape[heads]:
-        raise ValueError(f"k must have q's {q.shape[heads]} heads where enable_gqa is False, got {k.shape[heads]}")
+    if not enable_gqa and q.shape[1] != k.shape[1]:
+        raise ValueError(f"k must have q's {q.shape[1]} heads where enable_gqa is False, got {k.shape[1]}")
 
 
 def _number(scale: object) -> float:

@@ -39,11 +39,8 @@ def ranged(op: Callable[P, R]) -> Callable[P, R]:
         if torch.compiler.is_compiling():
             return op(*args, **kwargs)
         shape = getattr(args[0], "shape", None) if args else None
-        nvtx.range_push(f"happyhorse_fast::{op.__name__} {'' if shape is None else list(shape)}")
-        try:
+        with nvtx.range(f"happyhorse_fast::{op.__name__} {'' if shape is None else list(shape)}"):
             return op(*args, **kwargs)
-        finally:
-            nvtx.range_pop()
 
     return run
 
