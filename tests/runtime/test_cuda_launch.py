@@ -90,11 +90,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=STREAM))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(images, "load", lambda stem, capability, version, accept: (accept(b"\x7fELF"), f"{stem}.cubin"))
-    monkeypatch.setattr(driver, "_functions", {})
-    monkeypatch.setattr(driver, "_modules", {})
-    driver._context.cache_clear()
+    remembered = driver._context, driver._module, driver._function
+    for each in remembered:
+        each.cache_clear()
     yield found
-    driver._context.cache_clear()
+    for each in remembered:
+        each.cache_clear()
 
 
 def on_gpu(kernel: str = "kernel", grid: tuple[int, int, int] = (3, 2, 1), shared_bytes: int = 0, n: int = 5) -> Params:

@@ -25,13 +25,11 @@ class Binary:
         target: What it was built for: ``sm_90a`` for a cubin, ``compute_80`` for PTX.
         path: Where it is.
         sha256: What it should hold.
-        driver: The oldest driver that loads it, as ``cuDriverGetVersion`` has it.
     """
 
     target: str
     path: Path
     sha256: str
-    driver: int
 
     @property
     def name(self) -> str:
@@ -114,13 +112,11 @@ def usable(stem: str, capability: Capability, driver: int) -> tuple[list[Binary]
                 f"{file['file']} needs a driver for CUDA {needs}, this one is for CUDA {cuda_version(driver)}"
             )
         else:
-            found.append(Binary(target, FOLDER / file["file"], file["sha256"], file["driver"]))
+            found.append(Binary(target, FOLDER / file["file"], file["sha256"]))
     if not found and not why_not:
         targets = ", ".join(entry["binaries"])
         why_not.append(f"binaries of {stem} are for {targets}, this GPU is sm_{capability[0]}{capability[1]}")
-    return sorted(found, key=_rank, reverse=True), why_not
-
-
-def _rank(binary: Binary) -> tuple[bool, int, str]:
-    number = int(re.findall(r"\d+", binary.target)[0])
-    return binary.target.startswith("sm_"), number, binary.target
+    found.sort(
+        key=lambda one: (one.target.startswith("sm_"), int(re.findall(r"\d+", one.target)[0]), one.target), reverse=True
+    )
+    return found, why_not

@@ -34,8 +34,6 @@ class Function:
     shared_bytes: int = 48 * 1024
 
 
-_functions: dict[tuple[int, str, str], Function] = {}
-_modules: dict[tuple[int, str], tuple[Any, str]] = {}
 _lock = threading.Lock()
 
 
@@ -95,7 +93,8 @@ def launch(
     with torch.cuda.device(index):
         # The thread may not have made its first call of the runtime yet, and then has no context.
         _checked("cuCtxSetCurrent", cuda.cuCtxSetCurrent(_context(index)))
-        function = _function(index, stem, kernel)
+        with _lock:
+            function = _function(index, stem, kernel)
         size = ctypes.sizeof(params)
         if function.parameter_bytes not in (None, size):
             raise CudaError(
@@ -124,29 +123,25 @@ def _context(index: int) -> Any:
     return context
 
 
+@functools.cache
 def _function(index: int, stem: str, kernel: str) -> Function:
     """A kernel in the current context, loaded once per device."""
-    key = (index, stem, kernel)
-    if key in _functions:
-        return _functions[key]
     if torch.cuda.is_current_stream_capturing():
         raise CudaError(f"kernel {kernel} of {stem} is loaded at its first launch: launch it once before the capture")
     cuda = bindings("driver")
-    with _lock:
-        if key in _functions:
-            return _functions[key]
-        driver = version()
-        if (index, stem) not in _modules:
-            capability = torch.cuda.get_device_capability(index)
-            _modules[index, stem] = images.load(stem, capability, driver, _load)
-        module, origin = _modules[index, stem]
-        what = f"kernel {kernel} in {origin}"
-        (handle,) = _checked(what, cuda.cuModuleGetFunction(module, kernel.encode()))
-        size = None
-        if driver >= PARAMETER_SIZES_SINCE:
-            _, size = _checked(f"parameter of {what}", cuda.cuFuncGetParamInfo(handle, 0))
-        _functions[key] = Function(handle, origin, size)
-        return _functions[key]
+    module, origin = _module(index, stem)
+    what = f"kernel {kernel} in {origin}"
+    (handle,) = _checked(what, cuda.cuModuleGetFunction(module, kernel.encode()))
+    size = None
+    if version() >= PARAMETER_SIZES_SINCE:
+        _, size = _checked(f"parameter of {what}", cuda.cuFuncGetParamInfo(handle, 0))
+    return Function(handle, origin, size)
+
+
+@functools.cache
+def _module(index: int, stem: str) -> tuple[Any, str]:
+    """A translation unit in the current context, and what its code is from."""
+    return images.load(stem, torch.cuda.get_device_capability(index), version(), _load)
 
 
 def _load(code: bytes) -> Any:

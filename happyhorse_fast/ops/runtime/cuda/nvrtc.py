@@ -10,6 +10,7 @@ import hashlib
 import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from happyhorse_fast.csrc import sources
 from happyhorse_fast.files import replacing
@@ -28,12 +29,11 @@ def version() -> int:
     """
     nvrtc = bindings("nvrtc")
     try:
-        status, major, minor = nvrtc.nvrtcVersion()
+        result = nvrtc.nvrtcVersion()
     except Exception as error:  # cuda-bindings loads the library at its first call
         first_line = str(error).partition("\n")[0]
         raise CudaError(f"NVRTC is not installed ({first_line}): pip install nvidia-cuda-nvrtc") from error
-    if int(status) != 0:
-        raise CudaError(f"NVRTC does not tell its version: {status.name}")
+    major, minor = _checked("does not tell its version", result)
     return 1000 * int(major) + 10 * int(minor)
 
 
@@ -99,9 +99,8 @@ def compile(stem: str, wanted: str) -> bytes:
     texts = sources.texts(stem)
     unit = texts.pop(f"{stem}.cu")
     headers, names = [text.encode() for text in texts.values()], [name.encode() for name in texts]
-    status, program = nvrtc.nvrtcCreateProgram(unit.encode(), f"{stem}.cu".encode(), len(names), headers, names)
-    if int(status) != 0:
-        raise CudaError(f"NVRTC does not take {stem}: {status.name}")
+    created = nvrtc.nvrtcCreateProgram(unit.encode(), f"{stem}.cu".encode(), len(names), headers, names)
+    (program,) = _checked(f"does not take {stem}", created)
     try:
         options = [option.encode() for option in _options(wanted)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -114,9 +113,7 @@ def compile(stem: str, wanted: str) -> bytes:
         kind = "CUBIN" if wanted.startswith("sm_") else "PTX"
         _, size = getattr(nvrtc, f"nvrtcGet{kind}Size")(program)
         code = b" " * size
-        (status,) = getattr(nvrtc, f"nvrtcGet{kind}")(program, code)
-        if int(status) != 0:
-            raise CudaError(f"NVRTC does not return {stem} for {wanted}: {status.name}")
+        _checked(f"does not return {stem} for {wanted}", getattr(nvrtc, f"nvrtcGet{kind}")(program, code))
         return code
     finally:
         nvrtc.nvrtcDestroyProgram(program)
@@ -142,12 +139,17 @@ def compiled(stem: str, capability: Capability, driver: int) -> bytes:
         logger.warning("compiled kernels of %s cannot be kept: %s", stem, error)
         return compile(stem, wanted)
     try:
-        return _unpacked(path.read_bytes())
+        content = path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            return content[32:]
+        logger.warning(
+            "%s cannot be used and is compiled again: its digest does not match its %d bytes", path, len(content)
+        )
     except FileNotFoundError:
-        code = compile(stem, wanted)
-    except (OSError, ValueError) as error:
+        pass
+    except OSError as error:
         logger.warning("%s cannot be used and is compiled again: %s", path, error)
-        code = compile(stem, wanted)
+    code = compile(stem, wanted)
     try:
         with replacing(path) as partial:
             partial.touch(0o600)
@@ -173,14 +175,13 @@ def _options(wanted: str) -> list[str]:
 
 
 def _supported() -> list[int]:
-    status, numbers = bindings("nvrtc").nvrtcGetSupportedArchs()
-    if int(status) != 0:
-        raise CudaError(f"NVRTC does not tell what it compiles for: {status.name}")
+    (numbers,) = _checked("does not tell what it compiles for", bindings("nvrtc").nvrtcGetSupportedArchs())
     return [int(number) for number in numbers]
 
 
-def _unpacked(content: bytes) -> bytes:
-    digest, code = content[:32], content[32:]
-    if hashlib.sha256(code).digest() != digest:
-        raise ValueError(f"its digest does not match its {len(content)} bytes")
-    return code
+def _checked(what: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a call of NVRTC returned besides its status; CudaError where that is one."""
+    status, *values = result
+    if int(status) != 0:
+        raise CudaError(f"NVRTC {what}: {status.name}")
+    return tuple(values)
