@@ -15,7 +15,6 @@ import triton.runtime.interpreter as interp
 
 _patch_as_shipped = interp._patch_lang
 _np_dtype_as_shipped = interp._get_np_dtype
-_equal_as_shipped = tl.dtype.__eq__
 _block_as_shipped = tl.block_type.__init__
 _tensor_as_shipped = tl.tensor.__init__
 
@@ -55,13 +54,6 @@ def np_dtype(dtype: Any) -> np.dtype[Any]:
     return found
 
 
-def equal(self: Any, other: Any) -> bool:
-    """Equality of dtypes: of an element's by name, and most often they are the same object."""
-    if self is other:
-        return True
-    return bool(self.name == other.name if type(other) is tl.dtype else _equal_as_shipped(self, other))
-
-
 def make_block(self: Any, element_ty: Any, shape: Any) -> None:
     """Type of a block whose shape was checked before."""
     sizes = tuple(s.value if isinstance(s, tl.constexpr) else s for s in shape)
@@ -92,6 +84,5 @@ def remember() -> None:
     """Install the replacements in this process; idempotent."""
     interp._patch_lang = patch_lang
     interp._get_np_dtype = np_dtype
-    tl.dtype.__eq__ = equal
     tl.block_type.__init__ = make_block
     tl.tensor.__init__ = make_tensor
