@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
-
-class Rows(NamedTuple):
-    """The fields of a :class:`BlockMap`, as its sources make them."""
-
-    counts: torch.Tensor
-    starts: torch.Tensor
-    columns: torch.Tensor
-    mask_ids: torch.Tensor
-    mask_bits: torch.Tensor
-    order: torch.Tensor
-    queries: int
-    keys: int
+Fields: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int]
+"""Those of a :class:`BlockMap`, as its sources make them: six tensors from counts to order, queries, keys."""
 
 
 def assemble(
-    full: torch.Tensor,
-    mask_ids: torch.Tensor,
-    mask_bits: torch.Tensor,
+    full: Tensor,
+    mask_ids: Tensor,
+    mask_bits: Tensor,
     queries: int,
     keys: int,
-) -> Rows:
+) -> Fields:
     """Lay the rows out one after another, full blocks first, longest rows first in ``order``.
 
     Args:
@@ -55,13 +46,6 @@ def assemble(
     column = torch.arange(width, dtype=torch.int32, device=full.device).expand(heads, rows, width)
     columns.scatter_(0, place, column.flatten())
     ids.scatter_(0, place, mask_ids.flatten())
-    return Rows(
-        counts=torch.stack([n_full, total], dim=-1),
-        starts=starts.to(torch.int32),
-        columns=columns[:size],
-        mask_ids=ids[:size],
-        mask_bits=mask_bits,
-        order=torch.argsort(total.flatten(), descending=True, stable=True).to(torch.int32),
-        queries=queries,
-        keys=keys,
-    )
+    counts = torch.stack([n_full, total], dim=-1)
+    order = torch.argsort(total.flatten(), descending=True, stable=True).to(torch.int32)
+    return counts, starts.to(torch.int32), columns[:size], ids[:size], mask_bits, order, queries, keys

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from happyhorse_fast.block_map.assemble import Rows
+from happyhorse_fast.block_map.assemble import Fields
 from happyhorse_fast.block_map.bits import BLOCK, pack
 
 
-def dense(queries: int, keys: int, device: torch.device | str | None = None) -> Rows:
+def dense(queries: int, keys: int, device: torch.device | str | None = None) -> Fields:
     """See :meth:`BlockMap.dense`; what `from_ranges` makes of one range, tensor for tensor."""
     for name, size in (("queries", queries), ("keys", keys)):
         if size < 0:
@@ -28,13 +28,6 @@ def dense(queries: int, keys: int, device: torch.device | str | None = None) -> 
         mask_id = torch.where(row == rows - 1, len(masks) - 1, 0).unsqueeze(-1)
         mask_ids = torch.where(column == width - 1, mask_id, mask_ids).to(torch.int32)
     full = width - (keys % BLOCK > 0)
-    return Rows(
-        counts=torch.stack([torch.full((1, rows), full, **int32), torch.full((1, rows), width, **int32)], dim=-1),
-        starts=(row * width).unsqueeze(0),
-        columns=column.repeat(rows),
-        mask_ids=mask_ids.flatten(),
-        mask_bits=pack(masks),
-        order=row,
-        queries=queries,
-        keys=keys,
-    )
+    counts = torch.stack([torch.full((1, rows), full, **int32), torch.full((1, rows), width, **int32)], dim=-1)
+    starts, columns = (row * width).unsqueeze(0), column.repeat(rows)
+    return counts, starts, columns, mask_ids.flatten(), pack(masks), row, queries, keys

@@ -8,7 +8,7 @@ import torch
 
 from happyhorse_fast import ambient
 from happyhorse_fast.arguments import require_whole
-from happyhorse_fast.block_map.assemble import Rows, assemble
+from happyhorse_fast.block_map.assemble import Fields, assemble
 from happyhorse_fast.block_map.bits import BLOCK, pack, unpack
 
 # Blocks of 128 x 128 that one call of a mask_mod evaluates: 256 of them are 4 M pairs, 32 MiB per int64 index.
@@ -16,7 +16,7 @@ BLOCKS_AT_A_TIME = 256
 
 
 @ambient.makes_tensors
-def from_flex(block_mask: Any) -> Rows:
+def from_flex(block_mask: Any) -> Fields:
     """See :meth:`BlockMap.from_flex`."""
     if tuple(block_mask.BLOCK_SIZE) != (BLOCK, BLOCK):
         raise ValueError(f"block_mask must have BLOCK_SIZE ({BLOCK}, {BLOCK}), got {tuple(block_mask.BLOCK_SIZE)}")

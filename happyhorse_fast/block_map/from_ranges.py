@@ -11,7 +11,7 @@ import torch
 
 from happyhorse_fast import ambient
 from happyhorse_fast.arguments import require_whole
-from happyhorse_fast.block_map.assemble import Rows, assemble
+from happyhorse_fast.block_map.assemble import Fields, assemble
 from happyhorse_fast.block_map.bits import BLOCK, WORDS
 
 Ranges: TypeAlias = Sequence[Sequence[int]] | torch.Tensor
@@ -22,7 +22,7 @@ MOST_BLOCKS = 2**31 - 1
 
 
 @ambient.makes_tensors
-def from_ranges(q_ranges: Ranges, k_ranges: Ranges, queries: int, keys: int) -> Rows:
+def from_ranges(q_ranges: Ranges, k_ranges: Ranges, queries: int, keys: int) -> Fields:
     """See :meth:`BlockMap.from_ranges`.
 
     A row of blocks at a time; rows that the same ranges cut in the same places, as most of a frame's, are made once.
