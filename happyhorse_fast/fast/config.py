@@ -233,7 +233,7 @@ class FastConfig:
 
     def require_model(self, config: ModelConfig) -> None:
         """Raise a ValueError where a model cannot be accelerated so: ``skip`` names no layer of it, or its head_dim."""
-        from happyhorse_fast.ops.attention.contract import HEAD_DIMS  # here: options need no torch
+        from happyhorse_fast.ops.runtime.checks import HEAD_DIMS  # here: options need no torch
 
         if config.head_dim not in HEAD_DIMS:
             raise ValueError(f"head_dim must be one of {HEAD_DIMS} in an accelerated model, got {config.head_dim}")

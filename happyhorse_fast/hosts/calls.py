@@ -15,9 +15,8 @@ from torch import Tensor
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.hosts.key_masks import KeyMasks
 from happyhorse_fast.hosts.sparse import Chosen, Sparse
-from happyhorse_fast.ops.attention.contract import HEAD_DIMS
 from happyhorse_fast.ops.attention.sdpa import attention
-from happyhorse_fast.ops.runtime.checks import is_capturing, is_differentiated, require_backend
+from happyhorse_fast.ops.runtime.checks import HEAD_DIMS, is_capturing, is_differentiated, require_backend
 from happyhorse_fast.ops.runtime.dispatch import op_choice
 
 logger = logging.getLogger(__name__)

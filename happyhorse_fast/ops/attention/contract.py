@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.block_map import BLOCK, BlockMap
-from happyhorse_fast.ops.runtime.checks import require, require_scale
+from happyhorse_fast.ops.runtime.checks import HEAD_DIMS, require, require_scale
 from happyhorse_fast.ops.runtime.operation import Arguments
 
-HEAD_DIMS = (32, 64, 128)
 EIGHT_BIT = ("q_scale", "k_scale", "v_scale")
 """Arguments of the formats of 8 bits, which the CUDA kernel does not have."""
 

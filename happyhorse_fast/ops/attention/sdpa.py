@@ -9,9 +9,8 @@ from torch import Tensor
 
 from happyhorse_fast.arguments import real_number
 from happyhorse_fast.block_map import BlockMap
-from happyhorse_fast.ops.attention.contract import HEAD_DIMS
 from happyhorse_fast.ops.attention.op import block_sparse_attention
-from happyhorse_fast.ops.runtime.checks import is_capturing, is_differentiated, require_backend
+from happyhorse_fast.ops.runtime.checks import HEAD_DIMS, is_capturing, is_differentiated, require_backend
 
 MAPS = 8
 """Dense maps that are remembered; of 64,256 tokens one has 2 MB, of 187,392 17 MB."""

@@ -18,7 +18,7 @@ from happyhorse_fast.kernels.attention_hopper import block_sparse_attention_hopp
 from happyhorse_fast.kernels.hopper_sizes import GROUPS
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.ops.attention.contract import BlockSparseAttention
-from happyhorse_fast.ops.runtime.triton.device import addressable, architecture, multiprocessors, on_device
+from happyhorse_fast.ops.runtime.triton.device import addressable, architecture, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
 
 STEM = "attention"
@@ -140,21 +140,20 @@ def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]
         v_tile = k_tile[::-1] if is_transposed(v) else k_tile
         if config.hopper:
             q_matrix, k_matrix, v_matrix = matrices(q, k, v)
-            with on_device(q):
-                block_sparse_attention_hopper_kernel[(min(map_rows * heads_q, multiprocessors(q.device)),)](
-                    described_in_shared(q_matrix, (BLOCK // GROUPS.value, d)),
-                    described_in_shared(k_matrix, k_tile),
-                    described_in_shared(v_matrix, v_tile),
-                    *tensors,
-                    n,
-                    map_rows,
-                    key_blocks,
-                    map_rows * heads_q,
-                    STAGES=config.num_stages,
-                    num_warps=config.num_warps,
-                    enable_fp_fusion=FP_FUSION,
-                    **sizes,
-                )
+            block_sparse_attention_hopper_kernel[(min(map_rows * heads_q, multiprocessors(q.device)),)](
+                described_in_shared(q_matrix, (BLOCK // GROUPS.value, d)),
+                described_in_shared(k_matrix, k_tile),
+                described_in_shared(v_matrix, v_tile),
+                *tensors,
+                n,
+                map_rows,
+                key_blocks,
+                map_rows * heads_q,
+                STAGES=config.num_stages,
+                num_warps=config.num_warps,
+                enable_fp_fusion=FP_FUSION,
+                **sizes,
+            )
             continue
         items = map_rows * heads_q * (BLOCK // config.block_m)
         programs = multiprocessors(q.device) * max(1, WARPS_PER_SM // config.num_warps)
@@ -163,27 +162,26 @@ def block_sparse_attention(given: BlockSparseAttention) -> tuple[Tensor, Tensor]
         if config.descriptors:
             _, k_matrix, v_matrix = matrices(q, k, v)
             k_source, v_source = described(k_matrix, k_tile), described(v_matrix, v_tile)
-        with on_device(q):
-            block_sparse_attention_kernel[(min(items, programs),)](
-                q,
-                k_source,
-                v_source,
-                *tensors,
-                n,
-                m,
-                map_rows,
-                key_blocks,
-                items,
-                *q.stride(),
-                *k.stride(),
-                *stride_v,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                PV_FP8=is_transposed(v),
-                DESCRIPTORS=config.descriptors,
-                BOUNDED=form,
-                BIASED=q.dtype == torch.int8 and architecture(q.device) < I2FP_SINCE,
-                **config.options(),
-                **sizes,
-            )
+        block_sparse_attention_kernel[(min(items, programs),)](
+            q,
+            k_source,
+            v_source,
+            *tensors,
+            n,
+            m,
+            map_rows,
+            key_blocks,
+            items,
+            *q.stride(),
+            *k.stride(),
+            *stride_v,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            PV_FP8=is_transposed(v),
+            DESCRIPTORS=config.descriptors,
+            BOUNDED=form,
+            BIASED=q.dtype == torch.int8 and architecture(q.device) < I2FP_SINCE,
+            **config.options(),
+            **sizes,
+        )
     return out, lse

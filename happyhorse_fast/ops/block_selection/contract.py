@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.block_map.dynamic import Parts
-from happyhorse_fast.ops.runtime.checks import require_scale
+from happyhorse_fast.ops.runtime.checks import HEAD_DIMS, require_scale
 from happyhorse_fast.ops.runtime.operation import Arguments
 
-HEAD_DIMS = (32, 64, 128)
 MOST_BLOCKS = 2048
 """Blocks of keys that one program holds: 262,144 tokens; 15 s at 1080p are 1,464 blocks."""
 LAUNCHES = {

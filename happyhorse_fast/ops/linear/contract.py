@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.eager.mlp import LIMIT, gelu7, swiglu7
+from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.quantize import BF16, E4M3, E4M3_MAX, INT8
 from happyhorse_fast.ops.runtime.checks import require, require_product_scales
 from happyhorse_fast.ops.runtime.operation import Arguments
-from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 
 ACTIVATIONS = {"swiglu7": (swiglu7, 2, LIMIT * (LIMIT + 1)), "gelu7": (gelu7, 1, LIMIT)}
 """Name -> (function, columns of the product per output, bound of its outputs)."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.linear.contract import ActivationQuantize, LinearActivation, activation_scale
 from happyhorse_fast.ops.runtime.cuda.launch import launch
 from happyhorse_fast.ops.runtime.cuda.library_product import RowTiles, products
 from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
 from happyhorse_fast.ops.runtime.operation import custom_op
-from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 
 # Of csrc/device/activation_quantize.cu.
 THREADS, ROWS_PER_BLOCK, VECTOR_BYTES = 256, 16, 16

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from happyhorse_fast.kernels.launch import FP8_SINCE, LaunchConfig, config_for
+from happyhorse_fast.kernels.launch import FP8_SINCE, ROW_TILE, LaunchConfig, config_for
 from happyhorse_fast.kernels.linear import fp8_linear_kernel
 from happyhorse_fast.ops.linear.contract import Linear, LinearActivation, LinearResidual, Product, activation_scale
 from happyhorse_fast.ops.quantize import FORMATS
-from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
-from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors, on_device
+from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
 
 STEM = "linear"
@@ -36,34 +35,31 @@ def launch(given: Product, out: Tensor, epilogue: str, config: LaunchConfig) -> 
     reduced = epilogue == "residual" and config.reduce and described and descriptors_work(out)
     tiles = row_tiles.shape[0] * (ROW_TILE // config.block_m) * -(-features // config.block_n)
     programs = multiprocessors(x.device) * max(1, ACCUMULATORS_PER_SM // (config.block_m * config.block_n))
-    with on_device(x):
-        fp8_linear_kernel[(min(tiles, programs),)](
-            TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]) if described else x,
-            # Every argument is a pointer; one that the flags leave unread stands in for what is not given.
-            row_tiles if given.x_scale is None else given.x_scale,
-            TensorDescriptor.from_tensor(weight.flatten(0, 1), [config.block_n, config.block_k])
-            if described
-            else weight,
-            row_tiles if given.weight_scale is None else given.weight_scale,
-            row_tiles,
-            TensorDescriptor.from_tensor(out, [config.block_m, REDUCED_COLUMNS]) if reduced else out,
-            row_tiles.shape[0],
-            F=features,
-            K=k,
-            ROW_TILE=ROW_TILE,
-            CODES=x.dtype != torch.bfloat16,
-            INT8=x.dtype == torch.int8,
-            PER_ROW=int(given.x_scale is not None and given.x_scale.numel() > 1),
-            EPILOGUE=epilogue,
-            INVERSE=1.0 / activation_scale(epilogue) if out.dtype == torch.float8_e4m3fn else 0.0,
-            REDUCE=REDUCED_COLUMNS if reduced else 0,
-            DESCRIPTORS=described,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            **config.options(),
-        )
+    fp8_linear_kernel[(min(tiles, programs),)](
+        TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]) if described else x,
+        # Every argument is a pointer; one that the flags leave unread stands in for what is not given.
+        row_tiles if given.x_scale is None else given.x_scale,
+        TensorDescriptor.from_tensor(weight.flatten(0, 1), [config.block_n, config.block_k]) if described else weight,
+        row_tiles if given.weight_scale is None else given.weight_scale,
+        row_tiles,
+        TensorDescriptor.from_tensor(out, [config.block_m, REDUCED_COLUMNS]) if reduced else out,
+        row_tiles.shape[0],
+        F=features,
+        K=k,
+        ROW_TILE=ROW_TILE,
+        CODES=x.dtype != torch.bfloat16,
+        INT8=x.dtype == torch.int8,
+        PER_ROW=int(given.x_scale is not None and given.x_scale.numel() > 1),
+        EPILOGUE=epilogue,
+        INVERSE=1.0 / activation_scale(epilogue) if out.dtype == torch.float8_e4m3fn else 0.0,
+        REDUCE=REDUCED_COLUMNS if reduced else 0,
+        DESCRIPTORS=described,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        **config.options(),
+    )
 
 
 def config_of(x: Tensor, epilogue: str) -> LaunchConfig:

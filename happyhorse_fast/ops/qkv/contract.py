@@ -11,12 +11,11 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.quantize import BF16, E4M3, INT8
-from happyhorse_fast.ops.runtime.checks import require, require_product_scales
+from happyhorse_fast.ops.runtime.checks import HEAD_DIMS, require, require_product_scales
 from happyhorse_fast.ops.runtime.operation import Arguments
-from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 
-HEAD_DIMS = (32, 64, 128)
 MAX_CHANNELS = 8192
 """A program of `rmsnorm_quantize` holds a row in registers: 8192 float32 are 32 in each of 256 threads."""
 NORMALISED = {"bf16": BF16, "int8": INT8, "fp8": E4M3}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.qkv.contract import NORMALISED, OUTPUTS, QKV, QkNormRope, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.runtime.cuda.launch import launch
 from happyhorse_fast.ops.runtime.cuda.library_product import RowTiles, products
 from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
 from happyhorse_fast.ops.runtime.operation import custom_op
-from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
 
 WARP = 32
 # Of csrc/device/rmsnorm_quantize.cu: a thread holds up to 8 vectors of 4 channels.

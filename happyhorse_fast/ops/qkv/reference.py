@@ -10,6 +10,7 @@ from torch import Tensor
 
 from happyhorse_fast import ambient
 from happyhorse_fast.eager.qkv import rms_norm
+from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.qkv.contract import QKV, QkNormRope, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.quantize import (
     BF16,
@@ -24,15 +25,10 @@ from happyhorse_fast.ops.quantize import (
     widened,
 )
 from happyhorse_fast.ops.runtime.operation import custom_op
-from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE, Span, joined
+from happyhorse_fast.ops.runtime.row_tiles import joined
 
 # Rows in flight: 4096 x 7296 float32 products are 120 MB.
 ROW_CHUNK = 4096
-
-
-def spans(row_tiles: Tensor) -> list[Span]:
-    """(expert, first row, end row) of ``row_tiles``, neighbours of one expert joined to at most ROW_CHUNK rows."""
-    return joined(row_tiles.tolist(), ROW_CHUNK)
 
 
 @custom_op("rmsnorm_quantize_reference", RmsnormQuantize)
@@ -43,7 +39,7 @@ def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
     if given.branch is not None:
         hidden += given.branch
     x, scale = given.empty()
-    for expert, first, end in spans(given.row_tiles):
+    for expert, first, end in joined(given.row_tiles.tolist(), ROW_CHUNK):
         y = rms_norm(hidden[first:end], given.norm_weight[expert])
         if out == "bf16":
             x[first:end] = y.to(BF16)
@@ -61,7 +57,7 @@ def qkv_linear(given: QkvLinear) -> QKV:
         ValueError: ``out`` is not ``"bf16"`` and a row tile does not start on a multiple of 128.
     """
     results = given.empty()
-    for expert, first, end in spans(given.row_tiles):
+    for expert, first, end in joined(given.row_tiles.tolist(), ROW_CHUNK):
         rows = slice(first, end)
         product = (widened(given.x[rows]) @ widened(given.weight[expert]).T).float()
         if given.x_scale is None or given.weight_scale is None:
@@ -81,7 +77,7 @@ def qk_norm_rope(given: QkNormRope) -> QKV:
         ValueError: As :func:`qkv_linear`.
     """
     results = given.empty()
-    for expert, first, end in spans(given.row_tiles):
+    for expert, first, end in joined(given.row_tiles.tolist(), ROW_CHUNK):
         part = scaled_rows(given.product, given.row_scale, given.column_scale, slice(first, end), expert)
         _finish_rows(given, part, expert, first, end, results)
     return results

@@ -7,12 +7,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from happyhorse_fast.kernels.launch import FP8_SINCE, LaunchConfig, config_for
+from happyhorse_fast.kernels.launch import FP8_SINCE, ROW_TILE, LaunchConfig, config_for
 from happyhorse_fast.kernels.qkv import qkv_linear_kernel, rmsnorm_quantize_kernel
 from happyhorse_fast.ops.qkv.contract import QKV, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.quantize import FORMATS
-from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE
-from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors, on_device
+from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
 
 STEM = "qkv"
@@ -28,25 +27,24 @@ def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
     x, scale = given.empty()
     added = hidden if branch is None else branch
     channels = hidden.shape[1]
-    with on_device(hidden):
-        rmsnorm_quantize_kernel[(ROW_TILE // config.block_m, row_tiles.shape[0])](
-            hidden,
-            added,
-            given.norm_weight,
-            row_tiles,
-            x,
-            scale,
-            hidden.stride(0),
-            added.stride(0),
-            C=channels,
-            HAS_BRANCH=branch is not None,
-            # Not as a name: "int8" is one of Triton's types, and becomes it where a kernel is compiled ahead.
-            FP8=out == "fp8",
-            INT8=out == "int8",
-            BLOCK_M=config.block_m,
-            BLOCK_C=triton.next_power_of_2(channels),
-            **config.options(),
-        )
+    rmsnorm_quantize_kernel[(ROW_TILE // config.block_m, row_tiles.shape[0])](
+        hidden,
+        added,
+        given.norm_weight,
+        row_tiles,
+        x,
+        scale,
+        hidden.stride(0),
+        added.stride(0),
+        C=channels,
+        HAS_BRANCH=branch is not None,
+        # Not as a name: "int8" is one of Triton's types, and becomes it where a kernel is compiled ahead.
+        FP8=out == "fp8",
+        INT8=out == "int8",
+        BLOCK_M=config.block_m,
+        BLOCK_C=triton.next_power_of_2(channels),
+        **config.options(),
+    )
     return x, scale
 
 
@@ -63,42 +61,41 @@ def qkv_linear(given: QkvLinear) -> QKV:
     width = config.block_n // 128 * head_dim
     described = config.descriptors and descriptors_work(x, weight)
     tiles = row_tiles.shape[0] * -(-weight.shape[1] // width)
-    with on_device(x):
-        qkv_linear_kernel[(min(tiles, multiprocessors(x.device)),)](
-            _tiled(x, ROW_TILE, config) if described else x,
-            # A kernel takes a pointer for every argument: one that its flags leave unread stands in for a None.
-            qk_norm if given.x_scale is None else given.x_scale,
-            _tiled(weight.flatten(0, 1), width, config) if described else weight,
-            qk_norm if given.weight_scale is None else given.weight_scale,
-            qk_norm,
-            given.cos_sin,
-            row_tiles,
-            qk_norm if given.qk_scale is None else given.qk_scale,
-            q,
-            k,
-            v,
-            q_scale,
-            k_scale,
-            v_scale,
-            gate,
-            row_tiles.shape[0],
-            x.stride(0),
-            -(-x.shape[0] // ROW_TILE),
-            C=x.shape[1],
-            D=head_dim,
-            HQ=given.num_heads_q,
-            HKV=given.num_heads_kv,
-            CODES=fmt != "bf16",
-            INT8=fmt == "int8",
-            INT8_QK=out == "int8_qk",
-            FP8_OUT=out == "fp8",
-            DESCRIPTORS=described,
-            BLOCK_M=ROW_TILE,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            **config.options(),
-        )
+    qkv_linear_kernel[(min(tiles, multiprocessors(x.device)),)](
+        _tiled(x, ROW_TILE, config) if described else x,
+        # A kernel takes a pointer for every argument: one that its flags leave unread stands in for a None.
+        qk_norm if given.x_scale is None else given.x_scale,
+        _tiled(weight.flatten(0, 1), width, config) if described else weight,
+        qk_norm if given.weight_scale is None else given.weight_scale,
+        qk_norm,
+        given.cos_sin,
+        row_tiles,
+        qk_norm if given.qk_scale is None else given.qk_scale,
+        q,
+        k,
+        v,
+        q_scale,
+        k_scale,
+        v_scale,
+        gate,
+        row_tiles.shape[0],
+        x.stride(0),
+        -(-x.shape[0] // ROW_TILE),
+        C=x.shape[1],
+        D=head_dim,
+        HQ=given.num_heads_q,
+        HKV=given.num_heads_kv,
+        CODES=fmt != "bf16",
+        INT8=fmt == "int8",
+        INT8_QK=out == "int8_qk",
+        FP8_OUT=out == "fp8",
+        DESCRIPTORS=described,
+        BLOCK_M=ROW_TILE,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        **config.options(),
+    )
     return results
 
 

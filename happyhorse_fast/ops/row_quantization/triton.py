@@ -8,7 +8,7 @@ from torch import Tensor
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.kernels.row_quantization import quantize_rows_kernel
 from happyhorse_fast.ops.row_quantization.contract import QuantizeRows
-from happyhorse_fast.ops.runtime.triton.device import architecture, multiprocessors, on_device
+from happyhorse_fast.ops.runtime.triton.device import architecture, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
 
 STEM = "row_quantization"
@@ -30,17 +30,16 @@ def quantize_rows(given: QuantizeRows) -> tuple[Tensor, Tensor]:
     rows, channels = x.shape
     config = config_for(STEM, variant_of(channels), architecture(x.device))
     programs = multiprocessors(x.device) * max(1, THREADS_PER_SM // (WARP * config.num_warps))
-    with on_device(x):
-        quantize_rows_kernel[(min(rows, programs),)](
-            x,
-            codes,
-            scale,
-            rows,
-            x.stride(0),
-            K=channels,
-            HADAMARD_ROWS=given.hadamard,
-            BLOCK_K=config.block_k,
-            STAGES=config.num_stages,
-            **config.options(),
-        )
+    quantize_rows_kernel[(min(rows, programs),)](
+        x,
+        codes,
+        scale,
+        rows,
+        x.stride(0),
+        K=channels,
+        HADAMARD_ROWS=given.hadamard,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        **config.options(),
+    )
     return codes, scale

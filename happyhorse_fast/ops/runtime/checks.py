@@ -9,6 +9,8 @@ from torch.autograd import forward_ad
 
 ROW_STRIDE_LIMIT = 2**24
 """Rows of a tile are addressed in int32: 128 rows of at most this many elements."""
+HEAD_DIMS = (32, 64, 128)
+"""Channels of a head that kernels are made for."""
 
 
 def is_capturing(device: torch.device) -> bool:

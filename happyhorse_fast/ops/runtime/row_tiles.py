@@ -6,10 +6,9 @@ from collections.abc import Iterable
 
 import torch
 
+from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.runtime.checks import require
 
-ROW_TILE = 128
-"""Rows of a tile, at most."""
 Span = tuple[int, int, int]
 """(expert, first row, end row)."""
 
@@ -44,9 +43,9 @@ def check_row_tiles(row_tiles: torch.Tensor, rows: int, experts: int) -> None:
     for i, (expert, first, end) in enumerate(row_tiles.tolist()):
         if not 0 <= expert < experts:
             raise ValueError(f"row_tiles must name experts from 0 to {experts - 1}, got {expert} in tile {i}")
-        if first != expected or not first < end <= min(first + 128, rows):
+        if first != expected or not first < end <= min(first + ROW_TILE, rows):
             raise ValueError(
-                f"row_tiles must cover rows 0 to {rows} once, in order and in tiles of at most 128; tile {i} is "
+                f"row_tiles must cover rows 0 to {rows} once, in order and in tiles of at most {ROW_TILE}; tile {i} is "
                 f"{first} to {end}, wanted is one from {expected} on"
             )
         expected = end

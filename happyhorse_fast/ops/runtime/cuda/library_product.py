@@ -10,9 +10,10 @@ from torch.nn.functional import linear
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from happyhorse_fast import ambient
+from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.runtime.checks import is_capturing
 from happyhorse_fast.ops.runtime.cuda.parameters import require_vectors
-from happyhorse_fast.ops.runtime.row_tiles import ROW_TILE, Span, joined
+from happyhorse_fast.ops.runtime.row_tiles import Span, joined
 
 FP8_SINCE = (8, 9)
 CODES_PER_VECTOR = 16

@@ -75,8 +75,3 @@ def descriptors_work(*tensors: torch.Tensor) -> bool:
     return addressable(tensors[0]) and all(
         t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0 for t in tensors
     )
-
-
-def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the device of ``x`` current: Triton launches there, wherever its arguments are (triton #2441)."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

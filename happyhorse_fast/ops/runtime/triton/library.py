@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +37,15 @@ def kernel_op(name: str, arguments: type[A], *, kernel: object) -> Callable[[Cal
         raise BackendError(f"{whole} cannot run: {triton_obstacle(torch.device('cpu'))}; or pass backend='reference'")
 
     def decorate(launcher: Callable[[A], Any]) -> Any:
-        LAUNCHERS[whole] = flat(launcher, arguments)
-        op = custom_op(name, arguments)(launcher)
+        @functools.wraps(launcher)
+        def launch(given: A) -> Any:
+            # Triton launches on the current device, wherever its arguments are (triton #2441).
+            first = given.values()[0]
+            with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+                return launcher(given)
+
+        LAUNCHERS[whole] = flat(launch, arguments)
+        op = custom_op(name, arguments)(launch)
         if not interpreted:
             op.register_kernel("cpu")(refuse)
         return op
