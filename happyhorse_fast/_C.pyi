@@ -1,4 +1,4 @@
-"""The compiled host module, csrc/host/. :mod:`happyhorse_fast.block_map.compiled` calls it, and takes any integers."""
+"""The compiled host module, csrc/host/. :meth:`BlockMap.from_ranges` calls it, and takes any integers."""
 
 from typing import TypeAlias
 

@@ -18,7 +18,7 @@ import torch
 
 import happyhorse_fast as hh
 from happyhorse_fast import optional
-from happyhorse_fast.block_map import compiled
+from happyhorse_fast.block_map import from_ranges
 from happyhorse_fast.cli import doctor, run
 from happyhorse_fast.ops.runtime import dispatch
 from happyhorse_fast.ops.runtime.cuda import errors, status
@@ -170,12 +170,12 @@ def test_a_broken_host_module_is_an_obstacle(monkeypatch: Patch) -> None:
         def exec_module(self, module: object) -> None:
             raise OSError("undefined symbol [x]")
 
-    compiled.host_module_obstacle.cache_clear()
+    from_ranges.host_module_obstacle.cache_clear()
     monkeypatch.delattr(hh, "_C", raising=False)
     monkeypatch.delitem(sys.modules, "happyhorse_fast._C", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-    assert compiled.host_module_obstacle() == "happyhorse_fast._C cannot be loaded: OSError: undefined symbol [x]"
-    compiled.host_module_obstacle.cache_clear()
+    assert from_ranges.host_module_obstacle() == "happyhorse_fast._C cannot be loaded: OSError: undefined symbol [x]"
+    from_ranges.host_module_obstacle.cache_clear()
 
 
 def test_doctor_says_what_is_broken(broken: Any, monkeypatch: Patch, capsys: Capture) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 
 from happyhorse_fast.block_map import BLOCK, BlockMap
-from happyhorse_fast.block_map.compiled import from_ranges
 from happyhorse_fast.eager.rotary import rotary_phases
 from happyhorse_fast.eager.sequence import Ranges
 from happyhorse_fast.fast.config import FastConfig
@@ -94,10 +93,10 @@ class ClipState:
         cos_sin = torch.zeros(share.count, rotation.shape[1], dtype=torch.float32, device=device)
         cos_sin[:, : rotation.shape[1] // 2] = 1.0
         cos_sin[token_rows[here]] = rotation
-        dense_map = from_ranges(*rows.to_rows(dense), rows.slots, rows.slots).to(device)
+        dense_map = BlockMap.from_ranges(*rows.to_rows(dense), rows.slots, rows.slots).to(device)
         local_map = dense_map
         if local is not None:
-            local_map = from_ranges(*rows.to_rows(local), rows.slots, rows.slots).to(device)
+            local_map = BlockMap.from_ranges(*rows.to_rows(local), rows.slots, rows.slots).to(device)
         policies = {}
         if fast.sparsity is not None:
             # One per exact map: the two differ only where the clip has a window.

@@ -10,23 +10,23 @@ import torch
 from logged import logs
 
 import happyhorse_fast
-from happyhorse_fast.block_map import compiled
+from happyhorse_fast.block_map import BlockMap, from_ranges
 
 
 def test_the_compiled_module_is_there():
-    assert compiled.host_module_obstacle() is None
+    assert from_ranges.host_module_obstacle() is None
 
 
 def test_python_takes_over_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(compiled, "host_module_obstacle", lambda: "it was sunny")
-    compiled._say_once.cache_clear()
+    monkeypatch.setattr(from_ranges, "host_module_obstacle", lambda: "it was sunny")
+    from_ranges._say_once.cache_clear()
     ranges = [(0, 200), (30, 300)], [(3, 9), (100, 270)], 300, 280
     with logs("made in Python, .*: it was sunny"):
-        block_map = compiled.from_ranges(*ranges)
+        block_map = BlockMap.from_ranges(*ranges)
     with logs(None):
-        compiled.from_ranges([(0, 200)], [(3, 9)], 200, 10)
+        BlockMap.from_ranges([(0, 200)], [(3, 9)], 200, 10)
     monkeypatch.undo()
-    assert all(map(torch.equal, block_map.tensors(), compiled.from_ranges(*ranges).tensors()))
+    assert all(map(torch.equal, block_map.tensors(), BlockMap.from_ranges(*ranges).tensors()))
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_the_obstacle_says_what_is_wrong(monkeypatch, tmp_path, content, message
     monkeypatch.setattr(sys, "meta_path", [PathFinder])  # an editable install has one that knows the checkout
     monkeypatch.delattr(happyhorse_fast, "_C", raising=False)
     monkeypatch.delitem(sys.modules, "happyhorse_fast._C", raising=False)
-    assert re.search(message, compiled.host_module_obstacle.__wrapped__())
+    assert re.search(message, from_ranges.host_module_obstacle.__wrapped__())

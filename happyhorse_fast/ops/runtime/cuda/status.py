@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from happyhorse_fast.block_map.compiled import host_module_obstacle
+from happyhorse_fast.block_map.from_ranges import host_module_obstacle
 from happyhorse_fast.csrc import sources
 from happyhorse_fast.ops.runtime.cuda import binaries, driver, images, nvrtc
 from happyhorse_fast.ops.runtime.cuda.errors import CudaError, cuda_version
