@@ -60,11 +60,6 @@ int cuModuleGetFunction(void** result, void* in, const char* name) {
   std::printf("function %s %d\n", name, in == &module);
   return 0;
 }
-int cuFuncGetParamInfo(void*, std::size_t index, std::size_t* offset, std::size_t* size) {
-  *offset = 0;
-  if (size != nullptr) *size = sizeof(Params);
-  return index == 0 ? 0 : 1;
-}
 int cuFuncSetAttribute(void* of, int attribute, int value) {
   std::printf("attribute %d %d %d\n", of == &function, attribute, value);
   return 0;

@@ -66,7 +66,6 @@ class FakeDriver:
                 "cuDevicePrimaryCtxRetain": ("context",),
                 "cuModuleLoadData": ("module",),
                 "cuModuleGetFunction": (f"function {arguments[-1].decode()}" if name == "cuModuleGetFunction" else "",),
-                "cuFuncGetParamInfo": (0, ctypes.sizeof(Params)),
                 "cuGetErrorString": (b"in the driver's words",),
             }
             return (failed, *values.get(name, ()))
@@ -139,14 +138,6 @@ def test_beyond_48_kib_the_function_is_told_once_per_size(fake: FakeDriver) -> N
     assert fake.named("cuFuncSetAttribute") == [(function, "shared", 64 * 1024), (function, "shared", 96 * 1024)]
 
 
-def test_shared_memory_that_another_thread_has_raised_is_not_lowered(fake: FakeDriver) -> None:
-    function = driver.Function("handle", "origin", None)
-    for size in (96 * 1024, 64 * 1024):  # both threads have seen 48 KiB
-        driver._allow_shared(function, size, "a kernel")
-    assert fake.named("cuFuncSetAttribute") == [("handle", "shared", 96 * 1024)]
-    assert function.shared_bytes == 96 * 1024
-
-
 def test_an_empty_grid_launches_nothing(fake: FakeDriver) -> None:
     on_gpu(grid=(3, 0, 1))
     assert fake.calls == []
@@ -195,24 +186,6 @@ def test_the_real_bindings_hand_the_same_to_a_driver(tmp_path: Path) -> None:
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
-
-
-def test_a_struct_of_another_size_is_refused(fake: FakeDriver) -> None:
-    class Longer(ctypes.Structure):
-        _fields_ = [("x", ctypes.c_void_p), ("n", ctypes.c_int64 * 2)]
-
-    with FakeTensorMode():
-        like = torch.empty(1, device=CUDA)
-    with pytest.raises(CudaError, match="Longer has 24 bytes, kernel kernel of unit takes 16"):
-        launch("unit", "kernel", Longer(), (1, 1, 1), 32, 0, like)
-    assert fake.launched == []
-
-
-def test_a_driver_before_12_4_does_not_tell_sizes(fake: FakeDriver) -> None:
-    fake.version = 12030
-    fake.fails["cuFuncGetParamInfo"] = Result.CUDA_ERROR_NOT_FOUND
-    on_gpu()
-    assert len(fake.launched) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,6 @@ import torch
 from happyhorse_fast.ops.runtime.cuda import images
 from happyhorse_fast.ops.runtime.cuda.errors import CudaError, bindings
 
-PARAMETER_SIZES_SINCE = 12040
-"""First driver that tells how large a kernel's parameters are."""
-
 
 @dataclass
 class Function:
@@ -24,13 +21,11 @@ class Function:
     Attributes:
         handle: The driver's.
         origin: What code it is from.
-        parameter_bytes: Size of its parameter; None where the driver does not tell.
         shared_bytes: Dynamic shared memory that it may be launched with, raised when more is asked for.
     """
 
     handle: Any
     origin: str
-    parameter_bytes: int | None
     shared_bytes: int = 48 * 1024
 
 
@@ -86,7 +81,7 @@ def launch(
     """Launch a kernel on a device; :func:`happyhorse_fast.ops.runtime.cuda.launch.launch` has the arguments.
 
     Raises:
-        CudaError: It cannot be loaded or launched, or takes another parameter; or an earlier kernel failed.
+        CudaError: It cannot be loaded or launched, or an earlier kernel failed.
     """
     cuda = bindings("driver")
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -95,14 +90,12 @@ def launch(
         _checked("cuCtxSetCurrent", cuda.cuCtxSetCurrent(_context(index)))
         with _lock:
             function = _function(index, stem, kernel)
-        size = ctypes.sizeof(params)
-        if function.parameter_bytes not in (None, size):
-            raise CudaError(
-                f"{type(params).__name__} has {size} bytes, kernel {kernel} of {stem} takes {function.parameter_bytes}"
-            )
-        where = f"kernel {kernel} ({function.origin}) on cuda:{index}"
-        if shared_bytes > function.shared_bytes:
-            _allow_shared(function, shared_bytes, where)
+            where = f"kernel {kernel} ({function.origin}) on cuda:{index}"
+            if shared_bytes > function.shared_bytes:  # beyond 48 KiB a kernel must be told before it is launched
+                attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                told = cuda.cuFuncSetAttribute(function.handle, attribute, shared_bytes)
+                _checked(f"{shared_bytes} bytes of shared memory for {where}", told)
+                function.shared_bytes = shared_bytes
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = torch.cuda.current_stream(index).cuda_stream
         _checked(
@@ -130,12 +123,8 @@ def _function(index: int, stem: str, kernel: str) -> Function:
         raise CudaError(f"kernel {kernel} of {stem} is loaded at its first launch: launch it once before the capture")
     cuda = bindings("driver")
     module, origin = _module(index, stem)
-    what = f"kernel {kernel} in {origin}"
-    (handle,) = _checked(what, cuda.cuModuleGetFunction(module, kernel.encode()))
-    size = None
-    if version() >= PARAMETER_SIZES_SINCE:
-        _, size = _checked(f"parameter of {what}", cuda.cuFuncGetParamInfo(handle, 0))
-    return Function(handle, origin, size)
+    (handle,) = _checked(f"kernel {kernel} in {origin}", cuda.cuModuleGetFunction(module, kernel.encode()))
+    return Function(handle, origin)
 
 
 @functools.cache
@@ -149,20 +138,6 @@ def _load(code: bytes) -> Any:
     # PTX is a string to the driver, which needs its end.
     (module,) = _checked("cuModuleLoadData", cuda.cuModuleLoadData(code if code[:4] == b"\x7fELF" else code + b"\0"))
     return module
-
-
-def _allow_shared(function: Function, shared_bytes: int, where: str) -> None:
-    """Beyond 48 KiB a kernel must be told before it is launched; what it was told is never lowered."""
-    cuda = bindings("driver")
-    attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    with _lock:
-        if shared_bytes <= function.shared_bytes:
-            return  # another thread has raised it meanwhile
-        _checked(
-            f"{shared_bytes} bytes of shared memory for {where}",
-            cuda.cuFuncSetAttribute(function.handle, attribute, shared_bytes),
-        )
-        function.shared_bytes = shared_bytes
 
 
 def _checked(what: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
