@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -66,7 +65,8 @@ class BlockMap:
             keys: Key tokens M.
 
         Raises:
-            ValueError: A range is reversed or leaves its tokens (the message names the row), or the lengths differ.
+            ValueError: A range is reversed or leaves its tokens (the message names the row), the lengths differ, or
+                there are more tokens or blocks than int32 numbers.
         """
         return cls(*from_ranges(q_ranges, k_ranges, queries, keys))
 
@@ -344,5 +344,4 @@ class BlockMap:
             f"{self.queries:,} queries x {self.keys:,} keys{of_head}\n"
             f"{computed:.1%} of blocks computed, {self.density():.1%} of pairs useful{of_all}"
         )
-        path = target if isinstance(target, (str, os.PathLike)) else None
-        return plot(full[head], ids[head] >= 0, title, path, None if path is not None else target, layout)
+        return plot(full[head], ids[head] >= 0, title, target, layout)

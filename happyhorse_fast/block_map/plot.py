@@ -21,8 +21,7 @@ def plot(
     full: torch.Tensor,
     partial: torch.Tensor,
     title: str,
-    path: str | os.PathLike[str] | None,
-    axis: Any,
+    target: Any,
     layout: Layout | Sequence[Layout] | None,
 ) -> Any:
     """See :meth:`BlockMap.plot`; ``full`` and ``partial`` are bool [R, S] of one head."""
@@ -32,8 +31,8 @@ def plot(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = None
-    if axis is None:
+    axis, figure = target, None
+    if target is None or isinstance(target, (str, os.PathLike)):
         figure = Figure(figsize=(8.6, 7.6), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         axis, lengths = figure.subplots(1, 2, width_ratios=[6, 1], sharey=True)
@@ -66,8 +65,8 @@ def plot(
         frameon=False,
         fontsize=9,
     )
-    if path is not None and figure is not None:
-        figure.savefig(path)
+    if target is not None and figure is not None:
+        figure.savefig(target)
     return axis
 
 

@@ -93,8 +93,7 @@ def test_the_self_check_accepts_hoppers_products(op: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("variant", ["fp8", "int8_qk"])
 def test_the_self_check_accepts_hoppers_attention(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op_checks, "_rounding", lambda *_, **__: {"step": 128})
-    monkeypatch.setattr(op_checks, "_by_descriptors", lambda *_, **__: False)
+    monkeypatch.setattr(op_checks, "_launched", lambda *_, **__: ({"step": 128}, False))
     on_hopper("block_sparse_attention", monkeypatch)
     compared = op_checks._check_attention("triton", CPU, variant)
     exact, _ = self_check._judge(compared)

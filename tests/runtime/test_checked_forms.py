@@ -72,8 +72,7 @@ def forms_of_check(op: str, variant: str) -> frozenset[tuple[Any, ...]]:
     forms: Forms = set()
     with pytest.MonkeyPatch.context() as patch:
         forms_in(op_checks, patch, forms)
-        patch.setattr(op_checks, "_rounding", lambda *_, **__: {"step": 128})
-        patch.setattr(op_checks, "_by_descriptors", lambda *_, **__: False)
+        patch.setattr(op_checks, "_launched", lambda *_, **__: ({"step": 128}, False))
         CHECKS[op]("triton", CPU, variant)
     return frozenset(forms)
 

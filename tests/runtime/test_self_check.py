@@ -157,7 +157,7 @@ def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatc
         return out, scale, lse
 
     monkeypatch.setattr(launcher, "architecture", lambda _: 90)
-    monkeypatch.setattr(launcher, "addressable", lambda _: True)
+    monkeypatch.setattr(device, "addressable", lambda _: True)
     monkeypatch.setattr(op_checks, "block_sparse_attention", reference)
     compared = CHECKS["block_sparse_attention"]("triton", CPU, variant)
     assert self_check._judge(compared)[0], "the reference passes in steps of either kernel"

@@ -22,6 +22,7 @@ from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT, effective_bound
 from happyhorse_fast.ops.quantize import fragment_order, token_order
+from happyhorse_fast.ops.runtime.triton import device
 
 FP8 = torch.float8_e4m3fn
 FORMATS = ("bf16", "int8_qk", "fp8")
@@ -191,8 +192,9 @@ def eager_bf16(given, block_map, scale):
 def hopper(seed=1, replace=()):
     """On the CPU, Triton's op launches what it would on sm_90 in the Hopper kernel, in the emulator."""
     kernel = Emulated(GLUON_MODULES, "block_sparse_attention_hopper_kernel", seed, replace)
-    stand_ins = {"architecture": lambda _: 90, "addressable": lambda _: True}
-    with running(HOPPER), mock.patch.multiple(launcher, **stand_ins, block_sparse_attention_hopper_kernel=kernel):
+    stand_ins = {"architecture": lambda _: 90, "block_sparse_attention_hopper_kernel": kernel}
+    described = mock.patch.object(device, "addressable", return_value=True)
+    with running(HOPPER), mock.patch.multiple(launcher, **stand_ins), described:
         yield
 
 

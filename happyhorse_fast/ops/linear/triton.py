@@ -20,14 +20,14 @@ REDUCED_COLUMNS = 64
 """Columns that the hardware adds at a time: 32 KiB of shared memory beside four stages of a tile of 128 x 256."""
 
 
-def launch(given: Product, out: Tensor, epilogue: str, config: LaunchConfig) -> None:
+def launch(given: Product, out: Tensor, epilogue: str) -> None:
     """Write the product with its epilogue to ``out``.
 
     Raises:
         ValueError: ``out`` is e4m3 on a GPU that has none.
     """
     x, weight, row_tiles = given.x, given.weight, given.row_tiles
-    arch = architecture(x.device)
+    config, arch = config_of(x, epilogue), architecture(x.device)
     if out.dtype == torch.float8_e4m3fn and arch < FP8_SINCE:
         raise ValueError(f"fp8 must be False on sm_{arch}: it has no casts to e4m3 (sm_{FP8_SINCE} and later have)")
     _, features, k = weight.shape
@@ -71,19 +71,19 @@ def config_of(x: Tensor, epilogue: str) -> LaunchConfig:
 def fp8_linear(given: Linear) -> Tensor:
     """Launch the product."""
     y = given.empty()
-    launch(given, y, "plain", config_of(given.x, "plain"))
+    launch(given, y, "plain")
     return y
 
 
 @kernel_op("fp8_linear_residual", LinearResidual, kernel=fp8_linear_kernel)
 def fp8_linear_residual(given: LinearResidual) -> None:
     """Launch the product, added to hidden."""
-    launch(given, given.hidden, "residual", config_of(given.x, "residual"))
+    launch(given, given.hidden, "residual")
 
 
 @kernel_op("fp8_linear_activation", LinearActivation, kernel=fp8_linear_kernel)
 def fp8_linear_activation(given: LinearActivation) -> Tensor:
     """Launch the product and its activation."""
     y = given.empty()
-    launch(given, y, given.activation, config_of(given.x, given.activation))
+    launch(given, y, given.activation)
     return y

@@ -160,7 +160,7 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
         inputs = given | ({"q": given["q"] * factor} if factor != 1 else {})
         there: dict[str, Any] = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         wanted = [(*result, False) for result in results_of]
-        if bound is not None and _by_descriptors(backend, there["q"], there["k"], there["v"], bounded=bounded):
+        if bound is not None and _launched(backend, there, bounded=bounded)[1]:
             # Strided tensors take another kernel, which reads through pointers.
             wanted.append((results_of[-1][0], False, True))
         for fp8_out, lse, apart in wanted:
@@ -173,7 +173,7 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
                 return_lse=lse,
                 backend=backend,
             )
-            options = _rounding(backend, operands["q"], operands["k"], operands["v"], bounded=bounded, lse=lse)
+            options, _ = _launched(backend, operands, bounded=bounded, lse=lse)
             if fp8_out:
                 options |= {"out_scale": output_scale(given["v"], given.get("v_scale"), given["gate"])}
             exact, exact_sums = sparse_attention(
@@ -217,24 +217,17 @@ def _apart(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(*x.shape[:2], 2 * x.shape[2])[..., : x.shape[2]].copy_(x)
 
 
-def _rounding(
-    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bounded: bool, lse: bool
-) -> dict[str, Any]:
-    """Where a kernel rounds P: codes differ between steps of 128 and 32 keys, by more than the budget."""
+def _launched(backend: str, given: dict[str, Any], *, bounded: bool, lse: bool = False) -> tuple[dict[str, Any], bool]:
+    """Where a kernel rounds P, as the reference takes it, and whether it reads tiles through descriptors.
+
+    Codes of P differ between steps of 128 and 32 keys by more than the budget.
+    """
     if backend == "cuda":
-        return {"step": BLOCK}
+        return {"step": BLOCK}, False
     from happyhorse_fast.ops.attention.triton import launch_config, rounding_of
 
-    return rounding_of(launch_config(q, k, v, bounded=bounded, lse=lse), v)
-
-
-def _by_descriptors(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bounded: bool) -> bool:
-    """Whether the kernel reads tiles through descriptors, as it does all but strided tensors."""
-    if backend == "cuda":
-        return False
-    from happyhorse_fast.ops.attention.triton import launch_config
-
-    return launch_config(q, k, v, bounded=bounded).descriptors
+    config = launch_config(given["q"], given["k"], given["v"], bounded=bounded, lse=lse)
+    return rounding_of(config, given["v"]), config.descriptors
 
 
 def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
