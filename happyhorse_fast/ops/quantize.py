@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 
 BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
@@ -10,7 +12,8 @@ INT8_MAX = 127.0
 SMALLEST_SCALE = 2.0**-126
 """Below it 1 / scale may be infinite in float32."""
 FORMATS = {BF16: "bf16", INT8: "int8", E4M3: "fp8"}
-"""Formats of a product's operands, by their names."""
+"""Formats of operands and their names; CUDA kernels number them in this order."""
+DTYPES = {name: dtype for dtype, name in FORMATS.items()}
 HADAMARD = 64
 """Neighbouring channels that :func:`hadamard` mixes."""
 
@@ -134,29 +137,50 @@ def widened(codes: torch.Tensor) -> torch.Tensor:
     return codes.double() if codes.dtype == INT8 else codes.float()
 
 
-def scaled_rows(
+def products(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    spans: Iterable[Sequence[int]],
+) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """Products of rows with their expert's weight: rounded to bf16 of bf16, times x_scale, then weight_scale of codes.
+
+    Args:
+        x: [N, K] bf16, or codes with their scales.
+        x_scale: [N] or [1] float32, or None.
+        weight: [E, F, K] in the dtype of x.
+        weight_scale: [E, F] float32, or None.
+        spans: (expert, first row, end row).
+
+    Yields:
+        Expert, rows and their product, float32 [rows, F].
+    """
+    expert, wide = -1, torch.empty(0, dtype=torch.float32)
+    for e, first, end in spans:
+        if e != expert:
+            expert, wide = e, widened(weight[e]).T
+        rows = slice(first, end)
+        product = (widened(x[rows]) @ wide).float()
+        if x_scale is None or weight_scale is None:
+            yield e, rows, product.bfloat16().float()
+        else:
+            yield e, rows, product * x_scale.expand(len(x))[rows, None] * weight_scale[e]
+
+
+def scaled_products(
     product: torch.Tensor,
     row_scale: torch.Tensor | None,
     column_scale: torch.Tensor | None,
-    rows: slice,
-    expert: int,
-) -> torch.Tensor:
-    """Rows of a product, all of one expert: sums of products of codes times their scales, bf16 as it is.
-
-    Args:
-        product: [N, F] bf16, or float32 with its scales.
-        row_scale: [N] float32, or None.
-        column_scale: [E, F] float32, or None.
-        rows: Of product and row_scale.
-        expert: Of column_scale.
-
-    Returns:
-        [rows, F] float32.
-    """
-    part = product[rows].float()
-    if row_scale is None or column_scale is None:
-        return part
-    return part * row_scale[rows, None] * column_scale[expert]
+    spans: Iterable[Sequence[int]],
+) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """The same of a product [N, F] that is there already: bf16, or float32 sums with row_scale [N] and column_scale."""
+    for e, first, end in spans:
+        rows = slice(first, end)
+        part = product[rows].float()
+        if row_scale is not None and column_scale is not None:
+            part = part * row_scale[rows, None] * column_scale[e]
+        yield e, rows, part
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -21,26 +21,13 @@ from happyhorse_fast.ops.linear.contract import (
     Product,
     activation_scale,
 )
-from happyhorse_fast.ops.quantize import quantize_static, scaled_rows, widened
+from happyhorse_fast.ops.quantize import products, quantize_static, scaled_products
 from happyhorse_fast.ops.runtime.operation import custom_op
 
 
-def products(given: Product) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their product [rows, F] float32) of every row tile.
-
-    bf16 products are rounded to bf16; products of codes are not, and are multiplied by x_scale, then weight_scale.
-    """
-    x, x_scale, weight_scale = given.x, given.x_scale, given.weight_scale
-    expert, wide = -1, torch.empty(0, dtype=torch.float32)
-    for e, first, end in given.row_tiles.tolist():
-        if e != expert:
-            expert, wide = e, widened(given.weight[e]).T
-        rows = slice(first, end)
-        codes = widened(x[rows])
-        if x_scale is None or weight_scale is None:
-            yield rows, (codes @ wide).bfloat16().float()
-        else:
-            yield rows, (codes @ wide).float() * x_scale.expand(len(x))[rows, None] * weight_scale[e]
+def of_tiles(given: Product) -> Iterator[tuple[int, slice, Tensor]]:
+    """(expert, rows, their product [rows, F] float32) of every row tile."""
+    return products(given.x, given.x_scale, given.weight, given.weight_scale, given.row_tiles.tolist())
 
 
 @custom_op("fp8_linear_reference", Linear)
@@ -48,7 +35,7 @@ def products(given: Product) -> Iterator[tuple[slice, Tensor]]:
 def fp8_linear(given: Linear) -> Tensor:
     """The product, [N, F] bf16."""
     y = given.empty()
-    for rows, product in products(given):
+    for _, rows, product in of_tiles(given):
         y[rows] = product.bfloat16()
     return y
 
@@ -57,7 +44,7 @@ def fp8_linear(given: Linear) -> Tensor:
 @ambient.independent
 def fp8_linear_residual(given: LinearResidual) -> None:
     """Add the product to ``hidden`` [N, F] float32, in place."""
-    for rows, product in products(given):
+    for _, rows, product in of_tiles(given):
         given.hidden[rows] += product
 
 
@@ -65,28 +52,23 @@ def fp8_linear_residual(given: LinearResidual) -> None:
 @ambient.independent
 def fp8_linear_activation(given: LinearActivation) -> Tensor:
     """The activation of the product: bf16, or e4m3 codes of it by `activation_scale`."""
-    return _activate(given, products(given))
+    return _activate(given, of_tiles(given))
 
 
 @custom_op("activation_quantize_reference", ActivationQuantize)
 @ambient.independent
 def activation_quantize(given: ActivationQuantize) -> Tensor:
     """The activation of a product [N, F] that is there already: bf16, or float32 to be multiplied by its scales."""
-
-    def parts() -> Iterator[tuple[slice, Tensor]]:
-        for e, first, end in given.row_tiles.tolist():
-            rows = slice(first, end)
-            yield rows, scaled_rows(given.product, given.row_scale, given.column_scale, rows, e)
-
-    return _activate(given, parts())
+    spans = given.row_tiles.tolist()
+    return _activate(given, scaled_products(given.product, given.row_scale, given.column_scale, spans))
 
 
-def _activate(given: LinearActivation | ActivationQuantize, parts: Iterator[tuple[slice, Tensor]]) -> Tensor:
-    """The activation of (rows, their product float32 [rows, F]), [N, K']."""
+def _activate(given: LinearActivation | ActivationQuantize, parts: Iterator[tuple[int, slice, Tensor]]) -> Tensor:
+    """The activation of (expert, rows, their product float32 [rows, F]), [N, K']."""
     y = given.empty()
     function = ACTIVATIONS[given.activation][0]
     scale = torch.tensor([activation_scale(given.activation)], device=y.device)
-    for rows, product in parts:
+    for _, rows, product in parts:
         activated = function(product)
         y[rows] = quantize_static(activated, scale) if given.fp8 else activated.bfloat16()
     return y

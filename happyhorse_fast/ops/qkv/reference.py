@@ -5,6 +5,8 @@ Rows are handled in chunks, so that no op needs a [rows, features] tensor of all
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,10 @@ from happyhorse_fast.ops.quantize import (
     fragment_order,
     int8_rows,
     int8_scale,
-    scaled_rows,
+    products,
+    scaled_products,
     to_e4m3,
     to_int8,
-    widened,
 )
 from happyhorse_fast.ops.runtime.operation import custom_op
 from happyhorse_fast.ops.runtime.row_tiles import joined
@@ -56,16 +58,8 @@ def qkv_linear(given: QkvLinear) -> QKV:
     Raises:
         ValueError: ``out`` is not ``"bf16"`` and a row tile does not start on a multiple of 128.
     """
-    results = given.empty()
-    for expert, first, end in joined(given.row_tiles.tolist(), ROW_CHUNK):
-        rows = slice(first, end)
-        product = (widened(given.x[rows]) @ widened(given.weight[expert]).T).float()
-        if given.x_scale is None or given.weight_scale is None:
-            product = product.to(BF16).float()
-        else:
-            product = product * given.x_scale[rows, None] * given.weight_scale[expert]
-        _finish_rows(given, product, expert, first, end, results)
-    return results
+    spans = joined(given.row_tiles.tolist(), ROW_CHUNK)
+    return _finished(given, products(given.x, given.x_scale, given.weight, given.weight_scale, spans))
 
 
 @custom_op("qk_norm_rope_reference", QkNormRope)
@@ -76,38 +70,36 @@ def qk_norm_rope(given: QkNormRope) -> QKV:
     Raises:
         ValueError: As :func:`qkv_linear`.
     """
-    results = given.empty()
-    for expert, first, end in joined(given.row_tiles.tolist(), ROW_CHUNK):
-        part = scaled_rows(given.product, given.row_scale, given.column_scale, slice(first, end), expert)
-        _finish_rows(given, part, expert, first, end, results)
+    spans = joined(given.row_tiles.tolist(), ROW_CHUNK)
+    return _finished(given, scaled_products(given.product, given.row_scale, given.column_scale, spans))
+
+
+def _finished(given: QkvLinear | QkNormRope, parts: Iterator[tuple[int, slice, Tensor]]) -> QKV:
+    """What (expert, rows, their product float32 [rows, F] with its scales) become."""
+    q, k, v, q_scale, k_scale, v_scale, gate = results = given.empty()
+    for expert, rows, product in parts:
+        qk_norm, qk_scale = given.qk_norm[expert], given.qk_scale
+        queries, keys, values, gate[rows] = epilogue(product, qk_norm, given.cos_sin[rows], q.shape[1], k.shape[1])
+        if v.dtype == BF16:
+            v[rows] = values.to(BF16)
+        if q.dtype == BF16:
+            q[rows], k[rows] = queries.to(BF16), keys.to(BF16)
+            continue
+        first, end = rows.start, rows.stop
+        if first % ROW_TILE:
+            raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} unless out is "bf16", got {first}')
+        tiles = slice(first // ROW_TILE, -(-end // ROW_TILE))
+        if q.dtype == torch.int8:
+            q[rows], q_scale[rows] = quantize_q(queries)
+            k[rows], k_scale[:, tiles] = quantize_k(keys)
+            continue
+        assert qk_scale is not None
+        for which, (to, scale, value) in enumerate(((q, q_scale, queries), (k, k_scale, keys))):
+            to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
+            scale[tiles] = qk_scale[expert, which]
+        slots = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
+        v[:, :, slots], v_scale[:, tiles] = quantize_v(values)
     return results
-
-
-def _finish_rows(
-    given: QkvLinear | QkNormRope, product: Tensor, expert: int, first: int, end: int, results: QKV
-) -> None:
-    """Write what rows ``first`` to ``end`` of the product, float32 [rows, F] with its scales, become in ``results``."""
-    q, k, v, q_scale, k_scale, v_scale, gate = results
-    rows, qk_norm, qk_scale = slice(first, end), given.qk_norm[expert], given.qk_scale
-    queries, keys, values, gate[rows] = epilogue(product, qk_norm, given.cos_sin[rows], q.shape[1], k.shape[1])
-    if v.dtype == BF16:
-        v[rows] = values.to(BF16)
-    if q.dtype == BF16:
-        q[rows], k[rows] = queries.to(BF16), keys.to(BF16)
-        return
-    if first % ROW_TILE:
-        raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} unless out is "bf16", got {first}')
-    tiles = slice(first // ROW_TILE, -(-end // ROW_TILE))
-    if q.dtype == torch.int8:
-        q[rows], q_scale[rows] = quantize_q(queries)
-        k[rows], k_scale[:, tiles] = quantize_k(keys)
-        return
-    assert qk_scale is not None
-    for which, (to, scale, value) in enumerate(((q, q_scale, queries), (k, k_scale, keys))):
-        to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
-        scale[tiles] = qk_scale[expert, which]
-    slots = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
-    v[:, :, slots], v_scale[:, tiles] = quantize_v(values)
 
 
 def epilogue(
