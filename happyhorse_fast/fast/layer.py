@@ -27,8 +27,9 @@ from happyhorse_fast.ops import (
     quantize_rows,
     rmsnorm_quantize,
 )
-from happyhorse_fast.ops.linear.packing import DTYPES, pack_linear
+from happyhorse_fast.ops.linear.packing import pack_linear
 from happyhorse_fast.ops.qkv.packing import pack_qk_norm, pack_qkv_weight, static_qk_scale
+from happyhorse_fast.ops.quantize import DTYPES
 
 _FEATURE_TILE = 128
 

@@ -18,6 +18,7 @@ from happyhorse_fast.kernels.attention_hopper import block_sparse_attention_hopp
 from happyhorse_fast.kernels.hopper_sizes import GROUPS
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.ops.attention.contract import BlockSparseAttention
+from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
 
@@ -29,14 +30,9 @@ I2FP_SINCE = 86
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}
 
 
-def variant_of(q: Tensor, v: Tensor) -> str:
+def variant_of(q: Tensor) -> str:
     """Name of the launch table's entry: format and head dim."""
-    formats = {
-        (torch.bfloat16, torch.bfloat16): "bf16",
-        (torch.int8, torch.bfloat16): "int8_qk",
-        (torch.float8_e4m3fn, torch.float8_e4m3fn): "fp8",
-    }
-    return f"{formats[q.dtype, v.dtype]}_d{q.shape[2]}"
+    return f"{'int8_qk' if q.dtype == torch.int8 else FORMATS[q.dtype]}_d{q.shape[2]}"
 
 
 def describable(x: Tensor) -> bool:
@@ -70,7 +66,7 @@ def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse
     spills 8 to 16 bytes a thread, as does bf16 with a flag (Triton 3.6.0 to 3.8.0), and with heads of 64 on sm_100 bf16
     with a flag 16 to 24. The Hopper kernel spills nothing.
     """
-    name, arch = variant_of(q, v), architecture(q.device)
+    name, arch = variant_of(q), architecture(q.device)
     config = config_for(STEM, name, arch)
     v_dense = v.is_contiguous() and v.data_ptr() % 16 == 0 if is_transposed(v) else describable(v)
     by_tiles = v_dense and describable(k)

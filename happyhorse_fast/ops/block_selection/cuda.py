@@ -6,6 +6,7 @@ import torch
 
 from happyhorse_fast.block_map.dynamic import Parts
 from happyhorse_fast.ops.block_selection.contract import SelectBlocks
+from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.cuda.launch import launch
 from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, members
 from happyhorse_fast.ops.runtime.operation import custom_op
@@ -14,7 +15,6 @@ STEM = "select_blocks"
 WARP, VECTOR_BYTES = 32, 16
 # Of csrc/device/select_blocks.cu: threads and shared memory of its kernels, in bytes.
 POOL_THREADS = 128
-POOL_FORMATS = {torch.bfloat16: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 SCORE_THREADS, SCORE_ROWS, SCORE_COLUMNS = 256, 128, 64
 SCORE_BYTES = 4 * 32 * (SCORE_ROWS + 4 + SCORE_COLUMNS + 4)
 COLUMNS_PER_THREAD = 8
@@ -96,7 +96,7 @@ def select_blocks(given: SelectBlocks) -> Parts:
         pooled=pooled,
         heads_q=heads_q,
         d=d,
-        format=POOL_FORMATS[q.dtype],
+        format=[*FORMATS].index(q.dtype),
     )
     pool_bytes = POOL_THREADS * VECTOR_BYTES // q.element_size() * 4
     launch(STEM, "pool_blocks", pool, (heads_q + heads_kv, blocks, 1), POOL_THREADS, pool_bytes, q)

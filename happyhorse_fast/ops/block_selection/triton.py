@@ -10,24 +10,24 @@ from happyhorse_fast.block_map.dynamic import Parts
 from happyhorse_fast.kernels.block_selection import order_rows_kernel, pool_blocks_kernel, select_blocks_kernel
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.ops.block_selection.contract import SelectBlocks
+from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.triton.device import architecture
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
 
 STEM = "block_selection"
-POOLS = {torch.bfloat16: "pool_bf16", torch.int8: "pool_int8", torch.float8_e4m3fn: "pool_fp8"}
 
 
 @kernel_op("select_blocks", SelectBlocks, kernel=select_blocks_kernel)
 def select_blocks(given: SelectBlocks) -> Parts:
     """Launch the sums of blocks, the choice and the order of rows."""
     q, k, table = given.q, given.k, given.table
-    counts, starts, columns, mask_ids, order = given.empty()
+    counts, starts, columns, mask_ids, order = results = given.empty()
     heads_q, heads_kv, d, blocks = q.shape[1], k.shape[1], q.shape[2], table.shape[0]
     group, rows = heads_q // heads_kv, heads_kv * blocks
     if rows == 0:
-        return counts, starts, columns, mask_ids, order
+        return results
     arch = architecture(q.device)
-    pool, choice, ordering = (config_for(STEM, name, arch) for name in (POOLS[q.dtype], "select", "order"))
+    pool, choice, ordering = (config_for(STEM, name, arch) for name in (f"pool_{FORMATS[q.dtype]}", "select", "order"))
     # int8 codes are multiplied before they are added up, e4m3's sums of a block after it.
     scales, none = (given.q_scale, given.k_scale), (None, None)
     of_values, of_sums = (scales, none) if q.dtype == torch.int8 else (none, scales)
@@ -80,4 +80,4 @@ def select_blocks(given: SelectBlocks) -> Parts:
         BLOCK_N=ordering.block_n,
         **ordering.options(),
     )
-    return counts, starts, columns, mask_ids, order
+    return results

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from happyhorse_fast.ops.quantize import FORMATS, e4m3_rows, hadamard, int8_rows
+from happyhorse_fast.ops.quantize import DTYPES, e4m3_rows, hadamard, int8_rows
 
-DTYPES = {name: dtype for dtype, name in FORMATS.items()}
 QUANTIZE = {"int8": int8_rows, "fp8": e4m3_rows}
 
 CHUNK = 4096

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.kernels.launch import ROW_TILE
-from happyhorse_fast.ops.quantize import BF16, E4M3, INT8
+from happyhorse_fast.ops.quantize import BF16, DTYPES, E4M3, INT8
 from happyhorse_fast.ops.runtime.checks import HEAD_DIMS, require, require_product_scales
 from happyhorse_fast.ops.runtime.operation import Arguments
 
 MAX_CHANNELS = 8192
 """A program of `rmsnorm_quantize` holds a row in registers: 8192 float32 are 32 in each of 256 threads."""
-NORMALISED = {"bf16": BF16, "int8": INT8, "fp8": E4M3}
-"""Dtype of x that `rmsnorm_quantize` gives, by ``out``."""
 OUTPUTS = {"bf16": BF16, "int8_qk": INT8, "fp8": E4M3}
 """Dtype of q and k that `qkv_linear` gives, by ``out``."""
 QKV: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""q, k, v, q_scale, k_scale, v_scale, gate."""
+"""The results of `qkv_linear`."""
+RESULTS = ("q", "k", "v", "q_scale", "k_scale", "v_scale", "gate")
+"""Their names."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class RmsnormQuantize(Arguments):
         require("row_tiles", self.row_tiles, (torch.int32,), ("tiles", 3), device=device)
         if self.branch is not None:
             require("branch", self.branch, (BF16,), (n, c), device=device, strided_rows=True)
-        if self.out not in NORMALISED:
-            raise ValueError(f"out must be one of {', '.join(map(repr, NORMALISED))}; got {self.out!r}")
+        if self.out not in DTYPES:
+            raise ValueError(f"out must be one of {', '.join(map(repr, DTYPES))}; got {self.out!r}")
 
     def empty(self) -> tuple[Tensor, Tensor]:
         """x [N, C] and its scale."""
         hidden, scales = self.hidden, 0 if self.out == "bf16" else self.hidden.shape[0]
-        x = torch.empty(hidden.shape, dtype=NORMALISED[self.out], device=hidden.device)
+        x = torch.empty(hidden.shape, dtype=DTYPES[self.out], device=hidden.device)
         return x, torch.empty(scales, dtype=torch.float32, device=hidden.device)
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.kernels.launch import ROW_TILE
-from happyhorse_fast.ops.qkv.contract import NORMALISED, OUTPUTS, QKV, QkNormRope, QkvLinear, RmsnormQuantize
+from happyhorse_fast.ops.qkv.contract import OUTPUTS, QKV, RESULTS, QkNormRope, QkvLinear, RmsnormQuantize
+from happyhorse_fast.ops.quantize import DTYPES
 from happyhorse_fast.ops.runtime.cuda.launch import launch
 from happyhorse_fast.ops.runtime.cuda.library_product import RowTiles, products
 from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
@@ -57,7 +58,7 @@ def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
         hidden_stride=hidden.stride(0),
         branch_stride=0 if branch is None else branch.stride(0),
         channels=channels,
-        format=[*NORMALISED].index(given.out),
+        format=[*DTYPES].index(given.out),
     )
     threads = WARP * -(-channels // (VECTOR * VECTORS_PER_THREAD * WARP))
     grid = (ROW_TILE, row_tiles.shape[0], 1)
@@ -93,17 +94,10 @@ def finish_rows(given: QkNormRope, rows: RowTiles, tiles: int, results: QKV) -> 
     product = given.product
     require_vectors(VECTOR_BYTES // product.element_size(), product=product)
     require_vectors(VECTOR_BYTES // 4, column_scale=given.column_scale, qk_norm=given.qk_norm, cos_sin=given.cos_sin)
-    q, k, v, q_scale, k_scale, v_scale, gate = results
-    head_dim = given.cos_sin.shape[1]
+    (q, k, *_), head_dim = results, given.cos_sin.shape[1]
     params = QkNormRopeParams.of(
         given,
-        q=q,
-        k=k,
-        v=v,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        gate=gate,
+        **dict(zip(RESULTS, results, strict=True)),
         rows=rows,
         product_stride=product.stride(0),
         blocks=-(-q.shape[0] // ROW_TILE),

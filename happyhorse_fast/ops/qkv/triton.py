@@ -56,7 +56,7 @@ def qkv_linear(given: QkvLinear) -> QKV:
     if "fp8" in (fmt, out):
         _require_e4m3(f'out="{out}" of {weight.dtype} weights', x.device)
     config = config_for(STEM, f"qkv_{fmt}", architecture(x.device))
-    q, k, v, q_scale, k_scale, v_scale, gate = results = given.empty()
+    results = given.empty()
     head_dim = given.cos_sin.shape[1]
     width = config.block_n // 128 * head_dim
     described = config.descriptors and descriptors_work(x, weight)
@@ -71,13 +71,7 @@ def qkv_linear(given: QkvLinear) -> QKV:
         given.cos_sin,
         row_tiles,
         qk_norm if given.qk_scale is None else given.qk_scale,
-        q,
-        k,
-        v,
-        q_scale,
-        k_scale,
-        v_scale,
-        gate,
+        *results,
         row_tiles.shape[0],
         x.stride(0),
         -(-x.shape[0] // ROW_TILE),
