@@ -22,7 +22,6 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.eager.sizes import BANDS_KEY
 from happyhorse_fast.fast.accelerate import choose_ops, empty_accelerated
-from happyhorse_fast.fast.attention_bound import AttentionBound
 from happyhorse_fast.fast.compiled import unwrapped
 from happyhorse_fast.fast.config import GONE_ATTENTION, FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.fast.layer import FastLayer
@@ -71,15 +70,7 @@ def save_packed(
         fast["backend"] = "auto"  # packed on a machine without a GPU, run on one with
     if state.fast.sparsity is not None:
         fast["sparsity"] = {"policy": type(state.fast.sparsity).__name__, **dataclasses.asdict(state.fast.sparsity)}
-    layers: Any = model.block.layers
-    bounds = [dataclasses.asdict(layer.bound) for layer in layers]
-    description = {
-        "format": FORMAT,
-        "version": __version__,
-        "config": state.config.to_dict(),
-        "fast": fast,
-        "bounds": bounds,
-    }
+    description = {"format": FORMAT, "version": __version__, "config": state.config.to_dict(), "fast": fast}
     beside = {PACKED_FILE: json.dumps(description, indent=2) + "\n"}
     write_checkpoint(model, folder, beside, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
 
@@ -92,7 +83,7 @@ def packed_config(folder: str | Path, fast: FastConfig | None) -> tuple[ModelCon
         TypeError: ``fast`` is not a FastConfig.
         ValueError: It asks for another precision of a product than the weights were packed in.
     """
-    config, saved, _ = _description(Path(folder) / PACKED_FILE)
+    config, saved = _description(Path(folder) / PACKED_FILE)
     if fast is None:
         return config, saved
     if not isinstance(fast, FastConfig):
@@ -126,25 +117,20 @@ def load_packed(
     model = empty_accelerated(config, fast, choose_ops(fast.on(arch), device, None), arch)
     like = model.state_dict()
     _require_entries(entries, like, folder)
-    _, _, bounds = _description(folder / PACKED_FILE)
     staging, layers = staging_buffer(device), cast("list[FastLayer]", model.block.layers)
     with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
         for index, together in by_layer(entries.values()):
             fill(model, together, like, device, staging, advance)
             if index is None:
                 continue
-            if bounds is None:
-                layers[index].find_bound()
-            else:
-                layers[index].bound = bounds[index]
+            layers[index].find_bound()
             if shard is not None:
                 spread(layers[index], shard)
     assign(model, BANDS_KEY, frequency_bands(config.head_dim, device))
     return model
 
 
-def _description(file: Path) -> tuple[ModelConfig, FastConfig, list[AttentionBound] | None]:
-    """Configurations, and a bound per layer, which files written before there were bounds do not have."""
+def _description(file: Path) -> tuple[ModelConfig, FastConfig]:
     require_regular_file(file)
     try:
         content = json.loads(file.read_text())
@@ -162,38 +148,27 @@ def _description(file: Path) -> tuple[ModelConfig, FastConfig, list[AttentionBou
                 f'{file}: packed for attention in "{GONE_ATTENTION}", in whose place is "int8_qk"; the weights are the '
                 'same for both, so write "attention": "int8_qk" there'
             )
-        config = ModelConfig(**content["config"])
-        bounds = content.get("bounds")
-        if bounds is not None:
-            bounds = [AttentionBound(float(b["scores"]), float(b["v_max"])) for b in bounds]
-            if len(bounds) != config.num_layers:
-                raise CheckpointError(f"{file}: bounds of {len(bounds)} layers for a model of {config.num_layers}")
-        return config, FastConfig(**fast), bounds
+        return ModelConfig(**content["config"]), FastConfig(**fast)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(
             f"{file}: not a description of packed weights: {type(error).__name__}: {error}"
         ) from error
 
 
 def _require_entries(entries: Mapping[str, TensorEntry], wanted: Mapping[str, torch.Tensor], folder: Path) -> None:
-    problems = []
-    missing = [k for k in wanted if k not in entries]
-    unexpected = [k for k in entries if k not in wanted]
-    if missing:
-        problems.append(f"missing {len(missing)} tensors: {listed(missing)}")
-    if unexpected:
-        problems.append(f"{len(unexpected)} unexpected tensors: {listed(unexpected)}")
-    for key, entry in entries.items():
-        like = wanted.get(key)
-        if like is None:
-            continue
-        found = DTYPES.get(entry.dtype)
-        if entry.shape != tuple(like.shape) or found != like.dtype:
-            problems.append(
-                f"{entry.file}: {key} is {entry.dtype} {list(entry.shape)}, wanted {like.dtype} {list(like.shape)}"
-            )
+    kinds = {
+        "missing": [key for key in wanted if key not in entries],
+        "unexpected": [key for key in entries if key not in wanted],
+        "differing": [
+            f"{key} in {entry.file} is {entry.dtype} {list(entry.shape)}, must be {like.dtype} {list(like.shape)}"
+            for key, like in wanted.items()
+            if (entry := entries.get(key))
+            and (entry.shape != tuple(like.shape) or DTYPES.get(entry.dtype) != like.dtype)
+        ],
+    }
+    problems = [f"{kind} {len(found)} tensors: {listed(found)}" for kind, found in kinds.items() if found]
     if problems:
         raise CheckpointError(
             f"{folder}: not the packed weights its {PACKED_FILE} describes:\n  " + "\n  ".join(problems)

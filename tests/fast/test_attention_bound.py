@@ -1,4 +1,4 @@
-"""Bounds of a layer's scores and values: found from its packed weights, kept with them, and said."""
+"""Bounds of a layer's scores and values: found from its packed weights, and said."""
 
 from __future__ import annotations
 
@@ -139,26 +139,13 @@ def description(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_packed_weights_carry_it(precision: Any, case: golden.GoldenCase, tmp_path: Path) -> None:
-    model: Any = accelerate(case.model(torch.bfloat16), FastConfig(precision=precision, backend="reference"))
-    wanted = [layer.bound for layer in model.block.layers]
-    save_packed(model, tmp_path / "packed")
+def test_packed_weights_give_it(precision: Any, case: golden.GoldenCase, tmp_path: Path) -> None:
     fast = FastConfig(precision=precision, backend="reference")
-
-    def loaded() -> list[AttentionBound]:
-        again: Any = load(tmp_path / "packed", fast=fast, progress=False)
-        return [layer.bound for layer in again.block.layers]
-
-    assert loaded() == wanted
-    file, content = tmp_path / "packed" / "happyhorse_fast.json", description(tmp_path / "packed")
-    file.write_text(json.dumps(content | {"bounds": [{"scores": 1.0, "v_max": 2.0}] * len(wanted)}))
-    assert loaded() == [AttentionBound(1.0, 2.0)] * len(wanted), "what is stored is taken"
-    del content["bounds"]
-    file.write_text(json.dumps(content))
-    assert loaded() == wanted, "older ones are as good: their weights give it"
-    file.write_text(json.dumps(content | {"bounds": [{"scores": 1.0, "v_max": 2.0}]}))
-    with pytest.raises(CheckpointError, match="bounds of 1 layers for a model of 3"):
-        loaded()
+    model: Any = accelerate(case.model(torch.bfloat16), fast)
+    save_packed(model, tmp_path / "packed")
+    again: Any = load(tmp_path / "packed", fast=fast, progress=False)
+    assert [layer.bound for layer in again.block.layers] == [layer.bound for layer in model.block.layers]
+    assert all(layer.bound.effective < LIMIT for layer in again.block.layers)
 
 
 def test_weights_packed_for_fp8_qk_say_what_is_in_its_place(case: golden.GoldenCase, tmp_path: Path) -> None:
