@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,18 +40,12 @@ def read_config(path: Path | None) -> ModelConfig | None:
     if path is None:
         return None
     try:
-        fields = _from_fifo(path) if path.is_fifo() else json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
             raise TypeError(f"must hold a JSON object, got {type(fields).__name__}")
         return ModelConfig(**fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"config {path}: {error}") from error
-
-
-@functools.cache
-def _from_fifo(path: Path) -> Any:
-    """Read JSON once: a FIFO gives it once, and a command asks before and while it loads a model."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def shards(mesh: Any, shard_weights: bool) -> Any:

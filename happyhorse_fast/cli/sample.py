@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from happyhorse_fast.config import ModelConfig
     from happyhorse_fast.sampler import StepInfo
     from happyhorse_fast.sampler.steps import Denoiser
 
@@ -100,7 +100,8 @@ def sample(
     as_json: JsonOption = False,
 ) -> None:
     """Sample a clip's latents; with --sr-checkpoint in two stages. Under torchrun every process shares each clip."""
-    from happyhorse_fast import golden
+    from happyhorse_fast import golden, sampler
+    from happyhorse_fast.checkpoint.packed import is_packed
 
     process = Launched.here()
     require_target(output, force)
@@ -115,11 +116,57 @@ def sample(
         )
     if attention is not None and fast is None:
         raise ValueError(f"--attention must come with --fast, got {attention} without it")
-    how_fast = None if fast is None else (fast, attention)
+    if sr_checkpoint is not None and not is_packed(sr_checkpoint) and (sr_preset is None) == (sr_config is None):
+        got = "neither" if sr_preset is None else "both"
+        raise ValueError(f"exactly one of --sr-preset and --sr-config is required, got {got}")
+    how_fast = None if fast is None else FastConfig(precision=fast, attention=attention)  # type: ignore[arg-type]
     tensors = read_inputs(inputs)
     where = process.device(usable_device(device))
     first = _Stage(checkpoint, preset, config, dtype, how_fast)
     fps = fps_of(preset) if fps is None else fps
+    draw = tensors.replay if tensors.noise else partial(golden.draw, seed)
+    start = _start(first.config, tensors, draw, resolution, (aspect, seconds, fps))
+    conditions = _conditions(tensors, image_key)
+
+    def denoise(model: Denoiser, **how: Any) -> dict[str, torch.Tensor]:
+        there = {name: None if x is None else x.to(model.device) for name, x in (start | conditions).items()}
+        how |= {"steps": steps, "shift": shift, "guidance": guidance, "noise": draw}
+        return dict(zip(("video", "audio"), sampler.sample(model, **there, **how), strict=True))  # type: ignore[arg-type]
+
+    def enlarge(model: Denoiser, latents: Mapping[str, torch.Tensor], **how: Any) -> torch.Tensor:
+        there = {"video": latents["video"], "audio": latents["audio"], "text": conditions["text"].to(model.device)}
+        how |= {"size": size, "steps": sr_steps, "shift": shift, "noise": draw}
+        return sampler.super_resolve(model, **there, **how)
+
+    # What the samplers say of their arguments is known before minutes of loading.
+    with contextlib.suppress(_CheckedError):
+        denoise(first, progress=False)
+    stages = [first]
+    if sr_checkpoint is not None:
+        stages.append(_Stage(sr_checkpoint, sr_preset, sr_config, dtype, how_fast))
+        with contextlib.suppress(_CheckedError):
+            enlarge(stages[1], start, progress=False)
+    for stage in stages:
+        stage.config.require_ranks(process.size)
+    taken: list[list[_Step]] = [[] for _ in stages]
+    progress = not as_json and process.rank == 0
+    shown = [{"callback": partial(_note, steps_taken), "progress": progress} for steps_taken in taken]
+    with process.mesh(where) as mesh:
+        shard = shards(mesh, shard_weights)
+
+        def loaded(stage: _Stage) -> Any:
+            model = stage.load(device=where, progress=progress, shard=shard)
+            return model if mesh is None else happyhorse_fast.parallelize(model, mesh)
+
+        # No name holds a model: the first is gone before the second is loaded.
+        latents = denoise(loaded(first), **shown[0])
+        if sr_checkpoint is not None:
+            latents["video"] = enlarge(loaded(stages[1]), latents, **shown[1])
+    if process.rank:  # rank 0 writes what all have
+        return
+    rows, columns = latents["video"].shape[3:]
+    sigmas = [[*(step.sigma for step in steps_taken), 0.0] for steps_taken in taken]
+    # A clip from noise in the inputs has the length and rate that whoever made the noise meant.
     drawn_clip = (None,) * 4 if resolution is None else (resolution, aspect, seconds, fps)
     settings: dict[str, Any] = {
         "version": __version__,
@@ -128,7 +175,6 @@ def sample(
         "config": config,
         "inputs": inputs,
         "seed": seed,
-        # A clip from noise in the inputs has the length and rate that whoever made the noise meant.
         **dict(zip(("resolution", "aspect", "seconds", "fps"), drawn_clip, strict=True)),
         "noise": "recorded in the inputs" if tensors.noise else f"drawn by name from seed {seed}",
         "shift": shift,
@@ -137,138 +183,84 @@ def sample(
         "fast": fast,
         "attention": attention,
         "device": where,
+        "ranks": process.size,
+        "steps": len(taken[0]),
+        "sigmas": sigmas[0],
+        "pixels": [rows * VAE_STRIDE[1], columns * VAE_STRIDE[2]],
     }
-    record = Record()
-    draw = tensors.replay if tensors.noise else partial(golden.draw, seed)
-    start = _start(first, tensors, draw, resolution, (aspect, seconds, fps))
-    how = {"steps": steps, "shift": shift, "guidance": guidance, "noise": draw}
-    conditions = _conditions(tensors, image_key)
-    stage: _Stage | None = None
-    sr_how: dict[str, Any] = {"size": size, "steps": sr_steps, "shift": shift, "noise": draw}
-    # What the samplers say of their arguments is known before minutes of loading.
-    with contextlib.suppress(_CheckedError):
-        _first_stage(_Unloaded(first), start, conditions, how)
     if sr_checkpoint is not None:
-        stage = _Stage(sr_checkpoint, sr_preset, sr_config, dtype, how_fast, "sr-")
-        with contextlib.suppress(_CheckedError):
-            _second_stage(_Unloaded(stage), start, conditions, sr_how)
-    for there in filter(None, (first, stage)):
-        there.config.require_ranks(process.size)
-    progress = not as_json and process.rank == 0
-    with process.mesh(where) as mesh:
-        shard = shards(mesh, shard_weights)
-
-        def loaded(there: _Stage) -> Any:
-            model = there.load(device=where, progress=progress, shard=shard)
-            return model if mesh is None else happyhorse_fast.parallelize(model, mesh)
-
-        # No name holds a model: the first is gone before the second is loaded.
-        latents = _first_stage(loaded(first), start, conditions, how, callback=record, progress=progress)
-        if stage is not None:
-            again = Record()
-            shown: dict[str, Any] = {"callback": again, "progress": progress}
-            latents["video"] = _second_stage(loaded(stage), latents, conditions, sr_how, **shown)
-    settings |= {"ranks": process.size, "steps": len(record.sigmas), "sigmas": [*record.sigmas, 0.0]}
-    if stage is not None:
         settings |= {
             "sr_checkpoint": sr_checkpoint,
             "sr_preset": sr_preset,
             "sr_config": sr_config,
             "sr_steps": sr_steps,
             "size": size,
-            "sr_sigmas": [*again.sigmas, 0.0],
+            "sr_sigmas": sigmas[1],
         }
-        record.seconds += again.seconds
-        record.memory_bytes = max(record.memory_bytes or 0, again.memory_bytes or 0) or None
-    rows, columns = latents["video"].shape[3:]
-    if process.rank:  # rank 0 writes what all have
-        return
-    settings["pixels"] = [rows * VAE_STRIDE[1], columns * VAE_STRIDE[2]]
     save_tensors(output, latents, settings)
+    every = [step for steps_taken in taken for step in steps_taken]
+    used = {"video", "audio", "text", "null_text", image_key or "image"}
     data = {
         "output": output,
         "video": list(latents["video"].shape),
         "audio": list(latents["audio"].shape),
-        "seconds_per_step": record.seconds,
-        "peak_memory_bytes": record.memory_bytes,
-        "ignored": sorted(tensors.ignored),
+        "seconds_per_step": [step.seconds for step in every],
+        "peak_memory_bytes": max((step.memory_bytes or 0 for step in every), default=0) or None,
+        "ignored": sorted(tensors.named.keys() - used),
         "settings": settings,
     }
     emit(data, as_json, lambda console: _render(console, data))
 
 
-@dataclass
-class Record:
-    """Times and noise levels of a stage, kept by its callback.
+class _Step(NamedTuple):
+    """Of a step: the noise level that it started from, its time, the peak of memory so far."""
 
-    Attributes:
-        sigmas: Noise level that each step started from.
-        seconds: Time of each step.
-        memory_bytes: Peak so far.
-    """
+    sigma: float
+    seconds: float
+    memory_bytes: int | None
 
-    sigmas: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    memory_bytes: int | None = None
 
-    def __call__(self, info: StepInfo) -> None:
-        self.sigmas.append(info.sigma)
-        self.seconds.append(info.seconds)
-        self.memory_bytes = info.memory_bytes
+def _note(taken: list[_Step], info: StepInfo) -> None:
+    taken.append(_Step(info.sigma, info.seconds, info.memory_bytes))
+
+
+class _CheckedError(Exception):
+    """A sampler has checked its arguments and asks for the first velocity."""
 
 
 class _Stage:
-    """A checkpoint and how to run it.
-
-    Args:
-        checkpoint: Folder or file.
-        preset: Of the model; a second stage needs it, or ``config``, unless its weights are packed.
-        config: JSON file, in place of ``preset``.
-        dtype: Compute dtype.
-        fast: Precision of products and of attention; None for eager.
-        option: First words of its options' names.
-    """
+    """A checkpoint that is not loaded yet: a denoiser of its configuration, which ends a run at its first velocity."""
 
     def __init__(
-        self,
-        checkpoint: Path,
-        preset: str | None,
-        config: Path | None,
-        dtype: Dtype,
-        fast: tuple[Precision, str | None] | None,
-        option: str = "",
+        self, checkpoint: Path, preset: str | None, config: Path | None, dtype: Dtype, fast: FastConfig | None
     ) -> None:
         import torch
 
         from happyhorse_fast.checkpoint.load import check_load, load
-        from happyhorse_fast.checkpoint.packed import is_packed
 
-        if option and not is_packed(checkpoint) and (preset is None) == (config is None):
-            got = "neither" if preset is None else "both"
-            raise ValueError(f"exactly one of --{option}preset and --{option}config is required, got {got}")
-        how: dict[str, Any] = {
-            "compute_dtype": getattr(torch, dtype),
-            "fast": None if fast is None else FastConfig(precision=fast[0], attention=fast[1]),  # type: ignore[arg-type]  # checked there,
-        }
+        given = (checkpoint, preset, read_config(config))
+        how: dict[str, Any] = {"compute_dtype": getattr(torch, dtype), "fast": fast}
+        self.config = check_load(*given, **how)  # raises what loading would, before data are read
+        self.load = partial(load, *given, **how)
         self.stream_dtype = torch.promote_types(how["compute_dtype"], torch.float32)
-        # Raises what loading would, before data are read.
-        self.config = check_load(checkpoint, preset, read_config(config), **how)
-        self.load = partial(load, checkpoint, preset, read_config(config), **how)
+        self.device = torch.device("cpu")
+
+    def __call__(self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor) -> Any:
+        raise _CheckedError
 
 
 def _start(
-    stage: _Stage, tensors: Inputs, draw: Any, resolution: str | None, clip: tuple[str, int, int]
+    config: ModelConfig, tensors: Inputs, draw: Any, resolution: str | None, clip: tuple[str, int, int]
 ) -> dict[str, torch.Tensor]:
     """Video and audio to start from, on the CPU."""
-    config, path = stage.config, tensors.path
-    given = {name: tensors.take(name) for name in ("video", "audio")}
-    here = {name: value for name, value in given.items() if value is not None}
-    if len(here) == len(given):
+    path = tensors.path
+    given: dict[str, torch.Tensor] = {x: tensors.named[x] for x in ("video", "audio") if x in tensors.named}
+    if len(given) == 2:
         if resolution is not None:
             raise ValueError(f"--resolution makes the starting noise, but {path} holds video and audio")
-        return here
-    if here:
-        raise ValueError(f"{path}: must hold both video and audio or neither, got only {', '.join(here)}")
+        return given
+    if given:
+        raise ValueError(f"{path}: must hold both video and audio or neither, got only {', '.join(given)}")
     if resolution is None:
         raise ValueError(f"{path}: must hold video and audio to start from, or --resolution must be given to draw them")
     size = tokens_for(resolution, *clip)
@@ -278,60 +270,14 @@ def _start(
     }
 
 
-def _conditions(tensors: Inputs, image_key: str | None) -> dict[str, torch.Tensor | None]:
-    """text, image and null_text, on the CPU."""
-    text, null_text = tensors.take("text"), tensors.take("null_text")
-    there = ", ".join(sorted(tensors.named))
-    if text is None:
+def _conditions(tensors: Inputs, image_key: str | None) -> dict[str, Any]:
+    """text, image and null_text, on the CPU; None where there is none."""
+    named, there = tensors.named, ", ".join(sorted(tensors.named))
+    if "text" not in named:
         raise ValueError(f"{tensors.path}: must hold text (or in.text) [1, L, Ct], got {there}")
-    image = tensors.take(image_key or "image")
-    if image_key is not None and image is None:
+    if image_key is not None and image_key not in named:
         raise ValueError(f"{tensors.path}: --image-key names {image_key}, got {there}")
-    return {"text": text, "image": image, "null_text": null_text}
-
-
-class _CheckedError(Exception):
-    """A sampler has checked its arguments and asks for the first velocity."""
-
-
-class _Unloaded:
-    """A denoiser of a configuration alone."""
-
-    def __init__(self, stage: _Stage) -> None:
-        import torch
-
-        self.config, self.stream_dtype, self.device = stage.config, stage.stream_dtype, torch.device("cpu")
-
-    def __call__(self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor) -> Any:
-        raise _CheckedError
-
-
-def _first_stage(
-    model: Denoiser,
-    start: Mapping[str, torch.Tensor],
-    conditions: Mapping[str, torch.Tensor | None],
-    how: Mapping[str, Any],
-    **shown: Any,
-) -> dict[str, torch.Tensor]:
-    from happyhorse_fast.sampler import sample as run
-
-    there: dict[str, Any] = {**start, **conditions}
-    there = {name: None if value is None else value.to(model.device) for name, value in there.items()}
-    video, audio = run(model, **there, **how, **{"progress": False, **shown})
-    return {"video": video, "audio": audio}
-
-
-def _second_stage(
-    model: Denoiser,
-    latents: Mapping[str, torch.Tensor],
-    conditions: Mapping[str, Any],
-    how: Mapping[str, Any],
-    **shown: Any,
-) -> torch.Tensor:
-    from happyhorse_fast.sampler import super_resolve
-
-    text = conditions["text"].to(model.device)
-    return super_resolve(model, latents["video"], latents["audio"], text, **how, **{"progress": False, **shown})
+    return {"text": named["text"], "image": named.get(image_key or "image"), "null_text": named.get("null_text")}
 
 
 def _render(console: Console, data: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
     """Content of an inputs file.
 
@@ -18,18 +18,11 @@ class Inputs:
         path: Of the file.
         named: All tensors but recorded noise, such as text, video and audio; names without ``in.``.
         noise: Recorded noise by name.
-        ignored: Names that no option asked for.
     """
 
     path: Path
     named: dict[str, torch.Tensor]
     noise: dict[str, torch.Tensor]
-    ignored: set[str]
-
-    def take(self, name: str) -> torch.Tensor | None:
-        """Return a tensor by name, None where there is none, and count it as used."""
-        self.ignored.discard(name)
-        return self.named.get(name)
 
     def replay(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return recorded noise; a sampler takes this as ``noise``.
@@ -65,4 +58,4 @@ def read_inputs(path: Path) -> Inputs:
         if name in named:
             raise ValueError(f"{path}: holds both {name} and in.{name}; one is allowed")
         named[name] = tensors[key]
-    return Inputs(path, named, noise, set(named))
+    return Inputs(path, named, noise)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from happyhorse_fast.config import ModelConfig
     from happyhorse_fast.eager.model import HappyHorse
     from happyhorse_fast.fast.config import FastConfig
 
@@ -149,7 +150,7 @@ def verify(
     from happyhorse_fast.verify.kernels import check_kernels
 
     where = usable_device(device)
-    load = partial(_load, checkpoint, preset, config, where, quiet=as_json)
+    load = partial(_load, checkpoint, preset, read_config(config), where, quiet=as_json)
     data: dict[str, Any] = {}
     passed: list[bool] = []
     shown: list[Callable[[Console], None]] = []
@@ -219,7 +220,13 @@ def _fast_config(precision: str, attention: str | None, top_k: float | None, bac
 
 
 def _load(
-    checkpoint: Path | None, preset: str | None, config: Path | None, device: str, dtype: torch.dtype, *, quiet: bool
+    checkpoint: Path | None,
+    preset: str | None,
+    config: ModelConfig | None,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    quiet: bool,
 ) -> HappyHorse:
     """The eager model of a checkpoint, which whoever calls has."""
     from happyhorse_fast.checkpoint.load import load
@@ -228,4 +235,4 @@ def _load(
     assert checkpoint is not None
     if is_packed(checkpoint):
         raise ValueError(f"checkpoint must hold the published weights to be verified; {checkpoint} holds packed ones")
-    return load(checkpoint, preset, read_config(config), device=device, compute_dtype=dtype, progress=not quiet)
+    return load(checkpoint, preset, config, device=device, compute_dtype=dtype, progress=not quiet)

@@ -21,7 +21,6 @@ from happyhorse_fast import __version__, golden
 from happyhorse_fast.checkpoint.load import save_checkpoint
 from happyhorse_fast.cli import demo as demo_command
 from happyhorse_fast.cli import run
-from happyhorse_fast.cli import sample as sample_command
 from happyhorse_fast.sampler import StepInfo
 from happyhorse_fast.verify import clips
 
@@ -399,14 +398,12 @@ def test_an_interrupted_write_leaves_what_was_there(
 def test_ctrl_c_exits_130_and_leaves_no_file(
     published: Published, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    record = sample_command.Record.__call__
-
-    def press(self: sample_command.Record, info: StepInfo) -> None:
-        record(self, info)
-        if info.step == 2:
+    def press(step: int, *of_step: Any) -> StepInfo:
+        if step == 2:
             signal.raise_signal(signal.SIGINT)
+        return StepInfo(step, *of_step)
 
-    monkeypatch.setattr(sample_command.Record, "__call__", press)
+    monkeypatch.setattr("happyhorse_fast.sampler.steps.StepInfo", press)
     arguments = sampling(published("dense_v2_fp32"), tmp_path / "out.safetensors", "--json")
     assert fails(capsys, *arguments, code=130) == "happyhorse-fast: error: interrupted\n"
     assert list(tmp_path.iterdir()) == []
