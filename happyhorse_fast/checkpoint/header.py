@@ -116,7 +116,6 @@ def _read_folder(folder: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{folder}: holds both {' and '.join(there)}; remove one, or name the file to load")
     if there:
         file = folder / there[0]
-        require_regular_file(file)
         return _read_shards(folder, file) if file.name.endswith(_INDEX_SUFFIX) else read_file(file)
     names = sorted(entry.name for entry in folder.iterdir())
     others = [name for name in names if name.endswith(_INDEX_SUFFIX)]
@@ -149,30 +148,30 @@ def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
         )
     absent = [name for name in shards if not (folder / name).exists()]
     if absent:
-        why = {name: f", {_absent(folder / name)}" if (folder / name).is_symlink() else "" for name in absent}
         first = {name: next(key for key, shard in weight_map.items() if shard == name) for name in absent}
-        examples = (f"{name} (with {first[name]}{why[name]})" for name in absent)
+        examples = (f"{name} (with {first[name]}, {_absent(folder / name)})" for name in absent)
         raise CheckpointError(
             f"{index}: {len(absent)} of {len(shards)} shards are missing from {folder}: {listed(examples)}"
         )
-    headers = {name: read_file(folder / name) for name in shards}
-    count = Counter(key for header in headers.values() for key in header)
-    twice = (
-        f"{key} in {' and '.join(name for name, header in headers.items() if key in header)}"
-        for key, times in count.items()
-        if times > 1
-    )
-    entries = {key: entry for header in headers.values() for key, entry in header.items()}
-    astray = (
-        f"{key} in {shard}" + (f" (it is in {entries[key].file.name})" if key in entries else " (no shard has it)")
-        for key, shard in weight_map.items()
-        if key not in headers[shard]
-    )
-    unnamed = (f"{key} in {entry.file.name}" for key, entry in entries.items() if key not in weight_map)
+    entries: dict[str, TensorEntry] = {}
+    places: dict[str, list[str]] = {}
+    for name in shards:
+        header = read_file(folder / name)
+        entries |= header
+        for key in header:
+            places.setdefault(key, []).append(name)
     kinds = {
-        "keys in several shards": list(twice),
-        "keys that are not in the shard the index names": list(astray),
-        "keys of the shards that are not in the index": list(unnamed),
+        "keys in several shards": [
+            f"{key} in {' and '.join(found)}" for key, found in places.items() if len(found) > 1
+        ],
+        "keys that are not in the shard the index names": [
+            f"{key} in {shard} (" + (f"it is in {places[key][0]})" if key in places else "no shard has it)")
+            for key, shard in weight_map.items()
+            if shard not in places.get(key, ())
+        ],
+        "keys of the shards that are not in the index": [
+            f"{key} in {found[0]}" for key, found in places.items() if key not in weight_map
+        ],
     }
     problems = [f"{kind} ({len(found)}): {listed(found)}" for kind, found in kinds.items() if found]
     if problems:
@@ -186,6 +185,7 @@ def read_index(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: It cannot be read, or is none.
     """
+    require_regular_file(index)
     try:
         content = _parse_json(index.read_bytes())
     except (ValueError, RecursionError) as error:

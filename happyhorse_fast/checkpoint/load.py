@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,6 @@ def load(
     updates = plan_updates(model, lora, lora_scale)
     entries = read_headers(path)
     accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
-    by_layers = accelerating is not None or shard is not None
 
     def done(layer: int) -> None:
         if accelerating is not None:
@@ -117,7 +116,7 @@ def load(
             spread(model.block.layers[layer], shard)
 
     with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
-        _stream(model, entries, place, advance, done if by_layers else None, updates)
+        _stream(model, entries, place, advance, updates, done)
         if accelerating is not None:
             accelerating.finish()
     return model
@@ -187,12 +186,12 @@ def _stream(
     entries: Mapping[str, TensorEntry],
     device: torch.device,
     advance: Advance,
-    done: Callable[[int], None] | None,
     updates: Mapping[str, Sequence[Update]],
+    done: Callable[[int], None],
 ) -> None:
-    """Fill a model on ``"meta"`` tensor by tensor: the rotary frequencies first, then in the files' order.
+    """Fill a model on ``"meta"``: the rotary frequencies, layer by layer, the rest.
 
-    With ``done`` layer by layer instead; it is called with a layer's number once that is complete and has its LoRAs.
+    ``done`` is called with a layer's number once that is complete and has its LoRAs.
     """
     staging = staging_buffer(device)
     bands = frequency_bands(model.get_buffer(BANDS_KEY).shape[0] * 8)
@@ -209,18 +208,9 @@ def _stream(
         bands = stored
     assign(model, BANDS_KEY, bands.to(device))
     like = model.state_dict()
-    rest = [entry for key, entry in entries.items() if key != BANDS_KEY]
-    if done is None:
-        fill(model, rest, like, device, staging, advance)
-        _merge(model, updates, updates)
-        return
-    for layer, together in by_layer(rest):
+    for layer, together in by_layer(entry for key, entry in entries.items() if key != BANDS_KEY):
         fill(model, together, like, device, staging, advance)
-        _merge(model, updates, [path for path in updates if layer_of(path) == layer])
+        for path in (path for path in updates if layer_of(path) == layer):
+            add_updates(model.get_submodule(path), updates[path])
         if layer is not None:
             done(layer)
-
-
-def _merge(model: nn.Module, updates: Mapping[str, Sequence[Update]], paths: Iterable[str]) -> None:
-    for path in paths:
-        add_updates(model.get_submodule(path), updates[path])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from itertools import groupby
-from operator import itemgetter
 
 import torch
 from torch import nn
@@ -76,11 +76,11 @@ def fill(
 
 
 def by_layer(entries: Iterable[TensorEntry]) -> Iterator[tuple[int | None, list[TensorEntry]]]:
-    """(layer, its tensors) in order, those of no layer first."""
-    keyed = [(layer_of(entry.key), entry) for entry in entries]
-    keyed.sort(key=lambda pair: -1 if pair[0] is None else pair[0])
-    for layer, together in groupby(keyed, key=itemgetter(0)):
-        yield layer, [entry for _, entry in together]
+    """(layer, its tensors) in order, those of no layer last."""
+    groups: dict[int | None, list[TensorEntry]] = {}
+    for entry in entries:
+        groups.setdefault(layer_of(entry.key), []).append(entry)
+    yield from sorted(groups.items(), key=lambda group: math.inf if group[0] is None else group[0])
 
 
 def read_tensor(
