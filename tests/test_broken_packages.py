@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from happyhorse_fast.ops.runtime.cuda import errors, status
 from happyhorse_fast.pony.media import read_image
 from happyhorse_fast.verify import clips
 from happyhorse_fast.verify import interpreted_layer as layer_module
-from happyhorse_fast.verify.interpreted_layer import InterpretedLayer, interpreted_layer
+from happyhorse_fast.verify.interpreted_layer import Found, interpreted_layer
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -109,8 +109,8 @@ def test_a_broken_triton_is_an_obstacle(how: str, broken: Any, monkeypatch: Patc
     assert how in choices["fp8_linear"].reason
     with pytest.raises(hh.BackendError, match=f"backend 'triton' cannot run: Triton is installed but .*{how}"):
         dispatch.choose("triton", "bf16", torch.device("cuda"))
-    with interpreted_layer("a large red ball bounces twice", 0) as layer:
-        assert how in (layer.checks()[1] or "")
+    with interpreted_layer("a large red ball bounces twice", 0) as checks:
+        assert how in (checks()[1] or "")
 
 
 GOES_ON = """
@@ -219,8 +219,8 @@ def test_guided_sampling_names_a_broken_diffusers(broken: Any) -> None:
 @pytest.fixture
 def no_layer(monkeypatch: Patch) -> None:
     @contextmanager
-    def none(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
-        yield InterpretedLayer(None)
+    def none(prompt: str, seed: int) -> Iterator[Callable[[], Found]]:
+        yield lambda: ([], "Triton is not installed")
 
     monkeypatch.setattr(layer_module, "interpreted_layer", none)
 

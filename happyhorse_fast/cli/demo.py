@@ -68,9 +68,9 @@ def demo(
         print(f"{len(FORMS)} clips of {steps} steps on the CPU, about 40 s...", file=sys.stderr)
     start = time.perf_counter()
     # In a process of its own, so beside the forms; it takes as long as all of them.
-    with interpreted_layer.interpreted_layer(prompt, seed) as layer:
+    with interpreted_layer.interpreted_layer(prompt, seed) as checks:
         runs = clips.make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
-        kernels, why_no_kernels = layer.checks()
+        kernels, why_no_kernels = checks()
     settings = {"prompt": prompt, "image": image, "seed": seed, "steps": steps}
     data = {
         **settings,

@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -54,26 +55,13 @@ class LayerCheck:
     seconds: float
 
 
-class InterpretedLayer:
-    """The process that runs it; :meth:`checks` waits for it."""
-
-    def __init__(self, process: subprocess.Popen[str] | None, why_not: str = "Triton is not installed") -> None:
-        self._process, self._why_not = process, why_not
-
-    def checks(self) -> tuple[list[LayerCheck], str | None]:
-        """Wait for the process; returns the checks, and the reason where there are none."""
-        if self._process is None:
-            return [], f"{self._why_not}, so its interpreter cannot run a layer (it is for Linux only)"
-        out, error = self._process.communicate()
-        if self._process.returncode:
-            last = (error.strip().splitlines() or ["no message"])[-1]
-            return [], f"the layer did not run in Triton's interpreter: exit code {self._process.returncode}, {last}"
-        return [LayerCheck(**entry) for entry in json.loads(out)], None
+Found = tuple[list[LayerCheck], str | None]
+"""The checks, and the reason where there are none."""
 
 
 @contextmanager
-def interpreted_layer(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
-    """Start the process; it is ended where the caller does not wait for it.
+def interpreted_layer(prompt: str, seed: int) -> Iterator[Callable[[], Found]]:
+    """Start the process; yields what waits for its checks. It is ended where nobody waits for it.
 
     Args:
         prompt: In the grammar of :mod:`happyhorse_fast.pony.prompt`.
@@ -81,21 +69,28 @@ def interpreted_layer(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
     """
     why_not = triton_missing()
     if why_not is not None:
-        yield InterpretedLayer(None, why_not)
+        yield lambda: ([], f"{why_not}, so its interpreter cannot run a layer (it is for Linux only)")
         return
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", __name__, prompt, str(seed)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    try:
-        yield InterpretedLayer(process)
-    finally:
-        if process.poll() is None:
+    ) as process:
+        try:
+            yield partial(checks_of, process)
+        finally:
             process.kill()
-        process.communicate()
+
+
+def checks_of(process: subprocess.Popen[str]) -> Found:
+    """Wait for the process."""
+    out, error = process.communicate()
+    if process.returncode:
+        last = (error.strip().splitlines() or ["no message"])[-1]
+        return [], f"the layer did not run in Triton's interpreter: exit code {process.returncode}, {last}"
+    return [LayerCheck(**entry) for entry in json.loads(out)], None
 
 
 def run_layer(prompt: str, seed: int) -> list[LayerCheck]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from happyhorse_fast.cli import run
 from happyhorse_fast.pony import encode_image
 from happyhorse_fast.pony.media import read_image
 from happyhorse_fast.verify import interpreted_layer
-from happyhorse_fast.verify.interpreted_layer import InterpretedLayer, LayerCheck
+from happyhorse_fast.verify.interpreted_layer import Found, LayerCheck
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -32,8 +32,8 @@ def no_layer(monkeypatch: Patch) -> None:
     """Without the process that interprets a layer: it takes as long as everything else."""
 
     @contextmanager
-    def none(prompt: str, seed: int) -> Iterator[InterpretedLayer]:
-        yield InterpretedLayer(None)
+    def none(prompt: str, seed: int) -> Iterator[Callable[[], Found]]:
+        yield lambda: ([], "Triton is not installed")
 
     monkeypatch.setattr(interpreted_layer, "interpreted_layer", none)
 
@@ -136,10 +136,8 @@ def test_a_wrong_kernel_fails_the_demo(tmp_path: Path, monkeypatch: Patch, capsy
     wrong = LayerCheck("bf16", 4e-2, 8e-4, 4e-2, False, 1.0)
 
     @contextmanager
-    def planted(prompt: str, seed: int) -> Iterator[Any]:
-        layer = InterpretedLayer(None)
-        monkeypatch.setattr(layer, "checks", lambda: ([wrong], None))
-        yield layer
+    def planted(prompt: str, seed: int) -> Iterator[Callable[[], Found]]:
+        yield lambda: ([wrong], None)
 
     monkeypatch.setattr(interpreted_layer, "interpreted_layer", planted)
     assert run(["demo", "--out", str(tmp_path), "--steps", "1"]) == 1
@@ -162,13 +160,21 @@ def test_a_kernel_that_is_off_by_four_percent_is_found(monkeypatch: Patch) -> No
 def test_why_the_layer_did_not_run() -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such kernel')"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    checks, why = InterpretedLayer(process).checks()
+    checks, why = interpreted_layer.checks_of(process)
     assert checks == []
     assert why is not None and "exit code 1, no such kernel" in why
 
 
-def test_the_process_ends_with_its_caller() -> None:
-    with interpreted_layer.interpreted_layer("a large red ball bounces twice", 0) as layer:
-        process = layer._process
-        assert process is not None and process.poll() is None
+def test_the_process_ends_with_its_caller(monkeypatch: Patch) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    class Noted(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    with interpreted_layer.interpreted_layer("a large red ball bounces twice", 0):
+        (process,) = started
+        assert process.poll() is None
     assert process.returncode is not None and process.returncode < 0
