@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from happyhorse_fast.config import ModelConfig
     from happyhorse_fast.eager.model import HappyHorse
     from happyhorse_fast.fast.config import FastConfig
+    from happyhorse_fast.ops.runtime.self_check import KernelCheck
 
 # Options that mean something in one mode alone.
 _FAST, _PONY, _CALIBRATE, _CHECKPOINT = "--fast", "--pony", "--calibrate", "a checkpoint"
@@ -147,7 +148,6 @@ def verify(
 
     from happyhorse_fast.cli import verify_tables
     from happyhorse_fast.verify import calibration, checks, equivalence, fidelity
-    from happyhorse_fast.verify.kernels import check_kernels
 
     where = usable_device(device)
     load = partial(_load, checkpoint, preset, read_config(config), where, quiet=as_json)
@@ -155,7 +155,7 @@ def verify(
     passed: list[bool] = []
     shown: list[Callable[[Console], None]] = []
     if kernels:
-        checked = check_kernels(torch.device(where), _say)
+        checked = _check_kernels(torch.device(where))
         data["kernels"] = checked
         passed += [check.passed for check in checked]
         shown += [partial(verify_tables.kernels, checked, where)]
@@ -204,6 +204,25 @@ def verify(
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def _check_kernels(device: torch.device) -> list[KernelCheck]:
+    """The self-check of every Triton kernel, whatever is remembered of it."""
+    import torch
+
+    from happyhorse_fast.ops.runtime import self_check
+    from happyhorse_fast.ops.runtime.obstacles import triton_obstacle
+
+    obstacle = triton_obstacle(device)
+    if obstacle is not None:
+        raise ValueError(f"--kernels needs a device that runs Triton kernels: {obstacle}")
+    # e4m3 in hardware: compute capability 8.9; the interpreter has every format.
+    fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    checked = []
+    for check in self_check.run_checks("triton", device, fp8=fp8):
+        _say(f"{check.op} {check.variant}: {check.seconds:.1f} s")
+        checked.append(check)
+    return checked
 
 
 def _fast_config(precision: str, attention: str | None, top_k: float | None, backend: str, device: str) -> FastConfig:
