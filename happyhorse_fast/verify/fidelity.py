@@ -29,7 +29,7 @@ from happyhorse_fast.pony.metrics import log_spectral_distance, psnr, ssim
 from happyhorse_fast.pony.prompt import Prompt, held_out_prompts
 from happyhorse_fast.pony.weights import weights_digest
 from happyhorse_fast.verify.clips import one_thread
-from happyhorse_fast.verify.frame_blocks import FrameBlocks, decide_between_frames
+from happyhorse_fast.verify.frame_blocks import decide_between_frames
 
 EAGER = "eager bf16"
 Kind = Literal["bf16", "int8 op", "int8", "fp8 op", "fp8", "sparsity"]
@@ -318,8 +318,7 @@ def kept_share(model: Any, steps: int) -> float:
         return 1.0
     if isinstance(fast.fast.sparsity, TopP):
         raise ValueError("sparsity must be TopK or Tiles to count what it keeps, got TopP")
-    config, clip = fast.config, fast.clips[CLIP]
-    state = clip.wide if isinstance(clip, FrameBlocks) else clip
+    config, state = fast.config, fast.clips[CLIP]
     video = state.token_rows[: CLIP.video]
     heads = (config.num_heads_q, config.num_heads_kv)
     q, k = (torch.zeros(state.rows.slots, n, config.head_dim).bfloat16() for n in heads)

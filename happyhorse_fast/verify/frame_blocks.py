@@ -8,7 +8,6 @@ chooses there, and what it chose is brought back to the clip's own rows as masks
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,29 +19,29 @@ from happyhorse_fast.eager import sequence
 from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.padded_rows import PaddedRows
-from happyhorse_fast.fast.plan import LayerPlan
-from happyhorse_fast.fast.state import FastState
+from happyhorse_fast.fast.sparse_policy import SparsePolicy
+from happyhorse_fast.fast.state import FastState, build_clip_state
 
 
-@dataclass
-class FrameBlocks(ClipState):
-    """A clip's state in its own rows, whose masks are chosen in ``wide``'s.
+class FramePolicy(SparsePolicy):
+    """A policy that chooses in rows with every latent frame on a block, for a clip in its own rows.
 
-    Attributes:
-        wide: The same clip with every latent frame on a block.
+    Args:
+        chooser: The policy of those rows.
+        wide: The clip in them.
+        state: The clip in its own rows.
     """
 
-    wide: ClipState = field(init=False)
+    def __init__(self, chooser: SparsePolicy, wide: ClipState, state: ClipState) -> None:
+        self.chooser, self.wide, self.state = chooser, wide, state
 
-    def block_map(
+    def map(
         self,
-        plan: LayerPlan,
         q: torch.Tensor,
         k: torch.Tensor,
         q_scale: torch.Tensor | None,
         k_scale: torch.Tensor | None,
-        *,
-        exact: bool = False,
+        backend: str,
     ) -> BlockMap:
         """Choose a map from q and k [rows, heads, D] in bf16, a latent frame at a time.
 
@@ -51,18 +50,11 @@ class FrameBlocks(ClipState):
         """
         if q_scale is not None or k_scale is not None:
             raise ValueError("attention must be bf16 where sparsity decides between frames, got codes with scales")
-        return self._narrow(self.wide.block_map(plan, self._spread(q), self._spread(k), None, None, exact=exact))
-
-    def _spread(self, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_zeros(self.wide.rows.slots, *x.shape[1:])
-        out[self.wide.token_rows] = x[self.token_rows]
-        return out
-
-    def _narrow(self, chosen: BlockMap) -> BlockMap:
-        rows, place = self.rows.slots, self.token_rows
-        full, ids = chosen.to_blocks()  # in wide's rows a mask inside a block leaves out padding alone
+        chosen = self.chooser.map(self._spread(q), self._spread(k), None, None, backend)
+        full, ids = chosen.to_blocks()  # a mask inside a block leaves out padding alone
         block = self.wide.token_rows // BLOCK
         dense = (full | (ids >= 0))[:, block[:, None], block[None, :]]
+        rows, place = self.state.rows.slots, self.state.token_rows
         mask = torch.zeros(len(dense), rows, rows, dtype=torch.bool)
         mask[:, place[:, None], place[None, :]] = dense
         tiles = mask.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3)  # [Hm, R, S, 128, 128]
@@ -72,9 +64,14 @@ class FrameBlocks(ClipState):
         ids[partial] = torch.arange(int(partial.sum()), dtype=torch.int32)
         return BlockMap(*assemble(full, ids, pack(tiles[partial]), rows, rows))
 
+    def _spread(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_zeros(self.wide.rows.slots, *x.shape[1:])
+        out[self.wide.token_rows] = x[self.state.token_rows]
+        return out
 
-def decide_between_frames(model: Any, clip: Clip) -> FrameBlocks:
-    """Make an accelerated model, on the CPU, choose its masks for ``clip`` a latent frame at a time.
+
+def decide_between_frames(model: Any, clip: Clip) -> None:
+    """Make an accelerated model, on the CPU, choose its sparse masks for ``clip`` a latent frame at a time.
 
     Raises:
         ValueError: A latent frame has more than 128 tokens.
@@ -82,22 +79,19 @@ def decide_between_frames(model: Any, clip: Clip) -> FrameBlocks:
     if clip.frame_tokens > BLOCK:
         raise ValueError(f"clip must have at most {BLOCK} tokens in a latent frame, got {clip.frame_tokens}")
     fast: FastState = model.fast
-    config = fast.config
+    config, bands = fast.config, model.adapter.rope.bands
+    state = fast.clips[clip] = build_clip_state(fast, clip, bands)
     layout = Layout(clip.frames, clip.frame_tokens, clip.audio, clip.text, align_frames=True, align_modalities=True)
     spans = [(f * clip.frame_tokens, (f + 1) * clip.frame_tokens, 0) for f in range(clip.frames)]
     spans += [(first, end, m) for m, (first, end) in enumerate(zip(clip.bounds[1:], clip.bounds[2:], strict=False), 1)]
-    arguments = (
+    wide = ClipState.build(
+        dataclasses.replace(PaddedRows.of_spans(spans, align=True), layout=layout),
         sequence.dense_ranges(clip),
         sequence.local_ranges(clip, config.frame_receptive_field),
         sequence.coordinates(clip, config.coords_style),
-        model.adapter.rope.bands,
+        bands,
         fast.fast,
         config.num_layers,
         clip.columns,
     )
-    state = FrameBlocks.build(PaddedRows.of(clip, windowed=True), *arguments)
-    assert isinstance(state, FrameBlocks)
-    wide = dataclasses.replace(PaddedRows.of_spans(spans, align=True), layout=layout)
-    state.wide = ClipState.build(wide, *arguments)
-    fast.clips[clip] = state
-    return state
+    state.policies = {which: FramePolicy(chooser, wide, state) for which, chooser in wide.policies.items()}

@@ -20,7 +20,7 @@ from happyhorse_fast.pony.metrics import log_spectral_distance, psnr, ssim
 from happyhorse_fast.verify import fidelity
 from happyhorse_fast.verify.activations import MODALITIES, TENSORS, Sums, measure_activations
 from happyhorse_fast.verify.fidelity import ClipError, Fidelity, Policy, PolicyResult, Summary
-from happyhorse_fast.verify.frame_blocks import FrameBlocks, decide_between_frames
+from happyhorse_fast.verify.frame_blocks import decide_between_frames
 
 torch.set_num_threads(1)
 
@@ -89,11 +89,8 @@ def velocities(sparsity: Sparsity | None, between_frames: bool) -> tuple[Any, to
     return model, torch.cat([video.flatten(), audio.flatten()])
 
 
-def test_exact_masks_come_back_as_they_were() -> None:
+def test_masks_that_leave_nothing_out_come_back_as_they_were() -> None:
     _, plain = velocities(None, between_frames=False)
-    model, own = velocities(None, between_frames=True)
-    assert isinstance(model.fast.clips[CLIP], FrameBlocks)
-    assert own.equal(plain)
     _, everything = velocities(Tiles(13, 64, 64), between_frames=True)
     assert everything.equal(plain)
     _, some = velocities(Tiles(0, 64, 64), between_frames=True)
