@@ -155,10 +155,10 @@ def fast_ops(layer: FastLayer, state: ClipState, given: LayerInputs, exact: OpRe
         v,
         gate,
         attention=_attention(layer, state, exact),
-        proj=_proj(layer, state, exact),
+        proj=_product(layer, state, "proj", exact),
         middle=given.hidden[:0],
         up=_up(layer, state, exact),
-        down=_down(layer, state, exact),
+        down=_product(layer, state, "down", exact),
     )
 
 
@@ -193,8 +193,8 @@ def products_alone(
         exact: The eager layer's results in float32.
     """
     yield "qkv", side_by_side(*_norm_and_qkv(layer, state, given)[1:])
-    yield "proj", _proj(layer, state, exact)
-    yield "down", _down(layer, state, exact)
+    for op in ("proj", "down"):
+        yield op, _product(layer, state, op, exact)
     yield "up", _up(_changed(layer, layer.plan.backend, down="bf16"), state, exact)
 
 
@@ -267,26 +267,21 @@ def _attention(layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Te
     return _values(state, layer.attend(AttentionInputs(q, k, v, q_scale, k_scale, v_scale, gate), state))
 
 
-def _proj(layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
-    return _product(layer, state, "proj", exact, output_scale(exact.v.float(), None, exact.gate.float()))
-
-
 def _up(layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
     tiles = _tiles(layer, state)
     y = layer.up(layer.norm(_rows(state, exact.middle), "up", tiles), tiles)
     return _values(state, y)[:, : exact.up.shape[1]]
 
 
-def _down(layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
-    return _product(layer, state, "down", exact, static_scale(layer.activation, True, exact.up.device))
-
-
-def _product(layer: FastLayer, state: ClipState, op: str, exact: OpResults, of_codes: torch.Tensor) -> torch.Tensor:
+def _product(layer: FastLayer, state: ClipState, op: str, exact: OpResults) -> torch.Tensor:
     """proj or down of a float32 input, in the format that the op before would have written it."""
-    weight: torch.Tensor = getattr(layer, f"{op}_weight")
-    rows = _rows(state, exact.attention if op == "proj" else exact.up, weight.shape[2])
+    rows = _rows(state, exact.attention if op == "proj" else exact.up, layer.weight_of(op).shape[2])
     if layer.plan.precision[op] == "fp8":
-        x: Operand = quantize_static(rows, of_codes), of_codes
+        if op == "proj":
+            scale = output_scale(exact.v.float(), None, exact.gate.float())
+        else:
+            scale = static_scale(layer.activation, True, rows.device)
+        x: Operand = quantize_static(rows, scale), scale
     else:
         x = layer.quantized((rows.bfloat16(), None), op)
     tiles = _tiles(layer, state)

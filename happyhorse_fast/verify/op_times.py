@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,40 +47,37 @@ class OpTimes(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._on_gpu = device.type == "cuda"
-        self._spans: list[tuple[str, Callable[[], float]]] = []
+        self._spans: list[tuple[str, Any, Any]] = []  # name, start and end: events on a GPU, else seconds
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = group_of(func._schema.name)
         if func.is_view:
             return func(*args, **(kwargs or {}))
-        if not self._on_gpu:
-            began = time.perf_counter()
-            result = func(*args, **(kwargs or {}))
-            took = time.perf_counter() - began
-            self._spans.append((name, lambda: took))
-            return result
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start = self._now()
         result = func(*args, **(kwargs or {}))
-        end.record()
-        self._spans.append((name, lambda: start.elapsed_time(end) / 1e3))
+        self._spans.append((group_of(func._schema.name), start, self._now()))
         return result
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def seconds(self) -> dict[str, float]:
         """Seconds by op, longest first; waits for the device."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        total: dict[str, float] = {}
-        for name, taken in self._spans:
-            total[name] = total.get(name, 0.0) + taken()
-        return dict(sorted(total.items(), key=lambda item: -item[1]))
+        total: Counter[str] = Counter()
+        for name, start, end in self._spans:
+            total[name] += start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
+        return dict(total.most_common())
 
     def calls(self) -> dict[str, int]:
         """Calls by op."""
-        names = [name for name, _ in self._spans]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
+        return dict(Counter(name for name, _, _ in self._spans))
 
 
 def group_of(name: str) -> str:
@@ -192,10 +190,10 @@ def time_form(
                 model(*inputs)
             passes.append(times.seconds())
             calls = times.calls()
-    flops: dict[str, float] = {}
+    flops: Counter[str] = Counter()
     for cost in step_costs(config, clip, text=text):
         if cost.kind != OUTSIDE:
-            flops[cost.op] = flops.get(cost.op, 0.0) + cost.count * cost.flops
+            flops[cost.op] += cost.count * cost.flops  # type: ignore[assignment]
     ops = []
     for name in passes[0]:
         taken = statistics.median(each.get(name, 0.0) for each in passes)
