@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PROMPT = "a large red ball bounces twice"
 CLIP, SHEET, LATENTS = "clip.mp4", "clip.png", "clip.safetensors"
+NEEDS = {CLIP: "av", SHEET: "matplotlib"}
 SHOWN = "fast bfloat16"
 """The form whose clip becomes the mp4: the exact one of the fast forms. All of them are in the contact sheet."""
 
@@ -61,9 +62,9 @@ def demo(
         require_target(out / name, force=True)
     prompt = str(parse(prompt))
     picture = None if image is None else read_image(image)
-    why_not = _missing()
-    for reason in why_not.values():
-        print(reason, file=sys.stderr)
+    missing = {name: why for name, package in NEEDS.items() if (why := optional.obstacle(package)) is not None}
+    for name, why in missing.items():  # before the work, not after it
+        print(f"no {name}: {why}", file=sys.stderr)
     if not as_json:
         print(f"{len(FORMS)} clips of {steps} steps on the CPU, about 40 s...", file=sys.stderr)
     start = time.perf_counter()
@@ -72,59 +73,46 @@ def demo(
         runs = clips.make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
         kernels, why_no_kernels = checks()
     settings = {"prompt": prompt, "image": image, "seed": seed, "steps": steps}
-    data = {
-        **settings,
-        "seconds": time.perf_counter() - start,
-        **_write(out, runs, settings, why_not),
+    failed = _write(out, runs, settings, missing)
+    seconds = time.perf_counter() - start
+    data: dict[str, Any] = {**settings, "seconds": seconds, "clip_form": SHOWN, "latents": out / LATENTS}
+    for key, name in (("clip", CLIP), ("sheet", SHEET)):
+        why = (missing | failed).get(name)
+        data |= {key: out / name if why is None else None, f"why_no_{key}": why and f"no {name}: {why}"}
+    data |= {
         "forms": [{key: value for key, value in vars(run).items() if key != "clip"} for run in runs],
         "layer": interpreted_layer.LAYER,
         "kernels": kernels,
         "why_no_kernels": why_no_kernels,
     }
     emit(data, as_json, lambda console: _render(console, data, kernels))
-    failed = [key for key, name in (("clip", CLIP), ("sheet", SHEET)) if data[key] is None and name not in why_not]
     if failed or not all(check.passed for check in kernels):
         raise typer.Exit(1)
 
 
-def _missing() -> dict[str, str]:
-    """Name of each file that cannot be made here -> why: said before the work, not after it."""
-    found = {name: optional.obstacle(package) for name, package in ((CLIP, "av"), (SHEET, "matplotlib"))}
-    return {name: f"no {name}: {why}" for name, why in found.items() if why is not None}
-
-
-def _write(out: Path, runs: list[ClipRun], settings: dict[str, Any], why_not: dict[str, str]) -> dict[str, Any]:
-    """Save what can be saved here, what took the time first; paths, and reasons where there is none."""
+def _write(out: Path, runs: list[ClipRun], settings: dict[str, Any], missing: Container[str]) -> dict[str, str]:
+    """Save the latents, which took the time, then the other files but ``missing``; why those failed that did."""
     from happyhorse_fast.pony.media import contact_sheet, write_mp4
 
     real_path(out).mkdir(parents=True, exist_ok=True)
     latents = {f"{run.form}.{name}": getattr(run.clip, name) for run in runs for name in ("video", "audio")}
     save_tensors(out / LATENTS, latents, settings)
     shown = next(run for run in runs if run.form == SHOWN).clip
-
     titled = [replace(run.clip, prompt=f"{run.clip.prompt} ({run.form})") for run in runs]
-
-    film, why_no_film = _made(out / CLIP, lambda path: write_mp4(path, shown.frames, shown.samples), why_not.get(CLIP))
-    sheet, why_no_sheet = _made(out / SHEET, lambda path: contact_sheet(titled).savefig(path), why_not.get(SHEET))
-    return {
-        "clip": film,
-        "clip_form": SHOWN,
-        "why_no_clip": why_no_film,
-        "sheet": sheet,
-        "why_no_sheet": why_no_sheet,
-        "latents": out / LATENTS,
+    writers: dict[str, Callable[[Path], None]] = {
+        CLIP: lambda path: write_mp4(path, shown.frames, shown.samples),
+        SHEET: lambda path: contact_sheet(titled).savefig(path),
     }
-
-
-def _made(path: Path, write: Callable[[Path], None], why_not: str | None) -> tuple[Path | None, str | None]:
-    if why_not is not None:
-        return None, why_not
-    try:
-        with replacing(path) as partial:
-            write(partial)
-    except Exception as error:  # whatever a codec or a font raises, the rest is still to be saved and shown
-        return None, f"no {path.name}: {optional.said(error)}"
-    return path, None
+    failed = {}
+    for name, write in writers.items():
+        if name in missing:
+            continue
+        try:
+            with replacing(out / name) as partial:
+                write(partial)
+        except Exception as error:  # whatever a codec or a font raises, the rest is still to be saved and shown
+            failed[name] = optional.said(error)
+    return failed
 
 
 def _render(console: Console, data: dict[str, Any], kernels: list[LayerCheck]) -> None:
