@@ -108,7 +108,7 @@ def plan(
     if shard_weights and gpus == 1:
         raise ValueError("--shard-weights must come with --gpus of at least 2, got 1")
     if attention is None:
-        attention = default_attention("bf16" if precision == "fp32" else precision)
+        attention = default_attention(precision)
     how: dict[str, Any] = {"precision": precision, "attention": attention}
     costs = step_costs(config, clip, text=text, gpu=card, video_share=video_share, gpus=gpus, **how)
     total, counted = totals(costs), parameters(config)
@@ -145,21 +145,17 @@ def plan(
             "floor_s": steps * total.floor_ms / 1e3,
         },
         "exchange": None if gpus == 1 else _exchange(config, clip, gpus, text, precision, attention, costs),
-        "launches_per_layer": _launches(precision),
+        "launches_per_layer": _most_launches(precision),
         **_memory(config, clip, text, (precision, attention), memory, gpus, shard_weights),
     }
     emit(data, as_json, lambda console: _render(console, data))
 
 
-def _launches(precision: str) -> int | None:
-    """Most launches of any layer in the preferred form; None for eager torch, which promises no number."""
+def _most_launches(precision: Any) -> int:
+    """Most launches of any layer."""
     from happyhorse_fast.fast.launches import launches_per_layer
-    from happyhorse_fast.verify.forms import form_of
 
-    form = form_of(precision)
-    if form is None or not form.kernels:
-        return None
-    return max(len(names) for names in launches_per_layer(FastConfig(precision=form.fast_precision)))
+    return max(len(names) for names in launches_per_layer(FastConfig(precision=precision)))
 
 
 def _exchange(
@@ -184,11 +180,10 @@ def _memory(
     shard_weights: bool,
 ) -> dict[str, Any]:
     from happyhorse_fast.fast.memory import peak_memory, sharded_bytes
-    from happyhorse_fast.verify.forms import form_of
+    from happyhorse_fast.verify.forms import FORMS
 
-    form, attention = form_of(precision[0]), precision[1]
-    if form is None:
-        return {"peak_memory_gib": None, "memory": {"form": None, "why": f"this version has no {precision[0]} form"}}
+    products, attention = precision
+    form = next(form for form in FORMS if form.kernels and form.precision == products)
     if not trace:
         return {"peak_memory_gib": None, "memory": {"form": form.name, "why": "not traced (--no-memory)"}}
     print("tracing one forward pass under fake tensors...", file=sys.stderr)

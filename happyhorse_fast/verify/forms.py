@@ -60,9 +60,4 @@ FORMS = (
     Form("fast int8", "int8", kernels=True),
     Form("fast fp8", "fp8", kernels=True),
 )
-"""The first is what the others are measured against; a later form of a precision is preferred to an earlier one."""
-
-
-def form_of(precision: str) -> Form | None:
-    """The preferred form of a precision, None where this version has none."""
-    return next((form for form in reversed(FORMS) if form.precision == precision), None)
+"""The first is what the others are measured against."""
