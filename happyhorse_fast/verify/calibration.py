@@ -79,7 +79,7 @@ def calibrate(
         report: Called with a line of progress every :data:`SECONDS_PER_LINE`.
 
     Raises:
-        ValueError: ``grid`` or ``text`` is not positive, or the model is accelerated.
+        ValueError: The model is accelerated.
         NonFiniteError: As for :func:`happyhorse_fast.sampler.sample`.
     """
     if is_accelerated(model):

@@ -20,7 +20,7 @@ from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.budgets import measure as tensor_error
 from happyhorse_fast.config import OPS
 from happyhorse_fast.fast.accelerate import accelerate
-from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP, default_attention
+from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, default_attention
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.pony import PonyClip, generate, load_model
 from happyhorse_fast.pony.generate import CLIP
@@ -246,7 +246,7 @@ def measure_fidelity(
         if policy.fast is not None:
             accelerate(model, policy.fast)
             if policy.frame_blocks:
-                decide_between_frames(model, CLIP)
+                decide_between_frames(model)
         errors = tuple(
             compare(prompt, clip, of, seen)
             for prompt, clip, of, seen in zip(prompts, _clips(model, prompts, steps), exact, found, strict=True)
@@ -308,16 +308,11 @@ def kept_share(model: Any, steps: int) -> float:
     """Share of the exact maps' video-to-video pairs that a model's sparsity computes; 1 where there is none.
 
     The mean over layers and denoising steps. How many blocks a row keeps does not depend on q and k, so zeros stand for
-    them.
-
-    Raises:
-        ValueError: The policy is TopP, of which that is not true.
+    them; of TopP, which no policy has, that is not true.
     """
     fast: FastState | None = getattr(model, "fast", None)
     if fast is None or fast.fast.sparsity is None:
         return 1.0
-    if isinstance(fast.fast.sparsity, TopP):
-        raise ValueError("sparsity must be TopK or Tiles to count what it keeps, got TopP")
     config, state = fast.config, fast.clips[CLIP]
     video = state.token_rows[: CLIP.video]
     heads = (config.num_heads_q, config.num_heads_kv)

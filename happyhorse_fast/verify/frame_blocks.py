@@ -1,4 +1,4 @@
-"""Let a sparsity policy choose between latent frames of a small clip, whatever their number of tokens.
+"""Let a sparsity policy choose between latent frames of the pony's clip.
 
 At 1080p a latent frame is 16 blocks of 128 tokens, and a policy leaves most of them out. A clip of the pony is two
 blocks in all. Here every latent frame sits in a block of its own, as aligned frames of the full model do, the policy
@@ -16,11 +16,11 @@ from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import pack
 from happyhorse_fast.eager import sequence
-from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.sparse_policy import SparsePolicy
 from happyhorse_fast.fast.state import FastState, build_clip_state
+from happyhorse_fast.pony.generate import CLIP
 
 
 class FramePolicy(SparsePolicy):
@@ -70,16 +70,10 @@ class FramePolicy(SparsePolicy):
         return out
 
 
-def decide_between_frames(model: Any, clip: Clip) -> None:
-    """Make an accelerated model, on the CPU, choose its sparse masks for ``clip`` a latent frame at a time.
-
-    Raises:
-        ValueError: A latent frame has more than 128 tokens.
-    """
-    if clip.frame_tokens > BLOCK:
-        raise ValueError(f"clip must have at most {BLOCK} tokens in a latent frame, got {clip.frame_tokens}")
+def decide_between_frames(model: Any) -> None:
+    """Make an accelerated pony, on the CPU, choose its sparse masks a latent frame at a time."""
     fast: FastState = model.fast
-    config, bands = fast.config, model.adapter.rope.bands
+    clip, bands = CLIP, model.adapter.rope.bands
     state = fast.clips[clip] = build_clip_state(fast, clip, bands)
     layout = Layout(clip.frames, clip.frame_tokens, clip.audio, clip.text, align_frames=True, align_modalities=True)
     spans = [(f * clip.frame_tokens, (f + 1) * clip.frame_tokens, 0) for f in range(clip.frames)]
@@ -87,11 +81,11 @@ def decide_between_frames(model: Any, clip: Clip) -> None:
     wide = ClipState.build(
         dataclasses.replace(PaddedRows.of_spans(spans, align=True), layout=layout),
         sequence.dense_ranges(clip),
-        sequence.local_ranges(clip, config.frame_receptive_field),
-        sequence.coordinates(clip, config.coords_style),
+        sequence.local_ranges(clip, fast.config.frame_receptive_field),
+        sequence.coordinates(clip, fast.config.coords_style),
         bands,
         fast.fast,
-        config.num_layers,
+        fast.config.num_layers,
         clip.columns,
     )
     state.policies = {which: FramePolicy(chooser, wide, state) for which, chooser in wide.policies.items()}

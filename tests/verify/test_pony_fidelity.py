@@ -14,7 +14,7 @@ from happyhorse_fast.cli import run
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig, Sparsity, Tiles, TopK
 from happyhorse_fast.pony import load_model
-from happyhorse_fast.pony.generate import CLIP, noise_and_text
+from happyhorse_fast.pony.generate import noise_and_text
 from happyhorse_fast.pony.measure import Measured, largest_shift
 from happyhorse_fast.pony.metrics import log_spectral_distance, psnr, ssim
 from happyhorse_fast.verify import fidelity
@@ -83,7 +83,7 @@ def velocities(sparsity: Sparsity | None, between_frames: bool) -> tuple[Any, to
     model: Any = load_model()
     accelerate(model, FastConfig(sparsity=sparsity, backend="reference", originals="drop"))
     if between_frames:
-        decide_between_frames(model, CLIP)
+        decide_between_frames(model)
     with torch.no_grad():
         video, audio = model(*noise_and_text(PROMPT, torch.Generator().manual_seed(0)))
     return model, torch.cat([video.flatten(), audio.flatten()])
@@ -116,7 +116,7 @@ def test_codes_are_refused() -> None:
     model: Any = load_model()
     fast = FastConfig(precision="fp8", attention="fp8", sparsity=TopK(0.5), backend="reference", originals="drop")
     accelerate(model, fast)
-    decide_between_frames(model, CLIP)
+    decide_between_frames(model)
     with pytest.raises(ValueError, match="attention must be bf16"):
         model(*noise_and_text(PROMPT, torch.Generator().manual_seed(0)))
 
