@@ -1,4 +1,4 @@
-"""Headers of a checkpoint's files: where each tensor lies, its dtype and shape. No data are read.
+"""Headers of a checkpoint's files: where each tensor lies, its dtype and shape, its key in the model. No data are read.
 
 A safetensors file is 8 bytes of header length (little endian), a JSON header, and the data. The headers are parsed here
 rather than by the safetensors library: it gives no offsets, its errors name neither file nor key nor how many bytes are
@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import stat
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ from typing import Any
 import torch
 
 from happyhorse_fast.arguments import CheckpointError, listed
-from happyhorse_fast.checkpoint.keys import model_keys
 from happyhorse_fast.eager.sizes import TensorSpec
 
 SINGLE_FILE = "model.safetensors"
@@ -45,6 +46,10 @@ _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 _INDEX_SUFFIX = ".safetensors.index.json"
 _WHOLE_NAMES = (SINGLE_FILE, INDEX_FILE, DIFFUSERS_FILE, DIFFUSERS_FILE + ".index.json")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_IN_MODEL = re.compile(
+    r"^(?P<prefix>(?:.*?\.)??)(?:adapter\.(?:rope|\w+_embedder)|block\.layers|final_(?:norm|linear)_\w+)\."
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,35 @@ def read_headers(path: str | Path) -> dict[str, TensorEntry]:
     """
     path = Path(path)
     entries = _read(path)
-    keys = model_keys(entries, path)
+    keys = _model_keys(entries, path)
     return {keys[key]: dataclasses.replace(entry, key=keys[key]) for key, entry in entries.items()}
+
+
+def _model_keys(keys: Iterable[str], path: Path) -> dict[str, str]:
+    """The model's key of every key of a checkpoint that was saved from within a wrapper.
+
+    What torch.compile, FSDP and activation checkpointing put into keys is taken out anywhere; a prefix (``module.``,
+    ``model.``, ``transformer.``, ...) where all keys share it.
+    """
+    bare = {key: _WRAPPERS.sub("", key) for key in keys}
+    matches = {key: _IN_MODEL.match(name) for key, name in bare.items()}
+    prefixes = Counter(match["prefix"] for match in matches.values() if match)
+    others = [key for key, match in matches.items() if match is None]
+    if prefixes and "" not in prefixes:
+        if len(prefixes) > 1 or others:
+            found = [f"{prefix!r} ({count})" for prefix, count in prefixes.most_common()]
+            beside = f" and {len(others)} without, such as {others[0]}" if others else ""
+            raise CheckpointError(
+                f"{path}: holds more than a model: keys with the prefix {', '.join(found)}{beside}. Save the "
+                "tensors of one model alone (load_file, choose, save_checkpoint)"
+            )
+        prefix = next(iter(prefixes))
+        bare = {key: name.removeprefix(prefix) for key, name in bare.items()}
+    twice = [name for name, count in Counter(bare.values()).items() if count > 1]
+    if twice:
+        both = [key for key, name in bare.items() if name == twice[0]]
+        raise CheckpointError(f"{path}: {' and '.join(both)} are the same tensor of a model")
+    return bare
 
 
 def _read(path: Path) -> dict[str, TensorEntry]:
