@@ -23,7 +23,6 @@ from happyhorse_fast.cli.options import (
     usable_device,
 )
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, save_tensors
-from happyhorse_fast.cli.sample_inputs import Inputs, read_inputs
 from happyhorse_fast.fast.config import FastConfig, Precision
 from happyhorse_fast.files import is_special, require_target
 from happyhorse_fast.parallel.launched import Launched
@@ -120,13 +119,13 @@ def sample(
         got = "neither" if sr_preset is None else "both"
         raise ValueError(f"exactly one of --sr-preset and --sr-config is required, got {got}")
     how_fast = None if fast is None else FastConfig(precision=fast, attention=attention)  # type: ignore[arg-type]
-    tensors = read_inputs(inputs)
+    named, recorded = _read_inputs(inputs)
     where = process.device(usable_device(device))
     first = _Stage(checkpoint, preset, config, dtype, how_fast)
     fps = fps_of(preset) if fps is None else fps
-    draw = tensors.replay if tensors.noise else partial(golden.draw, seed)
-    start = _start(first.config, tensors, draw, resolution, (aspect, seconds, fps))
-    conditions = _conditions(tensors, image_key)
+    draw = partial(_replay, inputs, recorded) if recorded else partial(golden.draw, seed)
+    start = _start(first.config, inputs, named, draw, resolution, (aspect, seconds, fps))
+    conditions = _conditions(inputs, named, image_key)
 
     def denoise(model: Denoiser, **how: Any) -> dict[str, torch.Tensor]:
         there = {name: None if x is None else x.to(model.device) for name, x in (start | conditions).items()}
@@ -176,7 +175,7 @@ def sample(
         "inputs": inputs,
         "seed": seed,
         **dict(zip(("resolution", "aspect", "seconds", "fps"), drawn_clip, strict=True)),
-        "noise": "recorded in the inputs" if tensors.noise else f"drawn by name from seed {seed}",
+        "noise": "recorded in the inputs" if recorded else f"drawn by name from seed {seed}",
         "shift": shift,
         "guidance": guidance,
         "dtype": dtype,
@@ -206,7 +205,7 @@ def sample(
         "audio": list(latents["audio"].shape),
         "seconds_per_step": [step.seconds for step in every],
         "peak_memory_bytes": max((step.memory_bytes or 0 for step in every), default=0) or None,
-        "ignored": sorted(tensors.named.keys() - used),
+        "ignored": sorted(named.keys() - used),
         "settings": settings,
     }
     emit(data, as_json, lambda console: _render(console, data))
@@ -249,12 +248,51 @@ class _Stage:
         raise _CheckedError
 
 
+def _read_inputs(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Read an inputs file, or a FIFO to its end; ``in.video`` and ``video`` mean the same.
+
+    Returns:
+        (all tensors but recorded noise, by names without ``in.``; the recorded noise).
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not a safetensors file, or a name is there twice.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load, load_file
+
+    if not path.exists() or path.is_dir():
+        raise FileNotFoundError(f"inputs must be a safetensors file, there is none at {path}")
+    try:
+        tensors = load_file(path) if path.is_file() else load(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"inputs must be a safetensors file, {path} is none: {error}") from error
+    noise = {name: value for name, value in tensors.items() if name.startswith("noise.")}
+    named: dict[str, torch.Tensor] = {}
+    for key in tensors.keys() - noise.keys():
+        name = key.removeprefix("in.")
+        if name in named:
+            raise ValueError(f"{path}: holds both {name} and in.{name}; one is allowed")
+        named[name] = tensors[key]
+    return named, noise
+
+
+def _replay(path: Path, noise: Mapping[str, torch.Tensor], name: str, shape: torch.Size) -> torch.Tensor:
+    if name not in noise:
+        raise ValueError(f"{path}: holds recorded noise ({', '.join(sorted(noise))}), but no {name}")
+    return noise[name]
+
+
 def _start(
-    config: ModelConfig, tensors: Inputs, draw: Any, resolution: str | None, clip: tuple[str, int, int]
+    config: ModelConfig,
+    path: Path,
+    named: Mapping[str, torch.Tensor],
+    draw: Any,
+    resolution: str | None,
+    clip: tuple[str, int, int],
 ) -> dict[str, torch.Tensor]:
     """Video and audio to start from, on the CPU."""
-    path = tensors.path
-    given: dict[str, torch.Tensor] = {x: tensors.named[x] for x in ("video", "audio") if x in tensors.named}
+    given = {name: named[name] for name in ("video", "audio") if name in named}
     if len(given) == 2:
         if resolution is not None:
             raise ValueError(f"--resolution makes the starting noise, but {path} holds video and audio")
@@ -270,13 +308,13 @@ def _start(
     }
 
 
-def _conditions(tensors: Inputs, image_key: str | None) -> dict[str, Any]:
+def _conditions(path: Path, named: Mapping[str, torch.Tensor], image_key: str | None) -> dict[str, Any]:
     """text, image and null_text, on the CPU; None where there is none."""
-    named, there = tensors.named, ", ".join(sorted(tensors.named))
+    there = ", ".join(sorted(named))
     if "text" not in named:
-        raise ValueError(f"{tensors.path}: must hold text (or in.text) [1, L, Ct], got {there}")
+        raise ValueError(f"{path}: must hold text (or in.text) [1, L, Ct], got {there}")
     if image_key is not None and image_key not in named:
-        raise ValueError(f"{tensors.path}: --image-key names {image_key}, got {there}")
+        raise ValueError(f"{path}: --image-key names {image_key}, got {there}")
     return {"text": named["text"], "image": named.get(image_key or "image"), "null_text": named.get("null_text")}
 
 
@@ -286,9 +324,7 @@ def _render(console: Console, data: Mapping[str, Any]) -> None:
     console.print(literal((str(data["output"]), "bold"), f": video {data['video']}, audio {data['audio']}"))
     per_step = sum(seconds) / len(seconds)
     console.print(
-        literal(
-            f"{len(seconds)} step{'s'[: len(seconds) != 1]} in {sum(seconds):.2f} s, {per_step:.3f} s per step{peak}"
-        )
+        f"{len(seconds)} step{'s'[: len(seconds) != 1]} in {sum(seconds):.2f} s, {per_step:.3f} s per step{peak}"
     )
     if data["ignored"]:
-        console.print(literal(f"not used of {data['settings']['inputs']}: {', '.join(data['ignored'])}"))
+        console.print(f"not used of {data['settings']['inputs']}: {', '.join(data['ignored'])}")
