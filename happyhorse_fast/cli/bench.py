@@ -90,4 +90,4 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         title = f"{form.form}{within}: {form.ms:.2f} ms a pass"
         console.print(table(title, ["op", "runs as", "calls", "ms", "share", "useful TFLOP/s"], rows, left=2))
         for reason in form.fallbacks:
-            console.print(literal(f"slower than it could be: {reason}"))
+            console.print(f"slower than it could be: {reason}")

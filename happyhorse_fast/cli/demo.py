@@ -129,10 +129,8 @@ def _render(console: Console, data: dict[str, Any], kernels: list[LayerCheck]) -
     title = f"{data['prompt']!r}, {data['steps']} steps on the CPU, seed {data['seed']}"
     console.print(table(title, ["form", "video error", "audio error", "pictures dB", "seconds"], rows))
     console.print(
-        literal(
-            "error: relative L2 of the latents; pictures: PSNR against the first form. Fast forms run in plain torch "
-            "here, with the\nkernels' rounding points (backend reference): their seconds say nothing about a GPU."
-        )
+        "error: relative L2 of the latents; pictures: PSNR against the first form. Fast forms run in plain torch "
+        "here, with the\nkernels' rounding points (backend reference): their seconds say nothing about a GPU."
     )
     if kernels:
         rows = [
@@ -150,5 +148,5 @@ def _render(console: Console, data: dict[str, Any], kernels: list[LayerCheck]) -
     else:
         console.print(literal((data["why_no_kernels"], "yellow")))
     for key, what in (("clip", f"clip with sound ({data['clip_form']})"), ("sheet", "pictures and waveforms")):
-        console.print(literal(data[f"why_no_{key}"] if data[key] is None else f"{what}: {data[key]}"))
+        console.print(data[f"why_no_{key}"] if data[key] is None else f"{what}: {data[key]}")
     console.print(f"all in {data['seconds']:.0f} s")

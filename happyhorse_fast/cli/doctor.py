@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from happyhorse_fast import optional
 from happyhorse_fast._version import __version__
-from happyhorse_fast.cli.output import JsonOption, emit, literal, table, verdict
+from happyhorse_fast.cli.output import JsonOption, emit, table, verdict
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, card_bytes
 from happyhorse_fast.tokens import tokens_for
@@ -96,12 +96,11 @@ def _version(distribution: str) -> str | None:
 def _gpus() -> list[dict[str, Any]]:
     import torch
 
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        found.append({"name": properties.name, "capability": capability, "memory_gib": properties.total_memory / 2**30})
-    return found
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": gpu.total_memory / 2**30}
+        for gpu in found
+    ]
 
 
 def _driver() -> str | None:
@@ -133,16 +132,15 @@ def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     lines = []
     place = f"on {gpus[0]['name']} and on the CPU" if gpus else "on the CPU; this torch sees no CUDA device"
+    obstacle = _kernel_obstacle()
     for form in FORMS:
         if not form.kernels:
             lines.append({"what": f"{form.name} reference", "runs": True, "why": place})
-    obstacle = _kernel_obstacle()
-    for form in FORMS:
-        if form.kernels:
-            why = obstacle or "Triton kernels, each after its self-check at the first accelerate"
-            lines.append({"what": f"{form.name} kernels", "runs": obstacle is None, "why": why})
-            why = "plain torch with the kernels' rounding: an oracle, not fast"
-            lines.append({"what": f"{form.name} backend reference", "runs": True, "why": why})
+            continue
+        why = obstacle or "Triton kernels, each after its self-check at the first accelerate"
+        lines.append({"what": f"{form.name} kernels", "runs": obstacle is None, "why": why})
+        why = "plain torch with the kernels' rounding: an oracle, not fast"
+        lines.append({"what": f"{form.name} backend reference", "runs": True, "why": why})
     for name, purpose in _OPTIONAL.items():
         obstacle = optional.obstacle(name)
         lines.append({"what": purpose, "runs": obstacle is None, "why": obstacle or f"{name} imports"})
@@ -194,7 +192,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         **{name: version or absent for name, version in data["optional"].items()},
     }
     for name, value in facts.items():
-        console.print(literal(f"{name:16} {value}"))
+        console.print(f"{name:16} {value}")
     console.print()
     rows = [[_answer(r["runs"], "yes"), r["what"], r["why"]] for r in data["runs"]]
     console.print(table("what runs here", ["runs", "what", "why"], rows, left=2, folded=[2]))

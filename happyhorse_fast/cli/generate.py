@@ -182,4 +182,4 @@ def _render(console: Console, data: dict[str, Any]) -> None:
     title = f"{data['seconds']:.1f} s on {data['device']}, parts {data['placement']}"
     console.print(table(title, ["stage", "seconds", "of it loading", what], rows))
     if data["latents"] is not None:
-        console.print(literal(f"latents: {data['latents']}"))
+        console.print(f"latents: {data['latents']}")

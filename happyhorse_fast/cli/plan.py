@@ -208,10 +208,8 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         )
     )
     console.print(
-        literal(
-            f"latent {'x'.join(map(str, tokens['latent']))}; {tokens['video']:,} video + {tokens['audio']:,} audio + "
-            f"{tokens['text']:,} text = {tokens['total']:,} tokens; {_masks(tokens)}\n"
-        )
+        f"latent {'x'.join(map(str, tokens['latent']))}; {tokens['video']:,} video + {tokens['audio']:,} audio + "
+        f"{tokens['text']:,} text = {tokens['total']:,} tokens; {_masks(tokens)}\n"
     )
     console.print(_floor_table(data["ops"], card, data["precision"], data["attention"]))
     console.print(_traffic_table(data["ops"]))
@@ -224,10 +222,10 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         )
     )
     if data["exchange"] is not None:
-        console.print(literal(f"each of {data['gpus']} cards sends {_exchanged(data['exchange'])} a step"))
+        console.print(f"each of {data['gpus']} cards sends {_exchanged(data['exchange'])} a step")
     memory = data["memory"]
     if data["peak_memory_gib"] is None:
-        console.print(literal(f"peak memory: not known, {memory['why']}"))
+        console.print(f"peak memory: not known, {memory['why']}")
         return
     peak = memory["peak"]
     gathered = f" and {gib(memory['gathered_weight_bytes'])} gathered" if memory["gathered_weight_bytes"] else ""

@@ -80,13 +80,13 @@ def kernels(found: list[KernelCheck], device: str, console: Console) -> None:
     console.print(table(title, ["op", "format", "found", "s", ""], rows, left=2, folded=[2]))
     if device == "cpu":
         note = "Run by Triton's interpreter, made exact: it shows what a kernel computes, not how a GPU rounds."
-        console.print(literal(note))
+        console.print(note)
 
 
 def fidelity(found: dict[str, Any], console: Console) -> None:
     """Print a row per policy of a Fidelity as plain data, and its violations."""
     console.print(table(fidelity_tables.title(found), fidelity_tables.COLUMNS, fidelity_tables.rows(found)))
-    console.print(literal(fidelity_tables.NOTE))
+    console.print(fidelity_tables.NOTE)
     for violation in found["violations"]:
         console.print(literal((violation, "red")))
 
@@ -115,10 +115,8 @@ def equivalences(found: list[Equivalence], console: Console) -> None:
             for violation in form.violations:
                 console.print(literal((f"{form.form}: {violation}", "red")))
     console.print(
-        literal(
-            "op: each on its float32 input, worst layer; layer: the residual stream after it, errors of all layers "
-            "before included; added: distance to the form before, in units of float32's norm"
-        )
+        "op: each on its float32 input, worst layer; layer: the residual stream after it, errors of all layers "
+        "before included; added: distance to the form before, in units of float32's norm"
     )
 
 
@@ -182,7 +180,7 @@ def calibration(found: Calibration, out: Path, console: Console) -> None:
     for of in found.coarse:
         line = f"{of.op} of layer {of.layer} is off by {of.worst('bf16'):.2e} in bf16, budget {found.most['bf16']:g}"
         console.print(literal((line, "red")))
-    console.print(literal(f"Written: {out}. FastConfig.calibrated({str(out)!r}, config, precision=...) takes it."))
+    console.print(f"Written: {out}. FastConfig.calibrated({str(out)!r}, config, precision=...) takes it.")
 
 
 def _calibrated(of: OpCalibration, found: Calibration) -> list[str]:

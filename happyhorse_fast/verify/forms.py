@@ -10,7 +10,7 @@ import torch
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import accelerate, empty_accelerated
-from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
+from happyhorse_fast.fast.config import AttentionPrecision, FastConfig
 from happyhorse_fast.ops.runtime.dispatch import choose
 
 
@@ -36,21 +36,16 @@ class Form:
         """Bring an eager model with its weights into the form, in place; on the CPU through backend reference."""
         if self.kernels:
             backend: Literal["auto", "reference"] = "auto" if model.device.type == "cuda" else "reference"
-            accelerate(model, FastConfig(precision=self.fast_precision, attention=attention, backend=backend))
+            accelerate(model, FastConfig(precision=self.precision, attention=attention, backend=backend))  # type: ignore[arg-type]
         return model
 
     def without_weights(self, config: ModelConfig, attention: AttentionPrecision | None = None) -> HappyHorse:
         """The form on ``"meta"``, to measure its memory; ``attention`` is its precision of attention."""
         if not self.kernels:
             return self.eager(config, "meta")
-        fast = FastConfig(precision=self.fast_precision, attention=attention)
+        fast = FastConfig(precision=self.precision, attention=attention)  # type: ignore[arg-type]  # not fp32, with kernels
         choices = choose("reference", fast.precision, torch.device("cpu"), attention=fast.attention_format)
         return empty_accelerated(config, fast, choices)
-
-    @property
-    def fast_precision(self) -> Precision:
-        """Precision of the acceleration."""
-        return "bf16" if self.precision == "fp32" else self.precision
 
 
 FORMS = (

@@ -82,5 +82,5 @@ def test_wherever_a_model_is_made(arch: int, wanted: str, case: golden.GoldenCas
 @pytest.mark.parametrize("form", [form for form in FORMS if form.kernels], ids=lambda form: form.name)
 def test_memory_of_every_form_can_be_planned(form: Any, case: golden.GoldenCase) -> None:
     model = form.without_weights(case.config)
-    assert set(ran(model)) == {default_attention(form.fast_precision)}
+    assert set(ran(model)) == {default_attention(form.precision)}
     assert peak_memory(model, tokens_for("256p", "16:9", 3), 10).peak_gib > 0
