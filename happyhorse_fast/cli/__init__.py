@@ -91,17 +91,11 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 
-class _Lines(logging.Handler):
-    """A line on standard error for each record."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        _show_warning(record.getMessage())
-
-
 @contextmanager
 def _logged() -> Iterator[None]:
     """Show what the package logs, notes on progress included."""
-    logger, lines = logging.getLogger("happyhorse_fast"), _Lines()
+    logger, lines = logging.getLogger("happyhorse_fast"), logging.StreamHandler()
+    lines.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
     level = logger.level
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)

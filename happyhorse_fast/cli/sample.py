@@ -37,9 +37,15 @@ if TYPE_CHECKING:
     from happyhorse_fast.sampler.steps import Denoiser
 
 Dtype = Literal["bfloat16", "float32", "float64"]
+RECORDED = (
+    "checkpoint", "preset", "config", "inputs", "seed", "resolution", "shift", "guidance", "dtype", "fast", "attention"
+)  # fmt: skip
+SECOND = ("sr_checkpoint", "sr_preset", "sr_config", "sr_steps", "size")
+"""Options that are written beside the latents as they are."""
 
 
 def sample(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or file, as published.")],
     inputs: Annotated[
         Path,
@@ -165,37 +171,19 @@ def sample(
         return
     rows, columns = latents["video"].shape[3:]
     sigmas = [[*(step.sigma for step in steps_taken), 0.0] for steps_taken in taken]
-    # A clip from noise in the inputs has the length and rate that whoever made the noise meant.
-    drawn_clip = (None,) * 4 if resolution is None else (resolution, aspect, seconds, fps)
-    settings: dict[str, Any] = {
+    drawn_clip = {"aspect": aspect, "seconds": seconds, "fps": fps}
+    settings = {name: context.params[name] for name in (*RECORDED, *(SECOND if second else ()))} | {
         "version": __version__,
-        "checkpoint": checkpoint,
-        "preset": preset,
-        "config": config,
-        "inputs": inputs,
-        "seed": seed,
-        **dict(zip(("resolution", "aspect", "seconds", "fps"), drawn_clip, strict=True)),
+        # A clip from noise in the inputs has the length and rate that whoever made the noise meant.
+        **(dict.fromkeys(drawn_clip) if resolution is None else drawn_clip),
         "noise": "recorded in the inputs" if recorded else f"drawn by name from seed {seed}",
-        "shift": shift,
-        "guidance": guidance,
-        "dtype": dtype,
-        "fast": fast,
-        "attention": attention,
         "device": where,
         "ranks": process.size,
         "steps": len(taken[0]),
         "sigmas": sigmas[0],
         "pixels": [rows * VAE_STRIDE[1], columns * VAE_STRIDE[2]],
+        **({"sr_sigmas": sigmas[1]} if second else {}),
     }
-    if sr_checkpoint is not None:
-        settings |= {
-            "sr_checkpoint": sr_checkpoint,
-            "sr_preset": sr_preset,
-            "sr_config": sr_config,
-            "sr_steps": sr_steps,
-            "size": size,
-            "sr_sigmas": sigmas[1],
-        }
     save_tensors(output, latents, settings)
     every = [step for steps_taken in taken for step in steps_taken]
     used = {"video", "audio", "text", "null_text", image_key or "image"}
