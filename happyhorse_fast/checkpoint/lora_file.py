@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -67,19 +67,18 @@ def read_lora(lora: Lora, scale: float, modules: Collection[str]) -> list[Update
         tensors, config, source = _read(Path(lora))
     else:
         raise TypeError(f"lora must be a folder, a file or tensors by key, got {type(lora).__name__}")
-    pairs, alphas = _pairs(tensors, modules, source)
+    found = _parts(tensors, modules, source)
     updates = []
-    for path in (path for path in modules if path in pairs):
-        key, down = pairs[path]["down"]
-        up = pairs[path]["up"][1]
+    for path in (path for path in modules if path in found):
+        (key, down), (_, up) = found[path]["down"], found[path]["up"]
         rank = down.shape[0] if down.dim() == 2 else 0
         if down.dim() != 2 or up.dim() != 2 or up.shape[1] != rank or not rank:
             raise ValueError(
                 f"{source}: {key} must be [rank, in features] and its other half [out features, rank], got "
                 f"{list(down.shape)} and {list(up.shape)}"
             )
-        if path in alphas:
-            factor = alphas[path] / rank
+        if "alpha" in found[path]:
+            factor = float(found[path]["alpha"][1]) / rank
         elif config is not None:
             factor = _configured(config, path, rank, key, source)
         elif isinstance(lora, Mapping) or not key.startswith(_PEFT_PREFIX):
@@ -106,17 +105,12 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, s
         config = _parsed(beside.read_text(), beside)
     elif "lora_adapter_metadata" in metadata:
         packed = _parsed(metadata["lora_adapter_metadata"], file)
-        config = {key: value for prefix in ("", *_PREFIXES) for key, value in _below(prefix, packed)}
+        ours = {key: value for key, value in packed.items() if key[: key.rfind(".") + 1] in ("", *_PREFIXES)}
+        config = {key.rpartition(".")[2]: value for key, value in ours.items()}
         config = config if "lora_alpha" in config else None
     if config is not None:
         _require_plain_lora(config, file)
     return tensors, config, str(file)
-
-
-def _below(prefix: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if key.startswith(prefix) and "." not in key.removeprefix(prefix):
-            yield key.removeprefix(prefix), value
 
 
 def _file_of(path: Path) -> Path:
@@ -143,21 +137,18 @@ def _parsed(text: str, file: Path) -> dict[str, Any]:
 
 
 def _require_plain_lora(config: Mapping[str, Any], file: Path) -> None:
-    def refuse(what: str) -> None:
-        raise ValueError(f"{file}: {what}, which cannot be merged; only plain LoRAs can")
-
-    if config.get("use_dora"):
-        refuse("a DoRA (use_dora), whose magnitudes rescale the merged weight")
-    if config.get("peft_type", "LORA") != "LORA":
-        refuse(f"peft_type {config['peft_type']!r}")
-    if config.get("bias", "none") != "none":
-        refuse(f"bias={config['bias']!r}")
-    for name in _PEFT_REFUSED:
-        if config.get(name):
-            refuse(f"{name}={config[name]!r}")
     start = str(config.get("init_lora_weights", ""))
-    if start.lower().startswith(_CHANGES_BASE):
-        refuse(f"init_lora_weights={start!r}, which was trained over changed base weights (peft can convert it)")
+    refused = [f"{name}={config[name]!r}" for name in _PEFT_REFUSED if config.get(name)]
+    if config.get("use_dora"):
+        refused = ["a DoRA (use_dora), whose magnitudes rescale the merged weight"]
+    elif config.get("peft_type", "LORA") != "LORA":
+        refused = [f"peft_type {config['peft_type']!r}"]
+    elif config.get("bias", "none") != "none":
+        refused = [f"bias={config['bias']!r}"]
+    elif start.lower().startswith(_CHANGES_BASE):
+        refused += [f"init_lora_weights={start!r}, which was trained over changed base weights (peft can convert it)"]
+    if refused:
+        raise ValueError(f"{file}: {refused[0]}, which cannot be merged; only plain LoRAs can")
 
 
 def _configured(config: Mapping[str, Any], path: str, rank: int, key: str, source: str) -> float:
@@ -178,15 +169,14 @@ def _configured(config: Mapping[str, Any], path: str, rank: int, key: str, sourc
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _pairs(
+def _parts(
     tensors: Mapping[str, torch.Tensor], modules: Collection[str], source: str
-) -> tuple[dict[str, dict[str, tuple[str, torch.Tensor]]], dict[str, float]]:
-    """(key, tensor) of both halves by module path, and alphas by module path."""
+) -> dict[str, dict[str, tuple[str, torch.Tensor]]]:
+    """(key, tensor) of ``"down"``, ``"up"`` and, where it is there, ``"alpha"`` by module path."""
     underscored: dict[str, list[str]] = {}
     for path in modules:
         underscored.setdefault(path.replace(".", "_"), []).append(path)
-    pairs: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
-    alphas: dict[str, float] = {}
+    found: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
     adapters: set[str] = set()
     unmatched, foreign = [], []
     for key, value in tensors.items():
@@ -206,15 +196,12 @@ def _pairs(
         if value.is_meta or not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
             what = "on meta" if value.is_meta else f"{value.dtype}" if not value.is_floating_point() else "NaN or Inf"
             raise ValueError(f"{source}: {key} must hold finite floating-point numbers, got {what}")
-        if alpha:
-            if value.numel() != 1:
-                raise ValueError(f"{source}: {key} must be one number, got {list(value.shape)}")
-            alphas[path] = float(value)
-            continue
-        assert half is not None
-        adapters.add(half["adapter"] or "")
-        side = "down" if half["down"] else "up"
-        there = pairs.setdefault(path, {})
+        if half is None and value.numel() != 1:
+            raise ValueError(f"{source}: {key} must be one number, got {list(value.shape)}")
+        if half is not None:
+            adapters.add(half["adapter"] or "")
+        side = "alpha" if half is None else "down" if half["down"] else "up"
+        there = found.setdefault(path, {})
         if side in there:
             raise ValueError(f"{source}: {there[side][0]} and {key} are for the same weight: merge one LoRA at a time")
         there[side] = key, value
@@ -225,15 +212,14 @@ def _pairs(
             f"{source}: keys of modules that the model does not have ({len(unmatched)}): {listed(unmatched)}. It has, "
             f"for example, {listed(list(modules)[:3])}"
         )
-    if not pairs:
+    if not found:
         raise ValueError(f"{source} must hold a LoRA, got {len(tensors)} tensors and no pair among them")
     if len(adapters) > 1:
         raise ValueError(f"{source}: several adapters ({listed(sorted(adapters))}): merge one LoRA at a time")
-    halves = [there[side][0] for there in pairs.values() for side in there if len(there) == 1]
-    halves += [f"{path}.alpha" for path in alphas if path not in pairs]
+    halves = [key for there in found.values() if not {"down", "up"} <= there.keys() for key, _ in there.values()]
     if halves:
         raise ValueError(f"{source}: no other half for {listed(halves)}")
-    return pairs, alphas
+    return found
 
 
 def _module(name: str, modules: Collection[str], underscored: Mapping[str, list[str]]) -> str:
