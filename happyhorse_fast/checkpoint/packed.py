@@ -56,14 +56,14 @@ def save_packed(
         FileExistsError: As for :func:`save_checkpoint`.
     """
     model = unwrapped(model)
-    if is_accelerated(model) and not isinstance(model, HappyHorse):
+    if not is_accelerated(model):
+        raise ValueError("model must be an accelerated HappyHorse; call accelerate(model) first")
+    if not isinstance(model, HappyHorse):
         raise ValueError(
             f"model must be an accelerated HappyHorse, got {type(model).__name__} of the public implementation, whose "
             "windows and coordinates are not part of it: save_packed what load(folder, preset, fast=...) makes of the "
             "same checkpoint"
         )
-    if not isinstance(model, HappyHorse) or not is_accelerated(model):
-        raise ValueError("model must be an accelerated HappyHorse; call accelerate(model) first")
     state: FastState = model.fast  # type: ignore[assignment]
     fast = dataclasses.asdict(state.fast)
     if state.fast.backend == "reference":

@@ -20,6 +20,7 @@ from happyhorse_fast.cli.options import (
     usable_device,
 )
 from happyhorse_fast.cli.output import JsonOption, emit
+from happyhorse_fast.fast.config import FastConfig, TopK
 from happyhorse_fast.files import require_target
 from happyhorse_fast.json_data import plain
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from happyhorse_fast.config import ModelConfig
-    from happyhorse_fast.eager.model import HappyHorse
-    from happyhorse_fast.fast.config import FastConfig
     from happyhorse_fast.ops.runtime.self_check import KernelCheck
 
 # Options that mean something in one mode alone.
@@ -146,11 +144,16 @@ def verify(
 
     import torch
 
+    from happyhorse_fast.checkpoint.load import load
+    from happyhorse_fast.checkpoint.packed import is_packed
     from happyhorse_fast.cli import verify_tables
     from happyhorse_fast.verify import calibration, checks, equivalence, fidelity
 
+    if checkpoint is not None and is_packed(checkpoint):
+        raise ValueError(f"checkpoint must hold the published weights to be verified; {checkpoint} holds packed ones")
     where = usable_device(device)
-    load = partial(_load, checkpoint, preset, read_config(config), where, quiet=as_json)
+    # Called where there is a checkpoint.
+    eager = partial(load, str(checkpoint), preset, read_config(config), device=where, progress=not as_json)
     data: dict[str, Any] = {}
     passed: list[bool] = []
     shown: list[Callable[[Console], None]] = []
@@ -165,11 +168,17 @@ def verify(
         passed += [not data["pony"]["violations"]]
         shown += [partial(verify_tables.fidelity, data["pony"])]
     if fast:
-        towards = _fast_config(precision, attention, top_k, backend, where)
+        here = "reference" if backend == "auto" and not where.startswith("cuda") else backend
+        towards = FastConfig(
+            precision=precision,  # type: ignore[arg-type]  # it checks them and names what is allowed
+            attention=attention,  # type: ignore[arg-type]
+            backend=here,  # type: ignore[arg-type]
+            sparsity=None if top_k is None else TopK(top_k),
+        )
         if checkpoint is None:
             forms = equivalence.equivalence_golden(towards, steps=steps, device=where)
         else:
-            model = load(torch.float32)
+            model = eager(compute_dtype=torch.float32)
             inputs = checks.seeded_inputs(model.config, grid, text=text, seed=seed, device=model.device)
             forms = [equivalence.equivalence(model, inputs, checkpoint.name, towards, steps=steps, seed=seed)]
             del model
@@ -178,7 +187,7 @@ def verify(
         shown += [partial(verify_tables.equivalences, forms)]
     if calibrate is not None:
         how: dict[str, Any] = {"grid": grid, "text": text, "steps": steps, "seed": seed, "most": most}
-        model = load(torch.bfloat16)
+        model = eager(compute_dtype=torch.bfloat16)
         losses = calibration.calibrate(model, calibrate, **how, checkpoint=str(checkpoint), report=_say)
         del model
         calibration.write(losses, out)
@@ -188,7 +197,7 @@ def verify(
     if recorded or not (fast or kernels or pony or calibrate is not None):
         cases = checks.verify_golden() if recorded or checkpoint is None else []
         if checkpoint is not None and not fast:
-            cases += checks.verify_model(load(torch.float64), grid, text=text, seed=seed)
+            cases += checks.verify_model(eager(compute_dtype=torch.float64), grid, text=text, seed=seed)
         data["cases"] = [{**plain(case), "passed": case.passed, "worst": case.worst()} for case in cases]
         passed += [case.passed for case in cases]
         shown += [partial(verify_tables.comparisons, cases)]
@@ -223,35 +232,3 @@ def _check_kernels(device: torch.device) -> list[KernelCheck]:
         _say(f"{check.op} {check.variant}: {check.seconds:.1f} s")
         checked.append(check)
     return checked
-
-
-def _fast_config(precision: str, attention: str | None, top_k: float | None, backend: str, device: str) -> FastConfig:
-    from happyhorse_fast.fast.config import FastConfig, TopK
-
-    if backend == "auto" and not device.startswith("cuda"):
-        backend = "reference"
-    return FastConfig(
-        precision=precision,  # type: ignore[arg-type]  # FastConfig checks them and names what is allowed
-        attention=attention,  # type: ignore[arg-type]
-        backend=backend,  # type: ignore[arg-type]
-        sparsity=None if top_k is None else TopK(top_k),
-    )
-
-
-def _load(
-    checkpoint: Path | None,
-    preset: str | None,
-    config: ModelConfig | None,
-    device: str,
-    dtype: torch.dtype,
-    *,
-    quiet: bool,
-) -> HappyHorse:
-    """The eager model of a checkpoint, which whoever calls has."""
-    from happyhorse_fast.checkpoint.load import load
-    from happyhorse_fast.checkpoint.packed import is_packed
-
-    assert checkpoint is not None
-    if is_packed(checkpoint):
-        raise ValueError(f"checkpoint must hold the published weights to be verified; {checkpoint} holds packed ones")
-    return load(checkpoint, preset, config, device=device, compute_dtype=dtype, progress=not quiet)

@@ -117,7 +117,7 @@ class _Run:
         self.done, self.start = 0, time.monotonic()
         self.said = self.start
         self.ranges: dict[tuple[int, str], Sums] = {}
-        self.errors: dict[tuple[int, str, str, str], float] = {}
+        self.errors: dict[tuple[int, str], dict[str, dict[str, float]]] = {}
         self.state: ClipState | None = None  # all clips are of one shape
         self.forms: dict[str, tuple[FastConfig, dict[str, Choice]]] = {}
         for precision in ("bf16", *ATTENTION):
@@ -151,9 +151,9 @@ class _Run:
 
     def _compare(self, index: int, op: str, precision: str, result: torch.Tensor, exact: OpResults, clip: Clip) -> None:
         expected = exact.of(op)
+        worst = self.errors.setdefault((index, op), {}).setdefault(precision, dict.fromkeys(MODALITIES, 0.0))
         for modality, rows in zip(MODALITIES, clip.slices(), strict=True):
-            place = (index, op, precision, modality)
-            self.errors[place] = max(self.errors.get(place, 0.0), error_of(result[rows], expected[rows]))
+            worst[modality] = max(worst[modality], error_of(result[rows], expected[rows]))
 
     def _progress(self) -> None:
         self.done += 1
@@ -171,8 +171,4 @@ class _Run:
         for name in INPUTS[op]:
             found = self.ranges[layer, name].result(layer, name, "all")
             inputs[name] = InputRange(found.amax, found.rms, found.saturated or 0.0, found.lost or 0.0)
-        errors = {
-            precision: {modality: self.errors[layer, op, precision, modality] for modality in MODALITIES}
-            for precision in ("bf16", *ATTENTION)
-        }
-        return OpCalibration(layer, op, inputs, errors)
+        return OpCalibration(layer, op, inputs, self.errors[layer, op])
