@@ -27,6 +27,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 """As diffusers names a single file; shards have an index of that name too."""
+WHOLE_NAMES = (SINGLE_FILE, INDEX_FILE, DIFFUSERS_FILE, DIFFUSERS_FILE + ".index.json")
+"""Of the file that makes a folder a checkpoint."""
 PACKED_FILE = "happyhorse_fast.json"
 """Marks a folder of packed weights, and holds their configurations."""
 
@@ -45,7 +47,6 @@ _MAX_HEADER_BYTES = 100_000_000
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 _INDEX_SUFFIX = ".safetensors.index.json"
-_WHOLE_NAMES = (SINGLE_FILE, INDEX_FILE, DIFFUSERS_FILE, DIFFUSERS_FILE + ".index.json")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _IN_MODEL = re.compile(
     r"^(?P<prefix>(?:.*?\.)??)(?:adapter\.(?:rope|\w+_embedder)|block\.layers|final_(?:norm|linear)_\w+)\."
@@ -143,7 +144,7 @@ def require_regular_file(file: Path) -> None:
 
 
 def _read_folder(folder: Path) -> dict[str, TensorEntry]:
-    there = [name for name in _WHOLE_NAMES if (folder / name).exists() or (folder / name).is_symlink()]
+    there = [name for name in WHOLE_NAMES if (folder / name).exists() or (folder / name).is_symlink()]
     if len(there) > 1:
         raise CheckpointError(f"{folder}: holds both {' and '.join(there)}; remove one, or name the file to load")
     if there:
@@ -158,7 +159,7 @@ def _read_folder(folder: Path) -> dict[str, TensorEntry]:
             f"{folder}: {missing}; it holds {listed(others)}: name one file to load it, or restore the index of these "
             "shards"
         )
-    inside = [name for name in names if any((folder / name / whole).exists() for whole in _WHOLE_NAMES)]
+    inside = [name for name in names if any((folder / name / whole).exists() for whole in WHOLE_NAMES)]
     if inside:
         raise CheckpointError(f"{folder}: {missing}; its folder {listed(inside)} has one: name that")
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from happyhorse_fast.arguments import whole_number
-from happyhorse_fast.checkpoint.header import DIFFUSERS_FILE, INDEX_FILE, PACKED_FILE, SINGLE_FILE
+from happyhorse_fast.checkpoint.header import INDEX_FILE, PACKED_FILE, SINGLE_FILE, WHOLE_NAMES
 from happyhorse_fast.fast.compiled import published_key, unwrapped
 from happyhorse_fast.fast.state import is_accelerated
 from happyhorse_fast.files import is_special, real_path
@@ -71,7 +71,7 @@ def write_checkpoint(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"folder must be a folder, {folder} is a file")
-    names = {SINGLE_FILE, INDEX_FILE, PACKED_FILE, DIFFUSERS_FILE, DIFFUSERS_FILE + ".index.json", *beside}
+    names = {*WHOLE_NAMES, PACKED_FILE, *beside}
     old = sorted(path for path in folder.glob("*") if path.name in names or _SHARD.match(path.name))
     if old and not overwrite:
         raise FileExistsError(f"{folder} holds a checkpoint ({old[0].name}); pass overwrite=True to replace it")

@@ -99,6 +99,8 @@ def plan(
             as_json=as_json,
         )
         return
+    from happyhorse_fast.fast.launches import launches_per_layer
+
     preset, steps = preset or PRESET, 8 if steps is None else steps
     fps = fps_of(preset) if fps is None else fps
     if steps < 1:
@@ -145,17 +147,10 @@ def plan(
             "floor_s": steps * total.floor_ms / 1e3,
         },
         "exchange": None if gpus == 1 else _exchange(config, clip, gpus, text, precision, attention, costs),
-        "launches_per_layer": _most_launches(precision),
+        "launches_per_layer": max(map(len, launches_per_layer(FastConfig(precision=precision)))),  # type: ignore[arg-type]
         **_memory(config, clip, text, (precision, attention), memory, gpus, shard_weights),
     }
     emit(data, as_json, lambda console: _render(console, data))
-
-
-def _most_launches(precision: Any) -> int:
-    """Most launches of any layer."""
-    from happyhorse_fast.fast.launches import launches_per_layer
-
-    return max(len(names) for names in launches_per_layer(FastConfig(precision=precision)))
 
 
 def _exchange(

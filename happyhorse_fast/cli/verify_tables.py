@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,21 +150,17 @@ def _attention(case: Equivalence) -> Any:
 
 
 def _end_to_end(case: Equivalence) -> Any:
-    columns = ["result", "form", "relative L2", "added", "lost to", "1 - cosine", "worst tile", "PSNR dB"]
-    return table("end to end", columns, list(_end_rows(case)), left=2)
-
-
-def _end_rows(case: Equivalence) -> Iterator[list[str]]:
-    for what in case.forms[0].errors:
-        if not what.startswith(("velocity", "latent")):
-            continue
+    rows = []
+    for what in (what for what in case.forms[0].errors if what.startswith(("velocity", "latent"))):
         for form in case.forms:
             e = form.errors[what]
             psnr = "" if e.psnr_db is None else f"{e.psnr_db:.1f}"
             numbers = [f"{1 - e.cosine:.1e}", f"{e.tile_distance:.1e}", psnr]
             # No kernel has run then, only the places where one would round.
             step = "rounding" if form.step == "kernels" and form.backends == ("reference",) else form.step
-            yield [what.replace(".", ", "), form.form, f"{e.relative_l2:.2e}", f"{e.own:.2e}", step, *numbers]
+            rows.append([what.replace(".", ", "), form.form, f"{e.relative_l2:.2e}", f"{e.own:.2e}", step, *numbers])
+    columns = ["result", "form", "relative L2", "added", "lost to", "1 - cosine", "worst tile", "PSNR dB"]
+    return table("end to end", columns, rows, left=2)
 
 
 def calibration(found: Calibration, out: Path, console: Console) -> None:

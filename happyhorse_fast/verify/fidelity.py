@@ -48,15 +48,13 @@ class Policy:
 
     Attributes:
         name: Shown.
-        kind: What it is to be compared with.
+        kind: What it is to be compared with; of ``"sparsity"`` every latent frame sits in a block of its own.
         fast: The acceleration; None for eager bf16.
-        frame_blocks: Whether every latent frame sits in a block of its own.
     """
 
     name: str
     kind: Kind
     fast: FastConfig | None
-    frame_blocks: bool = False
 
 
 def policies(*, quick: bool = False) -> tuple[Policy, ...]:
@@ -69,7 +67,7 @@ def policies(*, quick: bool = False) -> tuple[Policy, ...]:
         return tuple(other for other in OPS if other != op)
 
     def sparse(name: str, sparsity: TopK | Tiles | None, **options: Any) -> Policy:
-        return Policy(name, "sparsity", fast(sparsity=sparsity, **options), frame_blocks=True)
+        return Policy(name, "sparsity", fast(sparsity=sparsity, **options))
 
     of_ops: tuple[tuple[Kind, str, str], ...] = (("int8 op", "int8", "int8_qk"), ("fp8 op", "fp8", "fp8"))
     every = (
@@ -245,7 +243,7 @@ def measure_fidelity(
         model = load_model(torch.bfloat16)
         if policy.fast is not None:
             accelerate(model, policy.fast)
-            if policy.frame_blocks:
+            if policy.kind == "sparsity":
                 decide_between_frames(model)
         errors = tuple(
             compare(prompt, clip, of, seen)
