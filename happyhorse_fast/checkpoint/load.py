@@ -12,8 +12,7 @@ from torch import nn
 from happyhorse_fast import ambient
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint.header import TensorEntry, read_headers
-from happyhorse_fast.checkpoint.lora import plan_updates
-from happyhorse_fast.checkpoint.lora_file import Lora
+from happyhorse_fast.checkpoint.lora import Lora, plan_updates
 from happyhorse_fast.checkpoint.packed import is_packed, load_packed, packed_config
 from happyhorse_fast.checkpoint.save import save_checkpoint
 from happyhorse_fast.checkpoint.stream import (
