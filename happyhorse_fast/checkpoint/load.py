@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from happyhorse_fast import ambient
 from happyhorse_fast.arguments import CheckpointError
@@ -15,18 +14,9 @@ from happyhorse_fast.checkpoint.header import TensorEntry, read_headers
 from happyhorse_fast.checkpoint.lora import Lora, plan_updates
 from happyhorse_fast.checkpoint.packed import is_packed, load_packed, packed_config
 from happyhorse_fast.checkpoint.save import save_checkpoint
-from happyhorse_fast.checkpoint.stream import (
-    Advance,
-    assign,
-    by_layer,
-    emptied_on_error,
-    fill,
-    progress_bar,
-    read_tensor,
-    staging_buffer,
-)
+from happyhorse_fast.checkpoint.stream import assign, emptied_on_error, fill_by_layer
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.eager.lora import Update, add_updates
+from happyhorse_fast.eager.lora import add_updates
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.eager.sizes import BANDS_KEY, layer_of, require_sizes
@@ -108,16 +98,21 @@ def load(
     entries = read_headers(path)
     accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
 
-    def done(layer: int) -> None:
+    def done(layer: int | None) -> None:
+        for path in (path for path in updates if layer_of(path) == layer):
+            add_updates(model.get_submodule(path), updates[path])
+        if layer is None:
+            _check_bands(model, entries.get(BANDS_KEY), place)
+            if accelerating is not None:
+                accelerating.finish()
+            return
         if accelerating is not None:
             accelerating.pack(layer)
         if shard is not None:
             spread(model.block.layers[layer], shard)
 
-    with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
-        _stream(model, entries, place, advance, updates, done)
-        if accelerating is not None:
-            accelerating.finish()
+    with emptied_on_error(model):
+        fill_by_layer(model, entries.values(), place, done, progress=progress)
     return model
 
 
@@ -180,36 +175,15 @@ def usable_device(device: torch.device | str) -> torch.device:
     return place
 
 
-def _stream(
-    model: nn.Module,
-    entries: Mapping[str, TensorEntry],
-    device: torch.device,
-    advance: Advance,
-    updates: Mapping[str, Sequence[Update]],
-    done: Callable[[int], None],
-) -> None:
-    """Fill a model on ``"meta"``: the rotary frequencies, layer by layer, the rest.
-
-    ``done`` is called with a layer's number once that is complete and has its LoRAs.
-    """
-    staging = staging_buffer(device)
-    bands = frequency_bands(model.get_buffer(BANDS_KEY).shape[0] * 8)
-    if BANDS_KEY in entries:
-        entry = entries[BANDS_KEY]
-        with entry.file.open("rb", buffering=0) as stream:
-            stored = read_tensor(stream, entry, bands.dtype, torch.device("cpu"), staging, advance)
-        error = float(((stored - bands) / bands).abs().max())
-        if error > BANDS_TOLERANCE:
-            raise CheckpointError(
-                f"{entry.file}: {BANDS_KEY} differs from the model's rotary frequencies 10000^(-i/{len(bands)}) by a "
-                f"relative {error:.1e}, more than {BANDS_TOLERANCE:.0e}: the checkpoint is of another model"
-            )
-        bands = stored
-    assign(model, BANDS_KEY, bands.to(device))
-    like = model.state_dict()
-    for layer, together in by_layer(entry for key, entry in entries.items() if key != BANDS_KEY):
-        fill(model, together, like, device, staging, advance)
-        for path in (path for path in updates if layer_of(path) == layer):
-            add_updates(model.get_submodule(path), updates[path])
-        if layer is not None:
-            done(layer)
+def _check_bands(model: HappyHorse, entry: TensorEntry | None, device: torch.device) -> None:
+    """Hold the rotary frequencies that were read against the model's; set them where there were none."""
+    bands = frequency_bands(model.config.head_dim)
+    if entry is None:
+        assign(model, BANDS_KEY, bands.to(device))
+        return
+    error = float(((model.adapter.rope.bands.cpu() - bands) / bands).abs().max())
+    if error > BANDS_TOLERANCE:
+        raise CheckpointError(
+            f"{entry.file}: {BANDS_KEY} differs from the model's rotary frequencies 10000^(-i/{len(bands)}) by a "
+            f"relative {error:.1e}, more than {BANDS_TOLERANCE:.0e}: the checkpoint is of another model"
+        )

@@ -16,7 +16,7 @@ from happyhorse_fast._version import __version__
 from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.checkpoint.header import DTYPES, PACKED_FILE, TensorEntry, read_headers, require_regular_file
 from happyhorse_fast.checkpoint.save import write_checkpoint
-from happyhorse_fast.checkpoint.stream import assign, by_layer, emptied_on_error, fill, progress_bar, staging_buffer
+from happyhorse_fast.checkpoint.stream import assign, emptied_on_error, fill_by_layer
 from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
@@ -115,18 +115,19 @@ def load_packed(
     entries = read_headers(folder)
     arch = compute_capability(device)
     model = empty_accelerated(config, fast, choose_ops(fast.on(arch), device, None), arch)
-    like = model.state_dict()
-    _require_entries(entries, like, folder)
-    staging, layers = staging_buffer(device), cast("list[FastLayer]", model.block.layers)
-    with emptied_on_error(model), progress_bar(progress, sum(entry.nbytes for entry in entries.values())) as advance:
-        for index, together in by_layer(entries.values()):
-            fill(model, together, like, device, staging, advance)
-            if index is None:
-                continue
-            layers[index].find_bound()
-            if shard is not None:
-                spread(layers[index], shard)
-    assign(model, BANDS_KEY, frequency_bands(config.head_dim, device))
+    _require_entries(entries, model.state_dict(), folder)
+    layers = cast("list[FastLayer]", model.block.layers)
+
+    def done(layer: int | None) -> None:
+        if layer is None:
+            assign(model, BANDS_KEY, frequency_bands(config.head_dim, device))
+            return
+        layers[layer].find_bound()
+        if shard is not None:
+            spread(layers[layer], shard)
+
+    with emptied_on_error(model):
+        fill_by_layer(model, entries.values(), device, done, progress=progress)
     return model
 
 

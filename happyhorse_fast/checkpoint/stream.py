@@ -75,12 +75,32 @@ def fill(
                 assign(model, entry.key, value)
 
 
-def by_layer(entries: Iterable[TensorEntry]) -> Iterator[tuple[int | None, list[TensorEntry]]]:
-    """(layer, its tensors) in order, those of no layer last."""
+def fill_by_layer(
+    model: nn.Module,
+    entries: Iterable[TensorEntry],
+    device: torch.device,
+    done: Callable[[int | None], None],
+    *,
+    progress: bool,
+) -> None:
+    """Fill a model on ``"meta"`` layer by layer, then the rest.
+
+    Args:
+        model: It has all the tensors' keys.
+        entries: The tensors.
+        device: Where they go.
+        done: Called with the number of each layer that is complete, and with None after the rest.
+        progress: Show a progress bar on standard error.
+    """
     groups: dict[int | None, list[TensorEntry]] = {}
     for entry in entries:
         groups.setdefault(layer_of(entry.key), []).append(entry)
-    yield from sorted(groups.items(), key=lambda group: math.inf if group[0] is None else group[0])
+    total = sum(entry.nbytes for group in groups.values() for entry in group)
+    like, staging = model.state_dict(), staging_buffer(device)
+    with progress_bar(progress, total) as advance:
+        for layer in sorted(groups, key=lambda layer: math.inf if layer is None else layer):
+            fill(model, groups[layer], like, device, staging, advance)
+            done(layer)
 
 
 def read_tensor(

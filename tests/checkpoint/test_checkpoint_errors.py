@@ -27,7 +27,7 @@ from toy_checkpoint import (
 )
 
 from happyhorse_fast.arguments import CheckpointError
-from happyhorse_fast.checkpoint import load as checkpoint
+from happyhorse_fast.checkpoint import stream as streaming
 from happyhorse_fast.checkpoint.load import load, save_checkpoint
 from happyhorse_fast.eager.model import HappyHorse
 
@@ -41,10 +41,10 @@ def single(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_data_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stream(*_: object) -> None:
+    def read(*_: object) -> None:
         raise AssertionError("data were read before all headers were checked")
 
-    monkeypatch.setattr(checkpoint, "_stream", stream)
+    monkeypatch.setattr(streaming, "_read_exactly", read)
 
 
 def test_exactly_one_of_preset_and_config(single: Path) -> None:
@@ -212,13 +212,14 @@ def test_truncated_shard(folder: Path) -> None:
 
 def test_file_that_shrinks_while_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last = sorted(folder.glob("model-*"))[-1]
-    stream = checkpoint._stream
+    fill = streaming.fill
 
     def shrink(*args: Any) -> None:
         last.write_bytes(last.read_bytes()[:-1])
-        stream(*args)
+        monkeypatch.undo()
+        fill(*args)
 
-    monkeypatch.setattr(checkpoint, "_stream", shrink)
+    monkeypatch.setattr(streaming, "fill", shrink)
     fails(folder, str(last), "truncated while it was read, within ")
 
 
