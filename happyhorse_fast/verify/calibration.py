@@ -28,14 +28,7 @@ from happyhorse_fast.ops.runtime.dispatch import Choice
 from happyhorse_fast.sampler import sample
 from happyhorse_fast.verify.activations import Sums, tensors
 from happyhorse_fast.verify.checks import in_dtype, seeded_inputs
-from happyhorse_fast.verify.layer_ops import (
-    LayerInputs,
-    OpResults,
-    attention_in,
-    before_layers,
-    eager_ops,
-    products_alone,
-)
+from happyhorse_fast.verify.layer_ops import FastOps, LayerInputs, OpResults, before_layers, eager_ops
 
 INPUTS = {
     "qkv": ("qkv input",),
@@ -143,10 +136,9 @@ class _Run:
             packed = make_fast_layer(
                 layer.state_dict(), self.model.config, form[0], index, form[1], given.hidden.device
             )
-            for op, result in products_alone(packed, self.state, given, exact):
+            fast = FastOps(packed, self.state, given, exact)
+            for op, result in (*fast.products(), ("attention", fast.attention_in(attention))):
                 self._compare(index, op, precision, result, exact, given.clip)
-            attended = attention_in(attention, packed, self.state, exact)
-            self._compare(index, "attention", precision, attended, exact, given.clip)
         self._progress()
 
     def _compare(self, index: int, op: str, precision: str, result: torch.Tensor, exact: OpResults, clip: Clip) -> None:

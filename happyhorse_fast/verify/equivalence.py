@@ -17,14 +17,12 @@ from happyhorse_fast.budgets import measure
 from happyhorse_fast.eager import sequence
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import accelerate
-from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.config import FastConfig
-from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.state import FastState, build_clip_state, is_accelerated
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
 from happyhorse_fast.sampler import sample
 from happyhorse_fast.verify.checks import in_dtype, run_layers, seeded_inputs
-from happyhorse_fast.verify.layer_ops import OPS, OpResults, attention_in, eager_ops, fast_ops, record_inputs
+from happyhorse_fast.verify.layer_ops import OPS, FastOps, OpResults, eager_ops, record_inputs
 
 Results = dict[str, torch.Tensor]
 """Name of a result, such as ``op.3.attention.video`` or ``latent.audio``, -> float32 [rows, features] on the CPU."""
@@ -191,15 +189,15 @@ def equivalence(
         carried: FastState = accelerated.fast  # type: ignore[assignment]
         state = build_clip_state(carried, clip, exact_model.adapter.rope.bands)
         video_rows = state.rows.starts[1]
-        after = _by_modality([fast_ops(layer, state, x, of) for layer, x, of in _each(accelerated, given, ops)], clip)
-        after |= run(accelerated)
+        layers = [FastOps(layer, state, x, of) for layer, x, of in _each(accelerated, given, ops)]
+        after = _by_modality([of.results() for of in layers], clip) | run(accelerated)
         if step == "kernels":
-            formats = tuple(_layer_attention(layer, state, of, clip) for layer, of in _each(accelerated, ops))
+            formats = tuple(_layer_attention(of, clip) for of in layers)
         errors = _distances(after, before, exact)
         backends = tuple(sorted({choice.backend for choice in carried.choices.values()}))
         found.append(FormErrors(form, step, backends, errors, tuple(violations(step, errors, found[0].errors))))
         before = after
-        del accelerated, carried, state
+        del accelerated, carried, state, layers
     tokens = (clip.video, clip.audio, clip.text)
     return Equivalence(
         case,
@@ -242,14 +240,14 @@ def _each(model: torch.nn.Module, *lists: list[Any]) -> Iterator[tuple[Any, ...]
     return zip(model.block.layers, *lists, strict=True)  # type: ignore[union-attr,arg-type]
 
 
-def _layer_attention(layer: FastLayer, state: ClipState, exact: OpResults, clip: sequence.Clip) -> LayerAttention:
-    video, audio, _ = clip.slices()
+def _layer_attention(of: FastOps, clip: sequence.Clip) -> LayerAttention:
     errors = {}
     for precision in ATTENTION:
-        result = attention_in(precision, layer, state, exact)
-        for modality, part in (("video", video), ("audio", audio)):
-            errors[f"{precision}.{modality}"] = measure(result[part].cpu(), exact.attention[part].cpu()).relative_l2
-    return LayerAttention(layer.plan.index, layer.bound.effective, layer.bound.softmax, errors)
+        result = of.attention_in(precision)
+        for modality, part in zip(("video", "audio"), clip.slices()[:2], strict=True):
+            exact = of.exact.attention[part].cpu()
+            errors[f"{precision}.{modality}"] = measure(result[part].cpu(), exact).relative_l2
+    return LayerAttention(of.layer.plan.index, of.layer.bound.effective, of.layer.bound.softmax, errors)
 
 
 def _by_modality(ops: list[OpResults], clip: sequence.Clip) -> Results:

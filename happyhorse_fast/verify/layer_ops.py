@@ -137,159 +137,139 @@ def eager_ops(layer: Layer, given: LayerInputs, dtype: torch.dtype, exact: OpRes
     return OpResults(norm, q, k, v, gate, gated, proj, middle, up, down)
 
 
-@torch.no_grad()
-def fast_ops(layer: FastLayer, state: ClipState, given: LayerInputs, exact: OpResults) -> OpResults:
-    """Run the fast layer's ops in the layer's formats and on its implementations, each on its float32 input.
+@dataclass(frozen=True)
+class FastOps:
+    """The ops of a fast layer, each on its float32 input.
 
-    Args:
+    Attributes:
         layer: Packed.
         state: Of the clip.
         given: The eager layer's inputs in float32.
         exact: The eager layer's results in float32.
     """
-    norm, q, k, v, gate = _norm_and_qkv(layer, state, given)
-    return OpResults(
-        norm,
-        q,
-        k,
-        v,
-        gate,
-        attention=_attention(layer, state, exact),
-        proj=_product(layer, state, "proj", exact),
-        middle=given.hidden[:0],
-        up=_up(layer, state, exact),
-        down=_product(layer, state, "down", exact),
-    )
 
+    layer: FastLayer
+    state: ClipState
+    given: LayerInputs
+    exact: OpResults
 
-@torch.no_grad()
-def attention_in(precision: str, layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
-    """Run attention alone in a format that need not be the layer's, [N, Hq * D] after the gate, in plain torch.
+    @torch.no_grad()
+    def results(self) -> OpResults:
+        """Run all of them in the layer's formats and on its implementations."""
+        norm, q, k, v, gate = self._norm_and_qkv()
+        attention, proj, up, down = self._attention(), self._product("proj"), self._up(), self._product("down")
+        return OpResults(norm, q, k, v, gate, attention, proj, self.given.hidden[:0], up, down)
 
-    Its own error: with the rounding points of the kernels, over the exact mask, its result rounded to bf16.
+    @torch.no_grad()
+    def attention_in(self, precision: str) -> torch.Tensor:
+        """Run attention alone in a format that need not be the layer's, [N, Hq * D] after the gate, in plain torch.
 
-    Args:
-        precision: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
-        layer: Packed.
-        state: Of the clip.
-        exact: The eager layer's results in float32.
-    """
-    backend = {**layer.plan.backend, "block_sparse_attention": "reference"}
-    return _attention(_changed(layer, backend, attention=precision, proj="bf16"), state, exact)
+        Its own error: with the rounding points of the kernels, over the exact mask, its result rounded to bf16.
 
+        Args:
+            precision: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        """
+        return self._changed({"block_sparse_attention": "reference"}, attention=precision, proj="bf16")._attention()
 
-@torch.no_grad()
-def products_alone(
-    layer: FastLayer, state: ClipState, given: LayerInputs, exact: OpResults
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (op, result [N, features]) of the layer's products, each on its float32 input and with a result in bf16.
+    @torch.no_grad()
+    def products(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (op, result [N, features]) of the products of a layer with attention in bf16, each result in bf16.
 
-    Quantising a result is the error of the next op, whose format asks for it.
+        Quantising a result is the error of the next op, whose format asks for it.
+        """
+        yield "qkv", side_by_side(*self._norm_and_qkv()[1:])
+        for op in ("proj", "down"):
+            yield op, self._product(op)
+        yield "up", self._changed({}, down="bf16")._up()
 
-    Args:
-        layer: Packed, attention in bf16.
-        state: Of the clip.
-        given: The eager layer's inputs in float32.
-        exact: The eager layer's results in float32.
-    """
-    yield "qkv", side_by_side(*_norm_and_qkv(layer, state, given)[1:])
-    for op in ("proj", "down"):
-        yield op, _product(layer, state, op, exact)
-    yield "up", _up(_changed(layer, layer.plan.backend, down="bf16"), state, exact)
+    def _changed(self, backend: Mapping[str, str], **precision: str) -> FastOps:
+        """The same of a layer with some ops in another format, on the same buffers."""
+        old = self.layer.plan
+        plan = dataclasses.replace(old, precision={**old.precision, **precision}, backend={**old.backend, **backend})
+        layer = FastLayer(plan, dict(self.layer.named_buffers()))
+        layer.bound = self.layer.bound
+        return dataclasses.replace(self, layer=layer)
+
+    @property
+    def _tiles(self) -> torch.Tensor:
+        return self.state.row_tiles(self.layer.plan.experts)
+
+    def _rows(self, tokens: torch.Tensor, columns: int | None = None) -> torch.Tensor:
+        """[N, ...] in the public order -> [rows, ...] float32 padded with zeros, to ``columns`` where given."""
+        wide = tokens.float()
+        if columns is not None:
+            wide = torch.nn.functional.pad(wide, (0, columns - wide.shape[1]))
+        out = torch.zeros(self.state.rows.slots, *wide.shape[1:], device=wide.device)
+        out[self.state.token_rows] = wide
+        return out
+
+    def _values(self, result: Operand) -> torch.Tensor:
+        """[rows, features] of an op -> [N, features] float32 in the public order."""
+        codes, scale = result
+        return (codes.float() if scale is None else dequantize(codes, scale))[self.state.token_rows]
+
+    def _norm_and_qkv(self) -> tuple[torch.Tensor, ...]:
+        """norm [N, C]; q [N, Hq, D], k and v [N, Hkv, D], gate [N, Hq] of its codes."""
+        tiles, out = self._tiles, self.layer.plan.precision["attention"]
+        x = self.layer.norm(self._rows(self.given.hidden), "qkv", tiles)
+        codes: Any = self.layer.qkv(x, self.state.cos_sin, tiles)
+        q, k, v = codes.q.float(), codes.k.float(), codes.v
+        if out == "int8_qk":
+            q, k = q * codes.q_scale[..., None], k * _each_row(codes.k_scale)[:, : len(k)].T[..., None]
+        elif out == "fp8":
+            scales = (codes.q_scale, codes.k_scale)
+            q, k = (x * _each_row(scale)[: len(x), None, None] for x, scale in zip((q, k), scales, strict=True))
+            v = (token_order(v).float() * _each_row(codes.v_scale)[:, None]).permute(2, 0, 1)
+        published = torch.argsort(rotary_permutation(self.layer.plan.head_dim)).to(q.device)
+        q, k = (x[self.state.token_rows][..., published] for x in (q, k))
+        return self._values(x), q, k, v.float()[self.state.token_rows], codes.gate[self.state.token_rows]
+
+    def _attention(self) -> torch.Tensor:
+        out = self.layer.plan.precision["attention"]
+        q, k, v, gate = (self._rows(x) for x in (self.exact.q, self.exact.k, self.exact.v, self.exact.gate))
+        q_scale = k_scale = v_scale = None
+        if out == "bf16":
+            q, k = q.bfloat16(), k.bfloat16()
+        elif out == "int8_qk":
+            q, q_scale = quantize_q(q)
+            k, k_scale = quantize_k(k)
+            k_scale = k_scale.contiguous()
+        else:
+            of_blocks = self.layer.qk_scale.index_select(0, self._tiles[:, 0])  # as the epilogue of QKV gives them
+            q_scale, k_scale = of_blocks.T.contiguous()
+            q, k = (to_e4m3(x / _each_row(scale)[: len(x), None, None]) for x, scale in ((q, q_scale), (k, k_scale)))
+            v, v_scale = quantize_v(v)
+        v = v if out == "fp8" else v.bfloat16()
+        return self._values(self.layer.attend(AttentionInputs(q, k, v, q_scale, k_scale, v_scale, gate), self.state))
+
+    def _up(self) -> torch.Tensor:
+        tiles = self._tiles
+        y = self.layer.up(self.layer.norm(self._rows(self.exact.middle), "up", tiles), tiles)
+        return self._values(y)[:, : self.exact.up.shape[1]]
+
+    def _product(self, op: str) -> torch.Tensor:
+        """proj or down of a float32 input, in the format that the op before would have written it."""
+        rows = self._rows(self.exact.attention if op == "proj" else self.exact.up, self.layer.weight_of(op).shape[2])
+        if self.layer.plan.precision[op] == "fp8":
+            if op == "proj":
+                scale = output_scale(self.exact.v.float(), None, self.exact.gate.float())
+            else:
+                scale = static_scale(self.layer.activation, True, rows.device)
+            x: Operand = quantize_static(rows, scale), scale
+        else:
+            x = self.layer.quantized((rows.bfloat16(), None), op)
+        tiles = self._tiles
+        # With a post-norm the product is a launch of its own, whose result the norm takes.
+        if hasattr(self.layer, "attn_post_norm"):
+            return self.layer.product(x, op, tiles)[self.state.token_rows]
+        branch = torch.zeros(len(rows), self.exact.middle.shape[1], device=rows.device)
+        self.layer.add(branch, x, op, tiles)
+        return branch[self.state.token_rows]
 
 
 def side_by_side(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """[N, heads, D] three times and [N, heads] -> [N, features] float32."""
     return torch.cat([part.float() for part in (q.flatten(1), k.flatten(1), v.flatten(1), gate)], dim=1)
-
-
-def _changed(layer: FastLayer, backend: Mapping[str, str], **precision: str) -> FastLayer:
-    """The layer with some ops in another format, on the same buffers."""
-    plan = dataclasses.replace(layer.plan, precision={**layer.plan.precision, **precision}, backend=backend)
-    changed = FastLayer(plan, dict(layer.named_buffers()))
-    changed.bound = layer.bound
-    return changed
-
-
-def _tiles(layer: FastLayer, state: ClipState) -> torch.Tensor:
-    return state.row_tiles(layer.plan.experts)
-
-
-def _rows(state: ClipState, tokens: torch.Tensor, columns: int | None = None) -> torch.Tensor:
-    """[N, ...] in the public order -> [rows, ...] float32 padded with zeros, to ``columns`` where given."""
-    wide = tokens.float()
-    if columns is not None:
-        wide = torch.nn.functional.pad(wide, (0, columns - wide.shape[1]))
-    out = torch.zeros(state.rows.slots, *wide.shape[1:], device=wide.device)
-    out[state.token_rows] = wide
-    return out
-
-
-def _values(state: ClipState, result: Operand) -> torch.Tensor:
-    """[rows, features] of an op -> [N, features] float32 in the public order."""
-    codes, scale = result
-    return (codes.float() if scale is None else dequantize(codes, scale))[state.token_rows]
-
-
-def _norm_and_qkv(layer: FastLayer, state: ClipState, given: LayerInputs) -> tuple[torch.Tensor, ...]:
-    """norm [N, C]; q [N, Hq, D], k and v [N, Hkv, D], gate [N, Hq] of its codes."""
-    tiles, out = _tiles(layer, state), layer.plan.precision["attention"]
-    x = layer.norm(_rows(state, given.hidden), "qkv", tiles)
-    codes: Any = layer.qkv(x, state.cos_sin, tiles)
-    q, k, v = codes.q.float(), codes.k.float(), codes.v
-    if out == "int8_qk":
-        q, k = q * codes.q_scale[..., None], k * _each_row(codes.k_scale)[:, : len(k)].T[..., None]
-    elif out == "fp8":
-        scales = (codes.q_scale, codes.k_scale)
-        q, k = (x * _each_row(scale)[: len(x), None, None] for x, scale in zip((q, k), scales, strict=True))
-        v = (token_order(v).float() * _each_row(codes.v_scale)[:, None]).permute(2, 0, 1)
-    published = torch.argsort(rotary_permutation(layer.plan.head_dim)).to(q.device)
-    q, k = (x[state.token_rows][..., published] for x in (q, k))
-    return _values(state, x), q, k, v.float()[state.token_rows], codes.gate[state.token_rows]
-
-
-def _attention(layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
-    out = layer.plan.precision["attention"]
-    q, k, v, gate = (_rows(state, x) for x in (exact.q, exact.k, exact.v, exact.gate))
-    q_scale = k_scale = v_scale = None
-    if out == "bf16":
-        q, k = q.bfloat16(), k.bfloat16()
-    elif out == "int8_qk":
-        q, q_scale = quantize_q(q)
-        k, k_scale = quantize_k(k)
-        k_scale = k_scale.contiguous()
-    else:
-        of_blocks = layer.qk_scale.index_select(0, _tiles(layer, state)[:, 0])  # as the epilogue of QKV gives them
-        q_scale, k_scale = of_blocks.T.contiguous()
-        q, k = (to_e4m3(x / _each_row(scale)[: len(x), None, None]) for x, scale in ((q, q_scale), (k, k_scale)))
-        v, v_scale = quantize_v(v)
-    v = v if out == "fp8" else v.bfloat16()
-    return _values(state, layer.attend(AttentionInputs(q, k, v, q_scale, k_scale, v_scale, gate), state))
-
-
-def _up(layer: FastLayer, state: ClipState, exact: OpResults) -> torch.Tensor:
-    tiles = _tiles(layer, state)
-    y = layer.up(layer.norm(_rows(state, exact.middle), "up", tiles), tiles)
-    return _values(state, y)[:, : exact.up.shape[1]]
-
-
-def _product(layer: FastLayer, state: ClipState, op: str, exact: OpResults) -> torch.Tensor:
-    """proj or down of a float32 input, in the format that the op before would have written it."""
-    rows = _rows(state, exact.attention if op == "proj" else exact.up, layer.weight_of(op).shape[2])
-    if layer.plan.precision[op] == "fp8":
-        if op == "proj":
-            scale = output_scale(exact.v.float(), None, exact.gate.float())
-        else:
-            scale = static_scale(layer.activation, True, rows.device)
-        x: Operand = quantize_static(rows, scale), scale
-    else:
-        x = layer.quantized((rows.bfloat16(), None), op)
-    tiles = _tiles(layer, state)
-    if hasattr(layer, "attn_post_norm"):  # the product is then a launch of its own, whose result the norm takes
-        return layer.product(x, op, tiles)[state.token_rows]
-    branch = torch.zeros(len(rows), exact.middle.shape[1], device=rows.device)
-    layer.add(branch, x, op, tiles)
-    return branch[state.token_rows]
 
 
 def _each_row(scale: torch.Tensor) -> torch.Tensor:

@@ -177,7 +177,7 @@ def test_fast_ops_on_the_interpreter_and_in_plain_torch_agree(
         fast = FastConfig(precision=precision, attention=attention, backend=backend, originals="drop")
         ready: Any = accelerate(in_dtype(model, torch.bfloat16), fast)
         state = build_clip_state(ready.fast, clip, exact_model.adapter.rope.bands)
-        found.append(layer_ops.fast_ops(ready.block.layers[0], state, given[0], exact))
+        found.append(layer_ops.FastOps(ready.block.layers[0], state, given[0], exact).results())
     for op in layer_ops.OPS:
         triton, plain = (result.of(op) for result in found)
         error = measure(triton, plain)
