@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from public_model import DiTModel
+from safetensors.torch import load_file, save_file
 
 import happyhorse_fast as hh
 from happyhorse_fast import golden
@@ -144,6 +146,16 @@ def test_weights_of_another_precision_are_refused(packed: Path) -> None:
     fast = json.loads((packed / "happyhorse_fast.json").read_text())["fast"]
     _edit(packed, fast=fast | {"skip": []})
     with pytest.raises(CheckpointError, match=r"missing 1 tensors: block\.layers\.0\.down_scale"):
+        load(packed)
+
+
+@pytest.mark.filterwarnings("ignore:every op runs")
+def test_a_tensor_of_another_dtype_is_refused(packed: Path) -> None:
+    key = "block.layers.0.attn_norm"
+    file = next(file for file in packed.glob("*.safetensors") if key in load_file(file))
+    tensors = load_file(file)
+    save_file({**tensors, key: tensors[key].bfloat16()}, file)
+    with pytest.raises(CheckpointError, match=rf"differing 1 tensors: {re.escape(key)} in .* is BF16 .*, must be"):
         load(packed)
 
 
