@@ -103,8 +103,6 @@ def load(
             add_updates(model.get_submodule(path), updates[path])
         if layer is None:
             _check_bands(model, entries.get(BANDS_KEY), place)
-            if accelerating is not None:
-                accelerating.finish()
             return
         if accelerating is not None:
             accelerating.pack(layer)
@@ -113,6 +111,8 @@ def load(
 
     with emptied_on_error(model):
         fill_by_layer(model, entries.values(), place, done, progress=progress)
+        if accelerating is not None:
+            accelerating.finish()
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -83,13 +82,13 @@ def fill_by_layer(
     *,
     progress: bool,
 ) -> None:
-    """Fill a model on ``"meta"`` layer by layer, then the rest.
+    """Fill a model on ``"meta"``: what is of no layer, by which some errors show at once, then layer by layer.
 
     Args:
         model: It has all the tensors' keys.
         entries: The tensors.
         device: Where they go.
-        done: Called with the number of each layer that is complete, and with None after the rest.
+        done: Called with None after what is of no layer, then with the number of each layer that is complete.
         progress: Show a progress bar on standard error.
     """
     groups: dict[int | None, list[TensorEntry]] = {}
@@ -98,7 +97,7 @@ def fill_by_layer(
     total = sum(entry.nbytes for group in groups.values() for entry in group)
     like, staging = model.state_dict(), staging_buffer(device)
     with progress_bar(progress, total) as advance:
-        for layer in sorted(groups, key=lambda layer: math.inf if layer is None else layer):
+        for layer in sorted(groups, key=lambda layer: -1 if layer is None else layer):
             fill(model, groups[layer], like, device, staging, advance)
             done(layer)
 

@@ -38,7 +38,7 @@ from toy_checkpoint import (
 from happyhorse_fast import golden
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint import stream as streaming
-from happyhorse_fast.checkpoint.header import read_headers
+from happyhorse_fast.checkpoint.header import TensorEntry, read_headers
 from happyhorse_fast.checkpoint.load import load, save_checkpoint
 from happyhorse_fast.cli.output import save_tensors
 from happyhorse_fast.config import ModelConfig
@@ -120,7 +120,7 @@ def test_presets_are_taken(tmp_path: Path) -> None:
     assert model.config == ModelConfig.preset("tiny") and model.compute_dtype == torch.float64
 
 
-def test_rotary_frequencies(tmp_path: Path) -> None:
+def test_rotary_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = weights()
     bands = state.pop(BANDS)
     save_checkpoint(state, tmp_path / "absent")
@@ -133,7 +133,16 @@ def test_rotary_frequencies(tmp_path: Path) -> None:
     assert not torch.equal(state[BANDS], frequency_bands(32))
     state[BANDS][3] *= 1 + 2e-6
     save_checkpoint(state, tmp_path / "other")
+    read: list[str] = []
+    read_tensor = streaming.read_tensor
+
+    def recorded(file: io.FileIO, entry: TensorEntry, *arguments: Any) -> torch.Tensor:
+        read.append(entry.key)
+        return read_tensor(file, entry, *arguments)
+
+    monkeypatch.setattr(streaming, "read_tensor", recorded)
     fails(tmp_path / "other", "model.safetensors", BANDS, "rotary frequencies", config=config)
+    assert BANDS in read and not any("layers" in key for key in read), "61 GB later it would be no less wrong"
 
 
 def test_progress_bar_only_where_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +225,7 @@ def test_never_two_copies_of_a_weight(tmp_path: Path, storages: Storages) -> Non
 def test_nothing_is_kept_after_an_error(
     interruption: type[BaseException] | None, folder: Path, storages: Storages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    last = "final_linear_audio.weight"
+    last = f"block.layers.{CONFIG.num_layers - 1}.mlp.down_proj.weight"
     if interruption is None:
         edit_file(shard_of(folder, last), lambda tensors: tensors[last].fill_(torch.nan))
     else:
