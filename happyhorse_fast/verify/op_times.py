@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,11 +157,13 @@ def time_forms(
     require_whole("repeats", repeats, 1)
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
     found = []
-    for form in FORMS:
-        if form.precision == "fp32" or (form.precision == "fp8" and not fp8):
-            continue
-        report(form.name)
-        found.append(time_form(form, config, clip, text, attention, repeats, device))
+    # Events are of the current device, which need not be this one.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for form in FORMS:
+            if form.precision == "fp32" or (form.precision == "fp8" and not fp8):
+                continue
+            report(form.name)
+            found.append(time_form(form, config, clip, text, attention, repeats, device))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -72,6 +73,17 @@ def test_forms_are_named_before_their_time_is_taken(monkeypatch, capsys):
     assert run(["bench", "--device", "cpu"]) == 0
     told = capsys.readouterr().err.splitlines()
     assert told == [f"timing {form.name}..." for form in op_times.FORMS if form.precision != "fp32"]
+
+
+def test_events_are_of_the_gpu_that_is_asked_for(monkeypatch):
+    on = mock.MagicMock()
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(op_times, "time_form", lambda *_: on.timed())
+    time_forms(None, None, text=1, repeats=1, device=torch.device("cuda:1"))
+    calls = [name for name, *_ in on.mock_calls]
+    assert on.mock_calls[0] == mock.call(torch.device("cuda:1"))
+    assert calls[1:3] == ["().__enter__", "timed"] and calls[-1] == "().__exit__"
 
 
 def test_bad_input_is_one_line(capsys):
