@@ -81,7 +81,7 @@ bench: $(STAMP) ## microbenchmarks of the ops: on a CPU the small cases, under 3
 GPU_PYTHON ?= 3.12
 PRIME_ARGS ?= --build $(GPU_FOLDER)-python$(GPU_PYTHON)
 prime: $(STAMP) $(GPU_FOLDER)/.installed $(GPU_FOLDER)-python$(GPU_PYTHON)/.installed ## before `make gpu`, without a GPU: compile what it launches
-	$(BIN)/python -m bench.prime --jobs $(JOBS) --triton $(GPU_FOLDER) $(PRIME_ARGS)
+	PYTHONPATH=$(abspath $(GPU_FOLDER)) $(BIN)/python -m bench.prime --jobs $(JOBS) $(PRIME_ARGS)
 
 # A GPU machine may have neither a network nor a place to install into: an interpreter that is named is used as it is,
 # and where there is no environment yet, so is one that has torch and pytest.

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from bench.aot.gates import Row, not_compiled, problems
 from bench.bootstrap import ROOT
-from bench.processes import CommandFailed, compiling, json_lines
+from bench.table import Table
 
 DOCUMENT = ROOT / "docs" / "AOT.md"
-SHARDS = 3
-"""Per version: a new process every few minutes, because the compiler's memory grows."""
 HEADER = ("kernel", "sm", "tile", "warps, stages", "registers", "stack", "STL / LDL", "shared", "tensor core", "SHFL")
 INTRODUCTION = """# Ahead-of-time compiles
 
@@ -44,39 +41,24 @@ architecture: [kernels/attention.md](kernels/attention.md).
 """
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A part of the cases for one version of Triton: the folder that holds it, or None for the installed one."""
+def compiled(triton: Path | None, only: str, jobs: int) -> tuple[list[Row], list[str]]:
+    """(rows, failures) of the cases, in a process of their own.
 
-    folder: Path | None
-    number: int
-
-
-class Compiles:
-    """The compiles of one run, and what came of them."""
-
-    def __init__(self, console: Console, only: str) -> None:
-        self.console, self.only = console, only
-        self.rows: list[Row] = []
-        self.failures: list[str] = []
-        self.expected = 0
-
-    def run(self, shard: Shard) -> None:
-        """Compile a shard in a process of its own; a line per kernel."""
-        options = ("--shard", f"{shard.number}/{SHARDS}", "--only", self.only)
-        try:
-            for data in json_lines([sys.executable, "-m", "bench.aot.compile", *options], compiling(shard.folder)):
-                if "kernels" in data:
-                    self.expected += data["kernels"]
-                elif "failure" in data:
-                    self.failures.append(data["failure"])
-                    self.console.print(data["failure"], style="red", highlight=False)
-                else:
-                    self.rows.append(row := Row(**data))
-                    said = f"{len(self.rows)}/{self.expected} {row.triton} {row.name}: {row.summary} ({row.seconds} s)"
-                    self.console.print(said, highlight=False)
-        except CommandFailed as error:
-            self.failures.append(f"compiling {shard}: {error}")
+    Args:
+        triton: Folder that holds the version that compiles, or None for the installed one.
+        only: Regular expression over their names.
+        jobs: Processes that compile side by side.
+    """
+    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    env |= {"PYTHONPATH": str(triton.resolve())} if triton else {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "bench.aot.compile", str(file), "--only", only, "--jobs", str(jobs)]
+        code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+        if code:
+            return [], [f"compiling by Triton of {triton or 'this environment'} ended with {code}"]
+        data = json.loads(file.read_text())
+        return [Row(**row) for row in data["rows"]], data["failures"]
 
 
 def key_of(version: str) -> tuple[int, ...]:
@@ -84,18 +66,16 @@ def key_of(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:3])
 
 
+def numbers(row: Row) -> list[str]:
+    """What may differ between versions."""
+    spills = f"{row.spill_stores} / {row.spill_loads}"
+    return [str(row.registers), str(row.stack), spills, f"{row.shared:,}", row.instructions, str(row.shuffles)]
+
+
 def cells(rows: list[Row | None]) -> list[str]:
     """A line of the table from one kernel's rows, a row per version."""
-    known = [row for row in rows if row is not None]
-    columns = [
-        [str(row.registers) if row else "-" for row in rows],
-        [str(row.stack) if row else "-" for row in rows],
-        [f"{row.spill_stores} / {row.spill_loads}" if row else "-" for row in rows],
-        [f"{row.shared:,}" if row else "-" for row in rows],
-        [row.instructions if row else "-" for row in rows],
-        [str(row.shuffles) if row else "-" for row in rows],
-    ]
-    first = known[0]
+    first = next(row for row in rows if row is not None)
+    columns = zip(*(numbers(row) if row else ["-"] * len(numbers(first)) for row in rows), strict=True)
     return [
         f"{first.kernel.removesuffix('_kernel')} {first.detail}",
         str(first.arch),
@@ -122,14 +102,6 @@ def document(rows: list[Row], versions: list[str]) -> str:
     return "\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
 
 
-def show(console: Console, rows: list[Row], versions: list[str]) -> None:
-    """Print the table."""
-    drawn = Table(*HEADER, title=f"Triton {' and '.join(versions)}", title_justify="left")
-    for line in lines_of(rows, versions):
-        drawn.add_row(*line)
-    console.print(drawn)
-
-
 def differences(text: str) -> list[str]:
     """List how docs/AOT.md differs from what was measured."""
     there = DOCUMENT.read_text().splitlines() if DOCUMENT.exists() else []
@@ -149,30 +121,28 @@ def main() -> int:
     options = parser.parse_args()
     if options.only and (options.write or options.check):
         parser.error("--write and --check are about all cases, so not with --only")
-    width = None if sys.stdout.isatty() else 200
-    console, started = Console(width=width, markup=False, emoji=False), time.perf_counter()
-    compiles = Compiles(console, options.only)
-    folders = [None, *(folder.resolve() for folder in options.also)]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(compiles.run, [Shard(folder, n) for folder in folders for n in range(SHARDS)]))
-    rows = compiles.rows
+    started = time.perf_counter()
+    folders = [None, *options.also]
+    of_folders = [compiled(folder, options.only, options.jobs) for folder in folders]
+    rows = [row for of_folder, _ in of_folders for row in of_folder]
     versions = sorted({row.triton for row in rows}, key=key_of, reverse=True)
-    found = [*compiles.failures, *(problem for row in rows for problem in problems(row))]
+    found = [failure for _, failures in of_folders for failure in failures]
+    found += [problem for row in rows for problem in problems(row)]
     if len(versions) != len(folders):
         found.append(f"{len(folders)} versions of Triton were to compile, got {', '.join(versions) or 'none'}")
     if not options.only:
         for version in versions:
             found += [f"{entry} (Triton {version})" for entry in not_compiled(r for r in rows if r.triton == version)]
     if rows:
-        show(console, rows, versions)
+        lines = tuple(map(tuple, lines_of(rows, versions)))
+        print(Table(f"Triton {' and '.join(versions)}", HEADER, lines).text())
     if options.write and not found:
         DOCUMENT.write_text(document(rows, versions))
     if options.check:
         found += differences(document(rows, versions))
     for problem in found:
-        console.print(problem, style="red", highlight=False)
-    minutes = (time.perf_counter() - started) / 60
-    console.print(f"{len(rows)} compiles, {len(found)} problems, {minutes:.1f} minutes", highlight=False)
+        print(problem)
+    print(f"{len(rows)} compiles, {len(found)} problems, {(time.perf_counter() - started) / 60:.1f} minutes")
     return 1 if found else 0
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 from bench.results import ROOT, Json
 from happyhorse_fast.files import replacing
@@ -23,11 +26,28 @@ SUFFIX = ".tgz"
 GROUP = "__grp__"
 
 
-def version_key() -> str:
-    """Return the key by which Triton's cache tells one build of Triton from another; some 5,000 characters."""
+def version_key(build: Path | None = None) -> str:
+    """Return the key by which Triton's cache tells one build of Triton from another; some 5,000 characters.
+
+    Args:
+        build: Folder that holds another build of the imported version, such as the one for another Python.
+
+    Raises:
+        ValueError: It is of another version.
+    """
+    import triton
     from triton.runtime import cache
 
-    return str(cache.triton_key())
+    if build is None:
+        return str(cache.triton_key())
+    found = re.search(r"__version__ = '([^']+)'", (build / "triton" / "__init__.py").read_text())
+    if found is None or found[1] != triton.__version__:
+        other = found[1] if found else "none"
+        raise ValueError(f"build must hold Triton {triton.__version__}, which compiles here; {build} holds {other}")
+    own: Any = cache.triton_key.__wrapped__
+    # It hashes what lies around its own file.
+    around = own.__globals__ | {"__file__": str(build / "triton" / "runtime" / "cache.py")}
+    return str(FunctionType(own.__code__, around)())
 
 
 def digest(key: str) -> str:

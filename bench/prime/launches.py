@@ -1,14 +1,9 @@
-"""Every launch of a GPU run, found without one: the tables' (bench/aot/cases.py), cases', clips', self-checks', tests'.
-
-python -m bench.prime.launches --arch 90 > launches.jsonl    one kernel as Triton specialises it a line
-"""
+"""Every launch of a GPU run, found without one: of tables (bench/aot/cases.py), cases, clips, self-checks and tests."""
 
 from __future__ import annotations
 
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
-import argparse
-import json
 import os
 import re
 import sys
@@ -18,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 
 from bench.aot import cases as aot_cases
-from bench.aot.compile import Driver, recording
+from bench.aot.launches import Driver, Launch, recording
 from bench.cases import Size, cases
 from bench.hopper import HOPPER, running
 from bench.inputs import call, make
@@ -53,7 +47,7 @@ class Source:
     """Something that launches.
 
     Attributes:
-        name: For :data:`bench.prime`'s ``--only``.
+        name: For ``--only`` of `make prime`.
         launch: Launches, where :func:`bench.prime.stand_in.stand_in` is entered.
     """
 
@@ -128,42 +122,23 @@ def run_tests(name: str) -> None:
         raise RuntimeError(f"{file} ended with {code!r} on a stand-in GPU")
 
 
-def found(arch: int, only: str = "") -> list[dict[str, Any]]:
-    """The distinct kernels that a GPU run launches: module, name, specialisation, and what launches it first.
+def found(arch: int, only: str = "") -> list[Launch]:
+    """The distinct kernels that a GPU run launches, each with the name of what launches it first.
 
     Args:
         arch: Compute capability as 90 for 9.0.
         only: Regular expression that the name of a source must contain.
     """
-    kernels: dict[str, dict[str, Any]] = {}
+    kernels: dict[str, Launch] = {}
 
-    def launched(kernel: Any, specialised: str) -> None:
-        place = {"module": kernel.fn.__module__, "kernel": kernel.fn.__name__}
-        kernels.setdefault(specialised, {**place, "specialised": specialised, "source": source.name})
+    def launched(module: str, name: str, specialised: str) -> None:
+        kernels.setdefault(specialised, Launch(module, name, specialised, source.name))
 
-    driver = Driver()
-    driver.arch = arch
-    triton.runtime.driver.set_active(driver)
+    Driver(arch).activate()
+    # The tests' own set-up would have kernels interpreted.
+    os.environ |= {"TRITON_INTERPRET": "0", "HAPPYHORSE_FAST_GPU_TESTS": "recorded"}
     with recording(launched), stand_in(arch):
         for source in sources(arch):
             if re.search(only, source.name):
                 source.launch()
     return list(kernels.values())
-
-
-def main() -> None:
-    """Print them, one a line as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--arch", type=int, default=90)
-    parser.add_argument("--only", default="", help="regular expression that a source's name must contain")
-    options = parser.parse_args()
-    if bootstrap.INTERPRETED:
-        sys.exit("TRITON_INTERPRET must not be set: nothing would be compiled")
-    # The tests' own set-up would have kernels interpreted.
-    os.environ |= {"TRITON_INTERPRET": "0", "HAPPYHORSE_FAST_GPU_TESTS": "recorded"}
-    for kernel in found(options.arch, options.only):
-        print(json.dumps(kernel), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,5 @@
 """Kernels compiled without a GPU: a few here, all in `make aot-check`; and what its gates must catch."""
 
-import io
 import json
 import os
 import subprocess
@@ -9,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from bench.aot import gates
+from bench.aot.__main__ import compiled
 from happyhorse_fast.kernels.launch import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
@@ -77,9 +76,8 @@ slow = pytest.mark.slow  # 3 to 5 s each, and `make check` compiles all of them 
 
 @pytest.mark.parametrize("stem", [pytest.param(s, marks=() if s == "linear" else slow) for s in SOME])
 def test_a_kernel_of_every_stem_holds_its_gates_on_hopper(stem):
-    done = run("-m", "bench.aot.compile", "--only", "|".join(f"^sm_90 {case}$" for case in SOME[stem]))
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [gates.Row(**json.loads(line)) for line in done.stdout.splitlines()[1:]]
+    rows, failures = compiled(None, "|".join(f"^sm_90 {case}$" for case in SOME[stem]), 1)
+    assert failures == []
     assert len(rows) >= len(SOME[stem])
     assert {row.stem for row in rows} == {stem}
     assert [problem for row in rows for problem in gates.problems(row)] == []
@@ -121,17 +119,15 @@ def test_every_entry_is_there_for_each_architecture_that_can(stem, variant):
 )
 def test_a_planted_mistake_is_caught(plant, problem):
     code = f"""
-import triton
 from bench.aot.cases import cases
-from bench.aot.compile import Driver, measure, record
+from bench.aot.compile import measure, record
 from bench.aot.gates import problems
 from happyhorse_fast.kernels import launch
 from happyhorse_fast.kernels.launch import config_for, table
 from happyhorse_fast.ops.linear import triton as fp8_linear
 {plant}
-triton.runtime.driver.set_active(driver := Driver())
 case = next(c for c in cases() if (c.arch, c.detail) == (90, "fp8, plain, bf16 out"))
-print(problems(measure(driver, *record(driver, iter([case])))))
+print(problems(measure(*record([case]))))
 """
     done = run("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -140,7 +136,7 @@ print(problems(measure(driver, *record(driver, iter([case])))))
 
 def test_it_does_not_run_where_kernels_are_interpreted():
     done = subprocess.run(
-        [sys.executable, "-m", "bench.aot.compile", "--only", "^$"],
+        [sys.executable, "-m", "bench.aot.compile", "rows.json", "--only", "sm_90 rmsnorm_quantize"],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -281,9 +277,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import triton
 from bench.aot.cases import cases
-from bench.aot.compile import Driver, measure, record
+from bench.aot.compile import measure, record
 from bench.aot.gates import problems
 from happyhorse_fast.kernels import attention_hopper as kernel
 from happyhorse_fast.kernels import hopper_bounded
@@ -298,9 +293,8 @@ spec = importlib.util.spec_from_file_location("moved", path)
 moved = sys.modules["moved"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(moved)
 kernel.attend_bounded = moved.attend_bounded
-triton.runtime.driver.set_active(driver := Driver())
 case = next(c for c in cases() if (c.arch, c.detail) == (90, "bf16, D 128, bf16 out, hopper"))
-print(problems(measure(driver, *record(driver, iter([case])))))
+print(problems(measure(*record([case]))))
 """
 
 
@@ -310,14 +304,33 @@ def test_an_entry_that_no_case_launches_is_caught():
     assert not any("'fp8_plain' for sm_90" in line for line in missing)
 
 
-def test_a_compiler_that_prints_more_than_a_pipe_holds_is_read_to_its_end(tmp_path, monkeypatch):
-    script = tmp_path / "python"
-    script.write_text("#!/bin/sh\nhead -c 300000 /dev/zero | tr '\\0' x >&2\necho '{\"kernels\": 1}'\nexit 3\n")
-    script.chmod(0o755)
-    from bench.aot import __main__ as aot
+DIES = """
+import os, sys
+from bench.aot import launches
 
+def work(launch):
+    if launch.name == "raises":
+        raise ValueError("planted")
+    return os._exit(9) if launch.name == "dies" else launch.name
+
+launches.KERNELS_EACH = 1
+names = ["raises", "good", "dies", "good", "good"]
+found = launches.in_forks(work, [launches.Launch("", name, "", None) for name in names], 1)
+print([done for _, done in found])
+"""
+
+
+def test_a_kernel_that_takes_its_process_with_it_hides_no_other_one():
+    done = run("-c", DIES)
+    assert done.returncode == 0, done.stderr[-2000:]
+    failed, *others = eval(done.stdout)
+    assert failed == "ValueError: planted" and "terminated abruptly" in others.pop(1)
+    assert others == ["good"] * 3
+
+
+def test_a_process_that_ends_early_is_a_failure(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexit 3\n")
+    script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    compiles = aot.Compiles(Console(file=io.StringIO()), "")
-    compiles.run(aot.Shard(None, 0))
-    assert compiles.expected == 1
-    assert "ended with 3" in compiles.failures[0] and compiles.failures[0].endswith("x" * 100)
+    assert compiled(None, "", 1) == ([], ["compiling by Triton of this environment ended with 3"])

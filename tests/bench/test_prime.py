@@ -14,7 +14,6 @@ import triton
 
 from bench.bootstrap import PRIMED_VARIABLE, ROOT
 from bench.gpu import __main__ as gpu
-from bench.prime import compile as prime_compile
 from bench.prime import file as primed
 
 # Three ops of one tiny layer, five kernels, and the Hopper kernel; with a flag the plain one is launched beside it.
@@ -31,14 +30,12 @@ import bench.bootstrap
 import torch, triton
 from triton.compiler import CompiledKernel
 
-from bench.aot.compile import Driver
+from bench.aot.launches import Driver
 from bench.prime.launches import sources
 from bench.prime.stand_in import stand_in
 
 os.environ |= {"TRITON_INTERPRET": "0", "HAPPYHORSE_FAST_GPU_TESTS": "recorded"}
-driver = Driver()
-driver.arch = 90
-triton.runtime.driver.set_active(driver)
+Driver(90).activate()
 looked = []
 triton.knobs.compilation.listener = lambda *, cache_hit, metadata, **_: looked.append((metadata["name"], cache_hit))
 never = mock.patch.multiple(CompiledKernel, run=lambda *_: None, launch_metadata=lambda *_: None)
@@ -112,7 +109,8 @@ LATER = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("fast fp8 linea
 def test_what_a_clips_layers_launch_is_primed(mode):
     # With 40 heads, one map and, of e4m3 products, e4m3 out: no case, table or self-check makes this launch.
     only = f"^clip happyhorse-1.0-15b/1080p/{mode}/exact/whole$"
-    found = [json.loads(line)["kernel"] for line in run("-m", "bench.prime.launches", "--only", only).splitlines()]
+    code = "import sys; from bench.prime.launches import found; print(*(x.name for x in found(90, sys.argv[1])))"
+    found = run("-c", code, only).split()
     assert found.count("block_sparse_attention_hopper_kernel") == 1
     assert "block_sparse_attention_kernel" not in found, "a known bound needs no other form"
     widths = 3 if mode == "fast int8" else 0
@@ -128,10 +126,14 @@ def packed(tmp_path_factory):
 def test_priming_again_compiles_nothing(packed, tmp_path):
     moved = Path(shutil.copy(packed, tmp_path))
     cache = primed.unpack(moved)
-    code = "import sys; from bench.prime.__main__ import prime; print(prime(90, None, 1, (), sys.argv[1], sys.argv[2]))"
+    code = """
+import sys
+from bench.prime.__main__ import Path, prime, primed
+print(prime(90, Path(sys.argv[1]), primed.version_key(), 1, sys.argv[2]))
+"""
     said = run("-c", code, str(cache), SOME).splitlines()
     assert sum("was there" in line for line in said) == primed.kernels(cache) > 3
-    assert not any(": compiled" in line for line in said) and "'new': 0" in said[-1]
+    assert not any(": compiled" in line for line in said) and said[-1] == "(0, [])"
 
 
 @pytest.mark.slow
@@ -178,14 +180,14 @@ def test_the_key_of_another_build_is_found_without_running_it(tmp_path):
     shutil.copytree(installed, folder, ignore=shutil.ignore_patterns("*.so", "bin", "__pycache__"))
     library = folder / "_C" / "libtriton.so"
     library.symlink_to(installed / "_C" / library.name)
-    assert prime_compile.key_of(folder.parent) == primed.version_key()
+    assert primed.version_key(folder.parent) == primed.version_key()
     library.unlink()
     library.write_bytes(b"built for another Python")
-    assert prime_compile.key_of(folder.parent) != primed.version_key()
+    assert primed.version_key(folder.parent) != primed.version_key()
     init = folder / "__init__.py"
     init.write_text(init.read_text().replace(triton.__version__, "3.0.0"))
     with pytest.raises(ValueError, match=r"build must hold Triton .*; .* holds 3\.0\.0"):
-        prime_compile.key_of(folder.parent)
+        primed.version_key(folder.parent)
 
 
 @pytest.mark.slow

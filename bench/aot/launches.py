@@ -1,0 +1,104 @@
+"""Kernels that launchers launch, recorded without a GPU and compiled in forks of the process that recorded them.
+
+Triton's own JIT specialises the arguments (alignment, ones, Nones, descriptors): a stand-in driver names the
+architecture, and Triton's cache hook takes the specialisation out just before it would be compiled and launched. So
+what is compiled is what is launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from bench.bootstrap import INTERPRETED
+
+KERNELS_EACH = 30
+"""Of one process: the compiler's memory grows."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Answers what Triton's JIT asks of a driver before it launches: a device, which here is an architecture."""
+
+    arch: int
+
+    def get_current_device(self) -> int:
+        """A device per architecture: the JIT caches per device."""
+        return self.arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def activate(self) -> None:
+        """Stand in for the GPU of this process and its forks."""
+        if INTERPRETED:
+            sys.exit("TRITON_INTERPRET must not be set: nothing would be compiled")
+        triton.runtime.driver.set_active(self)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as Triton's JIT specialised it.
+
+    Attributes:
+        module: Of the jitted function.
+        name: Its name there.
+        specialised: Signature, constants, attributes and options, as Triton writes them for `preload`.
+        source: What launched it first.
+    """
+
+    module: str
+    name: str
+    specialised: str
+    source: Any
+
+    @property
+    def kernel(self) -> Any:
+        """The jitted function."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+@contextlib.contextmanager
+def recording(launched: Callable[[str, str, str], None]) -> Iterator[None]:
+    """Hand kernels that are launched inside over as (module, name, specialisation); none is compiled."""
+
+    def hook(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+        launched(fn.module, fn.name, compile["specialization_data"])
+        return True  # do not compile, do not launch
+
+    with triton.knobs.runtime.scope(), triton.knobs.language.scope():
+        triton.knobs.runtime.jit_cache_hook = hook
+        # The other default, so that a launch that does not say which it wants shows.
+        triton.knobs.language.default_fp_fusion = False
+        yield
+
+
+def in_forks(work: Callable[[Launch], T], launches: Sequence[Launch], jobs: int) -> Iterator[tuple[Launch, T | str]]:
+    """Do work on each launch in processes side by side; what it made of each in order, or in words how it failed."""
+    fork = multiprocessing.get_context("fork")  # which has what was recorded, and imports nothing again
+    for first in range(0, len(launches), jobs * KERNELS_EACH):
+        batch = launches[first : first + jobs * KERNELS_EACH]
+        with ProcessPoolExecutor(jobs, fork) as pool:
+            for launch, done in [(launch, pool.submit(_tried, work, launch)) for launch in batch]:
+                lost = done.exception()  # of the process, such as one without memory
+                yield launch, str(lost) if lost else done.result()
+
+
+def _tried(work: Callable[[Launch], T], launch: Launch) -> T | str:
+    try:
+        return work(launch)
+    except Exception as error:  # the compiler's own errors are of many kinds; one must not hide the others
+        return f"{type(error).__name__}: {str(error)[-500:]}"
