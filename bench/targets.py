@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.cases import BLOCK_SPARSE, DROP_IN
 from bench.inputs import BOUNDED, FOUND, RUNNING
 from bench.measure.roofline import gpu_named
-from bench.report.data import ceilings, form_of, load, measured_ceilings, share_of, steps_timed
+from bench.report.data import ceilings, form_of, gpu_results, measured_ceilings, share_of, steps_timed
 from bench.report.predictions import PREDICTIONS, SIZE, Prediction
 from bench.report.tables import clip_table, ops_table
 from bench.results import FOLDER, NOT_INTERLEAVED, Json, comparable, ratio, read
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, nargs="?", help="a result file, by default all of bench/results")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args(argv)
-    found = [read(options.file)] if options.file else list(load(FOLDER).gpu.values())
+    found = [read(options.file)] if options.file else list(gpu_results(FOLDER).values())
     if not found:
         print("no results of a GPU; `make gpu` makes them", file=sys.stderr)
         return 1

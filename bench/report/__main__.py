@@ -16,8 +16,8 @@ from pathlib import Path
 from bench import targets
 from bench.report import dataflow, kernel_tables, pony, preferences, tables
 from bench.report import figures as report_figures
-from bench.report.data import Report, load, verified
-from bench.results import ROOT
+from bench.report.data import EQUIVALENCE, Report, load, verified
+from bench.results import ROOT, Json
 
 PAGE = "index.html"
 README = ROOT / "README.md"
@@ -44,7 +44,6 @@ img{max-width:100%;height:auto}figure{margin:1rem 0}figcaption,.note{color:#6b73
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
 th,td{padding:.22rem .7rem;border-bottom:1px solid #e6e8eb;text-align:right;white-space:nowrap}
 th:first-child,td:first-child,td:nth-child(2),.text{text-align:left}tr.mark td{background:#fff0f0;color:#c92a2a}
-.none{background:#fff8e6;border-left:4px solid #f0b429;padding:.6rem 1rem}
 """
 
 
@@ -60,23 +59,20 @@ def page(report: Report, pictures: list[Path]) -> str:
         image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
         return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
-    speed = [f"<p>{html.escape(verified(*item))}</p>" for item in reversed(report.gpu.items())]
-    speed += [table.html() for table in tables.gpu_tables(report)] or [f"<p class=none>{tables.NO_GPU}</p>"]
     parts = [
         "<h2>Speed</h2>",
-        *speed,
+        *(f"<p>{html.escape(verified(*item))}</p>" for item in reversed(report.gpu.items())),
+        *(table.html() for table in tables.gpu_tables(report)),
         *map(figure, ("clip", "roofline")),
         "<h2>Memory and launches</h2>",
-        *map(figure, ("memory",)),
-        *(
-            [tables.memory_table(report.memory).html(), tables.launch_table(report.memory).html()]
-            if report.memory
-            else []
-        ),
+        figure("memory"),
+        tables.memory_table(report.memory).html(),
+        tables.launch_table(report.memory).html(),
         "<h2>Error</h2>",
-        *map(figure, ("error_per_layer",)),
-        *([tables.error_table(report.cases).html(), tables.op_table(report.cases).html()] if report.cases else []),
-        f"<p class=note>{html.escape(_where_measured(report))}</p>",
+        figure("error_per_layer"),
+        tables.error_table(report.cases).html(),
+        tables.op_table(report.cases).html(),
+        f"<p class=note>{html.escape(_where_measured(report.equivalence))}</p>",
         "<h2>A trained model: clips of the pony</h2>",
         *(table.html() for table in pony.own_tables(report)),
         *map(figure, ("fidelity", "activations")),
@@ -94,37 +90,31 @@ def page(report: Report, pictures: list[Path]) -> str:
     )
 
 
-def _where_measured(report: Report) -> str:
-    found = []
-    for path, data in report.equivalence.items():
-        backends = sorted({b for case in data["equivalence"] for form in case["forms"] for b in form["backends"]})
-        versions = f"torch {data['torch']}, commit {data['commit']}"
-        ran = f"on {data['gpu']}, fast forms on backend {', '.join(backends)}, {versions}"
-        plain = " (plain torch with the kernels' rounding points)" if backends == ["reference"] else ""
-        found.append(f"Errors of {path.parent.name}/{path.name}: {ran}{plain}.")
-    return " ".join(found)
+def _where_measured(data: Json) -> str:
+    backends = sorted({b for case in data["equivalence"] for form in case["forms"] for b in form["backends"]})
+    plain = " (plain torch with the kernels' rounding points)" if backends == ["reference"] else ""
+    return (
+        f"Errors of {EQUIVALENCE.parent.name}/{EQUIVALENCE.name}: on {data['gpu']}, fast forms on backend "
+        f"{', '.join(backends)}, torch {data['torch']}, commit {data['commit']}{plain}."
+    )
 
 
 def readme_section(report: Report) -> str:
     """Write what stands between README's markers."""
-    parts = []
-    newest = dataclasses.replace(report, gpu=dict(list(report.gpu.items())[-1:]))
-    speed = tables.gpu_tables(newest, every=False)
-    parts += [table.markdown() for table in speed] or [tables.NO_GPU]
-    if newest.gpu:
-        parts[:0] = [verified(*item) for item in newest.gpu.items()]
-        parts.insert(1, "![Seconds of a clip by form and op](docs/report/clip.png)")
-    if report.memory is not None:
-        parts += [tables.memory_table(report.memory).markdown()]
-        parts += ["![Live memory along a layer of each kind](docs/report/memory.png)"]
-        parts += [tables.launch_table(report.memory).markdown()]
-    if report.cases:
-        parts += [tables.error_summary(report.cases).markdown(), tables.op_table(report.cases).markdown()]
-        parts += [_where_measured(report)]
-        parts += ["![Error per layer](docs/report/error_per_layer.png)"]
-    parts += pony.section(report)
-    parts += [
-        "All of it, with the roofline, each op's error and the block maps: `docs/report/index.html` (`make report`)."
+    newest = dataclasses.replace(report, gpu=dict([report.newest]))
+    parts = [
+        verified(*report.newest),
+        "![Seconds of a clip by form and op](docs/report/clip.png)",
+        *(table.markdown() for table in tables.gpu_tables(newest, every=False)),
+        tables.memory_table(report.memory).markdown(),
+        "![Live memory along a layer of each kind](docs/report/memory.png)",
+        tables.launch_table(report.memory).markdown(),
+        tables.error_summary(report.cases).markdown(),
+        tables.op_table(report.cases).markdown(),
+        _where_measured(report.equivalence),
+        "![Error per layer](docs/report/error_per_layer.png)",
+        *pony.section(report),
+        "All of it, with the roofline, each op's error and the block maps: `docs/report/index.html` (`make report`).",
     ]
     return "\n\n".join(parts)
 
@@ -132,7 +122,7 @@ def readme_section(report: Report) -> str:
 def sections(report: Report) -> dict[Path, str]:
     """Write what stands between the markers of each file."""
     # Targets, clip, ops and predictions of every GPU.
-    notes = "\n\n".join(targets.text(data, markdown=True) for data in report.gpu.values()) or tables.NO_GPU
+    notes = "\n\n".join(targets.text(data, markdown=True) for data in report.gpu.values())
     pages = {kernel_tables.page(stem): kernel_tables.section(report, stem) for stem in kernel_tables.OPS}
     own = {README: readme_section(report), PONY_README: pony.own_section(report), NOTES: notes}
     return own | pages | {DESIGN: dataflow.table().markdown()}

@@ -30,7 +30,7 @@ NOT_SPLIT, UNKNOWN = "not split by op", "#adb5bd"
 
 def clip(report: Report) -> Figure:
     """Whole clips with solid bars, those extrapolated from fewer steps hatched; the newest GPU's."""
-    data = list(report.gpu.values())[-1]
+    _, data = report.newest
     shown = ("1080p", PUBLISHED_SECONDS)
     runs = [run for run in clips(data) if run["total_s"] and (run["resolution"], run["seconds"]) == shown]
     note = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measure.roofline import MEASURED, Peaks
@@ -11,8 +11,8 @@ from bench.results import FOLDER, ROOT, Json, merged, read
 from bench.sampler_runs import EXACT, SECOND_STAGE
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 
-NOT_GPU = ("equivalence", "memory", "pony")
-"""Folders below the results that hold other files than a GPU's."""
+EQUIVALENCE, MEMORY = FOLDER / "equivalence" / "cpu.json", FOLDER / "memory" / "plan.json"
+FIDELITY, ACTIVATIONS = FOLDER / "pony" / "fidelity.json", FOLDER / "pony" / "activations.json"
 RATES = (ROOT / "examples/pony/results/rates.json", ROOT / "examples/pony/results/image/rates.json")
 """Shares of the pony's clips that are right: from a prompt, and from a prompt and a first picture."""
 
@@ -23,46 +23,56 @@ class Report:
 
     Attributes:
         gpu: Results of GPUs by the path of their newest file, the newest last; all files of a GPU are one.
-        equivalence: Files of error measurements by path.
-        memory: The memory plan, None where there is none.
+        equivalence: Errors of every form.
+        memory: The memory plan.
         rates: How often the pony's clips are right.
-        fidelity: What precision and sparsity cost the pony, None where that is not measured.
-        activations: Its ranges, likewise.
+        fidelity: What precision and sparsity cost the pony.
+        activations: Its ranges.
     """
 
     gpu: dict[Path, Json]
-    equivalence: dict[Path, Json]
-    memory: Json | None
-    rates: list[Json] = field(default_factory=list)
-    fidelity: Json | None = None
-    activations: Json | None = None
+    equivalence: Json
+    memory: Json
+    rates: list[Json]
+    fidelity: Json
+    activations: Json
 
     @property
     def cases(self) -> list[Json]:
-        """Every measured case of the error files."""
-        return [case for data in self.equivalence.values() for case in data["equivalence"]]
+        """Every case whose errors were measured."""
+        return list(self.equivalence["equivalence"])
+
+    @property
+    def newest(self) -> tuple[Path, Json]:
+        """The newest GPU's item of :attr:`gpu`."""
+        return list(self.gpu.items())[-1]
 
 
-def load(folder: Path = FOLDER) -> Report:
-    """Read and validate the results below a folder, and the pony's rates beside its example.
+def load() -> Report:
+    """Read the committed results; those of GPUs are validated.
 
     Raises:
         ResultError: A GPU's file does not fit its format.
     """
-    files = sorted(folder.glob("*/*.json"), key=lambda path: (path.name, path.parent.name))  # names start with a date
-    runs = {path: read(path) for path in files if path.parent.name not in NOT_GPU}
-    of_gpu: dict[str, list[Path]] = {}
-    for path, data in runs.items():
+    others = (json.loads(path.read_text()) for path in (EQUIVALENCE, MEMORY, *RATES, FIDELITY, ACTIVATIONS))
+    equivalence, memory, *rates, fidelity, activations = others
+    return Report(gpu_results(), equivalence, memory, rates, fidelity, activations)
+
+
+def gpu_results(folder: Path = FOLDER) -> dict[Path, Json]:
+    """As :attr:`Report.gpu`, of the files below a folder.
+
+    Raises:
+        ResultError: A file does not fit its format.
+    """
+    dated = folder.glob("*/????-??-??-*.json")
+    of_gpu: dict[str, dict[Path, Json]] = {}
+    for path in sorted(dated, key=lambda path: (path.name, path.parent.name)):
+        data = read(path)
         if data["gpu"] != "cpu":  # a CPU's speed is nobody's question
-            of_gpu.setdefault(data["gpu"], []).append(path)
-    gpu = {paths[-1]: merged([runs[path] for path in paths]) for paths in of_gpu.values()}
-    gpu = dict(sorted(gpu.items(), key=lambda item: item[0].name))
-    equivalence = {path: json.loads(path.read_text()) for path in files if path.parent.name == "equivalence"}
-    memory = [json.loads(path.read_text()) for path in files if path.parent.name == "memory"]
-    pony = {path.stem: json.loads(path.read_text()) for path in files if path.parent.name == "pony"}
-    rates = [json.loads(path.read_text()) for path in RATES if path.exists()]
-    newest = memory[-1] if memory else None
-    return Report(gpu, equivalence, newest, rates, pony.get("fidelity"), pony.get("activations"))
+            of_gpu.setdefault(data["gpu"], {})[path] = data
+    gpu = {list(runs)[-1]: merged(list(runs.values())) for runs in of_gpu.values()}
+    return dict(sorted(gpu.items(), key=lambda item: item[0].name))
 
 
 def ceilings(data: Json) -> list[Peaks]:

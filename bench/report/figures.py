@@ -39,15 +39,15 @@ DPI = 110
 
 
 def figures(report: Report) -> dict[str, Figure]:
-    """Every picture that the results allow."""
-    made: dict[str, Figure] = {"roofline": roofline(report), "block_maps": block_maps()}
-    if report.gpu and any(run["total_s"] is not None for run in list(report.gpu.values())[-1]["sampler"]):
-        made["clip"] = clip(report)
-    if report.cases:
-        made["error_per_layer"] = error_per_layer(report.cases)
-    if report.memory is not None:
-        made["memory"] = memory(report.memory)
-    return made
+    """Every picture but the pony's; of the clip where the newest GPU has denoised one."""
+    _, data = report.newest
+    return {
+        "roofline": roofline(report),
+        "block_maps": block_maps(),
+        **({"clip": clip(report)} if any(run["total_s"] for run in data["sampler"]) else {}),
+        "error_per_layer": error_per_layer(report.cases),
+        "memory": memory(report.memory),
+    }
 
 
 def save(made: dict[str, Figure], folder: Path) -> list[Path]:
@@ -67,16 +67,15 @@ def save(made: dict[str, Figure], folder: Path) -> list[Path]:
 
 def roofline(report: Report) -> Figure:
     """Attainable TFLOP/s over FLOP per byte: the datasheet's roof and the measured one, the ops' ceilings, what ran."""
-    known = (gpu_named(data["gpu"]) for data in reversed(report.gpu.values()))
-    card = next(filter(None, known), GPUS["h100"])
-    newest = list(report.gpu.values())[-1:]  # one card: another's rates would not lie under this roof
-    measured = [e for data in newest for e in data["entries"] if e["verified"] and e["tflops"] and e["gbps"]]
-    reached = measured_ceilings(newest[0]) if newest else None
-    state = f"filled: measured ({len(measured)})" if measured else "nothing measured on a GPU is committed yet"
+    _, data = report.newest  # one card: another's rates would not lie under this roof
+    card = gpu_named(data["gpu"]) or GPUS["h100"]
+    measured = [e for e in data["entries"] if e["verified"] and e["tflops"] and e["gbps"]]
+    reached = measured_ceilings(data)
     roof = f"dashed: the most that was measured there ({reached.bandwidth:.2g} TB/s); " if reached else ""
     note = (
-        f"solid: {card.source}; {roof}hollow: the ceiling at an op's FLOP per byte, a prediction; {state}: square "
-        "Gluon, circle Triton, triangle CUDA; blue bf16, green int8, teal int8 q and k, orange fp8. Norms: no FLOPs."
+        f"solid: {card.source}; {roof}hollow: the ceiling at an op's FLOP per byte, a prediction; filled: measured "
+        f"({len(measured)}): square Gluon, circle Triton, triangle CUDA; blue bf16, green int8, teal int8 q and k, "
+        "orange fp8. Norms: no FLOPs."
     )
     figure = blank_figure(10.5, 6.4, f"Roofline, {card.name.upper()}: {WHAT}", note)
     axes = clean(figure.add_subplot())

@@ -9,7 +9,6 @@ from bench.cases import BLOCK_SPARSE, cases
 from bench.inputs import moved_bytes
 from bench.report.data import KERNELS, Report
 from bench.report.predictions import HOPPER, PREDICTIONS, Prediction
-from bench.report.tables import NO_GPU
 from bench.results import ROOT, Json
 from bench.table import Table
 from happyhorse_fast.costs import GPUS
@@ -33,8 +32,8 @@ def page(stem: str) -> Path:
 
 def section(report: Report, stem: str) -> str:
     """The generated part of a kernel's page."""
-    newest = list(report.gpu.values())[-1:]
-    return "\n\n".join([work(stem).markdown(), times(stem, newest[0]).markdown() if newest else NO_GPU])
+    _, data = report.newest
+    return f"{work(stem).markdown()}\n\n{times(stem, data).markdown()}"
 
 
 def work(stem: str) -> Table:

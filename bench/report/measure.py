@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from bench.results import COMMIT_VARIABLE, FOLDER, ROOT, Json, commit, describe_machine
+from bench.report.data import ACTIVATIONS, EQUIVALENCE, FIDELITY, MEMORY
+from bench.results import COMMIT_VARIABLE, ROOT, Json, commit, describe_machine
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import layer_kind
 from happyhorse_fast.eager.model import HappyHorse
@@ -35,9 +36,6 @@ from happyhorse_fast.verify.equivalence import equivalence_golden
 from happyhorse_fast.verify.fidelity import measure_fidelity, policies
 from happyhorse_fast.verify.forms import FORMS, Form
 
-EQUIVALENCE = FOLDER / "equivalence"
-MEMORY = FOLDER / "memory"
-PONY = FOLDER / "pony"
 EVALUATE = ROOT / "examples" / "pony" / "evaluate.py"
 PONY_CLIPS = 64
 """Every held-out prompt: under 26 policies two hours of one core."""
@@ -180,8 +178,8 @@ def measure_activations_of_pony() -> Json:
 
 def measure_pony() -> None:
     """Fidelity and activations, and how often clips are right; the contact sheets with it."""
-    write(PONY / "fidelity.json", measure_fidelity_of_pony())
-    write(PONY / "activations.json", measure_activations_of_pony())
+    write(FIDELITY, measure_fidelity_of_pony())
+    write(ACTIVATIONS, measure_activations_of_pony())
     results = EVALUATE.parent / "results"
     for extra in ([], ["--image"]):
         folder = results / "image" if extra else results
@@ -211,8 +209,8 @@ def write(path: Path, data: Json) -> None:
 
 
 PARTS: dict[str, Callable[[], None]] = {
-    "memory": lambda: write(MEMORY / "plan.json", measure_memory()),
-    "equivalence": lambda: write(EQUIVALENCE / "cpu.json", measure_equivalence()),
+    "memory": lambda: write(MEMORY, measure_memory()),
+    "equivalence": lambda: write(EQUIVALENCE, measure_equivalence()),
     "pony": measure_pony,
 }
 

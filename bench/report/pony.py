@@ -66,13 +66,8 @@ def settings_table(found: Json) -> Table:
 
 
 def figures(report: Report) -> dict[str, Figure]:
-    """Every picture that the results allow."""
-    made = {}
-    if report.fidelity is not None:
-        made["fidelity"] = fidelity_figure(report.fidelity)
-    if report.activations is not None:
-        made["activations"] = activations_figure(report.activations)
-    return made
+    """Every picture of the pony."""
+    return {"fidelity": fidelity_figure(report.fidelity), "activations": activations_figure(report.activations)}
 
 
 def fidelity_figure(found: Json) -> Figure:
@@ -145,24 +140,19 @@ def _most(data: Json, field: str) -> float:
 
 def section(report: Report) -> list[str]:
     """The pony's part of the main README, in Markdown."""
-    parts: list[str] = []
-    if report.rates:
-        parts += [rates_table(report.rates).markdown()]
-        parts += ["![Clips of held-out prompts with their sound](examples/pony/results/sheet.png)"]
-    if report.fidelity is not None:
-        parts += [precisions_table(report.fidelity).markdown()]
-    return parts
+    return [
+        rates_table(report.rates).markdown(),
+        "![Clips of held-out prompts with their sound](examples/pony/results/sheet.png)",
+        precisions_table(report.fidelity).markdown(),
+    ]
 
 
 def own_tables(report: Report) -> list[Table]:
     """The pony's tables of its own README and of the page."""
-    found = [rates_table(report.rates)] if report.rates else []
-    return found + ([fidelity_table(report.fidelity), settings_table(report.fidelity)] if report.fidelity else [])
+    return [rates_table(report.rates), fidelity_table(report.fidelity), settings_table(report.fidelity)]
 
 
 def own_section(report: Report) -> str:
     """The generated part of the pony's own README."""
-    parts = [table.markdown() for table in own_tables(report)]
-    if report.fidelity is not None:
-        parts += ["![What precision and sparsity cost each clip](../../docs/report/fidelity.png)"]
-    return "\n\n".join(parts)
+    picture = "![What precision and sparsity cost each clip](../../docs/report/fidelity.png)"
+    return "\n\n".join([*(table.markdown() for table in own_tables(report)), picture])

@@ -25,7 +25,6 @@ from bench.table import Table
 from happyhorse_fast.costs import CARDS, CONTEXT_BYTES
 
 FORM_ORDER = ("eager bf16", "fast bf16", "fast int8", "fast fp8", "fast fp8 + sparsity")
-NO_GPU = "No results of a GPU are committed yet, so there is no measured speed here."
 
 
 def memory_table(data: Json) -> Table:
