@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 MODULE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra")
 # A stack frame or a spill fails the build. -warn-spills would not do: it passes a kernel that keeps an array of 1,200
 # bytes in local memory.
-DEVICE_FLAGS = (*sources.OPTIONS, "-O3", "-Xptxas", "-v,-warn-lmem-usage,-Werror")
+DEVICE_FLAGS = (*sources.OPTIONS, "-O3", "-Xptxas", "-warn-lmem-usage,-Werror")
 
 
 def compiler() -> list[str] | None:
@@ -138,6 +138,7 @@ def build_binaries(folder: Path, work: Path, *, device: Path = sources.DEVICE) -
     release = re.search(r"V(\d+)\.(\d+)\.(\d+)", _output([path, "--version"]))
     if release is None:
         raise RuntimeError(f"{path} --version names no version")
+    major, newest = int(release[1]), 1000 * int(release[1]) + 10 * int(release[2])
     known = set(_output([path, "--list-gpu-code"]).split()) | {"sm_90a"}
     architectures = [name for name in sources.ARCHITECTURES if name in known]
     if len(architectures) < len(sources.ARCHITECTURES):
@@ -152,7 +153,7 @@ def build_binaries(folder: Path, work: Path, *, device: Path = sources.DEVICE) -
         virtual = name.replace("sm_", "compute_")
         flags = [f"-gencode=arch={virtual},code={name}", "-ptx" if name == virtual else "-cubin", *DEVICE_FLAGS]
         command = [path, *flags, "-MMD", "-MF", "$out.d", "$in", "-o", "$out"]
-        edges.append(_rule(name, command, log="$out.log", depfile="$out.d"))
+        edges.append(_rule(name, command, depfile="$out.d"))
     for stem in digests:
         given = _escaped(device / f"{stem}.cu")
         edges += [f"build {stem}.{name}.cubin: {name} {given}" for name in architectures]
@@ -161,41 +162,19 @@ def build_binaries(folder: Path, work: Path, *, device: Path = sources.DEVICE) -
             edges.append(f"build {stem}.{name}.ptx: lower {stem}.{name}.newest.ptx | {script}")
     _ninja(work, edges)
 
+    drivers = dict.fromkeys(architectures, 1000 * major)  # a binary runs on every driver of its major version
     described: dict[str, Any] = {}
     files = []
     for stem, text in digests.items():
         described[stem] = {"sources": text, "binaries": {}}
         for name in (*architectures, *sources.VIRTUAL_ARCHITECTURES):
             file = work / f"{stem}.{name}{'.cubin' if name in architectures else '.ptx'}"
-            described[stem]["binaries"][name] = _entry(file, (int(release[1]), int(release[2])))
+            content = file.read_bytes()
+            driver = drivers.get(name) or lower_ptx.DRIVERS.get(lower_ptx.version(content.decode()), newest)
+            sha256 = hashlib.sha256(content).hexdigest()
+            described[stem]["binaries"][name] = {"file": file.name, "sha256": sha256, "driver": driver}
             files.append(file)
-    _install(folder, {"nvcc": release[0][1:], "flags": list(DEVICE_FLAGS), "stems": described}, files)
-
-
-def kernels_in(log: str) -> dict[str, dict[str, int]]:
-    """Read every kernel's registers, bytes of stack and bytes of spills from the log of ``ptxas -v``."""
-    found = {}
-    for part in log.split("Compiling entry function ")[1:]:
-        name = part.partition("'")[2].partition("'")[0]
-        numbers = {
-            "registers": r"Used (\d+) registers",
-            "stack": r"(\d+) bytes stack frame",
-            "spill_stores": r"(\d+) bytes spill stores",
-            "spill_loads": r"(\d+) bytes spill loads",
-        }
-        found[name] = {what: int(re.findall(pattern, part)[0]) for what, pattern in numbers.items()}
-    return found
-
-
-def _entry(file: Path, release: tuple[int, int]) -> dict[str, Any]:
-    """Make a binary's entry in the manifest: its digest, the driver it needs, and what its kernels use."""
-    content = file.read_bytes()
-    entry: dict[str, Any] = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest()}
-    if file.suffix == ".ptx":
-        newest = 1000 * release[0] + 10 * release[1]
-        return entry | {"driver": lower_ptx.DRIVERS.get(lower_ptx.version(content.decode()), newest)}
-    # A binary runs on every driver of its major version.
-    return entry | {"driver": 1000 * release[0], "kernels": kernels_in(Path(f"{file}.log").read_text())}
+    _install(folder, {"nvcc": release[0][1:], "stems": described}, files)
 
 
 def _install(folder: Path, manifest: dict[str, Any], files: Iterable[Path]) -> None:
@@ -208,16 +187,10 @@ def _install(folder: Path, manifest: dict[str, Any], files: Iterable[Path]) -> N
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _rule(name: str, command: Iterable[str], *, log: str | None = None, depfile: str | None = None) -> str:
-    """Write a rule of ninja. With a log, stderr of the command goes there, and is shown where the command fails."""
-    line = " ".join(word if word.startswith("$") else _quoted(word) for word in command)
-    if log is not None:
-        line = f"{line} 2> {log} || (cat {log} >&2; exit 1)"
+def _rule(name: str, command: Iterable[str], *, depfile: str | None = None) -> str:
+    """Write a rule of ninja."""
+    line = " ".join(word if word.startswith("$") else shlex.quote(word).replace("$", "$$") for word in command)
     return f"rule {name}\n  command = {line}\n" + (f"  depfile = {depfile}\n  deps = gcc\n" if depfile else "")
-
-
-def _quoted(word: str) -> str:
-    return shlex.quote(word).replace("$", "$$")
 
 
 def _escaped(path: Path) -> str:
