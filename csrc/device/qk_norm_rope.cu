@@ -41,6 +41,18 @@ struct QkNormRopeParams {
   int format;
 };
 
+// Calls function<D, VALUES>(...) of the launch: its head dim, and the elements in 16 bytes of its product.
+#define BY_SHAPE(function, ...)                                                    \
+  const bool wide = p.row_scale != nullptr;                                        \
+  switch (p.head_dim) {                                                            \
+    case 32:                                                                       \
+      return wide ? function<32, 4>(__VA_ARGS__) : function<32, 8>(__VA_ARGS__);   \
+    case 64:                                                                       \
+      return wide ? function<64, 4>(__VA_ARGS__) : function<64, 8>(__VA_ARGS__);   \
+    default:                                                                       \
+      return wide ? function<128, 4>(__VA_ARGS__) : function<128, 8>(__VA_ARGS__); \
+  }
+
 template <int VALUES>
 HH_DEVICE const u8* product_row(const QkNormRopeParams& p, i64 row) {
   constexpr i64 ELEMENT = 16 / VALUES;  // bytes
@@ -173,15 +185,7 @@ HH_KERNEL(qk_norm_rope, QkNormRopeParams, THREADS) {
   const RowTile tile = row_tile(p.rows, blockIdx.y);
   const int row = tile.first + ROWS * static_cast<int>(blockIdx.x) + warp_of_thread();
   if (row >= tile.end) return;  // the whole warp
-  const bool wide = p.row_scale != nullptr;
-  switch (p.head_dim) {
-    case 32:
-      return wide ? finish_row<32, 4>(p, tile.expert, row) : finish_row<32, 8>(p, tile.expert, row);
-    case 64:
-      return wide ? finish_row<64, 4>(p, tile.expert, row) : finish_row<64, 8>(p, tile.expert, row);
-    default:
-      return wide ? finish_row<128, 4>(p, tile.expert, row) : finish_row<128, 8>(p, tile.expert, row);
-  }
+  BY_SHAPE(finish_row, p, tile.expert, row)
 }
 
 // Quantises 128 rows of k of one head to int8 with one scale. Values stay in registers until the scale is known. Rows
@@ -244,15 +248,7 @@ HH_KERNEL(quantize_k, QkNormRopeParams, THREADS) {
   HH_SHARED_MEMORY(shared);
   float* const scratch = reinterpret_cast<float*>(shared);
   const RowTile tile = row_tile(p.rows, blockIdx.y);
-  const bool wide = p.row_scale != nullptr;
-  switch (p.head_dim) {
-    case 32:
-      return wide ? finish_k<32, 4>(p, tile, scratch) : finish_k<32, 8>(p, tile, scratch);
-    case 64:
-      return wide ? finish_k<64, 4>(p, tile, scratch) : finish_k<64, 8>(p, tile, scratch);
-    default:
-      return wide ? finish_k<128, 4>(p, tile, scratch) : finish_k<128, 8>(p, tile, scratch);
-  }
+  BY_SHAPE(finish_k, p, tile, scratch)
 }
 
 // Quantises 128 rows of v of one head to e4m3 and transposes them through shared memory. cp.async brings all of them at
@@ -333,13 +329,5 @@ HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsig
 HH_KERNEL(quantize_v, QkNormRopeParams, THREADS) {
   HH_SHARED_MEMORY(shared);
   const RowTile tile = row_tile(p.rows, blockIdx.y);
-  const bool wide = p.row_scale != nullptr;
-  switch (p.head_dim) {
-    case 32:
-      return wide ? transpose_v<32, 4>(p, tile, shared) : transpose_v<32, 8>(p, tile, shared);
-    case 64:
-      return wide ? transpose_v<64, 4>(p, tile, shared) : transpose_v<64, 8>(p, tile, shared);
-    default:
-      return wide ? transpose_v<128, 4>(p, tile, shared) : transpose_v<128, 8>(p, tile, shared);
-  }
+  BY_SHAPE(transpose_v, p, tile, shared)
 }

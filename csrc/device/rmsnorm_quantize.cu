@@ -28,6 +28,13 @@ struct RmsnormQuantizeParams {
   int format;
 };
 
+// Calls use(i, at) for each of this thread's vectors, i, and its place in the row.
+template <typename Use>
+HH_DEVICE void each(Use use) {
+#pragma unroll
+  for (int i = 0; i < VECTORS; ++i) use(i, i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x));
+}
+
 // Grid: (128 rows of a tile, tiles). Shared memory: 64 floats.
 HH_KERNEL_OF_BLOCKS(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS, 3) {
   HH_SHARED_MEMORY(shared);
@@ -44,42 +51,29 @@ HH_KERNEL_OF_BLOCKS(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS, 3) {
   // All loads come before the first store and the first use of their values. The compiler must assume that a store to
   // `hidden` may change what a later load reads, so a store between them would make eight trips to memory of one.
   float4 held[VECTORS];
-#pragma unroll
-  for (int i = 0; i < VECTORS; ++i) {
-    const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    held[i] = at < vectors ? hidden[at] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  }
+  each([&](int i, int at) { held[i] = at < vectors ? hidden[at] : make_float4(0.0f, 0.0f, 0.0f, 0.0f); });
   if (p.branch != nullptr) {
     const uint2* const branch = reinterpret_cast<const uint2*>(p.branch + row * p.branch_stride);
     uint2 added[VECTORS];
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-      const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-      added[i] = at < vectors ? branch[at] : make_uint2(0, 0);
-    }
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-      const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    each([&](int i, int at) { added[i] = at < vectors ? branch[at] : make_uint2(0, 0); });
+    each([&](int i, int at) {
       held[i].x += low_bf16(added[i].x);
       held[i].y += high_bf16(added[i].x);
       held[i].z += low_bf16(added[i].y);
       held[i].w += high_bf16(added[i].y);
       if (at < vectors) hidden[at] = held[i];
-    }
+    });
   }
   float squares = 0.0f;
-#pragma unroll
-  for (int i = 0; i < VECTORS; ++i) {
+  each([&](int i, int) {
     const float4 h = held[i];  // zeros past the end
     squares += h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
-  }
+  });
   const float inverse = inverse_rms(block_sum(squares, sums), p.channels);
 
   float largest = 0.0f;
-#pragma unroll
-  for (int i = 0; i < VECTORS; ++i) {
-    const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    if (at >= vectors) continue;
+  each([&](int i, int at) {
+    if (at >= vectors) return;
     const float4 w = weight[at];
     float4 y = held[i];
     y.x = y.x * inverse * (w.x + 1.0f);
@@ -88,16 +82,14 @@ HH_KERNEL_OF_BLOCKS(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS, 3) {
     y.w = y.w * inverse * (w.w + 1.0f);
     largest = larger(largest, larger(larger(fabsf(y.x), fabsf(y.y)), larger(fabsf(y.z), fabsf(y.w))));
     held[i] = y;
-  }
+  });
   if (p.format == BF16) {
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-      const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-      if (at >= vectors) continue;
+    each([&](int i, int at) {
+      if (at >= vectors) return;
       const float4 y = held[i];
       reinterpret_cast<uint2*>(static_cast<bf16*>(p.x) + row * p.channels)[at] =
           make_uint2(pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
-    }
+    });
     return;
   }
   largest = block_max(largest, sums + WARP);
@@ -106,20 +98,16 @@ HH_KERNEL_OF_BLOCKS(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS, 3) {
   u32* const out = reinterpret_cast<u32*>(static_cast<u8*>(p.x) + row * p.channels);
   if (p.format == INT8) {
     const float inverse_scale = 1.0f / scale;
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-      const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-      if (at >= vectors) continue;
+    each([&](int i, int at) {
+      if (at >= vectors) return;
       const float4 y = held[i];
       out[at] = pack_int8(y.x * inverse_scale, y.y * inverse_scale, y.z * inverse_scale, y.w * inverse_scale);
-    }
+    });
     return;
   }
-#pragma unroll
-  for (int i = 0; i < VECTORS; ++i) {
-    const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    if (at >= vectors) continue;
+  each([&](int i, int at) {
+    if (at >= vectors) return;
     const float4 y = held[i];
     out[at] = pack_e4m3(y.x / scale, y.y / scale, y.z / scale, y.w / scale);
-  }
+  });
 }
