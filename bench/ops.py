@@ -37,7 +37,9 @@ from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 KEEP = ("none", "gates", "all")
 
 
-def run(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline: float) -> list[Json]:
+def run(
+    bench: Bench, chosen: Sequence[Case], results: Results | None, deadline: float, *, gates: bool = False
+) -> list[Json]:
     """Compare cases with quick peers first, then with those that compile as well; stops at the deadline.
 
     Args:
@@ -45,6 +47,10 @@ def run(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline:
         chosen: Cases, most important first.
         results: Written after every comparison.
         deadline: On ``time.monotonic``'s clock: no more work is started after it.
+        gates: Hold cases against their gates, and time nothing.
+
+    Returns:
+        Entries that are written, or were kept; after gates alone those of red ones.
     """
     found: dict[tuple[str, str], Json] = {}
 
@@ -56,27 +62,29 @@ def run(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline:
 
     if results is not None:
         bench.gated = functools.partial(results.add, "gates")
-        results.add("peaks", asdict(bench.measured))
-        results.add("peaks", asdict(bench.peaks))
+        for peaks in () if gates else (bench.measured, bench.peaks):
+            results.add("peaks", asdict(peaks))
     of_all = groups(chosen)
     quick = [peer for peer in bench.peers if not peer.slow]
-    for i, peers in enumerate([quick] if len(quick) == len(bench.peers) else [quick, bench.peers]):
+    for peers in [quick] if gates or len(quick) == len(bench.peers) else [quick, bench.peers]:
+        slow = [peer for peer in peers if peer.slow]
+        what = "gated" if gates else "compared with peers that compile" if slow else "timed"
+        spare = SLOW_SECONDS if slow and bench.device.type == "cuda" else 0
         for group in of_all:
-            if any(peer.slow for peer in peers) and not any(
-                peer.slow and peer.fits(c) for peer in peers for c in group
-            ):
+            if slow and not any(peer.fits(case) for peer in slow for case in group):
                 continue
-            spare = SLOW_SECONDS if any(peer.slow for peer in peers) and bench.device.type == "cuda" else 0
             if time.monotonic() > deadline - spare:
-                what = "compared with peers that compile" if i else "timed"
                 print(f"time is up: {group[0].name} and later ones were not {what}", file=sys.stderr)
                 return list(found.values())
-            done = bench.done(group, peers)
-            found |= {(entry["case"], entry["impl"]): entry for entry in done}
-            if done:
+            if not gates and (done := bench.done(group, peers)):
+                found |= {(entry["case"], entry["impl"]): entry for entry in done}
                 continue
             try:
-                bench.compare(group, peers, write, deadline)
+                if gates:
+                    green = ", ".join(f"{case.name} {impl}" for case, impl in bench.green(group, write))
+                    print(f"green: {green or 'none'}", flush=True)
+                else:
+                    bench.compare(group, peers, write, deadline)
             except Stopped as stopped:
                 print(f"STOPPED: the GPU of this process is lost: {stopped}", file=sys.stderr, flush=True)
                 return list(found.values())
@@ -84,32 +92,6 @@ def run(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline:
                 if results is not None:
                     results.add_absent(bench.absent)
     return list(found.values())
-
-
-def run_gates(bench: Bench, chosen: Sequence[Case], results: Results | None, deadline: float) -> bool:
-    """Gate cases and time nothing; whether all that were gated now are green. Arguments as for :func:`run`."""
-    green = True
-
-    def write(entry: Json) -> None:
-        nonlocal green
-        green = False
-        print("; ".join(row(entry)), file=sys.stderr, flush=True)
-        if results is not None:
-            results.add("entries", entry)
-
-    if results is not None:
-        bench.gated = functools.partial(results.add, "gates")
-    for group in groups(chosen):
-        if time.monotonic() > deadline:
-            print(f"time is up: {group[0].name} and later ones were not gated", file=sys.stderr)
-            break
-        try:
-            named = ", ".join(f"{case.name} {impl}" for case, impl in bench.green(group, write))
-        except Stopped as stopped:
-            print(f"STOPPED: the GPU of this process is lost: {stopped}", file=sys.stderr, flush=True)
-            break
-        print(f"green: {named or 'none'}", flush=True)
-    return green
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,11 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench(
             device, impls[0], options.seconds, peers, absent | without, impls[1:], known, options.keep, monitor
         )
-        if options.gates:
-            green = run_gates(bench, chosen, results, deadline)
-            return LOST if lost(device) else int(not green)
-        entries = run(bench, chosen, results, deadline)
-    print(summary(bench.peaks, bench.measured, bench.absent, entries))
+        entries = run(bench, chosen, results, deadline, gates=options.gates)
+    if not options.gates:
+        print(summary(bench.peaks, bench.measured, bench.absent, entries))
     if lost(device):
         return LOST
     return 0 if all(entry["verified"] for entry in entries) else 1

@@ -92,8 +92,8 @@ def test_gates_alone_time_nothing_and_are_not_made_again(monkeypatch, tmp_path):
     good, bad = select(TINY, "quantize/tiny/bf16")[0], select(TINY, "proj/tiny/bf16")[0]
     gate = Bench.gate
     monkeypatch.setattr(Bench, "gate", lambda self, case, impl: ["wrong"] if case == bad else gate(self, case, impl))
-    assert ops.run_gates(Bench(CPU, "reference", 0.0), [good, bad], results, FOREVER) is False
-    assert [entry["case"] for entry in results.data["entries"]] == [bad.name], "the red one alone has an entry"
+    (red,) = ops.run(Bench(CPU, "reference", 0.0), [good, bad], results, FOREVER, gates=True)
+    assert results.data["entries"] == [red] and red["case"] == bad.name, "the red one alone has an entry"
     monkeypatch.setattr(Bench, "gate", lambda *_: pytest.fail("gated already"))
     known = read(results.path)
     (entry,) = ops.run(Bench(CPU, "reference", 0.0, known=known, keep="gates"), [good, bad], results, FOREVER)
@@ -120,7 +120,7 @@ def test_a_number_stays_where_its_gate_is_made_again(tmp_path):
     results = Results(tmp_path / "r.json", describe_machine(CPU))
     case = select(TINY, "quantize/tiny/bf16")[0]
     (entry,) = ops.run(Bench(CPU, "reference", 0.0), [case], results, FOREVER)
-    assert ops.run_gates(Bench(CPU, "reference", 0.0, known=results.data), [case], results, FOREVER)
+    assert ops.run(Bench(CPU, "reference", 0.0, known=results.data), [case], results, FOREVER, gates=True) == []
     assert results.data["entries"] == [entry]
 
 
