@@ -16,11 +16,8 @@ from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.ops.attention import sdpa
 from happyhorse_fast.ops.attention.score_bound import LIMIT, norm_bound, scores_fit
 from happyhorse_fast.ops.block_selection.contract import empty_results
-from happyhorse_fast.ops.linear.contract import LinearActivation
-from happyhorse_fast.ops.qkv.contract import QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.qkv.packing import static_qk_scale
 from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_q
-from happyhorse_fast.ops.row_quantization.contract import QuantizeRows
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 Given = dict[str, Any]
@@ -240,22 +237,7 @@ def call(case: Case, given: Given, backend: str) -> tuple[Tensor, ...]:
 def moved_bytes(case: Case) -> int:
     """Bytes that the op must move: every input read once, every output written once; block maps are left out."""
     given = make(case, "meta")
-    outputs: tuple[Tensor, ...]
-    scale = (torch.empty(1, dtype=torch.float32, device="meta"),) if case.precision == "fp8" else ()
-    if case.op == "rmsnorm_quantize":
-        outputs = RmsnormQuantize(**given).empty()
-    elif case.op == "quantize_rows":
-        outputs = QuantizeRows(**given).empty()
-    elif case.op == "qkv_linear":
-        outputs = QkvLinear(**given).empty()
-    elif case.op in (BLOCK_SPARSE, DROP_IN):
-        dtype = torch.float8_e4m3fn if case.precision == "fp8" else torch.bfloat16
-        outputs = (torch.empty_like(given["q"], dtype=dtype), *scale)
-    elif case.op == "select_blocks":
-        blocks = case.rows // BLOCK
-        outputs = empty_results(given["k"], torch.empty(blocks, blocks, device="meta"))
-    elif case.op == "fp8_linear_activation":
-        outputs = (LinearActivation(**given).empty(), *scale)
-    else:
-        outputs = (given["hidden"],)
-    return sum(t.nbytes for t in (*given.values(), *outputs) if isinstance(t, Tensor))
+    results = call(case, given, "reference")
+    if case.op == "select_blocks":
+        results = (*results[:4], results[5])  # not the masks, which it passes on
+    return sum(t.nbytes for t in (*given.values(), *results) if isinstance(t, Tensor))
