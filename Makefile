@@ -74,7 +74,7 @@ aot-check: $(STAMP) $(AOT_FOLDERS:%=%/.installed) ## compile them, and fail wher
 	$(AOT) --check
 
 bench: $(STAMP) ## microbenchmarks of the ops: on a CPU the small cases, under 3 minutes
-	OMP_NUM_THREADS=1 $(BIN)/pytest bench/test_ops.py -p no:xdist --benchmark-autosave \
+	OMP_NUM_THREADS=1 $(BIN)/pytest bench/test_ops.py -p no:xdist -s --benchmark-autosave \
 	  --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname -q $(BENCH_ARGS)
 
 # The GPU's machine has this Python: a cache is of one build of Triton, and its builds differ by Python.

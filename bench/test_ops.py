@@ -1,4 +1,7 @@
-"""The ops as pytest-benchmark cases: `make bench`; BENCH_SCOPE names others, see `bench.cases.cases`."""
+"""The ops as pytest-benchmark cases: `make bench`; BENCH_SCOPE names others, see `bench.cases.cases`.
+
+Before their table comes that of `python -m bench.ops`.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,19 @@ import torch
 
 from bench import ops
 from bench.cases import Case, cases
-from bench.conftest import BENCH, ENTRIES
 from bench.measure import comparison
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Recorded
+from bench.ops_table import summary
 from bench.peers.registry import all_peers, split
+from bench.results import Json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = os.environ.get("BENCH_SCOPE") or ("main" if DEVICE.type == "cuda" else "small")
 BACKEND = ops.default_backend(DEVICE)
 OTHERS, WITHOUT = ops.other_backends(DEVICE)
 RECORDED = Recorded()
+WRITTEN: list[Json] = []
 
 
 def benchmarks() -> list[Any]:
@@ -34,25 +39,23 @@ def benchmarks() -> list[Any]:
 
 
 @pytest.fixture(scope="session")
-def bench(pytestconfig: pytest.Config) -> Iterator[comparison.Bench]:
-    """Peers of this machine, found once."""
+def bench() -> Iterator[comparison.Bench]:
+    """Peers of this machine, found once; the table at the end."""
     peers, absent = split(all_peers(), DEVICE)
     made = comparison.Bench(DEVICE, BACKEND, seconds=0.2, peers=peers, absent=absent | WITHOUT)
     with Monitor(DEVICE) as made.monitor:
-        pytestconfig.stash[BENCH] = made
-        pytestconfig.stash[ENTRIES] = []
         yield made
+    print(f"\n{summary(made.peaks, made.measured, made.absent, WRITTEN)}")
 
 
 @pytest.mark.benchmark(timer=RECORDED.seconds)
 @pytest.mark.parametrize(("case", "impl"), benchmarks())
-def test_op(case: Case, impl: str, benchmark: Any, bench: comparison.Bench, pytestconfig: pytest.Config) -> None:
+def test_op(case: Case, impl: str, benchmark: Any, bench: comparison.Bench) -> None:
     """Gate, then time; a red gate fails and leaves no number."""
-    entries = pytestconfig.stash[ENTRIES]
     bench.backend = impl
-    timing = bench.compare((case,), bench.peers, entries.append).get((case, impl))
+    timing = bench.compare((case,), bench.peers, WRITTEN.append).get((case, impl))
     if timing is None:
-        pytest.fail(entries[-1]["reason"])
+        pytest.fail(WRITTEN[-1]["reason"])
     RECORDED.load(timing)
     benchmark.pedantic(RECORDED.call, rounds=len(timing.times_ms))
-    benchmark.extra_info.update(entries[-1])
+    benchmark.extra_info.update(WRITTEN[-1])

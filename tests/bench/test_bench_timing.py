@@ -193,7 +193,7 @@ def test_pytest_benchmark_compares_the_files_of_runs(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    chosen = ["bench/test_ops.py", "-k", "rmsnorm_quantize", "-p", "no:xdist", "-q"]
+    chosen = ["bench/test_ops.py", "-k", "rmsnorm_quantize", "-p", "no:xdist", "-q", "-s"]
     saved = ["--benchmark-autosave", f"--benchmark-storage={storage}"]
     shown = run("import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", *chosen, *saved)
     assert "eager" in shown and "roofline" in shown and "absent: sageattention" in shown
