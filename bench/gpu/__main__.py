@@ -212,9 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     began = bench.began(argv)
-    more = {name: shlex.split(getattr(options, name)) for name in ("sampler", "tune")}
+    more = {f"bench.{name}": shlex.split(getattr(options, name)) for name in ("sampler", "tune")}
     chosen = chosen_stages(options.stages, every=options.dry)
-    chosen = [stage.with_options(more.get(stage.name, ())) for stage in chosen]
     seconds = options.seconds if options.seconds is not None else DRY_SECONDS if options.dry else TOTAL_SECONDS
     if seconds <= ENDING_SECONDS:
         parser.error(f"argument --seconds: must be above {ENDING_SECONDS}, got {seconds:g}")
@@ -224,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.folder or (Path(tempfile.mkdtemp(prefix="happyhorse-gpu-")) if options.dry else FOLDER)
     header = describe_machine(torch.device("cpu" if options.dry else "cuda"))
     results = Results(path_for(header, folder), header)
-    context = Context(options.dry, results.path)
+    context = Context(options.dry, results.path, more)
     print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {results.path}\n", flush=True)
     logs = results.path.with_suffix("") / "logs"
     kept = archive.kept(results.path.parent, options.archive)

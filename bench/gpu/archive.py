@@ -8,46 +8,36 @@ from __future__ import annotations
 import contextlib
 import io
 import tarfile
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from happyhorse_fast.files import replacing
 
-MOST_BYTES = 15 << 20
-"""Largest size of the archive."""
 LOG_BYTES = 1 << 20
 """Length of a log's end, which is kept."""
 EVERY_SECONDS = 15.0
 
 
-def write(folder: Path, target: Path, log_bytes: int = LOG_BYTES) -> None:
-    """Pack a folder's files; logs lose their beginning where the archive would be too large."""
+def write(folder: Path, target: Path) -> None:
+    """Pack a folder's files; of a long log the end."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target it would count as a file of its own; in another file system it cannot be renamed.
-    with tempfile.SpooledTemporaryFile(max_size=2 * MOST_BYTES) as packed:
-        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-            for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.resolve() != target.resolve()):
-                if path.suffix == ".partial" or "build" in path.relative_to(folder).parts:
-                    continue
-                _add(archive, path, path.relative_to(folder), log_bytes)
-        size = packed.tell()
-        if size > MOST_BYTES and log_bytes > 1024:
-            write(folder, target, log_bytes // 4)
-            return
-        packed.seek(0)
-        with replacing(target, end=".partial") as partial:
-            partial.write_bytes(packed.read())
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.resolve() != target.resolve()):
+            if path.suffix != ".partial" and "build" not in path.relative_to(folder).parts:
+                _add(archive, path, path.relative_to(folder))
+    with replacing(target, end=".partial") as partial:
+        partial.write_bytes(packed.getvalue())
 
 
-def _add(archive: tarfile.TarFile, path: Path, name: Path, log_bytes: int) -> None:
+def _add(archive: tarfile.TarFile, path: Path, name: Path) -> None:
     try:
         content = path.read_bytes()
     except FileNotFoundError:  # a stage replaced it meanwhile
         return
-    if path.suffix != ".json" and len(content) > log_bytes:
-        content = b"(its beginning is left out)\n" + content[-log_bytes:]
+    if path.suffix != ".json" and len(content) > LOG_BYTES:
+        content = b"(its beginning is left out)\n" + content[-LOG_BYTES:]
     entry = tarfile.TarInfo(str(name))
     entry.size, entry.mtime = len(content), int(path.stat().st_mtime) if path.exists() else 0
     archive.addfile(entry, io.BytesIO(content))

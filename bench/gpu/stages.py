@@ -14,8 +14,8 @@ import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SANITIZER = "compute-sanitizer"
@@ -37,14 +37,16 @@ class Context:
     Attributes:
         dry: On the CPU, in the interpreter.
         results: The result file that stages write into.
+        more: Further options of a module's commands, such as ``{"bench.sampler": ["--modes", "eager"]}``.
     """
 
     dry: bool
     results: Path
+    more: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def python(self, *arguments: str) -> list[str]:
+    def python(self, module: str, *arguments: str) -> list[str]:
         """A command of this interpreter."""
-        return [sys.executable, "-m", *arguments]
+        return [sys.executable, "-m", module, *arguments, *self.more.get(module, ())]
 
     def bench(self, module: str, *arguments: str) -> list[str]:
         """A command that writes results for as long as it has time."""
@@ -89,16 +91,6 @@ class Stage:
     seconds: float
     steps: Callable[[Context], list[Step]]
     default: bool = True
-
-    def with_options(self, more: Sequence[str]) -> Stage:
-        """The same, its commands with more options."""
-        if not more:
-            return self
-
-        def steps(context: Context) -> list[Step]:
-            return [dataclasses.replace(step, command=[*step.command, *more]) for step in self.steps(context)]
-
-        return dataclasses.replace(self, steps=steps)
 
 
 def _build(context: Context) -> list[Step]:
