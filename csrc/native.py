@@ -112,7 +112,7 @@ def build_module(output: Path, work: Path) -> None:
     shutil.copy2(work / output.name, output)
 
 
-def build_binaries(folder: Path, work: Path, *, device: Path = sources.DEVICE) -> None:
+def build_binaries(folder: Path, work: Path) -> None:
     """Compile every translation unit to a binary per architecture and to PTX, and write a manifest of them.
 
     Without nvcc only the manifest is written, without binaries.
@@ -120,7 +120,6 @@ def build_binaries(folder: Path, work: Path, *, device: Path = sources.DEVICE) -
     Args:
         folder: Folder that they go to. Any other file in it is removed.
         work: Folder of intermediate files, kept between builds.
-        device: Folder of the translation units.
 
     Raises:
         RuntimeError: There is no ninja, or ``MAX_JOBS`` is no positive number.
@@ -146,7 +145,7 @@ def build_binaries(folder: Path, work: Path, *, device: Path = sources.DEVICE) -
 
     work = work / release[0]  # another version of nvcc compiles everything again
     # Digests come before compiling: where a file changes meanwhile, the binary then counts as outdated, not as current.
-    digests = {stem: sources.digest(stem, device) for stem in sources.stems(device)}
+    digests = {stem: sources.digest(stem) for stem in sources.stems()}
     edges = [_rule("lower", [sys.executable, lower_ptx.__file__, path, "$in", "$out"])]
     script = _escaped(Path(lower_ptx.__file__))
     for name in (*architectures, *sources.VIRTUAL_ARCHITECTURES):
@@ -155,7 +154,7 @@ def build_binaries(folder: Path, work: Path, *, device: Path = sources.DEVICE) -
         command = [path, *flags, "-MMD", "-MF", "$out.d", "$in", "-o", "$out"]
         edges.append(_rule(name, command, depfile="$out.d"))
     for stem in digests:
-        given = _escaped(device / f"{stem}.cu")
+        given = _escaped(sources.DEVICE / f"{stem}.cu")
         edges += [f"build {stem}.{name}.cubin: {name} {given}" for name in architectures]
         for name in sources.VIRTUAL_ARCHITECTURES:
             edges.append(f"build {stem}.{name}.newest.ptx: {name} {given}")

@@ -24,13 +24,13 @@ instruction; 80 computes it."""
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w.]+)"', re.MULTILINE)
 
 
-def stems(folder: Path | None = None) -> list[str]:
-    """List the stems of the translation units in a folder, by default :data:`DEVICE`."""
-    return sorted(path.stem for path in (folder or DEVICE).glob("*.cu"))
+def stems() -> list[str]:
+    """List the stems of the translation units."""
+    return sorted(path.stem for path in DEVICE.glob("*.cu"))
 
 
-def texts(stem: str, folder: Path | None = None) -> dict[str, str]:
-    """Read a translation unit and all files that it includes from its folder, directly or not: {file name: text}.
+def texts(stem: str) -> dict[str, str]:
+    """Read a translation unit and all files of :data:`DEVICE` that it includes, directly or not: {file name: text}.
 
     Raises:
         FileNotFoundError: The unit, or a file that it includes, is not there.
@@ -40,14 +40,14 @@ def texts(stem: str, folder: Path | None = None) -> dict[str, str]:
     while waiting:
         name = waiting.pop()
         if name not in found:
-            found[name] = ((folder or DEVICE) / name).read_text(encoding="utf-8")
+            found[name] = (DEVICE / name).read_text(encoding="utf-8")
             waiting += _INCLUDE.findall(found[name])
     return dict(sorted(found.items()))
 
 
-def digest(stem: str, folder: Path | None = None) -> str:
+def digest(stem: str) -> str:
     """Return the SHA-256 of a translation unit, the files it includes, and the options: it names what was compiled."""
     whole = hashlib.sha256("\0".join(OPTIONS).encode())
-    for name, text in texts(stem, folder).items():
+    for name, text in texts(stem).items():
         whole.update(f"\0{name}\0{len(text)}\0{text}".encode())
     return whole.hexdigest()

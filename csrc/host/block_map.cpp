@@ -109,7 +109,7 @@ std::int32_t BlockMap::draw(std::int64_t low) {
     }
     std::fill(mask.begin() + fragment.top, mask.begin() + fragment.bottom, words);
   }
-  return masks_.number(mask);
+  return number(masks_, mask);
 }
 
 void BlockMap::write(const BlockMapArrays& out) const {
@@ -144,7 +144,7 @@ void BlockMap::write(const BlockMapArrays& out) const {
   std::iota(out.order, out.order + rows(), 0);
   std::stable_sort(out.order, out.order + rows(),
                    [&out](std::int32_t a, std::int32_t b) { return out.counts[2 * a + 1] > out.counts[2 * b + 1]; });
-  if (!masks().empty()) std::memcpy(out.mask_bits, masks().data(), masks().size() * sizeof(Mask));
+  for (const auto& [mask, id] : masks_) std::memcpy(out.mask_bits + id * WORDS * BLOCK, &mask, sizeof mask);
 }
 
 }  // namespace host

@@ -43,7 +43,7 @@ class BlockMap {
 
   std::int64_t rows() const { return ceil_div(queries_, BLOCK); }
   std::int64_t entries() const { return entries_; }
-  const std::vector<Mask>& masks() const { return masks_.masks(); }
+  std::size_t masks() const { return masks_.size(); }
 
   void write(const BlockMapArrays& out) const;
 
@@ -76,7 +76,7 @@ class BlockMap {
   std::int64_t entries_ = 0;
   std::vector<Group> groups_;
   std::vector<Run> runs_;
-  MaskTable masks_;
+  Masks masks_;
   // The row under construction.
   std::int64_t row_ = 0;
   std::vector<Fragment> fragments_;

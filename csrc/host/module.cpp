@@ -42,7 +42,7 @@ py::tuple written(const host::BlockMap& map) {
   const py::ssize_t rows = map.rows(), entries = map.entries();
   Out counts({py::ssize_t{1}, rows, py::ssize_t{2}}), starts({py::ssize_t{1}, rows}), columns(entries),
       mask_ids(entries), order(rows);
-  Out mask_bits({static_cast<py::ssize_t>(map.masks().size()), static_cast<py::ssize_t>(host::BLOCK),
+  Out mask_bits({static_cast<py::ssize_t>(map.masks()), static_cast<py::ssize_t>(host::BLOCK),
                  py::ssize_t{host::WORDS}});
   const host::BlockMapArrays arrays{counts.mutable_data(),   starts.mutable_data(),    columns.mutable_data(),
                                     mask_ids.mutable_data(), mask_bits.mutable_data(), order.mutable_data()};

@@ -32,9 +32,10 @@ extern "C" __global__ void array(const __grid_constant__ Params p) {
 
 
 @pytest.fixture
-def device(tmp_path: Path) -> Path:
-    """Two translation units, each with a header of its own."""
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two translation units, each with a header of its own, in place of ours."""
     folder = tmp_path / "device"
+    monkeypatch.setattr(sources, "DEVICE", folder)
     folder.mkdir()
     for name in ("first", "second"):
         (folder / f"{name}.cuh").write_text(HEADER)
@@ -54,20 +55,20 @@ def one_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_unit_is_made_of_what_it_includes_and_nothing_else(device: Path) -> None:
     (device / "deep.cuh").write_text("")
     (device / "first.cuh").write_text('#pragma once\n  #  include "deep.cuh"\n#include "../shim/cuda.hpp"\n' + HEADER)
-    assert list(sources.texts("first", device)) == ["deep.cuh", "first.cu", "first.cuh"]
-    assert list(sources.texts("second", device)) == ["second.cu", "second.cuh"]
+    assert list(sources.texts("first")) == ["deep.cuh", "first.cu", "first.cuh"]
+    assert list(sources.texts("second")) == ["second.cu", "second.cuh"]
     (device / "deep.cuh").unlink()
     with pytest.raises(FileNotFoundError, match=r"deep\.cuh"):
-        sources.texts("first", device)
+        sources.texts("first")
 
 
 def test_the_digest_changes_with_a_header_and_with_the_options(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {stem: sources.digest(stem, device) for stem in sources.stems(device)}
+    before = {stem: sources.digest(stem) for stem in sources.stems()}
     (device / "first.cuh").write_text(HEADER + "\n")
-    assert sources.digest("first", device) != before["first"]
-    assert sources.digest("second", device) == before["second"]
+    assert sources.digest("first") != before["first"]
+    assert sources.digest("second") == before["second"]
     monkeypatch.setattr(sources, "OPTIONS", ("-std=c++20",))
-    assert sources.digest("second", device) != before["second"]
+    assert sources.digest("second") != before["second"]
 
 
 def test_device_code_includes_no_header_but_its_own() -> None:
@@ -87,7 +88,7 @@ def test_only_what_changed_is_compiled_again(device: Path, tmp_path: Path, capfd
     made = {f"{stem}.{end}" for stem in ("first", "second") for end in ("sm_90a.cubin", "compute_80.ptx")}
 
     def compiled() -> set[str]:
-        native.build_binaries(output, tmp_path / "work", device=device)
+        native.build_binaries(output, tmp_path / "work")
         text = capfd.readouterr().out
         return {stem for stem in ("first", "second") if f"-o {stem}.sm_90a.cubin" in text}
 
@@ -97,7 +98,7 @@ def test_only_what_changed_is_compiled_again(device: Path, tmp_path: Path, capfd
     (device / "first.cuh").write_text(HEADER + "\n")
     assert compiled() == {"first"}
     manifest = json.loads((output / "manifest.json").read_text())
-    assert manifest["stems"]["first"]["sources"] == sources.digest("first", device)
+    assert manifest["stems"]["first"]["sources"] == sources.digest("first")
 
 
 @needs_nvcc
@@ -107,19 +108,20 @@ def test_a_kernel_with_local_memory_does_not_build(
 ) -> None:
     (device / "array.cu").write_text(ARRAY)
     with pytest.raises(subprocess.CalledProcessError):
-        native.build_binaries(tmp_path / "cubins", tmp_path / "work", device=device)
+        native.build_binaries(tmp_path / "cubins", tmp_path / "work")
     captured = capfd.readouterr()
     assert "Local memory used for function 'array', size of stack frame: 1200 bytes" in captured.out + captured.err
     assert not (tmp_path / "cubins").exists()
 
 
+@pytest.mark.usefixtures("device")
 def test_without_nvcc_the_build_says_so_and_leaves_no_binaries(
-    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "cubins").mkdir()
     (tmp_path / "cubins" / "first.sm_90a.cubin").write_bytes(b"of another build")
     monkeypatch.setattr(native, "nvcc", lambda: None)
-    native.build_binaries(tmp_path / "cubins", tmp_path / "work", device=device)
+    native.build_binaries(tmp_path / "cubins", tmp_path / "work")
     assert "no nvcc on the PATH or in CUDA_HOME, so no CUDA binaries are built" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "cubins").iterdir()] == ["manifest.json"]
     assert json.loads((tmp_path / "cubins" / "manifest.json").read_text())["nvcc"] is None
