@@ -18,7 +18,7 @@ from bench.inputs import BOUNDED, FOUND, RUNNING
 from bench.measure.roofline import gpu_named
 from bench.report.data import ceilings, form_of, gpu_results, measured_ceilings, share_of, steps_timed
 from bench.report.predictions import PREDICTIONS, SIZE, Prediction
-from bench.report.tables import clip_table, ops_table
+from bench.report.tables import gpu_tables
 from bench.results import FOLDER, NOT_INTERLEAVED, Json, comparable, ratio, read
 from bench.sampler_runs import BASE, EXACT, PUBLISHED_SECONDS, SECOND_STAGE
 from bench.table import Table
@@ -263,8 +263,7 @@ def tables(data: Json) -> list[Table]:
     expected = tuple(predicted(data))
     return [
         Table(f"Targets, {where}: {counts}", targets, tuple(line.cells() for line in found)),
-        *([clip_table(data)] if data["sampler"] else []),
-        *([ops_table(data)] if data["entries"] else []),
+        *gpu_tables(data),
         *([Table(f"Predictions beside outcomes, {where}", columns, expected, note)] if expected else []),
     ]
 

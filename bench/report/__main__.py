@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import dataclasses
 import html
 import re
 from pathlib import Path
@@ -62,7 +61,8 @@ def page(report: Report, pictures: list[Path]) -> str:
     parts = [
         "<h2>Speed</h2>",
         *(f"<p>{html.escape(verified(*item))}</p>" for item in reversed(report.gpu.items())),
-        *(table.html() for table in tables.gpu_tables(report)),
+        *(table.html() for data in reversed(report.gpu.values()) for table in tables.gpu_tables(data)),
+        *(f"<p class=note>Peers that were absent: {html.escape(_absent(data))}.</p>" for data in report.gpu.values()),
         *map(figure, ("clip", "roofline")),
         "<h2>Memory and launches</h2>",
         figure("memory"),
@@ -90,6 +90,10 @@ def page(report: Report, pictures: list[Path]) -> str:
     )
 
 
+def _absent(data: Json) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in data["absent"].items()) or "none"
+
+
 def _where_measured(data: Json) -> str:
     backends = sorted({b for case in data["equivalence"] for form in case["forms"] for b in form["backends"]})
     plain = " (plain torch with the kernels' rounding points)" if backends == ["reference"] else ""
@@ -101,11 +105,11 @@ def _where_measured(data: Json) -> str:
 
 def readme_section(report: Report) -> str:
     """Write what stands between README's markers."""
-    newest = dataclasses.replace(report, gpu=dict([report.newest]))
+    path, newest = report.newest
     parts = [
-        verified(*report.newest),
+        verified(path, newest),
         "![Seconds of a clip by form and op](docs/report/clip.png)",
-        *(table.markdown() for table in tables.gpu_tables(newest, every=False)),
+        *(table.markdown() for table in tables.gpu_tables(newest)),
         tables.memory_table(report.memory).markdown(),
         "![Live memory along a layer of each kind](docs/report/memory.png)",
         tables.launch_table(report.memory).markdown(),

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-from bench import ops_table as microbenchmarks
 from bench.report.data import (
     KERNELS,
-    Report,
     ceilings,
     clips,
     fits,
@@ -164,27 +161,13 @@ def _ceilings_note(data: Json) -> str:
     return f"Ceilings: {'; '.join(parts)}." if parts else ""
 
 
-def bench_table(path: Path, data: Json) -> Table:
-    """A GPU's microbenchmarks: first, and marked, what is not verified, then what a peer is faster than."""
-    entries = sorted(data["entries"], key=lambda entry: (_rank(entry), entry["case"], entry["impl"]))
-    marks = frozenset(place for place, entry in enumerate(entries) if _rank(entry) < 2)
-    title = f"{data['gpu']}: {path.stem}, torch {data['torch']}, Triton {data['triton']}, driver {data['driver']}"
-    absent = "; ".join(f"{name}: {why}" for name, why in data.get("absent", {}).items())
-    notes = [_ceilings_note(data), f"Peers that were absent: {absent}." if absent else ""]
-    rows = tuple(tuple(microbenchmarks.row(entry)) for entry in entries)
-    return Table(title, microbenchmarks.COLUMNS, rows, " ".join(filter(None, notes)), marks)
-
-
-def _rank(entry: Json) -> int:
-    """0 where an entry has no number, 1 where a peer is faster, 2 where none is."""
-    if refusal(entry) is not None:
-        return 0
-    return 1 if min(entry["peers"].values(), default=math.inf) < entry["median_ms"] else 2
-
-
 def ops_table(data: Json) -> Table:
-    """A row per case of a GPU: all of our kernels, the fastest first, and all peers."""
-    rows = []
+    """A row per case of a GPU: all of our kernels, the fastest first, and all peers.
+
+    Marked is what is not verified, and what a peer is faster than.
+    """
+    rows: list[tuple[str, ...]] = []
+    marks: set[int] = set()
     by_case: dict[str, list[Json]] = {}
     for entry in data["entries"]:
         by_case.setdefault(entry["case"], []).append(entry)
@@ -196,12 +179,15 @@ def ops_table(data: Json) -> Table:
         if len(sizes) == 1 and case.count("/") == 2:
             name = "/".join(case.split("/")[::2])
         if (why := refusal(first)) is not None:
+            marks.add(len(rows))
             rows.append((name, why, "", "", ""))
             continue
         ours = ", ".join(refusal(e) or f"{KERNELS.get(e['impl'], e['impl'])} {_short(e['median_ms'])}" for e in entries)
         rate = f"{first['tflops']:,.0f} TFLOP/s" if (first["tflops"] or 0) > 100 else f"{first['gbps'] / 1e3:.2f} TB/s"
         peers = sorted(first["peers"].items(), key=lambda item: item[1])
         share = share_of(first, measured[0]) if measured else None
+        if min(first["peers"].values(), default=math.inf) < first["median_ms"]:
+            marks.add(len(rows))
         against = ", ".join(f"{name} {_short(ms)} ({_against(ms / first['median_ms'])})" for name, ms in peers)
         rows.append((name, ours, rate, "" if share is None else f"{share:.0%}", against))
     title = f"Every op against its peers at {', '.join(sorted(sizes))}, ms, {data['gpu']}, commit {data['commit']}"
@@ -212,7 +198,7 @@ def ops_table(data: Json) -> Table:
         "gate: its numbers were not checked. eager is the reference in bf16, for cases of 8 bits too. "
         f"{_ceilings_note(data)} {_turns_note(data)}"
     )
-    return Table(title, columns, tuple(rows), note)
+    return Table(title, columns, tuple(rows), note, frozenset(marks))
 
 
 def _turns_note(data: Json) -> str:
@@ -255,16 +241,6 @@ def clip_of(run: Json) -> str:
     return f"{run['preset']}{stage}, {run['resolution']}, {run['seconds']} s"
 
 
-def gpu_tables(report: Report, *, every: bool = True) -> list[Table]:
-    """Tables of every GPU file, newest first.
-
-    Args:
-        report: The results.
-        every: Whether to show every entry by itself too.
-    """
-    tables = []
-    for path, data in reversed(report.gpu.items()):
-        tables += [clip_table(data)] if data["sampler"] else []
-        tables += [ops_table(data)] if data["entries"] else []
-        tables += [bench_table(path, data)] if data["entries"] and every else []
-    return tables
+def gpu_tables(data: Json) -> list[Table]:
+    """Tables of one GPU's results."""
+    return [*([clip_table(data)] if data["sampler"] else []), *([ops_table(data)] if data["entries"] else [])]
