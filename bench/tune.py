@@ -18,14 +18,13 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from bench import began
-from bench.cases import Case, cases, select
+from bench.cases import BLOCK_SPARSE, Case, cases, select
 from bench.hopper import impl_of
 from bench.inputs import Given, call, make
 from bench.measure.gates import problems
@@ -33,6 +32,7 @@ from bench.measure.lost import LOST, lost
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
 from happyhorse_fast.files import replacing
 from happyhorse_fast.kernels.launch import LaunchConfig, illegal, launched_with, shared_memory_bytes, table
+from happyhorse_fast.ops.runtime.dispatch import STEMS
 
 CONFIGS = bootstrap.ROOT / "kernels" / "configs"
 # A candidate must be faster than the best one by more than two runs of the same configuration differ.
@@ -54,55 +54,37 @@ GROUP_M = (8, 16, 32)
 """Varied for the best of the rest alone, a third of the candidates: it changes what is read from L2, not what runs."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """One entry of a stem's table, and the case it is timed on.
-
-    Attributes:
-        stem: File of the table.
-        variant: Entry.
-        case: At whose shape.
-    """
-
-    stem: str
-    variant: str
-    case: Case
+def variant(case: Case) -> str:
+    """Entry of its stem's table that a case is launched with; "" for what is not tuned, or by another case."""
+    if case.op == BLOCK_SPARSE:
+        return f"{case.precision}_d{case.plan.head_dim}" if case.part in ("window", "25%") else ""
+    return {
+        "fp8_linear_activation": f"{case.precision}_{case.part}",
+        "fp8_linear_residual": f"{case.precision}_residual",
+        "qkv_linear": f"qkv_{case.precision}",
+    }.get(case.op, "")
 
 
-def targets(scope: str) -> Iterator[Target]:
-    """Entries that the full model's layers use, the most expensive first."""
-    for case in cases(scope):
-        precision = case.precision
-        if case.op == "block_sparse_attention" and case.part in ("window", "25%"):
-            yield Target("attention", f"{precision}_d{case.plan.head_dim}", case)
-        elif case.op == "fp8_linear_activation":
-            yield Target("linear", f"{precision}_{case.part}", case)
-        elif case.op == "fp8_linear_residual":
-            yield Target("linear", f"{precision}_residual", case)
-        elif case.op == "qkv_linear":
-            yield Target("qkv", f"qkv_{precision}", case)
-
-
-def candidates(target: Target, arch: int) -> list[LaunchConfig]:
+def candidates(case: Case, arch: int) -> list[LaunchConfig]:
     """Legal configurations, the committed one first, then, where there are both, the other kernel's.
 
     Raises:
         LookupError: The table has no entry for the architecture.
     """
-    committed = table(target.stem).get(target.variant, {}).get(str(arch))
+    committed = table(STEMS[case.op]).get(variant(case), {}).get(str(arch))
     if committed is None:
-        raise LookupError(f"{target.stem} {target.variant} has no configuration for sm_{arch}")
+        raise LookupError(f"{STEMS[case.op]} {variant(case)} has no configuration for sm_{arch}")
     base = LaunchConfig(**committed)
-    choices = CHOICES[target.stem]
+    choices = CHOICES[STEMS[case.op]]
     made = [base]
-    if str(arch) in table(target.stem).get(f"{target.variant}_hopper", {}):
+    if str(arch) in table(STEMS[case.op]).get(f"{variant(case)}_hopper", {}):
         made.append(dataclasses.replace(base, hopper=not base.hopper))
     plain = dataclasses.replace(base, hopper=False)  # what varies is the plain kernel's
     for values in itertools.product(*choices.values()):
         config = dataclasses.replace(plain, **dict(zip(choices, values, strict=True)))
         if (
             config not in made
-            and illegal(config, arch, fp8=target.case.precision == "fp8", shared_bytes=_shared(target, config)) is None
+            and illegal(config, arch, fp8=case.precision == "fp8", shared_bytes=_shared(case, config)) is None
         ):
             made.append(config)
     return made
@@ -114,30 +96,30 @@ def refinements(best: LaunchConfig) -> list[LaunchConfig]:
     return [dataclasses.replace(best, group_m=group) for group in groups]
 
 
-def _shared(target: Target, config: LaunchConfig) -> int:
-    element = 1 if target.case.precision in ("int8", "fp8") else 2
-    if target.stem == "attention":  # stages of k and v, and the query tile
-        d = target.case.plan.head_dim
+def _shared(case: Case, config: LaunchConfig) -> int:
+    element = 1 if case.precision in ("int8", "fp8") else 2
+    if STEMS[case.op] == "attention":  # stages of k and v, and the query tile
+        d = case.plan.head_dim
         return (2 * config.num_stages * config.block_n + config.block_m) * d * element
     return shared_memory_bytes(config, element)
 
 
-def prepare(target: Target, arch: int, config: LaunchConfig, stopwatch: Stopwatch, *, dry: bool) -> Prepared | str:
+def prepare(case: Case, arch: int, config: LaunchConfig, stopwatch: Stopwatch, *, dry: bool) -> Prepared | str:
     """A configuration that is ready to take turns, or why it does not count."""
     device = stopwatch.device
     impl = impl_of(config)
-    passed = {(target.variant, arch): config}
+    passed = {(variant(case), arch): config}
 
     def launch(given: Given) -> None:
-        with launched_with(target.stem, passed):
-            call(target.case, given, impl)
+        with launched_with(STEMS[case.op], passed):
+            call(case, given, impl)
 
     try:
-        with launched_with(target.stem, passed):
-            found = problems(target.case, make(target.case, device), impl)
+        with launched_with(STEMS[case.op], passed):
+            found = problems(case, make(case, device), impl)
         if found:
             return f"gate: {found[0]}"
-        sets = (make(target.case, device, seed) for seed in range(SEEDS))
+        sets = (make(case, device, seed) for seed in range(SEEDS))
         return stopwatch.prepare([functools.partial(launch, given) for given in sets], dry=dry)
     except Exception as error:  # out of shared memory or registers, whatever the compiler raises
         return f"{type(error).__name__}: {str(error)[:120]}"
@@ -162,18 +144,18 @@ def beaten(best: Prepared, candidate: Prepared, stopwatch: Stopwatch, seconds: f
     return True, ", ".join(said)
 
 
-def write(folder: Path, target: Target, arch: int, config: LaunchConfig) -> Path:
+def write(folder: Path, case: Case, arch: int, config: LaunchConfig) -> Path:
     """Put a configuration into a stem's table, in the committed files' format; starts from the committed table."""
-    path = folder / f"{target.stem}.json"
+    path = folder / f"{STEMS[case.op]}.json"
     source = path if path.is_file() else CONFIGS / path.name
     data = json.loads(source.read_text())
-    fields = list(next(iter(data[target.variant].values())))
+    fields = list(next(iter(data[variant(case)].values())))
     hopper = {"hopper": True} if config.hopper else {}
-    data[target.variant][str(arch)] = {name: getattr(config, name) for name in fields} | hopper
+    data[variant(case)][str(arch)] = {name: getattr(config, name) for name in fields} | hopper
     lines = []
-    for variant, entries in data.items():
-        inner = ",\n".join(f'    "{name}": {json.dumps(entry)}' for name, entry in entries.items())
-        lines.append(f'  "{variant}": {{\n{inner}\n  }}')
+    for entry, by_arch in data.items():
+        inner = ",\n".join(f'    "{name}": {json.dumps(of_arch)}' for name, of_arch in by_arch.items())
+        lines.append(f'  "{entry}": {{\n{inner}\n  }}')
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path, end=".partial") as partial:
         partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -181,17 +163,17 @@ def write(folder: Path, target: Target, arch: int, config: LaunchConfig) -> Path
 
 
 def tune(
-    target: Target, arch: int, stopwatch: Stopwatch, seconds: float, deadline: float, limit: int | None = None
+    case: Case, arch: int, stopwatch: Stopwatch, seconds: float, deadline: float, limit: int | None = None
 ) -> LaunchConfig | None:
     """The best of the first ``limit`` candidates where it beats the committed one by more than the noise, else None.
 
     Raises:
         RuntimeError: A candidate took the GPU from this process.
     """
-    first, *others = candidates(target, arch)
-    best, chosen = prepare(target, arch, first, stopwatch, dry=not seconds), None
+    first, *others = candidates(case, arch)
+    best, chosen = prepare(case, arch, first, stopwatch, dry=not seconds), None
     state = best if isinstance(best, str) else f"about {best.about_ms:.4g} ms"
-    print(f"{target.stem} {target.variant} on {target.case.name}: committed {state}", flush=True)
+    print(f"{STEMS[case.op]} {variant(case)} on {case.name}: committed {state}", flush=True)
     work = others[:limit]
     refined = False
     while work:
@@ -199,7 +181,7 @@ def tune(
         if time.monotonic() > deadline:
             print("  time is up", flush=True)
             break
-        candidate = prepare(target, arch, config, stopwatch, dry=not seconds)
+        candidate = prepare(case, arch, config, stopwatch, dry=not seconds)
         won, said = False, candidate if isinstance(candidate, str) else "the first that counts"
         if not isinstance(candidate, str):
             try:
@@ -237,12 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="start no more candidates after this long")
     options = parser.parse_args(argv)
     deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)
-    kept = {case.name for case in select(cases(options.scope), options.cases)}
-    found = [target for target in targets(options.scope) if target.case.name in kept]
+    found = [case for case in select(cases(options.scope), options.cases) if variant(case)]
     if options.dry:
-        for target in found:
-            legal = candidates(target, 90)
-            print(f"{target.stem} {target.variant} on {target.case.name}: {len(legal)} candidates, first {legal[0]}")
+        for case in found:
+            legal = candidates(case, 90)
+            print(f"{STEMS[case.op]} {variant(case)} on {case.name}: {len(legal)} candidates, first {legal[0]}")
         return 0
     if device.type != "cuda" and not bootstrap.INTERPRETED:
         print("python -m bench.tune: needs a CUDA device; --dry shows the candidates", file=sys.stderr)
@@ -250,11 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from happyhorse_fast.ops.runtime.triton.device import architecture
 
     arch, stopwatch = architecture(device), Stopwatch(device)
-    for target in found:
+    for case in found:
         if time.monotonic() > deadline:
             break
         try:
-            best = tune(target, arch, stopwatch, options.seconds, deadline, options.limit)
+            best = tune(case, arch, stopwatch, options.seconds, deadline, options.limit)
         except LookupError as error:
             print(f"skipped: {error}")
             continue
@@ -264,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if best is None:
             continue
         for folder in (*([options.folder] if options.folder else []), *([CONFIGS] if options.write else [])):
-            print(f"  {best} -> {write(folder, target, arch, best)}")
+            print(f"  {best} -> {write(folder, case, arch, best)}")
     return 0
 
 
