@@ -1,6 +1,6 @@
-"""Checks before anything is timed: sources build and import, kernels pass their self-check.
+"""Checks before anything is timed: sources build, kernels pass their self-check.
 
-Run as ``python -m bench.checks native``, ``build`` or ``self``.
+Run as ``python -m bench.checks native`` or ``self``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,8 @@ from pathlib import Path
 import torch
 
 from bench.measure.lost import LOST
-from bench.results import describe_machine
 from happyhorse_fast.ops.runtime import formats, self_check, trust
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
-from happyhorse_fast.ops.runtime.dispatch import STEMS
 
 
 def native(package: Path) -> int:
@@ -31,17 +28,6 @@ def native(package: Path) -> int:
         return 0
     module = native.build(package, bootstrap.ROOT)
     print(f"built {module.name} and {len(list((package / 'cubins').iterdir())) - 1} CUDA binaries into {package}")
-    return 0
-
-
-def build(device: torch.device) -> int:
-    """Import every launcher, and say what runs where."""
-    for stem in sorted(set(STEMS.values())):
-        importlib.import_module(f"happyhorse_fast.ops.{stem}.triton")
-    for name, value in describe_machine(device).items():
-        print(f"{name}: {value}")
-    print(f"device: {device}; Triton kernels {'interpreted' if bootstrap.INTERPRETED else 'compiled'}")
-    print(f"CUDA kernels: {cuda_obstacle(device) or 'can run'}")
     return 0
 
 
@@ -92,18 +78,15 @@ def _backends(device: torch.device, impl: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 1 where something failed, 3 where the GPU is lost to this process."""
     parser = argparse.ArgumentParser(prog="python -m bench.checks", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("native", "build", "self"))
+    parser.add_argument("what", choices=("native", "self"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="comma-separated ops of the self-check")
     parser.add_argument("--impl", choices=("triton", "cuda"), default="", help="of self; or all")
     parser.add_argument("--into", type=Path, default=bootstrap.ROOT / "happyhorse_fast", help="where native builds")
     options = parser.parse_args(argv)
-    device = torch.device(options.device)
     if options.what == "native":
         return native(options.into)
-    if options.what == "build":
-        return build(device)
-    return self_checks(device, [op for op in options.only.split(",") if op], options.impl)
+    return self_checks(torch.device(options.device), [op for op in options.only.split(",") if op], options.impl)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,7 @@ class Stage:
 def _build(context: Context) -> list[Step]:
     # Into the package's own folder, where it looks; a dry run leaves the checkout as it is.
     package = context.results.with_suffix("") / "build" if context.dry else bootstrap.ROOT / "happyhorse_fast"
-    imports = context.python("bench.checks", "build", "--device", context.device)
-    return [Step(imports), Step(context.python("bench.checks", "native", "--into", str(package)), 3)]
+    return [Step(context.python("bench.checks", "native", "--into", str(package)))]
 
 
 def _check(context: Context) -> list[Step]:

@@ -282,7 +282,7 @@ print(launch.__file__, sources.__file__)
 # What the machine of `make gpu` lacks of what this environment has: PyTorch's and the test tools' own needs are there.
 ABSENT = ("av", "diffusers", "einops", "huggingface_hub", "pandas", "requests", "scipy", "transformers", "xdist")
 STARTS = {
-    "bench.checks": ["build"],
+    "bench.checks": ["self", "--impl", "cuda"],
     "bench.ops": ["--scope", "tiny", "--cases", "quantize/tiny/bf16", "--seconds", "0"],
     "bench.tune": ["--dry", "--cases", "swiglu7"],
 }
