@@ -165,10 +165,12 @@ class Case:
     @property
     def product(self) -> str | None:
         """The layer's weight that the op multiplies by, None where it has none."""
-        if self.op == "quantize_rows":
-            return None
-        costed = _COSTED.get(self.part, _COSTED.get(self.op))
-        return None if costed == "attention" else costed
+        return None if self._costed == "attention" else self._costed
+
+    @property
+    def _costed(self) -> str | None:
+        """Its name in :mod:`happyhorse_fast.costs`, which leaves out norms, row codes and the choice of blocks."""
+        return None if self.op == "quantize_rows" else _COSTED.get(self.part, _COSTED.get(self.op))
 
     @property
     def keep(self) -> int | None:
@@ -186,8 +188,7 @@ class Case:
         """FLOPs of the model's own tokens, features and pairs; 0 for norms."""
         if self.op == "select_blocks":
             return self.computed_flops()
-        costed = None if self.op == "quantize_rows" else _COSTED.get(self.part, _COSTED.get(self.op))
-        if costed is None:
+        if self._costed is None:
             return 0.0
         size = self.size
         share = {"dense": 1.0, "25%": 0.25, "12.5%": 0.125}.get(self.part)
@@ -196,7 +197,7 @@ class Case:
         costs = step_costs(
             size.config, size.clip, text=size.text, precision=products, attention=attention, video_share=share
         )
-        return next(c.flops for c in costs if c.op == costed and c.kind == kind)
+        return next(c.flops for c in costs if c.op == self._costed and c.kind == kind)
 
     def computed_flops(self) -> float:
         """FLOPs that the kernel really does: padded rows and features, whole blocks of attention."""
