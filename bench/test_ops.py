@@ -17,7 +17,6 @@ from bench.cases import Case, cases
 from bench.measure import comparison
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Recorded
-from bench.ops_table import summary
 from bench.peers.registry import all_peers, split
 from bench.results import Json
 
@@ -45,7 +44,7 @@ def bench() -> Iterator[comparison.Bench]:
     made = comparison.Bench(DEVICE, BACKEND, seconds=0.2, peers=peers, absent=absent | WITHOUT)
     with Monitor(DEVICE) as made.monitor:
         yield made
-    print(f"\n{summary(made.peaks, made.measured, made.absent, WRITTEN)}")
+    print(f"\n{ops.summary(made.peaks, made.measured, made.absent, WRITTEN)}")
 
 
 @pytest.mark.benchmark(timer=RECORDED.seconds)

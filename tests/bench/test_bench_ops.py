@@ -12,7 +12,7 @@ import pytest
 import torch
 from comparison_cases import CPU, FOREVER, SEEN, Counting, compared
 
-from bench import ops, ops_table
+from bench import ops
 from bench.bootstrap import ROOT
 from bench.cases import cases, padded_rows, select
 from bench.hopper import HOPPER, running
@@ -79,8 +79,8 @@ def test_a_wrong_kernel_has_no_number(name, what, bench, monkeypatch, tmp_path):
     assert entry["verified"] is False
     assert entry["reason"]
     assert [entry[k] for k in ("median_ms", "tflops", "gbps", "roofline", "peers")] == [None, None, None, None, {}]
-    assert "not verified" in ops_table.table([entry])
-    assert not any(character.isdigit() for cell in ops_table.row(entry)[2:-1] for character in cell)
+    assert "not verified" in ops.table([entry])
+    assert not any(character.isdigit() for cell in ops.row(entry)[2:-1] for character in cell)
     (written,) = read(tmp_path / "r.json")["entries"]
     assert written == json.loads(json.dumps(entry))
 
@@ -146,7 +146,7 @@ def test_a_slow_kernel_shows_in_the_table(bench, monkeypatch):
     assert entry["verified"] and entry["median_ms"] > 500 > honest["median_ms"]
     assert entry["peers"]["eager"] / entry["median_ms"] < 0.5, "the peer is more than twice as fast"
     assert entry["roofline"] < honest["roofline"]
-    assert "eager 0.0" in ops_table.table([entry])
+    assert "eager 0.0" in ops.table([entry])
 
 
 def test_a_peer_that_breaks_is_named_and_ends_nothing():
@@ -199,7 +199,7 @@ def test_times_of_two_spans_are_not_compared(bench):
     assert ratio(one, "eager") == one["peers"]["eager"] / one["median_ms"]
     before = {name: value for name, value in one.items() if name != "span"}  # results from before there were spans
     assert not comparable(before, before) and ratio(before, "eager") is None
-    assert ops_table.row(before)[-1] == "eager not interleaved" and "x" in ops_table.row(one)[-1]
+    assert ops.row(before)[-1] == "eager not interleaved" and "x" in ops.row(one)[-1]
 
 
 def test_a_peer_that_compiles_takes_turns_after_all_others_were_timed():
@@ -343,7 +343,7 @@ def test_the_state_of_the_chip_in_the_span_is_in_entry_and_table(bench):
     (entry,) = compared(bench, [case])
     (span,) = asked
     assert began < span[0] < span[1] < time.monotonic()
-    line = dict(zip(ops_table.COLUMNS, ops_table.row(entry), strict=True))
+    line = dict(zip(ops.COLUMNS, ops.row(entry), strict=True))
     assert (line["MHz"], line["W"]) == ("1395", "699") and line["of measured"].endswith("%")
 
 

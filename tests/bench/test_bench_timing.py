@@ -18,7 +18,7 @@ from bench.cases import FULL_SIZES, cases_of
 from bench.measure import roofline, timing
 from bench.measure.conditions import Monitor
 from bench.measure.timing import FEWEST, MOST, PILOT, Failed, Prepared, Recorded, Stopwatch, Timing
-from bench.ops_table import summary
+from bench.ops import summary
 
 CPU = torch.device("cpu")
 
