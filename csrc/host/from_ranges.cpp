@@ -1,8 +1,8 @@
-#include "from_ranges.hpp"
-
 #include <algorithm>
 #include <iterator>
 #include <utility>
+
+#include "block_map.hpp"
 
 namespace host {
 namespace {

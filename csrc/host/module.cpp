@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "from_ranges.hpp"
+#include "block_map.hpp"
 
 namespace py = pybind11;
 
