@@ -1,6 +1,6 @@
 """Every launch that the committed tables allow, at the 15B model's shapes, on tensors of the device "meta".
 
-A case calls the real launcher; what it launches is recorded by `bench.aot.launches`. Cases that specialise to the same
+A case calls the real launcher; what it launches is recorded by `bench.aot.recording`. Cases that specialise to the same
 kernel, as one expert and three do, are compiled once.
 """
 

@@ -17,7 +17,7 @@ import triton
 from bench.aot import disassembly
 from bench.aot.cases import Case, cases
 from bench.aot.gates import EXPONENTS, GROUP_THREADS, Row
-from bench.aot.launches import Driver, Launch, in_forks, recording
+from bench.aot.recording import Driver, Launch, in_forks, recording
 from happyhorse_fast.kernels.hopper_barriers import TURNS
 from happyhorse_fast.kernels.launch import config_for
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import triton
 from triton.runtime import cache
 
-from bench.aot.launches import Launch, in_forks
+from bench.aot.recording import Launch, in_forks
 from bench.prime import file as primed
 from bench.prime.launches import found
 

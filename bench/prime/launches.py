@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench.aot import cases as aot_cases
-from bench.aot.launches import Driver, Launch, recording
+from bench.aot.recording import Driver, Launch, recording
 from bench.cases import Size, cases
 from bench.hopper import HOPPER, running
 from bench.inputs import call, make

@@ -306,16 +306,16 @@ def test_an_entry_that_no_case_launches_is_caught():
 
 DIES = """
 import os, sys
-from bench.aot import launches
+from bench.aot import recording
 
 def work(launch):
     if launch.name == "raises":
         raise ValueError("planted")
     return os._exit(9) if launch.name == "dies" else launch.name
 
-launches.KERNELS_EACH = 1
+recording.KERNELS_EACH = 1
 names = ["raises", "good", "dies", "good", "good"]
-found = launches.in_forks(work, [launches.Launch("", name, "", None) for name in names], 1)
+found = recording.in_forks(work, [recording.Launch("", name, "", None) for name in names], 1)
 print([done for _, done in found])
 """
 

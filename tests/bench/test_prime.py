@@ -30,7 +30,7 @@ import bench.bootstrap
 import torch, triton
 from triton.compiler import CompiledKernel
 
-from bench.aot.launches import Driver
+from bench.aot.recording import Driver
 from bench.prime.launches import sources
 from bench.prime.stand_in import stand_in
 
