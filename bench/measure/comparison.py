@@ -20,7 +20,7 @@ from bench.inputs import Given, call, make, moved_bytes, softmax
 from bench.measure import gates, roofline
 from bench.measure.conditions import Monitor
 from bench.measure.lost import lost
-from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch, Timing
+from bench.measure.timing import Failed, Prepared, Stopwatch, Timing
 from bench.peers.peer import Inputs, Peer
 from bench.results import Json
 from happyhorse_fast.ops.runtime.formats import VARIANTS
@@ -177,14 +177,8 @@ class Bench:
                 del beside[name]
         while ready:
             contestants = {f"{case.name} {impl}": p for (case, impl), p in ready.items()} | beside
-            seconds = self.seconds * len(contestants)
-            on_gpu = self.device.type == "cuda"
             try:
-                span = self.stopwatch.interleave(
-                    contestants,
-                    seconds=max(SPAN_SECONDS, seconds) if on_gpu else seconds,
-                    warm=WARM_SECONDS if on_gpu else 0.0,
-                )
+                span = self.stopwatch.compare(contestants, self.seconds)
                 reason = lost(self.device)
                 failed = Failed("", RuntimeError(reason)) if reason else None
             except Failed as error:

@@ -10,7 +10,7 @@ import torch
 
 from bench.cases import FULL_SIZES, SMALL_SIZE, cases_of
 from bench.measure.conditions import Monitor
-from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Prepared, Span, Stopwatch
+from bench.measure.timing import Stopwatch
 from happyhorse_fast.costs import GPUS, Gpu
 
 MEASURED = "measured"
@@ -91,13 +91,8 @@ def measured(
     """
     on_gpu = device.type == "cuda"
     size = COPY_BYTES if on_gpu else CPU_COPY_BYTES
-    warm = WARM_SECONDS if on_gpu else 0.0
-
-    def span(contestants: dict[str, Prepared]) -> Span:
-        whole = seconds * len(contestants)
-        return stopwatch.interleave(contestants, seconds=max(SPAN_SECONDS, whole) if on_gpu else whole, warm=warm)
-
-    copied = span({"copy": stopwatch.prepare([large_copy(size, device)], dry=not seconds)}).timings["copy"].median_ms
+    copy = stopwatch.prepare([large_copy(size, device)], dry=not seconds)
+    copied = stopwatch.compare({"copy": copy}, seconds).timings["copy"].median_ms
     case = next(c for c in cases_of(FULL_SIZES[0] if on_gpu else SMALL_SIZE) if c.op == "qkv_linear")
     prepared, flops = {}, {}
     makers = (("bf16", bf16_product), ("fp8", fp8_product), ("int8", int8_product))
@@ -110,7 +105,7 @@ def measured(
         except (RuntimeError, NotImplementedError, ValueError):  # no 8 bits on this device
             continue
         flops[f"{precision} {name}"] = 2.0 * case.rows * features * inputs
-    products = span(prepared)
+    products = stopwatch.compare(prepared, seconds)
     rates: dict[str, float] = {}
     for name, timing in products.timings.items():
         precision = name.split()[0]

@@ -201,6 +201,17 @@ class Stopwatch:
         timings = {name: Timing(tuple(taken), contestants[name].clock) for name, taken in times.items()}
         return Span(uuid.uuid4().hex[:12], timings, began, time.monotonic())
 
+    def compare(self, contestants: Mapping[str, Prepared], seconds: float) -> Span:
+        """Let contestants take turns for so many seconds each; on a GPU for a second in all at least, once it is warm.
+
+        Raises:
+            Failed: A contestant raised.
+        """
+        whole = seconds * len(contestants)
+        if self.device.type != "cuda":
+            return self.interleave(contestants, seconds=whole, warm=0.0)
+        return self.interleave(contestants, seconds=max(SPAN_SECONDS, whole))
+
     def least_seconds(self, prepared: Prepared) -> float:
         """Seconds that a contestant adds to the shortest span."""
         return FEWEST * self._turn_ms(prepared) / 1e3
