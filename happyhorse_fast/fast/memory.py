@@ -145,71 +145,36 @@ class StorageMeter(TorchDispatchMode):
             self._at_peak, self._stale = list(self._live.values()), False
 
 
-class _FakeCuda(TorchFunctionMode):
-    """Lets fake tensors on ``"cuda"`` through the Python bindings that ask for a CUDA build even so.
+class _AsOnCuda(TorchFunctionMode):
+    """Fake tensors on the CPU choose what tensors on a GPU would.
 
-    In a torch without CUDA, indexing, ``copy_``, ``contiguous`` and the choice of a fused attention kernel fail or go
-    another way for fake CUDA tensors (torch 2.13: "PyTorch is not linked with support for cuda devices"; attention
-    falls back to a [tokens, tokens] product). The operations below them work, so they are called directly; attention is
-    counted as FlashAttention, which is what a GPU would choose for 16-bit tensors.
+    That is PyTorch's fused attention, which is counted as FlashAttention: the choice of a GPU for 16-bit tensors.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        aten = torch.ops.aten
-        if func is torch.Tensor.__getitem__ and _is_basic(args[1]):
-            return _view(*args)
-        if func is torch.Tensor.__setitem__ and _is_basic(args[1]) and isinstance(args[2], torch.Tensor):
-            return aten.copy_.default(_view(*args[:2]), args[2])
-        if func is torch.Tensor.copy_:
-            return aten.copy_.default(*args, **kwargs)
-        if func is torch.Tensor.contiguous:
-            return aten.contiguous.default(*args, **kwargs)
+        if func == torch.Tensor.is_cuda.__get__:
+            return True
         if func is torch.nn.functional.scaled_dot_product_attention and set(kwargs) <= {"enable_gqa", "scale"}:
-            return aten._scaled_dot_product_flash_attention.default(*args, scale=kwargs.get("scale"))[0]
+            flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+            return flash(*args, scale=kwargs.get("scale"))[0]
         return func(*args, **kwargs)
-
-
-def _is_basic(index: object) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
-
-
-def _view(tensor: torch.Tensor, index: Any) -> torch.Tensor:
-    """``tensor[index]`` for slices, integers, None and an ellipsis."""
-    parts = index if isinstance(index, tuple) else (index,)
-    used = sum(part is not None and part is not Ellipsis for part in parts)
-    if Ellipsis not in parts:
-        parts = (*parts, Ellipsis)
-    skipped = tensor.dim() - used
-    dim = 0
-    for part in parts:
-        if part is Ellipsis:
-            dim += skipped
-        elif part is None:
-            tensor, dim = tensor.unsqueeze(dim), dim + 1
-        elif isinstance(part, slice):
-            tensor = torch.ops.aten.slice.Tensor(tensor, dim, part.start, part.stop, part.step or 1)
-            dim += 1
-        else:
-            tensor = tensor.select(dim, part)
-    return tensor
 
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @ambient.independent
-def fake_copy(model: Module, device: str) -> Module:
-    """A copy of a model with fake tensors on ``device`` in place of its own, shared where they were shared.
+def fake_copy(model: Module) -> Module:
+    """A copy of a model with fake tensors on the CPU in place of its own, shared where they were shared.
 
     To be called under a FakeTensorMode. Costs no memory for the tensors, whatever the model's size and device.
     """
     fakes: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
     if is_accelerated(model):
         fakes[id(model.fast.originals)] = []  # type: ignore[union-attr]  # they are on the CPU, and stay there
@@ -225,18 +190,16 @@ def peak_memory(
     clip: ClipTokens,
     text: int = TEXT_TOKENS,
     *,
-    device: str = "cuda",
     call: Call | None = None,
     gpus: int | None = None,
     rank: int = 0,
 ) -> PeakMemory:
-    """Peak memory of a forward pass on a clip, as it would be on ``device``, which need not exist.
+    """Peak memory of a forward pass on a clip, as it would be on a GPU, which need not be there.
 
     Args:
         model: On any device, ``"meta"`` included; with attribute ``config``. It is left as it is.
         clip: Latent size and audio tokens.
         text: Text tokens.
-        device: Device to pretend.
         call: What to run, (model, video, audio, text) -> anything; the forward pass where None.
         gpus: Ranks that share the sequence; as the model's own where None.
         rank: Which of them is measured.
@@ -259,10 +222,10 @@ def peak_memory(
         grid = Clip(clip.T, clip.H // PATCH[1], clip.W // PATCH[2], clip.audio, text)
         state = build_clip_state(model.fast, grid, frequency_bands(config.head_dim), planned)  # type: ignore[arg-type]
     with FakeTensorMode(), torch.no_grad():
-        fake: Any = fake_copy(model, device)
+        fake: Any = fake_copy(model)
         (fake.fast if state is not None else fake).ranks = planned
         if state is not None:
-            pretended = state.fake(device)
+            pretended = state.fake("cpu")
             fake.fast.clips = {grid: pretended}
             meter.register(pretended.tensors(), "clip state")
         shapes = (
@@ -270,10 +233,10 @@ def peak_memory(
             (1, clip.audio, config.audio_in_channels),
             (1, text, config.text_in_channels),
         )
-        inputs = [torch.empty(shape, device=device) for shape in shapes]
+        inputs = [torch.empty(shape) for shape in shapes]
         weights = meter.register((*fake.parameters(), *fake.buffers()), "weights")
         meter.register(inputs, "inputs")
-        with _FakeCuda(), meter, _at_a_sparse_step(model):
+        with _AsOnCuda(), meter, _at_a_sparse_step(model):
             out = fake(*inputs) if call is None else call(fake, *inputs)
         del out
     return PeakMemory(meter.peak_bytes, weights, meter.operation, meter.largest(without="weights"))

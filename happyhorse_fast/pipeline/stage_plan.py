@@ -213,7 +213,7 @@ def _turbo_bytes(count: int, height: int, width: int, tiles: int) -> tuple[int, 
     window = max(tiling.time_windows(count), key=lambda one: one.stop - one.start)
     meter = StorageMeter()
     with FakeTensorMode():
-        fake = fake_copy(decoder, "cpu")
+        fake = fake_copy(decoder)
         weights = meter.register(fake.parameters(), "weights")
         latents = torch.empty(count, height, width, LATENT_CHANNELS, dtype=torch.bfloat16)
         meter.register([latents], "latents")

@@ -219,7 +219,7 @@ class Launches(TorchDispatchMode):
 def test_kernels_are_longer_than_their_launches(height, width, count, teraflop):
     launches = Launches()
     with FakeTensorMode():
-        decoder, latents = fake_copy(PUBLISHED, "cpu"), torch.empty(1, 48, 32, height, width)
+        decoder, latents = fake_copy(PUBLISHED), torch.empty(1, 48, 32, height, width)
         with launches:
             for _ in decoder.windows(latents):
                 pass
@@ -232,7 +232,7 @@ def test_kernels_are_longer_than_their_launches(height, width, count, teraflop):
 def test_peak_memory_of_a_window_at_1080p(tiles, gigabytes):
     meter = StorageMeter()
     with FakeTensorMode():
-        decoder = fake_copy(PUBLISHED, "cpu")
+        decoder = fake_copy(PUBLISHED)
         latents = torch.empty(9, 68, 120, 48, dtype=torch.bfloat16)
         meter.register([latents, *decoder.parameters()], "inputs")
         with meter:
@@ -243,7 +243,7 @@ def test_peak_memory_of_a_window_at_1080p(tiles, gigabytes):
 def test_work_of_five_seconds_at_1080p(monkeypatch):
     monkeypatch.setattr(frame_stream, "CHUNK_BYTES", 2**40)
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        decoder = fake_copy(PUBLISHED, "cpu")
+        decoder = fake_copy(PUBLISHED)
         frames = sum(w.shape[2] for w in decoder.windows(torch.empty(1, 48, 32, 68, 120)))
     assert frames == 125
     assert counter.get_total_flops() / 1e15 == pytest.approx(1.191, rel=1e-3)

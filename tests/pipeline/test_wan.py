@@ -185,7 +185,7 @@ def default_dtype(dtype):
 def test_peak_memory_at_1080p_does_not_grow_with_the_clip(published):
     def peak(half, run):
         with FakeTensorMode():
-            codec = WanCodec(fake_copy(published, "cpu"))
+            codec = WanCodec(fake_copy(published))
             meter = StorageMeter()
             meter.register(list(getattr(codec.vae, half).parameters()), "inputs")
             with meter:
