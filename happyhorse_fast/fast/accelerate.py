@@ -314,18 +314,17 @@ def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
     for layer in layers:
         plan: LayerPlan = layer.plan
         post_norm = hasattr(layer, "attn_post_norm")
-        sparse = state.fast.is_sparse(plan.index, len(layers), None, None)
         for op, choice in state.choices.items():
             if (op == "fp8_linear" and not post_norm) or (op == "fp8_linear_residual" and post_norm):
                 continue
-            if op == "select_blocks" and (not sparse or isinstance(state.fast.sparsity, Tiles)):
+            if op == "select_blocks" and (not plan.sparse or isinstance(state.fast.sparsity, Tiles)):
                 continue
             fed = {plan.precision[name] for name in ("proj", "down")}
             if op == "quantize_rows" and "int8" not in fed:
                 continue
             mask, reason, precision = "", choice.reason, plan.precision[products[op]]
             if op == "block_sparse_attention":
-                mask = repr(state.fast.sparsity) if sparse else _exact_mask(plan.local)
+                mask = repr(state.fast.sparsity) if plan.sparse else _exact_mask(plan.local)
                 reason = f"{reason}; {_softmax(layer)}"
             if op == "quantize_rows":
                 precision = "int8"

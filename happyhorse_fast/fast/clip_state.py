@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -30,9 +30,6 @@ class ClipState:
     Attributes:
         rows: Where tokens sit.
         share: The rows that this process holds: all, or a rank's.
-        fast: The acceleration's configuration.
-        num_layers: Layers of the model.
-        columns: Token columns of a frame, where the sequence is one clip.
         token_rows: [N] int64 row of every token, counted from the first that is held here.
         cos_sin: [rows held, D] float32, see docs/OPS.md; padding rows do not rotate.
         dense: Map of the layers without a window.
@@ -45,9 +42,6 @@ class ClipState:
 
     rows: PaddedRows
     share: RowShare
-    fast: FastConfig
-    num_layers: int
-    columns: int | None
     token_rows: torch.Tensor
     cos_sin: torch.Tensor
     dense: BlockMap
@@ -65,7 +59,6 @@ class ClipState:
         coords: torch.Tensor,
         bands: torch.Tensor,
         fast: FastConfig,
-        num_layers: int,
         columns: int | None = None,
         ranks: Ranks | None = None,
     ) -> ClipState:
@@ -78,7 +71,6 @@ class ClipState:
             coords: [N, 9] float32.
             bands: [B].
             fast: The acceleration's configuration.
-            num_layers: Layers of the model.
             columns: Token columns of a frame, where the sequence is one clip.
             ranks: That share the sequence; None for one process.
 
@@ -105,27 +97,14 @@ class ClipState:
         part = fast.rows_in_mlp or share.count
         spans = {(0, share.count), *((first, min(first + part, share.count)) for first in range(0, share.count, part))}
         ulysses = None if ranks is None else Ulysses(ranks, share)
-        maps = dense_map, local_map
-        made = cls(rows, share, fast, num_layers, columns, token_rows, cos_sin, *maps, policies, ulysses=ulysses)
+        made = cls(rows, share, token_rows, cos_sin, dense_map, local_map, policies, ulysses=ulysses)
         made.tiles = {(experts, *span): made.row_tiles(experts, *span) for experts in (1, 3) for span in spans}
         return made
 
     def fake(self, device: torch.device | str) -> ClipState:
         """The same shapes on a device that need not exist; to be called under a FakeTensorMode."""
-
-        def like(x: torch.Tensor) -> torch.Tensor:
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-
-        maps = {id(m): m.changed(like) for m in (self.dense, self.local)}
-        return dataclasses.replace(
-            self,
-            token_rows=like(self.token_rows),
-            cos_sin=like(self.cos_sin),
-            dense=maps[id(self.dense)],
-            local=maps[id(self.local)],
-            policies={which: policy.changed(like) for which, policy in self.policies.items()},
-            tiles={key: like(table) for key, table in self.tiles.items()},
-        )
+        likes = {id(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in self.tensors()}
+        return copy.deepcopy(self, likes)
 
     @property
     def device(self) -> torch.device:
@@ -178,6 +157,6 @@ class ClipState:
         ``exact``: whether the policy does not apply at this denoising step.
         """
         whole = self.local if plan.local else self.dense
-        if exact or not self.fast.is_sparse(plan.index, self.num_layers, None, None):
+        if exact or not plan.sparse:
             return whole
         return self.policies[whole is self.dense].map(q, k, q_scale, k_scale, plan.backend["select_blocks"])

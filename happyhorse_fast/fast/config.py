@@ -263,12 +263,7 @@ class FastConfig:
                 return "bf16"
         return self.attention_format if op == "attention" else self.precision
 
-    def is_sparse(self, layer: int, num_layers: int, step: int | None, steps: int | None) -> bool:
-        """Whether ``sparsity`` applies to a layer at a denoising step (0-based; ``None``: at those where it may)."""
-        if self.sparsity is None:
-            return False
-        if not self.exact_first_layers <= layer < num_layers - self.exact_last_layers:
-            return False
-        if step is None or steps is None:
-            return True
-        return not is_exact_step(step, steps, self.exact_first_steps, self.exact_last_steps)
+    def is_sparse(self, layer: int, num_layers: int) -> bool:
+        """Whether ``sparsity`` applies to a layer, at the denoising steps where it may."""
+        applies = self.exact_first_layers <= layer < num_layers - self.exact_last_layers
+        return self.sparsity is not None and applies

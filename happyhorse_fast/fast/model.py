@@ -277,8 +277,7 @@ class AcceleratedPublic(Accelerated):
             rows = PaddedRows.of_spans(spans, align=_aligned(spans, local is not None))
             ranges = [(0, len(coords), 0, len(coords))]
             bands = self.fast.bands.to(coords.device)
-            fast, ranks = self.fast.fast, self.fast.ranks
-            return ClipState.build(rows, ranges, local, coords, bands, fast, config.num_layers, ranks=ranks)
+            return ClipState.build(rows, ranges, local, coords, bands, self.fast.fast, ranks=self.fast.ranks)
 
         where = [(modality == m).nonzero()[:, 0] for m in range(3)]
         return self.fast.clip_state(key, coords.device, build), where

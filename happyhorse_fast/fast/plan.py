@@ -19,6 +19,7 @@ class LayerPlan:
         experts: 1 or 3.
         gated: SwiGLU7 rather than GELU7.
         local: Whether the layer belongs to ``local_attn_layers``.
+        sparse: Whether a sparsity policy applies to it, at the denoising steps where it may.
         num_heads_q: Hq.
         num_heads_kv: Hkv.
         head_dim: D.
@@ -30,6 +31,7 @@ class LayerPlan:
     experts: int
     gated: bool
     local: bool
+    sparse: bool
     num_heads_q: int
     num_heads_kv: int
     head_dim: int
@@ -44,6 +46,7 @@ class LayerPlan:
             config.experts(layer),
             layer not in config.gelu7_layers,
             layer in config.local_attn_layers,
+            fast.is_sparse(layer, config.num_layers),
             config.num_heads_q,
             config.num_heads_kv,
             config.head_dim,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-
 import torch
 
 from happyhorse_fast.block_map import BlockMap, BlockSelector
@@ -43,15 +40,6 @@ class SparsePolicy:
         if self.static is not None:
             return self.static.tensors()
         return *self.selector.base.tensors(), *self.selector.tensors()
-
-    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> SparsePolicy:
-        """A copy with every tensor replaced by what ``change`` makes of it."""
-        other = copy.copy(self)
-        if self.static is not None:
-            other.static = self.static.changed(change)
-        else:
-            other.selector = self.selector.changed(change)
-        return other
 
     def map(
         self,

@@ -181,7 +181,6 @@ def build_clip_state(state: FastState, clip: Clip, bands: torch.Tensor, ranks: R
         sequence.coordinates(clip, config.coords_style, bands.device),
         bands,
         state.fast,
-        config.num_layers,
         clip.columns,
         ranks,
     )

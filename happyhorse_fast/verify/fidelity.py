@@ -20,7 +20,7 @@ from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.budgets import measure as tensor_error
 from happyhorse_fast.config import OPS
 from happyhorse_fast.fast.accelerate import accelerate
-from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, default_attention
+from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, default_attention, is_exact_step
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.pony import PonyClip, generate, load_model
 from happyhorse_fast.pony.generate import CLIP
@@ -319,10 +319,11 @@ def kept_share(model: Any, steps: int) -> float:
     def pairs(block_map: BlockMap) -> float:
         return float(block_map.to_dense()[:, video][:, :, video].float().mean())
 
-    kept = exact = 0.0
-    for index, layer in enumerate(model.block.layers):
+    how, kept, exact = fast.fast, 0.0, 0.0
+    exact_steps = [is_exact_step(step, steps, how.exact_first_steps, how.exact_last_steps) for step in range(steps)]
+    for layer in model.block.layers:
         base, sparse = (pairs(state.block_map(layer.plan, q, k, None, None, exact=whole)) for whole in (True, False))
-        share = sum(fast.fast.is_sparse(index, config.num_layers, step, steps) for step in range(steps)) / steps
+        share = exact_steps.count(False) / steps if layer.plan.sparse else 0.0
         exact += base
         kept += share * sparse + (1 - share) * base
     return kept / exact

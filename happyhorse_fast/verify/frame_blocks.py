@@ -85,7 +85,6 @@ def decide_between_frames(model: Any) -> None:
         sequence.coordinates(clip, fast.config.coords_style),
         bands,
         fast.fast,
-        fast.config.num_layers,
         clip.columns,
     )
     state.policies = {which: FramePolicy(chooser, wide, state) for which, chooser in wide.policies.items()}

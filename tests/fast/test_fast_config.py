@@ -10,7 +10,7 @@ from happyhorse_fast.checkpoint.load import load
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import accelerate
-from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP, is_exact_step
 
 TINY = ModelConfig.preset("tiny")
 
@@ -37,9 +37,9 @@ def test_attention_does_not_go_by_the_products(attention: Any) -> None:
 
 def test_where_sparsity_applies() -> None:
     fast = FastConfig(sparsity=TopK(0.25), exact_first_layers=2, exact_last_layers=1, exact_first_steps=1)
-    assert [layer for layer in range(6) if fast.is_sparse(layer, 6, None, None)] == [2, 3, 4]
-    assert [step for step in range(8) if fast.is_sparse(3, 6, step, 8)] == [1, 2, 3, 4, 5, 6, 7]
-    assert not FastConfig().is_sparse(3, 6, None, None)
+    assert [layer for layer in range(6) if fast.is_sparse(layer, 6)] == [2, 3, 4]
+    assert [step for step in range(8) if not is_exact_step(step, 8, 2, 1)] == [2, 3, 4, 5, 6]
+    assert not FastConfig().is_sparse(3, 6)
 
 
 @pytest.mark.parametrize(
