@@ -6,7 +6,7 @@ import importlib
 import re
 import sys
 
-EXTRAS = {"PIL": "pipeline", "av": "video", "diffusers": "base", "matplotlib": "plot", "transformers": "pipeline"}
+EXTRAS = {"PIL": "video", "av": "video", "diffusers": "base", "matplotlib": "plot", "transformers": "pipeline"}
 """Package -> extra of this package that brings it."""
 PARTS = {"diffusers": "diffusers.schedulers.scheduling_unipc_multistep", "matplotlib": "matplotlib.figure"}
 """The module to import in a package's place, where the package itself imports what is used of it only later."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +59,9 @@ def open_image(image: str | Path | Image | NDArray[np.uint8]) -> Image:
         # Read once: a FIFO gives it once.
         found = given if isinstance(given, Image.Image) else Image.open(io.BytesIO(path.read_bytes()))
         found.load()
-        upright = ImageOps.exif_transpose(found)
+        upright = found
+        with contextlib.suppress(SyntaxError, struct.error):  # EXIF that is damaged says nothing
+            upright = ImageOps.exif_transpose(found)
     except UnidentifiedImageError as error:
         raise ValueError(f"image must be a picture such as a PNG or JPEG, {name} is not") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -1,4 +1,4 @@
-"""Pictures in; a clip out as an mp4 with sound (both PyAV, extra ``video``) and as a contact sheet (extra ``plot``)."""
+"""Pictures in; a clip out as an mp4 with sound (both extra ``video``) and as a contact sheet (extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from happyhorse_fast import ambient, optional
+from happyhorse_fast.pipeline.image import open_image
 from happyhorse_fast.pipeline.mp4 import Mp4Writer
 from happyhorse_fast.pony.codec import FPS, SAMPLE_RATE, SIDE
-from happyhorse_fast.pony.orientation import exif_orientation, turned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
     from happyhorse_fast.pony.generate import PonyClip
 
@@ -28,38 +29,48 @@ def read_image(path: Path) -> torch.Tensor:
     Turned as its EXIF orientation says, or a film's display matrix; what is transparent is white.
 
     Args:
-        path: A PNG, a JPEG, or what else FFmpeg decodes; of a film, its first picture. A FIFO is read to its end.
+        path: A PNG, a JPEG, or what else Pillow or FFmpeg decodes; of a film, its first picture. A FIFO is read to its
+            end.
 
     Returns:
         [128, 128, 3] float32 in 0..1, as :func:`happyhorse_fast.pony.encode_image` takes it.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ImportError: PyAV is not installed or does not import.
+        ImportError: Pillow, or for a film PyAV, is not installed or does not import.
         ValueError: Not a picture.
     """
-    optional.require("av", "reading a picture")
-    import av
+    optional.require("PIL", "reading a picture")
+    from PIL import Image
 
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"image must be a file, {path} is none")
     content = path.read_bytes()  # once: a FIFO gives it once
     try:
-        with av.open(io.BytesIO(content)) as container:
-            frame = next(container.decode(video=0))
-            coded, rotation = frame.to_ndarray(format="rgba"), frame.rotation
-    except (av.FFmpegError, IndexError, StopIteration) as error:
-        raise ValueError(f"image must be a picture such as a PNG or JPEG, {path} is not: {error}") from error
-    orientation = exif_orientation(content)  # tells mirrored pictures too, of which `rotation` has the turn alone
-    pixels = np.rot90(coded, round(rotation / 90)) if orientation is None else turned(coded, orientation)
+        upright = open_image(Image.open(io.BytesIO(content)))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # a film, or unknown to Pillow
+        upright = open_image(_first_picture(content, path))
+    pixels = np.asarray(upright)
     height, width, _ = pixels.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     middle = pixels[top : top + side, left : left + side].astype(np.float32) / 255
-    colour, alpha = middle[..., :3], middle[..., 3:]
-    square = torch.from_numpy(colour * alpha + (1 - alpha)).permute(2, 0, 1)[None]
+    square = torch.from_numpy(middle).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).contiguous()
+
+
+def _first_picture(content: bytes, path: Path) -> NDArray[np.uint8]:
+    """[H, W, 4] of what FFmpeg decodes, upright."""
+    optional.require("av", "reading a picture")
+    import av
+
+    try:
+        with av.open(io.BytesIO(content)) as container:
+            frame = next(container.decode(video=0))
+            return np.rot90(frame.to_ndarray(format="rgba"), round(frame.rotation / 90))
+    except (av.FFmpegError, IndexError, StopIteration) as error:
+        raise ValueError(f"image must be a picture such as a PNG or JPEG, {path} is not: {error}") from error
 
 
 def write_mp4(path: Path, frames: torch.Tensor, samples: torch.Tensor, *, scale: int = 4) -> None:

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from happyhorse_fast.pony.media import read_image
-from happyhorse_fast.pony.orientation import exif_orientation
 
 Pixels = NDArray[np.uint8]
 # Corners of the upright picture: red, green; blue, white.
@@ -77,18 +76,20 @@ def test_a_turned_picture_is_upright(
     path = tmp_path / name
     write(path, STORED[orientation](upright()), codec, "rgb24", to)
     with_exif(path, exif(orientation, order))
-    assert exif_orientation(path.read_bytes()) == orientation
     torch.testing.assert_close(corners(read_image(path)), torch.from_numpy(CORNERS).float(), rtol=0, atol=8)
 
 
 @pytest.mark.parametrize(
     "tiff", [b"", b"II*\0", exif(0, "<"), exif(9, "<"), exif(6, "<")[:20], b"MM\0*\xff\xff\xff\xff", b"nonsense" * 4]
 )
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_damaged_orientation_is_none(tiff: bytes, tmp_path: Path) -> None:
     for name, codec, to in (("a.png", "png", "rgb24"), ("a.jpg", "mjpeg", "yuvj444p")):
         write(tmp_path / name, upright(), codec, "rgb24", to)
         with_exif(tmp_path / name, tiff)
-        assert exif_orientation((tmp_path / name).read_bytes()) == 1
+        torch.testing.assert_close(
+            corners(read_image(tmp_path / name)), torch.from_numpy(CORNERS).float(), rtol=0, atol=8
+        )
 
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
