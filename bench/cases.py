@@ -10,12 +10,15 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import layer_kind, step_costs
+from happyhorse_fast.eager.model import Layer
 from happyhorse_fast.eager.sequence import Clip, dense_ranges, local_ranges
 from happyhorse_fast.fast.config import FastConfig
-from happyhorse_fast.fast.layer import packed_shapes
+from happyhorse_fast.fast.layer import empty_layer
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
@@ -159,7 +162,8 @@ class Case:
 
     def weight_shape(self, name: str) -> tuple[int, int, int]:
         """[E, F, K] of a packed weight: ``"qkv"``, ``"proj"``, ``"up"`` or ``"down"``."""
-        (experts, features, inputs), _ = packed_shapes(self.size.config, self.plan)[f"{name}_weight"]
+        published = Layer(self.size.config, self.layer, torch.bfloat16, torch.device("meta")).state_dict()
+        experts, features, inputs = empty_layer(published, self.plan).weight_of(name).shape
         return experts, features, inputs
 
     @property

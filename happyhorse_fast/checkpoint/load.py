@@ -20,9 +20,11 @@ from happyhorse_fast.eager.lora import add_updates
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.eager.sizes import BANDS_KEY, layer_of, require_sizes
-from happyhorse_fast.fast.accelerate import Accelerating
+from happyhorse_fast.fast.accelerate import choose_ops, install
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.parallelize import spread
+from happyhorse_fast.fast.state import FastState
+from happyhorse_fast.ops.runtime.dispatch import compute_capability
 
 __all__ = ["load", "save_checkpoint"]
 
@@ -96,7 +98,10 @@ def load(
     model = HappyHorse(wanted, compute_dtype, device="meta")
     updates = plan_updates(model, lora, lora_scale)
     entries = read_headers(path)
-    accelerating = Accelerating(model, wanted, fast, place) if fast is not None else None
+    layers: Any = model.block.layers
+    state: FastState | None = None
+    if fast is not None:
+        state = FastState(wanted, fast, choose_ops(fast.on(compute_capability(place)), place, None))
 
     def done(layer: int | None) -> None:
         for path in (path for path in updates if layer_of(path) == layer):
@@ -104,15 +109,15 @@ def load(
         if layer is None:
             _check_bands(model, entries.get(BANDS_KEY), place)
             return
-        if accelerating is not None:
-            accelerating.pack(layer)
+        if state is not None:
+            layers[layer] = state.pack(layer, layers[layer].state_dict(), place)
         if shard is not None:
-            spread(model.block.layers[layer], shard)
+            spread(layers[layer], shard)
 
     with emptied_on_error(model):
         fill_by_layer(model, entries.values(), place, done, progress=progress)
-        if accelerating is not None:
-            accelerating.finish()
+        if state is not None:
+            install(model, state)
     return model
 
 
@@ -129,6 +134,8 @@ def check_load(
     Returns:
         The configuration that the model would have.
     """
+    if fast is not None and not isinstance(fast, FastConfig):
+        raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
     packed = is_packed(path)
     if packed and (preset is not None or config is not None):
         raise ValueError(f"preset and config must be left out: the folder {str(path)!r} is packed and carries its own")
@@ -140,7 +147,7 @@ def check_load(
     if packed:
         return packed_config(path, fast)[0]
     wanted, asked = _requested(preset, config)
-    if isinstance(fast, FastConfig):
+    if fast is not None:
         fast.require_model(wanted)
     require_sizes(read_headers(path), Path(path), wanted, asked)
     return wanted

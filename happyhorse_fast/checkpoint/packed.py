@@ -80,14 +80,11 @@ def packed_config(folder: str | Path, fast: FastConfig | None) -> tuple[ModelCon
 
     Raises:
         CheckpointError: The description is missing or not one.
-        TypeError: ``fast`` is not a FastConfig.
         ValueError: It asks for another precision of a product than the weights were packed in.
     """
     config, saved = _description(Path(folder) / PACKED_FILE)
     if fast is None:
         return config, saved
-    if not isinstance(fast, FastConfig):
-        raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
     for layer in range(config.num_layers):
         for op in (op for op in OPS if op != "attention"):  # whose format touches no packed tensor
             asked, there = fast.precision_of(op, layer), saved.precision_of(op, layer)

@@ -21,7 +21,7 @@ from happyhorse_fast.fast import model as fast_model
 from happyhorse_fast.fast.compiled import state_dict_of, unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles
 from happyhorse_fast.fast.dtypes import require_published_dtypes
-from happyhorse_fast.fast.layer import FastLayer, pack_layer, packed_shapes
+from happyhorse_fast.fast.layer import FastLayer, empty_layer
 from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.fast.refusals import require_acceleratable
 from happyhorse_fast.fast.state import FastState, is_accelerated
@@ -33,7 +33,6 @@ from happyhorse_fast.parallel.sharded import is_sharded
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-LayerTensors = Mapping[str, torch.Tensor]
 
 
 @ambient.makes_tensors
@@ -77,60 +76,23 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
     device = next(inner.parameters()).device
     if device.type == "meta":
         raise ValueError("model must hold data to be packed, it is on the meta device: load(...) fills and packs one")
-    here = fast.on(compute_capability(device))
+    choices = choose_ops(fast.on(compute_capability(device)), device, report)
+    state = FastState(config, fast, choices, type(inner))
     layers: Any = inner.block.layers
-    choices = choose_ops(here, device, report)
-    originals: list[nn.Module] = []
     try:
         for index, layer in enumerate(layers):
-            packed = make_fast_layer(state_dict_of(layer), config, here, index, choices, device)
+            packed = state.pack(index, state_dict_of(layer), device)
             if fast.originals == "cpu":
-                originals.append(layer)  # before it moves, so that no interruption loses it
+                state.originals.append(layer)  # before it moves, so that no interruption loses it
                 layer.to("cpu")
             layers[index] = packed
             del layer, packed
     except BaseException:  # out of memory, Ctrl-C: the model is what it was, unless its layers were to be dropped
-        for index, original in enumerate(originals):
+        for index, original in enumerate(state.originals):
             layers[index] = original.to(device)
         raise
-    install(inner, FastState(config, fast, choices, originals, type(inner)))
+    install(inner, state)
     return model
-
-
-class Accelerating:
-    """Accelerates a model while it is loaded: packs layer by layer, and drops the published weights.
-
-    Args:
-        model: The model, still on ``"meta"``.
-        config: Its configuration.
-        fast: What to do.
-        device: Where the weights go.
-
-    Raises:
-        ValueError, BackendError: As :func:`accelerate`.
-    """
-
-    def __init__(self, model: nn.Module, config: ModelConfig, fast: FastConfig, device: torch.device) -> None:
-        if not isinstance(fast, FastConfig):
-            raise TypeError(f"fast must be a FastConfig, got {type(fast).__name__}")
-        fast.require_model(config)
-        self.model, self.device = model, device
-        self.here = fast.on(compute_capability(device))
-        choices = choose_ops(self.here, device, None)
-        self.state = FastState(config, fast, choices, [], type(model))
-
-    @ambient.makes_tensors
-    def pack(self, index: int) -> None:
-        """Pack one layer, whose published tensors are on the device."""
-        layers: Any = self.model.block.layers  # type: ignore[union-attr]
-        tensors = layers[index].state_dict()
-        layers[index] = None
-        state = self.state
-        layers[index] = make_fast_layer(tensors, state.config, self.here, index, state.choices, self.device)
-
-    def finish(self) -> None:
-        """Make the model run its packed layers, once all are."""
-        install(self.model, self.state)
 
 
 def empty_accelerated(
@@ -148,9 +110,8 @@ def empty_accelerated(
     layers: Any = model.block.layers
     for index in range(config.num_layers):
         plan = LayerPlan.of(config, fast.on(arch), index, choices)
-        shapes = packed_shapes(config, plan)
-        layers[index] = FastLayer(plan, {k: torch.empty(s, dtype=d, device="meta") for k, (s, d) in shapes.items()})
-    install(model, FastState(config, fast, dict(choices), [], HappyHorse))
+        layers[index] = empty_layer(layers[index].state_dict(), plan)
+    install(model, FastState(config, fast, dict(choices)))
     return model
 
 
@@ -181,18 +142,6 @@ def choose_ops(fast: FastConfig, device: torch.device, report: Callable[[str], N
             line += "; attention in plain torch is for short clips: half an hour a step of a dense model at 1080p"
         (report or logger.warning)(line)
     return choices
-
-
-def make_fast_layer(
-    tensors: LayerTensors,
-    config: ModelConfig,
-    fast: FastConfig,
-    index: int,
-    choices: Mapping[str, Choice],
-    device: torch.device,
-) -> FastLayer:
-    """Pack one layer from its published tensors."""
-    return pack_layer(tensors, LayerPlan.of(config, fast, index, choices), device)
 
 
 def install(model: nn.Module, state: FastState) -> None:

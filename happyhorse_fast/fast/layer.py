@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from happyhorse_fast.arguments import listed
-from happyhorse_fast.config import OPS, ModelConfig
+from happyhorse_fast.config import OPS
 from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound, packed_bound
 from happyhorse_fast.fast.attention_inputs import AttentionInputs, Operand
@@ -59,6 +60,8 @@ class FastLayer(nn.Module):
 
     def find_bound(self) -> None:
         """Set :attr:`bound` from the weights; call it after changing a buffer in place. Waits for the device."""
+        if self.qkv_weight.is_meta:
+            return
         plan = self.plan
         start = (plan.num_heads_q + plan.num_heads_kv) * plan.head_dim
         v_rows = slice(start, start + plan.num_heads_kv * plan.head_dim)
@@ -221,8 +224,7 @@ class FastLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         self.require_packed(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if not self.qkv_weight.is_meta:
-            self.find_bound()
+        self.find_bound()
 
     def require_packed(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise where a state dict has other tensors for this layer than its own packed ones.
@@ -305,33 +307,17 @@ def pack_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan, device: tor
     return layer
 
 
-def packed_shapes(config: ModelConfig, plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every buffer that :func:`pack_layer` makes, without making them.
+def empty_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan) -> FastLayer:
+    """The layer that :func:`pack_layer` makes of tensors on ``"meta"``, its packed weights to be filled in.
 
-    Args:
-        config: The model's configuration.
-        plan: What the layer is.
+    Nothing is quantised for it, which takes seconds for a model even there: 8 bits have the shapes of bf16, and a scale
+    per output channel.
     """
-    e, c, d = plan.experts, config.hidden_size, plan.head_dim
-    inner = config.intermediate_size(plan.index)
-    inner += -inner % (_FEATURE_TILE // 2 if plan.gated else _FEATURE_TILE)
-    features = {
-        "qkv": ((config.num_heads_q + 2 * config.num_heads_kv + -(-config.num_heads_q // d)) * d, c),
-        "proj": (c, config.num_heads_q * d),
-        "up": (inner * (2 if plan.gated else 1), c),
-        "down": (c, inner),
-    }
-    f32 = torch.float32
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "attn_norm": ((e, c), f32),
-        "mlp_norm": ((e, c), f32),
-        "qk_norm": ((e, 2, d), f32),
-        "qk_scale": ((e, 2), f32),
-    }
-    if plan.index in config.post_norm_layers:
-        shapes |= {"attn_post_norm": ((e, c), f32), "mlp_post_norm": ((e, c), f32)}
-    for name, (f, k) in features.items():
-        shapes[f"{name}_weight"] = ((e, f, k), DTYPES[plan.precision[name]])
-        if plan.precision[name] != "bf16":
-            shapes[f"{name}_scale"] = ((e, f), f32)
-    return shapes
+    shapes = pack_layer(tensors, dataclasses.replace(plan, precision=dict.fromkeys(OPS, "bf16")), torch.device("meta"))
+    buffers = dict(shapes.named_buffers())
+    for op, precision in plan.precision.items():
+        if op != "attention" and precision != "bf16":
+            weight = buffers[f"{op}_weight"]
+            buffers[f"{op}_weight"] = torch.empty_like(weight, dtype=DTYPES[precision])
+            buffers[f"{op}_scale"] = weight.new_empty(weight.shape[:2], dtype=torch.float32)
+    return FastLayer(plan, buffers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -14,14 +14,17 @@ from torch import nn
 
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager import sequence
+from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.config import FastConfig
+from happyhorse_fast.fast.layer import FastLayer, pack_layer
 from happyhorse_fast.fast.padded_rows import PaddedRows
+from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.fast.untraced import untraced
 from happyhorse_fast.ops.runtime.checks import is_capturing
-from happyhorse_fast.ops.runtime.dispatch import Choice
+from happyhorse_fast.ops.runtime.dispatch import Choice, compute_capability
 from happyhorse_fast.parallel.group import Ranks
 
 logger = logging.getLogger(__name__)
@@ -48,8 +51,8 @@ class FastState:
         config: The model's configuration.
         fast: How it is accelerated.
         choices: Implementation and reason per op.
-        originals: The layers that were replaced, on the CPU; empty where they were dropped.
         eager_class: The model's class before.
+        originals: The layers that were replaced, on the CPU; empty where they were dropped.
         bands: Rotary frequencies on the CPU, real ones: while a model is traced its own may not be.
         clips: State of the clips seen last, by their key.
         in_graphs: Of clips that torch compiled a graph for, or that were captured in a CUDA graph: a graph reads them
@@ -61,8 +64,8 @@ class FastState:
     config: ModelConfig
     fast: FastConfig
     choices: dict[str, Choice]
-    originals: list[nn.Module]
-    eager_class: type[nn.Module]
+    eager_class: type[nn.Module] = HappyHorse
+    originals: list[nn.Module] = field(default_factory=list)
     bands: torch.Tensor = field(init=False)
     clips: dict[Hashable, ClipState] = field(default_factory=dict)
     in_graphs: _InGraphs = field(default_factory=_InGraphs)
@@ -81,9 +84,14 @@ class FastState:
     def __deepcopy__(self, memo: dict[int, Any]) -> FastState:
         """A state for a copy of the model, which makes its clips' states itself."""
         originals = copy.deepcopy(self.originals, memo)
-        other = FastState(self.config, self.fast, dict(self.choices), originals, self.eager_class)
+        other = FastState(self.config, self.fast, dict(self.choices), self.eager_class, originals)
         other.bands, other.ranks = self.bands, self.ranks
         return other
+
+    def pack(self, index: int, tensors: Mapping[str, torch.Tensor], device: torch.device) -> FastLayer:
+        """Layer ``index``, packed on a device from its published tensors."""
+        fast = self.fast.on(compute_capability(device))
+        return pack_layer(tensors, LayerPlan.of(self.config, fast, index, self.choices), device)
 
     def take_bands(self, bands: torch.Tensor) -> None:
         """Rotate by a model's own frequencies, copied, unless they are still to be loaded."""

@@ -17,14 +17,13 @@ from happyhorse_fast.budgets import measure
 from happyhorse_fast.config import MODALITIES, OPS
 from happyhorse_fast.eager.model import HappyHorse, Layer
 from happyhorse_fast.eager.sequence import Clip
-from happyhorse_fast.fast.accelerate import choose_ops, make_fast_layer
+from happyhorse_fast.fast.accelerate import choose_ops
 from happyhorse_fast.fast.calibration import ATTENTION, FORMAT, MOST, Calibration, InputRange, OpCalibration, skip_rules
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.state import FastState, build_clip_state, is_accelerated
 from happyhorse_fast.files import replacing
 from happyhorse_fast.json_data import plain
-from happyhorse_fast.ops.runtime.dispatch import Choice
 from happyhorse_fast.sampler import sample
 from happyhorse_fast.verify.activations import Sums, tensors
 from happyhorse_fast.verify.checks import in_dtype, seeded_inputs
@@ -112,11 +111,10 @@ class _Run:
         self.ranges: dict[tuple[int, str], Sums] = {}
         self.errors: dict[tuple[int, str], dict[str, dict[str, float]]] = {}
         self.state: ClipState | None = None  # all clips are of one shape
-        self.forms: dict[str, tuple[FastConfig, dict[str, Choice]]] = {}
+        self.forms: dict[str, FastState] = {}
         for precision in ("bf16", *ATTENTION):
             fast = FastConfig(precision=precision, attention="bf16", backend="reference")  # type: ignore[arg-type]
-            self.forms[precision] = fast, choose_ops(fast, model.device, report)
-        self.fast_state = FastState(model.config, *self.forms["bf16"], [], HappyHorse)
+            self.forms[precision] = FastState(model.config, fast, choose_ops(fast, model.device, report))
 
     @torch.no_grad()
     def look(self, index: int, layer: Layer, given: LayerInputs) -> None:
@@ -130,12 +128,9 @@ class _Run:
             self._compare(index, op, "bf16", rounded.of(op), exact, given.clip)
         del rounded
         if self.state is None:
-            self.state = build_clip_state(self.fast_state, given.clip, self.model.adapter.rope.bands)
+            self.state = build_clip_state(self.forms["bf16"], given.clip, self.model.adapter.rope.bands)
         for precision, attention in ATTENTION.items():
-            form = self.forms[precision]
-            packed = make_fast_layer(
-                layer.state_dict(), self.model.config, form[0], index, form[1], given.hidden.device
-            )
+            packed = self.forms[precision].pack(index, layer.state_dict(), given.hidden.device)
             fast = FastOps(packed, self.state, given, exact)
             for op, result in (*fast.products(), ("attention", fast.attention_in(attention))):
                 self._compare(index, op, precision, result, exact, given.clip)

@@ -187,7 +187,7 @@ def test_the_kernel_that_attention_ran_in_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     gpu, fast = torch.device("cuda:0"), Run("", "", "fast fp8").fast
     choices = {"block_sparse_attention": Choice("block_sparse_attention", "triton", "")}
-    state = FastState(ModelConfig.preset(BASE), fast, choices, [], torch.nn.Module)
+    state = FastState(ModelConfig.preset(BASE), fast, choices, torch.nn.Module)
     for backend, kernel in (("auto", "hopper"), ("hopper", "hopper"), ("triton", "triton")):
         with running(backend):
             assert attention_kernel(state, gpu) == kernel

@@ -21,7 +21,7 @@ from happyhorse_fast.fast import state as fast_state
 from happyhorse_fast.fast.accelerate import accelerate, explain, restore
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.fast.sparse_policy import SparsePolicy
-from happyhorse_fast.fast.state import is_accelerated
+from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.fast.step import at_step
 from happyhorse_fast.ops.runtime.cuda.launch import use_runner
 from happyhorse_fast.ops.runtime.dispatch import Choice
@@ -136,14 +136,14 @@ def test_an_interruption_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPa
     case = golden.load_case("postnorm_v2_fp32")
     model = case.model(torch.bfloat16)
     before = run(model, case)
-    as_it_is = acceleration.make_fast_layer
+    as_it_is = FastState.pack
 
-    def interrupted(tensors: Any, config: Any, fast: Any, index: int, *rest: Any) -> Any:
+    def interrupted(state: FastState, index: int, *rest: Any) -> Any:
         if index == 2:
             raise KeyboardInterrupt
-        return as_it_is(tensors, config, fast, index, *rest)
+        return as_it_is(state, index, *rest)
 
-    monkeypatch.setattr(acceleration, "make_fast_layer", interrupted)
+    monkeypatch.setattr(FastState, "pack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         accelerate(model, FastConfig(backend="reference"))
     assert not is_accelerated(model)

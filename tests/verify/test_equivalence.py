@@ -16,11 +16,10 @@ from happyhorse_fast.cli import run
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager import sequence
 from happyhorse_fast.eager.model import MLP, Attention, HappyHorse
-from happyhorse_fast.fast import accelerate as accelerate_module
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig, TopK
 from happyhorse_fast.fast.layer import FastLayer
-from happyhorse_fast.fast.state import build_clip_state
+from happyhorse_fast.fast.state import FastState, build_clip_state
 from happyhorse_fast.ops.attention import reference as attention_op
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
@@ -186,16 +185,16 @@ def test_fast_ops_on_the_interpreter_and_in_plain_torch_agree(
 
 def plant(monkeypatch: pytest.MonkeyPatch, buffer: str) -> None:
     """Every packed layer 0 gets a weight that is 4 % off in a tile."""
-    as_it_is = accelerate_module.make_fast_layer
+    as_it_is = FastState.pack
 
-    def wrong(tensors: Any, config: Any, fast: Any, index: int, *rest: Any) -> FastLayer:
-        layer = as_it_is(tensors, config, fast, index, *rest)
+    def wrong(state: FastState, index: int, *rest: Any) -> FastLayer:
+        layer = as_it_is(state, index, *rest)
         if index == 0:
             weight = getattr(layer, buffer)
             weight[:, :64] = (weight[:, :64].float() * 1.04).to(weight.dtype)
         return layer
 
-    monkeypatch.setattr(accelerate_module, "make_fast_layer", wrong)
+    monkeypatch.setattr(FastState, "pack", wrong)
 
 
 @pytest.mark.parametrize(("buffer", "op"), [("proj_weight", "proj"), ("down_weight", "down"), ("up_weight", "up")])
