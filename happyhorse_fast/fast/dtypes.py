@@ -11,7 +11,7 @@ from happyhorse_fast.fast.compiled import published_key
 
 LINEAR_DTYPES = (torch.bfloat16, torch.float32)
 """Of linear weights inside layers: as published, and as trained. Everything else is float32."""
-_LINEAR = ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj")
+PRODUCTS = ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj")
 
 
 def require_published_dtypes(model: nn.Module) -> None:
@@ -21,7 +21,7 @@ def require_published_dtypes(model: nn.Module) -> None:
     """
     for key, tensor in _tensors(model):
         name = published_key(key)
-        linear = name.startswith("block.layers.") and name.split(".")[-2:-1] and name.split(".")[-2] in _LINEAR
+        linear = name.startswith("block.layers.") and name.split(".")[-2:-1] and name.split(".")[-2] in PRODUCTS
         allowed = LINEAR_DTYPES if linear else (torch.float32,)
         if tensor.dtype not in allowed:
             listed = " or ".join(_short(dtype) for dtype in allowed)

@@ -16,38 +16,14 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrize
 
 from happyhorse_fast.arguments import listed
-from happyhorse_fast.eager import model as reference
+from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.sizes import layer_of
 from happyhorse_fast.fast.compiled import published_key, state_dict_of, unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles
+from happyhorse_fast.fast.dtypes import PRODUCTS
 from happyhorse_fast.fast.layer import FastLayer
 
-_NORMS = ("pre_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm", "final_norm_video", "final_norm_audio")
-_PRODUCTS = ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj")
-_LINEARS = ("video_embedder", "audio_embedder", "text_embedder", "final_linear_video", "final_linear_audio")
-# What a module of a role holds: its children and its own parameters and buffers.
-_CHILDREN = {
-    "": {"adapter", "block", "final_norm_video", "final_norm_audio", "final_linear_video", "final_linear_audio"},
-    "adapter": {"video_embedder", "audio_embedder", "text_embedder", "rope"},
-    "block": {"layers"},
-    "layer": {"attention", "mlp", "attn_post_norm", "mlp_post_norm"},
-    "attention": {"pre_norm", "linear_qkv", "q_norm", "k_norm", "linear_proj"},
-    "mlp": {"pre_norm", "up_gate_proj", "down_proj"},
-}
-_TENSORS = {role: {"weight"} for role in (*_NORMS, *_PRODUCTS)}
-_TENSORS |= {role: {"weight", "bias"} for role in _LINEARS} | {"rope": {"bands"}}
-_CLASSES: dict[str, type[nn.Module]] = {
-    "": HappyHorse,
-    "adapter": reference.Adapter,
-    "rope": reference.Rope,
-    "block": reference.Block,
-    "layers": nn.ModuleList,
-    "layer": reference.Layer,
-    "attention": reference.Attention,
-    "mlp": reference.MLP,
-}
-_CLASSES |= dict.fromkeys((*_NORMS, *_PRODUCTS), reference.Weight)
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _FORWARD_HOOKS = {"_forward_hooks": "forward hook", "_forward_pre_hooks": "forward pre-hook"}
@@ -55,16 +31,7 @@ _BACKWARD_HOOKS = {"_backward_hooks": "backward hook", "_backward_pre_hooks": "b
 _STATE_HOOKS = {"_state_dict_hooks": "state-dict hook", "_state_dict_pre_hooks": "state-dict pre-hook"}
 # Methods of a model that no forward pass calls.
 _BESIDE_FORWARD = {"init_weights", "reset_parameters", "extra_repr"}
-_WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "DeepSpeedEngine": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "OptimizedModule": "_orig_mod",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "PeftModel": "base_model.model",
-}
-_SPLIT = ("FullyShardedDataParallel", "FSDPModule")
+_SPLIT = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 _WHOLE = "happyhorse_fast runs whole models, one GPU each: give every process a model of its own, not split or wrapped"
 
 
@@ -93,12 +60,15 @@ def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
             "sparsity must be TopK or TopP for a model object of the public implementation, whose forward is not told "
             "how many columns a frame has; got Tiles. A HappyHorse of the same checkpoint (load) takes it"
         )
-    problems = [*_global_hooks(), *_gates(model), *_outward_ties(model), *_other_sizes(model)]
+    twin = _twin(model)
+    likes = dict(twin.named_modules())
+    problems = [*_global_hooks(), *_gates(model), *_outward_ties(model), *_other_sizes(model, twin)]
     classes: dict[tuple[str, int], tuple[str, type]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if unwrapped(module) is module:  # what torch.compile wraps comes by itself
-            problems += _problems(published_key(path), module, isinstance(model, HappyHorse), classes)
-    if problems := problems or list(_missing(model)):
+            key = published_key(path)
+            problems += _problems(key, module, likes.get(key), isinstance(model, HappyHorse), classes)
+    if problems := problems or list(_missing(model, twin)):
         raise ValueError(
             f"model must not carry what packed layers leave out ({len(problems)}): {listed(problems)}. Remove it "
             "before accelerate: merge LoRAs with merge_lora, bake parametrised weights in (remove_parametrizations), "
@@ -118,7 +88,7 @@ def require_running(model: nn.Module) -> None:
     """
     require_one_rank(model)
     parts: Any = model
-    embedders = (getattr(parts.adapter, name) for name in _LINEARS[:3])
+    embedders = (parts.adapter.video_embedder, parts.adapter.audio_embedder, parts.adapter.text_embedder)
     linears = (*embedders, parts.final_linear_video, parts.final_linear_audio)
     kinds = [(linears, nn.Linear), (parts.block.layers, FastLayer)]
     for module in (module for modules, kind in kinds for module in modules if not _is_a(unwrapped(module), kind)):
@@ -206,21 +176,16 @@ def _is_model(model: object) -> bool:
 
 def require_unwrapped(model: object) -> None:
     """Raise a TypeError where a model wraps another (DistributedDataParallel, PeftModel, ...), or is none."""
-    for name, inner in _WRAPPERS.items():
-        if name in _names(type(model)):
-            what = _WHOLE if name in (*_SPLIT, "DeepSpeedEngine") else f"pass what it wraps, model.{inner}"
-            raise TypeError(
-                "model must be a HappyHorse or a model object of the public implementation, got "
-                f"{type(model).__name__} around one: {what}"
-            )
+    must = "model must be a HappyHorse or a model object of the public implementation"
     inside = model._modules if isinstance(model, nn.Module) else getattr(model, "__dict__", {})
     wrapped = [name for name, value in inside.items() if _is_model(value)]
+    if wrapped and not isinstance(model, HappyHorse):  # some find attributes of what they wrap
+        names = _names(type(model))
+        inner = "base_model.model" if "PeftModel" in names else wrapped[0]
+        what = f"pass what it wraps, model.{inner}" if set(names).isdisjoint(_SPLIT) else _WHOLE
+        raise TypeError(f"{must}, got {type(model).__name__} around one: {what}")
     if not isinstance(model, nn.Module) or not _is_model(model):
-        hint = f" around one: pass what it wraps, model.{wrapped[0]}" if wrapped else ""
-        raise TypeError(
-            "model must be a HappyHorse or a model object of the public implementation (adapter, block.layers, "
-            f"final_norm_video, ...), got {type(model).__name__}{hint}"
-        )
+        raise TypeError(f"{must} (adapter, block.layers, final_norm_video, ...), got {type(model).__name__}")
 
 
 def require_whole_weights(model: nn.Module) -> None:
@@ -268,40 +233,44 @@ def _outward_ties(model: nn.Module) -> Iterator[str]:
             yield f"{key}: tied to {outside[id(value)]}, which stays as it is where the layer is packed"
 
 
-def _other_sizes(model: nn.Module) -> Iterator[str]:
-    if not isinstance(model, HappyHorse):
-        return  # its sizes are read off its weights
-    wanted = {key: tuple(like.shape) for key, like in HappyHorse(model.config, device="meta").named_parameters()}
-    there = {published_key(key): tuple(value.shape) for key, value in model.named_parameters(remove_duplicate=False)}
-    for key in (key for key in wanted if key in there and there[key] != wanted[key]):
-        yield f"{key}: is {list(there[key])}, its configuration makes it {list(wanted[key])}"
-    layers: Any = model.block.layers
-    if len(layers) != model.config.num_layers:
-        yield f"block.layers: {len(layers)} layers, its configuration has {model.config.num_layers}"
+def _twin(model: nn.Module) -> HappyHorse:
+    """A HappyHorse on ``"meta"`` whose modules and tensors have the names that the model's may have.
 
-
-def _missing(model: nn.Module) -> Iterator[str]:
+    Of a HappyHorse also its sizes; those of the public implementation are read off its weights.
+    """
     if isinstance(model, HappyHorse):
-        there = state_dict_of(model).keys()
-        yield from (
-            f"{key}: is missing" for key in HappyHorse(model.config, device="meta").state_dict() if key not in there
-        )
+        return HappyHorse(model.config, device="meta")
+    count = max(1, len(model.block.layers))  # type: ignore[union-attr,arg-type]
+    sizes = {"hidden_size": 8, "head_dim": 8, "num_heads_q": 1, "num_heads_kv": 1}
+    return HappyHorse(ModelConfig(num_layers=count, post_norm_layers=range(count), **sizes), device="meta")
 
 
-def _role(path: str) -> str:
-    match path.split("."):
-        case ["block", "layers", _]:
-            return "layer"
-        case [*_, name]:
-            return name
-    return path
+def _other_sizes(model: nn.Module, twin: HappyHorse) -> Iterator[str]:
+    if not isinstance(model, HappyHorse):
+        return
+    wanted = {key: list(like.shape) for key, like in twin.named_parameters()}
+    there = {published_key(key): list(value.shape) for key, value in model.named_parameters(remove_duplicate=False)}
+    for key in (key for key in wanted if key in there and there[key] != wanted[key]):
+        yield f"{key}: is {there[key]}, its configuration makes it {wanted[key]}"
+    if (count := len(model.block.layers)) != model.config.num_layers:
+        yield f"block.layers: {count} layers, its configuration has {model.config.num_layers}"
+
+
+def _missing(model: nn.Module, twin: HappyHorse) -> Iterator[str]:
+    there = state_dict_of(model).keys()
+    if isinstance(model, HappyHorse):
+        yield from (f"{key}: is missing" for key in twin.state_dict() if key not in there)
 
 
 def _problems(
-    path: str, module: nn.Module, ours: bool, classes: dict[tuple[str, int], tuple[str, type]]
+    path: str,
+    module: nn.Module,
+    like: nn.Module | None,
+    ours: bool,
+    classes: dict[tuple[str, int], tuple[str, type]],
 ) -> Iterator[str]:
-    """Describe the additions of one module that packed layers leave out."""
-    name, role = path or "model", _role(path)
+    """Describe the additions of one module, and what differs from its twin ``like``, that packed layers leave out."""
+    name, role = path or "model", path.rpartition(".")[2]
     attributes = (
         _BACKWARD_HOOKS | (_FORWARD_HOOKS if path else {}) | (_STATE_HOOKS if layer_of(path) is not None else {})
     )
@@ -317,25 +286,24 @@ def _problems(
         if _is_overridden(module, attribute, value, path):
             yield f"{name}: {attribute} is replaced on the instance ({_called(value)})"
     overriding = _overriding(type(module))
-    if role in _LINEARS and type(module) is not nn.Linear:
+    if isinstance(like, nn.Linear) and type(module) is not nn.Linear:
         there = f"{type(module).__module__}.{type(module).__qualname__}"
         yield f"{name}: replaced, is a {there} in the place of a torch.nn.Linear"
     elif overriding:
         yield f"{name}: a subclass's own {overriding[1]} ({overriding[0].__qualname__})"
-    elif ours and not isinstance(module, _CLASSES.get(role, nn.Module)):
-        yield f"{name}: replaced, is a {type(module).__qualname__} in the place of {_CLASSES[role].__name__}"
+    elif ours and like is not None and not isinstance(module, type(like)):
+        yield f"{name}: replaced, is a {type(module).__qualname__} in the place of {type(like).__name__}"
     else:
         # The public implementation's classes may be anyone's; one role has one class (its linears: per expert count).
-        weight = getattr(module, "weight", None) if role in _PRODUCTS else None
-        shape = getattr(module, "num_experts", 1) if isinstance(weight, torch.Tensor) else 0
-        first, kind_there = classes.setdefault((role, shape), (name, type(module)))
+        key = ("layer" if role.isdecimal() else role, getattr(module, "num_experts", 1) if role in PRODUCTS else 0)
+        first, kind_there = classes.setdefault(key, (name, type(module)))
         if kind_there is not type(module):
             yield f"{name}: replaced, is a {type(module).__qualname__}; {first} is a {kind_there.__qualname__}"
-    children = _CHILDREN.get(role, set()) if role != "layers" else {*map(str, range(len(module._modules)))}
-    if extra := [child for child, there in module._modules.items() if there is not None and child not in children]:
+    known = {} if like is None else like._modules | like._parameters | like._buffers
+    if extra := [child for child, there in module._modules.items() if there is not None and child not in known]:
         yield f"{name}: added or replaced, is a {type(module).__qualname__} that holds {', '.join(extra)}"
-    tensors = [key for key, there in [*module._parameters.items(), *module._buffers.items()] if there is not None]
-    if extra := [key for key in tensors if key not in _TENSORS.get(role, set())]:
+    tensors = module._parameters | module._buffers
+    if extra := [tensor for tensor, there in tensors.items() if there is not None and tensor not in known]:
         yield f"{name}: added parameters or buffers {', '.join(extra)}"
 
 
