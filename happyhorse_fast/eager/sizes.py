@@ -1,13 +1,8 @@
-"""A model's sizes, read off the shapes of its tensors, and held against a configuration.
-
-Each size is read off several tensors, and the value that most of them have is taken. So a single misshapen tensor is
-reported as that, and not as a model of other sizes.
-"""
+"""A model's sizes, read off the shapes of its tensors, and held against a configuration."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +14,7 @@ from happyhorse_fast.eager.model import HappyHorse
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 BANDS_KEY = "adapter.rope.bands"
 
-# Where a reader sees a size first; {} is a layer.
+# The tensor that tells a size; {} is a layer.
 _WITNESS = {
     "num_layers": "block.layers.{}.attention.pre_norm.weight",
     "hidden_size": "final_norm_video.weight",
@@ -85,7 +80,7 @@ def sizes_of(entries: Mapping[str, TensorSpec], path: Path) -> CheckpointSizes:
         CheckpointError: Missing, unexpected or misshapen tensors, or tensors that are not floating point. The message
             names the files and keys.
     """
-    sizes = _likely_sizes(entries, path)
+    sizes = _sizes(entries, path)
     try:
         config = ModelConfig(**dataclasses.asdict(sizes))
     except ValueError as error:
@@ -107,7 +102,7 @@ def require_sizes(entries: Mapping[str, TensorSpec], path: Path, config: ModelCo
         CheckpointError: As :func:`sizes_of`; or another size than the configuration's, naming field, both values,
             file and key.
     """
-    sizes = _likely_sizes(entries, path)
+    sizes = _sizes(entries, path)
     problems = []
     for field, found in dataclasses.asdict(sizes).items():
         wanted = getattr(config, field)
@@ -120,7 +115,7 @@ def require_sizes(entries: Mapping[str, TensorSpec], path: Path, config: ModelCo
                 continue
             layer = differ[0]
         key = _WITNESS[field].format(layer)
-        seen = f"{key} in {entries[key].file} is {list(entries[key].shape)}" if key in entries else f"no {key}"
+        seen = _seen(entries[key]) if key in entries else f"no {key}"
         problems.append(f"{field}: the checkpoint has {_plain(found)} ({seen}), {asked} says {_plain(wanted)}")
     if problems:
         raise CheckpointError(f"{path}: does not fit {asked}:\n  " + "\n  ".join(problems))
@@ -142,7 +137,7 @@ def layer_of(key: str) -> int | None:
 def _require_shapes(entries: Mapping[str, TensorSpec], path: Path, config: ModelConfig) -> None:
     expected = {key: tuple(like.shape) for key, like in HappyHorse(config, device="meta").state_dict().items()}
     misshapen = [
-        f"{key} in {entry.file} is {list(entry.shape)}, must be {list(expected[key])}"
+        f"{_seen(entry)}, must be {list(expected[key])}"
         for key, entry in entries.items()
         if entry.shape != expected[key]
     ]
@@ -154,8 +149,8 @@ def _require_shapes(entries: Mapping[str, TensorSpec], path: Path, config: Model
         )
 
 
-def _likely_sizes(entries: Mapping[str, TensorSpec], path: Path) -> CheckpointSizes:
-    """Sizes by majority vote, once names and dtypes of the tensors are those of some model."""
+def _sizes(entries: Mapping[str, TensorSpec], path: Path) -> CheckpointSizes:
+    """Sizes, once names and dtypes of the tensors are those of some model."""
     # A layer has more than one tensor: a layer number past their count is a stray name, not a deeper model.
     numbers = [number for key in entries if (number := layer_of(key)) is not None and number < len(entries)]
     num_layers = 1 + max(numbers, default=-1)
@@ -185,93 +180,49 @@ def _likely_sizes(entries: Mapping[str, TensorSpec], path: Path) -> CheckpointSi
     problems = [f"{kind} ({len(found)}): {listed(found)}" for kind, found in kinds.items() if found]
     if problems:
         raise CheckpointError(f"{path}: " + "\n  ".join(problems))
-    return _Votes(entries, path).sizes(num_layers, post_norms)
+    return _read_sizes(entries, path, num_layers, post_norms)
 
 
-class _Votes:
-    """Sizes as most of the tensors have them."""
+def _read_sizes(
+    entries: Mapping[str, TensorSpec], path: Path, num_layers: int, post_norms: tuple[int, ...]
+) -> CheckpointSizes:
+    """Sizes as the tensors of :data:`_WITNESS` have them, those of all layers as the first has them."""
 
-    def __init__(self, entries: Mapping[str, TensorSpec], path: Path) -> None:
-        self.entries = entries
-        self.path = path
+    def size(field: str, axis: int, rank: int, layer: int = 0) -> int:
+        entry = entries[_WITNESS[field].format(layer)]
+        if len(entry.shape) != rank or not entry.shape[axis]:
+            raise CheckpointError(f"{path}: {field} cannot be read off the shapes: {_seen(entry)}")
+        return entry.shape[axis]
 
-    def sizes(self, num_layers: int, post_norms: tuple[int, ...]) -> CheckpointSizes:
-        layers = range(num_layers)
-        ends = [f"final_norm_{m}.weight" for m in MODALITIES[:2]] + [f"adapter.{m}_embedder.bias" for m in MODALITIES]
-        hidden = self._most("hidden_size", [(key, self._size(key, 0, rank=1)) for key in ends])
-        experts = [self._experts(layer, hidden) for layer in layers]
-
-        def rows(layer: int, name: str, rank: int) -> int:
-            """Rows per expert; 0 where they do not divide, which no size allows."""
-            count, rest = divmod(self._size(f"block.layers.{layer}.{name}.weight", 0, rank), experts[layer])
-            return 0 if rest else count
-
-        norms = [(i, f"attention.{name}") for name in ("q_norm", "k_norm") for i in layers]
-        head_dim = self._most("head_dim", [(f"block.layers.{i}.{name}.weight", rows(i, name, 1)) for i, name in norms])
-        projections = [f"block.layers.{i}.attention.linear_proj.weight" for i in layers]
-        heads_q = self._most("num_heads_q", [(k, self._size(k, 1, rank=2) // head_dim) for k in projections])
-        products = [
-            (f"block.layers.{i}.attention.linear_qkv.weight", rows(i, "attention.linear_qkv", 2)) for i in layers
-        ]
-        self._require_gates(products, heads_q, head_dim)
-        heads_kv = self._most(
-            "num_heads_kv", [(k, (n - heads_q * (head_dim + 1)) // (2 * head_dim)) for k, n in products]
+    layers, hidden = range(num_layers), size("hidden_size", 0, rank=1)
+    # Nearer to three experts than to one, to GELU7's width of 4 than to SwiGLU7's of 8/3: so a misshapen tensor is told
+    # as that.
+    mm_layers = tuple(i for i in layers if size("mm_layers", 0, 1, i) > 2 * hidden)
+    gelu7_layers = tuple(i for i in layers if 3 * size("gelu7_layers", 1, 2, i) > 10 * hidden)
+    experts = len(MODALITIES) if 0 in mm_layers else 1
+    head_dim = max(1, size("head_dim", 0, rank=1) // experts)
+    heads_q = size("num_heads_q", 1, rank=2) // head_dim
+    of_kv = size("num_heads_kv", 0, rank=2) // experts - heads_q * (head_dim + 1)
+    if of_kv % (2 * head_dim) and (of_kv + heads_q) % (2 * head_dim) == 0:
+        entry = entries[_WITNESS["num_heads_kv"].format(0)]
+        raise CheckpointError(
+            f"{path}: attention gating is off: {_seen(entry)}, rows for q, k and v and none for a gate; only models "
+            f"with one gate per query head ({heads_q} more rows per expert) can run"
         )
-        channels = {m: f"adapter.{m}_embedder.weight" for m in MODALITIES}
-        video, audio, text = (
-            self._most(f"{m}_in_channels", [(key, self._size(key, 1, rank=2))]) for m, key in channels.items()
-        )
-        # Widths of the two kinds of MLP at this hidden size: layer 0 of GELU7, layer 1 of SwiGLU7.
-        kinds = ModelConfig(
-            num_layers=2, hidden_size=hidden, head_dim=8, num_heads_q=1, num_heads_kv=1, gelu7_layers=(0,)
-        )
-        return CheckpointSizes(
-            num_layers=num_layers,
-            hidden_size=hidden,
-            head_dim=head_dim,
-            num_heads_q=heads_q,
-            num_heads_kv=heads_kv,
-            video_in_channels=video,
-            audio_in_channels=audio,
-            text_in_channels=text,
-            mm_layers=tuple(i for i in layers if experts[i] == len(MODALITIES)),
-            gelu7_layers=tuple(i for i in layers if self._is_gelu7(i, kinds, rows(i, "mlp.up_gate_proj", 2))),
-            post_norm_layers=post_norms,
-        )
+    return CheckpointSizes(
+        num_layers=num_layers,
+        hidden_size=hidden,
+        head_dim=head_dim,
+        num_heads_q=heads_q,
+        num_heads_kv=of_kv // (2 * head_dim),
+        video_in_channels=size("video_in_channels", 1, rank=2),
+        audio_in_channels=size("audio_in_channels", 1, rank=2),
+        text_in_channels=size("text_in_channels", 1, rank=2),
+        mm_layers=mm_layers,
+        gelu7_layers=gelu7_layers,
+        post_norm_layers=post_norms,
+    )
 
-    def _require_gates(self, products: list[tuple[str, int]], heads_q: int, head_dim: int) -> None:
-        """Raise where most QKV weights have rows for q, k and v and none for a gate per query head."""
-        whole = 2 * head_dim
-        gated = Counter((rows - heads_q * (head_dim + 1)) % whole == 0 for _, rows in products)[True]
-        plain = Counter((rows - heads_q * head_dim) % whole == 0 for _, rows in products)[True]
-        if plain > max(gated, len(products) // 2):
-            key = products[0][0]
-            raise CheckpointError(
-                f"{self.path}: attention gating is off: {key} in {self.entries[key].file} is "
-                f"{list(self.entries[key].shape)}, rows for q, k and v and none for a gate; only models with one gate "
-                f"per query head ({heads_q} more rows per expert) can run"
-            )
 
-    def _experts(self, layer: int, hidden: int) -> int:
-        names = ("attention.pre_norm", "mlp.pre_norm", "attention.linear_proj", "mlp.down_proj")
-        keys = {f"block.layers.{layer}.{name}.weight": 1 if name.endswith("norm") else 2 for name in names}
-        found = [(key, self._size(key, 0, rank)) for key, rank in keys.items()]
-        allowed = {hidden: 1, len(MODALITIES) * hidden: len(MODALITIES)}
-        return self._most(f"experts of layer {layer}", [(key, allowed.get(rows, 0)) for key, rows in found])
-
-    def _is_gelu7(self, layer: int, kinds: ModelConfig, up_rows: int) -> bool:
-        # The down projection decides, as up has equally many rows in both kinds at hidden_size 2 and 4.
-        width = self._size(f"block.layers.{layer}.mlp.down_proj.weight", 1, rank=2)
-        gelu7, swiglu7 = kinds.intermediate_size(0), kinds.intermediate_size(1)
-        return width == gelu7 or (width != swiglu7 and up_rows == gelu7)
-
-    def _size(self, key: str, axis: int, rank: int) -> int:
-        shape = self.entries[key].shape
-        return shape[axis] if len(shape) == rank else 0
-
-    def _most(self, field: str, votes: list[tuple[str, int]]) -> int:
-        count = Counter(size for _, size in votes if size > 0)
-        if not count:
-            shapes = [f"{key} in {self.entries[key].file} is {list(self.entries[key].shape)}" for key, _ in votes]
-            raise CheckpointError(f"{self.path}: {field} cannot be read off the shapes: {listed(shapes)}")
-        return count.most_common(1)[0][0]
+def _seen(entry: TensorSpec) -> str:
+    return f"{entry.key} in {entry.file} is {list(entry.shape)}"
