@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from happyhorse_fast.arguments import whole_number
+from happyhorse_fast.arguments import require_whole, whole_number
 
 CoordsStyle = Literal["v1", "v2"]
 
@@ -74,7 +74,7 @@ class ModelConfig:
             value = getattr(self, f.name)
             if f.type == "int":
                 least = 0 if f.name in ("frame_receptive_field", "local_attn_min_frame_tokens") else 1
-                object.__setattr__(self, f.name, _require_int(f.name, value, minimum=least))
+                object.__setattr__(self, f.name, require_whole(f.name, value, least))
         if self.head_dim % 8:
             raise ValueError(f"head_dim must be a multiple of 8 (head_dim / 8 rotary bands), got {self.head_dim}")
         if self.num_heads_q % self.num_heads_kv:
@@ -95,7 +95,7 @@ class ModelConfig:
         value = getattr(self, name)
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise TypeError(f"{name} must be a list of layer numbers, got {value!r}")
-        layers = tuple(_require_int(f"{name}[...]", layer, minimum=0) for layer in value)
+        layers = tuple(require_whole(f"{name}[...]", layer, 0) for layer in value)
         count = whole_number(self.num_layers)
         for layer in layers:
             if count is not None and layer >= count:
@@ -171,15 +171,6 @@ class ModelConfig:
         if name not in _PRESETS:
             raise ValueError(f"preset must be one of {', '.join(_PRESETS)}; got {name!r}")
         return cls(**_PRESETS[name])
-
-
-def _require_int(name: str, value: object, *, minimum: int) -> int:
-    number = whole_number(value)
-    if number is None:
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return number
 
 
 _FULL: dict[str, Any] = {

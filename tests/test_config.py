@@ -54,7 +54,7 @@ def test_presets_survive_json(name: str) -> None:
     ("change", "error", "says"),
     [
         ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
-        ({"hidden_size": 16.0}, TypeError, "hidden_size must be an integer, got 16.0 of type float"),
+        ({"hidden_size": 16.0}, TypeError, "hidden_size must be an integer, at least 1; got 16.0 of type float"),
         ({"head_dim": 20}, ValueError, "head_dim must be a multiple of 8 .* got 20"),
         ({"num_heads_kv": 2}, ValueError, "num_heads_kv must divide num_heads_q, got num_heads_kv=2 and num_heads_q=5"),
         ({"video_in_channels": 190}, ValueError, "video_in_channels must be a multiple of 4 .* got 190"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from happyhorse_fast.arguments import real_number, whole_number
+from happyhorse_fast.arguments import real_number, require_whole, whole_number
 from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.fast.calibration import ATTENTION, read_skip
 
@@ -80,7 +80,7 @@ class Tiles:
 
     def __post_init__(self) -> None:
         for name in ("frames", "rows", "columns"):
-            object.__setattr__(self, name, _require_count(name, getattr(self, name)))
+            object.__setattr__(self, name, require_whole(name, getattr(self, name), 0))
 
 
 Sparsity = TopK | TopP | Tiles
@@ -95,13 +95,6 @@ def _require_share(name: str, value: object) -> float:
     number = real_number(value)
     if number is None or not 0 < number <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
-    return number
-
-
-def _require_count(name: str, value: object) -> int:
-    number = whole_number(value)
-    if number is None or number < 0:
-        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
     return number
 
 
@@ -164,7 +157,7 @@ class FastConfig:
         if not isinstance(self.strict, bool):
             raise TypeError(f"strict must be True or False, got {self.strict!r}")
         for name in ("exact_first_layers", "exact_last_layers", "exact_first_steps", "exact_last_steps"):
-            object.__setattr__(self, name, _require_count(name, getattr(self, name)))
+            object.__setattr__(self, name, require_whole(name, getattr(self, name), 0))
         if self.mlp_rows not in (None, "auto"):
             rows = whole_number(self.mlp_rows)
             if rows is None or rows < 128 or rows % 128:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.fast.config import FastConfig, is_exact_step
 
 Rule = tuple[int, int]
@@ -72,11 +73,8 @@ def at_step(step: int, steps: int) -> Iterator[None]:
         TypeError: They are no integers.
         ValueError: Not 0 <= step < steps.
     """
-    for name, value in (("step", step), ("steps", steps)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if not 0 <= step < steps:
-        raise ValueError(f"step must satisfy 0 <= step < steps, got step {step} of {steps} steps")
+    steps = require_whole("steps", steps, 1)
+    step = require_whole("step", step, 0, steps - 1)
     here = Step(step, steps)
     for rule in tuple(_compiled_rules):
         here.answer(rule)

@@ -60,7 +60,7 @@ def test_where_sparsity_applies() -> None:
         ({"strict": "no"}, TypeError, "strict must be True or False, got 'no'"),
         ({"mlp_rows": "a"}, ValueError, "multiple of 128, got 'a'"),
         ({"mlp_rows": 100}, ValueError, "multiple of 128, got 100"),
-        ({"exact_first_steps": -1}, ValueError, "exact_first_steps must be an integer of at least 0, got -1"),
+        ({"exact_first_steps": -1}, ValueError, "exact_first_steps must be at least 0, got -1"),
     ],
 )
 def test_refused(fields: dict[str, object], error: type[Exception], says: str) -> None:

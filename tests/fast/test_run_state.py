@@ -150,10 +150,10 @@ def test_tasks_that_take_turns_within_a_step() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((8, 8), ValueError, "step must satisfy 0 <= step < steps, got step 8 of 8 steps"),
-        ((-1, 8), ValueError, "got step -1 of 8"),
-        ((0.5, 8), TypeError, "step must be an integer, got 0.5 of type float"),
-        ((0, "8"), TypeError, "steps must be an integer, got '8'"),
+        ((8, 8), ValueError, "step must be from 0 to 7, got 8"),
+        ((-1, 8), ValueError, "step must be from 0 to 7, got -1"),
+        ((0.5, 8), TypeError, "step must be an integer, from 0 to 7; got 0.5 of type float"),
+        ((0, "8"), TypeError, "steps must be an integer, at least 1; got '8'"),
     ],
 )
 def test_places_that_are_none(arguments: tuple[Any, Any], error: type[Exception], message: str) -> None:
