@@ -171,9 +171,7 @@ class _Held:
 
 _HELD = _Held()
 _THREAD = threading.local()
-# Found out here: torch 2.11 cannot trace the question.
-AUTOCAST_KINDS = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps")))
-"""Devices that may have autocast."""
+_AUTOCAST_KINDS = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps")))
 
 
 @contextlib.contextmanager
@@ -191,24 +189,15 @@ def held() -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_HELD)
-            if _C._is_any_autocast_enabled():
-                stack.enter_context(without_autocast(*AUTOCAST_KINDS))
+            for kind in _AUTOCAST_KINDS if _C._is_any_autocast_enabled() else ():
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             # A mode costs every call of torch a microsecond, so only where there is something to undo.
             if _C._len_torch_function_stack() or _C._get_default_device() != "cpu":
                 stack.enter_context(torch.device("cpu"))
             yield
     finally:
         _THREAD.inside = False
-
-
-@contextlib.contextmanager
-def without_autocast(*kinds: str) -> Iterator[None]:
-    """No autocast on devices of these kinds; may be traced."""
-    with contextlib.ExitStack() as stack:
-        for kind in kinds:
-            if kind in AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def independent(function: Callable[P, R]) -> Callable[P, R]:

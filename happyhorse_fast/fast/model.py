@@ -37,26 +37,12 @@ R = TypeVar("R")
 
 
 def inference(forward: Callable[P, R]) -> Callable[P, R]:
-    """Run a model's method without gradients, independent of torch's settings.
-
-    Every dtype is chosen here already; autocast, also in a graph, would make bf16 of the float32 products at both ends.
-    """
+    """Run a model's method without gradients, independent of torch's settings, on every rank that shares the clip."""
     names = tuple(inspect.signature(forward).parameters)
 
     def inputs_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A call's arguments by name, without the model."""
         return dict(zip(names[1:], args[1:], strict=False)) | dict(kwargs)
-
-    def together(*args: P.args, **kwargs: P.kwargs) -> R:
-        """On every rank, where several share the sequence."""
-        model: Any = args[0]
-        if model.fast.ranks is None:
-            return forward(*args, **kwargs)
-        inputs = inputs_of(args, kwargs)
-        handler = inputs.pop("local_attn_handler", None)
-        inputs |= {f"local_attn_handler.{name}": getattr(handler, name, None) for name in _RANGES}
-        with model.fast.ranks.call(step_in_words, **inputs):
-            return forward(*args, **kwargs)
 
     @ambient.makes_tensors  # a clip's state is kept for later calls
     @functools.wraps(forward)
@@ -69,11 +55,13 @@ def inference(forward: Callable[P, R]) -> Callable[P, R]:
             for name, value in inputs_of(args, kwargs).items():
                 if isinstance(value, torch.Tensor) and has_tangent(value):
                     raise ValueError(f"{name} must have no tangent: an accelerated model has no derivatives")
-        kind = next(model.parameters()).device.type
-        if kind in ambient.AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                return together(*args, **kwargs)
-        return together(*args, **kwargs)
+        if model.fast.ranks is None:
+            return forward(*args, **kwargs)
+        inputs = inputs_of(args, kwargs)
+        handler = inputs.pop("local_attn_handler", None)
+        inputs |= {f"local_attn_handler.{name}": getattr(handler, name, None) for name in _RANGES}
+        with model.fast.ranks.call(step_in_words, **inputs):
+            return forward(*args, **kwargs)
 
     return run
 
