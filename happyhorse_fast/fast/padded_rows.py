@@ -6,7 +6,7 @@ too, if that costs little: 2040 tokens in 2048 rows at 1080p make 99.6 % of a 12
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -55,17 +55,20 @@ class PaddedRows:
     layout: Layout | None = None
 
     @classmethod
-    def of(cls, clip: Clip, *, windowed: bool) -> PaddedRows:
-        """Rows of one clip; ``windowed``: whether some layer has a frame window on it."""
-        align = windowed and worth_aligning(clip.frame_tokens)
-        layout = Layout(clip.frames, clip.frame_tokens, clip.audio, clip.text, align, align_modalities=True)
-        spans = [(*s, 0) for s in layout.frame_spans()]
-        spans += [(*s, m) for m, s in enumerate(layout.prefix_spans(), start=1)]
-        runs, token = [], 0
-        for start, end, modality in spans:
-            runs.append(Run(token, token + end - start, start, modality))
-            token += end - start
-        return cls(tuple(runs), (0, layout.audio_start, layout.text_start, layout.slots), layout)
+    def of(cls, clip: Clip, *, windowed: bool, most_padding: float = MOST_PADDING) -> PaddedRows:
+        """Rows of one clip.
+
+        Args:
+            clip: Its tokens.
+            windowed: Whether some layer has a frame window on it.
+            most_padding: Of its tokens, what aligned frames may add in rows; else only modalities are aligned.
+        """
+        per, bounds = clip.frame_tokens, clip.bounds
+        align = windowed and worth_aligning(per, most_padding)
+        spans = [(f * per, (f + 1) * per, 0) for f in range(clip.frames)]
+        spans += [(bounds[m], bounds[m + 1], m) for m in (1, 2)]
+        layout = Layout(clip.frames, per, clip.audio, clip.text, align, align_modalities=True)
+        return replace(cls.of_spans(spans, align=align), layout=layout)
 
     @classmethod
     def of_spans(cls, spans: Spans, *, align: bool) -> PaddedRows:
@@ -159,9 +162,9 @@ class PaddedRows:
         return rows[:, :2], rows[:, 2:]
 
 
-def worth_aligning(frame_tokens: int) -> bool:
-    """Whether starting every frame on a multiple of 128 rows costs at most 2 % more rows."""
-    return _up(frame_tokens) - frame_tokens <= MOST_PADDING * frame_tokens
+def worth_aligning(frame_tokens: int, most_padding: float = MOST_PADDING) -> bool:
+    """Whether starting every frame on a multiple of 128 rows costs at most so many more rows, by default 2 %."""
+    return _up(frame_tokens) - frame_tokens <= most_padding * frame_tokens
 
 
 def _up(n: int) -> int:

@@ -7,12 +7,12 @@ chooses there, and what it chose is brought back to the clip's own rows as masks
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from typing import Any
 
 import torch
 
-from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
+from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import pack
 from happyhorse_fast.eager import sequence
@@ -75,11 +75,8 @@ def decide_between_frames(model: Any) -> None:
     fast: FastState = model.fast
     clip, bands = CLIP, model.adapter.rope.bands
     state = fast.clips[clip] = build_clip_state(fast, clip, bands)
-    layout = Layout(clip.frames, clip.frame_tokens, clip.audio, clip.text, align_frames=True, align_modalities=True)
-    spans = [(f * clip.frame_tokens, (f + 1) * clip.frame_tokens, 0) for f in range(clip.frames)]
-    spans += [(first, end, m) for m, (first, end) in enumerate(zip(clip.bounds[1:], clip.bounds[2:], strict=False), 1)]
     wide = ClipState.build(
-        dataclasses.replace(PaddedRows.of_spans(spans, align=True), layout=layout),
+        PaddedRows.of(clip, windowed=True, most_padding=math.inf),
         sequence.dense_ranges(clip),
         sequence.local_ranges(clip, fast.config.frame_receptive_field),
         sequence.coordinates(clip, fast.config.coords_style),
