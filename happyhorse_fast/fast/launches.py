@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,19 +16,9 @@ from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.ops.block_selection.contract import LAUNCHES
 
-# Four frames of 128 tokens, so that a sparse map has something to leave out; layers of every kind.
-_CONFIG = ModelConfig(
-    num_layers=4,
-    hidden_size=64,
-    head_dim=32,
-    num_heads_q=2,
-    num_heads_kv=1,
-    text_in_channels=8,
-    mm_layers=(0, 3),
-    gelu7_layers=(0,),
-    local_attn_layers=(1, 3),
-    frame_receptive_field=1,
-)
+# Layers of every kind. Four frames of 128 tokens, so that a sparse map has something to leave out.
+_CONFIG = ModelConfig.preset("tiny")
+_SHAPES = ((1, 48, 4, 16, 32), (1, 13, 64), (1, 6, _CONFIG.text_in_channels))
 _FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::lift", "aten::is_", "aten::_unsafe_view")
 
 
@@ -57,15 +48,9 @@ def launches_per_layer(fast: FastConfig) -> list[list[str]]:
     Args:
         fast: Precision and sparsity; the launches are counted at the ops, whatever the backend.
     """
-    config = FastConfig(
-        precision=fast.precision, attention=fast.attention, sparsity=fast.sparsity, skip=fast.skip, backend="reference"
-    )
-    model: nn.Module = accelerate(HappyHorse(_CONFIG).init_weights(0), config)
+    model: nn.Module = accelerate(HappyHorse(_CONFIG).init_weights(0), replace(fast, backend="reference"))
     draw = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(shape, generator=draw)
-        for shape in ((1, 48, 4, 16, 32), (1, 13, 64), (1, 6, _CONFIG.text_in_channels))
-    ]
+    inputs = [torch.randn(shape, generator=draw) for shape in _SHAPES]
     counter, counts = LaunchCounter(), []
     marks: list[int] = []
     for layer in model.block.layers:  # type: ignore[union-attr]
