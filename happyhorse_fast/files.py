@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_DESCRIPTORS = re.compile(r"/(proc/(self|thread-self|\d+)(/task/\d+)?|dev)/fd")
-"""Folders whose entries are open files of a process, which a file of the same name cannot take the place of."""
-_MOST_LINKS = 40
+_DESCRIPTORS = re.compile(r"/dev/(stdout|stderr|fd/.*)|/proc/.*/fd/.*")
+"""Open files of a process, which a file of the same name cannot take the place of."""
 
 
 def real_path(path: Path) -> Path:
@@ -31,18 +30,8 @@ def is_special(path: Path) -> bool:
         mode = path.stat().st_mode
     except OSError:
         return False
-    return not stat.S_ISDIR(mode) and (not stat.S_ISREG(mode) or _is_descriptor(path))
-
-
-def _is_descriptor(path: Path) -> bool:
-    hop = path.absolute()
-    for _ in range(_MOST_LINKS):
-        if _DESCRIPTORS.fullmatch(str(hop.parent)):
-            return True
-        if not hop.is_symlink():
-            return False
-        hop = Path(os.path.normpath(hop.parent / os.readlink(hop)))
-    return False
+    descriptor = _DESCRIPTORS.fullmatch(os.path.abspath(path)) is not None
+    return not stat.S_ISDIR(mode) and (not stat.S_ISREG(mode) or descriptor)
 
 
 @contextmanager
