@@ -8,7 +8,6 @@ checkpoints load as they are. Everything runs in chunks of rows, so it needs no 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from happyhorse_fast.eager.float32 import linear
 from happyhorse_fast.eager.mlp import gelu7, swiglu7
 from happyhorse_fast.eager.qkv import rms_norm, rmsnorm_qkv
 from happyhorse_fast.eager.rotary import frequency_bands, rotary_phases
-from happyhorse_fast.eager.sequence import Clip, HeldTokens, Ranges
+from happyhorse_fast.eager.sequence import Clip, Ranges
 from happyhorse_fast.parallel.group import Ranks
 from happyhorse_fast.parallel.rows import RowShare
 from happyhorse_fast.parallel.sharded import gather
@@ -29,8 +28,6 @@ from happyhorse_fast.parallel.ulysses import Ulysses
 
 # Rows in flight in a norm, a QKV product or an MLP: 8192 x 27304 float32 is 0.9 GB, all 64k rows would be 7 GB.
 ROW_CHUNK = 8192
-Tokens = Clip | HeldTokens
-"""Where video, audio and text are in the rows at hand."""
 COMPUTE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -66,7 +63,7 @@ class Attention(nn.Module):
         self,
         hidden: torch.Tensor,
         phases: torch.Tensor,
-        clip: Tokens,
+        clip: Clip,
         ranges: Ranges,
         compute_dtype: torch.dtype,
         ulysses: Ulysses | None = None,
@@ -87,7 +84,7 @@ class Attention(nn.Module):
         return torch.cat(outputs).to(hidden.dtype)
 
     def qkv(
-        self, hidden: torch.Tensor, phases: torch.Tensor, clip: Tokens, compute_dtype: torch.dtype
+        self, hidden: torch.Tensor, phases: torch.Tensor, clip: Clip, compute_dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """[N, hidden] -> q [N, Hq, D], k and v [N, Hkv, D] in ``compute_dtype``, gate [N, Hq] before its sigmoid."""
         parts = [
@@ -134,7 +131,7 @@ class MLP(nn.Module):
         self.up_gate_proj = Weight(experts, config.up_features(layer), width, dtype=dtype, device=device)
         self.down_proj = Weight(experts, width, config.intermediate_size(layer), dtype=dtype, device=device)
 
-    def forward(self, hidden: torch.Tensor, clip: Tokens, compute_dtype: torch.dtype) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, clip: Clip, compute_dtype: torch.dtype) -> torch.Tensor:
         """[N, hidden] residual stream -> [N, hidden] to add to it, in the stream's dtype."""
         outputs = []
         for e, rows in sequence.row_chunks(clip, self.pre_norm.experts, ROW_CHUNK):
@@ -169,7 +166,7 @@ class Layer(nn.Module):
         self,
         hidden: torch.Tensor,
         phases: torch.Tensor,
-        clip: Tokens,
+        clip: Clip,
         ranges: Ranges,
         compute_dtype: torch.dtype,
         ulysses: Ulysses | None = None,
@@ -180,7 +177,7 @@ class Layer(nn.Module):
         hidden = self.add(hidden, self.attention(hidden, *how), "attn_post_norm", clip)
         return self.add(hidden, self.mlp(hidden, clip, compute_dtype), "mlp_post_norm", clip)
 
-    def add(self, hidden: torch.Tensor, branch: torch.Tensor, post_norm: str, clip: Tokens) -> torch.Tensor:
+    def add(self, hidden: torch.Tensor, branch: torch.Tensor, post_norm: str, clip: Clip) -> torch.Tensor:
         """The residual stream [N, hidden] plus a branch, which goes through the named norm where the layer has one."""
         return hidden + (normed(branch, getattr(self, post_norm), clip) if self.post_norm else branch)
 
@@ -191,7 +188,7 @@ def _extended(x: torch.Tensor, share: RowShare) -> torch.Tensor:
     return torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x
 
 
-def normed(x: torch.Tensor, norm: Weight, clip: Tokens) -> torch.Tensor:
+def normed(x: torch.Tensor, norm: Weight, clip: Clip) -> torch.Tensor:
     """RMSNorm of [N, hidden], every token by its expert's weight, in the dtype of ``x``."""
     chunks = sequence.row_chunks(clip, norm.experts, ROW_CHUNK)
     return torch.cat([rms_norm(x[rows], norm.of(e)) for e, rows in chunks])
@@ -327,23 +324,18 @@ class HappyHorse(nn.Module):
             TypeError, ValueError, NonFiniteError: As :func:`happyhorse_fast.eager.sequence.check_inputs`.
         """
         if self.ranks is None:
-            return self._forward(video, audio, text, on_layer, RowShare)
+            return self._forward(video, audio, text, on_layer)
         with self.ranks.call(video=video, audio=audio, text=text, on_layer=on_layer):
-            share = partial(RowShare, ranks=self.ranks.size, rank=self.ranks.rank)
-            return self._forward(video, audio, text, on_layer, share)
+            return self._forward(video, audio, text, on_layer)
 
     def _forward(
-        self,
-        video: torch.Tensor,
-        audio: torch.Tensor,
-        text: torch.Tensor,
-        on_layer: LayerHook | None,
-        share_of: Callable[[int], RowShare],
+        self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, on_layer: LayerHook | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         clip = sequence.check_inputs(self.config, video, audio, text, self.device)
-        share = share_of(clip.total)
+        ranks, rank = (1, 0) if self.ranks is None else (self.ranks.size, self.ranks.rank)
+        share = RowShare(clip.total, ranks=ranks, rank=rank)
         ulysses = None if self.ranks is None else Ulysses(self.ranks, share)
-        here: Tokens = clip if ulysses is None else HeldTokens.of(clip, share)
+        here = clip if ulysses is None else sequence.held_tokens(clip, share)
         coords = sequence.coordinates(clip, self.config.coords_style, self.device)[share.first : share.end]
         phases = _extended(rotary_phases(coords, self.adapter.rope.bands).to(self.stream_dtype), share)
         hidden = _extended(self._embed(video, audio, text, clip, share), share)

@@ -60,29 +60,10 @@ class Clip(NamedTuple):
         return slice(bounds[0], bounds[1]), slice(bounds[1], bounds[2]), slice(bounds[2], bounds[3])
 
 
-class HeldTokens(NamedTuple):
-    """Where the tokens that a rank holds are, among its own rows.
-
-    Attributes:
-        bounds: Where video, audio and text start, and the end; what follows text's tokens are dummies.
-    """
-
-    bounds: tuple[int, int, int, int]
-
-    @classmethod
-    def of(cls, clip: Clip, share: RowShare) -> HeldTokens:
-        """Those of a clip's share."""
-        video, audio, text = (min(max(start - share.first, 0), share.count) for start in clip.bounds[:3])
-        return cls((video, audio, text, share.count))
-
-    @property
-    def total(self) -> int:
-        """Rows."""
-        return self.bounds[3]
-
-    def slices(self) -> tuple[slice, slice, slice]:
-        """Rows of video, audio and text."""
-        return slice(*self.bounds[:2]), slice(*self.bounds[1:3]), slice(*self.bounds[2:])
+def held_tokens(clip: Clip, share: RowShare) -> Clip:
+    """The rows that a rank holds, as a clip of one row of video tokens; dummies at the end count as text."""
+    audio, text = (min(max(start - share.first, 0), share.count) for start in clip.bounds[1:3])
+    return Clip(1, 1, audio, text - audio, share.count - text)
 
 
 def check_inputs(config: ModelConfig, video: object, audio: object, text: object, device: torch.device) -> Clip:
@@ -220,7 +201,7 @@ def local_ranges(clip: Clip, receptive_field: int) -> Ranges:
     return [*windows, (0, clip.video, clip.video, clip.total), (clip.video, clip.total, 0, clip.total)]
 
 
-def row_chunks(clip: Clip | HeldTokens, experts: int, size: int) -> Iterator[tuple[int, slice]]:
+def row_chunks(clip: Clip, experts: int, size: int) -> Iterator[tuple[int, slice]]:
     """(expert, rows) in sequence order, at most ``size`` rows each and never across a modality with experts."""
     spans = list(clip.slices()) if experts > 1 else [slice(0, clip.total)]
     for expert, span in enumerate(spans):
