@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from happyhorse_fast import ambient, optional
 from happyhorse_fast.sampler.levels import unshifted_levels
 
-
-class UniPC(Protocol):
-    """The part of diffusers' ``UniPCMultistepScheduler`` that is used."""
-
-    sigmas: torch.Tensor
-    timesteps: torch.Tensor
-    model_outputs: list[torch.Tensor | None]
-    last_sample: torch.Tensor | None
-
-    def step(
-        self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, return_dict: bool
-    ) -> tuple[torch.Tensor]:
-        """(velocity, timestep, latent) -> (latent one level lower, as a new tensor,)."""
+if TYPE_CHECKING:
+    from diffusers import UniPCMultistepScheduler
 
 
 @ambient.makes_tensors
-def unipc_scheduler(steps: int, shift: float) -> UniPC:
+def unipc_scheduler(steps: int, shift: float) -> UniPCMultistepScheduler:
     """A scheduler for one latent over one run; it keeps that latent's history.
 
     Its steps are the published code's bit for bit. Without the explicit levels diffusers would choose other ones, with
@@ -52,13 +41,15 @@ def unipc_scheduler(steps: int, shift: float) -> UniPC:
 
 
 @ambient.independent
-def unipc_step(scheduler: UniPC, velocity: torch.Tensor, index: int, latent: torch.Tensor) -> torch.Tensor:
+def unipc_step(
+    scheduler: UniPCMultistepScheduler, velocity: torch.Tensor, index: int, latent: torch.Tensor
+) -> torch.Tensor:
     """A latent one noise level lower; its products are in the latent's dtype, whatever torch's settings are."""
     (lower,) = scheduler.step(velocity, scheduler.timesteps[index], latent, return_dict=False)
     return lower
 
 
-def move_history(scheduler: UniPC, device: torch.device) -> None:
+def move_history(scheduler: UniPCMultistepScheduler, device: torch.device) -> None:
     """Put the latents that a scheduler keeps between steps, three of them, on a device."""
     kept = scheduler.model_outputs
     scheduler.model_outputs = [None if output is None else output.to(device) for output in kept]
