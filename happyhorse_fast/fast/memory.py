@@ -155,7 +155,7 @@ class _AsOnCuda(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func == torch.Tensor.is_cuda.__get__:
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]  # a property, whose stub is a bool
             return True
         if func is torch.nn.functional.scaled_dot_product_attention and set(kwargs) <= {"enable_gqa", "scale"}:
             flash = torch.ops.aten._scaled_dot_product_flash_attention.default

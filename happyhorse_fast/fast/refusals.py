@@ -241,7 +241,7 @@ def _twin(model: nn.Module) -> HappyHorse:
     if isinstance(model, HappyHorse):
         return HappyHorse(model.config, device="meta")
     count = max(1, len(model.block.layers))  # type: ignore[union-attr,arg-type]
-    sizes = {"hidden_size": 8, "head_dim": 8, "num_heads_q": 1, "num_heads_kv": 1}
+    sizes: dict[str, Any] = {"hidden_size": 8, "head_dim": 8, "num_heads_q": 1, "num_heads_kv": 1}
     return HappyHorse(ModelConfig(num_layers=count, post_norm_layers=range(count), **sizes), device="meta")
 
 
@@ -299,11 +299,11 @@ def _problems(
         first, kind_there = classes.setdefault(key, (name, type(module)))
         if kind_there is not type(module):
             yield f"{name}: replaced, is a {type(module).__qualname__}; {first} is a {kind_there.__qualname__}"
-    known = {} if like is None else like._modules | like._parameters | like._buffers
+    known = set() if like is None else {*like._modules, *like._parameters, *like._buffers}
     if extra := [child for child, there in module._modules.items() if there is not None and child not in known]:
         yield f"{name}: added or replaced, is a {type(module).__qualname__} that holds {', '.join(extra)}"
-    tensors = module._parameters | module._buffers
-    if extra := [tensor for tensor, there in tensors.items() if there is not None and tensor not in known]:
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    if extra := [tensor for tensor, there in tensors if there is not None and tensor not in known]:
         yield f"{name}: added parameters or buffers {', '.join(extra)}"
 
 
