@@ -17,11 +17,11 @@ class NonFiniteError(FloatingPointError):
     """NaN or Inf where finite numbers are needed; the message names the tensor and how many elements are affected."""
 
 
-def listed(items: Iterable[str], most: int = 5) -> str:
-    """The first items and how many more there are, for a message."""
+def listed(items: Iterable[str]) -> str:
+    """The first five items and how many more there are, for a message."""
     every = list(items)
-    more = f"; and {len(every) - most} more" if len(every) > most else ""
-    return "; ".join(every[:most]) + more
+    more = f"; and {len(every) - 5} more" if len(every) > 5 else ""
+    return "; ".join(every[:5]) + more
 
 
 def plain_number(value: object) -> object:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -72,11 +71,6 @@ class PeakMemory:
     operation: str
     largest: tuple[Allocation, ...]
 
-    @property
-    def peak_gib(self) -> float:
-        """Peak in GiB."""
-        return self.peak_bytes / 2**30
-
 
 class StorageMeter(TorchDispatchMode):
     """Counts the bytes of live storages while it is entered; views share their storage, so they count once.
@@ -104,11 +98,11 @@ class StorageMeter(TorchDispatchMode):
             self._count(tensor, name)
         return self.live_bytes - before
 
-    def largest(self, count: int = LARGEST, *, without: str = "") -> tuple[Allocation, ...]:
+    def largest(self, *, without: str = "") -> tuple[Allocation, ...]:
         """The largest storages at the peak, but for those registered as ``without``."""
         self._keep_peak()
         ranked = sorted(self._at_peak, key=lambda a: a.bytes, reverse=True)
-        return tuple(a for a in ranked if a.made_by != without)[:count]
+        return tuple(a for a in ranked if a.made_by != without)[:LARGEST]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -217,7 +211,10 @@ def peak_memory(
     if gpus is None and own is not None:
         gpus, rank = own.size, own.rank
     planned = None if gpus in (None, 1) else Planned(gpus, rank)
+    first = last = 0  # exact steps: where sparsity applies, its maps take memory too
     if is_accelerated(model):
+        fast: FastConfig = model.fast.fast  # type: ignore[union-attr,assignment]
+        first, last = fast.exact_first_steps, fast.exact_last_steps
         # Block maps come from real ranges: made here, their shapes pretended below.
         grid = Clip(clip.T, clip.H // PATCH[1], clip.W // PATCH[2], clip.audio, text)
         state = build_clip_state(model.fast, grid, frequency_bands(config.head_dim), planned)  # type: ignore[arg-type]
@@ -236,18 +233,10 @@ def peak_memory(
         inputs = [torch.empty(shape) for shape in shapes]
         weights = meter.register((*fake.parameters(), *fake.buffers()), "weights")
         meter.register(inputs, "inputs")
-        with _AsOnCuda(), meter, _at_a_sparse_step(model):
+        with _AsOnCuda(), meter, at_step(first, first + last + 1):
             out = fake(*inputs) if call is None else call(fake, *inputs)
         del out
     return PeakMemory(meter.peak_bytes, weights, meter.operation, meter.largest(without="weights"))
-
-
-def _at_a_sparse_step(model: nn.Module) -> AbstractContextManager[None]:
-    """Where an accelerated model's sparsity applies, if it goes by the step: there its maps take memory too."""
-    if not is_accelerated(model):
-        return nullcontext()
-    fast: FastConfig = model.fast.fast  # type: ignore[union-attr,assignment]
-    return at_step(fast.exact_first_steps, fast.exact_first_steps + fast.exact_last_steps + 1)
 
 
 def one_layer_per_kind(config: ModelConfig, clip: ClipTokens) -> ModelConfig:

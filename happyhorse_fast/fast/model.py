@@ -262,7 +262,8 @@ class AcceleratedPublic(Accelerated):
         key = (tuple(spans), None if local is None else tuple(local), digest)
 
         def build() -> ClipState:
-            rows = PaddedRows.of_spans(spans, align=_aligned(spans, local is not None))
+            frame = max((end - first for first, end, m in spans if m == 0), default=0)
+            rows = PaddedRows.of_spans(spans, align=local is not None and worth_aligning(frame))
             ranges = [(0, len(coords), 0, len(coords))]
             bands = self.fast.bands.to(coords.device)
             return ClipState.build(rows, ranges, local, coords, bands, self.fast.fast, ranks=self.fast.ranks)
@@ -319,7 +320,3 @@ def _spans(modality: torch.Tensor, coords: torch.Tensor) -> Spans:
     if strange := sorted({*kinds} - {0, 1, 2}):
         raise ValueError(f"modality_mapping must hold 0 (video), 1 (audio) and 2 (text), got {strange}")
     return list(zip(cuts[:-1], cuts[1:], kinds, strict=True))
-
-
-def _aligned(spans: Spans, windowed: bool) -> bool:
-    return windowed and worth_aligning(max((end - first for first, end, m in spans if m == 0), default=0))

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from happyhorse_fast import golden
+from happyhorse_fast.checkpoint import load as checkpoint
 from happyhorse_fast.checkpoint import packed as packed_checkpoint
 from happyhorse_fast.checkpoint.load import load
 from happyhorse_fast.checkpoint.packed import save_packed
 from happyhorse_fast.checkpoint.save import save_checkpoint
 from happyhorse_fast.fast import accelerate as acceleration
+from happyhorse_fast.fast import state as fast_state
 from happyhorse_fast.fast.accelerate import accelerate, restore
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision, default_attention
 from happyhorse_fast.fast.memory import peak_memory
@@ -31,7 +33,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every model one for a compute capability."""
 
     def pretend(arch: int | None) -> None:
-        for module in (acceleration, packed_checkpoint):
+        for module in (acceleration, checkpoint, packed_checkpoint, fast_state):
             monkeypatch.setattr(module, "compute_capability", lambda device: arch)
 
     return pretend
@@ -83,4 +85,4 @@ def test_wherever_a_model_is_made(arch: int, wanted: str, case: golden.GoldenCas
 def test_memory_of_every_form_can_be_planned(form: Any, case: golden.GoldenCase) -> None:
     model = form.without_weights(case.config)
     assert set(ran(model)) == {default_attention(form.precision)}
-    assert peak_memory(model, tokens_for("256p", "16:9", 3), 10).peak_gib > 0
+    assert peak_memory(model, tokens_for("256p", "16:9", 3), 10).peak_bytes > 0
