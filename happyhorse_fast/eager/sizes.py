@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.config import MODALITIES, ModelConfig
@@ -14,8 +14,7 @@ from happyhorse_fast.eager.model import HappyHorse
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 BANDS_KEY = "adapter.rope.bands"
 
-# The tensor that tells a size; {} is a layer.
-_WITNESS = {
+WITNESS = {
     "num_layers": "block.layers.{}.attention.pre_norm.weight",
     "hidden_size": "final_norm_video.weight",
     "head_dim": "block.layers.{}.attention.q_norm.weight",
@@ -28,6 +27,13 @@ _WITNESS = {
     "gelu7_layers": "block.layers.{}.mlp.down_proj.weight",
     "post_norm_layers": "block.layers.{}.attn_post_norm.weight",
 }
+"""The fields of :class:`ModelConfig` that tensors tell, and which tensor tells each; {} is a layer.
+
+Not among them, since they change no tensor: ``local_attn_layers``, ``frame_receptive_field``, ``coords_style`` and
+``local_attn_min_frame_tokens``.
+"""
+Sizes = dict[str, Any]
+"""The same fields, and their values."""
 _POST_NORMS = ("attn_post_norm.weight", "mlp_post_norm.weight")
 
 
@@ -48,28 +54,7 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointSizes:
-    """The fields of :class:`ModelConfig` that a checkpoint's tensors tell, under the same names.
-
-    ``local_attn_layers``, ``frame_receptive_field``, ``coords_style`` and ``local_attn_min_frame_tokens`` are not among
-    them: they change no tensor.
-    """
-
-    num_layers: int
-    hidden_size: int
-    head_dim: int
-    num_heads_q: int
-    num_heads_kv: int
-    video_in_channels: int
-    audio_in_channels: int
-    text_in_channels: int
-    mm_layers: tuple[int, ...]
-    gelu7_layers: tuple[int, ...]
-    post_norm_layers: tuple[int, ...]
-
-
-def sizes_of(entries: Mapping[str, TensorSpec], path: Path) -> CheckpointSizes:
+def sizes_of(entries: Mapping[str, TensorSpec], path: Path) -> Sizes:
     """Sizes of a model from its tensors' shapes; every tensor's name, dtype and shape is held against them.
 
     Args:
@@ -82,7 +67,7 @@ def sizes_of(entries: Mapping[str, TensorSpec], path: Path) -> CheckpointSizes:
     """
     sizes = _sizes(entries, path)
     try:
-        config = ModelConfig(**dataclasses.asdict(sizes))
+        config = ModelConfig(**sizes)
     except ValueError as error:
         raise CheckpointError(f"{path}: the tensors' shapes give {sizes}, which no model has: {error}") from error
     _require_shapes(entries, path, config)
@@ -104,17 +89,17 @@ def require_sizes(entries: Mapping[str, TensorSpec], path: Path, config: ModelCo
     """
     sizes = _sizes(entries, path)
     problems = []
-    for field, found in dataclasses.asdict(sizes).items():
+    for field, found in sizes.items():
         wanted = getattr(config, field)
         if found == wanted:
             continue
-        layer = sizes.num_layers - 1 if field == "num_layers" else 0
+        layer = sizes["num_layers"] - 1 if field == "num_layers" else 0
         if isinstance(found, tuple):
-            differ = [i for i in sorted({*found} ^ {*wanted}) if i < sizes.num_layers]
+            differ = [i for i in sorted({*found} ^ {*wanted}) if i < sizes["num_layers"]]
             if not differ:  # only in layers that the checkpoint does not have: num_layers says so
                 continue
             layer = differ[0]
-        key = _WITNESS[field].format(layer)
+        key = WITNESS[field].format(layer)
         seen = _seen(entries[key]) if key in entries else f"no {key}"
         problems.append(f"{field}: the checkpoint has {_plain(found)} ({seen}), {asked} says {_plain(wanted)}")
     if problems:
@@ -149,7 +134,7 @@ def _require_shapes(entries: Mapping[str, TensorSpec], path: Path, config: Model
         )
 
 
-def _sizes(entries: Mapping[str, TensorSpec], path: Path) -> CheckpointSizes:
+def _sizes(entries: Mapping[str, TensorSpec], path: Path) -> Sizes:
     """Sizes, once names and dtypes of the tensors are those of some model."""
     # A layer has more than one tensor: a layer number past their count is a stray name, not a deeper model.
     numbers = [number for key in entries if (number := layer_of(key)) is not None and number < len(entries)]
@@ -183,14 +168,12 @@ def _sizes(entries: Mapping[str, TensorSpec], path: Path) -> CheckpointSizes:
     return _read_sizes(entries, path, num_layers, post_norms)
 
 
-def _read_sizes(
-    entries: Mapping[str, TensorSpec], path: Path, num_layers: int, post_norms: tuple[int, ...]
-) -> CheckpointSizes:
-    """Sizes as the tensors of :data:`_WITNESS` have them, those of all layers as the first has them."""
+def _read_sizes(entries: Mapping[str, TensorSpec], path: Path, num_layers: int, post_norms: tuple[int, ...]) -> Sizes:
+    """Sizes as the tensors of :data:`WITNESS` have them, those of all layers as the first has them."""
 
     def size(field: str, axis: int, rank: int, layer: int = 0) -> int:
-        entry = entries[_WITNESS[field].format(layer)]
-        if len(entry.shape) != rank or not entry.shape[axis]:
+        entry = entries[WITNESS[field].format(layer)]
+        if len(entry.shape) != rank:
             raise CheckpointError(f"{path}: {field} cannot be read off the shapes: {_seen(entry)}")
         return entry.shape[axis]
 
@@ -204,12 +187,12 @@ def _read_sizes(
     heads_q = size("num_heads_q", 1, rank=2) // head_dim
     of_kv = size("num_heads_kv", 0, rank=2) // experts - heads_q * (head_dim + 1)
     if of_kv % (2 * head_dim) and (of_kv + heads_q) % (2 * head_dim) == 0:
-        entry = entries[_WITNESS["num_heads_kv"].format(0)]
+        entry = entries[WITNESS["num_heads_kv"].format(0)]
         raise CheckpointError(
             f"{path}: attention gating is off: {_seen(entry)}, rows for q, k and v and none for a gate; only models "
             f"with one gate per query head ({heads_q} more rows per expert) can run"
         )
-    return CheckpointSizes(
+    return Sizes(
         num_layers=num_layers,
         hidden_size=hidden,
         head_dim=head_dim,

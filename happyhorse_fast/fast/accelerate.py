@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -308,4 +307,4 @@ def _config_of(model: nn.Module) -> ModelConfig:
     entries = {
         key: TensorSpec(key, Path("model"), "F32", tuple(value.shape)) for key, value in state_dict_of(model).items()
     }
-    return ModelConfig(**dataclasses.asdict(sizes_of(entries, Path("model"))), local_attn_layers=tuple(local))
+    return ModelConfig(**sizes_of(entries, Path("model")), local_attn_layers=tuple(local))

@@ -44,7 +44,7 @@ def test_a_prefix_that_all_keys_share_is_taken_off(
     save_checkpoint({prefix + key: value for key, value in tensors.items()}, tmp_path, max_shard_bytes=max_shard_bytes)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or max_shard_bytes > 4000
     same(tmp_path, tensors)
-    assert read_sizes(tmp_path).num_layers == CONFIG.num_layers
+    assert read_sizes(tmp_path)["num_layers"] == CONFIG.num_layers
 
 
 def test_what_wrappers_put_into_keys_is_taken_out(tensors: Keys, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint.header import read_headers
 from happyhorse_fast.checkpoint.load import load
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.eager.sizes import CheckpointSizes, sizes_of
+from happyhorse_fast.eager.sizes import WITNESS, Sizes, sizes_of
 
 CONFIG = ModelConfig(
     num_layers=3,
@@ -35,7 +34,7 @@ CONFIG = ModelConfig(
 INDEX = "model.safetensors.index.json"
 BANDS = "adapter.rope.bands"
 QKV = "block.layers.1.attention.linear_qkv.weight"
-FIELDS = [field.name for field in dataclasses.fields(CheckpointSizes)]
+FIELDS = list(WITNESS)
 
 
 def weights(config: ModelConfig = CONFIG) -> dict[str, torch.Tensor]:
@@ -52,7 +51,7 @@ def fails(path: Path, *named: str, config: ModelConfig = CONFIG) -> str:
     return message
 
 
-def read_sizes(path: str | Path) -> CheckpointSizes:
+def read_sizes(path: str | Path) -> Sizes:
     return sizes_of(read_headers(path), Path(path))
 
 
