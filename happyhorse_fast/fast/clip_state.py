@@ -10,6 +10,7 @@ import torch
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.eager.rotary import rotary_phases
 from happyhorse_fast.eager.sequence import Ranges
+from happyhorse_fast.fast.attention_inputs import AttentionInputs
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.plan import LayerPlan
@@ -142,16 +143,7 @@ class ClipState:
         slices = [self.rows.held(modality, self.share.of(rank)) for rank in range(self.share.ranks)]
         return self.ulysses.ranks.gather(out, [part.stop - part.start for part in slices])
 
-    def block_map(
-        self,
-        plan: LayerPlan,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        q_scale: torch.Tensor | None,
-        k_scale: torch.Tensor | None,
-        *,
-        exact: bool = False,
-    ) -> BlockMap:
+    def block_map(self, plan: LayerPlan, x: AttentionInputs, *, exact: bool = False) -> BlockMap:
         """The layer's block map: the exact one, or what the sparsity policy makes of it from q and k.
 
         ``exact``: whether the policy does not apply at this denoising step.
@@ -159,4 +151,4 @@ class ClipState:
         whole = self.local if plan.local else self.dense
         if exact or not plan.sparse:
             return whole
-        return self.policies[whole is self.dense].map(q, k, q_scale, k_scale, plan.backend["select_blocks"])
+        return self.policies[whole is self.dense].map(x, plan.backend["select_blocks"])

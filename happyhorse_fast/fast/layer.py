@@ -147,7 +147,7 @@ class FastLayer(nn.Module):
             x.q,
             x.k,
             x.v,
-            state.block_map(plan, x.q, x.k, x.q_scale, x.k_scale, exact=exact),
+            state.block_map(plan, x, exact=exact),
             scale=plan.head_dim**-0.5,
             bound=self.bound.effective,
             q_scale=x.q_scale,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from happyhorse_fast.block_map import BlockMap, BlockSelector
+from happyhorse_fast.fast.attention_inputs import AttentionInputs
 from happyhorse_fast.fast.config import Sparsity, Tiles, TopK
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.ops import select_blocks
@@ -41,18 +42,8 @@ class SparsePolicy:
             return self.static.tensors()
         return *self.selector.base.tensors(), *self.selector.tensors()
 
-    def map(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        q_scale: torch.Tensor | None,
-        k_scale: torch.Tensor | None,
-        backend: str,
-    ) -> BlockMap:
-        """The map for these queries [rows, Hq, D] and keys [rows, Hkv, D], codes with their scales.
-
-        ``backend`` is that of :func:`happyhorse_fast.ops.select_blocks`.
-        """
+    def map(self, x: AttentionInputs, backend: str) -> BlockMap:
+        """The map for the queries and keys of ``x``; ``backend``: of :func:`happyhorse_fast.ops.select_blocks`."""
         if self.static is not None:
             return self.static
         keep = mass = None
@@ -62,5 +53,5 @@ class SparsePolicy:
             assert not isinstance(self.policy, Tiles)
             mass = self.policy.mass
         return select_blocks(
-            q, k, self.selector, keep=keep, mass=mass, q_scale=q_scale, k_scale=k_scale, backend=backend
+            x.q, x.k, self.selector, keep=keep, mass=mass, q_scale=x.q_scale, k_scale=x.k_scale, backend=backend
         )

@@ -20,6 +20,7 @@ from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.budgets import measure as tensor_error
 from happyhorse_fast.config import OPS
 from happyhorse_fast.fast.accelerate import accelerate
+from happyhorse_fast.fast.attention_inputs import AttentionInputs
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, default_attention, is_exact_step
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.pony import PonyClip, generate, load_model
@@ -315,6 +316,7 @@ def kept_share(model: Any, steps: int) -> float:
     video = state.token_rows[: CLIP.video]
     heads = (config.num_heads_q, config.num_heads_kv)
     q, k = (torch.zeros(state.rows.slots, n, config.head_dim).bfloat16() for n in heads)
+    x = AttentionInputs(q, k, k, None, None, None, q[..., 0].float())
 
     def pairs(block_map: BlockMap) -> float:
         return float(block_map.to_dense()[:, video][:, :, video].float().mean())
@@ -322,7 +324,7 @@ def kept_share(model: Any, steps: int) -> float:
     how, kept, exact = fast.fast, 0.0, 0.0
     exact_steps = [is_exact_step(step, steps, how.exact_first_steps, how.exact_last_steps) for step in range(steps)]
     for layer in model.block.layers:
-        base, sparse = (pairs(state.block_map(layer.plan, q, k, None, None, exact=whole)) for whole in (True, False))
+        base, sparse = (pairs(state.block_map(layer.plan, x, exact=whole)) for whole in (True, False))
         share = exact_steps.count(False) / steps if layer.plan.sparse else 0.0
         exact += base
         kept += share * sparse + (1 - share) * base

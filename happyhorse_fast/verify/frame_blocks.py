@@ -16,6 +16,7 @@ from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import pack
 from happyhorse_fast.eager import sequence
+from happyhorse_fast.fast.attention_inputs import AttentionInputs
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.sparse_policy import SparsePolicy
@@ -35,23 +36,16 @@ class FramePolicy(SparsePolicy):
     def __init__(self, chooser: SparsePolicy, wide: ClipState, state: ClipState) -> None:
         self.chooser, self.wide, self.state = chooser, wide, state
 
-    def map(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        q_scale: torch.Tensor | None,
-        k_scale: torch.Tensor | None,
-        backend: str,
-    ) -> BlockMap:
+    def map(self, x: AttentionInputs, backend: str) -> BlockMap:
         """Choose a map from q and k [rows, heads, D] in bf16, a latent frame at a time.
 
         Raises:
             ValueError: q and k are codes, whose scales belong to other blocks.
         """
-        if q_scale is not None or k_scale is not None:
+        if x.q_scale is not None or x.k_scale is not None:
             raise ValueError("attention must be bf16 where sparsity decides between frames, got codes with scales")
-        chosen = self.chooser.map(self._spread(q), self._spread(k), None, None, backend)
-        full, ids = chosen.to_blocks()  # a mask inside a block leaves out padding alone
+        wide = x._replace(q=self._spread(x.q), k=self._spread(x.k))
+        full, ids = self.chooser.map(wide, backend).to_blocks()  # a mask inside a block leaves out padding alone
         block = self.wide.token_rows // BLOCK
         dense = (full | (ids >= 0))[:, block[:, None], block[None, :]]
         rows, place = self.state.rows.slots, self.state.token_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_sparse_cases_keep_what_the_models_policy_keeps():
     case = find(SMALL_SIZE, "block_sparse_attention", "25%")
     given = make(case, "cpu")
     policy = SparsePolicy(TopK(0.25), exact_map(SMALL_SIZE, False), padded_rows(SMALL_SIZE), None)
-    chosen = policy.map(given["q"], given["k"], None, None, "reference")
+    chosen = policy.map(SimpleNamespace(q=given["q"], k=given["k"], q_scale=None, k_scale=None), "reference")
     assert torch.equal(chosen.counts, given["block_map"].counts)
 
 

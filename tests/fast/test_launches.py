@@ -39,8 +39,8 @@ def test_dynamic_masks(precision, sparsity):
 
 
 def test_a_map_made_by_plain_torch_is_past_the_budget(monkeypatch):
-    def plain(self, q, k, q_scale, k_scale, backend):
-        return self.selector.base.within(choose(q, k, *self.selector.tensors(), q_scale, k_scale, 2, 0, False))
+    def plain(self, x, backend):
+        return self.selector.base.within(choose(x.q, x.k, *self.selector.tensors(), x.q_scale, x.k_scale, 2, 0, False))
 
     monkeypatch.setattr(SparsePolicy, "map", plain)
     assert most(FastConfig(sparsity=TopK(0.5))) > DYNAMIC
