@@ -1,10 +1,9 @@
 """Hold ptxas to the order of the Hopper attention kernel where time depends on it.
 
-ptxas (CUDA 12.8) moves arithmetic up into the products that a group issues, and down behind the wait for them. It moves
-nothing across a loop that it cannot prove to end, but drops a loop that has no effect. So both functions contain a loop
-that ends at once, with a NANOSLEEP in it that never runs: an ISETP and a branch. What ptxas may still do is compute a
-value before the loop or after it, where nothing in the loop needs it. Hence a zero that is known only behind the loop,
-and sums that the loop itself reads.
+ptxas (CUDA 12.8) moves arithmetic up into the products that a group issues, and down behind the wait for them. A loop
+stops it, but not a loop without effect, which it drops. So both functions contain a loop that ends at once, with a
+NANOSLEEP in it that never runs: an ISETP and a branch. Even so ptxas may compute a value before the loop or after it,
+where the loop does not need it. Hence a zero that is known only behind the loop, and sums that the loop itself reads.
 """
 
 from triton.experimental import gluon
