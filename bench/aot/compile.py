@@ -92,14 +92,15 @@ def measure(launch: Launch) -> Row:
 
 def hopper_order(cubin: Path) -> dict[str, Any]:
     """Fields of a Row that say in which order the Hopper kernel's instructions stand."""
+    loops = disassembly.loops(cubin)
+    over_blocks = [loop for loop in loops if sum("MUFU.EX2" in line for line in loop) >= EXPONENTS]
+    turns = disassembly.turns(over_blocks, (TURNS.value, TURNS.value + 1), GROUP_THREADS)
     return {
         "exponents": disassembly.exponents_beside_products(cubin),
-        "turns": [
-            list(turn) for turn in disassembly.turns(cubin, (TURNS.value, TURNS.value + 1), GROUP_THREADS, EXPONENTS)
-        ],
+        "turns": [list(turn) for turn in turns],
         "barriers": [list(barrier) for barrier in disassembly.named_barriers(cubin)],
-        "overwritten": disassembly.overwritten(cubin),
-        "step": min(map(len, disassembly.loops(cubin, EXPONENTS)), default=0),
+        "overwritten": disassembly.overwritten(loops),
+        "step": min(map(len, over_blocks), default=0),
     }
 
 

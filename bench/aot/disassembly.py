@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,19 +64,18 @@ class Turn(NamedTuple):
     sums: int
 
 
-def turns(cubin: Path, numbers: tuple[int, int], threads: int, exponents: int) -> list[Turn]:
-    """The turn of every loop over blocks that waits for one.
+def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: int) -> list[Turn]:
+    """The turn of every loop that waits for one.
 
     Args:
-        cubin: The binary.
+        over_blocks: Loops, as :func:`loops` gives them.
         numbers: Of the barriers; to pass is to arrive at the other one.
         threads: That meet there.
-        exponents: Of a loop over blocks, at least.
     """
     sync = re.compile(r"BAR\.SYNC\S* 0x([0-9a-f]+), " + hex(threads) + r"\b")
     arrive = re.compile(r"BAR\.ARV 0x([0-9a-f]+), " + hex(threads) + r"\b")
     found: list[Turn] = []
-    for loop in loops(cubin, exponents):
+    for loop in over_blocks:
         waits = [(at, int(m[1], 16)) for at, line in enumerate(loop) if (m := sync.search(line)) is not None]
         waits = [(at, number) for at, number in waits if number in numbers]
         if not waits:
@@ -91,8 +91,8 @@ def turns(cubin: Path, numbers: tuple[int, int], threads: int, exponents: int) -
     return found
 
 
-def loops(cubin: Path, exponents: int = 0) -> list[list[str]]:
-    """Instructions of every loop with warp-group products that holds no other, and with so many exponents at least."""
+def loops(cubin: Path) -> list[list[str]]:
+    """Instructions of every loop with warp-group products that holds no other such loop."""
     listing: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
@@ -106,17 +106,17 @@ def loops(cubin: Path, exponents: int = 0) -> list[list[str]]:
             if first is not None and any("GMMA" in inside for inside in listing[first:]):
                 spans.append((first, len(listing)))
     inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
-    return [loop for loop in (listing[a:b] for a, b in inner) if sum("MUFU.EX2" in line for line in loop) >= exponents]
+    return [listing[a:b] for a, b in inner]
 
 
-def overwritten(cubin: Path) -> int:
+def overwritten(found_loops: Iterable[list[str]]) -> int:
     """Count the instructions of loops that write a register which a warp-group product under way reads or adds to.
 
     A loop is walked twice, so that what is under way when it begins again counts. A product's left operand stays in
     registers until the wait for it; ptxas (CUDA 12.8) does not see to that where the wait comes in the next iteration.
     """
     found = set()
-    for number, loop in enumerate(loops(cubin)):
+    for number, loop in enumerate(found_loops):
         batches: list[set[int]] = []
         held: set[int] = set()  # of the batch that is being issued
         for at, line in [*enumerate(loop), *enumerate(loop)]:
