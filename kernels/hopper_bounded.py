@@ -108,6 +108,13 @@ def column_of(work, at, sizes: gl.constexpr):
 
 
 @gluon.jit
+def start_pv(running, v_ring, use, sizes: gl.constexpr):
+    """Issue PV of the packed P, added to the accumulator, without waiting for it."""
+    v = v_ring.tiles.index(use % sizes.v_slots)
+    return warpgroup_mma(operand(running.p, sizes), v, running.acc, is_async=True)
+
+
+@gluon.jit
 def advance(
     running,
     use,
@@ -127,15 +134,15 @@ def advance(
     are released behind this step's products, which need not wait for that. Without the loop of :func:`await_next`
     ptxas moves the exponents behind the end of PV, where none of this group's products overlap with them.
     """
-    before = (use - 1) % sizes.stages
-    s_pending = start_qk(item.q_tile, rings.k, use % sizes.stages, sizes)
-    pv_pending = warpgroup_mma(operand(running.p, sizes), rings.v.tiles.index(before), running.acc, is_async=True)
-    pass_turn(GROUP)
-    release(rings.k, before)
+    slot = use % sizes.k_slots
+    s_pending = start_qk(item.q_tile, rings.k, slot, sizes)
+    pv_pending = start_pv(running, rings.v, use - 1, sizes)
     next_scale = scale_of(scales.k, running.column, sizes)
     next_column = column_of(work, gl.minimum(at + 2, last), sizes)
     row_sum = computed_here(running.row_sum + sums_of_packed(running.p, zero_behind(use), sizes))
     s = warpgroup_mma_wait(1, deps=[s_pending])
+    pass_turn(GROUP)
+    release(rings.k, slot)
     t = scaled(s, scales, running.k_scale, sizes)
     if MASKED:
         t = hide(t, work, at, GROUP * sizes.rows, sizes)
@@ -143,7 +150,7 @@ def advance(
     log_sum = running.log_sum
     if sizes.lse:
         log_sum += sums_unrounded(p, sizes)
-    await_next(rings, use, gl.minimum(last - at, 1), sizes.stages)
+    await_next(rings, use, gl.minimum(last - at, 1), sizes)
     await_turn(GROUP)
     acc = warpgroup_mma_wait(0, deps=[pv_pending])
     return Running(acc, packed(p, sizes), row_sum, log_sum, next_scale, next_column)
@@ -157,14 +164,15 @@ def attend_bounded(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: g
     k_scale = scale_of(scales.k, column_of(work, item.start, sizes), sizes)
     next_scale = scale_of(scales.k, column_of(work, gl.minimum(item.start + 1, last), sizes), sizes)
     next_column = column_of(work, gl.minimum(item.start + 2, last), sizes)
-    stage = await_full(rings.k, use, sizes.stages)
-    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])
+    slot = await_full(rings.k, use, sizes.k_slots)
+    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, slot, sizes)])
+    release(rings.k, slot)
     t = scaled(s, scales, k_scale, sizes)
     if item.n_full == 0:
         t = hide(t, work, item.start, GROUP * sizes.rows, sizes)
     p = gl.exp2(t)
     log_sum = sums_unrounded(p, sizes)
-    await_next(rings, use, gl.minimum(item.n_all - 1, 1), sizes.stages)
+    await_next(rings, use, gl.minimum(item.n_all - 1, 1), sizes)
     await_turn(GROUP)
     row_sum = gl.zeros_like(log_sum)
     running = Running(zero, packed(p, sizes), row_sum, log_sum, next_scale, next_column)
@@ -172,10 +180,9 @@ def attend_bounded(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: g
         running = advance(running, j + use, j + item.start, last, item, rings, work, scales, GROUP, False, sizes)
     for j in range(gl.maximum(item.n_full, 1), item.n_all):
         running = advance(running, j + use, j + item.start, last, item, rings, work, scales, GROUP, True, sizes)
-    before = (use + item.n_all - 1) % sizes.stages
-    pv_pending = warpgroup_mma(operand(running.p, sizes), rings.v.tiles.index(before), running.acc, is_async=True)
+    release(rings.q, 0)
+    pv_pending = start_pv(running, rings.v, use + item.n_all - 1, sizes)
     pass_turn(GROUP)
-    release(rings.k, before)
     row_sum = gl.sum(running.row_sum + sums_of_packed(running.p, 0, sizes), axis=1)
     acc = warpgroup_mma_wait(0, deps=[pv_pending])
     row_sum = gl.convert_layout(row_sum, sizes.s_row)

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from happyhorse_fast.kernels.attention import P_EXPONENT
+from happyhorse_fast.kernels.hopper_barriers import await_turn, pass_turn
 from happyhorse_fast.kernels.hopper_order import zero_behind
 from happyhorse_fast.kernels.hopper_ring import await_full, await_next, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
@@ -104,10 +105,10 @@ def softmax(s, row_max, scores, k_scale, v_scale, MASKED: gl.constexpr, sizes: g
 
 
 @gluon.jit
-def start_pv(running, v_ring, stage, sizes: gl.constexpr):
+def start_pv(running, v_ring, use, sizes: gl.constexpr):
     """Issue PV of the packed P without waiting for it."""
     zero = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
-    v = v_ring.tiles.index(stage).permute((1, 0))
+    v = v_ring.tiles.index(use % sizes.v_slots).permute((1, 0))
     return warpgroup_mma(operand(running.p, sizes), v, zero, use_acc=False, is_async=True)
 
 
@@ -133,23 +134,24 @@ def go_on(running, s, scales, MASKED: gl.constexpr, sizes: gl.constexpr):
 
 
 @gluon.jit
-def advance_beside(running, done, use, at, last, item, rings, work, scales, sizes: gl.constexpr):
+def advance_beside(running, done, use, at, last, item, rings, work, scales, GROUP: gl.constexpr, sizes: gl.constexpr):
     """Run one step: QK and softmax of block ``at``, PV of the block before it. ``last`` is the last listed block.
 
     QK is issued, then PV, and the softmax overlaps with PV, as in `hopper_bounded.advance`. While QK runs, the PV that
     ended in the step before is added to the accumulator; ptxas would do that before it issues QK.
     """
-    stage = use % sizes.stages
-    before = (use - 1) % sizes.stages
-    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
+    slot = use % sizes.k_slots
+    s_pending = start_qk(item.q_tile, rings.k, slot, sizes)
     alpha = (done.alpha.to(gl.int32, bitcast=True) | zero_behind(use)).to(gl.float32, bitcast=True)
     acc = add_pv(running.acc, alpha, done.pv, sizes)
-    pv_pending = start_pv(running, rings.v, before, sizes)
-    release(rings.k, before)
+    pv_pending = start_pv(running, rings.v, use - 1, sizes)
     next_column = gl.load(work.columns + gl.minimum(at + 2, last))
     s = warpgroup_mma_wait(1, deps=[s_pending])
+    pass_turn(GROUP)
+    release(rings.k, slot)
     p, alpha, row_sum, row_max = go_on(running, s, scales, False, sizes)
-    await_next(rings, use, gl.minimum(last - at, 1), sizes.stages)
+    await_next(rings, use, gl.minimum(last - at, 1), sizes)
+    await_turn(GROUP)
     pv = warpgroup_mma_wait(0, deps=[pv_pending])
     next_k = gl.load(scales.k + running.column)
     next_v = gl.load(scales.v + running.column)
@@ -158,22 +160,36 @@ def advance_beside(running, done, use, at, last, item, rings, work, scales, size
 
 
 @gluon.jit
-def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl.constexpr, sizes: gl.constexpr):
+def advance(
+    running,
+    use,
+    at,
+    last,
+    item,
+    rings,
+    work,
+    scales,
+    GROUP: gl.constexpr,
+    MASKED: gl.constexpr,
+    sizes: gl.constexpr,
+):
     """Run one step where registers are short: with a mask, or with what an LSE keeps for later.
 
     S, PV, the accumulator and P take 208 registers of 240. So PV is issued first and added to the accumulator while QK
     runs; only the other group's products overlap with the softmax.
     """
-    before = (use - 1) % sizes.stages
-    pv_pending = start_pv(running, rings.v, before, sizes)
-    s_pending = start_qk(item.q_tile, rings.k, use % sizes.stages, sizes)
-    release(rings.k, before)
+    slot = use % sizes.k_slots
+    pv_pending = start_pv(running, rings.v, use - 1, sizes)
+    s_pending = start_qk(item.q_tile, rings.k, slot, sizes)
     acc = add_pv(running.acc, running.alpha, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
     s = warpgroup_mma_wait(0, deps=[s_pending])
+    pass_turn(GROUP)
+    release(rings.k, slot)
     if MASKED:
-        s = hide(s, work, at, first, sizes)
+        s = hide(s, work, at, GROUP * sizes.rows, sizes)
     p, alpha, row_sum, row_max = go_on(running, s, scales, MASKED, sizes)
-    await_next(rings, use, gl.minimum(last - at, 1), sizes.stages)
+    await_next(rings, use, gl.minimum(last - at, 1), sizes)
+    await_turn(GROUP)
     next_k = gl.load(scales.k + running.column)
     next_v = gl.load(scales.v + running.column)
     next_column = gl.load(work.columns + gl.minimum(at + 2, last))
@@ -181,7 +197,7 @@ def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl
 
 
 @gluon.jit
-def attend_e4m3(item, use, rings, work, scales, first, sizes: gl.constexpr):
+def attend_e4m3(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.constexpr):
     """Attend to all listed blocks of an item, at least one: (accumulator, sum of P, maximum).
 
     Accumulator and sum are of P times 2^8.
@@ -196,28 +212,30 @@ def attend_e4m3(item, use, rings, work, scales, first, sizes: gl.constexpr):
     next_k = gl.load(scales.k + column)
     next_v = gl.load(scales.v + column)
     column = gl.load(work.columns + gl.minimum(item.start + 2, last))
-    stage = await_full(rings.k, use, sizes.stages)
-    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])
+    slot = await_full(rings.k, use, sizes.k_slots)
+    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, slot, sizes)])
+    release(rings.k, slot)
     if item.n_full == 0:
-        s = hide(s, work, item.start, first, sizes)
+        s = hide(s, work, item.start, GROUP * sizes.rows, sizes)
     p, alpha, row_sum, row_max = softmax(s, row_max, scales.scores, k_scale, v_scale, True, sizes)
-    await_next(rings, use, gl.minimum(item.n_all - 1, 1), sizes.stages)
+    await_next(rings, use, gl.minimum(item.n_all - 1, 1), sizes)
+    await_turn(GROUP)
     running = Running(zero, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, column)
     if sizes.lse:
         for j in range(1, item.n_full):
-            running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, False, sizes)
+            running = advance(running, j + use, j + item.start, last, item, rings, work, scales, GROUP, False, sizes)
     else:
         done = Done(zero, alpha)
         for j in range(1, item.n_full):
             running, done = advance_beside(
-                running, done, j + use, j + item.start, last, item, rings, work, scales, sizes
+                running, done, j + use, j + item.start, last, item, rings, work, scales, GROUP, sizes
             )
         running = Running(add_pv(running.acc, done.alpha, done.pv, sizes), *running[1:])
     for j in range(gl.maximum(item.n_full, 1), item.n_all):
-        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, True, sizes)
-    before = (use + item.n_all - 1) % sizes.stages
-    pv_pending = start_pv(running, rings.v, before, sizes)
-    release(rings.k, before)
+        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, GROUP, True, sizes)
+    release(rings.q, 0)
+    pv_pending = start_pv(running, rings.v, use + item.n_all - 1, sizes)
+    pass_turn(GROUP)
     acc = add_pv(running.acc, running.alpha, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
     row_sum = gl.convert_layout(gl.sum(running.row_sum, axis=1), sizes.s_row)
     return acc, row_sum, running.row_max

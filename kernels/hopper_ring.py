@@ -2,9 +2,10 @@
 
 A slot is full when its "full" mbarrier has counted the bytes of its tiles. It is empty again when every computing group
 has arrived at its "empty" mbarrier. One thread arrives for its group, after the group's warps have synchronized. That
-costs a barrier, so k and v share one arrival per step. Named barriers, at which each warp arrives for itself, are
-cheaper and failed: as soon as several processes shared an H200, tiles were overwritten while they were read
-(docs/kernels/attention.md).
+costs a barrier, so k and v share one arrival per step: as soon as S is there, for k of this block and v of the block
+two before. A tile of v is read for a step longer than its k, so v has a slot more. Named barriers, at which each warp
+arrives for itself, are cheaper and failed: as soon as several processes shared an H200, tiles were overwritten while
+they were read (docs/kernels/attention.md).
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ class Ring(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """The rings of q, k and v. k and v share ``empty``: a step's end frees k of its block and v of the block before."""
+    """The rings of q, k and v. k and v share ``empty``: S of a block frees its k and v of the block two before."""
 
     q: Any
     k: Any
@@ -51,10 +52,11 @@ def make_ring(source, empty, TILES: gl.constexpr, SLOTS: gl.constexpr):
 def fill(ring, use, source, row, column, TILES: gl.constexpr, SLOTS: gl.constexpr, LATER: gl.constexpr = 0):
     """Wait until the slot of the ring's ``use``-th use is empty, then load TILES tiles into it, consecutive in rows.
 
-    LATER is 1 where a slot is released one step after the step that loaded it, as v's are, else 0.
+    LATER is 1 for v: it has a slot more than there are "empty" mbarriers, and a slot is released a step later.
     """
     step = use + LATER
-    mbarrier.wait(ring.empty.index(step % SLOTS), (step // SLOTS & 1) ^ 1)
+    EMPTY: gl.constexpr = SLOTS - LATER
+    mbarrier.wait(ring.empty.index(step % EMPTY), (step // EMPTY & 1) ^ 1)
     slot = use % SLOTS
     full = ring.full.index(slot)
     mbarrier.expect(full, TILES * source.block_type.nbytes)
@@ -72,16 +74,16 @@ def await_full(ring, use, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def await_next(rings, use, more, SLOTS: gl.constexpr):
+def await_next(rings, use, more, sizes: gl.constexpr):
     """Wait for v of the ``use``-th block and for k of the next one; where ``more`` is 0 there is none, else it is 1.
 
     Called before the end of PV: what stands between that and the next products delays them.
     """
-    await_full(rings.v, use, SLOTS)
-    await_full(rings.k, use + more, SLOTS)
+    await_full(rings.v, use, sizes.v_slots)
+    await_full(rings.k, use + more, sizes.k_slots)
 
 
 @gluon.jit
 def release(ring, slot):
-    """Arrive for this group at a slot's "empty" mbarrier; in k's ring this also frees v of the block before."""
+    """Arrive for this group at a slot's "empty" mbarrier; in k's ring this also frees v of the block two before."""
     mbarrier.arrive(ring.empty.index(slot), count=1)

@@ -225,7 +225,7 @@ class Program:
         barrier.update(me.warps, 0)
         if wait:
             self.turn(f"a wait at named barrier {number}", lambda: barrier.phase != phase)
-            me.entered = number, threads
+            me.entered, me.passed = (number, threads), False
         elif me.entered is not None and me.entered[1] == threads:
             me.passed = True
 

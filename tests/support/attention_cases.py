@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from unittest import mock
 
@@ -17,6 +18,7 @@ from strict import strict
 from bench.hopper import HOPPER, running
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
+from happyhorse_fast.kernels import launch
 from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
@@ -189,12 +191,22 @@ def eager_bf16(given, block_map, scale):
 
 
 @contextlib.contextmanager
-def hopper(seed=1, replace=()):
-    """On the CPU, Triton's op launches what it would on sm_90 in the Hopper kernel, in the emulator."""
+def hopper(seed=1, replace=(), slots=None):
+    """On the CPU, Triton's op launches what it would on sm_90 in the Hopper kernel, in the emulator.
+
+    ``slots`` of k, of heads of 32, are the committed ones unless given.
+    """
+    names = [(f"{fmt}_d32_hopper", launch.HOPPER_ARCH) for fmt in FORMATS if slots is not None]
+    rings = {name: dataclasses.replace(launch.config_for(launcher.STEM, *name), num_stages=slots) for name in names}
     kernel = Emulated(GLUON_MODULES, "block_sparse_attention_hopper_kernel", seed, replace)
     stand_ins = {"architecture": lambda _: 90, "block_sparse_attention_hopper_kernel": kernel}
     described = mock.patch.object(device, "addressable", return_value=True)
-    with running(HOPPER), mock.patch.multiple(launcher, **stand_ins), described:
+    with (
+        running(HOPPER),
+        launch.launched_with(launcher.STEM, rings),
+        mock.patch.multiple(launcher, **stand_ins),
+        described,
+    ):
         yield
 
 
