@@ -24,6 +24,8 @@ from happyhorse_fast.kernels.hopper_sizes import GROUPS, sizes_of
 
 to_e4m3 = gluon.jit(numerics.to_e4m3.fn)
 
+Q_SLOTS = gl.constexpr(2)
+"""Slots of the ring of queries: the next item's arrive while this item is computed."""
 COMPUTE_REGISTERS = gl.constexpr(240)
 LOAD_REGISTERS = gl.constexpr(24)
 """Registers per thread. The loading warp counts as a group of 128: 2 x 128 x 240 + 128 x 24 of an SM's 65,536."""
@@ -43,17 +45,17 @@ def load_tiles(q, k, v, rings, work, sizes: gl.constexpr):
     use = 0
     for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
         entry, head, row = work_item(work, item, sizes)
-        fill(rings.q, turn, q, row * sizes.block, head * sizes.d, GROUPS, 1)
+        fill(rings.q, turn, q, row * sizes.block, head * sizes.d, GROUPS, Q_SLOTS)
         start = gl.load(work.starts + entry)
         steps = gl.load(work.counts + entry * 2 + 1)
         channel = head // sizes.group * sizes.d
         for at in range(start, start + steps):
             key = gl.load(work.columns + at) * sizes.block
-            fill(rings.k, use, k, key, channel, 1, sizes.k_slots)
+            fill(rings.k, use, k, key, channel, 1, sizes.stages)
             if sizes.e4m3:
-                fill(rings.v, use, v, channel, key, 1, sizes.v_slots, 1)
+                fill(rings.v, use, v, channel, key, 1, sizes.stages, 1)
             else:
-                fill(rings.v, use, v, key, channel, 1, sizes.v_slots, 1)
+                fill(rings.v, use, v, key, channel, 1, sizes.stages, 1)
             use += 1
         turn += 1
 
@@ -64,7 +66,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
     rings, work, scales, out, out_scale, lse, gate, queries, key_blocks = common
     ROWS: gl.constexpr = sizes.rows
     FIRST: gl.constexpr = GROUP * ROWS
-    if GROUP == 1:
+    if not sizes.e4m3 and GROUP == 1:
         pass_turn(GROUP)
     turn = 0
     use = 0
@@ -83,8 +85,8 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
             scores *= gl.load(scales.q + row)
             of_v += kv_head * key_blocks
         of_item = Scales(scores, scales.q, of_k, of_v)
-        await_full(rings.q, turn, 1)
-        q_tile = rings.q.tiles.index(GROUP)
+        slot = await_full(rings.q, turn, Q_SLOTS)
+        q_tile = rings.q.tiles.index(slot * GROUPS + GROUP)
         n_full = gl.load(work.counts + entry * 2)
         n_all = gl.load(work.counts + entry * 2 + 1)
         item = Item(q_tile, gl.load(work.starts + entry), n_full, n_all)
@@ -94,12 +96,11 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         row_max = gl.full([ROWS], -float("inf"), gl.float32, layout=sizes.s_row)
         if n_all > 0:
             if sizes.e4m3:
-                acc, row_sum, row_max = attend_e4m3(item, use, rings, work, of_item, GROUP, sizes)
+                acc, row_sum, row_max = attend_e4m3(item, use, rings, work, of_item, FIRST, sizes)
             else:
                 acc, row_sum, log_sum = attend_bounded(item, use, rings, work, of_item, GROUP, sizes)
             use += n_all
-        else:
-            release(rings.q, 0)
+        release(rings.q, slot)
         turn += 1
 
         row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # a row without a key gives 0 / 1; NaN stays
@@ -186,9 +187,9 @@ def block_sparse_attention_hopper_kernel(
     )
     if flag is not None:
         items = gl.where(gl.load(flag) != 0, items, 0)
-    q_ring = make_ring(q, make_barriers(1, GROUPS), GROUPS, 1)
-    steps = make_barriers(sizes.k_slots, GROUPS)
-    rings = Rings(q_ring, make_ring(k, steps, 1, sizes.k_slots), make_ring(v, steps, 1, sizes.v_slots))
+    q_ring = make_ring(q, make_barriers(Q_SLOTS, GROUPS), GROUPS, Q_SLOTS)
+    steps = make_barriers(STAGES, GROUPS)
+    rings = Rings(q_ring, make_ring(k, steps, 1, STAGES), make_ring(v, steps, 1, STAGES), make_barriers(1, 1))
     fence_async_shared()
     work = Work(counts, starts, columns, mask_ids, mask_bits, order, map_rows, items)
     scales = Scales(scale, q_scale, k_scale, v_scale)

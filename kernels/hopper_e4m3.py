@@ -14,9 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from happyhorse_fast.kernels.attention import P_EXPONENT
-from happyhorse_fast.kernels.hopper_barriers import await_turn, pass_turn
-from happyhorse_fast.kernels.hopper_order import zero_behind
-from happyhorse_fast.kernels.hopper_ring import await_full, await_next, release
+from happyhorse_fast.kernels.hopper_ring import await_full, hold_order, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
 LEAST_V_SCALE = gl.constexpr(2.0**-96)
@@ -27,8 +25,7 @@ float32. The result is off by less than 448 * 2^-96."""
 class Running(NamedTuple):
     """State between two steps. PV of the packed ``p`` is not issued yet; ``acc`` times ``alpha`` will be added to it.
 
-    ``k_scale`` and ``v_scale`` are of the next block, ``column`` is the block after it. v of ``p``'s block and k of the
-    next one have arrived.
+    ``k_scale`` and ``v_scale`` are of the next block, ``column`` is the block after it.
     """
 
     acc: Any
@@ -39,13 +36,6 @@ class Running(NamedTuple):
     k_scale: Any
     v_scale: Any
     column: Any
-
-
-class Done(NamedTuple):
-    """A PV that has ended and is to be added to the accumulator times ``alpha``."""
-
-    pv: Any
-    alpha: Any
 
 
 @gluon.jit
@@ -105,17 +95,17 @@ def softmax(s, row_max, scores, k_scale, v_scale, MASKED: gl.constexpr, sizes: g
 
 
 @gluon.jit
-def start_pv(running, v_ring, use, sizes: gl.constexpr):
+def start_pv(running, v_ring, stage, sizes: gl.constexpr):
     """Issue PV of the packed P without waiting for it."""
     zero = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
-    v = v_ring.tiles.index(use % sizes.v_slots).permute((1, 0))
+    v = v_ring.tiles.index(stage).permute((1, 0))
     return warpgroup_mma(operand(running.p, sizes), v, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def add_pv(acc, alpha, pv, sizes: gl.constexpr):
-    """Return the accumulator, rescaled to PV's maximum, plus a finished PV."""
-    return acc * gl.convert_layout(alpha, sizes.o_row)[:, None] + pv
+def add_pv(running, pv, sizes: gl.constexpr):
+    """Return the accumulator, rescaled to the new maximum, plus a finished PV."""
+    return running.acc * gl.convert_layout(running.alpha, sizes.o_row)[:, None] + pv
 
 
 @gluon.jit
@@ -125,79 +115,45 @@ def at_least(v_scale):
 
 
 @gluon.jit
-def go_on(running, s, scales, MASKED: gl.constexpr, sizes: gl.constexpr):
-    """Run the softmax of a step: (p, alpha, row_sum, row_max)."""
-    k_scale = running.k_scale
-    v_scale = at_least(running.v_scale)
-    p, alpha, total, row_max = softmax(s, running.row_max, scales.scores, k_scale, v_scale, MASKED, sizes)
-    return p, alpha, running.row_sum * per_thread(alpha, running.row_sum) + total, row_max
-
-
-@gluon.jit
-def advance_beside(running, done, use, at, last, item, rings, work, scales, GROUP: gl.constexpr, sizes: gl.constexpr):
+def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl.constexpr, sizes: gl.constexpr):
     """Run one step: QK and softmax of block ``at``, PV of the block before it. ``last`` is the last listed block.
 
-    QK is issued, then PV, and the softmax overlaps with PV, as in `hopper_bounded.advance`. While QK runs, the PV that
-    ended in the step before is added to the accumulator; ptxas would do that before it issues QK.
+    QK is issued, then PV, and the softmax overlaps with PV, as in `hopper_bounded.advance`. S, PV, the accumulator and
+    P take 208 registers of 240, so a mask, or what an LSE keeps for later, would spill. In those steps PV is issued
+    first and added to the accumulator while QK runs; only the other group's products overlap with the softmax.
     """
-    slot = use % sizes.k_slots
-    s_pending = start_qk(item.q_tile, rings.k, slot, sizes)
-    alpha = (done.alpha.to(gl.int32, bitcast=True) | zero_behind(use)).to(gl.float32, bitcast=True)
-    acc = add_pv(running.acc, alpha, done.pv, sizes)
-    pv_pending = start_pv(running, rings.v, use - 1, sizes)
-    next_column = gl.load(work.columns + gl.minimum(at + 2, last))
-    s = warpgroup_mma_wait(1, deps=[s_pending])
-    pass_turn(GROUP)
-    release(rings.k, slot)
-    p, alpha, row_sum, row_max = go_on(running, s, scales, False, sizes)
-    await_next(rings, use, gl.minimum(last - at, 1), sizes)
-    await_turn(GROUP)
-    pv = warpgroup_mma_wait(0, deps=[pv_pending])
-    next_k = gl.load(scales.k + running.column)
-    next_v = gl.load(scales.v + running.column)
-    after = Running(acc, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, next_column)
-    return after, Done(pv, running.alpha)
-
-
-@gluon.jit
-def advance(
-    running,
-    use,
-    at,
-    last,
-    item,
-    rings,
-    work,
-    scales,
-    GROUP: gl.constexpr,
-    MASKED: gl.constexpr,
-    sizes: gl.constexpr,
-):
-    """Run one step where registers are short: with a mask, or with what an LSE keeps for later.
-
-    S, PV, the accumulator and P take 208 registers of 240. So PV is issued first and added to the accumulator while QK
-    runs; only the other group's products overlap with the softmax.
-    """
-    slot = use % sizes.k_slots
-    pv_pending = start_pv(running, rings.v, use - 1, sizes)
-    s_pending = start_qk(item.q_tile, rings.k, slot, sizes)
-    acc = add_pv(running.acc, running.alpha, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
-    s = warpgroup_mma_wait(0, deps=[s_pending])
-    pass_turn(GROUP)
-    release(rings.k, slot)
+    BESIDE: gl.constexpr = not MASKED and not sizes.lse
+    stage = await_full(rings.k, use, sizes.stages)
+    before = await_full(rings.v, use - 1, sizes.stages)
+    if BESIDE:
+        s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
+        pv_pending = start_pv(running, rings.v, before, sizes)
+        s = warpgroup_mma_wait(1, deps=[s_pending])
+    else:
+        pv_pending = start_pv(running, rings.v, before, sizes)
+        s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
+        acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
+        s = warpgroup_mma_wait(0, deps=[s_pending])
+        release(rings.k, stage)
     if MASKED:
-        s = hide(s, work, at, GROUP * sizes.rows, sizes)
-    p, alpha, row_sum, row_max = go_on(running, s, scales, MASKED, sizes)
-    await_next(rings, use, gl.minimum(last - at, 1), sizes)
-    await_turn(GROUP)
+        s = hide(s, work, at, first, sizes)
+    p, alpha, total, row_max = softmax(
+        s, running.row_max, scales.scores, running.k_scale, at_least(running.v_scale), MASKED, sizes
+    )
+    if BESIDE:
+        hold_order(rings)
+        acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
+        release(rings.k, stage)
+    # Loaded here, where PV's registers are free again; the next step uses them after its QK.
     next_k = gl.load(scales.k + running.column)
     next_v = gl.load(scales.v + running.column)
     next_column = gl.load(work.columns + gl.minimum(at + 2, last))
+    row_sum = running.row_sum * per_thread(alpha, running.row_sum) + total
     return Running(acc, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, next_column)
 
 
 @gluon.jit
-def attend_e4m3(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.constexpr):
+def attend_e4m3(item, use, rings, work, scales, first, sizes: gl.constexpr):
     """Attend to all listed blocks of an item, at least one: (accumulator, sum of P, maximum).
 
     Accumulator and sum are of P times 2^8.
@@ -212,30 +168,18 @@ def attend_e4m3(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.c
     next_k = gl.load(scales.k + column)
     next_v = gl.load(scales.v + column)
     column = gl.load(work.columns + gl.minimum(item.start + 2, last))
-    slot = await_full(rings.k, use, sizes.k_slots)
-    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, slot, sizes)])
-    release(rings.k, slot)
+    stage = await_full(rings.k, use, sizes.stages)
+    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])
+    release(rings.k, stage)
     if item.n_full == 0:
-        s = hide(s, work, item.start, GROUP * sizes.rows, sizes)
+        s = hide(s, work, item.start, first, sizes)
     p, alpha, row_sum, row_max = softmax(s, row_max, scales.scores, k_scale, v_scale, True, sizes)
-    await_next(rings, use, gl.minimum(item.n_all - 1, 1), sizes)
-    await_turn(GROUP)
     running = Running(zero, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, column)
-    if sizes.lse:
-        for j in range(1, item.n_full):
-            running = advance(running, j + use, j + item.start, last, item, rings, work, scales, GROUP, False, sizes)
-    else:
-        done = Done(zero, alpha)
-        for j in range(1, item.n_full):
-            running, done = advance_beside(
-                running, done, j + use, j + item.start, last, item, rings, work, scales, GROUP, sizes
-            )
-        running = Running(add_pv(running.acc, done.alpha, done.pv, sizes), *running[1:])
+    for j in range(1, item.n_full):
+        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, False, sizes)
     for j in range(gl.maximum(item.n_full, 1), item.n_all):
-        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, GROUP, True, sizes)
-    release(rings.q, 0)
-    pv_pending = start_pv(running, rings.v, use + item.n_all - 1, sizes)
-    pass_turn(GROUP)
-    acc = add_pv(running.acc, running.alpha, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
+        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, True, sizes)
+    before = await_full(rings.v, use + item.n_all - 1, sizes.stages)
+    acc = add_pv(running, warpgroup_mma_wait(0, deps=[start_pv(running, rings.v, before, sizes)]), sizes)
     row_sum = gl.convert_layout(gl.sum(running.row_sum, axis=1), sizes.s_row)
     return acc, row_sum, running.row_max

@@ -2,10 +2,9 @@
 
 A slot is full when its "full" mbarrier has counted the bytes of its tiles. It is empty again when every computing group
 has arrived at its "empty" mbarrier. One thread arrives for its group, after the group's warps have synchronized. That
-costs a barrier, so k and v share one arrival per step: as soon as S is there, for k of this block and v of the block
-two before. A tile of v is read for a step longer than its k, so v has a slot more. Named barriers, at which each warp
-arrives for itself, are cheaper and failed: as soon as several processes shared an H200, tiles were overwritten while
-they were read (docs/kernels/attention.md).
+costs a barrier, so k and v share one arrival per step. Named barriers, at which each warp arrives for itself, are
+cheaper and failed: as soon as several processes shared an H200, tiles were overwritten while they were read
+(docs/kernels/attention.md).
 """
 
 from typing import Any, NamedTuple
@@ -24,11 +23,15 @@ class Ring(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """The rings of q, k and v. k and v share ``empty``: S of a block frees its k and v of the block two before."""
+    """The rings of q, k and v. k and v share ``empty``: a step's end frees k of its block and v of the block before.
+
+    ``open`` is an mbarrier that nobody arrives at.
+    """
 
     q: Any
     k: Any
     v: Any
+    open: Any
 
 
 @gluon.jit
@@ -52,11 +55,10 @@ def make_ring(source, empty, TILES: gl.constexpr, SLOTS: gl.constexpr):
 def fill(ring, use, source, row, column, TILES: gl.constexpr, SLOTS: gl.constexpr, LATER: gl.constexpr = 0):
     """Wait until the slot of the ring's ``use``-th use is empty, then load TILES tiles into it, consecutive in rows.
 
-    LATER is 1 for v: it has a slot more than there are "empty" mbarriers, and a slot is released a step later.
+    LATER is 1 where a slot is released one step after the step that loaded it, as v's are, else 0.
     """
     step = use + LATER
-    EMPTY: gl.constexpr = SLOTS - LATER
-    mbarrier.wait(ring.empty.index(step % EMPTY), (step // EMPTY & 1) ^ 1)
+    mbarrier.wait(ring.empty.index(step % SLOTS), (step // SLOTS & 1) ^ 1)
     slot = use % SLOTS
     full = ring.full.index(slot)
     mbarrier.expect(full, TILES * source.block_type.nbytes)
@@ -74,16 +76,15 @@ def await_full(ring, use, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def await_next(rings, use, more, sizes: gl.constexpr):
-    """Wait for v of the ``use``-th block and for k of the next one; where ``more`` is 0 there is none, else it is 1.
+def hold_order(rings):
+    """Keep ptxas from moving instructions across this point: a wait is a loop, and nothing moves across a loop.
 
-    Called before the end of PV: what stands between that and the next products delays them.
+    The wait ends at once, since it is for the phase before the barrier's first.
     """
-    await_full(rings.v, use, sizes.v_slots)
-    await_full(rings.k, use + more, sizes.k_slots)
+    mbarrier.wait(rings.open.index(0), 1)
 
 
 @gluon.jit
 def release(ring, slot):
-    """Arrive for this group at a slot's "empty" mbarrier; in k's ring this also frees v of the block two before."""
+    """Arrive for this group at a slot's "empty" mbarrier; in k's ring this also frees v of the block before."""
     mbarrier.arrive(ring.empty.index(slot), count=1)

@@ -12,17 +12,14 @@ GROUPS = gl.constexpr(2)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Compile-time constants of one kernel. ``q_bits`` are of an element of q and of k, ``v_bits`` of v.
-
-    ``k_slots`` are of k's ring in shared memory.
-    """
+    """Compile-time constants of one kernel. ``q_bits`` are of an element of q and of k, ``v_bits`` of v."""
 
     heads_q: int
     heads_kv: int
     map_heads: int
     d: int
     block: int
-    k_slots: int
+    stages: int
     q_bits: int
     v_bits: int
     lse: bool
@@ -31,11 +28,6 @@ class Sizes:
     def rows(self) -> Any:
         """Queries of a block that one group computes."""
         return self.block // GROUPS
-
-    @property
-    def v_slots(self) -> int:
-        """Slots of v's ring: a block's v is read a step longer than its k."""
-        return self.k_slots + 1
 
     @property
     def shared(self) -> int:

@@ -55,13 +55,11 @@ class Turn(NamedTuple):
         before: Products before it passes its turn.
         behind: Products after that.
         passes: How often it passes.
-        sums: Additions between that and the wait for the first batch of products, when the group has nothing to do.
     """
 
     before: int
     behind: int
     passes: int
-    sums: int
 
 
 def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: int) -> list[Turn]:
@@ -80,14 +78,12 @@ def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: i
         waits = [(at, number) for at, number in waits if number in numbers]
         if not waits:
             continue
-        (at, own), counts, passes, sums, waited = waits[0], [0, 0], 0, 0, False
+        (at, own), counts, passes = waits[0], [0, 0], 0
         for line in loop[at + 1 :] + loop[:at]:  # the loop begins somewhere else
             if (passed := arrive.search(line)) is not None:
                 passes += int(passed[1], 16) in numbers and int(passed[1], 16) != own
             counts[passes > 0] += "GMMA" in line
-            waited |= "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line
-            sums += passes > 0 and not waited and " FADD " in line
-        found.append(Turn(counts[0], counts[1], passes, sums))
+        found.append(Turn(counts[0], counts[1], passes))
     return found
 
 

@@ -11,10 +11,8 @@ PRODUCT = 512
 """64 x 128 x 128 in bf16 at 4096 FLOP a cycle: QK or PV of one group's step."""
 EXPONENTS = 512
 """64 x 128 of them, 16 a cycle; scaling them is issued beside."""
-PACKING = 64
-"""Rounding P: 32 instructions of each of a group's four warps, each on its own scheduler, at half its rate."""
-SUMMING = 128
-"""Unpacking and adding P of the step before: as many instructions."""
+PACKING = 160
+"""Rounding P, and summing it: 32 + 64 + 64 instructions of each of a group's four warps, each on its own scheduler."""
 LOAD = 360
 """Of a tile of 32 KB of k or v, a share of L2 at 5.7 TB/s and its latency."""
 ISSUE = 30
@@ -45,18 +43,17 @@ def schedule(steps: int = STEPS) -> tuple[list[Bar], list[Arrow], float]:
             begun.append(qk)
             bars.append(Bar("tensor cores", qk, pv, f"QK {step}", name))
             bars.append(Bar("tensor cores", pv, free, f"PV {step - 1}", name))
-            bars.append(Bar(name, passed, passed + SUMMING, f"sum P {step - 1}", name))
-            bars.append(Bar(name, passed + SUMMING, pv, f"waits for S {step}", name, faint=True))
+            bars.append(Bar(name, passed, pv, f"waits for S {step}", name, faint=True))
             exponents = pv + EXPONENTS
             bars.append(Bar(name, pv, exponents, f"exponents {step}", name))
             packed = max(exponents, free) + PACKING
-            bars.append(Bar(name, packed - PACKING, packed, "", name))
+            bars.append(Bar(name, packed - PACKING, packed, "sum P", name))
             ready[group] = packed
-        # Both groups have issued the step: its k is in use, and what the step before read is released.
-        arrows.append(Arrow(passed, "group 1", "loading warp", f"k {step - 1}, v {step - 2} released"))
-        for at, tile in enumerate((f"v {step}", f"k {step + 1}")):
-            bars.append(Bar("loading warp", passed + at * LOAD, passed + (at + 1) * LOAD, tile, "loading warp"))
-        arrows.append(Arrow(passed + 2 * LOAD, "loading warp", "group 0", f"k {step + 1} full"))
+        # k's slot has been empty since both had their S, but the loading warp keeps to its order: v, then the next k.
+        arrows.append(Arrow(free, "group 1", "loading warp", f"v {step - 1} released"))
+        for at, tile in enumerate((f"v {step + 1}", f"k {step + 2}")):
+            bars.append(Bar("loading warp", free + at * LOAD, free + (at + 1) * LOAD, tile, "loading warp"))
+        arrows.append(Arrow(free + 2 * LOAD, "loading warp", "group 0", f"k {step + 2} full"))
     return bars, arrows, begun[-1] - begun[-3]
 
 

@@ -219,16 +219,15 @@ def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
     config = GOOD.config | {"num_warps": 4, "num_stages": 2, "hopper": True}
     row = replace(GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", tensor_core={"HGMMA": 96})
     row = replace(
-        row, exponents=[64, 65, 64, 66], turns=[[16, 0, 1, 64]] * 4, barriers=[[0, 128], [1, 0], [6, 256], [7, 256]]
+        row, exponents=[64, 65, 64, 66], turns=[[16, 0, 1]] * 4, barriers=[[0, 128], [1, 0], [6, 256], [7, 256]]
     )
     assert gates.problems(row) == []
     moved = gates.problems(replace(row, exponents=[64, 2, 64, 64]))[0]
     assert moved.endswith("3 loops with 64 exponents beside PV, 4 wanted")
-    assert gates.problems(replace(row, turns=[[16, 0, 1, 64]] * 3))[0].endswith("3 turns, 4 wanted")
-    assert "60 sums while QK runs, 64 wanted" in gates.problems(replace(row, turns=[[16, 0, 1, 60]] * 4))[0]
+    assert gates.problems(replace(row, turns=[[16, 0, 1]] * 3))[0].endswith("3 turns, 4 wanted")
     assert "1 instructions that write what a product" in gates.problems(replace(row, overwritten=1))[0]
-    for wrong in ([8, 8, 1, 64], [0, 16, 1, 64], [16, 0, 0, 64], [16, 0, 2, 64], [0, 0, 1, 64]):
-        (found,) = gates.problems(replace(row, turns=[[16, 0, 1, 64], [16, 0, 1, 64], wrong, [16, 0, 1, 64]]))
+    for wrong in ([8, 8, 1], [0, 16, 1], [16, 0, 0], [16, 0, 2], [0, 0, 1]):
+        (found,) = gates.problems(replace(row, turns=[[16, 0, 1], [16, 0, 1], wrong, [16, 0, 1]]))
         assert f"a turn of {wrong[0]} products, passed {wrong[2]} times, with {wrong[1]} behind it" in found
     for barriers in ([[6, 256]], [[6, 256], [7, 128]], [[4, 128], [6, 256], [7, 256]]):
         assert "two of both groups" in gates.problems(replace(row, barriers=barriers))[0], "Triton has come to use more"
@@ -241,30 +240,25 @@ def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
     assert gates.problems(replace(e4m3, exponents=[0, 0, 0, 0], detail="fp8, bf16 out, LSE")) == []
 
 
-QK = "    s_pending = start_qk(item.q_tile, rings.k, use % sizes.stages, sizes)\n"
 PASS = "    pass_turn(GROUP)\n"
-NEXT_RELEASE = "    release(rings.k, before)\n    next_scale"
-AWAITED = "    await_next(rings, use, gl.minimum(last - at, 1), sizes.stages)\n    await_turn(GROUP)\n"
-PV_DONE = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n    return"
+PV_DONE = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n"
 
 
 @slow
 @pytest.mark.parametrize(
     ("replaced", "problem"),
     [
-        ([(AWAITED + PV_DONE, "    await_turn(GROUP)\n" + PV_DONE)], "0 loops with 64 exponents beside PV, 4 wanted"),
-        ([(QK, QK + PASS)], "a turn of 8 products, passed 2 times, with 8 behind"),
-        ([(PASS + NEXT_RELEASE, NEXT_RELEASE)], "passed 0 times"),
-        # What the two functions of `hopper_order` are for: if one of these passes, it may no longer be needed.
-        ([("zero_behind(use)", "0")], "sums while QK runs, 64 wanted"),
-        ([("computed_here(", "(")], "sums while QK runs, 64 wanted"),
+        # What `hold_order` is for: if this passes, it may no longer be needed.
+        ([("    hold_order(rings)\n" + PV_DONE, PV_DONE)], "2 loops with 64 exponents beside PV, 4 wanted"),
+        ([("    pv_pending = ", PASS + "    pv_pending = ")], "a turn of 8 products, passed 2 times, with 8 behind"),
+        ([(PASS, "")], "passed 0 times"),
         # The wait for PV in the next step alone: P's words are then written while PV reads them.
         (
-            [(PV_DONE, "    acc = pv_pending\n    return"), ("Running(zero,", "Running(warpgroup_mma_init(zero),")],
+            [(PV_DONE, "    acc = pv_pending\n"), ("Running(zero,", "Running(warpgroup_mma_init(zero),")],
             "instructions that write what a product under way reads",
         ),
     ],
-    ids=["exponents behind PV", "turn before PV", "no turn", "sums in the turn", "sums behind QK", "PV not awaited"],
+    ids=["exponents behind PV", "turn before PV", "no turn", "PV not awaited"],
 )
 def test_the_compiled_order_is_seen(replaced, problem, tmp_path):
     done = run("-c", MOVED.format(root=str(tmp_path), replaced=replaced))

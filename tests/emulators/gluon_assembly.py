@@ -14,14 +14,6 @@ E4M3 = (
     "{.reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
     "mov.b32 $0, {l, h};}"
 )
-ZERO_BEHIND = (
-    "{.reg .pred ends; again: setp.ge.s32 ends, $1, 0; @ends bra on; nanosleep.u32 32; bra again; "
-    "on: vote.sync.ballot.b32 $0, !ends, 0xffffffff;}"
-)
-COMPUTED_HERE = (
-    "{.reg .pred ends; .reg .f32 least; min.f32 least, $2, $3; again: setp.geu.f32 ends, least, 0f00000000; "
-    "@ends bra on; nanosleep.u32 32; bra again; on: mov.b32 $0, $2; mov.b32 $1, $3;}"
-)
 SCALARS = {"lg2.approx.ftz.f32 $0, $1;": torch.log2, "rcp.approx.ftz.f32 $0, $1;": torch.reciprocal}
 
 
@@ -32,10 +24,6 @@ def assembly(program: Program, asm: str, constraints: str, args: Any, dtype: Any
             raise EmulationError("a barrier that the compiler may drop")
         program.come(int(args[0]), int(found[2]), wait=found[1] == "sync")
         return value(0)
-    if asm in (ZERO_BEHIND, COMPUTED_HERE):
-        if is_pure or (torch.as_tensor(args[0]) < 0).any():
-            raise EmulationError("a loop that the compiler may drop, or that does not end")
-        return value(0) if asm == ZERO_BEHIND else args[0]
     given = [torch.as_tensor(x).as_subclass(torch.Tensor) for x in args]
     if asm in SCALARS:
         made = SCALARS[asm](given[0])

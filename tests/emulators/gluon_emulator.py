@@ -133,7 +133,6 @@ class Emulated:
             "store": store,
             "allocate_shared_memory": allocate,
             "full": whole,
-            "zeros_like": torch.zeros_like,
             "arange": lambda a, b, layout=None: value(torch.arange(a, b, dtype=torch.int32)),
             "where": lambda c, a, b: torch.where(c, *_pair(a, b)),
             "maximum": lambda a, b, **nan: (torch.maximum if _keeps(**nan) else torch.fmax)(*_pair(a, b)),

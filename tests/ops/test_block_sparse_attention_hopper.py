@@ -259,133 +259,103 @@ def test_blocks_of_v_of_any_size_in_e4m3(factor):
 # Planted bugs ---------------------------------------------------------------------------------------------------------
 
 PLANTED = {
-    "queries not awaited": ("        await_full(rings.q, turn, 1)\n", ""),
-    "queries without keys never released": ("        else:\n            release(rings.q, 0)\n", ""),
+    "queries not awaited": ("slot = await_full(rings.q, turn, Q_SLOTS)", "slot = turn % Q_SLOTS"),
+    "queries never released": ("        release(rings.q, slot)\n", ""),
     "wrong parity, full": ("use // SLOTS & 1)\n", "(use // SLOTS & 1) ^ 1)\n"),
-    "wrong parity, empty": ("(step // EMPTY & 1) ^ 1)", "step // EMPTY & 1)"),
+    "wrong parity, empty": ("(step // SLOTS & 1) ^ 1)", "step // SLOTS & 1)"),
     "bytes of one tile": ("TILES * source.block_type.nbytes", "source.block_type.nbytes"),
     "no fence": ("    fence_async_shared()\n", ""),
     "step forgotten": ("            use += n_all\n", "            use += n_all - 1\n"),
-    "other half's queries": ("rings.q.tiles.index(GROUP)", "rings.q.tiles.index(0)"),
+    "other slot": ("rings.q.tiles.index(slot * GROUPS + GROUP)", "rings.q.tiles.index(slot * GROUPS)"),
     "other mask word": ("column // 32 == word", "column // 64 == word"),
     "other half's mask": ("(first + row) * WORDS", "row * WORDS"),
     "rows past the end": ("mask=(query < queries)[:, None])", "mask=None)"),
-    "one reader": ("steps = make_barriers(sizes.k_slots, GROUPS)", "steps = make_barriers(sizes.k_slots, 1)"),
-    "three readers": ("steps = make_barriers(sizes.k_slots, GROUPS)", "steps = make_barriers(sizes.k_slots, 3)"),
+    "one reader": ("steps = make_barriers(STAGES, GROUPS)", "steps = make_barriers(STAGES, 1)"),
+    "three readers": ("steps = make_barriers(STAGES, GROUPS)", "steps = make_barriers(STAGES, 3)"),
     "other key/value head": ("channel = head // sizes.group * sizes.d", "channel = head % sizes.group * sizes.d"),
 }  # fmt: skip
-RELEASE = "    release(rings.k, slot)\n"
-PASS = "    pass_turn(GROUP)\n"
-TURN = "    await_turn(GROUP)\n"
-ISSUE = "    s_pending = start_qk(item.q_tile, rings.k, slot, sizes)\n"
-ISSUED = ISSUE.replace("s_pending = ", "s = warpgroup_mma_wait(0, deps=[").replace(")\n", ")])\n")
-AWAIT_K = "    slot = await_full(rings.k, use, sizes.k_slots)\n"
-FIRST = "    await_next(rings, use, gl.minimum(item.n_all - 1, 1), sizes)\n" + TURN
-STEP = "    await_next(rings, use, gl.minimum(last - at, 1), sizes)\n" + TURN
-Q_RELEASE = "    release(rings.q, 0)\n"
-LAST_PV = "    pv_pending = start_pv(running, rings.v, use + item.n_all - 1, sizes)\n"
+STEP = "    s = warpgroup_mma_wait(1, deps=[s_pending])\n"
+TURN = "    pass_turn(GROUP)\n" + STEP
+AWAIT_K = "    stage = await_full(rings.k, use, sizes.stages)\n"
+AWAIT_V = "    before = await_full(rings.v, use - 1, sizes.stages)\n"
+AWAIT_LAST_V = "    before = await_full(rings.v, use + item.n_all - 1, sizes.stages)\n"
 
 
-def around_slots(s_wait, behind_s, behind_step):
-    """Bugs around a step's slots and turn, by its wait for S and what stands behind that and behind its end."""
-    s = s_wait + PASS + RELEASE + behind_s
-    step = STEP + behind_step
+def awaited(after_waits, after_last, fill):
+    """Bugs around k and v, by what stands behind their waits and their fill."""
+    stage, before = "    stage = use % sizes.stages\n", "    before = (use - 1) % sizes.stages\n"
+    last = "    before = (use + item.n_all - 1) % sizes.stages\n"
+    both = AWAIT_K + AWAIT_V + after_waits
     return {
-        "k awaited behind the last": (step, step.replace("gl.minimum(last - at, 1)", "1")),
-        "never released": (s, s.replace(RELEASE, "")),
-        "released early": (s, RELEASE + s.replace(RELEASE, "")),
-        "the slot before released": (s, s.replace("slot)", "(use + 1) % sizes.k_slots)")),
-        "turn not passed": (s, s.replace(PASS, "")),
-        "turn passed twice": (s, PASS + s),
-        "turn not awaited": (step, step.replace(TURN, "")),
+        "k not awaited": (both, stage + AWAIT_V + after_waits),
+        "v not awaited": (both, AWAIT_K + before + after_waits),
+        "last v not awaited": (AWAIT_LAST_V + after_last, last + after_last),
+        "v's slot filled a step early": (fill + ", 1)", fill + ")"),
     }
 
 
-def around_items(behind_s, behind_first, behind_last):
-    """Bugs around an item's first and last block, by what stands behind them."""
-    first = AWAIT_K + ISSUED + RELEASE + behind_s
-    step = FIRST + behind_first
-    last = Q_RELEASE + LAST_PV + PASS + behind_last
-    return {
-        "k not awaited": ("    await_full(rings.k, use + more, sizes.k_slots)\n", ""),
-        "v not awaited": ("    await_full(rings.v, use, sizes.v_slots)\n", ""),
-        "k of another block awaited": ("await_full(rings.k, use + more", "await_full(rings.k, use"),
-        "first k not awaited": (first, first.replace("await_full(rings.k, use, sizes.k_slots)", "use % sizes.k_slots")),
-        "first k never released": (first, first.replace(RELEASE, "")),
-        "k awaited that never comes": (step, step.replace("gl.minimum(item.n_all - 1, 1)", "1")),
-        "v's slot filled a step early": ("step = use + LATER", "step = use"),
-        "v in as many slots as k": ("return self.k_slots + 1", "return self.k_slots"),
-        "queries never released": (last, last.replace(Q_RELEASE, "")),
-        "queries released early": (first, first.replace(AWAIT_K, AWAIT_K + Q_RELEASE)),
-        "last PV of the block before": (last, last.replace("item.n_all - 1", "item.n_all - 2")),
-        "turn not passed behind the last PV": (last, last.replace(PASS, "")),
-        "turn not awaited behind the first QK": (step, step.replace(TURN, "")),
-        "nobody begins": ("    if GROUP == 1:\n        pass_turn(GROUP)\n", ""),
-        "both begin": ("    if GROUP == 1:\n", "    if GROUP >= 0:\n"),
-        "a turn of other size": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + 1 - GROUP, 288)"),
-        "the same turn for both": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + GROUP, 256)"),
-    }
-
-
-S_WAIT = "    s = warpgroup_mma_wait(1, deps=[s_pending])\n" + PASS + RELEASE
+RELEASE = "    release(rings.k, stage)\n"
+ISSUE_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n    pv_pending = warpgroup"
+WAIT_PV = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n"
 SUMS = (
-    ("running.row_sum + sums_of_packed(running.p, zero_behind(use), sizes)", "running.log_sum"),
-    ("running.row_sum + sums_of_packed(running.p, 0, sizes)", "running.log_sum"),
-    ("    if sizes.lse:\n        log_sum += ", "    if True:\n        log_sum += "),
+    ("running.row_sum + sums(even, odd, sizes)", "running.row_sum + sums_unrounded(p, sizes)"),
+    ("packed(even, odd), sums(even, odd, sizes)", "packed(even, odd), sums_unrounded(p, sizes)"),
 )
-ISSUE_P = ISSUE + "    pv_pending"
-PV = "    pv_pending = start_pv(running, rings.v, use - 1, sizes)\n"
-BOUNDED_BUGS = {
-    "result before its wait": (S_WAIT + "    t", S_WAIT.replace("(1,", "(2,") + "    t"),
-    "turn passed too early": (ISSUE_P, PASS + ISSUE_P),
-    "turn passed between": (ISSUE_P, ISSUE_P.replace("    pv", PASS + "    pv")),
-    "PV of the block before": (PV + "    next_scale", PV.replace("- 1", "- 2") + "    next_scale"),
-    "halves of a word": ('"=r,f,f", [even, odd]', '"=r,f,f", [odd, even]'),
+IN_TURNS = awaited("    await_turn", "    v = rings", "v, key, channel, 1, sizes.stages") | {
+    "never released": (WAIT_PV + RELEASE, WAIT_PV),
+    "first block never released": (RELEASE + "    t = scaled(", "    t = scaled("),
+    "released early": (WAIT_PV + RELEASE, RELEASE + WAIT_PV),
+    "result before its wait": (TURN, TURN.replace("(1,", "(2,")),
+    "turn not passed": (TURN, STEP),
+    "turn passed twice": (TURN, "    pass_turn(GROUP)\n" + TURN),
+    "turn passed too early": (ISSUE_QK, "    pass_turn(GROUP)\n" + ISSUE_QK),
+    "turn passed between": ("    pv_pending = warp", "    pass_turn(GROUP)\n    pv_pending = warp"),
+    "turn not awaited": ("    await_turn(GROUP)\n", ""),
+    "nobody begins": ("    if not sizes.e4m3 and GROUP == 1:\n        pass_turn(GROUP)\n", ""),
+    "both begin": ("if not sizes.e4m3 and GROUP == 1:", "if not sizes.e4m3:"),
+    "halves of a word": ("packed(even, odd), row_sum", "packed(odd, even), row_sum"),
     "upper halves twice": ("(words << 16)", "(words & -65536)"),
-    "sum of the last two blocks": ("computed_here(running.row_sum + ", "computed_here("),
-    "sum without the last block": ("running.row_sum + sums_of_packed(running.p, 0, sizes)", "running.row_sum"),
-    "a loop without end": ("running.p, zero_behind(use)", "running.p, zero_behind(-use)"),
-}
-BOUNDED_BUGS |= around_slots(S_WAIT.removesuffix(PASS + RELEASE), "    t =", "    acc =")
-BOUNDED_BUGS |= around_items("    t =", "    row_sum", "    row_sum")
+    "sum of the last block alone": ("running.row_sum + sums(even", "sums(even"),
+    "a turn of other size": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + 1 - GROUP, 288)"),
+    "the same turn for both": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + GROUP, 256)"),
+}  # fmt: skip
 INT8 = {
     "k's scale of the next block": ("scaled(s, scales, running.k_scale", "scaled(s, scales, next_scale"),
     "column of another block": ("column_of(work, gl.minimum(at + 2", "column_of(work, gl.minimum(at + 1"),
     "scales of another head": ("of_k += kv_head * key_blocks", "of_k += 0"),
     "q's scale of another head": ("sizes.heads_q + head, mask=live, other=1.0", "sizes.heads_q, mask=live, other=1.0"),
 }  # fmt: skip
-PV_WAIT = "    acc = add_pv(running.acc, running.alpha, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)\n"
-BEHIND_PV = "    s = warpgroup_mma_wait(0, deps=[s_pending])\n"
-ADDED = "        running = Running(add_pv(running.acc, done.alpha, done.pv, sizes), *running[1:])\n"
-ISSUE_P = ISSUE + "    alpha"
-E4M3 = {
-    "result before its wait": (S_WAIT + "    p", S_WAIT.replace("(1,", "(2,") + "    p"),
-    "result before its wait, PV first": (PV_WAIT + BEHIND_PV, PV_WAIT + BEHIND_PV.replace("(0,", "(1,")),
-    "turn passed too early": (ISSUE_P, PASS + ISSUE_P),
-    "PV of the block before": (PV + "    next_column", PV.replace("- 1", "- 2") + "    next_column"),
-    "PV of the block before, PV first": (PV + "    s_pending", PV.replace("- 1", "- 2") + "    s_pending"),
-    "a loop without end": ("| zero_behind(use)", "| zero_behind(-use)"),
-    "PV of full blocks not added": ("add_pv(running.acc, alpha, done.pv, sizes)", "running.acc"),
-    "last PV of full blocks not added": (ADDED, ""),
-    "PV added with the next block's rescaling": ("Done(pv, running.alpha)", "Done(pv, alpha)"),
+E4M3_BESIDE = "        s = warpgroup_mma_wait(1, deps=[s_pending])\n"
+E4M3_BEHIND = "        s = warpgroup_mma_wait(0, deps=[s_pending])\n"
+E4M3_PV = "        acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)\n"
+FREE = "        release(rings.k, stage)\n"
+E4M3 = awaited("    if BESIDE", "    acc = add_pv", "v, channel, key, 1, sizes.stages") | {
+    "never released": (E4M3_PV + FREE, E4M3_PV),
+    "never released behind QK": (E4M3_BEHIND + FREE, E4M3_BEHIND),
+    "released early": (E4M3_PV + FREE, FREE + E4M3_PV),
+    "released early behind QK": (E4M3_BEHIND + FREE, FREE + E4M3_BEHIND),
+    "result before its wait": (E4M3_BESIDE, E4M3_BESIDE.replace("(1,", "(2,")),
+    "result before its wait behind QK": (E4M3_BEHIND, E4M3_BEHIND.replace("(0,", "(1,")),
     "no guard of empty rows": ('new_max == -float("inf"), 0.0', "new_max == 1.0, 0.0"),
     "sum not rescaled": ("running.row_sum * per_thread(alpha, running.row_sum) + total", "running.row_sum + total"),
-    "accumulator not rescaled": ("acc * gl.convert_layout(alpha, sizes.o_row)[:, None] + pv", "acc + pv"),
+    "accumulator not rescaled": (
+        "running.acc * gl.convert_layout(running.alpha, sizes.o_row)[:, None] + pv",
+        "running.acc + pv",
+    ),
     "v's scale of the next block": ("at_least(running.v_scale)", "at_least(gl.load(scales.v + running.column))"),
     "v's scale not in P": ("(shift - P_EXPONENT - log_v)", "(shift - P_EXPONENT)"),
     "v's scale not in the maximum": ("axis=1) * scale + log_v)", "axis=1) * scale)"),
     "v's scale left in the sum": ("total * per_v", "total"),
-    "k's scale of the next block": ("k_scale = running.k_scale", "k_scale = gl.load(scales.k + running.column)"),
+    "k's scale of the next block": (
+        "scales.scores, running.k_scale",
+        "scales.scores, gl.load(scales.k + running.column)",
+    ),
     "tokens in their own order": ("(0, 1, 3, 2, 4)", "(0, 1, 2, 3, 4)"),
     "scales of another head": ("of_v += kv_head * key_blocks", "of_v += 0"),
 }
-E4M3 |= around_slots(S_WAIT.removesuffix(PASS + RELEASE), "    p, alpha", "    pv =")
-PV_FIRST = around_slots(BEHIND_PV, "    if MASKED", "    next_k").items()
-E4M3 |= {f"{name}, PV first": bug for name, bug in PV_FIRST}
-E4M3 |= around_items("    if item.n_full", "    running =", "    acc = add_pv")
 BUGS = {
-    "bf16": PLANTED | BOUNDED_BUGS,
-    "int8_qk": PLANTED | BOUNDED_BUGS | INT8,
+    "bf16": PLANTED | IN_TURNS,
+    "int8_qk": PLANTED | IN_TURNS | INT8,
     "fp8": PLANTED | E4M3,
 }
 

@@ -43,7 +43,6 @@ CASES = pytest.mark.parametrize(("fmt", "backend"), RUNS)
 GLUON_MODULES = (
     "hopper_barriers",
     "hopper_sizes",
-    "hopper_order",
     "hopper_ring",
     "hopper_scores",
     "hopper_bounded",
