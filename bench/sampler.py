@@ -12,6 +12,7 @@ from __future__ import annotations
 import bench.bootstrap  # noqa: F401  isort: skip - first: maps the kernels
 
 import argparse
+import dataclasses
 import gc
 import importlib.util
 import statistics
@@ -228,7 +229,10 @@ class Bench:
         assert self._model is not None
         if run.fast is not None:
             state: Any = self._model.fast
+            layers: Any = self._model.block.layers
             state.fast = run.fast
+            for number, layer in enumerate(layers):
+                layer.plan = dataclasses.replace(layer.plan, sparse=run.fast.is_sparse(number, len(layers)))
             state.forget()
         return self._model
 

@@ -75,6 +75,13 @@ def test_sampler_runs_of_every_kind_are_results(tmp_path):
     assert len(read(tmp_path / "r.json")["sampler"]) == 5
 
 
+def test_a_model_that_is_kept_takes_the_mask_of_the_run():
+    bench = sampler.Bench(CPU, tiny=True)
+    for mask, selects in (("exact", False), ("25%", True), ("exact", False)):
+        entry = bench.run(Run(BASE, "1080p", "fast fp8", mask, steps=2), seconds=60)
+        assert ("select_blocks" in entry["breakdown"]) == selects
+
+
 def test_a_run_says_at_which_clock_and_power_its_steps_ran():
     asked = []
 
