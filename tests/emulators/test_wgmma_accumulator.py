@@ -9,6 +9,7 @@ import pytest
 import torch
 from wgmma_accumulator import DEPTH, matmul, wgmma
 
+from bench.measure import gates
 from happyhorse_fast import budgets
 from happyhorse_fast.ops.attention.reference import output_scale, sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT
@@ -41,6 +42,16 @@ def test_products_stay_within_their_budget(inputs: int) -> None:
     error = budgets.measure(matmul(left, right).double(), left.double() @ right.double())
     assert budgets.violations(error) == [], "13,696 in one accumulator: 3.9e-6 and 4.5e-4"
     assert error.tile_distance > 1e-9, "nothing was cut off"
+
+
+def test_a_large_sum_is_off_in_proportion() -> None:
+    """What a gate allows beside a boundary of codes is four times the error of a product of two such sums."""
+    draw = torch.Generator().manual_seed(0)
+    left, right = (e4m3_rows(torch.randn(64, 5120, generator=draw))[0].float() for _ in range(2))
+    sums, exact = matmul(left, right.T).double(), left.double() @ right.T.double()
+    large = exact.abs() > 1.5 * exact.std()
+    error = float((sums / exact - 1)[large].std())
+    assert 1.2e-3 < error < gates.SUM_ERROR / 4 / 2**0.5 * 1.1
 
 
 def test_a_mean_of_v_is_lost_unless_every_block_goes_to_float32() -> None:
