@@ -7,6 +7,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +218,13 @@ def results(part: str, folder: Path) -> list[torch.Tensor]:
     return [x.detach() for x in PARTS[part](folder)]
 
 
+Unset = Callable[[str], list[torch.Tensor]]
+
+
 @pytest.fixture(scope="module")
-def unset(folder: Path) -> dict[str, list[torch.Tensor]]:
-    return {part: results(part, folder) for part in PARTS}
+def unset(folder: Path) -> Unset:
+    """Results of a part without a setting, computed when they are first asked for: the self-check takes seconds."""
+    return cache(lambda part: results(part, folder))
 
 
 def state() -> list[Any]:
@@ -250,25 +255,27 @@ def first_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) ->
 
 @pytest.mark.quick(8)
 @pytest.mark.parametrize(("name", "part"), CASES)
-def test_no_setting_reaches_a_result(name: str, part: str, folder: Path, unset: dict[str, list[torch.Tensor]]) -> None:
+def test_no_setting_reaches_a_result(name: str, part: str, folder: Path, unset: Unset) -> None:
+    expected = unset(part)
     with SETTINGS[name]():
         before = state()
         found = results(part, folder)
         assert state() == before, "a setting or a random generator is not what it was"
-    assert first_difference(found, unset[part]) is None
+    assert first_difference(found, expected) is None
 
 
 @pytest.mark.parametrize("name", ["matmul medium", "mkldnn matmul bf16", "device meta", "autocast cpu"])
 def test_a_setting_that_is_not_held_is_seen(
-    name: str, folder: Path, unset: dict[str, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+    name: str, folder: Path, unset: Unset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    expected = unset("eager")
     monkeypatch.setattr(ambient, "held", contextlib.nullcontext)
     with SETTINGS[name]():
         try:
             found = results("eager", folder)
         except (RuntimeError, ValueError):  # tensors on two devices
             return
-    assert first_difference(found, unset["eager"]) is not None
+    assert first_difference(found, expected) is not None
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -285,9 +292,10 @@ def test_convolutions_on_a_gpu_are_exact_and_the_same_in_every_run(mixed: bool) 
 
 
 @pytest.mark.slow
-def test_threads_change_the_order_of_sums_and_no_more(folder: Path, unset: dict[str, list[torch.Tensor]]) -> None:
+def test_threads_change_the_order_of_sums_and_no_more(folder: Path, unset: Unset) -> None:
+    single = unset("eager")
     with torch_setting("set_num_threads", 2, torch.get_num_threads):
-        for found, expected in zip(CASE.model(torch.float32)(*INPUTS), unset["eager"], strict=False):
+        for found, expected in zip(CASE.model(torch.float32)(*INPUTS), single, strict=False):
             assert float((found - expected).norm() / expected.norm()) < 1e-5
         assert len(results("self-check", folder)) == 1
 
