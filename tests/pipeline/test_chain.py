@@ -27,6 +27,7 @@ from happyhorse_fast import tokens
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.cli import run
 from happyhorse_fast.pipeline import residency
+from happyhorse_fast.pipeline.clip import Clip
 from happyhorse_fast.pipeline.image import image_pixels
 from happyhorse_fast.pipeline.latents import Latents, read_latents
 from happyhorse_fast.pipeline.parts import Parts
@@ -42,6 +43,7 @@ from happyhorse_fast.sampler import sample, super_resolve
 PROMPT = "a red ball bounces"
 SIDES = {"256p": (64, 96), "540p": (96, 160), "1080p": (128, 192)}
 SHORT: dict[str, Any] = {"seconds": 3, "resolution": "540p", "progress": False}
+SMALL = SHORT | {"resolution": "256p", "stages": 1}
 FRAMES, SAMPLES = 73, int(76 * 2048 * 441 / 512)
 
 
@@ -58,6 +60,14 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def pipe(tiny: Path) -> Pipeline:
     return Pipeline.from_pretrained(tiny, precision=None, placement="resident", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(pipe: Pipeline) -> Clip:
+    """What an undisturbed run makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "SIDES", SIDES)
+        return pipe(PROMPT, **SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +150,10 @@ def test_a_prompt_becomes_an_mp4_and_a_resumed_run_the_same(
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = pipe(PROMPT, stages=1, **SHORT, seed=1)
+    first = pipe(PROMPT, **SMALL, seed=1)
     monkeypatch.setattr(Parts, "text_encoder", lambda *_: pytest.fail("the embedding is in the cache"))
-    second, other = (pipe(PROMPT, stages=1, **SHORT, seed=seed) for seed in (1, 2))
-    assert first.frames is not None and first.frames.shape == (FRAMES, 96, 160, 3)
+    second, other = (pipe(PROMPT, **SMALL, seed=seed) for seed in (1, 2))
+    assert first.frames is not None and first.frames.shape == (FRAMES, 64, 96, 3)
     assert first.samples.shape == (2, SAMPLES)
     assert torch.equal(first.frames, second.frames) and torch.equal(first.samples, second.samples)
     assert not torch.equal(first.frames, other.frames)
@@ -178,15 +188,13 @@ def test_a_given_sound_is_held_by_both_samplers(pipe: Pipeline, sound: Path) -> 
 
 @pytest.mark.usefixtures("few_steps")
 def test_the_negative_prompt_reaches_the_base_model(pipe: Pipeline) -> None:
-    first, second = (
-        pipe(PROMPT, first="base", stages=1, negative_prompt=negative, **SHORT) for negative in (None, "blue")
-    )
+    first, second = (pipe(PROMPT, first="base", negative_prompt=negative, **SMALL) for negative in (None, "blue"))
     assert not torch.equal(first.latents.video, second.latents.video)
 
 
 @pytest.mark.parametrize(("stage", "step"), [("super-resolve", 2), ("decode video", 25)])
 def test_a_run_that_is_interrupted_goes_on_to_the_same_clip(
-    pipe: Pipeline, tmp_path: Path, stage: str, step: int
+    pipe: Pipeline, whole: Clip, tmp_path: Path, stage: str, step: int
 ) -> None:
     out = tmp_path / "films" / "x.mp4"
     out.parent.mkdir()
@@ -203,7 +211,7 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_clip(
     (left,) = out.parent.iterdir()
     assert left.name == "x.latents.safetensors", "the latents, and nothing half-written"
     assert read_latents(left).done == ("denoise" if stage == "super-resolve" else "super-resolve")
-    resumed, whole = pipe(resume=left, progress=False), pipe(PROMPT, **SHORT)
+    resumed = pipe(resume=left, progress=False)
     assert resumed.frames is not None and whole.frames is not None
     assert torch.equal(resumed.frames, whole.frames) and torch.equal(resumed.samples, whole.samples)
     assert read_latents(left).whole
@@ -239,7 +247,7 @@ def test_a_second_clip_reads_nothing_and_is_the_same(tiny: Path, monkeypatch: py
         assert callable(function)
         monkeypatch.setattr(whole, lambda *a, f=function, n=name, **k: (reads.append(n), f(*a, **k))[1])
     made = Pipeline.from_pretrained(tiny, precision="bf16", device="cpu")
-    first, second = (made(PROMPT, **SHORT, stages=1) for _ in range(2))
+    first, second = (made(PROMPT, **SMALL) for _ in range(2))
     assert len(reads) == 4 and made.parts.residency.held == ()
     assert first.frames is not None and second.frames is not None
     assert torch.equal(first.frames, second.frames) and torch.equal(first.samples, second.samples)
@@ -250,11 +258,11 @@ def test_parts_are_on_the_device_one_at_a_time_or_stay(tiny: Path) -> None:
     for placement in ("sequential", "resident"):
         made = Pipeline.from_pretrained(tiny, precision="bf16", placement=placement, device="cpu")  # type: ignore[arg-type]
         seen = held[placement] = set()
-        made(PROMPT, **SHORT, callback=lambda info, seen=seen, made=made: seen.add(made.parts.residency.held))
+        made(PROMPT, **SMALL, callback=lambda info, seen=seen, made=made: seen.add(made.parts.residency.held))
         if placement == "sequential":
             assert made.parts.residency.held == ()
     assert max(map(len, held["sequential"])) == 1
-    assert max(map(len, held["resident"])) >= 4
+    assert ("distill", "audio_decoder", "video_decoder") in held["resident"]
 
 
 def remove(name: str) -> Callable[[Path], object]:
