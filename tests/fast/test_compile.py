@@ -32,7 +32,7 @@ def same(result: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -
     return all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-@pytest.mark.parametrize("seen_before", [True, False])
+@pytest.mark.parametrize("seen_before", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_graph(seen_before: bool) -> None:
     model = accelerated("fp8")
     with torch.no_grad():

@@ -289,6 +289,7 @@ CONVERSIONS = {
 }
 
 
+@pytest.mark.quick(9)
 @pytest.mark.parametrize("public", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize("name", CONVERSIONS)
@@ -376,7 +377,7 @@ def test_torch_compiles_wrapper_is_seen_through(tmp_path: Path) -> None:
 
 
 def test_a_deep_copy_of_a_compiled_model_is_compiled() -> None:
-    wrapper = compiled(fast_model())
+    wrapper = compiled(fast_model(layers=1))
     expected = call(wrapper)
     other = copy.deepcopy(wrapper)
     assert type(other) is type(wrapper) and other._orig_mod is not wrapper._orig_mod
@@ -406,11 +407,11 @@ def test_compiled_layers_are_seen_through(public: bool, tmp_path: Path) -> None:
 
 def test_a_model_compiled_in_place() -> None:
     torch._dynamo.reset()
-    model = eager_model()
+    model = eager_model(layers=1)
     model.compile(backend="eager", dynamic=False)
     hh.accelerate(model, REFERENCE)
-    expected = call(fast_model())
+    expected = call(fast_model(layers=1))
     assert same(call(model), expected)
     assert same(call(copy.deepcopy(model)), expected)
     hh.restore(model)
-    assert same(call(model), call(eager_model()))
+    assert same(call(model), call(eager_model(layers=1)))
