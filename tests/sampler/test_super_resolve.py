@@ -140,7 +140,7 @@ def run_alone(test: str) -> None:
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("pictured", [False, True])
 def test_history_on_the_host_leaves_one_latent_and_the_same_result(pictured: bool, monkeypatch: Any) -> None:
     """What lives beside the model's activations is what decides whether 15 s at 1080p fit a card.
@@ -165,9 +165,7 @@ def test_history_on_the_host_leaves_one_latent_and_the_same_result(pictured: boo
         copies = [None if tensor is None else tensor.clone() for tensor in kept]
         solver.model_outputs, solver.last_sample = copies[:-1], copies[-1]
         parked[:] = [tensor for tensor in copies if tensor is not None] if on_host else []
-        places.append((on_host, len(held)))
 
-    places: list[tuple[bool, int]] = []
     large = (96, 128)  # so that audio and text are nothing beside a latent
     how: dict[str, Any] = {"image": torch.ones(1, 3, 1, *large) if pictured else None, "progress": False}
 
@@ -181,9 +179,21 @@ def test_history_on_the_host_leaves_one_latent_and_the_same_result(pictured: boo
     monkeypatch.setattr(super_module, "move_history", park)
     monkeypatch.setattr(super_module, "HOST", torch.device("meta"))
     assert run(True).tolist() == whole
-    # before each step's arithmetic back on the latents' device, after it on the host
-    assert places == [(on_host, step + 1) for step in range(5) for on_host in (False, True)]
     assert [round(count) for count in held] == [1, 1, 1, 1, 1]
+
+
+def test_history_is_on_the_host_but_for_a_steps_arithmetic(monkeypatch: Any) -> None:
+    def run(**options: bool) -> torch.Tensor:
+        model.calls.clear()
+        return super_resolve(model, V, A, T, SIZE, noise=replay, progress=False, **options)
+
+    model, places = Recorder(), []
+    whole = run()
+    host = torch.device("meta")
+    monkeypatch.setattr(super_module, "HOST", host)
+    monkeypatch.setattr(super_module, "move_history", lambda _, to: places.append((to == host, len(model.calls))))
+    assert torch.equal(run(history_on_host=True), whole)
+    assert places == [(on_host, step + 1) for step in range(5) for on_host in (False, True)]
 
 
 def test_all_of_a_solvers_history_moves() -> None:
