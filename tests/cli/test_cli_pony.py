@@ -28,6 +28,12 @@ PRECISIONS = ("bf16", "int8", "fp8")
 
 
 @pytest.fixture
+def no_sheet(monkeypatch: Patch) -> None:
+    """Without the contact sheet, which takes a second."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+@pytest.fixture
 def no_layer(monkeypatch: Patch) -> None:
     """Without the process that interprets a layer: it takes as long as everything else."""
 
@@ -76,7 +82,7 @@ def test_tables_say_what_was_made_and_why_no_kernel_ran(tmp_path: Path, capsys: 
 JPEG = pytest.param("a.jpg", "mjpeg", "yuvj444p", marks=pytest.mark.slow)
 
 
-@pytest.mark.usefixtures("no_layer")
+@pytest.mark.usefixtures("no_layer", "no_sheet")
 @pytest.mark.parametrize(("name", "codec", "pixels"), [("a.png", "png", "rgb24"), JPEG])
 def test_a_picture_begins_the_clip(name: str, codec: str, pixels: str, tmp_path: Path, capsys: Capture) -> None:
     rows, columns = np.mgrid[0:96, 0:200]
@@ -132,6 +138,7 @@ def test_without_optional_packages_the_rest_is_made(tmp_path: Path, monkeypatch:
 # The layer in the interpreter -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_sheet")
 def test_a_wrong_kernel_fails_the_demo(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     wrong = LayerCheck("bf16", 4e-2, 8e-4, 4e-2, False, 1.0)
 

@@ -22,6 +22,8 @@ def test_doctor(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     monkeypatch.setattr(doctor, "_kernel_obstacle", lambda: "no GPU")
     monkeypatch.setattr(doctor.shutil, "which", lambda *args, **kwargs: None)
+    found = doctor.examine()
+    monkeypatch.setattr(doctor, "examine", lambda: found)
     assert run(["doctor", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["torch"]["version"] == torch.__version__

@@ -2,9 +2,12 @@
 
 import ast
 import base64
+import contextlib
 import hashlib
+import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 
@@ -82,14 +85,11 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hub") / "repository"
-    done = subprocess.run(
-        [sys.executable, "-m", "happyhorse_fast.hosts.hub", str(folder), "--repo-id", "somebody/attention"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert f"files in {folder}" in done.stdout
+    folder, said = tmp_path_factory.mktemp("hub") / "repository", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", ["hub", str(folder), "--repo-id", "somebody/attention"])
+        runpy.run_path(command.__file__, run_name="__main__")
+    assert f"files in {folder}" in said.getvalue()
     return folder
 
 
