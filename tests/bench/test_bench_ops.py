@@ -62,6 +62,7 @@ WRONG = {
 }
 
 
+@pytest.mark.quick(17)
 @pytest.mark.parametrize(
     "name",
     [

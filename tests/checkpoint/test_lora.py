@@ -91,6 +91,7 @@ def differing(module: torch.nn.Module, tensors: Tensors) -> list[str]:
 STYLES = ("peft", "peft, named", "diffusers", "diffusers, old", "comfy", "bare", "kohya")
 
 
+@pytest.mark.quick(7)
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("alpha", [None, 10.0])
 def test_every_key_style_is_merged_exactly(style: str, alpha: float | None) -> None:

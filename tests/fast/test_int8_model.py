@@ -44,6 +44,7 @@ def error(result: torch.Tensor, case: golden.GoldenCase) -> float:
     return measure(result, expected.double()).relative_l2
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("attention", ["bf16", "int8_qk"])
 def test_the_error_is_as_stated_and_a_third_of_e4m3s(name: str, attention: str) -> None:

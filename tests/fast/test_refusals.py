@@ -165,6 +165,7 @@ CARRIED: list[tuple[str, Callable[[Any], object], tuple[str, ...]]] = [
 ]
 
 
+@pytest.mark.quick(24)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("make", [happyhorse, public])
 @pytest.mark.parametrize(("change", "named"), [case[1:] for case in CARRIED], ids=[case[0] for case in CARRIED])

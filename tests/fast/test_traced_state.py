@@ -93,7 +93,7 @@ def tensors_kept(model: Any) -> list[torch.Tensor]:
     return [model.fast.bands, *(tensor for state in states for tensor in state.tensors())]
 
 
-@pytest.mark.quick(6)
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("tracer", TRACERS)
 @pytest.mark.parametrize(
     "options", [{}, {"precision": "fp8", "attention": "fp8", "sparsity": TopK(0.5), "mlp_rows": 256}]
@@ -131,7 +131,7 @@ def test_tangents_are_refused() -> None:
         torch.func.jvp(lambda video: model(video, *inputs[1:])[0], inputs[:1], inputs[:1])
 
 
-@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("public", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_shape_first_seen_in_inference_mode_can_be_compiled_and_exported(public: bool) -> None:
     inputs = packed(clip()) if public else clip()
     model = fast_model(public)

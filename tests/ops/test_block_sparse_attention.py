@@ -51,6 +51,7 @@ def held(given, block_map, scale=None, **options):
     return out
 
 
+@pytest.mark.quick(17)
 @CASES
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 255])
 def test_tails(fmt, n, backend):
@@ -64,18 +65,21 @@ def test_grouped_heads_on_a_frame_window(fmt, heads, backend):
     held(inputs(fmt, heads=heads), MAP, backend=backend)
 
 
+@pytest.mark.quick(7)
 @CASES
 @pytest.mark.parametrize("d", [64, 128])
 def test_head_dims(fmt, d, backend):
     held(inputs(fmt, 200, heads=(2, 1), d=d), BlockMap.dense(200, 200), backend=backend)
 
 
+@pytest.mark.quick(10)
 @CASES
 @pytest.mark.parametrize("layout", [Layout(2, 100, 0, 30), Layout(2, 120, 14, 1), Layout(3, 60, 0, 0)])
 def test_empty_audio_one_text_token_and_no_prefix(fmt, layout, backend):
     held(inputs(fmt, layout.slots, heads=(2, 1)), BlockMap.frame_window(layout, 0), backend=backend)
 
 
+@pytest.mark.quick(5)
 @CASES
 def test_several_clips_in_one_sequence(fmt, backend):
     layouts = [Layout(2, 60, 5, 9), Layout(1, 100, 0, 30)]
@@ -104,6 +108,7 @@ def test_more_keys_than_queries_and_the_other_way_round(fmt, backend):
     held(inputs(fmt, 200, m=70, heads=(2, 1)), BlockMap.dense(200, 70), backend=backend)
 
 
+@pytest.mark.quick(5)
 @CASES
 def test_rows_without_a_key_give_zero_and_minus_infinity(fmt, backend):
     block_map = BlockMap.from_ranges([(0, 100), (140, 150)], [(0, 256), (30, 90)], 300, 300)
@@ -272,6 +277,7 @@ def test_bits_do_not_depend_on_the_order_of_the_work(fmt, bound):
         assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.quick(10)
 @CASES
 @pytest.mark.parametrize("spread", [1e-3, 40.0, 2000.0])
 def test_small_and_large_scores(fmt, spread, backend):
@@ -379,7 +385,7 @@ def without_bugs(fmt, backend):
     return given, block_map, run(given, block_map, backend=backend)[0]
 
 
-@pytest.mark.quick(12)
+@pytest.mark.quick(8)
 @CASES
 @pytest.mark.parametrize(
     "bug", ["block skipped", "tile dropped", "scale", "prefix forgotten", "other head", "mask ignored"]

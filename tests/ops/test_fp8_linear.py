@@ -59,6 +59,7 @@ def one_step_apart(a, b) -> torch.Tensor:
     return (ordered[0] - ordered[1]).abs()
 
 
+@pytest.mark.quick(9)
 @pytest.mark.parametrize(("epilogue", "backend"), IMPLEMENTED)
 @pytest.mark.parametrize(("experts", "k"), [(1, 160), (3, 448)])
 def test_bf16_within_twice_eager(epilogue, experts, k, backend):
@@ -66,6 +67,7 @@ def test_bf16_within_twice_eager(epilogue, experts, k, backend):
         assert_close_to_float64(Case(ROWS[experts], 256, k, fp8=False), epilogue, backend)
 
 
+@pytest.mark.quick(15)
 @pytest.mark.parametrize(
     ("experts", "k", "static", "epilogue", "backend"),
     [
@@ -81,6 +83,7 @@ def test_fp8_within_the_gemm_budget(experts, k, static, epilogue, backend):
         assert_close_to_float64(Case(ROWS[experts], 256, k, fp8=True, static=static), epilogue, backend)
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("activation", "static_scale"), [("swiglu7", 0.125), ("gelu7", 1 / 64)])

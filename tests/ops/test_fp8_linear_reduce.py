@@ -46,6 +46,7 @@ def both(case, monkeypatch):
     return results
 
 
+@pytest.mark.quick(7)
 @pytest.mark.parametrize("fmt", ["bf16", "fp8", "int8"])
 @pytest.mark.parametrize("width", [384, 200])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -29,6 +29,7 @@ def int8_case(sizes, f, k, seed=0):
     return case
 
 
+@pytest.mark.quick(11)
 @pytest.mark.parametrize(
     ("experts", "k", "epilogue", "backend"),
     [
@@ -83,6 +84,7 @@ def test_every_scale_is_of_its_own_row_channel_and_expert():
     assert violations(measure(ops.fp8_linear(*case.arguments), wanted)) == []
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["tail-1-gqa5", "experts-aligned", "many-gates"])
 def test_qkv_in_every_output_kind(name, backend):

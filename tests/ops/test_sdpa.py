@@ -90,6 +90,7 @@ def test_a_map_for_a_graph_is_not_remembered(monkeypatch):
     assert torch.equal(run(q, k, v), first) and sdpa._remembered.cache_info().misses
 
 
+@pytest.mark.quick(10)
 @BACKENDS
 @pytest.mark.parametrize(
     "shape",
@@ -152,6 +153,7 @@ def test_it_takes_a_call_of_pytorchs(monkeypatch):
 # Values that are not finite -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(20)
 @BACKENDS
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
@@ -180,6 +182,7 @@ def test_keys_that_score_minus_infinity_count_nothing():
 # What it is to torch --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("options", [{}, {"return_lse": True}, {"block_map": BlockMap.dense(150, 150)}])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_compiles_as_one_graph(options, batch):

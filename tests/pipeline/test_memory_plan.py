@@ -29,8 +29,9 @@ def card(gb):
     return int(card_bytes(gb) - CONTEXT_BYTES)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("seconds", [5, 15])
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
 def test_eight_bits_fit_a_card_of_24_gb_and_stay_on_one_of_80(seconds, precision):
     small, large = (plan(work(seconds, precision=precision), card(gb)) for gb in (24, 80))
     assert small.fits and not {"text_encoder", *MODELS} & set(small.kept)

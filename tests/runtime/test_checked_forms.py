@@ -104,6 +104,7 @@ def test_a_model_waits_for_as_many_checks_as_are_told() -> None:
     assert f"there are {triton} of Triton's kernels and {cuda} of the CUDA ones" in told
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize(("precision", "attention", "skip"), list(asked()), ids=str)
 def test_what_a_model_runs_is_what_is_checked(
     precision: Any, attention: Any, skip: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

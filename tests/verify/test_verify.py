@@ -70,6 +70,7 @@ def test_a_planted_wrong_weight_is_found(key: str) -> None:
         assert "layer.0" not in wrong
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("name", "key"),
     [
