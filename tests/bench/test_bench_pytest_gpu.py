@@ -6,10 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench.bootstrap import ROOT
+from bench.gpu.pytest_plugin import Gpu
 from bench.measure.lost import LOST
 
 # `crash` stands for an illegal address: everything after it fails in the same process.
@@ -70,7 +73,17 @@ def test_without_workers_the_run_ends_and_says_so(tmp_path):
     assert "'measured' == 'allowed'" in before_the_end, "a cut run shows why as well"
 
 
-def test_no_test_of_a_kind_is_no_failure(tmp_path):
+def test_no_test_of_a_kind_is_no_failure(pytestconfig):
+    session = SimpleNamespace(exitstatus=pytest.ExitCode.NO_TESTS_COLLECTED)
+    Gpu(pytestconfig, torch.device("cpu")).pytest_sessionfinish(session, session.exitstatus)
+    assert session.exitstatus == 0
+    session = SimpleNamespace(exitstatus=pytest.ExitCode.TESTS_FAILED)
+    Gpu(pytestconfig, torch.device("cpu")).pytest_sessionfinish(session, session.exitstatus)
+    assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.mark.slow  # 3 s: it imports torch
+def test_a_run_without_a_test_of_a_kind_does_not_fail(tmp_path):
     code, out = run(tmp_path, "-p", "no:xdist", "-k", "hopper")
     assert code == 0 and "13 deselected" in out, out
 

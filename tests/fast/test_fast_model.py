@@ -268,12 +268,13 @@ def test_drop_in_for_the_public_implementation(name: str) -> None:
         assert not torch.equal(model(t["tokens"], other, t["modality"], None, handler), out)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "fast",
     [
         FastConfig(backend="reference"),
-        FastConfig(attention="int8_qk", backend="reference"),
         FastConfig(precision="fp8", attention="fp8", backend="reference"),
+        FastConfig(attention="int8_qk", backend="reference"),
     ],
 )
 def test_autocast_changes_no_bit(fast: FastConfig) -> None:
@@ -299,7 +300,7 @@ def other_default_dtype() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("sparsity", [None, TopP(0.5)])
+@pytest.mark.parametrize("sparsity", [TopP(0.5), pytest.param(None, marks=pytest.mark.slow)])
 def test_a_default_dtype_changes_no_bit(sparsity: Any, request: pytest.FixtureRequest) -> None:
     case, fast = golden.load_case("local_v1_fp32"), FastConfig(backend="reference", sparsity=sparsity)
     t = case.tensors

@@ -340,6 +340,7 @@ def test_any_ranges(case):
     assert budgets.violations(budgets.measure(out, ordered.to(out.dtype))) == []
 
 
+@pytest.mark.quick(5)
 @CASES
 def test_the_reference_backend_is_the_kernel_within_rounding(fmt, backend):
     given = inputs(fmt)

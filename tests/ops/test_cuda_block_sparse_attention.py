@@ -328,14 +328,14 @@ def test_a_planted_bug_is_caught(bug, tmp_path):
         assert caught(bad, form), (bug, form)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BOUNDED_BUGS)
 def test_a_planted_bug_of_the_bounded_form_is_caught(bug, tmp_path):
     bad = mutant(tmp_path, STEM, *BOUNDED_BUGS[bug])
     assert caught(bad, "bounded") and not caught(bad, "running")
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", FLAG_BUGS)
 def test_a_planted_bug_of_the_flag_is_caught(bug, tmp_path):
     assert not flag_is_heeded(mutant(tmp_path, STEM, *FLAG_BUGS[bug]))

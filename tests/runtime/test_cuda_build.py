@@ -106,6 +106,8 @@ def test_only_what_changed_is_compiled_again(device: Path, tmp_path: Path, capfd
 def test_a_kernel_with_local_memory_does_not_build(
     device: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    for other in device.iterdir():
+        other.unlink()
     (device / "array.cu").write_text(ARRAY)
     with pytest.raises(subprocess.CalledProcessError):
         native.build_binaries(tmp_path / "cubins", tmp_path / "work")
