@@ -88,7 +88,10 @@ def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: i
 
 
 def loops(cubin: Path) -> list[list[str]]:
-    """Instructions of every loop with warp-group products that holds no other such loop."""
+    """Instructions of every loop with warp-group products that holds no other such loop.
+
+    A wait may be tried again from behind a loop, by a jump back into it, which makes no loop.
+    """
     listing: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
@@ -101,7 +104,8 @@ def loops(cubin: Path) -> list[list[str]]:
             first = labels.get(back[1]) if back is not None else None
             if first is not None and any("GMMA" in inside for inside in listing[first:]):
                 spans.append((first, len(listing)))
-    inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
+    own = [(a, b) for a, b in spans if not any(c < a < d < b for c, d in spans)]
+    inner = [(a, b) for a, b in own if not any((a, b) != (c, d) and a <= c and d <= b for c, d in own)]
     return [listing[a:b] for a, b in inner]
 
 
