@@ -10,7 +10,7 @@ import torch
 from happyhorse_fast.files import require_target
 from happyhorse_fast.pipeline.latents import Latents
 from happyhorse_fast.pipeline.memory_plan import PipelinePlan
-from happyhorse_fast.pipeline.mp4 import Mp4Writer
+from happyhorse_fast.pipeline.mp4 import Mp4Writer, require_mp4
 from happyhorse_fast.pipeline.progress import StageCost
 from happyhorse_fast.pipeline.request import FPS, Request
 from happyhorse_fast.pipeline.sound import PLAYED_RATE
@@ -65,13 +65,14 @@ class Clip:
         Raises:
             FileExistsError, FileNotFoundError, OSError: It cannot be written.
             ImportError: PyAV is not installed or does not import.
-            ValueError: The frames went straight to a file, which :attr:`path` names.
+            ValueError: The frames went straight to a file, which :attr:`path` names; or ``path`` names another format.
         """
         if self.frames is None:
             raise ValueError(
                 f"the frames of this clip went straight to {self.path}; make it without out=... to keep them"
             )
         target = Path(path)
+        require_mp4(target)
         require_target(target, overwrite)
         count, height, width, _ = self.frames.shape
         with Mp4Writer(target, width, height, fps=self.fps, sample_rate=self.sample_rate) as writer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -26,6 +27,13 @@ BT709 = 1
 LIMITED_RANGE = 1
 BIT_RATE = 96_000
 """Of each channel of the sound, bits a second."""
+
+
+def require_mp4(path: Path) -> None:
+    """Raise ValueError where a name says that the file is of another kind of media: what is written is an mp4."""
+    kind = mimetypes.guess_type(path.name)[0] or ""
+    if kind.startswith(("video/", "audio/", "image/")) and kind != "video/mp4":
+        raise ValueError(f"out must end with .mp4, for that is what is written; got {path}")
 
 
 class Mp4Writer:

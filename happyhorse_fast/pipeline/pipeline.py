@@ -24,6 +24,7 @@ from happyhorse_fast.pipeline.keeping import Keeper
 from happyhorse_fast.pipeline.latents import Latents, read_latents
 from happyhorse_fast.pipeline.layout import Layout, read_layout
 from happyhorse_fast.pipeline.memory_plan import Placement
+from happyhorse_fast.pipeline.mp4 import require_mp4
 from happyhorse_fast.pipeline.parts import DECODERS, Decoder, Parts
 from happyhorse_fast.pipeline.placing import place
 from happyhorse_fast.pipeline.preview import Preview, fit_preview
@@ -193,6 +194,7 @@ class Pipeline:
         request = Request(prompt=prompt or "", **settings) if begun is None else _resumed(begun, prompt, settings)
         target = None if out is None else Path(out)
         if target is not None:
+            require_mp4(target)
             require_target(target, overwrite)
             optional.require("av", "writing an mp4")
             _require_room(target.parent, request)

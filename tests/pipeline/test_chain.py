@@ -311,6 +311,7 @@ def test_the_codec_of_pictures_is_asked_for_where_there_is_one(broken: Callable[
         ({"image": np.zeros((900, 1), np.uint8)}, ValueError, "image must not be so narrow: 1 x 900"),
         ({"audio": "gone.wav"}, FileNotFoundError, r"gone\.wav"),
         ({"out": "gone/x.mp4"}, FileNotFoundError, "output must be in a folder that exists"),
+        ({"out": "x.avi"}, ValueError, r"out must end with \.mp4, for that is what is written; got x\.avi"),
         ({"callback": 3}, TypeError, "callback must be callable"),
         ({"resume": "gone.safetensors"}, FileNotFoundError, "resume must be a file of latents"),
     ],

@@ -203,3 +203,10 @@ def test_a_decoders_clip_goes_into_a_film(tmp_path):
     assert packets(Path(tmp_path / "a.mp4")).count("v") == 33
     with pytest.raises(ValueError, match="latents must be of size 48"):
         host_frames.host_frames(decoder, torch.zeros(1, 3, 1, 2, 2))
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "X.MP4", "clip", "clip-0.5", "/dev/stdout"])
+def test_a_name_of_another_format_is_refused(name):
+    mp4.require_mp4(Path(name))
+    with pytest.raises(ValueError, match=r"out must end with \.mp4"):
+        mp4.require_mp4(Path(f"{name}.gif"))
