@@ -83,8 +83,8 @@ def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse
 def for_tiles(q: Tensor, k: Tensor, v: Tensor, forms: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, copied tokens first where that alone keeps the Hopper kernel from long sequences.
 
-    At 64,256 tokens and 40:8 heads of 128, as [H, N, D], the copies move 1.8 GB, 0.4 ms of an H200; the plain kernel
-    took 169 to 195 ms there through pointers, the Hopper kernel 130.
+    At 64,256 tokens and 40:8 heads of 128, as [H, N, D], the copies move 1.8 GB, 0.4 ms of an H200. The Hopper kernel
+    took 130 ms there, the plain one 169 to 195 through descriptors; through pointers it was not measured.
     """
     runs = config_for(STEM, variant_of(q), architecture(q.device)).hopper and (is_transposed(v) or True in forms)
     if not runs or k.shape[0] < LONG:
