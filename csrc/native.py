@@ -161,15 +161,17 @@ def build_binaries(folder: Path, work: Path) -> None:
             edges.append(f"build {stem}.{name}.ptx: lower {stem}.{name}.newest.ptx | {script}")
     _ninja(work, edges)
 
-    drivers = dict.fromkeys(architectures, 1000 * major)  # a binary runs on every driver of its major version
     described: dict[str, Any] = {}
     files = []
     for stem, text in digests.items():
         described[stem] = {"sources": text, "binaries": {}}
         for name in (*architectures, *sources.VIRTUAL_ARCHITECTURES):
-            file = work / f"{stem}.{name}{'.cubin' if name in architectures else '.ptx'}"
+            binary = name in architectures
+            file = work / f"{stem}.{name}{'.cubin' if binary else '.ptx'}"
             content = file.read_bytes()
-            driver = drivers.get(name) or lower_ptx.DRIVERS.get(lower_ptx.version(content.decode()), newest)
+            driver = 1000 * major  # a binary runs on every driver of its major version
+            if not binary:
+                driver = lower_ptx.DRIVERS.get(lower_ptx.version(content.decode()), newest)
             sha256 = hashlib.sha256(content).hexdigest()
             described[stem]["binaries"][name] = {"file": file.name, "sha256": sha256, "driver": driver}
             files.append(file)

@@ -51,8 +51,9 @@ def measure(launch: Launch) -> Row:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])
         ((registers, stack, _),) = disassembly.usage(cubin).values()
-        (opcodes,) = disassembly.opcodes(cubin).values()
-        order = hopper_order(cubin) if case.hopper else {}
+        code = disassembly.listing(cubin)
+    (opcodes,) = disassembly.opcodes(code).values()
+    order = hopper_order(code) if case.hopper else {}
     data = json.loads(launch.specialised)
     options, names = data["options"], [launch.kernel.arg_names[path[0]] for path in data["constant_keys"]]
     constants = dict(zip(names, data["constant_vals"], strict=True))
@@ -90,15 +91,15 @@ def measure(launch: Launch) -> Row:
     )
 
 
-def hopper_order(cubin: Path) -> dict[str, Any]:
-    """Fields of a Row that say in which order the Hopper kernel's instructions stand."""
-    loops = disassembly.loops(cubin)
+def hopper_order(code: str) -> dict[str, Any]:
+    """Fields of a Row that say in which order the instructions stand in the Hopper kernel's listing."""
+    loops = disassembly.loops(code)
     over_blocks = [loop for loop in loops if sum("MUFU.EX2" in line for line in loop) >= EXPONENTS]
     turns = disassembly.turns(over_blocks, (TURNS.value, TURNS.value + 1), GROUP_THREADS)
     return {
-        "exponents": disassembly.exponents_beside_products(cubin),
+        "exponents": disassembly.exponents_beside_products(code),
         "turns": [list(turn) for turn in turns],
-        "barriers": [list(barrier) for barrier in disassembly.named_barriers(cubin)],
+        "barriers": [list(barrier) for barrier in disassembly.named_barriers(code)],
         "overwritten": disassembly.overwritten(loops),
         "step": min(map(len, over_blocks), default=0),
     }

@@ -54,7 +54,7 @@ class Kernel:
 
 def measure(stem: str, target: str, cubin: Path) -> list[Kernel]:
     """The kernels of a binary."""
-    used, listed = disassembly.usage(cubin), disassembly.opcodes(cubin)
+    used, listed = disassembly.usage(cubin), disassembly.opcodes(disassembly.listing(cubin))
     if not used or set(used) != set(listed):
         raise ValueError(f"{cubin} has kernels {sorted(used)} and listings of {sorted(listed)}")
     return [

@@ -31,13 +31,18 @@ def usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
     return {name: (int(registers), int(stack), int(shared)) for name, registers, stack, shared in found}
 
 
-def exponents_beside_products(cubin: Path) -> list[int]:
-    """Count the exponents that are computed while one batch of warp-group products is under way, at each such place.
+def listing(cubin: Path) -> str:
+    """Every kernel's instructions, one a line, with the labels of jumps."""
+    return tool("nvdisasm", "-c", cubin)
+
+
+def exponents_beside_products(code: str) -> list[int]:
+    """Count a listing's exponents that are computed while one batch of warp-group products is under way, at each place.
 
     Counted between a wait that leaves one batch and the next that leaves none.
     """
     found, count = [], None
-    for line in tool("nvdisasm", "-c", cubin).splitlines():
+    for line in code.splitlines():
         if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line:
             count = 0
         elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line and count is not None:
@@ -87,26 +92,26 @@ def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: i
     return found
 
 
-def loops(cubin: Path) -> list[list[str]]:
-    """Instructions of every loop with warp-group products that holds no other such loop.
+def loops(code: str) -> list[list[str]]:
+    """Instructions of every loop of a listing with warp-group products that holds no other such loop.
 
     A wait may be tried again from behind a loop, by a jump back into it, which makes no loop.
     """
-    listing: list[str] = []
+    instructions: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
-    for line in tool("nvdisasm", "-c", cubin).splitlines():
+    for line in code.splitlines():
         if (label := re.match(r"(\.L_\w+):", line)) is not None:
-            labels[label[1]] = len(listing)
+            labels[label[1]] = len(instructions)
         elif OPCODE.search(line) is not None:
-            listing.append(line)
+            instructions.append(line)
             back = re.search(r"BRA `\((\.L_\w+)\)", line)
             first = labels.get(back[1]) if back is not None else None
-            if first is not None and any("GMMA" in inside for inside in listing[first:]):
-                spans.append((first, len(listing)))
+            if first is not None and any("GMMA" in inside for inside in instructions[first:]):
+                spans.append((first, len(instructions)))
     own = [(a, b) for a, b in spans if not any(c < a < d < b for c, d in spans)]
     inner = [(a, b) for a, b in own if not any((a, b) != (c, d) and a <= c and d <= b for c, d in own)]
-    return [listing[a:b] for a, b in inner]
+    return [instructions[a:b] for a, b in inner]
 
 
 def overwritten(found_loops: Iterable[list[str]]) -> int:
@@ -137,13 +142,13 @@ def overwritten(found_loops: Iterable[list[str]]) -> int:
     return len(found)
 
 
-def named_barriers(cubin: Path) -> list[tuple[int, int]]:
-    """Numbers of named barriers that instructions hold, and of threads; 0 threads: all of the block."""
-    found = re.findall(r"BAR\.(?:SYNC\S*|ARV) 0x([0-9a-f]+)(?:, 0x([0-9a-f]+))?", tool("nvdisasm", "-c", cubin))
+def named_barriers(code: str) -> list[tuple[int, int]]:
+    """Numbers of named barriers that a listing's instructions hold, and of threads; 0 threads: all of the block."""
+    found = re.findall(r"BAR\.(?:SYNC\S*|ARV) 0x([0-9a-f]+)(?:, 0x([0-9a-f]+))?", code)
     return sorted({(int(number, 16), int(threads or "0", 16)) for number, threads in found})
 
 
-def opcodes(cubin: Path) -> dict[str, Counter[str]]:
-    """Count each instruction in the listing of every kernel."""
-    _, *parts = re.split(r"^\.text\.(\w+):$", tool("nvdisasm", "-c", cubin), flags=re.MULTILINE)
+def opcodes(code: str) -> dict[str, Counter[str]]:
+    """Count each instruction of every kernel in a listing."""
+    _, *parts = re.split(r"^\.text\.(\w+):$", code, flags=re.MULTILINE)
     return {name: Counter(OPCODE.findall(text)) for name, text in zip(parts[::2], parts[1::2], strict=True)}

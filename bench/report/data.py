@@ -48,18 +48,21 @@ class Report:
         return list(self.gpu.items())[-1]
 
 
-def load() -> Report:
+def load(gpus: Path = FOLDER) -> Report:
     """Read the committed results; those of GPUs are validated.
+
+    Args:
+        gpus: Folder that the results of GPUs lie below.
 
     Raises:
         ResultError: A GPU's file does not fit its format.
     """
     others = (json.loads(path.read_text()) for path in (EQUIVALENCE, MEMORY, *RATES, FIDELITY, ACTIVATIONS))
     equivalence, memory, *rates, fidelity, activations = others
-    return Report(gpu_results(), equivalence, memory, rates, fidelity, activations)
+    return Report(gpu_results(gpus), equivalence, memory, rates, fidelity, activations)
 
 
-def gpu_results(folder: Path = FOLDER) -> dict[Path, Json]:
+def gpu_results(folder: Path) -> dict[Path, Json]:
     """As :attr:`Report.gpu`, of the files below a folder.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,16 @@ def layer_of(key: str) -> int | None:
     return None
 
 
+def skeleton(num_layers: int, post_norm_layers: Sequence[int]) -> HappyHorse:
+    """A model on ``"meta"`` whose modules and tensors have the names of any with these layers.
+
+    Names depend on none of the other sizes. It has one layer at least.
+    """
+    sizes: dict[str, Any] = {"hidden_size": 8, "head_dim": 8, "num_heads_q": 1, "num_heads_kv": 1}
+    config = ModelConfig(num_layers=max(num_layers, 1), post_norm_layers=post_norm_layers, **sizes)
+    return HappyHorse(config, device="meta")
+
+
 def _require_shapes(entries: Mapping[str, TensorSpec], path: Path, config: ModelConfig) -> None:
     expected = {key: tuple(like.shape) for key, like in HappyHorse(config, device="meta").state_dict().items()}
     misshapen = [
@@ -142,16 +152,7 @@ def _sizes(entries: Mapping[str, TensorSpec], path: Path) -> Sizes:
     post_norms = tuple(
         i for i in range(num_layers) if any(f"block.layers.{i}.{name}" in entries for name in _POST_NORMS)
     )
-    # Names depend on none of the other sizes.
-    named = ModelConfig(
-        num_layers=max(num_layers, 1),
-        hidden_size=8,
-        head_dim=8,
-        num_heads_q=1,
-        num_heads_kv=1,
-        post_norm_layers=post_norms,
-    )
-    expected = HappyHorse(named, device="meta").state_dict().keys()
+    expected = skeleton(num_layers, post_norms).state_dict().keys()
     files = sorted({str(entry.file) for entry in entries.values()})
     kinds = {
         f"tensors missing from {listed(files)}": [key for key in expected if key not in entries and key != BANDS_KEY],

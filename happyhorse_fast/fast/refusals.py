@@ -16,9 +16,8 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrize
 
 from happyhorse_fast.arguments import listed
-from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
-from happyhorse_fast.eager.sizes import layer_of
+from happyhorse_fast.eager.sizes import layer_of, skeleton
 from happyhorse_fast.fast.compiled import published_key, state_dict_of, unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles
 from happyhorse_fast.fast.dtypes import PRODUCTS
@@ -241,8 +240,7 @@ def _twin(model: nn.Module) -> HappyHorse:
     if isinstance(model, HappyHorse):
         return HappyHorse(model.config, device="meta")
     count = max(1, len(model.block.layers))  # type: ignore[union-attr,arg-type]
-    sizes: dict[str, Any] = {"hidden_size": 8, "head_dim": 8, "num_heads_q": 1, "num_heads_kv": 1}
-    return HappyHorse(ModelConfig(num_layers=count, post_norm_layers=range(count), **sizes), device="meta")
+    return skeleton(count, range(count))
 
 
 def _other_sizes(model: nn.Module, twin: HappyHorse) -> Iterator[str]:
@@ -257,8 +255,8 @@ def _other_sizes(model: nn.Module, twin: HappyHorse) -> Iterator[str]:
 
 
 def _missing(model: nn.Module, twin: HappyHorse) -> Iterator[str]:
-    there = state_dict_of(model).keys()
     if isinstance(model, HappyHorse):
+        there = state_dict_of(model).keys()
         yield from (f"{key}: is missing" for key in twin.state_dict() if key not in there)
 
 

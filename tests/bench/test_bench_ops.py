@@ -96,9 +96,8 @@ def test_codes_may_differ_beside_a_boundary_alone(factor):
     moved[0, :2] = sums[0, :2] + torch.tensor([0.0, 1e-3])
     exact, scale = swiglu7(sums.double()), torch.tensor([0.125])
     y = dequantize(to_e4m3(swiglu7(moved) * factor / scale), scale, torch.float64)
-    kept = budgets.violations(
-        budgets.measure(y, gates.codes_beside(y, exact, scale)), distance=gates.CODES_DISTANCE, slope=gates.CODES_SLOPE
-    )
+    error = budgets.measure(y, gates.codes_beside(y, exact, scale))
+    kept = budgets.violations(error, distance=gates.BESIDE_DISTANCE, slope=gates.BESIDE_SLOPE)
     assert bool(kept) == (factor != 1)
     rounded = dequantize(to_e4m3(exact / scale), scale, torch.float64)
     assert budgets.measure(y, rounded).tile_slope > gates.CODE_SLOPE

@@ -41,18 +41,19 @@ def test_every_candidate_is_legal_and_the_committed_one_is_first(case):
 
 def test_tuning_restores_the_table_and_writes_what_wins(tmp_path, monkeypatch):
     case = select(cases("tiny"), "proj/tiny/fp8")[0]
-    before = json.dumps(table(STEMS[case.op]))
+    stem, variant = STEMS[case.op], tune.variant(case)
+    before = json.dumps(table(stem))
     # The interpreter's times mean nothing: warps decide here.
     takes(monkeypatch, lambda config: 1.0 if config.num_warps == 4 else 2.0)
     best = tune.tune(case, 89, Stopwatch(CPU), 0.0, time.monotonic() + 60)
     assert best is not None and best.num_warps == 4
-    with launched_with(STEMS[case.op], {(tune.variant(case), 89): best}):
-        assert config_for(STEMS[case.op], tune.variant(case), 89).num_warps == 4
-    assert config_for(STEMS[case.op], tune.variant(case), 89).num_warps != 4
-    assert json.dumps(table(STEMS[case.op])) == before
+    with launched_with(stem, {(variant, 89): best}):
+        assert config_for(stem, variant, 89).num_warps == 4
+    assert config_for(stem, variant, 89).num_warps != 4
+    assert json.dumps(table(stem)) == before
     path = tune.write(tmp_path, case, 89, best)
     written, committed = json.loads(path.read_text()), json.loads((tune.CONFIGS / path.name).read_text())
-    changed = written[tune.variant(case)].pop("89") != committed[tune.variant(case)].pop("89")
+    changed = written[variant].pop("89") != committed[variant].pop("89")
     assert changed and written == committed
     lines = (tune.CONFIGS / path.name).read_text().splitlines()
     assert sum(a != b for a, b in zip(path.read_text().splitlines(), lines, strict=True)) == 1, "one line changes"
@@ -60,14 +61,15 @@ def test_tuning_restores_the_table_and_writes_what_wins(tmp_path, monkeypatch):
 
 def test_hopper_warps_are_a_candidate_and_are_written(tmp_path):
     case = select(cases("main"), "attention-window")[0]
+    variant = tune.variant(case)
     hopper, plain, *others = tune.candidates(case, 90)
     assert hopper == dataclasses.replace(plain, hopper=True)
     assert others and not any(config.hopper for config in others), "the Hopper kernel has its own entry"
     assert not any(config.hopper for config in tune.candidates(case, 89))
     written = json.loads(tune.write(tmp_path, case, 90, hopper).read_text())
-    assert LaunchConfig(**written[tune.variant(case)]["90"]) == hopper
+    assert LaunchConfig(**written[variant]["90"]) == hopper
     written = json.loads(tune.write(tmp_path, case, 90, plain).read_text())
-    assert LaunchConfig(**written[tune.variant(case)]["90"]) == plain
+    assert LaunchConfig(**written[variant]["90"]) == plain
 
 
 def test_groups_of_rows_are_varied_for_the_best_alone(monkeypatch):

@@ -55,12 +55,7 @@ def results(folder: Path, *entries: dict[str, Any], sampler: tuple[dict[str, Any
     file = folder / "nvidia-h200" / "2026-01-02-abcdef.json"
     file.parent.mkdir()
     file.write_text(json.dumps({**header, "entries": [{**ENTRY, **e} for e in entries], "sampler": list(sampler)}))
-    return with_gpus_of(folder)
-
-
-def with_gpus_of(folder: Path) -> report_data.Report:
-    """The committed results, but those of GPUs from a folder."""
-    return dataclasses.replace(report_data.load(), gpu=report_data.gpu_results(folder))
+    return report_data.load(folder)
 
 
 def text_of(found: report_data.Report) -> str:
@@ -147,10 +142,11 @@ def test_calls_and_days_of_one_gpu_are_shown_together(tmp_path: Path) -> None:
     later = json.loads(path.read_text()) | {"commit": "fedcba", "sampler": []}
     later["entries"] = [{**ENTRY, "case": "norm/x", "median_ms": 1.0}]
     path.with_name("2026-01-03-fedcba.json").write_text(json.dumps(later))
-    (data,) = with_gpus_of(tmp_path).gpu.values()
+    found = report_data.load(tmp_path)
+    (data,) = found.gpu.values()
     assert {e["case"]: e["median_ms"] for e in data["entries"]} == {"attention/x": 2.0, "norm/x": 1.0}
     assert data["sampler"] == [RUN] and data["commit"] == "abcdef, fedcba"
-    assert "attention/x" in report.readme_section(with_gpus_of(tmp_path))
+    assert "attention/x" in report.readme_section(found)
 
 
 def test_a_case_that_is_no_longer_run_is_still_shown(tmp_path: Path) -> None:
@@ -235,7 +231,7 @@ def test_a_share_of_the_measured_roof_stands_beside_the_datasheets(tmp_path: Pat
         {"bandwidth": 4.8, "bf16": 989.0, "fp8": 1979.0, "source": "datasheet"},
     ]
     path.write_text(json.dumps(data))
-    found = with_gpus_of(tmp_path)
+    found = report_data.load(tmp_path)
     (data,) = found.gpu.values()
     shares = {e["case"]: report_data.share_of(e, report_data.measured_ceilings(data)) for e in data["entries"]}
     # norm moves 1.843 TB/s, more than the copy: it is the ceiling then.

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
-from happyhorse_fast.block_map import BlockMap
+from happyhorse_fast.block_map import BLOCK, BlockMap
 
 MASKS: dict[str, Callable[..., Any]] = {
     "all": lambda b, h, q, k: q >= 0,
@@ -52,3 +52,50 @@ def test_a_map_of_no_tokens() -> None:
     for queries, keys in ((0, 0), (0, 128), (128, 0)):
         found = BlockMap.from_flex(BlockMap.from_ranges([], [], queries, keys).to_flex())
         assert (found.queries, found.keys, found.blocks()) == (queries, keys, (0, 0))
+
+
+DOCUMENT = torch.tensor([0] * 100 + [1] * 200 + [2] * 33)
+MASK_MODS: dict[str, Callable[..., Any]] = {
+    "causal": lambda b, h, q, k: q >= k,
+    "window": lambda b, h, q, k: (q - k).abs() < 70,
+    "documents": lambda b, h, q, k: DOCUMENT[q] == DOCUMENT[k],
+    "heads": lambda b, h, q, k: (q >= k) | (h == 1),
+}
+
+
+@pytest.mark.parametrize("name", MASK_MODS)
+def test_from_flex_and_back(name: str) -> None:
+    mod = MASK_MODS[name]
+    heads = 2 if name == "heads" else 1
+    block_mask = create_block_mask(mod, B=None, H=heads, Q_LEN=333, KV_LEN=333, device="cpu", BLOCK_SIZE=BLOCK)
+    index = torch.arange(333)
+    wanted = torch.stack([mod(0, torch.tensor(h), index[:, None], index[None]) for h in range(heads)])
+    block_map = BlockMap.from_flex(block_mask)
+    block_map.validate()
+    assert torch.equal(block_map.to_dense(), wanted)
+    assert torch.equal(BlockMap.from_flex(block_map.to_flex(heads)).to_dense(), wanted)
+
+    q, k, v = torch.randn(3, 1, 2, 333, 32).unbind()
+    result = flex_attention(q, k, v, block_mask=block_map.to_flex(2))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=wanted[None])
+    torch.testing.assert_close(result, expected)
+
+
+def test_from_flex_takes_hand_made_masks_and_says_what_it_cannot() -> None:
+    one = torch.ones(1, 1, 3, dtype=torch.int32)
+    first = torch.zeros(1, 1, 3, 3, dtype=torch.int32)
+    last = torch.full_like(first, 2)  # the ragged block, called full
+    made = BlockMask.from_kv_blocks(
+        one, first, one, last, BLOCK_SIZE=BLOCK, mask_mod=MASK_MODS["causal"], seq_lengths=(300, 300)
+    )
+    block_map = BlockMap.from_flex(made)
+    block_map.validate()
+    index = torch.arange(300)
+    wanted = (index[:, None] >= index[None]) & (index[None] < 128) | (index[None] >= 256)
+    assert torch.equal(block_map.to_dense()[0], wanted.expand(300, 300))
+    wrong = create_block_mask(MASK_MODS["causal"], B=None, H=None, Q_LEN=256, KV_LEN=256, device="cpu", BLOCK_SIZE=64)
+    with pytest.raises(ValueError, match=r"BLOCK_SIZE \(128, 128\), got \(64, 64\)"):
+        BlockMap.from_flex(wrong)
+    batch = create_block_mask(MASK_MODS["causal"], B=2, H=None, Q_LEN=256, KV_LEN=256, device="cpu")
+    with pytest.raises(ValueError, match="batch size 1"):
+        BlockMap.from_flex(batch)

@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_iter
 from toy_checkpoint import (
     BANDS,
     CONFIG,
-    FIELDS,
     INDEX,
     QKV,
     edit_file,
@@ -43,6 +42,7 @@ from happyhorse_fast.cli.output import save_tensors
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
+from happyhorse_fast.eager.sizes import WITNESS
 
 # What is written is what is loaded -----------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def test_round_trip_of_any_model(config: ModelConfig, max_shard_bytes: int) -> N
     model = HappyHorse(config).init_weights(3)
     with tempfile.TemporaryDirectory() as name:
         save_checkpoint(model, name, max_shard_bytes=max_shard_bytes)
-        assert read_sizes(name) == {field: getattr(config, field) for field in FIELDS}
+        assert read_sizes(name) == {field: getattr(config, field) for field in WITNESS}
         loaded = load(name, config=config, progress=False)
     expected, state = model.state_dict(), loaded.state_dict()
     assert state.keys() == expected.keys()

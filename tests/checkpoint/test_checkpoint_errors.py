@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from toy_checkpoint import (
     BANDS,
     CONFIG,
-    FIELDS,
     INDEX,
     QKV,
     edit_file,
@@ -30,6 +29,7 @@ from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint import stream as streaming
 from happyhorse_fast.checkpoint.load import load, save_checkpoint
 from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.eager.sizes import WITNESS
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ OTHER_SIZES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.usefixtures("no_data_read")
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("field", WITNESS)
 def test_other_size_than_the_configurations(field: str, folder: Path) -> None:
     value, key = OTHER_SIZES[field]
     message = fails(folder, key, str(shard_of(folder, key)), config=CONFIG.replace(**{field: value}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 
@@ -22,8 +23,7 @@ def test_doctor(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     monkeypatch.setattr(doctor, "_kernel_obstacle", lambda: "no GPU")
     monkeypatch.setattr(doctor.shutil, "which", lambda *args, **kwargs: None)
-    found = doctor.examine()
-    monkeypatch.setattr(doctor, "examine", lambda: found)
+    monkeypatch.setattr(doctor, "examine", functools.cache(doctor.examine))
     assert run(["doctor", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["torch"]["version"] == torch.__version__

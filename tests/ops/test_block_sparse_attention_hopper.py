@@ -42,10 +42,10 @@ PARTIAL = BlockMap.dense(150, 300)
 """Every row, the last item's too, ends with a partial block."""
 
 
-def attention(given, block_map=MAP, seed=1, replace=(), **options):
+def attention(given, block_map=MAP, seed=1, replace=(), slots=None, **options):
     """The op through the emulated kernel."""
     bound = options.pop("bound", bound_of(given, SCALE))
-    with hopper(seed, replace, options.pop("slots", None)):
+    with hopper(seed, replace, slots):
         return block_sparse_attention(**given, block_map=block_map, scale=SCALE, bound=bound, **options)
 
 

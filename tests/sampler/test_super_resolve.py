@@ -160,11 +160,10 @@ def test_history_on_the_host_leaves_one_latent_and_the_same_result(pictured: boo
 
     def park(solver: Any, device: torch.device) -> None:
         # Copies stand for the host's memory, where both are one.
-        on_host = device == super_module.HOST
         kept = [*solver.model_outputs, solver.last_sample]
         copies = [None if tensor is None else tensor.clone() for tensor in kept]
         solver.model_outputs, solver.last_sample = copies[:-1], copies[-1]
-        parked[:] = [tensor for tensor in copies if tensor is not None] if on_host else []
+        parked[:] = [tensor for tensor in copies if tensor is not None] if device == super_module.HOST else []
 
     large = (96, 128)  # so that audio and text are nothing beside a latent
     how: dict[str, Any] = {"image": torch.ones(1, 3, 1, *large) if pictured else None, "progress": False}

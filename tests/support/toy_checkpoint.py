@@ -16,7 +16,7 @@ from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint.header import read_headers
 from happyhorse_fast.checkpoint.load import load
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.eager.sizes import WITNESS, Sizes, sizes_of
+from happyhorse_fast.eager.sizes import Sizes, sizes_of
 
 CONFIG = ModelConfig(
     num_layers=3,
@@ -34,7 +34,6 @@ CONFIG = ModelConfig(
 INDEX = "model.safetensors.index.json"
 BANDS = "adapter.rope.bands"
 QKV = "block.layers.1.attention.linear_qkv.weight"
-FIELDS = list(WITNESS)
 
 
 def weights(config: ModelConfig = CONFIG) -> dict[str, torch.Tensor]:
