@@ -33,7 +33,6 @@ CAPTIONS = {
     "block_maps": "What attention computes, skips, and masks inside a block.",
     "error_per_layer": "Error of the residual stream: rounding, kernels, int8, fp8, sparsity.",
     "fidelity": "Clips of the trained small model under every precision and sparsity, against float32's.",
-    "activations": "Outliers of its activations, and what e4m3 makes of them; random weights have few.",
 }
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1b1f24;max-width:1180px;margin:2rem auto;padding:0 1.2rem}
@@ -75,7 +74,7 @@ def page(report: Report, pictures: list[Path]) -> str:
         f"<p class=note>{html.escape(_where_measured(report.equivalence))}</p>",
         "<h2>A trained model: clips of the pony</h2>",
         *(table.html() for table in pony.own_tables(report)),
-        *map(figure, ("fidelity", "activations")),
+        figure("fidelity"),
         "<h2>Block maps</h2>",
         figure("block_maps"),
     ]

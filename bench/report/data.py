@@ -12,7 +12,7 @@ from bench.sampler_runs import EXACT, SECOND_STAGE
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 
 EQUIVALENCE, MEMORY = FOLDER / "equivalence" / "cpu.json", FOLDER / "memory" / "plan.json"
-FIDELITY, ACTIVATIONS = FOLDER / "pony" / "fidelity.json", FOLDER / "pony" / "activations.json"
+FIDELITY = FOLDER / "pony" / "fidelity.json"
 RATES = (ROOT / "examples/pony/results/rates.json", ROOT / "examples/pony/results/image/rates.json")
 """Shares of the pony's clips that are right: from a prompt, and from a prompt and a first picture."""
 
@@ -27,7 +27,6 @@ class Report:
         memory: The memory plan.
         rates: How often the pony's clips are right.
         fidelity: What precision and sparsity cost the pony.
-        activations: Its ranges.
     """
 
     gpu: dict[Path, Json]
@@ -35,7 +34,6 @@ class Report:
     memory: Json
     rates: list[Json]
     fidelity: Json
-    activations: Json
 
     @property
     def cases(self) -> list[Json]:
@@ -57,9 +55,9 @@ def load(gpus: Path = FOLDER) -> Report:
     Raises:
         ResultError: A GPU's file does not fit its format.
     """
-    others = (json.loads(path.read_text()) for path in (EQUIVALENCE, MEMORY, *RATES, FIDELITY, ACTIVATIONS))
-    equivalence, memory, *rates, fidelity, activations = others
-    return Report(gpu_results(gpus), equivalence, memory, rates, fidelity, activations)
+    others = (json.loads(path.read_text()) for path in (EQUIVALENCE, MEMORY, *RATES, FIDELITY))
+    equivalence, memory, *rates, fidelity = others
+    return Report(gpu_results(gpus), equivalence, memory, rates, fidelity)
 
 
 def gpu_results(folder: Path) -> dict[Path, Json]:

@@ -17,21 +17,16 @@ from typing import Any
 
 import torch
 
-from bench.report.data import ACTIVATIONS, EQUIVALENCE, FIDELITY, MEMORY
+from bench.report.data import EQUIVALENCE, FIDELITY, MEMORY
 from bench.results import COMMIT_VARIABLE, ROOT, Json, commit, describe_machine
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import layer_kind
-from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision, TopK, default_attention
 from happyhorse_fast.fast.launches import launches_per_layer
 from happyhorse_fast.fast.memory import StorageMeter, one_layer_per_kind, peak_by_kind, peak_memory, weight_bytes
 from happyhorse_fast.fast.state import is_accelerated
 from happyhorse_fast.json_data import plain
-from happyhorse_fast.pony import load_model
-from happyhorse_fast.pony.weights import PONY as CONFIG
-from happyhorse_fast.pony.weights import weights_digest
 from happyhorse_fast.tokens import tokens_for
-from happyhorse_fast.verify.activations import measure_activations
 from happyhorse_fast.verify.equivalence import equivalence_golden
 from happyhorse_fast.verify.fidelity import measure_fidelity, policies
 from happyhorse_fast.verify.forms import FORMS, Form
@@ -39,7 +34,6 @@ from happyhorse_fast.verify.forms import FORMS, Form
 EVALUATE = ROOT / "examples" / "pony" / "evaluate.py"
 PONY_CLIPS = 64
 """Every held-out prompt: under 26 policies two hours of one core."""
-PONY_PROMPT = "a large red ball bounces twice"
 EIGHT_BITS: dict[Precision, AttentionPrecision] = {"int8": "int8_qk", "fp8": "fp8"}
 """Precisions whose errors are measured, with that of attention: every op in 8 bits of its kind."""
 SHOWN = FORMS[1:]
@@ -164,22 +158,9 @@ def measure_fidelity_of_pony() -> Json:
     return {**describe_machine(torch.device("cpu")), **plain(found)}
 
 
-def measure_activations_of_pony() -> Json:
-    """Ranges of activations in the trained weights and in seeded ones."""
-    models = {"trained": load_model(torch.float32), "seeded": HappyHorse(CONFIG, torch.float32).init_weights(0)}
-    ranges = {name: plain(measure_activations(model, PONY_PROMPT)) for name, model in models.items()}
-    return {
-        **describe_machine(torch.device("cpu")),
-        "weights": weights_digest(),
-        "prompt": PONY_PROMPT,
-        **ranges,
-    }
-
-
 def measure_pony() -> None:
-    """Fidelity and activations, and how often clips are right; the contact sheets with it."""
+    """Fidelity, and how often clips are right; the contact sheets with it."""
     write(FIDELITY, measure_fidelity_of_pony())
-    write(ACTIVATIONS, measure_activations_of_pony())
     results = EVALUATE.parent / "results"
     for extra in ([], ["--image"]):
         folder = results / "image" if extra else results

@@ -1,15 +1,14 @@
-"""The report's part on the pony: how often its clips are right, what precision and sparsity cost them, and why."""
+"""The report's part on the pony: how often its clips are right, and what precision and sparsity cost them."""
 
 from __future__ import annotations
 
 from matplotlib.figure import Figure
 
 from bench.report.data import Report
-from bench.report.style import BLUE, GREEN, GREY, INK, ORANGE, RED, VIOLET, blank_figure, clean
+from bench.report.style import BLUE, GREEN, INK, ORANGE, RED, VIOLET, blank_figure, clean
 from bench.results import Json
 from bench.table import Table
 from happyhorse_fast.cli import fidelity_tables
-from happyhorse_fast.verify.activations import MODALITIES, TENSORS
 from happyhorse_fast.verify.fidelity import EAGER
 
 KIND_COLOURS = {"bf16": BLUE, "int8 op": "#69b37a", "int8": GREEN, "fp8 op": ORANGE, "fp8": RED, "sparsity": VIOLET}
@@ -67,7 +66,7 @@ def settings_table(found: Json) -> Table:
 
 def figures(report: Report) -> dict[str, Figure]:
     """Every picture of the pony."""
-    return {"fidelity": fidelity_figure(report.fidelity), "activations": activations_figure(report.activations)}
+    return {"fidelity": fidelity_figure(report.fidelity)}
 
 
 def fidelity_figure(found: Json) -> Figure:
@@ -98,44 +97,6 @@ def fidelity_figure(found: Json) -> Figure:
     panels[0].set_yticks(range(len(names)), names, fontsize=8.5, color=INK)
     panels[0].invert_yaxis()
     return figure
-
-
-def activations_figure(data: Json) -> Figure:
-    """Outliers and what e4m3 makes of them, per tensor; trained beside seeded weights."""
-    note = (
-        "one clip, all 8 steps, a dot per layer and modality; seeded: the same model with random weights. Every tensor "
-        f"under the scales that its op uses. Past the largest code: {_most(data, 'saturated'):.0%} of the values; "
-        f"rounded to zero: at most {_most(data, 'lost'):.2%}"
-    )
-    figure = blank_figure(12.5, 4.6, "Ranges of activations, and e4m3's error on them", note)
-    measures = {
-        "amax": "largest magnitude",
-        "rms": "root mean square",
-        "outlier": "largest magnitude / RMS",
-        "kurtosis": "kurtosis: 3 is normal",
-        "error": "relative L2 of e4m3",
-    }
-    for axes, (measure, label) in zip(figure.subplots(1, len(measures), sharey=True), measures.items(), strict=True):
-        clean(axes, label)
-        for which, colour, shift in (("seeded", GREY, 0.2), ("trained", BLUE, -0.2)):
-            for modality, marker in zip(MODALITIES, "os", strict=True):
-                entries = [e for e in data[which] if e["modality"] == modality and e[measure] is not None]
-                places = [TENSORS.index(e["tensor"]) + shift for e in entries]
-                axes.plot([e[measure] for e in entries], places, marker, ms=4, color=colour, alpha=0.6, mew=0,
-                          label=f"{which}, {modality}")  # fmt: skip
-        axes.set_yticks(range(len(TENSORS)), TENSORS, fontsize=9, color=INK)
-        if measure == "error":
-            axes.set_xlim(0, 0.05)
-        else:
-            axes.set_xscale("log")
-    axes.invert_yaxis()
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=4, fontsize=8.5, frameon=False, loc="outside upper right")
-    return figure
-
-
-def _most(data: Json, field: str) -> float:
-    return max(e[field] for e in data["trained"] if e[field] is not None)
 
 
 def section(report: Report) -> list[str]:

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,8 +15,8 @@ from happyhorse_fast import ambient, golden
 from happyhorse_fast._version import __version__
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.config import MODALITIES, OPS
-from happyhorse_fast.eager.model import HappyHorse, Layer
-from happyhorse_fast.eager.sequence import Clip
+from happyhorse_fast.eager.model import HappyHorse, Layer, normed
+from happyhorse_fast.eager.sequence import Clip, row_chunks
 from happyhorse_fast.fast.accelerate import choose_ops
 from happyhorse_fast.fast.calibration import ATTENTION, FORMAT, MOST, Calibration, InputRange, OpCalibration, skip_rules
 from happyhorse_fast.fast.clip_state import ClipState
@@ -24,19 +24,15 @@ from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.state import FastState, build_clip_state, is_accelerated
 from happyhorse_fast.files import replacing
 from happyhorse_fast.json_data import plain
+from happyhorse_fast.ops.attention.reference import output_scale
+from happyhorse_fast.ops.linear.contract import static_scale
+from happyhorse_fast.ops.qkv.packing import static_qk_scale
+from happyhorse_fast.ops.qkv.reference import quantize_v
+from happyhorse_fast.ops.quantize import E4M3_MAX, e4m3_rows, to_e4m3
 from happyhorse_fast.sampler import sample
-from happyhorse_fast.verify.activations import Sums, tensors
 from happyhorse_fast.verify.checks import in_dtype, seeded_inputs
 from happyhorse_fast.verify.layer_ops import FastOps, LayerInputs, OpResults, before_layers, eager_ops
 
-INPUTS = {
-    "qkv": ("qkv input",),
-    "attention": ("q", "k", "v"),
-    "proj": ("proj input",),
-    "up": ("up input",),
-    "down": ("down input",),
-}
-"""Op -> activations that it reads, by their names in :mod:`happyhorse_fast.verify.activations`."""
 SECONDS_PER_LINE = 5.0
 """Seconds between two lines of progress."""
 
@@ -101,6 +97,54 @@ def write(found: Calibration, path: Path) -> None:
         partial.write_text(json.dumps(plain(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+class Sums:
+    """Range of one input of an op, added up call by call in float64."""
+
+    def __init__(self) -> None:
+        self.largest = self.square = self.count = self.saturated = self.lost = self.live = 0.0
+
+    def add(self, x: torch.Tensor, scaled: torch.Tensor) -> None:
+        """Add values [rows, channels]; ``scaled`` is the same divided by its scales, before the cast to e4m3."""
+        self.largest = max(self.largest, float(x.abs().max()))
+        self.square += float(x.double().square().sum())
+        self.count += x.numel()
+        # Within half a step of 448 is rounding, not saturation: a row's own maximum lies there.
+        self.saturated += float((scaled.abs() > E4M3_MAX * (1 + 2**-4)).sum())
+        live = scaled != 0
+        self.live += float(live.sum())
+        self.lost += float((live & (to_e4m3(scaled).float() == 0)).sum())
+
+    def result(self) -> InputRange:
+        rms = (self.square / self.count) ** 0.5
+        return InputRange(self.largest, rms, self.saturated / self.count, self.lost / max(self.live, 1))
+
+
+def inputs_of(
+    layer: Layer, given: LayerInputs, results: OpResults
+) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
+    """Yield (op, name, values [N, channels], the same divided by the scales that the op uses) of every input."""
+
+    def units(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x.float() / scale
+
+    yield "qkv", "qkv input", results.norm, units(results.norm, e4m3_rows(results.norm)[1][:, None])
+    attention = layer.attention
+    for which, (name, x) in enumerate((("q", results.q), ("k", results.k))):
+        scale = torch.empty(len(x), 1, device=x.device)
+        for e, rows in row_chunks(given.clip, layer.mlp.pre_norm.experts, 1 << 30):
+            weights = torch.stack([attention.q_norm.of(e), attention.k_norm.of(e)])[None]
+            scale[rows] = static_qk_scale(weights)[0, which]
+        yield "attention", name, x.flatten(1), units(x.flatten(1), scale)
+    v_scale = quantize_v(results.v)[1].repeat_interleave(128, dim=1)[:, : len(results.v)].T  # [N, Hkv]
+    yield "attention", "v", results.v.flatten(1), units(results.v, v_scale[:, :, None]).flatten(1)
+    of_proj = output_scale(results.v, None, results.gate)
+    yield "proj", "proj input", results.attention, units(results.attention, of_proj)
+    up_input = normed(results.middle, layer.mlp.pre_norm, given.clip)
+    yield "up", "up input", up_input, units(up_input, e4m3_rows(up_input)[1][:, None])
+    down_scale = static_scale("swiglu7" if layer.mlp.gated else "gelu7", True, results.up.device)
+    yield "down", "down input", results.up, units(results.up, down_scale)
+
+
 class _Run:
     """Ranges and errors found so far, while clips are sampled."""
 
@@ -108,7 +152,7 @@ class _Run:
         self.model, self.report, self.calls = model, report, calls
         self.done, self.start = 0, time.monotonic()
         self.said = self.start
-        self.ranges: dict[tuple[int, str], Sums] = {}
+        self.ranges: dict[tuple[int, str], dict[str, Sums]] = {}
         self.errors: dict[tuple[int, str], dict[str, dict[str, float]]] = {}
         self.state: ClipState | None = None  # all clips are of one shape
         self.forms: dict[str, FastState] = {}
@@ -120,9 +164,8 @@ class _Run:
     def look(self, index: int, layer: Layer, given: LayerInputs) -> None:
         """Run every op of a layer, in every format."""
         exact = eager_ops(layer, given, torch.float32)
-        for name, x, scaled in tensors(layer, given, exact):
-            if scaled is not None:
-                self.ranges.setdefault((index, name), Sums()).add(x, scaled)
+        for op, name, x, scaled in inputs_of(layer, given, exact):
+            self.ranges.setdefault((index, op), {}).setdefault(name, Sums()).add(x, scaled)
         rounded = eager_ops(layer, given, torch.bfloat16, exact)
         for op in OPS:
             self._compare(index, op, "bf16", rounded.of(op), exact, given.clip)
@@ -154,8 +197,5 @@ class _Run:
 
     def result(self, layer: int, op: str) -> OpCalibration:
         """Ranges and largest errors of one op."""
-        inputs = {}
-        for name in INPUTS[op]:
-            found = self.ranges[layer, name].result(layer, name, "all")
-            inputs[name] = InputRange(found.amax, found.rms, found.saturated or 0.0, found.lost or 0.0)
+        inputs = {name: sums.result() for name, sums in self.ranges[layer, op].items()}
         return OpCalibration(layer, op, inputs, self.errors[layer, op])

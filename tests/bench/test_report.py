@@ -85,7 +85,7 @@ def test_the_page_needs_nothing_from_outside() -> None:
 def test_results_of_the_pony_are_of_the_weights_in_the_package() -> None:
     found = report_data.load()
     assert len(found.rates) == 2
-    for data in (found.fidelity, found.activations, *found.rates):
+    for data in (found.fidelity, *found.rates):
         stale = "measured on other weights: run `python -m bench.report.measure pony`, then `make report`"
         assert data["weights"] == weights_digest(), stale
     measured = [(result["kind"], result["name"]) for result in found.fidelity["results"]]
@@ -115,7 +115,7 @@ def test_what_the_pony_lost_is_shown() -> None:
     assert "| int8: all, attention int8_qk | 57.9/41.2 |" in short and "int8: qkv alone" not in short
     assert "examples/pony/README.md" in short and "Nothing was wrong." in short and "2.3/1.1" not in short
     figures = report_pony.figures(shown)
-    assert set(figures) == {"fidelity", "activations"} <= report.CAPTIONS.keys()
+    assert set(figures) == {"fidelity"} <= report.CAPTIONS.keys()
     worst = min(x for line in figures["fidelity"].axes[0].lines for x in line.get_xdata())
     assert worst == 2.34
 
