@@ -9,8 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,6 @@ from happyhorse_fast.ops.runtime import dispatch
 from happyhorse_fast.ops.runtime.cuda import errors, status
 from happyhorse_fast.pony.media import read_image
 from happyhorse_fast.verify import clips
-from happyhorse_fast.verify import interpreted_layer as layer_module
-from happyhorse_fast.verify.interpreted_layer import Found, interpreted_layer
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -110,8 +106,6 @@ def test_a_broken_triton_is_an_obstacle(how: str, broken: Any, monkeypatch: Patc
     assert how in choices["fp8_linear"].reason
     with pytest.raises(hh.BackendError, match=f"backend 'triton' cannot run: Triton is installed but .*{how}"):
         dispatch.choose("triton", "bf16", torch.device("cuda"))
-    with interpreted_layer("a large red ball bounces twice", 0) as checks:
-        assert how in (checks()[1] or "")
 
 
 GOES_ON = """
@@ -218,16 +212,6 @@ def test_guided_sampling_names_a_broken_diffusers(broken: Any) -> None:
 # demo -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_layer(monkeypatch: Patch) -> None:
-    @contextmanager
-    def none(prompt: str, seed: int) -> Iterator[Callable[[], Found]]:
-        yield lambda: ([], "Triton is not installed")
-
-    monkeypatch.setattr(layer_module, "interpreted_layer", none)
-
-
-@pytest.mark.usefixtures("no_layer")
 def test_demo_names_what_is_broken_before_the_work(
     broken: Any, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -247,7 +231,6 @@ def test_demo_names_what_is_broken_before_the_work(
     assert "no clip.mp4: av is installed but does not import: RuntimeError" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("no_layer")
 def test_demo_saves_the_rest_where_a_writer_fails(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     from happyhorse_fast.pony import media
 

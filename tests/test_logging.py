@@ -10,7 +10,7 @@ from happyhorse_fast import kernels
 
 PACKAGE = Path(happyhorse_fast.__file__).parent
 # What its process prints is its result.
-COMMANDS = {"cli", "hosts/hub/__main__.py", "verify/interpreted_layer.py"}
+COMMANDS = {"cli", "hosts/hub/__main__.py"}
 # It tells vLLM's logger to show them.
 JOINS = {
     "hosts/vllm_omni.py": {"logging.getLogger('happyhorse_fast')", "logging.getLogger('vllm')", "logging.getLogger()"}

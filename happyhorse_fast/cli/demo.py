@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from happyhorse_fast import optional
-from happyhorse_fast.cli.output import JsonOption, emit, literal, save_tensors, table, verdict
+from happyhorse_fast.cli.output import JsonOption, emit, save_tensors, table
 from happyhorse_fast.files import real_path, replacing, require_folder, require_target
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from happyhorse_fast.verify.clips import ClipRun
-    from happyhorse_fast.verify.interpreted_layer import LayerCheck
 
 PROMPT = "a large red ball bounces twice"
 CLIP, SHEET, LATENTS = "clip.mp4", "clip.png", "clip.safetensors"
@@ -49,12 +48,11 @@ def demo(
 ) -> None:
     """Make a clip with sound on the CPU: 7.4 M parameters, 8 steps, eager and in every fast form (backend reference).
 
-    One layer also runs through the Triton kernels, in Triton's interpreter; exit code 1 where it is off, or where the
-    clip or the contact sheet could not be written: the latents are there first.
+    Exit code 1 where the clip or the contact sheet could not be written: the latents are there first.
     """
     from happyhorse_fast.pony.media import read_image
     from happyhorse_fast.pony.prompt import parse
-    from happyhorse_fast.verify import clips, interpreted_layer
+    from happyhorse_fast.verify import clips
     from happyhorse_fast.verify.forms import FORMS
 
     require_folder(out)
@@ -68,10 +66,7 @@ def demo(
     if not as_json:
         print(f"{len(FORMS)} clips of {steps} steps on the CPU, about 40 s...", file=sys.stderr)
     start = time.perf_counter()
-    # In a process of its own, so beside the forms; it takes as long as all of them.
-    with interpreted_layer.interpreted_layer(prompt, seed) as checks:
-        runs = clips.make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
-        kernels, why_no_kernels = checks()
+    runs = clips.make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
     settings = {"prompt": prompt, "image": image, "seed": seed, "steps": steps}
     failed = _write(out, runs, settings, missing)
     seconds = time.perf_counter() - start
@@ -79,14 +74,9 @@ def demo(
     for key, name in (("clip", CLIP), ("sheet", SHEET)):
         why = (missing | failed).get(name)
         data |= {key: out / name if why is None else None, f"why_no_{key}": why and f"no {name}: {why}"}
-    data |= {
-        "forms": [{key: value for key, value in vars(run).items() if key != "clip"} for run in runs],
-        "layer": interpreted_layer.LAYER,
-        "kernels": kernels,
-        "why_no_kernels": why_no_kernels,
-    }
-    emit(data, as_json, lambda console: _render(console, data, kernels))
-    if failed or not all(check.passed for check in kernels):
+    data["forms"] = [{key: value for key, value in vars(run).items() if key != "clip"} for run in runs]
+    emit(data, as_json, lambda console: _render(console, data))
+    if failed:
         raise typer.Exit(1)
 
 
@@ -115,7 +105,7 @@ def _write(out: Path, runs: list[ClipRun], settings: dict[str, Any], missing: Co
     return failed
 
 
-def _render(console: Console, data: dict[str, Any], kernels: list[LayerCheck]) -> None:
+def _render(console: Console, data: dict[str, Any]) -> None:
     rows = [
         [
             form["form"],
@@ -132,21 +122,6 @@ def _render(console: Console, data: dict[str, Any], kernels: list[LayerCheck]) -
         "error: relative L2 of the latents; pictures: PSNR against the first form. Fast forms run in plain torch "
         "here, with the\nkernels' rounding points (backend reference): their seconds say nothing about a GPU."
     )
-    if kernels:
-        rows = [
-            [
-                c.precision,
-                *(f"{error:.1e}" for error in (c.tile_distance, c.relative_l2, c.to_float32)),
-                f"{c.seconds:.1f}",
-                verdict(c.passed),
-            ]
-            for c in kernels
-        ]
-        columns = ["precision", "worst tile", "relative L2", "to float32", "seconds", ""]
-        console.print(table(f"layer {data['layer']} through the Triton kernels, interpreted", columns, rows))
-        console.print("worst tile, relative L2: of what the layer adds, against backend reference")
-    else:
-        console.print(literal((data["why_no_kernels"], "yellow")))
     for key, what in (("clip", f"clip with sound ({data['clip_form']})"), ("sheet", "pictures and waveforms")):
         console.print(data[f"why_no_{key}"] if data[key] is None else f"{what}: {data[key]}")
     console.print(f"all in {data['seconds']:.0f} s")

@@ -116,7 +116,8 @@ def verify(
     every step of clips that are sampled in bf16. Writes ranges and errors, and which ops int8 and fp8 should skip. Exit
     code 1 where bf16 itself is past --most: skipping does not help there.
 
-    --kernels: the self-check of every kernel that "auto" relies on, run now.
+    --kernels: the self-check of every kernel that "auto" relies on, run now; with TRITON_INTERPRET=1 in the environment
+    on a CPU, in Triton's interpreter.
 
     --pony: pictures, sound and times of impacts against float32's clip of the same noise, on the CPU; 5 minutes of one
     core, --quick 2. Budget: fast bf16's latents within 2x of eager bf16's own error at the median; int8

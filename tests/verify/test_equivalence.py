@@ -26,6 +26,8 @@ from happyhorse_fast.ops.attention.reference import sparse_attention
 from happyhorse_fast.ops.runtime import op_checks, self_check
 from happyhorse_fast.ops.runtime.cuda.launch import use_runner
 from happyhorse_fast.ops.runtime.self_check import KernelCheck
+from happyhorse_fast.pony import load_model
+from happyhorse_fast.pony.generate import noise_and_text
 from happyhorse_fast.verify import equivalence as eq
 from happyhorse_fast.verify import layer_ops
 from happyhorse_fast.verify.checks import in_dtype, seeded_inputs
@@ -181,6 +183,31 @@ def test_fast_ops_on_the_interpreter_and_in_plain_torch_agree(
         triton, plain = (result.of(op) for result in found)
         error = measure(triton, plain)
         assert error.tile_distance < op_checks.CODE_DISTANCE, f"{op}: measured {error}"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("precision", "budget"),
+    [("bf16", op_checks.DISTANCE), ("int8", op_checks.DISTANCE), ("fp8", op_checks.CODE_DISTANCE)],
+)
+def test_a_trained_layer_on_the_interpreter_adds_what_plain_torch_does(precision: Any, budget: float) -> None:
+    inputs = list(noise_and_text("a large red ball bounces twice", torch.Generator().manual_seed(0)))
+    exact = load_model(torch.float32)
+    given = layer_ops.record_inputs(exact, inputs)[1]  # shared weights, SwiGLU7, a window: as most of the full model's
+    layer: Any = exact.block.layers[1]
+    expected = layer(given.hidden, given.phases, given.clip, given.ranges, torch.float32) - given.hidden
+    found = []
+    for backend in ("triton", "reference"):
+        ready: Any = accelerate(load_model(), FastConfig(precision=precision, backend=backend, originals="drop"))
+        state = build_clip_state(ready.fast, given.clip, exact.adapter.rope.bands)
+        rows = torch.zeros(state.rows.slots, given.hidden.shape[1])
+        rows[state.token_rows] = given.hidden
+        ready.block.layers[1](rows, state, None)
+        found.append(rows[state.token_rows] - given.hidden)
+    error, cost = measure(*found), measure(found[0], expected).relative_l2
+    assert error.tile_distance <= budget, f"measured {error}"
+    assert error.relative_l2 < cost < 5e-2, f"measured {error}, to float32 {cost:.2e}"
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, buffer: str) -> None:
