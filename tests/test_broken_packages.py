@@ -174,7 +174,6 @@ def test_a_broken_host_module_is_an_obstacle(monkeypatch: Patch) -> None:
 
 
 def test_doctor_says_what_is_broken(broken: Any, monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(doctor, "_CLIPS", (("tiny", "256p"),))
     broken("triton", "cuda", "av", "diffusers", "matplotlib", "transformers")
     monkeypatch.setattr(doctor, "examine", functools.cache(doctor.examine))
     assert run(["doctor", "--json"]) == 0

@@ -9,9 +9,11 @@ import pytest
 
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import (
+    CONTEXT_BYTES,
     GPUS,
     OUTSIDE,
     attention_pairs,
+    card_bytes,
     gpu_named,
     layer_kind,
     parameters,
@@ -160,3 +162,9 @@ def test_every_card_names_its_source() -> None:
 def test_no_torch_is_loaded() -> None:
     code = "import sys, happyhorse_fast.costs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_rule_says_what_fits_a_card() -> None:
+    """24 x 10^9 bytes are 22.35 GiB, of which 0.5 stay free."""
+    gib = 2**30
+    assert 21.8 * gib + CONTEXT_BYTES <= card_bytes(24) < 22.0 * gib + CONTEXT_BYTES

@@ -64,7 +64,7 @@ def demo(
     for name, why in missing.items():  # before the work, not after it
         print(f"no {name}: {why}", file=sys.stderr)
     if not as_json:
-        print(f"{len(FORMS)} clips of {steps} steps on the CPU, about 40 s...", file=sys.stderr)
+        print(f"{len(FORMS)} clips of {steps} steps on the CPU, about 15 s...", file=sys.stderr)
     start = time.perf_counter()
     runs = clips.make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
     settings = {"prompt": prompt, "image": image, "seed": seed, "steps": steps}

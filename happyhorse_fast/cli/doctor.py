@@ -14,13 +14,9 @@ from typing import TYPE_CHECKING, Any
 from happyhorse_fast import optional
 from happyhorse_fast._version import __version__
 from happyhorse_fast.cli.output import JsonOption, emit, table, verdict
-from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, card_bytes
-from happyhorse_fast.tokens import tokens_for
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
 
 # What each is for.
@@ -30,15 +26,6 @@ _OPTIONAL = {
     "av": "writing decoded clips, reading pictures",
     "transformers": "the text encoder: from a prompt to an mp4",
 }
-_CLIPS = (
-    ("happyhorse-1.0-15b", "1080p"),
-    ("happyhorse-1.0-15b", "540p"),
-    ("happyhorse-1.0-15b", "256p"),
-    ("davinci-magihuman", "256p"),
-    ("davinci-magihuman-sr-540p", "540p"),
-    ("davinci-magihuman-sr-1080p", "1080p"),
-    ("tiny", "256p"),
-)
 _NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
 
 
@@ -82,7 +69,6 @@ def examine() -> dict[str, Any]:
                 "why": cuda["host_module"]["why"] or "block maps in C++",
             },
         ],
-        "memory": _memory_fit(gpus),
     }
 
 
@@ -155,23 +141,6 @@ def _kernel_obstacle() -> str | None:
     return triton_obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _memory_fit(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Peak memory of each form that a GPU would run, for 5 s clips, and the cards it fits."""
-    from happyhorse_fast.fast.memory import peak_by_kind
-    from happyhorse_fast.verify.forms import FORMS
-
-    cards: dict[str, float] = {f"{size} GB": card_bytes(size) for size in reversed(CARDS)}
-    cards |= {gpu["name"]: gpu["memory_gib"] * 2**30 for gpu in gpus}
-    rows = []
-    for form in FORMS:
-        for preset, resolution in _CLIPS if form.precision != "fp32" else ():
-            peak = peak_by_kind(ModelConfig.preset(preset), tokens_for(resolution), form.without_weights)
-            fits = {name: peak + CONTEXT_BYTES <= size for name, size in cards.items()}
-            clip = {"preset": preset, "resolution": resolution, "form": form.name}
-            rows.append({**clip, "peak_memory_gib": peak / 2**30, "fits": fits})
-    return rows
-
-
 def _render(console: Console, data: dict[str, Any]) -> None:
     torch_, nvcc = data["torch"], data["nvcc"]
     cuda = f"CUDA {torch_['cuda']}" if torch_["cuda"] else "built without CUDA"
@@ -194,25 +163,5 @@ def _render(console: Console, data: dict[str, Any]) -> None:
     for name, value in facts.items():
         console.print(f"{name:16} {value}")
     console.print()
-    rows = [[_answer(r["runs"], "yes"), r["what"], r["why"]] for r in data["runs"]]
+    rows = [[verdict(r["runs"], "yes", "no", "yellow"), r["what"], r["why"]] for r in data["runs"]]
     console.print(table("what runs here", ["runs", "what", "why"], rows, left=2, folded=[2]))
-    cards = list(data["memory"][0]["fits"])
-    rows = [
-        [
-            m["preset"],
-            m["resolution"],
-            m["form"],
-            f"{m['peak_memory_gib']:.1f}",
-            *(_answer(m["fits"][card], "fits") for card in cards),
-        ]
-        for m in data["memory"]
-    ]
-    title = (
-        "peak memory of a 5 s clip at 24 fps, GiB (8-bit products: attention in int8_qk); to fit, "
-        f"{CONTEXT_BYTES / 2**30:g} GiB of the card stay free"
-    )
-    console.print(table(title, ["preset", "resolution", "form", "peak", *cards], rows, left=3))
-
-
-def _answer(right: bool, yes: str) -> Text:
-    return verdict(right, yes, "no", "yellow")

@@ -9,7 +9,18 @@ import typer
 
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
-from happyhorse_fast.costs import GPUS, OUTSIDE, OpCost, gpu_named, parameters, step_costs, totals
+from happyhorse_fast.costs import (
+    CARDS,
+    CONTEXT_BYTES,
+    GPUS,
+    OUTSIDE,
+    OpCost,
+    card_bytes,
+    gpu_named,
+    parameters,
+    step_costs,
+    totals,
+)
 from happyhorse_fast.costs import window_share as window_share_of
 from happyhorse_fast.fast.config import FastConfig, default_attention
 from happyhorse_fast.parallel.costs import LINKS, layer_exchange
@@ -188,8 +199,9 @@ def _memory(
     peak = max(peaks, key=lambda peak: peak.peak_bytes)
     held, gathered = sharded_bytes(model, gpus) if shard_weights else (peak.weight_bytes, 0)
     whole = peak.peak_bytes - peak.weight_bytes + held + gathered
-    memory = {"form": form.name, "why": None, "held_weight_bytes": held, "gathered_weight_bytes": gathered}
-    return {"peak_memory_gib": whole / 2**30, "memory": {**memory, "peak": peak}}
+    fits = [gb for gb in CARDS if whole + CONTEXT_BYTES <= card_bytes(gb)]
+    sizes = {"held_weight_bytes": held, "gathered_weight_bytes": gathered, "fits_gb": fits}
+    return {"peak_memory_gib": whole / 2**30, "memory": {"form": form.name, "why": None, **sizes, "peak": peak}}
 
 
 def _render(console: Console, data: dict[str, Any]) -> None:
@@ -229,7 +241,8 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         literal(
             f"peak memory, {form}: ",
             (f"{data['peak_memory_gib']:.1f} GiB", "bold"),
-            f", of it weights {gib(memory['held_weight_bytes'])}{gathered}; reached by {peak.operation}",
+            f", of it weights {gib(memory['held_weight_bytes'])}{gathered}; reached by {peak.operation}; "
+            f"fits a card of {', '.join(map(str, memory['fits_gb'])) or 'more than ' + str(CARDS[-1])} GB",
         )
     )
     rows = [[gib(a.bytes), a.dtype, str(list(a.shape)), a.made_by] for a in peak.largest]

@@ -114,6 +114,7 @@ def test_plan_has_the_promised_keys(as_json: Json) -> None:
     data = as_json("plan", "--preset", "happyhorse-1.0-15b", "--resolution", "256p", "--seconds", 3)
     assert data["memory"]["form"] == "fast bfloat16"
     assert data["peak_memory_gib"] == pytest.approx(28.9, abs=0.5)
+    assert data["memory"]["fits_gb"] == [48, 80]
     assert data["launches_per_layer"] == 7
     assert {tuple(op) for op in data["ops"]} == {("op", "kind", "count", "flops", "bytes", "floor_ms")}
     assert {op["op"] for op in data["ops"]} >= {"norms", "qkv", "attention", "proj", "up", "down", "embed", "heads"}

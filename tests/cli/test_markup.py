@@ -13,7 +13,7 @@ from toy_checkpoint import CONFIG, weights
 
 import happyhorse_fast as hh
 from happyhorse_fast import optional
-from happyhorse_fast.cli import doctor, run
+from happyhorse_fast.cli import run
 from happyhorse_fast.cli.output import emit, literal, table, verdict, whole_console
 from happyhorse_fast.golden import draw
 
@@ -50,7 +50,6 @@ def test_a_narrow_terminal_cuts_no_number_short() -> None:
 
 
 def test_doctor_names_the_extras_to_install(monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(doctor, "_CLIPS", (("tiny", "256p"),))
     why = {
         package: f'needs {package}: pip install "happyhorse-fast[{extra}]"'
         for package, extra in optional.EXTRAS.items()
