@@ -22,7 +22,7 @@ from happyhorse_fast.cli import doctor, run
 from happyhorse_fast.ops.runtime import dispatch
 from happyhorse_fast.ops.runtime.cuda import errors, status
 from happyhorse_fast.pony.media import read_image
-from happyhorse_fast.verify import clips
+from happyhorse_fast.verify import fidelity
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -216,13 +216,13 @@ def test_demo_names_what_is_broken_before_the_work(
 ) -> None:
     broken("av", "matplotlib")
     said: list[str] = []
-    make_clips = clips.make_clips
+    make_clips = fidelity.make_clips
 
     def noted(*given: Any, **options: Any) -> Any:
         said.append(capsys.readouterr().err)
         return make_clips(*given, **options)
 
-    monkeypatch.setattr(clips, "make_clips", noted)
+    monkeypatch.setattr(fidelity, "make_clips", noted)
     assert run(["demo", "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
     assert "no clip.mp4: av is installed but does not import" in said[0]
     assert "no clip.png: matplotlib is installed but does not import" in said[0]

@@ -18,13 +18,14 @@ from happyhorse_fast.files import real_path, replacing, require_folder, require_
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from happyhorse_fast.verify.clips import ClipRun
+    from happyhorse_fast.verify.fidelity import ClipRun
 
 PROMPT = "a large red ball bounces twice"
 CLIP, SHEET, LATENTS = "clip.mp4", "clip.png", "clip.safetensors"
 NEEDS = {CLIP: "av", SHEET: "matplotlib"}
 SHOWN = "fast bfloat16"
 """The form whose clip becomes the mp4: the exact one of the fast forms. All of them are in the contact sheet."""
+ERRORS = ("video_error", "audio_error", "psnr_db")
 
 
 def demo(
@@ -52,7 +53,7 @@ def demo(
     """
     from happyhorse_fast.pony.media import read_image
     from happyhorse_fast.pony.prompt import parse
-    from happyhorse_fast.verify import clips
+    from happyhorse_fast.verify import fidelity
     from happyhorse_fast.verify.forms import FORMS
 
     require_folder(out)
@@ -66,7 +67,7 @@ def demo(
     if not as_json:
         print(f"{len(FORMS)} clips of {steps} steps on the CPU, about 15 s...", file=sys.stderr)
     start = time.perf_counter()
-    runs = clips.make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
+    runs = fidelity.make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
     settings = {"prompt": prompt, "image": image, "seed": seed, "steps": steps}
     failed = _write(out, runs, settings, missing)
     seconds = time.perf_counter() - start
@@ -74,7 +75,9 @@ def demo(
     for key, name in (("clip", CLIP), ("sheet", SHEET)):
         why = (missing | failed).get(name)
         data |= {key: out / name if why is None else None, f"why_no_{key}": why and f"no {name}: {why}"}
-    data["forms"] = [{key: value for key, value in vars(run).items() if key != "clip"} for run in runs]
+    data["forms"] = [
+        {"form": run.form, "seconds": run.seconds} | {name: getattr(run.error, name) for name in ERRORS} for run in runs
+    ]
     emit(data, as_json, lambda console: _render(console, data))
     if failed:
         raise typer.Exit(1)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,13 +24,13 @@ from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.attention_inputs import AttentionInputs
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, default_attention, is_exact_step
 from happyhorse_fast.fast.state import FastState
-from happyhorse_fast.pony import PonyClip, generate, load_model
+from happyhorse_fast.pony import PonyClip, encode_image, generate, load_model
 from happyhorse_fast.pony.generate import CLIP
 from happyhorse_fast.pony.measure import Measured, judge, largest_shift, measure
 from happyhorse_fast.pony.metrics import log_spectral_distance, psnr, ssim
-from happyhorse_fast.pony.prompt import Prompt, held_out_prompts
+from happyhorse_fast.pony.prompt import Prompt, held_out_prompts, parse
 from happyhorse_fast.pony.weights import weights_digest
-from happyhorse_fast.verify.clips import one_thread
+from happyhorse_fast.verify.forms import Form
 from happyhorse_fast.verify.frame_blocks import decide_between_frames
 
 EAGER = "eager bf16"
@@ -213,6 +214,17 @@ class Fidelity:
     results: tuple[PolicyResult, ...]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for a while: on tensors this small several wait for each other, ten times as long on a busy CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @ambient.independent
 @one_thread()
 def measure_fidelity(
@@ -291,6 +303,49 @@ def compare(prompt: Prompt, clip: PonyClip, exact: PonyClip, seen: Measured) -> 
         tensor_error(clip.audio, exact.audio).relative_l2,
         judge(prompt, found)["all"],
     )
+
+
+@dataclass(frozen=True)
+class ClipRun:
+    """A clip as one form made it.
+
+    Attributes:
+        form: Its name.
+        clip: Pictures, sound and latents.
+        seconds: Of sampling and decoding.
+        error: Distance from the first form's clip.
+    """
+
+    form: str
+    clip: PonyClip
+    seconds: float
+    error: ClipError
+
+
+@one_thread()
+def make_clips(
+    prompt: str, forms: Sequence[Form], *, seed: int, steps: int, picture: torch.Tensor | None = None
+) -> list[ClipRun]:
+    """Make the same clip, from the same noise, in several forms; each is compared with the first.
+
+    Args:
+        prompt: In the grammar of :mod:`happyhorse_fast.pony.prompt`.
+        forms: How to run the model.
+        seed: Of all noise.
+        steps: Denoising steps.
+        picture: [128, 128, 3] in 0..1, the first picture.
+    """
+    image = None if picture is None else encode_image(picture)
+    runs: list[ClipRun] = []
+    for form in forms:
+        model = form.apply(load_model(torch.float32 if form.precision == "fp32" else torch.bfloat16))
+        start = time.perf_counter()
+        clip = generate(model, prompt, seed=seed, steps=steps, image=image)
+        seconds = time.perf_counter() - start
+        first = runs[0].clip if runs else clip
+        error = compare(parse(prompt), clip, first, measure(first.frames, first.samples))
+        runs.append(ClipRun(form.name, clip, seconds, error))
+    return runs
 
 
 def settings(fast: FastConfig | None) -> str:

@@ -22,7 +22,7 @@ from happyhorse_fast.checkpoint.load import save_checkpoint
 from happyhorse_fast.cli import demo as demo_command
 from happyhorse_fast.cli import run
 from happyhorse_fast.sampler import StepInfo
-from happyhorse_fast.verify import clips
+from happyhorse_fast.verify import fidelity
 
 torch.set_num_threads(1)
 
@@ -304,7 +304,7 @@ def test_an_output_that_cannot_be_written_is_known_before_the_work(
     published: Published, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("happyhorse_fast.checkpoint.load.load", lambda *_, **__: pytest.fail("loaded"))
-    monkeypatch.setattr(clips, "make_clips", lambda *_, **__: pytest.fail("worked"))
+    monkeypatch.setattr(fidelity, "make_clips", lambda *_, **__: pytest.fail("worked"))
     nowhere = Path("/proc/clip.safetensors")  # of all folders the one that root cannot write to either
     assert "/proc cannot" in fails(capsys, *sampling(published("dense_v2_fp32"), nowhere, "--json"))
     assert "/proc cannot" in fails(capsys, "demo", "--out", "/proc/a/b")
@@ -414,7 +414,7 @@ def test_out_of_memory_is_one_line(monkeypatch: Patch, capsys: Capture, tmp_path
     def too_large(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
 
-    monkeypatch.setattr(clips, "make_clips", too_large)
+    monkeypatch.setattr(fidelity, "make_clips", too_large)
     assert "`happyhorse-fast plan` says what a clip needs" in fails(capsys, "demo", "--out", tmp_path, "--json", code=1)
 
 
@@ -422,6 +422,6 @@ def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch: Patch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(clips, "make_clips", broken)
+    monkeypatch.setattr(fidelity, "make_clips", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run(["demo"])
