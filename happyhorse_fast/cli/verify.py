@@ -189,7 +189,8 @@ def verify(
     if calibrate is not None:
         how: dict[str, Any] = {"grid": grid, "text": text, "steps": steps, "seed": seed, "most": most}
         model = eager(compute_dtype=torch.bfloat16)
-        losses = calibration.calibrate(model, calibrate, **how, checkpoint=str(checkpoint), report=_say)
+        how |= {"checkpoint": str(checkpoint), "report": _say, "progress": not as_json}
+        losses = calibration.calibrate(model, calibrate, **how)
         del model
         calibration.write(losses, out)
         data["calibration"] = losses

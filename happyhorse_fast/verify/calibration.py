@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,9 +32,6 @@ from happyhorse_fast.sampler import sample
 from happyhorse_fast.verify.checks import in_dtype, seeded_inputs
 from happyhorse_fast.verify.layer_ops import FastOps, LayerInputs, OpResults, before_layers, eager_ops
 
-SECONDS_PER_LINE = 5.0
-"""Seconds between two lines of progress."""
-
 
 @ambient.independent
 def calibrate(
@@ -49,6 +45,7 @@ def calibrate(
     most: float | None = None,
     checkpoint: str = "",
     report: Callable[[str], None],
+    progress: bool = True,
 ) -> Calibration:
     """Sample clips in bf16, and run every op of every layer at every step again in float32, bf16, int8 and e4m3.
 
@@ -64,7 +61,8 @@ def calibrate(
         seed: Of the first clip.
         most: Relative L2 that an op may have in every format; None: :data:`happyhorse_fast.fast.calibration.MOST`.
         checkpoint: Where the weights are from, for the record.
-        report: Called with a line of progress every :data:`SECONDS_PER_LINE`.
+        report: Called with a line per clip and per fallback.
+        progress: Whether to show a bar over the steps of a clip on stderr.
 
     Raises:
         ValueError: The model is accelerated.
@@ -73,11 +71,12 @@ def calibrate(
     if is_accelerated(model):
         raise ValueError("model must hold its published weights to be calibrated for; it is accelerated")
     eager = in_dtype(model, torch.bfloat16)
-    run = _Run(eager, report, calls=clips * steps * model.config.num_layers)
+    run = _Run(eager, report)
     with before_layers(eager, run.look):
         for clip in range(clips):
+            report(f"calibrate: clip {clip + 1} of {clips}")
             inputs = seeded_inputs(model.config, grid, text=text, seed=seed + clip, device=model.device)
-            sample(eager, *inputs, steps=steps, noise=functools.partial(golden.draw, seed + clip), progress=False)
+            sample(eager, *inputs, steps=steps, noise=functools.partial(golden.draw, seed + clip), progress=progress)
     ops = tuple(run.result(layer, op) for layer in range(model.config.num_layers) for op in OPS)
     allowed = dict(MOST) if most is None else dict.fromkeys(MOST, most)
     skip = {precision: skip_rules(ops, precision, allowed[precision]) for precision in ATTENTION}
@@ -148,10 +147,8 @@ def inputs_of(
 class _Run:
     """Ranges and errors found so far, while clips are sampled."""
 
-    def __init__(self, model: HappyHorse, report: Callable[[str], None], calls: int) -> None:
-        self.model, self.report, self.calls = model, report, calls
-        self.done, self.start = 0, time.monotonic()
-        self.said = self.start
+    def __init__(self, model: HappyHorse, report: Callable[[str], None]) -> None:
+        self.model = model
         self.ranges: dict[tuple[int, str], dict[str, Sums]] = {}
         self.errors: dict[tuple[int, str], dict[str, dict[str, float]]] = {}
         self.state: ClipState | None = None  # all clips are of one shape
@@ -177,23 +174,12 @@ class _Run:
             fast = FastOps(packed, self.state, given, exact)
             for op, result in (*fast.products(), ("attention", fast.attention_in(attention))):
                 self._compare(index, op, precision, result, exact, given.clip)
-        self._progress()
 
     def _compare(self, index: int, op: str, precision: str, result: torch.Tensor, exact: OpResults, clip: Clip) -> None:
         expected = exact.of(op)
         worst = self.errors.setdefault((index, op), {}).setdefault(precision, dict.fromkeys(MODALITIES, 0.0))
         for modality, rows in zip(MODALITIES, clip.slices(), strict=True):
             worst[modality] = max(worst[modality], error_of(result[rows], expected[rows]))
-
-    def _progress(self) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self.said < SECONDS_PER_LINE:
-            return
-        self.said = now
-        left = (now - self.start) / self.done * (self.calls - self.done)
-        span = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
-        self.report(f"calibrate: {self.done:,} of {self.calls:,} calls of layers, {span} left")
 
     def result(self, layer: int, op: str) -> OpCalibration:
         """Ranges and largest errors of one op."""
