@@ -18,29 +18,6 @@ from happyhorse_fast.eager.sizes import layer_of
 # Bytes read at a time, a multiple of every item size. All a load takes beside the weights.
 STAGING_BYTES = 16 << 20
 
-Advance = Callable[[int], None]
-
-
-@contextmanager
-def progress_bar(shown: bool, total: int) -> Iterator[Advance]:
-    """A bar over bytes on standard error, where ``shown``; yields what to call with bytes that were read."""
-    if not shown:
-        yield lambda count: None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("loading"),
-        progress.BarColumn(),
-        progress.DownloadColumn(binary_units=True),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("loading", total=total)
-        yield lambda count: bar.advance(task, count)
-
 
 @contextmanager
 def emptied_on_error(model: nn.Module) -> Iterator[None]:
@@ -64,13 +41,12 @@ def fill(
     like: Mapping[str, torch.Tensor],
     device: torch.device,
     staging: torch.Tensor,
-    advance: Advance = lambda count: None,
 ) -> None:
     """Read tensors into a model, each into the dtype of ``like``'s of its key; tensors of a file follow each other."""
     for file, together in groupby(entries, key=lambda entry: entry.file):
         with file.open("rb", buffering=0) as stream:
             for entry in together:
-                value = read_tensor(stream, entry, like[entry.key].dtype, device, staging, advance)
+                value = read_tensor(stream, entry, like[entry.key].dtype, device, staging)
                 assign(model, entry.key, value)
 
 
@@ -91,14 +67,25 @@ def fill_by_layer(
         done: Called with None after what is of no layer, then with the number of each layer that is complete.
         progress: Show a progress bar on standard error.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
     groups: dict[int | None, list[TensorEntry]] = {}
     for entry in entries:
         groups.setdefault(layer_of(entry.key), []).append(entry)
     total = sum(entry.nbytes for group in groups.values() for entry in group)
     like, staging = model.state_dict(), staging_buffer(device)
-    with progress_bar(progress, total) as advance:
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("loading", *columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("loading", total=total)
+
+        def counted(group: list[TensorEntry]) -> Iterator[TensorEntry]:
+            for entry in group:
+                yield entry
+                bar.advance(task, entry.nbytes)
+
         for layer in sorted(groups, key=lambda layer: -1 if layer is None else layer):
-            fill(model, groups[layer], like, device, staging, advance)
+            fill(model, counted(groups[layer]), like, device, staging)
             done(layer)
 
 
@@ -108,7 +95,6 @@ def read_tensor(
     dtype: torch.dtype,
     device: torch.device,
     staging: torch.Tensor,
-    advance: Advance = lambda count: None,
 ) -> torch.Tensor:
     """Read one tensor through the staging buffer into its final memory and dtype; NaN or Inf in it is an error."""
     value = torch.empty(entry.shape, dtype=dtype, device=device)
@@ -121,7 +107,6 @@ def read_tensor(
         first = start // stored.itemsize
         # Synchronous, so that the next piece may overwrite the staging buffer.
         flat[first : first + len(piece) // stored.itemsize].copy_(staging[: len(piece)].view(stored))
-        advance(len(piece))
     if not is_finite(value):
         bad = int((~torch.isfinite(value.float())).sum())
         raise CheckpointError(
