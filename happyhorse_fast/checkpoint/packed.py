@@ -23,7 +23,7 @@ from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.eager.sizes import BANDS_KEY
 from happyhorse_fast.fast.accelerate import choose_ops, empty_accelerated
 from happyhorse_fast.fast.compiled import unwrapped
-from happyhorse_fast.fast.config import GONE_ATTENTION, FastConfig, Tiles, TopK, TopP
+from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.parallelize import spread
 from happyhorse_fast.fast.state import FastState, is_accelerated
@@ -133,22 +133,14 @@ def _description(file: Path) -> tuple[ModelConfig, FastConfig]:
     try:
         content = json.loads(file.read_text())
         if content["format"] != FORMAT:
-            raise CheckpointError(
-                f"{file}: packed format {content['format']}, this version reads {FORMAT}; pack the published "
-                "checkpoint again"
+            raise ValueError(
+                f"packed format {content['format']}, this version reads {FORMAT}; pack the published checkpoint again"
             )
         fast = dict(content["fast"])
         if fast["sparsity"] is not None:
             sparsity = dict(fast["sparsity"])
             fast["sparsity"] = _POLICIES[sparsity.pop("policy")](**sparsity)
-        if fast["attention"] == GONE_ATTENTION:
-            raise CheckpointError(
-                f'{file}: packed for attention in "{GONE_ATTENTION}", in whose place is "int8_qk"; the weights are the '
-                'same for both, so write "attention": "int8_qk" there'
-            )
         return ModelConfig(**content["config"]), FastConfig(**fast)
-    except CheckpointError:
-        raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{file}: not a description of packed weights: {type(error).__name__}: {error}"

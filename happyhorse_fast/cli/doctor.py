@@ -26,7 +26,6 @@ _OPTIONAL = {
     "av": "writing decoded clips, reading pictures",
     "transformers": "the text encoder: from a prompt to an mp4",
 }
-_NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -57,7 +56,6 @@ def examine() -> dict[str, Any]:
         "triton": _version("triton"),
         "nvcc": _nvcc(),
         "cuda_bindings": _version("cuda-bindings"),
-        "nvrtc": next((f"{name} {version}" for name in _NVRTC if (version := _version(name))), None),
         "cuda": cuda,
         "optional": {name: _version(name) for name in _OPTIONAL},
         "runs": [
