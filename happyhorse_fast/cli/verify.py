@@ -103,13 +103,13 @@ def verify(
     against float64 on seeded inputs.
 
     --fast, on the recorded cases or a checkpoint: eager bf16, fast bf16, fast int8 or fp8 and fast with --top-k against
-    eager float32, so that what kernels, 8 bits and sparsity cost shows separately; and attention alone in every format,
-    layer by layer, beside the bound that decides its softmax. Budget: fast bf16 within 2x of eager bf16's own error;
-    int8 and fp8 are stated, and fail only past 0.3.
+    eager float32, so that what kernels, 8 bits and sparsity cost shows separately. Budget: fast bf16 within 2x of eager
+    bf16's own error; int8 and fp8 are stated, and fail only past 0.3.
 
     --calibrate, on a checkpoint: every op of every layer in bf16, int8 and e4m3 against float32 on the same inputs, at
-    every step of clips that are sampled in bf16. Writes ranges and errors, and which ops int8 and fp8 should skip. Exit
-    code 1 where bf16 itself is past --most: skipping does not help there.
+    every step of clips that are sampled in bf16; of attention also the bound that decides its softmax. Writes ranges
+    and errors, and which ops int8 and fp8 should skip. Exit code 1 where bf16 itself is past --most: skipping does not
+    help there.
 
     --kernels: the self-check of every kernel that "auto" relies on, run now; with TRITON_INTERPRET=1 in the environment
     on a CPU, in Triton's interpreter.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from happyhorse_fast.cli import fidelity_tables
 from happyhorse_fast.cli.output import literal, table, verdict
 from happyhorse_fast.fast import calibration as formats
-from happyhorse_fast.verify.equivalence import ATTENTION, Distance, Equivalence, FormErrors
+from happyhorse_fast.verify.equivalence import Distance, Equivalence, FormErrors
 from happyhorse_fast.verify.layer_ops import OPS
 
 if TYPE_CHECKING:
@@ -108,8 +108,6 @@ def equivalences(found: list[Equivalence], console: Console) -> None:
         console.print(
             _by_place(case, "worst 128x128 tile, 1 - 2<x,y>/(|x|^2+|y|^2)", lambda d: f"{d.tile_distance:.1e}")
         )
-        if case.attention_formats:
-            console.print(_attention(case))
         console.print(_end_to_end(case))
         for form in case.forms:
             for violation in form.violations:
@@ -138,17 +136,6 @@ def _by_place(case: Equivalence, title: str, cell: Callable[[Distance], str]) ->
     return table(title, ["after", *columns], rows)
 
 
-def _attention(case: Equivalence) -> Any:
-    places = [f"{precision}.{modality}" for precision in ATTENTION for modality in MODALITIES]
-    rows = [
-        [f"layer {found.layer}", *(f"{found.errors[place]:.2e}" for place in places), found.softmax]
-        for found in case.attention_formats
-    ]
-    columns = ["attention of", *(place.replace(".", ": ") for place in places), "by its weights"]
-    title = "attention alone in every format, relative L2 to float32 (plain torch, the kernels' rounding)"
-    return table(title, columns, rows, folded=[len(columns) - 1])
-
-
 def _end_to_end(case: Equivalence) -> Any:
     rows = []
     for what in (what for what in case.forms[0].errors if what.startswith(("velocity", "latent"))):
@@ -165,10 +152,10 @@ def _end_to_end(case: Equivalence) -> Any:
 
 def calibration(found: Calibration, out: Path, console: Console) -> None:
     """Print a row per op, then what to skip, what bf16 itself loses, and how the file is used."""
-    columns = ["op", "bf16", "int8", "e4m3", "largest input", "largest/RMS", "saturated", "lost", "skip in"]
+    columns = ["op", "bf16", "int8", "e4m3", "largest input", "largest/RMS", "saturated", "lost", "bound", "skip in"]
     title = (
         f"relative L2 to float32, worst of video, audio and text and of {found.clips} x {found.steps} steps; "
-        "saturated and lost as e4m3 codes"
+        "saturated and lost as e4m3 codes; bound: of scores, in powers of two"
     )
     console.print(table(title, columns, [_calibrated(of, found) for of in found.ops]))
     for precision, rules in found.skip.items():
@@ -188,5 +175,6 @@ def _calibrated(of: OpCalibration, found: Calibration) -> list[str]:
         f"{loudest.largest / max(loudest.rms, 1e-30):.1f}",
         f"{max(r.saturated for r in of.inputs.values()):.1e}",
         f"{max(r.lost for r in of.inputs.values()):.1e}",
+        "" if of.bound is None else f"{of.bound:.1f}",
         ", ".join(precision for precision in formats.ATTENTION if not of.worst(precision) <= found.most[precision]),
     ]

@@ -47,12 +47,15 @@ class OpCalibration:
         inputs: Range of each activation that it reads, by name.
         errors: ``"bf16"``, ``"int8"`` or ``"fp8"`` (:data:`ATTENTION`) -> modality -> relative L2 of the op's result to
             float32's on the same input, in the step where it is largest.
+        bound: Of attention: what its scores, and v, can reach by the weights, in powers of two. To 100
+            (:data:`score_bound.LIMIT`) the softmax of bf16 and int8_qk is the bounded one. None of other ops.
     """
 
     layer: int
     op: str
     inputs: dict[str, InputRange]
     errors: dict[str, dict[str, float]]
+    bound: float | None = None
 
     def worst(self, precision: str) -> float:
         """Largest error of a format over video, audio and text."""

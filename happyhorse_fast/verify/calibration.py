@@ -151,6 +151,7 @@ class _Run:
         self.model = model
         self.ranges: dict[tuple[int, str], dict[str, Sums]] = {}
         self.errors: dict[tuple[int, str], dict[str, dict[str, float]]] = {}
+        self.bounds: dict[int, float] = {}
         self.state: ClipState | None = None  # all clips are of one shape
         self.forms: dict[str, FastState] = {}
         for precision in ("bf16", *ATTENTION):
@@ -171,6 +172,7 @@ class _Run:
             self.state = build_clip_state(self.forms["bf16"], given.clip, self.model.adapter.rope.bands)
         for precision, attention in ATTENTION.items():
             packed = self.forms[precision].pack(index, layer.state_dict(), given.hidden.device)
+            self.bounds[index] = packed.bound.effective
             fast = FastOps(packed, self.state, given, exact)
             for op, result in (*fast.products(), ("attention", fast.attention_in(attention))):
                 self._compare(index, op, precision, result, exact, given.clip)
@@ -184,4 +186,5 @@ class _Run:
     def result(self, layer: int, op: str) -> OpCalibration:
         """Ranges and largest errors of one op."""
         inputs = {name: sums.result() for name, sums in self.ranges[layer, op].items()}
-        return OpCalibration(layer, op, inputs, self.errors[layer, op])
+        bound = self.bounds[layer] if op == "attention" else None
+        return OpCalibration(layer, op, inputs, self.errors[layer, op], bound)

@@ -28,8 +28,6 @@ Results = dict[str, torch.Tensor]
 """Name of a result, such as ``op.3.attention.video`` or ``latent.audio``, -> float32 [rows, features] on the CPU."""
 
 EAGER = "eager bf16"
-ATTENTION = ("bf16", "int8_qk", "fp8")
-"""Formats of attention, each of which is measured in every layer."""
 BF16_RATIO = 2.0
 """A fast bf16 result may be this many times as far from float32 as eager bf16's own."""
 FP8_SANITY = 0.3
@@ -81,23 +79,6 @@ class FormErrors:
 
 
 @dataclass(frozen=True)
-class LayerAttention:
-    """Error of one layer's attention on its float32 input, in every format.
-
-    Attributes:
-        layer: Layer number.
-        bound: What its scores, and v, can reach by the layer's weights, in powers of two.
-        softmax: Which softmax that leads to in bf16 and int8_qk, and why.
-        errors: ``"int8_qk.video"`` -> relative L2 to float32, of all of :data:`ATTENTION` and both modalities.
-    """
-
-    layer: int
-    bound: float
-    softmax: str
-    errors: dict[str, float]
-
-
-@dataclass(frozen=True)
 class Equivalence:
     """All forms of one model on one clip.
 
@@ -112,7 +93,6 @@ class Equivalence:
         attention: Precision of attention.
         sparsity: Policy of the sparse form, None where there is none.
         forms: In the order of their steps.
-        attention_formats: What each format of attention costs, layer by layer, over the exact masks.
     """
 
     case: str
@@ -125,7 +105,6 @@ class Equivalence:
     attention: str
     sparsity: str | None
     forms: tuple[FormErrors, ...]
-    attention_formats: tuple[LayerAttention, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -182,17 +161,14 @@ def equivalence(
     found = [FormErrors(EAGER, "bf16", (), _distances(before, exact, exact), ())]
     del eager_model, eager
     video_rows = 0
-    formats: tuple[LayerAttention, ...] = ()
     fast = fast.on(compute_capability(model.device))
     for form, step, how in forms_of(fast):
         accelerated = accelerate(in_dtype(model, torch.bfloat16), dataclasses.replace(how, originals="drop"))
         carried: FastState = accelerated.fast  # type: ignore[assignment]
         state = build_clip_state(carried, clip, exact_model.adapter.rope.bands)
         video_rows = state.rows.starts[1]
-        layers = [FastOps(layer, state, x, of) for layer, x, of in _each(accelerated, given, ops)]
-        after = _by_modality([of.results() for of in layers], clip) | run(accelerated)
-        if step == "kernels":
-            formats = tuple(_layer_attention(of, clip) for of in layers)
+        layers = [FastOps(layer, state, x, of).results() for layer, x, of in _each(accelerated, given, ops)]
+        after = _by_modality(layers, clip) | run(accelerated)
         errors = _distances(after, before, exact)
         backends = tuple(sorted({choice.backend for choice in carried.choices.values()}))
         found.append(FormErrors(form, step, backends, errors, tuple(violations(step, errors, found[0].errors))))
@@ -210,7 +186,6 @@ def equivalence(
         fast.attention_format,
         None if fast.sparsity is None else str(fast.sparsity),
         tuple(found),
-        formats,
     )
 
 
@@ -238,16 +213,6 @@ def equivalence_golden(fast: FastConfig, *, steps: int = 8, device: str = "cpu")
 
 def _each(model: torch.nn.Module, *lists: list[Any]) -> Iterator[tuple[Any, ...]]:
     return zip(model.block.layers, *lists, strict=True)  # type: ignore[union-attr,arg-type]
-
-
-def _layer_attention(of: FastOps, clip: sequence.Clip) -> LayerAttention:
-    errors = {}
-    for precision in ATTENTION:
-        result = of.attention_in(precision)
-        for modality, part in zip(("video", "audio"), clip.slices()[:2], strict=True):
-            exact = of.exact.attention[part].cpu()
-            errors[f"{precision}.{modality}"] = measure(result[part].cpu(), exact).relative_l2
-    return LayerAttention(of.layer.plan.index, of.layer.bound.effective, of.layer.bound.softmax, errors)
 
 
 def _by_modality(ops: list[OpResults], clip: sequence.Clip) -> Results:

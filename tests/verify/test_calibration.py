@@ -72,6 +72,7 @@ def test_what_is_measured(found: Calibration) -> None:
     for of in found.ops:
         assert of.errors.keys() == {"bf16", "int8", "fp8"}
         assert all(errors.keys() == {"video", "audio", "text"} for errors in of.errors.values())
+        assert (of.bound is not None and 10 < of.bound < 40) == (of.op == "attention")
         assert [*of.inputs] == (["q", "k", "v"] if of.op == "attention" else [f"{of.op} input"])
         if (of.layer, of.op) == (BAD, "down"):
             assert of.worst("int8") > 1 and of.worst("fp8") > 0.1 and of.inputs["down input"].lost > 0.01
