@@ -112,11 +112,14 @@ def _first_match(command: list[str], pattern: str) -> str | None:
 
 
 def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    import torch
+
+    from happyhorse_fast.ops.runtime import obstacles
     from happyhorse_fast.verify.forms import FORMS
 
     lines = []
     place = f"on {gpus[0]['name']} and on the CPU" if gpus else "on the CPU; this torch sees no CUDA device"
-    obstacle = _kernel_obstacle()
+    obstacle = obstacles.triton_obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for form in FORMS:
         if not form.kernels:
             lines.append({"what": f"{form.name} reference", "runs": True, "why": place})
@@ -129,14 +132,6 @@ def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
         obstacle = optional.obstacle(name)
         lines.append({"what": purpose, "runs": obstacle is None, "why": obstacle or f"{name} imports"})
     return lines
-
-
-def _kernel_obstacle() -> str | None:
-    import torch
-
-    from happyhorse_fast.ops.runtime.obstacles import triton_obstacle
-
-    return triton_obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _render(console: Console, data: dict[str, Any]) -> None:

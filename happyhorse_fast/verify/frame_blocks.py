@@ -45,12 +45,11 @@ class FramePolicy(SparsePolicy):
         if x.q_scale is not None or x.k_scale is not None:
             raise ValueError("attention must be bf16 where sparsity decides between frames, got codes with scales")
         wide = x._replace(q=self._spread(x.q), k=self._spread(x.k))
-        full, ids = self.chooser.map(wide, backend).to_blocks()  # a mask inside a block leaves out padding alone
-        block = self.wide.token_rows // BLOCK
-        dense = (full | (ids >= 0))[:, block[:, None], block[None, :]]
+        tokens = self.wide.token_rows
+        kept = self.chooser.map(wide, backend).to_dense()[:, tokens[:, None], tokens]
         rows, place = self.state.rows.slots, self.state.token_rows
-        mask = torch.zeros(len(dense), rows, rows, dtype=torch.bool)
-        mask[:, place[:, None], place[None, :]] = dense
+        mask = torch.zeros(len(kept), rows, rows, dtype=torch.bool)
+        mask[:, place[:, None], place] = kept
         tiles = mask.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3)  # [Hm, R, S, 128, 128]
         full, some = tiles.all(dim=(3, 4)), tiles.any(dim=(3, 4))
         partial = some & ~full

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from happyhorse_fast.cli import doctor, run
+from happyhorse_fast.ops.runtime import obstacles
 
 torch.set_num_threads(1)
 
@@ -20,7 +21,7 @@ Patch = pytest.MonkeyPatch
 
 def test_doctor(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: None)
-    monkeypatch.setattr(doctor, "_kernel_obstacle", lambda: "no GPU")
+    monkeypatch.setattr(obstacles, "triton_obstacle", lambda device: "no GPU")
     monkeypatch.setattr(doctor.shutil, "which", lambda *args, **kwargs: None)
     monkeypatch.setattr(doctor, "examine", functools.cache(doctor.examine))
     assert run(["doctor", "--json"]) == 0
@@ -38,7 +39,7 @@ def test_doctor(monkeypatch: Patch, capsys: Capture) -> None:
 def test_a_narrow_terminal_shows_what_runs_and_why(monkeypatch: Patch, capsys: Capture) -> None:
     """rich drops a column that may not fold where others may not either."""
     why = "Triton kernels need a GPU, the model is on cpu (TRITON_INTERPRET=1 runs them slowly on the CPU)"
-    monkeypatch.setattr(doctor, "_kernel_obstacle", lambda: why)
+    monkeypatch.setattr(obstacles, "triton_obstacle", lambda device: why)
     monkeypatch.setattr(doctor, "_first_match", lambda *_: None)
     data = doctor.examine()
     console = Console(width=80, file=io.StringIO())
