@@ -1,4 +1,4 @@
-"""Measure the error of every op of every layer in 8 bits, on activations of clips that are sampled."""
+"""Measure the error of every op of every layer in 8 bits, and the range of its inputs, on clips that are sampled."""
 
 from __future__ import annotations
 
