@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -51,8 +50,8 @@ def sample(
     inputs: Annotated[
         Path,
         typer.Argument(
-            help="Safetensors file: text; video and audio (the starting noise); image [1, C, 1, H, W], null_text, "
-            "noise.video.{i} and noise.audio.{i} where there are any. An in. before a name is allowed."
+            help="Safetensors file: text; video and audio (the starting noise); image, null_text, noise.video.{i} and "
+            "noise.audio.{i} where there are any. An in. before a name is allowed."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="Safetensors file to write: video and audio latents.")],
@@ -66,6 +65,10 @@ def sample(
     ] = 0,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance, for the base model; needs null_text in the inputs.")
+    ] = None,
+    image_key: Annotated[
+        str | None,
+        typer.Option(help="Name of the image latent [1, C, 1, H, W] in the inputs; image where there is one."),
     ] = None,
     resolution: Annotated[
         str | None, typer.Option(help="1080p, 540p or 256p: makes the starting noise where the inputs hold none.")
@@ -128,7 +131,7 @@ def sample(
     fps = fps_of(preset) if fps is None else fps
     draw = partial(_replay, inputs, recorded) if recorded else partial(golden.draw, seed)
     start = _start(first.config, inputs, named, draw, resolution, (aspect, seconds, fps))
-    conditions = _conditions(inputs, named)
+    conditions = _conditions(inputs, named, image_key)
 
     def denoise(model: Denoiser, **how: Any) -> dict[str, torch.Tensor]:
         there = {name: None if x is None else x.to(model.device) for name, x in (start | conditions).items()}
@@ -150,7 +153,7 @@ def sample(
             enlarge(stages[1], start, progress=False)
     for stage in stages:
         stage.config.require_ranks(process.size)
-    taken: list[list[StepInfo]] = [[] for _ in stages]
+    taken: list[list[_Step]] = [[] for _ in stages]
     progress = not as_json and process.rank == 0
     shown = [{"callback": partial(_note, steps_taken), "progress": progress} for steps_taken in taken]
     with process.mesh(where) as mesh:
@@ -183,20 +186,29 @@ def sample(
     }
     save_tensors(output, latents, settings)
     every = [step for steps_taken in taken for step in steps_taken]
+    used = {"video", "audio", "text", "null_text", image_key or "image"}
     data = {
         "output": output,
         "video": list(latents["video"].shape),
         "audio": list(latents["audio"].shape),
         "seconds_per_step": [step.seconds for step in every],
         "peak_memory_bytes": max((step.memory_bytes or 0 for step in every), default=0) or None,
-        "ignored": sorted(named.keys() - {"video", "audio", "text", "image", "null_text"}),
+        "ignored": sorted(named.keys() - used),
         "settings": settings,
     }
     emit(data, as_json, lambda console: _render(console, data))
 
 
-def _note(taken: list[StepInfo], info: StepInfo) -> None:
-    taken.append(replace(info, video=None, audio=None))  # type: ignore[arg-type]  # latents, which would stay in memory
+class _Step(NamedTuple):
+    """Of a step: the noise level that it started from, its time, the peak of memory so far."""
+
+    sigma: float
+    seconds: float
+    memory_bytes: int | None
+
+
+def _note(taken: list[_Step], info: StepInfo) -> None:
+    taken.append(_Step(info.sigma, info.seconds, info.memory_bytes))
 
 
 class _CheckedError(Exception):
@@ -284,11 +296,14 @@ def _start(
     }
 
 
-def _conditions(path: Path, named: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _conditions(path: Path, named: Mapping[str, torch.Tensor], image_key: str | None) -> dict[str, Any]:
     """text, image and null_text, on the CPU; None where there is none."""
+    there = ", ".join(sorted(named))
     if "text" not in named:
-        raise ValueError(f"{path}: must hold text (or in.text) [1, L, Ct], got {', '.join(sorted(named))}")
-    return {name: named.get(name) for name in ("text", "image", "null_text")}
+        raise ValueError(f"{path}: must hold text (or in.text) [1, L, Ct], got {there}")
+    if image_key is not None and image_key not in named:
+        raise ValueError(f"{path}: --image-key names {image_key}, got {there}")
+    return {"text": named["text"], "image": named.get(image_key or "image"), "null_text": named.get("null_text")}
 
 
 def _render(console: Console, data: Mapping[str, Any]) -> None:

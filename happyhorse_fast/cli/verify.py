@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _FAST, _PONY, _CALIBRATE, _CHECKPOINT = "--fast", "--pony", "--calibrate", "a checkpoint"
 _BELONGS = {
     "clips": (_PONY,),
+    "quick": (_PONY,),
     "precision": (_FAST,),
     "attention": (_FAST,),
     "top_k": (_FAST,),
@@ -58,6 +59,9 @@ def verify(
     ] = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
+    recorded: Annotated[bool, typer.Option("--golden", help="The recorded cases, besides what else is asked for.")] = (
+        False
+    ),
     fast: Annotated[bool, typer.Option("--fast", help="What the fast forms lose, per op, per layer, end to end.")] = (
         False
     ),
@@ -66,6 +70,7 @@ def verify(
         bool, typer.Option("--pony", help="Clips of the small trained model under every precision and sparsity.")
     ] = False,
     clips: Annotated[int, typer.Option(help="With --pony: held-out prompts, 1 to 64.")] = 8,
+    quick: Annotated[bool, typer.Option("--quick", help="With --pony: the main policies alone.")] = False,
     calibrate: Annotated[
         int | None, typer.Option(help="Find what a checkpoint loses in int8 and e4m3, on so many clips.")
     ] = None,
@@ -115,7 +120,7 @@ def verify(
     on a CPU, in Triton's interpreter.
 
     --pony: pictures, sound and times of impacts against float32's clip of the same noise, on the CPU; 5 minutes of one
-    core, with --clips 3 two. Budget: fast bf16's latents within 2x of eager bf16's own error at the median; int8
+    core, --quick 2. Budget: fast bf16's latents within 2x of eager bf16's own error at the median; int8
     and fp8 are stated, and fail only below 40 and 30 dB.
     """
     there = {_FAST: fast, _PONY: pony, _CALIBRATE: calibrate is not None, _CHECKPOINT: checkpoint is not None}
@@ -159,7 +164,7 @@ def verify(
         passed += [check.passed for check in checked]
         shown += [partial(verify_tables.kernels, checked, where)]
     if pony:
-        measured = fidelity.measure_fidelity(fidelity.policies(), clips, progress=_say)
+        measured = fidelity.measure_fidelity(fidelity.policies(quick=quick), clips, progress=_say)
         data["pony"] = {**plain(measured), "violations": list(fidelity.violations(measured))}
         passed += [not data["pony"]["violations"]]
         shown += [partial(verify_tables.fidelity, data["pony"])]
@@ -191,11 +196,10 @@ def verify(
         data["calibration"] = losses
         passed += [not losses.coarse]
         shown += [partial(verify_tables.calibration, losses, out)]
-    if not (fast or kernels or pony or calibrate is not None):
-        if checkpoint is None:
-            cases = checks.verify_golden()
-        else:
-            cases = checks.verify_model(eager(compute_dtype=torch.float64), grid, text=text, seed=seed)
+    if recorded or not (fast or kernels or pony or calibrate is not None):
+        cases = checks.verify_golden() if recorded or checkpoint is None else []
+        if checkpoint is not None and not fast:
+            cases += checks.verify_model(eager(compute_dtype=torch.float64), grid, text=text, seed=seed)
         data["cases"] = [{**plain(case), "passed": case.passed, "worst": case.worst()} for case in cases]
         passed += [case.passed for case in cases]
         shown += [partial(verify_tables.comparisons, cases)]

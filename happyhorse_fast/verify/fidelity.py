@@ -39,6 +39,7 @@ BF16_RATIO = 2.0
 """The latents of fast bf16 may be this many times as far from float32's as eager bf16's own, at the median."""
 PICTURES_DB = {"int8": 40.0, "fp8": 30.0}
 """Median PSNR below which a precision is broken rather than coarse; measured: 57 in int8, 45 to 47 in fp8."""
+QUICK_SPARSITY = ("exact window", "top-k 0.25")
 EVERYWHERE = 64
 """Rows and columns past any frame of the pony's: a tile window of this size is one of frames alone."""
 
@@ -58,8 +59,8 @@ class Policy:
     fast: FastConfig | None
 
 
-def policies() -> tuple[Policy, ...]:
-    """List every policy: bf16, 8 bits op by op and as a whole, sparsity."""
+def policies(*, quick: bool = False) -> tuple[Policy, ...]:
+    """List every policy, or with ``quick`` the main ones: bf16, 8 bits as a whole, a quarter of the pairs."""
 
     def fast(**options: Any) -> FastConfig:
         return FastConfig(**{"attention": "bf16", **options}, backend="reference", originals="drop")
@@ -71,7 +72,7 @@ def policies() -> tuple[Policy, ...]:
         return Policy(name, "sparsity", fast(sparsity=sparsity, **options))
 
     of_ops: tuple[tuple[Kind, str, str], ...] = (("int8 op", "int8", "int8_qk"), ("fp8 op", "fp8", "fp8"))
-    return (
+    every = (
         Policy(EAGER, "bf16", None),
         Policy("fast bf16", "bf16", fast()),
         *(
@@ -90,6 +91,7 @@ def policies() -> tuple[Policy, ...]:
         *(sparse(f"tiles, {reach} frames", Tiles(reach, EVERYWHERE, EVERYWHERE)) for reach in (3, 1, 0)),
         sparse("top-k 0.25 from step 5 on", TopK(0.25), exact_first_steps=4),
     )
+    return tuple(p for p in every if not quick or p.kind in ("bf16", "int8", "fp8") or p.name in QUICK_SPARSITY)
 
 
 @dataclass(frozen=True)

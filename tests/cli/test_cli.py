@@ -259,6 +259,7 @@ def test_two_stages(published: Published, tmp_path: Path, as_json: Json) -> None
     [
         (["--size", 8, 8], "--sr-checkpoint and --size must come together"),
         (["--resolution", "256p"], "--resolution makes the starting noise, but"),
+        (["--image-key", "picture"], "--image-key names picture, got audio, text, video"),
         (["--preset", "tiny"], "exactly one of preset and config"),
         (["--guidance", 5], "null_text"),
         (["--device", "cuda:9"], "device must be one that this machine has"),

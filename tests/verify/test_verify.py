@@ -175,7 +175,7 @@ def test_the_command_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
         (["--preset", "tiny"], "--preset must come with a checkpoint, got none"),
         (["--top-k", "0.25"], "--top-k must come with --fast"),
         (["--attention", "fp8"], "--attention must come with --fast"),
-        (["--fast", "--clips", "2"], "--clips must come with --pony"),
+        (["--fast", "--quick"], "--quick must come with --pony"),
         (["--device", "cuda"], "--device must be left out, got 'cuda': the recorded cases"),
         (["--kernels", "--device", "xpu"], "device must be one that this machine has, got 'xpu'"),
         (["nowhere", "--preset", "tiny"], "nowhere"),
