@@ -18,7 +18,7 @@ import torch
 import happyhorse_fast as hh
 from happyhorse_fast import optional
 from happyhorse_fast.block_map import from_ranges
-from happyhorse_fast.cli import doctor, run
+from happyhorse_fast.cli import demo, doctor, run
 from happyhorse_fast.ops.runtime import dispatch
 from happyhorse_fast.ops.runtime.cuda import errors, status
 from happyhorse_fast.pony.media import read_image
@@ -106,6 +106,8 @@ def test_a_broken_triton_is_an_obstacle(how: str, broken: Any, monkeypatch: Patc
     assert how in choices["fp8_linear"].reason
     with pytest.raises(hh.BackendError, match=f"backend 'triton' cannot run: Triton is installed but .*{how}"):
         dispatch.choose("triton", "bf16", torch.device("cuda"))
+    with demo.interpreted_kernels() as checked:
+        assert how in (checked()[1] or "")
 
 
 GOES_ON = """
@@ -211,6 +213,12 @@ def test_guided_sampling_names_a_broken_diffusers(broken: Any) -> None:
 # demo -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def no_check(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(demo, "CHECK", [sys.executable, "-c", "raise SystemExit('not here')"])
+
+
+@pytest.mark.usefixtures("no_check")
 def test_demo_names_what_is_broken_before_the_work(
     broken: Any, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -230,6 +238,7 @@ def test_demo_names_what_is_broken_before_the_work(
     assert "no clip.mp4: av is installed but does not import: RuntimeError" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_check")
 def test_demo_saves_the_rest_where_a_writer_fails(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     from happyhorse_fast.pony import media
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from happyhorse_fast import optional
-from happyhorse_fast.cli.output import JsonOption, emit, save_tensors, table
+from happyhorse_fast.cli.output import JsonOption, emit, literal, save_tensors, table, verdict
 from happyhorse_fast.files import real_path, replacing, require_folder, require_target
 
 if TYPE_CHECKING:
@@ -25,6 +29,8 @@ CLIP, SHEET, LATENTS = "clip.mp4", "clip.png", "clip.safetensors"
 NEEDS = {CLIP: "av", SHEET: "matplotlib"}
 SHOWN = "fast bfloat16"
 """The form whose clip becomes the mp4: the exact one of the fast forms. All of them are in the contact sheet."""
+CHECK = [sys.executable, "-m", "happyhorse_fast", "verify", "--kernels", "--device", "cpu", "--json"]
+"""Checks every kernel. Whether kernels are interpreted is decided at their import, hence in a process of its own."""
 ERRORS = ("video_error", "audio_error", "psnr_db")
 
 
@@ -49,7 +55,8 @@ def demo(
 ) -> None:
     """Make a clip with sound on the CPU: 7.4 M parameters, 8 steps, eager and in every fast form (backend reference).
 
-    Exit code 1 where the clip or the contact sheet could not be written: the latents are there first.
+    Beside them every Triton kernel is checked against plain torch, in Triton's interpreter. Exit code 1 where one is
+    off, or where the clip or the contact sheet could not be written: the latents are there first.
     """
     from happyhorse_fast.pony.media import read_image
     from happyhorse_fast.pony.prompt import parse
@@ -65,9 +72,11 @@ def demo(
     for name, why in missing.items():  # before the work, not after it
         print(f"no {name}: {why}", file=sys.stderr)
     if not as_json:
-        print(f"{len(FORMS)} clips of {steps} steps on the CPU, about 15 s...", file=sys.stderr)
+        print(f"{len(FORMS)} clips of {steps} steps on the CPU, about 40 s...", file=sys.stderr)
     start = time.perf_counter()
-    runs = fidelity.make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
+    with interpreted_kernels() as checked:
+        runs = fidelity.make_clips(prompt, FORMS, seed=seed, steps=steps, picture=picture)
+        kernels, why_no_kernels = checked()
     settings = {"prompt": prompt, "image": image, "seed": seed, "steps": steps}
     failed = _write(out, runs, settings, missing)
     seconds = time.perf_counter() - start
@@ -78,9 +87,35 @@ def demo(
     data["forms"] = [
         {"form": run.form, "seconds": run.seconds} | {name: getattr(run.error, name) for name in ERRORS} for run in runs
     ]
+    data |= {"kernels": kernels, "why_no_kernels": why_no_kernels}
     emit(data, as_json, lambda console: _render(console, data))
-    if failed:
+    if failed or not all(check["passed"] for check in kernels):
         raise typer.Exit(1)
+
+
+@contextmanager
+def interpreted_kernels() -> Iterator[Callable[[], tuple[list[dict[str, Any]], str | None]]]:
+    """Start the check; yields what waits for its results, or says why there are none. It ends with the caller."""
+    from happyhorse_fast.ops.runtime.obstacles import triton_missing
+
+    why_not = triton_missing()
+    if why_not is not None:
+        yield lambda: ([], f"{why_not}, so its interpreter cannot run the kernels (it is for Linux only)")
+        return
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(CHECK, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+        def results() -> tuple[list[dict[str, Any]], str | None]:
+            out, error = process.communicate()
+            if out:
+                return json.loads(out)["kernels"], None
+            last = (error.strip().splitlines() or ["no message"])[-1]
+            return [], f"the kernels did not run in Triton's interpreter: exit code {process.returncode}, {last}"
+
+        try:
+            yield results
+        finally:
+            process.kill()
 
 
 def _write(out: Path, runs: list[ClipRun], settings: dict[str, Any], missing: Container[str]) -> dict[str, str]:
@@ -125,6 +160,12 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         "error: relative L2 of the latents; pictures: PSNR against the first form. Fast forms run in plain torch "
         "here, with the\nkernels' rounding points (backend reference): their seconds say nothing about a GPU."
     )
+    off = [f"{check['op']} {check['variant']}: {check['detail']}" for check in data["kernels"] if not check["passed"]]
+    if data["kernels"]:
+        count = f"{len(data['kernels'])} kernels and formats in Triton's interpreter, against plain torch:"
+        console.print(count, verdict(not off), *off)
+    else:
+        console.print(literal((data["why_no_kernels"], "yellow")))
     for key, what in (("clip", f"clip with sound ({data['clip_form']})"), ("sheet", "pictures and waveforms")):
         console.print(data[f"why_no_{key}"] if data[key] is None else f"{what}: {data[key]}")
     console.print(f"all in {data['seconds']:.0f} s")

@@ -1,8 +1,9 @@
-"""``demo``: a prompt, and a picture, become a clip with sound."""
+"""``demo``: a prompt, and a picture, become a clip with sound; kernels are checked in the interpreter beside it."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from happyhorse_fast.cli import run
+from happyhorse_fast.cli import demo, run
+from happyhorse_fast.ops.runtime.formats import VARIANTS
 from happyhorse_fast.pony import encode_image
 from happyhorse_fast.pony.media import read_image
 
@@ -24,6 +26,17 @@ Patch = pytest.MonkeyPatch
 def no_sheet(monkeypatch: Patch) -> None:
     """Without the contact sheet, which takes a second."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+@pytest.fixture
+def no_check(monkeypatch: Patch) -> None:
+    """Without the check of the kernels, which takes longer than everything else."""
+    answers(monkeypatch, "raise SystemExit('not here')")
+
+
+def answers(monkeypatch: Patch, script: str) -> None:
+    """Let a script run in place of the check."""
+    monkeypatch.setattr(demo, "CHECK", [sys.executable, "-c", script])
 
 
 def made(capsys: Capture, *arguments: object, code: int = 0) -> dict[str, Any]:
@@ -42,6 +55,9 @@ def test_the_demo(tmp_path: Path, capsys: Capture) -> None:
         assert 0 < forms[name]["video_error"] < 5e-2, f"measured {forms[name]}"
         assert forms[name]["psnr_db"] > 45, f"measured {forms[name]}"
     assert forms["fast fp8"]["psnr_db"] > 25, f"measured {forms['fast fp8']}"
+    variants = [(op, variant) for op, of in VARIANTS["triton"].items() for variant in of]
+    assert sorted((check["op"], check["variant"]) for check in data["kernels"]) == sorted(variants)
+    assert all(check["passed"] for check in data["kernels"]), f"measured {data['kernels']}"
     with av.open(data["clip"]) as container:
         assert len(list(container.decode(video=0))) == 49
     assert Path(data["sheet"]).read_bytes()[:4] == b"\x89PNG"
@@ -49,17 +65,18 @@ def test_the_demo(tmp_path: Path, capsys: Capture) -> None:
     assert sorted(p.name for p in Path(data["clip"]).parent.iterdir()) == ["clip.mp4", "clip.png", "clip.safetensors"]
 
 
-def test_tables_say_what_was_made(tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.usefixtures("no_check")
+def test_tables_say_what_was_made_and_why_no_kernel_ran(tmp_path: Path, capsys: Capture) -> None:
     assert run(["demo", "--out", str(tmp_path), "--steps", "1"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("eager float32", "fast fp8", "audio error", "clip with sound"):
+    for words in ("eager float32", "fast fp8", "audio error", "clip with sound", "exit code 1, not here"):
         assert words in text
 
 
 JPEG = pytest.param("a.jpg", "mjpeg", "yuvj444p", marks=pytest.mark.slow)
 
 
-@pytest.mark.usefixtures("no_sheet")
+@pytest.mark.usefixtures("no_check", "no_sheet")
 @pytest.mark.parametrize(("name", "codec", "pixels"), [("a.png", "png", "rgb24"), JPEG])
 def test_a_picture_begins_the_clip(name: str, codec: str, pixels: str, tmp_path: Path, capsys: Capture) -> None:
     rows, columns = np.mgrid[0:96, 0:200]
@@ -101,6 +118,7 @@ def test_bad_input_is_one_line_and_makes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("no_check")
 def test_without_optional_packages_the_rest_is_made(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     for package in ("matplotlib", "av"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -109,3 +127,30 @@ def test_without_optional_packages_the_rest_is_made(tmp_path: Path, monkeypatch:
     assert "happyhorse-fast[video]" in data["why_no_clip"]
     assert "happyhorse-fast[plot]" in data["why_no_sheet"]
     assert [p.name for p in tmp_path.iterdir()] == ["clip.safetensors"]
+
+
+# Kernels in the interpreter -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_sheet")
+def test_a_wrong_kernel_fails_the_demo(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    found = {"op": "fp8_linear", "variant": "int8", "passed": False, "detail": "worst tile distance 8.0e-04"}
+    answers(monkeypatch, f"print({json.dumps({'kernels': [found]})!r}); raise SystemExit(1)")
+    assert run(["demo", "--out", str(tmp_path), "--steps", "1"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "FAIL" in shown and "fp8_linear int8: worst tile distance 8.0e-04" in shown
+
+
+def test_the_check_ends_with_its_caller(monkeypatch: Patch) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    class Noted(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    with demo.interpreted_kernels():
+        (process,) = started
+        assert process.poll() is None
+    assert process.returncode is not None and process.returncode < 0
