@@ -128,7 +128,7 @@ def sections(report: Report) -> dict[Path, str]:
     notes = "\n\n".join(targets.text(data, markdown=True) for data in report.gpu.values())
     pages = {kernel_tables.page(stem): kernel_tables.section(report, stem) for stem in kernel_tables.OPS}
     own = {README: readme_section(report), PONY_README: pony.own_section(report), NOTES: notes}
-    return own | pages | {DESIGN: dataflow.table().markdown()}
+    return own | pages | {DESIGN: f"{dataflow.flowchart()}\n\n{dataflow.table().markdown()}"}
 
 
 def with_section(readme: str, section: str) -> str:

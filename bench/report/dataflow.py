@@ -1,4 +1,4 @@
-"""The launches of a layer in order, with the tensors between them: seen while a small model runs, drawn and listed.
+"""The launches of a layer with the tensors between them, as a flowchart and as a table: seen while a small model runs.
 
 Shapes are of letters: each size of the small model is another number, so that a dimension's number says which it is.
 """
@@ -6,7 +6,6 @@ Shapes are of letters: each size of the small model is another number, so that a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.report.lanes import BLUE, GREEN, ORANGE, VIOLET, document
-from bench.results import ROOT
 from bench.table import Table
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.config import ModelConfig
@@ -23,9 +20,8 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
 
-FIGURE = ROOT / "docs" / "layer.svg"
 FORMS: dict[Precision, AttentionPrecision] = {"bf16": "bf16", "int8": "int8_qk", "fp8": "fp8"}
-"""Precision of the products -> of attention, as drawn."""
+"""Precision of the products -> of attention, as shown."""
 CONFIG = ModelConfig(
     num_layers=1, hidden_size=448, head_dim=32, num_heads_q=10, num_heads_kv=5, text_in_channels=8,
     mm_layers=(), gelu7_layers=(), local_attn_layers=(),
@@ -46,12 +42,13 @@ RESULTS = {
     "fp8_linear_residual": ("hidden",),
 }
 """An op of a layer -> what it writes."""
-STEPS = {
-    "rmsnorm_quantize": ("norm 1", "norm 2"), "qkv_linear": ("qkv",), "block_sparse_attention": ("attention",),
-    "quantize_rows": ("codes 1", "codes 2"), "fp8_linear_residual": ("proj", "down"), "fp8_linear_activation": ("up",),
+BEFORE, AFTER = "the layer before", "the next layer"
+OPS = {
+    BEFORE: "", "norm 1": "rmsnorm_quantize", "qkv": "qkv_linear", "attention": "block_sparse_attention",
+    "codes 1": "quantize_rows", "proj": "fp8_linear_residual", "norm 2": "rmsnorm_quantize",
+    "up": "fp8_linear_activation", "codes 2": "quantize_rows", "down": "fp8_linear_residual",
 }  # fmt: skip
-"""An op -> names of its launches in a layer."""
-ORDER = ("norm 1", "qkv", "attention", "codes 1", "proj", "norm 2", "up", "codes 2", "down")
+"""Steps of a layer in order -> their ops."""
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "float32", torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 
 
@@ -74,10 +71,9 @@ class Made:
 
 @dataclass
 class Launch:
-    """One launch: its step in the layer, its op, and what it writes."""
+    """One launch: its step in the layer, and what it writes."""
 
     step: str
-    op: str
     writes: list[Made]
 
 
@@ -97,13 +93,15 @@ class Recorder(TorchDispatchMode):
         op = func._schema.name.partition("::")[2].removesuffix("_reference")
         self._kept += [args, results]
         if op in RESULTS:
-            step = STEPS[op][sum(launch.op == op for launch in self.launches)]
+            if not self.launches:
+                self.launches.append(Launch(BEFORE, [self._note("hidden", args[0])]))
+            step = next(step for step, of in OPS.items() if of == op and step not in {x.step for x in self.launches})
             for given in args:
                 if isinstance(given, Tensor) and (made := self._made.get(given.untyped_storage().data_ptr())):
                     made.readers.append(step)
             written = (args[-1],) if op == "fp8_linear_residual" else results
             named = zip(RESULTS[op], written if isinstance(written, tuple) else (written,), strict=True)
-            self.launches.append(Launch(step, op, [self._note(name, x) for name, x in named if x.numel()]))
+            self.launches.append(Launch(step, [self._note(name, x) for name, x in named if x.numel()]))
         return results
 
     def _note(self, name: str, x: Tensor) -> Made:
@@ -114,7 +112,7 @@ class Recorder(TorchDispatchMode):
 
 @functools.cache
 def launches(precision: Precision) -> tuple[Launch, ...]:
-    """Record the launches of a layer without sparsity, in order; the next layer reads what the last one writes."""
+    """Record the launches of a layer without sparsity, in order, after what the layer before wrote."""
     fast = FastConfig(precision=precision, attention=FORMS[precision], backend="reference")
     model = accelerate(HappyHorse(CONFIG).init_weights(0), fast)
     draw = torch.Generator().manual_seed(0)
@@ -125,22 +123,53 @@ def launches(precision: Precision) -> tuple[Launch, ...]:
     return tuple(recorder.launches)
 
 
-def table() -> Table:
-    """Every tensor that one launch writes and another reads, by form."""
-    found: dict[tuple[str, str], dict[str, Made]] = {}
-    ops: dict[str, str] = {}
+def tensors() -> dict[tuple[str, str], dict[Precision, Made]]:
+    """What launches write, by launch and name, in order; each by the forms that have it."""
+    found: dict[tuple[str, str], dict[Precision, Made]] = {}
     for precision in FORMS:
         for launch in launches(precision):
-            ops[launch.step] = launch.op
             for made in launch.writes:
                 found.setdefault((launch.step, made.name), {})[precision] = made
+    return dict(sorted(found.items(), key=lambda item: list(OPS).index(item[0][0])))
+
+
+def shape_of(forms: dict[Precision, Made]) -> str:
+    """Shape of a tensor, or its shapes."""
+    return " or ".join(dict.fromkeys(made.shape for made in forms.values()))
+
+
+def readers_of(forms: dict[Precision, Made]) -> list[str]:
+    """Launches that read a tensor in some form."""
+    return list(dict.fromkeys(reader for made in forms.values() for reader in made.readers)) or [AFTER]
+
+
+def flowchart() -> str:
+    """Steps from above, at the arrows the tensors between them, in Mermaid."""
+    found = tensors()
+    names = {step: f"step{i}" for i, step in enumerate((*OPS, AFTER))}
+    arrows: dict[tuple[str, str], list[str]] = {}
+    forms: dict[str, set[str]] = {}
+    for (writer, name), by in found.items():
+        forms.setdefault(writer, set()).update(by)
+        for reader in readers_of(by):
+            arrows.setdefault((writer, reader), []).append(f"{name} {shape_of(by)}")
+    lines = ["```mermaid", "flowchart TD"]
+    for step, name in names.items():
+        op = f": {OPS[step]}" if OPS.get(step) else ""
+        alone = "".join(f", in {form} alone" for form in forms.get(step, ()) if len(forms[step]) == 1)
+        lines.append(f'    {name}["{step}{op}{alone}"]')
+    for (writer, reader), labels in arrows.items():
+        lines.append(f'    {names[writer]} -->|"{"<br/>".join(labels)}"| {names[reader]}')
+    return "\n".join([*lines, "```"])
+
+
+def table() -> Table:
+    """Every tensor that one launch writes and another reads, by form."""
     rows = []
-    for step, name in sorted(found, key=lambda key: ORDER.index(key[0])):
-        by = found[step, name]
-        shapes = " or ".join(dict.fromkeys(made.shape for made in by.values()))
-        readers = dict.fromkeys(reader for made in by.values() for reader in made.readers) or ["the next layer"]
+    for (step, name), by in tensors().items():
         dtypes = (by[precision].dtype if precision in by else "" for precision in FORMS)
-        rows.append((f"{step}: `{ops[step]}`", name, shapes, *dtypes, ", ".join(readers)))
+        writer = f"{step}: `{OPS[step]}`" if OPS[step] else step
+        rows.append((writer, name, shape_of(by), *dtypes, ", ".join(readers_of(by))))
     forms = (f"{precision}, attention {attention}" for precision, attention in FORMS.items())
     note = (
         "N: rows of the padded sequence, S: its blocks of 128, C: hidden size, U: width of the MLP. The steps codes 1 "
@@ -148,49 +177,3 @@ def table() -> Table:
         "activation, are written by torch."
     )
     return Table("Tensors between launches", ("written by", "tensor", "shape", *forms, "read by"), tuple(rows), note)
-
-
-# The figure -----------------------------------------------------------------------------------------------------------
-
-COLUMN, ROW, BOX, TOP, STREAM = 392, 92, 34, 76, 26
-COLOURS = {"rmsnorm_quantize": GREEN, "block_sparse_attention": ORANGE, "quantize_rows": VIOLET}
-
-
-def svg() -> str:
-    """A column per form: launches from above, tensors between them, the residual stream at their left."""
-    parts = [part for i, precision in enumerate(FORMS) for part in _column(precision, COLUMN * i + 16)]
-    return document(COLUMN * len(FORMS) + 20, TOP + ROW * len(ORDER) + 10, parts)
-
-
-def _column(precision: Precision, left: int) -> Iterator[str]:
-    yield _text(left, 24, f"{precision}, attention {FORMS[precision]}: {len(launches(precision))} launches", 15)
-    foot = TOP + ROW * (len(ORDER) - 1) + BOX
-    yield f'<rect x="{left}" y="{TOP}" width="{STREAM}" height="{foot - TOP}" fill="#e8ebef"/>'
-    yield _text(left, TOP - 12, "hidden [N, C] float32: the residual stream", 12)
-    box = left + STREAM + 28
-    for launch in launches(precision):
-        y = TOP + ROW * ORDER.index(launch.step)
-        middle = y + BOX / 2
-        colour = COLOURS.get(launch.op, BLUE)
-        yield f'<rect x="{box}" y="{y}" width="210" height="{BOX}" rx="4" fill="{colour}" fill-opacity="0.88"/>'
-        yield _text(box + 10, middle + 4, f"{launch.op}: {launch.step}", 12, "#fff")
-        if launch.op == "rmsnorm_quantize":
-            yield _line(left + STREAM, middle, box - 2, middle)
-        if launch.op == "fp8_linear_residual":
-            yield _line(box, middle, left + STREAM + 2, middle)
-            continue
-        reader = launch.writes[0].readers[0]
-        yield _line(box + 14, y + BOX, box + 14, TOP + ROW * ORDER.index(reader) - 2)
-        by_dtype: dict[str, list[str]] = {}
-        for made in launch.writes:
-            by_dtype.setdefault(made.dtype, []).append(f"{made.name} {made.shape}")
-        for i, (dtype, names) in enumerate(by_dtype.items()):
-            yield _text(box + 24, y + BOX + 18 + 15 * i, f"{dtype}: {', '.join(names)}", 11, "#333")
-
-
-def _text(x: float, y: float, text: str, size: int, fill: str = "#222") -> str:
-    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{fill}">{text}</text>'
-
-
-def _line(x: float, y: float, to_x: float, to_y: float) -> str:
-    return f'<line x1="{x}" y1="{y}" x2="{to_x}" y2="{to_y}" stroke="#333" stroke-width="1.3" marker-end="url(#tip)"/>'
