@@ -1,8 +1,7 @@
-"""A table as plain rows, and what it becomes: Markdown, HTML, or lines of a terminal."""
+"""A table as plain rows, and what it becomes: Markdown, or lines of a terminal."""
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 
 MOST_AT_RIGHT = 24
@@ -18,14 +17,12 @@ class Table:
         columns: Headers.
         rows: Cells, as text.
         note: What a reader must know to read it right.
-        marks: Rows to draw attention to, by their place.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
-    marks: frozenset[int] = frozenset()
 
     @property
     def at_left(self) -> tuple[bool, ...]:
@@ -40,20 +37,6 @@ class Table:
         lines.append("|" + "".join("---|" if left else "---:|" for left in self.at_left))
         lines += [f"| {' | '.join(row)} |" for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else [])])
-
-    def html(self) -> str:
-        """A table element with its title and note; marked rows have the class ``mark``."""
-        kind = ["", *(" class=text" if left else "" for left in self.at_left[1:])]  # the page has the first at the left
-        head = "".join(f"<th{of}>{html.escape(column)}</th>" for of, column in zip(kind, self.columns, strict=True))
-        body = "".join(
-            f"<tr{' class=mark' if place in self.marks else ''}>"
-            + "".join(f"<td{of}>{html.escape(cell)}</td>" for of, cell in zip(kind, row, strict=True))
-            + "</tr>"
-            for place, row in enumerate(self.rows)
-        )
-        note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
-        title = f"<h3>{html.escape(self.title)}</h3>"
-        return f"{title}<div class=scroll><table><tr>{head}</tr>{body}</table></div>{note}"
 
     def text(self) -> str:
         """For a terminal: the title, aligned columns, the note."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from bench.report.data import (
     KERNELS,
     ceilings,
@@ -70,12 +68,9 @@ def _forms(cases: list[Json]) -> list[str]:
 def error_table(cases: list[Json]) -> Table:
     """End to end, per case and form: video and audio apart, what the step added, PSNR of the latents."""
     rows: list[tuple[str, ...]] = []
-    marks: set[int] = set()
     named = dict(zip(FORM_ORDER, _forms(cases), strict=True))
     for case in cases:
         for form in case["forms"]:
-            if form["violations"]:
-                marks.add(len(rows))
             cells = [
                 _number(form["errors"][f"velocity.{modality}"][measure])
                 for modality in ("video", "audio")
@@ -94,7 +89,6 @@ def error_table(cases: list[Json]) -> Table:
         "come from fast bf16. Small models with seeded random weights; for sparsity that is a hard case: random "
         "weights attend to all keys alike. Budget: fast bf16 within 2x of eager bf16's own error; 8 bits are stated "
         "and fail past 0.3.",
-        frozenset(marks),
     )
 
 
@@ -162,12 +156,8 @@ def _ceilings_note(data: Json) -> str:
 
 
 def ops_table(data: Json) -> Table:
-    """A row per case of a GPU: all of our kernels, the fastest first, and all peers.
-
-    Marked is what is not verified, and what a peer is faster than.
-    """
+    """A row per case of a GPU: all of our kernels, the fastest first, and all peers; said is where one is faster."""
     rows: list[tuple[str, ...]] = []
-    marks: set[int] = set()
     by_case: dict[str, list[Json]] = {}
     for entry in data["entries"]:
         by_case.setdefault(entry["case"], []).append(entry)
@@ -179,15 +169,12 @@ def ops_table(data: Json) -> Table:
         if len(sizes) == 1 and case.count("/") == 2:
             name = "/".join(case.split("/")[::2])
         if (why := refusal(first)) is not None:
-            marks.add(len(rows))
             rows.append((name, why, "", "", ""))
             continue
         ours = ", ".join(refusal(e) or f"{KERNELS.get(e['impl'], e['impl'])} {_short(e['median_ms'])}" for e in entries)
         rate = f"{first['tflops']:,.0f} TFLOP/s" if (first["tflops"] or 0) > 100 else f"{first['gbps'] / 1e3:.2f} TB/s"
         peers = sorted(first["peers"].items(), key=lambda item: item[1])
         share = share_of(first, measured[0]) if measured else None
-        if min(first["peers"].values(), default=math.inf) < first["median_ms"]:
-            marks.add(len(rows))
         against = ", ".join(f"{name} {_short(ms)} ({_against(ms / first['median_ms'])})" for name, ms in peers)
         rows.append((name, ours, rate, "" if share is None else f"{share:.0%}", against))
     title = f"Every op against its peers at {', '.join(sorted(sizes))}, ms, {data['gpu']}, commit {data['commit']}"
@@ -198,7 +185,7 @@ def ops_table(data: Json) -> Table:
         "gate: its numbers were not checked. eager is the reference in bf16, for cases of 8 bits too. "
         f"{_ceilings_note(data)} {_turns_note(data)}"
     )
-    return Table(title, columns, tuple(rows), note, frozenset(marks))
+    return Table(title, columns, tuple(rows), note)
 
 
 def _turns_note(data: Json) -> str:

@@ -1,13 +1,11 @@
-"""The report: README and page are what the committed results make; a slow and a wrong kernel show as such."""
+"""The report: its pages are what the committed results make; a slow and a wrong kernel show as such."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import html
 import itertools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +57,7 @@ def results(folder: Path, *entries: dict[str, Any], sampler: tuple[dict[str, Any
 
 
 def text_of(found: report_data.Report) -> str:
-    return report.readme_section(found) + report.page(found, [])
+    return report.readme_section(found) + report.page_section(found)
 
 
 def test_readmes_are_what_the_committed_results_make() -> None:
@@ -67,19 +65,6 @@ def test_readmes_are_what_the_committed_results_make() -> None:
     for path, section in report.sections(found).items():
         readme = path.read_text(encoding="utf-8")
         assert readme == report.with_section(readme, section), f"{path} is stale: run `python -m bench.report --readme`"
-
-
-def test_the_page_is_what_the_committed_results_make() -> None:
-    pictures = sorted(report.OUT.glob("*.png"))
-    made = report.page(report_data.load(), pictures)
-    assert (report.OUT / report.PAGE).read_text(encoding="utf-8") == made, "the page is stale: run `make report`"
-
-
-def test_the_page_needs_nothing_from_outside() -> None:
-    page = (report.OUT / report.PAGE).read_text(encoding="utf-8")
-    assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]*\"|@import|url\(|<script", page)
-    for name in report.CAPTIONS.keys() & {p.stem for p in report.OUT.glob("*.png")}:
-        assert html.escape(report.CAPTIONS[name]) in page
 
 
 def test_results_of_the_pony_are_of_the_weights_in_the_package() -> None:
@@ -106,8 +91,8 @@ def test_what_the_pony_lost_is_shown() -> None:
     planted = copy.deepcopy(found.fidelity)
     planted["results"][0]["summary"] |= {"psnr_db": [2.34, 1.11], "moved": 5, "right": 3}
     shown = dataclasses.replace(found, fidelity=planted, rates=[{**found.rates[0], "failed": []}])
-    for text in (report_pony.own_section(shown), report.page(shown, [])):
-        assert "2.3/1.1" in text and "Nothing was wrong." in text and "qkv alone" in text
+    text = report_pony.own_section(shown)
+    assert "2.3/1.1" in text and "Nothing was wrong." in text and "qkv alone" in text
     of_ops = {"kind": "int8 op", "name": "qkv alone"}, {"kind": "int8", "name": "all, attention int8_qk"}
     planted["results"] += [copy.deepcopy(planted["results"][1]) | names for names in of_ops]
     planted["results"][-1]["summary"] |= {"psnr_db": [57.89, 41.23]}
@@ -115,15 +100,15 @@ def test_what_the_pony_lost_is_shown() -> None:
     assert "| int8: all, attention int8_qk | 57.9/41.2 |" in short and "int8: qkv alone" not in short
     assert "examples/pony/README.md" in short and "Nothing was wrong." in short and "2.3/1.1" not in short
     figures = report_pony.figures(shown)
-    assert set(figures) == {"fidelity"} <= report.CAPTIONS.keys()
     worst = min(x for line in figures["fidelity"].axes[0].lines for x in line.get_xdata())
     assert worst == 2.34
 
 
-def test_committed_pictures_are_small_and_named() -> None:
-    pictures = sorted(report.OUT.glob("*.png"))
-    assert {p.stem for p in pictures} <= report.CAPTIONS.keys()
-    assert {"roofline", "memory", "block_maps", "error_per_layer"} <= {p.stem for p in pictures}
+def test_committed_pictures_are_small_and_those_of_the_report_are_drawn_and_shown() -> None:
+    pictures, found = sorted(report.OUT.glob("*.png")), report_data.load()
+    assert {p.stem for p in pictures} == report_figures.figures(found).keys() | report_pony.figures(found).keys()
+    shown = " ".join(path.read_text(encoding="utf-8") for path in report.sections(found))
+    assert [p.name for p in pictures if f"{p.name})" not in shown] == []
     pictures += report.PONY_README.parent.rglob("*.png")
     assert [p.name for p in pictures if p.stat().st_size >= MOST_BYTES] == []
 
@@ -133,7 +118,7 @@ def test_a_faster_kernel_is_compared_with_its_best_peer(tmp_path: Path) -> None:
     text = text_of(found)
     for shown in ("612", "sdpa-cudnn 3 (1.50x)", "28.1", "17.9", "NVIDIA H200"):
         assert shown in text
-    assert "<tr class=mark>" not in report.page(found, [])
+    assert "SLOWER" not in text
 
 
 def test_calls_and_days_of_one_gpu_are_shown_together(tmp_path: Path) -> None:
@@ -153,7 +138,7 @@ def test_a_case_that_is_no_longer_run_is_still_shown(tmp_path: Path) -> None:
     """Results of an op that is gone, as of the single kernel for norm and QKV, stay what was measured."""
     gone = "rmsnorm_qkv/1080p-5s/bf16"
     found = results(tmp_path, {"case": gone}, {"case": "qkv_linear/1080p-5s/bf16"})
-    assert all("rmsnorm_qkv/bf16" in text for text in (report.page(found, []), report.readme_section(found)))
+    assert "rmsnorm_qkv/bf16" in report.readme_section(found)
     ((path, data),) = found.gpu.items()
     assert gone not in targets.text(data)
     assert preferences.preferences([data | {"capability": "90"}]) == {}
@@ -161,16 +146,12 @@ def test_a_case_that_is_no_longer_run_is_still_shown(tmp_path: Path) -> None:
     assert gone in [entry["case"] for entry in read(path)["entries"]]
 
 
-def test_a_planted_slow_kernel_is_marked(tmp_path: Path) -> None:
+def test_a_planted_slow_kernel_is_told(tmp_path: Path) -> None:
     found = results(tmp_path, {"case": "good/x"}, {"case": "slow/x", "median_ms": 4.0})
     table = report_tables.ops_table(next(iter(found.gpu.values())))
-    assert [row[0] for row in table.rows] == ["good/x", "slow/x"] and table.marks == {1}
+    assert [row[0] for row in table.rows] == ["good/x", "slow/x"]
+    assert ["SLOWER" in row[-1] for row in table.rows] == [False, True]
     assert "sdpa-cudnn 3 (0.75x: ours is SLOWER), flex 5 (1.25x)" in report.readme_section(found)
-    page = report.page(found, [])
-    assert page.count("<tr class=mark>") == 1
-    marked = re.search(r"<tr class=mark>.*?</tr>", page)
-    assert marked is not None
-    assert "slow/x" in marked[0]
 
 
 def test_a_planted_wrong_kernel_shows_no_number(tmp_path: Path) -> None:
@@ -182,7 +163,6 @@ def test_a_planted_wrong_kernel_shows_no_number(tmp_path: Path) -> None:
     text = text_of(found)
     assert "not verified: worst tile distance 8.0e-01" in text
     assert "7.77" not in text, "a peer's time beside a wrong kernel reads as a comparison"
-    assert "<tr class=mark>" in text
 
 
 def test_a_ratio_without_a_span_behind_it_says_so() -> None:
@@ -213,7 +193,7 @@ def test_what_was_verified_is_counted_and_told_with_its_gpu(tmp_path: Path) -> N
     nothing: dict[str, Any] = {"median_ms": None, "tflops": None, "gbps": None, "roofline": None}
     found = results(tmp_path, {"case": "attention/x"}, {"case": "norm/x"}, wrong | nothing)
     sentence = "Verified on NVIDIA H200, commit abcdef"
-    assert sentence in report.readme_section(found) and sentence in report.page(found, [])
+    assert sentence in report.readme_section(found) and sentence in report.page_section(found)
     assert "2 of 3 pairs of op and kernel passed" in report.readme_section(found)
     (path,) = found.gpu
     path.with_suffix("").mkdir()
@@ -262,7 +242,6 @@ def test_many_cases_hide_none_that_is_slow(tmp_path: Path) -> None:
     section = report.readme_section(found)
     assert "slow/x" in section
     assert section.count("| good/") == 60
-    assert report.page(found, []).count("<td>good/") == 60
 
 
 def test_a_planted_error_past_its_budget_is_marked() -> None:
@@ -276,7 +255,7 @@ def test_a_planted_error_past_its_budget_is_marked() -> None:
     assert "FAIL: velocity.video is off by 5.00e-01" in text
     assert "past its budget" in report.readme_section(planted)
     assert "not finite" in text
-    assert report_tables.error_table(planted.cases).marks == {1}
+    assert [row[-1][:4] for row in report_tables.error_table(planted.cases).rows[:3]] == ["pass", "FAIL", "pass"]
 
 
 def test_a_clip_fits_a_card_with_room_for_the_context() -> None:
