@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,11 +223,24 @@ def _run(data: Json, preset: str, mode: str, mask: str, cap: int | None, softmax
     return min(found, key=lambda run: run["total_s"] or float("inf"), default=None)
 
 
-def predicted(data: Json) -> Iterator[tuple[str, ...]]:
-    """Rows of predictions and outcomes."""
-    for prediction in of_gpu(data["gpu"]):
+def outcomes(title: str, data: Json, predictions: Iterable[Prediction]) -> Table:
+    """Predictions beside what one GPU's results have of them."""
+    columns = ("case", "on", "predicted ms", "bound by", "ms", "off by", "state")
+    note = (
+        "Predicted from the datasheet's peaks, an H100's for an H200; attention that names its softmax from a "
+        "prototype's rates and the instructions of the compiled code, products in int8 and those that name what is new "
+        "in them from bare products. Off by: the time over the nearer end of the prediction."
+    )
+    return Table(title, columns, tuple(predicted(data, predictions)), note)
+
+
+def predicted(data: Json, predictions: Iterable[Prediction]) -> Iterator[tuple[str, ...]]:
+    """Rows of predictions and outcomes; of a kernel with one form every outcome counts, whatever softmax it names."""
+    twice = {(prediction.case, prediction.impl) for prediction in PREDICTIONS if prediction.softmax}
+    for prediction in predictions:
         kind, _, precision = prediction.case.partition("/")
-        form: dict[str, str | None] = {"impl": prediction.impl, "softmax": prediction.softmax}
+        form: dict[str, str | None] = {"impl": prediction.impl}
+        form |= {"softmax": prediction.softmax} if (prediction.case, prediction.impl) in twice else {}
         entry, note = best(data, kind, precision, in_turns=bool(prediction.form), **form)
         low, high = prediction.ms
         expected = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
@@ -254,17 +267,11 @@ def tables(data: Json) -> list[Table]:
     counts = f"{verdicts.count('met')} of {len(found)} met, {verdicts.count(NOT_MEASURED)} not measured"
     where = f"{data['gpu']}, commit {data['commit']}"
     targets = ("target", "wanted", "reached", "verdict", "of")
-    columns = ("case", "on", "predicted ms", "bound by", "ms", "off by", "state")
-    note = (
-        "Predicted from the datasheet's peaks, an H100's for an H200; attention that names its softmax from a "
-        "prototype's rates and the instructions of the compiled code, products in int8 and those that name what is new "
-        "in them from bare products. Off by: the time over the nearer end of the prediction."
-    )
-    expected = tuple(predicted(data))
+    predictions = of_gpu(data["gpu"])
     return [
         Table(f"Targets, {where}: {counts}", targets, tuple(line.cells() for line in found)),
         *gpu_tables(data),
-        *([Table(f"Predictions beside outcomes, {where}", columns, expected, note)] if expected else []),
+        *([outcomes(f"Predictions beside outcomes, {where}", data, predictions)] if predictions else []),
     ]
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
+from bench import targets
 from bench.cases import BLOCK_SPARSE, cases
 from bench.inputs import moved_bytes
-from bench.report.data import KERNELS, Report
-from bench.report.predictions import PREDICTIONS, Prediction
+from bench.report.data import Report
 from bench.results import ROOT, Json
 from bench.table import Table
 from happyhorse_fast.costs import GPUS
@@ -22,7 +21,6 @@ OPS = {
 }
 """Page -> ops whose cases it shows."""
 CARD = GPUS["h200"]
-NOT_YET = "not measured"
 
 
 def page(stem: str) -> Path:
@@ -55,37 +53,8 @@ def work(stem: str) -> Table:
 
 
 def times(stem: str, data: Json) -> Table:
-    """Predictions and measurements of each case and kernel."""
-    entries = {(entry["case"], entry["impl"]): entry for entry in data["entries"] if entry["verified"]}
-    rows = []
-    of_page = [case for case in cases("main") if case.op in OPS[stem]]
-    for case, impl in itertools.product(of_page, ("hopper", "triton", "cuda")):
-        expected, entry = newest(case.name, impl), entries.get((case.name, impl))
-        if expected is None and entry is None:
-            continue
-        told, bound = ("", "") if expected is None else (in_words(expected), expected.bound)
-        taken = NOT_YET if entry is None else f"{entry['median_ms']:.3g}"
-        # What a prediction names as new was not in what was measured alone, without a span.
-        older = expected is not None and entry is not None and is_newer(expected) and not entry.get("span")
-        rows.append((case.kind, KERNELS[impl], told, bound, f"{taken}{', the form before' if older else ''}"))
-    note = (
-        f"Measured on one {data['gpu']} at commit {data['commit']}; predicted for the kernels as they are now. The "
-        "form before: written anew since, by what that run showed, and not yet run."
-    )
-    return Table("Predicted and measured, ms", ("case", "on", "predicted", "bound by", "measured"), tuple(rows), note)
-
-
-def in_words(prediction: Prediction) -> str:
-    """Its milliseconds."""
-    return " to ".join(dict.fromkeys(f"{ms:.3g}" for ms in prediction.ms))
-
-
-def newest(case: str, impl: str) -> Prediction | None:
-    """The prediction of a kernel as it is now: the last one of its case, on Hopper."""
-    found = [p for p in PREDICTIONS if (p.name, p.impl) == (case, impl) and CARD.name in p.gpus]
-    return found[-1] if found else None
-
-
-def is_newer(prediction: Prediction) -> bool:
-    """Tell whether it is of a second form."""
-    return bool(prediction.softmax or prediction.form)
+    """Predictions of the kernels as they are now, and their outcomes."""
+    now = {(prediction.case, prediction.impl): prediction for prediction in targets.of_gpu(data["gpu"])}
+    order = [case.name for case in cases("main") if case.op in OPS[stem]]
+    of_page = sorted((p for p in now.values() if p.name in order), key=lambda p: order.index(p.name))
+    return targets.outcomes(f"Predicted and measured, {data['gpu']}, commit {data['commit']}", data, of_page)

@@ -167,7 +167,7 @@ def test_a_product_is_held_in_turns_with_the_librarys_and_older_times_are_no_out
     for measured, verdict, off in ((alone, "not measured", ""), (alone | {"span": "a"}, "met", "1.01x")):
         assert verdicts(measured)[goal(down, "fp8")].verdict == verdict
         data = {**HEADER, "entries": [measured | {"median_ms": 7.45} if off else measured], "sampler": []}
-        rows = {row[0]: row for row in targets.predicted(data)}
+        rows = {row[0]: row for row in targets.predicted(data, targets.of_gpu(data["gpu"]))}
         assert rows[second][5] == off and rows[f"{down}/fp8"][5], "the floor is of every form"
     found = verdicts(
         entry(down, "bf16", 14.0, 643.0, span="a", peers={targets.BF16_MM: 13.0}),
@@ -185,12 +185,16 @@ def test_predictions_are_of_a_gpu_and_of_a_form_of_the_softmax():
     old, new = entry(kind, "bf16", 95.7, impl="hopper"), entry(kind, "bf16", 80.0, **BOUNDED)
     for measured, ours, other in ((old, f"{kind}/bf16", "bf16, bounded"), (new, f"{kind}/bf16, bounded", "bf16")):
         data = {**HEADER, "gpu": "NVIDIA H200", "entries": [measured], "sampler": []}
-        rows = {(row[0], row[1]): row for row in targets.predicted(data)}
+        rows = {(row[0], row[1]): row for row in targets.predicted(data, targets.of_gpu(data["gpu"]))}
         assert rows[ours, "hopper"][4] == f"{measured['median_ms']:.3g}"
         assert rows[f"{kind}/{other}", "hopper"][4:] == ("", "", "not measured")
     assert rows[f"{kind}/bf16, bounded", "hopper"][5] == "1.05x"
+    once = {**HEADER, "entries": [entry(kind, "fp8", 87.8, softmax="running maximum")], "sampler": []}
+    rows = {(row[0], row[1]): row for row in targets.predicted(once, targets.of_gpu(HEADER["gpu"]))}
+    assert rows[f"{kind}/fp8", "triton"][4] == "87.8", "a kernel that was predicted once"
     for gpu, expected in (("NVIDIA A100-SXM4-80GB", "271 to 414"), ("NVIDIA GeForce RTX 4090", "512 to 580")):
-        rows = {row[0]: row for row in targets.predicted({**HEADER, "gpu": gpu, "entries": [], "sampler": []})}
+        data = {**HEADER, "gpu": gpu, "entries": [], "sampler": []}
+        rows = {row[0]: row for row in targets.predicted(data, targets.of_gpu(gpu))}
         assert len(rows) == 8 and rows["block_sparse_attention-dense/bf16, bounded"][1:3] == ("triton", expected)
     assert not any(
         "Predictions" in t.title for t in targets.tables({**HEADER, "gpu": "L4", "entries": [], "sampler": []})
@@ -202,7 +206,7 @@ def test_every_prediction_is_of_a_case_and_stands_beside_its_outcome():
     assert {p.name for p in PREDICTIONS} <= known and len(PREDICTIONS) > 20
     state = {"conditions": {"before": {}, "after": {"sm_mhz": 1755.0, "power_w": 699.0}}}
     data = {**HEADER, "entries": [entry("qkv_linear", "fp8", 4.86, **state)], "sampler": []}
-    rows = {(row[0], row[1]): row for row in targets.predicted(data)}
+    rows = {(row[0], row[1]): row for row in targets.predicted(data, targets.of_gpu(data["gpu"]))}
     assert rows["qkv_linear/fp8", "triton"][4:] == ("4.86", "2.00x", "1755 MHz, 699 W")
     assert rows["qkv_linear/bf16", "triton"][4:] == ("", "", "not measured")
     assert len(rows) == len([p for p in PREDICTIONS if "h100" in p.gpus])
