@@ -232,12 +232,8 @@ def error_per_layer(cases: list[Json]) -> Figure:
             axes.set_xticks(range(len(places)), [*map(str, range(case["layers"])), "out"])
     for axes in panels[:, 0]:
         axes.set_ylabel("relative L2")
-    handles, labels = panels[0][-1].get_legend_handles_labels()
-    for case_panel in panels[0]:
-        more = case_panel.get_legend_handles_labels()
-        if len(more[1]) > len(labels):
-            handles, labels = more
-    figure.legend(handles, labels, ncols=len(labels), fontsize=9, frameon=False, loc="outside upper right")
+    named = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, ncols=len(named), fontsize=9, frameon=False, loc="outside upper right")
     return figure
 
 

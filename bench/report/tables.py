@@ -96,15 +96,12 @@ def error_summary(cases: list[Json]) -> Table:
     """A row per case: every form's velocity error, video and audio."""
     rows = []
     for case in cases:
-        cells = []
-        for name in FORM_ORDER:
-            form = next((form for form in case["forms"] if form["form"] == name), None)
-            values = (
-                [] if form is None else [form["errors"][f"velocity.{m}"]["relative_l2"] for m in ("video", "audio")]
-            )
-            over = " (past its budget)" if form is not None and form["violations"] else ""
-            cells.append(" / ".join(map(_number, values)) + over)
-        rows.append((f"`{case['case']}`", *cells))
+        cells = dict.fromkeys(FORM_ORDER, "")
+        for form in case["forms"]:
+            values = [form["errors"][f"velocity.{m}"]["relative_l2"] for m in ("video", "audio")]
+            over = " (past its budget)" if form["violations"] else ""
+            cells[form["form"]] = " / ".join(map(_number, values)) + over
+        rows.append((f"`{case['case']}`", *cells.values()))
     return Table(
         "Error of the velocity, video / audio: relative L2 to float32",
         ("case", *_forms(cases)),
@@ -124,11 +121,13 @@ def op_table(cases: list[Json]) -> Table:
             if "sparsity" in name and op != "attention":
                 cells.append("")
                 continue
+            pair = []
             for measure in ("relative_l2", "tile_distance"):
                 values = [worst(form, f"op.{op}", m, measure) for form in forms for m in ("video", "audio")]
                 finite = [value for value in values if value is not None]
-                cells.append(_number(max(finite) if len(finite) == len(values) and values else None))
-        rows.append((op, *_pairs(cells)))
+                pair.append(_number(max(finite) if len(finite) == len(values) and values else None))
+            cells.append(" / ".join(pair))
+        rows.append((op, *cells))
     return Table(
         "Error of each op by itself: relative L2 / worst 128x128 tile, to float32",
         ("op", *_forms(cases)),
@@ -136,14 +135,6 @@ def op_table(cases: list[Json]) -> Table:
         "Each op runs on its float32 input; worst layer, modality and case. qkv and up include their norm; norm is the "
         "one before qkv. Sparsity changes attention alone.",
     )
-
-
-def _pairs(cells: list[str]) -> list[str]:
-    joined, rest = [], list(cells)
-    while rest:
-        first = rest.pop(0)
-        joined.append(f"{first} / {rest.pop(0)}" if first else "")
-    return joined
 
 
 def _ceilings_note(data: Json) -> str:
