@@ -208,20 +208,3 @@ def clips(data: Json) -> list[Json]:
 def fits(peak_gib: float, card_gb: int) -> bool:
     """Tell whether a clip whose tensors peak at ``peak_gib`` runs on a card of ``card_gb``."""
     return peak_gib * 2**30 + CONTEXT_BYTES <= card_bytes(card_gb)
-
-
-def worst(form: Json, kind: str, modality: str, measure: str = "relative_l2") -> float | None:
-    """Largest distance among a form's results: ``kind`` is ``layer``, ``velocity``, ``latent`` or ``op.<name>``.
-
-    Returns:
-        None where there is none, or one is not finite.
-    """
-    name = kind.removeprefix("op.")
-    found = []
-    for what, error in form["errors"].items():
-        place, *middle, last = what.split(".")
-        if last == modality and (middle[-1:] == [name] if kind.startswith("op.") else place == kind):
-            found.append(error[measure])
-    if not found or any(value is None for value in found):
-        return None
-    return float(min(found) if measure == "psnr_db" else max(found))

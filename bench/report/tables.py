@@ -12,7 +12,6 @@ from bench.report.data import (
     share_of,
     steps_timed,
     total_of,
-    worst,
 )
 from bench.results import Json, refusal
 from bench.sampler_runs import SECOND_STAGE
@@ -76,9 +75,8 @@ def error_table(cases: list[Json]) -> Table:
                 for modality in ("video", "audio")
                 for measure in ("relative_l2", "own")
             ]
-            psnr = [
-                _number(worst(form, "latent", m, "psnr_db"), ".1f") if case["steps"] else "" for m in ("video", "audio")
-            ]
+            latents = [form["errors"][f"latent.{m}"] for m in ("video", "audio")] if case["steps"] else []
+            psnr = [_number(error["psnr_db"], ".1f") for error in latents]
             verdict = f"FAIL: {form['violations'][0]}" if form["violations"] else "pass"
             rows.append((case["case"], named[form["form"]], *cells, " / ".join(psnr), verdict))
     return Table(
@@ -123,9 +121,8 @@ def op_table(cases: list[Json]) -> Table:
                 continue
             pair = []
             for measure in ("relative_l2", "tile_distance"):
-                values = [worst(form, f"op.{op}", m, measure) for form in forms for m in ("video", "audio")]
-                finite = [value for value in values if value is not None]
-                pair.append(_number(max(finite) if len(finite) == len(values) and values else None))
+                found = [e[measure] for form in forms for what, e in form["errors"].items() if f".{op}." in what]
+                pair.append(_number(None if None in found else max(found, default=None)))
             cells.append(" / ".join(pair))
         rows.append((op, *cells))
     return Table(
