@@ -17,9 +17,7 @@ from bench.report.data import Report, clips, form_of, measured_ceilings, parts_o
 from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, TEAL, VIOLET, blank_figure, clean
 from bench.results import Json
 from bench.sampler_runs import PUBLISHED_SECONDS, SECOND_STAGE
-from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.costs import GPUS, step_costs
-from happyhorse_fast.tokens import tokens_for
+from happyhorse_fast.costs import GPUS
 
 FORM_STYLE = {
     "eager bf16": (GREY, "o"),
@@ -41,8 +39,6 @@ PART_COLOURS = {
 }
 NOT_SPLIT, UNKNOWN = "not split by op", "#adb5bd"
 FORMAT_COLOURS = {"bf16": BLUE, "int8": GREEN, "int8_qk": TEAL, "fp8": ORANGE}
-CONFIG = ModelConfig.preset("happyhorse-1.0-15b")
-CLIP = tokens_for("1080p", "16:9", 5, 24)
 WHAT = "15B model, 1080p, 5 s"
 DPI = 110
 
@@ -131,85 +127,42 @@ def _bar(axes: Axes, place: int, run: Json, labelled: set[str]) -> None:
 
 
 def roofline(report: Report) -> Figure:
-    """Attainable TFLOP/s over FLOP per byte: the datasheet's roof and the measured one, the ops' ceilings, what ran."""
+    """TFLOP/s of every case over its FLOP per byte, under the datasheet's roof and under the measured one."""
     _, data = report.newest  # one card: another's rates would not lie under this roof
     card = gpu_named(data["gpu"]) or GPUS["h100"]
     measured = [e for e in data["entries"] if e["verified"] and e["tflops"] and e["gbps"]]
     reached = measured_ceilings(data)
-    roof = f"dashed: the most that was measured there ({reached.bandwidth:.2g} TB/s); " if reached else ""
+    most = f"; dashed: the most that was measured there, {reached.bandwidth:.2g} TB/s" if reached else ""
     note = (
-        f"solid: {card.source}; {roof}hollow: the ceiling at an op's FLOP per byte, a prediction; filled: measured "
-        f"({len(measured)}): square Gluon, circle Triton, triangle CUDA; blue bf16, green int8, teal int8 q and k, "
-        "orange fp8. Norms: no FLOPs."
+        f"solid: {card.source}{most}. {len(measured)} measured: square Gluon, circle Triton, triangle CUDA; teal: int8 "
+        "q and k. Names stand over the case in 8 bits. Norms: no FLOPs."
     )
     figure = blank_figure(10.5, 6.4, f"Roofline, {card.name.upper()}: {WHAT}", note)
     axes = clean(figure.add_subplot())
     reach = np.logspace(0.4, 5.2, 200)
     eight = "fp8" if card.fp8 else "int8"  # of one rate where there are both
-    for precision, colour in ((name, FORMAT_COLOURS[name]) for name in ("bf16", eight)):
-        peak = card.rate(precision) / 1e12
-        axes.plot(reach, np.minimum(peak, reach * card.bandwidth), color=colour, lw=2)
-        axes.annotate(
-            f"{precision}, datasheet: {peak:,.0f}", (reach[0] * 1.1, peak), color=colour, fontsize=9, va="bottom"
-        )
-        above = precision == eight
-        for names, intensity in _joined(_intensities(precision)).items():
-            ceiling = min(peak, intensity * card.bandwidth)
-            axes.plot(intensity, ceiling, "o", mfc="white", mec=colour, ms=7)
-            if above:  # in bf16 the same ops stand below: names there would lie on what was measured
-                axes.annotate(
-                    names,
-                    (intensity, ceiling),
-                    (0, 9),
-                    textcoords="offset points",
-                    ha="center",
-                    va="bottom",
-                    fontsize=8.5,
-                    color=INK,
-                    rotation=90,
-                )
+    roofs = [("datasheet", name, card.rate(name) / 1e12, card.bandwidth, "-") for name in ("bf16", eight)]
     if reached:
-        for precision, rate in reached.rates().items():
-            colour, way = FORMAT_COLOURS[precision], "top" if precision == "int8" else "bottom"
-            axes.plot(reach, np.minimum(rate, reach * reached.bandwidth), color=colour, lw=1.4, ls="--")
-            at = (reach[0] * 1.1, rate)
-            axes.annotate(f"{precision}, measured: {rate:,.0f}", at, color=colour, fontsize=9, va=way)
+        roofs += [("measured", name, rate, reached.bandwidth, "--") for name, rate in reached.rates().items()]
+    for source, name, rate, bandwidth, dashes in roofs:
+        label = f"{name}, {source}: {rate:,.0f}"
+        axes.plot(reach, np.minimum(rate, reach * bandwidth), dashes, color=FORMAT_COLOURS[name], label=label)
+    named: dict[str, float] = {}
     for entry in measured:
-        axes.plot(
-            1e3 * entry["tflops"] / entry["gbps"],
-            entry["tflops"],
-            {"hopper": "s", "cuda": "^"}.get(entry["impl"], "o"),
-            color=FORMAT_COLOURS.get(entry["case"].rpartition("/")[2], BLUE),
-            ms=5,
-            alpha=0.8,
-        )
+        kind, *_, name = entry["case"].split("/")
+        intensity = 1e3 * entry["tflops"] / entry["gbps"]
+        marker = {"hopper": "s", "cuda": "^"}.get(entry["impl"], "o")
+        axes.plot(intensity, entry["tflops"], marker, color=FORMAT_COLOURS.get(name, BLUE), ms=5, alpha=0.8)
+        if name == eight:
+            named[kind] = intensity
+    for kind, intensity in named.items():
+        axes.text(intensity, 2500, kind, rotation=90, ha="center", va="bottom", fontsize=8, color=INK)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of compulsory traffic", ylabel="TFLOP/s")
     axes.set_xlim(reach[0], reach[-1])
-    axes.set_ylim(3, 40000)
+    axes.set_ylim(3, 80000)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
+    axes.legend(fontsize=8.5, frameon=False, loc="lower right")
     return figure
-
-
-def _intensities(precision: str) -> dict[str, float]:
-    costs = step_costs(CONFIG, CLIP, precision=precision)
-    found = {}
-    for cost in costs:
-        if cost.kind.startswith("shared") and cost.flops:
-            mask = f" ({cost.kind.split()[-1]})" if cost.op == "attention" else ""
-            found[f"{cost.op}{mask}"] = cost.flops / cost.bytes
-    return found
-
-
-def _joined(intensities: dict[str, float]) -> dict[str, float]:
-    """Ops within 10 % of each other under one name, so that labels do not overlap."""
-    joined: dict[str, float] = {}
-    for op, value in sorted(intensities.items(), key=lambda item: item[1]):
-        last = next(reversed(joined), None)
-        if last is not None and value <= 1.1 * joined[last]:
-            joined[f"{last}, {op}"] = joined.pop(last)
-        else:
-            joined[op] = value
-    return joined
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
