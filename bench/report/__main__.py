@@ -14,6 +14,7 @@ from bench import targets
 from bench.report import dataflow, figures, kernel_tables, pony, preferences, tables
 from bench.report.data import EQUIVALENCE, Report, load, verified
 from bench.results import ROOT, Json
+from happyhorse_fast.ops.runtime.dispatch import PREFERENCES
 
 README = ROOT / "README.md"
 PONY_README = ROOT / "examples" / "pony" / "README.md"
@@ -92,7 +93,7 @@ def main() -> None:
     report = load()
     if not options.readme:
         figures.save(figures.figures(report) | pony.figures(report), OUT)
-        preferences.write(report.gpu.values())
+        PREFERENCES.write_text(preferences.text(report.gpu.values()))
     for path, section in sections(report).items():
         path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from bench.results import Json, merged
-from happyhorse_fast.ops.runtime.dispatch import PREFERENCES
+from bench.results import Json
 from happyhorse_fast.ops.runtime.formats import VARIANTS
 
 LEAST_GAIN = 1.25
@@ -21,24 +20,20 @@ Preferences = dict[str, dict[str, list[str]]]
 """{"90": {"fp8": [op, ...]}}, by architecture and the format of the cases."""
 
 
-def preferences(files: Iterable[Json]) -> Preferences:
+def preferences(gpus: Iterable[Json]) -> Preferences:
     """Ops that are faster by :data:`LEAST_GAIN` in CUDA in every case that both ran and passed their gates in.
 
     Args:
-        files: Result files, oldest first; those of a CPU, or of no known architecture, do not count.
+        gpus: All results of each GPU as one; those of no known architecture do not count.
     """
-    of_gpu: dict[tuple[str, str], list[Json]] = {}
-    for data in files:
-        if data.get("capability"):
-            of_gpu.setdefault((data["capability"], data["gpu"]), []).append(data)
     # One GPU's Triton is not held against another's CUDA; what one of an architecture is slower with is not preferred.
     times: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, float]]] = {}
-    for (capability, gpu), several in of_gpu.items():
-        for entry in merged(several)["entries"]:
+    for data in (data for data in gpus if data.get("capability")):
+        for entry in data["entries"]:
             if entry["verified"] and entry["median_ms"] is not None:
                 op, _, fmt = entry["case"].split("/")
-                of_op = times.setdefault((capability, fmt, op.partition("-")[0]), {})
-                of_op.setdefault((gpu, entry["case"]), {})[entry["impl"]] = entry["median_ms"]
+                of_op = times.setdefault((data["capability"], fmt, op.partition("-")[0]), {})
+                of_op.setdefault((data["gpu"], entry["case"]), {})[entry["impl"]] = entry["median_ms"]
     found: Preferences = {}
     for (capability, fmt, op), cases in sorted(times.items()):
         both = [ms for ms in cases.values() if {"triton", "cuda"} <= ms.keys()]
@@ -48,11 +43,6 @@ def preferences(files: Iterable[Json]) -> Preferences:
     return found
 
 
-def text(files: Iterable[Json]) -> str:
+def text(gpus: Iterable[Json]) -> str:
     """The file's content."""
-    return json.dumps(preferences(files), indent=1) + "\n"
-
-
-def write(files: Iterable[Json]) -> None:
-    """Write it into the package."""
-    PREFERENCES.write_text(text(files))
+    return json.dumps(preferences(gpus), indent=1) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench.report import preferences
 from bench.report.data import load
+from bench.results import merged
 from happyhorse_fast.ops.runtime.dispatch import PREFERENCES
 
 
@@ -74,7 +75,7 @@ def test_the_newest_file_of_an_architecture_counts():
     old = data(entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 3.5))
     new = data(entry("qkv_linear", "triton", 3.0), entry("qkv_linear", "cuda", 3.5))
     other = data(entry("qkv_linear", "triton", 5.0), entry("qkv_linear", "cuda", 3.5), capability="100")
-    assert preferences.preferences([old, new, other]) == {"100": {"fp8": ["qkv_linear"]}}
+    assert preferences.preferences([merged([old, new]), other]) == {"100": {"fp8": ["qkv_linear"]}}
 
 
 def test_what_several_calls_measured_counts_together():
@@ -84,11 +85,11 @@ def test_what_several_calls_measured_counts_together():
         data(entry("qkv_linear", "cuda", 3.5)),
         data(entry("rmsnorm_quantize", "triton", 1.0)),
     ]
-    assert preferences.preferences(calls) == {"90": {"fp8": ["qkv_linear"]}}
+    assert preferences.preferences([merged(calls)]) == {"90": {"fp8": ["qkv_linear"]}}
     red = data(entry("qkv_linear", "cuda", None, verified=False))
-    assert preferences.preferences([*calls, red]) == {}, "a gate that turned red takes it back"
+    assert preferences.preferences([merged([*calls, red])]) == {}, "a gate that turned red takes it back"
     other = data(entry("qkv_linear", "triton", 3.0)) | {"gpu": "h200"}
-    assert preferences.preferences([*calls, other]) == {"90": {"fp8": ["qkv_linear"]}}, "another GPU's Triton"
+    assert preferences.preferences([merged(calls), other]) == {"90": {"fp8": ["qkv_linear"]}}, "another GPU's Triton"
 
 
 def test_the_shipped_file_is_that_of_the_committed_results():
