@@ -57,33 +57,27 @@ class Made:
     """A tensor that a launch writes.
 
     Attributes:
+        step: The launch, by its step in the layer.
         name: As the op's contract calls it.
         shape: In letters.
         dtype: In words.
         readers: Steps that read it.
     """
 
+    step: str
     name: str
     shape: str
     dtype: str
     readers: list[str] = field(default_factory=list)
 
 
-@dataclass
-class Launch:
-    """One launch: its step in the layer, and what it writes."""
-
-    step: str
-    writes: list[Made]
-
-
 class Recorder(TorchDispatchMode):
-    """Notes the launches of this package's ops, and which tensors go from one to another."""
+    """Notes what launches of this package's ops write, in order, and which launches read it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches: list[Launch] = []
-        self._made: dict[int, Made] = {}
+        self.made: list[Made] = []
+        self._at: dict[int, Made] = {}
         self._kept: list[Any] = []  # so that no address is used twice
 
     def __torch_dispatch__(
@@ -93,26 +87,27 @@ class Recorder(TorchDispatchMode):
         op = func._schema.name.partition("::")[2].removesuffix("_reference")
         self._kept += [args, results]
         if op in RESULTS:
-            if not self.launches:
-                self.launches.append(Launch(BEFORE, [self._note("hidden", args[0])]))
-            step = next(step for step, of in OPS.items() if of == op and step not in {x.step for x in self.launches})
+            if not self.made:
+                self._note(BEFORE, "hidden", args[0])
+            step = next(step for step, of in OPS.items() if of == op and step not in {made.step for made in self.made})
             for given in args:
-                if isinstance(given, Tensor) and (made := self._made.get(given.untyped_storage().data_ptr())):
+                if isinstance(given, Tensor) and (made := self._at.get(given.untyped_storage().data_ptr())):
                     made.readers.append(step)
-            written = (args[-1],) if op == "fp8_linear_residual" else results
-            named = zip(RESULTS[op], written if isinstance(written, tuple) else (written,), strict=True)
-            self.launches.append(Launch(step, [self._note(name, x) for name, x in named if x.numel()]))
+            new = (args[-1],) if op == "fp8_linear_residual" else results
+            for name, x in zip(RESULTS[op], new if isinstance(new, tuple) else (new,), strict=True):
+                if x.numel():
+                    self._note(step, name, x)
         return results
 
-    def _note(self, name: str, x: Tensor) -> Made:
-        made = Made(name, f"[{', '.join(LETTERS[size] for size in x.shape)}]", DTYPES[x.dtype])
-        self._made[x.untyped_storage().data_ptr()] = made
-        return made
+    def _note(self, step: str, name: str, x: Tensor) -> None:
+        made = Made(step, name, f"[{', '.join(LETTERS[size] for size in x.shape)}]", DTYPES[x.dtype])
+        self._at[x.untyped_storage().data_ptr()] = made
+        self.made.append(made)
 
 
 @functools.cache
-def launches(precision: Precision) -> tuple[Launch, ...]:
-    """Record the launches of a layer without sparsity, in order, after what the layer before wrote."""
+def written(precision: Precision) -> tuple[Made, ...]:
+    """Record what the launches of a layer without sparsity write, in order, after what the layer before wrote."""
     fast = FastConfig(precision=precision, attention=FORMS[precision], backend="reference")
     model = accelerate(HappyHorse(CONFIG).init_weights(0), fast)
     draw = torch.Generator().manual_seed(0)
@@ -120,16 +115,15 @@ def launches(precision: Precision) -> tuple[Launch, ...]:
     recorder = Recorder()
     with torch.no_grad(), recorder:
         model(*(torch.randn(shape, generator=draw) for shape in shapes))
-    return tuple(recorder.launches)
+    return tuple(recorder.made)
 
 
 def tensors() -> dict[tuple[str, str], dict[Precision, Made]]:
     """What launches write, by launch and name, in order; each by the forms that have it."""
     found: dict[tuple[str, str], dict[Precision, Made]] = {}
     for precision in FORMS:
-        for launch in launches(precision):
-            for made in launch.writes:
-                found.setdefault((launch.step, made.name), {})[precision] = made
+        for made in written(precision):
+            found.setdefault((made.step, made.name), {})[precision] = made
     return dict(sorted(found.items(), key=lambda item: list(OPS).index(item[0][0])))
 
 
