@@ -21,6 +21,7 @@ from bench.inputs import Given, call
 from happyhorse_fast import budgets
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.block_map.bits import unpack
+from happyhorse_fast.checkpoint.stream import is_finite
 from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.ops import select_blocks
 from happyhorse_fast.ops.linear.contract import ACTIVATIONS
@@ -84,7 +85,7 @@ def problems(case: Case, given: Given, backend: str) -> list[str]:
     found = [
         f"result {i} has NaN or Inf: a tile that nothing wrote, or an overflow"
         for i, result in enumerate(results)
-        if result.numel() and not _finite(result)
+        if result.numel() and not is_finite(result)
     ]
     for block in _blocks(case.rows // BLOCK):
         rows = slice(block * BLOCK, (block + 1) * BLOCK)
@@ -94,12 +95,6 @@ def problems(case: Case, given: Given, backend: str) -> list[str]:
                 f"{name}, rows {rows.start}: {p}" for p in budgets.violations(error, distance=distance, slope=slope)
             ]
     return found
-
-
-def _finite(x: Tensor) -> bool:
-    if x.dtype == torch.float8_e4m3fn:  # in place of isfinite, which e4m3 lacks: NaN is all ones but for the sign
-        return not bool(((x.view(torch.uint8) & 0x7F) == 0x7F).any())
-    return bool(torch.isfinite(x).all())
 
 
 def _blocks(count: int) -> list[int]:
