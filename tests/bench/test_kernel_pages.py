@@ -70,7 +70,9 @@ def test_a_planted_mistake_of_syntax_is_found(diagram, problem):
 @pytest.mark.parametrize(("stem", "variant"), [("qkv", "qkv_fp8"), ("linear", "fp8_residual")])
 def test_pictures_of_products_have_the_sizes_of_the_launch_table(stem, variant):
     config = config_for(stem, variant, HOPPER_ARCH)
-    (diagram,) = diagrams((ROOT / "docs" / "kernels" / f"{stem}.md").read_text())
+    text = (ROOT / "docs" / "kernels" / f"{stem}.md").read_text()
+    (diagram,) = diagrams(text)
+    assert f"groups of {config.group_m} row tiles" in text.replace("\n", " ")
     columns = "2 heads" if stem == "qkv" else f"{config.block_n} columns"
     kib = (config.block_m + config.block_n) * config.block_k // 1024
     for words in (
