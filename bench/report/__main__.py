@@ -42,6 +42,7 @@ def readme_section(report: Report) -> str:
         "![Seconds of a clip by form and op](docs/report/clip.png)",
         *(table.markdown() for table in tables.gpu_tables(newest)),
         tables.memory_table(report.memory).markdown(),
+        "![Live memory along a layer of each kind](docs/report/memory.png)",
         tables.launch_table(report.memory).markdown(),
         tables.error_summary(report.cases).markdown(),
         tables.op_table(report.cases).markdown(),

@@ -50,6 +50,7 @@ def figures(report: Report) -> dict[str, Figure]:
         "roofline": roofline(report),
         **({"clip": clip(report)} if any(run["total_s"] for run in data["sampler"]) else {}),
         "error_per_layer": error_per_layer(report.cases),
+        "memory": memory(report.memory),
     }
 
 
@@ -194,3 +195,45 @@ def _marker(form: str, marker: str) -> dict[str, Any]:
     if form.startswith("eager"):
         return {"marker": marker, "ms": 10, "mfc": "none", "mew": 1.4, "lw": 0}
     return {"marker": marker, "ms": 4, "lw": 1.4}
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def memory(data: Json) -> Figure:
+    """Live bytes along one layer of each kind, on top of the weights of the whole model."""
+    note = (
+        "tensors that live beside the weights, the residual stream included; traced on a pretended device (fake "
+        "tensors): shapes and lifetimes, not a measurement of a GPU. Within a layer: operations in order"
+    )
+    clip = data["timelines"][0]
+    title = f"Memory over one layer of each kind: {clip['preset']}, {clip['resolution']}, {clip['seconds']} s"
+    figure = blank_figure(12.5, 4.6, title, note)
+    panels = figure.subplots(1, len(data["timelines"]), sharey=True)
+    for axes, timeline in zip(panels, data["timelines"], strict=True):
+        _memory_panel(axes, timeline)
+    panels[0].set_ylabel("GiB beside the weights")
+    return figure
+
+
+def _memory_panel(axes: Axes, timeline: Json) -> None:
+    x: list[float] = []
+    for place, layer in enumerate(timeline["layers"]):
+        count = len(layer["activations_gib"])
+        x += [place + i / count for i in range(count)]
+        if place:
+            axes.axvline(place, color="#c5cad0", lw=0.8)
+    live = [value for layer in timeline["layers"] for value in layer["activations_gib"]]
+    operations = [name for layer in timeline["layers"] for name in layer["operations"]]
+    peak = max(range(len(live)), key=live.__getitem__)
+    weights = timeline["weights_gib"]
+    clean(axes, f"{timeline['form']}\n{weights:.1f} weights + {live[peak]:.1f} = {weights + live[peak]:.1f} GiB")
+    axes.fill_between([*x, len(timeline["layers"])], 0, [*live, live[-1]], step="post", color=BLUE, linewidth=0)
+    axes.annotate(
+        f"peak: {operations[peak]}", (x[peak], live[peak]), (2, 3), textcoords="offset points", fontsize=8.5, color=INK
+    )
+    names = [layer["kind"].replace(" ", "\n") for layer in timeline["layers"]]
+    axes.set_xticks([i + 0.5 for i in range(len(names))], names, fontsize=7.5)
+    axes.tick_params(axis="x", length=0)
+    axes.set(xlim=(0, len(names)), ylim=(0, None))
+    axes.grid(False, axis="x")

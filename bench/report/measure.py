@@ -20,9 +20,11 @@ import torch
 from bench.report.data import EQUIVALENCE, FIDELITY, MEMORY
 from bench.results import COMMIT_VARIABLE, ROOT, Json, commit, describe_machine
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.costs import layer_kind
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision, TopK, default_attention
 from happyhorse_fast.fast.launches import launches_per_layer
-from happyhorse_fast.fast.memory import peak_by_kind, weight_bytes
+from happyhorse_fast.fast.memory import StorageMeter, one_layer_per_kind, peak_by_kind, peak_memory, weight_bytes
+from happyhorse_fast.fast.state import is_accelerated
 from happyhorse_fast.json_data import plain
 from happyhorse_fast.tokens import tokens_for
 from happyhorse_fast.verify.equivalence import equivalence_golden
@@ -42,6 +44,7 @@ CLIPS = (
     ("davinci-magihuman", "256p", 5),
     ("davinci-magihuman-sr-1080p", "1080p", 5),
 )
+TRACED = CLIPS[0]
 _GIB = 2**30
 
 
@@ -62,11 +65,12 @@ def measure_equivalence() -> Json:
 
 
 def measure_memory() -> Json:
-    """Peaks of whole models, and launches; under fake tensors."""
+    """Peaks of whole models, live bytes along one layer of each kind, and launches; under fake tensors."""
     return {
         **describe_machine(torch.device("cpu")),
         "attention": {precision: default_attention(precision) for precision in ("bf16", "int8", "fp8")},
         "peaks": [_peak(form, *clip) for clip in CLIPS for form in SHOWN],
+        "timelines": [_timeline(form, *TRACED) for form in SHOWN],
         "launches": [_launches(p, masks) for p in ("bf16", *EIGHT_BITS) for masks in (None, TopK(0.25))],
     }
 
@@ -81,6 +85,57 @@ def _peak(form: Form, preset: str, resolution: str, seconds: int) -> Json:
         "peak_gib": peak_by_kind(config, clip, form.without_weights) / _GIB,
         "weights_gib": weight_bytes(form.without_weights(config)) / _GIB,
     }
+
+
+class _Timeline(StorageMeter):
+    """Notes the bytes that are live after every operation that changed them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+        self.after: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if not self.after or self.live_bytes != self.after[-1]:
+            self.operations.append(func._schema.name.split("::")[-1].removesuffix("_reference"))
+            self.after.append(self.live_bytes)
+        return out
+
+
+def _timeline(form: Form, preset: str, resolution: str, seconds: int) -> Json:
+    config, clip = ModelConfig.preset(preset), tokens_for(resolution, "16:9", seconds, 24)
+    shallow = one_layer_per_kind(config, clip)
+    layers: list[Json] = []
+
+    def run(model: Any, *inputs: torch.Tensor) -> None:
+        timeline = _Timeline()
+        weights = timeline.register((*model.parameters(), *model.buffers()), "weights")
+        timeline.register(inputs, "inputs")
+        if is_accelerated(model):
+            for state in model.fast.clips.values():
+                timeline.register(state.tensors(), "clip state")
+        marks: list[int] = []
+        for layer in model.block.layers:
+            layer.register_forward_pre_hook(lambda *_: marks.append(len(timeline.after)))
+            layer.register_forward_hook(lambda *_: marks.append(len(timeline.after)))
+        with timeline:
+            model(*inputs)
+        for index, (first, end) in enumerate(zip(marks[::2], marks[1::2], strict=True)):
+            layers.append(
+                {
+                    "kind": layer_kind(shallow, index, clip),
+                    "operations": timeline.operations[first:end],
+                    "activations_gib": [(live - weights) / _GIB for live in timeline.after[first:end]],
+                }
+            )
+
+    peak_memory(form.without_weights(shallow), clip, call=run)
+    weights = weight_bytes(form.without_weights(config)) / _GIB
+    clip_of = {"preset": preset, "resolution": resolution, "seconds": seconds}
+    return {**clip_of, "form": form.name, "weights_gib": weights, "layers": layers}
 
 
 def _launches(precision: Any, sparsity: TopK | None) -> Json:

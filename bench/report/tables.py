@@ -35,8 +35,7 @@ def memory_table(data: Json) -> Table:
         tuple(rows),
         "Planned, not measured on a GPU: live tensors of a forward pass under fake tensors. A card of N GB counts as "
         f"N x 10^9 bytes, {CONTEXT_BYTES / 2**30:g} GiB of it for the CUDA context. Attention: "
-        f"{', '.join(f'{attention} in fast {precision}' for precision, attention in data['attention'].items())}. "
-        "What is live at a peak: `happyhorse-fast plan`.",
+        f"{', '.join(f'{attention} in fast {precision}' for precision, attention in data['attention'].items())}.",
     )
 
 
