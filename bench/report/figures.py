@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from bench.measure.roofline import gpu_named
+from bench.report.block_maps import block_maps
 from bench.report.data import Report, clips, form_of, measured_ceilings, parts_of, steps_timed, total_of
 from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, TEAL, VIOLET, blank_figure, clean
 from bench.results import Json
@@ -48,6 +49,7 @@ def figures(report: Report) -> dict[str, Figure]:
     _, data = report.newest
     return {
         "roofline": roofline(report),
+        "block_maps": block_maps(),
         **({"clip": clip(report)} if any(run["total_s"] for run in data["sampler"]) else {}),
         "error_per_layer": error_per_layer(report.cases),
         "memory": memory(report.memory),
