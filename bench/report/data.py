@@ -12,7 +12,7 @@ from bench.sampler_runs import EXACT, SECOND_STAGE
 from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 
 EQUIVALENCE, MEMORY = FOLDER / "equivalence" / "cpu.json", FOLDER / "memory" / "plan.json"
-FIDELITY = FOLDER / "pony" / "fidelity.json"
+FIDELITY, CALIBRATION = FOLDER / "pony" / "fidelity.json", FOLDER / "pony" / "calibration.json"
 RATES = (ROOT / "examples/pony/results/rates.json", ROOT / "examples/pony/results/image/rates.json")
 """Shares of the pony's clips that are right: from a prompt, and from a prompt and a first picture."""
 
@@ -27,6 +27,7 @@ class Report:
         memory: The memory plan.
         rates: How often the pony's clips are right.
         fidelity: What precision and sparsity cost the pony.
+        calibration: Ranges of its activations, and what every op of every layer loses.
     """
 
     gpu: dict[Path, Json]
@@ -34,6 +35,7 @@ class Report:
     memory: Json
     rates: list[Json]
     fidelity: Json
+    calibration: Json
 
     @property
     def cases(self) -> list[Json]:
@@ -55,9 +57,9 @@ def load(gpus: Path = FOLDER) -> Report:
     Raises:
         ResultError: A GPU's file does not fit its format.
     """
-    others = (json.loads(path.read_text()) for path in (EQUIVALENCE, MEMORY, *RATES, FIDELITY))
-    equivalence, memory, *rates, fidelity = others
-    return Report(gpu_results(gpus), equivalence, memory, rates, fidelity)
+    others = (json.loads(path.read_text()) for path in (EQUIVALENCE, MEMORY, *RATES, FIDELITY, CALIBRATION))
+    equivalence, memory, *rates, fidelity, calibration = others
+    return Report(gpu_results(gpus), equivalence, memory, rates, fidelity, calibration)
 
 
 def gpu_results(folder: Path) -> dict[Path, Json]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.report.data import EQUIVALENCE, FIDELITY, MEMORY
+from bench.report.data import CALIBRATION, EQUIVALENCE, FIDELITY, MEMORY
 from bench.results import COMMIT_VARIABLE, ROOT, Json, commit, describe_machine
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import layer_kind
@@ -26,7 +26,10 @@ from happyhorse_fast.fast.launches import launches_per_layer
 from happyhorse_fast.fast.memory import StorageMeter, one_layer_per_kind, peak_by_kind, peak_memory, weight_bytes
 from happyhorse_fast.fast.state import is_accelerated
 from happyhorse_fast.json_data import plain
+from happyhorse_fast.pony.generate import CLIP
+from happyhorse_fast.pony.weights import load_model, weights_digest
 from happyhorse_fast.tokens import tokens_for
+from happyhorse_fast.verify.calibration import calibrate
 from happyhorse_fast.verify.equivalence import equivalence_golden
 from happyhorse_fast.verify.fidelity import measure_fidelity, policies
 from happyhorse_fast.verify.forms import FORMS, Form
@@ -158,9 +161,17 @@ def measure_fidelity_of_pony() -> Json:
     return {**describe_machine(torch.device("cpu")), **plain(found)}
 
 
+def measure_calibration_of_pony() -> Json:
+    """Ranges of its activations over one clip, and the error of every op in every format."""
+    clip = (CLIP.frames, CLIP.rows, CLIP.columns)
+    found = calibrate(load_model(torch.bfloat16), 1, grid=clip, text=CLIP.text, report=print, progress=False)
+    return {**describe_machine(torch.device("cpu")), "weights": weights_digest(), **plain(found)}
+
+
 def measure_pony() -> None:
-    """Fidelity, and how often clips are right; the contact sheets with it."""
+    """Fidelity, ranges of activations, and how often clips are right; the contact sheets with it."""
     write(FIDELITY, measure_fidelity_of_pony())
+    write(CALIBRATION, measure_calibration_of_pony())
     results = EVALUATE.parent / "results"
     for extra in ([], ["--image"]):
         folder = results / "image" if extra else results

@@ -9,6 +9,7 @@ from bench.report.style import BLUE, GREEN, INK, ORANGE, RED, VIOLET, blank_figu
 from bench.results import Json
 from bench.table import Table
 from happyhorse_fast.cli import fidelity_tables
+from happyhorse_fast.config import OPS
 from happyhorse_fast.verify.fidelity import EAGER
 
 KIND_COLOURS = {"bf16": BLUE, "int8 op": "#69b37a", "int8": GREEN, "fp8 op": ORANGE, "fp8": RED, "sparsity": VIOLET}
@@ -66,7 +67,7 @@ def settings_table(found: Json) -> Table:
 
 def figures(report: Report) -> dict[str, Figure]:
     """Every picture of the pony."""
-    return {"fidelity": fidelity_figure(report.fidelity)}
+    return {"fidelity": fidelity_figure(report.fidelity), "activations": activations_figure(report.calibration)}
 
 
 def fidelity_figure(found: Json) -> Figure:
@@ -99,6 +100,49 @@ def fidelity_figure(found: Json) -> Figure:
     return figure
 
 
+def activations_figure(found: Json) -> Figure:
+    """Ranges of every input of every op, and what the op loses in each format; a dot a layer."""
+    inputs = [(name, of) for entry in found["ops"] for name, of in entry["inputs"].items()]
+    names = list(dict.fromkeys(name for name, _ in inputs))
+    note = (
+        f"{found['clips']} clip of {found['steps']} steps, a dot a layer. In e4m3, under the scales of its op, at most "
+        f"{max(of['saturated'] for _, of in inputs):.1%} of an input lie past the largest code, and at most "
+        f"{max(of['lost'] for _, of in inputs):.1%} become zero. Error: of the op's result to float32's on the same "
+        "input, in its worst step and modality"
+    )
+    figure = blank_figure(12.5, 4.6, "Ranges of activations, and what ops lose in each format", note)
+    ranges = {
+        "largest magnitude": lambda of: of["largest"],
+        "root mean square": lambda of: of["rms"],
+        "largest magnitude / RMS": lambda of: of["largest"] / of["rms"],
+    }
+    *panels, errors = figure.subplots(1, len(ranges) + 1)
+    for axes, (label, value) in zip(panels, ranges.items(), strict=True):
+        clean(axes, label).set_xscale("log")
+        axes.plot(
+            [value(of) for _, of in inputs], [names.index(name) for name, _ in inputs], "o", ms=4, alpha=0.6, mew=0
+        )
+        axes.set_yticks(range(len(names)), names if axes is panels[0] else [], fontsize=9, color=INK)
+        axes.invert_yaxis()
+    clean(errors, "relative L2 of an op's result").set_xscale("log")
+    for precision, colour in zip(WHOLE, (BLUE, GREEN, RED), strict=True):
+        worst = [max(entry["errors"][precision].values()) for entry in found["ops"]]
+        errors.plot(
+            worst,
+            [OPS.index(entry["op"]) for entry in found["ops"]],
+            "o",
+            ms=4,
+            color=colour,
+            alpha=0.6,
+            mew=0,
+            label=precision,
+        )
+    errors.set_yticks(range(len(OPS)), OPS, fontsize=9, color=INK)
+    errors.invert_yaxis()
+    errors.legend(fontsize=8.5, frameon=False)
+    return figure
+
+
 def section(report: Report) -> list[str]:
     """The pony's part of the main README, in Markdown."""
     return [
@@ -115,5 +159,8 @@ def own_tables(report: Report) -> list[Table]:
 
 def own_section(report: Report) -> str:
     """The generated part of the pony's own README."""
-    picture = "![What precision and sparsity cost each clip](../../docs/report/fidelity.png)"
-    return "\n\n".join([*(table.markdown() for table in own_tables(report)), picture])
+    pictures = (
+        "![What precision and sparsity cost each clip](../../docs/report/fidelity.png)",
+        "![Ranges of activations, and what ops lose in each format](../../docs/report/activations.png)",
+    )
+    return "\n\n".join([*(table.markdown() for table in own_tables(report)), *pictures])
