@@ -112,34 +112,26 @@ def activations_figure(found: Json) -> Figure:
     )
     figure = blank_figure(12.5, 4.6, "Ranges of activations, and what ops lose in each format", note)
     ranges = {
-        "largest magnitude": lambda of: of["largest"],
-        "root mean square": lambda of: of["rms"],
-        "largest magnitude / RMS": lambda of: of["largest"] / of["rms"],
+        "largest magnitude": ([of["largest"] for _, of in inputs], (1, 100)),
+        "root mean square": ([of["rms"] for _, of in inputs], (0.1, 10)),
+        "largest magnitude / RMS": ([of["largest"] / of["rms"] for _, of in inputs], (1, 1000)),
     }
     *panels, errors = figure.subplots(1, len(ranges) + 1)
-    for axes, (label, value) in zip(panels, ranges.items(), strict=True):
-        clean(axes, label).set_xscale("log")
-        axes.plot(
-            [value(of) for _, of in inputs], [names.index(name) for name, _ in inputs], "o", ms=4, alpha=0.6, mew=0
-        )
-        axes.set_yticks(range(len(names)), names if axes is panels[0] else [], fontsize=9, color=INK)
+    for axes, (label, (values, decades)) in zip(panels, ranges.items(), strict=True):
+        clean(axes, label)
+        axes.plot(values, [names.index(name) for name, _ in inputs], "o", ms=4, color=BLUE, alpha=0.6, mew=0)
+        axes.set(xscale="log", xlim=decades)
+        axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names), fontsize=9, color=INK)
         axes.invert_yaxis()
-    clean(errors, "relative L2 of an op's result").set_xscale("log")
+    clean(errors, "relative L2 of an op's result")
+    of_op = [OPS.index(entry["op"]) for entry in found["ops"]]
     for precision, colour in zip(WHOLE, (BLUE, GREEN, RED), strict=True):
         worst = [max(entry["errors"][precision].values()) for entry in found["ops"]]
-        errors.plot(
-            worst,
-            [OPS.index(entry["op"]) for entry in found["ops"]],
-            "o",
-            ms=4,
-            color=colour,
-            alpha=0.6,
-            mew=0,
-            label=precision,
-        )
+        errors.plot(worst, of_op, "o", ms=4, color=colour, alpha=0.6, mew=0, label=precision)
+    errors.set(xscale="log", xlim=(1e-3, 1))
     errors.set_yticks(range(len(OPS)), OPS, fontsize=9, color=INK)
     errors.invert_yaxis()
-    errors.legend(fontsize=8.5, frameon=False)
+    errors.legend(fontsize=8.5, frameon=False, loc="lower right")
     return figure
 
 
