@@ -46,7 +46,6 @@ class Peer(ABC):
         ops: Which ops it can stand in for.
         parts: Of which of their parts; empty for all.
         precisions: And of which precisions; empty for all.
-        one_expert: Whether it multiplies by one weight alone.
         module: What it is imported from; empty where that is torch.
         package: What that is installed as, where its name is another.
         gpu: Whether it needs a GPU.
@@ -58,7 +57,6 @@ class Peer(ABC):
     ops: tuple[str, ...]
     parts: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
-    one_expert = False
     module = ""
     package = ""
     gpu = True
@@ -76,7 +74,6 @@ class Peer(ABC):
             case.op in self.ops
             and case.part in (self.parts or (case.part,))
             and case.precision in (self.precisions or (case.precision,))
-            and not (self.one_expert and case.plan.experts > 1)
         )
 
     @abstractmethod

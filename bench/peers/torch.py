@@ -1,14 +1,23 @@
-"""Peers that are torch's own, and torchao's linear, which is made of a module of torch's."""
+"""Peers that are torch's own: eager PyTorch in bf16, the same compiled, and the library's attention and products."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from bench.cases import Case
+from bench.cases import Case, padded_rows, token_ranges
+from bench.inputs import Given
 from bench.measure.roofline import bf16_product, fp8_product, int8_product
-from bench.peers import eager
 from bench.peers.peer import ATTENTION, LINEAR, NORM, WITHOUT_GATE, Function, Inputs, Peer
+from happyhorse_fast.eager.attention import fused_attention
+from happyhorse_fast.eager.qkv import rms_norm
+from happyhorse_fast.ops import select_blocks
+from happyhorse_fast.ops.linear.contract import ACTIVATIONS
+from happyhorse_fast.ops.qkv.reference import epilogue
+from happyhorse_fast.ops.runtime.row_tiles import joined
 
 ON_GPUS_ALONE = "compiling takes 10 to 30 s a case on a CPU; timed on GPUs only"
 """40 cases would take longer than everything else together."""
@@ -20,14 +29,14 @@ def forget_compiled() -> None:
 
 
 class Eager(Peer):
-    """Plain PyTorch in bf16."""
+    """Plain PyTorch: every op unfused, in bf16."""
 
     name = "eager"
     ops = (*LINEAR, *ATTENTION, *NORM, "select_blocks")
     gpu = False
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
-        return eager.prepare(case, inputs.bf16)
+        return eager(case, inputs.bf16)
 
 
 class Compiled(Peer):
@@ -42,7 +51,7 @@ class Compiled(Peer):
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         forget_compiled()
-        return eager.prepare(case, inputs.bf16, compiled=True)
+        return eager(case, inputs.bf16, compiled=True)
 
     def fits(self, case: Case) -> bool:
         # A window is 31 calls of attention, which compiles for minutes and is the same library's kernel in the end.
@@ -98,11 +107,13 @@ class Flex(Peer):
 
 
 class Product(Peer):
-    """A product of the library's alone, without an epilogue."""
+    """A product of the library's alone, of one weight, without an epilogue."""
 
     ops = LINEAR
-    one_expert = True
     product = staticmethod(bf16_product)
+
+    def fits(self, case: Case) -> bool:
+        return super().fits(case) and case.plan.experts == 1
 
     def prepare(self, case: Case, inputs: Inputs) -> Function:
         _, features, columns = case.weight_shape(str(case.product))
@@ -136,24 +147,65 @@ class Bf16MM(Product):
     name = "torch.mm bf16 (product only)"
 
 
-class TorchAO(Peer):
-    """torchao's dynamic row-wise fp8 linear, which quantises its bf16 input in the call; no epilogue."""
+def eager(case: Case, given: Given, *, compiled: bool = False) -> Function:
+    """The op on bf16 inputs; what depends on the shape only is done here.
 
-    name = "torchao fp8 row-wise (quantisation and product)"
-    module, slow = "torchao", True
-    ops, precisions, one_expert = LINEAR, ("fp8",), True
+    Args:
+        case: Its precision does not matter: eager PyTorch has no fp8.
+        given: Inputs of the case's bf16 sibling.
+        compiled: Run the arithmetic through ``torch.compile``.
 
-    def prepare(self, case: Case, inputs: Inputs) -> Function:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    Raises:
+        LookupError: Eager PyTorch has no attention over chosen blocks.
+    """
 
-        _, features, columns = case.weight_shape(str(case.product))
-        module = torch.nn.Linear(columns, features, bias=False, dtype=torch.bfloat16, device=inputs.device)
-        quantize_(module, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-        forget_compiled()
-        compiled, x = torch.compile(module), inputs.bf16["x"]
+    def built(function: Callable[..., object]) -> Callable[..., object]:
+        return torch.compile(function, dynamic=False) if compiled else function
 
-        def run() -> object:
-            with torch.no_grad():
-                return compiled(x)
+    if case.op == "block_sparse_attention":
+        return _attention(case, given, built)
+    if case.op == "select_blocks":
+        return lambda: select_blocks(given["q"], given["k"], given["selector"], keep=given["keep"], backend="reference")
+    if case.op == "rmsnorm_quantize":
+        function = built(_norm)
+        return lambda: function(given["hidden"], given["norm_weight"][0])
+    parts = [(expert, slice(first, end)) for expert, first, end in joined(given["row_tiles"].tolist())]
+    if case.op == "qkv_linear":
+        return _qkv(given, parts, built)
+    if case.op == "fp8_linear_residual":
+        function = built(_add_product)
+        return lambda: [function(given["hidden"][rows], given["x"][rows], given["weight"][e]) for e, rows in parts]
+    activation = ACTIVATIONS[given["activation"]][0]
+    function = built(lambda x, weight: activation(linear(x, weight).float()).bfloat16())
+    return lambda: [function(given["x"][rows], given["weight"][e]) for e, rows in parts]
 
-        return run
+
+def _norm(hidden: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm(hidden, weight).bfloat16()
+
+
+def _add_product(hidden: Tensor, x: Tensor, weight: Tensor) -> None:
+    hidden += linear(x, weight)
+
+
+def _qkv(given: Given, parts: list[tuple[int, slice]], built: Callable[..., Callable[..., object]]) -> Function:
+    heads = given["num_heads_q"], given["num_heads_kv"]
+
+    def layer(x: Tensor, weight: Tensor, qk_norm: Tensor, cos_sin: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, gate = epilogue(linear(x, weight).float(), qk_norm, cos_sin, *heads)
+        return q.bfloat16(), k.bfloat16(), v.bfloat16(), gate
+
+    function = built(layer)
+    return lambda: [
+        function(given["x"][rows], given["weight"][e], given["qk_norm"][e], given["cos_sin"][rows]) for e, rows in parts
+    ]
+
+
+def _attention(case: Case, given: Given, built: Callable[..., Callable[..., object]]) -> Function:
+    """As the eager model: one fused call over the keys of every run of queries, without padding."""
+    if case.keep is not None:
+        raise LookupError("eager PyTorch has no attention over chosen blocks")
+    ranges = token_ranges(case.size, case.part == "window")
+    rows = padded_rows(case.size).token_rows(given["q"].device)
+    q, k, v, gate = (given[name][rows] for name in ("q", "k", "v", "gate"))
+    return built(lambda: fused_attention(q, k, v, ranges) * gate[..., None])

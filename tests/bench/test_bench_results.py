@@ -48,10 +48,10 @@ def test_files_round_trip_entry_by_entry(tmp_path):
     results.add("entries", ENTRY)
     assert read(path)["entries"] == [ENTRY], "written as it is made"
     results.add("sampler", RUN)
-    results.add_absent({"quack": "quack is not installed"})
+    results.add_absent({"sageattention": "sageattention is not installed"})
     data = read(path)
     assert {k: data[k] for k in HEADER} == HEADER
-    assert data["sampler"] == [RUN] and data["absent"] == {"quack": "quack is not installed"}
+    assert data["sampler"] == [RUN] and data["absent"] == {"sageattention": "sageattention is not installed"}
     assert list(path.parent.glob("*.partial")) == []
 
 
