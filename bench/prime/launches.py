@@ -112,7 +112,7 @@ def run_tests(name: str) -> None:
         RuntimeError: pytest could not run them.
     """
     file = str(bootstrap.ROOT / "tests" / "gpu" / f"test_gpu_{name}.py")
-    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", "-q", "-x", "--tb=short", "--benchmark-disable")
+    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", "-q", "-x", "--tb=short")
     stdout, sys.stdout = sys.stdout, sys.stderr
     try:
         code = pytest.main([*options, file])

@@ -50,7 +50,6 @@ def run(tmp_path, *arguments):
         "-p",
         "no:cacheprovider",
         "-v",
-        "--benchmark-disable",
         "--tb=short",
     ]
     done = subprocess.run(
