@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -52,13 +52,13 @@ def compiled(triton: Path | None, only: str, jobs: int) -> tuple[list[Row], list
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
     env |= {"PYTHONPATH": str(triton.resolve())} if triton else {}
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
+        file = Path(folder) / "rows"
         command = [sys.executable, "-m", "bench.aot.compile", str(file), "--only", only, "--jobs", str(jobs)]
         code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
         if code:
             return [], [f"compiling by Triton of {triton or 'this environment'} ended with {code}"]
-        data = json.loads(file.read_text())
-        return [Row(**row) for row in data["rows"]], data["failures"]
+        rows, failures = pickle.loads(file.read_bytes())
+        return rows, failures
 
 
 def key_of(version: str) -> tuple[int, ...]:
@@ -68,8 +68,8 @@ def key_of(version: str) -> tuple[int, ...]:
 
 def numbers(row: Row) -> list[str]:
     """What may differ between versions."""
-    spills = f"{row.spill_stores} / {row.spill_loads}"
-    return [str(row.registers), str(row.stack), spills, f"{row.shared:,}", row.instructions, str(row.shuffles)]
+    spills, shuffles = f"{row.opcodes['STL']} / {row.opcodes['LDL']}", str(row.opcodes["SHFL"])
+    return [str(row.registers), str(row.stack), spills, f"{row.shared:,}", row.instructions or "-", shuffles]
 
 
 def cells(rows: list[Row | None]) -> list[str]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import re
-import tempfile
-import time
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import triton
 
 from bench.aot import disassembly
 from bench.aot.cases import Case, cases
-from bench.aot.gates import EXPONENTS, GROUP_THREADS, Row
+from bench.aot.gates import EXPONENTS, GROUP_THREADS, Order, Row
 from bench.aot.recording import Driver, Launch, in_forks, recording
 from happyhorse_fast.kernels.hopper_barriers import TURNS
 from happyhorse_fast.kernels.launch import config_for
@@ -44,16 +42,11 @@ def record(given: Iterable[Case]) -> list[Launch]:
 
 def measure(launch: Launch) -> Row:
     """Compile a recorded kernel and read its resources and instructions."""
-    started, case = time.perf_counter(), launch.source
+    case = launch.source
     Driver(case.arch).activate()
     built = launch.kernel.preload(launch.specialised)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(built.asm["cubin"])
-        ((registers, stack, _),) = disassembly.usage(cubin).values()
-        code = disassembly.listing(cubin)
-    (opcodes,) = disassembly.opcodes(code).values()
-    order = hopper_order(code) if case.hopper else {}
+    ((compiled, code),) = disassembly.read(built.asm["cubin"])
+    hopper = "hopper" in launch.name
     data = json.loads(launch.specialised)
     options, names = data["options"], [launch.kernel.arg_names[path[0]] for path in data["constant_keys"]]
     constants = dict(zip(names, data["constant_vals"], strict=True))
@@ -61,52 +54,41 @@ def measure(launch: Launch) -> Row:
     form = "" if constants.get("BOUNDED", True) else " running"
     variant = case.variants.get(f"{launch.name}{form}") or case.variants[launch.name]
     return Row(
+        **vars(compiled) | {"shared": int(built.metadata.shared)},
         stem=case.stem,
-        kernel=launch.name,
         variant=variant,
         detail=f"{case.detail}{', bounded' if constants.get('BOUNDED') else ''}",
         arch=case.arch,
         # An entry may ask for the Hopper kernel: then another entry is launched, and a case of its own tells it so.
-        config=asdict(replace(config_for(case.stem, variant, case.arch), hopper=case.hopper)),
+        config=replace(config_for(case.stem, variant, case.arch), hopper=hopper),
         tile={name.lower(): constants[name] for name in TILE if name in constants},
         num_warps=options["num_warps"],
         num_stages=constants.get("STAGES", options["num_stages"]),
         fp_fusion=options["enable_fp_fusion"],
         products=case.products,
-        registers=registers,
-        stack=stack,
-        spill_stores=opcodes["STL"],
-        spill_loads=opcodes["LDL"],
-        shuffles=opcodes["SHFL"],
-        shared=int(built.metadata.shared),
-        tensor_core={name: opcodes[name] for name in sorted(opcodes) if name.endswith("MMA")},
-        reduces=opcodes["UTMAREDG"],
-        stores=opcodes["STG"],
-        pointers=sorted(name for name, kind in data["signature"].items() if str(kind).startswith("*")),
+        triton=triton.__version__,
+        order=order_of(code) if hopper else None,
+        pointers=tuple(sorted(name for name, kind in data["signature"].items() if str(kind).startswith("*"))),
         nan_kept=len(NAN_KEPT.findall(built.asm["ptx"])),
         nan_lost=len(NAN_LOST.findall(built.asm["ptx"])),
-        triton=triton.__version__,
-        seconds=round(time.perf_counter() - started, 1),
-        **order,
     )
 
 
-def hopper_order(code: str) -> dict[str, Any]:
-    """Fields of a Row that say in which order the instructions stand in the Hopper kernel's listing."""
+def order_of(code: str) -> Order:
+    """In which order the instructions of the Hopper kernel's listing stand."""
     loops = disassembly.loops(code)
     over_blocks = [loop for loop in loops if sum("MUFU.EX2" in line for line in loop) >= EXPONENTS]
-    turns = disassembly.turns(over_blocks, (TURNS.value, TURNS.value + 1), GROUP_THREADS)
-    return {
-        "exponents": disassembly.exponents_beside_products(code),
-        "turns": [list(turn) for turn in turns],
-        "barriers": [list(barrier) for barrier in disassembly.named_barriers(code)],
-        "overwritten": disassembly.overwritten(loops),
-        "step": min(map(len, over_blocks), default=0),
-    }
+    return Order(
+        exponents=disassembly.exponents_beside_products(code),
+        turns=disassembly.turns(over_blocks, (TURNS.value, TURNS.value + 1), GROUP_THREADS),
+        barriers=disassembly.named_barriers(code),
+        step=min(map(len, over_blocks), default=0),
+        overwritten=disassembly.overwritten(loops),
+    )
 
 
 def main() -> None:
-    """Compile in forks, say how each did, and write the rows and what failed as JSON."""
+    """Compile in forks, say how each did, and pickle (rows, what failed)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("into", type=Path, help="file of the rows")
     parser.add_argument("--only", default="", help="regular expression that a case's name must contain")
@@ -120,10 +102,10 @@ def main() -> None:
             about = f"sm_{launch.source.arch} {launch.name} {launch.source.detail}, Triton {triton.__version__}"
             failures.append(said := f"{about} does not compile: {done}")
         else:
-            rows.append(asdict(done))
-            said = f"{done.triton} {done.name}: {done.summary} ({done.seconds} s)"
+            rows.append(done)
+            said = f"{done.triton} {done.name}: {done.summary}"
         print(f"{place}/{len(launches)} {said}", flush=True)
-    options.into.write_text(json.dumps({"rows": rows, "failures": failures}))
+    options.into.write_bytes(pickle.dumps((rows, failures)))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,23 +19,73 @@ _RESULT = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*) (?:P\d, 
 _USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
-def tool(name: str, option: str, cubin: Path) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What a compiled kernel takes, and what it is made of.
+
+    Attributes:
+        kernel: Its name.
+        registers: Per thread.
+        stack: Bytes per thread.
+        shared: Bytes of shared memory per program.
+        opcodes: Its instructions, and how many of each.
+    """
+
+    kernel: str
+    registers: int
+    stack: int
+    shared: int
+    opcodes: Counter[str]
+
+    @property
+    def tensor_core(self) -> dict[str, int]:
+        """Its tensor-core instructions and how many of each."""
+        return {name: count for name, count in sorted(self.opcodes.items()) if name.endswith("MMA")}
+
+    @property
+    def instructions(self) -> str:
+        """The same in words."""
+        return ", ".join(f"{name} {count}" for name, count in self.tensor_core.items())
+
+
+def read(cubin: bytes) -> list[tuple[Compiled, str]]:
+    """Every kernel of a cubin, its shared memory without what a launch adds, and its listing.
+
+    A listing has an instruction a line, and the labels of jumps.
+
+    Raises:
+        ValueError: The tools name no kernel, or not the same ones.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        used = _USAGE.findall(_tool("cuobjdump", "-res-usage", file))
+        _, *parts = re.split(r"^\.text\.(\w+):$", _tool("nvdisasm", "-c", file), flags=re.MULTILINE)
+    listings = dict(zip(parts[::2], parts[1::2], strict=True))
+    names = {name for name, *_ in used}
+    if not names or names != set(listings):
+        raise ValueError(f"a cubin has kernels {sorted(names)} and listings of {sorted(listings)}")
+    return [
+        (
+            Compiled(
+                kernel=name,
+                registers=int(registers),
+                stack=int(stack),
+                shared=int(shared),
+                opcodes=Counter(OPCODE.findall(listings[name])),
+            ),
+            listings[name],
+        )
+        for name, registers, stack, shared in used
+    ]
+
+
+def _tool(name: str, option: str, cubin: Path) -> str:
     """Output of one of the tools in Triton's wheel."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None, "Triton is not installed"
     path = Path(spec.origin).parent / "backends/nvidia/bin" / name
     return subprocess.run([path, option, cubin], capture_output=True, text=True, check=True).stdout
-
-
-def usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
-    """Registers, bytes of stack and bytes of static shared memory of every kernel."""
-    found = _USAGE.findall(tool("cuobjdump", "-res-usage", cubin))
-    return {name: (int(registers), int(stack), int(shared)) for name, registers, stack, shared in found}
-
-
-def listing(cubin: Path) -> str:
-    """Every kernel's instructions, one a line, with the labels of jumps."""
-    return tool("nvdisasm", "-c", cubin)
 
 
 def exponents_beside_products(code: str) -> list[int]:
@@ -146,9 +198,3 @@ def named_barriers(code: str) -> list[tuple[int, int]]:
     """Numbers of named barriers that a listing's instructions hold, and of threads; 0 threads: all of the block."""
     found = re.findall(r"BAR\.(?:SYNC\S*|ARV) 0x([0-9a-f]+)(?:, 0x([0-9a-f]+))?", code)
     return sorted({(int(number, 16), int(threads or "0", 16)) for number, threads in found})
-
-
-def opcodes(code: str) -> dict[str, Counter[str]]:
-    """Count each instruction of every kernel in a listing."""
-    _, *parts = re.split(r"^\.text\.(\w+):$", code, flags=re.MULTILINE)
-    return {name: Counter(OPCODE.findall(text)) for name, text in zip(parts[::2], parts[1::2], strict=True)}

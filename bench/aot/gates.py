@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from bench.aot.disassembly import Compiled, Turn
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, table
 
 MOST_REGISTERS = 255
@@ -34,70 +34,59 @@ TENSOR_CORES = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """A compiled kernel.
+class Order:
+    """In which order the Hopper kernel's instructions stand.
+
+    Attributes:
+        exponents: Of each loop, how many stand beside products that are under way.
+        turns: Each loop's.
+        barriers: Numbers of named barriers, and the threads that meet there, 0 for all.
+        step: Instructions of the shortest loop over blocks.
+        overwritten: Instructions that write what a product under way reads.
+    """
+
+    exponents: list[int]
+    turns: list[Turn]
+    barriers: list[tuple[int, int]]
+    step: int = 0
+    overwritten: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Compiled):
+    """A compiled kernel of Triton's, and how it was launched.
 
     Attributes:
         stem: Stem of its launch table.
-        kernel: Name of the jitted function.
         variant: Entry of the launch table.
         detail: What tells the case from the op's others.
         arch: Compute capability.
-        config: Fields of the committed LaunchConfig.
+        config: The committed configuration.
         tile: Sizes of its blocks, as launched.
         num_warps: Warps of a program, as launched.
         num_stages: Depth of the pipeline, as launched.
         fp_fusion: Whether a * b + c may become one rounding.
         products: Format of its products: a key of :data:`PRODUCTS`.
-        registers: Per thread.
-        stack: Bytes per thread.
-        spill_stores: STL instructions.
-        spill_loads: LDL instructions.
-        shuffles: SHFL instructions.
-        shared: Bytes of shared memory per program.
-        tensor_core: Number of each tensor-core instruction.
         triton: Version that compiled it.
-        seconds: What compiling took.
-        exponents: In the Hopper kernel, how many of a loop's stand beside products that are under way.
-        turns: In the Hopper kernel, each loop's `disassembly.Turn`.
-        barriers: In the Hopper kernel, numbers of named barriers, and the threads that meet there, 0 for all.
-        step: In the Hopper kernel, instructions of the shortest loop over blocks.
-        overwritten: In the Hopper kernel, instructions that write what a product under way reads.
-        reduces: UTMAREDG instructions: additions by the memory.
-        stores: STG instructions.
+        order: Of the Hopper kernel alone.
         pointers: Arguments that are pointers, by name.
         nan_kept: Minima and maxima of floating numbers in its PTX that give NaN where an operand is.
         nan_lost: Those that give the other operand.
     """
 
     stem: str
-    kernel: str
     variant: str
     detail: str
     arch: int
-    config: dict[str, Any]
+    config: LaunchConfig
     tile: dict[str, int]
     num_warps: int
     num_stages: int
     fp_fusion: bool
     products: str
-    registers: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    shuffles: int
-    shared: int
-    tensor_core: dict[str, int]
     triton: str
-    seconds: float
-    exponents: list[int] = field(default_factory=list)
-    turns: list[list[int]] = field(default_factory=list)
-    barriers: list[list[int]] = field(default_factory=list)
-    step: int = 0
-    overwritten: int = 0
-    reduces: int = 0
-    stores: int = 0
-    pointers: list[str] = field(default_factory=list)
+    order: Order | None = None
+    pointers: tuple[str, ...] = ()
     nan_kept: int = 0
     nan_lost: int = 0
 
@@ -115,16 +104,27 @@ class Row:
         return sorted(names[fmt] for fmt in PRODUCTS[self.products])
 
     @property
-    def instructions(self) -> str:
-        """Its tensor-core instructions and how many of each."""
-        return ", ".join(f"{name} {count}" for name, count in self.tensor_core.items()) or "-"
-
-    @property
     def summary(self) -> str:
         """Its numbers in a line."""
-        spills = f", {self.spill_stores} STL" if self.spill_stores else ""
-        step = f", {self.step} instructions a step" if self.step else ""
-        return f"{self.registers} registers{spills}{step}, {self.shared} bytes shared, {self.instructions}"
+        spills = f", {self.opcodes['STL']} STL" if self.opcodes["STL"] else ""
+        step = f", {self.order.step} instructions a step" if self.order else ""
+        return f"{self.registers} registers{spills}{step}, {self.shared} bytes shared, {self.instructions or '-'}"
+
+
+def resources(kernel: Compiled, tensor_cores: Iterable[str], *, may_spill: bool = False) -> list[str]:
+    """Gates of any kernel that it fails: registers, its tensor-core instructions and no others, no stack, no spills."""
+    found, wanted = [], list(tensor_cores)
+    if kernel.registers > MOST_REGISTERS:
+        found.append(f"{kernel.registers} registers, at most {MOST_REGISTERS} allowed")
+    if list(kernel.tensor_core) != wanted:
+        used = ", ".join(kernel.tensor_core) or "none"
+        found.append(f"tensor-core instructions {used}, not {', '.join(wanted) or 'none'}")
+    if kernel.stack and not may_spill:
+        found.append(f"{kernel.stack} bytes of stack")
+    stores, loads = kernel.opcodes["STL"], kernel.opcodes["LDL"]
+    if (stores or loads) and not may_spill:
+        found.append(f"spills: {stores} STL, {loads} LDL")
+    return found
 
 
 def problems(row: Row) -> list[str]:
@@ -138,52 +138,49 @@ def problems(row: Row) -> list[str]:
     In the Hopper kernel a block's exponents stand between the start of a PV and the wait for it, and nothing writes
     what a product under way reads. With P in bf16 a group passes its turn once, behind its last product.
     """
-    found = []
-    config = LaunchConfig(**row.config)
+    found, config = [], row.config
     fp8 = row.products.startswith("fp8")
     if (why := illegal(config, row.arch, fp8=fp8, shared_bytes=row.shared)) is not None:
         found.append(why)
     if (row.num_warps, row.num_stages) != (config.num_warps, config.num_stages):
         found.append(f"launched with {row.num_warps} warps and {row.num_stages} stages, not as {row.variant!r} says")
-    committed = {name: row.config.get(name, 0) for name in row.tile}
+    committed = {name: getattr(config, name) for name in row.tile}
     if row.tile != committed:
         found.append(f"launched with tiles {row.tile}, not {committed} as {row.variant!r} says")
     if row.fp_fusion != FP_FUSION:
         found.append("launched without enable_fp_fusion=FP_FUSION")
-    if row.registers > MOST_REGISTERS:
-        found.append(f"{row.registers} registers, at most {MOST_REGISTERS} allowed")
-    if sorted(row.tensor_core) != row.wanted:
-        used = ", ".join(sorted(row.tensor_core)) or "none"
-        found.append(f"tensor-core instructions {used}, not {', '.join(row.wanted) or 'none'}")
-    taking_turns = config.hopper and row.products != "fp8"
-    beside, loops = sum(n >= EXPONENTS for n in row.exponents), TURNS
-    if not taking_turns:  # e4m3 has them there in its loops over full blocks, unless an LSE needs the registers
-        loops = TURNS // 2 if "LSE" not in row.detail else 0
-    if config.hopper and beside < loops:
-        found.append(f"{beside} loops with {EXPONENTS} exponents beside PV, {loops} wanted")
-    if taking_turns and len(row.turns) != TURNS:
-        found.append(f"{len(row.turns)} turns, {TURNS} wanted")
-    for before, behind, passes in row.turns:
-        if not before or behind or passes != 1:
-            found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
-    if row.overwritten:
-        found.append(f"{row.overwritten} instructions that write what a product under way reads")
-    own = [barrier for barrier in row.barriers if barrier[0] >= RESERVED]
-    if config.hopper and (len(own), *{threads for _, threads in own}) != ((2, GROUP_THREADS) if taking_turns else (0,)):
-        found.append(f"named barriers {own}, not {'two of both groups' if taking_turns else 'none'}")
+    found += resources(row, row.wanted, may_spill=(row.stem, row.arch) in MAY_SPILL)
+    if row.order:
+        found += _out_of_order(row.order, e4m3=fp8, lse="LSE" in row.detail)
+    reduces, stores = row.opcodes["UTMAREDG"], row.opcodes["STG"]
     reducing = config.reduce and not row.detail.endswith("pointers")
-    if bool(row.reduces) != reducing:
-        found.append(f"{row.reduces} additions by the memory, {'some' if reducing else 'none'} wanted")
-    if reducing and (row.stores or "out" in row.pointers):
-        found.append(f"{row.stores} STG and pointers {', '.join(row.pointers)} beside additions by the memory")
+    if bool(reduces) != reducing:
+        found.append(f"{reduces} additions by the memory, {'some' if reducing else 'none'} wanted")
+    if reducing and (stores or "out" in row.pointers):
+        found.append(f"{stores} STG and pointers {', '.join(row.pointers)} beside additions by the memory")
     if row.stem in KEEP_NAN and (row.nan_lost or (CLAMPS.search(row.detail) and not row.nan_kept)):
         found.append(f"{row.nan_lost} minima and maxima that lose NaN, {row.nan_kept} that keep it")
-    if (row.stem, row.arch) not in MAY_SPILL:
-        if row.stack:
-            found.append(f"{row.stack} bytes of stack")
-        if row.spill_stores or row.spill_loads:
-            found.append(f"spills: {row.spill_stores} STL, {row.spill_loads} LDL")
     return [f"{row.name}, Triton {row.triton}: {problem}" for problem in found]
+
+
+def _out_of_order(order: Order, *, e4m3: bool, lse: bool) -> list[str]:
+    found = []
+    beside, loops = sum(n >= EXPONENTS for n in order.exponents), TURNS
+    if e4m3:  # which has them there in its loops over full blocks, unless an LSE needs the registers
+        loops = 0 if lse else TURNS // 2
+    if beside < loops:
+        found.append(f"{beside} loops with {EXPONENTS} exponents beside PV, {loops} wanted")
+    if not e4m3 and len(order.turns) != TURNS:
+        found.append(f"{len(order.turns)} turns, {TURNS} wanted")
+    for before, behind, passes in order.turns:
+        if not before or behind or passes != 1:
+            found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
+    if order.overwritten:
+        found.append(f"{order.overwritten} instructions that write what a product under way reads")
+    own = [barrier for barrier in order.barriers if barrier[0] >= RESERVED]
+    if (len(own), *{threads for _, threads in own}) != ((0,) if e4m3 else (2, GROUP_THREADS)):
+        found.append(f"named barriers {own}, not {'none' if e4m3 else 'two of both groups'}")
+    return found
 
 
 def not_compiled(rows: Iterable[Row]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from bench.aot import gates
 from bench.aot.__main__ import compiled
-from happyhorse_fast.kernels.launch import ARCHITECTURES
+from happyhorse_fast.kernels.launch import ARCHITECTURES, LaunchConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +23,7 @@ GOOD = gates.Row(
     variant="fp8_plain",
     detail="fp8, plain, bf16 out",
     arch=90,
-    config={"block_m": 128, "block_n": 256, "block_k": 128, "num_warps": 8, "num_stages": 4, "descriptors": True},
+    config=LaunchConfig(block_m=128, block_n=256, block_k=128, num_warps=8, num_stages=4, descriptors=True),
     tile={"block_m": 128, "block_n": 256, "block_k": 128},
     num_warps=8,
     num_stages=4,
@@ -30,13 +31,9 @@ GOOD = gates.Row(
     products="fp8",
     registers=197,
     stack=0,
-    spill_stores=0,
-    spill_loads=0,
-    shuffles=0,
     shared=213_024,
-    tensor_core={"QGMMA": 4},
+    opcodes=Counter(QGMMA=4),
     triton="3.7.1",
-    seconds=2.4,
 )
 
 
@@ -161,39 +158,47 @@ def test_int8_has_the_tensor_cores_of_sm_100_from_triton_3_8_on():
 
 
 def test_spills_are_known_by_table_and_architecture_and_never_on_hopper():
-    spilling = replace(GOOD, arch=100, tensor_core={"UTCQMMA": 8}, stack=8, spill_stores=1)
+    spilling = replace(GOOD, arch=100, opcodes=Counter(UTCQMMA=8, STL=1), stack=8)
     assert len(gates.problems(spilling)) == 2
     assert gates.problems(replace(spilling, stem="qkv")) == []
     assert not any(arch == 90 for _, arch in gates.MAY_SPILL)
+
+
+REDUCING = replace(GOOD.config, reduce=True)
+
+
+def having(**changed):
+    """So many of these instructions, and of the others as many as there are."""
+    return {"opcodes": +Counter({**GOOD.opcodes, **changed})}
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         ({"stack": 16}, "16 bytes of stack"),
-        ({"spill_stores": 3}, "spills: 3 STL, 0 LDL"),
-        ({"spill_loads": 2}, "spills: 0 STL, 2 LDL"),
+        (having(STL=3), "spills: 3 STL, 0 LDL"),
+        (having(LDL=2), "spills: 0 STL, 2 LDL"),
         ({"registers": 256}, "256 registers, at most 255 allowed"),
         ({"shared": 232_449}, "needs 232449 bytes of shared memory, sm_90 has 232448"),
-        ({"tensor_core": {"HMMA": 64}}, "tensor-core instructions HMMA, not QGMMA"),
-        ({"tensor_core": {"HMMA": 1, "QGMMA": 4}}, "tensor-core instructions HMMA, QGMMA, not QGMMA"),
-        ({"tensor_core": {}}, "tensor-core instructions none, not QGMMA"),
+        (having(QGMMA=0, HMMA=64), "tensor-core instructions HMMA, not QGMMA"),
+        (having(HMMA=1), "tensor-core instructions HMMA, QGMMA, not QGMMA"),
+        (having(QGMMA=0), "tensor-core instructions none, not QGMMA"),
         ({"products": "bf16"}, "tensor-core instructions QGMMA, not HGMMA"),
         ({"products": "int8_qk"}, "tensor-core instructions QGMMA, not HGMMA, IGMMA"),
         ({"products": "none"}, "tensor-core instructions QGMMA, not none"),
         ({"num_warps": 4}, "launched with 4 warps and 4 stages, not as 'fp8_plain' says"),
         ({"tile": {"block_k": 64}}, "launched with tiles {'block_k': 64}, not {'block_k': 128} as 'fp8_plain' says"),
         ({"fp_fusion": False}, "launched without enable_fp_fusion=FP_FUSION"),
-        ({"config": GOOD.config | {"block_n": 192}}, "block_n must be a power of two, got 192"),
-        ({"arch": 80, "tensor_core": {"QMMA": 4}}, "sm_80 has no e4m3 tensor cores"),
-        ({"config": GOOD.config | {"reduce": True}}, "0 additions by the memory, some wanted"),
-        ({"reduces": 4}, "4 additions by the memory, none wanted"),
+        ({"config": replace(GOOD.config, block_n=192)}, "block_n must be a power of two, got 192"),
+        (having(QGMMA=0, QMMA=4) | {"arch": 80}, "sm_80 has no e4m3 tensor cores"),
+        ({"config": REDUCING}, "0 additions by the memory, some wanted"),
+        (having(UTMAREDG=4), "4 additions by the memory, none wanted"),
         (
-            {"config": GOOD.config | {"reduce": True}, "reduces": 4, "stores": 2},
+            having(UTMAREDG=4, STG=2) | {"config": REDUCING},
             "2 STG and pointers  beside additions by the memory",
         ),
         (
-            {"config": GOOD.config | {"reduce": True}, "reduces": 4, "pointers": ["out", "x_scale"]},
+            having(UTMAREDG=4) | {"config": REDUCING, "pointers": ("out", "x_scale")},
             "0 STG and pointers out, x_scale beside additions by the memory",
         ),
         ({"arch": 100}, "tensor-core instructions QGMMA, not UTCQMMA"),
@@ -216,28 +221,32 @@ def test_a_clamp_must_be_there_and_keep_nan(detail):
 
 
 def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
-    config = GOOD.config | {"num_warps": 4, "num_stages": 2, "hopper": True}
-    row = replace(GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", tensor_core={"HGMMA": 96})
+    config = replace(GOOD.config, num_warps=4, num_stages=2, hopper=True)
+    turns, barriers = [(16, 0, 1)] * 4, [(0, 128), (1, 0), (6, 256), (7, 256)]
+    order = gates.Order([64, 65, 64, 66], turns, barriers)
     row = replace(
-        row, exponents=[64, 65, 64, 66], turns=[[16, 0, 1]] * 4, barriers=[[0, 128], [1, 0], [6, 256], [7, 256]]
+        GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", opcodes=Counter(HGMMA=96), order=order
     )
     assert gates.problems(row) == []
-    moved = gates.problems(replace(row, exponents=[64, 2, 64, 64]))[0]
+
+    def found(row, **changes):
+        return gates.problems(replace(row, order=replace(row.order, **changes)))
+
+    (moved,) = found(row, exponents=[64, 2, 64, 64])
     assert moved.endswith("3 loops with 64 exponents beside PV, 4 wanted")
-    assert gates.problems(replace(row, turns=[[16, 0, 1]] * 3))[0].endswith("3 turns, 4 wanted")
-    assert "1 instructions that write what a product" in gates.problems(replace(row, overwritten=1))[0]
-    for wrong in ([8, 8, 1], [0, 16, 1], [16, 0, 0], [16, 0, 2], [0, 0, 1]):
-        (found,) = gates.problems(replace(row, turns=[[16, 0, 1], [16, 0, 1], wrong, [16, 0, 1]]))
-        assert f"a turn of {wrong[0]} products, passed {wrong[2]} times, with {wrong[1]} behind it" in found
-    for barriers in ([[6, 256]], [[6, 256], [7, 128]], [[4, 128], [6, 256], [7, 256]]):
-        assert "two of both groups" in gates.problems(replace(row, barriers=barriers))[0], "Triton has come to use more"
-    e4m3 = replace(
-        row, products="fp8", tensor_core={"QGMMA": 48}, exponents=[66, 0, 66, 0], turns=[], barriers=[[1, 0]]
-    )
+    assert found(row, turns=turns[:3])[0].endswith("3 turns, 4 wanted")
+    assert "1 instructions that write what a product" in found(row, overwritten=1)[0]
+    for wrong in ((8, 8, 1), (0, 16, 1), (16, 0, 0), (16, 0, 2), (0, 0, 1)):
+        (said,) = found(row, turns=[*turns[:2], wrong, turns[3]])
+        assert f"a turn of {wrong[0]} products, passed {wrong[2]} times, with {wrong[1]} behind it" in said
+    for other in ([(6, 256)], [(6, 256), (7, 128)], [(4, 128), (6, 256), (7, 256)]):
+        assert "two of both groups" in found(row, barriers=other)[0], "Triton has come to use more"
+    order = gates.Order([66, 0, 66, 0], [], [(1, 0)])
+    e4m3 = replace(row, products="fp8", opcodes=Counter(QGMMA=48), order=order)
     assert gates.problems(e4m3) == []
-    assert "named barriers" in gates.problems(replace(e4m3, barriers=row.barriers))[0]
-    assert "1 loops with 64 exponents beside PV, 2 wanted" in gates.problems(replace(e4m3, exponents=[66, 0, 0, 0]))[0]
-    assert gates.problems(replace(e4m3, exponents=[0, 0, 0, 0], detail="fp8, bf16 out, LSE")) == []
+    assert "named barriers" in found(e4m3, barriers=barriers)[0]
+    assert "1 loops with 64 exponents beside PV, 2 wanted" in found(e4m3, exponents=[66, 0, 0, 0])[0]
+    assert found(replace(e4m3, detail="fp8, bf16 out, LSE"), exponents=[0, 0, 0, 0]) == []
 
 
 PASS = "    pass_turn(GROUP)\n"
