@@ -175,8 +175,8 @@ def primed_kernels(folder: Path, arch: str | None, logs: Path) -> Iterator[None]
         yield
         return
     key = primed.version_key()
-    packed = primed.find(int(arch), key, folder)
-    if packed is None:
+    packed = primed.packed_in(folder, int(arch), key)
+    if not packed.is_file():
         logs.mkdir(parents=True, exist_ok=True)
         (logs / KEY).write_text(key + "\n")
         print(

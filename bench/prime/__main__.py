@@ -83,13 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     began = time.monotonic()
     key = options.key.read_text().strip() if options.key else primed.version_key(options.build)
-    digest = primed.digest(key)
-    target = options.into / f"sm_{options.arch}-triton-{triton.__version__}-{digest[:8]}{primed.SUFFIX}"
+    target = primed.packed_in(options.into, options.arch, key)
     with tempfile.TemporaryDirectory() as folder:
         new, failures = prime(options.arch, Path(folder), key, options.jobs, options.only)
         count = primed.kernels(Path(folder))
-        manifest = {"triton": triton.__version__, "arch": options.arch, "key": digest, "kernels": count}
-        primed.pack(Path(folder), target, manifest)
+        primed.pack(Path(folder), target)
     for failure in failures:
         print(failure, file=sys.stderr)
     minutes, size = (time.monotonic() - began) / 60, target.stat().st_size / 2**20

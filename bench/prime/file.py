@@ -15,15 +15,21 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from bench.results import ROOT, Json
+from bench.bootstrap import ROOT
 from happyhorse_fast.files import replacing
 
 FOLDER = ROOT / ".primed"
 """`make prime` leaves caches here, and `make gpu` looks for them here."""
-MANIFEST = "primed.json"
-"""Beside the cache's folders: {triton, arch, key, kernels}."""
-SUFFIX = ".tgz"
-GROUP = "__grp__"
+GROUPS = "*/__grp__*.json"
+"""In a cache's folders: the files of a kernel, by their names, where they lie."""
+
+
+def packed_in(folder: Path, arch: int, key: str) -> Path:
+    """The file of the cache for an architecture and a build of Triton, by its version and its key."""
+    import triton
+
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return folder / f"sm_{arch}-triton-{triton.__version__}-{digest[:16]}.tgz"
 
 
 def version_key(build: Path | None = None) -> str:
@@ -50,37 +56,11 @@ def version_key(build: Path | None = None) -> str:
     return str(FunctionType(own.__code__, around)())
 
 
-def digest(key: str) -> str:
-    """Hash a version key."""
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def pack(folder: Path, target: Path, manifest: Json) -> None:
-    """Pack a cache as one file, its manifest first."""
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+def pack(folder: Path, target: Path) -> None:
+    """Pack a cache as one file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target, end=".partial") as partial, tarfile.open(partial, "w:gz") as archive:
-        archive.add(folder / MANIFEST, MANIFEST)
-        for path in sorted(p for p in folder.glob("*/*") if p.is_file() and p.name != "lock"):
-            archive.add(path, str(path.relative_to(folder)))
-
-
-def read_manifest(packed: Path) -> Json:
-    """Read the manifest of a packed cache."""
-    with tarfile.open(packed) as archive:
-        member = archive.extractfile(MANIFEST)
-        assert member is not None, packed
-        return dict(json.load(member))
-
-
-def find(arch: int, key: str, folder: Path = FOLDER) -> Path | None:
-    """The packed cache for an architecture and a build of Triton, the newest of several; None where there is none."""
-    found = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for packed in found:
-        manifest = read_manifest(packed)
-        if (manifest["arch"], manifest["key"]) == (arch, digest(key)):
-            return packed
-    return None
+        archive.add(folder, ".")
 
 
 def unpack(packed: Path) -> Path:
@@ -96,18 +76,13 @@ def unpack(packed: Path) -> Path:
     return folder
 
 
-def relocate(folder: Path) -> int:
-    """Let the groups of a cache name their files where they are; how many did not."""
-    changed = 0
-    for group in folder.glob(f"*/{GROUP}*.json"):
-        paths = json.loads(group.read_text())["child_paths"]
-        here = {name: str(group.parent / Path(path).name) for name, path in paths.items()}
-        if here != paths:
-            group.write_text(json.dumps({"child_paths": here}))
-            changed += 1
-    return changed
+def relocate(folder: Path) -> None:
+    """Let the groups of a cache name their files where they are."""
+    for group in folder.glob(GROUPS):
+        names = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in names}}))
 
 
 def kernels(folder: Path) -> int:
     """Count the kernels in a cache."""
-    return sum(1 for _ in folder.glob(f"*/{GROUP}*.json"))
+    return sum(1 for _ in folder.glob(GROUPS))
