@@ -83,24 +83,18 @@ class Bench:
 
         Afterwards ``lost`` says what took the GPU from this process, None where it works.
         """
-        entry = self._run(run, run.seconds if seconds is None else seconds)
+        entry = self._run(run, run.most_time if seconds is None else seconds)
         self.lost = lost(self.device)
         if self.lost is None:
             self._cap(None)
         return entry
 
+    def named(self, run: Run) -> Json:
+        """Fields of a result file that name a run."""
+        return dataclasses.asdict(run) | ({"backend": self.backend} if run.fast else {})
+
     def _run(self, run: Run, seconds: float) -> Json:
-        entry: Json = {
-            "preset": run.preset,
-            "resolution": run.resolution,
-            "seconds": run.clip_seconds,
-            "mode": run.mode,
-            "mask": run.mask,
-            "steps": run.steps,
-            "cap_gb": run.cap_gb,
-            **({"backend": self.backend} if run.fast else {}),
-            **dict.fromkeys(("s_per_step", "total_s", "peak_memory_gib")),
-        }
+        entry = self.named(run) | dict.fromkeys(("s_per_step", "total_s", "peak_memory_gib"))
         try:
             self._cap(run.cap_gb)
             with running(self.backend if run.fast else ""):
@@ -197,7 +191,7 @@ class Bench:
         return clip if resolution == "1080p" else clip._replace(H=clip.H // 2, W=clip.W // 2)
 
     def _inputs(self, model: HappyHorse, run: Run) -> list[torch.Tensor]:
-        clip, config = self._clip(run.resolution, run.clip_seconds), model.config
+        clip, config = self._clip(run.resolution, run.seconds), model.config
         text = TINY_SIZE.text if self.tiny else TEXT_TOKENS
         shapes = (
             (1, config.latent_channels, clip.T, clip.H, clip.W),
@@ -315,21 +309,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     results = open_results(options.results, device)
-    known = {_key(entry) for entry in results.data["sampler"]} if results and options.keep == "all" else set()
+    known = results.data["sampler"] if results and options.keep == "all" else []
     failed = False
     with Monitor(device) as monitor:
         bench = Bench(device, options.tiny, options.backend, monitor)
         for run in wanted:
-            backend = options.backend if run.fast else None
-            if (run.preset, run.resolution, run.clip_seconds, run.mode, run.mask, run.cap_gb, backend) in known:
+            if any(bench.named(run).items() <= entry.items() for entry in known):
                 continue
-            left = deadline - time.monotonic() - (0.0 if options.tiny else run.least_seconds)
+            left = deadline - time.monotonic() - (0.0 if options.tiny else run.least_time)
             if left < 0:
-                print(
-                    f"not run: {run.name} needs {run.least_seconds:.0f} s, {-left:.0f} more than are left", flush=True
-                )
+                print(f"not run: {run.name} needs {run.least_time:.0f} s, {-left:.0f} more than are left", flush=True)
                 continue
-            entry = bench.run(run, min(options.seconds_per_run or run.seconds, left))
+            entry = bench.run(run, min(options.seconds_per_run or run.most_time, left))
             failed |= entry["s_per_step"] is None and entry["note"].startswith(FAILED)
             print(line(entry), flush=True)
             # A self-check that took the GPU is remembered: started again, the run goes on without that kernel.
@@ -339,10 +330,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"STOPPED: the GPU of this process is lost in {run.name}: {bench.lost}", file=sys.stderr)
                 return LOST
     return int(failed)
-
-
-def _key(entry: Json) -> tuple[Any, ...]:
-    return tuple(entry.get(name) for name in ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "backend"))
 
 
 if __name__ == "__main__":

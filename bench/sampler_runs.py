@@ -17,7 +17,7 @@ EXACT = "exact"
 PUBLISHED_SECONDS = 5
 """Length of the clips that published times are of."""
 # Steps of a run are stopped after so long, two at least. A fast run of 8 steps at 1080p ends within it.
-SECONDS = {"fast": 40.0, "other": 10.0}
+MOST = {"fast": 40.0, "other": 10.0}
 # What a run needs at least, in seconds: weights 5, the first step with its kernels' compiles, 2 steps, and a breakdown.
 # A fast step at 1080p is predicted at 4 s, an eager one measured at 12 to 14 elsewhere; torch.compile makes 4 graphs of
 # 20 to 60 s each.
@@ -35,7 +35,7 @@ class Run:
         mask: :data:`EXACT`, or the share of video pairs such as ``"25%"``.
         steps: Denoising steps.
         cap_gb: Size of the card whose memory the process may use, as it is sold; None for all there is.
-        clip_seconds: Length of the clip.
+        seconds: Length of the clip.
     """
 
     preset: str
@@ -44,7 +44,7 @@ class Run:
     mask: str = EXACT
     steps: int = 8
     cap_gb: int | None = None
-    clip_seconds: int = PUBLISHED_SECONDS
+    seconds: int = PUBLISHED_SECONDS
 
     @property
     def name(self) -> str:
@@ -53,7 +53,7 @@ class Run:
         The second part is ``"1080p-10s"`` for a clip of another length than 5 s.
         """
         cap = "whole" if self.cap_gb is None else f"{self.cap_gb}gb"
-        length = "" if self.clip_seconds == PUBLISHED_SECONDS else f"-{self.clip_seconds}s"
+        length = "" if self.seconds == PUBLISHED_SECONDS else f"-{self.seconds}s"
         return f"{self.preset}/{self.resolution}{length}/{self.mode}/{self.mask}/{cap}"
 
     @property
@@ -75,13 +75,13 @@ class Run:
         )
 
     @property
-    def seconds(self) -> float:
+    def most_time(self) -> float:
         """Seconds that its steps may take where nothing else is asked for."""
-        return SECONDS["fast" if self.fast else "other"]
+        return MOST["fast" if self.fast else "other"]
 
     @property
-    def least_seconds(self) -> float:
-        """With less time left it would be cut."""
+    def least_time(self) -> float:
+        """With fewer seconds left it would be cut."""
         return LEAST["fast" if self.fast else self.mode]
 
 
@@ -100,7 +100,7 @@ def runs() -> Iterator[Run]:
         Run(BASE, "1080p", "eager", cap_gb=80),
         Run(BASE, "1080p", "fast fp8", "12.5%"),
         Run(BASE, "1080p", "fast fp8 int8_qk", "25%"),
-        *(Run(BASE, "1080p", "fast fp8", clip_seconds=seconds) for seconds in (10, 15)),
+        *(Run(BASE, "1080p", "fast fp8", seconds=seconds) for seconds in (10, 15)),
         *(Run(BASE, resolution, "fast fp8") for resolution in ("540p", "256p")),
     )
     yield from first

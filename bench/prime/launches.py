@@ -81,7 +81,7 @@ def clip(run: Run) -> None:
     assert fast is not None
     choices = choose("triton", fast.precision, META, attention=fast.attention_format)
     model = empty_accelerated(config, fast, choices)
-    grid = Size(run.name, config, tokens_for(run.resolution, "16:9", run.clip_seconds)).grid
+    grid = Size(run.name, config, tokens_for(run.resolution, "16:9", run.seconds)).grid
     made: Any = model.fast
     state = build_clip_state(made, grid, frequency_bands(config.head_dim, CPU)).fake(META)
     hidden = torch.empty(state.rows.slots, config.hidden_size, device=META)
