@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = Context(options.dry, results.path, more)
     print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {results.path}\n", flush=True)
     logs = results.path.with_suffix("") / "logs"
-    kept = archive.kept(results.path.parent, options.archive)
+    kept = archive.kept(results.path.parent, options.archive) if options.archive else contextlib.nullcontext()
     compiled = primed_kernels(options.primed, None if options.dry else header["capability"], logs)
     # All stages are of one commit, whatever is committed or edited meanwhile.
     of_commit = mock.patch.dict(os.environ, {COMMIT_VARIABLE: header["commit"]})

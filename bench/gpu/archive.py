@@ -22,39 +22,29 @@ EVERY_SECONDS = 15.0
 def write(folder: Path, target: Path) -> None:
     """Pack a folder's files; of a long log the end."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+    with replacing(target, end=".partial") as partial, tarfile.open(partial, "w:gz") as archive:
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.resolve() != target.resolve()):
-            if path.suffix != ".partial" and "build" not in path.relative_to(folder).parts:
-                _add(archive, path, path.relative_to(folder))
-    with replacing(target, end=".partial") as partial:
-        partial.write_bytes(packed.getvalue())
-
-
-def _add(archive: tarfile.TarFile, path: Path, name: Path) -> None:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:  # a stage replaced it meanwhile
-        return
-    if path.suffix != ".json" and len(content) > LOG_BYTES:
-        content = b"(its beginning is left out)\n" + content[-LOG_BYTES:]
-    entry = tarfile.TarInfo(str(name))
-    entry.size, entry.mtime = len(content), int(path.stat().st_mtime) if path.exists() else 0
-    archive.addfile(entry, io.BytesIO(content))
+            name = path.relative_to(folder)
+            if path.suffix == ".partial" or "build" in name.parts:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # a stage replaced it meanwhile
+                entry, content = tarfile.TarInfo(str(name)), path.read_bytes()
+                entry.mtime = int(path.stat().st_mtime)
+                if path.suffix != ".json" and len(content) > LOG_BYTES:
+                    content = b"(its beginning is left out)\n" + content[-LOG_BYTES:]
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
 
 
 @contextlib.contextmanager
-def kept(folder: Path, target: Path | None, every: float = EVERY_SECONDS) -> Iterator[None]:
+def kept(folder: Path, target: Path, every: float = EVERY_SECONDS) -> Iterator[None]:
     """Pack a folder again and again while inside, and once more at the end.
 
     Args:
         folder: What to pack.
-        target: The archive; None for none.
+        target: The archive.
         every: Seconds between two.
     """
-    if target is None:
-        yield
-        return
     ended = threading.Event()
 
     def run() -> None:

@@ -150,15 +150,11 @@ def sanitizer() -> str | None:
 
 def _ops(scope: str, words: str, dry_words: str) -> Callable[[Context], list[Step]]:
     def steps(context: Context) -> list[Step]:
-        what = ("--scope", "tiny" if context.dry else scope, "--cases", dry_words if context.dry else words)
-        command = context.bench("bench.ops", *what, *(("--seconds", "0") if context.dry else ()))
-        again = ("--keep", "all")
         if context.dry:
-            return (
-                [Step(command)]
-                if scope == "rest"
-                else [Step([*command, "--gates"]), Step([*command, "--keep", "gates"])]
-            )
+            command = context.bench("bench.ops", "--scope", "tiny", "--cases", dry_words, "--seconds", "0")
+            parts = ([],) if scope == "rest" else (["--gates"], ["--keep", "gates"])
+            return [Step([*command, *part]) for part in parts]
+        command, again = context.bench("bench.ops", "--scope", scope, "--cases", words), ("--keep", "all")
         if scope == "rest":
             return [Step([*command, "--impl", "triton", "--peers", "none"], again=again)]
         gates = [
