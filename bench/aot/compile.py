@@ -6,16 +6,15 @@ import argparse
 import json
 import pickle
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import triton
 
 from bench.aot import disassembly
-from bench.aot.cases import Case, cases
+from bench.aot.cases import cases
 from bench.aot.gates import EXPONENTS, GROUP_THREADS, Order, Row
-from bench.aot.recording import Driver, Launch, in_forks, recording
+from bench.aot.recording import Driver, Launch, in_forks, record
 from happyhorse_fast.kernels.hopper_barriers import TURNS
 from happyhorse_fast.kernels.launch import config_for
 
@@ -23,21 +22,6 @@ from happyhorse_fast.kernels.launch import config_for
 NAN_KEPT = re.compile(r"\b(?:min|max)\.(?:ftz\.)?NaN\.(?:f32|bf16)")
 NAN_LOST = re.compile(r"\b(?:min|max)\.(?:ftz\.)?(?:f32|bf16)")
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-
-
-def record(given: Iterable[Case]) -> list[Launch]:
-    """The distinct kernels that the cases launch, in their order."""
-    found: dict[tuple[int, str], Launch] = {}
-
-    def launched(module: str, name: str, specialised: str) -> None:
-        source = replace(case, arguments={})
-        found.setdefault((case.arch, specialised), Launch(module, name, specialised, source))
-
-    with recording(launched):
-        for case in given:
-            Driver(case.arch).activate()
-            case.launch()
-    return list(found.values())
 
 
 def measure(launch: Launch) -> Row:
@@ -95,7 +79,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     options = parser.parse_args()
     wanted = re.compile(options.only)
-    launches = record(c for c in cases() if wanted.search(f"sm_{c.arch} {c.op} {c.detail}"))
+    chosen = (case for case in cases() if wanted.search(f"sm_{case.arch} {case.op} {case.detail}"))
+    launches = record((replace(case, arguments={}), case.arch, case.launch) for case in chosen)
     rows, failures = [], []
     for place, (launch, done) in enumerate(in_forks(measure, launches, options.jobs), 1):
         if isinstance(done, str):

@@ -7,11 +7,11 @@ what is compiled is what is launched.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -71,19 +71,29 @@ class Launch:
         return getattr(importlib.import_module(self.module), self.name)
 
 
-@contextlib.contextmanager
-def recording(launched: Callable[[str, str, str], None]) -> Iterator[None]:
-    """Hand kernels that are launched inside over as (module, name, specialisation); none is compiled."""
+def record(calls: Iterable[tuple[Any, int, Callable[[], object]]]) -> list[Launch]:
+    """The distinct kernels that calls launch, in their order, of which none is compiled.
 
-    def hook(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-        launched(fn.module, fn.name, compile["specialization_data"])
-        return True  # do not compile, do not launch
-
+    Args:
+        calls: (source, compute capability, call); what several launch is the first one's.
+    """
+    found: dict[tuple[int, str], Launch] = {}
     with triton.knobs.runtime.scope(), triton.knobs.language.scope():
-        triton.knobs.runtime.jit_cache_hook = hook
         # The other default, so that a launch that does not say which it wants shows.
         triton.knobs.language.default_fp_fusion = False
-        yield
+        for source, arch, call in calls:
+            Driver(arch).activate()
+            triton.knobs.runtime.jit_cache_hook = functools.partial(_keep, found, source, arch)
+            call()
+    return list(found.values())
+
+
+def _keep(
+    found: dict[tuple[int, str], Launch], source: Any, arch: int, *, fn: Any, compile: dict[str, Any], **_: object
+) -> bool:
+    specialised = compile["specialization_data"]
+    found.setdefault((arch, specialised), Launch(fn.module, fn.name, specialised, source))
+    return True  # do not compile, do not launch
 
 
 def in_forks(work: Callable[[Launch], T], launches: Sequence[Launch], jobs: int) -> Iterator[tuple[Launch, T | str]]:

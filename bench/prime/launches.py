@@ -8,14 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
 from bench.aot import cases as aot_cases
-from bench.aot.recording import Driver, Launch, recording
+from bench.aot.recording import Launch, record
 from bench.cases import Size, cases
 from bench.hopper import HOPPER, running
 from bench.inputs import call, make
@@ -42,37 +41,27 @@ BOUND = AttentionBound(50.0, 50.0)
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-@dataclass(frozen=True)
-class Source:
-    """Something that launches.
+def sources(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Everything that launches on an architecture in a GPU run, by name; several may make the same launch.
 
-    Attributes:
-        name: For ``--only`` of `make prime`.
-        launch: Launches, where :func:`bench.prime.stand_in.stand_in` is entered.
+    To be called where :func:`bench.prime.stand_in.stand_in` is entered.
     """
-
-    name: str
-    launch: Callable[[], object] = field(repr=False)
-
-
-def sources(arch: int) -> Iterator[Source]:
-    """Name everything that launches on an architecture in a GPU run; several may make the same launch."""
     for case in aot_cases.cases():
         if case.arch == arch and not case.pointers:  # the self-check has those, at its own shapes
-            yield Source(f"table {case.op} {case.detail}", case.launch)
+            yield f"table {case.op} {case.detail}", case.launch
     also = (HOPPER,) if arch == HOPPER_ARCH else ()
     for scope in SCOPES:
         for bench_case in cases(scope):
             if bench_case.precision == "fp8" and arch < FP8_SINCE:
                 continue
             for impl in implementations(bench_case, "triton", also):
-                yield Source(f"case {bench_case.name} {impl}", lambda c=bench_case, i=impl: call(c, make(c, META), i))  # type: ignore[misc]
+                yield f"case {bench_case.name} {impl}", lambda c=bench_case, i=impl: call(c, make(c, META), i)  # type: ignore[misc]
     for run in runs():
         if run.fast is not None and run.cap_gb is None and (arch >= FP8_SINCE or "fp8" not in run.mode):
-            yield Source(f"clip {run.name}", lambda run=run: clip(run))  # type: ignore[misc]
-    yield Source("self-check", lambda: self_checks(arch))
+            yield f"clip {run.name}", lambda run=run: clip(run)  # type: ignore[misc]
+    yield "self-check", lambda: self_checks(arch)
     for name in TESTS:
-        yield Source(f"test {name}", lambda name=name: run_tests(name))  # type: ignore[misc]
+        yield f"test {name}", lambda name=name: run_tests(name)  # type: ignore[misc]
 
 
 def clip(run: Run) -> None:
@@ -129,16 +118,7 @@ def found(arch: int, only: str = "") -> list[Launch]:
         arch: Compute capability as 90 for 9.0.
         only: Regular expression that the name of a source must contain.
     """
-    kernels: dict[str, Launch] = {}
-
-    def launched(module: str, name: str, specialised: str) -> None:
-        kernels.setdefault(specialised, Launch(module, name, specialised, source.name))
-
-    Driver(arch).activate()
     # The tests' own set-up would have kernels interpreted.
     os.environ |= {"TRITON_INTERPRET": "0", "HAPPYHORSE_FAST_GPU_TESTS": "recorded"}
-    with recording(launched), stand_in(arch):
-        for source in sources(arch):
-            if re.search(only, source.name):
-                source.launch()
-    return list(kernels.values())
+    with stand_in(arch):
+        return record((name, arch, launch) for name, launch in sources(arch) if re.search(only, name))

@@ -31,8 +31,8 @@ from happyhorse_fast.ops.runtime.triton.library import LAUNCHERS
 def stand_in(arch: int) -> Iterator[None]:
     """Inside, backend "triton" can run on the CPU and launches for a GPU of compute capability ``arch``.
 
-    To be entered within :func:`bench.aot.recording.recording`, without which a launch would look for a GPU. What
-    self-checks find here is remembered nowhere.
+    For :func:`bench.aot.recording.record`, without which a launch would look for a GPU. What self-checks find here is
+    remembered nowhere.
     """
     with contextlib.ExitStack() as entered:
         entered.enter_context(pretend(arch))

@@ -117,14 +117,15 @@ def test_every_entry_is_there_for_each_architecture_that_can(stem, variant):
 def test_a_planted_mistake_is_caught(plant, problem):
     code = f"""
 from bench.aot.cases import cases
-from bench.aot.compile import measure, record
+from bench.aot.compile import measure
 from bench.aot.gates import problems
+from bench.aot.recording import record
 from happyhorse_fast.kernels import launch
 from happyhorse_fast.kernels.launch import config_for, table
 from happyhorse_fast.ops.linear import triton as fp8_linear
 {plant}
 case = next(c for c in cases() if (c.arch, c.detail) == (90, "fp8, plain, bf16 out"))
-print(problems(measure(*record([case]))))
+print(problems(measure(*record([(case, case.arch, case.launch)]))))
 """
     done = run("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -281,8 +282,9 @@ import sys
 from pathlib import Path
 
 from bench.aot.cases import cases
-from bench.aot.compile import measure, record
+from bench.aot.compile import measure
 from bench.aot.gates import problems
+from bench.aot.recording import record
 from happyhorse_fast.kernels import attention_hopper as kernel
 from happyhorse_fast.kernels import hopper_bounded
 
@@ -297,7 +299,7 @@ moved = sys.modules["moved"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(moved)
 kernel.attend_bounded = moved.attend_bounded
 case = next(c for c in cases() if (c.arch, c.detail) == (90, "bf16, D 128, bf16 out, hopper"))
-print(problems(measure(*record([case]))))
+print(problems(measure(*record([(case, case.arch, case.launch)]))))
 """
 
 
