@@ -65,6 +65,10 @@ class Case:
     pointers: bool = False
     hopper: bool = False
 
+    def __str__(self) -> str:
+        """What ``--only`` is matched with."""
+        return f"sm_{self.arch} {self.op} {self.detail}"
+
     def launch(self) -> None:
         """Call the launcher, pretending the architecture."""
         loads = by_pointers() if self.pointers else contextlib.nullcontext()

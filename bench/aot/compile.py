@@ -72,25 +72,17 @@ def order_of(code: str) -> Order:
 
 
 def main() -> None:
-    """Compile in forks, say how each did, and pickle (rows, what failed)."""
+    """Compile in forks, and pickle (rows, what failed)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("into", type=Path, help="file of the rows")
     parser.add_argument("--only", default="", help="regular expression that a case's name must contain")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     options = parser.parse_args()
     wanted = re.compile(options.only)
-    chosen = (case for case in cases() if wanted.search(f"sm_{case.arch} {case.op} {case.detail}"))
+    chosen = (case for case in cases() if wanted.search(str(case)))
     launches = record((replace(case, arguments={}), case.arch, case.launch) for case in chosen)
-    rows, failures = [], []
-    for place, (launch, done) in enumerate(in_forks(measure, launches, options.jobs), 1):
-        if isinstance(done, str):
-            about = f"sm_{launch.source.arch} {launch.name} {launch.source.detail}, Triton {triton.__version__}"
-            failures.append(said := f"{about} does not compile: {done}")
-        else:
-            rows.append(done)
-            said = f"{done.triton} {done.name}: {done.summary}"
-        print(f"{place}/{len(launches)} {said}", flush=True)
-    options.into.write_bytes(pickle.dumps((rows, failures)))
+    print(f"Triton {triton.__version__}: {len(launches)} kernels", flush=True)
+    options.into.write_bytes(pickle.dumps(in_forks(measure, launches, options.jobs)))
 
 
 if __name__ == "__main__":

@@ -103,8 +103,7 @@ class Row(Compiled):
             names = names | {"int8": "UTCIMMA"}
         return sorted(names[fmt] for fmt in PRODUCTS[self.products])
 
-    @property
-    def summary(self) -> str:
+    def __str__(self) -> str:
         """Its numbers in a line."""
         spills = f", {self.opcodes['STL']} STL" if self.opcodes["STL"] else ""
         step = f", {self.order.step} instructions a step" if self.order else ""

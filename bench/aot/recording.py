@@ -11,7 +11,7 @@ import functools
 import importlib
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -96,19 +96,33 @@ def _keep(
     return True  # do not compile, do not launch
 
 
-def in_forks(work: Callable[[Launch], T], launches: Sequence[Launch], jobs: int) -> Iterator[tuple[Launch, T | str]]:
-    """Do work on each launch in processes side by side; what it made of each in order, or in words how it failed."""
+def in_forks(work: Callable[[Launch], T], launches: Sequence[Launch], jobs: int) -> tuple[list[T], list[str]]:
+    """(what work made of launches, in their order, in words how others failed); each is told as it is done.
+
+    Args:
+        work: What a process does on a launch.
+        launches: What to work on.
+        jobs: Processes side by side.
+    """
+    results, failures = list[T](), list[str]()
     fork = multiprocessing.get_context("fork")  # which has what was recorded, and imports nothing again
     for first in range(0, len(launches), jobs * KERNELS_EACH):
-        batch = launches[first : first + jobs * KERNELS_EACH]
         with ProcessPoolExecutor(jobs, fork) as pool:
-            for launch, done in [(launch, pool.submit(_tried, work, launch)) for launch in batch]:
+            batch = launches[first : first + jobs * KERNELS_EACH]
+            for place, done in enumerate([pool.submit(_tried, work, launch) for launch in batch], first):
                 lost = done.exception()  # of the process, such as one without memory
-                yield launch, str(lost) if lost else done.result()
+                result, error = (None, str(lost)) if lost else done.result()
+                said = f"{launches[place].name} of {launches[place].source}"
+                if result is None:
+                    failures.append(f"{said} does not compile: {error}")
+                else:
+                    results.append(result)
+                print(f"{place + 1}/{len(launches)} {said}: {error or result}", flush=True)
+    return results, failures
 
 
-def _tried(work: Callable[[Launch], T], launch: Launch) -> T | str:
+def _tried(work: Callable[[Launch], T], launch: Launch) -> tuple[T | None, str]:
     try:
-        return work(launch)
+        return work(launch), ""
     except Exception as error:  # the compiler's own errors are of many kinds; one must not hide the others
-        return f"{type(error).__name__}: {str(error)[-500:]}"
+        return None, f"{type(error).__name__}: {str(error)[-500:]}"

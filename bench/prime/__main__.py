@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import triton
 from triton.runtime import cache
 
 from bench.aot.recording import Launch, in_forks
@@ -28,17 +27,14 @@ from bench.prime import file as primed
 from bench.prime.launches import found
 
 
-def compile_kernel(launch: Launch) -> bool:
-    """Compile a kernel into the cache; whether it was not there."""
-    compiled = []
-    triton.knobs.compilation.listener = lambda *, cache_hit, **_: compiled.append(not cache_hit)
+def compile_kernel(launch: Launch) -> str:
+    """Compile a kernel into the cache."""
     launch.kernel.preload(launch.specialised)
-    (new,) = compiled
-    return new
+    return "compiled"
 
 
-def prime(arch: int, folder: Path, key: str, jobs: int, only: str = "") -> tuple[int, list[str]]:
-    """Fill a cache; (number of kernels that were not there, what failed).
+def prime(arch: int, folder: Path, key: str, jobs: int, only: str = "") -> list[str]:
+    """Fill a cache; what failed.
 
     Args:
         arch: Compute capability as 90 for 9.0.
@@ -59,15 +55,8 @@ def prime(arch: int, folder: Path, key: str, jobs: int, only: str = "") -> tuple
         raise RuntimeError(f"nothing is launched on sm_{arch} with {only!r} in its name")
     print(f"{len(launches)} kernels to compile for sm_{arch} ({time.monotonic() - began:.0f} s)", flush=True)
     cache.triton_key = lambda: key
-    failures, new = [], 0
-    for launch, done in in_forks(compile_kernel, launches, jobs):
-        what = f"{launch.name} of {launch.source}"
-        if isinstance(done, str):
-            failures.append(f"{what} does not compile: {done}")
-        else:
-            new += done
-        print(f"{what}: {done if isinstance(done, str) else 'compiled' if done else 'was there'}", flush=True)
-    return new, failures
+    _, failures = in_forks(compile_kernel, launches, jobs)
+    return failures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,13 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     key = options.key.read_text().strip() if options.key else primed.version_key(options.build)
     target = primed.packed_in(options.into, options.arch, key)
     with tempfile.TemporaryDirectory() as folder:
-        new, failures = prime(options.arch, Path(folder), key, options.jobs, options.only)
+        failures = prime(options.arch, Path(folder), key, options.jobs, options.only)
         count = primed.kernels(Path(folder))
         primed.pack(Path(folder), target)
     for failure in failures:
         print(failure, file=sys.stderr)
     minutes, size = (time.monotonic() - began) / 60, target.stat().st_size / 2**20
-    print(f"{new} kernels compiled in {minutes:.1f} minutes: {target} with {count} ({size:.1f} MiB)")
+    print(f"{count} kernels compiled in {minutes:.1f} minutes: {target} ({size:.1f} MiB)")
     return int(bool(failures))
 
 

@@ -320,17 +320,18 @@ def work(launch):
 
 recording.KERNELS_EACH = 1
 names = ["raises", "good", "dies", "good", "good"]
-found = recording.in_forks(work, [recording.Launch("", name, "", None) for name in names], 1)
-print([done for _, done in found])
+print(recording.in_forks(work, [recording.Launch("", name, "", "planted") for name in names], 1))
 """
 
 
 def test_a_kernel_that_takes_its_process_with_it_hides_no_other_one():
     done = run("-c", DIES)
     assert done.returncode == 0, done.stderr[-2000:]
-    failed, *others = eval(done.stdout)
-    assert failed == "ValueError: planted" and "terminated abruptly" in others.pop(1)
-    assert others == ["good"] * 3
+    *told, last = done.stdout.splitlines()
+    results, (raised, died) = eval(last)
+    assert results == ["good"] * 3 and "terminated abruptly" in died
+    assert raised == "raises of planted does not compile: ValueError: planted"
+    assert told[0] == "1/5 raises of planted: ValueError: planted" and told[1] == "2/5 good of planted: good"
 
 
 def test_a_process_that_ends_early_is_a_failure(tmp_path, monkeypatch):

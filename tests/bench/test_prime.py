@@ -122,20 +122,6 @@ def packed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_priming_again_compiles_nothing(packed, tmp_path):
-    moved = Path(shutil.copy(packed, tmp_path))
-    cache = primed.unpack(moved)
-    code = """
-import sys
-from bench.prime.__main__ import Path, prime, primed
-print(prime(90, Path(sys.argv[1]), primed.version_key(), 1, sys.argv[2]))
-"""
-    said = run("-c", code, str(cache), SOME).splitlines()
-    assert sum("was there" in line for line in said) == primed.kernels(cache) > 3
-    assert not any(": compiled" in line for line in said) and said[-1] == "(0, [])"
-
-
-@pytest.mark.slow
 def test_without_its_paths_put_right_a_moved_cache_holds_nothing(packed, tmp_path, monkeypatch):
     # What relocating is for.
     moved = Path(shutil.copy(packed, tmp_path))
