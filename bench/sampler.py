@@ -34,6 +34,7 @@ from bench.ops import arguments, open_results
 from bench.results import Json
 from bench.sampler_runs import MODES, PUBLISHED_SECONDS, Run, chosen, runs
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
@@ -47,9 +48,6 @@ from happyhorse_fast.verify.op_times import OpTimes
 
 FAILED, NOT_RUN = "failed", "not run"
 SEED = 0
-# Of a card's memory, for the CUDA context and libraries' workspaces, which the allocator's fraction does not hold: 0.3
-# to 0.5 GiB.
-CONTEXT_BYTES = 2**29
 
 
 class Enough(Exception):
@@ -268,11 +266,8 @@ def softmax_of(model: HappyHorse) -> str:
 
 
 def memory_fraction(gb: int | None, total: int) -> float:
-    """Share of a card of ``total`` bytes that torch may allocate for it to behave as one that is sold as ``gb`` GB.
-
-    N GB count as N * 10^9 bytes, the least that a card of that name has (an L4 or A10G of 24 GB shows 22.5 GiB).
-    """
-    return 1.0 if gb is None else min(1.0, (gb * 10**9 - CONTEXT_BYTES) / total)
+    """Share of a card of ``total`` bytes that torch may allocate for it to behave as one that is sold as ``gb`` GB."""
+    return 1.0 if gb is None else min(1.0, (card_bytes(gb) - CONTEXT_BYTES) / total)
 
 
 def line(entry: Json) -> str:

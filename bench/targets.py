@@ -7,6 +7,7 @@ python -m bench.targets FILE.json       # one file; --markdown for docs/notes/
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from bench.report.data import ceilings, form_of, gpu_results, measured_ceilings,
 from bench.report.predictions import PREDICTIONS, SIZE, Prediction
 from bench.report.tables import gpu_tables
 from bench.results import FOLDER, NOT_INTERLEAVED, Json, comparable, ratio, read
-from bench.sampler_runs import BASE, EXACT, PUBLISHED_SECONDS, SECOND_STAGE
+from bench.sampler_runs import BASE, SECOND_STAGE, Run
 from bench.table import Table
 
 ATTENTION = ("window", "25%")
@@ -40,6 +41,16 @@ SCALED_MM, BF16_MM, INT_MM = (
 LEAST_OF_PRODUCT = 0.95
 """Share of the library's bare product's speed, in turns with it, that a product with its epilogue keeps; up, which
 adds to nothing in memory, 0.98."""
+_IN_FP8 = "8 steps, window, products in fp8, attention"
+CLIPS = (
+    ("8 steps, window, fp8", Run(BASE, "1080p", "fast fp8"), None, 32),
+    ("8 steps, 25% of video pairs, fp8", Run(BASE, "1080p", "fast fp8", "25%"), None, 18),
+    ("second stage, 5 steps, fp8", Run(SECOND_STAGE, "1080p", "fast fp8", steps=5), None, 18),
+    (f"{_IN_FP8} bf16, bounded", Run(BASE, "1080p", "fast fp8 linear"), BOUNDED, 36),
+    (f"{_IN_FP8} int8_qk, bounded", Run(BASE, "1080p", "fast fp8 int8_qk"), BOUNDED, 34),
+    ("8 steps, window, int8", Run(BASE, "1080p", "fast int8"), None, 36),
+)
+"""Seconds of runs, of those that had a form of attention's softmax where one is named."""
 CAPS = (80, 48, 24)
 PEAK_GIB = {5: 18.5, 15: 21.8}
 """GiB that 8 bits take at most at 1080p, by seconds of the clip; 21.8 is what a card of 24 GB has."""
@@ -174,19 +185,13 @@ def best(
 
 
 def _clip(data: Json) -> Iterator[Line]:
-    for what, preset, mask, wanted in (
-        ("8 steps, window, fp8", BASE, EXACT, 32),
-        ("8 steps, 25% of video pairs, fp8", BASE, "25%", 18),
-        ("second stage, 5 steps, fp8", SECOND_STAGE, EXACT, 18),
-    ):
-        yield _seconds(what, wanted, _run(data, preset, "fast fp8", mask, None))
-    for attention, mode, wanted in (("bf16", "fast fp8 linear", 36), ("int8_qk", "fast fp8 int8_qk", 34)):
-        what = f"8 steps, window, products in fp8, attention {attention}, bounded"
-        yield _seconds(what, wanted, _run(data, BASE, mode, EXACT, None, softmax=BOUNDED))
-    yield _seconds("8 steps, window, int8", 36, _run(data, BASE, "fast int8", EXACT, None))
+    for what, run, softmax, wanted in CLIPS:
+        entry = _timed(data, run, softmax)
+        note = "; ".join(filter(None, (form_of(entry), entry.get("note")))) if entry else NOT_MEASURED
+        yield Line(what, wanted, entry["total_s"] if entry else None, "s", least=False, note=note)
     for precision in ("fp8", "int8"):
-        run = _run(data, BASE, f"fast {precision}", EXACT, None)
-        peak = run["peak_memory_gib"] if run else None
+        entry = _timed(data, Run(BASE, "1080p", f"fast {precision}"))
+        peak = entry["peak_memory_gib"] if entry else None
         yield Line(f"peak memory, {precision}", PEAK_GIB[5], peak, "GiB", least=False)
     for cap in CAPS:
         capped = [run for run in data["sampler"] if run["preset"] == BASE and run.get("cap_gb") == cap]
@@ -195,9 +200,9 @@ def _clip(data: Json) -> Iterator[Line]:
         note = "; ".join(f"{form_of(run)}: {run['note'] or 'whole'}" for run in capped)
         yield Line(f"whole steps as a {cap} GB card", 8, steps, "steps", note=note)
     for mode in ("eager", "torch.compile"):
-        run = _run(data, BASE, mode, EXACT, None) or _run(data, BASE, mode, EXACT, CAPS[0])
-        ran = None if run is None or run["s_per_step"] is None else 1
-        yield Line(f"{mode} beside it", 1, ran, "run", note=(run or {}).get("note", ""))
+        entry = _timed(data, Run(BASE, "1080p", mode)) or _timed(data, Run(BASE, "1080p", mode, cap_gb=CAPS[0]))
+        ran = None if entry is None or entry["s_per_step"] is None else 1
+        yield Line(f"{mode} beside it", 1, ran, "run", note=(entry or {}).get("note", ""))
     stages = {stage["name"]: stage for stage in data.get("stages", ())}
     for name in ("check", "tests", "sanitize"):
         stage = stages.get(name)
@@ -205,22 +210,11 @@ def _clip(data: Json) -> Iterator[Line]:
         yield Line(f"stage {name} green", 1, passed, "run", note=outcome)
 
 
-def _seconds(what: str, wanted: float, run: Json | None) -> Line:
-    note = "; ".join(filter(None, (form_of(run), run.get("note")))) if run else NOT_MEASURED
-    return Line(what, wanted, run["total_s"] if run else None, "s", least=False, note=note)
-
-
-def _run(data: Json, preset: str, mode: str, mask: str, cap: int | None, softmax: str | None = None) -> Json | None:
-    """The fastest of several backends; with a form of the softmax, of runs that say they had it."""
-    key = (preset, "1080p", mode, mask, cap)
-    found = [
-        run
-        for run in data["sampler"]
-        if (run["preset"], run["resolution"], run["mode"], run.get("mask"), run.get("cap_gb")) == key
-        and run["seconds"] == PUBLISHED_SECONDS
-        and softmax in (None, run.get("softmax"))
-    ]
-    return min(found, key=lambda run: run["total_s"] or float("inf"), default=None)
+def _timed(data: Json, run: Run, softmax: str | None = None) -> Json | None:
+    """The fastest entry of a run's several backends; with a form of the softmax, of those that say they had it."""
+    wanted = dataclasses.asdict(run) | ({"softmax": softmax} if softmax else {})
+    found = [entry for entry in data["sampler"] if wanted.items() <= entry.items()]
+    return min(found, key=lambda entry: entry["total_s"] or float("inf"), default=None)
 
 
 def outcomes(title: str, data: Json, predictions: Iterable[Prediction]) -> Table:

@@ -5,10 +5,11 @@ Those that leave out part of an op's work say so in their name: their time is a 
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,19 +24,18 @@ WITHOUT_GATE = (BLOCK_SPARSE, DROP_IN)
 NORM = ("rmsnorm_quantize",)
 
 
+@dataclass
 class Inputs:
     """A case's inputs for peers: its bf16 sibling, made once on demand."""
 
-    def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
-        self.case, self.device, self.seed = case, device, seed
-        self._bf16: Given | None = None
+    case: Case
+    device: torch.device
+    seed: int = 0
 
-    @property
+    @functools.cached_property
     def bf16(self) -> Given:
         """Inputs of the same case in bf16."""
-        if self._bf16 is None:
-            self._bf16 = make(dataclasses.replace(self.case, precision="bf16"), self.device, self.seed)
-        return self._bf16
+        return make(replace(self.case, precision="bf16"), self.device, self.seed)
 
 
 class Peer(ABC):
