@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments(parser)
     parser.add_argument("--tiny", action="store_true", help="a tiny model in plain torch: to try this file")
     parser.add_argument("--modes", default="", help=f"comma-separated, of {', '.join(MODES)}; all by default")
-    parser.add_argument("--runs", default="", help=f"comma-separated parts of names such as {next(runs()).name}")
+    parser.add_argument("--runs", default="", help=f"comma-separated parts of names such as {runs()[0].name}")
     per_run = "stop a run's steps after so long, two at least; by default 40 for fast runs, 10 for others"
     parser.add_argument("--seconds-per-run", type=float, help=per_run)
     parser.add_argument(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, TopK
@@ -85,9 +84,9 @@ class Run:
         return LEAST["fast" if self.fast else self.mode]
 
 
-def runs() -> Iterator[Run]:
+def runs() -> list[Run]:
     """All runs, most important first; a model is made anew wherever preset, mode or cap change, which takes seconds."""
-    first = (
+    found = [
         Run(BASE, "1080p", "fast fp8"),
         Run(BASE, "1080p", "fast fp8", "25%"),
         Run(BASE, "1080p", "fast fp8 linear"),
@@ -102,29 +101,18 @@ def runs() -> Iterator[Run]:
         Run(BASE, "1080p", "fast fp8 int8_qk", "25%"),
         *(Run(BASE, "1080p", "fast fp8", seconds=seconds) for seconds in (10, 15)),
         *(Run(BASE, resolution, "fast fp8") for resolution in ("540p", "256p")),
-    )
-    yield from first
-    yield from (run for run in _rest() if run not in first)
-
-
-def _rest() -> Iterator[Run]:
+    ]
     for mask in (EXACT, "25%", "12.5%"):
-        yield Run(BASE, "1080p", "fast bf16", mask)
-        yield Run(BASE, "1080p", "fast int8", mask)
+        found += [Run(BASE, "1080p", mode, mask) for mode in ("fast bf16", "fast int8")]
     for mode in ("fast fp8", "fast int8", "eager", "fast bf16", "fast fp8 linear", "fast fp8 int8_qk"):
-        yield Run(SECOND_STAGE, "1080p", mode, steps=5)
-        yield Run(FIRST_STAGE, "256p", mode)
-        yield Run(DENSE, "1080p", mode)
+        found += [Run(SECOND_STAGE, "1080p", mode, steps=5), Run(FIRST_STAGE, "256p", mode), Run(DENSE, "1080p", mode)]
     for mode in ("fast bf16", "eager", "fast fp8", "fast int8"):
-        for cap in (24, 48, 80) if mode == "fast int8" else (48, 80):
-            yield Run(BASE, "1080p", mode, cap_gb=cap)
-    for preset, resolution, steps in (
-        (BASE, "1080p", 8),
-        (SECOND_STAGE, "1080p", 5),
-        (FIRST_STAGE, "256p", 8),
-        (DENSE, "1080p", 8),
-    ):
-        yield Run(preset, resolution, "torch.compile", steps=steps)
+        caps = (24, 48, 80) if mode == "fast int8" else (48, 80)
+        found += [Run(BASE, "1080p", mode, cap_gb=cap) for cap in caps]
+    mode = "torch.compile"
+    found += [Run(BASE, "1080p", mode), Run(SECOND_STAGE, "1080p", mode, steps=5)]
+    found += [Run(FIRST_STAGE, "256p", mode), Run(DENSE, "1080p", mode)]
+    return list(dict.fromkeys(found))
 
 
 def chosen(words: str, modes: str = "") -> list[Run]:

@@ -206,7 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", default="", metavar="OPTIONS", help=f"more options of bench.{name}")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny shapes, results to a temporary folder")
     parser.add_argument("--folder", type=Path, help="where results go, by default bench/results")
-    parser.add_argument("--primed", type=Path, default=primed.FOLDER, help="with what `make prime` compiled; .primed")
     parser.add_argument(
         "--seconds", type=float, help=f"for all chosen stages together; {TOTAL_SECONDS}, dry {DRY_SECONDS}"
     )
@@ -227,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {results.path}\n", flush=True)
     logs = results.path.with_suffix("") / "logs"
     kept = archive.kept(results.path.parent, options.archive) if options.archive else contextlib.nullcontext()
-    compiled = primed_kernels(options.primed, None if options.dry else header["capability"], logs)
+    compiled = primed_kernels(primed.FOLDER, None if options.dry else header["capability"], logs)
     # All stages are of one commit, whatever is committed or edited meanwhile.
     of_commit = mock.patch.dict(os.environ, {COMMIT_VARIABLE: header["commit"]})
     with kept, of_commit, compiled:
