@@ -30,7 +30,7 @@ from bench.measure.comparison import SLOW_SECONDS, Bench, Stopped, groups
 from bench.measure.conditions import Monitor
 from bench.measure.lost import LOST, lost
 from bench.measure.roofline import Peaks
-from bench.peers.registry import all_peers, split
+from bench.peers.registry import PEERS, split
 from bench.results import FOLDER, NOT_INTERLEAVED, Json, Results, describe_machine, path_for, ratio, refusal
 from bench.table import Table
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gates", action="store_true", help="hold every case against its gate, and time nothing")
     options: Any = parser.parse_args(argv)
     deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)
-    wanted = [peer for peer in all_peers() if options.peers == "all" or (options.peers == "quick" and not peer.slow)]
+    wanted = [peer for peer in PEERS if options.peers == "all" or (options.peers == "quick" and not peer.slow)]
     peers, absent = split(wanted, device)
     also, without = other_backends(device)
     able = [default_backend(device), *also]

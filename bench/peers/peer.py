@@ -7,21 +7,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from bench.cases import BLOCK_SPARSE, DROP_IN, Case
+from bench.cases import Case
 from bench.inputs import Given, make
 
 Function = Callable[[], object]
-LINEAR = ("fp8_linear_activation", "fp8_linear_residual", "qkv_linear")
-ATTENTION = (BLOCK_SPARSE,)
-WITHOUT_GATE = (BLOCK_SPARSE, DROP_IN)
-"""Attention of peers that have no gate."""
-NORM = ("rmsnorm_quantize",)
 
 
 @dataclass
@@ -38,34 +32,43 @@ class Inputs:
         return make(replace(self.case, precision="bf16"), self.device, self.seed)
 
 
-class Peer(ABC):
+@dataclass(eq=False)
+class Peer:
     """Another implementation of some ops.
 
     Attributes:
         name: Under which its times are reported.
         ops: Which ops it can stand in for.
+        prepare: (case, inputs) -> the call to time; LookupError: it has no such form of the op.
         parts: Of which of their parts; empty for all.
         precisions: And of which precisions; empty for all.
+        one_expert: Whether it multiplies by one weight alone.
         module: What it is imported from; empty where that is torch.
         package: What that is installed as, where its name is another.
-        gpu: Whether it needs a GPU.
+        on_gpus: Why it runs on GPUs alone; empty where it does not.
+        since: Compute capability that it needs.
         slow: Whether it compiles for seconds at its first call, so that it is timed after everything else, and on one
             set of inputs.
     """
 
     name: str
     ops: tuple[str, ...]
+    prepare: Callable[[Case, Inputs], Function]
     parts: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
-    module = ""
-    package = ""
-    gpu = True
-    slow = False
+    one_expert: bool = False
+    module: str = ""
+    package: str = ""
+    on_gpus: str = "needs a GPU"
+    since: tuple[int, ...] = ()
+    slow: bool = False
 
     def available(self, device: torch.device) -> str | None:
         """Say why it cannot run here; None where it can."""
-        if self.gpu and device.type != "cuda":
-            return "needs a GPU"
+        if self.on_gpus and device.type != "cuda":
+            return self.on_gpus
+        if self.since and torch.cuda.get_device_capability(device) < self.since:
+            return f"needs sm_{''.join(map(str, self.since))} or later"
         return missing(self.module, self.package) if self.module else None
 
     def fits(self, case: Case) -> bool:
@@ -74,15 +77,8 @@ class Peer(ABC):
             case.op in self.ops
             and case.part in (self.parts or (case.part,))
             and case.precision in (self.precisions or (case.precision,))
+            and not (self.one_expert and case.plan.experts > 1)
         )
-
-    @abstractmethod
-    def prepare(self, case: Case, inputs: Inputs) -> Function:
-        """Convert the inputs, and return the call to time.
-
-        Raises:
-            LookupError: It has no such form of the op.
-        """
 
 
 def missing(module: str, package: str = "") -> str | None:

@@ -1,10 +1,9 @@
 """A benchmark of the reference on the CPU, whose ceilings nobody measures."""
 
 import pytest
-from comparison_cases import CEILINGS, CPU
+from comparison_cases import CEILINGS, CPU, EAGER
 
 from bench.measure.comparison import Bench
-from bench.peers.torch import Eager
 
 
 @pytest.fixture
@@ -15,4 +14,4 @@ def ceilings(monkeypatch):
 
 @pytest.fixture
 def bench():
-    return Bench(CPU, "reference", seconds=0.0, peers=[Eager()])
+    return Bench(CPU, "reference", seconds=0.0, peers=[EAGER])

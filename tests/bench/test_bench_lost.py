@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from comparison_cases import CPU, FOREVER, Counting, compared
+from comparison_cases import CPU, FOREVER, Counting, compared, standing_in
 
 from bench import ops
 from bench.cases import cases, select
@@ -15,7 +15,6 @@ from bench.inputs import call
 from bench.measure import comparison, gates
 from bench.measure.comparison import Bench
 from bench.measure.lost import lost
-from bench.peers.torch import Eager
 from bench.results import Results, describe_machine, read
 
 TINY = cases("tiny")
@@ -50,15 +49,9 @@ def test_a_lost_gpu_stops_the_run_at_the_case_that_lost_it(bench, monkeypatch, t
 def test_a_peer_that_takes_the_gpu_is_left_out_when_the_run_starts_again(monkeypatch, tmp_path):
     gpu, case = Gpu(monkeypatch, tmp_path / "r.json"), select(TINY, "quantize/tiny/bf16")[0]
 
-    class Crashing(Eager):
-        name = "crashing"
-
-        def prepare(self, case, inputs):
-            gpu.crash()
-
     def run(keep):
         known = json.loads(json.dumps(gpu.results.data))
-        peers = [Crashing(), Counting("counting")]
+        peers = [standing_in("crashing", lambda case, inputs: gpu.crash()), Counting("counting")]
         return ops.run(Bench(CPU, "reference", 0.0, peers, known=known, keep=keep), [case], gpu.results, FOREVER)
 
     assert run("none") == []

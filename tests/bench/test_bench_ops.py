@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from comparison_cases import CPU, FOREVER, SEEN, Counting, compared
+from comparison_cases import CPU, EAGER, FOREVER, SEEN, Counting, compared, standing_in
 
 from bench import ops
 from bench.bootstrap import ROOT
@@ -20,8 +20,8 @@ from bench.inputs import call, make, softmax
 from bench.measure import comparison, gates
 from bench.measure.comparison import Bench, groups, implementations
 from bench.measure.conditions import Monitor
-from bench.peers.registry import all_peers, split
-from bench.peers.torch import Eager, eager
+from bench.peers.peer import Inputs
+from bench.peers.registry import PEERS, split
 from bench.results import Results, comparable, describe_machine, ratio, read
 from happyhorse_fast import budgets
 from happyhorse_fast.eager.mlp import swiglu7
@@ -149,13 +149,10 @@ def test_a_slow_kernel_shows_in_the_table(bench, monkeypatch):
 
 
 def test_a_peer_that_breaks_is_named_and_ends_nothing():
-    class Broken(Eager):
-        name = "broken"
+    def prepare(case, inputs):
+        raise RuntimeError("no kernel image is available")
 
-        def prepare(self, case, inputs):
-            raise RuntimeError("no kernel image is available")
-
-    both = Bench(CPU, "reference", seconds=0.0, peers=[Broken(), Eager()])
+    both = Bench(CPU, "reference", seconds=0.0, peers=[standing_in("broken", prepare), EAGER])
     (case,) = select(TINY, "swiglu7/tiny/bf16")
     (entry,) = compared(both, [case])
     assert set(entry["peers"]) == {"eager"}
@@ -211,12 +208,11 @@ def test_a_peer_that_compiles_takes_turns_after_all_others_were_timed():
 
 
 def test_without_a_peer_that_compiles_nothing_is_timed_again():
-    class Absent(Counting):
-        def prepare(self, case, inputs):
-            raise LookupError("no such form")
+    def prepare(case, inputs):
+        raise LookupError("no such form")
 
     quick = Counting("quick")
-    some = Bench(CPU, "reference", seconds=0.0, peers=[quick, Absent("absent", slow=True)])
+    some = Bench(CPU, "reference", seconds=0.0, peers=[quick, standing_in("absent", prepare, slow=True)])
     (group,), written = groups(select(TINY, "quantize/tiny/bf16")), []
     some.compare(group, [quick], written.append)
     assert some.compare(group, some.peers, written.append) == {} and len(written) == 1
@@ -296,7 +292,7 @@ def test_a_kernel_that_runs_out_of_memory_after_its_gate_ends_nothing(bench, mon
 
 
 def test_every_peer_is_there_or_named_as_absent():
-    usable, absent = split(all_peers(), CPU)
+    usable, absent = split(PEERS, CPU)
     named = " ".join([*(p.name for p in usable), *absent]).lower()
     wanted = "eager torch.compile cudnn flash efficient flex _scaled_mm _int_mm torch.mm flashattention-4 sageattention"
     for name in wanted.split():
@@ -307,7 +303,7 @@ def test_every_peer_is_there_or_named_as_absent():
 
 def test_importing_the_peers_imports_none_of_them():
     modules = ["flash_attn", "cudnn", "sageattention"]
-    code = f"import sys; from bench.peers.registry import all_peers; all_peers(); print(sys.modules.keys() & {modules})"
+    code = f"import sys; import bench.peers.registry; print(sys.modules.keys() & {modules})"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"
@@ -316,13 +312,13 @@ def test_importing_the_peers_imports_none_of_them():
 def test_eager_computes_the_same_thing():
     # The peer that is always there is timed against the op: it has to do the op's work.
     for case in select(TINY, "window/tiny/bf16,proj/tiny/bf16,swiglu7/tiny/bf16,gelu7/tiny/bf16,quantize/tiny/bf16"):
-        given, same = make(case, CPU, 1), make(case, CPU, 1)
+        given, same = make(case, CPU, 1), Inputs(case, CPU, 1)
         wanted = call(case, given, "reference")[0].double()
-        result = eager(case, same)()
+        result = EAGER.prepare(case, same)()
         if case.op == "block_sparse_attention":
             wanted = wanted[padded_rows(case.size).token_rows()]
         elif case.op == "fp8_linear_residual":
-            result = same["hidden"]
+            result = same.bf16["hidden"]
         elif isinstance(result, list):
             result = torch.cat(result)
         assert float((result.double() - wanted).norm() / wanted.norm()) < 1e-2, case.name

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bench.cases import cases, select
 from bench.measure.gates import row_mask
-from bench.peers.external import CudnnFp8, FlashAttention4, SageAttention
 from bench.peers.peer import Inputs
+from bench.peers.registry import PEERS
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -52,6 +52,11 @@ def not_compiled(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda function, dynamic=None, **more: real(function, **more) if more else function
     )
+
+
+def peer_of(name: str) -> Any:
+    (peer,) = (peer for peer in PEERS if peer.name.startswith(name))
+    return peer
 
 
 def case_of(words: str) -> Any:
@@ -90,8 +95,9 @@ def test_flash_attention_4(install):
     install("flash_attn.cute", flash_attn_func=flash_attn_func)
     case = case_of("sparse_attention-dense/tiny/fp8")
     inputs = Inputs(case, CPU)
-    assert FlashAttention4().fits(case) and not FlashAttention4().fits(case_of("window/tiny/fp8"))
-    result, _ = FlashAttention4().prepare(case, inputs)()
+    peer = peer_of("FlashAttention-4")
+    assert peer.fits(case) and not peer.fits(case_of("window/tiny/fp8"))
+    result, _ = peer.prepare(case, inputs)()
     assert close(result[0], exact(inputs, masked=False))
 
 
@@ -142,7 +148,8 @@ class CudnnGraph:
 
 def test_cudnn_fp8(install, monkeypatch):
     kind, mode = types.SimpleNamespace(FP8_E4M3=1, FLOAT=2), types.SimpleNamespace(A=1, FALLBACK=2)
-    assert CudnnFp8().available(torch.device("cuda")) == "nvidia-cudnn-frontend is not installed"
+    peer = peer_of("cuDNN fp8")
+    assert peer.available(torch.device("cuda")) == "nvidia-cudnn-frontend is not installed"
     install(
         "cudnn", data_type=kind, heur_mode=mode, pygraph=CudnnGraph, create_handle=object,
         set_stream=lambda handle, stream: None,
@@ -150,8 +157,8 @@ def test_cudnn_fp8(install, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
     case = case_of("sparse_attention-dense/tiny/fp8")
     inputs = Inputs(case, CPU)
-    assert CudnnFp8().fits(case) and not CudnnFp8().fits(case_of("sparse_attention-dense/tiny/bf16"))
-    result = CudnnFp8().prepare(case, inputs)()[0].transpose(0, 1)
+    assert peer.fits(case) and not peer.fits(case_of("sparse_attention-dense/tiny/bf16"))
+    result = peer.prepare(case, inputs)()[0].transpose(0, 1)
     assert close(result, exact(inputs, masked=False), within=0.2)
 
 
@@ -169,6 +176,6 @@ def test_sageattention_and_that_its_change_of_k_reaches_no_other_peer(install):
     case = case_of("sparse_attention-dense/tiny/bf16")
     inputs = Inputs(case, CPU)
     before = inputs.bf16["k"].clone()
-    result = SageAttention().prepare(case, inputs)()
+    result = peer_of("sageattention").prepare(case, inputs)()
     assert close(result[0], exact(inputs, masked=False), within=2e-2)
     assert torch.equal(inputs.bf16["k"], before)

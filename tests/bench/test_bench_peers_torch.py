@@ -6,20 +6,20 @@ import contextlib
 
 import pytest
 import torch
-from test_bench_peers import BF16, CPU, case_of, close, exact, not_compiled
+from test_bench_peers import BF16, CPU, case_of, close, exact, not_compiled, peer_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.cases import cases, select
 from bench.measure.roofline import fp8_product, int8_product
 from bench.peers.peer import Inputs
-from bench.peers.torch import Bf16MM, Compiled, Eager, Flex, IntMM, ScaledMM, Sdpa
 
 
 def test_scaled_mm_takes_the_layouts_and_scales_that_it_is_given():
     # Its meta function holds the rules of the GPU's: row-major times column-major, scales [M, 1] and [1, N] in float32.
     case = case_of("down/tiny/fp8")
-    assert ScaledMM().fits(case) and not ScaledMM().fits(case_of("down/tiny/bf16"))
-    assert not ScaledMM().fits(case_of("gelu7/tiny/fp8")), "three experts are three products"
+    peer = peer_of("torch._scaled_mm")
+    assert peer.fits(case) and not peer.fits(case_of("down/tiny/bf16"))
+    assert not peer.fits(case_of("gelu7/tiny/fp8")), "three experts are three products"
     with FakeTensorMode():
         result = fp8_product(256, 512, 1024, torch.device("cuda"))()
         assert (result.shape, result.dtype) == ((256, 512), BF16)
@@ -32,29 +32,31 @@ def test_scaled_mm_takes_the_layouts_and_scales_that_it_is_given():
 
 def test_int_mm_takes_the_layouts_that_it_is_given_and_stands_beside_scaled_mm():
     case, *others = (case_of(f"swiglu7/tiny/{precision}") for precision in ("int8", "fp8", "bf16"))
-    assert IntMM().fits(case) and ScaledMM().fits(case) and not any(IntMM().fits(other) for other in others)
-    assert not IntMM().fits(case_of("gelu7/tiny/int8")), "three experts are three products"
+    peer = peer_of("torch._int_mm")
+    assert peer.fits(case) and peer_of("torch._scaled_mm").fits(case) and not any(peer.fits(other) for other in others)
+    assert not peer.fits(case_of("gelu7/tiny/int8")), "three experts are three products"
     with FakeTensorMode():
         result = int8_product(256, 512, 1024, torch.device("cuda"))()
         assert (result.shape, result.dtype) == ((256, 512), torch.int32)
 
 
 def test_every_product_is_held_against_the_librarys_bf16_one():
+    peer = peer_of("torch.mm bf16")
     for words in ("down/tiny/fp8", "down/tiny/bf16", "qkv_linear/tiny/fp8", "swiglu7/tiny/bf16"):
         case = case_of(words)
-        assert Bf16MM().fits(case)
-        assert Bf16MM().prepare(case, Inputs(case, CPU))().shape == (case.rows, case.weight_shape(case.product)[1])
+        assert peer.fits(case)
+        assert peer.prepare(case, Inputs(case, CPU))().shape == (case.rows, case.weight_shape(case.product)[1])
     for words in ("gelu7/tiny/fp8", "sparse_attention-dense/tiny/fp8", "quantize/tiny/bf16"):
-        assert not Bf16MM().fits(case_of(words))
+        assert not peer.fits(case_of(words))
 
 
 def test_no_window_is_compiled_for_minutes():
-    assert Compiled().fits(case_of("sparse_attention-dense/tiny/fp8")) and not Compiled().fits(
-        case_of("window/tiny/fp8")
-    )
+    case = case_of("window/tiny/fp8")
+    with pytest.raises(LookupError, match="compile for minutes"):
+        peer_of("torch.compile").prepare(case, Inputs(case, CPU))
 
 
-@pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
 def test_sdpa_backends(backend, monkeypatch):
     from torch.nn import attention
 
@@ -62,10 +64,11 @@ def test_sdpa_backends(backend, monkeypatch):
     monkeypatch.setattr(attention, "sdpa_kernel", lambda which: asked.append(which) or contextlib.nullcontext())
     case = case_of("sparse_attention-dense/tiny/bf16")
     _, found = select(cases("tiny"), "attention-dense/tiny/bf16")  # without a gate and a known bound, as a peer has it
-    assert Sdpa(backend).fits(case) and Sdpa(backend).fits(found) and not Eager().fits(found)
+    peer = peer_of(f"sdpa {backend}")
+    assert peer.fits(case) and peer.fits(found) and not peer_of("eager").fits(found)
     inputs = Inputs(case, CPU)
-    assert close(Sdpa(backend).prepare(case, inputs)()[0].transpose(0, 1), exact(inputs, masked=False))
-    assert asked == [getattr(attention.SDPBackend, backend)]
+    assert close(peer.prepare(case, inputs)()[0].transpose(0, 1), exact(inputs, masked=False))
+    assert asked == [getattr(attention.SDPBackend, f"{backend.upper()}_ATTENTION")]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -75,5 +78,5 @@ def test_flex_attention_has_the_very_same_mask(part, monkeypatch):
     case = case_of(f"attention-{part}/tiny/bf16")
     inputs = Inputs(case, CPU)
     wanted = exact(inputs, masked=True)
-    assert close(Flex().prepare(case, inputs)()[0].transpose(0, 1), wanted)
+    assert close(peer_of("flex_attention").prepare(case, inputs)()[0].transpose(0, 1), wanted)
     assert not close(exact(inputs, masked=False), wanted, within=0.05), "the mask leaves something out"

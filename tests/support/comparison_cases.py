@@ -6,10 +6,12 @@ import torch
 
 from bench.measure.comparison import groups
 from bench.measure.roofline import Peaks
-from bench.peers.torch import Eager
+from bench.peers.peer import Peer
+from bench.peers.registry import PEERS
 
 CPU = torch.device("cpu")
 FOREVER = float("inf")
+EAGER = PEERS[0]
 CEILINGS = Peaks(1.0, 1.0, None, "measured")
 
 
@@ -21,16 +23,22 @@ def compared(bench, chosen, deadline=FOREVER):
     return entries
 
 
-class Counting(Eager):
+def standing_in(name, prepare, slow=False):
+    """A peer of eager PyTorch's ops."""
+    return Peer(name, EAGER.ops, prepare, on_gpus="", slow=slow)
+
+
+class Counting(Peer):
     """Eager PyTorch that tells what it was prepared for."""
 
     def __init__(self, name, slow=False):
-        self.name, self.slow, self.seen = name, slow, []
+        super().__init__(name, EAGER.ops, self.counted, on_gpus="", slow=slow)
+        self.seen = []
 
-    def prepare(self, case, inputs):
+    def counted(self, case, inputs):
         self.seen.append((case.name, inputs.seed))
         SEEN.append(self.name)
-        return super().prepare(case, inputs)
+        return EAGER.prepare(case, inputs)
 
 
 SEEN: list[str] = []
