@@ -24,13 +24,13 @@ PRIMED_VARIABLE = "HAPPYHORSE_FAST_PRIMED"
 """Set where Triton's cache was filled ahead, or is."""
 
 
-def map_folder(name: str) -> bool:
-    """Make ``happyhorse_fast.<name>`` importable; returns whether it was not already."""
+def map_folder(name: str) -> None:
+    """Make ``happyhorse_fast.<name>`` importable, where it is not."""
     import happyhorse_fast
 
     full = f"happyhorse_fast.{name}"
     if full in sys.modules or importlib.util.find_spec(full) is not None:
-        return False
+        return
     folder = ROOT / name
     spec = importlib.util.spec_from_file_location(
         full, folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -40,11 +40,10 @@ def map_folder(name: str) -> bool:
     sys.modules[full] = module
     spec.loader.exec_module(module)
     setattr(happyhorse_fast, name, module)  # what an import of a submodule does
-    return True
 
 
-def settle_keys() -> int:
-    """Give every kernel the key in Triton's cache that it has whatever ran before; returns how many.
+def settle_keys() -> None:
+    """Give every kernel the key in Triton's cache that it has whatever ran before.
 
     Triton merges a called function's global constants into a kernel's key only if that function's own key was asked for
     before (`DependenciesFinder._update_hash`, 3.6.0 and 3.7.1), so that a kernel's key depends on which kernels its
@@ -54,13 +53,10 @@ def settle_keys() -> int:
 
     from happyhorse_fast import kernels
 
-    settled = 0
     for module in sorted(found.name for found in pkgutil.iter_modules(kernels.__path__)):
-        members = vars(importlib.import_module(f"happyhorse_fast.kernels.{module}"))
-        for name in sorted(members):
-            if isinstance(members[name], JITCallable):
-                settled += bool(members[name].cache_key)
-    return settled
+        for _, member in sorted(vars(importlib.import_module(f"happyhorse_fast.kernels.{module}")).items()):
+            if isinstance(member, JITCallable):
+                _ = member.cache_key  # to ask for it is to settle it
 
 
 for _name in MAPPED:
