@@ -35,7 +35,7 @@ AOT := $(BIN)/python -m bench.aot --jobs $(JOBS) $(AOT_FOLDERS:%=--also %) $(AOT
 # One thread per worker: two workers with a thread per core each would fight over two cores.
 # `pytest`, not `python -m pytest`: the latter puts the checkout first on sys.path, and `import kernels` would then find
 # the folder of that name.
-PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n $(JOBS) --benchmark-disable
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check fuzz sanitize aot aot-check bench prime gpu report lint typecheck format clean
@@ -74,7 +74,8 @@ aot-check: $(STAMP) $(AOT_FOLDERS:%=%/.installed) ## compile them, and fail wher
 	$(AOT) --check
 
 bench: $(STAMP) ## microbenchmarks of the ops: on a CPU the small cases, under 3 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.ops $(BENCH_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest bench/test_ops.py -p no:xdist -s --benchmark-autosave \
+	  --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname -q $(BENCH_ARGS)
 
 # The GPU's machine has this Python: a cache is of one build of Triton, and its builds differ by Python.
 GPU_PYTHON ?= 3.12
@@ -105,7 +106,7 @@ format: $(STAMP) ## rewrite the sources as ruff formats them
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, build outputs and caches
-	rm -rf $(VENV) .aot .hosts .primed build dist *.egg-info .build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .aot .hosts .primed build dist *.egg-info .benchmarks .build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf happyhorse_fast/cubins happyhorse_fast/_C*.so
 	find csrc happyhorse_fast kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -108,7 +108,7 @@ def _check(context: Context) -> list[Step]:
 
 def _tests(context: Context) -> list[Step]:
     plugins = ("-p", "bench.bootstrap", "-p", "bench.gpu.pytest_plugin", "-p", "no:cacheprovider")
-    options = ("-m", "gpu", "-v", "--durations=5", "--tb=short")
+    options = ("-m", "gpu", "-v", "--benchmark-disable", "--durations=5", "--tb=short")
     files = {name: str(bootstrap.ROOT / "tests" / "gpu" / f"test_gpu_{name}.py") for name in GPU_TESTS}
     one_by_one = context.python("pytest", *plugins, *options)
     if context.dry:

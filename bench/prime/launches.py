@@ -101,7 +101,7 @@ def run_tests(name: str) -> None:
         RuntimeError: pytest could not run them.
     """
     file = str(bootstrap.ROOT / "tests" / "gpu" / f"test_gpu_{name}.py")
-    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", "-q", "-x", "--tb=short")
+    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", "-q", "-x", "--tb=short", "--benchmark-disable")
     stdout, sys.stdout = sys.stdout, sys.stderr
     try:
         code = pytest.main([*options, file])

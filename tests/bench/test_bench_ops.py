@@ -345,11 +345,3 @@ def test_the_state_of_the_chip_in_the_span_is_in_entry_and_table(bench):
 def test_time_that_is_up_starts_nothing(bench, capsys):
     assert ops.run(bench, TINY, None, time.monotonic() - 1) == []
     assert "time is up" in capsys.readouterr().err
-
-
-def test_the_command_shows_times_peers_rooflines_and_what_is_absent(capsys):
-    case = "rmsnorm_quantize/tiny/bf16"
-    assert ops.main(["--device", "cpu", "--scope", "tiny", "--cases", case, "--seconds", "0"]) == 0
-    shown = capsys.readouterr().out
-    for part in (case, "eager ", "roofline: ", "absent: sageattention"):
-        assert part in shown

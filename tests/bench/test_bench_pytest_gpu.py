@@ -50,6 +50,7 @@ def run(tmp_path, *arguments):
         "-p",
         "no:cacheprovider",
         "-v",
+        "--benchmark-disable",
         "--tb=short",
     ]
     done = subprocess.run(

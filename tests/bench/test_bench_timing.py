@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from simulated_gpu import FLUSH_MS, Gpu, install
 
+from bench.bootstrap import ROOT
 from bench.cases import FULL_SIZES, cases_of
 from bench.measure import roofline, timing
 from bench.measure.conditions import Monitor
-from bench.measure.timing import FEWEST, MOST, PILOT, Failed, Prepared, Stopwatch, Timing
+from bench.measure.timing import FEWEST, MOST, PILOT, Failed, Prepared, Recorded, Stopwatch, Timing
 from bench.ops import summary
 
 CPU = torch.device("cpu")
@@ -161,6 +166,43 @@ def test_a_stopwatch_tells_a_slow_call_from_a_fast_one():
 def test_spread_is_between_tenths():
     spread = Timing(tuple(float(i) for i in (9, 1, 2, 3, 4, 5, 6, 7, 8, 0, 100)), "cpu")
     assert (spread.low_ms, spread.median_ms, spread.high_ms) == (1.0, 5.0, 9.0)
+
+
+def test_what_was_measured_is_played_back():
+    recorded = Recorded()
+    recorded.load(Timing((3.0, 5.0), "graph"))
+    read = [recorded.seconds()]
+    for _ in range(2):
+        recorded.call()
+        read.append(recorded.seconds())
+    assert read == pytest.approx([0.0, 0.003, 0.008])
+    with pytest.raises(StopIteration):
+        recorded.call()
+
+
+@pytest.mark.slow  # 9 s: all that `make bench` imports
+def test_pytest_benchmark_compares_the_files_of_runs(tmp_path):
+    # Without what says that this is a worker of a run in parallel, in which pytest-benchmark saves nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"BENCH_SCOPE": "tiny", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    storage = f"file://{tmp_path}"
+
+    def run(code: str, *arguments: str) -> str:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    chosen = ["bench/test_ops.py", "-k", "rmsnorm_quantize", "-p", "no:xdist", "-q", "-s"]
+    saved = ["--benchmark-autosave", f"--benchmark-storage={storage}"]
+    shown = run("import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", *chosen, *saved)
+    assert "eager" in shown and "roofline" in shown and "absent: sageattention" in shown
+    (first,) = tmp_path.glob("*/0001_*.json")
+    shutil.copy(first, first.with_name("0002_again.json"))
+    compare = ["pytest-benchmark", "--storage", storage, "compare", "0001", "0002", "--columns=median"]
+    compared = run(f"import sys; from pytest_benchmark.cli import main; sys.argv[:] = {compare!r}; main()")
+    for precision in ("bf16", "fp8"):
+        assert compared.count(f"test_op[rmsnorm_quantize/tiny/{precision}]") == 2, compared
 
 
 def test_measured_ceilings_are_of_a_warm_chip(monkeypatch):

@@ -1,0 +1,60 @@
+"""The ops as pytest-benchmark cases: `make bench`; BENCH_SCOPE names others, see `bench.cases.cases`.
+
+Before their table comes that of `python -m bench.ops`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from bench import ops
+from bench.cases import Case, cases
+from bench.measure import comparison
+from bench.measure.conditions import Monitor
+from bench.measure.timing import Recorded
+from bench.peers.registry import all_peers, split
+from bench.results import Json
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SCOPE = os.environ.get("BENCH_SCOPE") or ("main" if DEVICE.type == "cuda" else "small")
+BACKEND = ops.default_backend(DEVICE)
+OTHERS, WITHOUT = ops.other_backends(DEVICE)
+RECORDED = Recorded()
+WRITTEN: list[Json] = []
+
+
+def benchmarks() -> list[Any]:
+    """Every case with every implementation that has a kernel for it."""
+    return [
+        pytest.param(case, impl, id=case.name if impl == BACKEND else f"{case.name}/{impl}")
+        for case in cases(SCOPE)
+        for impl in comparison.implementations(case, BACKEND, OTHERS)
+    ]
+
+
+@pytest.fixture(scope="session")
+def bench() -> Iterator[comparison.Bench]:
+    """Peers of this machine, found once; the table at the end."""
+    peers, absent = split(all_peers(), DEVICE)
+    made = comparison.Bench(DEVICE, BACKEND, seconds=0.2, peers=peers, absent=absent | WITHOUT)
+    with Monitor(DEVICE) as made.monitor:
+        yield made
+    print(f"\n{ops.summary(made.peaks, made.measured, made.absent, WRITTEN)}")
+
+
+@pytest.mark.benchmark(timer=RECORDED.seconds)
+@pytest.mark.parametrize(("case", "impl"), benchmarks())
+def test_op(case: Case, impl: str, benchmark: Any, bench: comparison.Bench) -> None:
+    """Gate, then time; a red gate fails and leaves no number."""
+    bench.backend = impl
+    timing = bench.compare((case,), bench.peers, WRITTEN.append).get((case, impl))
+    if timing is None:
+        pytest.fail(WRITTEN[-1]["reason"])
+    RECORDED.load(timing)
+    benchmark.pedantic(RECORDED.call, rounds=len(timing.times_ms))
+    benchmark.extra_info.update(WRITTEN[-1])
