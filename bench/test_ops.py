@@ -17,7 +17,7 @@ from bench.cases import Case, cases
 from bench.measure import comparison
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Recorded
-from bench.peers.registry import all_peers, split
+from bench.peers.registry import PEERS, split
 from bench.results import Json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,7 +40,7 @@ def benchmarks() -> list[Any]:
 @pytest.fixture(scope="session")
 def bench() -> Iterator[comparison.Bench]:
     """Peers of this machine, found once; the table at the end."""
-    peers, absent = split(all_peers(), DEVICE)
+    peers, absent = split(PEERS, DEVICE)
     made = comparison.Bench(DEVICE, BACKEND, seconds=0.2, peers=peers, absent=absent | WITHOUT)
     with Monitor(DEVICE) as made.monitor:
         yield made
