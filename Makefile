@@ -125,7 +125,7 @@ $(BIN)/python:
 
 # What the build needs comes first and from constraints.txt, so that it uses the pinned versions. When a source of csrc/
 # changes the package is installed again; ninja then compiles only what that file is part of.
-NATIVE := $(wildcard csrc/*.py csrc/device/*.cu csrc/device/*.cuh csrc/host/*.cpp csrc/host/*.hpp)
+NATIVE := $(wildcard csrc/*.py csrc/device/*.cu csrc/device/*.cuh csrc/host/*.cpp)
 $(STAMP): $(BIN)/python pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools pybind11 ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test,dev]'

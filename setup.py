@@ -11,8 +11,6 @@ sys.path.append(str(ROOT))  # an isolated build does not look here
 
 from csrc import native  # noqa: E402
 
-SOURCES, HEADERS = (sorted(str(p.relative_to(ROOT)) for p in native.HOST.glob(end)) for end in ("*.cpp", "*.hpp"))
-
 
 class BuildNative(build_ext):
     """Builds the host module, and beside it the device binaries where there is nvcc."""
@@ -39,6 +37,6 @@ setup(
     # `kernels` is also the import name of a library that users have, so it is never installed under that name
     # (docs/decisions/0001-kernels-package-dir.md).
     package_dir={"happyhorse_fast.csrc": "csrc", "happyhorse_fast.kernels": "kernels"},
-    ext_modules=[Extension("happyhorse_fast._C", SOURCES, depends=HEADERS)] if native.compiler() else [],
+    ext_modules=[Extension("happyhorse_fast._C", [str(native.MODULE.relative_to(ROOT))])] if native.compiler() else [],
     cmdclass={"build_ext": BuildNative},
 )

@@ -1,4 +1,4 @@
-"""Build the pybind11 module and the device binaries with ninja, which compiles only what changed.
+"""Build the pybind11 module, and the device binaries with ninja, which compiles only what changed.
 
 No header of torch or CUDA is included, so neither the build nor its results depend on a version of torch.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 from . import lower_ptx, sources
 
-HOST = Path(__file__).parent / "host"
+MODULE = Path(__file__).parent / "host" / "block_map.cpp"
 MANIFEST = "manifest.json"
 MODULE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra")
 # A stack frame or a spill fails the build. -warn-spills would not do: it passes a kernel that keeps an array of 1,200
@@ -48,11 +48,6 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
 
 
-def module_sources() -> list[Path]:
-    """List the sources of the host module."""
-    return sorted(HOST.glob("*.cpp"))
-
-
 def build(package: Path, root: Path) -> Path:
     """Build a package's compiled parts: the host module, and CUDA binaries where there is nvcc.
 
@@ -60,7 +55,7 @@ def build(package: Path, root: Path) -> Path:
 
     Args:
         package: Folder that both go to.
-        root: The checkout. Intermediate files are kept in its ``build/``, so that a second build compiles only changes.
+        root: The checkout. Binaries are kept in its ``build/``, so that a second build compiles only changes.
 
     Returns:
         Path of the host module.
@@ -69,24 +64,22 @@ def build(package: Path, root: Path) -> Path:
         RuntimeError: As :func:`build_module` and :func:`build_binaries`.
         CalledProcessError: Likewise.
     """
-    work = root / "build" / "native"
     module = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     try:
-        build_module(module, work / f"module-{sys.implementation.cache_tag}")
+        build_module(module)
     finally:
-        build_binaries(package / "cubins", work / "cubins")
+        build_binaries(package / "cubins", root / "build" / "native" / "cubins")
     return module
 
 
-def build_module(output: Path, work: Path) -> None:
+def build_module(output: Path) -> None:
     """Compile and link ``happyhorse_fast._C``.
 
     Args:
         output: The shared object, with the suffix that this Python imports.
-        work: Folder of object files, kept between builds.
 
     Raises:
-        RuntimeError: There is no C++ compiler, no ninja, or ``MAX_JOBS`` is no positive number.
+        RuntimeError: There is no C++ compiler.
         CalledProcessError: It does not compile; the compiler has said why on stderr.
     """
     import pybind11
@@ -94,22 +87,12 @@ def build_module(output: Path, work: Path) -> None:
     command = compiler()
     if command is None:
         raise RuntimeError("no C++ compiler found: install g++ or clang++, or name one in CXX")
-    include = [f"-I{path}" for path in {sysconfig.get_path("include"), pybind11.get_include()}]
-    flags = [*MODULE_FLAGS, *sorted(include), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    include = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
+    flags = [*MODULE_FLAGS, *include, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     link = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
     link += shlex.split(os.environ.get("LDFLAGS", ""))
-    edges = [
-        _rule("compile", [*command, *flags, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], depfile="$out.d"),
-        _rule("link", [*command, "$in", *link, "-o", "$out"]),
-    ]
-    objects = []
-    for source in module_sources():
-        objects.append(f"{source.stem}.o")
-        edges.append(f"build {objects[-1]}: compile {_escaped(source)}")
-    edges.append(f"build {output.name}: link {' '.join(objects)}")
-    _ninja(work, edges)
     output.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(work / output.name, output)
+    subprocess.run([*command, *flags, str(MODULE), "-o", str(output), *link], check=True)
 
 
 def build_binaries(folder: Path, work: Path) -> None:

@@ -1,4 +1,4 @@
-"""The compiled host module, csrc/host/. :meth:`BlockMap.from_ranges` calls it, and takes any integers."""
+"""The compiled host module, csrc/host/. :meth:`BlockMap.from_ranges` calls it, and checks what it is given."""
 
 from typing import TypeAlias
 
@@ -9,12 +9,11 @@ _In: TypeAlias = npt.NDArray[np.int64]
 _Out: TypeAlias = npt.NDArray[np.int32]
 
 def from_ranges(q_ranges: _In, k_ranges: _In, queries: int, keys: int) -> tuple[_Out, _Out, _Out, _Out, _Out, _Out]:
-    """The arrays of :meth:`BlockMap.from_ranges`, in the order of :meth:`BlockMap.tensors`; ranges are [rows, 2].
+    """The arrays of :meth:`BlockMap.from_ranges`, in the order of :meth:`BlockMap.tensors`, of ranges [rows, 2] checked.
 
     Runs without the GIL, on copies of its arguments.
 
     Raises:
-        TypeError: Ranges are anything but an int64 array of this shape.
-        ValueError: A value is out of range.
+        ValueError: There are more blocks than int32 numbers, or more than 2^20 masks of partial ones.
         MemoryError: The result does not fit.
     """

@@ -19,7 +19,7 @@ module=$work/happyhorse_fast/_C$("$python" -c 'import sysconfig; print(sysconfig
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 (cd "$root" && CXX="${CXX:-g++}" LDFLAGS="$sanitizers" \
   CXXFLAGS="-O1 -g $sanitizers -D_GLIBCXX_ASSERTIONS" \
-  "$python" -c "from csrc import native; native.build_module(native.Path('$module'), native.Path('$work/objects'))")
+  "$python" -c "from csrc import native; native.build_module(native.Path('$module'))")
 
 export PYTHONPATH="$work" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
 # An uninstrumented interpreter must load the sanitizer's runtime first, and libstdc++, whose exceptions it intercepts.

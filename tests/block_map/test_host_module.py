@@ -1,4 +1,4 @@
-"""The compiled host module against Python's version, bit for bit: block maps, errors, threads, speed."""
+"""The compiled host module against Python's version, bit for bit: block maps, sizes, threads, speed."""
 
 import re
 import threading
@@ -12,7 +12,6 @@ import torch
 from fuzz import examples
 from host_cases import (
     FAR,
-    FAR_ROWS,
     FORMS,
     LONGEST,
     any_ranges,
@@ -53,32 +52,6 @@ def test_maps_from_ranges_are_pythons(case, form):
     assert same(outcome(lambda: _C.from_ranges(int64(q), int64(k), queries, keys)), expected)
     q, k = in_form(q, form), in_form(k, form)
     assert same(outcome(lambda: BlockMap.from_ranges(q, k, queries, keys)), expected)
-
-
-@examples(300)
-@given(any_ranges())
-def test_errors_of_ranges_are_pythons(case):
-    q, k, queries, keys = case
-    expected = outcome(lambda: python(q, k, queries, keys))
-    assert same(outcome(lambda: _C.from_ranges(int64(q), int64(k), queries, keys)), expected)
-
-
-@examples(300)
-@given(good_ranges(), st.data())
-def test_errors_of_one_bad_range_are_pythons(case, data):
-    """A single number just past what is allowed, or far past it, among good ranges."""
-    *lists, queries, keys = case
-    side = data.draw(st.integers(0, 1))
-    total = (queries, keys)[side]
-    bad = data.draw(
-        st.sampled_from([(-1, 0), (1, 0), (0, total + 1), (total + 1, total + 1), (total + 1, total), *FAR_ROWS])
-    )
-    row = data.draw(st.integers(0, len(lists[side])))
-    for i in range(2):
-        lists[i] = [*lists[i][:row], bad if i == side else (0, 0), *lists[i][row:]]
-    expected = outcome(lambda: python(*lists, queries, keys))
-    assert expected.startswith(f"{'qk'[side]}_ranges[{row}] must satisfy")
-    assert same(outcome(lambda: _C.from_ranges(int64(lists[0]), int64(lists[1]), queries, keys)), expected)
 
 
 @examples(200)
@@ -126,11 +99,11 @@ def test_many_random_ranges(ranges):
 
 def test_arrays_of_any_strides_and_alignment():
     ranges = np.array([[0, 200, 0], [128, 256, 0], [100, 300, 0]], dtype=np.int64)
-    expected = outcome(lambda: _C.from_ranges(ranges[:, :2].copy(), ranges[::-1, :2].copy(), 300, 300))
+    expected = outcome(lambda: python(ranges[:, :2], ranges[::-1, :2], 300, 300))
     odd = np.frombuffer(b"?" + ranges[:, :2].tobytes(), dtype=np.int64, offset=1).reshape(3, 2)
     assert not odd.flags.aligned
     for q in (ranges[:, :2], np.asfortranarray(ranges[:, :2]), odd):
-        assert same(outcome(lambda q=q: _C.from_ranges(q, ranges[::-1, :2], 300, 300)), expected)
+        assert same(outcome(lambda q=q: BlockMap.from_ranges(q, ranges[::-1, :2], 300, 300)), expected)
 
 
 # Maps of clips --------------------------------------------------------------------------------------------------------
@@ -206,14 +179,13 @@ def test_one_token_more_or_less_is_seen(change):
 # Sizes and types ------------------------------------------------------------------------------------------------------
 
 WHOLE = int64([(0, MOST)])
-NONE = int64([])
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: _C.from_ranges(NONE, NONE, MOST + 1, 1), f"queries must be at most {MOST}, got {MOST + 1}"),
-        (lambda: _C.from_ranges(NONE, NONE, 1, 2**62), f"keys must be at most {MOST}, got {2**62}"),
+        (lambda: BlockMap.from_ranges([], [], MOST + 1, 1), f"queries must be at most {MOST}, got {MOST + 1}"),
+        (lambda: BlockMap.from_ranges([], [], 1, 2**62), f"keys must be at most {MOST}, got {2**62}"),
         (lambda: BlockMap.from_ranges([], [], 10**30, 1), f"queries must be at most {MOST}, got {10**30}"),
         (lambda: _C.from_ranges(WHOLE, WHOLE, MOST, MOST), f"at most {MOST} blocks in use, got at least 2814"),
         (lambda: _C.from_ranges(WHOLE, int64([(0, 20_000)]), MOST, MOST), f"at most {MOST} blocks in use"),
@@ -233,27 +205,6 @@ def test_a_long_sequence_costs_what_it_uses():
     assert counts.sum() == 2 * 1 and len(columns) == 2, "the last two rows see the last block"
     assert columns.tolist() == [2**24 - 1] * 2 and mask_ids.tolist() == [0, 1] and len(mask_bits) == 2
     assert order[:2].tolist() == [2**24 - 2, 2**24 - 1] and starts[0, -1] == 1
-
-
-@pytest.mark.parametrize(
-    ("value", "came"),
-    [
-        ([(0, 1)], "list"),
-        (None, "NoneType"),
-        (np.zeros((1, 2)), "float64 of shape [1, 2]"),
-        (np.full((1, 2), np.nan), "float64 of shape [1, 2]"),
-        (np.zeros((1, 2), dtype=np.int32), "int32 of shape [1, 2]"),
-        (np.zeros((1, 2), dtype=np.uint64), "uint64 of shape [1, 2]"),
-        (np.zeros((1, 2), dtype=">i8"), ">i8 of shape [1, 2]"),
-        (np.zeros(2, dtype=np.int64), "int64 of shape [2]"),
-        (np.zeros((1, 3), dtype=np.int64), "int64 of shape [1, 3]"),
-        (np.zeros((1, 2, 1), dtype=np.int64), "int64 of shape [1, 2, 1]"),
-        (np.zeros((), dtype=np.int64), "int64 of shape []"),
-    ],
-)
-def test_the_module_takes_int64_alone(value, came):
-    with pytest.raises(TypeError, match=re.escape(f"k_ranges must be an int64 array of shape [rows, 2], got {came}")):
-        _C.from_ranges(NONE, value, 1, 1)
 
 
 # Threads --------------------------------------------------------------------------------------------------------------
@@ -321,31 +272,23 @@ def test_calls_in_several_threads_do_not_disturb_each_other():
     windows = {radius: arrays(window_ranges(LONGEST, radius)) for radius in radii}
     expected = {radius: outcome(lambda w=window: _C.from_ranges(*w)) for radius, window in windows.items()}
 
-    def bad(row):
-        return _C.from_ranges(int64([(0, 1)] * row + [(2, 1)]), int64([(0, 1)] * (row + 1)), 9, 9)
-
     with ThreadPoolExecutor(4) as pool:
-        good = [(radius, pool.submit(_C.from_ranges, *windows[radius])) for radius in radii]
-        errors = [pool.submit(bad, row) for row in range(40)]
-        for radius, call in good:
+        for radius, call in [(radius, pool.submit(_C.from_ranges, *windows[radius])) for radius in radii]:
             assert same(outcome(call.result), expected[radius])
-        for row, call in enumerate(errors):
-            assert str(call.exception()).startswith(f"q_ranges[{row}] must satisfy 0 <= start <= end <= 9, got [2, 1]")
-            assert type(call.exception()) is ValueError
 
 
 # Speed ----------------------------------------------------------------------------------------------------------------
 
 
 def test_maps_of_8_heads_at_186641_tokens_take_less_than_50_milliseconds():
-    """One key/value head's map takes 1 to 2 ms."""
+    """One key/value head's map takes 2 to 4 ms."""
     assert LONGEST.total == 186_641
     windows = [arrays(window_ranges(LONGEST, radius)) for radius in range(7, 15)]
     assert milliseconds(lambda: [_C.from_ranges(*window) for window in windows]) < 50
 
 
 def test_67000_different_masks_take_less_than_2500_milliseconds():
-    """0.7 s; 4.9 where the hash gave a quarter of all small rectangles the same value."""
+    """0.6 s; 4.9 where the hash gave a quarter of all small rectangles the same value."""
     generator = np.random.default_rng(0)
     tokens = 560_000
     first, size = generator.integers(0, tokens - 100, (2, 40_000)), generator.integers(1, 100, (2, 40_000))

@@ -51,7 +51,6 @@ def good_ranges(draw):
 
 
 FAR = (-(2**63), -(2**31), 2**31 - 1, 2**31, 2**62, 2**63 - 1)
-FAR_ROWS = ((FAR[0], 0), (FAR[0], FAR[-1]), (0, FAR[-1]), (FAR[-1], FAR[0]), (FAR[-1], FAR[-1]))
 
 
 @st.composite
