@@ -9,7 +9,7 @@ _In: TypeAlias = npt.NDArray[np.int64]
 _Out: TypeAlias = npt.NDArray[np.int32]
 
 def from_ranges(q_ranges: _In, k_ranges: _In, queries: int, keys: int) -> tuple[_Out, _Out, _Out, _Out, _Out, _Out]:
-    """The arrays of :meth:`BlockMap.from_ranges`, in the order of :meth:`BlockMap.tensors`, of ranges [rows, 2] checked.
+    """The arrays of :meth:`BlockMap.from_ranges`, in the order of :meth:`BlockMap.tensors`; ranges [rows, 2], checked.
 
     Runs without the GIL, on copies of its arguments.
 

@@ -11,6 +11,19 @@ Fields: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, i
 """Those of a :class:`BlockMap`, as its sources make them: six tensors from counts to order, queries, keys."""
 
 
+def compress(kind: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows of a table [H, R, S] of 0 for a full block, 1 for a partial and 2 for an absent one.
+
+    Returns:
+        counts int32 [H, R, 2] and total int64 [H, R]: a row's full blocks, all of its blocks; columns int64 [H, R, S]:
+        which they are, absent ones last; order int32 [H * R]: all rows, longest first.
+    """
+    total = (kind < 2).sum(dim=-1)
+    counts = torch.stack([(kind == 0).sum(dim=-1), total], dim=-1).to(torch.int32)
+    order = total.flatten().argsort(descending=True, stable=True).to(torch.int32)
+    return counts, total, kind.argsort(dim=-1, stable=True), order
+
+
 def assemble(
     full: Tensor,
     mask_ids: Tensor,
@@ -27,25 +40,8 @@ def assemble(
         queries: Query tokens.
         keys: Key tokens.
     """
-    heads, rows, width = full.shape
-    partial = mask_ids >= 0
-    full_rank = full.cumsum(dim=-1, dtype=torch.int32)
-    partial_rank = partial.cumsum(dim=-1, dtype=torch.int32)
-    if width:
-        n_full, n_partial = full_rank[..., -1], partial_rank[..., -1]
-    else:
-        n_full = n_partial = full.new_zeros(heads, rows, dtype=torch.int32)
-    total = n_full + n_partial
-    ends = total.flatten().cumsum(dim=0)
-    size = int(ends[-1]) if len(ends) else 0
-    starts = (ends - total.flatten()).view(heads, rows)
-    rank = torch.where(full, full_rank, n_full.unsqueeze(-1) + partial_rank) - 1
-    place = torch.where(full | partial, starts.unsqueeze(-1) + rank, size).flatten()  # absent blocks go past the end
-    columns = torch.zeros(size + 1, dtype=torch.int32, device=full.device)
-    ids = torch.full_like(columns, -1)
-    column = torch.arange(width, dtype=torch.int32, device=full.device).expand(heads, rows, width)
-    columns.scatter_(0, place, column.flatten())
-    ids.scatter_(0, place, mask_ids.flatten())
-    counts = torch.stack([n_full, total], dim=-1)
-    order = torch.argsort(total.flatten(), descending=True, stable=True).to(torch.int32)
-    return counts, starts.to(torch.int32), columns[:size], ids[:size], mask_bits, order, queries, keys
+    counts, total, columns, order = compress(torch.where(full, 0, 2 - (mask_ids >= 0).to(torch.uint8)))
+    starts = (total.flatten().cumsum(dim=0) - total.flatten()).view_as(total).to(torch.int32)
+    used = torch.arange(full.shape[-1], device=full.device) < total.unsqueeze(-1)
+    columns, mask_ids = columns[used].to(torch.int32), mask_ids.gather(-1, columns)[used]
+    return counts, starts, columns, mask_ids, mask_bits, order, queries, keys

@@ -9,6 +9,7 @@ import torch
 
 from happyhorse_fast import ambient
 from happyhorse_fast.arguments import real_number, require_whole
+from happyhorse_fast.block_map.assemble import compress
 from happyhorse_fast.block_map.bits import BLOCK
 
 FULL, ABSENT = -1, -2
@@ -162,16 +163,13 @@ def choose(
         need = (weight.sum(dim=-1, keepdim=True) * mass + (2**MASS_BITS - 1)) >> MASS_BITS
         chosen = held & (weight.cumsum(dim=-1) - weight < need)
     kept = torch.zeros_like(chosen).scatter_(-1, best, chosen) | ((table != ABSENT) & always)
-    kind = torch.where(kept, (table != FULL).to(torch.uint8), 2)
-    columns = kind.argsort(dim=-1, stable=True)
-    mask_ids = torch.where(kept, table, FULL).gather(-1, columns)
-    total = kept.sum(dim=-1)
+    counts, _, columns, order = compress(torch.where(kept, (table != FULL).to(torch.uint8), 2))
     return (
-        torch.stack([(kind == 0).sum(dim=-1), total], dim=-1).to(torch.int32),
+        counts,
         torch.arange(0, heads * rows * width, width, dtype=torch.int32, device=q.device).view(heads, rows),
         columns.to(torch.int32).flatten(),
-        mask_ids.flatten(),
-        total.flatten().argsort(descending=True, stable=True).to(torch.int32),
+        torch.where(kept, table, FULL).gather(-1, columns).flatten(),
+        order,
     )
 
 
