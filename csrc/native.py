@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import lower_ptx, sources
+from . import sources
 
 MODULE = Path(__file__).parent / "host" / "block_map.cpp"
 MANIFEST = "manifest.json"
@@ -96,7 +96,7 @@ def build_module(output: Path) -> None:
 
 
 def build_binaries(folder: Path, work: Path) -> None:
-    """Compile every translation unit to a binary per architecture and to PTX, and write a manifest of them.
+    """Compile every translation unit to a binary per architecture, and write a manifest of them.
 
     Without nvcc only the manifest is written, without binaries.
 
@@ -117,10 +117,9 @@ def build_binaries(folder: Path, work: Path) -> None:
         )
         _install(folder, {"nvcc": None, "stems": {}}, [])
         return
-    release = re.search(r"V(\d+)\.(\d+)\.(\d+)", _output([path, "--version"]))
+    release = re.search(r"V(\d+\.\d+\.\d+)", _output([path, "--version"]))
     if release is None:
         raise RuntimeError(f"{path} --version names no version")
-    major, newest = int(release[1]), 1000 * int(release[1]) + 10 * int(release[2])
     known = set(_output([path, "--list-gpu-code"]).split()) | {"sm_90a"}
     architectures = [name for name in sources.ARCHITECTURES if name in known]
     if len(architectures) < len(sources.ARCHITECTURES):
@@ -129,36 +128,22 @@ def build_binaries(folder: Path, work: Path) -> None:
     work = work / release[0]  # another version of nvcc compiles everything again
     # Digests come before compiling: where a file changes meanwhile, the binary then counts as outdated, not as current.
     digests = {stem: sources.digest(stem) for stem in sources.stems()}
-    edges = [_rule("lower", [sys.executable, lower_ptx.__file__, path, "$in", "$out"])]
-    script = _escaped(Path(lower_ptx.__file__))
-    for name in (*architectures, *sources.VIRTUAL_ARCHITECTURES):
-        virtual = name.replace("sm_", "compute_")
-        flags = [f"-gencode=arch={virtual},code={name}", "-ptx" if name == virtual else "-cubin", *DEVICE_FLAGS]
-        command = [path, *flags, "-MMD", "-MF", "$out.d", "$in", "-o", "$out"]
-        edges.append(_rule(name, command, depfile="$out.d"))
-    for stem in digests:
-        given = _escaped(sources.DEVICE / f"{stem}.cu")
-        edges += [f"build {stem}.{name}.cubin: {name} {given}" for name in architectures]
-        for name in sources.VIRTUAL_ARCHITECTURES:
-            edges.append(f"build {stem}.{name}.newest.ptx: {name} {given}")
-            edges.append(f"build {stem}.{name}.ptx: lower {stem}.{name}.newest.ptx | {script}")
+    edges = []
+    for name in architectures:
+        flags = [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}", "-cubin", *DEVICE_FLAGS]
+        edges.append(_rule(name, [path, *flags, "-MMD", "-MF", "$out.d", "$in", "-o", "$out"]))
+        for stem in digests:
+            edges.append(f"build {stem}.{name}.cubin: {name} {_escaped(sources.DEVICE / f'{stem}.cu')}")
     _ninja(work, edges)
 
     described: dict[str, Any] = {}
-    files = []
+    files: list[Path] = []
     for stem, text in digests.items():
-        described[stem] = {"sources": text, "binaries": {}}
-        for name in (*architectures, *sources.VIRTUAL_ARCHITECTURES):
-            binary = name in architectures
-            file = work / f"{stem}.{name}{'.cubin' if binary else '.ptx'}"
-            content = file.read_bytes()
-            driver = 1000 * major  # a binary runs on every driver of its major version
-            if not binary:
-                driver = lower_ptx.DRIVERS.get(lower_ptx.version(content.decode()), newest)
-            sha256 = hashlib.sha256(content).hexdigest()
-            described[stem]["binaries"][name] = {"file": file.name, "sha256": sha256, "driver": driver}
-            files.append(file)
-    _install(folder, {"nvcc": release[0][1:], "stems": described}, files)
+        built = {name: work / f"{stem}.{name}.cubin" for name in architectures}
+        checksums = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in built.items()}
+        described[stem] = {"sources": text, "binaries": checksums}
+        files += built.values()
+    _install(folder, {"nvcc": release[1], "stems": described}, files)
 
 
 def _install(folder: Path, manifest: dict[str, Any], files: Iterable[Path]) -> None:
@@ -171,10 +156,10 @@ def _install(folder: Path, manifest: dict[str, Any], files: Iterable[Path]) -> N
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _rule(name: str, command: Iterable[str], *, depfile: str | None = None) -> str:
-    """Write a rule of ninja."""
+def _rule(name: str, command: Iterable[str]) -> str:
+    """Write a rule of ninja, whose command says in ``$out.d`` what else it read."""
     line = " ".join(word if word.startswith("$") else shlex.quote(word).replace("$", "$$") for word in command)
-    return f"rule {name}\n  command = {line}\n" + (f"  depfile = {depfile}\n  deps = gcc\n" if depfile else "")
+    return f"rule {name}\n  command = {line}\n  depfile = $out.d\n  deps = gcc\n"
 
 
 def _escaped(path: Path) -> str:

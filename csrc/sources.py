@@ -17,9 +17,6 @@ since memory or tensor cores bound the kernels; the difference was not measured.
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 """Targets of binaries. A GPU runs binaries of its own major version and an equal or lower minor one. sm_90a runs on 9.0
 alone, and may use the instructions that only Hopper has."""
-VIRTUAL_ARCHITECTURES = ("compute_80", "compute_89")
-"""Targets of PTX, for every later GPU, and for drivers older than the binaries. From 89 on the conversion to e4m3 is an
-instruction; 80 computes it."""
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w.]+)"', re.MULTILINE)
 

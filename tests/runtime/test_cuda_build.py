@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from happyhorse_fast.csrc import lower_ptx, native, sources
+from happyhorse_fast.csrc import native, sources
 
 needs_nvcc = pytest.mark.skipif(native.nvcc() is None, reason="no nvcc on the PATH or in CUDA_HOME")
 
@@ -46,7 +45,6 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def one_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "ARCHITECTURES", ("sm_90a",))
-    monkeypatch.setattr(sources, "VIRTUAL_ARCHITECTURES", ("compute_80",))
 
 
 # Sources --------------------------------------------------------------------------------------------------------------
@@ -85,7 +83,7 @@ def test_device_code_includes_no_header_but_its_own() -> None:
 @pytest.mark.usefixtures("one_architecture")
 def test_only_what_changed_is_compiled_again(device: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "cubins"
-    made = {f"{stem}.{end}" for stem in ("first", "second") for end in ("sm_90a.cubin", "compute_80.ptx")}
+    made = {f"{stem}.sm_90a.cubin" for stem in ("first", "second")}
 
     def compiled() -> set[str]:
         native.build_binaries(output, tmp_path / "work")
@@ -192,39 +190,3 @@ def test_a_number_of_jobs_that_is_none_is_refused(jobs: str, tmp_path: Path, mon
     monkeypatch.setenv("MAX_JOBS", jobs)
     with pytest.raises(RuntimeError, match=f"MAX_JOBS is '{jobs}', a positive number is allowed"):
         native._ninja(tmp_path, [])
-
-
-# PTX ------------------------------------------------------------------------------------------------------------------
-
-
-@needs_nvcc
-@pytest.mark.parametrize(
-    ("architecture", "asm", "isa"),
-    [
-        ("compute_80", 'asm("" : "+f"(y));', "8.0"),
-        (
-            "compute_89",
-            'unsigned short c; asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %1;" : "=h"(c) : "f"(y)); y = c;',
-            "8.1",
-        ),
-    ],
-)
-def test_ptx_names_the_oldest_version_that_has_its_instructions(
-    architecture: str, asm: str, isa: str, tmp_path: Path
-) -> None:
-    compiler = native.nvcc()
-    assert compiler is not None
-    unit = tmp_path / "unit.cu"
-    unit.write_text(f'extern "C" __global__ void f(float* x) {{ float y = *x; {asm} *x = y; }}')
-    subprocess.run(
-        [compiler, f"-arch={architecture}", "-ptx", str(unit), "-o", str(unit.with_suffix(".ptx"))], check=True
-    )
-    newest = unit.with_suffix(".ptx").read_text()
-    lowered = lower_ptx.lowered(newest, compiler)
-    assert lower_ptx.version(lowered) == isa < lower_ptx.version(newest)
-    assert lowered.replace(f".version {isa}", f".version {lower_ptx.version(newest)}") == newest
-
-
-def test_ptx_that_no_older_version_takes_stays_as_it_is() -> None:
-    text = ".version 9.0\n.target sm_80\n"
-    assert lower_ptx.lowered(text, shutil.which("false") or "/bin/false") == text

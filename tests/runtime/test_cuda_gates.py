@@ -52,7 +52,7 @@ def test_every_kernel_holds_its_gates(stem: str, target: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", sources.VIRTUAL_ARCHITECTURES)
+@pytest.mark.parametrize("target", ["compute_80", "compute_89"])
 @pytest.mark.parametrize("stem", sources.stems())
 def test_every_kernel_compiles_to_ptx(stem: str, target: str) -> None:
     text = nvrtc.compile(stem, target).decode()

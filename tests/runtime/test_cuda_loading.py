@@ -1,4 +1,4 @@
-"""Which code a GPU and its driver get: binary, PTX, or NVRTC and its cache; and what is said where there is none."""
+"""Which code a GPU and its driver get: a binary, or NVRTC's and its cache; and what is said where there is none."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from happyhorse_fast.ops.runtime.cuda.errors import CudaError
 HOPPER = (9, 0)
 R580, R550 = 13000, 12040
 KERNEL = 'extern "C" __global__ void {}(float* x) {{ x[threadIdx.x] *= 2.0f; }}\n'
-CUBINS = {"sm_80": 13000, "sm_89": 13000, "sm_90a": 13000, "sm_100": 13000, "sm_120": 13000}
-PTX = {"compute_80": 12000, "compute_89": 12010}
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +35,14 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def install(drivers: dict[str, int] | None = None) -> Path:
+def install() -> Path:
     """Binaries of the unit as a build leaves them, each with its name as its content."""
     entries = {}
     binaries.FOLDER.mkdir(exist_ok=True)
-    for target, driver in (CUBINS | PTX if drivers is None else drivers).items():
-        name = f"unit.{target}.{'ptx' if target.startswith('compute') else 'cubin'}"
+    for target in sources.ARCHITECTURES:
+        name = f"unit.{target}.cubin"
         (binaries.FOLDER / name).write_text(name)
-        entries[target] = {"file": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), "driver": driver}
+        entries[target] = hashlib.sha256(name.encode()).hexdigest()
     stems = {"unit": {"sources": sources.digest("unit"), "binaries": entries}}
     (binaries.FOLDER / "manifest.json").write_text(json.dumps({"nvcc": "13.0.88", "stems": stems}))
     return binaries.FOLDER
@@ -68,10 +66,6 @@ def without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", SimpleNamespace(nvrtcVersion=absent))
 
 
-def names(capability: tuple[int, int], driver: int) -> list[str]:
-    return [binary.target for binary in binaries.usable("unit", capability, driver)[0]]
-
-
 # Binaries -------------------------------------------------------------------------------------------------------------
 
 
@@ -79,43 +73,43 @@ def names(capability: tuple[int, int], driver: int) -> list[str]:
     ("capability", "served"),
     [
         ((7, 5), []),
-        ((8, 0), ["sm_80", "compute_80"]),
-        ((8, 6), ["sm_80", "compute_80"]),
-        ((8, 9), ["sm_89", "sm_80", "compute_89", "compute_80"]),
-        ((9, 0), ["sm_90a", "compute_89", "compute_80"]),
-        ((10, 0), ["sm_100", "compute_89", "compute_80"]),
-        ((10, 3), ["sm_100", "compute_89", "compute_80"]),
-        ((11, 0), ["compute_89", "compute_80"]),
-        ((12, 0), ["sm_120", "compute_89", "compute_80"]),
-        ((12, 1), ["sm_120", "compute_89", "compute_80"]),
-        ((13, 0), ["compute_89", "compute_80"]),
+        ((8, 0), ["sm_80"]),
+        ((8, 6), ["sm_80"]),
+        ((8, 9), ["sm_89", "sm_80"]),
+        ((9, 0), ["sm_90a"]),
+        ((10, 0), ["sm_100"]),
+        ((10, 3), ["sm_100"]),
+        ((11, 0), []),
+        ((12, 0), ["sm_120"]),
+        ((12, 1), ["sm_120"]),
+        ((13, 0), []),
     ],
 )
-def test_a_gpu_gets_the_nearest_binary_first_and_ptx_last(capability: tuple[int, int], served: list[str]) -> None:
+def test_a_gpu_gets_the_nearest_binary_first(capability: tuple[int, int], served: list[str]) -> None:
     install()
-    assert names(capability, R580) == served
+    found, why_not = binaries.usable("unit", capability, R580)
+    assert list(found) == [f"unit.{target}.cubin" for target in served]
+    number = "".join(map(str, capability))
+    targets = "sm_80, sm_89, sm_90a, sm_100, sm_120"
+    assert why_not == ("" if served else f"binaries of unit are for {targets}, this GPU is sm_{number}")
 
 
-@pytest.mark.parametrize(
-    ("driver", "served"),
-    [(12090, ["compute_89", "compute_80"]), (12000, ["compute_80"]), (11080, []), (13010, ["sm_90a", *reversed(PTX)])],
-)
-def test_an_old_driver_gets_ptx_that_it_knows(driver: int, served: list[str]) -> None:
+def test_a_driver_that_is_older_than_the_binaries_gets_none() -> None:
     install()
-    assert names(HOPPER, driver) == served
-    why_not = binaries.usable("unit", HOPPER, 12040)[1]
-    assert why_not == ["unit.sm_90a.cubin needs a driver for CUDA 13.0, this one is for CUDA 12.4"]
+    reason = "the binaries of unit need a driver for CUDA 13.0, this one is for CUDA 12.4"
+    assert binaries.usable("unit", HOPPER, R550) == ({}, reason)
+    assert list(binaries.usable("unit", HOPPER, 13010)[0]) == ["unit.sm_90a.cubin"]
 
 
 def test_binaries_that_are_older_than_the_sources_are_not_used(device: Path) -> None:
     install()
     (device / "unit.cu").write_text(KERNEL.format("unit") + "\n")
-    assert binaries.usable("unit", HOPPER, R580) == ([], ["the binaries of unit are older than its sources"])
+    assert binaries.usable("unit", HOPPER, R580) == ({}, "the binaries of unit are older than its sources")
 
 
-@pytest.mark.parametrize("target", ["sm_9", "90", "compute_80b", ""])
+@pytest.mark.parametrize("target", ["sm_9", "90", "sm_80b", ""])
 def test_a_target_that_is_none_is_refused(target: str) -> None:
-    with pytest.raises(ValueError, match="such as sm_90a or compute_80"):
+    with pytest.raises(ValueError, match="such as sm_90a is allowed"):
         binaries.serves(target, HOPPER)
 
 
@@ -132,8 +126,8 @@ def test_a_manifest_that_does_not_serve_has_a_reason(text: str | None, reason: s
     binaries.FOLDER.mkdir()
     if text is not None:
         (binaries.FOLDER / "manifest.json").write_text(text)
-    found, (why_not,) = binaries.usable("unit", HOPPER, R580)
-    assert found == []
+    found, why_not = binaries.usable("unit", HOPPER, R580)
+    assert found == {}
     assert reason in why_not
 
 
@@ -162,31 +156,31 @@ def test_the_binary_is_taken_and_nvrtc_not_asked(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("content", [b"", b"unit.sm_90a.cubi", b"unit.sm_80.cubin", None])
-def test_a_corrupt_binary_is_reported_and_ptx_taken(content: bytes | None) -> None:
+def test_a_corrupt_binary_is_reported_and_the_next_taken(content: bytes | None) -> None:
     file = install() / "unit.sm_90a.cubin"
     file.unlink() if content is None else file.write_bytes(content)
     reason = "cannot be read" if content is None else "is not the file that was built"
     with logs(rf"unit\.sm_90a\.cubin {reason}.*the next best code is tried"):
-        assert loaded(R580)[1] == "unit.compute_89.ptx"
-    assert images.first("unit", HOPPER, R580) == "unit.compute_89.ptx"
+        assert loaded(R580)[1] == "NVRTC 13.0"
+    assert images.first("unit", HOPPER, R580) == "NVRTC 13.0"
 
 
 def test_code_that_the_driver_refuses_is_reported_and_the_next_taken() -> None:
     install()
     with logs("CUDA_ERROR_INVALID_IMAGE") as warned:
-        code, name = loaded(R580, refuses=("unit.sm_90a", "unit.compute_"))
-    assert len(warned) == 3
+        code, name = loaded(R580, refuses=("unit.sm_90a",))
+    assert len(warned) == 1
     assert name == "NVRTC 13.0"
     assert code[1:4] == "ELF"
 
 
 def test_where_nothing_serves_the_error_has_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(CUBINS)
+    install()
     without_nvrtc(monkeypatch)
     with pytest.raises(CudaError) as caught:
         loaded(R550)
     message = str(caught.value)
-    assert "unit.sm_90a.cubin needs a driver for CUDA 13.0, this one is for CUDA 12.4" in message
+    assert "the binaries of unit need a driver for CUDA 13.0, this one is for CUDA 12.4" in message
     assert "NVRTC is not installed (Failure finding libnvrtc.so): pip install nvidia-cuda-nvrtc" in message
     assert obstacle(HOPPER, R550) == message
 
@@ -197,11 +191,9 @@ def test_without_cuda_bindings_the_obstacle_says_what_to_install(monkeypatch: py
 
 
 def test_a_driver_older_than_nvrtc_and_all_binaries_is_an_obstacle() -> None:
-    install(CUBINS)
+    install()
     reason = "NVRTC 13.0 makes code that a driver for CUDA 12.4 does not load"
     assert reason in str(obstacle(HOPPER, R550))
-    install()
-    assert obstacle(HOPPER, R550) is None
 
 
 def test_an_old_gpu_is_an_obstacle() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +16,19 @@ FOLDER = Path(__file__).parents[3] / "cubins"
 Capability = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Binary:
-    """A file of :data:`FOLDER`.
+def read(name: str, sha256: str) -> bytes:
+    """The content of a file of :data:`FOLDER`.
 
-    Attributes:
-        target: What it was built for: ``sm_90a`` for a cubin, ``compute_80`` for PTX.
-        path: Where it is.
-        sha256: What it should hold.
+    Raises:
+        CudaError: It cannot be read, or is not what the build wrote.
     """
-
-    target: str
-    path: Path
-    sha256: str
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    def read(self) -> bytes:
-        """Its content.
-
-        Raises:
-            CudaError: It cannot be read, or is not what the build wrote.
-        """
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise CudaError(f"{self.name} cannot be read: {error}") from error
-        if hashlib.sha256(content).hexdigest() != self.sha256:
-            raise CudaError(f"{self.name} is not the file that was built ({len(content)} bytes): install it again")
-        return content
+    try:
+        content = (FOLDER / name).read_bytes()
+    except OSError as error:
+        raise CudaError(f"{name} cannot be read: {error}") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise CudaError(f"{name} is not the file that was built ({len(content)} bytes): install it again")
+    return content
 
 
 def manifest() -> dict[str, Any]:
@@ -71,19 +52,17 @@ def manifest() -> dict[str, Any]:
 def serves(target: str, capability: Capability) -> bool:
     """Whether a GPU of that compute capability runs what was built for ``target``.
 
-    Binaries run on their major version from their minor one on; those with an ``a`` on their own capability alone. PTX
-    runs from its own on. (CUDA C++ programming guide, binary and PTX compatibility.)
+    Binaries run on their major version from their minor one on; those with an ``a`` on their own capability alone.
+    (CUDA C++ programming guide, binary compatibility.)
     """
-    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)(a?)", target)
+    match = re.fullmatch(r"sm_(\d+)(\d)(a?)", target)
     if match is None:
-        raise ValueError(f"target is {target!r}, such as sm_90a or compute_80 is allowed")
-    built = (int(match[2]), int(match[3]))
-    if match[4]:
-        return capability == built
-    return capability >= built and (match[1] == "compute" or capability[0] == built[0])
+        raise ValueError(f"target is {target!r}, such as sm_90a is allowed")
+    built = (int(match[1]), int(match[2]))
+    return capability == built if match[3] else capability[0] == built[0] and capability >= built
 
 
-def usable(stem: str, capability: Capability, driver: int) -> tuple[list[Binary], list[str]]:
+def usable(stem: str, capability: Capability, driver: int) -> tuple[dict[str, str], str]:
     """Binaries of a translation unit that a GPU and its driver run.
 
     Args:
@@ -92,31 +71,24 @@ def usable(stem: str, capability: Capability, driver: int) -> tuple[list[Binary]
         driver: Version of the driver, as ``cuDriverGetVersion`` has it.
 
     Returns:
-        Them, best first: binaries before PTX, later targets before earlier ones; and why others are not among them.
+        File name and SHA-256 of each, later targets first; and why there is none, or an empty string.
     """
     try:
-        entry = manifest()["stems"].get(stem)
+        built = manifest()
     except CudaError as error:
-        return [], [str(error)]
+        return {}, str(error)
+    entry, needed = built["stems"].get(stem), 1000 * int(built["nvcc"].split(".")[0])
     if entry is None:
-        return [], [f"no binary of {stem} was built"]
+        return {}, f"no binary of {stem} was built"
     if entry["sources"] != sources.digest(stem):
-        return [], [f"the binaries of {stem} are older than its sources"]
-    found, why_not = [], []
-    for target, file in entry["binaries"].items():
-        if not serves(target, capability):
-            continue
-        if driver < file["driver"]:
-            needs = cuda_version(file["driver"])
-            why_not.append(
-                f"{file['file']} needs a driver for CUDA {needs}, this one is for CUDA {cuda_version(driver)}"
-            )
-        else:
-            found.append(Binary(target, FOLDER / file["file"], file["sha256"]))
-    if not found and not why_not:
+        return {}, f"the binaries of {stem} are older than its sources"
+    if driver < needed:  # a binary runs on every driver of its major version
+        wanted, came = cuda_version(needed), cuda_version(driver)
+        return {}, f"the binaries of {stem} need a driver for CUDA {wanted}, this one is for CUDA {came}"
+    found = {
+        f"{stem}.{target}.cubin": sha256 for target, sha256 in entry["binaries"].items() if serves(target, capability)
+    }
+    if not found:
         targets = ", ".join(entry["binaries"])
-        why_not.append(f"binaries of {stem} are for {targets}, this GPU is sm_{capability[0]}{capability[1]}")
-    found.sort(
-        key=lambda one: (one.target.startswith("sm_"), int(re.findall(r"\d+", one.target)[0]), one.target), reverse=True
-    )
-    return found, why_not
+        return {}, f"binaries of {stem} are for {targets}, this GPU is sm_{capability[0]}{capability[1]}"
+    return dict(reversed(found.items())), ""

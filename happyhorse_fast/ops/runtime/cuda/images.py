@@ -1,4 +1,4 @@
-"""Code for a GPU and its driver, in order of preference: a binary of the package, its PTX, what NVRTC compiles now."""
+"""Code for a GPU and its driver, in order of preference: a binary of the package, else what NVRTC compiles now."""
 
 from __future__ import annotations
 
@@ -87,13 +87,14 @@ def _images(
     Yields:
         Its name, what reads it or compiles it, and whether it is built already.
     """
-    usable, reasons = binaries.usable(stem, capability, driver)
-    why_not += reasons
-    yield from ((binary.name, binary.read, True) for binary in usable)
+    usable, reason = binaries.usable(stem, capability, driver)
+    why_not += [reason] if reason else []
+    for name, sha256 in usable.items():
+        yield name, functools.partial(binaries.read, name, sha256), True
     # Asked last: it loads NVRTC, which a binary makes needless.
-    reason = nvrtc.obstacle(capability, driver)
-    if reason is not None:
-        why_not.append(reason)
+    obstacle = nvrtc.obstacle(capability, driver)
+    if obstacle is not None:
+        why_not.append(obstacle)
         return
     compiled = functools.partial(nvrtc.compiled, stem, capability, driver)
     yield f"NVRTC {cuda_version(nvrtc.version())}", compiled, False
