@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from happyhorse_fast.ops.runtime.cuda import driver, images, status
+from happyhorse_fast.ops.runtime.cuda import images, status
+from happyhorse_fast.ops.runtime.cuda import launch as launching
 from happyhorse_fast.ops.runtime.cuda.errors import CudaError
 from happyhorse_fast.ops.runtime.cuda.launch import MOST_SHARED_BYTES, cuda_obstacle, launch, use_runner
 
@@ -89,7 +90,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=STREAM))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(images, "load", lambda stem, capability, version, accept: (accept(b"\x7fELF"), f"{stem}.cubin"))
-    remembered = driver._context, driver._module, driver._function
+    remembered = launching._context, launching._module, launching._function
     for each in remembered:
         each.cache_clear()
     yield found
@@ -145,7 +146,9 @@ def test_an_empty_grid_launches_nothing(fake: FakeDriver) -> None:
 
 REAL_BINDINGS = """
 import contextlib, ctypes, types, torch
-from happyhorse_fast.ops.runtime.cuda import driver, images
+from happyhorse_fast.ops.runtime.cuda import images
+from happyhorse_fast.ops.runtime.cuda.errors import CudaError
+from happyhorse_fast.ops.runtime.cuda.launch import launch
 
 class Params(ctypes.Structure):
     _fields_ = [("x", ctypes.c_void_p), ("n", ctypes.c_int)]
@@ -157,8 +160,9 @@ torch.cuda.current_stream = lambda index: types.SimpleNamespace(cuda_stream=77)
 images.load = lambda stem, capability, version, accept: (accept(b".version 8.0"), "unit.ptx")
 for n in (5, -5):
     try:
-        driver.launch("unit", "kernel", Params(4096, n), (3, 2, 1), 128, 65536, torch.device("cuda", 0))
-    except driver.CudaError as error:
+        like = types.SimpleNamespace(device=torch.device("cuda", 0))
+        launch("unit", "kernel", Params(4096, n), (3, 2, 1), 128, 65536, like)
+    except CudaError as error:
         print(error)
 """
 SAID = """retain 0

@@ -16,7 +16,7 @@ from happyhorse_fast.csrc import sources
 from happyhorse_fast.files import replacing
 from happyhorse_fast.kernels import launch
 from happyhorse_fast.ops.runtime.cache_folder import cache_folder
-from happyhorse_fast.ops.runtime.cuda import driver
+from happyhorse_fast.ops.runtime.cuda.launch import fingerprint
 from happyhorse_fast.ops.runtime.self_check import KernelCheck
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def machine_key(backend: str, device: torch.device) -> str:
         for stem in sources.stems():
             digest.update(sources.digest(stem).encode())
         if device.type == "cuda":
-            digest.update(driver.fingerprint(device).encode())  # which binary runs, or which NVRTC compiles
+            digest.update(fingerprint(device).encode())  # which binary runs, or which NVRTC compiles
     else:
         for file in sorted(KERNELS.rglob("*")):
             if file.suffix in (".py", ".json"):

@@ -9,8 +9,9 @@ import torch
 
 from happyhorse_fast.block_map.from_ranges import host_module_obstacle
 from happyhorse_fast.csrc import sources
-from happyhorse_fast.ops.runtime.cuda import binaries, driver, images, nvrtc
+from happyhorse_fast.ops.runtime.cuda import binaries, images, nvrtc
 from happyhorse_fast.ops.runtime.cuda.errors import CudaError, cuda_version
+from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle, driver_version
 
 
 def examine() -> dict[str, Any]:
@@ -25,9 +26,9 @@ def examine() -> dict[str, Any]:
         "host_module": _host_module(),
         "binaries": _asked(lambda: f"built by nvcc {binaries.manifest()['nvcc']}"),
         "nvrtc": _asked(lambda: cuda_version(nvrtc.version())),
-        "driver": _asked(lambda: cuda_version(driver.version())),
+        "driver": _asked(lambda: cuda_version(driver_version())),
         "targets": {},
-        "obstacle": driver.obstacle(torch.device("cuda")),
+        "obstacle": cuda_obstacle(torch.device("cuda")),
         "code": [],
     }
     if found["binaries"]["found"] is not None:
@@ -47,7 +48,7 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def _code(index: int) -> dict[str, str]:
-    capability, version = torch.cuda.get_device_capability(index), driver.version()
+    capability, version = torch.cuda.get_device_capability(index), driver_version()
     found = {}
     for stem in sources.stems():
         try:
