@@ -64,16 +64,14 @@ class LaunchConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": FP_FUSION}
 
 
-def shared_memory_bytes(config: LaunchConfig, element_bytes: int, extra: int = 0) -> int:
-    """Count the bytes of a product's software pipeline: num_stages tiles of both operands, plus ``extra``.
+def shared_memory_bytes(config: LaunchConfig, element_bytes: int) -> int:
+    """Count the bytes of a product's software pipeline: num_stages tiles of both operands.
 
     Args:
         config: The configuration.
         element_bytes: Bytes per element of both operands.
-        extra: Bytes outside the pipeline, such as a query tile or an epilogue's staging.
     """
-    per_stage = (config.block_m + config.block_n) * max(config.block_k, 1) * element_bytes
-    return config.num_stages * per_stage + extra
+    return config.num_stages * (config.block_m + config.block_n) * max(config.block_k, 1) * element_bytes
 
 
 def illegal(config: LaunchConfig, arch: int, *, fp8: bool, shared_bytes: int) -> str | None:

@@ -101,10 +101,10 @@ HH_SHARED_FUNCTION u32 pack_e4m3(float a, float b, float c, float d) {
          static_cast<u32>(to_e4m3(c).bits) << 16 | static_cast<u32>(to_e4m3(d).bits) << 24;
 }
 
-// Returns the scale of e4m3 codes, value = code * scale. It is 1 for zeros, and instead of scales below 2^-126, whose
-// reciprocal may be infinite. NaN stays NaN.
-HH_SHARED_FUNCTION float scale_of(float amax) {
-  const float scale = amax * (1.0f / E4M3_MAX);
+// Returns the scale of codes, value = code * scale, the largest of which is E4M3_MAX or INT8_LIMIT. It is 1 for zeros,
+// and instead of scales below 2^-126, whose reciprocal may be infinite. NaN stays NaN.
+HH_SHARED_FUNCTION float scale_of(float amax, float largest) {
+  const float scale = amax * (1.0f / largest);
   return scale < 0x1p-126f ? 1.0f : scale;
 }
 
@@ -119,13 +119,6 @@ HH_SHARED_FUNCTION float to_float(int8 x) { return static_cast<float>(static_cas
 // Packs four codes into a word, the first in the lowest byte.
 HH_SHARED_FUNCTION u32 pack_int8(float a, float b, float c, float d) {
   return int8_bits(a) | int8_bits(b) << 8 | int8_bits(c) << 16 | int8_bits(d) << 24;
-}
-
-// Returns the scale of int8 codes, value = code * scale. It is 1 for zeros, and instead of scales below 2^-126, whose
-// reciprocal may be infinite. NaN stays NaN.
-HH_SHARED_FUNCTION float int8_scale_of(float amax) {
-  const float scale = amax * (1.0f / INT8_LIMIT);
-  return scale < 0x1p-126f ? 1.0f : scale;
 }
 
 HH_SHARED_FUNCTION float inverse_rms(float sum_of_squares, int channels) {

@@ -145,7 +145,7 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
       const bool is_q = head < p.heads_q, is_v = head >= heads_qk, is_k = !is_q && !is_v;
       if (!is_v) held.normalise_and_rotate(x, inverse, is_k);
       float scale = 1.0f;
-      if (p.format == INT8_QK) scale = int8_scale_of(lanes_max<LANES>(largest_of(x)));
+      if (p.format == INT8_QK) scale = scale_of(lanes_max<LANES>(largest_of(x)), INT8_LIMIT);
       if (!is_mine(head)) continue;
       // One store serves q, k and v: a separate one for v was compiled to stores of 4 bytes.
       void* const out = is_q ? p.q : is_v ? p.v : p.k;
@@ -231,7 +231,7 @@ HH_DEVICE void finish_k(const QkNormRopeParams& p, const RowTile& tile, float* s
     }
     largest = larger(largest, largest_of(x));
   }
-  const float scale = int8_scale_of(block_max(largest, scratch)), inverse_scale = 1.0f / scale;
+  const float scale = scale_of(block_max(largest, scratch), INT8_LIMIT), inverse_scale = 1.0f / scale;
   if (thread == 0) p.k_scale[head * p.blocks + tile.first / ROW_TILE] = scale;
 #pragma unroll
   for (int i = 0; i < MINE; ++i) {
@@ -293,7 +293,7 @@ HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsig
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < THREADS / WARP; ++i) largest = larger(largest, warp_largest[i]);
-  const float scale = scale_of(largest), inverse = 1.0f / scale;
+  const float scale = scale_of(largest, E4M3_MAX), inverse = 1.0f / scale;
   const int block = tile.first / ROW_TILE;
   if (thread == 0) p.v_scale[head * p.blocks + block] = scale;
   if (thread == 0 && head == 0) {

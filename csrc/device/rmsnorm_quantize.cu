@@ -93,7 +93,7 @@ HH_KERNEL_OF_BLOCKS(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS, 3) {
     return;
   }
   largest = block_max(largest, sums + WARP);
-  const float scale = p.format == INT8 ? int8_scale_of(largest) : scale_of(largest);
+  const float scale = p.format == INT8 ? scale_of(largest, INT8_LIMIT) : scale_of(largest, E4M3_MAX);
   if (threadIdx.x == 0) p.scale[row] = scale;
   u32* const out = reinterpret_cast<u32*>(static_cast<u8*>(p.x) + row * p.channels);
   if (p.format == INT8) {

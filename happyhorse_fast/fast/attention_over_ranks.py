@@ -14,7 +14,7 @@ import torch
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.fast.attention_inputs import AttentionInputs, Operand
 from happyhorse_fast.ops.attention.reference import output_bounds
-from happyhorse_fast.ops.quantize import E4M3, INT8, e4m3_scale
+from happyhorse_fast.ops.quantize import E4M3, E4M3_MAX, INT8, code_scale
 from happyhorse_fast.parallel.group import Transfer
 from happyhorse_fast.parallel.ulysses import Ulysses
 
@@ -113,4 +113,4 @@ def _shared_scale(v: torch.Tensor, v_scale: torch.Tensor | None, gate: torch.Ten
         tiles = None if v_scale is None else v_scale[:, : rows // BLOCK]
         bounds = output_bounds(v[..., :rows] if v.dtype == E4M3 else v[:rows], tiles, gate[:rows])
     of_v, of_gate = ulysses.ranks.largest(bounds).split(1)
-    return e4m3_scale(of_v * of_gate)
+    return code_scale(of_v * of_gate, E4M3_MAX)

@@ -18,40 +18,24 @@ HADAMARD = 64
 """Neighbouring channels that :func:`hadamard` mixes."""
 
 
-def e4m3_scale(amax: torch.Tensor) -> torch.Tensor:
-    """Scale that maps ``amax`` to the largest code, 448.
+def code_scale(amax: torch.Tensor, largest: float) -> torch.Tensor:
+    """Scale that maps ``amax`` to the largest code.
 
     Args:
         amax: Largest magnitudes, any shape, float.
+        largest: :data:`E4M3_MAX` or :data:`INT8_MAX`.
 
     Returns:
-        amax * (1/448) in float32; 1 where that is below 2^-126: a row of zeros, or one whose scale would have no
-        reciprocal. NaN stays.
+        amax * (1 / largest) in float32; 1 where that is below 2^-126: a row of zeros, or one whose scale would have no
+        reciprocal. NaN stays, which no code of int8 could say.
     """
-    return _of_normal(amax.float() * (1.0 / E4M3_MAX))
+    scale = amax.float() * (1.0 / largest)
+    return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
 
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
     """Clamp to +-448, then cast: the cast alone gives NaN or saturates past it, depending on the release."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-
-
-def int8_scale(amax: torch.Tensor) -> torch.Tensor:
-    """Scale that maps ``amax`` to the largest code, 127.
-
-    Args:
-        amax: Largest magnitudes, any shape, float.
-
-    Returns:
-        amax * (1/127) in float32; 1 where that is below 2^-126: a row of zeros, or one whose scale would have no
-        reciprocal. NaN stays, since no code could say it.
-    """
-    return _of_normal(amax.float() * (1.0 / INT8_MAX))
-
-
-def _of_normal(scale: torch.Tensor) -> torch.Tensor:
-    """1 where a scale is too small to have a reciprocal; NaN stays."""
-    return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
 
 
 def to_int8(x: torch.Tensor) -> torch.Tensor:
@@ -109,13 +93,13 @@ def e4m3_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         codes [..., K] e4m3, scale [...] float32.
     """
-    scale = e4m3_scale(x.float().abs().amax(dim=-1))
+    scale = code_scale(x.float().abs().amax(dim=-1), E4M3_MAX)
     return to_e4m3(x.float() / scale[..., None]), scale
 
 
 def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One scale per row, as :func:`e4m3_rows`: codes [..., K] int8, scale [...] float32."""
-    scale = int8_scale(x.float().abs().amax(dim=-1))
+    scale = code_scale(x.float().abs().amax(dim=-1), INT8_MAX)
     return to_int8(x.float() * (1 / scale)[..., None]), scale
 
 

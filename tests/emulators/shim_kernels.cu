@@ -218,12 +218,12 @@ HH_KERNEL(numbers, ShimParams, 32) {
     const float x = static_cast<const float*>(p.in)[i];
     if (p.variant == 0) half_words[i] = to_bf16(x).bits;
     if (p.variant == 1) static_cast<u8*>(p.out)[i] = to_e4m3(x).bits;
-    if (p.variant == 4) words[i] = bits_of(scale_of(x));
+    if (p.variant == 4) words[i] = bits_of(scale_of(x, E4M3_MAX));
     if (p.variant == 5) words[i] = bits_of(inverse_rms(x, 5120));
     if (p.variant == 6) words[i] = pack_bf16(x, -x);
     if (p.variant == 7) words[i] = pack_e4m3(x, -x, 2.0f * x, 0.5f * x);
     if (p.variant == 9) words[i] = pack_int8(x, -x, 2.0f * x, 0.5f * x);
-    if (p.variant == 10) words[i] = bits_of(int8_scale_of(x));
+    if (p.variant == 10) words[i] = bits_of(scale_of(x, INT8_LIMIT));
     if (p.variant == 8) words[i] = bits_of(low_bf16(bits_of(x))) ^ bits_of(high_bf16(bits_of(x)));
   }
 }

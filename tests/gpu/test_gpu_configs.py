@@ -18,7 +18,7 @@ from happyhorse_fast.kernels.launch import config_for, table
 from happyhorse_fast.ops import block_sparse_attention, fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
-from happyhorse_fast.ops.quantize import e4m3_rows, e4m3_scale, int8_rows, quantize_static
+from happyhorse_fast.ops.quantize import E4M3_MAX, code_scale, e4m3_rows, int8_rows, quantize_static
 from happyhorse_fast.ops.runtime.op_checks import attention_distance
 from happyhorse_fast.ops.runtime.triton.device import architecture
 
@@ -58,7 +58,7 @@ def test_linear(variant: str) -> None:
         (x, x_scale), (weight, weight_scale) = int8_rows(x), int8_rows(weight)
     else:
         if epilogue == "residual":
-            x_scale = e4m3_scale(x.abs().amax()).reshape(1)
+            x_scale = code_scale(x.abs().amax(), E4M3_MAX).reshape(1)
             x = quantize_static(x, x_scale)
         else:
             x, x_scale = e4m3_rows(x)

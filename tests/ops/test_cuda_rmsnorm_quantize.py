@@ -59,7 +59,7 @@ def test_rows_that_vectors_cannot_take_are_named():
 
 OF_INT8 = {
     "a code of its neighbour": ("y.x * inverse_scale, y.y * inverse_scale", "y.x * inverse_scale, y.x * inverse_scale"),
-    "e4m3's scale": ("? int8_scale_of(largest)", "? scale_of(largest)"),
+    "e4m3's scale": ("? scale_of(largest, INT8_LIMIT)", "? scale_of(largest, E4M3_MAX)"),
 }
 BUGS = {
     "no barrier before the sums of the warps are read": (

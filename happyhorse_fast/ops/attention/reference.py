@@ -10,7 +10,7 @@ from happyhorse_fast import ambient
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.block_map.bits import BLOCK, unpack
 from happyhorse_fast.ops.attention.contract import BlockSparseAttention
-from happyhorse_fast.ops.quantize import E4M3_MAX, e4m3_scale, quantize_static, token_order
+from happyhorse_fast.ops.quantize import E4M3_MAX, code_scale, quantize_static, token_order
 from happyhorse_fast.ops.runtime.operation import custom_op
 
 P_SCALE = 256.0
@@ -34,7 +34,7 @@ def output_scale(v: torch.Tensor, v_scale: torch.Tensor | None, gate: torch.Tens
     if v.numel() == 0 or (gate is not None and gate.numel() == 0):  # the largest of none is an error
         return torch.ones(1, dtype=torch.float32, device=v.device)
     bound = _largest_value(v, v_scale)
-    return e4m3_scale(bound if gate is None else bound * _largest(gate))
+    return code_scale(bound if gate is None else bound * _largest(gate), E4M3_MAX)
 
 
 def output_bounds(v: torch.Tensor, v_scale: torch.Tensor | None, gate: torch.Tensor) -> torch.Tensor:

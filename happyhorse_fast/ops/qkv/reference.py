@@ -16,11 +16,12 @@ from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.qkv.contract import QKV, QkNormRope, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.quantize import (
     BF16,
+    E4M3_MAX,
+    INT8_MAX,
+    code_scale,
     e4m3_rows,
-    e4m3_scale,
     fragment_order,
     int8_rows,
-    int8_scale,
     products,
     scaled_products,
     to_e4m3,
@@ -148,7 +149,7 @@ def quantize_q(q: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         codes [N, Hq, D] int8, scale [N, Hq] float32.
     """
-    scale = int8_scale(q.abs().amax(dim=2))
+    scale = code_scale(q.abs().amax(dim=2), INT8_MAX)
     return to_int8(q * (1 / scale)[:, :, None]), scale
 
 
@@ -163,7 +164,7 @@ def quantize_k(k: Tensor) -> tuple[Tensor, Tensor]:
     """
     padded = torch.nn.functional.pad(k, (0, 0, 0, 0, 0, -k.shape[0] % ROW_TILE))
     tiles = padded.unflatten(0, (-1, ROW_TILE))  # [S, 128, Hkv, D]
-    scale = int8_scale(tiles.abs().amax(dim=(1, 3)))
+    scale = code_scale(tiles.abs().amax(dim=(1, 3)), INT8_MAX)
     return to_int8(tiles * (1 / scale)[:, None, :, None]).flatten(0, 1)[: k.shape[0]], scale.T
 
 
@@ -178,5 +179,5 @@ def quantize_v(v: Tensor) -> tuple[Tensor, Tensor]:
     """
     padded = torch.nn.functional.pad(v, (0, 0, 0, 0, 0, -v.shape[0] % ROW_TILE))
     tiles = padded.permute(1, 2, 0).unflatten(2, (-1, ROW_TILE))  # [Hkv, D, S, 128]
-    scale = e4m3_scale(tiles.abs().amax(dim=(1, 3)))
+    scale = code_scale(tiles.abs().amax(dim=(1, 3)), E4M3_MAX)
     return fragment_order(to_e4m3(tiles * (1 / scale)[:, None, :, None]).flatten(2)), scale
