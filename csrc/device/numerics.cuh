@@ -55,8 +55,6 @@ HH_SHARED_FUNCTION bf16 to_bf16(float x) {
 #endif
 }
 
-HH_SHARED_FUNCTION float round_to_bf16(float x) { return to_float(to_bf16(x)); }
-
 // Packs two values into a word, the first in the lower half, the order of two in memory.
 HH_SHARED_FUNCTION u32 pack_bf16(float low, float high) {
   return static_cast<u32>(to_bf16(low).bits) | static_cast<u32>(to_bf16(high).bits) << 16;

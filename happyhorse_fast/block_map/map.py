@@ -324,7 +324,7 @@ class BlockMap:
             if bool(past[ids[(~full) & (column == width - 1)].long()].any()):
                 raise ValueError(f"mask_bits of the last block of keys must be 0 past key {self.keys}")
 
-    def plot(self, target: Any = None, *, layout: Layout | Sequence[Layout] | None = None, head: int = 0) -> Any:
+    def plot(self, target: Any = None, *, layout: Layout | None = None, head: int = 0) -> Any:
         """Draw the map; needs matplotlib.
 
         Args:

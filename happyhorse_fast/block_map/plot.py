@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ def plot(
     partial: torch.Tensor,
     title: str,
     target: Any,
-    layout: Layout | Sequence[Layout] | None,
+    layout: Layout | None,
 ) -> Any:
     """See :meth:`BlockMap.plot`; ``full`` and ``partial`` are bool [R, S] of one head."""
     optional.require("matplotlib", "BlockMap.plot")
@@ -33,10 +32,9 @@ def plot(
 
     axis, figure = target, None
     if target is None or isinstance(target, (str, os.PathLike)):
-        figure = Figure(figsize=(8.6, 7.6), dpi=130, layout="constrained")
+        figure = Figure(figsize=(7.4, 7.6), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
-        axis, lengths = figure.subplots(1, 2, width_ratios=[6, 1], sharey=True)
-        _draw_lengths(full, partial, lengths)
+        axis = figure.subplots()
     colours = torch.tensor([matplotlib.colors.to_rgb(c) for c in COLOURS.values()])
     kinds = torch.stack([full, partial]).float().cpu()
     kinds = torch.cat([kinds, 1 - kinds.sum(dim=0, keepdim=True)])
@@ -47,7 +45,7 @@ def plot(
     bottom, right = (BLOCK * size for size in full.shape)
     axis.imshow(image.numpy(), extent=(0, right, bottom, 0), interpolation="nearest", aspect="auto")
     if layout is not None:
-        _draw_layout(axis, [layout] if isinstance(layout, Layout) else list(layout))
+        _draw_layout(axis, layout)
     n_full, n_partial = int(full.sum()), int(partial.sum())
     axis.set_xlabel("keys (tokens)")
     axis.set_ylabel("queries (tokens)")
@@ -70,49 +68,32 @@ def plot(
     return axis
 
 
-def _draw_lengths(full: torch.Tensor, partial: torch.Tensor, axis: Any) -> None:
-    """Blocks per row beside the map: what the schedule has to balance."""
-    lengths = torch.stack([full.sum(dim=1), (full | partial).sum(dim=1)], dim=1)
-    counts = torch.cat([lengths, lengths[-1:]]).cpu().numpy()
-    place = (torch.arange(len(counts)) * BLOCK).numpy()
-    axis.fill_betweenx(place, counts[:, 0], color=COLOURS["full"], step="post", linewidth=0)
-    axis.fill_betweenx(place, counts[:, 0], counts[:, 1], color=COLOURS["partial"], step="post", linewidth=0)
-    axis.set_xlim(0, max(full.shape[1], 1))
-    axis.set_xlabel("blocks per row")
-    axis.tick_params(labelleft=False)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_layout(axis: Any, layouts: list[Layout]) -> None:
-    origin = 0
-    for layout in layouts:
-        end = origin + layout.slots
-        for f in range(1, layout.frames):
-            for line in (axis.axhline, axis.axvline):
-                line(origin + f * layout.frame_slots, color="#ffffff", linewidth=0.35, alpha=0.55)
-        spans = [
-            ("video", 0, layout.audio_start),
-            ("audio", layout.audio_start, layout.text_start),
-            ("text", layout.text_start, layout.slots),
-        ]
-        for name, first, last in spans:
-            if first == last:
-                continue
-            for line in (axis.axhline, axis.axvline):
-                line(origin + first, color="#c03028", linewidth=0.8)
-            # Narrow spans sit beside each other: audio's name to the left of its start, text's to the right.
-            side = {"video": "center", "audio": "right", "text": "left"}[name]
-            where = origin + {"video": (first + last) / 2, "audio": last, "text": first}[name]
-            axis.annotate(
-                f"{name} ",
-                (where, 0),
-                xycoords=("data", "axes fraction"),
-                xytext=(where, 1.01),
-                textcoords=("data", "axes fraction"),
-                ha=side,
-                va="bottom",
-                fontsize=8,
-                color="#c03028",
-                annotation_clip=False,
-            )
-        origin = end
+def _draw_layout(axis: Any, layout: Layout) -> None:
+    for f in range(1, layout.frames):
+        for line in (axis.axhline, axis.axvline):
+            line(f * layout.frame_slots, color="#ffffff", linewidth=0.35, alpha=0.55)
+    spans = [
+        ("video", 0, layout.audio_start),
+        ("audio", layout.audio_start, layout.text_start),
+        ("text", layout.text_start, layout.slots),
+    ]
+    for name, first, last in spans:
+        if first == last:
+            continue
+        for line in (axis.axhline, axis.axvline):
+            line(first, color="#c03028", linewidth=0.8)
+        # Narrow spans sit beside each other: audio's name to the left of its start, text's to the right.
+        side = {"video": "center", "audio": "right", "text": "left"}[name]
+        where = {"video": (first + last) / 2, "audio": last, "text": first}[name]
+        axis.annotate(
+            f"{name} ",
+            (where, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(where, 1.01),
+            textcoords=("data", "axes fraction"),
+            ha=side,
+            va="bottom",
+            fontsize=8,
+            color="#c03028",
+            annotation_clip=False,
+        )
