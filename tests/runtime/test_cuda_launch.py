@@ -132,11 +132,10 @@ def test_ptx_goes_to_the_driver_as_a_string_with_its_end(fake: FakeDriver, monke
     assert fake.named("cuModuleLoadData") == [(b".version 8.0\0",)]
 
 
-def test_beyond_48_kib_the_function_is_told_once_per_size(fake: FakeDriver) -> None:
-    for size in (0, 48 * 1024, 64 * 1024, 64 * 1024, 50 * 1024, 96 * 1024):
+def test_a_function_is_told_once_what_shared_memory_it_may_have(fake: FakeDriver) -> None:
+    for size in (0, 48 * 1024, 64 * 1024, 50 * 1024, MOST_SHARED_BYTES):
         on_gpu(shared_bytes=size)
-    function = "function kernel"
-    assert fake.named("cuFuncSetAttribute") == [(function, "shared", 64 * 1024), (function, "shared", 96 * 1024)]
+    assert fake.named("cuFuncSetAttribute") == [("function kernel", "shared", MOST_SHARED_BYTES)]
 
 
 def test_an_empty_grid_launches_nothing(fake: FakeDriver) -> None:
@@ -169,7 +168,7 @@ SAID = """retain 0
 context 1
 code .version 8.0
 function kernel 1
-attribute 1 8 65536
+attribute 1 8 101376
 launch 1 (3, 2, 1) 128 threads, 65536 bytes, stream 77, x 4096, n 5, extra 0
 context 1
 launch 1 (3, 2, 1) 128 threads, 65536 bytes, stream 77, x 4096, n -5, extra 0
@@ -203,7 +202,7 @@ def test_the_real_bindings_hand_the_same_to_a_driver(tmp_path: Path) -> None:
         ("cuLaunchKernel", Result.CUDA_ERROR_ILLEGAL_ADDRESS, ["128 threads, 65536 bytes", "or an earlier kernel"]),
         ("cuModuleGetFunction", Result.CUDA_ERROR_NOT_FOUND, [r"kernel kernel in unit\.cubin"]),
         ("cuModuleLoadData", Result.CUDA_ERROR_INVALID_VALUE, ["cuModuleLoadData"]),
-        ("cuFuncSetAttribute", Result.CUDA_ERROR_INVALID_VALUE, ["65536 bytes of shared memory for kernel kernel"]),
+        ("cuFuncSetAttribute", Result.CUDA_ERROR_INVALID_VALUE, ["101376 bytes of shared memory for kernel kernel"]),
         ("cuDevicePrimaryCtxRetain", Result.CUDA_ERROR_INVALID_VALUE, ["cuDevicePrimaryCtxRetain 0"]),
     ],
 )

@@ -7,7 +7,6 @@ import ctypes
 import functools
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -88,20 +87,13 @@ def launch(
         # The thread may not have made its first call of the runtime yet, and then has no context.
         _checked("cuCtxSetCurrent", cuda.cuCtxSetCurrent(_context(index)))
         with _lock:
-            function = _function(index, stem, kernel)
-            where = f"kernel {kernel} ({function.origin}) on cuda:{index}"
-            if shared_bytes > function.shared_bytes:  # beyond 48 KiB a kernel must be told before it is launched
-                attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                told = cuda.cuFuncSetAttribute(function.handle, attribute, shared_bytes)
-                _checked(f"{shared_bytes} bytes of shared memory for {where}", told)
-                function.shared_bytes = shared_bytes
+            function, origin = _function(index, stem, kernel)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = torch.cuda.current_stream(index).cuda_stream
         _checked(
-            f"{where}, grid {grid}, {threads} threads, {shared_bytes} bytes of shared memory (or an earlier kernel)",
-            cuda.cuLaunchKernel(
-                function.handle, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
-            ),
+            f"kernel {kernel} ({origin}) on cuda:{index}, grid {grid}, {threads} threads, {shared_bytes} bytes of "
+            "shared memory (or an earlier kernel)",
+            cuda.cuLaunchKernel(function, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0),
         )
 
 
@@ -155,21 +147,6 @@ def _check_shape(kernel: str, grid: Grid, threads: int, shared_bytes: int) -> No
         raise ValueError(f"shared_bytes of {kernel} is {shared_bytes}, 0 to {MOST_SHARED_BYTES} are allowed")
 
 
-@dataclass
-class Function:
-    """A kernel on a device.
-
-    Attributes:
-        handle: The driver's.
-        origin: What code it is from.
-        shared_bytes: Dynamic shared memory that it may be launched with, raised when more is asked for.
-    """
-
-    handle: Any
-    origin: str
-    shared_bytes: int = 48 * 1024
-
-
 _lock = threading.Lock()
 
 
@@ -184,14 +161,18 @@ def _context(index: int) -> Any:
 
 
 @functools.cache
-def _function(index: int, stem: str, kernel: str) -> Function:
-    """A kernel in the current context, loaded once per device."""
+def _function(index: int, stem: str, kernel: str) -> tuple[Any, str]:
+    """A kernel in the current context, loaded once per device, and what its code is from."""
     if torch.cuda.is_current_stream_capturing():
         raise CudaError(f"kernel {kernel} of {stem} is loaded at its first launch: launch it once before the capture")
     cuda = bindings("driver")
     module, origin = _module(index, stem)
     (handle,) = _checked(f"kernel {kernel} in {origin}", cuda.cuModuleGetFunction(module, kernel.encode()))
-    return Function(handle, origin)
+    # Without it the driver refuses launches with more than 48 KiB. It permits, but takes nothing: launches do.
+    attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    told = cuda.cuFuncSetAttribute(handle, attribute, MOST_SHARED_BYTES)
+    _checked(f"{MOST_SHARED_BYTES} bytes of shared memory for kernel {kernel} in {origin}", told)
+    return handle, origin
 
 
 @functools.cache
