@@ -9,7 +9,6 @@ import torch
 
 from happyhorse_fast import ambient
 from happyhorse_fast.block_map.dynamic import Slots, candidates
-from happyhorse_fast.block_map.layout import Layout
 from happyhorse_fast.block_map.map import BlockMap
 
 
@@ -21,7 +20,7 @@ class BlockSelector:
 
     Args:
         layout: Where the clip's tokens lie.
-        base: The exact map to stay within, such as the frame window; every token of a :class:`Layout` where None.
+        base: The exact map to stay within, such as the frame window.
         device: Where q and k are.
 
     Attributes:
@@ -29,15 +28,11 @@ class BlockSelector:
         table: As `dynamic.candidates` gives it, and so are ``prefix``, ``live`` and ``inverse``.
 
     Raises:
-        ValueError: ``base`` is of another size than the layout, has several heads, or is missing.
+        ValueError: ``base`` is of another size than the layout, or has several heads.
     """
 
     @ambient.makes_tensors
-    def __init__(self, layout: Slots, base: BlockMap | None, device: torch.device | str) -> None:
-        if base is None:
-            if not isinstance(layout, Layout):
-                raise ValueError(f"base must be given for a layout of type {type(layout).__name__}")
-            base = BlockMap.frame_window(layout, None)
+    def __init__(self, layout: Slots, base: BlockMap, device: torch.device | str) -> None:
         self.base = base.to(device)
         found = candidates(layout, *self.base.to_blocks(), base.queries, base.keys)
         self.table, self.prefix, self.live, self.inverse = found

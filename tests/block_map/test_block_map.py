@@ -290,7 +290,7 @@ def test_top_p_holds_its_mass_with_the_fewest_blocks():
 
 
 def test_dynamic_maps_are_made_without_waiting_for_the_device():
-    chooser, (q, k) = BlockSelector(LAYOUT, None, "cpu"), pooled_inputs()
+    chooser, (q, k) = BlockSelector(LAYOUT, BlockMap.frame_window(LAYOUT, None), "cpu"), pooled_inputs()
 
     def chosen(keep, mass):
         return chooser.base.within(choose(q, k, *chooser.tensors(), None, None, keep, mass, False))

@@ -13,7 +13,7 @@ from logged import logs
 from small_models import PublicLayout
 
 from happyhorse_fast import golden
-from happyhorse_fast.block_map import BlockSelector, Layout
+from happyhorse_fast.block_map import BlockMap, BlockSelector, Layout
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.eager.model import HappyHorse, Layer
 from happyhorse_fast.fast import accelerate as acceleration
@@ -324,7 +324,7 @@ def test_a_default_dtype_leaves_packed_weights_and_selectors_alone() -> None:
     case = golden.load_case("local_d128_fp32")
     layer = accelerate(case.model(torch.bfloat16), FastConfig(precision="fp8", backend="reference")).block.layers[0]
     assert {b.dtype for b in layer.buffers()} == {torch.float8_e4m3fn, torch.float32}
-    assert BlockSelector(Layout(2, 100, 3, 4), None, "cpu").inverse.dtype == torch.float32
+    assert BlockSelector(Layout(2, 100, 3, 4), BlockMap.dense(207, 207), "cpu").inverse.dtype == torch.float32
 
 
 def several_blocks(fast: FastConfig) -> Any:

@@ -151,5 +151,3 @@ def test_scales_of_another_size_and_too_many_blocks_are_named():
 def test_a_selector_says_what_it_cannot_take():
     with pytest.raises(ValueError, match="one map for all heads, got one for each of 2"):
         BlockSelector(ALIGNED, select_blocks(**inputs(heads=(2, 2)), selector=selector(), keep=1), "cpu")
-    with pytest.raises(ValueError, match="base must be given for a layout of type object"):
-        BlockSelector(object(), None, "cpu")
