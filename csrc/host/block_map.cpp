@@ -163,11 +163,11 @@ class BlockMap {
     std::array<std::array<std::uint32_t, WORDS>, BLOCK> bits{};
     for (const auto& [queries, keys] : fragments_) {
       std::array<std::uint32_t, WORDS> words{};
-      for (const Span& span : keys) {
-        if (span.end <= low || span.first >= low + BLOCK) continue;
+      auto span = std::partition_point(keys.begin(), keys.end(), [low](const Span& s) { return s.end <= low; });
+      for (; span != keys.end() && span->first < low + BLOCK; ++span) {
         for (i64 w = 0; w < WORDS; ++w) {
-          const i64 origin = low + 32 * w;
-          const i64 from = std::clamp<i64>(span.first - origin, 0, 32), to = std::clamp<i64>(span.end - origin, 0, 32);
+          const i64 origin = low + 32 * w, from = std::clamp<i64>(span->first - origin, 0, 32);
+          const i64 to = std::clamp<i64>(span->end - origin, 0, 32);
           words[w] |= static_cast<std::uint32_t>((std::uint64_t{1} << to) - (std::uint64_t{1} << from));
         }
       }
