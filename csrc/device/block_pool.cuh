@@ -22,10 +22,8 @@ struct PoolBlocksParams {
   float* pooled;         // [Hq + Hkv, S, D]: sums, heads of q first
   int heads_q;
   int d;       // 32, 64 or 128
-  int format;  // of q and k: a PoolFormat
+  int format;  // of q and k
 };
-
-enum PoolFormat { BF16 = 0, INT8 = 1, FP8 = 2 };
 
 template <typename T>
 HH_DEVICE uint4 load_channels(const T* from, i64 stride, bool vectors) {

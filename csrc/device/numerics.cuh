@@ -16,6 +16,8 @@ struct int8 {
   u8 bits;
 };
 
+enum Format { BF16 = 0, INT8 = 1, FP8 = 2 };  // of operands and results, as ops.quantize.FORMATS numbers them
+
 constexpr float E4M3_MAX = 448.0f;
 constexpr float INT8_LIMIT = 127.0f;
 constexpr float EPS = 1e-6f;  // of every RMSNorm, as the published model has it

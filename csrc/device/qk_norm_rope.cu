@@ -15,8 +15,6 @@ constexpr int ROWS = THREADS / WARP;  // of a block of qk_norm_rope, one per war
 constexpr int IN_FLIGHT = 4;  // loads of a thread
 constexpr int STRIP = 32;     // rows of v whose codes a thread stores
 
-enum Format { BF16 = 0, INT8_QK = 1, FP8 = 2 };  // of q and k; v is e4m3 in the last alone
-
 struct QkNormRopeParams {
   const void* product;        // [rows, F] bf16, float32 where there are scales; starts with row rows.first
   const float* row_scale;     // [N], or null: bf16
@@ -27,8 +25,8 @@ struct QkNormRopeParams {
   void* q;                    // [N, Hq, D]
   void* k;                    // [N, Hkv, D]
   void* v;                    // [N, Hkv, D] bf16, or e4m3 [Hkv, D, 128 blocks] in FP8
-  float* q_scale;             // [N, Hq] in INT8_QK, [blocks] in FP8
-  float* k_scale;             // [Hkv, blocks] in INT8_QK, [blocks] in FP8
+  float* q_scale;             // [N, Hq] in INT8, [blocks] in FP8
+  float* k_scale;             // [Hkv, blocks] in INT8, [blocks] in FP8
   float* v_scale;             // [Hkv, blocks] in FP8
   float* gate;                // [N, Hq]
   RowTiles rows;
@@ -38,7 +36,7 @@ struct QkNormRopeParams {
   int heads_q;
   int heads_kv;
   int head_dim;  // 32, 64 or 128
-  int format;
+  int format;    // of q and k; v is e4m3 in FP8 alone
 };
 
 // Calls function<D, VALUES>(...) of the launch: its head dim, and the elements in 16 bytes of its product.
@@ -117,7 +115,7 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
   const int heads_qk = p.heads_q + p.heads_kv, heads = p.format == FP8 ? heads_qk : heads_qk + p.heads_kv;
   // quantize_k makes the codes of k in int8.
   const auto is_mine = [&](int head) {
-    return head < heads && !(p.format == INT8_QK && head >= p.heads_q && head < heads_qk);
+    return head < heads && !(p.format == INT8 && head >= p.heads_q && head < heads_qk);
   };
 
   for (int start = lane / LANES; start - lane / LANES < heads; start += TOGETHER * IN_FLIGHT) {
@@ -145,7 +143,7 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
       const bool is_q = head < p.heads_q, is_v = head >= heads_qk, is_k = !is_q && !is_v;
       if (!is_v) held.normalise_and_rotate(x, inverse, is_k);
       float scale = 1.0f;
-      if (p.format == INT8_QK) scale = scale_of(lanes_max<LANES>(largest_of(x)), INT8_LIMIT);
+      if (p.format == INT8) scale = scale_of(lanes_max<LANES>(largest_of(x)), INT8_LIMIT);
       if (!is_mine(head)) continue;
       // One store serves q, k and v: a separate one for v was compiled to stores of 4 bytes.
       void* const out = is_q ? p.q : is_v ? p.v : p.k;
@@ -159,7 +157,7 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
       const float inverse_scale = 1.0f / scale;
 #pragma unroll
       for (int j = 0; j < VALUES; ++j) x[j] *= inverse_scale;
-      if (p.format == INT8_QK) {
+      if (p.format == INT8) {
         if (channel == 0) p.q_scale[row * p.heads_q + head] = scale;
         store_int8(static_cast<int8*>(out) + at, x);
       } else {

@@ -13,7 +13,6 @@
 
 constexpr int VECTORS = 8;
 constexpr int MAX_THREADS = 256;  // 8192 channels
-constexpr int BF16 = 0, INT8 = 1;  // formats of x; the third is e4m3
 
 struct RmsnormQuantizeParams {
   float* hidden;             // [N, C], rows hidden_stride apart
@@ -25,7 +24,7 @@ struct RmsnormQuantizeParams {
   i64 hidden_stride;
   i64 branch_stride;
   int channels;  // a multiple of 4
-  int format;
+  int format;    // of x
 };
 
 // Calls use(i, at) for each of this thread's vectors, i, and its place in the row.

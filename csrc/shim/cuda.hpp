@@ -85,11 +85,3 @@ inline T min(T a, T b) {
   return b < a ? b : a;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-
-// Plain operations are atomic here: the threads of a block never run at once, and blocks run one after another.
-template <typename T>
-inline T atomicAdd(T* at, T value) {
-  const T old = *at;
-  *at = old + value;
-  return old;
-}
