@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from batched import Batch, BatchedHappyHorse
 
-from happyhorse_fast.sampler.levels import noise_levels
+from happyhorse_fast.sampler.distilled import noise_levels
 
 STEPS, SHIFT = 8, 5.0
 IMAGE_SHARE = 0.15

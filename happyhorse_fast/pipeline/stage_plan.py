@@ -25,7 +25,7 @@ from happyhorse_fast.pipeline import tiling
 from happyhorse_fast.pipeline.request import AUDIO, DENOISED, IMAGE, RESOLVED, SOUND, TEXT, VIDEO, Request
 from happyhorse_fast.pipeline.turbo import TurboDecoder
 from happyhorse_fast.sampler.distilled import DISTILLED_STEPS
-from happyhorse_fast.sampler.guided import GUIDED_STEPS
+from happyhorse_fast.sampler.unipc import GUIDED_STEPS
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
 
 TEXT_LAYERS = 42

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from happyhorse_fast.sampler.levels import noise_levels
 from happyhorse_fast.sampler.noise import Draw
-from happyhorse_fast.sampler.steps import Advance, Denoiser, predict
+from happyhorse_fast.sampler.steps import Advance, Denoiser, predict, unshifted_levels
 
 DISTILLED_STEPS = 8
 """Steps that the model was distilled to."""
+
+
+def noise_levels(steps: int, shift: float) -> list[float]:
+    """Noise levels of a distilled run: s -> shift * s / (1 + (shift - 1) * s) of the even levels, and 0 at the end.
+
+    Args:
+        steps: Number of steps, at least 1.
+        shift: More than 0; above 1 spends more steps at high noise.
+
+    Returns:
+        steps + 1 falling values, rounded to float32, as the published schedulers keep them.
+    """
+    even = unshifted_levels(steps)
+    shifted = shift * even / (1 + (shift - 1) * even)
+    return [float(s) for s in np.append(shifted, 0.0).astype(np.float32)]
 
 
 def distilled(model: Denoiser, text: torch.Tensor, steps: int, shift: float, draw: Draw) -> tuple[Advance, list[float]]:

@@ -9,12 +9,11 @@ import torch
 from happyhorse_fast.arguments import require_finite, require_tensor, require_whole
 from happyhorse_fast.eager.sequence import Clip, check_inputs, check_time_axis
 from happyhorse_fast.fast.parallelize import ranks_of
-from happyhorse_fast.sampler.arguments import prepare_image, require_callback, require_positive
 from happyhorse_fast.sampler.distilled import DISTILLED_STEPS, distilled
-from happyhorse_fast.sampler.guided import GUIDED_STEPS, guided
 from happyhorse_fast.sampler.noise import Noise, noise_source
 from happyhorse_fast.sampler.progress import Callback
-from happyhorse_fast.sampler.steps import Denoiser, latent_dtype, require_denoiser, run_steps
+from happyhorse_fast.sampler.steps import Denoiser, latent_dtype, require_denoiser, require_positive, run_steps
+from happyhorse_fast.sampler.unipc import GUIDED_STEPS, guided
 
 
 @torch.no_grad()
@@ -77,11 +76,9 @@ def sample(
     steps = default if steps is None else require_whole("steps", steps, 1)
     shift = require_positive("shift", shift)
     guidance_audio = require_positive("guidance_audio", guidance_audio)
-    require_callback(callback)
     if not isinstance(hold_audio, bool):
         raise TypeError(f"hold_audio must be True or False, got {hold_audio!r} of type {type(hold_audio).__name__}")
     dtype = latent_dtype(model)
-    image = prepare_image(image, video.shape, model.device, dtype)
     ranks = ranks_of(model)
     draw = noise_source(noise, model.device, dtype, ranks)
     if guidance is None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from happyhorse_fast.arguments import require_finite, require_tensor
+from happyhorse_fast.arguments import real_number, require_finite, require_tensor
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.fast.step import at_step
 from happyhorse_fast.parallel.group import Ranks
-from happyhorse_fast.sampler.progress import Callback, StepInfo, peak_memory, step_display
+from happyhorse_fast.sampler.progress import StepInfo, peak_memory, step_display
 
+SIGMA_MAX = float(np.float32(0.999))
+"""Noise level that a run starts from, before the shift. The published schedulers keep it in float32 and go on from
+there in float64; from 0.999 itself, levels differ in the last bit (the seventh of 8)."""
 Advance = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(step from 0, video, audio) -> (video, audio) one noise level lower, as new tensors."""
 
@@ -54,6 +60,31 @@ def latent_dtype(model: Denoiser) -> torch.dtype:
     return torch.promote_types(model.stream_dtype, torch.float32)
 
 
+def unshifted_levels(steps: int) -> NDArray[np.float64]:
+    """Levels that ``steps`` steps start from, without the shift: evenly spaced from 0.999 down, 0 left out; [steps]."""
+    return np.linspace(SIGMA_MAX, 0.0, steps + 1)[:-1]
+
+
+def require_number(name: str, value: object, allowed: str, fits: Callable[[float], bool]) -> float:
+    """A number that ``fits``.
+
+    Raises:
+        TypeError: Not a number.
+        ValueError: It does not; ``allowed`` says what would.
+    """
+    number = real_number(value)
+    if number is None:
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not fits(number):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return number
+
+
+def require_positive(name: str, value: object) -> float:
+    """A finite number above 0; errors as :func:`require_number`."""
+    return require_number(name, value, "finite and more than 0", lambda number: 0 < number < math.inf)
+
+
 def predict(
     model: Denoiser, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, where: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,8 +117,8 @@ def run_steps(
     audio: torch.Tensor,
     *,
     title: str,
-    image: torch.Tensor | None,
-    callback: Callback | None,
+    image: object,
+    callback: object,
     progress: bool,
     hold_audio: bool = False,
     ranks: Ranks | None = None,
@@ -108,9 +139,20 @@ def run_steps(
 
     Returns:
         (video, audio) after the last step.
+
+    Raises:
+        TypeError, ValueError, NonFiniteError: ``image`` is no finite floating-point tensor of its shape on the latent's
+            device, or ``callback`` can be neither called nor left out.
     """
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable with a StepInfo, or None; got {type(callback).__name__}")
+    first: torch.Tensor | None = None
+    if image is not None:
+        first = require_tensor("image", image, (1, video.shape[1], 1, *video.shape[3:]), device=video.device)
+        require_finite("image", first)
+        first = first.to(video.dtype)
     steps, given = len(sigmas), audio
-    video = _with_image(video, image)
+    video = _with_image(video, first)
     told = nullcontext() if ranks is None else ranks.meeting.between_calls()
     with told, step_display(title, steps, progress) as show:
         for i, sigma in enumerate(sigmas):
@@ -118,7 +160,7 @@ def run_steps(
             with at_step(i, steps):
                 video, audio = advance(i, video, audio)
             audio = given if hold_audio else audio
-            video = _with_image(video, image)
+            video = _with_image(video, first)
             if video.is_cuda:
                 torch.cuda.synchronize(video.device)  # or the time would be that of the launches
             seconds = time.perf_counter() - start

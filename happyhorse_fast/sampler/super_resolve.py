@@ -10,15 +10,17 @@ from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.config import PATCH
 from happyhorse_fast.eager.sequence import check_inputs
 from happyhorse_fast.fast.parallelize import ranks_of
-from happyhorse_fast.sampler.arguments import (
-    prepare_image,
-    require_callback,
-    require_fraction,
-    require_positive,
-)
 from happyhorse_fast.sampler.noise import Noise, noise_source
 from happyhorse_fast.sampler.progress import Callback
-from happyhorse_fast.sampler.steps import Denoiser, latent_dtype, predict, require_denoiser, run_steps
+from happyhorse_fast.sampler.steps import (
+    Denoiser,
+    latent_dtype,
+    predict,
+    require_denoiser,
+    require_number,
+    require_positive,
+    run_steps,
+)
 from happyhorse_fast.sampler.unipc import move_history, unipc_scheduler, unipc_step
 
 SIGNAL_LEVELS = 1000
@@ -99,13 +101,11 @@ def super_resolve(
     steps = require_whole("steps", steps, 1)
     shift = require_positive("shift", shift)
     noise_index = require_whole("noise_index", noise_index, 0, SIGNAL_LEVELS - 1)
-    audio_noise = require_fraction("audio_noise", audio_noise)
-    require_callback(callback)
+    audio_noise = require_number("audio_noise", audio_noise, "from 0 to 1", lambda part: 0 <= part <= 1)
     dtype = latent_dtype(sr_model)
     ranks = ranks_of(sr_model)
     draw = noise_source(noise, sr_model.device, dtype, ranks)
     target = torch.Size((*video.shape[:3], height, width))
-    image = prepare_image(image, target, sr_model.device, dtype)
     solver = unipc_scheduler(steps, shift)
 
     def noised_video() -> torch.Tensor:

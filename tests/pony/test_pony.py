@@ -179,7 +179,7 @@ def test_losses_vanish_for_a_model_that_knows_the_clip(scripts):
 def test_rollouts_go_by_the_samplers_levels_and_score_the_clean_clip(scripts):
     from losses import STEPS, rollout_errors
 
-    from happyhorse_fast.sampler.levels import noise_levels
+    from happyhorse_fast.sampler.distilled import noise_levels
 
     generator = torch.Generator().manual_seed(0)
     clips = tuple(torch.randn(shape, generator=generator) for shape in ((16, 48, 13, 8, 8), (16, 9, 64), (16, 4, 8)))

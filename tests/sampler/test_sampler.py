@@ -16,9 +16,9 @@ from toy_denoiser import CONFIG, Latents, Toy, clip, relative_l2, replay
 from happyhorse_fast import golden
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.sampler import StepInfo, sample
-from happyhorse_fast.sampler.guided import video_guidance
-from happyhorse_fast.sampler.levels import noise_levels
+from happyhorse_fast.sampler.distilled import noise_levels
 from happyhorse_fast.sampler.progress import step_display
+from happyhorse_fast.sampler.unipc import video_guidance
 
 torch.set_num_threads(1)
 RECORDED = ("dense_v2_fp32", "local_d128_fp32")
