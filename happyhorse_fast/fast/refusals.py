@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -18,16 +18,16 @@ from torch.nn.utils import parametrize
 from happyhorse_fast.arguments import listed
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.sizes import layer_of, skeleton
-from happyhorse_fast.fast.compiled import published_key, state_dict_of, unwrapped
+from happyhorse_fast.fast.compiled import published_key, unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles
 from happyhorse_fast.fast.dtypes import PRODUCTS
 from happyhorse_fast.fast.layer import FastLayer
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-_FORWARD_HOOKS = {"_forward_hooks": "forward hook", "_forward_pre_hooks": "forward pre-hook"}
-_BACKWARD_HOOKS = {"_backward_hooks": "backward hook", "_backward_pre_hooks": "backward pre-hook"}
-_STATE_HOOKS = {"_state_dict_hooks": "state-dict hook", "_state_dict_pre_hooks": "state-dict pre-hook"}
+_FORWARD = {"_forward_hooks": "forward hook", "_forward_pre_hooks": "forward pre-hook"}
+_BACKWARD = {"_backward_hooks": "backward hook", "_backward_pre_hooks": "backward pre-hook"}
+_STATE = {"_state_dict_hooks": "state-dict hook", "_state_dict_pre_hooks": "state-dict pre-hook"}
 # Methods of a model that no forward pass calls.
 _BESIDE_FORWARD = {"init_weights", "reset_parameters", "extra_repr"}
 _SPLIT = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
@@ -59,15 +59,20 @@ def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
             "sparsity must be TopK or TopP for a model object of the public implementation, whose forward is not told "
             "how many columns a frame has; got Tiles. A HappyHorse of the same checkpoint (load) takes it"
         )
-    twin = _twin(model)
+    ours = isinstance(model, HappyHorse)
+    # Of a HappyHorse also the sizes; those of the public implementation are read off its weights.
+    count = max(1, len(model.block.layers))  # type: ignore[union-attr,arg-type]
+    twin = HappyHorse(model.config, device="meta") if isinstance(model, HappyHorse) else skeleton(count, range(count))
     likes = dict(twin.named_modules())
-    problems = [*_global_hooks(), *_gates(model), *_outward_ties(model), *_other_sizes(model, twin)]
+    every = {f"_global{name}": f"global {kind} of every module" for name, kind in (_FORWARD | _BACKWARD).items()}
+    problems = [*_hooks(global_hooks, every), *_outward_ties(model)]
     classes: dict[tuple[str, int], tuple[str, type]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if unwrapped(module) is module:  # what torch.compile wraps comes by itself
             key = published_key(path)
-            problems += _problems(key, module, likes.get(key), isinstance(model, HappyHorse), classes)
-    if problems := problems or list(_missing(model, twin)):
+            found = _additions(key, module, likes.get(key), ours, classes)
+            problems += [f"{key or 'model'}: {problem}" for problem in found]
+    if problems := problems or (list(_differences(model, twin)) if ours else []):
         raise ValueError(
             f"model must not carry what packed layers leave out ({len(problems)}): {listed(problems)}. Remove it "
             "before accelerate: merge LoRAs with merge_lora, bake parametrised weights in (remove_parametrizations), "
@@ -101,25 +106,19 @@ def require_running(model: nn.Module) -> None:
         if module is None:
             continue
         left += module._modules.values()
-        if (
-            "forward" in vars(module)
-            and unwrapped(module) is module  # torch.compile's wrapper has one
-            and not _is_a(module, FastLayer)
-            and module not in (model, parts.block)
-            and _is_overridden(module, "forward", vars(module)["forward"], "part")
-        ):
-            raise ValueError(
-                f"{_path_of(model, module)} got a forward of its own after accelerate, which does not run: call "
-                "restore(model) first"
-            )
+        runs = module is model or _is_a(module, FastLayer)
         hooks = module._backward_hooks or module._backward_pre_hooks
-        if module is not model and not _is_a(module, FastLayer):
+        own = False
+        if not runs:
             hooks = hooks or module._forward_hooks or module._forward_pre_hooks
-        if hooks:
+            # torch.compile's wrapper has a forward of its own.
+            own = "forward" in vars(module) and module is not parts.block and unwrapped(module) is module
+        if hooks or (own and _is_overridden(module, "forward", vars(module)["forward"], "part")):
+            what = f"a hook ({', '.join(map(_called, hooks.values()))})" if hooks else "a forward of its own"
             raise ValueError(
-                f"{_path_of(model, module)} got a hook ({', '.join(map(_called, hooks.values()))}) after accelerate, "
-                "which does not run: remove it, or call restore(model) first. Forward hooks on the whole model and on "
-                "block.layers.N run, and on_layer sees the residual stream after every layer"
+                f"{_path_of(model, module)} got {what} after accelerate, which does not run: remove it, or call "
+                "restore(model) first. Forward hooks on the whole model and on block.layers.N run, and on_layer sees "
+                "the residual stream after every layer"
             )
 
 
@@ -141,16 +140,9 @@ def require_one_rank(model: nn.Module) -> None:
     Raises:
         ValueError: Its context-parallel group has more than one rank.
     """
-    ranks = 1 if isinstance(model, HappyHorse) else _context_parallel_ranks(model)
-    if ranks > 1:
-        raise ValueError(
-            f"context parallelism must be off (cp_size=1), got a group of {ranks} ranks: every rank of an accelerated "
-            "model would compute all rows. Take cp_size=1, accelerate, then happyhorse_fast.parallelize(model, mesh)"
-        )
-
-
-def _context_parallel_ranks(model: nn.Module) -> int:
-    """Ranks that share a sequence, as the public implementation (inference.infra.distributed) would answer."""
+    if isinstance(model, HappyHorse):
+        return
+    # Where the public implementation (inference.infra.distributed), or a copy of it, would ask.
     scopes: list[dict[str, Any]] = []
     for kind in type(model).__mro__:
         scope = getattr(inspect.unwrap(vars(kind).get("forward", object)), "__globals__", {})
@@ -162,7 +154,11 @@ def _context_parallel_ranks(model: nn.Module) -> int:
         # It asserts where torch.distributed is up and the public implementation's groups are not made.
         with contextlib.suppress(AssertionError):
             ranks = max(ranks, int(size())) if callable(size) else ranks
-    return ranks
+    if ranks > 1:
+        raise ValueError(
+            f"context parallelism must be off (cp_size=1), got a group of {ranks} ranks: every rank of an accelerated "
+            "model would compute all rows. Take cp_size=1, accelerate, then happyhorse_fast.parallelize(model, mesh)"
+        )
 
 
 def _names(kind: type) -> list[str]:
@@ -207,21 +203,10 @@ def require_whole_weights(model: nn.Module) -> None:
             )
 
 
-def _global_hooks() -> Iterator[str]:
-    for name, kind in (_FORWARD_HOOKS | _BACKWARD_HOOKS).items():
-        for hook in getattr(global_hooks, f"_global{name}").values():
-            yield f"global {kind} of every module ({_called(hook)})"
-
-
-def _gates(model: nn.Module) -> Iterator[str]:
-    layers: Any = model.block.layers  # type: ignore[union-attr]
-    for index, layer in enumerate(layers):
-        config = getattr(getattr(layer, "attention", None), "config", None)
-        if getattr(config, "enable_attn_gating", True) is False:
-            yield (
-                f"block.layers.{index}.attention: attention gating is off (enable_attn_gating=False), the kernels have "
-                "one gate per query head: only models with it can be accelerated"
-            )
+def _hooks(holder: Any, attributes: Mapping[str, str]) -> Iterator[str]:
+    for attribute, kind in attributes.items():
+        for hook in getattr(holder, attribute).values():
+            yield f"{kind} ({_called(hook)})"
 
 
 def _outward_ties(model: nn.Module) -> Iterator[str]:
@@ -232,35 +217,17 @@ def _outward_ties(model: nn.Module) -> Iterator[str]:
             yield f"{key}: tied to {outside[id(value)]}, which stays as it is where the layer is packed"
 
 
-def _twin(model: nn.Module) -> HappyHorse:
-    """A HappyHorse on ``"meta"`` whose modules and tensors have the names that the model's may have.
-
-    Of a HappyHorse also its sizes; those of the public implementation are read off its weights.
-    """
-    if isinstance(model, HappyHorse):
-        return HappyHorse(model.config, device="meta")
-    count = max(1, len(model.block.layers))  # type: ignore[union-attr,arg-type]
-    return skeleton(count, range(count))
-
-
-def _other_sizes(model: nn.Module, twin: HappyHorse) -> Iterator[str]:
-    if not isinstance(model, HappyHorse):
-        return
-    wanted = {key: list(like.shape) for key, like in twin.named_parameters()}
-    there = {published_key(key): list(value.shape) for key, value in model.named_parameters(remove_duplicate=False)}
-    for key in (key for key in wanted if key in there and there[key] != wanted[key]):
-        yield f"{key}: is {there[key]}, its configuration makes it {wanted[key]}"
-    if (count := len(model.block.layers)) != model.config.num_layers:
-        yield f"block.layers: {count} layers, its configuration has {model.config.num_layers}"
+def _differences(model: nn.Module, twin: HappyHorse) -> Iterator[str]:
+    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    there = {published_key(key): value for key, value in named}
+    for key, like in twin.state_dict().items():
+        if key not in there:
+            yield f"{key}: is missing"
+        elif there[key].shape != like.shape:
+            yield f"{key}: is {list(there[key].shape)}, its configuration makes it {list(like.shape)}"
 
 
-def _missing(model: nn.Module, twin: HappyHorse) -> Iterator[str]:
-    if isinstance(model, HappyHorse):
-        there = state_dict_of(model).keys()
-        yield from (f"{key}: is missing" for key in twin.state_dict() if key not in there)
-
-
-def _problems(
+def _additions(
     path: str,
     module: nn.Module,
     like: nn.Module | None,
@@ -268,41 +235,40 @@ def _problems(
     classes: dict[tuple[str, int], tuple[str, type]],
 ) -> Iterator[str]:
     """Describe the additions of one module, and what differs from its twin ``like``, that packed layers leave out."""
-    name, role = path or "model", path.rpartition(".")[2]
-    attributes = (
-        _BACKWARD_HOOKS | (_FORWARD_HOOKS if path else {}) | (_STATE_HOOKS if layer_of(path) is not None else {})
-    )
-    for attribute, kind in attributes.items():
-        for hook in getattr(module, attribute).values():
-            yield f"{name}: {kind} ({_called(hook)})"
+    role, kind = path.rpartition(".")[2], type(module)
+    yield from _hooks(module, _BACKWARD | (_FORWARD if path else {}) | (_STATE if layer_of(path) is not None else {}))
     if parametrize.is_parametrized(module):
-        yield f"{name}: parametrised ({', '.join(module.parametrizations)})"  # type: ignore[arg-type]
+        yield f"parametrised ({', '.join(module.parametrizations)})"  # type: ignore[arg-type]
         return  # its class, children and tensors follow from that
     if ".parametrizations" in path:
         return
+    if role == "attention" and getattr(getattr(module, "config", None), "enable_attn_gating", True) is False:
+        yield (
+            "attention gating is off (enable_attn_gating=False), the kernels have one gate per query head: only models "
+            "with it can be accelerated"
+        )
     for attribute, value in vars(module).items():
         if _is_overridden(module, attribute, value, path):
-            yield f"{name}: {attribute} is replaced on the instance ({_called(value)})"
-    overriding = _overriding(type(module))
-    if isinstance(like, nn.Linear) and type(module) is not nn.Linear:
-        there = f"{type(module).__module__}.{type(module).__qualname__}"
-        yield f"{name}: replaced, is a {there} in the place of a torch.nn.Linear"
+            yield f"{attribute} is replaced on the instance ({_called(value)})"
+    overriding = _overriding(kind)
+    if isinstance(like, nn.Linear) and kind is not nn.Linear:
+        yield f"replaced, is a {kind.__module__}.{kind.__qualname__} in the place of a torch.nn.Linear"
     elif overriding:
-        yield f"{name}: a subclass's own {overriding[1]} ({overriding[0].__qualname__})"
+        yield f"a subclass's own {overriding[1]} ({overriding[0].__qualname__})"
     elif ours and like is not None and not isinstance(module, type(like)):
-        yield f"{name}: replaced, is a {type(module).__qualname__} in the place of {type(like).__name__}"
+        yield f"replaced, is a {kind.__qualname__} in the place of {type(like).__name__}"
     else:
         # The public implementation's classes may be anyone's; one role has one class (its linears: per expert count).
         key = ("layer" if role.isdecimal() else role, getattr(module, "num_experts", 1) if role in PRODUCTS else 0)
-        first, kind_there = classes.setdefault(key, (name, type(module)))
-        if kind_there is not type(module):
-            yield f"{name}: replaced, is a {type(module).__qualname__}; {first} is a {kind_there.__qualname__}"
+        first, kind_there = classes.setdefault(key, (path or "model", kind))
+        if kind_there is not kind:
+            yield f"replaced, is a {kind.__qualname__}; {first} is a {kind_there.__qualname__}"
     known = set() if like is None else {*like._modules, *like._parameters, *like._buffers}
     if extra := [child for child, there in module._modules.items() if there is not None and child not in known]:
-        yield f"{name}: added or replaced, is a {type(module).__qualname__} that holds {', '.join(extra)}"
+        yield f"added or replaced, is a {kind.__qualname__} that holds {', '.join(extra)}"
     tensors = (*module._parameters.items(), *module._buffers.items())
     if extra := [tensor for tensor, there in tensors if there is not None and tensor not in known]:
-        yield f"{name}: added parameters or buffers {', '.join(extra)}"
+        yield f"added parameters or buffers {', '.join(extra)}"
 
 
 def _is_overridden(module: nn.Module, attribute: str, value: object, path: str) -> bool:
