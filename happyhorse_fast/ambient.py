@@ -37,73 +37,43 @@ class _Setting:
         return True
 
 
-class _Float32Products(_Setting):
-    """What float32 products may be rounded to: one setting by its old name, and one per backend and kind since 2.9.
+class _Float32(_Setting):
+    """What float32 may be rounded to in an operation: one setting by its old name, and one per backend and kind.
 
     A value is (the old one, None where torch refuses to name it because the new ones contradict it; the new ones).
     """
 
-    KINDS = (("cuda", "matmul"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
     EXACT = ("none", "ieee")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, exact: Any, *kinds: tuple[str, str]) -> None:
         super().__init__(self.read, self.write, None)
+        self.get_old, self.set_old = getattr(_C, f"_get_{name}"), getattr(_C, f"_set_{name}")
+        self.exact, self.kinds = exact, kinds
 
-    def read(self) -> tuple[str | None, tuple[str, ...]]:
-        kinds = tuple(_C._get_fp32_precision_getter(*kind) for kind in self.KINDS)
+    def read(self) -> tuple[Any, tuple[str, ...]]:
+        kinds = tuple(_C._get_fp32_precision_getter(*kind) for kind in self.kinds)
         try:
-            return _C._get_float32_matmul_precision(), kinds
+            return self.get_old(), kinds
         except RuntimeError:
             return None, kinds
 
-    def write(self, value: tuple[str | None, tuple[str, ...]]) -> None:
+    def write(self, value: tuple[Any, tuple[str, ...]]) -> None:
         old, kinds = value
         if old is not None:
-            _C._set_float32_matmul_precision(old)
-        for (backend, kind), precision in zip(self.KINDS, kinds, strict=True):
+            self.set_old(old)
+        for (backend, kind), precision in zip(self.kinds, kinds, strict=True):
             if _C._get_fp32_precision_getter(backend, kind) == precision:
                 continue
             # Reading resolves "none": what equals the setting above was most likely inherited, and goes on to be.
             above = precision != "ieee" and precision == _C._get_fp32_precision_getter(backend, "all")
             _C._set_fp32_precision_setter(backend, kind, "none" if above else precision)
 
-    def hold(self, value: tuple[str | None, tuple[str, ...]]) -> bool:
+    def hold(self, value: tuple[Any, tuple[str, ...]]) -> bool:
         old, kinds = value
         if all(precision in self.EXACT for precision in kinds):
             return False
         # By the old name where torch knows it, or reading that raises in other threads.
-        self.write((None if old is None else "highest", tuple("ieee" for _ in kinds)))
-        return True
-
-
-class _Float32Convolutions(_Setting):
-    """Whether cuDNN may round float32 convolutions to TF32, as torch lets it by default; values as above."""
-
-    def __init__(self) -> None:
-        super().__init__(self.read, self.write, None)
-
-    def read(self) -> tuple[bool | None, str]:
-        kind = _C._get_fp32_precision_getter("cuda", "conv")
-        try:
-            return _C._get_cudnn_allow_tf32(), kind
-        except RuntimeError:
-            return None, kind
-
-    def write(self, value: tuple[bool | None, str]) -> None:
-        old, kind = value
-        if old is not None:
-            _C._set_cudnn_allow_tf32(old)
-        if _C._get_fp32_precision_getter("cuda", "conv") != kind:
-            _C._set_fp32_precision_setter("cuda", "conv", kind)
-
-    def hold(self, value: tuple[bool | None, str]) -> bool:
-        old, kind = value
-        if kind in _Float32Products.EXACT:
-            return False
-        if old is not None:
-            _C._set_cudnn_allow_tf32(False)
-        if _C._get_fp32_precision_getter("cuda", "conv") not in _Float32Products.EXACT:  # inherits what others are
-            _C._set_fp32_precision_setter("cuda", "conv", "ieee")
+        self.write((None if old is None else self.exact, tuple("ieee" for _ in kinds)))
         return True
 
 
@@ -118,8 +88,9 @@ def _attention(kind: str) -> _Setting:
 
 
 SETTINGS = (
-    _Float32Products(),
-    _Float32Convolutions(),
+    _Float32("float32_matmul_precision", "highest", ("cuda", "matmul"), ("mkldnn", "matmul"), ("mkldnn", "conv")),
+    # cuDNN may round convolutions to TF32, as torch lets it by default.
+    _Float32("cudnn_allow_tf32", False, ("cuda", "conv")),
     # Of a transposed convolution cuDNN may take an algorithm whose sums are in another order in every run.
     _Setting(_C._get_cudnn_deterministic, _C._set_cudnn_deterministic, True),
     # Tries algorithms out in the first call of every shape, and takes another one in another process.
