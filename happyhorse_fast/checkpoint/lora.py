@@ -33,7 +33,9 @@ _KEY = re.compile(rf"^(?P<path>.+)\.(?:(?P<down>{_DOWN})|(?P<up>{_UP}))(?:(?:\.(
 _ALPHA = re.compile(r"^(?P<path>.+?)(?:\.lora)?\.alpha$")
 _DORA = re.compile(r"lora_magnitude_vector|dora_scale|\.magnitude(?:\.|$)")
 # What else a peft configuration can switch on that is no product of two matrices, or is one over other base weights.
+_PEFT_PLAIN = {"peft_type": "LORA", "bias": "none"}
 _PEFT_REFUSED = (
+    "use_dora",
     "use_qalora",
     "modules_to_save",
     "fan_in_fan_out",
@@ -207,13 +209,8 @@ def _parsed(text: str, file: Path) -> dict[str, Any]:
 def _require_plain_lora(config: Mapping[str, Any], file: Path) -> None:
     start = str(config.get("init_lora_weights", ""))
     refused = [f"{name}={config[name]!r}" for name in _PEFT_REFUSED if config.get(name)]
-    if config.get("use_dora"):
-        refused = ["a DoRA (use_dora), whose magnitudes rescale the merged weight"]
-    elif config.get("peft_type", "LORA") != "LORA":
-        refused = [f"peft_type {config['peft_type']!r}"]
-    elif config.get("bias", "none") != "none":
-        refused = [f"bias={config['bias']!r}"]
-    elif start.lower().startswith(_CHANGES_BASE):
+    refused += [f"{name}={config[name]!r}" for name, plain in _PEFT_PLAIN.items() if config.get(name, plain) != plain]
+    if start.lower().startswith(_CHANGES_BASE):
         refused += [f"init_lora_weights={start!r}, which was trained over changed base weights (peft can convert it)"]
     if refused:
         raise ValueError(f"{file}: {refused[0]}, which cannot be merged; only plain LoRAs can")

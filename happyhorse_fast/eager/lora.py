@@ -58,10 +58,12 @@ def merge(model: nn.Module, updates: Mapping[str, Sequence[Update]]) -> None:
         for path in updates:
             module = model.get_submodule(path)
             before[path] = merged = _merged(module, path)
-            _write(module, merged, (*(merged.updates if merged else ()), *updates[path]), path)
+            _write(module, (*(merged.updates if merged else ()), *updates[path]))
     except BaseException:  # not finite, out of memory, Ctrl-C
         for path, merged in before.items():
-            _rewrite(model.get_submodule(path), merged)
+            module = model.get_submodule(path)
+            if vars(module).get("merged_lora") is not merged:  # else it was not written yet
+                _write(module, merged.updates if merged else ())
         raise
 
 
@@ -83,7 +85,7 @@ def unmerge(model: nn.Module) -> bool:
     """
     merged = {path: _merged(module, path) for path, module in model.named_modules() if "merged_lora" in vars(module)}
     for path in merged:
-        _rewrite(model.get_submodule(path), None)
+        _write(model.get_submodule(path), ())
     return bool(merged)
 
 
@@ -106,25 +108,17 @@ def _merged(module: nn.Module, path: str) -> Merged | None:
     )
 
 
-def _write(module: nn.Module, merged: Merged | None, updates: tuple[Update, ...], path: str) -> None:
+def _write(module: nn.Module, updates: tuple[Update, ...]) -> None:
+    """Make a module's weight of its original and these LoRAs; of none, it is the original, and its record goes."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    merged: Merged | None = vars(module).get("merged_lora")
     original = merged.original if merged else weight.detach().to("cpu", copy=True)
-    value = _sum(original, updates, weight.device)
-    module.merged_lora = Merged(original, updates, _bits(value))  # type: ignore[assignment]
-    _copy(weight, value)
-
-
-def _rewrite(module: nn.Module, merged: Merged | None) -> None:
-    """Give a module the weight that it had with ``merged`` in it, None for its original."""
-    now: Merged | None = vars(module).get("merged_lora")
-    if now is merged:
-        return  # not written yet, or there was nothing
-    assert now is not None
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    _copy(weight, _sum(now.original, merged.updates, weight.device) if merged else now.original)
-    if merged:
-        module.merged_lora = merged  # type: ignore[assignment]
-    else:
+    if updates:
+        value = _sum(original, updates, weight.device)
+        module.merged_lora = Merged(original, updates, _bits(value))  # type: ignore[assignment]
+        _copy(weight, value)
+    elif merged:
+        _copy(weight, original)
         del module.merged_lora
 
 

@@ -344,8 +344,8 @@ def test_what_does_not_fit_is_named_and_changes_nothing(
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (CONFIG | {"use_dora": True}, "a DoRA (use_dora)"),
-        (CONFIG | {"peft_type": "LOHA"}, "peft_type 'LOHA'"),
+        (CONFIG | {"use_dora": True}, "use_dora=True"),
+        (CONFIG | {"peft_type": "LOHA"}, "peft_type='LOHA'"),
         (CONFIG | {"bias": "all"}, "bias='all'"),
         (CONFIG | {"modules_to_save": ["x"]}, "modules_to_save=['x']"),
         (CONFIG | {"fan_in_fan_out": True}, "fan_in_fan_out=True"),
