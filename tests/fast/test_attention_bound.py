@@ -17,7 +17,7 @@ from happyhorse_fast.checkpoint.packed import save_packed
 from happyhorse_fast.fast import accelerate as acceleration
 from happyhorse_fast.fast import layer as fast_layer
 from happyhorse_fast.fast.accelerate import accelerate, empty_accelerated, explain
-from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound, packed_bound
+from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.ops.attention.score_bound import LIMIT, norm_bound
@@ -68,17 +68,19 @@ def test_it_is_what_the_published_weights_give(case: golden.GoldenCase) -> None:
     assert accelerate(eager, FastConfig(backend="reference")).block.layers[0].bound.effective == pytest.approx(wanted)
 
 
-def test_nan_in_the_weights_of_one_expert_is_no_bound() -> None:
-    norm, weight = torch.zeros(2, 8), torch.ones(2, 6, 8).bfloat16()
-    qk_norm = torch.zeros(2, 2, 4)
-    assert packed_bound(norm, qk_norm, weight, None, slice(4, 6)).effective < LIMIT
-    weight[1, 5, 3] = math.nan
-    assert packed_bound(norm, qk_norm, weight, None, slice(4, 6)).effective == math.inf
+def test_nan_in_the_weights_of_one_expert_is_no_bound(case: golden.GoldenCase) -> None:
+    model: Any = accelerate(case.model(torch.bfloat16), FastConfig(backend="reference"))
+    layer = next(layer for layer in model.block.layers if layer.plan.experts == 3)
+    v_row = (case.config.num_heads_q + 2 * case.config.num_heads_kv) * case.config.head_dim - 1
+    assert layer.bound.effective < LIMIT
+    layer.weight_of("qkv")[1, v_row, 3] = math.nan
+    layer.find_bound()
+    assert layer.bound.effective == math.inf
 
 
 def test_a_forward_pass_does_not_look_for_it(case: golden.GoldenCase, monkeypatch: pytest.MonkeyPatch) -> None:
     model = accelerate(case.model(torch.bfloat16), FastConfig(backend="reference"))
-    monkeypatch.setattr(fast_layer, "packed_bound", None)
+    monkeypatch.setattr(fast_layer, "value_bound", None)
     run(model, case)
 
 
