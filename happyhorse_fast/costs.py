@@ -104,17 +104,12 @@ class Parameters:
     Attributes:
         total: All of them.
         active: Those that one video token passes: one expert of three in the sandwich layers.
-        linear: Those of the linear weights inside layers, which are stored in bf16; the others are float32.
+        bytes: Of the weights as published: linear ones inside layers in bf16, the others in float32.
     """
 
     total: int
     active: int
-    linear: int
-
-    @property
-    def bytes(self) -> int:
-        """Size of the weights as published: bf16 inside layers, float32 elsewhere."""
-        return 2 * self.linear + 4 * (self.total - self.linear)
+    bytes: int
 
 
 def parameters(config: ModelConfig) -> Parameters:
@@ -130,11 +125,9 @@ def parameters(config: ModelConfig) -> Parameters:
         active += matrices + vectors
     embedders = {m: (channels[m] + 1) * width for m in MODALITIES}
     heads = {m: width + channels[m] * width for m in ("video", "audio")}
-    return Parameters(
-        total=linear + norms + sum(embedders.values()) + sum(heads.values()),
-        active=active + embedders["video"] + heads["video"],
-        linear=linear,
-    )
+    wide = norms + sum(embedders.values()) + sum(heads.values())
+    active += embedders["video"] + heads["video"]
+    return Parameters(linear + wide, active, bytes=2 * linear + 4 * wide)
 
 
 def _channels(config: ModelConfig) -> dict[str, int]:

@@ -32,12 +32,10 @@ def obstacle(package: str) -> str | None:
     try:
         importlib.import_module(package)
         importlib.import_module(PARTS.get(package, package))
-    except ModuleNotFoundError as error:
-        if error.name == package:
-            return f"{package} is not installed{advice}"
-        return _broken(package, error)
     except Exception as error:  # whatever a broken package raises, it is not to be used
-        return _broken(package, error)
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            return f"{package} is not installed{advice}"
+        return f"{package} is installed but does not import: {said(error)}"
     unfit = _unfit_version(package)
     return None if unfit is None else f"{unfit}{advice}"
 
@@ -75,10 +73,6 @@ def require(package: str, purpose: str) -> None:
     why_not = obstacle(package)
     if why_not is not None:
         raise ImportError(f"{purpose} needs {package}: {why_not}")
-
-
-def _broken(package: str, error: Exception) -> str:
-    return f"{package} is installed but does not import: {said(error)}"
 
 
 def said(error: Exception) -> str:

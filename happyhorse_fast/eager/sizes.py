@@ -101,14 +101,11 @@ def require_sizes(entries: Mapping[str, TensorSpec], path: Path, config: ModelCo
             layer = differ[0]
         key = WITNESS[field].format(layer)
         seen = _seen(entries[key]) if key in entries else f"no {key}"
-        problems.append(f"{field}: the checkpoint has {_plain(found)} ({seen}), {asked} says {_plain(wanted)}")
+        has, says = (list(value) if isinstance(value, tuple) else value for value in (found, wanted))
+        problems.append(f"{field}: the checkpoint has {has} ({seen}), {asked} says {says}")
     if problems:
         raise CheckpointError(f"{path}: does not fit {asked}:\n  " + "\n  ".join(problems))
     _require_shapes(entries, path, config)
-
-
-def _plain(value: int | tuple[int, ...]) -> int | list[int]:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def layer_of(key: str) -> int | None:

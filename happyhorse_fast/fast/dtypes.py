@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ def require_published_dtypes(model: nn.Module) -> None:
 
     ``model.half()`` and the like round norms, embedders, heads and rotary frequencies, which are float32, for good.
     """
-    for key, tensor in _tensors(model):
+    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
         name = published_key(key)
         linear = name.startswith("block.layers.") and name.split(".")[-2:-1] and name.split(".")[-2] in PRODUCTS
         allowed = LINEAR_DTYPES if linear else (torch.float32,)
@@ -35,7 +36,7 @@ def require_published_dtypes(model: nn.Module) -> None:
 def require_kept_dtypes(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Raise a TypeError where ``change``, what ``nn.Module.to`` does to each tensor, would give one another dtype."""
     after: dict[tuple[torch.dtype, torch.device], torch.dtype] = {}
-    for name, tensor in _tensors(module):
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         kind = (tensor.dtype, tensor.device)
         if kind not in after:
             after[kind] = change(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype
@@ -45,11 +46,6 @@ def require_kept_dtypes(module: nn.Module, change: Callable[[torch.Tensor], torc
                 f"a conversion of {name} from {_short(tensor.dtype)} to {_short(after[kind])} (.to(dtype), .half(), "
                 ".float(), .double() or .bfloat16()): restore(model) first, or move it with .to(device) alone"
             )
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
 
 
 def _short(dtype: torch.dtype) -> str:

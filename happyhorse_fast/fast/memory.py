@@ -98,11 +98,11 @@ class StorageMeter(TorchDispatchMode):
             self._count(tensor, name)
         return self.live_bytes - before
 
-    def largest(self, *, without: str = "") -> tuple[Allocation, ...]:
-        """The largest storages at the peak, but for those registered as ``without``."""
+    def largest(self) -> tuple[Allocation, ...]:
+        """The largest storages at the peak, but for those registered as ``"weights"``."""
         self._keep_peak()
         ranked = sorted(self._at_peak, key=lambda a: a.bytes, reverse=True)
-        return tuple(a for a in ranked if a.made_by != without)[:LARGEST]
+        return tuple(a for a in ranked if a.made_by != "weights")[:LARGEST]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -236,7 +236,7 @@ def peak_memory(
         with _AsOnCuda(), meter, at_step(first, first + last + 1):
             out = fake(*inputs) if call is None else call(fake, *inputs)
         del out
-    return PeakMemory(meter.peak_bytes, weights, meter.operation, meter.largest(without="weights"))
+    return PeakMemory(meter.peak_bytes, weights, meter.operation, meter.largest())
 
 
 def one_layer_per_kind(config: ModelConfig, clip: ClipTokens) -> ModelConfig:

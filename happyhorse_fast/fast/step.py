@@ -24,7 +24,7 @@ class Step:
     Attributes:
         index: 0-based.
         count: Steps of the run.
-        exact: What the step is to the rules that compiled models ask for.
+        exact: What the step is to the rules that models ask for.
     """
 
     index: int
@@ -38,8 +38,8 @@ class Step:
 
 
 _STEP: ContextVar[Step | None] = ContextVar("happyhorse_fast.step", default=None)
-# Rules that compiled models ask for; they hold one answer each, and there are as many as configurations.
-_compiled_rules: dict[Rule, None] = {}
+# Rules that models ask for; there are as many as configurations.
+_rules: dict[Rule, None] = {}
 
 
 class _Call:
@@ -76,7 +76,7 @@ def at_step(step: int, steps: int) -> Iterator[None]:
     steps = require_whole("steps", steps, 1)
     step = require_whole("step", step, 0, steps - 1)
     here = Step(step, steps)
-    for rule in tuple(_compiled_rules):
+    for rule in tuple(_rules):
         here.answer(rule)
     token = _STEP.set(here)
     try:
@@ -100,27 +100,21 @@ def is_exact(fast: FastConfig) -> bool:
     rule = (fast.exact_first_steps, fast.exact_last_steps)
     if fast.sparsity is None or rule == (0, 0):
         return False
+    here = answer(*rule)
     if torch.compiler.is_dynamo_compiling():
-        answer(*rule)
         exact: bool = _CALL.step.exact[rule]
         return exact
-    return _here(rule).answer(rule)
+    return here
 
 
-def answer(first: int, last: int) -> None:
-    """Runs for real while torch compiles a graph: has this and every later step answer a rule."""
-    rule = (first, last)
-    _compiled_rules[rule] = None
-    _here(rule).answer(rule)
-
-
-def _here(rule: Rule) -> Step:
-    step = _STEP.get()
+def answer(first: int, last: int) -> bool:
+    """What this step is to a rule, which every later one answers too; runs for real while torch compiles a graph."""
+    step, rule = _STEP.get(), (first, last)
     if step is None:
         raise ValueError(
-            f"exact_first_steps={rule[0]} and exact_last_steps={rule[1]} need to know the denoising step of this call: "
+            f"exact_first_steps={first} and exact_last_steps={last} need to know the denoising step of this call: "
             "sample with happyhorse_fast.sample, or call the model inside "
-            '"with happyhorse_fast.at_step(step, steps):"; '
-            "a thread of its own needs one of its own"
+            '"with happyhorse_fast.at_step(step, steps):"; a thread of its own needs one of its own'
         )
-    return step
+    _rules[rule] = None
+    return step.answer(rule)

@@ -43,7 +43,10 @@ def noise_source(noise: Noise, device: torch.device, dtype: torch.dtype, ranks: 
         raise TypeError(
             f"noise must be a torch.Generator, a callable (name, shape) -> tensor, or None; got {type(noise).__name__}"
         )
-    return draw if ranks is None else lambda name, shape: ranks.broadcast(_own(draw(name, shape)))
+    if ranks is None:
+        return draw
+    # Of a copy: what is broadcast is written to.
+    return lambda name, shape: ranks.broadcast(draw(name, shape).clone(memory_format=torch.contiguous_format))
 
 
 def _seeded(generator: torch.Generator | None, device: torch.device, dtype: torch.dtype) -> Draw:
@@ -69,8 +72,3 @@ def _replayed(replay: Draw, device: torch.device, dtype: torch.dtype) -> Draw:
         return value.to(device, dtype)
 
     return draw
-
-
-def _own(x: torch.Tensor) -> torch.Tensor:
-    """A copy to be written to."""
-    return x.clone(memory_format=torch.contiguous_format)
