@@ -8,6 +8,8 @@ checkpoints load as they are. Everything runs in chunks of rows, so it needs no 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -323,36 +325,33 @@ class HappyHorse(nn.Module):
         Raises:
             TypeError, ValueError, NonFiniteError: As :func:`happyhorse_fast.eager.sequence.check_inputs`.
         """
-        if self.ranks is None:
-            return self._forward(video, audio, text, on_layer)
-        with self.ranks.call(video=video, audio=audio, text=text, on_layer=on_layer):
-            return self._forward(video, audio, text, on_layer)
-
-    def _forward(
-        self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, on_layer: LayerHook | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        clip = sequence.check_inputs(self.config, video, audio, text, self.device)
-        ranks, rank = (1, 0) if self.ranks is None else (self.ranks.size, self.ranks.rank)
-        share = RowShare(clip.total, ranks=ranks, rank=rank)
-        ulysses = None if self.ranks is None else Ulysses(self.ranks, share)
-        here = clip if ulysses is None else sequence.held_tokens(clip, share)
-        coords = sequence.coordinates(clip, self.config.coords_style, self.device)[share.first : share.end]
-        phases = _extended(rotary_phases(coords, self.adapter.rope.bands).to(self.stream_dtype), share)
-        hidden = _extended(self._embed(video, audio, text, clip, share), share)
-        dense = sequence.dense_ranges(clip)
-        local = sequence.local_ranges(clip, self.config.frame_receptive_field)
-        for i, layer in enumerate(self.block.layers):
-            ranges = local if self.config.is_local(i, clip.frame_tokens) else dense
-            gather(self.block.layers, i)
-            hidden = layer(hidden, phases, here, ranges, self.compute_dtype, ulysses)
-            if on_layer is not None:
-                on_layer(i, self._every(hidden, share, slice(0, clip.total)))
-        video_rows, audio_rows, _ = here.slices()
-        video_out = self._head(hidden[video_rows], self.final_norm_video, self.final_linear_video)
-        audio_out = self._head(hidden[audio_rows], self.final_norm_audio, self.final_linear_audio)
-        whole_video, whole_audio, _ = clip.slices()
-        video_out, audio_out = self._every(video_out, share, whole_video), self._every(audio_out, share, whole_audio)
-        return sequence.unpatchify(video_out, clip), audio_out.unsqueeze(0)
+        inputs: dict[str, Any] = {"video": video, "audio": audio, "text": text, "on_layer": on_layer}
+        with nullcontext() if self.ranks is None else self.ranks.call(**inputs):
+            clip = sequence.check_inputs(self.config, video, audio, text, self.device)
+            ranks, rank = (1, 0) if self.ranks is None else (self.ranks.size, self.ranks.rank)
+            share = RowShare(clip.total, ranks=ranks, rank=rank)
+            ulysses = None if self.ranks is None else Ulysses(self.ranks, share)
+            here = clip if ulysses is None else sequence.held_tokens(clip, share)
+            coords = sequence.coordinates(clip, self.config.coords_style, self.device)[share.first : share.end]
+            phases = _extended(rotary_phases(coords, self.adapter.rope.bands).to(self.stream_dtype), share)
+            hidden = _extended(self._embed(video, audio, text, clip, share), share)
+            dense = sequence.dense_ranges(clip)
+            local = sequence.local_ranges(clip, self.config.frame_receptive_field)
+            for i, layer in enumerate(self.block.layers):
+                ranges = local if self.config.is_local(i, clip.frame_tokens) else dense
+                gather(self.block.layers, i)
+                hidden = layer(hidden, phases, here, ranges, self.compute_dtype, ulysses)
+                if on_layer is not None:
+                    on_layer(i, self._every(hidden, share, slice(0, clip.total)))
+            ends = (
+                (self.final_norm_video, self.final_linear_video),
+                (self.final_norm_audio, self.final_linear_audio),
+            )
+            video_out, audio_out = [
+                self._every(self._head(hidden[rows], *end), share, whole)
+                for rows, whole, end in zip(here.slices()[:2], clip.slices()[:2], ends, strict=True)
+            ]
+            return sequence.unpatchify(video_out, clip), audio_out.unsqueeze(0)
 
     def _embed(
         self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor, clip: Clip, share: RowShare

@@ -17,14 +17,13 @@ from happyhorse_fast.eager.lora import unmerge
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.sizes import TensorSpec, sizes_of
 from happyhorse_fast.fast import model as fast_model
-from happyhorse_fast.fast.compiled import state_dict_of, unwrapped
+from happyhorse_fast.fast.compiled import load_compiler, state_dict_of, untraced, unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles
 from happyhorse_fast.fast.dtypes import require_published_dtypes
 from happyhorse_fast.fast.layer import FastLayer, empty_layer
 from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.fast.refusals import require_acceleratable
 from happyhorse_fast.fast.state import FastState, is_accelerated
-from happyhorse_fast.fast.untraced import load_compiler, untraced
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.dispatch import Choice, attention_is_hopper, choose, compute_capability
 from happyhorse_fast.parallel.sharded import is_sharded
@@ -262,13 +261,14 @@ def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
     for layer in layers:
         plan: LayerPlan = layer.plan
         post_norm = hasattr(layer, "attn_post_norm")
+        runs = {
+            "fp8_linear": post_norm,
+            "fp8_linear_residual": not post_norm,
+            "select_blocks": plan.sparse and not isinstance(state.fast.sparsity, Tiles),
+            "quantize_rows": "int8" in (plan.precision["proj"], plan.precision["down"]),
+        }
         for op, choice in state.choices.items():
-            if (op == "fp8_linear" and not post_norm) or (op == "fp8_linear_residual" and post_norm):
-                continue
-            if op == "select_blocks" and (not plan.sparse or isinstance(state.fast.sparsity, Tiles)):
-                continue
-            fed = {plan.precision[name] for name in ("proj", "down")}
-            if op == "quantize_rows" and "int8" not in fed:
+            if not runs.get(op, True):
                 continue
             mask, reason, precision = "", choice.reason, plan.precision[products[op]]
             if op == "block_sparse_attention":

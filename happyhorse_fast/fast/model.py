@@ -19,13 +19,13 @@ from happyhorse_fast.eager.model import ROW_CHUNK, HappyHorse, LayerHook
 from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.eager.sequence import Ranges
 from happyhorse_fast.fast.clip_state import ClipState
+from happyhorse_fast.fast.compiled import load_compiler
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.dtypes import require_kept_dtypes
 from happyhorse_fast.fast.padded_rows import PaddedRows, Spans, worth_aligning
 from happyhorse_fast.fast.refusals import require_running
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.fast.step import answer, is_exact, step_in_words
-from happyhorse_fast.fast.untraced import load_compiler
 from happyhorse_fast.ops.runtime.checks import has_tangent
 from happyhorse_fast.parallel.sharded import gather
 

@@ -18,11 +18,11 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.fast.clip_state import ClipState
+from happyhorse_fast.fast.compiled import untraced
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer, pack_layer
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.plan import LayerPlan
-from happyhorse_fast.fast.untraced import untraced
 from happyhorse_fast.ops.runtime.checks import is_capturing
 from happyhorse_fast.ops.runtime.dispatch import Choice, compute_capability
 from happyhorse_fast.parallel.group import Ranks

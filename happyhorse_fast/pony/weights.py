@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from happyhorse_fast import ambient
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
-from happyhorse_fast.fast.untraced import untraced
+from happyhorse_fast.fast.compiled import untraced
 from happyhorse_fast.pony.codec import LinearCodec
 from happyhorse_fast.pony.prompt import TEXT_CHANNELS
 

@@ -17,9 +17,8 @@ from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import pack
 from happyhorse_fast.eager import sequence
 from happyhorse_fast.fast.attention_inputs import AttentionInputs
-from happyhorse_fast.fast.clip_state import ClipState
+from happyhorse_fast.fast.clip_state import ClipState, SparsePolicy
 from happyhorse_fast.fast.padded_rows import PaddedRows
-from happyhorse_fast.fast.sparse_policy import SparsePolicy
 from happyhorse_fast.fast.state import FastState, build_clip_state
 from happyhorse_fast.pony.generate import CLIP
 

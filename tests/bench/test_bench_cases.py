@@ -25,8 +25,8 @@ from bench.cases import (
 )
 from bench.inputs import call, make, moved_bytes
 from happyhorse_fast.costs import layer_kind, step_costs
+from happyhorse_fast.fast.clip_state import SparsePolicy
 from happyhorse_fast.fast.config import TopK
-from happyhorse_fast.fast.sparse_policy import SparsePolicy
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.dispatch import STEMS
 

@@ -19,8 +19,8 @@ from happyhorse_fast.eager.model import HappyHorse, Layer
 from happyhorse_fast.fast import accelerate as acceleration
 from happyhorse_fast.fast import state as fast_state
 from happyhorse_fast.fast.accelerate import accelerate, explain, restore
+from happyhorse_fast.fast.clip_state import SparsePolicy
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
-from happyhorse_fast.fast.sparse_policy import SparsePolicy
 from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.fast.step import at_step
 from happyhorse_fast.ops.runtime.cuda.launch import use_runner

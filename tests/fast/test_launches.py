@@ -5,9 +5,9 @@ import torch
 
 from happyhorse_fast.block_map.dynamic import choose
 from happyhorse_fast.fast import launches
+from happyhorse_fast.fast.clip_state import SparsePolicy
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.fast.launches import LaunchCounter, launches_per_layer
-from happyhorse_fast.fast.sparse_policy import SparsePolicy
 from happyhorse_fast.ops.block_selection.contract import LAUNCHES
 
 EXACT, DYNAMIC = 9, 15

@@ -13,8 +13,8 @@ from small_models import clip, fast_model, packed, same
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from happyhorse_fast.fast.compiled import untraced
 from happyhorse_fast.fast.config import TopK
-from happyhorse_fast.fast.untraced import untraced
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.pony.weights import load_codecs
 from happyhorse_fast.sampler.super_resolve import signal_table

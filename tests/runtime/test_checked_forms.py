@@ -15,8 +15,8 @@ import torch
 from happyhorse_fast import golden
 from happyhorse_fast.config import OPS
 from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.fast import clip_state
 from happyhorse_fast.fast import layer as fast_layer
-from happyhorse_fast.fast import sparse_policy
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig, TopK
 from happyhorse_fast.ops.runtime import op_checks
@@ -115,7 +115,7 @@ def test_what_a_model_runs_is_what_is_checked(
     fast = FastConfig(backend="reference", precision=precision, attention=attention, skip=skip, sparsity=TopK(keep=0.5))
     model = accelerate(HappyHorse(config).init_weights(0), fast)
     run: Forms = set()
-    for module in (fast_layer, sparse_policy):
+    for module in (fast_layer, clip_state):
         forms_in(module, monkeypatch, run)
     with torch.no_grad():
         model(torch.randn(1, 48, 1, 4, 4), torch.randn(1, 3, 64), torch.randn(1, 2, config.text_in_channels))
