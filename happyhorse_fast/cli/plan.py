@@ -245,8 +245,6 @@ def _render(console: Console, data: dict[str, Any]) -> None:
             f"fits a card of {', '.join(map(str, memory['fits_gb'])) or 'more than ' + str(CARDS[-1])} GB",
         )
     )
-    rows = [[gib(a.bytes), a.dtype, str(list(a.shape)), a.made_by] for a in peak.largest]
-    console.print(table("largest at the peak, without weights", ["size", "dtype", "shape", "made by"], rows, left=4))
 
 
 def _exchanged(exchange: dict[str, Any]) -> str:

@@ -34,26 +34,6 @@ from happyhorse_fast.fast.step import at_step
 from happyhorse_fast.parallel.group import Planned
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
 
-LARGEST = 12
-"""Tensors that a report names at the peak."""
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """One storage that was live at the peak.
-
-    Attributes:
-        bytes: Its size.
-        shape: Of the tensor that it was made for.
-        dtype: Of that tensor, without the ``torch.`` before it.
-        made_by: The operation that made it, or what it was registered as.
-    """
-
-    bytes: int
-    shape: tuple[int, ...]
-    dtype: str
-    made_by: str
-
 
 @dataclass(frozen=True)
 class PeakMemory:
@@ -63,13 +43,11 @@ class PeakMemory:
         peak_bytes: Live bytes at the peak, weights and inputs included.
         weight_bytes: Of them, parameters and buffers.
         operation: Operation that reached the peak, with the shape it made.
-        largest: Largest storages at the peak, largest first; weights left out.
     """
 
     peak_bytes: int
     weight_bytes: int
     operation: str
-    largest: tuple[Allocation, ...]
 
 
 class StorageMeter(TorchDispatchMode):
@@ -87,9 +65,7 @@ class StorageMeter(TorchDispatchMode):
         super().__init__()
         self.live_bytes = self.peak_bytes = 0
         self.operation = "nothing"
-        self._live: dict[int, Allocation] = {}
-        self._at_peak: list[Allocation] = []
-        self._stale = False
+        self._live: dict[int, int] = {}
 
     def register(self, tensors: Iterable[torch.Tensor], name: str) -> int:
         """Count tensors that exist already; returns the bytes that were not counted before."""
@@ -97,12 +73,6 @@ class StorageMeter(TorchDispatchMode):
         for tensor in tensors:
             self._count(tensor, name)
         return self.live_bytes - before
-
-    def largest(self) -> tuple[Allocation, ...]:
-        """The largest storages at the peak, but for those registered as ``"weights"``."""
-        self._keep_peak()
-        ranked = sorted(self._at_peak, key=lambda a: a.bytes, reverse=True)
-        return tuple(a for a in ranked if a.made_by != "weights")[:LARGEST]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -120,23 +90,16 @@ class StorageMeter(TorchDispatchMode):
         key = storage._cdata
         if key in self._live:
             return
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        self._live[key] = Allocation(storage.nbytes(), tuple(tensor.shape), dtype, name)
+        self._live[key] = storage.nbytes()
         self.live_bytes += storage.nbytes()
         if self.live_bytes > self.peak_bytes:
-            self.peak_bytes, self._stale = self.live_bytes, True
-            self.operation = f"{name} -> {dtype} {list(tensor.shape)}"
+            self.peak_bytes = self.live_bytes
+            self.operation = f"{name} -> {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         # The storage's Python object lives as long as the storage, whatever views come and go.
         weakref.finalize(storage, self._free, key).atexit = False
 
     def _free(self, key: int) -> None:
-        self._keep_peak()
-        self.live_bytes -= self._live.pop(key).bytes
-
-    def _keep_peak(self) -> None:
-        # What is live changes for the worse only by a release, so the list is copied once per ascent, not per tensor.
-        if self._stale:
-            self._at_peak, self._stale = list(self._live.values()), False
+        self.live_bytes -= self._live.pop(key)
 
 
 class _AsOnCuda(TorchFunctionMode):
@@ -236,7 +199,7 @@ def peak_memory(
         with _AsOnCuda(), meter, at_step(first, first + last + 1):
             out = fake(*inputs) if call is None else call(fake, *inputs)
         del out
-    return PeakMemory(meter.peak_bytes, weights, meter.operation, meter.largest())
+    return PeakMemory(meter.peak_bytes, weights, meter.operation)
 
 
 def one_layer_per_kind(config: ModelConfig, clip: ClipTokens) -> ModelConfig:
