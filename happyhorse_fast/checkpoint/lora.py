@@ -29,9 +29,8 @@ _PEFT_PREFIX = "base_model.model."
 _PREFIXES = (_PEFT_PREFIX, "transformer.", "diffusion_model.", "model.", "module.", "_orig_mod.", "dit.", "unet.")
 _KOHYA_PREFIX = re.compile(r"^lora_(?:unet|transformer|dit|model)_")
 _DOWN, _UP = r"lora_A|lora_down|lora\.down|lora_linear_layer\.down", r"lora_B|lora_up|lora\.up|lora_linear_layer\.up"
-_KEY = re.compile(rf"^(?P<path>.+)\.(?:(?P<down>{_DOWN})|(?P<up>{_UP}))(?:(?:\.(?P<adapter>\w+))?\.weight)?$")
-_ALPHA = re.compile(r"^(?P<path>.+?)(?:\.lora)?\.alpha$")
-_DORA = re.compile(r"lora_magnitude_vector|dora_scale|\.magnitude(?:\.|$)")
+_HALF = rf"(?:(?P<down>{_DOWN})|(?P<up>{_UP}))(?:(?:\.(?P<adapter>\w+))?\.weight)?"
+_KEY = re.compile(rf"^(?P<path>.+?)\.(?:{_HALF}|(?:lora\.)?(?P<alpha>alpha))$")
 # What else a peft configuration can switch on that is no product of two matrices, or is one over other base weights.
 _PEFT_PLAIN = {"peft_type": "LORA", "bias": "none"}
 _PEFT_REFUSED = (
@@ -247,10 +246,7 @@ def _parts(
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise TypeError(f"{source} must map keys to tensors, got {key!r}: {type(value).__name__}")
-        if _DORA.search(key):
-            raise ValueError(f"{source}: {key} makes it a DoRA, which cannot be merged; only plain LoRAs can")
-        half, alpha = _KEY.match(key), _ALPHA.match(key)
-        match = half or alpha
+        match = _KEY.match(key)
         if match is None:
             foreign.append(key)
             continue
@@ -261,17 +257,19 @@ def _parts(
         if value.is_meta or not value.is_floating_point() or not bool(torch.isfinite(value.float()).all()):
             what = "on meta" if value.is_meta else f"{value.dtype}" if not value.is_floating_point() else "NaN or Inf"
             raise ValueError(f"{source}: {key} must hold finite floating-point numbers, got {what}")
-        if half is None and value.numel() != 1:
+        side = next(side for side in ("down", "up", "alpha") if match[side])
+        if side != "alpha":
+            adapters.add(match["adapter"] or "")
+        elif value.numel() != 1:
             raise ValueError(f"{source}: {key} must be one number, got {list(value.shape)}")
-        if half is not None:
-            adapters.add(half["adapter"] or "")
-        side = "alpha" if half is None else "down" if half["down"] else "up"
         there = found.setdefault(path, {})
         if side in there:
             raise ValueError(f"{source}: {there[side][0]} and {key} are for the same weight: merge one LoRA at a time")
         there[side] = key, value
     if foreign:
-        raise ValueError(f"{source}: no keys of a LoRA ({len(foreign)}): {listed(foreign)}")
+        raise ValueError(
+            f"{source}: only plain LoRAs can be merged; no keys of one ({len(foreign)}): {listed(foreign)}"
+        )
     if unmatched:
         raise ValueError(
             f"{source}: keys of modules that the model does not have ({len(unmatched)}): {listed(unmatched)}. It has, "

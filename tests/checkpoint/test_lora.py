@@ -301,10 +301,13 @@ def replaced(key: str, value: torch.Tensor) -> Callable[[Tensors], object]:
     [
         (replaced("block.layers.99.mlp.down_proj.lora_A.weight", torch.ones(4, 4)), ("does not have (1)", "layers.99")),
         (replaced("text_encoder.block.lora_A.weight", torch.ones(4, 4)), ("does not have (1)", "text_encoder.block")),
-        (replaced(f"{DOWN}.lora_magnitude_vector.weight", torch.ones(4)), ("makes it a DoRA", f"{DOWN}.lora_mag")),
-        (replaced(f"{DOWN}.dora_scale", torch.ones(4)), ("makes it a DoRA", f"{DOWN}.dora_scale")),
-        (replaced(f"{DOWN}.hada_w1_a", torch.ones(4)), ("no keys of a LoRA (1)", f"{DOWN}.hada_w1_a")),
-        (replaced(f"{DOWN}.lora_B.bias", torch.ones(4)), ("no keys of a LoRA (1)", f"{DOWN}.lora_B.bias")),
+        (
+            replaced(f"{DOWN}.lora_magnitude_vector.weight", torch.ones(4)),
+            ("no keys of one (1)", f"{DOWN}.lora_mag"),
+        ),
+        (replaced(f"{DOWN}.dora_scale", torch.ones(4)), ("no keys of one (1)", f"{DOWN}.dora_scale")),
+        (replaced(f"{DOWN}.hada_w1_a", torch.ones(4)), ("no keys of one (1)", f"{DOWN}.hada_w1_a")),
+        (replaced(f"{DOWN}.lora_B.bias", torch.ones(4)), ("no keys of one (1)", f"{DOWN}.lora_B.bias")),
         (without(f"{DOWN}.lora_B.weight"), ("no other half for", f"{DOWN}.lora_A.weight")),
         (without(f"{QKV}.lora_A.weight"), ("no other half for", f"{QKV}.lora_B.weight")),
         (
