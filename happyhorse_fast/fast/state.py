@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -26,13 +25,6 @@ from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.ops.runtime.checks import is_capturing
 from happyhorse_fast.ops.runtime.dispatch import Choice, compute_capability
 from happyhorse_fast.parallel.group import Ranks
-
-logger = logging.getLogger(__name__)
-
-# About 20 operations on a block, each a launch of 10 us.
-PLAIN_SECONDS_PER_BLOCK = 2e-4
-WORTH_A_WARNING = 1.0
-"""Minutes of a forward pass that are said beforehand."""
 
 
 class _InGraphs:
@@ -144,8 +136,7 @@ class FastState:
             # A new dictionary: other threads may be looking through the old one.
             kept = [(k, v) for k, v in self.clips.items() if k != key and v.device == device]
             self.clips = dict([*kept[1 - self.MOST_CLIPS :], (key, state)])
-        self._warn_of_plain_attention(state)
-        return state
+            return state
 
     def forget(self) -> None:
         """Drop what was made for the clips seen last: it is on another device, or of other frequencies."""
@@ -158,22 +149,6 @@ class FastState:
             raise RuntimeError(
                 "the model's packed layers are gone: restore() was called in another thread, or on a shallow copy "
                 "(copy.copy) of this model, which shares its layers; copy.deepcopy makes a copy of its own"
-            )
-
-    def _warn_of_plain_attention(self, state: ClipState) -> None:
-        """Warn before the first layer where the pass would take so long that it looks like a hang."""
-        choice = self.choices.get("block_sparse_attention")
-        if choice is None or choice.backend != "reference":
-            return
-        local = len(self.config.local_attn_layers)
-        layers = ((state.local, local), (state.dense, self.config.num_layers - local))
-        with untraced():
-            blocks = sum(sum(block_map.blocks()) * count for block_map, count in layers)
-        minutes = blocks * PLAIN_SECONDS_PER_BLOCK / 60
-        if minutes >= WORTH_A_WARNING:
-            logger.warning(
-                f"attention runs in plain torch, {blocks:,} blocks one after another: expect at least {minutes:.0f} "
-                f"minutes per forward pass of this clip ({state.rows.slots:,} rows); {choice.reason}"
             )
 
 
