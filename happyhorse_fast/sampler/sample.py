@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from happyhorse_fast.arguments import require_finite, require_tensor, require_whole
-from happyhorse_fast.eager.sequence import Clip, check_inputs, check_time_axis
+from happyhorse_fast.arguments import NonFiniteError, require_whole
+from happyhorse_fast.eager.sequence import check_inputs
 from happyhorse_fast.fast.parallelize import ranks_of
 from happyhorse_fast.sampler.distilled import DISTILLED_STEPS, distilled
 from happyhorse_fast.sampler.noise import Noise, noise_source
@@ -71,7 +71,7 @@ def sample(
         ImportError: ``guidance`` without diffusers (extra ``base``).
     """
     require_denoiser("model", model)
-    clip = check_inputs(model.config, video, audio, text, model.device)
+    check_inputs(model.config, video, audio, text, model.device)
     default = DISTILLED_STEPS if guidance is None else GUIDED_STEPS
     steps = default if steps is None else require_whole("steps", steps, 1)
     shift = require_positive("shift", shift)
@@ -88,22 +88,14 @@ def sample(
         advance, sigmas = distilled(model, text, steps, shift, draw)
     else:
         title = "guided sampling"
-        negative = _check_null_text(model, null_text, clip)
+        if null_text is None:
+            raise ValueError("guidance must come with null_text [1, L0, Ct], the negative prompt; got null_text=None")
+        try:
+            check_inputs(model.config, video, audio, null_text, model.device)
+        except (TypeError, ValueError, NonFiniteError) as error:
+            raise type(error)(f"null_text, in the place of text: {error}") from None
         guidance = require_positive("guidance", guidance)
-        advance, sigmas = guided(model, text, negative, steps, shift, guidance, guidance_audio)
+        advance, sigmas = guided(model, text, null_text, steps, shift, guidance, guidance_audio)
     video, audio = video.to(dtype), audio.to(dtype)
     how: dict[str, Any] = {"title": title, "image": image, "callback": callback, "progress": progress}
     return run_steps(advance, sigmas, video, audio, hold_audio=hold_audio, ranks=ranks, **how)
-
-
-def _check_null_text(model: Denoiser, null_text: object, clip: Clip) -> torch.Tensor:
-    if null_text is None:
-        raise ValueError("guidance must come with null_text [1, L0, Ct], the negative prompt; got null_text=None")
-    shape = (1, "L0", model.config.text_in_channels)
-    value = require_tensor("null_text", null_text, shape, device=model.device)
-    require_finite("null_text", value)
-    try:
-        check_time_axis(clip._replace(text=value.shape[1]), model.config.coords_style)
-    except ValueError as error:
-        raise ValueError(f"null_text, in the place of text: {error}") from None
-    return value

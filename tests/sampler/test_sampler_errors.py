@@ -43,8 +43,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"null_text": T}, ValueError, "null_text must come with guidance"),
     (NULL | {"guidance": -1.0}, ValueError, "guidance must be finite and more than 0, got -1.0"),
     (NULL | {"guidance_audio": 0.0}, ValueError, "guidance_audio must be finite and more than 0"),
-    (NULL | {"null_text": T[..., :3]}, ValueError, "null_text must be of size 7 in dimension 2"),
-    (NULL | {"null_text": T / 0}, NonFiniteError, "null_text must be finite"),
+    (NULL | {"null_text": T[..., :3]}, ValueError, "null_text, in the place of text: .*size 7 in dimension 2"),
+    (NULL | {"null_text": T / 0}, NonFiniteError, "null_text, in the place of text: text must be finite"),
 ]
 
 
