@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from happyhorse_fast.pony.codec import FPS, FRAME_SAMPLES, FRAMES, SAMPLE_RATE, SIDE
+from happyhorse_fast.pony.measure import COLUMN, FLOOR_ROW, PITCH, RADIUS, RGB, background
 from happyhorse_fast.pony.prompt import Prompt
-from happyhorse_fast.pony.scene import COLUMN, FLOOR_ROW, PITCH, RADIUS, RGB, background
 
 EDGE = 3.0
 """Pixels over which a ball's edge fades: sharper ones need more channels than the published latent has."""

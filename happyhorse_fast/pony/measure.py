@@ -8,10 +8,26 @@ from dataclasses import dataclass
 import torch
 
 from happyhorse_fast import ambient
-from happyhorse_fast.pony.codec import FRAME_SAMPLES, SAMPLE_RATE
+from happyhorse_fast.pony.codec import FRAME_SAMPLES, SAMPLE_RATE, SIDE
 from happyhorse_fast.pony.prompt import Prompt
-from happyhorse_fast.pony.scene import COLUMN, FLOOR_ROW, PITCH, RADIUS, RGB, background
 
+RADIUS = {"large": 23.0, "medium": 15.0, "small": 9.0}
+"""Pixels that the grammar's sizes stand for."""
+PITCH = {"large": 312.0, "medium": 624.0, "small": 1248.0}
+"""Hz that they do; multiples of the frame rate, so that an oscillator has the same phase at every frame."""
+RGB = {
+    "red": (0.90, 0.12, 0.12),
+    "green": (0.10, 0.75, 0.20),
+    "blue": (0.15, 0.35, 0.95),
+    "yellow": (0.95, 0.85, 0.10),
+    "purple": (0.75, 0.15, 0.80),
+    "white": (0.97, 0.97, 0.97),
+}
+COLUMN = {"on the left": 36.0, "in the middle": 64.0, "on the right": 92.0}
+"""Pixels from the left."""
+FLOOR_ROW = 112
+"""Pixels from the top."""
+_WALL, _FLOOR = (0.10, 0.11, 0.14), (0.38, 0.36, 0.34)
 BALL_CONTRAST = 0.25
 """Distance in RGB from the background at which a pixel counts as ball; ringing of the codec stays below it."""
 MIN_RISE = 8.0
@@ -81,6 +97,13 @@ def judge(prompt: Prompt, found: Measured) -> dict[str, bool]:
 def rates(judged: list[dict[str, bool]]) -> dict[str, float]:
     """Compute the share of clips that meet each criterion."""
     return {name: sum(row[name] for row in judged) / len(judged) for name in RATES}
+
+
+def background() -> torch.Tensor:
+    """[SIDE, SIDE, 3] float32 in 0..1: wall and floor."""
+    picture = torch.tensor(_WALL).expand(SIDE, SIDE, 3).clone()
+    picture[FLOOR_ROW:] = torch.tensor(_FLOOR)
+    return picture
 
 
 @ambient.independent

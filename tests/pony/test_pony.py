@@ -15,7 +15,7 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.pony import codec as codecs
 from happyhorse_fast.pony import encode_image, generate, load_codecs, load_model
-from happyhorse_fast.pony.measure import judge, measure, rates
+from happyhorse_fast.pony.measure import background, judge, measure, rates
 from happyhorse_fast.pony.metrics import log_spectral_distance, psnr
 from happyhorse_fast.pony.prompt import (
     TEXT_CHANNELS,
@@ -27,7 +27,6 @@ from happyhorse_fast.pony.prompt import (
     parse,
     training_prompts,
 )
-from happyhorse_fast.pony.scene import background
 from happyhorse_fast.pony.weights import CODEC_FILE, PONY, WEIGHTS_FILE
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pony"
