@@ -1,4 +1,4 @@
-"""What a denoising step costs on paper: parameters, FLOPs, compulsory bytes, and the time below which no kernel can go.
+"""What a denoising step costs on paper: FLOPs, compulsory bytes, and the time below which no kernel can go.
 
 Pure arithmetic on a :class:`ModelConfig` and a clip, no torch. A floor is the larger of FLOPs over peak rate and bytes
 over bandwidth, per operation, where every weight and activation moves once: norms carry the residual add of the branch
@@ -92,42 +92,6 @@ def gpu_named(name: str) -> Gpu:
     if name not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}; got {name!r}")
     return GPUS[name]
-
-
-# Parameters -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Parameter counts.
-
-    Attributes:
-        total: All of them.
-        active: Those that one video token passes: one expert of three in the sandwich layers.
-        bytes: Of the weights as published: linear ones inside layers in bf16, the others in float32.
-    """
-
-    total: int
-    active: int
-    bytes: int
-
-
-def parameters(config: ModelConfig) -> Parameters:
-    """Count the parameters of a model; rotary frequencies are not parameters."""
-    width, channels = config.hidden_size, _channels(config)
-    linear = norms = active = 0
-    for layer in range(config.num_layers):
-        experts = config.experts(layer)
-        matrices = sum(rows * columns for rows, columns in _matrices(config, layer).values())
-        vectors = 2 * width + 2 * config.head_dim + 2 * width * (layer in config.post_norm_layers)
-        linear += experts * matrices
-        norms += experts * vectors
-        active += matrices + vectors
-    embedders = {m: (channels[m] + 1) * width for m in MODALITIES}
-    heads = {m: width + channels[m] * width for m in ("video", "audio")}
-    wide = norms + sum(embedders.values()) + sum(heads.values())
-    active += embedders["video"] + heads["video"]
-    return Parameters(linear + wide, active, bytes=2 * linear + 4 * wide)
 
 
 def _channels(config: ModelConfig) -> dict[str, int]:

@@ -9,18 +9,7 @@ import typer
 
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
-from happyhorse_fast.costs import (
-    CARDS,
-    CONTEXT_BYTES,
-    GPUS,
-    OUTSIDE,
-    OpCost,
-    card_bytes,
-    gpu_named,
-    parameters,
-    step_costs,
-    totals,
-)
+from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, GPUS, OUTSIDE, OpCost, card_bytes, gpu_named, step_costs, totals
 from happyhorse_fast.costs import window_share as window_share_of
 from happyhorse_fast.fast.config import FastConfig, default_attention
 from happyhorse_fast.parallel.costs import LINKS, layer_exchange
@@ -110,6 +99,7 @@ def plan(
             as_json=as_json,
         )
         return
+    from happyhorse_fast.eager.sizes import parameters
     from happyhorse_fast.fast.launches import launches_per_layer
 
     preset, steps = preset or PRESET, 8 if steps is None else steps
@@ -124,7 +114,7 @@ def plan(
         attention = default_attention(precision)
     how: dict[str, Any] = {"precision": precision, "attention": attention}
     costs = step_costs(config, clip, text=text, gpu=card, video_share=video_share, gpus=gpus, **how)
-    total, counted = totals(costs), parameters(config)
+    total = totals(costs)
     window_layers = sum(config.is_local(i, clip.frame_tokens) for i in range(config.num_layers))
     window_share = window_share_of(clip.T // PATCH[0], config.frame_receptive_field) if window_layers else None
     data = {
@@ -133,7 +123,7 @@ def plan(
         "aspect": aspect,
         "seconds": seconds,
         "fps": fps,
-        "parameters": {"total": counted.total, "active_per_token": counted.active, "bytes": counted.bytes},
+        "parameters": parameters(config),
         "tokens": {
             "latent": [clip.T, clip.H, clip.W],
             "video": clip.video,

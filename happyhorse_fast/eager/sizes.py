@@ -1,4 +1,4 @@
-"""A model's sizes, read off the shapes of its tensors, and held against a configuration."""
+"""A model's sizes, read off the shapes of its tensors, and held against a configuration; its parameters, counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.config import MODALITIES, ModelConfig
-from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.eager.model import HappyHorse, Weight
 
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 BANDS_KEY = "adapter.rope.bands"
@@ -106,6 +106,24 @@ def require_sizes(entries: Mapping[str, TensorSpec], path: Path, config: ModelCo
     if problems:
         raise CheckpointError(f"{path}: does not fit {asked}:\n  " + "\n  ".join(problems))
     _require_shapes(entries, path, config)
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Count the parameters of a model; rotary frequencies are not parameters.
+
+    Returns:
+        ``total``; ``active_per_token``: those that one video token passes, one expert of three in the sandwich layers;
+        ``bytes`` of the weights as published: linear ones inside layers in bf16, the others in float32.
+    """
+    model = HappyHorse(config, device="meta")
+    total = sum(p.numel() for p in model.parameters())
+    per_expert = [m for m in model.modules() if isinstance(m, Weight)]
+    idle = sum(m.weight.numel() // m.experts * (m.experts - 1) for m in per_expert)
+    not_for_video = (model.adapter.audio_embedder, model.adapter.text_embedder)
+    for module in (*not_for_video, model.final_norm_audio, model.final_linear_audio):
+        idle += sum(p.numel() for p in module.parameters())
+    size = sum(p.nbytes for p in model.parameters())
+    return {"total": total, "active_per_token": total - idle, "bytes": size}
 
 
 def layer_of(key: str) -> int | None:
