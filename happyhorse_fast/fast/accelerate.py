@@ -19,7 +19,6 @@ from happyhorse_fast.eager.sizes import TensorSpec, sizes_of
 from happyhorse_fast.fast import model as fast_model
 from happyhorse_fast.fast.compiled import load_compiler, state_dict_of, untraced, unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles
-from happyhorse_fast.fast.dtypes import require_published_dtypes
 from happyhorse_fast.fast.layer import FastLayer, empty_layer
 from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.fast.refusals import require_acceleratable
@@ -70,7 +69,6 @@ def accelerate(model: Model, fast: FastConfig | None = None, *, report: Callable
         raise ValueError("model is parallelized already; call restore(model), accelerate(model), then parallelize it")
     config = _config_of(inner)
     fast.require_model(config)
-    require_published_dtypes(inner)
     device = next(inner.parameters()).device
     if device.type == "meta":
         raise ValueError("model must hold data to be packed, it is on the meta device: load(...) fills and packs one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound
 from happyhorse_fast.fast.attention_inputs import AttentionInputs, Operand
 from happyhorse_fast.fast.attention_over_ranks import attention_over_ranks
 from happyhorse_fast.fast.clip_state import ClipState
-from happyhorse_fast.fast.dtypes import require_kept_dtypes
 from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.ops import (
     block_sparse_attention,
@@ -333,3 +333,18 @@ def empty_layer(tensors: Mapping[str, torch.Tensor], plan: LayerPlan) -> FastLay
             buffers[f"{op}_weight"] = torch.empty_like(weight, dtype=DTYPES[precision])
             buffers[f"{op}_scale"] = weight.new_empty(weight.shape[:2], dtype=torch.float32)
     return FastLayer(plan, buffers)
+
+
+def require_kept_dtypes(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Raise a TypeError where ``change``, what ``nn.Module.to`` does to each tensor, would give one another dtype."""
+    after: dict[tuple[torch.dtype, torch.device], torch.dtype] = {}
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        kind = (tensor.dtype, tensor.device)
+        if kind not in after:
+            after[kind] = change(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype
+        if after[kind] != tensor.dtype:
+            raise TypeError(
+                f"an accelerated model keeps its dtypes (packed bf16 or 8-bit weights, float32 norms and scales), got "
+                f"a conversion of {name} from {tensor.dtype} to {after[kind]} (.to(dtype), .half(), "
+                ".float(), .double() or .bfloat16()): restore(model) first, or move it with .to(device) alone"
+            )

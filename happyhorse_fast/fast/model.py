@@ -21,7 +21,7 @@ from happyhorse_fast.eager.sequence import Ranges
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.compiled import load_compiler
 from happyhorse_fast.fast.config import FastConfig
-from happyhorse_fast.fast.dtypes import require_kept_dtypes
+from happyhorse_fast.fast.layer import require_kept_dtypes
 from happyhorse_fast.fast.padded_rows import PaddedRows, Spans, worth_aligning
 from happyhorse_fast.fast.refusals import require_running
 from happyhorse_fast.fast.state import FastState

@@ -20,9 +20,9 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.sizes import layer_of, skeleton
 from happyhorse_fast.fast.compiled import published_key, unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles
-from happyhorse_fast.fast.dtypes import PRODUCTS
 from happyhorse_fast.fast.layer import FastLayer
 
+PRODUCTS = ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _FORWARD = {"_forward_hooks": "forward hook", "_forward_pre_hooks": "forward pre-hook"}
@@ -48,8 +48,8 @@ def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
         TypeError: ``model`` wraps another (DistributedDataParallel, FullyShardedDataParallel, PeftModel, ...).
         ValueError: Hooks below the model, or backward or global ones; a forward pass of a subclass's or an instance's
             own; parametrised weights; replaced or added submodules, parameters or buffers; sharded, quantised or
-            outward tied weights; attention without a gate; context parallelism; ``Tiles`` for the public
-            implementation. The message names modules and kinds.
+            outward tied weights, or of a dtype that they are not published in; attention without a gate; context
+            parallelism; ``Tiles`` for the public implementation. The message names modules and kinds.
     """
     require_unwrapped(model)
     require_one_rank(model)
@@ -78,6 +78,16 @@ def require_acceleratable(model: nn.Module, fast: FastConfig) -> None:
             "before accelerate: merge LoRAs with merge_lora, bake parametrised weights in (remove_parametrizations), "
             "put code around the model in place of hooks inside it"
         )
+    published = {key: like.dtype for key, like in twin.state_dict().items()}
+    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+        name = published_key(key)
+        allowed = list(dict.fromkeys((published.get(name, torch.float32), torch.float32)))  # as published, as trained
+        if tensor.dtype not in allowed:
+            raise ValueError(
+                f"model must have {name} in {' or '.join(map(str, allowed))} to be accelerated, got {tensor.dtype}: "
+                "load the checkpoint again instead of .half(), .bfloat16(), .double() or .to(dtype), which round what "
+                "is published in float32"
+            )
 
 
 def require_running(model: nn.Module) -> None:
