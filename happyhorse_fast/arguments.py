@@ -66,29 +66,32 @@ def require_tensor(
     shape: Sequence[int | str],
     *,
     device: torch.device | None = None,
+    dtypes: Sequence[torch.dtype] = (),
 ) -> torch.Tensor:
-    """Hold a floating-point tensor argument against its shape and device.
+    """Hold a tensor argument against its dtype, shape and device.
 
     Args:
         name: The argument's name, for the message.
         value: What came.
         shape: Allowed size per dimension: an int for exactly that, a string such as ``"T"`` for any size of at least 1.
         device: Device it must be on, or None for any.
+        dtypes: Allowed ones; those of floating-point numbers by default.
 
     Returns:
         ``value``, typed as a tensor.
 
     Raises:
-        TypeError: Not a tensor, or not of a floating-point dtype.
+        TypeError: Not a tensor, or of another dtype.
         ValueError: Wrong rank, size or device.
     """
     import torch
 
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor of shape {_listed(shape)}, got {type(value).__name__}")
-    if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if value.dtype not in (dtypes or (torch.float16, torch.bfloat16, torch.float32, torch.float64)):
         came = f"{value.dtype} of shape {_listed(value.shape)}"
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {came}")
+        wanted = " or ".join(map(str, dict.fromkeys(dtypes))) or "float16, bfloat16, float32 or float64"
+        raise TypeError(f"{name} must be {wanted}, got {came}")
     if value.dim() != len(shape):
         came = f"{value.dim()}: {_listed(value.shape)}"
         raise ValueError(f"{name} must have {len(shape)} dimensions {_listed(shape)}, got {came}")

@@ -223,8 +223,8 @@ class AcceleratedPublic(Accelerated):
         n = x.shape[0]
         coords = require_tensor("coords_mapping", coords_mapping, (n, 9), device=device).float()
         require_finite("coords_mapping", coords)
-        _check_modality(modality_mapping, n, device)
-        state, where = self._layout(coords, modality_mapping, local_attn_handler)
+        kinds = require_tensor("modality_mapping", modality_mapping, (n,), device=device, dtypes=_INTEGERS)
+        state, where = self._layout(coords, kinds, local_attn_handler)
         hidden = torch.zeros(state.share.count, config.hidden_size, dtype=torch.float32, device=device)
         held = [tokens[state.held(modality)] for modality, tokens in enumerate(where)]
         for tokens, name, width in zip(held, MODALITY_EMBEDDERS, channels, strict=True):
@@ -300,16 +300,6 @@ def _local_ranges(handler: Any, n: int) -> Ranges:
         if not (0 <= pair[0] <= pair[1] <= n and 0 <= pair[2] <= pair[3] <= n):
             raise ValueError(f"local_attn_handler must have ranges within the {n} tokens of the sequence, got {pair}")
     return [(q0, q1, k0, k1) for q0, q1, k0, k1 in pairs]
-
-
-def _check_modality(modality: object, n: int, device: torch.device) -> None:
-    if not isinstance(modality, torch.Tensor) or modality.dtype not in _INTEGERS:
-        what = modality.dtype if isinstance(modality, torch.Tensor) else type(modality).__name__
-        raise TypeError(f"modality_mapping must be a tensor of integers [{n}], got {what}")
-    if modality.shape != (n,):
-        raise ValueError(f"modality_mapping must be of shape [{n}], got {list(modality.shape)}")
-    if modality.device != device:
-        raise ValueError(f"modality_mapping must be on device {device}, where the model is; got {modality.device}")
 
 
 def _spans(modality: torch.Tensor, coords: torch.Tensor) -> Spans:

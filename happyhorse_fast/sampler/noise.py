@@ -64,11 +64,9 @@ def _seeded(generator: torch.Generator | None, device: torch.device, dtype: torc
 
 def _replayed(replay: Draw, device: torch.device, dtype: torch.dtype) -> Draw:
     def draw(name: str, shape: torch.Size) -> torch.Tensor:
-        value = require_tensor(f'noise("{name}", {list(shape)})', replay(name, shape), shape)
-        if value.dtype not in (torch.float32, dtype):
-            allowed = " or ".join(sorted({str(torch.float32), str(dtype)}))
-            raise TypeError(f'noise("{name}", {list(shape)}) must be {allowed}, got {value.dtype}')
-        require_finite(f'noise("{name}", {list(shape)})', value)
+        what = f'noise("{name}", {list(shape)})'
+        value = require_tensor(what, replay(name, shape), shape, dtypes=(torch.float32, dtype))
+        require_finite(what, value)
         return value.to(device, dtype)
 
     return draw

@@ -446,9 +446,9 @@ def test_tiles_are_for_models_that_know_a_frames_columns() -> None:
     [
         (lambda m: m.add_(1), ValueError, r"0 \(video\), 1 \(audio\) and 2 \(text\), got \[3\]"),
         (lambda m: m.sub_(1), ValueError, r"got \[-1\]"),
-        (lambda m: m.float(), TypeError, "tensor of integers"),
-        (lambda m: m.tolist(), TypeError, "tensor of integers .*got list"),
-        (lambda m: m[:-1], ValueError, "must be of shape"),
+        (lambda m: m.float(), TypeError, "must be torch.int64 or .*torch.uint8, got torch.float32"),
+        (lambda m: m.tolist(), TypeError, "must be a tensor of shape .*got list"),
+        (lambda m: m[:-1], ValueError, r"modality_mapping must be of size \d+ in dimension 0"),
         (lambda m: m.to("meta"), ValueError, "must be on device cpu"),
     ],
 )
