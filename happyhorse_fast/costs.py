@@ -270,39 +270,19 @@ def _outside(config: ModelConfig, clip: ClipTokens, text: int, gpus: int) -> tup
     return flops, moved
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Sums over a step.
+def totals(costs: list[OpCost]) -> dict[str, float]:
+    """Add up a step.
 
-    Attributes:
-        linear_flops: Of the products with weights inside layers.
-        attention_flops: Of the attention products.
-        outside_flops: Of embedders and heads.
-        bytes: Compulsory traffic.
-        floor_ms: Sum of the operations' floors.
+    Returns:
+        ``linear_flops`` of the products with weights inside layers, ``attention_flops``, ``flops`` of all products,
+        embedders and heads included; ``bytes``: compulsory traffic; ``floor_ms_per_step``: sum of the floors.
     """
-
-    linear_flops: float
-    attention_flops: float
-    outside_flops: float
-    bytes: float
-    floor_ms: float
-
-    @property
-    def flops(self) -> float:
-        """All products."""
-        return self.linear_flops + self.attention_flops + self.outside_flops
-
-
-def totals(costs: list[OpCost]) -> Totals:
-    """Add up a step."""
-    outside = [c for c in costs if c.kind == OUTSIDE]
-    attention = [c for c in costs if c.op == "attention"]
-    linear = [c for c in costs if c.kind != OUTSIDE and c.op != "attention"]
-    return Totals(
-        linear_flops=sum(c.count * c.flops for c in linear),
-        attention_flops=sum(c.count * c.flops for c in attention),
-        outside_flops=sum(c.count * c.flops for c in outside),
-        bytes=sum(c.count * c.bytes for c in costs),
-        floor_ms=sum(c.count * c.floor_ms for c in costs),
-    )
+    attention = sum(c.count * c.flops for c in costs if c.op == "attention")
+    linear = sum(c.count * c.flops for c in costs if c.kind != OUTSIDE and c.op != "attention")
+    return {
+        "linear_flops": linear,
+        "attention_flops": attention,
+        "flops": linear + attention + sum(c.count * c.flops for c in costs if c.kind == OUTSIDE),
+        "bytes": sum(c.count * c.bytes for c in costs),
+        "floor_ms_per_step": sum(c.count * c.floor_ms for c in costs),
+    }

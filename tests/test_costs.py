@@ -47,7 +47,7 @@ def test_tokens_and_window_share(seconds: int, fps: int, video: int, total: int,
 def test_linear_and_attention_flops_of_a_step() -> None:
     windowed, dense = (totals(step_costs(config, CLIP)) for config in (FULL, DENSE))
     quarter = totals(step_costs(DENSE, CLIP, video_share=0.25))
-    figures = (windowed.linear_flops, dense.attention_flops, windowed.attention_flops, quarter.attention_flops)
+    figures = (windowed["linear_flops"], *(of["attention_flops"] for of in (dense, windowed, quarter)))
     assert [f"{f / 1e15:.2f}" for f in figures] == ["1.40", "3.36", "2.32", "0.90"]
 
 
@@ -95,9 +95,9 @@ def test_a_floor_is_compute_or_bandwidth_whichever_is_slower() -> None:
 
 def test_fp8_moves_fewer_bytes_and_takes_half_the_time() -> None:
     bf16, fp8 = (totals(step_costs(FULL, CLIP, precision=p)) for p in ("bf16", "fp8"))
-    assert fp8.flops == bf16.flops
-    assert fp8.bytes < bf16.bytes
-    assert 1.8 < bf16.floor_ms / fp8.floor_ms < 2.0
+    assert fp8["flops"] == bf16["flops"]
+    assert fp8["bytes"] < bf16["bytes"]
+    assert 1.8 < bf16["floor_ms_per_step"] / fp8["floor_ms_per_step"] < 2.0
 
 
 def test_attention_in_int8_multiplies_half_in_bf16() -> None:
@@ -119,7 +119,7 @@ def test_attention_can_stay_in_bf16() -> None:
     assert mixed["attention"].floor_ms == bf16["attention"].floor_ms
     assert fp8["attention"].bytes < mixed["attention"].bytes < bf16["attention"].bytes  # its output is in fp8
     assert all(mixed[op] == fp8[op] for op in fp8 if op not in ("attention", "qkv"))  # qkv writes what attention reads
-    step = totals(step_costs(FULL, CLIP, precision="fp8", attention="bf16")).floor_ms
+    step = totals(step_costs(FULL, CLIP, precision="fp8", attention="bf16"))["floor_ms_per_step"]
     assert step == pytest.approx(3140, rel=0.01)
 
 

@@ -139,14 +139,7 @@ def plan(
         "gpus": gpus,
         "steps": steps,
         "ops": costs,
-        "totals": {
-            "linear_flops": total.linear_flops,
-            "attention_flops": total.attention_flops,
-            "flops": total.flops,
-            "bytes": total.bytes,
-            "floor_ms_per_step": total.floor_ms,
-            "floor_s": steps * total.floor_ms / 1e3,
-        },
+        "totals": total | {"floor_s": steps * total["floor_ms_per_step"] / 1e3},
         "exchange": None if gpus == 1 else _exchange(config, clip, gpus, text, precision, attention, costs),
         "launches_per_layer": max(map(len, launches_per_layer(FastConfig(precision=precision)))),  # type: ignore[arg-type]
         **_memory(config, clip, text, (precision, attention), memory, gpus, shard_weights),

@@ -165,7 +165,7 @@ def _denoise(work: Work, name: str, held: int, traced: bool) -> StagePlan:
     if traced:
         weights, peak, loading = _model_bytes(config, clip, work.text, work.precision, work.attention)
     peak += held * 4 * config.latent_channels * clip.T * clip.H * clip.W
-    floor = evaluations * totals(costs).floor_ms / 1e3
+    floor = evaluations * totals(costs)["floor_ms_per_step"] / 1e3
     return StagePlan(name, work.request.parts[name], weights, max(peak, loading), floor)
 
 
