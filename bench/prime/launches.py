@@ -24,7 +24,7 @@ from bench.sampler_runs import Run, runs
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.fast.accelerate import empty_accelerated
-from happyhorse_fast.fast.attention_bound import AttentionBound
+from happyhorse_fast.fast.attention import AttentionBound
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.fast.state import build_clip_state
 from happyhorse_fast.kernels.launch import FP8_SINCE, HOPPER_ARCH

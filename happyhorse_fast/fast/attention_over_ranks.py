@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from happyhorse_fast.block_map import BLOCK
-from happyhorse_fast.fast.attention_inputs import AttentionInputs, Operand
+from happyhorse_fast.fast.attention import AttentionInputs, Operand
 from happyhorse_fast.ops.attention.reference import output_bounds
 from happyhorse_fast.ops.quantize import E4M3, E4M3_MAX, INT8, code_scale
 from happyhorse_fast.parallel.group import Transfer

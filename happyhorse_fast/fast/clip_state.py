@@ -10,7 +10,7 @@ import torch
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
 from happyhorse_fast.eager.rotary import rotary_phases
 from happyhorse_fast.eager.sequence import Ranges
-from happyhorse_fast.fast.attention_inputs import AttentionInputs
+from happyhorse_fast.fast.attention import AttentionInputs
 from happyhorse_fast.fast.config import FastConfig, Sparsity, Tiles, TopK
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.plan import LayerPlan

@@ -14,8 +14,7 @@ from torch import nn
 from happyhorse_fast.arguments import listed
 from happyhorse_fast.config import OPS
 from happyhorse_fast.eager.qkv import rms_norm
-from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound
-from happyhorse_fast.fast.attention_inputs import AttentionInputs, Operand
+from happyhorse_fast.fast.attention import UNKNOWN, AttentionBound, AttentionInputs, Operand
 from happyhorse_fast.fast.attention_over_ranks import attention_over_ranks
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.plan import LayerPlan

@@ -21,7 +21,7 @@ from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.budgets import measure as tensor_error
 from happyhorse_fast.config import OPS
 from happyhorse_fast.fast.accelerate import accelerate
-from happyhorse_fast.fast.attention_inputs import AttentionInputs
+from happyhorse_fast.fast.attention import AttentionInputs
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, default_attention, is_exact_step
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.pony import PonyClip, encode_image, generate, load_model

@@ -16,7 +16,7 @@ from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.block_map.assemble import assemble
 from happyhorse_fast.block_map.bits import pack
 from happyhorse_fast.eager import sequence
-from happyhorse_fast.fast.attention_inputs import AttentionInputs
+from happyhorse_fast.fast.attention import AttentionInputs
 from happyhorse_fast.fast.clip_state import ClipState, SparsePolicy
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.state import FastState, build_clip_state

@@ -18,7 +18,7 @@ import torch
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.eager.model import ROW_CHUNK, HappyHorse, Layer, normed
 from happyhorse_fast.eager.sequence import Clip, Ranges, row_chunks
-from happyhorse_fast.fast.attention_inputs import AttentionInputs, Operand
+from happyhorse_fast.fast.attention import AttentionInputs, Operand
 from happyhorse_fast.fast.clip_state import ClipState
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.attention.reference import output_scale

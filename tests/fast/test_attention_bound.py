@@ -15,7 +15,7 @@ from happyhorse_fast.checkpoint.packed import save_packed
 from happyhorse_fast.fast import accelerate as acceleration
 from happyhorse_fast.fast import layer as fast_layer
 from happyhorse_fast.fast.accelerate import accelerate, empty_accelerated, explain
-from happyhorse_fast.fast.attention_bound import UNKNOWN, AttentionBound
+from happyhorse_fast.fast.attention import UNKNOWN, AttentionBound
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.kernels.launch import config_for
 from happyhorse_fast.ops.attention.score_bound import LIMIT, norm_bound

@@ -1,11 +1,39 @@
-"""Bounds of a layer's scores and values, and the softmax that they allow."""
+"""What attention of a packed layer takes: the results of the QKV product, and the bounds that choose its softmax."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 
 from happyhorse_fast.ops.attention.score_bound import LIMIT, effective_bound
+
+Operand = tuple[torch.Tensor, torch.Tensor | None]
+"""[rows, K] in bf16 and None, or codes and their scale."""
+
+
+class AttentionInputs(NamedTuple):
+    """Results of the QKV product, as attention takes them.
+
+    Attributes:
+        q: [rows, Hq, D].
+        k: [rows, Hkv, D].
+        v: [rows, Hkv, D]; in e4m3 as docs/OPS.md lays it out.
+        q_scale: Of codes; None in bf16.
+        k_scale: Likewise.
+        v_scale: Of e4m3 codes.
+        gate: [rows, Hq] float32 after its sigmoid.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    q_scale: torch.Tensor | None
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+    gate: torch.Tensor
 
 
 @dataclass(frozen=True)
