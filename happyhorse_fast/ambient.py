@@ -83,10 +83,6 @@ def _bf16_sums() -> tuple[bool, ...]:
     return allowed if isinstance(allowed, tuple) else (allowed,)
 
 
-def _attention(kind: str) -> _Setting:
-    return _Setting(getattr(_C, f"_get_{kind}_sdp_enabled"), getattr(_C, f"_set_sdp_use_{kind}"), True)
-
-
 SETTINGS = (
     _Float32("float32_matmul_precision", "highest", ("cuda", "matmul"), ("mkldnn", "matmul"), ("mkldnn", "conv")),
     # cuDNN may round convolutions to TF32, as torch lets it by default.
@@ -101,7 +97,10 @@ SETTINGS = (
         lambda value: _C._set_cublas_allow_bf16_reduced_precision_reduction(*value),
         (True,) * len(_bf16_sums()),
     ),
-    *(_attention(kind) for kind in ("flash", "mem_efficient", "cudnn", "math")),
+    *(
+        _Setting(getattr(_C, f"_get_{kind}_sdp_enabled"), getattr(_C, f"_set_sdp_use_{kind}"), True)
+        for kind in ("flash", "mem_efficient", "cudnn", "math")  # kernels of attention
+    ),
     _Setting(_C._get_math_sdp_allow_fp16_bf16_reduction, _C._set_math_sdp_allow_fp16_bf16_reduction, False),
     _Setting(_C._get_mkldnn_enabled, _C._set_mkldnn_enabled, True),
     _Setting(torch.get_default_dtype, _C._set_default_dtype, torch.float32),

@@ -157,8 +157,8 @@ def require_one_rank(model: nn.Module) -> None:
     for kind in type(model).__mro__:
         scope = getattr(inspect.unwrap(vars(kind).get("forward", object)), "__globals__", {})
         scopes += [scope, getattr(scope.get("ulysses_scheduler"), "__globals__", {})]
-    for name in ("inference.infra.distributed", "inference.infra.distributed.parallel_state"):
-        scopes.append(vars(sys.modules[name]) if name in sys.modules else {})
+    published = ("inference.infra.distributed", "inference.infra.distributed.parallel_state")
+    scopes += [vars(sys.modules[name]) for name in published if name in sys.modules]
     ranks = 1
     for size in (scope.get("get_cp_world_size") for scope in scopes):
         # It asserts where torch.distributed is up and the public implementation's groups are not made.
