@@ -11,7 +11,7 @@ from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector
 from happyhorse_fast.eager.rotary import rotary_phases
 from happyhorse_fast.eager.sequence import Ranges
 from happyhorse_fast.fast.attention import AttentionInputs
-from happyhorse_fast.fast.config import FastConfig, Sparsity, Tiles, TopK
+from happyhorse_fast.fast.config import FastConfig, Sparsity, Tiles, TopK, TopP
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.ops import select_blocks
@@ -59,12 +59,8 @@ class SparsePolicy:
         """The map for the queries and keys of ``x``; ``backend``: of :func:`happyhorse_fast.ops.select_blocks`."""
         if self.static is not None:
             return self.static
-        keep = mass = None
-        if isinstance(self.policy, TopK):
-            keep = max(1, round(self.policy.keep * self.video_blocks))
-        else:
-            assert not isinstance(self.policy, Tiles)
-            mass = self.policy.mass
+        keep = max(1, round(self.policy.keep * self.video_blocks)) if isinstance(self.policy, TopK) else None
+        mass = self.policy.mass if isinstance(self.policy, TopP) else None
         return select_blocks(
             x.q, x.k, self.selector, keep=keep, mass=mass, q_scale=x.q_scale, k_scale=x.k_scale, backend=backend
         )
