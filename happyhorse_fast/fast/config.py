@@ -19,6 +19,8 @@ MLP_ROWS = {"bf16": 65536, "int8": 32768, "fp8": 65536}
 """Default rows in the MLP at once: in int8 its activations are there in bf16 and as codes."""
 INT8_MEASURED_UNTIL = 90
 """Newer compute capabilities multiply int8 as sm_80 does, in Triton; what that costs is not measured."""
+GONE_ATTENTION = "fp8_qk"
+"""Removed precision of attention, which older configurations and packed weights may ask for."""
 _SKIP = re.compile(r"^(?P<op>[a-z]+|\*)(?::(?P<layers>\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*))?$")
 
 
@@ -147,7 +149,9 @@ class FastConfig:
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values and (name, self.attention) != ("attention", None):
-                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}")
+                gone = name == "attention" and self.attention == GONE_ATTENTION
+                hint = "; int8_qk is in its place" if gone else ""
+                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}{hint}")
         if self.sparsity is not None and not isinstance(self.sparsity, Sparsity):
             raise TypeError(f"sparsity must be None, TopK, TopP or Tiles; got {self.sparsity!r}")
         if not isinstance(self.strict, bool):

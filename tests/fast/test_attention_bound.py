@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from happyhorse_fast import golden
+from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint.load import load
 from happyhorse_fast.checkpoint.packed import save_packed
 from happyhorse_fast.fast import accelerate as acceleration
@@ -133,6 +135,11 @@ def test_explain_says_what_runs_on_hopper_past_the_limit(
         assert (runs in lines(model)[0]) == hopper
 
 
+def description(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "happyhorse_fast.json").read_text())
+    return content
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_packed_weights_give_it(precision: Any, case: golden.GoldenCase, tmp_path: Path) -> None:
     fast = FastConfig(precision=precision, backend="reference")
@@ -141,3 +148,13 @@ def test_packed_weights_give_it(precision: Any, case: golden.GoldenCase, tmp_pat
     again: Any = load(tmp_path / "packed", fast=fast, progress=False)
     assert [layer.bound for layer in again.block.layers] == [layer.bound for layer in model.block.layers]
     assert all(layer.bound.effective < LIMIT for layer in again.block.layers)
+
+
+def test_weights_packed_for_fp8_qk_say_what_is_in_its_place(case: golden.GoldenCase, tmp_path: Path) -> None:
+    save_packed(accelerate(case.model(torch.bfloat16), FastConfig(backend="reference")), tmp_path / "packed")
+    file, content = tmp_path / "packed" / "happyhorse_fast.json", description(tmp_path / "packed")
+    file.write_text(json.dumps(content | {"fast": content["fast"] | {"attention": "fp8_qk"}}))
+    with pytest.raises(CheckpointError, match="got 'fp8_qk'; int8_qk is in its place"):
+        load(tmp_path / "packed", progress=False)
+    file.write_text(json.dumps(content | {"fast": content["fast"] | {"attention": "int8_qk", "backend": "reference"}}))
+    assert load(tmp_path / "packed", progress=False).fast.fast.attention == "int8_qk"  # type: ignore[union-attr]

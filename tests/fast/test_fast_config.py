@@ -55,7 +55,7 @@ def test_where_sparsity_applies() -> None:
         ({"precision": "fp8", "skip": ["down:3-1"]}, ValueError, "first layer before its last, got 'down:3-1'"),
         ({"skip": ["down"]}, ValueError, "skip must name products that are not in bf16 anyway, got 'down'"),
         ({"attention": "fp8", "skip": ["*:0", "up"]}, ValueError, "not in bf16 anyway, got 'up'"),
-        ({"attention": "fp8_qk"}, ValueError, "one of bf16, int8_qk, fp8; got 'fp8_qk'"),
+        ({"attention": "fp8_qk"}, ValueError, "one of bf16, int8_qk, fp8; got 'fp8_qk'; int8_qk is in its place"),
         ({"attention": "int8"}, ValueError, "attention must be one of bf16, int8_qk, fp8; got 'int8'$"),
         ({"strict": "no"}, TypeError, "strict must be True or False, got 'no'"),
         ({"mlp_rows": "a"}, ValueError, "multiple of 128, got 'a'"),
