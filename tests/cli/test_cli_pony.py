@@ -17,6 +17,7 @@ from happyhorse_fast.cli import demo, run
 from happyhorse_fast.ops.runtime.formats import VARIANTS
 from happyhorse_fast.pony import encode_image
 from happyhorse_fast.pony.media import read_image
+from happyhorse_fast.verify.forms import FORMS
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -32,6 +33,12 @@ def no_sheet(monkeypatch: Patch) -> None:
 def no_check(monkeypatch: Patch) -> None:
     """Without the check of the kernels, which takes longer than everything else."""
     answers(monkeypatch, "raise SystemExit('not here')")
+
+
+@pytest.fixture
+def few_forms(monkeypatch: Patch) -> None:
+    """Without the forms of 8 bits, which take most of a clip's seconds."""
+    monkeypatch.setattr("happyhorse_fast.verify.forms.FORMS", FORMS[:3])
 
 
 def answers(monkeypatch: Patch, script: str) -> None:
@@ -76,7 +83,7 @@ def test_tables_say_what_was_made_and_why_no_kernel_ran(tmp_path: Path, capsys: 
 JPEG = pytest.param("a.jpg", "mjpeg", "yuvj444p", marks=pytest.mark.slow)
 
 
-@pytest.mark.usefixtures("no_check", "no_sheet")
+@pytest.mark.usefixtures("no_check", "no_sheet", "few_forms")
 @pytest.mark.parametrize(("name", "codec", "pixels"), [("a.png", "png", "rgb24"), JPEG])
 def test_a_picture_begins_the_clip(name: str, codec: str, pixels: str, tmp_path: Path, capsys: Capture) -> None:
     rows, columns = np.mgrid[0:96, 0:200]
@@ -118,7 +125,7 @@ def test_bad_input_is_one_line_and_makes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("no_check")
+@pytest.mark.usefixtures("no_check", "few_forms")
 def test_without_optional_packages_the_rest_is_made(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     for package in ("matplotlib", "av"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -132,7 +139,7 @@ def test_without_optional_packages_the_rest_is_made(tmp_path: Path, monkeypatch:
 # Kernels in the interpreter -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("no_sheet")
+@pytest.mark.usefixtures("no_sheet", "few_forms")
 def test_a_wrong_kernel_fails_the_demo(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     found = {"op": "fp8_linear", "variant": "int8", "passed": False, "detail": "worst tile distance 8.0e-04"}
     answers(monkeypatch, f"print({json.dumps({'kernels': [found]})!r}); raise SystemExit(1)")
