@@ -34,7 +34,7 @@ from bench.ops import arguments, open_results
 from bench.results import Json
 from bench.sampler_runs import MODES, PUBLISHED_SECONDS, Run, chosen, runs
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
+from happyhorse_fast.costs import usable_bytes
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
@@ -267,7 +267,7 @@ def softmax_of(model: HappyHorse) -> str:
 
 def memory_fraction(gb: int | None, total: int) -> float:
     """Share of a card of ``total`` bytes that torch may allocate for it to behave as one that is sold as ``gb`` GB."""
-    return 1.0 if gb is None else min(1.0, (card_bytes(gb) - CONTEXT_BYTES) / total)
+    return 1.0 if gb is None else min(1.0, usable_bytes(gb) / total)
 
 
 def line(entry: Json) -> str:

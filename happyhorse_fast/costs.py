@@ -78,9 +78,17 @@ GPUS = {
 }
 
 
-def card_bytes(gb: int) -> float:
-    """Bytes of a card of ``gb`` GB: 10^9 each, the least that one of the name has (an L4 of 24 GB shows 22.5 GiB)."""
-    return gb * 1e9
+def usable_bytes(gb: int) -> float:
+    """Bytes that tensors may take of a card of ``gb`` GB, :data:`CONTEXT_BYTES` left free.
+
+    A GB is 10^9 bytes, the least that a card of the name has (an L4 of 24 GB shows 22.5 GiB).
+    """
+    return gb * 1e9 - CONTEXT_BYTES
+
+
+def cards_for(peak_bytes: float) -> list[int]:
+    """List which of :data:`CARDS` tensors fit that peak at so many bytes."""
+    return [gb for gb in CARDS if peak_bytes <= usable_bytes(gb)]
 
 
 def gpu_named(name: str) -> Gpu:

@@ -9,7 +9,6 @@ from pathlib import Path
 from bench.measure.roofline import MEASURED, Peaks
 from bench.results import FOLDER, ROOT, Json, merged, read
 from bench.sampler_runs import EXACT, SECOND_STAGE
-from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
 
 EQUIVALENCE, MEMORY = FOLDER / "equivalence" / "cpu.json", FOLDER / "memory" / "plan.json"
 FIDELITY, CALIBRATION = FOLDER / "pony" / "fidelity.json", FOLDER / "pony" / "calibration.json"
@@ -205,8 +204,3 @@ def clips(data: Json) -> list[Json]:
     names = ("preset", "resolution", "seconds", "mode", "mask", "cap_gb", "attention")
     newest = {tuple(run.get(name) for name in names): run for run in data["sampler"]}
     return sorted(newest.values(), key=lambda run: (run["preset"] == SECOND_STAGE, -(run["total_s"] or 0.0)))
-
-
-def fits(peak_gib: float, card_gb: int) -> bool:
-    """Tell whether a clip whose tensors peak at ``peak_gib`` runs on a card of ``card_gb``."""
-    return peak_gib * 2**30 + CONTEXT_BYTES <= card_bytes(card_gb)

@@ -6,7 +6,6 @@ from bench.report.data import (
     KERNELS,
     ceilings,
     clips,
-    fits,
     form_of,
     parts_of,
     share_of,
@@ -16,7 +15,7 @@ from bench.report.data import (
 from bench.results import Json, refusal
 from bench.sampler_runs import SECOND_STAGE
 from bench.table import Table
-from happyhorse_fast.costs import CARDS, CONTEXT_BYTES
+from happyhorse_fast.costs import CONTEXT_BYTES, cards_for
 
 FORM_ORDER = ("eager bf16", "fast bf16", "fast int8", "fast fp8", "fast fp8 + sparsity")
 
@@ -25,7 +24,7 @@ def memory_table(data: Json) -> Table:
     """Peak per clip and form, and on which cards it fits."""
     rows = []
     for peak in data["peaks"]:
-        on = [f"{card} GB" for card in CARDS if fits(peak["peak_gib"], card)]
+        on = [f"{card} GB" for card in cards_for(peak["peak_gib"] * 2**30)]
         clip = f"{peak['preset']}, {peak['resolution']}, {peak['seconds']} s"
         numbers = (f"{peak['peak_gib']:.1f}", f"{peak['weights_gib']:.1f}")
         rows.append((clip, peak["form"], *numbers, f"{on[0]} and up" if on else "none of 24, 48, 80 GB"))

@@ -9,7 +9,7 @@ import typer
 
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
-from happyhorse_fast.costs import CARDS, CONTEXT_BYTES, GPUS, OUTSIDE, OpCost, card_bytes, gpu_named, step_costs, totals
+from happyhorse_fast.costs import CARDS, GPUS, OUTSIDE, OpCost, cards_for, gpu_named, step_costs, totals
 from happyhorse_fast.costs import window_share as window_share_of
 from happyhorse_fast.fast.config import FastConfig, default_attention
 from happyhorse_fast.parallel.costs import LINKS, layer_exchange
@@ -182,8 +182,7 @@ def _memory(
     peak = max(peaks, key=lambda peak: peak.peak_bytes)
     held, gathered = sharded_bytes(model, gpus) if shard_weights else (peak.weight_bytes, 0)
     whole = peak.peak_bytes - peak.weight_bytes + held + gathered
-    fits = [gb for gb in CARDS if whole + CONTEXT_BYTES <= card_bytes(gb)]
-    sizes = {"held_weight_bytes": held, "gathered_weight_bytes": gathered, "fits_gb": fits}
+    sizes = {"held_weight_bytes": held, "gathered_weight_bytes": gathered, "fits_gb": cards_for(whole)}
     return {"peak_memory_gib": whole / 2**30, "memory": {"form": form.name, "why": None, **sizes, "peak": peak}}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from happyhorse_fast.cli.output import emit, gib, literal, table, verdict
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes, gpu_named
+from happyhorse_fast.costs import CONTEXT_BYTES, gpu_named, usable_bytes
 from happyhorse_fast.pipeline.layout import PARTS
 from happyhorse_fast.pipeline.memory_plan import plan
 from happyhorse_fast.pipeline.parts import DECODERS
@@ -52,7 +52,7 @@ def plan_pipeline(
         gpu=card,
     )
     print("tracing every stage under fake tensors...", file=sys.stderr)
-    plans = {gb: plan(work, int(card_bytes(gb) - CONTEXT_BYTES)) for gb in SIZES}
+    plans = {gb: plan(work, int(usable_bytes(gb))) for gb in SIZES}
     free = plan(work, None)
     data = {
         "resolution": resolution,
@@ -73,7 +73,7 @@ def plan_pipeline(
                 "placement": found.placement,
                 "kept": found.kept,
                 "peak_gib": found.peak_bytes / 2**30,
-                "budget_gib": (card_bytes(gb) - CONTEXT_BYTES) / 2**30,
+                "budget_gib": usable_bytes(gb) / 2**30,
                 "tiles": found.tiles,
                 "layers_on_device": found.layers_on_device,
                 "history_on_host": found.history_on_host,

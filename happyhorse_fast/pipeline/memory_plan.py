@@ -100,7 +100,7 @@ def plan(work: Work, budget_bytes: int | None, placement: Placement = "auto") ->
 
     Args:
         work: What is to be done.
-        budget_bytes: What tensors may take; of a card ``card_bytes(gb) - CONTEXT_BYTES``. None: no limit.
+        budget_bytes: What tensors may take; of a card ``costs.usable_bytes(gb)``. None: no limit.
         placement: All parts stay (``"resident"``), or none (``"sequential"``); ``"auto"``: as above.
 
     Returns:

@@ -24,6 +24,7 @@ from bench.report import pony as report_pony
 from bench.report import preferences
 from bench.report import tables as report_tables
 from bench.results import HEADER, ResultError, Results, read
+from happyhorse_fast.costs import cards_for
 from happyhorse_fast.pony.weights import weights_digest
 from happyhorse_fast.verify import fidelity
 
@@ -275,9 +276,9 @@ def test_a_planted_error_past_its_budget_is_marked() -> None:
 
 
 def test_a_clip_fits_a_card_with_room_for_the_context() -> None:
-    assert report_data.fits(21.8, 24)
-    assert not report_data.fits(22.0, 24)  # 24e9 bytes are 22.35 GiB
-    assert report_data.fits(33.0, 48)
+    assert 24 in cards_for(21.8 * 2**30)
+    assert 24 not in cards_for(22.0 * 2**30)  # 24e9 bytes are 22.35 GiB
+    assert 48 in cards_for(33.0 * 2**30)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_planned_peaks_of_8_bits_are_within_the_budgets_of_a_24_gb_card() -> Non
         if (peak["preset"], peak["resolution"]) == (targets.BASE, "1080p")
     }
     for form, (seconds, budget) in itertools.product(("fast int8", "fast fp8"), targets.PEAK_GIB.items()):
-        assert found[form, seconds] <= budget and report_data.fits(budget, 24), (form, seconds)
+        assert found[form, seconds] <= budget and 24 in cards_for(budget * 2**30), (form, seconds)
     assert len(committed["peaks"]) == len(report_measure.CLIPS) * len(report_measure.SHOWN)
 
 

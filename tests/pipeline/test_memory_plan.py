@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.costs import CONTEXT_BYTES, card_bytes
+from happyhorse_fast.costs import usable_bytes
 from happyhorse_fast.fast.memory import StorageMeter
 from happyhorse_fast.pipeline import memory_plan, stage_plan, tiling
 from happyhorse_fast.pipeline.memory_plan import PipelinePlan, budget_of, plan
@@ -26,7 +26,7 @@ def work(seconds=5, precision="fp8", decoder="turbo", **settings):
 
 
 def card(gb):
-    return int(card_bytes(gb) - CONTEXT_BYTES)
+    return int(usable_bytes(gb))
 
 
 @pytest.mark.quick(2)
