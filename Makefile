@@ -10,12 +10,15 @@
 #   make gpu ARCHIVE=r.tgz          and all that is left in one file, kept whole while stages run
 #   make gpu GPU_ARGS="--seconds 300"   more arguments of bench.gpu
 #   make prime GPU_PYTHON=3.13      for a GPU machine with that Python; without a GPU, before make gpu
+#   make commits OF="main 0123abc" CASES=attention-dense   two commits' kernels, to be timed in turns on a GPU
 #   make prime PRIME_ARGS="--key triton-key.txt"    for the build of Triton whose key make gpu left there
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 PYTEST_ARGS ?=
+OF ?= HEAD
+CASES ?= attention-dense
 FUZZ_ARGS ?=
 SEED ?=
 DEMO_ARGS ?=
@@ -38,7 +41,7 @@ AOT := $(BIN)/python -m bench.aot --jobs $(JOBS) $(AOT_FOLDERS:%=--also %) $(AOT
 PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n $(JOBS) --benchmark-disable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz sanitize aot aot-check bench prime gpu report lint typecheck format clean
+.PHONY: help demo test check fuzz sanitize aot aot-check bench prime commits gpu report lint typecheck format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -83,6 +86,10 @@ PRIME_ARGS ?= --build $(GPU_FOLDER)-python$(GPU_PYTHON)
 prime: $(STAMP) $(GPU_FOLDER)/.installed $(GPU_FOLDER)-python$(GPU_PYTHON)/.installed ## before `make gpu`, without a GPU: compile what it launches
 	PYTHONPATH=$(abspath $(GPU_FOLDER)) $(BIN)/python -m bench.prime --jobs $(JOBS) $(PRIME_ARGS)
 
+commits: $(STAMP) $(GPU_FOLDER)/.installed $(GPU_FOLDER)-python$(GPU_PYTHON)/.installed ## what python -m bench.commits times on a GPU, made without one
+	PYTHONPATH=$(abspath $(GPU_FOLDER)) $(BIN)/python -m bench.commits prepare $(OF) --cases $(CASES) --jobs $(JOBS) \
+	  --build $(abspath $(GPU_FOLDER)-python$(GPU_PYTHON))
+
 # A GPU machine may have neither a network nor a place to install into: an interpreter that is named is used as it is,
 # and where there is no environment yet, so is one that has torch and pytest.
 OWN := $(if $(filter command line,$(origin PYTHON)),$(PYTHON),$(if $(filter gpu,$(MAKECMDGOALS)),$(if $(wildcard $(STAMP)),,\
@@ -106,7 +113,7 @@ format: $(STAMP) ## rewrite the sources as ruff formats them
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, build outputs and caches
-	rm -rf $(VENV) .aot .hosts .primed build dist *.egg-info .benchmarks .build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .aot .commits .hosts .primed build dist *.egg-info .benchmarks .build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf happyhorse_fast/cubins happyhorse_fast/_C*.so
 	find csrc happyhorse_fast kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -162,18 +162,16 @@ def run_stages(stages: Sequence[Stage], context: Context, results: Results, dead
     return passed
 
 
-@contextlib.contextmanager
-def primed_kernels(folder: Path, arch: str | None, logs: Path) -> Iterator[None]:
-    """Stages find what `make prime` compiled for this GPU and this build of Triton; says how much they compile.
+def primed_cache(folder: Path, arch: str | None, logs: Path) -> dict[str, str]:
+    """Environment in which Triton finds what `make prime` compiled for this GPU and this build of Triton; says what.
 
     Args:
         folder: That holds packed caches.
         arch: Compute capability, ``"90"``; None where there is no GPU, and nothing is compiled.
-        logs: Gets Triton's key where no cache is for it.
+        logs: Gets Triton's key where no cache is for it, and nothing is added to the environment.
     """
-    if arch is None or CACHE_VARIABLE in os.environ:
-        yield
-        return
+    if arch is None:
+        return {}
     key = primed.version_key()
     packed = primed.packed_in(folder, int(arch), key)
     if not packed.is_file():
@@ -184,13 +182,23 @@ def primed_kernels(folder: Path, arch: str | None, logs: Path) -> Iterator[None]
             f"run: make prime PRIME_ARGS='--arch {arch} --key {logs / KEY}'\n",
             flush=True,
         )
+        return {}
+    cache = primed.unpack(packed)
+    print(f"{primed.kernels(cache)} kernels were compiled ahead: {packed}\n", flush=True)
+    return {CACHE_VARIABLE: str(cache), bootstrap.PRIMED_VARIABLE: "1"}
+
+
+@contextlib.contextmanager
+def primed_kernels(folder: Path, arch: str | None, logs: Path) -> Iterator[None]:
+    """Stages run with :func:`primed_cache`, unless a cache is named already; says how much they compile beside it."""
+    found = {} if CACHE_VARIABLE in os.environ else primed_cache(folder, arch, logs)
+    if not found:
         yield
         return
-    cache = primed.unpack(packed)
+    cache = Path(found[CACHE_VARIABLE])
     before = primed.kernels(cache)
-    print(f"{before} kernels were compiled ahead: {packed}\n", flush=True)
     try:
-        with mock.patch.dict(os.environ, {CACHE_VARIABLE: str(cache), bootstrap.PRIMED_VARIABLE: "1"}):
+        with mock.patch.dict(os.environ, found):
             yield
     finally:
         print(f"{primed.kernels(cache) - before} kernels compiled beside the {before} that were there", flush=True)

@@ -1,0 +1,229 @@
+"""Cases of several commits in turns on one GPU, each commit in a process of its own: what a change of a kernel brings.
+
+    python -m bench.commits prepare 74c8bc1 0123abc --cases attention-dense   # without a GPU: sources and kernels
+    python -m bench.commits time --cases attention-dense                      # with one: what was prepared, in turns
+
+First all commits hold a case against its gate at the same time: a race may show only where several processes share the
+GPU (docs/kernels/attention.md). Those that pass take turns, half a second each, and the table has the medians. A
+process that does not answer in time is killed, and its commit left out from there on, so that one kernel that waits for
+ever costs the others nothing.
+"""
+
+from __future__ import annotations
+
+import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import Case, cases, select
+from bench.gpu.__main__ import environment, primed_cache
+from bench.results import COMMIT_VARIABLE, describe_machine
+from bench.table import Table
+
+FOLDER = bootstrap.ROOT / ".commits"
+"""Prepared commits, each in a folder of its name."""
+SOURCES = ("bench", "csrc", "happyhorse_fast", "kernels", ":!bench/results", ":!happyhorse_fast/pony")
+"""What of a commit is measured, as git names it."""
+WORKER = Path(__file__).with_name("commit_worker.py")
+RUN = f"import runpy; runpy.run_path({str(WORKER)!r}, run_name='__main__')"
+COLUMNS = ("case", "commit", "ms", "spread", "TFLOP/s", "the first one's time over it", "MHz", "W")
+
+
+def interpreter(tree: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) of the worker in a commit's sources.
+
+    Without `site`, which would let an installation of this checkout provide the commit's kernels.
+    """
+    path = os.pathsep.join([str(tree), *(entry for entry in sys.path if entry and Path(entry) != bootstrap.ROOT)])
+    return [sys.executable, "-S", "-c", RUN, *arguments], {"PYTHONPATH": path, COMMIT_VARIABLE: tree.name}
+
+
+def prepare(commits: Sequence[str], words: str, more: Sequence[str]) -> None:
+    """Put commits' sources and primed kernels into :data:`FOLDER`, in place of what is there.
+
+    Args:
+        commits: As git names them; their folders are called the same.
+        words: Of the cases whose kernels are compiled, comma-separated.
+        more: Options of `bench.prime`.
+
+    Raises:
+        CalledProcessError: There is no such commit, or a kernel of it does not compile; stderr has said why.
+    """
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    only = "|".join(words.split(","))
+    for commit in commits:
+        tree = FOLDER / commit
+        packed = subprocess.run(
+            ["git", "archive", commit, "--", *SOURCES], cwd=bootstrap.ROOT, stdout=subprocess.PIPE, check=True
+        )
+        with tarfile.open(fileobj=BytesIO(packed.stdout)) as archive:
+            archive.extractall(tree, filter="data")
+        options = ("--into", str(tree / ".primed"), "--only", f"^case .*({only})", *more)
+        command, given = interpreter(tree, "prime", *options)
+        subprocess.run(command, cwd=tree, env=os.environ | given, check=True)
+
+
+@dataclass
+class Commit:
+    """A commit's process.
+
+    Attributes:
+        tree: Its sources.
+        process: The worker.
+        channel: To it.
+        out: Why it is asked no more; empty while it is.
+        times_ms: Of the case that takes turns.
+        states: Clock and power of each turn of that case.
+    """
+
+    tree: Path
+    process: subprocess.Popen[bytes]
+    channel: Any
+    out: str = ""
+    times_ms: list[float] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def started(cls, tree: Path, device: torch.device, scope: str) -> Commit:
+        """Start the worker; it answers once it has imported everything."""
+        own, other = multiprocessing.Pipe()
+        command, given = interpreter(tree, str(other.fileno()), device.type, scope)
+        arch = describe_machine(device).get("capability")
+        env = environment(dry=device.type == "cpu") | given | primed_cache(tree / ".primed", arch, tree / "logs")
+        process = subprocess.Popen(command, env=env, cwd=tree, pass_fds=[other.fileno()])
+        other.close()
+        return cls(tree, process, own)
+
+    def ask(self, method: str, *arguments: object) -> None:
+        """Send a question."""
+        with contextlib.suppress(OSError):  # its answer will be that it is gone
+            self.channel.send((method, arguments))
+
+    def answer(self, seconds: float) -> Any:
+        """The answer to the question before; None where there is none, and :attr:`out` says why."""
+        try:
+            if self.channel.poll(seconds):
+                fine, found = self.channel.recv()
+                if fine:
+                    return found
+                self.out = found
+            else:
+                self.out = f"no answer in {seconds:.0f} s"
+        except (EOFError, OSError):
+            self.out = f"its process ended with {self.process.wait()}"
+        self.end()
+        return None
+
+    def end(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+def compare(commits: Sequence[Commit], case: Case, impl: str, turns: int, seconds: float, patience: float) -> None:
+    """Gate a case in all commits at once, then let the green ones take turns, and print the table.
+
+    Args:
+        commits: All; those that are out are passed over.
+        case: What is timed.
+        impl: By which implementation, as `bench.ops` names it.
+        turns: Of each commit.
+        seconds: Of each turn.
+        patience: Seconds to wait for an answer.
+    """
+    asked, green, red = [commit for commit in commits if not commit.out], [], []
+    for commit in asked:
+        commit.times_ms, commit.states = [], []
+        commit.ask("gate", case.name, impl)
+    for commit in asked:
+        problems = commit.answer(patience)
+        if problems:
+            red.append((case.name, commit.tree.name, *"-" * (len(COLUMNS) - 3), problems[0]))
+        elif problems is not None:
+            green.append(commit)
+    for _ in range(turns):
+        for commit in green:
+            if not commit.out:
+                commit.ask("time", case.name, impl, seconds)
+                if (found := commit.answer(patience)) is not None:
+                    commit.times_ms += found[0]
+                    commit.states.append(found[1])
+    timed = [commit for commit in green if not commit.out]
+    rows = [row(case, commit, timed[0]) for commit in timed] + red
+    rows += [(case.name, c.tree.name, *"-" * (len(COLUMNS) - 3), c.out) for c in commits if c.out]
+    print(Table("", COLUMNS, tuple(rows)).text(), flush=True)
+
+
+def row(case: Case, commit: Commit, first: Commit) -> tuple[str, ...]:
+    """A line of the table."""
+    times = sorted(commit.times_ms)
+    median, tenth = statistics.median(times), len(times) // 10
+    states = [state for state in commit.states if state]
+    return (
+        case.name,
+        commit.tree.name,
+        f"{median:.4g}",
+        f"{(times[-1 - tenth] - times[tenth]) / median:.0%}",
+        f"{case.computed_flops() / median / 1e9:.4g}",
+        f"{statistics.median(first.times_ms) / median:.3f}x",
+        *(f"{statistics.median(s[name] for s in states):.0f}" if states else "" for name in ("sm_mhz", "power_w")),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns 1 where a commit was left out."""
+    parser = argparse.ArgumentParser(prog="python -m bench.commits", description=__doc__.partition("\n")[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    commands = parser.add_subparsers(dest="command", required=True)
+    preparing = commands.add_parser("prepare", help="without a GPU; further options are bench.prime's")
+    preparing.add_argument("commits", nargs="+", help="as git names them, without '/'")
+    timing = commands.add_parser("time", help="what was prepared, in turns")
+    for one in (preparing, timing):
+        one.add_argument("--cases", required=True, help="comma-separated words; cases whose name holds one of them")
+    timing.add_argument("commits", nargs="*", help="of those prepared; all by default, by name")
+    timing.add_argument("--device", default=default, help=f"default here: {default}")
+    timing.add_argument("--scope", default="main", help="of the cases, as of bench.ops")
+    timing.add_argument("--impl", default="auto", help="auto: what the launch table says")
+    timing.add_argument("--turns", type=int, default=4, help="of each commit")
+    timing.add_argument("--seconds", type=float, default=0.5, help="of a turn")
+    timing.add_argument("--patience", type=float, default=60.0, help="seconds to wait for an answer")
+    options, more = parser.parse_known_args(argv)
+    if options.command == "prepare":
+        try:
+            prepare(options.commits, options.cases, more)
+        except subprocess.CalledProcessError as error:
+            print(f"not prepared: {' '.join(map(str, error.cmd))} ended with {error.returncode}", file=sys.stderr)
+            return 1
+        return 0
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    names = options.commits or sorted(path.name for path in FOLDER.glob("*") if path.is_dir())
+    chosen = select(cases(options.scope), options.cases)
+    device = torch.device(options.device)
+    commits = [Commit.started(FOLDER / name, device, options.scope) for name in names]
+    try:
+        for case in chosen:
+            compare(commits, case, options.impl, options.turns, options.seconds, options.patience)
+    finally:
+        for commit in commits:
+            commit.end()
+    return int(any(commit.out for commit in commits))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

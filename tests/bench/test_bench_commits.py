@@ -1,0 +1,54 @@
+"""Commits in turns, on a CPU: stand-ins for commits whose kernel is right, is wrong, never ends or ends its process."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+from bench import commits
+from bench.bootstrap import ROOT
+
+ASKED = ["time", "--device", "cpu", "--scope", "tiny", "--cases", "down/tiny/fp8", "--impl", "triton", "--seconds", "0"]
+PLANTED = {"wrong": "None", "endless": "time.sleep(600)", "dead": "os._exit(7)"}
+"""Commit -> what its launch does."""
+LAUNCH = """
+
+import os, time
+
+class Planted(type(fp8_linear_kernel)):
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: {}
+
+fp8_linear_kernel.__class__ = Planted
+"""
+
+
+@pytest.mark.slow
+def test_right_ones_take_turns_and_others_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commits, "FOLDER", tmp_path)
+    for name in ("a right one", "b right one", *PLANTED):
+        tree = tmp_path / name
+        tree.mkdir()
+        for folder in ("bench", "csrc", "happyhorse_fast"):
+            (tree / folder).symlink_to(ROOT / folder)
+        shutil.copytree(ROOT / "kernels", tree / "kernels")
+        if name in PLANTED:
+            launched = tree / "kernels" / "linear.py"
+            launched.write_text(launched.read_text() + LAUNCH.format(PLANTED[name]))
+    assert commits.main([*ASKED, "--turns", "2", "--patience", "40"]) == 1
+    shown = capsys.readouterr().out
+    lines = {re.split(" {2,}", line)[1]: line for line in shown.splitlines() if "down/" in line}
+    assert lines.keys() == {"a right one", "b right one", *PLANTED}
+    assert "1.000x" in lines["a right one"] and lines["b right one"].rstrip().endswith("x")
+    assert "rows 0: " in lines["wrong"]
+    assert "no answer in 40 s" in lines["endless"]
+    assert "its process ended with 7" in lines["dead"]
+
+
+@pytest.mark.slow
+def test_a_commit_that_is_not_there_is_not_prepared(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(commits, "FOLDER", tmp_path)
+    assert commits.main(["prepare", "nothing-of-that-name", "--cases", "down/tiny/fp8"]) == 1
+    assert "nothing-of-that-name" in capfd.readouterr().err
