@@ -32,11 +32,10 @@ import torch
 
 from bench.cases import Case, cases, select
 from bench.gpu.__main__ import environment, primed_cache
+from bench.gpu.stages import COMMITS as FOLDER
 from bench.results import COMMIT_VARIABLE, describe_machine
 from bench.table import Table
 
-FOLDER = bootstrap.ROOT / ".commits"
-"""Prepared commits, each in a folder of its name."""
 SOURCES = ("bench", "csrc", "happyhorse_fast", "kernels", ":!bench/results", ":!happyhorse_fast/pony")
 """What of a commit is measured, as git names it."""
 WORKER = Path(__file__).with_name("commit_worker.py")
