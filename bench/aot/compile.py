@@ -8,11 +8,12 @@ import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import triton
 
-from bench.aot import disassembly
-from bench.aot.cases import cases
+from bench.aot import disassembly, playback
+from bench.aot.cases import HEAD_DIM, cases
 from bench.aot.gates import EXPONENTS, GROUP_THREADS, Order, Row
 from bench.aot.recording import Driver, Launch, in_forks, record
 from happyhorse_fast.kernels.hopper_barriers import TURNS
@@ -51,15 +52,25 @@ def measure(launch: Launch) -> Row:
         fp_fusion=options["enable_fp_fusion"],
         products=case.products,
         triton=triton.__version__,
-        order=order_of(code) if hopper else None,
+        order=order_of(code, cycles_of(built.asm["cubin"], case.products, constants)) if hopper else None,
         pointers=tuple(sorted(name for name, kind in data["signature"].items() if str(kind).startswith("*"))),
         nan_kept=len(NAN_KEPT.findall(built.asm["ptx"])),
         nan_lost=len(NAN_LOST.findall(built.asm["ptx"])),
     )
 
 
-def order_of(code: str) -> Order:
-    """In which order the instructions of the Hopper kernel's listing stand."""
+def cycles_of(cubin: bytes, products: str, constants: dict[str, Any]) -> float | None:
+    """Cycles of a step of the Hopper kernel, played through; None for heads that no timed model has."""
+    if constants["D"] < HEAD_DIM:
+        return None
+    tile = constants["BLOCK"] * constants["D"]
+    tile_bytes = {"k": tile * (2 if products == "bf16" else 1), "v": tile * (1 if products == "fp8" else 2)}
+    bodies = playback.loops(disassembly.encoded(cubin))
+    return playback.Player(bodies, constants["STAGES"], tile_bytes).cycles()
+
+
+def order_of(code: str, cycles: float | None) -> Order:
+    """In which order the instructions of the Hopper kernel's listing stand, and the cycles of a step."""
     loops = disassembly.loops(code)
     over_blocks = [loop for loop in loops if sum("MUFU.EX2" in line for line in loop) >= EXPONENTS]
     return Order(
@@ -68,6 +79,7 @@ def order_of(code: str) -> Order:
         barriers=disassembly.named_barriers(code),
         step=min(map(len, over_blocks), default=0),
         overwritten=disassembly.overwritten(loops),
+        cycles=cycles,
     )
 
 

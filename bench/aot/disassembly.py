@@ -80,12 +80,21 @@ def read(cubin: bytes) -> list[tuple[Compiled, str]]:
     ]
 
 
-def _tool(name: str, option: str, cubin: Path) -> str:
+def encoded(cubin: bytes) -> str:
+    """Listing of a cubin of one kernel in which every instruction's encoding stands behind it, 128 bits."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        listing = _tool("nvdisasm", "-c", file, "-hex")
+    return re.sub(r"\n\s+(/\* 0x[0-9a-f]{16} \*/)(?=\n)", r" \1", listing)
+
+
+def _tool(name: str, option: str, cubin: Path, *more: str) -> str:
     """Output of one of the tools in Triton's wheel."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None, "Triton is not installed"
     path = Path(spec.origin).parent / "backends/nvidia/bin" / name
-    return subprocess.run([path, option, cubin], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([path, option, *more, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def exponents_beside_products(code: str) -> list[int]:

@@ -43,6 +43,7 @@ class Order:
         barriers: Numbers of named barriers, and the threads that meet there, 0 for all.
         step: Instructions of the shortest loop over blocks.
         overwritten: Instructions that write what a product under way reads.
+        cycles: Of a step over full blocks, played through (bench/aot/playback.py).
     """
 
     exponents: list[int]
@@ -50,6 +51,7 @@ class Order:
     barriers: list[tuple[int, int]]
     step: int = 0
     overwritten: int = 0
+    cycles: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,7 @@ class Row(Compiled):
         """Its numbers in a line."""
         spills = f", {self.opcodes['STL']} STL" if self.opcodes["STL"] else ""
         step = f", {self.order.step} instructions a step" if self.order else ""
+        step += f", {self.order.cycles:.0f} cycles played through" if self.order and self.order.cycles else ""
         return f"{self.registers} registers{spills}{step}, {self.shared} bytes shared, {self.instructions or '-'}"
 
 
