@@ -177,6 +177,8 @@ def _out_of_order(order: Order, *, e4m3: bool, lse: bool) -> list[str]:
     for before, behind, passes in order.turns:
         if not before or behind or passes != 1:
             found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
+    if order.cycles == float("inf"):
+        found.append("played through, both groups come to wait for ever")
     if order.overwritten:
         found.append(f"{order.overwritten} instructions that write what a product under way reads")
     own = [barrier for barrier in order.barriers if barrier[0] >= RESERVED]

@@ -237,6 +237,7 @@ def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
     assert moved.endswith("3 loops with 64 exponents beside PV, 4 wanted")
     assert found(row, turns=turns[:3])[0].endswith("3 turns, 4 wanted")
     assert "1 instructions that write what a product" in found(row, overwritten=1)[0]
+    assert "both groups come to wait for ever" in found(row, cycles=float("inf"))[0]
     for wrong in ((8, 8, 1), (0, 16, 1), (16, 0, 0), (16, 0, 2), (0, 0, 1)):
         (said,) = found(row, turns=[*turns[:2], wrong, turns[3]])
         assert f"a turn of {wrong[0]} products, passed {wrong[2]} times, with {wrong[1]} behind it" in said
