@@ -34,8 +34,12 @@ ROWS = gl.constexpr(64)
 """Rows of a tile that a group multiplies."""
 COLUMNS = gl.constexpr(256)
 """Features of a tile."""
-PIECE = gl.constexpr(8)
-"""Rows that are finished at once: 2,048 sums, 32 in each of 64 threads."""
+HALVES = gl.constexpr(2)
+HALF = gl.constexpr(128)
+"""Features that are stored and finished at once: a head."""
+PIECE = gl.constexpr(16)
+PIECES = gl.constexpr(4)
+"""Rows that are finished at once, and how often a group has as many: 2,048 sums, 32 in each of 64 threads."""
 FINISH_WARPS = gl.constexpr(2)
 MULTIPLY_REGISTERS = gl.constexpr(192)
 FINISH_REGISTERS = gl.constexpr(120)
@@ -127,7 +131,10 @@ class Ring(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """A tile's sums in shared memory, with a "full" and an "empty" mbarrier per group; ``pieces`` are PIECE rows."""
+    """A tile's sums in shared memory, with a "full" and an "empty" mbarrier per group.
+
+    ``tiles`` are the HALVES of a group's, ``pieces`` the PIECES of each: rows of the same memory.
+    """
 
     tiles: Any
     pieces: Any
@@ -156,8 +163,8 @@ def make_operands(x, weight, product: gl.constexpr):
 def make_sums(product: gl.constexpr):
     """Make the buffer in which sums cross. Rows are XORed by 16 bytes: STSM and LDS both meet every bank once."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    tiles = gl.allocate_shared_memory(product.kept_type, [GROUPS, ROWS, COLUMNS], layout)
-    pieces = tiles._reinterpret(product.kept_type, [GROUPS * ROWS // PIECE, PIECE, COLUMNS], layout)
+    tiles = gl.allocate_shared_memory(product.kept_type, [GROUPS * HALVES, ROWS, HALF], layout)
+    pieces = tiles._reinterpret(product.kept_type, [GROUPS * HALVES * PIECES, PIECE, HALF], layout)
     return Sums(tiles, pieces, make_barriers(GROUPS, 1), make_barriers(GROUPS, 1))
 
 
@@ -228,11 +235,19 @@ def finished(acc, product: gl.constexpr):
 
 
 @gluon.jit
+def halves(acc, product: gl.constexpr):
+    """Return sums in HALVES. In the tensor core's layout a split only chooses registers: no data moves."""
+    if product.parts == 1:
+        return gl.split(gl.permute(gl.reshape(acc[0], (ROWS, HALVES, HALF)), (0, 2, 1)))
+    else:
+        return acc
+
+
+@gluon.jit
 def multiply(GROUP: gl.constexpr, common, product: gl.constexpr):
     """Multiply, as one of the two groups, 64 rows of every tile, and hand their sums to the warps that finish them."""
     ring, sums, work = common
     SLOTS: gl.constexpr = product.slots
-    PARTS: gl.constexpr = product.parts
     zero = gl.full([ROWS, product.part], 0, product.sum_type, layout=product.layout)
     use = 0
     turn = 0
@@ -246,12 +261,12 @@ def multiply(GROUP: gl.constexpr, common, product: gl.constexpr):
         mbarrier.arrive(ring.empty.index(use % SLOTS), count=1)
         use += 1
         mbarrier.wait(sums.empty.index(GROUP), (turn & 1) ^ 1)
-        for part in gl.static_range(PARTS):
-            value = acc[part]
+        acc = halves(acc, product)
+        for half in gl.static_range(HALVES):
+            value = acc[half]
             if product.bits == 8:
                 value = value.to(gl.float32) * product.down
-            place = sums.tiles.index(GROUP).slice(part * product.part, product.part, dim=1)
-            place.store(value.to(product.kept_type))
+            sums.tiles.index(GROUP * HALVES + half).store(value.to(product.kept_type))
         mbarrier.arrive(sums.full.index(GROUP), count=1)
         turn += 1
 
@@ -260,6 +275,12 @@ def multiply(GROUP: gl.constexpr, common, product: gl.constexpr):
 def await_sums(sums, group, turn):
     """Wait until a group's sums of the program's ``turn``-th tile are there."""
     mbarrier.wait(sums.full.index(group), turn & 1)
+
+
+@gluon.jit
+def piece_of(sums, group, half, piece, layout: gl.constexpr):
+    """Load PIECE rows of a half of a group's sums."""
+    return sums.pieces.index((group * HALVES + half) * PIECES + piece).load(layout).to(gl.float32)
 
 
 @gluon.jit

@@ -14,8 +14,11 @@ from happyhorse_fast.kernels.product_beside import (
     FINISH_REGISTERS,
     FINISH_WARPS,
     GROUPS,
+    HALF,
+    HALVES,
     MULTIPLY_REGISTERS,
     PIECE,
+    PIECES,
     ROWS,
     Work,
     await_sums,
@@ -23,6 +26,7 @@ from happyhorse_fast.kernels.product_beside import (
     make_operands,
     make_sums,
     multiply,
+    piece_of,
     product_of,
     release_sums,
     tile_of,
@@ -37,25 +41,25 @@ def add_tiles(sums, work, x_scale, weight_scale, hidden, PER_ROW: gl.constexpr, 
     turn = 0
     for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
         expert, first, end, feature = tile_of(work, item, product)
-        column = feature + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-        if F % COLUMNS != 0:
-            inside = column < F
-        if product.bits == 8:
-            scale = gl.load(weight_scale + expert * F + gl.minimum(column, F - 1))
-        for group in gl.static_range(GROUPS):
+        for group in range(GROUPS):
             await_sums(sums, group, turn)
-            for piece in range(group * (ROWS // PIECE), (group + 1) * (ROWS // PIECE)):
-                row = first + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout))
-                live = row < end
-                value = sums.pieces.index(piece).load(layout).to(gl.float32)
+            for half in range(HALVES):
+                column = feature + half * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+                inside = (column < F)[None, :]
                 if product.bits == 8:
-                    factor = gl.load(x_scale + row * PER_ROW, mask=live, other=0.0) * product.up
-                    value = value * factor[:, None] * scale[None, :]
-                mask = live[:, None]
-                if F % COLUMNS != 0:
-                    mask = mask & inside[None, :]
-                place = hidden + (row.to(gl.int64) * F)[:, None] + column[None, :]
-                gl.atomic_add(place, value, mask=mask, sem="relaxed")
+                    scale = gl.load(weight_scale + expert * F + gl.minimum(column, F - 1))
+                for piece in range(PIECES):
+                    row = first + group * ROWS + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout))
+                    live = row < end
+                    value = piece_of(sums, group, half, piece, layout)
+                    if product.bits == 8:
+                        factor = gl.load(x_scale + row * PER_ROW, mask=live, other=0.0) * product.up
+                        value = value * factor[:, None] * scale[None, :]
+                    mask = live[:, None]
+                    if F % COLUMNS != 0:
+                        mask = mask & inside
+                    place = hidden + (row.to(gl.int64) * F)[:, None] + column[None, :]
+                    gl.atomic_add(place, value, mask=mask, sem="relaxed")
             release_sums(sums, group)
         turn += 1
 

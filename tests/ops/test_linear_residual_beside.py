@@ -157,10 +157,10 @@ AWAIT = "            await_sums(sums, group, turn)\n"
 RESIDUAL = {
     "sums released before they are read": (AWAIT, AWAIT + RELEASE),
     "rows past the end": ("live = row < end", "live = row < end + 1"),
-    "features past the end": ("inside = column < F", "inside = column < F + 4"),
-    "rows of another piece": ("row = first + piece * PIECE", "row = first + (piece ^ 1) * PIECE"),
+    "features past the end": ("inside = (column < F)", "inside = (column < F + 4)"),
+    "rows of another piece": ("+ piece * PIECE", "+ (piece ^ 1) * PIECE"),
     "turn forgotten while finishing": (RELEASE + "        turn += 1\n", RELEASE),
-    "other features": ("column = feature + gl", "column = gl"),
+    "other features": ("column = feature + half", "column = half"),
 }
 CODES = {
     "another channel's scale": ("gl.minimum(column, F - 1)", "gl.minimum(column + 1, F - 1)"),

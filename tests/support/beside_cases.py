@@ -34,9 +34,9 @@ def residual_beside(seed=1, replace=(), programs=4):
 
 RELEASE_LAST = "        mbarrier.arrive(ring.empty.index(use % SLOTS), count=1)\n"
 FINISHED = "        acc = finished(acc, product)\n"
-PLACE = "            place.store(value.to(product.kept_type))\n"
+PLACE = "            sums.tiles.index(GROUP * HALVES + half).store(value.to(product.kept_type))\n"
 FULL = "        mbarrier.arrive(sums.full.index(GROUP), count=1)\n"
-GIVEN = "            if part == PARTS - 1:\n                mbarrier.arrive(sums.full.index(GROUP), count=1)\n"
+GIVEN = "            if half == 0:\n                mbarrier.arrive(sums.full.index(GROUP), count=1)\n"
 AWAIT_EMPTY = "        mbarrier.wait(sums.empty.index(GROUP), (turn & 1) ^ 1)\n"
 LOOP_RELEASE = "            mbarrier.arrive(ring.empty.index((use - 1) % SLOTS), count=1)\n"
 AWAIT_FULL = "    mbarrier.wait(ring.full.index(slot), use // SLOTS & 1)\n    if product.parts == 1:\n        left"
@@ -61,12 +61,12 @@ PRODUCT_BUGS = {
     "wrong parity, sums empty": (AWAIT_EMPTY, AWAIT_EMPTY.replace(" ^ 1", "")),
     "sums given before they are stored": (PLACE + FULL, GIVEN + PLACE),
     "sums never given": (FULL, ""),
-    "a group's sums in the other's place": ("place = sums.tiles.index(GROUP)", "place = sums.tiles.index(1 - GROUP)"),
+    "a group's sums in the other's place": ("index(GROUP * HALVES + half)", "index((1 - GROUP) * HALVES + half)"),
     "sums read before they are there": ("    mbarrier.wait(sums.full.index(group), turn & 1)\n", "    pass\n"),
     "wrong parity, sums full": ("index(group), turn & 1)", "index(group), (turn & 1) ^ 1)"),
     "sums never released": ("    mbarrier.arrive(sums.empty.index(group), count=1)\n", "    pass\n"),
     "turn forgotten": (FULL + "        turn += 1\n", FULL),
-    "rows of other pieces": ("GROUPS * ROWS // PIECE, PIECE, COLUMNS]", "GROUPS * ROWS * COLUMNS // PIECE, PIECE, 1]"),
+    "halves for groups": ("(group * HALVES + half) * PIECES", "(half * HALVES + group) * PIECES"),
 }
 """Bugs of `kernels/product_beside.py`, by their text."""
 WHOLE_BUGS = {"sums not waited for": ("(warpgroup_mma_wait(0, deps=[acc[0]])", "(warpgroup_mma_wait(1, deps=[acc[0]])")}
@@ -75,5 +75,5 @@ INT8_BUGS = {
     "the other part's features": ("slot * product.parts + PART)", "slot * product.parts)"),
     "sums not waited for": ("warpgroup_mma_wait(0, deps=[acc[0], acc", "warpgroup_mma_wait(1, deps=[acc[0], acc"),
     "one part awaited": ("warpgroup_mma_wait(2, deps", "warpgroup_mma_wait(3, deps"),
-    "parts in one place": ("slice(part * product.part,", "slice(0 * product.part,"),
+    "one part twice": ("    else:\n        return acc\n", "    else:\n        return acc[0], acc[0]\n"),
 }
