@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from happyhorse_fast.kernels.launch import HOPPER_ARCH, beside_of, config_for, launched_with
 
 BESIDE = "beside"
-VARIANTS = {"linear": ("bf16_residual", "int8_residual", "fp8_residual")}
+VARIANTS = {
+    "linear": ("bf16_residual", "int8_residual", "fp8_residual"),
+    "qkv": ("qkv_bf16", "qkv_int8", "qkv_fp8"),
+}
 """Launch table -> its entries of which there is such a kernel."""
-OPS = {"fp8_linear_residual": "linear"}
-"""Op -> the launch table of its kernel."""
 
 
 @contextlib.contextmanager

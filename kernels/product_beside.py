@@ -41,9 +41,9 @@ PIECE = gl.constexpr(16)
 PIECES = gl.constexpr(4)
 """Rows that are finished at once, and how often a group has as many: 2,048 sums, 32 in each of 64 threads."""
 FINISH_WARPS = gl.constexpr(2)
-MULTIPLY_REGISTERS = gl.constexpr(192)
-FINISH_REGISTERS = gl.constexpr(120)
-"""Registers per thread. The loading warp and those that finish are one group of 128: 2 x 128 x 192 + 128 x 120 of an
+MULTIPLY_REGISTERS = gl.constexpr(184)
+FINISH_REGISTERS = gl.constexpr(136)
+"""Registers per thread. The loading warp and those that finish are one group of 128: 2 x 128 x 184 + 128 x 136 of an
 SM's 65,536, of which 384 threads can have 168 each."""
 
 

@@ -9,6 +9,7 @@ from gluon_emulator import Emulated
 
 from bench.beside import BESIDE, running
 from happyhorse_fast.ops.linear import triton as linear
+from happyhorse_fast.ops.qkv import triton as qkv
 from happyhorse_fast.ops.runtime.triton import device
 
 SHARED = ("hopper_ring", "product_beside")
@@ -30,6 +31,11 @@ def emulated(launcher, module, kernel, seed, replace, programs):
 def residual_beside(seed=1, replace=(), programs=4):
     """`fp8_linear_residual` in the kernel of `kernels/residual_beside.py`."""
     return emulated(linear, "residual_beside", "linear_residual_beside_kernel", seed, replace, programs)
+
+
+def qkv_beside(seed=1, replace=(), programs=4):
+    """`qkv_linear` in the kernel of `kernels/qkv_beside.py`."""
+    return emulated(qkv, "qkv_beside", "qkv_linear_beside_kernel", seed, replace, programs)
 
 
 RELEASE_LAST = "        mbarrier.arrive(ring.empty.index(use % SLOTS), count=1)\n"
