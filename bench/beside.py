@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from bench.cases import Case
 from happyhorse_fast.kernels.launch import HOPPER_ARCH, beside_of, config_for, launched_with
+from happyhorse_fast.kernels.product_beside import HALF
 
 BESIDE = "beside"
 VARIANTS = {
@@ -17,6 +19,11 @@ VARIANTS = {
     "qkv": ("qkv_bf16", "qkv_int8", "qkv_fp8"),
 }
 """Launch table -> its entries of which there is such a kernel."""
+
+
+def fits(case: Case) -> bool:
+    """Whether there is such a kernel for a case's op; of QKV for heads of 128 alone."""
+    return case.op == "fp8_linear_residual" or (case.op == "qkv_linear" and case.plan.head_dim == HALF.value)
 
 
 @contextlib.contextmanager

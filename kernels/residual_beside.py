@@ -65,7 +65,7 @@ def add_tiles(sums, work, x_scale, weight_scale, hidden, PER_ROW: gl.constexpr, 
 
 
 @gluon.jit
-def linear_residual_beside_kernel(
+def fp8_linear_residual_beside_kernel(
     x,
     x_scale,
     weight,

@@ -279,7 +279,7 @@ def linears(arch: int) -> Iterator[Case]:
             variants = {"fp8_linear_kernel": variant}
             yield Case(op, "linear", arch, variants, fmt, described(detail, pointers), arguments, pointers)
             if (epilogue, arch, pointers) == ("residual", HOPPER_ARCH, False):
-                variants = {"linear_residual_beside_kernel": variant}
+                variants = {"fp8_linear_residual_beside_kernel": variant}
                 yield Case(op, "linear", arch, variants, fmt, f"{detail}, beside", arguments, beside=True)
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.aot import disassembly, gates
+from bench.aot import gates
 from bench.aot.__main__ import compiled
-from happyhorse_fast.kernels import launch
 from happyhorse_fast.kernels.launch import ARCHITECTURES, LaunchConfig
 
 ROOT = Path(__file__).parents[2]
@@ -256,45 +255,6 @@ def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
     assert found(replace(e4m3, detail="fp8, bf16 out, LSE"), exponents=[0, 0, 0, 0]) == []
 
 
-@pytest.mark.parametrize(("fmt", "core", "loop"), [("fp8", "QGMMA", (4, [1])), ("int8", "IGMMA", (8, [2]))])
-def test_an_epilogue_that_is_not_beside_the_tensor_cores_is_caught(fmt, core, loop):
-    config = launch.beside_of(GOOD.config)
-    row = replace(
-        GOOD, config=config, num_warps=4, num_stages=3, tile={}, products=fmt, detail=f"{fmt}, residual, beside",
-        opcodes=Counter({core: 16, "STSM": 32}), beside=gates.Beside([loop, loop], [16, 16]),
-    )  # fmt: skip
-    assert gates.problems(row) == []
-
-    def found(**changes):
-        return gates.problems(replace(row, beside=replace(row.beside, **changes)))
-
-    behind = (loop[0], [0])
-    for wrong in ([loop], [loop, behind], [loop, (loop[0], [*loop[1], 0])], [loop, (loop[0] // 2, loop[1])], []):
-        (said,) = found(loops=wrong)
-        assert "loops over slots" in said
-    assert "1 instructions that write what a product under way adds to" in found(overwritten=1)[0]
-    assert "additions of [16, 4] bytes" in found(additions=[16, 4])[0]
-    assert "additions of [] bytes" in found(additions=[])[0]
-    stores = replace(row, opcodes=Counter({core: 16, "STSM": 32, "STG": 1}))
-    assert "additions of [16, 16] bytes and 1 STG" in gates.problems(stores)[0]
-    assert "16 STSM, 32 wanted" in gates.problems(replace(row, opcodes=Counter({core: 16, "STSM": 16})))[0]
-
-
-LISTING = """
-        /*0010*/  QGMMA.64x256x32.F32.E4M3.E4M3 R24, gdesc[UR12], R24 ;
-        /*0020*/  QGMMA.64x256x32.F32.E4M3.E4M3 R24, gdesc[UR12], R24, gsb0 ;
-        /*0030*/  WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
-        /*0040*/  REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR22][R70.64], R28 ;
-        /*0050*/  REDG.E.ADD.F32.FTZ.RN.STRONG.GPU desc[UR22][R70.64], R28 ;
-        /*0060*/  REDG.E.ADD.F32x2.FTZ.RN.STRONG.GPU desc[UR22][R70.64], R28 ;
-"""
-
-
-def test_waits_and_additions_of_a_listing():
-    assert disassembly.products_and_waits(LISTING.splitlines()) == (2, [1])
-    assert disassembly.additions(LISTING) == [16, 4, 8]
-
-
 PASS = "    pass_turn(GROUP)\n"
 PV_DONE = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n"
 
@@ -346,38 +306,6 @@ kernel.attend_bounded = moved.attend_bounded
 case = next(c for c in cases() if (c.arch, c.detail) == (90, "bf16, D 128, bf16 out, hopper"))
 print(problems(measure(*record([(case, case.arch, case.launch)]))))
 """
-
-
-SERIAL = r"""
-import importlib.util
-import sys
-from pathlib import Path
-
-name = "happyhorse_fast.kernels.product_beside"
-source = Path(importlib.util.find_spec(name).origin).read_text()
-old = "(warpgroup_mma_wait(1, deps=[left]),)"
-assert source.count(old) == 1
-path = Path({root!r}) / "serial.py"
-path.write_text(source.replace(old, old.replace("1", "0")))
-spec = importlib.util.spec_from_file_location(name, path)
-sys.modules[name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules[name])
-
-from bench.aot.cases import cases
-from bench.aot.compile import measure
-from bench.aot.gates import problems
-from bench.aot.recording import record
-
-case = next(c for c in cases() if (c.arch, c.detail) == (90, "bf16, residual, float32 out, beside"))
-print(problems(measure(*record([(case, case.arch, case.launch)]))))
-"""
-
-
-@slow
-def test_a_wait_behind_a_slots_own_products_is_seen(tmp_path):
-    done = run("-c", SERIAL.format(root=str(tmp_path)))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "(products, left under way) [(4, [0]), (4, [0])], not [(4, [1]), (4, [1])]" in done.stdout
 
 
 def test_an_entry_that_no_case_launches_is_caught():

@@ -30,7 +30,7 @@ def emulated(launcher, module, kernel, seed, replace, programs):
 
 def residual_beside(seed=1, replace=(), programs=4):
     """`fp8_linear_residual` in the kernel of `kernels/residual_beside.py`."""
-    return emulated(linear, "residual_beside", "linear_residual_beside_kernel", seed, replace, programs)
+    return emulated(linear, "residual_beside", "fp8_linear_residual_beside_kernel", seed, replace, programs)
 
 
 def qkv_beside(seed=1, replace=(), programs=4):

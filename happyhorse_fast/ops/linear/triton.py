@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, ROW_TILE, LaunchConfig, config_for
 from happyhorse_fast.kernels.linear import fp8_linear_kernel
-from happyhorse_fast.kernels.residual_beside import linear_residual_beside_kernel
+from happyhorse_fast.kernels.residual_beside import fp8_linear_residual_beside_kernel
 from happyhorse_fast.ops.linear.contract import Linear, LinearActivation, LinearResidual, Product, activation_scale
 from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
@@ -77,7 +77,7 @@ def add_beside(given: Product, hidden: Tensor, config: LaunchConfig) -> None:
     _, features, k = weight.shape
     of_x, of_weight = described_operands(x, weight)
     items = row_tiles.shape[0] * -(-features // config.block_n)
-    linear_residual_beside_kernel[(min(items, multiprocessors(x.device)),)](
+    fp8_linear_residual_beside_kernel[(min(items, multiprocessors(x.device)),)](
         of_x,
         given.x_scale,
         of_weight,
