@@ -110,7 +110,7 @@ def cased(name, fmt):
     return make(shape, codes="int8" if fmt == "int8" else "fp8")
 
 
-@pytest.mark.quick(9)
+@pytest.mark.quick(6)
 @pytest.mark.parametrize(("fmt", "out"), FORMS)
 @pytest.mark.parametrize("name", ALIGNED)
 def test_within_the_budget(name, fmt, out):
@@ -118,6 +118,7 @@ def test_within_the_budget(name, fmt, out):
     assert problems(case, fmt, out, run(case, fmt, out)) == []
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("fmt", ["bf16", "fp8", "int8"])
 @pytest.mark.parametrize("name", ["one slot", "off the grid of 128"])
 def test_rows_off_the_grid(name, fmt):
@@ -126,11 +127,13 @@ def test_rows_off_the_grid(name, fmt):
         assert problems(case, fmt, "bf16", run(case, fmt, "bf16", programs=programs)) == []
 
 
+@pytest.mark.slow
 def test_two_heads_of_gates():
     case = make(((3,), 64, 128, 129, 1))
     assert problems(case, "fp8", "bf16", run(case, "fp8", "bf16")) == []
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("fmt", "out"), FORMS[3:6])
 def test_bits_depend_neither_on_the_order_nor_on_the_number_of_programs(fmt, out):
     case = cased(ALIGNED[0], fmt)
@@ -277,14 +280,14 @@ def planted(fmt, out, seed, replace, shape):
         return [str(error)]
 
 
-@pytest.mark.quick(12)
+@pytest.mark.quick(6)
 @pytest.mark.parametrize(("fmt", "out", "bug"), [(*form, bug) for form, bugs in BUGS.items() for bug in bugs])
 def test_planted_bugs_are_caught(fmt, out, bug):
     found = (planted(fmt, out, seed, [BUGS[fmt, out][bug]], shape) for seed in range(1, 4) for shape in PLANTED)
     assert any(found)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("fmt", "out"), BUGS)
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_without_them_nothing_is_found(fmt, out, seed):
