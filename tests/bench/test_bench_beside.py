@@ -1,5 +1,6 @@
 """Products with their epilogue beside the tensor cores: how a bench runs them, without a GPU, and what compiles."""
 
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -15,9 +16,11 @@ from bench.cases import cases, select
 from bench.hopper import HOPPER
 from bench.hopper import running as running_attention
 from bench.inputs import make
-from bench.measure.comparison import implementations
+from bench.measure.comparison import Bench, implementations
 from bench.measure.gates import problems
+from bench.peers.registry import PEERS
 from happyhorse_fast.kernels.launch import beside_of, config_for
+from happyhorse_fast.ops.linear import triton as linear
 
 CPU = torch.device("cpu")
 TINY, SMALL = cases("tiny"), cases("small")
@@ -76,6 +79,22 @@ def test_the_gates_of_qkv_pass_dry(case):
     given = make(case, CPU)
     with qkv_beside():
         assert problems(case, given, BESIDE) == []
+
+
+def test_it_takes_turns_with_the_committed_kernel_and_a_bare_product(monkeypatch):
+    """As on a GPU, but dry: each in the kernel of its own."""
+    launched = []
+    real = linear.add_beside
+    monkeypatch.setattr(linear, "add_beside", lambda *a: (launched.append("beside"), real(*a)))
+    (case,) = select(TINY, "residual-proj/tiny/bf16")
+    peers = [peer for peer in PEERS if peer.name == "torch.mm bf16 (product only)"]
+    with residual_beside(impl="triton"):
+        bench = Bench(CPU, "triton", seconds=0.0, peers=peers, also=[BESIDE])
+        entries = ops.run(bench, [case], None, time.monotonic() + 60)
+    assert [(entry["impl"], entry["verified"]) for entry in entries] == [("triton", True), (BESIDE, True)]
+    assert len({entry["span"] for entry in entries}) == 1
+    assert all(entry["peers"].keys() == {"torch.mm bf16 (product only)"} for entry in entries)
+    assert len(launched) >= 2, "its gate, and its turn"
 
 
 # Compiled -------------------------------------------------------------------------------------------------------------

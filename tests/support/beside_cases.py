@@ -16,21 +16,21 @@ SHARED = ("hopper_ring", "product_beside")
 
 
 @contextlib.contextmanager
-def emulated(launcher, module, kernel, seed, replace, programs):
-    """On the CPU, ``launcher`` launches what ``"beside"`` would on sm_90 with so many multiprocessors, emulated."""
+def emulated(launcher, module, kernel, seed, replace, programs, impl=BESIDE):
+    """On the CPU, ``launcher`` launches what ``impl`` would on sm_90 with so many multiprocessors, emulated."""
     stand_ins = {
         "architecture": lambda _: 90,
         "multiprocessors": lambda _: programs,
         kernel: Emulated((*SHARED, module), kernel, seed, replace),
     }
     described = mock.patch.object(device, "addressable", return_value=True)
-    with running(BESIDE), mock.patch.multiple(launcher, **stand_ins), described:
+    with running(impl), mock.patch.multiple(launcher, **stand_ins), described:
         yield
 
 
-def residual_beside(seed=1, replace=(), programs=4):
-    """`fp8_linear_residual` in the kernel of `kernels/residual_beside.py`."""
-    return emulated(linear, "residual_beside", "fp8_linear_residual_beside_kernel", seed, replace, programs)
+def residual_beside(seed=1, replace=(), programs=4, impl=BESIDE):
+    """`fp8_linear_residual` in the kernel of `kernels/residual_beside.py`, unless another ``impl`` is asked for."""
+    return emulated(linear, "residual_beside", "fp8_linear_residual_beside_kernel", seed, replace, programs, impl)
 
 
 def qkv_beside(seed=1, replace=(), programs=4):
