@@ -6,8 +6,8 @@ have four roles:
 - One warp loads a ring of 3 slots of 48 KiB through TMA: 128 bytes of the inputs of 128 rows and of 256 features.
 - Two groups of four warps multiply 64 rows each. At a tile's end a group rounds its sums to 16 bits, stores them to
   shared memory, and goes on with the next tile, whose first slots are there.
-- Two warps finish the tile before, by a function of the kernel. They have that tile's whole loop, of which
-  fp8 takes 41,000 cycles at K = 5,120.
+- Two warps finish the tile before, by a function of the kernel. They have a tile's whole loop for it, 41,000 cycles in
+  fp8 at K = 5,120.
 
 Sums of codes cross as float16, after a power of two that keeps the largest possible sum in range; sums of bf16 as bf16,
 which the result rounds to in any case.
