@@ -1,6 +1,8 @@
 """Compile-time constants of the Hopper attention kernel: sizes, and layouts of tensors in registers."""
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from triton.experimental import gluon
@@ -8,6 +10,9 @@ from triton.experimental.gluon import language as gl
 
 GROUPS = gl.constexpr(2)
 """Warp groups that compute."""
+SOURCE = gl.constexpr(hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
+"""Of this file. Triton's cache knows a kernel by the source of its functions and the values of constants, not by the
+source of a property: without this a change of one would give the kernel of before."""
 
 
 @dataclass(frozen=True)
@@ -83,4 +88,5 @@ class Sizes:
 @gluon.constexpr_function
 def sizes_of(*values):
     """Make one compile-time value of the sizes."""
+    _ = SOURCE  # which makes it a part of the kernel's key
     return Sizes(*values)

@@ -277,6 +277,31 @@ def test_the_compiled_order_is_seen(replaced, problem, tmp_path):
     assert problem in done.stdout
 
 
+KEY = r"""
+import importlib.util
+import sys
+from pathlib import Path
+
+from happyhorse_fast.kernels import hopper_sizes
+
+source = Path(hopper_sizes.__file__).read_text()
+for number, text in enumerate((source, source.replace("return self.v_bits == 8", "return self.v_bits < 16"))):
+    path = Path({root!r}) / f"sizes{{number}}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    print(module.sizes_of.cache_key)
+"""
+
+
+def test_another_property_of_the_sizes_is_another_kernel_to_tritons_cache(tmp_path):
+    done = run("-c", KEY.format(root=str(tmp_path)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    keys = done.stdout.split()
+    assert len(keys) == len(set(keys)) == 2
+
+
 MOVED = r"""
 import importlib.util
 import sys

@@ -85,11 +85,11 @@ class Emulated:
         gluon, language = types.ModuleType(root), self._language()
         vars(gluon).update(jit=lambda f: _rebound(f, language), constexpr_function=lambda f: f, language=language)
         stand_ins = {root: gluon, f"{root}.language": language, f"{root}.language.nvidia.hopper": self._hopper()}
-        sources = {}
+        sources, files = {}, {}
         for module in (f"happyhorse_fast.kernels.{m}" for m in modules):
             spec = importlib.util.find_spec(module)
             assert spec is not None and spec.origin is not None, module
-            sources[module] = Path(spec.origin).read_text()
+            sources[module], files[module] = Path(spec.origin).read_text(), spec.origin
         for old, new in replace:
             found = [module for module, source in sources.items() if old in source]
             assert len(found) == 1 == sources[found[0]].count(old), f"{old!r} does not stand there once"
@@ -98,6 +98,7 @@ class Emulated:
         with mock.patch.dict(sys.modules, stand_ins), mock.patch.object(package, "gluon", gluon, create=True):
             for module, source in sources.items():
                 made = sys.modules[module] = types.ModuleType(module)
+                made.__file__ = files[module]
                 exec(compile(source, module, "exec"), vars(made))
                 vars(made).update({name: _plain(content) for name, content in vars(made).items()})
         return vars(made)
