@@ -1,4 +1,8 @@
-"""Compile-time constants of the Hopper attention kernel: sizes, and layouts of tensors in registers."""
+"""Compile-time constants of the Hopper attention kernel: sizes, and layouts of tensors in registers.
+
+Triton's cache knows a kernel by its arguments and its functions' source, not by the source of these properties. After a
+change of one of them alone it gives the kernel of before, and `bench.aot` reads old code: clear it.
+"""
 
 from dataclasses import dataclass
 from typing import Any
