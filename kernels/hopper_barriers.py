@@ -34,11 +34,11 @@ def arrive_at(number, THREADS: gl.constexpr):
 
 @gluon.jit
 def await_turn(GROUP: gl.constexpr):
-    """Wait until the other group has issued its PV and the QK that follows it."""
+    """Wait until the other group has issued its QK."""
     sync_at(TURNS + GROUP, 256)
 
 
 @gluon.jit
 def pass_turn(GROUP: gl.constexpr):
-    """Let the other group issue its PV and the QK that follows it."""
+    """Let the other group issue its QK."""
     arrive_at(TURNS + 1 - GROUP, 256)

@@ -9,8 +9,8 @@ partial blocks, of which there are few, has one, for want of registers.
 Both products are awaited at the end of a step, so none is under way between two steps, and a group arrives once: for k
 of the next block, whose scores are there, and for v of this one.
 
-In bf16 and with int8 q and k the groups take turns at a PV and the QK that follows it: the tensor cores have one
-group's, then the other's. A group that waits for its turn behind its softmax has QK of the next block behind it.
+In bf16 and with int8 q and k the groups take turns at QK, each passed on as soon as QK is issued. So a group begins a
+step when the other one has begun its own, and neither waits for the other at PV.
 """
 
 from typing import Any, NamedTuple
@@ -87,8 +87,6 @@ def softmax(running, t, GUARDED: gl.constexpr, sizes: gl.constexpr):
 def start_pv(running, p, s, rings, use, GROUP: gl.constexpr, sizes: gl.constexpr):
     """Issue PV of the packed ``p`` without waiting for it. The scores ``s`` are not used any more."""
     stage = await_full(rings.v, use, sizes.stages)
-    if sizes.turns:
-        await_turn(GROUP)
     if sizes.e4m3:
         pending = start_pv_e4m3(p, s, rings.v, stage, sizes)
     else:
@@ -129,6 +127,8 @@ def advance(
     next_v = scale_of(scales.v, running.column, sizes.e4m3)
     next_column = column_of(work, gl.minimum(at + 2, last), sizes)
     stage = await_full(rings.k, use + 1, sizes.stages)
+    if sizes.turns:
+        await_turn(GROUP)
     s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
     if sizes.turns:
         pass_turn(GROUP)
@@ -173,8 +173,6 @@ def attend(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.conste
     stage = await_full(rings.k, use, sizes.stages)
     s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])
     release(rings.k, stage)
-    if sizes.turns:
-        await_turn(GROUP)
     full = gl.minimum(item.n_full, item.n_all - 1)
     for pair in range(full // 2):
         a, b = use + pair * 2, start + pair * 2
@@ -185,16 +183,11 @@ def attend(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.conste
         running, s = advance(running, s, a, b, last, item, rings, work, scales, GROUP, False, sizes)
     for j in range(full, item.n_all - 1):
         running, s = advance(running, s, j + use, j + start, last, item, rings, work, scales, GROUP, True, sizes)
-    if sizes.turns:
-        pass_turn(GROUP)
     t = scaled(s, running.scores, running.k_scale, sizes)
     if item.n_full < item.n_all:
         t = hide(t, work, last, GROUP * sizes.rows, sizes)
     p, factor, row_sum, other = softmax(running, t, True, sizes)
-    pv_pending = start_pv(running, p, s, rings, use + item.n_all - 1, GROUP, sizes)
-    if sizes.turns:
-        pass_turn(GROUP)
-    pv = warpgroup_mma_wait(0, deps=[pv_pending])
+    pv = warpgroup_mma_wait(0, deps=[start_pv(running, p, s, rings, use + item.n_all - 1, GROUP, sizes)])
     acc = added(running, pv, factor, sizes)
     row_sum = gl.convert_layout(gl.sum(row_sum, axis=1), sizes.s_row)
     if not sizes.e4m3:

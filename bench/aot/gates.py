@@ -140,7 +140,7 @@ def problems(row: Row) -> list[str]:
 
     In the Hopper kernel a block's exponents stand behind the QK of the next block, which is under way, and before their
     PV; little stands between PV and the next QK; and nothing writes what a product under way reads. With P in bf16 a
-    group passes its turn once, behind PV and the QK that follows it.
+    group passes its turn once, behind QK and before PV.
     """
     found, config = [], row.config
     fp8 = row.products.startswith("fp8")
@@ -177,7 +177,7 @@ def _out_of_order(order: Order, *, e4m3: bool) -> list[str]:
     if len(order.turns) != (wanted := 0 if e4m3 else STEPS):
         found.append(f"{len(order.turns)} turns, {wanted} wanted")
     for turn in order.turns:
-        if not turn.pv or not turn.qk or turn.behind or turn.passes != 1:
+        if turn.pv or not turn.qk or not turn.behind or turn.passes != 1:
             found.append(
                 f"a turn of {turn.pv} products of PV and {turn.qk} of QK, passed {turn.passes} times, "
                 f"with {turn.behind} of PV behind it"

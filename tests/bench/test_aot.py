@@ -224,7 +224,7 @@ def test_a_clamp_must_be_there_and_keep_nan(detail):
 
 def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
     config = replace(GOOD.config, num_warps=4, num_stages=2, hopper=True)
-    turns, barriers = [Turn(8, 8, 0, 1)] * 6, [(0, 128), (1, 0), (6, 256), (7, 256)]
+    turns, barriers = [Turn(0, 8, 8, 1)] * 6, [(0, 128), (1, 0), (6, 256), (7, 256)]
     order = gates.Order([64, 65, 64, 66, 64, 64], turns, barriers, late=40)
     row = replace(
         GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", opcodes=Counter(HGMMA=96), order=order
@@ -240,7 +240,7 @@ def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
     assert found(row, late=41)[0].endswith("41 instructions between PV and the next QK, at most 40 allowed")
     assert found(row, turns=turns[:5])[0].endswith("5 turns, 6 wanted")
     assert "1 instructions that write what a product" in found(row, overwritten=1)[0]
-    for wrong in (Turn(0, 8, 8, 1), Turn(8, 0, 0, 1), Turn(8, 8, 8, 1), Turn(8, 8, 0, 0), Turn(8, 8, 0, 2)):
+    for wrong in (Turn(8, 8, 0, 1), Turn(0, 0, 8, 1), Turn(0, 8, 0, 1), Turn(0, 8, 8, 0), Turn(0, 8, 8, 2)):
         (problem,) = found(row, turns=[*turns[:2], wrong, *turns[3:]])
         assert f"a turn of {wrong.pv} products of PV and {wrong.qk} of QK, passed {wrong.passes} times" in problem
         assert problem.endswith(f"with {wrong.behind} of PV behind it")
@@ -317,7 +317,7 @@ def test_registers_that_products_under_way_read(loop, wanted):
 
 
 PASS_TURN = "    if sizes.turns:\n        pass_turn(GROUP)\n"
-NEXT_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n"
+AWAIT_TURN = "    if sizes.turns:\n        await_turn(GROUP)\n"
 
 
 @slow
@@ -328,8 +328,8 @@ NEXT_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n"
         ([("    hold_order(rings)\n", "")], "of 6 steps with 64 exponents beside QK"),
         ([("        scores = pinned(scores)\n", "        pass\n")], "of 6 steps with 64 exponents beside QK"),
         ([("    row_sum = pinned(row_sum)\n", "")], "instructions between PV and the next QK"),
-        ([(NEXT_QK + PASS_TURN, PASS_TURN + NEXT_QK)], "a turn of 8 products of PV and 0 of QK"),
-        ([(NEXT_QK + PASS_TURN, NEXT_QK)], "passed 0 times"),
+        ([(PASS_TURN, ""), (AWAIT_TURN, AWAIT_TURN + PASS_TURN)], "a turn of 0 products of PV and 0 of QK"),
+        ([(PASS_TURN, "")], "passed 0 times"),
         # The wait for PV in the next step alone, to which ptxas adds its own.
         ([("wait(0, deps=[pv_pending, s", "wait(1, deps=[pv_pending, s")], "0 of 6 steps with 64 exponents beside QK"),
     ],

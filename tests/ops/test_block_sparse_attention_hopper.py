@@ -293,14 +293,11 @@ PLANTED = {
 }  # fmt: skip
 NEXT_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n"
 FIRST_QK = "    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])\n"
-AWAIT_TURN = "    if sizes.turns:\n        await_turn(GROUP)\n"
-PASS_TURN = "    if sizes.turns:\n        pass_turn(GROUP)\n"
-AFTER_FIRST = AWAIT_TURN + "    full = gl.minimum"
+AFTER_FIRST = "    full = gl.minimum"
 PV = "    pv_pending = start_pv(running, p, s, rings, use, GROUP, sizes)\n"
 ENDED = "    pv, next_s = warpgroup_mma_wait(0, deps=[pv_pending, s_pending])\n"
 ADDED = "    acc = added(running, pv, factor, sizes)\n"
 RELEASE = "    release(rings.k, stage)\n"
-LAST_ENDED = "    pv = warpgroup_mma_wait(0, deps=[pv_pending])\n"
 V = "    stage = await_full(rings.v, use, sizes.stages)\n"
 THIS_V = "fill_v(rings, use - 1, v, key, channel, sizes)\n            key"
 LAST_V = "        if steps > 0:\n            fill_v(rings, use - 1, v, key, channel, sizes)\n"
@@ -332,19 +329,17 @@ STEPS = {
     "mask of the next block": (HIDE, HIDE.replace("work, at,", "work, at + 1,")),
     "an order that the compiler may undo": ("[x], gl.float32, False, 1", "[x], gl.float32, True, 1"),
 }  # fmt: skip
-ISSUE_PV = "    if sizes.e4m3:\n        pending = "
-LAST = "    t = scaled(s, running.scores"
+AWAIT_TURN = "    if sizes.turns:\n        await_turn(GROUP)\n"
+PASS_TURN = "    if sizes.turns:\n        pass_turn(GROUP)\n"
+TURN = AWAIT_TURN + NEXT_QK + PASS_TURN
 BOUNDED_STEPS = STEPS | {
     "v's slot filled a step early": ("v, key, channel, 1, sizes.stages, 1)", "v, key, channel, 1, sizes.stages)"),
-    "turn not passed": (NEXT_QK + PASS_TURN, NEXT_QK),
-    "turn passed twice": (NEXT_QK + PASS_TURN, NEXT_QK + PASS_TURN + PASS_TURN),
-    "turn passed before QK": (NEXT_QK + PASS_TURN, PASS_TURN + NEXT_QK),
-    "turn passed before PV": (AWAIT_TURN + ISSUE_PV, AWAIT_TURN + PASS_TURN + ISSUE_PV),
-    "turn not awaited": (AWAIT_TURN + ISSUE_PV, ISSUE_PV),
-    "turn awaited before QK too": (NEXT_QK, "    await_turn(GROUP)\n" + NEXT_QK),
-    "first turn not awaited": (AFTER_FIRST, AFTER_FIRST.replace(AWAIT_TURN, "")),
-    "turn before the last block not passed": (PASS_TURN + LAST, LAST),
-    "turn of the last block not passed": (PASS_TURN + LAST_ENDED, LAST_ENDED),
+    "turn not passed": (TURN, AWAIT_TURN + NEXT_QK),
+    "turn passed twice": (TURN, TURN + PASS_TURN),
+    "turn passed before QK": (TURN, AWAIT_TURN + PASS_TURN + NEXT_QK),
+    "turn not awaited": (TURN, NEXT_QK + PASS_TURN),
+    "turn awaited before PV": (ENDED, "    await_turn(GROUP)\n" + ENDED),
+    "turn passed behind PV too": (ENDED, "    pass_turn(GROUP)\n" + ENDED),
     "nobody begins": ("    if sizes.turns and GROUP == 1:\n        pass_turn(GROUP)\n", ""),
     "both begin": ("if sizes.turns and GROUP == 1:", "if sizes.turns:"),
     "halves of a word": ("[even, odd], gl.int32", "[odd, even], gl.int32"),
