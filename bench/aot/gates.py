@@ -139,8 +139,8 @@ def problems(row: Row) -> list[str]:
     others without a word: e4m3 as bf16 with max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
 
     In the Hopper kernel a block's exponents stand behind the QK of the next block, which is under way, and before their
-    PV; little stands between PV and the next QK; and nothing writes what a product under way reads. With P in bf16 a
-    group passes its turn once, behind QK and before PV.
+    PV; little stands between PV and the next QK; and nothing writes what a product under way reads. No
+    group takes turns.
     """
     found, config = [], row.config
     fp8 = row.products.startswith("fp8")
@@ -174,10 +174,10 @@ def _out_of_order(order: Order, *, e4m3: bool) -> list[str]:
         found.append(f"{beside} of {len(order.exponents)} steps with {EXPONENTS} exponents beside QK, {STEPS} wanted")
     if order.late > LATE[e4m3]:
         found.append(f"{order.late} instructions between PV and the next QK, at most {LATE[e4m3]} allowed")
-    if len(order.turns) != (wanted := 0 if e4m3 else STEPS):
+    if len(order.turns) != (wanted := 0):
         found.append(f"{len(order.turns)} turns, {wanted} wanted")
     for turn in order.turns:
-        if turn.pv or not turn.qk or not turn.behind or turn.passes != 1:
+        if not turn.pv or turn.qk or turn.behind or turn.passes != 1:
             found.append(
                 f"a turn of {turn.pv} products of PV and {turn.qk} of QK, passed {turn.passes} times, "
                 f"with {turn.behind} of PV behind it"
@@ -185,8 +185,8 @@ def _out_of_order(order: Order, *, e4m3: bool) -> list[str]:
     if order.overwritten:
         found.append(f"{order.overwritten} instructions that write what a product under way reads")
     own = [barrier for barrier in order.barriers if barrier[0] >= RESERVED]
-    if (len(own), *{threads for _, threads in own}) != ((0,) if e4m3 else (2, GROUP_THREADS)):
-        found.append(f"named barriers {own}, not {'none' if e4m3 else 'two of both groups'}")
+    if (len(own), *{threads for _, threads in own}) != (0,):
+        found.append(f"named barriers {own}, not none")
     return found
 
 

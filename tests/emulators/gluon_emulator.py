@@ -14,7 +14,7 @@ compiler checks them. What a GPU would punish, and plain execution lets pass, ra
   to nothing poisons what it is to be written over.
 - An mbarrier counts arrivals and bytes; too many of either, or a use before `fence_async_shared`, raises.
 - A named barrier counts warps; more in a phase than it was said to have, another number of them, or the same ones twice
-  raise, and so does a product of shared memory that is issued after its group let the other one issue its own.
+  raise, and so does a product that is issued after its group let the other one issue its own.
 - A load or store outside of its tensor raises, as does one at an address that nothing allocated.
 - float32 -> e4m3 beyond 448 is NaN, so that a missing clamp shows.
 """
@@ -225,7 +225,7 @@ class Emulated:
                 acc.fill_(POISON)
             made = Product(a, b, started, (left.clone(), b.data.clone()))
             assert self.program.current is not None
-            if self.program.current.passed and isinstance(a, Memory):
+            if self.program.current.passed:
                 raise EmulationError("a product behind the turn that was passed")
             self.program.current.products.append(made)
             return made

@@ -294,7 +294,7 @@ PLANTED = {
 NEXT_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n"
 FIRST_QK = "    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])\n"
 AFTER_FIRST = "    full = gl.minimum"
-PV = "    pv_pending = start_pv(running, p, s, rings, use, GROUP, sizes)\n"
+PV = "    pv_pending = start_pv(running, p, s, rings, use, sizes)\n"
 ENDED = "    pv, next_s = warpgroup_mma_wait(0, deps=[pv_pending, s_pending])\n"
 ADDED = "    acc = added(running, pv, factor, sizes)\n"
 RELEASE = "    release(rings.k, stage)\n"
@@ -329,24 +329,11 @@ STEPS = {
     "mask of the next block": (HIDE, HIDE.replace("work, at,", "work, at + 1,")),
     "an order that the compiler may undo": ("[x], gl.float32, False, 1", "[x], gl.float32, True, 1"),
 }  # fmt: skip
-AWAIT_TURN = "    if sizes.turns:\n        await_turn(GROUP)\n"
-PASS_TURN = "    if sizes.turns:\n        pass_turn(GROUP)\n"
-TURN = AWAIT_TURN + NEXT_QK + PASS_TURN
 BOUNDED_STEPS = STEPS | {
     "v's slot filled a step early": ("v, key, channel, 1, sizes.stages, 1)", "v, key, channel, 1, sizes.stages)"),
-    "turn not passed": (TURN, AWAIT_TURN + NEXT_QK),
-    "turn passed twice": (TURN, TURN + PASS_TURN),
-    "turn passed before QK": (TURN, AWAIT_TURN + PASS_TURN + NEXT_QK),
-    "turn not awaited": (TURN, NEXT_QK + PASS_TURN),
-    "turn awaited before PV": (ENDED, "    await_turn(GROUP)\n" + ENDED),
-    "turn passed behind PV too": (ENDED, "    pass_turn(GROUP)\n" + ENDED),
-    "nobody begins": ("    if sizes.turns and GROUP == 1:\n        pass_turn(GROUP)\n", ""),
-    "both begin": ("if sizes.turns and GROUP == 1:", "if sizes.turns:"),
     "halves of a word": ("[even, odd], gl.int32", "[odd, even], gl.int32"),
     "upper halves twice": ("(words << 16)", "(words & -65536)"),
     "sum of the last block alone": ("running.row_sum + sums_rounded(words", "sums_rounded(words"),
-    "a turn of other size": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + 1 - GROUP, 288)"),
-    "the same turn for both": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + GROUP, 256)"),
 }  # fmt: skip
 SCALES = {
     "k's scale of the step before": (KEPT, KEPT.replace("next_k", "running.k_scale")),
