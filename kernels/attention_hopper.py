@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from happyhorse_fast.kernels import numerics
 from happyhorse_fast.kernels.attention import LOG_2, P_EXPONENT
+from happyhorse_fast.kernels.hopper_barriers import pass_turn
 from happyhorse_fast.kernels.hopper_ring import Rings, await_full, fill, make_barriers, make_ring, release
 from happyhorse_fast.kernels.hopper_scores import Item, Scales, Work
 from happyhorse_fast.kernels.hopper_sizes import GROUPS, sizes_of
@@ -79,6 +80,8 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
     rings, work, scales, out, out_scale, lse, gate, queries, key_blocks = common
     ROWS: gl.constexpr = sizes.rows
     FIRST: gl.constexpr = GROUP * ROWS
+    if GROUP == 1:
+        pass_turn(GROUP)
     turn = 0
     use = 0
     for number in range(gl.program_id(0), work.items, gl.num_programs(0)):

@@ -8,6 +8,9 @@ partial blocks, of which there are few, has one, for want of registers.
 
 Both products are awaited at the end of a step, so none is under way between two steps, and a group arrives once: for k
 of the next block, whose scores are there, and for v of this one.
+
+The groups take turns at PV. A turn is passed as soon as PV is issued, which a warp gets
+to when PV is all but read: so neither PV slows the other down, and the groups stay at least a PV apart.
 """
 
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
+from happyhorse_fast.kernels.hopper_barriers import await_turn, pass_turn
 from happyhorse_fast.kernels.hopper_bounded import exponents, no_sums_bounded, softmax_bounded, start_pv_bounded
 from happyhorse_fast.kernels.hopper_e4m3 import add_pv, no_sums_e4m3, softmax_e4m3, start_pv_e4m3
 from happyhorse_fast.kernels.hopper_order import hold_order, pinned
@@ -80,13 +84,15 @@ def softmax(running, t, GUARDED: gl.constexpr, sizes: gl.constexpr):
 
 
 @gluon.jit
-def start_pv(running, p, s, rings, use, sizes: gl.constexpr):
+def start_pv(running, p, s, rings, use, GROUP: gl.constexpr, sizes: gl.constexpr):
     """Issue PV of the packed ``p`` without waiting for it. The scores ``s`` are not used any more."""
     stage = await_full(rings.v, use, sizes.stages)
+    await_turn(GROUP)
     if sizes.e4m3:
         pending = start_pv_e4m3(p, s, rings.v, stage, sizes)
     else:
         pending = start_pv_bounded(p, running.acc, rings.v, stage, sizes)
+    pass_turn(GROUP)
     return pending
 
 
@@ -135,7 +141,7 @@ def advance(
     row_sum = pinned(row_sum)
     if sizes.lse and not sizes.e4m3:
         other = pinned(other)
-    pv_pending = start_pv(running, p, s, rings, use, sizes)
+    pv_pending = start_pv(running, p, s, rings, use, GROUP, sizes)
     pv, next_s = warpgroup_mma_wait(0, deps=[pv_pending, s_pending])
     acc = added(running, pv, factor, sizes)
     release(rings.k, stage)
@@ -179,7 +185,7 @@ def attend(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.conste
     if item.n_full < item.n_all:
         t = hide(t, work, last, GROUP * sizes.rows, sizes)
     p, factor, row_sum, other = softmax(running, t, True, sizes)
-    pv = warpgroup_mma_wait(0, deps=[start_pv(running, p, s, rings, use + item.n_all - 1, sizes)])
+    pv = warpgroup_mma_wait(0, deps=[start_pv(running, p, s, rings, use + item.n_all - 1, GROUP, sizes)])
     acc = added(running, pv, factor, sizes)
     row_sum = gl.convert_layout(gl.sum(row_sum, axis=1), sizes.s_row)
     if not sizes.e4m3:

@@ -224,7 +224,7 @@ def test_a_clamp_must_be_there_and_keep_nan(detail):
 
 def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
     config = replace(GOOD.config, num_warps=4, num_stages=2, hopper=True)
-    turns, barriers = [], [(0, 128), (1, 0)]
+    turns, barriers = [Turn(8, 0, 0, 1)] * 6, [(0, 128), (1, 0), (6, 256), (7, 256)]
     order = gates.Order([64, 65, 64, 66, 64, 64], turns, barriers, late=40)
     row = replace(
         GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", opcodes=Counter(HGMMA=96), order=order
@@ -238,17 +238,22 @@ def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
         (problem,) = found(row, exponents=moved)
         assert problem.endswith(f"{said} steps with 64 exponents beside QK, 6 wanted")
     assert found(row, late=41)[0].endswith("41 instructions between PV and the next QK, at most 40 allowed")
-    assert found(row, turns=[Turn(8, 0, 0, 1)])[0].endswith("1 turns, 0 wanted")
+    assert found(row, turns=turns[:5])[0].endswith("5 turns, 6 wanted")
     assert "1 instructions that write what a product" in found(row, overwritten=1)[0]
-    for other in ([(6, 256)], [(4, 128)]):
-        assert "named barriers" in found(row, barriers=other)[0], "Triton has come to use more"
-    order = gates.Order([66] * 6, [], [(1, 0)], late=104)
+    for wrong in (Turn(0, 8, 8, 1), Turn(8, 8, 0, 1), Turn(8, 0, 8, 1), Turn(8, 0, 0, 0), Turn(8, 0, 0, 2)):
+        (problem,) = found(row, turns=[*turns[:2], wrong, *turns[3:]])
+        assert f"a turn of {wrong.pv} products of PV and {wrong.qk} of QK, passed {wrong.passes} times" in problem
+        assert problem.endswith(f"with {wrong.behind} of PV behind it")
+    for other in ([(6, 256)], [(6, 256), (7, 128)], [(4, 128), (6, 256), (7, 256)]):
+        assert "two of both groups" in found(row, barriers=other)[0], "Triton has come to use more"
+    order = gates.Order([66] * 6, turns, barriers, late=105)
     for detail in ("fp8, bf16 out", "fp8, bf16 out, LSE"):
         e4m3 = replace(row, products="fp8", opcodes=Counter(QGMMA=48), order=order, detail=detail)
         assert gates.problems(e4m3) == []
-        assert "named barriers" in found(e4m3, barriers=[(6, 256), (7, 256)])[0]
+        assert "two of both groups" in found(e4m3, barriers=[(1, 0)])[0]
+        assert "0 turns, 6 wanted" in found(e4m3, turns=[])[0]
         assert "5 of 6 steps with 64 exponents beside QK" in found(e4m3, exponents=[66, 0, 66, 66, 66, 66])[0]
-        assert "105 instructions between PV and the next QK, at most 104" in found(e4m3, late=105)[0]
+        assert "106 instructions between PV and the next QK, at most 105" in found(e4m3, late=106)[0]
 
 
 QK = ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], RZ, !UPT ;", "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;"]
@@ -311,6 +316,10 @@ def test_registers_that_products_under_way_read(loop, wanted):
     assert overwritten([[f"/*0000*/ {line}" for line in loop]]) == wanted
 
 
+PASS_TURN = "    pass_turn(GROUP)\n"
+AWAIT_TURN = "    await_turn(GROUP)\n"
+
+
 @slow
 @pytest.mark.parametrize(
     ("replaced", "problem"),
@@ -319,10 +328,12 @@ def test_registers_that_products_under_way_read(loop, wanted):
         ([("    hold_order(rings)\n", "")], "of 6 steps with 64 exponents beside QK"),
         ([("        scores = pinned(scores)\n", "        pass\n")], "of 6 steps with 64 exponents beside QK"),
         ([("    row_sum = pinned(row_sum)\n", "")], "instructions between PV and the next QK"),
+        ([(PASS_TURN, ""), (AWAIT_TURN, AWAIT_TURN + PASS_TURN)], "a turn of 0 products of PV and 0 of QK"),
+        ([(PASS_TURN, "")], "passed 0 times"),
         # The wait for PV in the next step alone, to which ptxas adds its own.
         ([("wait(0, deps=[pv_pending, s", "wait(1, deps=[pv_pending, s")], "0 of 6 steps with 64 exponents beside QK"),
     ],
-    ids=["exponents among QK", "exponents before QK", "sums behind PV", "PV not awaited"],
+    ids=["exponents among QK", "exponents before QK", "sums behind PV", "turn before PV", "no turn", "PV not awaited"],
 )
 def test_the_compiled_order_is_seen(replaced, problem, tmp_path):
     done = run("-c", MOVED.format(root=str(tmp_path), replaced=replaced))

@@ -294,7 +294,7 @@ PLANTED = {
 NEXT_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n"
 FIRST_QK = "    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])\n"
 AFTER_FIRST = "    full = gl.minimum"
-PV = "    pv_pending = start_pv(running, p, s, rings, use, sizes)\n"
+PV = "    pv_pending = start_pv(running, p, s, rings, use, GROUP, sizes)\n"
 ENDED = "    pv, next_s = warpgroup_mma_wait(0, deps=[pv_pending, s_pending])\n"
 ADDED = "    acc = added(running, pv, factor, sizes)\n"
 RELEASE = "    release(rings.k, stage)\n"
@@ -329,11 +329,28 @@ STEPS = {
     "mask of the next block": (HIDE, HIDE.replace("work, at,", "work, at + 1,")),
     "an order that the compiler may undo": ("[x], gl.float32, False, 1", "[x], gl.float32, True, 1"),
 }  # fmt: skip
+AWAIT_TURN = "    await_turn(GROUP)\n"
+PASS_TURN = "    pass_turn(GROUP)\n"
+ISSUE_PV = (
+    "    if sizes.e4m3:\n        pending = start_pv_e4m3(p, s, rings.v, stage, sizes)\n"
+    "    else:\n        pending = start_pv_bounded(p, running.acc, rings.v, stage, sizes)\n"
+)
+TURN = AWAIT_TURN + ISSUE_PV + PASS_TURN
 BOUNDED_STEPS = STEPS | {
     "v's slot filled a step early": ("v, key, channel, 1, sizes.stages, 1)", "v, key, channel, 1, sizes.stages)"),
+    "turn not passed": (TURN, AWAIT_TURN + ISSUE_PV),
+    "turn passed twice": (TURN, TURN + PASS_TURN),
+    "turn passed before PV": (TURN, AWAIT_TURN + PASS_TURN + ISSUE_PV),
+    "turn not awaited": (TURN, ISSUE_PV + PASS_TURN),
+    "turn awaited before QK": (NEXT_QK, "    await_turn(GROUP)\n" + NEXT_QK),
+    "turn passed behind QK too": (NEXT_QK, NEXT_QK + "    pass_turn(GROUP)\n"),
+    "nobody begins": ("    if GROUP == 1:\n        pass_turn(GROUP)\n", ""),
+    "both begin": ("if GROUP == 1:", "if GROUP >= 0:"),
     "halves of a word": ("[even, odd], gl.int32", "[odd, even], gl.int32"),
     "upper halves twice": ("(words << 16)", "(words & -65536)"),
     "sum of the last block alone": ("running.row_sum + sums_rounded(words", "sums_rounded(words"),
+    "a turn of other size": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + 1 - GROUP, 288)"),
+    "the same turn for both": ("    arrive_at(TURNS + 1 - GROUP, 256)", "    arrive_at(TURNS + GROUP, 256)"),
 }  # fmt: skip
 SCALES = {
     "k's scale of the step before": (KEPT, KEPT.replace("next_k", "running.k_scale")),
@@ -345,6 +362,7 @@ INT8 = SCALES | {
 }
 E4M3 = (
     STEPS
+    | {name: bug for name, bug in BOUNDED_STEPS.items() if "turn" in name or "begin" in name}
     | SCALES
     | {
         "v's slot filled a step early": ("v, channel, key, 1, sizes.stages, 1)", "v, channel, key, 1, sizes.stages)"),
