@@ -80,7 +80,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
     rings, work, scales, out, out_scale, lse, gate, queries, key_blocks = common
     ROWS: gl.constexpr = sizes.rows
     FIRST: gl.constexpr = GROUP * ROWS
-    if GROUP == 1:
+    if sizes.turns and GROUP == 1:
         pass_turn(GROUP)
     turn = 0
     use = 0

@@ -54,6 +54,11 @@ class Sizes:
         return self.q_bits == 8 and self.v_bits == 16
 
     @property
+    def turns(self) -> bool:
+        """Whether the groups take turns at PV: in e4m3 they did not help."""
+        return not self.e4m3
+
+    @property
     def s_type(self) -> Any:
         """Element type of S, the scores."""
         return gl.int32 if self.int8 else gl.float32

@@ -9,7 +9,7 @@ partial blocks, of which there are few, has one, for want of registers.
 Both products are awaited at the end of a step, so none is under way between two steps, and a group arrives once: for k
 of the next block, whose scores are there, and for v of this one.
 
-The groups take turns at PV. A turn is passed as soon as PV is issued, which a warp gets
+In bf16 and with int8 q and k the groups take turns at PV. A turn is passed as soon as PV is issued, which a warp gets
 to when PV is all but read: so neither PV slows the other down, and the groups stay at least a PV apart.
 """
 
@@ -87,12 +87,14 @@ def softmax(running, t, GUARDED: gl.constexpr, sizes: gl.constexpr):
 def start_pv(running, p, s, rings, use, GROUP: gl.constexpr, sizes: gl.constexpr):
     """Issue PV of the packed ``p`` without waiting for it. The scores ``s`` are not used any more."""
     stage = await_full(rings.v, use, sizes.stages)
-    await_turn(GROUP)
+    if sizes.turns:
+        await_turn(GROUP)
     if sizes.e4m3:
         pending = start_pv_e4m3(p, s, rings.v, stage, sizes)
     else:
         pending = start_pv_bounded(p, running.acc, rings.v, stage, sizes)
-    pass_turn(GROUP)
+    if sizes.turns:
+        pass_turn(GROUP)
     return pending
 
 
@@ -129,10 +131,13 @@ def advance(
     next_v = scale_of(scales.v, running.column, sizes.e4m3)
     next_column = column_of(work, gl.minimum(at + 2, last), sizes)
     stage = await_full(rings.k, use + 1, sizes.stages)
-    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
-    hold_order(rings)
     scores = running.scores
-    if not sizes.e4m3:
+    if sizes.q_bits == 16:  # QK's products may stand among the exponents, not behind them
+        scores = pinned(scores)
+    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
+    if sizes.q_bits == 8:
+        hold_order(rings)
+    if sizes.int8:
         scores = pinned(scores)
     t = scaled(s, scores, running.k_scale, sizes)
     if MASKED:

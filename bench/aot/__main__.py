@@ -34,8 +34,8 @@ Every kernel fits its device, and products use the tensor-core instruction of th
 or spills but for those of `MAY_SPILL` in `bench/aot/gates.py`; on sm_90 none at all. "Pointers" is a launch for tensors
 that no TMA descriptor can be made of. "Hopper" is the Gluon kernel for sm_90 alone: its registers are those of its
 launch, of which computing groups then take 240 a thread and the loading warp 24; each step of its loops has the
-exponents of a block beside the QK of the next one, at most 40 instructions between PV and that QK (105 in e4m3, which
-adds PV there), and passes its turn once, behind PV. Stack and shared memory are in bytes;
+exponents of a block beside the QK of the next one, at most 40 instructions between PV and that QK (104 in e4m3, which
+adds PV there), and in bf16 and with int8 q and k passes its turn once, behind PV. Stack and shared memory are in bytes;
 SHFL, STL and LDL count instructions in the listing, not executions. None of this says how fast a kernel is.
 Instructions of attention's steps, with a maximum and bounded, and predictions per architecture:
 [kernels/attention.md](kernels/attention.md).

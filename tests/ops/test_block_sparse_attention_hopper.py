@@ -329,8 +329,8 @@ STEPS = {
     "mask of the next block": (HIDE, HIDE.replace("work, at,", "work, at + 1,")),
     "an order that the compiler may undo": ("[x], gl.float32, False, 1", "[x], gl.float32, True, 1"),
 }  # fmt: skip
-AWAIT_TURN = "    await_turn(GROUP)\n"
-PASS_TURN = "    pass_turn(GROUP)\n"
+AWAIT_TURN = "    if sizes.turns:\n        await_turn(GROUP)\n"
+PASS_TURN = "    if sizes.turns:\n        pass_turn(GROUP)\n"
 ISSUE_PV = (
     "    if sizes.e4m3:\n        pending = start_pv_e4m3(p, s, rings.v, stage, sizes)\n"
     "    else:\n        pending = start_pv_bounded(p, running.acc, rings.v, stage, sizes)\n"
@@ -344,8 +344,8 @@ BOUNDED_STEPS = STEPS | {
     "turn not awaited": (TURN, ISSUE_PV + PASS_TURN),
     "turn awaited before QK": (NEXT_QK, "    await_turn(GROUP)\n" + NEXT_QK),
     "turn passed behind QK too": (NEXT_QK, NEXT_QK + "    pass_turn(GROUP)\n"),
-    "nobody begins": ("    if GROUP == 1:\n        pass_turn(GROUP)\n", ""),
-    "both begin": ("if GROUP == 1:", "if GROUP >= 0:"),
+    "nobody begins": ("    if sizes.turns and GROUP == 1:\n        pass_turn(GROUP)\n", ""),
+    "both begin": ("if sizes.turns and GROUP == 1:", "if sizes.turns:"),
     "halves of a word": ("[even, odd], gl.int32", "[odd, even], gl.int32"),
     "upper halves twice": ("(words << 16)", "(words & -65536)"),
     "sum of the last block alone": ("running.row_sum + sums_rounded(words", "sums_rounded(words"),
@@ -362,7 +362,6 @@ INT8 = SCALES | {
 }
 E4M3 = (
     STEPS
-    | {name: bug for name, bug in BOUNDED_STEPS.items() if "turn" in name or "begin" in name}
     | SCALES
     | {
         "v's slot filled a step early": ("v, channel, key, 1, sizes.stages, 1)", "v, channel, key, 1, sizes.stages)"),
