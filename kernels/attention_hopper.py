@@ -24,8 +24,6 @@ from happyhorse_fast.kernels.hopper_steps import attend
 
 to_e4m3 = gluon.jit(numerics.to_e4m3.fn)
 
-Q_SLOTS = gl.constexpr(2)
-"""Slots of the ring of queries: the next item's arrive while this item is computed."""
 COMPUTE_REGISTERS = gl.constexpr(240)
 LOAD_REGISTERS = gl.constexpr(24)
 """Registers per thread. The loading warp counts as a group of 128: 2 x 128 x 240 + 128 x 24 of an SM's 65,536."""
@@ -48,14 +46,14 @@ def load_tiles(q, k, v, rings, work, sizes: gl.constexpr):
     use = 0
     for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
         entry, head, row = work_item(work, item, sizes)
-        fill(rings.q, turn, q, row * sizes.block, head * sizes.d, GROUPS, Q_SLOTS)
+        fill(rings.q, turn, q, row * sizes.block, head * sizes.d, GROUPS, sizes.q_slots, sizes.q_slots)
         start = gl.load(work.starts + entry)
         steps = gl.load(work.counts + entry * 2 + 1)
         channel = head // sizes.group * sizes.d
         key = 0
         for at in range(start, start + steps):
             after = gl.load(work.columns + at) * sizes.block
-            fill(rings.k, use, k, after, channel, 1, sizes.stages)
+            fill(rings.k, use, k, after, channel, 1, sizes.k_stages, sizes.k_stages)
             if at > start:
                 fill_v(rings, use - 1, v, key, channel, sizes)
             key = after
@@ -69,9 +67,9 @@ def load_tiles(q, k, v, rings, work, sizes: gl.constexpr):
 def fill_v(rings, use, v, key, channel, sizes: gl.constexpr):
     """Load v of the block that begins at a key, which is transposed in e4m3."""
     if sizes.e4m3:
-        fill(rings.v, use, v, channel, key, 1, sizes.stages, 1)
+        fill(rings.v, use, v, channel, key, 1, sizes.stages, sizes.k_stages, sizes.v_later)
     else:
-        fill(rings.v, use, v, key, channel, 1, sizes.stages, 1)
+        fill(rings.v, use, v, key, channel, 1, sizes.stages, sizes.k_stages, sizes.v_later)
 
 
 @gluon.jit
@@ -101,7 +99,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
             scores *= gl.load(scales.q + row)
             of_v += kv_head * key_blocks
         of_item = Scales(scores, scales.q, of_k, of_v)
-        slot = await_full(rings.q, turn, Q_SLOTS)
+        slot = await_full(rings.q, turn, sizes.q_slots)
         q_tile = rings.q.tiles.index(slot * GROUPS + GROUP)
         n_full = gl.load(work.counts + entry * 2)
         n_all = gl.load(work.counts + entry * 2 + 1)
@@ -199,9 +197,9 @@ def block_sparse_attention_hopper_kernel(
     )
     if flag is not None:
         items = gl.where(gl.load(flag) != 0, items, 0)
-    q_ring = make_ring(q, make_barriers(Q_SLOTS, GROUPS), GROUPS, Q_SLOTS)
-    steps = make_barriers(STAGES, GROUPS)
-    rings = Rings(q_ring, make_ring(k, steps, 1, STAGES), make_ring(v, steps, 1, STAGES), make_barriers(1, 1))
+    q_ring = make_ring(q, make_barriers(sizes.q_slots, GROUPS), GROUPS, sizes.q_slots)
+    steps = make_barriers(sizes.k_stages, GROUPS)
+    rings = Rings(q_ring, make_ring(k, steps, 1, sizes.k_stages), make_ring(v, steps, 1, STAGES), make_barriers(1, 1))
     fence_async_shared()
     work = Work(counts, starts, columns, mask_ids, mask_bits, order, map_rows, items)
     scales = Scales(scale, q_scale, k_scale, v_scale)

@@ -52,13 +52,23 @@ def make_ring(source, empty, TILES: gl.constexpr, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def fill(ring, use, source, row, column, TILES: gl.constexpr, SLOTS: gl.constexpr, LATER: gl.constexpr = 0):
+def fill(
+    ring,
+    use,
+    source,
+    row,
+    column,
+    TILES: gl.constexpr,
+    SLOTS: gl.constexpr,
+    STEPS: gl.constexpr,
+    LATER: gl.constexpr = 0,
+):
     """Wait until the slot of the ring's ``use``-th use is empty, then load TILES tiles into it, consecutive in rows.
 
-    LATER is 1 where a slot is released with the next use of the other ring, as v's are, else 0.
+    Step n is awaited at mbarrier n % STEPS of ``empty``. The slot of use n is free behind step n - STEPS + LATER.
     """
     step = use + LATER
-    mbarrier.wait(ring.empty.index(step % SLOTS), (step // SLOTS & 1) ^ 1)
+    mbarrier.wait(ring.empty.index(step % STEPS), (step // STEPS & 1) ^ 1)
     slot = use % SLOTS
     full = ring.full.index(slot)
     mbarrier.expect(full, TILES * source.block_type.nbytes)

@@ -29,6 +29,21 @@ class Sizes:
     lse: bool
 
     @property
+    def k_stages(self) -> int:
+        """Slots of k: one more than of v where a slot of queries leaves room for it, in bf16 with heads of 128."""
+        return self.stages + 2 - self.q_slots
+
+    @property
+    def v_later(self) -> int:
+        """Steps that v's slots are free later than k's: PV is a step later, and the ring shorter."""
+        return 1 + self.k_stages - self.stages
+
+    @property
+    def q_slots(self) -> int:
+        """Slots of queries: with two the next item's arrive while this item is computed."""
+        return 1 if self.q_bits == 16 and self.d == 128 else 2
+
+    @property
     def rows(self) -> Any:
         """Queries of a block that one group computes."""
         return self.block // GROUPS

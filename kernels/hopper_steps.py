@@ -130,14 +130,11 @@ def advance(
     next_k = scale_of(scales.k, running.column, sizes.q_bits == 8)
     next_v = scale_of(scales.v, running.column, sizes.e4m3)
     next_column = column_of(work, gl.minimum(at + 2, last), sizes)
-    stage = await_full(rings.k, use + 1, sizes.stages)
-    scores = running.scores
-    if sizes.q_bits == 16:  # QK's products may stand among the exponents, not behind them
-        scores = pinned(scores)
+    stage = await_full(rings.k, use + 1, sizes.k_stages)
     s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
-    if sizes.q_bits == 8:
-        hold_order(rings)
-    if sizes.int8:
+    hold_order(rings)
+    scores = running.scores
+    if not sizes.e4m3:
         scores = pinned(scores)
     t = scaled(s, scores, running.k_scale, sizes)
     if MASKED:
@@ -173,7 +170,7 @@ def attend(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.conste
         row_sum = no_sums_bounded(sizes)
         other = row_sum if sizes.lse else 0.0
     running = Running(acc, row_sum, other, scales.scores, k_scale, v_scale, column)
-    stage = await_full(rings.k, use, sizes.stages)
+    stage = await_full(rings.k, use, sizes.k_stages)
     s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])
     release(rings.k, stage)
     full = gl.minimum(item.n_full, item.n_all - 1)

@@ -92,7 +92,7 @@ class Steps(NamedTuple):
     """The steps of a loop over blocks, one for each batch of PV in it, in their order.
 
     Attributes:
-        exponents: How many stand between the first product of a QK that is under way and a PV's first.
+        exponents: How many stand between the last product of a QK that is under way and a PV's first.
         late: Instructions between a PV's last product and the next QK's first.
     """
 
@@ -116,7 +116,7 @@ def steps(loop: list[str]) -> Steps:
         if pv_before and not product[3]:
             found.late.append(since - 1)
         pv_before = bool(product[3])
-        exponents, under_way, since = exponents if under_way else 0, not pv_before, 0
+        exponents, under_way, since = 0, not pv_before, 0
     return Steps(*(numbers[len(numbers) // 2 :] for numbers in found))
 
 

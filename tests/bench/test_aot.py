@@ -269,7 +269,7 @@ STEPS = [
     (STEP * 2, [2, 2], [2, 2]),
     (STEP[4:] + STEP[:4], [2], [2]),
     ([EX2, *STEP], [2], [3]),
-    ([QK[0], EX2, QK[1], *STEP[3:]], [2], [2]),
+    ([QK[0], EX2, QK[1], *STEP[3:]], [1], [2]),
     ([*QK, ENDED, *STEP[2:]], [0], [2]),
     ([*STEP[4:8], *QK, EX2, EX2, ENDED], [0], [1]),
     ([*STEP, *STEP[:2], ENDED, *STEP[4:]], [2, 0], [2, 2]),
@@ -325,13 +325,15 @@ AWAIT_TURN = "    if sizes.turns:\n        await_turn(GROUP)\n"
     ("replaced", "problem"),
     [
         # What `hopper_order` is for: if one of these passes, it may no longer be needed.
+        ([("    hold_order(rings)\n", "")], "of 6 steps with 64 exponents beside QK"),
+        ([("        scores = pinned(scores)\n", "        pass\n")], "of 6 steps with 64 exponents beside QK"),
         ([("    row_sum = pinned(row_sum)\n", "")], "instructions between PV and the next QK"),
         ([(PASS_TURN, ""), (AWAIT_TURN, AWAIT_TURN + PASS_TURN)], "a turn of 0 products of PV and 0 of QK"),
         ([(PASS_TURN, "")], "passed 0 times"),
         # The wait for PV in the next step alone, to which ptxas adds its own.
         ([("wait(0, deps=[pv_pending, s", "wait(1, deps=[pv_pending, s")], "0 of 6 steps with 64 exponents beside QK"),
     ],
-    ids=["sums behind PV", "turn before PV", "no turn", "PV not awaited"],
+    ids=["exponents among QK", "exponents before QK", "sums behind PV", "turn before PV", "no turn", "PV not awaited"],
 )
 def test_the_compiled_order_is_seen(replaced, problem, tmp_path):
     done = run("-c", MOVED.format(root=str(tmp_path), replaced=replaced))

@@ -276,10 +276,10 @@ def test_blocks_of_v_of_any_size_in_e4m3(factor):
 # Planted bugs ---------------------------------------------------------------------------------------------------------
 
 PLANTED = {
-    "queries not awaited": ("slot = await_full(rings.q, turn, Q_SLOTS)", "slot = turn % Q_SLOTS"),
+    "queries not awaited": ("slot = await_full(rings.q, turn, sizes.q_slots)", "slot = turn % sizes.q_slots"),
     "queries never released": ("        release(rings.q, slot)\n", ""),
     "wrong parity, full": ("use // SLOTS & 1)\n", "(use // SLOTS & 1) ^ 1)\n"),
-    "wrong parity, empty": ("(step // SLOTS & 1) ^ 1)", "step // SLOTS & 1)"),
+    "wrong parity, empty": ("(step // STEPS & 1) ^ 1)", "step // STEPS & 1)"),
     "bytes of one tile": ("TILES * source.block_type.nbytes", "source.block_type.nbytes"),
     "no fence": ("    fence_async_shared()\n", ""),
     "step forgotten": ("            use += n_all\n", "            use += n_all - 1\n"),
@@ -287,8 +287,8 @@ PLANTED = {
     "other mask word": ("column // 32 == word", "column // 64 == word"),
     "other half's mask": ("(first + row) * WORDS", "row * WORDS"),
     "rows past the end": ("mask=(query < queries)[:, None])", "mask=None)"),
-    "one reader": ("steps = make_barriers(STAGES, GROUPS)", "steps = make_barriers(STAGES, 1)"),
-    "three readers": ("steps = make_barriers(STAGES, GROUPS)", "steps = make_barriers(STAGES, 3)"),
+    "one reader": ("make_barriers(sizes.k_stages, GROUPS)", "make_barriers(sizes.k_stages, 1)"),
+    "three readers": ("make_barriers(sizes.k_stages, GROUPS)", "make_barriers(sizes.k_stages, 3)"),
     "other key/value head": ("channel = head // sizes.group * sizes.d", "channel = head % sizes.group * sizes.d"),
 }  # fmt: skip
 NEXT_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n"
@@ -303,8 +303,8 @@ THIS_V = "fill_v(rings, use - 1, v, key, channel, sizes)\n            key"
 LAST_V = "        if steps > 0:\n            fill_v(rings, use - 1, v, key, channel, sizes)\n"
 KEPT = "Running(acc, row_sum, other, scores, next_k, next_v, next_column), next_s"
 STEPS = {
-    "k not awaited": ("stage = await_full(rings.k, use + 1, sizes.stages)", "stage = (use + 1) % sizes.stages"),
-    "first k not awaited": ("stage = await_full(rings.k, use, sizes.stages)", "stage = use % sizes.stages"),
+    "k not awaited": ("stage = await_full(rings.k, use + 1, sizes.k_stages)", "stage = (use + 1) % sizes.k_stages"),
+    "first k not awaited": ("stage = await_full(rings.k, use, sizes.k_stages)", "stage = use % sizes.k_stages"),
     "k of this block again": ("await_full(rings.k, use + 1,", "await_full(rings.k, use,"),
     "v not awaited": (V, "    stage = use % sizes.stages\n"),
     "v of the next block": (V, V.replace("use,", "use + 1,")),
@@ -337,7 +337,7 @@ ISSUE_PV = (
 )
 TURN = AWAIT_TURN + ISSUE_PV + PASS_TURN
 BOUNDED_STEPS = STEPS | {
-    "v's slot filled a step early": ("v, key, channel, 1, sizes.stages, 1)", "v, key, channel, 1, sizes.stages)"),
+    "v's slot filled a step early": ("sizes.v_later)\n\n", "sizes.v_later - 1)\n\n"),
     "turn not passed": (TURN, AWAIT_TURN + ISSUE_PV),
     "turn passed twice": (TURN, TURN + PASS_TURN),
     "turn passed before PV": (TURN, AWAIT_TURN + PASS_TURN + ISSUE_PV),
@@ -364,7 +364,7 @@ E4M3 = (
     STEPS
     | SCALES
     | {
-        "v's slot filled a step early": ("v, channel, key, 1, sizes.stages, 1)", "v, channel, key, 1, sizes.stages)"),
+        "v's slot filled a step early": ("sizes.v_later)\n    else", "sizes.v_later - 1)\n    else"),
         "no guard of empty rows": ('row_max == -float("inf"), 0.0', "row_max == 1.0, 0.0"),
         "sum not rescaled": ("running.row_sum * per_thread(alpha, running.row_sum) +", "running.row_sum +"),
         "accumulator not rescaled": ("running.acc * gl.convert_layout(alpha, sizes.o_row)[:, None]", "running.acc"),
