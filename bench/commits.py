@@ -36,8 +36,8 @@ from bench.gpu.stages import COMMITS as FOLDER
 from bench.results import COMMIT_VARIABLE, describe_machine
 from bench.table import Table
 
-SOURCES = ("bench", "csrc", "happyhorse_fast", "kernels", ":!bench/results", ":!happyhorse_fast/pony")
-"""What of a commit is measured, as git names it."""
+SOURCES = ("bench", "csrc", "happyhorse_fast", "kernels", ":!bench/results", ":!*.safetensors")
+"""What of a commit is measured, as git names it: 2 MB, of which a GPU machine may take few."""
 WORKER = Path(__file__).with_name("commit_worker.py")
 RUN = f"import runpy; runpy.run_path({str(WORKER)!r}, run_name='__main__')"
 COLUMNS = ("case", "commit", "ms", "spread", "TFLOP/s", "the first one's time over it", "MHz", "W")
@@ -53,7 +53,7 @@ def interpreter(tree: Path, *arguments: str) -> tuple[list[str], dict[str, str]]
 
 
 def prepare(commits: Sequence[str], words: str, more: Sequence[str]) -> None:
-    """Put commits' sources and primed kernels into :data:`FOLDER`, in place of what is there.
+    """Put commits' sources and primed kernels into :data:`FOLDER`, in place of what is there of the same names.
 
     Args:
         commits: As git names them; their folders are called the same.
@@ -63,10 +63,10 @@ def prepare(commits: Sequence[str], words: str, more: Sequence[str]) -> None:
     Raises:
         CalledProcessError: There is no such commit, or a kernel of it does not compile; stderr has said why.
     """
-    shutil.rmtree(FOLDER, ignore_errors=True)
     only = "|".join(words.split(","))
     for commit in commits:
         tree = FOLDER / commit
+        shutil.rmtree(tree, ignore_errors=True)
         packed = subprocess.run(
             ["git", "archive", commit, "--", *SOURCES], cwd=bootstrap.ROOT, stdout=subprocess.PIPE, check=True
         )
@@ -74,7 +74,7 @@ def prepare(commits: Sequence[str], words: str, more: Sequence[str]) -> None:
             archive.extractall(tree, filter="data")
         options = ("--into", str(tree / ".primed"), "--only", f"^case .*({only})", *more)
         command, given = interpreter(tree, "prime", *options)
-        subprocess.run(command, cwd=tree, env=os.environ | given, check=True)
+        subprocess.run(command, cwd=tree, env=os.environ | given | {"PYTHONDONTWRITEBYTECODE": "1"}, check=True)
 
 
 @dataclass
