@@ -24,8 +24,8 @@ from happyhorse_fast.kernels.hopper_sizes import GROUPS, sizes_of
 
 to_e4m3 = gluon.jit(numerics.to_e4m3.fn)
 
-Q_SLOTS = gl.constexpr(2)
-"""Slots of the ring of queries: the next item's arrive while this item is computed."""
+Q_SLOTS = gl.constexpr(1)
+"""Slots of the ring of queries: a second one would take a slot of k and v in bf16."""
 COMPUTE_REGISTERS = gl.constexpr(240)
 LOAD_REGISTERS = gl.constexpr(24)
 """Registers per thread. The loading warp counts as a group of 128: 2 x 128 x 240 + 128 x 24 of an SM's 65,536."""
@@ -89,7 +89,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         q_tile = rings.q.tiles.index(slot * GROUPS + GROUP)
         n_full = gl.load(work.counts + entry * 2)
         n_all = gl.load(work.counts + entry * 2 + 1)
-        item = Item(q_tile, gl.load(work.starts + entry), n_full, n_all)
+        item = Item(q_tile, slot, gl.load(work.starts + entry), n_full, n_all)
         acc = gl.full([ROWS, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
         row_sum = gl.full([ROWS], 0.0, gl.float32, layout=sizes.s_row)
         log_sum = row_sum
@@ -100,7 +100,8 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
             else:
                 acc, row_sum, log_sum = attend_bounded(item, use, rings, work, of_item, GROUP, sizes)
             use += n_all
-        release(rings.q, slot)
+        else:
+            release(rings.q, slot)
         turn += 1
 
         row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # a row without a key gives 0 / 1; NaN stays
@@ -121,18 +122,20 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
 
 @gluon.jit
 def store_result(result, out, out_scale, first, head, queries, sizes: gl.constexpr):
-    """Round the result, to e4m3 with an ``out_scale``, else to bf16, and store it 16 bytes a thread at a time."""
-    D: gl.constexpr = sizes.d
-    EACH: gl.constexpr = 8 if out_scale is None else 16
-    layout: gl.constexpr = gl.BlockedLayout([1, EACH], [32 * EACH // D, D // EACH], [4, 1], [1, 0])
+    """Round the result, to e4m3 with an ``out_scale``, else to bf16, and store it from where the products left it.
+
+    A thread has two channels of each eight: in bf16 a warp's store fills half of each 32-byte sector, and the next one
+    the other half. To exchange them first, for 16 bytes a thread, takes 16 KiB of shared memory, and bf16 has no room
+    for those beside three slots.
+    """
     if out_scale is None:
         value = result.to(gl.bfloat16)
     else:
         value = to_e4m3(result)
-    query = first + gl.arange(0, sizes.rows, layout=gl.SliceLayout(1, layout))
-    channel = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    place = out + (query.to(gl.int64) * sizes.heads_q + head)[:, None] * D + channel[None, :]
-    gl.store(place, gl.convert_layout(value, layout), mask=(query < queries)[:, None])
+    query = first + gl.arange(0, sizes.rows, layout=sizes.o_row)
+    channel = gl.arange(0, sizes.d, layout=gl.SliceLayout(0, sizes.o_layout))
+    place = out + (query.to(gl.int64) * sizes.heads_q + head)[:, None] * sizes.d + channel[None, :]
+    gl.store(place, value, mask=(query < queries)[:, None])
 
 
 @gluon.jit

@@ -170,6 +170,7 @@ def attend_bounded(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: g
         running = advance(running, j + use, j + item.start, last, item, rings, work, scales, GROUP, False, sizes)
     for j in range(gl.maximum(item.n_full, 1), item.n_all):
         running = advance(running, j + use, j + item.start, last, item, rings, work, scales, GROUP, True, sizes)
+    release(rings.q, item.q_slot)
     before = await_full(rings.v, use + item.n_all - 1, sizes.stages)
     v = rings.v.tiles.index(before)
     acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(operand(running.p, sizes), v, running.acc, is_async=True)])

@@ -179,6 +179,7 @@ def attend_e4m3(item, use, rings, work, scales, first, sizes: gl.constexpr):
         running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, False, sizes)
     for j in range(gl.maximum(item.n_full, 1), item.n_all):
         running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, True, sizes)
+    release(rings.q, item.q_slot)
     before = await_full(rings.v, use + item.n_all - 1, sizes.stages)
     acc = add_pv(running, warpgroup_mma_wait(0, deps=[start_pv(running, rings.v, before, sizes)]), sizes)
     row_sum = gl.convert_layout(gl.sum(running.row_sum, axis=1), sizes.s_row)

@@ -277,7 +277,7 @@ def test_blocks_of_v_of_any_size_in_e4m3(factor):
 
 PLANTED = {
     "queries not awaited": ("slot = await_full(rings.q, turn, Q_SLOTS)", "slot = turn % Q_SLOTS"),
-    "queries never released": ("        release(rings.q, slot)\n", ""),
+    "queries without a block never released": ("        else:\n            release(rings.q, slot)\n", ""),
     "wrong parity, full": ("use // SLOTS & 1)\n", "(use // SLOTS & 1) ^ 1)\n"),
     "wrong parity, empty": ("(step // SLOTS & 1) ^ 1)", "step // SLOTS & 1)"),
     "bytes of one tile": ("TILES * source.block_type.nbytes", "source.block_type.nbytes"),
@@ -298,8 +298,12 @@ AWAIT_V = "    before = await_full(rings.v, use - 1, sizes.stages)\n"
 AWAIT_LAST_V = "    before = await_full(rings.v, use + item.n_all - 1, sizes.stages)\n"
 
 
-def awaited(after_waits, after_last, fill):
-    """Bugs around k and v, by what stands behind their waits and their fill."""
+RELEASE = "    release(rings.k, stage)\n"
+FREE_Q = "    release(rings.q, item.q_slot)\n"
+
+
+def awaited(after_waits, after_last, after_first, fill):
+    """Bugs around queries, k and v, by what stands behind their waits, the first block's release and v's fill."""
     stage, before = "    stage = use % sizes.stages\n", "    before = (use - 1) % sizes.stages\n"
     last = "    before = (use + item.n_all - 1) % sizes.stages\n"
     both = AWAIT_K + AWAIT_V + after_waits
@@ -308,17 +312,21 @@ def awaited(after_waits, after_last, fill):
         "v not awaited": (both, AWAIT_K + before + after_waits),
         "last v not awaited": (AWAIT_LAST_V + after_last, last + after_last),
         "v's slot filled a step early": (fill + ", 1)", fill + ")"),
+        "queries never released": (FREE_Q + AWAIT_LAST_V + after_last, AWAIT_LAST_V + after_last),
+        "queries released early": [
+            (FREE_Q + AWAIT_LAST_V + after_last, AWAIT_LAST_V + after_last),
+            (RELEASE + after_first, RELEASE + FREE_Q + after_first),
+        ],
     }
 
 
-RELEASE = "    release(rings.k, stage)\n"
 ISSUE_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n    pv_pending = warpgroup"
 WAIT_PV = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n"
 SUMS = (
     ("running.row_sum + sums(even, odd, sizes)", "running.row_sum + sums_unrounded(p, sizes)"),
     ("packed(even, odd), sums(even, odd, sizes)", "packed(even, odd), sums_unrounded(p, sizes)"),
 )
-IN_TURNS = awaited("    await_turn", "    v = rings", "v, key, channel, 1, sizes.stages") | {
+IN_TURNS = awaited("    await_turn", "    v = rings", "    t = scaled(", "v, key, channel, 1, sizes.stages") | {
     "never released": (WAIT_PV + RELEASE, WAIT_PV),
     "first block never released": (RELEASE + "    t = scaled(", "    t = scaled("),
     "released early": (WAIT_PV + RELEASE, RELEASE + WAIT_PV),
@@ -346,7 +354,9 @@ E4M3_BESIDE = "        s = warpgroup_mma_wait(1, deps=[s_pending])\n"
 E4M3_BEHIND = "        s = warpgroup_mma_wait(0, deps=[s_pending])\n"
 E4M3_PV = "        acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)\n"
 FREE = "        release(rings.k, stage)\n"
-E4M3 = awaited("    if BESIDE", "    acc = add_pv", "v, channel, key, 1, sizes.stages") | {
+E4M3 = awaited(
+    "    if BESIDE", "    acc = add_pv", "    if item.n_full == 0:\n        s =", "v, channel, key, 1, sizes.stages"
+) | {
     "never released": (E4M3_PV + FREE, E4M3_PV),
     "never released behind QK": (E4M3_BEHIND + FREE, E4M3_BEHIND),
     "released early": (E4M3_PV + FREE, FREE + E4M3_PV),
@@ -395,7 +405,8 @@ def planted(fmt, seed, replace, block_map=UNEVEN, slots=None):
 @pytest.mark.quick(9)
 @pytest.mark.parametrize(("fmt", "bug"), [(fmt, bug) for fmt, bugs in BUGS.items() for bug in bugs])
 def test_planted_bugs_are_caught(fmt, bug):
-    found = (planted(fmt, seed, [BUGS[fmt][bug]], m, slots=2) for m in (UNEVEN, LONG, PARTIAL) for seed in (1, 2))
+    replace = BUGS[fmt][bug] if isinstance(BUGS[fmt][bug], list) else [BUGS[fmt][bug]]
+    found = (planted(fmt, seed, replace, m, slots=2) for m in (UNEVEN, LONG, PARTIAL) for seed in (1, 2))
     assert any(found)
 
 
