@@ -9,7 +9,6 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import sys
-import sysconfig
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from bench.inputs import Given, call, make
 from bench.measure import gates
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Prepared, Stopwatch
-from happyhorse_fast.csrc import native
 
 SETS = 2
 """Sets of inputs that calls rotate through."""
@@ -56,13 +54,6 @@ class Worker:
         return list(span.timings[name].times_ms), self.monitor.during(span.began, span.ended)
 
 
-def build_module() -> None:
-    """Build the host module where this commit has none for this Python."""
-    module = bootstrap.ROOT / "happyhorse_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not module.is_file():
-        native.build_module(module)
-
-
 def serve(channel: Connection, device: torch.device, scope: str) -> None:
     """Answer (method, arguments) with (True, result), or (False, the error), until the other side is gone."""
     with Monitor(device) as monitor:
@@ -81,7 +72,6 @@ def serve(channel: Connection, device: torch.device, scope: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Entry point: ``prime`` and options of `bench.prime`, or a connection's number, a device and a scope."""
-    build_module()
     if arguments[0] == "prime":
         from bench.prime.__main__ import main as prime
 

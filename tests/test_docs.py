@@ -13,6 +13,7 @@ SUFFIXES = (".cu", ".cuh", ".hpp", ".json", ".md", ".py", ".safetensors", ".toml
 # Names with a slash or a suffix that mean something other than a file of the repository.
 ELSEWHERE = {
     ".venv/",  # what the Makefile makes
+    ".commits/",
     ".primed/",
     "GAIR-NLP/daVinci-MagiHuman",  # the public model's repository
     "model.safetensors.index.json",  # a checkpoint folder's
