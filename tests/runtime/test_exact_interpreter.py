@@ -15,6 +15,18 @@ for out in ("bf16", "int8", "fp8"):
     a, b = (rmsnorm_quantize(hidden.clone(), weight, tiles, out=out, backend=n)[0] for n in ("triton", "reference"))
     print(int((a.float() != b.float()).sum()))
 """
+NO_KEY = """
+import warnings
+import torch
+from happyhorse_fast import BlockMap
+from happyhorse_fast.ops import block_sparse_attention
+warnings.simplefilter("error")
+x = torch.zeros(256, 1, 32, dtype=torch.bfloat16)
+keys_of_half_a_block = BlockMap.from_ranges([(0, 64)], [(0, 256)], 256, 256)
+options = {"block_map": keys_of_half_a_block, "scale": 1.0, "bound": 1.0, "return_lse": True}
+_, _, lse = block_sparse_attention(x, x, x, **options, backend="triton")
+print(*lse.squeeze()[[0, 100, 200]].tolist())
+"""
 
 
 def test_a_kernel_under_the_interpreter_is_exact_by_itself():
@@ -22,6 +34,12 @@ def test_a_kernel_under_the_interpreter_is_exact_by_itself():
     done = run(CODE, interpret="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0", "0", "0"]
+
+
+def test_the_lse_of_a_row_without_a_key_is_no_warning():
+    done = run(NO_KEY, interpret="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1:] == ["-inf", "-inf"]
 
 
 TRACE = """

@@ -107,6 +107,12 @@ def greater(self: Any, lhs: Any, rhs: Any) -> Any:
     return self.binary_op(lhs, rhs, np.fmax)
 
 
+def log2(self: Any, value: Any) -> Any:
+    """-inf of 0 without a warning, as on a GPU: the LSE of a row without a key."""
+    with np.errstate(divide="ignore"):
+        return self.unary_op(value, np.log2)
+
+
 def descriptor_reduce(self: Any, kind: Any, desc: Any, value: Any, indices: Any) -> None:
     """A sum in place of what a descriptor holds, clipped at its bounds; no other reduction is known."""
     if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD:
@@ -125,6 +131,7 @@ def make_exact() -> None:
     interp.InterpreterBuilder.binary_op = binary
     interp.InterpreterBuilder.create_minnumf = lesser
     interp.InterpreterBuilder.create_maxnumf = greater
+    interp.InterpreterBuilder.create_log2 = log2
     remember()
     interp.InterpreterBuilder.create_inline_asm = assembly
     interp.InterpreterBuilder.create_descriptor_reduce = descriptor_reduce
