@@ -134,7 +134,7 @@ class Commit:
         self.process.wait()
 
 
-def compare(commits: Sequence[Commit], case: Case, impl: str, turns: int, seconds: float, patience: float) -> None:
+def compare(commits: Sequence[Commit], case: Case, impl: str, turns: int, seconds: float, patience: float) -> bool:
     """Gate a case in all commits at once, then let the green ones take turns, and print the table.
 
     Args:
@@ -144,6 +144,9 @@ def compare(commits: Sequence[Commit], case: Case, impl: str, turns: int, second
         turns: Of each commit.
         seconds: Of each turn.
         patience: Seconds to wait for an answer.
+
+    Returns:
+        Whether all took turns.
     """
     asked, green, red = [commit for commit in commits if not commit.out], [], []
     for commit in asked:
@@ -166,6 +169,7 @@ def compare(commits: Sequence[Commit], case: Case, impl: str, turns: int, second
     rows = [row(case, commit, timed[0]) for commit in timed] + red
     rows += [(case.name, c.tree.name, *"-" * (len(COLUMNS) - 3), c.out) for c in commits if c.out]
     print(Table("", COLUMNS, tuple(rows)).text(), flush=True)
+    return len(timed) == len(commits)
 
 
 def row(case: Case, commit: Commit, first: Commit) -> tuple[str, ...]:
@@ -185,7 +189,7 @@ def row(case: Case, commit: Commit, first: Commit) -> tuple[str, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns 1 where a commit was left out."""
+    """Entry point; returns 1 where a commit was left out of a case."""
     parser = argparse.ArgumentParser(prog="python -m bench.commits", description=__doc__.partition("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     commands = parser.add_subparsers(dest="command", required=True)
@@ -211,17 +215,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
-    names = options.commits or sorted(path.name for path in FOLDER.glob("*") if path.is_dir())
+    prepared = sorted(path.name for path in FOLDER.glob("*") if path.is_dir())
+    names = options.commits or prepared
+    if not names or not {*names} <= {*prepared}:
+        parser.error(f"commits must be among those prepared, {', '.join(prepared) or 'none'}; got {', '.join(names)}")
     chosen = select(cases(options.scope), options.cases)
     device = torch.device(options.device)
     commits = [Commit.started(FOLDER / name, device, options.scope) for name in names]
     try:
-        for case in chosen:
-            compare(commits, case, options.impl, options.turns, options.seconds, options.patience)
+        all_timed = [
+            compare(commits, case, options.impl, options.turns, options.seconds, options.patience) for case in chosen
+        ]
     finally:
         for commit in commits:
             commit.end()
-    return int(any(commit.out for commit in commits))
+    return 0 if all(all_timed) else 1
 
 
 if __name__ == "__main__":

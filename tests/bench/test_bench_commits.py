@@ -47,6 +47,17 @@ def test_right_ones_take_turns_and_others_are_named(tmp_path, monkeypatch, capsy
     assert "its process ended with 7" in lines["dead"]
 
 
+def test_a_commit_that_is_not_prepared_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commits, "FOLDER", tmp_path)
+    with pytest.raises(SystemExit):
+        commits.main(ASKED)
+    assert "commits must be among those prepared, none; got" in capsys.readouterr().err
+    (tmp_path / "74c8bc1").mkdir()
+    with pytest.raises(SystemExit):
+        commits.main([*ASKED, "74c8bc2"])
+    assert "commits must be among those prepared, 74c8bc1; got 74c8bc2" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_commit_that_is_not_there_is_not_prepared(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(commits, "FOLDER", tmp_path)
