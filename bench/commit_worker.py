@@ -18,11 +18,10 @@ import torch
 from bench.cases import Case, cases
 from bench.inputs import Given, call, make
 from bench.measure import gates
+from bench.measure.comparison import SETS
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Prepared, Stopwatch
 
-SETS = 2
-"""Sets of inputs that calls rotate through."""
 WARM_SECONDS = 0.1
 """Untimed, at the beginning of a turn: the clock is still the one before's."""
 
