@@ -10,8 +10,8 @@
 #   make gpu ARCHIVE=r.tgz          and all that is left in one file, kept whole while stages run
 #   make gpu GPU_ARGS="--seconds 300"   more arguments of bench.gpu
 #   make prime GPU_PYTHON=3.13      for a GPU machine with that Python; without a GPU, before make gpu
-#   make commits OF="main 0123abc" CASES=attention-dense   two commits' kernels, to be timed in turns on a GPU
 #   make prime PRIME_ARGS="--key triton-key.txt"    for the build of Triton whose key make gpu left there
+#   make commits OF="main 0123abc" CASES=attention-dense   two commits' kernels, to be timed in turns on a GPU
 
 PYTHON ?= python3
 VENV ?= .venv

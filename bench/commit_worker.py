@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
+import functools
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,7 +47,7 @@ class Worker:
             self._of, self._prepared = (name, impl), None  # the last case's inputs go first
             case: Case = self.cases[name]
             given: list[Given] = [make(case, self.device, seed) for seed in range(SETS)]
-            calls = [lambda g=g: call(case, g, impl) for g in given]
+            calls = [functools.partial(call, case, one, impl) for one in given]
             self._prepared = self.stopwatch.prepare(calls, dry=not seconds)
         assert self._prepared is not None
         span = self.stopwatch.interleave({name: self._prepared}, seconds=seconds, warm=WARM_SECONDS if seconds else 0)

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import torch
 from bench.cases import Case, cases, select
 from bench.gpu.__main__ import environment, primed_cache
 from bench.gpu.stages import COMMITS as FOLDER
+from bench.measure.timing import Timing
 from bench.results import COMMIT_VARIABLE, describe_machine
 from bench.table import Table
 
@@ -41,6 +42,9 @@ SOURCES = ("bench", "csrc", "happyhorse_fast", "kernels", ":!bench/results", ":!
 WORKER = Path(__file__).with_name("commit_worker.py")
 RUN = f"import runpy; runpy.run_path({str(WORKER)!r}, run_name='__main__')"
 COLUMNS = ("case", "commit", "ms", "spread", "TFLOP/s", "the first one's time over it", "MHz", "W")
+
+Turn = tuple[list[float], dict[str, Any]]
+"""(ms of each call, clock and power) of a commit's turn."""
 
 
 def interpreter(tree: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
@@ -86,16 +90,12 @@ class Commit:
         process: The worker.
         channel: To it.
         out: Why it is asked no more; empty while it is.
-        times_ms: Of the case that takes turns.
-        states: Clock and power of each turn of that case.
     """
 
     tree: Path
     process: subprocess.Popen[bytes]
     channel: Any
     out: str = ""
-    times_ms: list[float] = field(default_factory=list)
-    states: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def started(cls, tree: Path, device: torch.device, scope: str) -> Commit:
@@ -150,7 +150,6 @@ def compare(commits: Sequence[Commit], case: Case, impl: str, turns: int, second
     """
     asked, green, red = [commit for commit in commits if not commit.out], [], []
     for commit in asked:
-        commit.times_ms, commit.states = [], []
         commit.ask("gate", case.name, impl)
     for commit in asked:
         problems = commit.answer(patience)
@@ -158,33 +157,36 @@ def compare(commits: Sequence[Commit], case: Case, impl: str, turns: int, second
             red.append((case.name, commit.tree.name, *"-" * (len(COLUMNS) - 3), problems[0]))
         elif problems is not None:
             green.append(commit)
+    taken: dict[str, list[Turn]] = {commit.tree.name: [] for commit in green}
     for _ in range(turns):
         for commit in green:
             if not commit.out:
                 commit.ask("time", case.name, impl, seconds)
-                if (found := commit.answer(patience)) is not None:
-                    commit.times_ms += found[0]
-                    commit.states.append(found[1])
-    timed = [commit for commit in green if not commit.out]
-    rows = [row(case, commit, timed[0]) for commit in timed] + red
+                if (turn := commit.answer(patience)) is not None:
+                    taken[commit.tree.name].append(turn)
+    timed = {commit.tree.name: taken[commit.tree.name] for commit in green if not commit.out}
+    rows = [row(case, name, found, next(iter(timed.values()))) for name, found in timed.items()] + red
     rows += [(case.name, c.tree.name, *"-" * (len(COLUMNS) - 3), c.out) for c in commits if c.out]
     print(Table("", COLUMNS, tuple(rows)).text(), flush=True)
     return len(timed) == len(commits)
 
 
-def row(case: Case, commit: Commit, first: Commit) -> tuple[str, ...]:
+def timing(taken: Sequence[Turn]) -> Timing:
+    """All turns' calls."""
+    return Timing(tuple(ms for times, _ in taken for ms in times), "events")
+
+
+def row(case: Case, name: str, taken: Sequence[Turn], first: Sequence[Turn]) -> tuple[str, ...]:
     """A line of the table."""
-    times = sorted(commit.times_ms)
-    median, tenth = statistics.median(times), len(times) // 10
-    states = [state for state in commit.states if state]
+    times, states = timing(taken), [state for _, state in taken if state]
     return (
         case.name,
-        commit.tree.name,
-        f"{median:.4g}",
-        f"{(times[-1 - tenth] - times[tenth]) / median:.0%}",
-        f"{case.computed_flops() / median / 1e9:.4g}",
-        f"{statistics.median(first.times_ms) / median:.3f}x",
-        *(f"{statistics.median(s[name] for s in states):.0f}" if states else "" for name in ("sm_mhz", "power_w")),
+        name,
+        f"{times.median_ms:.4g}",
+        f"{(times.high_ms - times.low_ms) / times.median_ms:.0%}",
+        f"{case.computed_flops() / times.median_ms / 1e9:.4g}",
+        f"{timing(first).median_ms / times.median_ms:.3f}x",
+        *(f"{statistics.median(s[key] for s in states):.0f}" if states else "" for key in ("sm_mhz", "power_w")),
     )
 
 

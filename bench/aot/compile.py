@@ -52,24 +52,14 @@ def measure(launch: Launch) -> Row:
         fp_fusion=options["enable_fp_fusion"],
         products=case.products,
         triton=triton.__version__,
-        order=order_of(code, cycles_of(built.asm["cubin"], case.products, constants)) if hopper else None,
+        order=order_of(code, case.products, constants) if hopper else None,
         pointers=tuple(sorted(name for name, kind in data["signature"].items() if str(kind).startswith("*"))),
         nan_kept=len(NAN_KEPT.findall(built.asm["ptx"])),
         nan_lost=len(NAN_LOST.findall(built.asm["ptx"])),
     )
 
 
-def cycles_of(cubin: bytes, products: str, constants: dict[str, Any]) -> float | None:
-    """Cycles of a step of the Hopper kernel, played through; None for heads that no timed model has."""
-    if constants["D"] < HEAD_DIM:
-        return None
-    tile = constants["BLOCK"] * constants["D"]
-    tile_bytes = {"k": tile * (2 if products == "bf16" else 1), "v": tile * (1 if products == "fp8" else 2)}
-    bodies = playback.loops(disassembly.encoded(cubin))
-    return playback.Player(bodies, constants["STAGES"], tile_bytes).cycles()
-
-
-def order_of(code: str, cycles: float | None) -> Order:
+def order_of(code: str, products: str, constants: dict[str, Any]) -> Order:
     """In which order the instructions of the Hopper kernel's listing stand, and the cycles of a step."""
     loops = disassembly.loops(code)
     over_blocks = [loop for loop in loops if sum("MUFU.EX2" in line for line in loop) >= EXPONENTS]
@@ -79,8 +69,18 @@ def order_of(code: str, cycles: float | None) -> Order:
         barriers=disassembly.named_barriers(code),
         step=min(map(len, over_blocks), default=0),
         overwritten=disassembly.overwritten(loops),
-        cycles=cycles,
+        cycles=cycles_of(over_blocks, products, constants),
     )
+
+
+def cycles_of(over_blocks: list[list[str]], products: str, constants: dict[str, Any]) -> float | None:
+    """Cycles of a step over full blocks, played through; None for heads that no timed model has."""
+    if constants["D"] < HEAD_DIM:
+        return None
+    tile = constants["BLOCK"] * constants["D"]
+    tile_bytes = {"k": tile * (2 if products == "bf16" else 1), "v": tile * (1 if products == "fp8" else 2)}
+    full = [playback.parsed(loop) for loop in over_blocks[::2]]  # between them are those over partial blocks
+    return playback.Player(full, constants["STAGES"], tile_bytes).cycles()
 
 
 def main() -> None:

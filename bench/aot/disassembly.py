@@ -51,7 +51,7 @@ class Compiled:
 def read(cubin: bytes) -> list[tuple[Compiled, str]]:
     """Every kernel of a cubin, its shared memory without what a launch adds, and its listing.
 
-    A listing has an instruction a line, and the labels of jumps.
+    A listing has an instruction a line, its encoding of 128 bits behind it, and the labels of jumps.
 
     Raises:
         ValueError: The tools name no kernel, or not the same ones.
@@ -60,7 +60,8 @@ def read(cubin: bytes) -> list[tuple[Compiled, str]]:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         used = _USAGE.findall(_tool("cuobjdump", "-res-usage", file))
-        _, *parts = re.split(r"^\.text\.(\w+):$", _tool("nvdisasm", "-c", file), flags=re.MULTILINE)
+        listing = re.sub(r"\n\s+(/\* 0x[0-9a-f]{16} \*/)(?=\n)", r" \1", _tool("nvdisasm", "-c", file, "-hex"))
+        _, *parts = re.split(r"^\.text\.(\w+):$", listing, flags=re.MULTILINE)
     listings = dict(zip(parts[::2], parts[1::2], strict=True))
     names = {name for name, *_ in used}
     if not names or names != set(listings):
@@ -78,15 +79,6 @@ def read(cubin: bytes) -> list[tuple[Compiled, str]]:
         )
         for name, registers, stack, shared in used
     ]
-
-
-def encoded(cubin: bytes) -> str:
-    """Listing of a cubin of one kernel in which every instruction's encoding stands behind it, 128 bits."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        listing = _tool("nvdisasm", "-c", file, "-hex")
-    return re.sub(r"\n\s+(/\* 0x[0-9a-f]{16} \*/)(?=\n)", r" \1", listing)
 
 
 def _tool(name: str, option: str, cubin: Path, *more: str) -> str:

@@ -19,14 +19,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bench.aot import disassembly
-from bench.aot.gates import EXPONENTS
+from bench.aot.gates import GROUP_THREADS
 
 STEPS = 32
 """Steps that are played; the second half counts."""
 MOST_CYCLES = 8192
 """Of a step: more means that it waits for ever."""
-TURN_THREADS = "0x100"
 SCOREBOARDS = 6
 _ENCODED = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<op>[A-Z]\S*)(?P<rest>[^;]*);"
@@ -115,7 +113,7 @@ class Instruction:
 
     @classmethod
     def parsed(cls, line: str) -> Instruction:
-        """From a line of :func:`loops`.
+        """From a line of a listing.
 
         Raises:
             ValueError: It is none.
@@ -134,10 +132,9 @@ class Instruction:
         return (int(found[1]) / 2, found[2] == "R") if found else None
 
 
-def loops(listing: str) -> list[list[Instruction]]:
-    """The loops over full blocks of a listing that :func:`disassembly.encoded` gives, of group 0 and group 1."""
-    over_blocks = [b for b in disassembly.loops(listing) if sum("MUFU.EX2" in line for line in b) >= EXPONENTS]
-    return [[Instruction.parsed(line) for line in body] for body in over_blocks[::2]]
+def parsed(loop: Sequence[str]) -> list[Instruction]:
+    """A loop of a listing, as :func:`disassembly.loops` gives it."""
+    return [Instruction.parsed(line) for line in loop]
 
 
 @dataclass
@@ -152,7 +149,6 @@ class Warp:
     ends: list[float] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     scoreboards: list[deque[float]] = field(default_factory=lambda: [deque() for _ in range(SCOREBOARDS)])
-    batch: float = 0.0
     batches: list[float] = field(default_factory=list)
 
     def next_of(self, kind: str) -> int:
@@ -172,7 +168,7 @@ class Player:
     """Plays both groups' loops.
 
     Args:
-        bodies: Of the groups, as :func:`loops` gives them.
+        bodies: Of the groups' loops over full blocks.
         slots: Of k and of v.
         tile_bytes: Of ``"k"`` and ``"v"``.
         roles: Of the waits in the bodies.
@@ -194,7 +190,7 @@ class Player:
         self.released: list[dict[int, float]] = [{} for _ in bodies]
         self.turns: list[float | None] = [0.0, None]
         self.pipes: dict[str, float] = {}
-        self.tensor_core, self.busy, self.kind = 0.0, 0.0, ""
+        self.tensor_core, self.kind = 0.0, ""
         self.loaded, self.loader, self.l2 = 0, 0.0, 0.0
 
     def cycles(self) -> float:
@@ -265,7 +261,7 @@ class Player:
             warp.next_of("wait")
         elif "SYNCS.ARRIVE" in one.op:
             self.released[warp.group][warp.step + self.roles.releases[warp.next_of("release")]] = now
-        elif name == "BAR" and TURN_THREADS in one.text:
+        elif name == "BAR" and hex(GROUP_THREADS) in one.text:
             if "ARV" in one.op:
                 self.turns[1 - warp.group] = now + rates.turn
             else:
@@ -292,8 +288,6 @@ class Player:
         cycles += self.rates.left * left + self.rates.change * (one.op[0] != self.kind)
         self.kind = one.op[0]
         self.tensor_core = max(now, self.tensor_core) + cycles
-        self.busy += cycles
-        warp.batch = self.tensor_core
         if "gsb0" in one.text:
-            warp.batches.append(warp.batch)
+            warp.batches.append(self.tensor_core)
         return 0.0
