@@ -52,7 +52,11 @@ def run(*command):
 # Compiled -------------------------------------------------------------------------------------------------------------
 
 SOME = {
-    "qkv": ("rmsnorm_quantize fp8 out, branch", "qkv_linear fp8, fp8 out"),
+    "qkv": (
+        "rmsnorm_quantize fp8 out, branch",
+        "qkv_linear fp8, fp8 out",
+        "qkv_linear int8, int8_qk out, beside",
+    ),
     "attention": (
         "block_sparse_attention fp8, D 128, bf16 out",
         "block_sparse_attention bf16, D 128, bf16 out, hopper",
@@ -63,6 +67,7 @@ SOME = {
     "linear": (
         "fp8_linear_activation fp8, swiglu7, fp8 out",
         "fp8_linear_residual fp8, residual, float32 out",
+        "fp8_linear_residual bf16, residual, float32 out, beside",
     ),
     "block_selection": ("select_blocks bf16, 1464 blocks, by number, max",),
 }

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from happyhorse_fast.kernels.launch import FP8_SINCE, ROW_TILE, LaunchConfig, config_for
+from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, ROW_TILE, LaunchConfig, config_for
 from happyhorse_fast.kernels.linear import fp8_linear_kernel
+from happyhorse_fast.kernels.residual_beside import fp8_linear_residual_beside_kernel
 from happyhorse_fast.ops.linear.contract import Linear, LinearActivation, LinearResidual, Product, activation_scale
 from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
+from happyhorse_fast.ops.runtime.triton.shared_tiles import described_operands
 
 STEM = "linear"
 ACCUMULATORS_PER_SM = 128 * 256
@@ -30,6 +32,9 @@ def launch(given: Product, out: Tensor, epilogue: str) -> None:
     config, arch = config_of(x, epilogue), architecture(x.device)
     if out.dtype == torch.float8_e4m3fn and arch < FP8_SINCE:
         raise ValueError(f"fp8 must be False on sm_{arch}: it has no casts to e4m3 (sm_{FP8_SINCE} and later have)")
+    if config.beside and epilogue == "residual":
+        add_beside(given, out, config)
+        return
     _, features, k = weight.shape
     described = config.descriptors and descriptors_work(x, weight)
     reduced = epilogue == "residual" and config.reduce and described and descriptors_work(out)
@@ -59,6 +64,36 @@ def launch(given: Product, out: Tensor, epilogue: str) -> None:
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         **config.options(),
+    )
+
+
+def add_beside(given: Product, hidden: Tensor, config: LaunchConfig) -> None:
+    """Add the product to ``hidden`` in the kernel with its epilogue beside the tensor cores.
+
+    Raises:
+        ValueError: No TMA descriptor can read x or weight.
+    """
+    x, weight, row_tiles = given.x, given.weight, given.row_tiles
+    _, features, k = weight.shape
+    of_x, of_weight = described_operands(x, weight)
+    items = row_tiles.shape[0] * -(-features // config.block_n)
+    fp8_linear_residual_beside_kernel[(min(items, multiprocessors(x.device)),)](
+        of_x,
+        given.x_scale,
+        of_weight,
+        given.weight_scale,
+        row_tiles,
+        hidden,
+        row_tiles.shape[0],
+        items,
+        F=features,
+        K=k,
+        INT8=x.dtype == torch.int8,
+        PER_ROW=int(given.x_scale is not None and given.x_scale.numel() > 1),
+        STAGES=config.num_stages,
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
 
 
