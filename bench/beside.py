@@ -12,18 +12,21 @@ from collections.abc import Iterator
 from bench.cases import Case
 from happyhorse_fast.kernels.launch import HOPPER_ARCH, beside_of, config_for, launched_with
 from happyhorse_fast.kernels.product_beside import HALF
+from happyhorse_fast.ops.linear.contract import ACTIVATIONS
+from happyhorse_fast.ops.quantize import FORMATS
 
 BESIDE = "beside"
 VARIANTS = {
-    "linear": ("bf16_residual", "int8_residual", "fp8_residual"),
-    "qkv": ("qkv_bf16", "qkv_int8", "qkv_fp8"),
+    "linear": tuple(f"{fmt}_{name}" for fmt in FORMATS.values() for name in ("residual", *ACTIVATIONS)),
+    "qkv": tuple(f"qkv_{fmt}" for fmt in FORMATS.values()),
 }
 """Launch table -> its entries of which there is such a kernel."""
 
 
 def fits(case: Case) -> bool:
     """Whether there is such a kernel for a case's op; of QKV for heads of 128 alone."""
-    return case.op == "fp8_linear_residual" or (case.op == "qkv_linear" and case.plan.head_dim == HALF.value)
+    linears = ("fp8_linear_residual", "fp8_linear_activation")
+    return case.op in linears or (case.op == "qkv_linear" and case.plan.head_dim == HALF.value)
 
 
 @contextlib.contextmanager

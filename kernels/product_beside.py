@@ -114,6 +114,16 @@ class Product:
         """Layout of a group's sums."""
         return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.part, 256 // self.bits])
 
+    def crossing(self, rows: Any, read: Any) -> Any:
+        """Layout of ``rows`` of a half in shared memory, of which a thread reads ``read`` adjacent columns.
+
+        The address of 8 columns is XORed by the row, so that STSM meets every bank once, and where a thread reads more
+        than 8, 128 bytes on also by 1 or 2: so do then the 8 threads of a 16-byte load, which skip columns.
+        """
+        of_rows = [[1, 8], [2, 16], [4, 32], [8, 0], [16, 0], [32, 0]]
+        of_columns = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32], [0, 64 + read // 16 * 8]]
+        return gl.SharedLinearLayout(of_columns + [basis for basis in of_rows if basis[0] < rows])
+
 
 @gluon.constexpr_function
 def product_of(*values):
@@ -160,11 +170,12 @@ def make_operands(x, weight, product: gl.constexpr):
 
 
 @gluon.jit
-def make_sums(product: gl.constexpr):
-    """Make the buffer in which sums cross. Rows are XORed by 16 bytes: STSM and LDS both meet every bank once."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    tiles = gl.allocate_shared_memory(product.kept_type, [GROUPS * HALVES, ROWS, HALF], layout)
-    pieces = tiles._reinterpret(product.kept_type, [GROUPS * HALVES * PIECES, PIECE, HALF], layout)
+def make_sums(product: gl.constexpr, READ: gl.constexpr):
+    """Make the buffer in which sums cross. A thread that finishes them reads READ columns of a row, 4 to 32."""
+    stored: gl.constexpr = product.crossing(ROWS, READ)
+    read: gl.constexpr = product.crossing(PIECE, READ)
+    tiles = gl.allocate_shared_memory(product.kept_type, [GROUPS * HALVES, ROWS, HALF], stored)
+    pieces = tiles._reinterpret(product.kept_type, [GROUPS * HALVES * PIECES, PIECE, HALF], read)
     return Sums(tiles, pieces, make_barriers(GROUPS, 1), make_barriers(GROUPS, 1))
 
 

@@ -351,7 +351,7 @@ def qkv_linear_beside_kernel(
     heads: gl.constexpr = heads_of(HQ, HKV, BITS == 8, INT8_QK, FP8_OUT)
     product: gl.constexpr = product_of(heads.all * D, C, BITS, INT8, STAGES, GROUP_M)
     ring = make_operands(x, weight, product)
-    sums = make_sums(product)
+    sums = make_sums(product, 8)
     fence_async_shared()
     work = Work(row_tiles, tiles, items)
     common = (ring, sums, work)

@@ -88,7 +88,7 @@ def fp8_linear_residual_beside_kernel(
     """
     product: gl.constexpr = product_of(F, K, x.dtype.primitive_bitwidth, INT8, STAGES, GROUP_M)
     ring = make_operands(x, weight, product)
-    sums = make_sums(product)
+    sums = make_sums(product, 4)
     fence_async_shared()
     work = Work(row_tiles, tiles, items)
     common = (ring, sums, work)

@@ -278,8 +278,8 @@ def linears(arch: int) -> Iterator[Case]:
             detail = f"{fmt}{scales}, {epilogue}, {out} out{f', K {inputs}' if inputs != HIDDEN else ''}"
             variants = {"fp8_linear_kernel": variant}
             yield Case(op, "linear", arch, variants, fmt, described(detail, pointers), arguments, pointers)
-            if (epilogue, arch, pointers) == ("residual", HOPPER_ARCH, False):
-                variants = {"fp8_linear_residual_beside_kernel": variant}
+            if epilogue != "plain" and (arch, pointers) == (HOPPER_ARCH, False):
+                variants = {f"{op}_beside_kernel": variant}
                 yield Case(op, "linear", arch, variants, fmt, f"{detail}, beside", arguments, beside=True)
 
 

@@ -91,6 +91,7 @@ def beside_in(code: str) -> Beside:
     return Beside(
         loops=[disassembly.products_and_waits(loop) for loop in loops],
         additions=disassembly.additions(code),
+        stores=disassembly.stores(code),
         overwritten=disassembly.overwritten(loops),
     )
 

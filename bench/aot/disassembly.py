@@ -179,6 +179,12 @@ def additions(code: str) -> list[int]:
     return [4 * int(vector or 1) for vector in re.findall(r"REDG?\.E\.ADD\.F32(?:x(\d))?", code)]
 
 
+def stores(code: str) -> list[int]:
+    """Bytes that each instruction of a listing stores to memory, a thread."""
+    widths = {"U8": 1, "U16": 2, "64": 8, "128": 16}
+    return [widths.get(width, 4) for width in re.findall(r"\bSTG\.E(?:\.(U8|U16|64|128))?\b", code)]
+
+
 def overwritten(found_loops: Iterable[list[str]]) -> int:
     """Count the instructions of loops that write a register which a warp-group product under way reads or adds to.
 

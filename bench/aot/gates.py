@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bench.aot.disassembly import Compiled, Turn
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, table
@@ -63,11 +63,13 @@ class Beside:
     Attributes:
         loops: Of each loop over slots, its products, and how many batches of them each wait leaves under way.
         additions: Bytes that each addition to memory has of a thread.
+        stores: Bytes that each store to memory has.
         overwritten: Instructions that write what a product under way adds to.
     """
 
     loops: list[tuple[int, list[int]]]
     additions: list[int]
+    stores: list[int] = field(default_factory=list)
     overwritten: int = 0
 
 
@@ -160,7 +162,7 @@ def problems(row: Row) -> list[str]:
     what a product under way reads. With P in bf16 a group passes its turn once, behind its last product.
 
     With an epilogue beside the tensor cores each of two groups has a loop whose one wait leaves a slot's products under
-    way, sums cross by 16 STSM a group, and a residual is added 16 bytes a thread at a time.
+    way, sums cross by 16 STSM a group, and a residual is added, an activation stored 16 bytes a thread at a time.
     """
     found, config = [], row.config
     fp8 = row.products.startswith("fp8")
@@ -225,6 +227,8 @@ def _not_beside(row: Row) -> list[str]:
     adds = "residual" in row.detail
     if bool(beside.additions) != adds or set(beside.additions) - {16} or (adds and row.opcodes["STG"]):
         found.append(f"additions of {beside.additions} bytes and {row.opcodes['STG']} STG")
+    if "activation" in row.kernel and set(beside.stores) != {16}:
+        found.append(f"stores of {beside.stores} bytes")
     return found
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from beside_cases import qkv_beside, residual_beside
+from beside_cases import activation_beside, qkv_beside, residual_beside
 from test_aot import GOOD, run
 
 from bench import ops
@@ -45,7 +45,8 @@ def test_it_is_an_implementation_of_the_ops_that_have_it():
     for words, wanted in (
         ("residual-proj/tiny", [BESIDE]),
         ("residual-down/tiny", [BESIDE]),
-        ("swiglu7/tiny,quantize/tiny,window/tiny", []),
+        ("swiglu7/tiny,gelu7/tiny", [BESIDE]),
+        ("quantize/tiny,window/tiny", []),
         ("qkv_linear/tiny", []),  # heads of 64
     ):
         for case in select(TINY, words):
@@ -60,6 +61,25 @@ def test_the_gates_of_a_residual_pass_dry(case):
     given = make(case, CPU)
     with residual_beside():
         assert problems(case, given, BESIDE) == []
+
+
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("case", select(TINY, "activation"), ids=lambda case: case.name)
+def test_the_gates_of_an_activation_pass_dry(case):
+    given = make(case, CPU)
+    with activation_beside():
+        assert problems(case, given, BESIDE) == []
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("case", select(TINY, "activation"), ids=lambda case: case.name)
+def test_the_gates_of_an_activation_see_another_scale(case):
+    given = make(case, CPU)
+    wrong = ("y = swiglu7(gate, up)", "y = swiglu7(gate, up) * 1.01")
+    if case.part == "gelu7":
+        wrong = ("y = gelu7(value)", "y = gelu7(value) * 1.01")
+    with activation_beside(replace=[wrong]):
+        assert any("slope" in problem for problem in problems(case, given, BESIDE))
 
 
 def test_the_gate_of_exact_sums_is_for_kernels_that_have_them():
@@ -84,8 +104,8 @@ def test_the_gates_of_qkv_pass_dry(case):
 def test_it_takes_turns_with_the_committed_kernel_and_a_bare_product(monkeypatch):
     """As on a GPU, but dry: each in the kernel of its own."""
     launched = []
-    real = linear.add_beside
-    monkeypatch.setattr(linear, "add_beside", lambda *a: (launched.append("beside"), real(*a)))
+    real = linear.launch_beside
+    monkeypatch.setattr(linear, "launch_beside", lambda *a: (launched.append("beside"), real(*a)))
     (case,) = select(TINY, "residual-proj/tiny/bf16")
     peers = [peer for peer in PEERS if peer.name == "torch.mm bf16 (product only)"]
     with residual_beside(impl="triton"):
@@ -122,6 +142,14 @@ def test_an_epilogue_that_is_not_beside_the_tensor_cores_is_caught(fmt, core, lo
     stores = replace(row, opcodes=Counter({core: 16, "STSM": 32, "STG": 1}))
     assert "additions of [16, 16] bytes and 1 STG" in gates.problems(stores)[0]
     assert "16 STSM, 32 wanted" in gates.problems(replace(row, opcodes=Counter({core: 16, "STSM": 16})))[0]
+    stored = replace(
+        row, kernel="fp8_linear_activation_beside_kernel", detail=f"{fmt}, plain, beside",
+        beside=gates.Beside([loop, loop], [], [16]),
+    )  # fmt: skip
+    assert gates.problems(stored) == []
+    for narrow in ([16, 8], [4], []):
+        (said,) = gates.problems(replace(stored, beside=gates.Beside([loop, loop], [], narrow)))
+        assert f"stores of {narrow} bytes" in said
 
 
 LISTING = """
@@ -134,7 +162,18 @@ LISTING = """
 """
 
 
-def test_waits_and_additions_of_a_listing():
+STORED = """
+        /*0010*/              @!P1 STG.E.128 desc[UR26][R6.64], R8 ;
+        /*0020*/                   STG.E.64 desc[UR26][R6.64], R8 ;
+        /*0030*/                   STG.E desc[UR26][R6.64], R8 ;
+        /*0040*/                   STG.E.U16 desc[UR26][R6.64], R8 ;
+        /*0050*/                   STG.E.U8 desc[UR26][R6.64], R8 ;
+"""
+
+
+def test_waits_additions_and_stores_of_a_listing():
+    assert disassembly.stores(STORED) == [16, 8, 4, 2, 1]
+    assert disassembly.stores(LISTING) == []
     assert disassembly.products_and_waits(LISTING.splitlines()) == (2, [1])
     assert disassembly.additions(LISTING) == [16, 4, 8]
 

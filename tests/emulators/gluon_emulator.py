@@ -174,7 +174,7 @@ class Emulated:
             "int32": torch.int32,
             "int64": torch.int64,
         }
-        for layout in ("NVMMADistributed", "DotOperand", "Slice", "Blocked", "SwizzledShared"):
+        for layout in ("NVMMADistributed", "DotOperand", "Slice", "Blocked", "SharedLinear"):
             names[f"{layout}Layout"] = lambda *a, **k: None
         for name, content in names.items():
             setattr(gl, name, content)

@@ -33,6 +33,11 @@ def residual_beside(seed=1, replace=(), programs=4, impl=BESIDE):
     return emulated(linear, "residual_beside", "fp8_linear_residual_beside_kernel", seed, replace, programs, impl)
 
 
+def activation_beside(seed=1, replace=(), programs=4, impl=BESIDE):
+    """`fp8_linear_activation` in the kernel of `kernels/activation_beside.py`, unless another ``impl`` is asked for."""
+    return emulated(linear, "activation_beside", "fp8_linear_activation_beside_kernel", seed, replace, programs, impl)
+
+
 def qkv_beside(seed=1, replace=(), programs=4):
     """`qkv_linear` in the kernel of `kernels/qkv_beside.py`."""
     return emulated(qkv, "qkv_beside", "qkv_linear_beside_kernel", seed, replace, programs)
