@@ -240,7 +240,7 @@ ACTIVATE = {
     "rows past the end": ("mask=(row < end)[:, None]", "mask=(row < end + 1)[:, None]"),
     "features past the end": ("range(gl.minimum(HALVES, (F - feature) // HALF))", "range(HALVES)"),
     "half of a tile forgotten": ("(F - feature) // HALF)", "(F - feature) // (2 * HALF))"),
-    "rows of another piece": ("+ piece * PIECE\n", "+ (piece ^ 1) * PIECE\n"),
+    "rows of another piece": ("top + piece * PIECE", "top + (piece ^ 1) * PIECE"),
     "the first half twice": ("column = feature + half * HALF", "column = feature"),
     "another row's results": ("(row.to(gl.int64) *", "(row.to(gl.int64) * 0 + first *"),
 }
@@ -263,7 +263,10 @@ E4M3 = {
 CODES = {
     "another channel's scale": ("channel = expert * F + column +", "channel = expert * F + (column ^ 2) +"),
     "another expert's scale": ("channel = expert * F + column", "channel = column"),
-    "another row's scale": ("x_scale + row * PER_ROW", "x_scale + first * PER_ROW"),
+    "another row's scale": ("x_scale + row * PER_ROW", "x_scale + (row * 0 + at) * PER_ROW"),
+    "another piece's scales": ("(piece + 1) % PIECES", "piece"),
+    "scales of the other half's rows": ("(piece + 1) % PIECES", "(piece + 1)"),
+    "scales of the other group's rows": ("factor = factors_of(x_scale, top,", "factor = factors_of(x_scale, first,"),
 }
 BUGS = {
     ("bf16", "swiglu7", False): PRODUCT_BUGS | WHOLE_BUGS | ACTIVATE | SWIGLU7,
