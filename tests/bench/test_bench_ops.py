@@ -95,9 +95,15 @@ def test_codes_may_differ_beside_a_boundary_alone(factor):
     moved[0, :2] = sums[0, :2] + torch.tensor([0.0, 1e-3])
     exact, scale = swiglu7(sums.double()), torch.tensor([0.125])
     y = dequantize(to_e4m3(swiglu7(moved) * factor / scale), scale, torch.float64)
-    error = budgets.measure(y, gates.codes_beside(y, exact, scale))
-    kept = budgets.violations(error, distance=gates.BESIDE_DISTANCE, slope=gates.BESIDE_SLOPE)
-    assert bool(kept) == (factor != 1)
+    beside = budgets.measure(y, gates.codes_beside(y, exact, scale))
+    ratios = gates.code_ratios(y, exact, scale)
+    found = [
+        *budgets.violations(beside, distance=gates.BESIDE_DISTANCE, slope=None),
+        *budgets.violations(
+            budgets.measure(ratios, torch.ones_like(ratios)), distance=gates.RATIO_DISTANCE, slope=gates.RATIO_SLOPE
+        ),
+    ]
+    assert bool(found) == (factor != 1)
     rounded = dequantize(to_e4m3(exact / scale), scale, torch.float64)
     assert budgets.measure(y, rounded).tile_slope > gates.CODE_SLOPE
 
