@@ -146,11 +146,16 @@ def _compare(
         exact = function(_product(given, rows, block))
         if given["fp8"]:
             y = dequantize(results[0][rows], results[1], torch.float64)
-            yield "y", y, codes_beside(y, exact, results[1]), BESIDE_DISTANCE, None
-            ratios = code_ratios(y, exact, results[1])
-            yield "y over its codes", ratios, torch.ones_like(ratios), RATIO_DISTANCE, RATIO_SLOPE
+            yield from compare_codes("y", y, exact, results[1])
         else:
             yield "y", results[0][rows], exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+
+
+def compare_codes(name: str, y: Tensor, exact: Tensor, scale: Tensor) -> Iterator[Compared]:
+    """Compare values of e4m3 codes with exact ones whose sums an e4m3 product made."""
+    yield name, y, codes_beside(y, exact, scale), BESIDE_DISTANCE, None
+    ratios = code_ratios(y, exact, scale)
+    yield f"{name} over its codes", ratios, torch.ones_like(ratios), RATIO_DISTANCE, RATIO_SLOPE
 
 
 def codes_beside(y: Tensor, exact: Tensor, scale: Tensor) -> Tensor:

@@ -95,13 +95,10 @@ def test_codes_may_differ_beside_a_boundary_alone(factor):
     moved[0, :2] = sums[0, :2] + torch.tensor([0.0, 1e-3])
     exact, scale = swiglu7(sums.double()), torch.tensor([0.125])
     y = dequantize(to_e4m3(swiglu7(moved) * factor / scale), scale, torch.float64)
-    beside = budgets.measure(y, gates.codes_beside(y, exact, scale))
-    ratios = gates.code_ratios(y, exact, scale)
     found = [
-        *budgets.violations(beside, distance=gates.BESIDE_DISTANCE, slope=None),
-        *budgets.violations(
-            budgets.measure(ratios, torch.ones_like(ratios)), distance=gates.RATIO_DISTANCE, slope=gates.RATIO_SLOPE
-        ),
+        problem
+        for _, result, wanted, distance, slope in gates.compare_codes("y", y, exact, scale)
+        for problem in budgets.violations(budgets.measure(result, wanted), distance=distance, slope=slope)
     ]
     assert bool(found) == (factor != 1)
     rounded = dequantize(to_e4m3(exact / scale), scale, torch.float64)
