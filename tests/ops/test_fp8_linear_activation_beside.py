@@ -41,9 +41,12 @@ def problems(case, activation, fp8, result):
     (y, scale), function = result, ACTIVATIONS[activation][0]
     exact = function(case.exact())
     if fp8:
-        values = dequantize(y, scale, torch.float64)
-        error = measure(values, gates.codes_beside(values, exact, scale))
-        return violations(error, distance=gates.BESIDE_DISTANCE, slope=gates.BESIDE_SLOPE)
+        compared = gates.compare_codes("y", dequantize(y, scale, torch.float64), exact, scale)
+        return [
+            problem
+            for _, result, wanted, distance, slope in compared
+            for problem in violations(measure(result, wanted), distance=distance, slope=slope)
+        ]
     if case.x_scale is not None:
         return violations(measure(y, exact))
     return bf16_violations(measure(y, exact), measure(function(case.eager().float()).bfloat16(), exact))

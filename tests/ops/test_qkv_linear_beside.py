@@ -55,9 +55,8 @@ def off(name, found, wanted, distance=gates.INT8_DISTANCE, slope=gates.CODE_SLOP
 
 def off_codes(name, codes, wanted, scale):
     """What is wrong with e4m3 codes of one scale: beside a boundary between two of them both are right."""
-    found = codes.double() * scale.double()
-    wanted = gates.codes_beside(found, wanted, scale.reshape(1))
-    return off(name, found, wanted, gates.BESIDE_DISTANCE, gates.BESIDE_SLOPE)
+    compared = gates.compare_codes(name, codes.double() * scale.double(), wanted, scale.reshape(1))
+    return [problem for one in compared for problem in off(*one)]
 
 
 def far(name, found, wanted):
