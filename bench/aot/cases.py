@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from bench import beside
 from bench.hopper import FORM, HOPPER, running
-from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, HOPPER_ARCH, config_for, table
+from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, config_for, table
 from happyhorse_fast.ops.attention import triton as block_sparse_attention
 from happyhorse_fast.ops.block_selection import triton as select_blocks
 from happyhorse_fast.ops.linear import triton as fp8_linear
@@ -54,7 +53,6 @@ class Case:
         arguments: The launcher's, on the device "meta".
         pointers: Whether the launcher may make no descriptors, where it otherwise would.
         hopper: Whether the table is taken to ask for the Hopper kernel.
-        beside: Whether it is for the kernel with its epilogue beside the tensor cores.
     """
 
     op: str
@@ -66,7 +64,6 @@ class Case:
     arguments: dict[str, Any] = field(repr=False)
     pointers: bool = False
     hopper: bool = False
-    beside: bool = False
 
     def __str__(self) -> str:
         """What ``--only`` is matched with."""
@@ -75,8 +72,7 @@ class Case:
     def launch(self) -> None:
         """Call the launcher, pretending the architecture."""
         loads = by_pointers() if self.pointers else contextlib.nullcontext()
-        products = beside.running(beside.BESIDE if self.beside else "triton")
-        with pretend(self.arch), loads, products, running(HOPPER if self.hopper else "triton"):
+        with pretend(self.arch), loads, running(HOPPER if self.hopper else "triton"):
             LAUNCHERS[f"happyhorse_fast::{self.op}"](**self.arguments)
 
 
@@ -155,9 +151,6 @@ def qkv_products(arch: int) -> Iterator[Case]:
             detail = described(f"{fmt}, {out} out", pointers)
             variants = {"qkv_linear_kernel": variant}
             yield Case("qkv_linear", "qkv", arch, variants, fmt, detail, arguments, pointers)
-        if arch == HOPPER_ARCH:
-            variants, detail = {"qkv_linear_beside_kernel": variant}, f"{fmt}, {out} out, beside"
-            yield Case("qkv_linear", "qkv", arch, variants, fmt, detail, arguments, beside=True)
 
 
 def attentions(arch: int) -> Iterator[Case]:
@@ -278,9 +271,6 @@ def linears(arch: int) -> Iterator[Case]:
             detail = f"{fmt}{scales}, {epilogue}, {out} out{f', K {inputs}' if inputs != HIDDEN else ''}"
             variants = {"fp8_linear_kernel": variant}
             yield Case(op, "linear", arch, variants, fmt, described(detail, pointers), arguments, pointers)
-            if epilogue != "plain" and (arch, pointers) == (HOPPER_ARCH, False):
-                variants = {f"{op}_beside_kernel": variant}
-                yield Case(op, "linear", arch, variants, fmt, f"{detail}, beside", arguments, beside=True)
 
 
 def selections(arch: int) -> Iterator[Case]:
