@@ -204,15 +204,12 @@ class Pipeline:
             require_target(kept, overwrite or kept == resumed)
             if target is not None and real_path(kept) == real_path(target):
                 raise ValueError(f"out must be another file than that of the latents, got {kept} for both")
-        known: dict[str, torch.Tensor | None] = {}
         if begun is None:
             cache = PromptCache(self.parts.layout.find("text_encoder"))
             known = {prompt: cache.get(prompt) for prompt in request.prompts}
-        self.parts.check(
-            request,
-            text=any(embedding is None for embedding in known.values()),
-            denoise=begun is None or not begun.whole,
-        )
+        else:
+            known = {request.prompt: begun.text}
+        self.parts.check(request, known, denoise=begun is None or not begun.whole)
         placing = place(self.parts, request, self.placement)
         run = Run(request, self.parts, placing, callback=callback, shown=progress, begun=begun)
         pictures = _pictures(image, request) if image is not None else None

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from happyhorse_fast.config import LATENT_CHANNELS, PATCH
-from happyhorse_fast.eager.sequence import Clip as Sequence
-from happyhorse_fast.eager.sequence import check_time_axis
+from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.pipeline.audio_file import AUDIO_CHANNELS
 from happyhorse_fast.pipeline.clip import Clip
 from happyhorse_fast.pipeline.company import Work
@@ -96,7 +94,6 @@ class Run:
         found = self.begun
         if found is None:
             text, *null_text = self.encode_text(known)
-            self.check_text(text)
             images = [None] if pictures is None else self.encode_image(pictures)
             held = None if sound is None else self.encode_sound(sound)
             video, audio = self._together("denoise", text, null_text[0] if null_text else None, images[0], held)
@@ -141,26 +138,6 @@ class Run:
                         cache.put(prompt, found[prompt])
             self.monitor.step(1, 1)
         return [found[prompt] for prompt in self.request.prompts]
-
-    def check_text(self, text: torch.Tensor) -> None:
-        """Hold an embedding against all models before the first is loaded.
-
-        Raises:
-            ValueError: Too few tokens for a model, or another width; names the model.
-        """
-        length, width = text.shape[1:]
-        tokens = self.request.first_tokens
-        sequence = Sequence(tokens.T, tokens.H // PATCH[1], tokens.W // PATCH[2], tokens.audio, length)
-        for name in self.request.models:
-            config = self.parts.config(name)
-            if width != config.text_in_channels:
-                raise ValueError(
-                    f"the model {name} takes embeddings of width {config.text_in_channels}, text has {width}"
-                )
-            try:
-                check_time_axis(sequence, config.coords_style)
-            except ValueError as error:
-                raise ValueError(f"prompt is too short for the model {name}: {error}") from error
 
     def encode_image(self, pictures: list[torch.Tensor]) -> list[torch.Tensor]:
         """Latents [1, 48, 1, H / 16, W / 16] of the first picture at several sizes, [1, 3, 1, H, W], on the CPU."""
