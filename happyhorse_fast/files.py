@@ -65,7 +65,8 @@ def replacing(path: Path, *, end: str | None = None) -> Iterator[Path]:
         return
     target_path = real_path(path)
     unique = f"{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    partial = target_path.with_name(f".{target_path.stem}.{unique}.partial{path.suffix if end is None else end}")
+    # 40 characters of 4 bytes at most: with a whole stem the name could be longer than the 255 that a disk takes.
+    partial = target_path.with_name(f".{target_path.stem[:40]}.{unique}.partial{path.suffix if end is None else end}")
     try:
         yield partial
         os.replace(partial, target_path)
