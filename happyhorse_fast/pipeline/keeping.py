@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from happyhorse_fast.files import is_special
 from happyhorse_fast.pipeline.latents import Latents
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Keeper:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _beside(self) -> Path | None:
-        if self.target is None:
+        if self.target is None or is_special(self.target):
             return None
         ends = (".latents.safetensors", *(f".latents-{i}.safetensors" for i in range(1, 1000)))
         candidates = (self.target.with_name(self.target.stem + end) for end in ends)

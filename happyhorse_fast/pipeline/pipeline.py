@@ -15,7 +15,7 @@ from happyhorse_fast.checkpoint.load import usable_device
 from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
 from happyhorse_fast.fast.parallelize import require_mesh
-from happyhorse_fast.files import real_path, require_target
+from happyhorse_fast.files import is_special, real_path, require_target
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
 from happyhorse_fast.pipeline.clip import Clip
 from happyhorse_fast.pipeline.company import Company, tells_faults
@@ -197,7 +197,8 @@ class Pipeline:
             require_mp4(target)
             require_target(target, overwrite)
             optional.require("av", "writing an mp4")
-            _require_room(target.parent, request)
+            if not is_special(target):
+                _require_room(real_path(target).parent, request)
         resumed = None if resume is None else Path(resume)
         kept = resumed if latents is None else Path(latents)
         if kept is not None:
@@ -265,7 +266,7 @@ def _require_room(folder: Path, request: Request) -> None:
     tokens = request.last_tokens
     height, width = tokens.pixels
     needed = 8 * LATENT_CHANNELS * tokens.T * tokens.H * tokens.W + request.frames * height * width // 20
-    free = shutil.disk_usage(real_path(folder)).free
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             f"output must have room for {needed / 1e6:.1f} MB of latents and film, {folder} has {free / 1e6:.1f} MB"

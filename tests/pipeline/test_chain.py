@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import pydoc
 import shutil
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -363,6 +365,33 @@ def test_a_disk_without_room_is_told_before_anything_runs(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
     with pytest.raises(OSError, match=r"output must have room for .* MB of latents and film, .* has 0\.1 MB"):
         pipe(PROMPT, **SHORT, out=tmp_path / "x.mp4", callback=lambda info: pytest.fail(f"{info.stage} ran"))
+
+
+def test_room_is_looked_for_where_the_film_goes(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link.mp4").symlink_to("large/x.mp4")
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9 if Path(path).name == "large" else 0)
+    )
+    assert pipe(PROMPT, **SMALL, out=tmp_path / "link.mp4").path == tmp_path / "link.mp4"
+    assert film(tmp_path / "large" / "x.mp4")[2] == FRAMES
+
+
+def test_a_film_goes_into_a_pipe(pipe: Pipeline, tmp_path: Path) -> None:
+    end, out = os.pipe()
+    found: list[bytes] = []
+    with os.fdopen(end, "rb") as stream:
+        reader = threading.Thread(target=lambda: found.append(stream.read()))
+        reader.start()
+        try:
+            pipe(PROMPT, **SMALL, out=f"/dev/fd/{out}")
+        finally:
+            os.close(out)
+            reader.join()
+    (tmp_path / "x.mp4").write_bytes(found[0])
+    assert film(tmp_path / "x.mp4")[2] == FRAMES
 
 
 def test_noise_goes_on_where_it_began_alone(pipe: Pipeline) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
 from pathlib import Path
 
@@ -71,6 +72,13 @@ def test_what_ends_well_leaves_nothing_and_what_fails_its_latents(tmp_path: Path
         save_in(None, target, KeyboardInterrupt)
     assert len(said) == 1
     assert names(tmp_path) == ["x.latents.safetensors" if beside else "clip.latents.safetensors"]
+
+
+def test_nothing_is_kept_beside_a_fifo_or_a_device(tmp_path: Path, temporary: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with logs(r"latents of this run are kept in .*: resume goes on"), pytest.raises(KeyboardInterrupt):
+        save_in(None, tmp_path / "fifo", KeyboardInterrupt)
+    assert names(tmp_path) == names(temporary) == ["clip.latents.safetensors"]
 
 
 def test_what_was_asked_for_stays(tmp_path: Path) -> None:
