@@ -30,7 +30,7 @@ class HostWeights:
         self._like = {key: _empty(tensor, torch.device("meta")) for key, tensor in _tensors(module)}
         total = sum(_flat_bytes(like) for like in self._like.values())
         self._blocks = [
-            torch.empty(min(BLOCK_BYTES, total - start), dtype=torch.uint8, pin_memory=pinned)
+            torch.empty(min(BLOCK_BYTES, total - start), dtype=torch.uint8, device="cpu", pin_memory=pinned)
             for start in range(0, total, BLOCK_BYTES)
         ]
         start = 0

@@ -113,7 +113,7 @@ class Run:
         height, width = self.request.last_tokens.pixels
         frames: torch.Tensor | None = None
         if target is None:
-            every = frames = torch.empty(self.request.frames, height, width, 3, dtype=torch.uint8)
+            every = frames = torch.empty(self.request.frames, height, width, 3, dtype=torch.uint8, device="cpu")
             self.decode_video(latents.video, lambda first, some: every[first : first + len(some)].copy_(some))
         else:
             with Mp4Writer(target, width, height, fps=FPS, sample_rate=PLAYED_RATE) as writer:

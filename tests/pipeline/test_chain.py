@@ -255,6 +255,14 @@ def test_a_second_clip_reads_nothing_and_is_the_same(tiny: Path, monkeypatch: py
     assert torch.equal(first.frames, second.frames) and torch.equal(first.samples, second.samples)
 
 
+def test_torchs_settings_do_not_reach_a_clip(tiny: Path, whole: Clip) -> None:
+    made = Pipeline.from_pretrained(tiny, precision=None, device="cpu")
+    with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        clip = made(PROMPT, **SHORT)
+    assert clip.frames is not None and whole.frames is not None and clip.frames.device.type == "cpu"
+    assert torch.equal(clip.frames, whole.frames) and torch.equal(clip.samples, whole.samples)
+
+
 def test_parts_are_on_the_device_one_at_a_time_or_stay(tiny: Path) -> None:
     held: dict[str, set[tuple[str, ...]]] = {}
     for placement in ("sequential", "resident"):
