@@ -125,7 +125,7 @@ def _require_writable(folder: Path) -> None:
     probe = folder / f".happyhorse-fast.{os.getpid()}.partial"
     try:
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # by a thread, or by a process of that number in another container
     except OSError as error:
         raise OSError(
             f"output must be in a folder that can be written to, {folder} cannot: {error.strerror}"

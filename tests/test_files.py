@@ -74,6 +74,12 @@ def test_a_link_stays_and_its_target_is_written(there: bool, relative: bool, tmp
     assert names(tmp_path / "far") == ["target.safetensors"]
 
 
+def test_two_may_look_at_a_folder_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another one, which has the same number in another container, has taken the probe away.
+    monkeypatch.setattr(Path, "touch", lambda self: None)
+    require_target(tmp_path / "x", force=False)
+
+
 @pytest.mark.parametrize("lead", ["nowhere/target", "link"])
 def test_a_link_that_leads_nowhere_is_named_before_the_work(lead: str, tmp_path: Path) -> None:
     link = tmp_path / "link"
