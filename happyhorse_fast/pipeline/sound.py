@@ -74,7 +74,8 @@ def read_sound(path: str | Path, seconds: float | None = None) -> torch.Tensor:
     pieces: list[np.ndarray[tuple[int, ...], np.dtype[np.int16]]] = []
     count = 0
     try:
-        with av.open(io.BytesIO(file.read_bytes())) as container:  # once: a FIFO gives it once
+        # Read once: a FIFO gives it once. Tags are not read, and in a WAV they may be in any encoding.
+        with av.open(io.BytesIO(file.read_bytes()), metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise ValueError(f"audio must be a file with sound, {file} has none")
             for piece in _resampled(container.decode(audio=0)):

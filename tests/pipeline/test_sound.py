@@ -1,12 +1,14 @@
 """Resampling as scipy does it, and sound files of any kind as samples of the latents' rate."""
 
 import math
+import struct
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
+from sound_files import write_sine
 
 from happyhorse_fast.pipeline.sound import SAMPLE_RATE, read_sound, resample
 
@@ -125,6 +127,15 @@ def test_a_stream_may_change_its_rate_and_channels(tmp_path, second):
         spectrum = torch.fft.rfft(half).abs()
         assert int(spectrum.argmax()) * SAMPLE_RATE / len(half) == pytest.approx(440, abs=2)
     assert read_sound(tmp_path / "radio.aac", 3).equal(found[: 3 * SAMPLE_RATE])
+
+
+def test_tags_of_another_encoding_are_passed_over(tmp_path):
+    plain = write_sine(tmp_path / "a.wav", 48_000).read_bytes()
+    tag = "Caf\u00e9".encode("latin-1").ljust(6, b"\0")
+    tags = b"INFOIART" + struct.pack("<I", len(tag)) + tag
+    tagged = plain + b"LIST" + struct.pack("<I", len(tags)) + tags
+    (tmp_path / "b.wav").write_bytes(tagged[:4] + struct.pack("<I", len(tagged) - 8) + tagged[8:])
+    assert read_sound(tmp_path / "b.wav").equal(read_sound(tmp_path / "a.wav"))
 
 
 def test_a_films_sound_is_read(tmp_path):
