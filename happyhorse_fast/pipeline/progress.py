@@ -165,6 +165,10 @@ class Monitor:
             return None
         compute = seen[1] / predicted[1]
         load = seen[0] / predicted[0] if predicted[0] > 0 else 1.0
+        return self._left(load, compute)
+
+    def _left(self, load: float = 1.0, compute: float = 1.0) -> float:
+        """Predictions of what is left, scaled."""
         over = {cost.stage for cost in self.costs}
         left = 0.0
         for name, work in self.work.items():
@@ -176,12 +180,7 @@ class Monitor:
 
     def _done_share(self) -> float:
         total = sum(work.load + work.compute for work in self.work.values())
-        over = {cost.stage for cost in self.costs}
-        done = sum(work.load + work.compute for name, work in self.work.items() if name in over)
-        if self._stage:
-            here = self.work[self._stage]
-            done += here.load + here.compute * self._share
-        return done / total if total > 0 else 1.0
+        return 1 - self._left() / total if total > 0 else 1.0
 
 
 def _clock(seconds: float) -> str:
