@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +14,6 @@ from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint.load import check_load, load
 from happyhorse_fast.checkpoint.packed import is_packed
 from happyhorse_fast.config import LATENT_CHANNELS, PATCH, ModelConfig
-from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.sequence import Clip, check_time_axis
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.pipeline.audio import AudioCodec
@@ -24,7 +23,6 @@ from happyhorse_fast.pipeline.layout import Layout
 from happyhorse_fast.pipeline.request import Request
 from happyhorse_fast.pipeline.residency import Residency
 from happyhorse_fast.pipeline.text import EMBEDDING, TextEncoder, tokens_of
-from happyhorse_fast.pipeline.turbo import TurboDecoder
 from happyhorse_fast.pipeline.turbo_file import check_turbo, load_turbo
 from happyhorse_fast.pipeline.wan import WanCodec
 
@@ -110,41 +108,32 @@ class Parts:
             )
         return config
 
-    def model(self, name: str) -> AbstractContextManager[HappyHorse]:
-        """A Transformer, packed layer by layer while it is read."""
+    def using(self, part: str, layers_on_device: int | None = None) -> AbstractContextManager[Any]:
+        """A part on the device: a model, packed layer by layer while it is read, the text encoder, or half a codec.
 
-        def loaded() -> HappyHorse:
-            how = {**self._where(name), "device": self.device, "fast": self.fast, "progress": False}
+        Args:
+            part: One of :attr:`Request.parts`.
+            layers_on_device: Of the text encoder; None for all.
+        """
+        decoder: tuple[Any, ...] = (load_turbo, "turbo_vae", {})
+        if self.decoder == "wan":
+            decoder = (WanCodec.load, "video_vae", {"encoder": False})
+        others = {
+            "text_encoder": (TextEncoder.load, "text_encoder", {"layers_on_device": layers_on_device}),
+            "image_encoder": (WanCodec.load, "video_vae", {"decoder": False}),
+            "audio_encoder": (AudioCodec.load, "audio_vae", {"decoder": False}),
+            "audio_decoder": (AudioCodec.load, "audio_vae", {"encoder": False}),
+            "video_decoder": decoder,
+        }
+
+        def loaded() -> Any:
+            if part in others:
+                loader, name, how = others[part]
+                return loader(self.layout.find(name), self.device, **how)
+            how = {**self._where(part), "device": self.device, "fast": self.fast, "progress": False}
             return load(**how) if self.company is None else self.company.load(load, **how)
 
-        return self.residency.using(name, loaded)
-
-    def text_encoder(self, layers_on_device: int | None = None) -> AbstractContextManager[TextEncoder]:
-        """The text encoder, with so many of its layers on the device."""
-        loader = self._loader(TextEncoder.load, "text_encoder", layers_on_device=layers_on_device)
-        return self.residency.using("text_encoder", loader, how=layers_on_device)
-
-    def image_encoder(self) -> AbstractContextManager[WanCodec]:
-        """The half of the video codec that encodes."""
-        return self.residency.using("image_encoder", self._loader(WanCodec.load, "video_vae", decoder=False))
-
-    def video_decoder(self) -> AbstractContextManager[TurboDecoder | WanCodec]:
-        """What turns video latents into frames."""
-        loader: Callable[[], Any] = self._loader(load_turbo, "turbo_vae", dtype=torch.bfloat16)
-        if self.decoder == "wan":
-            loader = self._loader(WanCodec.load, "video_vae", encoder=False)
-        return self.residency.using("video_decoder", loader)
-
-    def audio_encoder(self) -> AbstractContextManager[AudioCodec]:
-        """The half of the audio codec that encodes."""
-        return self.residency.using("audio_encoder", self._loader(AudioCodec.load, "audio_vae", decoder=False))
-
-    def audio_decoder(self) -> AbstractContextManager[AudioCodec]:
-        """The half of the audio codec that decodes."""
-        return self.residency.using("audio_decoder", self._loader(AudioCodec.load, "audio_vae", encoder=False))
-
-    def _loader(self, function: Callable[..., Any], name: str, **how: Any) -> Callable[[], Any]:
-        return lambda: function(self.layout.find(name), self.device, **how)
+        return self.residency.using(part, loaded, how=layers_on_device)
 
     def _where(self, name: str) -> dict[str, Any]:
         where = self.layout.model(name)

@@ -245,7 +245,7 @@ class Pipeline:
         Raises:
             FileNotFoundError, CheckpointError: The decoder is missing or damaged.
         """
-        with self.parts.video_decoder() as decoder:
+        with self.parts.using("video_decoder") as decoder:
             return fit_preview(decoder, self.parts.device)
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class Run:
         with self.monitor.stage(TEXT):
             if len(found) < len(known):
                 cache = PromptCache(self.parts.layout.find("text_encoder"))
-                with self.parts.text_encoder(self.placing.layers_on_device) as encoder:
+                with self.parts.using("text_encoder", self.placing.layers_on_device) as encoder:
                     self.monitor.loaded()
                     for prompt in [prompt for prompt in known if prompt not in found]:
                         found[prompt] = encoder.encode(prompt)
@@ -141,8 +142,7 @@ class Run:
 
     def encode_image(self, pictures: list[torch.Tensor]) -> list[torch.Tensor]:
         """Latents [1, 48, 1, H / 16, W / 16] of the first picture at several sizes, [1, 3, 1, H, W], on the CPU."""
-        with self.monitor.stage(IMAGE), self.parts.image_encoder() as codec:
-            self.monitor.loaded()
+        with self._stage(IMAGE) as codec:
             made = []
             for step, pixels in enumerate(pictures, start=1):
                 made.append(codec.encode(pixels.to(self.parts.device)).cpu())
@@ -151,8 +151,7 @@ class Run:
 
     def encode_sound(self, sound: torch.Tensor) -> torch.Tensor:
         """Latent [1, A, 64] of a given sound, a sample of its posterior, on the device."""
-        with self.monitor.stage(SOUND), self.parts.audio_encoder() as codec:
-            self.monitor.loaded()
+        with self._stage(SOUND) as codec:
             latent = codec.encode(sound, self.request.seconds, self.generator)
             self.monitor.step(1, 1)
         return latent
@@ -166,8 +165,7 @@ class Run:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """First stage: (video [1, 48, T, H, W], audio [1, A, 64]) on the device."""
         tokens, place = self.request.first_tokens, self.parts.device
-        with self.monitor.stage(DENOISED), self.parts.model(self.request.models[0]) as model:
-            self.monitor.loaded()
+        with self._stage(DENOISED) as model:
             audio = self._noise(1, tokens.audio, AUDIO_CHANNELS) if sound is None else sound.to(place)
             video = self._noise(1, LATENT_CHANNELS, tokens.T, tokens.H, tokens.W)
             how: dict[str, Any] = {} if null_text is None else {"guidance": GUIDANCE, "null_text": null_text.to(place)}
@@ -190,8 +188,7 @@ class Run:
     def resolve(self, latents: Latents) -> torch.Tensor:
         """Second stage: video [1, 48, T, H, W] at the full size, on the device."""
         tokens, place = self.request.last_tokens, self.parts.device
-        with self.monitor.stage(RESOLVED), self.parts.model(self.request.models[1]) as model:
-            self.monitor.loaded()
+        with self._stage(RESOLVED) as model:
             return super_resolve(
                 model,
                 latents.video.to(place),
@@ -207,8 +204,7 @@ class Run:
 
     def decode_audio(self, audio: torch.Tensor) -> torch.Tensor:
         """Samples [2, m] at 44,100 Hz, float32 on the CPU."""
-        with self.monitor.stage(AUDIO), self.parts.audio_decoder() as codec:
-            self.monitor.loaded()
+        with self._stage(AUDIO) as codec:
             samples = resample(codec.decode(audio.to(self.parts.device)).cpu())
             self.monitor.step(1, 1)
         return samples
@@ -216,13 +212,19 @@ class Run:
     def decode_video(self, video: torch.Tensor, write: Write) -> None:
         """Decode window by window; ``write`` gets the frames of one while the next are decoded."""
         total = 4 * video.shape[2] - 3
-        with self.monitor.stage(VIDEO), self.parts.video_decoder() as decoder:
-            self.monitor.loaded()
+        with self._stage(VIDEO) as decoder:
             done = 0
             for frames in host_frames(decoder, video.to(self.parts.device), self.placing.tiles):
                 write(done, frames)
                 done += len(frames)
                 self.monitor.step(done, total)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[Any]:
+        """A stage, with its part on the device."""
+        with self.monitor.stage(name), self.parts.using(self.request.parts[name]) as part:
+            self.monitor.loaded()
+            yield part
 
     def _together(self, stage: str, *given: Any) -> Any:
         """A stage that denoises, by its method's name; all ranks are told of it."""

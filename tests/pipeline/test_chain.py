@@ -32,12 +32,12 @@ from happyhorse_fast.pipeline import residency
 from happyhorse_fast.pipeline.clip import Clip
 from happyhorse_fast.pipeline.image import image_pixels
 from happyhorse_fast.pipeline.latents import Latents, read_latents
-from happyhorse_fast.pipeline.parts import Parts
 from happyhorse_fast.pipeline.pipeline import Pipeline
 from happyhorse_fast.pipeline.placing import place
 from happyhorse_fast.pipeline.progress import StageInfo
 from happyhorse_fast.pipeline.request import Request
 from happyhorse_fast.pipeline.run import Run
+from happyhorse_fast.pipeline.text import TextEncoder
 from happyhorse_fast.pipeline.turbo import to_uint8
 from happyhorse_fast.pipeline.wan import WanCodec
 from happyhorse_fast.sampler import sample, super_resolve
@@ -153,7 +153,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = pipe(PROMPT, **SMALL, seed=1)
-    monkeypatch.setattr(Parts, "text_encoder", lambda *_: pytest.fail("the embedding is in the cache"))
+    monkeypatch.setattr(TextEncoder, "encode", lambda *_: pytest.fail("the embedding is in the cache"))
     second, other = (pipe(PROMPT, **SMALL, seed=seed) for seed in (1, 2))
     assert first.frames is not None and first.frames.shape == (FRAMES, 64, 96, 3)
     assert first.samples.shape == (2, SAMPLES)
@@ -166,10 +166,10 @@ def test_noise_is_drawn_in_the_published_order(pipe: Pipeline) -> None:
     generator = torch.Generator().manual_seed(3)
     audio = torch.randn(1, 76, 64, generator=generator)
     video = torch.randn(1, 48, 19, 4, 6, generator=generator)
-    with pipe.parts.model("distill") as model:
+    with pipe.parts.using("distill") as model:
         video, audio = sample(model, video, audio, clip.latents.text, noise=generator, progress=False)
     torch.randn(video.shape, generator=generator), torch.randn(audio.shape, generator=generator)
-    with pipe.parts.model("540p_sr") as model:
+    with pipe.parts.using("540p_sr") as model:
         large = super_resolve(model, video, audio, clip.latents.text, (6, 10), noise=generator, progress=False)
     assert torch.equal(clip.latents.audio, audio)
     assert torch.equal(clip.latents.video, large)
@@ -411,7 +411,7 @@ def test_noise_goes_on_where_it_began_alone(pipe: Pipeline) -> None:
 
 def test_the_other_decoder(tiny: Path) -> None:
     made = Pipeline.from_pretrained(tiny, precision=None, device="cpu", decoder="wan", placement="resident")
-    with made.parts.video_decoder() as decoder:
+    with made.parts.using("video_decoder") as decoder:
         assert isinstance(decoder, WanCodec)
     latents = torch.randn(1, 48, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     frames: list[torch.Tensor] = []
