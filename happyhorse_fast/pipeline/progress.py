@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from happyhorse_fast.sampler.progress import peak_memory
+from happyhorse_fast.sampler.progress import bar, peak_memory
 
 
 @dataclass(frozen=True)
@@ -94,28 +94,13 @@ class Monitor:
     @contextmanager
     def display(self) -> Iterator[None]:
         """Show a bar while it is entered, where one is wanted."""
-        if not self.shown:
-            yield
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(next(iter(self.work), ""), total=1.0, left="")
+        with bar(next(iter(self.work), ""), 1.0, self.shown) as update:
 
             def show(info: StageInfo) -> None:
                 left = "" if info.seconds_left is None else f"about {_clock(info.seconds_left)} left"
                 if info.memory_bytes is not None:
                     left += f", peak {info.memory_bytes / 2**30:.1f} GiB"
-                bar.update(
-                    task, description=f"{info.stage} {info.step}/{info.steps}", completed=self._done_share(), left=left
-                )
+                update(description=f"{info.stage} {info.step}/{info.steps}", completed=self._done_share(), note=left)
 
             self._show = show
             try:
