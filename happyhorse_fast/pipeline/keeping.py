@@ -62,6 +62,7 @@ class Keeper:
     def _empty(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     def _beside(self) -> Path | None:
         if self.target is None or is_special(self.target):
@@ -71,5 +72,5 @@ class Keeper:
         return next(itertools.dropwhile(Path.exists, candidates), None)  # those of an earlier run stay
 
     def _temporary(self) -> Path:
-        self._folder = Path(tempfile.mkdtemp(prefix="happyhorse-fast."))
+        self._folder = self._folder or Path(tempfile.mkdtemp(prefix="happyhorse-fast."))
         return self._folder / "clip.latents.safetensors"
