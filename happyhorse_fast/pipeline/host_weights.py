@@ -71,7 +71,7 @@ def host_bytes(module: nn.Module, pinned: bool) -> int:
     """Host memory that :class:`HostWeights` of a module would take."""
     total = sum(_flat_bytes(tensor) for _, tensor in _tensors(module))
     whole, rest = divmod(total, BLOCK_BYTES)
-    return whole * BLOCK_BYTES + _allocated(rest, pinned)
+    return whole * BLOCK_BYTES + (1 << (rest - 1).bit_length() if pinned and rest else rest)
 
 
 def available_bytes() -> int:
@@ -114,7 +114,3 @@ def _flat_bytes(tensor: torch.Tensor) -> int:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (1 + last) * tensor.element_size()
-
-
-def _allocated(count: int, pinned: bool) -> int:
-    return 1 << (count - 1).bit_length() if pinned and count else count
