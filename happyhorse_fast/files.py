@@ -65,7 +65,8 @@ def replacing(path: Path, *, end: str | None = None) -> Iterator[Path]:
         return
     target_path = real_path(path)
     unique = f"{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    partial = target_path.with_name(f".{target_path.stem}.{unique}.partial{path.suffix if end is None else end}")
+    # 40 characters of 4 bytes at most: with a whole stem the name could be longer than the 255 that a disk takes.
+    partial = target_path.with_name(f".{target_path.stem[:40]}.{unique}.partial{path.suffix if end is None else end}")
     try:
         yield partial
         os.replace(partial, target_path)
@@ -124,7 +125,7 @@ def _require_writable(folder: Path) -> None:
     probe = folder / f".happyhorse-fast.{os.getpid()}.partial"
     try:
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # by a thread, or by a process of that number in another container
     except OSError as error:
         raise OSError(
             f"output must be in a folder that can be written to, {folder} cannot: {error.strerror}"

@@ -48,6 +48,14 @@ def test_a_regular_file_is_replaced_only_by_force(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["x" * 251 + ".mp4", "\u99ac" * 83 + ".mp4"])
+def test_a_name_as_long_as_a_disk_takes_is_written(name: str, tmp_path: Path) -> None:
+    require_target(tmp_path / name, force=False)
+    with replacing(tmp_path / name, end=".mp4") as partial:
+        partial.write_text("content")
+    assert names(tmp_path) == [name]
+
+
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
 def test_a_link_stays_and_its_target_is_written(there: bool, relative: bool, tmp_path: Path) -> None:
@@ -64,6 +72,12 @@ def test_a_link_stays_and_its_target_is_written(there: bool, relative: bool, tmp
     assert link.is_symlink() and between.is_symlink() and not target.is_symlink()
     assert load_file(target)["video"].equal(TENSORS["video"])
     assert names(tmp_path / "far") == ["target.safetensors"]
+
+
+def test_two_may_look_at_a_folder_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another one, which has the same number in another container, has taken the probe away.
+    monkeypatch.setattr(Path, "touch", lambda self: None)
+    require_target(tmp_path / "x", force=False)
 
 
 @pytest.mark.parametrize("lead", ["nowhere/target", "link"])

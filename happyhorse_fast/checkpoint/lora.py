@@ -154,6 +154,8 @@ def _read_lora(lora: Lora, scale: float, modules: Collection[str]) -> list[Updat
             factor = 1.0
         else:
             raise ValueError(f"{source}: alpha is not known, {_PEFT_CONFIG} is missing beside it")
+        # Copies: a trainer goes on with its tensors, and an earlier LoRA is added again beside a later one.
+        down, up = (half.detach().to("cpu", copy=True) for half in (down, up))
         updates.append(Update(path, down, up, strength * factor, source))
     return updates
 

@@ -16,11 +16,9 @@ from happyhorse_fast._version import __version__
 from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.checkpoint.header import DTYPES, PACKED_FILE, TensorEntry, read_headers, require_regular_file
 from happyhorse_fast.checkpoint.save import write_checkpoint
-from happyhorse_fast.checkpoint.stream import assign, emptied_on_error, fill_by_layer
+from happyhorse_fast.checkpoint.stream import emptied_on_error, fill_by_layer
 from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
-from happyhorse_fast.eager.rotary import frequency_bands
-from happyhorse_fast.eager.sizes import BANDS_KEY
 from happyhorse_fast.fast.accelerate import choose_ops, empty_accelerated
 from happyhorse_fast.fast.compiled import unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
@@ -113,11 +111,11 @@ def load_packed(
     arch = compute_capability(device)
     model = empty_accelerated(config, fast, choose_ops(fast.on(arch), device, None), arch)
     _require_entries(entries, model.state_dict(), folder)
-    layers = cast("list[FastLayer]", model.block.layers)
+    layers, state = cast("list[FastLayer]", model.block.layers), cast("FastState", model.fast)
 
     def done(layer: int | None) -> None:
         if layer is None:
-            assign(model, BANDS_KEY, frequency_bands(config.head_dim, device))
+            state.take_bands(model.adapter.rope.bands)
             return
         layers[layer].find_bound()
         if shard is not None:

@@ -32,7 +32,7 @@ def emptied_on_error(model: nn.Module) -> Iterator[None]:
 
 def staging_buffer(device: torch.device) -> torch.Tensor:
     """[STAGING_BYTES] uint8 on the host, pinned for a GPU."""
-    return torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
 
 
 def fill(

@@ -111,7 +111,10 @@ class Calls:
         if reason is not None:
             self.leave(reason)
             return own()
-        self._take(backend)
+        if not torch.compiler.is_compiling():
+            self.taken += 1
+            if self.taken == 1:
+                logger.info("%s: attention by happyhorse_fast, backend %s", self.host, backend)
         maps: Sequence[BlockMap | None] = [None]
         if mask is not None:
             maps = self._masks.maps(mask, q.shape[2])
@@ -191,13 +194,6 @@ class Calls:
         self.left[reason] += 1
         if self.left[reason] == 1:
             logger.warning("%s runs attention itself: %s", self.host, reason)
-
-    def _take(self, backend: str) -> None:
-        if torch.compiler.is_compiling():
-            return
-        self.taken += 1
-        if self.taken == 1:
-            logger.info("%s: attention by happyhorse_fast, backend %s", self.host, backend)
 
 
 def _in_vectors(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from happyhorse_fast import ambient, optional
 from happyhorse_fast.arguments import require_tensor
 from happyhorse_fast.checkpoint.header import TensorEntry
 from happyhorse_fast.pipeline.audio_file import AUDIO_CHANNELS, CHANNELS, WHAT, describe
-from happyhorse_fast.pipeline.codec_files import Codec, require_tensors
+from happyhorse_fast.pipeline.codec_files import Codec, empty_codec, require_tensors
 from happyhorse_fast.pipeline.sound import LATENT_SAMPLES, SAMPLE_RATE
 
 
@@ -36,10 +36,10 @@ class AudioCodec(Codec):
         optional.require("diffusers", WHAT)
         from diffusers import AutoencoderOobleck
 
-        with torch.device("meta"), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # The library's own warning.
             warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated", FutureWarning)
-            vae = AutoencoderOobleck.from_config(settings)
+            vae = empty_codec(AutoencoderOobleck, settings, source)
         require_tensors(vae.state_dict(), entries, source)
         return vae, entries
 

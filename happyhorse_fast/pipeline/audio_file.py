@@ -57,7 +57,8 @@ def describe(folder: Path) -> tuple[Path, dict[str, Any], dict[str, TensorEntry]
     wanted = {"decoder_input_channels": AUDIO_CHANNELS, "audio_channels": CHANNELS}
     require_settings(place, {**wanted, **settings}, wanted, WHAT)  # what a config leaves out is the library's default
     ratios = settings.get("downsampling_ratios", RATIOS)
-    if math.prod(ratios) != LATENT_SAMPLES:
+    numbers = isinstance(ratios, list) and all(isinstance(ratio, int) for ratio in ratios)
+    if not numbers or math.prod(ratios) != LATENT_SAMPLES:
         raise CheckpointError(
             f"{place}: not of {WHAT}: downsampling_ratios must multiply to {LATENT_SAMPLES} samples a latent, "
             f"got {ratios}"

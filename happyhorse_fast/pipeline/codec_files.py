@@ -16,6 +16,7 @@ from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.checkpoint.header import DTYPES, TensorEntry
 from happyhorse_fast.checkpoint.load import usable_device
 from happyhorse_fast.checkpoint.stream import emptied_on_error, fill, staging_buffer
+from happyhorse_fast.optional import said
 
 CONFIG = "config.json"
 FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
@@ -129,6 +130,19 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: must be a JSON object, got {type(content).__name__}")
     return content
+
+
+def empty_codec(kind: Any, settings: Mapping[str, Any], file: Path) -> Any:
+    """A codec of diffusers' class ``kind`` by the settings of a file, on "meta".
+
+    Raises:
+        CheckpointError: The library makes none of them.
+    """
+    try:
+        with torch.device("meta"):
+            return kind.from_config(settings)
+    except Exception as error:  # whatever the library makes of a configuration that is none
+        raise CheckpointError(f"{file}: diffusers makes no codec of it: {said(error)}") from error
 
 
 def require_settings(file: Path, settings: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:

@@ -61,7 +61,7 @@ class _Leaving:
         if not window.is_cuda:
             self._host_bytes = self._device_bytes.cpu()
             return
-        self._host_bytes = torch.empty(self._device_bytes.shape, dtype=torch.uint8, pin_memory=True)
+        self._host_bytes = torch.empty(self._device_bytes.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
         stream = _copy_stream(window.device)
         stream.wait_stream(torch.cuda.current_stream(window.device))
         with torch.cuda.stream(stream):

@@ -30,7 +30,7 @@ class HostWeights:
         self._like = {key: _empty(tensor, torch.device("meta")) for key, tensor in _tensors(module)}
         total = sum(_flat_bytes(like) for like in self._like.values())
         self._blocks = [
-            torch.empty(min(BLOCK_BYTES, total - start), dtype=torch.uint8, pin_memory=pinned)
+            torch.empty(min(BLOCK_BYTES, total - start), dtype=torch.uint8, device="cpu", pin_memory=pinned)
             for start in range(0, total, BLOCK_BYTES)
         ]
         start = 0
@@ -71,7 +71,7 @@ def host_bytes(module: nn.Module, pinned: bool) -> int:
     """Host memory that :class:`HostWeights` of a module would take."""
     total = sum(_flat_bytes(tensor) for _, tensor in _tensors(module))
     whole, rest = divmod(total, BLOCK_BYTES)
-    return whole * BLOCK_BYTES + _allocated(rest, pinned)
+    return whole * BLOCK_BYTES + (1 << (rest - 1).bit_length() if pinned and rest else rest)
 
 
 def available_bytes() -> int:
@@ -114,7 +114,3 @@ def _flat_bytes(tensor: torch.Tensor) -> int:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (1 + last) * tensor.element_size()
-
-
-def _allocated(count: int, pinned: bool) -> int:
-    return 1 << (count - 1).bit_length() if pinned and count else count

@@ -59,14 +59,14 @@ def open_image(image: str | Path | Image | NDArray[np.uint8]) -> Image:
         # Read once: a FIFO gives it once.
         found = given if isinstance(given, Image.Image) else Image.open(io.BytesIO(path.read_bytes()))
         found.load()
+        count = getattr(found, "n_frames", 1)
         upright = found
         with contextlib.suppress(SyntaxError, struct.error):  # EXIF that is damaged says nothing
             upright = ImageOps.exif_transpose(found)
     except UnidentifiedImageError as error:
         raise ValueError(f"image must be a picture such as a PNG or JPEG, {name} is not") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, RuntimeError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image must be a picture such as a PNG or JPEG, {name} is damaged: {error}") from error
-    count = getattr(found, "n_frames", 1)
     if count > 1 and found.format not in SEVERAL_ARE_ONE:
         raise ValueError(f"image must be one picture, {name} holds {count}; save the one that the clip starts from")
     if upright.mode in _HIGH_16 or upright.mode == "I":

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from happyhorse_fast.files import is_special
 from happyhorse_fast.pipeline.latents import Latents
 
 logger = logging.getLogger(__name__)
@@ -61,14 +62,15 @@ class Keeper:
     def _empty(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     def _beside(self) -> Path | None:
-        if self.target is None:
+        if self.target is None or is_special(self.target):
             return None
         ends = (".latents.safetensors", *(f".latents-{i}.safetensors" for i in range(1, 1000)))
         candidates = (self.target.with_name(self.target.stem + end) for end in ends)
         return next(itertools.dropwhile(Path.exists, candidates), None)  # those of an earlier run stay
 
     def _temporary(self) -> Path:
-        self._folder = Path(tempfile.mkdtemp(prefix="happyhorse-fast."))
+        self._folder = self._folder or Path(tempfile.mkdtemp(prefix="happyhorse-fast."))
         return self._folder / "clip.latents.safetensors"

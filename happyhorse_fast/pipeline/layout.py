@@ -40,24 +40,18 @@ class Part:
     preset: str | None = None
 
 
-def _model(name: str, what: str, preset: str) -> Part:
+def _magihuman(name: str, what: str, preset: str | None = None) -> Part:
     return Part(name, what, (name,), f"GAIR/daVinci-MagiHuman, folder {name}", "Apache-2.0", preset)
 
 
 PARTS = {
     part.name: part
     for part in (
-        _model("distill", "distilled model of the first stage", "davinci-magihuman"),
-        _model("base", "base model of the first stage", "davinci-magihuman"),
-        _model("540p_sr", "model of the second stage at 540p", "davinci-magihuman-sr-540p"),
-        _model("1080p_sr", "model of the second stage at 1080p", "davinci-magihuman-sr-1080p"),
-        Part(
-            "turbo_vae",
-            "turbo video decoder",
-            ("turbo_vae",),
-            "GAIR/daVinci-MagiHuman, folder turbo_vae",
-            "Apache-2.0",
-        ),
+        _magihuman("distill", "distilled model of the first stage", "davinci-magihuman"),
+        _magihuman("base", "base model of the first stage", "davinci-magihuman"),
+        _magihuman("540p_sr", "model of the second stage at 540p", "davinci-magihuman-sr-540p"),
+        _magihuman("1080p_sr", "model of the second stage at 1080p", "davinci-magihuman-sr-1080p"),
+        _magihuman("turbo_vae", "turbo video decoder"),
         Part(
             "text_encoder",
             "text encoder",

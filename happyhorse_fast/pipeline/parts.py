@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,8 +13,8 @@ from happyhorse_fast import optional
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint.load import check_load, load
 from happyhorse_fast.checkpoint.packed import is_packed
-from happyhorse_fast.config import LATENT_CHANNELS, ModelConfig
-from happyhorse_fast.eager.model import HappyHorse
+from happyhorse_fast.config import LATENT_CHANNELS, PATCH, ModelConfig
+from happyhorse_fast.eager.sequence import Clip, check_time_axis
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.pipeline.audio import AudioCodec
 from happyhorse_fast.pipeline.audio_file import AUDIO_CHANNELS
@@ -22,8 +22,7 @@ from happyhorse_fast.pipeline.company import Company
 from happyhorse_fast.pipeline.layout import Layout
 from happyhorse_fast.pipeline.request import Request
 from happyhorse_fast.pipeline.residency import Residency
-from happyhorse_fast.pipeline.text import EMBEDDING, TextEncoder
-from happyhorse_fast.pipeline.turbo import TurboDecoder
+from happyhorse_fast.pipeline.text import EMBEDDING, TextEncoder, tokens_of
 from happyhorse_fast.pipeline.turbo_file import check_turbo, load_turbo
 from happyhorse_fast.pipeline.wan import WanCodec
 
@@ -51,31 +50,41 @@ class Parts:
     residency: Residency
     company: Company | None = None
 
-    def check(self, request: Request, *, text: bool, denoise: bool = True) -> None:
+    def check(self, request: Request, known: Mapping[str, torch.Tensor | None], *, denoise: bool = True) -> None:
         """Make every check of a run's parts that needs no weights.
 
         Args:
             request: The run's settings.
-            text: Whether the text encoder is needed.
-            denoise: Whether the models are; not where a run goes on from whole latents.
+            known: Prompt -> its embedding; None where the text encoder has to make it.
+            denoise: Whether the models are needed; not where a run goes on from whole latents.
 
         Raises:
             FileNotFoundError: A part is not there.
             CheckpointError: A part's files are damaged, or of something else.
+            ValueError: A prompt is no Unicode, or has no token or too few for a model; or embeddings are of another
+                width than a model takes. Names the model.
             ImportError: A library is missing, broken or of a wrong version.
         """
-        widths = {name: self.config(name).text_in_channels for name in request.models if denoise}
+        configs = {name: self.config(name) for name in request.models if denoise}
         if denoise and (request.stages == 2 or request.first == "base"):
             optional.require("diffusers", "UniPC, the solver of the second stage and of the base model,")
-        if text:
-            _, _, entries = TextEncoder.check(self.layout.find("text_encoder"))
-            width = entries[EMBEDDING].shape[1]
-            for name, wanted in widths.items():
-                if width != wanted:
-                    raise CheckpointError(
-                        f"{self.layout.find('text_encoder')}: gives embeddings of width {width}, "
-                        f"the model {name} takes {wanted}"
-                    )
+        sizes = {prompt: embedding.shape[1:] for prompt, embedding in known.items() if embedding is not None}
+        if len(sizes) < len(known):
+            _, tokenizer, entries = TextEncoder.check(self.layout.find("text_encoder"))
+            for prompt in known.keys() - sizes.keys():
+                sizes[prompt] = torch.Size((len(tokens_of(tokenizer, prompt)), entries[EMBEDDING].shape[1]))
+        length, width = sizes[request.prompt]
+        clip = request.first_tokens
+        sequence = Clip(clip.T, clip.H // PATCH[1], clip.W // PATCH[2], clip.audio, length)
+        for name, config in configs.items():
+            if width != config.text_in_channels:
+                raise ValueError(
+                    f"the model {name} takes embeddings of width {config.text_in_channels}, text has {width}"
+                )
+            try:
+                check_time_axis(sequence, config.coords_style)
+            except ValueError as error:
+                raise ValueError(f"prompt is too short for the model {name}: {error}") from error
         if self.decoder == "turbo":
             check_turbo(self.layout.find("turbo_vae"))
         if self.decoder == "wan" or request.image:
@@ -99,41 +108,32 @@ class Parts:
             )
         return config
 
-    def model(self, name: str) -> AbstractContextManager[HappyHorse]:
-        """A Transformer, packed layer by layer while it is read."""
+    def using(self, part: str, layers_on_device: int | None = None) -> AbstractContextManager[Any]:
+        """A part on the device: a model, packed layer by layer while it is read, the text encoder, or half a codec.
 
-        def loaded() -> HappyHorse:
-            how = {**self._where(name), "device": self.device, "fast": self.fast, "progress": False}
+        Args:
+            part: One of :attr:`Request.parts`.
+            layers_on_device: Of the text encoder; None for all.
+        """
+        decoder: tuple[Any, ...] = (load_turbo, "turbo_vae", {})
+        if self.decoder == "wan":
+            decoder = (WanCodec.load, "video_vae", {"encoder": False})
+        others = {
+            "text_encoder": (TextEncoder.load, "text_encoder", {"layers_on_device": layers_on_device}),
+            "image_encoder": (WanCodec.load, "video_vae", {"decoder": False}),
+            "audio_encoder": (AudioCodec.load, "audio_vae", {"decoder": False}),
+            "audio_decoder": (AudioCodec.load, "audio_vae", {"encoder": False}),
+            "video_decoder": decoder,
+        }
+
+        def loaded() -> Any:
+            if part in others:
+                loader, name, how = others[part]
+                return loader(self.layout.find(name), self.device, **how)
+            how = {**self._where(part), "device": self.device, "fast": self.fast, "progress": False}
             return load(**how) if self.company is None else self.company.load(load, **how)
 
-        return self.residency.using(name, loaded)
-
-    def text_encoder(self, layers_on_device: int | None = None) -> AbstractContextManager[TextEncoder]:
-        """The text encoder, with so many of its layers on the device."""
-        loader = self._loader(TextEncoder.load, "text_encoder", layers_on_device=layers_on_device)
-        return self.residency.using("text_encoder", loader, how=layers_on_device)
-
-    def image_encoder(self) -> AbstractContextManager[WanCodec]:
-        """The half of the video codec that encodes."""
-        return self.residency.using("image_encoder", self._loader(WanCodec.load, "video_vae", decoder=False))
-
-    def video_decoder(self) -> AbstractContextManager[TurboDecoder | WanCodec]:
-        """What turns video latents into frames."""
-        loader: Callable[[], Any] = self._loader(load_turbo, "turbo_vae", dtype=torch.bfloat16)
-        if self.decoder == "wan":
-            loader = self._loader(WanCodec.load, "video_vae", encoder=False)
-        return self.residency.using("video_decoder", loader)
-
-    def audio_encoder(self) -> AbstractContextManager[AudioCodec]:
-        """The half of the audio codec that encodes."""
-        return self.residency.using("audio_encoder", self._loader(AudioCodec.load, "audio_vae", decoder=False))
-
-    def audio_decoder(self) -> AbstractContextManager[AudioCodec]:
-        """The half of the audio codec that decodes."""
-        return self.residency.using("audio_decoder", self._loader(AudioCodec.load, "audio_vae", encoder=False))
-
-    def _loader(self, function: Callable[..., Any], name: str, **how: Any) -> Callable[[], Any]:
-        return lambda: function(self.layout.find(name), self.device, **how)
+        return self.residency.using(part, loaded, how=layers_on_device)
 
     def _where(self, name: str) -> dict[str, Any]:
         where = self.layout.model(name)

@@ -15,7 +15,7 @@ from happyhorse_fast.checkpoint.load import usable_device
 from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
 from happyhorse_fast.fast.parallelize import require_mesh
-from happyhorse_fast.files import real_path, require_target
+from happyhorse_fast.files import is_special, real_path, require_target
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
 from happyhorse_fast.pipeline.clip import Clip
 from happyhorse_fast.pipeline.company import Company, tells_faults
@@ -197,22 +197,20 @@ class Pipeline:
             require_mp4(target)
             require_target(target, overwrite)
             optional.require("av", "writing an mp4")
-            _require_room(target.parent, request)
+            if not is_special(target):
+                _require_room(real_path(target).parent, request)
         resumed = None if resume is None else Path(resume)
         kept = resumed if latents is None else Path(latents)
         if kept is not None:
             require_target(kept, overwrite or kept == resumed)
             if target is not None and real_path(kept) == real_path(target):
                 raise ValueError(f"out must be another file than that of the latents, got {kept} for both")
-        known: dict[str, torch.Tensor | None] = {}
         if begun is None:
             cache = PromptCache(self.parts.layout.find("text_encoder"))
             known = {prompt: cache.get(prompt) for prompt in request.prompts}
-        self.parts.check(
-            request,
-            text=any(embedding is None for embedding in known.values()),
-            denoise=begun is None or not begun.whole,
-        )
+        else:
+            known = {request.prompt: begun.text}
+        self.parts.check(request, known, denoise=begun is None or not begun.whole)
         placing = place(self.parts, request, self.placement)
         run = Run(request, self.parts, placing, callback=callback, shown=progress, begun=begun)
         pictures = _pictures(image, request) if image is not None else None
@@ -247,7 +245,7 @@ class Pipeline:
         Raises:
             FileNotFoundError, CheckpointError: The decoder is missing or damaged.
         """
-        with self.parts.video_decoder() as decoder:
+        with self.parts.using("video_decoder") as decoder:
             return fit_preview(decoder, self.parts.device)
 
     @property
@@ -268,7 +266,7 @@ def _require_room(folder: Path, request: Request) -> None:
     tokens = request.last_tokens
     height, width = tokens.pixels
     needed = 8 * LATENT_CHANNELS * tokens.T * tokens.H * tokens.W + request.frames * height * width // 20
-    free = shutil.disk_usage(real_path(folder)).free
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             f"output must have room for {needed / 1e6:.1f} MB of latents and film, {folder} has {free / 1e6:.1f} MB"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from happyhorse_fast.sampler.progress import peak_memory
+from happyhorse_fast.sampler.progress import bar, peak_memory
 
 
 @dataclass(frozen=True)
@@ -94,28 +94,13 @@ class Monitor:
     @contextmanager
     def display(self) -> Iterator[None]:
         """Show a bar while it is entered, where one is wanted."""
-        if not self.shown:
-            yield
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(next(iter(self.work), ""), total=1.0, left="")
+        with bar(next(iter(self.work), ""), 1.0, self.shown) as update:
 
             def show(info: StageInfo) -> None:
                 left = "" if info.seconds_left is None else f"about {_clock(info.seconds_left)} left"
                 if info.memory_bytes is not None:
                     left += f", peak {info.memory_bytes / 2**30:.1f} GiB"
-                bar.update(
-                    task, description=f"{info.stage} {info.step}/{info.steps}", completed=self._done_share(), left=left
-                )
+                update(description=f"{info.stage} {info.step}/{info.steps}", completed=self._done_share(), note=left)
 
             self._show = show
             try:
@@ -165,6 +150,10 @@ class Monitor:
             return None
         compute = seen[1] / predicted[1]
         load = seen[0] / predicted[0] if predicted[0] > 0 else 1.0
+        return self._left(load, compute)
+
+    def _left(self, load: float = 1.0, compute: float = 1.0) -> float:
+        """Predictions of what is left, scaled."""
         over = {cost.stage for cost in self.costs}
         left = 0.0
         for name, work in self.work.items():
@@ -176,12 +165,7 @@ class Monitor:
 
     def _done_share(self) -> float:
         total = sum(work.load + work.compute for work in self.work.values())
-        over = {cost.stage for cost in self.costs}
-        done = sum(work.load + work.compute for name, work in self.work.items() if name in over)
-        if self._stage:
-            here = self.work[self._stage]
-            done += here.load + here.compute * self._share
-        return done / total if total > 0 else 1.0
+        return 1 - self._left() / total if total > 0 else 1.0
 
 
 def _clock(seconds: float) -> str:

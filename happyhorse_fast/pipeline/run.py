@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from happyhorse_fast.config import LATENT_CHANNELS, PATCH
-from happyhorse_fast.eager.sequence import Clip as Sequence
-from happyhorse_fast.eager.sequence import check_time_axis
+from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.pipeline.audio_file import AUDIO_CHANNELS
 from happyhorse_fast.pipeline.clip import Clip
 from happyhorse_fast.pipeline.company import Work
@@ -96,7 +95,6 @@ class Run:
         found = self.begun
         if found is None:
             text, *null_text = self.encode_text(known)
-            self.check_text(text)
             images = [None] if pictures is None else self.encode_image(pictures)
             held = None if sound is None else self.encode_sound(sound)
             video, audio = self._together("denoise", text, null_text[0] if null_text else None, images[0], held)
@@ -116,7 +114,7 @@ class Run:
         height, width = self.request.last_tokens.pixels
         frames: torch.Tensor | None = None
         if target is None:
-            every = frames = torch.empty(self.request.frames, height, width, 3, dtype=torch.uint8)
+            every = frames = torch.empty(self.request.frames, height, width, 3, dtype=torch.uint8, device="cpu")
             self.decode_video(latents.video, lambda first, some: every[first : first + len(some)].copy_(some))
         else:
             with Mp4Writer(target, width, height, fps=FPS, sample_rate=PLAYED_RATE) as writer:
@@ -134,7 +132,7 @@ class Run:
         with self.monitor.stage(TEXT):
             if len(found) < len(known):
                 cache = PromptCache(self.parts.layout.find("text_encoder"))
-                with self.parts.text_encoder(self.placing.layers_on_device) as encoder:
+                with self.parts.using("text_encoder", self.placing.layers_on_device) as encoder:
                     self.monitor.loaded()
                     for prompt in [prompt for prompt in known if prompt not in found]:
                         found[prompt] = encoder.encode(prompt)
@@ -142,30 +140,9 @@ class Run:
             self.monitor.step(1, 1)
         return [found[prompt] for prompt in self.request.prompts]
 
-    def check_text(self, text: torch.Tensor) -> None:
-        """Hold an embedding against all models before the first is loaded.
-
-        Raises:
-            ValueError: Too few tokens for a model, or another width; names the model.
-        """
-        length, width = text.shape[1:]
-        tokens = self.request.first_tokens
-        sequence = Sequence(tokens.T, tokens.H // PATCH[1], tokens.W // PATCH[2], tokens.audio, length)
-        for name in self.request.models:
-            config = self.parts.config(name)
-            if width != config.text_in_channels:
-                raise ValueError(
-                    f"the model {name} takes embeddings of width {config.text_in_channels}, text has {width}"
-                )
-            try:
-                check_time_axis(sequence, config.coords_style)
-            except ValueError as error:
-                raise ValueError(f"prompt is too short for the model {name}: {error}") from error
-
     def encode_image(self, pictures: list[torch.Tensor]) -> list[torch.Tensor]:
         """Latents [1, 48, 1, H / 16, W / 16] of the first picture at several sizes, [1, 3, 1, H, W], on the CPU."""
-        with self.monitor.stage(IMAGE), self.parts.image_encoder() as codec:
-            self.monitor.loaded()
+        with self._stage(IMAGE) as codec:
             made = []
             for step, pixels in enumerate(pictures, start=1):
                 made.append(codec.encode(pixels.to(self.parts.device)).cpu())
@@ -174,8 +151,7 @@ class Run:
 
     def encode_sound(self, sound: torch.Tensor) -> torch.Tensor:
         """Latent [1, A, 64] of a given sound, a sample of its posterior, on the device."""
-        with self.monitor.stage(SOUND), self.parts.audio_encoder() as codec:
-            self.monitor.loaded()
+        with self._stage(SOUND) as codec:
             latent = codec.encode(sound, self.request.seconds, self.generator)
             self.monitor.step(1, 1)
         return latent
@@ -189,8 +165,7 @@ class Run:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """First stage: (video [1, 48, T, H, W], audio [1, A, 64]) on the device."""
         tokens, place = self.request.first_tokens, self.parts.device
-        with self.monitor.stage(DENOISED), self.parts.model(self.request.models[0]) as model:
-            self.monitor.loaded()
+        with self._stage(DENOISED) as model:
             audio = self._noise(1, tokens.audio, AUDIO_CHANNELS) if sound is None else sound.to(place)
             video = self._noise(1, LATENT_CHANNELS, tokens.T, tokens.H, tokens.W)
             how: dict[str, Any] = {} if null_text is None else {"guidance": GUIDANCE, "null_text": null_text.to(place)}
@@ -213,8 +188,7 @@ class Run:
     def resolve(self, latents: Latents) -> torch.Tensor:
         """Second stage: video [1, 48, T, H, W] at the full size, on the device."""
         tokens, place = self.request.last_tokens, self.parts.device
-        with self.monitor.stage(RESOLVED), self.parts.model(self.request.models[1]) as model:
-            self.monitor.loaded()
+        with self._stage(RESOLVED) as model:
             return super_resolve(
                 model,
                 latents.video.to(place),
@@ -230,8 +204,7 @@ class Run:
 
     def decode_audio(self, audio: torch.Tensor) -> torch.Tensor:
         """Samples [2, m] at 44,100 Hz, float32 on the CPU."""
-        with self.monitor.stage(AUDIO), self.parts.audio_decoder() as codec:
-            self.monitor.loaded()
+        with self._stage(AUDIO) as codec:
             samples = resample(codec.decode(audio.to(self.parts.device)).cpu())
             self.monitor.step(1, 1)
         return samples
@@ -239,13 +212,19 @@ class Run:
     def decode_video(self, video: torch.Tensor, write: Write) -> None:
         """Decode window by window; ``write`` gets the frames of one while the next are decoded."""
         total = 4 * video.shape[2] - 3
-        with self.monitor.stage(VIDEO), self.parts.video_decoder() as decoder:
-            self.monitor.loaded()
+        with self._stage(VIDEO) as decoder:
             done = 0
             for frames in host_frames(decoder, video.to(self.parts.device), self.placing.tiles):
                 write(done, frames)
                 done += len(frames)
                 self.monitor.step(done, total)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[Any]:
+        """A stage, with its part on the device."""
+        with self.monitor.stage(name), self.parts.using(self.request.parts[name]) as part:
+            self.monitor.loaded()
+            yield part
 
     def _together(self, stage: str, *given: Any) -> Any:
         """A stage that denoises, by its method's name; all ranks are told of it."""

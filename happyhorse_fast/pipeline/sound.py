@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Iterator
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,24 +71,32 @@ def read_sound(path: str | Path, seconds: float | None = None) -> torch.Tensor:
     if not file.exists() or file.is_dir():
         raise FileNotFoundError(f"audio must be a file, {file} is none")
     most = None if seconds is None else int(seconds * SAMPLE_RATE)
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
     pieces: list[np.ndarray[tuple[int, ...], np.dtype[np.int16]]] = []
     count = 0
     try:
-        with av.open(io.BytesIO(file.read_bytes())) as container:  # once: a FIFO gives it once
+        # Read once: a FIFO gives it once. Tags are not read, and in a WAV they may be in any encoding.
+        with av.open(io.BytesIO(file.read_bytes()), metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise ValueError(f"audio must be a file with sound, {file} has none")
-            for frame in container.decode(audio=0):
-                for resampled in resampler.resample(frame):
-                    pieces.append(resampled.to_ndarray()[0])
-                    count += len(pieces[-1])
+            for piece in _resampled(container.decode(audio=0)):
+                pieces.append(piece)
+                count += len(piece)
                 if most is not None and count >= most:
                     break
-            else:
-                pieces += [resampled.to_ndarray()[0] for resampled in resampler.resample(None)]
     except (av.FFmpegError, IndexError) as error:
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"audio must be a sound file such as a WAV or MP3, {file} is not: {why}") from error
-    if not sum(map(len, pieces)):
+    if not count:
         raise ValueError(f"audio must have sound, that of {file} is empty")
     return torch.from_numpy(np.concatenate(pieces)[:most].astype(np.float32) / 32768)
+
+
+def _resampled(frames: Iterable[Any]) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.int16]]]:
+    """Mono pieces of a stream at 51,200 Hz; each run of frames of one kind has a resampler, which takes no other."""
+    import av
+
+    kind = attrgetter("format.name", "layout.name", "sample_rate")
+    for _, alike in groupby(frames, kind):
+        resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+        for frame in chain(alike, [None]):
+            yield from (made.to_ndarray()[0] for made in resampler.resample(frame))

@@ -215,7 +215,7 @@ def _turbo_bytes(count: int, height: int, width: int, tiles: int) -> tuple[int, 
     with FakeTensorMode():
         fake = fake_copy(decoder)
         weights = meter.register(fake.parameters(), "weights")
-        latents = torch.empty(count, height, width, LATENT_CHANNELS, dtype=torch.bfloat16)
+        latents = torch.empty(count, height, width, LATENT_CHANNELS, dtype=torch.bfloat16, device="cpu")
         meter.register([latents], "latents")
         largest = max(tiling.space_tiles(height, width, tiles), key=_positions)
         with meter:

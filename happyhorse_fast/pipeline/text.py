@@ -61,12 +61,13 @@ class TextEncoder:
 
     Attributes:
         module: What holds the weights that are on the device.
+        tokenizer: Of prompts, as :func:`tokens_of` takes it.
     """
 
     def __init__(
         self, parts: tuple[Any, Any, Mapping[str, TensorEntry]], device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.module, self._tokenizer, self._entries = parts
+        self.module, self.tokenizer, self._entries = parts
         self._device, self._dtype = device, dtype
         self._staging = staging_buffer(device)
         self._streamed: list[nn.Module] = []
@@ -128,21 +129,6 @@ class TextEncoder:
             encoder._fill(layers_on_device)
         return encoder
 
-    def tokens(self, prompt: str) -> list[int]:
-        """Tokens of a prompt as it is: no template, no special tokens, nothing cut off.
-
-        Raises:
-            TypeError: ``prompt`` is no text.
-            ValueError: It is no Unicode.
-        """
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt must be text, got {type(prompt).__name__}")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:  # half of a pair, as bytes of a command line that are no UTF-8 become
-            raise ValueError(f"prompt must be Unicode, got {prompt[error.start : error.end]!r} in it") from None
-        return list(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
-
     @ambient.independent
     @torch.no_grad()
     def encode(self, prompt: str) -> torch.Tensor:
@@ -155,9 +141,7 @@ class TextEncoder:
             ValueError: It has no token, or is no Unicode.
             NonFiniteError: NaN, or numbers beyond float16.
         """
-        numbers = self.tokens(prompt)
-        if not numbers:
-            raise ValueError(f"prompt must have at least one token, got {prompt!r}")
+        numbers = tokens_of(self.tokenizer, prompt)
         rows = self._rows(numbers)
         everything = torch.ones(1, len(numbers), dtype=torch.long, device=self._device)
         try:
@@ -253,6 +237,25 @@ def _tokenizer(folder: Path) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def tokens_of(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokens of a prompt as it is: no template, no special tokens, nothing cut off.
+
+    Raises:
+        TypeError: ``prompt`` is no text.
+        ValueError: It has no token, or is no Unicode.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be text, got {type(prompt).__name__}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # half of a pair, as bytes of a command line that are no UTF-8 become
+        raise ValueError(f"prompt must be Unicode, got {prompt[error.start : error.end]!r} in it") from None
+    numbers = list(tokenizer.encode(prompt, add_special_tokens=False).ids)
+    if not numbers:
+        raise ValueError(f"prompt must have at least one token, got {prompt!r}")
+    return numbers
 
 
 def _of_encoder(keys: Mapping[str, Any], file: Path) -> dict[str, Any]:

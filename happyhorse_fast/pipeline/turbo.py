@@ -89,7 +89,7 @@ class TurboDecoder(nn.Module):
         """
         weights = _decoder_weights(tensors)
         channels, depths = _sizes(weights)
-        decoder = cls(channels, depths)
+        decoder = cls(channels, depths).requires_grad_(False)
         wanted = decoder.state_dict()
         problems = [f"{key} is missing" for key in wanted if key not in weights]
         problems += [f"{key} is none of the decoder's" for key in weights if key not in wanted]
@@ -105,7 +105,7 @@ class TurboDecoder(nn.Module):
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         ready = {k: w.contiguous(memory_format=formats.get(w.dim(), torch.preserve_format)) for k, w in weights.items()}
         decoder.load_state_dict(ready, assign=True)
-        return decoder.requires_grad_(False).eval()
+        return decoder.eval()
 
     def decode(self, latents: torch.Tensor, tiles: int = 1) -> torch.Tensor:
         """All frames of a clip: those of :meth:`windows`, joined.

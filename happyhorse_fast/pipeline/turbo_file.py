@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,7 +129,9 @@ def _unpickled(file: Path) -> Mapping[Any, Any]:
             if stream.read(8) == b"version ":
                 raise CheckpointError(f"{file}: a Git LFS pointer, not the file; run `git lfs pull`")
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a pickle that is damaged raises
         first = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{file}: truncated, or not a file of torch.save with tensors alone: {first}") from error
     if not isinstance(content, Mapping):

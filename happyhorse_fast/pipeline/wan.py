@@ -12,7 +12,14 @@ from happyhorse_fast import ambient, optional
 from happyhorse_fast.arguments import CheckpointError, require_tensor, require_whole
 from happyhorse_fast.checkpoint.header import TensorEntry, read_headers
 from happyhorse_fast.config import LATENT_CHANNELS
-from happyhorse_fast.pipeline.codec_files import CONFIG, Codec, read_json, require_settings, require_tensors
+from happyhorse_fast.pipeline.codec_files import (
+    CONFIG,
+    Codec,
+    empty_codec,
+    read_json,
+    require_settings,
+    require_tensors,
+)
 from happyhorse_fast.tokens import VAE_STRIDE
 
 WHAT = "Wan 2.2's video codec"
@@ -59,8 +66,7 @@ class WanCodec(Codec):
         optional.require("diffusers", WHAT)
         from diffusers import AutoencoderKLWan
 
-        with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config(settings)
+        vae = empty_codec(AutoencoderKLWan, settings, folder / CONFIG)
         require_tensors(vae.state_dict(), entries, folder)
         return vae, entries
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -51,28 +52,28 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 @contextmanager
-def step_display(title: str, steps: int, enabled: bool) -> Iterator[Callable[[StepInfo], None]]:
-    """A bar on stderr with the step, seconds per step and peak memory; shows nothing where not ``enabled``."""
+def bar(title: str, total: float, enabled: bool) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, where ``enabled``; what it gives takes ``completed``, ``note`` and ``description``."""
     if not enabled:
-        yield lambda info: None
+        yield lambda **_: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("step {task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[cost]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=steps, cost="")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        yield partial(shown.update, shown.add_task(title, total=total, note=""))
+
+
+@contextmanager
+def step_display(title: str, steps: int, enabled: bool) -> Iterator[Callable[[StepInfo], None]]:
+    """A bar with the step, seconds per step and peak memory; shows nothing where not ``enabled``."""
+    with bar(f"{title}: step 0/{steps}", steps, enabled) as update:
 
         def show(info: StepInfo) -> None:
-            cost = f"{info.seconds:.2f} s/step"
+            note = f"{info.seconds:.2f} s/step"
             if info.memory_bytes is not None:
-                cost += f", peak {info.memory_bytes / 2**30:.2f} GiB"
-            bar.update(task, completed=info.step, cost=cost)
+                note += f", peak {info.memory_bytes / 2**30:.2f} GiB"
+            update(description=f"{title}: step {info.step}/{steps}", completed=info.step, note=note)
 
         yield show

@@ -172,7 +172,7 @@ class _Run:
             self.state = build_clip_state(self.forms["bf16"], given.clip, self.model.adapter.rope.bands)
         for precision, attention in ATTENTION.items():
             packed = self.forms[precision].pack(index, layer.state_dict(), given.hidden.device)
-            self.bounds[index] = packed.bound.effective
+            self.bounds[index] = max(self.bounds.get(index, 0.0), packed.bound.effective)
             fast = FastOps(packed, self.state, given, exact)
             for op, result in (*fast.products(), ("attention", fast.attention_in(attention))):
                 self._compare(index, op, precision, result, exact, given.clip)

@@ -237,6 +237,15 @@ def test_a_copy_is_restored_for_itself() -> None:
     assert differing(restore(other), model().state_dict()) == []
 
 
+def test_tensors_that_a_trainer_goes_on_with_stay_as_they_were_merged() -> None:
+    first, second = keyed("diffusers", halves(1)), keyed("diffusers", halves(2))
+    trained = {key: torch.nn.Parameter(value.clone()) * 1.0 for key, value in first.items()}
+    merged, wanted = merge_lora(model(), trained), merge_lora(model(), [first, second])
+    for value in trained.values():
+        value.detach().zero_()
+    assert differing(copy.deepcopy(merge_lora(merged, second)), wanted.state_dict()) == []
+
+
 def test_weights_changed_since_are_named() -> None:
     merged = merge_lora(model(), keyed("bare", halves()))
     other = HappyHorse(CASE.config).init_weights(7).state_dict()

@@ -54,6 +54,14 @@ def test_packed_weights_give_the_same_bits(case: golden.GoldenCase, packed: Path
         restore(model)
 
 
+def test_changed_rotary_frequencies_are_packed_too(case: golden.GoldenCase, tmp_path: Path) -> None:
+    model = case.model(torch.bfloat16)
+    model.adapter.rope.bands.mul_(0.5)
+    save_packed(accelerate(model, FAST), tmp_path)
+    found, expected = run(load(tmp_path, fast=FAST, progress=False), case), run(model, case)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_loading_accelerated_gives_the_same_bits(case: golden.GoldenCase, tmp_path: Path) -> None:
     save_checkpoint(case.model(torch.bfloat16), tmp_path, max_shard_bytes=1 << 19)
     model = hh.load(tmp_path, config=case.config, fast=FAST, progress=False)

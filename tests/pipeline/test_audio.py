@@ -166,6 +166,11 @@ def edit(file, **settings):
         (lambda f: (f / "vae" / WEIGHTS).write_bytes((f / "vae" / WEIGHTS).read_bytes()[:-8]), "truncated"),
         (lambda f: shutil.rmtree(f / "vae"), r"holds neither config\.json and .* nor model\.safetensors"),
         (lambda f: shutil.rmtree(f), "no such folder"),
+        (lambda f: edit(f / "vae" / "config.json", channel_multiples={}), "vae: diffusers makes no codec of it: "),
+        (
+            lambda f: edit(f / "vae" / "config.json", downsampling_ratios=[2, "x"]),
+            "downsampling_ratios must multiply to 2048",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_loading(folder, tmp_path, spoil, message):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import pydoc
 import shutil
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,12 +32,12 @@ from happyhorse_fast.pipeline import residency
 from happyhorse_fast.pipeline.clip import Clip
 from happyhorse_fast.pipeline.image import image_pixels
 from happyhorse_fast.pipeline.latents import Latents, read_latents
-from happyhorse_fast.pipeline.parts import Parts
 from happyhorse_fast.pipeline.pipeline import Pipeline
 from happyhorse_fast.pipeline.placing import place
 from happyhorse_fast.pipeline.progress import StageInfo
 from happyhorse_fast.pipeline.request import Request
 from happyhorse_fast.pipeline.run import Run
+from happyhorse_fast.pipeline.text import TextEncoder
 from happyhorse_fast.pipeline.turbo import to_uint8
 from happyhorse_fast.pipeline.wan import WanCodec
 from happyhorse_fast.sampler import sample, super_resolve
@@ -151,7 +153,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = pipe(PROMPT, **SMALL, seed=1)
-    monkeypatch.setattr(Parts, "text_encoder", lambda *_: pytest.fail("the embedding is in the cache"))
+    monkeypatch.setattr(TextEncoder, "encode", lambda *_: pytest.fail("the embedding is in the cache"))
     second, other = (pipe(PROMPT, **SMALL, seed=seed) for seed in (1, 2))
     assert first.frames is not None and first.frames.shape == (FRAMES, 64, 96, 3)
     assert first.samples.shape == (2, SAMPLES)
@@ -164,10 +166,10 @@ def test_noise_is_drawn_in_the_published_order(pipe: Pipeline) -> None:
     generator = torch.Generator().manual_seed(3)
     audio = torch.randn(1, 76, 64, generator=generator)
     video = torch.randn(1, 48, 19, 4, 6, generator=generator)
-    with pipe.parts.model("distill") as model:
+    with pipe.parts.using("distill") as model:
         video, audio = sample(model, video, audio, clip.latents.text, noise=generator, progress=False)
     torch.randn(video.shape, generator=generator), torch.randn(audio.shape, generator=generator)
-    with pipe.parts.model("540p_sr") as model:
+    with pipe.parts.using("540p_sr") as model:
         large = super_resolve(model, video, audio, clip.latents.text, (6, 10), noise=generator, progress=False)
     assert torch.equal(clip.latents.audio, audio)
     assert torch.equal(clip.latents.video, large)
@@ -253,6 +255,14 @@ def test_a_second_clip_reads_nothing_and_is_the_same(tiny: Path, monkeypatch: py
     assert torch.equal(first.frames, second.frames) and torch.equal(first.samples, second.samples)
 
 
+def test_torchs_settings_do_not_reach_a_clip(tiny: Path, whole: Clip) -> None:
+    made = Pipeline.from_pretrained(tiny, precision=None, device="cpu")
+    with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        clip = made(PROMPT, **SHORT)
+    assert clip.frames is not None and whole.frames is not None and clip.frames.device.type == "cpu"
+    assert torch.equal(clip.frames, whole.frames) and torch.equal(clip.samples, whole.samples)
+
+
 def test_parts_are_on_the_device_one_at_a_time_or_stay(tiny: Path) -> None:
     held: dict[str, set[tuple[str, ...]]] = {}
     for placement in ("sequential", "resident"):
@@ -299,13 +309,14 @@ def test_the_codec_of_pictures_is_asked_for_where_there_is_one(broken: Callable[
     made = Pipeline.from_pretrained(broken(remove("Wan2.2-TI2V-5B-Diffusers")), precision=None, device="cpu")
     with pytest.raises(FileNotFoundError, match=r"video autoencoder \(video_vae\) is not there"):
         made(PROMPT, **SHORT, image=picture, callback=lambda info: pytest.fail(f"{info.stage} ran"))
-    made.parts.check(Request(prompt=PROMPT, seconds=3, resolution="540p"), text=True)
+    made.parts.check(Request(prompt=PROMPT, seconds=3, resolution="540p"), {PROMPT: None})
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"prompt": "a"}, ValueError, r"prompt is too short for the model 540p_sr: text must have at least 2 tokens"),
+        ({"prompt": "half a horse: \ud83d"}, ValueError, r"prompt must be Unicode, got '\\ud83d' in it"),
         ({"fps": 24}, ValueError, "fps must be 25"),
         ({"image": "gone.png"}, FileNotFoundError, r"image must be a file, gone\.png is none"),
         ({"image": np.zeros((900, 1), np.uint8)}, ValueError, "image must not be so narrow: 1 x 900"),
@@ -319,10 +330,21 @@ def test_the_codec_of_pictures_is_asked_for_where_there_is_one(broken: Callable[
 def test_bad_arguments_are_named_before_the_long_work(
     pipe: Pipeline, change: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran = "a model ran" if "prompt" in change else "a stage ran"  # tokens are counted by the encoder
-    monkeypatch.setattr(Run, "denoise" if "prompt" in change else "encode_text", lambda *_: pytest.fail(ran))
+    monkeypatch.setattr(Run, "encode_text", lambda *_: pytest.fail("a stage ran"))
     with pytest.raises(error, match=message):
         pipe(**{"prompt": PROMPT, **SHORT, **change})
+
+
+def test_an_embedding_of_another_encoder_is_named_before_a_model_loads(
+    pipe: Pipeline, whole: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = torch.zeros(1, dtype=torch.uint8)
+    first = whole.request.first_tokens
+    video, text = torch.zeros(1, 48, first.T, first.H, first.W), torch.zeros(1, 5, 64)
+    Latents(whole.request, "denoise", video, whole.latents.audio, text, None, noise, "cpu").save(tmp_path / "l")
+    monkeypatch.setattr(Run, "__init__", lambda *_, **__: pytest.fail("a stage runs"))
+    with pytest.raises(ValueError, match="the model distill takes embeddings of width 96, text has 64"):
+        pipe(resume=tmp_path / "l", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +375,33 @@ def test_a_disk_without_room_is_told_before_anything_runs(
         pipe(PROMPT, **SHORT, out=tmp_path / "x.mp4", callback=lambda info: pytest.fail(f"{info.stage} ran"))
 
 
+def test_room_is_looked_for_where_the_film_goes(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link.mp4").symlink_to("large/x.mp4")
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9 if Path(path).name == "large" else 0)
+    )
+    assert pipe(PROMPT, **SMALL, out=tmp_path / "link.mp4").path == tmp_path / "link.mp4"
+    assert film(tmp_path / "large" / "x.mp4")[2] == FRAMES
+
+
+def test_a_film_goes_into_a_pipe(pipe: Pipeline, tmp_path: Path) -> None:
+    end, out = os.pipe()
+    found: list[bytes] = []
+    with os.fdopen(end, "rb") as stream:
+        reader = threading.Thread(target=lambda: found.append(stream.read()))
+        reader.start()
+        try:
+            pipe(PROMPT, **SMALL, out=f"/dev/fd/{out}")
+        finally:
+            os.close(out)
+            reader.join()
+    (tmp_path / "x.mp4").write_bytes(found[0])
+    assert film(tmp_path / "x.mp4")[2] == FRAMES
+
+
 def test_noise_goes_on_where_it_began_alone(pipe: Pipeline) -> None:
     request, none = Request(prompt="x"), torch.empty(0)
     elsewhere = Latents(request, "denoise", none, none, none, None, none, noise_device="cuda")
@@ -362,7 +411,7 @@ def test_noise_goes_on_where_it_began_alone(pipe: Pipeline) -> None:
 
 def test_the_other_decoder(tiny: Path) -> None:
     made = Pipeline.from_pretrained(tiny, precision=None, device="cpu", decoder="wan", placement="resident")
-    with made.parts.video_decoder() as decoder:
+    with made.parts.using("video_decoder") as decoder:
         assert isinstance(decoder, WanCodec)
     latents = torch.randn(1, 48, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     frames: list[torch.Tensor] = []

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.features import check
 
 from happyhorse_fast.pipeline.image import image_pixels, open_image
 
@@ -110,6 +111,16 @@ def written(path, kind):
     elif kind == "truncated":
         Image.fromarray(noise(64, 64)).save(path, format="png")
         path.write_bytes(path.read_bytes()[:-2000])
+    elif kind == "empty second":
+        Image.fromarray(noise(4, 4)).save(path, format="tiff")
+        content = bytearray(path.read_bytes() + bytes(64))
+        (start,) = struct.unpack_from("<I", content, 4)
+        (tags,) = struct.unpack_from("<H", content, start)
+        struct.pack_into("<I", content, start + 2 + 12 * tags, len(content) - 64)
+        path.write_bytes(content)
+    elif kind == "avif":
+        Image.fromarray(noise(64, 64)).save(path, format="avif")
+        path.write_bytes(path.read_bytes().replace(b"av1C", b"av1X"))
     elif kind == "animated":
         frames = [Image.fromarray(noise(4, 4)[i:]).resize((4, 4)) for i in range(3)]
         frames[0].save(path, format="gif", save_all=True, append_images=frames[1:])
@@ -129,6 +140,8 @@ def written(path, kind):
     [
         ("text", ValueError, "image must be a picture such as a PNG or JPEG, .*a is not$"),
         ("truncated", ValueError, "image must be a picture such as a PNG or JPEG, .*a is damaged: "),
+        ("empty second", ValueError, "a is damaged: Missing dimensions"),
+        *([("avif", ValueError, "a is damaged: ")] if check("avif") else []),
         ("animated", ValueError, "image must be one picture, .*a holds 3; save the one that the clip starts from"),
         ("bomb", ValueError, "a is damaged: Image size"),
         ("folder", FileNotFoundError, "image must be a file, .*a is none"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
 from pathlib import Path
 
@@ -73,6 +74,13 @@ def test_what_ends_well_leaves_nothing_and_what_fails_its_latents(tmp_path: Path
     assert names(tmp_path) == ["x.latents.safetensors" if beside else "clip.latents.safetensors"]
 
 
+def test_nothing_is_kept_beside_a_fifo_or_a_device(tmp_path: Path, temporary: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with logs(r"latents of this run are kept in .*: resume goes on"), pytest.raises(KeyboardInterrupt):
+        save_in(None, tmp_path / "fifo", KeyboardInterrupt)
+    assert names(tmp_path) == names(temporary) == ["clip.latents.safetensors"]
+
+
 def test_what_was_asked_for_stays(tmp_path: Path) -> None:
     save_in(tmp_path / "y.safetensors", tmp_path / "x.mp4")
     assert names(tmp_path) == ["y.safetensors"]
@@ -98,14 +106,26 @@ def test_a_full_disk_sends_them_to_the_temporary_folder(
     assert names(tmp_path) == ["clip.latents.safetensors"], "they were asked for, so they stay"
 
 
+@pytest.mark.parametrize("named", [True, False])
 def test_where_nothing_can_be_kept_the_run_goes_on(
-    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
     full(monkeypatch, tmp_path)
     with logs("latents") as said:
-        save_in(tmp_path / "y.safetensors", None)
+        save_in(tmp_path / "y.safetensors" if named else None, None)
     assert "nor in a temporary folder" in said[1] and "goes on without" in said[1]
     assert list(temporary.iterdir()) == []
+
+
+def test_what_could_not_be_kept_at_first_is_kept_once_there_is_room(
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with logs("latents"), Keeper(None, None) as keeper:
+        with monkeypatch.context() as patch:
+            full(patch, tmp_path)
+            keeper.save(LATENTS)
+        keeper.save(LATENTS)
+        assert names(temporary) == ["clip.latents.safetensors"]
 
 
 def test_a_run_that_fails_before_there_are_latents_says_nothing(tmp_path: Path) -> None:

@@ -69,6 +69,12 @@ def test_floors_are_those_of_the_plan_without_its_traces(changes):
     ]
 
 
+def test_the_default_device_is_not_where_a_plan_is_made():
+    sizes = (8, 16, 16, 1)
+    with torch.device("meta"):
+        assert stage_plan._turbo_bytes.__wrapped__(*sizes) == stage_plan._turbo_bytes(*sizes)
+
+
 def test_what_does_not_fit_is_cut_up_and_still_counted():
     tight = plan(work(precision="fp8", **SMALL), int(16.2 * GIB))
     assert tight.fits and tight.layers_on_device is None

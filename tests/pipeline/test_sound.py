@@ -1,14 +1,16 @@
 """Resampling as scipy does it, and sound files of any kind as samples of the latents' rate."""
 
 import math
+import struct
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
+from sound_files import write_sine
 
-from happyhorse_fast.pipeline.sound import read_sound, resample
+from happyhorse_fast.pipeline.sound import SAMPLE_RATE, read_sound, resample
 
 
 def sums(sound, count):
@@ -106,6 +108,34 @@ def test_sixteen_bits_are_kept_exactly(tmp_path):
     values = np.arange(-16384, 16384, 7, dtype=np.int16)
     write(tmp_path / "a.wav", values[None] / 32768, 51_200)
     assert (read_sound(tmp_path / "a.wav") * 32768).numpy().tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("second", [(44100, "mono"), (22050, "stereo")])
+def test_a_stream_may_change_its_rate_and_channels(tmp_path, second):
+    for rate, layout in ((44100, "stereo"), second):
+        with av.open(str(tmp_path / "part"), "w", format="adts") as container:
+            stream = container.add_stream("aac", rate=rate, layout=layout)
+            tone = np.tile(np.sin(np.arange(2 * rate) * 2 * np.pi * 440 / rate), (2 if layout == "stereo" else 1, 1))
+            frame = av.AudioFrame.from_ndarray(0.5 * tone.astype(np.float32), format="fltp", layout=layout)
+            frame.sample_rate = rate
+            container.mux([*stream.encode(frame), *stream.encode()])
+        with (tmp_path / "radio.aac").open("ab") as radio:
+            radio.write((tmp_path / "part").read_bytes())
+    found = read_sound(tmp_path / "radio.aac")
+    assert len(found) == pytest.approx(4 * SAMPLE_RATE, abs=0.2 * SAMPLE_RATE)
+    for half in (found[:SAMPLE_RATE], found[3 * SAMPLE_RATE : 4 * SAMPLE_RATE - 8192]):
+        spectrum = torch.fft.rfft(half).abs()
+        assert int(spectrum.argmax()) * SAMPLE_RATE / len(half) == pytest.approx(440, abs=2)
+    assert read_sound(tmp_path / "radio.aac", 3).equal(found[: 3 * SAMPLE_RATE])
+
+
+def test_tags_of_another_encoding_are_passed_over(tmp_path):
+    plain = write_sine(tmp_path / "a.wav", 48_000).read_bytes()
+    tag = "Caf\u00e9".encode("latin-1").ljust(6, b"\0")
+    tags = b"INFOIART" + struct.pack("<I", len(tag)) + tag
+    tagged = plain + b"LIST" + struct.pack("<I", len(tags)) + tags
+    (tmp_path / "b.wav").write_bytes(tagged[:4] + struct.pack("<I", len(tagged) - 8) + tagged[8:])
+    assert read_sound(tmp_path / "b.wav").equal(read_sound(tmp_path / "a.wav"))
 
 
 def test_a_films_sound_is_read(tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, T5GemmaEncoderModel
 from happyhorse_fast import optional
 from happyhorse_fast.arguments import CheckpointError, NonFiniteError
 from happyhorse_fast.pipeline import tiny as tiny_module
-from happyhorse_fast.pipeline.text import TextEncoder, text_files
+from happyhorse_fast.pipeline.text import TextEncoder, text_files, tokens_of
 
 RECORDED = load_file(Path(__file__).parent / "t5gemma_tiny_456.safetensors")
 PROMPT = 'A pony gallops; <Anna, English>: "Faster!"\nBackground Sound: <hooves>\u00e9\U0001f40e'
@@ -67,7 +67,7 @@ def test_an_embedding_is_that_of_the_library_rounded_to_float16(tiny):
     encoder = TextEncoder.load(folder)
     found = encoder.encode(PROMPT)
     bos, *numbers = AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
-    assert bos == 2 and encoder.tokens(PROMPT) == numbers
+    assert bos == 2 and tokens_of(encoder.tokenizer, PROMPT) == numbers
     assert found.shape == (1, len(numbers), 96) and found.dtype == torch.float32
     assert torch.equal(found, found.half().float()) and torch.equal(found, found.bfloat16().float()) is not False
     library = T5GemmaEncoderModel.from_pretrained(folder, is_encoder_decoder=False, dtype=torch.bfloat16)
@@ -81,7 +81,7 @@ def test_an_embedding_is_that_of_the_library_rounded_to_float16(tiny):
 
 def test_a_tokenizer_that_cuts_and_pads_does_neither(folder):
     file = folder / "tokenizer.json"
-    before = TextEncoder.load(folder).tokens(PROMPT)
+    before = tokens_of(TextEncoder.load(folder).tokenizer, PROMPT)
     settings = json.loads(file.read_text())
     settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     settings["padding"] = {
@@ -89,7 +89,7 @@ def test_a_tokenizer_that_cuts_and_pads_does_neither(folder):
         "pad_token": "<pad>",
     }  # fmt: skip
     file.write_text(json.dumps(settings))
-    assert TextEncoder.load(folder).tokens(PROMPT) == before
+    assert tokens_of(TextEncoder.load(folder).tokenizer, PROMPT) == before
 
 
 @pytest.mark.parametrize("layers", [0, 1])
@@ -120,7 +120,7 @@ def test_a_streamed_layer_is_forgotten_where_it_fails(tiny, monkeypatch):
 def test_rows_beyond_640_are_cut_off_after_encoding(tiny):
     encoder = TextEncoder.load(tiny / tiny_module.TEXT_FOLDER)
     long = "abcdefg" * 100
-    assert len(encoder.tokens(long)) == 700
+    assert len(tokens_of(encoder.tokenizer, long)) == 700
     found, short = encoder.encode(long), encoder.encode(long[:640])
     assert found.shape == short.shape == (1, 640, 96)
     assert not torch.equal(found, short)

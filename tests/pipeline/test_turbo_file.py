@@ -109,6 +109,10 @@ def damage(folder, kind):
         file.write_text("nothing of torch's")
     elif kind == "empty":
         file.write_bytes(b"")
+    elif kind == "stop":
+        file.write_bytes(b"\x80\x02.")
+    elif kind == "name":
+        file.write_bytes(file.read_bytes().replace(b"decoder.conv_in", b"decoder.\xffonv_in"))
     elif kind == "pointer":
         file.write_text("version https://git-lfs.github.com/spec/v1\n")
     elif kind == "code":
@@ -130,6 +134,8 @@ def damage(folder, kind):
         ("truncated", "340000.ckpt: truncated, or not a file of torch.save"),
         ("text", "340000.ckpt: truncated, or not a file of torch.save"),
         ("empty", "340000.ckpt: truncated, or not a file of torch.save"),
+        ("stop", "340000.ckpt: truncated, or not a file of torch.save with tensors alone: pop from empty list"),
+        ("name", "340000.ckpt: truncated, or not a file of torch.save with tensors alone: 'utf-8' codec"),
         ("pointer", "340000.ckpt: a Git LFS pointer"),
         ("code", "not a file of torch.save with tensors alone"),
         ("list", "340000.ckpt: must hold tensors by key, got list"),

@@ -121,6 +121,7 @@ def test_foreign_weights_are_refused_by_key(folder, tmp_path, tensors, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"base_dim": "4"}, r"config\.json: diffusers makes no codec of it: TypeError"),
         ({"_class_name": "AutoencoderKL"}, "_class_name must be 'AutoencoderKLWan', got 'AutoencoderKL'"),
         ({"z_dim": 16, "patch_size": None}, "z_dim must be 48, got 16; patch_size must be 2, got None"),
         ({"latents_mean": [0.0] * 16}, "latents_mean must be 48 numbers"),

@@ -17,7 +17,7 @@ from happyhorse_fast.cli import run
 from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import accelerate
-from happyhorse_fast.fast.calibration import MOST, Calibration, OpCalibration, skip_rules
+from happyhorse_fast.fast.calibration import ATTENTION, MOST, Calibration, OpCalibration, skip_rules
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.state import build_clip_state
 from happyhorse_fast.verify import calibration
@@ -82,6 +82,21 @@ def test_what_is_measured(found: Calibration) -> None:
         for name, seen in of.inputs.items():
             assert seen.largest > 2 * seen.rms > 0 and seen.saturated == 0, name
     assert found.most == MOST and not found.coarse
+
+
+@torch.no_grad()
+def test_the_bound_is_that_of_both_formats() -> None:
+    model = healthy()
+    for layer in model.block.layers:
+        layer.attention.pre_norm.weight.fill_(1e14)  # v counts from 2^63 on
+    packed = [
+        accelerate(in_dtype(model, torch.bfloat16), FastConfig(precision=p, backend="reference")) for p in ATTENTION
+    ]
+    both = [[layer.bound.effective for layer in one.block.layers] for one in packed]  # type: ignore[union-attr]
+    assert [of.bound for of in calibrated(model).ops if of.op == "attention"] == [
+        max(of) for of in zip(*both, strict=True)
+    ]
+    assert both[0][0] > both[1][0] and both[0][1] < both[1][1]
 
 
 @pytest.mark.parametrize(
