@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.measure.lost import LOST
+from bench import LOST
 from happyhorse_fast.ops.runtime import formats, self_check, trust
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 

@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 
-from bench import began
+from bench import LOST, began
 from bench.cases import TINY, TINY_SIZE
 from bench.hopper import attention_kernel, running
 from bench.inputs import BOUNDED, RUNNING
 from bench.measure.conditions import Monitor
-from bench.measure.lost import LOST, lost
 from bench.measure.random_model import Backend, random_eager, random_fast
 from bench.ops import arguments, open_results
 from bench.results import Json
@@ -39,7 +38,7 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.attention.score_bound import LIMIT
-from happyhorse_fast.ops.runtime.obstacles import BackendError
+from happyhorse_fast.ops.runtime.obstacles import BackendError, lost
 from happyhorse_fast.sampler.progress import StepInfo
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve

@@ -23,16 +23,16 @@ from pathlib import Path
 
 import torch
 
-from bench import began
+from bench import LOST, began
 from bench.cases import BLOCK_SPARSE, Case, cases, select
 from bench.hopper import impl_of
 from bench.inputs import Given, call, make
 from bench.measure.gates import problems
-from bench.measure.lost import LOST, lost
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
 from happyhorse_fast.files import replacing
 from happyhorse_fast.kernels.launch import LaunchConfig, illegal, launched_with, shared_memory_bytes, table
 from happyhorse_fast.ops.runtime.dispatch import STEMS
+from happyhorse_fast.ops.runtime.obstacles import lost
 
 CONFIGS = bootstrap.ROOT / "kernels" / "configs"
 # A candidate must be faster than the best one by more than two runs of the same configuration differ.
