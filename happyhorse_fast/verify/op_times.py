@@ -35,6 +35,20 @@ COSTED = {
 SEED = 0
 
 
+def moment(on_gpu: bool) -> Any:
+    """Now: an event on a GPU's current stream, recorded without waiting for it, else seconds of the host's clock."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def apart_ms(start: Any, end: Any) -> float:
+    """Milliseconds between two moments; events must have passed."""
+    return 1e3 * (end - start) if isinstance(start, float) else float(start.elapsed_time(end))
+
+
 class OpTimes(TorchDispatchMode):
     """Time every operation while the mode is entered: this package's by name, torch's as products, attention and other.
 
@@ -48,24 +62,17 @@ class OpTimes(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._on_gpu = device.type == "cuda"
-        self._spans: list[tuple[str, Any, Any]] = []  # name, start and end: events on a GPU, else seconds
+        self._spans: list[tuple[str, Any, Any]] = []  # name, start and end
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.is_view:
             return func(*args, **(kwargs or {}))
-        start = self._now()
+        start = moment(self._on_gpu)
         result = func(*args, **(kwargs or {}))
-        self._spans.append((group_of(func._schema.name), start, self._now()))
+        self._spans.append((group_of(func._schema.name), start, moment(self._on_gpu)))
         return result
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def seconds(self) -> dict[str, float]:
         """Seconds by op, longest first; waits for the device."""
@@ -73,7 +80,7 @@ class OpTimes(TorchDispatchMode):
             torch.cuda.synchronize()
         total: Counter[str] = Counter()
         for name, start, end in self._spans:
-            total[name] += start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
+            total[name] += apart_ms(start, end) / 1e3
         return dict(total.most_common())
 
     def calls(self) -> dict[str, int]:
