@@ -15,7 +15,7 @@ import torch
 
 from bench.cases import BLOCK_SPARSE
 from happyhorse_fast.fast.state import FastState
-from happyhorse_fast.kernels.launch import HOPPER_ARCH, LaunchConfig, config_for, launched_with, table
+from happyhorse_fast.kernels.launch import HOPPER_ARCH, config_for, launched_with, table
 from happyhorse_fast.ops.runtime.dispatch import STEMS, attention_is_hopper
 
 HOPPER, FORM = "hopper", "_hopper"
@@ -29,11 +29,6 @@ def obstacle(device: torch.device) -> str | None:
     if 10 * major + minor != HOPPER_ARCH:
         return f"needs warp-group products, sm_{HOPPER_ARCH}; this is sm_{major}{minor}"
     return None if importlib.util.find_spec("triton.experimental.gluon") else "Triton has no Gluon"
-
-
-def impl_of(config: LaunchConfig) -> str:
-    """The implementation that a configuration of attention is of."""
-    return HOPPER if config.hopper else "triton"
 
 
 def attention_kernel(state: FastState, device: torch.device) -> str:

@@ -25,7 +25,7 @@ import torch
 
 from bench import LOST, began
 from bench.cases import BLOCK_SPARSE, Case, cases, select
-from bench.hopper import impl_of
+from bench.hopper import HOPPER
 from bench.inputs import Given, call, make
 from bench.measure.gates import problems
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
@@ -107,7 +107,7 @@ def _shared(case: Case, config: LaunchConfig) -> int:
 def prepare(case: Case, arch: int, config: LaunchConfig, stopwatch: Stopwatch, *, dry: bool) -> Prepared | str:
     """A configuration that is ready to take turns, or why it does not count."""
     device = stopwatch.device
-    impl = impl_of(config)
+    impl = HOPPER if config.hopper else "triton"
     passed = {(variant(case), arch): config}
 
     def launch(given: Given) -> None:

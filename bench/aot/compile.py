@@ -79,8 +79,9 @@ def cycles_of(over_blocks: list[list[str]], products: str, constants: dict[str, 
         return None
     tile = constants["BLOCK"] * constants["D"]
     tile_bytes = {"k": tile * (2 if products == "bf16" else 1), "v": tile * (1 if products == "fp8" else 2)}
-    full = [playback.parsed(loop) for loop in over_blocks[::2]]  # between them are those over partial blocks
-    return playback.Player(full, constants["STAGES"], tile_bytes).cycles()
+    full = over_blocks[::2]  # between them are those over partial blocks
+    bodies = [[playback.Instruction.parsed(line) for line in loop] for loop in full]
+    return playback.Player(bodies, constants["STAGES"], tile_bytes).cycles()
 
 
 def main() -> None:

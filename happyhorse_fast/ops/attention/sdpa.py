@@ -61,7 +61,12 @@ def attention(
             device or value than listed; the message names it, what came and what is allowed.
     """
     require_backend(backend, ("auto", "triton", "cuda", "reference"))
-    _refuse(attn_mask, dropout_p, is_causal)
+    if attn_mask is not None:
+        raise ValueError("attn_mask must be None: a BlockMap as block_map says which keys a query sees")
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0, got {dropout_p}")
+    if is_causal:
+        raise ValueError("is_causal must be False: pass block_map, such as BlockMap.from_ranges makes")
     _check(q, k, v, enable_gqa)
     if backend == "auto":
         backend = "triton" if q.is_cuda else "reference"
@@ -82,15 +87,6 @@ def attention(
     outs, lses = ([part[i] for part in parts] for i in (0, 2))
     out = (outs[0].unsqueeze(0) if len(outs) == 1 else torch.stack(outs)).transpose(1, 2)
     return (out, torch.stack(lses)) if return_lse else out
-
-
-def _refuse(attn_mask: object, dropout_p: float, is_causal: bool) -> None:
-    if attn_mask is not None:
-        raise ValueError("attn_mask must be None: a BlockMap as block_map says which keys a query sees")
-    if dropout_p != 0:
-        raise ValueError(f"dropout_p must be 0, got {dropout_p}")
-    if is_causal:
-        raise ValueError("is_causal must be False: pass block_map, such as BlockMap.from_ranges makes")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:

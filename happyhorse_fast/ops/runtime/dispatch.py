@@ -237,24 +237,17 @@ def _failures(
         BackendError: A kernel ended this process's use of the GPU. That is remembered, and the next process goes on.
     """
     needed = {(op, f) for op, ours in formats.items() for f in ours if f in VARIANTS[backend].get(op, ())}
-    key = trust.machine_key(backend, device)
-    known = {(c.op, c.variant): c for c in trust.recall(key) if c.fault != self_check.RAISED}
-    missing = needed - known.keys()
-    if missing:
-        for check in self_check.run_checks(backend, device, fp8=True, only=missing):
-            known[check.op, check.variant] = check
-            if report is not None:
-                verdict = "passed" if check.passed else "FAILED"
-                report(f"self-check {check.op} {check.variant}: {verdict} ({check.detail}, {check.seconds:.1f} s)")
-        trust.remember(key, [check for check in known.values() if check.fault != self_check.RAISED])
-        if check.fault == self_check.LOST:
+    failed: list[tuple[str, str, str]] = []
+    for check, new in trust.checked(backend, device, needed):
+        if new and report is not None:
+            verdict = "passed" if check.passed else "FAILED"
+            report(f"self-check {check.op} {check.variant}: {verdict} ({check.detail}, {check.seconds:.1f} s)")
+        if new and check.fault == self_check.LOST:
             raise BackendError(
                 f"{backend}'s {check.op} in {check.variant} ended this process's use of {device}: {check.detail}; "
                 "restart the process: it goes on without that kernel"
             )
-    found: dict[str, str] = {}
-    for op, variant in sorted(needed & known.keys()):
-        check = known[op, variant]
-        if not check.passed:
-            found.setdefault(op, f"{backend}'s self-check failed in {variant}: {check.detail}")
-    return found
+        failed += [] if check.passed else [(check.op, check.variant, check.detail)]
+    # Of an op that fails in several formats the first by name.
+    worst = sorted(failed, reverse=True)
+    return {op: f"{backend}'s self-check failed in {variant}: {detail}" for op, variant, detail in worst}
