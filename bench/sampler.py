@@ -31,7 +31,7 @@ from bench.measure.conditions import Monitor
 from bench.measure.random_model import Backend, random_eager, random_fast
 from bench.ops import arguments, open_results
 from bench.results import Json
-from bench.sampler_runs import MODES, PUBLISHED_SECONDS, Run, chosen, runs
+from bench.sampler_runs import MODES, PUBLISHED_SECONDS, SECOND_STAGE, Run, chosen, runs
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import usable_bytes
 from happyhorse_fast.eager.model import HappyHorse
@@ -127,7 +127,11 @@ class Bench:
         each = statistics.median(times)
         # Of a capped run it would be the uncapped one's.
         counted = run.mode != "torch.compile" and run.cap_gb is None
-        breakdown = self._breakdown(model, inputs) if counted else None
+        breakdown = None
+        if counted:
+            with torch.no_grad(), OpTimes(self.device) as spent:
+                model(*inputs)
+            breakdown = {name: round(taken, 5) for name, taken in spent.seconds().items()}
         return {
             **({"attention": attention_kernel(state, self.device), "softmax": softmax_of(model)} if run.fast else {}),
             "s_per_step": each,
@@ -153,7 +157,7 @@ class Bench:
         shared: dict[str, Any] = {"steps": run.steps, "noise": noise, "callback": callback, "progress": False}
         notes: list[str] = []
         try:
-            if not run.second_stage:
+            if run.preset != SECOND_STAGE:
                 sample(model, video, audio, text, **shared)
             elif importlib.util.find_spec("diffusers"):
                 small = self._clip("256p")
@@ -175,11 +179,6 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             callback(StepInfo(step + 1, steps, 0.0, time.perf_counter() - began, None, video, audio))
-
-    def _breakdown(self, model: HappyHorse, inputs: Sequence[torch.Tensor]) -> dict[str, float]:
-        with torch.no_grad(), OpTimes(self.device) as times:
-            model(*inputs)
-        return {name: round(taken, 5) for name, taken in times.seconds().items()}
 
     def _clip(self, resolution: str, seconds: int = PUBLISHED_SECONDS) -> ClipTokens:
         if not self.tiny:

@@ -111,7 +111,8 @@ def _compare(
     if case.op in (BLOCK_SPARSE, DROP_IN):
         yield from _attention(case, given, results, rows, block)
     elif case.op == "rmsnorm_quantize":
-        exact = _normed(given, rows, block)
+        weight = given["norm_weight"][_expert(given, block)]
+        exact = rms_norm(given["hidden"][rows].double(), weight.double())
         if case.precision == "bf16":
             yield "x", results[0][rows], exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
         else:
@@ -157,10 +158,6 @@ def codes_beside(y: Tensor, exact: Tensor, scale: Tensor) -> Tensor:
 
 def _expert(given: Mapping[str, Any], block: int) -> int:
     return int(given["row_tiles"][block, 0])
-
-
-def _normed(given: Given, rows: slice, block: int) -> Tensor:
-    return rms_norm(given["hidden"][rows].double(), given["norm_weight"][_expert(given, block)].double())
 
 
 def _product(given: Given, rows: slice, block: int) -> Tensor:

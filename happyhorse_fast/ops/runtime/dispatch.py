@@ -99,7 +99,8 @@ def choose(
         obstacle = triton_obstacle(device) if backend == "triton" else cuda_obstacle(device)
         if obstacle is not None:
             raise BackendError(f"backend {backend!r} cannot run: {obstacle}")
-    own = {op: _format(op, precision, attention) for op in formats}
+    # The format that benchmark cases are named by, and PREFERENCES.
+    own = {op: attention if op in ("select_blocks", "block_sparse_attention") else precision for op in formats}
     # Found out when it is first asked for, once: a self-check takes seconds.
     why_not = functools.cache(lambda of: _obstacles(of, formats, device, report))
     choices = {}
@@ -138,11 +139,6 @@ def cuda_ops(precision: str, attention: str | None, *, mixed: bool = False) -> t
     """Ops of a model that have a CUDA kernel in every format they run in; arguments as for :func:`choose`."""
     found = {op: set(checked_formats(op, precision, attention, mixed=mixed)) for op in STEMS}
     return tuple(op for op, formats in found.items() if formats and formats <= set(VARIANTS["cuda"].get(op, ())))
-
-
-def _format(op: str, precision: str, attention: str | None) -> str:
-    """The format that a model of a precision has an op in, as benchmark cases are named; :data:`PREFERENCES` too."""
-    return (attention or precision) if op in ("select_blocks", "block_sparse_attention") else precision
 
 
 def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
