@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -66,11 +66,6 @@ def gather(layers: Sequence[nn.Module] | nn.ModuleList, index: int) -> None:
         if is_sharded(layer):
             there: Any = layer
             there.unshard(async_op=bool(ahead))
-
-
-def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of weights that this rank holds."""
-    return sum(local(x).nbytes for x in tensors)
 
 
 def local(x: Any) -> torch.Tensor:

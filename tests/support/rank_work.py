@@ -36,8 +36,13 @@ from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.memory import sharded_bytes
 from happyhorse_fast.fast.parallelize import ranks_of, spread
 from happyhorse_fast.parallel import faults
-from happyhorse_fast.parallel.sharded import held_bytes, local
+from happyhorse_fast.parallel.sharded import local
 from happyhorse_fast.pipeline import company, residency
+
+
+def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of weights that this rank holds."""
+    return sum(local(x).nbytes for x in tensors)
 
 
 def config_of(heads: int = 2, **changes: Any) -> ModelConfig:
