@@ -43,7 +43,7 @@ from happyhorse_fast.sampler.progress import StepInfo
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
-from happyhorse_fast.verify.op_times import OpTimes
+from happyhorse_fast.verify.op_times import OpTimes, random_inputs
 
 FAILED, NOT_RUN = "failed", "not run"
 SEED = 0
@@ -187,15 +187,8 @@ class Bench:
         return clip if resolution == "1080p" else clip._replace(H=clip.H // 2, W=clip.W // 2)
 
     def _inputs(self, model: HappyHorse, run: Run) -> list[torch.Tensor]:
-        clip, config = self._clip(run.resolution, run.seconds), model.config
-        text = TINY_SIZE.text if self.tiny else TEXT_TOKENS
-        shapes = (
-            (1, config.latent_channels, clip.T, clip.H, clip.W),
-            (1, clip.audio, config.audio_in_channels),
-            (1, text, config.text_in_channels),
-        )
-        generator = torch.Generator(self.device).manual_seed(SEED)
-        return [torch.randn(shape, generator=generator, device=self.device) for shape in shapes]
+        clip, text = self._clip(run.resolution, run.seconds), TINY_SIZE.text if self.tiny else TEXT_TOKENS
+        return random_inputs(model.config, clip, text, self.device)
 
     def _config(self, preset: str) -> ModelConfig:
         config = ModelConfig.preset(preset)

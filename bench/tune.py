@@ -90,12 +90,6 @@ def candidates(case: Case, arch: int) -> list[LaunchConfig]:
     return made
 
 
-def refinements(best: LaunchConfig) -> list[LaunchConfig]:
-    """Other groups of row tiles for a configuration; of attention, which has none, nothing."""
-    groups = [group for group in GROUP_M if group != best.group_m] if best.group_m else []
-    return [dataclasses.replace(best, group_m=group) for group in groups]
-
-
 def _shared(case: Case, config: LaunchConfig) -> int:
     element = 1 if case.precision in ("int8", "fp8") else 2
     if STEMS[case.op] == "attention":  # stages of k and v, and the query tile
@@ -196,7 +190,9 @@ def tune(
         if reason:
             raise RuntimeError(f"the GPU of this process is lost after {changed}: {reason}")
         if not work and not refined and limit is None:
-            work, refined = refinements(chosen or first), True
+            tuned, refined = chosen or first, True
+            groups = [group for group in GROUP_M if tuned.group_m not in (0, group)]  # attention has none
+            work = [dataclasses.replace(tuned, group_m=group) for group in groups]
     return chosen
 
 

@@ -102,11 +102,6 @@ def gpu_named(name: str) -> Gpu:
     return GPUS[name]
 
 
-def _channels(config: ModelConfig) -> dict[str, int]:
-    sizes = (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
-    return dict(zip(MODALITIES, sizes, strict=True))
-
-
 def _matrices(config: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
     """(rows, columns) of one expert's linear weights."""
     return {
@@ -270,7 +265,8 @@ def _layer(
 
 
 def _outside(config: ModelConfig, clip: ClipTokens, text: int, gpus: int) -> tuple[dict[str, float], dict[str, float]]:
-    width, channels = config.hidden_size, _channels(config)
+    width = config.hidden_size
+    channels = {m: getattr(config, f"{m}_in_channels") for m in MODALITIES}
     tokens = dict(zip(MODALITIES, (n / gpus for n in (clip.video, clip.audio, text)), strict=True))
     spans = {"embed": MODALITIES, "heads": ("video", "audio")}
     flops = {op: sum(2.0 * tokens[m] * channels[m] * width for m in spans[op]) for op in spans}

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from happyhorse_fast.arguments import require_whole
-from happyhorse_fast.config import PATCH, ModelConfig
+from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import OUTSIDE, step_costs
 from happyhorse_fast.fast.config import AttentionPrecision
 from happyhorse_fast.tokens import ClipTokens
@@ -174,6 +174,17 @@ def time_forms(
     return found
 
 
+def random_inputs(config: ModelConfig, clip: ClipTokens, text: int, device: torch.device) -> list[torch.Tensor]:
+    """Video [1, C, T, H, W], audio [1, A, Ca] and text [1, L, Ct] of a clip, standard normal, drawn on the device."""
+    shapes = (
+        (1, config.latent_channels, clip.T, clip.H, clip.W),
+        (1, clip.audio, config.audio_in_channels),
+        (1, text, config.text_in_channels),
+    )
+    draw = torch.Generator(device).manual_seed(SEED)
+    return [torch.randn(shape, generator=draw, device=device) for shape in shapes]
+
+
 def time_form(
     form: Form,
     config: ModelConfig,
@@ -186,13 +197,7 @@ def time_form(
     """One form; arguments as :func:`time_forms` takes them."""
     model = form.apply(form.eager(config, str(device)).init_weights(SEED), attention)
     state: Any = getattr(model, "fast", None)
-    draw = torch.Generator(device).manual_seed(SEED)
-    shapes = (
-        (1, config.latent_channels, clip.T // PATCH[0], clip.H, clip.W),
-        (1, clip.audio, config.audio_in_channels),
-        (1, text, config.text_in_channels),
-    )
-    inputs = [torch.randn(shape, generator=draw, device=device) for shape in shapes]
+    inputs = random_inputs(config, clip, text, device)
     passes, calls = [], {}
     with torch.no_grad():
         model(*inputs)  # compiles, and makes what depends on the clip's shape

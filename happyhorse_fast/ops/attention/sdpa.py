@@ -74,9 +74,11 @@ def attention(
     if block_map is None:
         block_map = _dense(q.shape[-2] if batched else q.shape[0], k.shape[-2] if batched else k.shape[0], q)
     # The constant, not the size: torch.compile(dynamic=True) has no number for a size, and cannot hold its root.
-    scale = HEAD_DIMS[HEAD_DIMS.index(q.shape[-1])] ** -0.5 if scale is None else _number(scale)
+    number = HEAD_DIMS[HEAD_DIMS.index(q.shape[-1])] ** -0.5 if scale is None else real_number(scale)
+    if number is None:
+        raise TypeError(f"scale must be a positive number or None, got {scale!r}")
     call = functools.partial(
-        block_sparse_attention, block_map=block_map, scale=scale, return_lse=return_lse, backend=backend
+        block_sparse_attention, block_map=block_map, scale=number, return_lse=return_lse, backend=backend
     )
     if not batched:
         out, _, lse = call(q, k, v)
@@ -116,13 +118,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
         )
     if not enable_gqa and q.shape[1] != k.shape[1]:
         raise ValueError(f"k must have q's {q.shape[1]} heads where enable_gqa is False, got {k.shape[1]}")
-
-
-def _number(scale: object) -> float:
-    number = real_number(scale)
-    if number is None:
-        raise TypeError(f"scale must be a positive number or None, got {scale!r}")
-    return number
 
 
 def _dense(queries: int, keys: int, like: Tensor) -> BlockMap:
