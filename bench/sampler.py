@@ -108,7 +108,8 @@ class Bench:
             return entry | {"note": f"{FAILED}: {type(error).__name__}: {error}"}
 
     def _measure(self, model: HappyHorse, run: Run, seconds: float) -> Json:
-        inputs = self._inputs(model, run)
+        clip, text = self._clip(run.resolution, run.seconds), TINY_SIZE.text if self.tiny else TEXT_TOKENS
+        inputs = random_inputs(model.config, clip, text, self.device)
         state: Any = model.fast if run.fast else None
         on_gpu = self.device.type == "cuda"
         if on_gpu:
@@ -185,10 +186,6 @@ class Bench:
             return tokens_for(resolution, "16:9", seconds)
         clip = TINY_SIZE.clip
         return clip if resolution == "1080p" else clip._replace(H=clip.H // 2, W=clip.W // 2)
-
-    def _inputs(self, model: HappyHorse, run: Run) -> list[torch.Tensor]:
-        clip, text = self._clip(run.resolution, run.seconds), TINY_SIZE.text if self.tiny else TEXT_TOKENS
-        return random_inputs(model.config, clip, text, self.device)
 
     def _config(self, preset: str) -> ModelConfig:
         config = ModelConfig.preset(preset)
