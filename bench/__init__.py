@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+LOST = 3
+"""Exit code of a command that stopped because the GPU is lost to its process; it may be started again for the rest."""
 STARTED = time.monotonic()
 """When this process began, torch's seconds of importing included."""
 

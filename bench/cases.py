@@ -22,6 +22,7 @@ from happyhorse_fast.fast.layer import empty_layer
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
+from happyhorse_fast.verify.op_times import COSTED
 
 FULL = ModelConfig.preset("happyhorse-1.0-15b")
 # The full model's kinds of layer and head grouping at a size that plain torch on one core runs in milliseconds.
@@ -47,16 +48,6 @@ BLOCK_SPARSE, DROP_IN = "block_sparse_attention", "attention"
 """Attention as a layer calls it, which knows how large scores can be, and as any model's tensors are given to it."""
 MASKS = ("window", "dense", "25%", "12.5%")
 """Block maps of attention; shares are of video pairs, chosen as :class:`happyhorse_fast.FastConfig`'s TopK does."""
-
-# What a case's op is called in happyhorse_fast.costs.
-_COSTED = {
-    "qkv_linear": "qkv",
-    BLOCK_SPARSE: "attention",
-    DROP_IN: "attention",
-    "proj": "proj",
-    "down": "down",
-    "fp8_linear_activation": "up",
-}
 
 
 @dataclass(frozen=True)
@@ -174,7 +165,8 @@ class Case:
     @property
     def _costed(self) -> str | None:
         """Its name in :mod:`happyhorse_fast.costs`, which leaves out norms, row codes and the choice of blocks."""
-        return None if self.op == "quantize_rows" else _COSTED.get(self.part, _COSTED.get(self.op))
+        parts = COSTED.get(self.op, (None,))
+        return self.part if self.part in parts else parts[0]
 
     @property
     def keep(self) -> int | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.measure.lost import LOST
+from bench import LOST
 from happyhorse_fast.ops.runtime import formats, self_check, trust
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 
@@ -39,32 +39,20 @@ def self_checks(device: torch.device, ops: Sequence[str], impl: str = "") -> int
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
     failed = False
     for backend in _backends(device, impl):
-        key = trust.machine_key(backend, device)
         wanted = [
             (op, variant)
             for op, variants in formats.VARIANTS[backend].items()
             for variant in variants
             if (not ops or op in ops) and (fp8 or not formats.uses_e4m3(variant))
         ]
-        known = {(c.op, c.variant): c for c in trust.recall(key) if c.fault != self_check.RAISED}
-        for place in wanted:
-            if place in known:
-                _show(backend, known[place], "remembered")
-        for check in self_check.run_checks(backend, device, fp8=fp8, only=set(wanted) - known.keys()):
-            known[check.op, check.variant] = check
-            _show(backend, check, f"{check.seconds:.1f} s")
-            # After each one: a cut forgets nothing.
-            trust.remember(key, [found for found in known.values() if found.fault != self_check.RAISED])
-            if check.fault == self_check.LOST:
+        for check, new in trust.checked(backend, device, wanted, fp8=fp8):
+            verdict, when = "passed" if check.passed else "FAILED", f"{check.seconds:.1f} s" if new else "remembered"
+            print(f"{backend} {check.op} {check.variant}: {verdict}, {check.detail}, {when}", flush=True)
+            if new and check.fault == self_check.LOST:
                 print(f"STOPPED: {backend} {check.op} {check.variant} took the GPU from this process", flush=True)
                 return LOST
-        failed |= any(place in known and not known[place].passed for place in wanted)
+            failed |= not check.passed
     return int(failed)
-
-
-def _show(backend: str, check: self_check.KernelCheck, when: str) -> None:
-    verdict = "passed" if check.passed else "FAILED"
-    print(f"{backend} {check.op} {check.variant}: {verdict}, {check.detail}, {when}", flush=True)
 
 
 def _backends(device: torch.device, impl: str) -> list[str]:

@@ -15,8 +15,8 @@ import torch
 
 from bench.cases import BLOCK_SPARSE
 from happyhorse_fast.fast.state import FastState
-from happyhorse_fast.kernels.launch import HOPPER_ARCH, LaunchConfig, config_for, launched_with, table
-from happyhorse_fast.ops.runtime.dispatch import STEMS, attention_is_hopper
+from happyhorse_fast.kernels.launch import HOPPER_ARCH, config_for, launched_with, table
+from happyhorse_fast.ops.runtime.dispatch import STEMS, attention_is_hopper, compute_capability
 
 HOPPER, FORM = "hopper", "_hopper"
 
@@ -25,15 +25,10 @@ def obstacle(device: torch.device) -> str | None:
     """Say why it cannot run there; None where it can."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "needs a GPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    if 10 * major + minor != HOPPER_ARCH:
-        return f"needs warp-group products, sm_{HOPPER_ARCH}; this is sm_{major}{minor}"
+    arch = compute_capability(device)
+    if arch != HOPPER_ARCH:
+        return f"needs warp-group products, sm_{HOPPER_ARCH}; this is sm_{arch}"
     return None if importlib.util.find_spec("triton.experimental.gluon") else "Triton has no Gluon"
-
-
-def impl_of(config: LaunchConfig) -> str:
-    """The implementation that a configuration of attention is of."""
-    return HOPPER if config.hopper else "triton"
 
 
 def attention_kernel(state: FastState, device: torch.device) -> str:

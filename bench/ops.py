@@ -23,17 +23,17 @@ from typing import Any
 
 import torch
 
-from bench import began, hopper
+from bench import LOST, began, hopper
 from bench.cases import Case, cases, select
 from bench.hopper import HOPPER
 from bench.measure.comparison import SLOW_SECONDS, Bench, Stopped, groups
 from bench.measure.conditions import Monitor
-from bench.measure.lost import LOST, lost
 from bench.measure.roofline import Peaks
 from bench.peers.registry import PEERS, split
 from bench.results import FOLDER, NOT_INTERLEAVED, Json, Results, describe_machine, path_for, ratio, refusal
 from bench.table import Table
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
+from happyhorse_fast.ops.runtime.obstacles import lost
 
 KEEP = ("none", "gates", "all")
 COLUMNS = (

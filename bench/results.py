@@ -17,13 +17,13 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from happyhorse_fast.files import replacing
+from happyhorse_fast.optional import version_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "bench" / "results"
@@ -94,7 +94,7 @@ def describe_machine(device: torch.device) -> Json:
         "gpu": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "driver": _driver() if on_gpu else "none",
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton") or "none",
         "commit": commit(),
         **({"capability": "".join(map(str, torch.cuda.get_device_capability(device)))} if on_gpu else {}),
     }
@@ -115,13 +115,6 @@ def commit() -> str:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def _driver() -> str:

@@ -23,28 +23,27 @@ from typing import Any
 
 import torch
 
-from bench import began
+from bench import LOST, began
 from bench.cases import TINY, TINY_SIZE
 from bench.hopper import attention_kernel, running
 from bench.inputs import BOUNDED, RUNNING
 from bench.measure.conditions import Monitor
-from bench.measure.lost import LOST, lost
 from bench.measure.random_model import Backend, random_eager, random_fast
 from bench.ops import arguments, open_results
 from bench.results import Json
-from bench.sampler_runs import MODES, PUBLISHED_SECONDS, Run, chosen, runs
+from bench.sampler_runs import MODES, PUBLISHED_SECONDS, SECOND_STAGE, Run, chosen, runs
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import usable_bytes
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.attention.score_bound import LIMIT
-from happyhorse_fast.ops.runtime.obstacles import BackendError
+from happyhorse_fast.ops.runtime.obstacles import BackendError, lost
 from happyhorse_fast.sampler.progress import StepInfo
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
-from happyhorse_fast.verify.op_times import OpTimes
+from happyhorse_fast.verify.op_times import OpTimes, random_inputs
 
 FAILED, NOT_RUN = "failed", "not run"
 SEED = 0
@@ -109,7 +108,8 @@ class Bench:
             return entry | {"note": f"{FAILED}: {type(error).__name__}: {error}"}
 
     def _measure(self, model: HappyHorse, run: Run, seconds: float) -> Json:
-        inputs = self._inputs(model, run)
+        clip, text = self._clip(run.resolution, run.seconds), TINY_SIZE.text if self.tiny else TEXT_TOKENS
+        inputs = random_inputs(model.config, clip, text, self.device)
         state: Any = model.fast if run.fast else None
         on_gpu = self.device.type == "cuda"
         if on_gpu:
@@ -128,7 +128,11 @@ class Bench:
         each = statistics.median(times)
         # Of a capped run it would be the uncapped one's.
         counted = run.mode != "torch.compile" and run.cap_gb is None
-        breakdown = self._breakdown(model, inputs) if counted else None
+        breakdown = None
+        if counted:
+            with torch.no_grad(), OpTimes(self.device) as spent:
+                model(*inputs)
+            breakdown = {name: round(taken, 5) for name, taken in spent.seconds().items()}
         return {
             **({"attention": attention_kernel(state, self.device), "softmax": softmax_of(model)} if run.fast else {}),
             "s_per_step": each,
@@ -154,7 +158,7 @@ class Bench:
         shared: dict[str, Any] = {"steps": run.steps, "noise": noise, "callback": callback, "progress": False}
         notes: list[str] = []
         try:
-            if not run.second_stage:
+            if run.preset != SECOND_STAGE:
                 sample(model, video, audio, text, **shared)
             elif importlib.util.find_spec("diffusers"):
                 small = self._clip("256p")
@@ -177,27 +181,11 @@ class Bench:
                 torch.cuda.synchronize(self.device)
             callback(StepInfo(step + 1, steps, 0.0, time.perf_counter() - began, None, video, audio))
 
-    def _breakdown(self, model: HappyHorse, inputs: Sequence[torch.Tensor]) -> dict[str, float]:
-        with torch.no_grad(), OpTimes(self.device) as times:
-            model(*inputs)
-        return {name: round(taken, 5) for name, taken in times.seconds().items()}
-
     def _clip(self, resolution: str, seconds: int = PUBLISHED_SECONDS) -> ClipTokens:
         if not self.tiny:
             return tokens_for(resolution, "16:9", seconds)
         clip = TINY_SIZE.clip
         return clip if resolution == "1080p" else clip._replace(H=clip.H // 2, W=clip.W // 2)
-
-    def _inputs(self, model: HappyHorse, run: Run) -> list[torch.Tensor]:
-        clip, config = self._clip(run.resolution, run.seconds), model.config
-        text = TINY_SIZE.text if self.tiny else TEXT_TOKENS
-        shapes = (
-            (1, config.latent_channels, clip.T, clip.H, clip.W),
-            (1, clip.audio, config.audio_in_channels),
-            (1, text, config.text_in_channels),
-        )
-        generator = torch.Generator(self.device).manual_seed(SEED)
-        return [torch.randn(shape, generator=generator, device=self.device) for shape in shapes]
 
     def _config(self, preset: str) -> ModelConfig:
         config = ModelConfig.preset(preset)

@@ -56,11 +56,6 @@ class Run:
         return f"{self.preset}/{self.resolution}{length}/{self.mode}/{self.mask}/{cap}"
 
     @property
-    def second_stage(self) -> bool:
-        """True for the second stage of two."""
-        return self.preset == SECOND_STAGE
-
-    @property
     def fast(self) -> FastConfig | None:
         """The model's FastConfig; None in the eager modes."""
         if not self.mode.startswith("fast"):

@@ -23,16 +23,16 @@ from pathlib import Path
 
 import torch
 
-from bench import began
+from bench import LOST, began
 from bench.cases import BLOCK_SPARSE, Case, cases, select
-from bench.hopper import impl_of
+from bench.hopper import HOPPER
 from bench.inputs import Given, call, make
 from bench.measure.gates import problems
-from bench.measure.lost import LOST, lost
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
 from happyhorse_fast.files import replacing
 from happyhorse_fast.kernels.launch import LaunchConfig, illegal, launched_with, shared_memory_bytes, table
 from happyhorse_fast.ops.runtime.dispatch import STEMS
+from happyhorse_fast.ops.runtime.obstacles import lost
 
 CONFIGS = bootstrap.ROOT / "kernels" / "configs"
 # A candidate must be faster than the best one by more than two runs of the same configuration differ.
@@ -90,12 +90,6 @@ def candidates(case: Case, arch: int) -> list[LaunchConfig]:
     return made
 
 
-def refinements(best: LaunchConfig) -> list[LaunchConfig]:
-    """Other groups of row tiles for a configuration; of attention, which has none, nothing."""
-    groups = [group for group in GROUP_M if group != best.group_m] if best.group_m else []
-    return [dataclasses.replace(best, group_m=group) for group in groups]
-
-
 def _shared(case: Case, config: LaunchConfig) -> int:
     element = 1 if case.precision in ("int8", "fp8") else 2
     if STEMS[case.op] == "attention":  # stages of k and v, and the query tile
@@ -107,7 +101,7 @@ def _shared(case: Case, config: LaunchConfig) -> int:
 def prepare(case: Case, arch: int, config: LaunchConfig, stopwatch: Stopwatch, *, dry: bool) -> Prepared | str:
     """A configuration that is ready to take turns, or why it does not count."""
     device = stopwatch.device
-    impl = impl_of(config)
+    impl = HOPPER if config.hopper else "triton"
     passed = {(variant(case), arch): config}
 
     def launch(given: Given) -> None:
@@ -196,7 +190,9 @@ def tune(
         if reason:
             raise RuntimeError(f"the GPU of this process is lost after {changed}: {reason}")
         if not work and not refined and limit is None:
-            work, refined = refinements(chosen or first), True
+            tuned, refined = chosen or first, True
+            groups = [group for group in GROUP_M if tuned.group_m not in (0, group)]  # attention has none
+            work = [dataclasses.replace(tuned, group_m=group) for group in groups]
     return chosen
 
 

@@ -67,6 +67,7 @@ def require_tensor(
     *,
     device: torch.device | None = None,
     dtypes: Sequence[torch.dtype] = (),
+    near: str = "where the model is",
 ) -> torch.Tensor:
     """Hold a tensor argument against its dtype, shape and device.
 
@@ -76,6 +77,7 @@ def require_tensor(
         shape: Allowed size per dimension: an int for exactly that, a string such as ``"T"`` for any size of at least 1.
         device: Device it must be on, or None for any.
         dtypes: Allowed ones; those of floating-point numbers by default.
+        near: What else is on that device, for the message.
 
     Returns:
         ``value``, typed as a tensor.
@@ -103,7 +105,7 @@ def require_tensor(
             where = f"in dimension {axis} ({allowed})"
             raise ValueError(f"{name} must have at least 1 element {where}, got {_listed(value.shape)}")
     if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on device {device}, where the model is; got {value.device}")
+        raise ValueError(f"{name} must be on device {device}, {near}; got {value.device}")
     return value
 
 

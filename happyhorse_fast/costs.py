@@ -265,8 +265,8 @@ def _layer(
 
 
 def _outside(config: ModelConfig, clip: ClipTokens, text: int, gpus: int) -> tuple[dict[str, float], dict[str, float]]:
-    width, sizes = config.hidden_size, (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
-    channels = dict(zip(MODALITIES, sizes, strict=True))
+    width = config.hidden_size
+    channels = {m: getattr(config, f"{m}_in_channels") for m in MODALITIES}
     tokens = dict(zip(MODALITIES, (n / gpus for n in (clip.video, clip.audio, text)), strict=True))
     spans = {"embed": MODALITIES, "heads": ("video", "audio")}
     flops = {op: sum(2.0 * tokens[m] * channels[m] * width for m in spans[op]) for op in spans}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 import sys
 
@@ -38,6 +39,14 @@ def obstacle(package: str) -> str | None:
         return f"{package} is installed but does not import: {said(error)}"
     unfit = _unfit_version(package)
     return None if unfit is None else f"{unfit}{advice}"
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of a distribution that is installed, whether it imports or not; None where it is not."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _unfit_version(package: str) -> str | None:

@@ -11,6 +11,7 @@ import argparse
 import difflib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -59,11 +60,6 @@ def compiled(triton: Path | None, only: str, jobs: int) -> tuple[list[Row], list
             return [], [f"compiling by Triton of {triton or 'this environment'} ended with {code}"]
         rows, failures = pickle.loads(file.read_bytes())
         return rows, failures
-
-
-def key_of(version: str) -> tuple[int, ...]:
-    """Return a version's numbers, to sort by."""
-    return tuple(int(part) for part in version.split("+")[0].split(".")[:3])
 
 
 def numbers(row: Row) -> list[str]:
@@ -125,7 +121,7 @@ def main() -> int:
     folders = [None, *options.also]
     of_folders = [compiled(folder, options.only, options.jobs) for folder in folders]
     rows = [row for of_folder, _ in of_folders for row in of_folder]
-    versions = sorted({row.triton for row in rows}, key=key_of, reverse=True)
+    versions = sorted({row.triton for row in rows}, key=lambda v: [*map(int, re.findall(r"\d+", v)[:3])], reverse=True)
     found = [failure for _, failures in of_folders for failure in failures]
     found += [problem for row in rows for problem in problems(row)]
     if len(versions) != len(folders):

@@ -7,6 +7,7 @@ kernel, as one expert and three do, are compiled once.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,17 +17,13 @@ import torch
 
 from bench.hopper import FORM, HOPPER, running
 from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, config_for, table
-from happyhorse_fast.ops.attention import triton as block_sparse_attention
-from happyhorse_fast.ops.block_selection import triton as select_blocks
-from happyhorse_fast.ops.linear import triton as fp8_linear
-from happyhorse_fast.ops.qkv import triton as rmsnorm_qkv
-from happyhorse_fast.ops.row_quantization import triton as quantize_rows
+from happyhorse_fast.ops.row_quantization.triton import variant_of
+from happyhorse_fast.ops.runtime.dispatch import STEMS
 from happyhorse_fast.ops.runtime.triton.device import by_pointers, pretend
 from happyhorse_fast.ops.runtime.triton.library import LAUNCHERS
 
-STEMS = tuple(module.STEM for module in (rmsnorm_qkv, quantize_rows, block_sparse_attention, fp8_linear, select_blocks))
-"""Every launch table."""
-
+for _folder in ("attention", "block_selection", "linear", "qkv"):
+    importlib.import_module(f"happyhorse_fast.ops.{_folder}.triton")  # which adds to LAUNCHERS
 ROWS, HIDDEN, HEADS_Q, HEADS_KV, HEAD_DIM = 64_256, 5120, 40, 8, 128
 """5 s at 1080p, 24 fps, padded to whole tiles; the 15B model's widths."""
 UP, DOWN, GELU = 27_392, 13_696, 20_480
@@ -45,25 +42,33 @@ class Case:
 
     Attributes:
         op: Name of the op without its namespace.
-        stem: Stem of its launch table.
         arch: Pretended compute capability.
         variants: Kernel -> the entry of the table that it is launched with.
         products: Format of its products: a key of `aot_gates.PRODUCTS`.
-        detail: What tells it from the op's other cases.
+        form: What tells it from the op's other cases.
         arguments: The launcher's, on the device "meta".
         pointers: Whether the launcher may make no descriptors, where it otherwise would.
         hopper: Whether the table is taken to ask for the Hopper kernel.
     """
 
     op: str
-    stem: str
     arch: int
     variants: dict[str, str]
     products: str
-    detail: str
+    form: str
     arguments: dict[str, Any] = field(repr=False)
     pointers: bool = False
     hopper: bool = False
+
+    @property
+    def stem(self) -> str:
+        """Stem of its launch table."""
+        return STEMS[self.op]
+
+    @property
+    def detail(self) -> str:
+        """Its form, and how it loads."""
+        return f"{self.form}, pointers" if self.pointers else self.form
 
     def __str__(self) -> str:
         """What ``--only`` is matched with."""
@@ -79,7 +84,7 @@ class Case:
 def cases() -> Iterator[Case]:
     """All cases."""
     for arch in ARCHITECTURES:
-        for make in (norms, row_codes, qkv_products, attentions, hopper_attentions, linears, selections):
+        for make in (norms, row_codes, qkv_products, attentions, linears, selections):
             yield from make(arch)
 
 
@@ -98,11 +103,6 @@ def loads(stem: str, variant: str, arch: int) -> tuple[bool, ...]:
     return (False, True) if config_for(stem, variant, arch).descriptors else (False,)
 
 
-def described(detail: str, pointers: bool) -> str:
-    """Add to a case's detail how it loads."""
-    return f"{detail}, pointers" if pointers else detail
-
-
 def norms(arch: int) -> Iterator[Case]:
     """`rmsnorm_quantize`: every output, with a branch to add and without."""
     for fmt, branch, experts in itertools.product(formats(arch), (False, True), EXPERTS):
@@ -115,17 +115,17 @@ def norms(arch: int) -> Iterator[Case]:
         }
         variants = {"rmsnorm_quantize_kernel": "rmsnorm_quantize"}
         detail = f"{fmt} out{', branch' if branch else ''}"
-        yield Case("rmsnorm_quantize", "qkv", arch, variants, "none", detail, arguments)
+        yield Case("rmsnorm_quantize", arch, variants, "none", detail, arguments)
 
 
 def row_codes(arch: int) -> Iterator[Case]:
     """`quantize_rows`: every width of the table, the model's where it has one, as they are and through a Hadamard."""
     for channels, through in itertools.product((4096, HIDDEN, DOWN, GELU), (False, True)):
         arguments = {"x": meta(ROWS, channels, dtype=BF16), "hadamard": through}
-        variants = {"quantize_rows_kernel": quantize_rows.variant_of(channels)}
+        variants = {"quantize_rows_kernel": variant_of(channels)}
         detail = f"{channels} channels{', Hadamard' if through else ''}"
         products = "bf16" if through else "none"
-        yield Case("quantize_rows", "row_quantization", arch, variants, products, detail, arguments)
+        yield Case("quantize_rows", arch, variants, products, detail, arguments)
 
 
 def qkv_products(arch: int) -> Iterator[Case]:
@@ -148,60 +148,48 @@ def qkv_products(arch: int) -> Iterator[Case]:
         }
         variant = f"qkv_{fmt}"
         for pointers in loads("qkv", variant, arch):
-            detail = described(f"{fmt}, {out} out", pointers)
-            variants = {"qkv_linear_kernel": variant}
-            yield Case("qkv_linear", "qkv", arch, variants, fmt, detail, arguments, pointers)
+            form, variants = f"{fmt}, {out} out", {"qkv_linear_kernel": variant}
+            yield Case("qkv_linear", arch, variants, fmt, form, arguments, pointers)
 
 
 def attentions(arch: int) -> Iterator[Case]:
     """`block_sparse_attention`: formats, forms of the softmax, head dims, both ways to load; bf16 also with a flag.
 
-    With what the model asks for, and with all. A case with a flag launches both forms.
+    In the plain kernel and in the Hopper kernel, with what the model asks for, and with all. A case with a flag
+    launches both forms, beside the Hopper kernel's the plain one.
     """
-    op, stem = "block_sparse_attention", "attention"
-    for fmt, d, bounded in itertools.product(("bf16", "fp8", "int8_qk"), HEAD_DIMS, (False, True)):
-        variant = f"{fmt}_d{d}"
-        if (bounded and fmt == "fp8") or str(arch) not in table(stem)[variant]:
+    kernel = "block_sparse_attention_kernel"
+    for hopper, fmt, d, bounded in itertools.product(
+        (False, True), ("bf16", "fp8", "int8_qk"), HEAD_DIMS, (False, True)
+    ):
+        plain = f"{fmt}_d{d}"
+        variant = f"{plain}{FORM}" if hopper else plain
+        # e4m3 has a running maximum, the others in the Hopper kernel none.
+        forms = (fmt != "fp8",) if hopper or fmt == "fp8" else (False, True)
+        if bounded not in forms or str(arch) not in table("attention").get(variant, {}):
             continue
-        ways, to_fp8 = loads(stem, variant, arch), arch >= FP8_SINCE
+        ways, to_fp8 = loads("attention", plain, arch), arch >= FP8_SINCE
+        if hopper:
+            ways, to_fp8 = (False,), fmt != "bf16"
         wishes = [(1, False, False, False), (1, to_fp8, True, False)]
         if d == HEAD_DIM:
             wishes.append((HEADS_KV, to_fp8, False, False))
         if fmt == "bf16" and bounded:
-            wishes += [(1, False, False, True), (1, False, True, True)]
+            wishes += [(1, False, lse, True) for lse in ((False,) if hopper else (False, True))]
         for pointers, (map_heads, fp8_out, lse, flag) in itertools.product(ways, wishes):
             arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse, bounded)
             # Where a table has descriptors, a bounded softmax and e4m3 with an LSE still read through pointers.
             strided = pointers or (True in ways and lse and (bounded or fmt == "fp8"))
-            variants = {"block_sparse_attention_kernel": f"{variant}_strided" if strided else variant}
-            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE' if lse else ''}"
-            detail += f", {map_heads} maps" if map_heads > 1 else ""
+            variants = {kernel: f"{plain}_strided" if strided else plain}
+            if hopper:
+                variants = {"block_sparse_attention_hopper_kernel": variant}
+            form = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE' if lse else ''}"
+            form += f", {map_heads} maps" if map_heads > 1 else ""
             if flag:
-                variants["block_sparse_attention_kernel running"] = f"{variant}_strided" if pointers else variant
-                arguments, detail = arguments | {"flag": meta(1, dtype=I32)}, f"{detail}, flag"
-            yield Case(op, stem, arch, variants, fmt, described(detail, pointers), arguments, pointers)
-
-
-def hopper_attentions(arch: int) -> Iterator[Case]:
-    """The same op in the Hopper kernel; bf16 also with a flag, where the plain kernel is launched beside it."""
-    op, stem = "block_sparse_attention", "attention"
-    for fmt, d in itertools.product(("bf16", "int8_qk", "fp8"), HEAD_DIMS):
-        variant = f"{fmt}_d{d}"
-        if str(arch) not in table(stem).get(f"{variant}{FORM}", {}):
-            continue
-        wishes = [(1, False, False), (1, fmt != "bf16", True)]
-        if d == HEAD_DIM:
-            wishes.append((HEADS_KV, fmt != "bf16", False))
-        for map_heads, fp8_out, lse in wishes:
-            arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse, fmt != "fp8")
-            detail = f"{fmt}, D {d}, {'fp8' if fp8_out else 'bf16'} out{', LSE' if lse else ''}"
-            detail += f", {map_heads} maps" if map_heads > 1 else ""
-            variants = {"block_sparse_attention_hopper_kernel": f"{variant}{FORM}"}
-            yield Case(op, stem, arch, variants, fmt, f"{detail}, hopper", arguments, hopper=True)
-            if fmt == "bf16" and map_heads == 1 and not lse:
-                variants = variants | {"block_sparse_attention_kernel": variant}
-                arguments = arguments | {"flag": meta(1, dtype=I32)}
-                yield Case(op, stem, arch, variants, fmt, f"{detail}, flag, hopper", arguments, hopper=True)
+                variants[kernel if hopper else f"{kernel} running"] = f"{plain}_strided" if pointers else plain
+                arguments, form = arguments | {"flag": meta(1, dtype=I32)}, f"{form}, flag"
+            form += ", hopper" if hopper else ""
+            yield Case("block_sparse_attention", arch, variants, fmt, form, arguments, pointers, hopper)
 
 
 def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bool, bounded: bool) -> dict[str, Any]:
@@ -269,8 +257,7 @@ def linears(arch: int) -> Iterator[Case]:
             elif epilogue == "residual":
                 op, arguments = "fp8_linear_residual", arguments | {"hidden": meta(ROWS, features)}
             detail = f"{fmt}{scales}, {epilogue}, {out} out{f', K {inputs}' if inputs != HIDDEN else ''}"
-            variants = {"fp8_linear_kernel": variant}
-            yield Case(op, "linear", arch, variants, fmt, described(detail, pointers), arguments, pointers)
+            yield Case(op, arch, {"fp8_linear_kernel": variant}, fmt, detail, arguments, pointers)
 
 
 def selections(arch: int) -> Iterator[Case]:
@@ -303,4 +290,4 @@ def selections(arch: int) -> Iterator[Case]:
             "order_rows_kernel": "order",
         }
         detail = f"{fmt}, {blocks} blocks, by {'number' if keep else 'mass'}, {'mean' if mean else 'max'}"
-        yield Case("select_blocks", "block_selection", arch, variants, "none", detail, arguments)
+        yield Case("select_blocks", arch, variants, "none", detail, arguments)

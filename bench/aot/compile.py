@@ -63,24 +63,20 @@ def order_of(code: str, products: str, constants: dict[str, Any]) -> Order:
     """In which order the instructions of the Hopper kernel's listing stand, and the cycles of a step."""
     loops = disassembly.loops(code)
     over_blocks = [loop for loop in loops if sum("MUFU.EX2" in line for line in loop) >= EXPONENTS]
+    cycles, tile = None, constants["BLOCK"] * constants["D"]
+    if constants["D"] == HEAD_DIM:  # no timed model has smaller heads
+        full = over_blocks[::2]  # between them are those over partial blocks
+        bodies = [[playback.Instruction.parsed(line) for line in loop] for loop in full]
+        tile_bytes = {"k": tile * (2 if products == "bf16" else 1), "v": tile * (1 if products == "fp8" else 2)}
+        cycles = playback.Player(bodies, constants["STAGES"], tile_bytes).cycles()
     return Order(
         exponents=disassembly.exponents_beside_products(code),
         turns=disassembly.turns(over_blocks, (TURNS.value, TURNS.value + 1), GROUP_THREADS),
         barriers=disassembly.named_barriers(code),
         step=min(map(len, over_blocks), default=0),
         overwritten=disassembly.overwritten(loops),
-        cycles=cycles_of(over_blocks, products, constants),
+        cycles=cycles,
     )
-
-
-def cycles_of(over_blocks: list[list[str]], products: str, constants: dict[str, Any]) -> float | None:
-    """Cycles of a step over full blocks, played through; None for heads that no timed model has."""
-    if constants["D"] < HEAD_DIM:
-        return None
-    tile = constants["BLOCK"] * constants["D"]
-    tile_bytes = {"k": tile * (2 if products == "bf16" else 1), "v": tile * (1 if products == "fp8" else 2)}
-    full = [playback.parsed(loop) for loop in over_blocks[::2]]  # between them are those over partial blocks
-    return playback.Player(full, constants["STAGES"], tile_bytes).cycles()
 
 
 def main() -> None:

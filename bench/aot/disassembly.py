@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
 # N of a product of m64nNkK, the first register of its sums, and that of its left operand where that is in registers.
@@ -106,18 +105,8 @@ def exponents_beside_products(code: str) -> list[int]:
     return found
 
 
-class Turn(NamedTuple):
-    """A warp group's step, from the wait for its turn on.
-
-    Attributes:
-        before: Products before it passes its turn.
-        behind: Products after that.
-        passes: How often it passes.
-    """
-
-    before: int
-    behind: int
-    passes: int
+Turn = tuple[int, int, int]
+"""A warp group's step, from the wait for its turn on: products before it passes it, products after, times it passes."""
 
 
 def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: int) -> list[Turn]:
@@ -141,7 +130,7 @@ def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: i
             if (passed := arrive.search(line)) is not None:
                 passes += int(passed[1], 16) in numbers and int(passed[1], 16) != own
             counts[passes > 0] += "GMMA" in line
-        found.append(Turn(counts[0], counts[1], passes))
+        found.append((counts[0], counts[1], passes))
     return found
 
 

@@ -132,11 +132,6 @@ class Instruction:
         return (int(found[1]) / 2, found[2] == "R") if found else None
 
 
-def parsed(loop: Sequence[str]) -> list[Instruction]:
-    """A loop of a listing, as :func:`disassembly.loops` gives it."""
-    return [Instruction.parsed(line) for line in loop]
-
-
 @dataclass
 class Warp:
     """A warp of a group, and where it is."""

@@ -27,10 +27,9 @@ from unittest import mock
 import torch
 
 import bench
-from bench import targets
+from bench import LOST, targets
 from bench.gpu import archive
 from bench.gpu.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
-from bench.measure.lost import LOST
 from bench.prime import file as primed
 from bench.results import COMMIT_VARIABLE, FOLDER, Results, describe_machine, path_for
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure.lost import LOST, lost
+from bench import LOST
+from happyhorse_fast.ops.runtime.obstacles import lost
 
 MOST_CHARACTERS = 4000
 

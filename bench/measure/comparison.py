@@ -19,11 +19,11 @@ from bench.hopper import HOPPER
 from bench.inputs import Given, call, make, moved_bytes, softmax
 from bench.measure import gates, roofline
 from bench.measure.conditions import Monitor
-from bench.measure.lost import lost
 from bench.measure.timing import Failed, Prepared, Stopwatch, Timing
 from bench.peers.peer import Inputs, Peer
 from bench.results import Json
 from happyhorse_fast.ops.runtime.formats import VARIANTS
+from happyhorse_fast.ops.runtime.obstacles import lost
 
 SETS = 2
 """Sets of inputs that calls rotate through."""

@@ -25,6 +25,8 @@ from happyhorse_fast.checkpoint.stream import is_finite
 from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.ops import select_blocks
 from happyhorse_fast.ops.linear.contract import ACTIVATIONS
+from happyhorse_fast.ops.qkv.contract import RESULTS
+from happyhorse_fast.ops.qkv.reference import epilogue
 from happyhorse_fast.ops.quantize import dequantize, hadamard, to_e4m3, token_order
 
 # An e4m3 output is 3.5e-4 from the exact value by its own rounding, whatever its scale (docs/OPS.md, number formats); a
@@ -112,7 +114,8 @@ def _compare(
     if case.op in (BLOCK_SPARSE, DROP_IN):
         yield from _attention(case, given, results, rows, block)
     elif case.op == "rmsnorm_quantize":
-        exact = _normed(given, rows, block)
+        weight = given["norm_weight"][_expert(given, block)]
+        exact = rms_norm(given["hidden"][rows].double(), weight.double())
         if case.precision == "bf16":
             yield "x", results[0][rows], exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
         else:
@@ -177,10 +180,6 @@ def _expert(given: Mapping[str, Any], block: int) -> int:
     return int(given["row_tiles"][block, 0])
 
 
-def _normed(given: Given, rows: slice, block: int) -> Tensor:
-    return rms_norm(given["hidden"][rows].double(), given["norm_weight"][_expert(given, block)].double())
-
-
 def _product(given: Given, rows: slice, block: int) -> Tensor:
     """x . weight of one block's expert in float64, [rows, F]."""
     expert = _expert(given, block)
@@ -201,17 +200,12 @@ def _product(given: Given, rows: slice, block: int) -> Tensor:
 
 
 def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, block: int) -> Iterator[Compared]:
-    heads_q, heads_kv, d = case.plan.num_heads_q, case.plan.num_heads_kv, case.plan.head_dim
     expert = _expert(given, block)
-    heads = _product(given, rows, block).unflatten(1, (-1, d))
-    q, k, v, gates = heads.split([heads_q, heads_kv, heads_kv, heads.shape[1] - heads_q - 2 * heads_kv], dim=1)
-    cos, sin = given["cos_sin"][rows].double()[:, None].chunk(2, dim=2)
-    exact = {"v": v, "gate": gates.flatten(1)[:, :heads_q].sigmoid()}
-    for which, (name, value) in enumerate((("q", q), ("k", k))):
-        value = rms_norm(value, given["qk_norm"][expert, which].double())
-        a, b = value[..., 0::2], value[..., 1::2]
-        exact[name] = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    out = dict(zip(("q", "k", "v", "q_scale", "k_scale", "v_scale", "gate"), results, strict=True))
+    qk_norm, cos_sin = given["qk_norm"][expert].double(), given["cos_sin"][rows].double()
+    heads = case.plan.num_heads_q, case.plan.num_heads_kv
+    q, k, v, gate = epilogue(_product(given, rows, block), qk_norm, cos_sin, *heads)
+    exact = {"v": v, "gate": gate, "q": q, "k": k}
+    out = dict(zip(RESULTS, results, strict=True))
     if case.precision == "bf16":
         for name, value in exact.items():
             yield name, out[name][rows], value, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from bench.inputs import CODE_SPREAD
 from happyhorse_fast.config import ModelConfig
@@ -73,18 +72,14 @@ def _fill(layer: FastLayer, generator: torch.Generator) -> None:
         if name.endswith("_weight"):
             inputs = value.shape[-1]
             if value.dtype in SPREAD:
-                _fill_codes(value, generator)
-                buffers[name.replace("_weight", "_scale")].fill_(inputs**-0.5 / SPREAD[value.dtype])
+                spread = SPREAD[value.dtype]
+                for part in value.view(-1).split(CHUNK):
+                    drawn = torch.empty(part.shape, dtype=torch.bfloat16, device=part.device)
+                    part.copy_(drawn.normal_(0.0, spread, generator=generator).clamp_(-4 * spread, 4 * spread))
+                buffers[name.replace("_weight", "_scale")].fill_(inputs**-0.5 / spread)
             else:
                 value.normal_(0.0, inputs**-0.5, generator=generator)
         elif name.endswith("_norm"):
             value.normal_(0.0, 0.2, generator=generator)
     layer.qk_scale.copy_(static_qk_scale(layer.qk_norm))
     layer.find_bound()
-
-
-def _fill_codes(codes: Tensor, generator: torch.Generator) -> None:
-    for part in codes.view(-1).split(CHUNK):
-        drawn = torch.empty(part.shape, dtype=torch.bfloat16, device=part.device)
-        spread = SPREAD[codes.dtype]
-        part.copy_(drawn.normal_(0.0, spread, generator=generator).clamp_(-4 * spread, 4 * spread))

@@ -14,8 +14,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from happyhorse_fast.verify.op_times import apart_ms, moment
 
 Call = Callable[[], object]
 
@@ -140,8 +143,8 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
+        self.device, self.on_gpu = device, device.type == "cuda"
+        if self.on_gpu:
             size = max(FLUSH_BYTES, 2 * int(torch.cuda.get_device_properties(device).L2_cache_size))
         else:
             size = CPU_FLUSH_BYTES
@@ -157,18 +160,12 @@ class Stopwatch:
         """
         if not calls:
             raise ValueError("calls must hold at least one call, got none")
-        if self.device.type != "cuda":
-            if dry:
-                return Prepared(calls, "cpu", 0.0)
-            for call in calls:
-                call()
-            start = time.perf_counter()
-            calls[0]()
-            return Prepared(calls, "cpu", 1e3 * (time.perf_counter() - start))
+        if dry and not self.on_gpu:
+            return Prepared(calls, "cpu", 0.0)
         for call in calls:
             call()
-        about, clock = self._about_ms(calls), "events"
-        if graph and about < GRAPH_BELOW_MS:
+        about, clock = self._about_ms(calls), "events" if self.on_gpu else "cpu"
+        if graph and self.on_gpu and about < GRAPH_BELOW_MS:
             graphs = _captured(calls)
             if graphs is not None:
                 calls, clock, about = graphs, "graph", self._about_ms(graphs)
@@ -190,14 +187,12 @@ class Stopwatch:
         round_ms = sum(self._turn_ms(prepared) for prepared in contestants.values())
         rounds = min(MOST, max(FEWEST, math.ceil(1e3 * seconds / max(round_ms, 1e-3))))
         warm_rounds = min(MOST, math.ceil(1e3 * warm / max(round_ms, 1e-3)))
-        on_gpu = self.device.type == "cuda"
-        take = self._device_rounds if on_gpu else self._host_rounds
-        if not on_gpu and not seconds:
+        if not self.on_gpu and not seconds:
             rounds, warm_rounds = 1, 0
         if warm_rounds:
-            take(contestants, range(warm_rounds))
+            self._rounds(contestants, range(warm_rounds))
         began = time.monotonic()
-        times = take(contestants, range(warm_rounds, warm_rounds + rounds))
+        times = self._rounds(contestants, range(warm_rounds, warm_rounds + rounds))
         timings = {name: Timing(tuple(taken), contestants[name].clock) for name, taken in times.items()}
         return Span(uuid.uuid4().hex[:12], timings, began, time.monotonic())
 
@@ -208,7 +203,7 @@ class Stopwatch:
             Failed: A contestant raised.
         """
         whole = seconds * len(contestants)
-        if self.device.type != "cuda":
+        if not self.on_gpu:
             return self.interleave(contestants, seconds=whole, warm=0.0)
         return self.interleave(contestants, seconds=max(SPAN_SECONDS, whole))
 
@@ -221,36 +216,26 @@ class Stopwatch:
         self._flush.sum(dtype=torch.int32)
 
     def _turn_ms(self, prepared: Prepared) -> float:
-        return prepared.about_ms + (FLUSH_MS if self.device.type == "cuda" else 0.0)
+        return prepared.about_ms + (FLUSH_MS if self.on_gpu else 0.0)
 
     def _about_ms(self, calls: Sequence[Call]) -> float:
-        return min(self._device_rounds({"": Prepared(calls, "events", 0.0)}, range(PILOT))[""])
+        return min(self._rounds({"": Prepared(calls, "", 0.0)}, range(PILOT))[""])
 
-    def _device_rounds(self, contestants: Mapping[str, Prepared], rounds: range) -> dict[str, list[float]]:
-        """Events around every call, with nothing waited for before the last: the queue hides the host's time."""
-        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in contestants}
-        for _ in range(HEAD_START):
+    def _rounds(self, contestants: Mapping[str, Prepared], rounds: range) -> dict[str, list[float]]:
+        """Times of every call; of a GPU nothing is waited for before the last: the queue hides the host's time."""
+        taken: dict[str, list[tuple[Any, Any]]] = {name: [] for name in contestants}
+        for _ in range(HEAD_START if self.on_gpu else 0):
             self.flush()
         end = None
         for i, (name, prepared) in itertools.product(rounds, contestants.items()):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.flush()
-            start.record()
+            start = moment(self.on_gpu)
             _run(name, prepared.calls[i % len(prepared.calls)])
-            end.record()
-            events[name].append((start, end))
-        if end is not None:
+            end = moment(self.on_gpu)
+            taken[name].append((start, end))
+        if self.on_gpu and end is not None:
             end.synchronize()
-        return {name: [start.elapsed_time(end) for start, end in found] for name, found in events.items()}
-
-    def _host_rounds(self, contestants: Mapping[str, Prepared], rounds: range) -> dict[str, list[float]]:
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for i, (name, prepared) in itertools.product(rounds, contestants.items()):
-            self.flush()
-            start = time.perf_counter()
-            _run(name, prepared.calls[i % len(prepared.calls)])
-            times[name].append(1e3 * (time.perf_counter() - start))
-        return times
+        return {name: [apart_ms(*one) for one in found] for name, found in taken.items()}
 
 
 def _run(name: str, call: Call) -> None:

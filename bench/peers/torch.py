@@ -44,25 +44,17 @@ def eager(
     if case.op == "select_blocks":
         return lambda: select_blocks(given["q"], given["k"], given["selector"], keep=given["keep"], backend="reference")
     if case.op == "rmsnorm_quantize":
-        function = built(_norm)
+        function = built(lambda hidden, weight: rms_norm(hidden, weight).bfloat16())
         return lambda: function(given["hidden"], given["norm_weight"][0])
     parts = [(expert, slice(first, end)) for expert, first, end in joined(given["row_tiles"].tolist())]
     if case.op == "qkv_linear":
         return _qkv(given, parts, built)
     if case.op == "fp8_linear_residual":
-        function = built(_add_product)
+        function = built(lambda hidden, x, weight: hidden.add_(linear(x, weight)))
         return lambda: [function(given["hidden"][rows], given["x"][rows], given["weight"][e]) for e, rows in parts]
     activation = ACTIVATIONS[given["activation"]][0]
     function = built(lambda x, weight: activation(linear(x, weight).float()).bfloat16())
     return lambda: [function(given["x"][rows], given["weight"][e]) for e, rows in parts]
-
-
-def _norm(hidden: Tensor, weight: Tensor) -> Tensor:
-    return rms_norm(hidden, weight).bfloat16()
-
-
-def _add_product(hidden: Tensor, x: Tensor, weight: Tensor) -> None:
-    hidden += linear(x, weight)
 
 
 def _qkv(given: Given, parts: list[tuple[int, slice]], built: Callable[..., Callable[..., object]]) -> Function:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import torch
 from matplotlib.figure import Figure
 
+from bench.cases import FULL_SIZES
 from bench.report.style import FAINT, INK, blank_figure
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
-from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.eager.rotary import apply_rotary, frequency_bands, rotary_phases
 from happyhorse_fast.eager.sequence import Clip, coordinates
-from happyhorse_fast.tokens import TEXT_TOKENS, tokens_for
 
-CONFIG = ModelConfig.preset("happyhorse-1.0-15b")
-CLIP = tokens_for("1080p")
+SIZE = FULL_SIZES[0]
+CONFIG = SIZE.config
 
 
 def block_maps() -> Figure:
     """The trained window, a quarter of the video blocks by pooled score, and 3D tiles; one clip of 1080p, 5 s."""
-    grid = Clip(CLIP.T // PATCH[0], CLIP.H // PATCH[1], CLIP.W // PATCH[2], CLIP.audio, TEXT_TOKENS)
+    grid = SIZE.grid
     layout = Layout(grid.frames, grid.frame_tokens, grid.audio, grid.text, align_frames=True, align_modalities=True)
     dense = BlockMap.frame_window(layout, None)
     video_blocks = -(-layout.audio_start // BLOCK)

@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.cases import cases
 from bench.measure.roofline import MEASURED, Peaks
+from bench.peers.registry import PEERS
 from bench.results import FOLDER, ROOT, Json, merged, read
 from bench.sampler_runs import EXACT, SECOND_STAGE
 
@@ -62,7 +64,7 @@ def load(gpus: Path = FOLDER) -> Report:
 
 
 def gpu_results(folder: Path) -> dict[Path, Json]:
-    """As :attr:`Report.gpu`, of the files below a folder.
+    """As :attr:`Report.gpu`, of the files below a folder, without what is told of cases and peers that are gone.
 
     Raises:
         ResultError: A file does not fit its format.
@@ -74,6 +76,11 @@ def gpu_results(folder: Path) -> dict[Path, Json]:
         if data["gpu"] != "cpu":  # a CPU's speed is nobody's question
             of_gpu.setdefault(data["gpu"], {})[path] = data
     gpu = {list(runs)[-1]: merged(list(runs.values())) for runs in of_gpu.values()}
+    known = {case.name for scope in ("tiny", "small", "full") for case in cases(scope)}
+    contestants = {*KERNELS, *(peer.name for peer in PEERS)}
+    for data in gpu.values():
+        data["entries"] = [entry for entry in data["entries"] if entry["case"] in known]
+        data["absent"] = {what: why for what, why in data["absent"].items() if what.partition(" on ")[0] in contestants}
     return dict(sorted(gpu.items(), key=lambda item: item[0].name))
 
 

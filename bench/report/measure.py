@@ -155,23 +155,14 @@ def _launches(precision: Any, sparsity: TopK | None) -> Json:
     }
 
 
-def measure_fidelity_of_pony() -> Json:
-    """Clips of held-out prompts under every policy, against float32's."""
-    found = measure_fidelity(policies(), PONY_CLIPS, progress=print)
-    return {**describe_machine(torch.device("cpu")), **plain(found)}
-
-
-def measure_calibration_of_pony() -> Json:
-    """Ranges of its activations over one clip, and the error of every op in every format."""
-    clip = (CLIP.frames, CLIP.rows, CLIP.columns)
-    found = calibrate(load_model(torch.bfloat16), 1, grid=clip, text=CLIP.text, report=print, progress=False)
-    return {**describe_machine(torch.device("cpu")), "weights": weights_digest(), **plain(found)}
-
-
 def measure_pony() -> None:
     """Fidelity, ranges of activations, and how often clips are right; the contact sheets with it."""
-    write(FIDELITY, measure_fidelity_of_pony())
-    write(CALIBRATION, measure_calibration_of_pony())
+    header = describe_machine(torch.device("cpu"))
+    found = measure_fidelity(policies(), PONY_CLIPS, progress=print)
+    write(FIDELITY, header | plain(found))
+    clip = (CLIP.frames, CLIP.rows, CLIP.columns)
+    ranges = calibrate(load_model(torch.bfloat16), 1, grid=clip, text=CLIP.text, report=print, progress=False)
+    write(CALIBRATION, header | {"weights": weights_digest()} | plain(ranges))
     results = EVALUATE.parent / "results"
     for extra in ([], ["--image"]):
         folder = results / "image" if extra else results

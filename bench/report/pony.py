@@ -144,15 +144,11 @@ def section(report: Report) -> list[str]:
     ]
 
 
-def own_tables(report: Report) -> list[Table]:
-    """The pony's tables of its own README and of the page."""
-    return [rates_table(report.rates), fidelity_table(report.fidelity), settings_table(report.fidelity)]
-
-
 def own_section(report: Report) -> str:
     """The generated part of the pony's own README."""
     pictures = (
         "![What precision and sparsity cost each clip](../../docs/report/fidelity.png)",
         "![Ranges of activations, and what ops lose in each format](../../docs/report/activations.png)",
     )
-    return "\n\n".join([*(table.markdown() for table in own_tables(report)), *pictures])
+    tables = (rates_table(report.rates), fidelity_table(report.fidelity), settings_table(report.fidelity))
+    return "\n\n".join([*(table.markdown() for table in tables), *pictures])

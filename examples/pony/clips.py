@@ -10,8 +10,14 @@ from world import draw_scene, render_audio, render_video
 
 from happyhorse_fast.pony import codec as codecs
 from happyhorse_fast.pony.generate import AUDIO_SHAPE, VIDEO_SHAPE
-from happyhorse_fast.pony.prompt import TEXT_CHANNELS, TEXT_TOKENS, encode_text, training_prompts
+from happyhorse_fast.pony.prompt import TEXT_CHANNELS, TEXT_TOKENS, Prompt, all_prompts, encode_text, held_out_prompts
 from happyhorse_fast.pony.weights import load_codecs
+
+
+def training_prompts() -> list[Prompt]:
+    """List the prompts that are trained on, in the order of :func:`all_prompts`."""
+    held_out = set(held_out_prompts())
+    return [prompt for prompt in all_prompts() if prompt not in held_out]
 
 
 class Clips:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -53,11 +52,11 @@ def examine() -> dict[str, Any]:
         },
         "gpus": gpus,
         "driver": _driver(),
-        "triton": _version("triton"),
+        "triton": optional.version_of("triton"),
         "nvcc": _nvcc(),
-        "cuda_bindings": _version("cuda-bindings"),
+        "cuda_bindings": optional.version_of("cuda-bindings"),
         "cuda": cuda,
-        "optional": {name: _version(name) for name in _OPTIONAL},
+        "optional": {name: optional.version_of(name) for name in _OPTIONAL},
         "runs": [
             *_what_runs(gpus),
             {"what": "CUDA kernels", "runs": cuda["obstacle"] is None, "why": status.summary(cuda)},
@@ -68,13 +67,6 @@ def examine() -> dict[str, Any]:
             },
         ],
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _gpus() -> list[dict[str, Any]]:

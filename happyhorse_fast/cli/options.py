@@ -31,6 +31,12 @@ ShardOption = Annotated[
 ]
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def read_config(path: Path | None) -> ModelConfig | None:
     """Read a configuration from a JSON file of :meth:`ModelConfig.to_dict`.
 

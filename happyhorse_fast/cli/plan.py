@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from happyhorse_fast.cli.options import is_given
 from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import CARDS, GPUS, OUTSIDE, OpCost, cards_for, gpu_named, step_costs, totals
@@ -72,8 +73,7 @@ def plan(
     With --pipeline: memory and floor time of every stage from a prompt to an mp4, and what fits which card.
     """
     for name in _ONE_MODEL if pipeline else _WHOLE_PATH:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if is_given(context, name):
             option = f"--{name.replace('_', '-')}"
             if not pipeline:
                 raise ValueError(f"{option} must come with --pipeline, got none")

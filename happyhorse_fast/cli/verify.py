@@ -16,6 +16,7 @@ from happyhorse_fast.cli.options import (
     ConfigOption,
     DeviceOption,
     PresetOption,
+    is_given,
     read_config,
     usable_device,
 )
@@ -125,8 +126,7 @@ def verify(
     """
     there = {_FAST: fast, _PONY: pony, _CALIBRATE: calibrate is not None, _CHECKPOINT: checkpoint is not None}
     for name, modes in _BELONGS.items():
-        source = context.get_parameter_source(name)
-        if not any(there[mode] for mode in modes) and source is not None and source.name == "COMMANDLINE":
+        if not any(there[mode] for mode in modes) and is_given(context, name):
             raise ValueError(f"--{name.replace('_', '-')} must come with {' or '.join(modes)}, got none")
     if device not in ("auto", "cpu") and not (fast or kernels or checkpoint is not None):
         raise ValueError(f"--device must be left out, got {device!r}: the recorded cases and --pony run on the CPU")

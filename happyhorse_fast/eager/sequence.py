@@ -135,10 +135,9 @@ def pack_tokens(video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor) ->
     return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts])
 
 
-def modality_of_tokens(clip: Clip, device: torch.device | None = None) -> torch.Tensor:
+def modality_of_tokens(clip: Clip) -> torch.Tensor:
     """[N] int64: 0 video, 1 audio, 2 text."""
-    sizes = torch.tensor([clip.video, clip.audio, clip.text], device=device)
-    return torch.repeat_interleave(torch.arange(3, device=device), sizes, output_size=clip.total)
+    return torch.arange(3).repeat_interleave(torch.tensor([clip.video, clip.audio, clip.text]))
 
 
 @ambient.independent

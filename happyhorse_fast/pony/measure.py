@@ -35,8 +35,6 @@ MIN_RISE = 8.0
 REACH = 14.0
 """Pixels from the floor within which a turning point is an impact and not a flaw of the motion."""
 SYNC_FRAMES = 2.0
-RATES = ("colour", "size", "bounces", "sync", "pitch", "place", "all")
-"""Criteria that a clip is judged by."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +90,6 @@ def judge(prompt: Prompt, found: Measured) -> dict[str, bool]:
         "place": found.place is not None and prompt.place in (None, found.place),
     }
     return right | {"all": all(right.values())}
-
-
-def rates(judged: list[dict[str, bool]]) -> dict[str, float]:
-    """Compute the share of clips that meet each criterion."""
-    return {name: sum(row[name] for row in judged) / len(judged) for name in RATES}
 
 
 def background() -> torch.Tensor:

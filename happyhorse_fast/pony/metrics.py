@@ -10,6 +10,8 @@ from happyhorse_fast.pony.codec import FRAME_SAMPLES
 
 MOST_DB = 100.0
 """PSNR at which two pictures count as equal: a hundredth of an 8-bit step is 88 dB."""
+FLOOR_DB = -60.0
+"""Of a sound's largest power; what is below counts as silence."""
 _WINDOW, _SIGMA = 11, 1.5  # pixels
 _K1, _K2 = 0.01, 0.03
 
@@ -63,13 +65,12 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.stack([of_picture(*pair) for pair in zip(a.split(1), b.split(1), strict=True)])
 
 
-def log_spectral_distance(a: torch.Tensor, b: torch.Tensor, floor_db: float = -60.0) -> torch.Tensor:
+def log_spectral_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Root mean square difference of log power spectra in 42 ms windows, both floored below the peak of ``a``.
 
     Args:
         a: [B, samples] in -1..1 at 12 kHz.
         b: Likewise.
-        floor_db: Of ``a``'s largest power; what is below counts as silence.
 
     Returns:
         [B] dB.
@@ -81,5 +82,5 @@ def log_spectral_distance(a: torch.Tensor, b: torch.Tensor, floor_db: float = -6
         return 10 * power.clamp(min=1e-12).log10()
 
     first, second = spectrum(a), spectrum(b)
-    floor = first.amax(dim=(1, 2), keepdim=True) + floor_db
+    floor = first.amax(dim=(1, 2), keepdim=True) + FLOOR_DB
     return (first.maximum(floor) - second.maximum(floor)).square().mean(dim=(1, 2)).sqrt()

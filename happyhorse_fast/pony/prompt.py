@@ -64,12 +64,6 @@ def held_out_prompts() -> list[Prompt]:
     return random.Random(20).sample(all_prompts(), HELD_OUT)
 
 
-def training_prompts() -> list[Prompt]:
-    """List the prompts that are trained on, in the order of :func:`all_prompts`."""
-    held_out = set(held_out_prompts())
-    return [prompt for prompt in all_prompts() if prompt not in held_out]
-
-
 _BY_TEXT = {str(prompt): prompt for prompt in all_prompts()}
 
 

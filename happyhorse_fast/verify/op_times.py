@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from happyhorse_fast.arguments import require_whole
-from happyhorse_fast.config import PATCH, ModelConfig
+from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import OUTSIDE, step_costs
 from happyhorse_fast.fast.config import AttentionPrecision
 from happyhorse_fast.tokens import ClipTokens
@@ -35,6 +35,20 @@ COSTED = {
 SEED = 0
 
 
+def moment(on_gpu: bool) -> Any:
+    """Now: an event on a GPU's current stream, recorded without waiting for it, else seconds of the host's clock."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def apart_ms(start: Any, end: Any) -> Any:
+    """Milliseconds between two moments; events must have passed."""
+    return 1e3 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
+
+
 class OpTimes(TorchDispatchMode):
     """Time every operation while the mode is entered: this package's by name, torch's as products, attention and other.
 
@@ -48,24 +62,17 @@ class OpTimes(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._on_gpu = device.type == "cuda"
-        self._spans: list[tuple[str, Any, Any]] = []  # name, start and end: events on a GPU, else seconds
+        self._spans: list[tuple[str, Any, Any]] = []  # name, start and end
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.is_view:
             return func(*args, **(kwargs or {}))
-        start = self._now()
+        start = moment(self._on_gpu)
         result = func(*args, **(kwargs or {}))
-        self._spans.append((group_of(func._schema.name), start, self._now()))
+        self._spans.append((group_of(func._schema.name), start, moment(self._on_gpu)))
         return result
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def seconds(self) -> dict[str, float]:
         """Seconds by op, longest first; waits for the device."""
@@ -73,7 +80,7 @@ class OpTimes(TorchDispatchMode):
             torch.cuda.synchronize()
         total: Counter[str] = Counter()
         for name, start, end in self._spans:
-            total[name] += start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
+            total[name] += apart_ms(start, end) / 1e3
         return dict(total.most_common())
 
     def calls(self) -> dict[str, int]:
@@ -167,6 +174,17 @@ def time_forms(
     return found
 
 
+def random_inputs(config: ModelConfig, clip: ClipTokens, text: int, device: torch.device) -> list[torch.Tensor]:
+    """Video [1, C, T, H, W], audio [1, A, Ca] and text [1, L, Ct] of a clip, standard normal, drawn on the device."""
+    shapes = (
+        (1, config.latent_channels, clip.T, clip.H, clip.W),
+        (1, clip.audio, config.audio_in_channels),
+        (1, text, config.text_in_channels),
+    )
+    draw = torch.Generator(device).manual_seed(SEED)
+    return [torch.randn(shape, generator=draw, device=device) for shape in shapes]
+
+
 def time_form(
     form: Form,
     config: ModelConfig,
@@ -179,13 +197,7 @@ def time_form(
     """One form; arguments as :func:`time_forms` takes them."""
     model = form.apply(form.eager(config, str(device)).init_weights(SEED), attention)
     state: Any = getattr(model, "fast", None)
-    draw = torch.Generator(device).manual_seed(SEED)
-    shapes = (
-        (1, config.latent_channels, clip.T // PATCH[0], clip.H, clip.W),
-        (1, clip.audio, config.audio_in_channels),
-        (1, text, config.text_in_channels),
-    )
-    inputs = [torch.randn(shape, generator=draw, device=device) for shape in shapes]
+    inputs = random_inputs(config, clip, text, device)
     passes, calls = [], {}
     with torch.no_grad():
         model(*inputs)  # compiles, and makes what depends on the clip's shape

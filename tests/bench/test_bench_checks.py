@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import checks
-from bench.measure.lost import LOST
+from bench import LOST, checks
 from happyhorse_fast.ops.runtime import cache_folder, self_check, trust
 from happyhorse_fast.ops.runtime.self_check import KernelCheck
 

@@ -14,8 +14,8 @@ from bench.cases import cases, select
 from bench.inputs import call
 from bench.measure import comparison, gates
 from bench.measure.comparison import Bench
-from bench.measure.lost import lost
 from bench.results import Results, describe_machine, read
+from happyhorse_fast.ops.runtime.obstacles import lost
 
 TINY = cases("tiny")
 pytestmark = pytest.mark.usefixtures("ceilings")

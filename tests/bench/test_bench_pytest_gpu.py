@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench import LOST
 from bench.bootstrap import ROOT
 from bench.gpu.pytest_plugin import Gpu
-from bench.measure.lost import LOST
 
 # `crash` stands for an illegal address: everything after it fails in the same process.
 PLANTED = """

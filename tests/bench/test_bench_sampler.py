@@ -8,12 +8,11 @@ import time
 import pytest
 import torch
 
-from bench import sampler, sampler_runs
+from bench import LOST, sampler, sampler_runs
 from bench.cases import TINY
 from bench.hopper import attention_kernel, running
 from bench.measure import random_model
 from bench.measure.conditions import Monitor
-from bench.measure.lost import LOST
 from bench.results import Results, read
 from bench.sampler_runs import BASE, DENSE, FIRST_STAGE, LEAST, MODES, SECOND_STAGE, Run
 from happyhorse_fast.config import ModelConfig

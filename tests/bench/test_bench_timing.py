@@ -44,7 +44,7 @@ def test_waiting_after_every_call_would_put_it_there(gpu, monkeypatch):
     # What the queue is for: one call at a time shows 0.34 ms of the host's.
     monkeypatch.setattr(timing, "HEAD_START", 0)
     alone = Prepared([lambda: gpu.launch("call", 0.4, 3.0)], "events", 3.0)
-    assert gpu.stopwatch()._device_rounds({"": alone}, range(1))[""] == pytest.approx([3.34])
+    assert gpu.stopwatch()._rounds({"": alone}, range(1))[""] == pytest.approx([3.34])
 
 
 def test_a_call_shorter_than_its_launch_is_captured(gpu, monkeypatch):

@@ -16,12 +16,12 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from bench import targets
+from bench.cases import cases
 from bench.report import __main__ as report
 from bench.report import data as report_data
 from bench.report import figures as report_figures
 from bench.report import measure as report_measure
 from bench.report import pony as report_pony
-from bench.report import preferences
 from bench.report import tables as report_tables
 from bench.results import HEADER, ResultError, Results, read
 from happyhorse_fast.costs import cards_for
@@ -29,6 +29,16 @@ from happyhorse_fast.pony.weights import weights_digest
 from happyhorse_fast.verify import fidelity
 
 MOST_BYTES = 200_000
+ATTENTION, NORM, GOOD, SLOW, WRONG = (
+    f"{use}/1080p-5s/{precision}"
+    for use, precision in (
+        ("attention-dense", "bf16"),
+        ("rmsnorm_quantize", "bf16"),
+        ("qkv_linear", "bf16"),
+        ("quantize_rows-down", "int8"),
+        ("qkv_linear", "fp8"),
+    )
+)
 ENTRY = {
     "impl": "triton",
     "median_ms": 2.0,
@@ -129,7 +139,7 @@ def test_one_page_holds_all_tables_and_pictures() -> None:
 
 
 def test_a_faster_kernel_is_compared_with_its_best_peer(tmp_path: Path) -> None:
-    found = results(tmp_path, {"case": "attention/1080p-5s/fp8"}, sampler=(RUN,))
+    found = results(tmp_path, {"case": ATTENTION}, sampler=(RUN,))
     text = text_of(found)
     for shown in ("612", "sdpa-cudnn 3 (1.50x)", "28.1", "17.9", "NVIDIA H200"):
         assert shown in text
@@ -137,40 +147,42 @@ def test_a_faster_kernel_is_compared_with_its_best_peer(tmp_path: Path) -> None:
 
 
 def test_calls_and_days_of_one_gpu_are_shown_together(tmp_path: Path) -> None:
-    found = results(tmp_path, {"case": "attention/x"}, {"case": "norm/x"}, sampler=(RUN,))
+    found = results(tmp_path, {"case": ATTENTION}, {"case": NORM}, sampler=(RUN,))
     (path,) = found.gpu
     later = json.loads(path.read_text()) | {"commit": "fedcba", "sampler": []}
-    later["entries"] = [{**ENTRY, "case": "norm/x", "median_ms": 1.0}]
+    later["entries"] = [{**ENTRY, "case": NORM, "median_ms": 1.0}]
     path.with_name("2026-01-03-fedcba.json").write_text(json.dumps(later))
     found = report_data.load(tmp_path)
     (data,) = found.gpu.values()
-    assert {e["case"]: e["median_ms"] for e in data["entries"]} == {"attention/x": 2.0, "norm/x": 1.0}
+    assert {e["case"]: e["median_ms"] for e in data["entries"]} == {ATTENTION: 2.0, NORM: 1.0}
     assert data["sampler"] == [RUN] and data["commit"] == "abcdef, fedcba"
-    assert "attention/x" in report.readme_section(found)
+    assert "| attention-dense/bf16 |" in report.readme_section(found)
 
 
-def test_a_case_that_is_no_longer_run_is_still_shown(tmp_path: Path) -> None:
-    """Results of an op that is gone, as of the single kernel for norm and QKV, stay what was measured."""
+def test_a_case_that_is_no_longer_run_is_not_shown_and_stays_in_its_file(tmp_path: Path) -> None:
     gone = "rmsnorm_qkv/1080p-5s/bf16"
-    found = results(tmp_path, {"case": gone}, {"case": "qkv_linear/1080p-5s/bf16"})
-    assert "rmsnorm_qkv/bf16" in report.readme_section(found)
+    found = results(tmp_path, {"case": gone}, {"case": GOOD})
+    section = report.readme_section(found)
+    assert "rmsnorm_qkv" not in section and "1 of 1 pairs of op and kernel passed" in section
+    assert [row[0] for row in report_tables.ops_table(found.newest[1]).rows] == ["qkv_linear/bf16"]
     ((path, data),) = found.gpu.items()
-    assert gone not in targets.text(data)
-    assert preferences.preferences([data | {"capability": "90"}]) == {}
-    Results(path, {name: data[name] for name in HEADER}).add("entries", ENTRY | {"case": "other/1080p-5s/bf16"})
-    assert gone in [entry["case"] for entry in read(path)["entries"]]
+    Results(path, {name: data[name] for name in HEADER}).add("entries", ENTRY | {"case": NORM})
+    assert [entry["case"] for entry in read(path)["entries"]] == [gone, GOOD, NORM]
+    there = {"cuda": "no GPU", "eager on block_sparse_attention-25%": "it has none"}
+    path.write_text(json.dumps(read(path) | {"absent": there | {"flashinfer dense bf16 (no gate)": "not installed"}}))
+    assert report_data.load(tmp_path).newest[1]["absent"] == there
 
 
 def test_a_planted_slow_kernel_is_told(tmp_path: Path) -> None:
-    found = results(tmp_path, {"case": "good/x"}, {"case": "slow/x", "median_ms": 4.0})
+    found = results(tmp_path, {"case": GOOD}, {"case": SLOW, "median_ms": 4.0})
     table = report_tables.ops_table(next(iter(found.gpu.values())))
-    assert [row[0] for row in table.rows] == ["good/x", "slow/x"]
+    assert [row[0] for row in table.rows] == ["qkv_linear/bf16", "quantize_rows-down/int8"]
     assert ["SLOWER" in row[-1] for row in table.rows] == [False, True]
     assert "sdpa-cudnn 3 (0.75x: ours is SLOWER), flex 5 (1.25x)" in report.readme_section(found)
 
 
 def test_a_planted_wrong_kernel_shows_no_number(tmp_path: Path) -> None:
-    wrong = {"case": "wrong/x", "verified": False, "reason": "worst tile distance 8.0e-01, budget 1.0e-05"}
+    wrong = {"case": WRONG, "verified": False, "reason": "worst tile distance 8.0e-01, budget 1.0e-05"}
     nothing = {"median_ms": None, "tflops": None, "gbps": None, "roofline": None, "peers": {"sdpa-cudnn": 7.77}}
     found = results(tmp_path, wrong | nothing)
     (row,) = report_tables.ops_table(next(iter(found.gpu.values()))).rows
@@ -181,7 +193,7 @@ def test_a_planted_wrong_kernel_shows_no_number(tmp_path: Path) -> None:
 
 
 def test_a_ratio_without_a_span_behind_it_says_so() -> None:
-    apart, turns = {**ENTRY, "case": "slow/x", "median_ms": 4.0}, {**ENTRY, "case": "good/x", "span": "a"}
+    apart, turns = {**ENTRY, "case": SLOW, "median_ms": 4.0}, {**ENTRY, "case": GOOD, "span": "a"}
     header = {"gpu": "NVIDIA H200", "commit": "abcdef"}
     for entries, said in (
         ([apart], "Each kernel was timed alone"),
@@ -192,13 +204,13 @@ def test_a_ratio_without_a_span_behind_it_says_so() -> None:
 
 
 def test_a_wrong_kernel_with_a_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ResultError, match="wrong/x is not verified"):
-        results(tmp_path, {"case": "wrong/x", "verified": False})
+    with pytest.raises(ResultError, match=f"{WRONG} is not verified"):
+        results(tmp_path, {"case": WRONG, "verified": False})
 
 
 def test_the_roofline_shows_the_slow_and_not_the_wrong(tmp_path: Path) -> None:
     nothing = {"median_ms": None, "tflops": None, "gbps": None, "roofline": None, "verified": False, "reason": "NaN"}
-    found = results(tmp_path, {"case": "good/x"}, {"case": "slow/x", "median_ms": 4.0}, {"case": "wrong/x"} | nothing)
+    found = results(tmp_path, {"case": GOOD}, {"case": SLOW, "median_ms": 4.0}, {"case": WRONG} | nothing)
     figure = report_figures.roofline(found)
     assert "2 measured" in figure.get_supxlabel().replace("\n", " ")
     points = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
@@ -206,9 +218,9 @@ def test_the_roofline_shows_the_slow_and_not_the_wrong(tmp_path: Path) -> None:
 
 
 def test_what_was_verified_is_counted_and_told_with_its_gpu(tmp_path: Path) -> None:
-    wrong = {"case": "wrong/x", "verified": False, "reason": "NaN", "peers": {}}
+    wrong = {"case": WRONG, "verified": False, "reason": "NaN", "peers": {}}
     nothing: dict[str, Any] = {"median_ms": None, "tflops": None, "gbps": None, "roofline": None}
-    found = results(tmp_path, {"case": "attention/x"}, {"case": "norm/x"}, wrong | nothing)
+    found = results(tmp_path, {"case": ATTENTION}, {"case": NORM}, wrong | nothing)
     sentence = "Verified on NVIDIA H200, commit abcdef"
     assert sentence in report.readme_section(found) and sentence in report.page_section(found)
     assert "2 of 3 pairs of op and kernel passed" in report.readme_section(found)
@@ -220,7 +232,7 @@ def test_what_was_verified_is_counted_and_told_with_its_gpu(tmp_path: Path) -> N
 
 
 def test_a_share_of_the_measured_roof_stands_beside_the_datasheets(tmp_path: Path) -> None:
-    found = results(tmp_path, {"case": "attention/x/bf16", "tflops": 500.0, "gbps": 1.0}, {"case": "norm/x/bf16"})
+    found = results(tmp_path, {"case": ATTENTION, "tflops": 500.0, "gbps": 1.0}, {"case": NORM})
     (path,) = found.gpu
     data = json.loads(path.read_text())
     data["peaks"] = [
@@ -232,7 +244,7 @@ def test_a_share_of_the_measured_roof_stands_beside_the_datasheets(tmp_path: Pat
     (data,) = found.gpu.values()
     shares = {e["case"]: report_data.share_of(e, report_data.measured_ceilings(data)) for e in data["entries"]}
     # norm moves 1.843 TB/s, more than the copy: it is the ceiling then.
-    assert shares == {"attention/x/bf16": 0.8, "norm/x/bf16": 1.0}
+    assert shares == {ATTENTION: 0.8, NORM: 1.0}
     _, labels = report_figures.roofline(found).axes[0].get_legend_handles_labels()
     assert {"bf16, measured: 625", "bf16, datasheet: 989"} <= set(labels)
 
@@ -255,10 +267,9 @@ def test_the_picture_of_the_clip_tells_measured_from_extrapolated(tmp_path: Path
 
 
 def test_many_cases_hide_none_that_is_slow(tmp_path: Path) -> None:
-    found = results(tmp_path, *({"case": f"good/{i}"} for i in range(60)), {"case": "slow/x", "median_ms": 4.0})
+    found = results(tmp_path, *({"case": case.name} for case in cases("full")))
     section = report.readme_section(found)
-    assert "slow/x" in section
-    assert section.count("| good/") == 60
+    assert [case.name for case in cases("full") if f"| {case.name} |" not in section] == [] and len(cases("full")) > 60
 
 
 def test_a_planted_error_past_its_budget_is_marked() -> None:

@@ -20,7 +20,7 @@ Patch = pytest.MonkeyPatch
 
 
 def test_doctor(monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    monkeypatch.setattr(doctor.optional, "version_of", lambda name: None)
     monkeypatch.setattr(obstacles, "triton_obstacle", lambda device: "no GPU")
     monkeypatch.setattr(doctor.shutil, "which", lambda *args, **kwargs: None)
     monkeypatch.setattr(doctor, "examine", functools.cache(doctor.examine))

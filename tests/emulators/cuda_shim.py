@@ -114,7 +114,7 @@ class Shim:
         finally:
             self._order = before
 
-    def run(
+    def __call__(
         self,
         stem: str,
         kernel: str,

@@ -65,7 +65,7 @@ class Gpu:
     def stopwatch(self) -> Stopwatch:
         """One that measures this device."""
         watch = Stopwatch(torch.device("cpu"))
-        watch.device = torch.device("cuda")
+        watch.device, watch.on_gpu = torch.device("cuda"), True
         watch.flush = lambda: self.launch("flush", 0.01, FLUSH_MS)  # type: ignore[method-assign]
         return watch
 

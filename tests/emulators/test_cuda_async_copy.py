@@ -44,7 +44,7 @@ def run(folder, *, wait="wait_for_copies();", meet="__syncthreads();", late="", 
     source, result = torch.arange(4.0 * THREADS).view(THREADS, 4), torch.empty(THREADS, 4)
     params = NeighbourParams(0 if null else source.data_ptr(), result.data_ptr(), bytes, shift)
     with shim.order(order):
-        shim.run("neighbour", "neighbour", params, (1, 1, 1), THREADS, THREADS * 16)
+        shim("neighbour", "neighbour", params, (1, 1, 1), THREADS, THREADS * 16)
     return source.roll(-1, 0), result
 
 

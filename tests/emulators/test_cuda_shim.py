@@ -26,7 +26,7 @@ class ShimParams(ctypes.Structure):
 def run(kernel, given=None, out=None, *, variant=0, size=0, blocks=1, threads=32, shared=0):
     """Launch a kernel of shim_kernels.cu; gives ``out``, which it writes."""
     addresses = (None if x is None else x.ctypes.data for x in (given, out))
-    SHIM.run("shim_kernels", kernel, ShimParams(*addresses, size, variant), (blocks, 1, 1), threads, shared)
+    SHIM("shim_kernels", kernel, ShimParams(*addresses, size, variant), (blocks, 1, 1), threads, shared)
     return out
 
 
@@ -208,9 +208,9 @@ def test_sanitizers_see_shared_memory(variant, seen):
 )
 def test_launches_that_no_device_takes(change, message):
     launch = {"params": ShimParams(), "grid": (1, 1, 1), "threads": 32, "shared": 0}
-    SHIM.run("shim_kernels", "one_has_returned", *launch.values())
+    SHIM("shim_kernels", "one_has_returned", *launch.values())
     with pytest.raises(ShimError, match=message):
-        SHIM.run("shim_kernels", "one_has_returned", *(launch | change).values())
+        SHIM("shim_kernels", "one_has_returned", *(launch | change).values())
 
 
 # Exchanges ------------------------------------------------------------------------------------------------------------

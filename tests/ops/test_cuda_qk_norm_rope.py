@@ -205,9 +205,17 @@ def test_fake_tensors_at_1080p(backend):
 
 MISTAKES = {
     "dtype": ({"product": torch.zeros(128, 160).half()}, TypeError, "product must be torch.bfloat16 or torch.float32"),
-    "columns": ({"num_heads_q": 3, "num_heads_kv": 3}, ValueError, r"product must be of shape \[128, 320\], got"),
+    "columns": (
+        {"num_heads_q": 3, "num_heads_kv": 3},
+        ValueError,
+        r"product must be of size 320 in dimension 1 of \[128, 320\], got",
+    ),
     "no row_scale": ({"row_scale": None}, TypeError, r"row_scale must be a tensor of shape \[128\], got NoneType"),
-    "experts": ({"column_scale": torch.ones(2, 160)}, ValueError, r"column_scale must be of shape \[1, 160\]"),
+    "experts": (
+        {"column_scale": torch.ones(2, 160)},
+        ValueError,
+        r"column_scale must be of size 1 in dimension 0 of \[1, 160\]",
+    ),
     "bf16 scale": (
         {"product": torch.zeros(128, 160).bfloat16()},
         ValueError,

@@ -88,20 +88,28 @@ MISTAKES = {
     "weight inputs": (
         {"weight": torch.zeros(1, 128, 32).to(E4M3)},
         ValueError,
-        r"weight must be of shape \[E, F, 64\]",
+        r"weight must be of size 64 in dimension 2 of \[E, F, 64\]",
     ),
     "weight dtype": ({"weight": torch.zeros(1, 128, 64).bfloat16()}, TypeError, "weight must be torch.float8_e4m3fn"),
     "no x_scale": ({"x_scale": None}, TypeError, r"x_scale must be a tensor of shape \[4 or 1\], got NoneType"),
-    "groups": ({"x_scale": torch.ones(4, 4)}, ValueError, r"x_scale must be of shape \[4 or 1\], got \[4, 4\]"),
+    "groups": (
+        {"x_scale": torch.ones(4, 4)},
+        ValueError,
+        r"x_scale must have 1 dimensions \[4 or 1\], got 2: \[4, 4\]",
+    ),
     "scales": (
         {"x_scale": torch.ones(3)},
         ValueError,
         r"x_scale must be of shape \[4 or 1\], one per row .* got \[3\]",
     ),
-    "weight_scale": ({"weight_scale": torch.ones(128)}, ValueError, r"weight_scale must be of shape \[1, 128\]"),
+    "weight_scale": ({"weight_scale": torch.ones(128)}, ValueError, r"weight_scale must have 2 dimensions \[1, 128\]"),
     "row_tiles": ({"row_tiles": torch.zeros(1, 3)}, TypeError, "row_tiles must be torch.int32"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be 'triton' or 'reference', got 'cuda'"),
-    "hidden": ({"hidden": torch.zeros(4, 64)}, ValueError, r"hidden must be of shape \[4, 128\], got \[4, 64\]"),
+    "hidden": (
+        {"hidden": torch.zeros(4, 64)},
+        ValueError,
+        r"hidden must be of size 128 in dimension 1 of \[4, 128\], got \[4, 64\]",
+    ),
     "activation": ({"activation": "relu"}, ValueError, "activation must be one of 'swiglu7', 'gelu7'; got 'relu'"),
     "bf16 scale": (
         {"x": torch.zeros(4, 64).bfloat16(), "weight": torch.zeros(1, 128, 64).bfloat16()},

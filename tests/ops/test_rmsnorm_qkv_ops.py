@@ -103,7 +103,11 @@ def test_fake_cuda_tensors_have_the_real_shapes(backend):
         ({"x_scale": None}, TypeError, r"x_scale must be a tensor of shape \[128\], got NoneType"),
         ({"weight": "weight"}, TypeError, r"weight must be torch.float8_e4m3fn, got torch.bfloat16"),
         ({"weight_scale": None}, TypeError, "weight_scale must be a tensor"),
-        ({"num_heads_q": 3}, ValueError, r"weight must be of shape \[E, 192, 160\], got \[1, 160, 160\]"),
+        (
+            {"num_heads_q": 3},
+            ValueError,
+            r"weight must be of size 192 in dimension 1 of \[E, 192, 160\], got \[1, 160, 160\]",
+        ),
         ({"num_heads_kv": 3}, ValueError, "num_heads_q must be a multiple of num_heads_kv, got 2 and 3"),
         ({"out": "fp16"}, ValueError, "out must be one of 'bf16', 'int8_qk', 'fp8'; got 'fp16'"),
         ({"out": "bf16"}, ValueError, 'qk_scale must be None where out is "bf16"'),

@@ -133,12 +133,12 @@ def test_what_the_kernel_cannot_take_is_named(change, error, message):
 
 def test_scales_of_another_size_and_too_many_blocks_are_named():
     given = inputs(fmt="fp8")
-    with pytest.raises(ValueError, match=r"k_scale must be of shape \[8\], got \[7\]"):
+    with pytest.raises(ValueError, match=r"k_scale must be of size 8 in dimension 0 of \[8\], got \[7\]"):
         select_blocks(**given | {"k_scale": torch.ones(7)}, selector=selector(), keep=2)
     given = inputs(fmt="int8_qk")
-    with pytest.raises(ValueError, match=r"q_scale must be of shape \[1024, 2\], got \[8\]"):
+    with pytest.raises(ValueError, match=r"q_scale must have 2 dimensions \[1024, 2\], got 1: \[8\]"):
         select_blocks(**given | {"q_scale": torch.ones(8)}, selector=selector(), keep=2)
-    with pytest.raises(ValueError, match=r"k_scale must be of shape \[1, 8\], got \[8\]"):
+    with pytest.raises(ValueError, match=r"k_scale must have 2 dimensions \[1, 8\], got 1: \[8\]"):
         select_blocks(**given | {"k_scale": torch.ones(8)}, selector=selector(), keep=2)
     with pytest.raises(ValueError, match=r"k_scale must be given exactly where k has 8 bits; .* got none"):
         select_blocks(**given | {"k_scale": None}, selector=selector(), keep=2)

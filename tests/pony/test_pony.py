@@ -15,7 +15,7 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.sequence import Clip
 from happyhorse_fast.pony import codec as codecs
 from happyhorse_fast.pony import encode_image, generate, load_codecs, load_model
-from happyhorse_fast.pony.measure import background, judge, measure, rates
+from happyhorse_fast.pony.measure import background, judge, measure
 from happyhorse_fast.pony.metrics import log_spectral_distance, psnr
 from happyhorse_fast.pony.prompt import (
     TEXT_CHANNELS,
@@ -25,7 +25,6 @@ from happyhorse_fast.pony.prompt import (
     encode_text,
     held_out_prompts,
     parse,
-    training_prompts,
 )
 from happyhorse_fast.pony.weights import CODEC_FILE, PONY, WEIGHTS_FILE
 
@@ -117,6 +116,7 @@ def test_codecs_pass_their_gate_and_keep_what_is_measured(scenes):
 
 
 def test_the_evaluator_tells_clips_apart(scenes):
+    from evaluate import rates
     from world import render_audio, render_video
 
     frames, samples = render_video(scenes), render_audio(scenes)
@@ -128,7 +128,9 @@ def test_the_evaluator_tells_clips_apart(scenes):
     assert empty.colour is None and empty.seen == [] and empty.heard == [] and not empty.in_sync
 
 
-def test_held_out_prompts_are_not_trained_on():
+def test_held_out_prompts_are_not_trained_on(scripts):
+    from clips import training_prompts
+
     held_out, trained = set(held_out_prompts()), set(training_prompts())
     assert len(held_out) == 64 and len(trained) == 152 and not held_out & trained
 
@@ -243,8 +245,7 @@ def test_clips_of_unseen_prompts_show_and_sound_as_asked():
     prompts = [prompt for prompt in held_out_prompts() if prompt.place is not None][:12]
     clips = [generate(model, str(prompt), seed=i) for i, prompt in enumerate(prompts)]
     judged = [judge(prompt, measure(c.frames, c.samples)) for prompt, c in zip(prompts, clips, strict=True)]
-    result = rates(judged)
-    assert result["colour"] >= 0.9 and result["sync"] >= 0.8, result
+    assert all(sum(row[name] for row in judged) >= least for name, least in (("colour", 11), ("sync", 10))), judged
 
 
 def test_the_same_seed_gives_the_same_clip():

@@ -256,7 +256,7 @@ class Recorder:
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
 
-    def run(self, *launch: Any) -> None:
+    def __call__(self, *launch: Any) -> None:
         self.launches.append(launch)
 
 

@@ -343,7 +343,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, pretended_gpu: list[int]) -> dict[st
 
     monkeypatch.setattr(self_check, "run_checks", run_checks)
     monkeypatch.setattr(self_check, "CHECKS", {op: check_of(op) for op in CHECKS})
-    monkeypatch.setattr(self_check, "_is_lost", lambda device: state["lost"])
+    monkeypatch.setattr(self_check, "lost", lambda device: state["lost"])
     return state
 
 

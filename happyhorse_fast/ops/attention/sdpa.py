@@ -61,7 +61,12 @@ def attention(
             device or value than listed; the message names it, what came and what is allowed.
     """
     require_backend(backend, ("auto", "triton", "cuda", "reference"))
-    _refuse(attn_mask, dropout_p, is_causal)
+    if attn_mask is not None:
+        raise ValueError("attn_mask must be None: a BlockMap as block_map says which keys a query sees")
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0, got {dropout_p}")
+    if is_causal:
+        raise ValueError("is_causal must be False: pass block_map, such as BlockMap.from_ranges makes")
     _check(q, k, v, enable_gqa)
     if backend == "auto":
         backend = "triton" if q.is_cuda else "reference"
@@ -69,9 +74,11 @@ def attention(
     if block_map is None:
         block_map = _dense(q.shape[-2] if batched else q.shape[0], k.shape[-2] if batched else k.shape[0], q)
     # The constant, not the size: torch.compile(dynamic=True) has no number for a size, and cannot hold its root.
-    scale = HEAD_DIMS[HEAD_DIMS.index(q.shape[-1])] ** -0.5 if scale is None else _number(scale)
+    number = HEAD_DIMS[HEAD_DIMS.index(q.shape[-1])] ** -0.5 if scale is None else real_number(scale)
+    if number is None:
+        raise TypeError(f"scale must be a positive number or None, got {scale!r}")
     call = functools.partial(
-        block_sparse_attention, block_map=block_map, scale=scale, return_lse=return_lse, backend=backend
+        block_sparse_attention, block_map=block_map, scale=number, return_lse=return_lse, backend=backend
     )
     if not batched:
         out, _, lse = call(q, k, v)
@@ -82,15 +89,6 @@ def attention(
     outs, lses = ([part[i] for part in parts] for i in (0, 2))
     out = (outs[0].unsqueeze(0) if len(outs) == 1 else torch.stack(outs)).transpose(1, 2)
     return (out, torch.stack(lses)) if return_lse else out
-
-
-def _refuse(attn_mask: object, dropout_p: float, is_causal: bool) -> None:
-    if attn_mask is not None:
-        raise ValueError("attn_mask must be None: a BlockMap as block_map says which keys a query sees")
-    if dropout_p != 0:
-        raise ValueError(f"dropout_p must be 0, got {dropout_p}")
-    if is_causal:
-        raise ValueError("is_causal must be False: pass block_map, such as BlockMap.from_ranges makes")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
@@ -120,13 +118,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
         )
     if not enable_gqa and q.shape[1] != k.shape[1]:
         raise ValueError(f"k must have q's {q.shape[1]} heads where enable_gqa is False, got {k.shape[1]}")
-
-
-def _number(scale: object) -> float:
-    number = real_number(scale)
-    if number is None:
-        raise TypeError(f"scale must be a positive number or None, got {scale!r}")
-    return number
 
 
 def _dense(queries: int, keys: int, like: Tensor) -> BlockMap:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch.autograd import forward_ad
 
+from happyhorse_fast.arguments import require_tensor
+
 ROW_STRIDE_LIMIT = 2**24
 """Rows of a tile are addressed in int32: 128 rows of at most this many elements."""
 HEAD_DIMS = (32, 64, 128)
@@ -50,7 +52,7 @@ def require(
     device: torch.device,
     strided_rows: bool = False,
 ) -> torch.Tensor:
-    """Hold a tensor argument of an op against its dtype, shape, device and strides.
+    """Hold a tensor argument of an op against its dtype, shape, device and strides, as :func:`require_tensor` does.
 
     Args:
         name: The argument's name, for the message.
@@ -67,29 +69,19 @@ def require(
         TypeError: Not a tensor, or not of an allowed dtype.
         ValueError: Wrong shape, device or strides.
     """
-    wanted = f"[{', '.join(map(str, shape))}]"
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor of shape {wanted}, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
-    fits = value.dim() == len(shape) and all(
-        (size >= 1) if isinstance(allowed, str) else size == allowed
-        for allowed, size in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{name} must be of shape {wanted}, got {list(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name} must be on {device} like the first argument, got {value.device}")
+    tensor = require_tensor(name, value, shape, device=device, dtypes=dtypes, near="like the first argument")
     if strided_rows:
-        apart = value.stride(0)
-        if value.stride(-1) != 1 or apart >= ROW_STRIDE_LIMIT or (len(value) > 1 and apart < value.shape[-1]):
+        apart = tensor.stride(0)
+        if tensor.stride(-1) != 1 or apart >= ROW_STRIDE_LIMIT or (len(tensor) > 1 and apart < tensor.shape[-1]):
             raise ValueError(
                 f"{name} must have contiguous rows, fewer than {ROW_STRIDE_LIMIT} elements apart, "
-                f"got strides {list(value.stride())}"
+                f"got strides {list(tensor.stride())}"
             )
-    elif not value.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {list(value.stride())} of shape {list(value.shape)}")
-    return value
+    elif not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, got strides {list(tensor.stride())} of shape {list(tensor.shape)}"
+        )
+    return tensor
 
 
 def require_scale(

@@ -99,7 +99,8 @@ def choose(
         obstacle = triton_obstacle(device) if backend == "triton" else cuda_obstacle(device)
         if obstacle is not None:
             raise BackendError(f"backend {backend!r} cannot run: {obstacle}")
-    own = {op: _format(op, precision, attention) for op in formats}
+    # The format that benchmark cases are named by, and PREFERENCES.
+    own = {op: attention if op in ("select_blocks", "block_sparse_attention") else precision for op in formats}
     # Found out when it is first asked for, once: a self-check takes seconds.
     why_not = functools.cache(lambda of: _obstacles(of, formats, device, report))
     choices = {}
@@ -138,11 +139,6 @@ def cuda_ops(precision: str, attention: str | None, *, mixed: bool = False) -> t
     """Ops of a model that have a CUDA kernel in every format they run in; arguments as for :func:`choose`."""
     found = {op: set(checked_formats(op, precision, attention, mixed=mixed)) for op in STEMS}
     return tuple(op for op, formats in found.items() if formats and formats <= set(VARIANTS["cuda"].get(op, ())))
-
-
-def _format(op: str, precision: str, attention: str | None) -> str:
-    """The format that a model of a precision has an op in, as benchmark cases are named; :data:`PREFERENCES` too."""
-    return (attention or precision) if op in ("select_blocks", "block_sparse_attention") else precision
 
 
 def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bool = False) -> tuple[str, ...]:
@@ -237,24 +233,17 @@ def _failures(
         BackendError: A kernel ended this process's use of the GPU. That is remembered, and the next process goes on.
     """
     needed = {(op, f) for op, ours in formats.items() for f in ours if f in VARIANTS[backend].get(op, ())}
-    key = trust.machine_key(backend, device)
-    known = {(c.op, c.variant): c for c in trust.recall(key) if c.fault != self_check.RAISED}
-    missing = needed - known.keys()
-    if missing:
-        for check in self_check.run_checks(backend, device, fp8=True, only=missing):
-            known[check.op, check.variant] = check
-            if report is not None:
-                verdict = "passed" if check.passed else "FAILED"
-                report(f"self-check {check.op} {check.variant}: {verdict} ({check.detail}, {check.seconds:.1f} s)")
-        trust.remember(key, [check for check in known.values() if check.fault != self_check.RAISED])
-        if check.fault == self_check.LOST:
+    failed: list[tuple[str, str, str]] = []
+    for check, new in trust.checked(backend, device, needed):
+        if new and report is not None:
+            verdict = "passed" if check.passed else "FAILED"
+            report(f"self-check {check.op} {check.variant}: {verdict} ({check.detail}, {check.seconds:.1f} s)")
+        if new and check.fault == self_check.LOST:
             raise BackendError(
                 f"{backend}'s {check.op} in {check.variant} ended this process's use of {device}: {check.detail}; "
                 "restart the process: it goes on without that kernel"
             )
-    found: dict[str, str] = {}
-    for op, variant in sorted(needed & known.keys()):
-        check = known[op, variant]
-        if not check.passed:
-            found.setdefault(op, f"{backend}'s self-check failed in {variant}: {check.detail}")
-    return found
+        failed += [] if check.passed else [(check.op, check.variant, check.detail)]
+    # Of an op that fails in several formats the first by name.
+    worst = sorted(failed, reverse=True)
+    return {op: f"{backend}'s self-check failed in {variant}: {detail}" for op, variant, detail in worst}

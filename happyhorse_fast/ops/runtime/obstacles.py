@@ -11,6 +11,20 @@ class BackendError(RuntimeError):
     """A backend that was asked for cannot run here; the message says why."""
 
 
+def lost(device: torch.device) -> str | None:
+    """Say what ended this process's use of a GPU, such as an illegal address; None where it works, or there is none.
+
+    Every later call fails with the same error: what was found before stays, what comes after must not be blamed.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
+
+
 def triton_obstacle(device: torch.device) -> str | None:
     """Why Triton kernels cannot run for tensors on ``device``; None where they can.
 

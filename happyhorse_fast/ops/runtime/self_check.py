@@ -12,6 +12,7 @@ from happyhorse_fast import ambient
 from happyhorse_fast.budgets import measure, violations
 from happyhorse_fast.ops.runtime.checks import require_backend
 from happyhorse_fast.ops.runtime.formats import VARIANTS, uses_e4m3
+from happyhorse_fast.ops.runtime.obstacles import lost
 from happyhorse_fast.ops.runtime.op_checks import CHECKS, Compared
 
 RAISED, LOST = "raised", "lost"
@@ -70,20 +71,10 @@ def run_checks(
                 passed, detail = _judge(CHECKS[op](backend, device, variant))
         except Exception as error:  # whatever a compiler or driver raises, the kernel is not to be used
             passed, detail = False, f"{type(error).__name__}: {error}"
-            fault = LOST if _is_lost(device) else RAISED
+            fault = LOST if lost(device) else RAISED
         yield KernelCheck(op, variant, passed, detail, time.perf_counter() - start, fault)
         if fault == LOST:
             return
-
-
-def _is_lost(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
 
 
 def _judge(compared: Compared) -> tuple[bool, str]:

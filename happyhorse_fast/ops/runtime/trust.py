@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -15,9 +15,11 @@ from happyhorse_fast._version import __version__
 from happyhorse_fast.csrc import sources
 from happyhorse_fast.files import replacing
 from happyhorse_fast.kernels import launch
+from happyhorse_fast.ops.runtime import self_check
 from happyhorse_fast.ops.runtime.cache_folder import cache_folder
 from happyhorse_fast.ops.runtime.cuda.launch import fingerprint
 from happyhorse_fast.ops.runtime.self_check import KernelCheck
+from happyhorse_fast.optional import version_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,8 @@ JUDGED_BY = ("ops/**/*.py", "eager/*.py", "block_map/*.py", "budgets.py")
 
 def machine_key(backend: str, device: torch.device) -> str:
     """Digest of all that a result depends on: hardware, driver, versions, the kernels' source, launchers and checks."""
-    parts = [backend, __version__, torch.__version__, str(torch.version.cuda)]
-    try:
-        parts.append(importlib.metadata.version("triton"))
-    except importlib.metadata.PackageNotFoundError:
-        parts.append("no triton")
+    triton = version_of("triton") or "no triton"
+    parts = [backend, __version__, torch.__version__, str(torch.version.cuda), triton]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         parts += [properties.name, f"{properties.major}.{properties.minor}", _driver_version()]
@@ -58,6 +57,24 @@ def _driver_version() -> str:
         return version.read_text().splitlines()[0]
     ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # 13000: sandboxes hide /proc/driver
     return "unknown driver" if ask is None else f"driver of CUDA {ask()}"
+
+
+def checked(
+    backend: str, device: torch.device, wanted: Collection[tuple[str, str]], *, fp8: bool = True
+) -> Iterator[tuple[KernelCheck, bool]]:
+    """Outcomes of ops in formats that are remembered, then of those that are checked now; arguments of `run_checks`.
+
+    Yields:
+        The outcome, which is remembered at once, so that a cut forgets nothing, and whether it was found now.
+    """
+    key = machine_key(backend, device)
+    known = {(c.op, c.variant): c for c in recall(key) if c.fault != self_check.RAISED}
+    yield from ((known[place], False) for place in wanted if place in known)
+    missing = set(wanted) - known.keys()
+    for check in self_check.run_checks(backend, device, fp8=fp8, only=missing) if missing else ():
+        known[check.op, check.variant] = check
+        remember(key, [found for found in known.values() if found.fault != self_check.RAISED])
+        yield check, True
 
 
 def recall(key: str) -> list[KernelCheck]:

@@ -19,7 +19,7 @@ OLDEST: Capability = (8, 0)
 """The kernels use mma.sync for bf16 and cp.async."""
 
 
-def load(stem: str, capability: Capability, driver: int, accept: Callable[[bytes], Any]) -> tuple[Any, str]:
+def load(stem: str, capability: Capability, driver: int, accept: Callable[[bytes], Any] | None) -> tuple[Any, str]:
     """Hand the code of a translation unit to ``accept``, best first, until it takes one.
 
     Code that should serve and does not is reported by a warning.
@@ -28,7 +28,8 @@ def load(stem: str, capability: Capability, driver: int, accept: Callable[[bytes
         stem: The translation unit.
         capability: Compute capability.
         driver: Version of the driver, as ``cuDriverGetVersion`` has it.
-        accept: Loads code; raises CudaError where it cannot.
+        accept: Loads code; raises CudaError where it cannot. None: the first is named, a binary once it is read, and
+            nothing is compiled.
 
     Returns:
         What ``accept`` returned, and the name of the code.
@@ -37,12 +38,14 @@ def load(stem: str, capability: Capability, driver: int, accept: Callable[[bytes
         CudaError: None serves; the message has each and its reason.
     """
     why_not: list[str] = []
-    for name, code, _ in _images(stem, capability, driver, why_not):
+    for name, code, is_built in _images(stem, capability, driver, why_not):
         try:
-            return accept(code()), name
+            read = code() if accept or is_built else b""
+            return accept(read) if accept else None, name
         except CudaError as error:
             why_not.append(f"{name}: {error}")
-            logger.warning("%s; the next best code is tried", why_not[-1])
+            if accept:
+                logger.warning("%s; the next best code is tried", why_not[-1])
     raise CudaError(f"no code for {stem}: {'; '.join(why_not)}")
 
 
@@ -52,15 +55,7 @@ def first(stem: str, capability: Capability, driver: int) -> str:
     Raises:
         CudaError: None serves; the message has each and its reason.
     """
-    why_not: list[str] = []
-    for name, code, is_built in _images(stem, capability, driver, why_not):
-        try:
-            if is_built:
-                code()
-            return name
-        except CudaError as error:
-            why_not.append(f"{name}: {error}")
-    raise CudaError(f"no code for {stem}: {'; '.join(why_not)}")
+    return load(stem, capability, driver, None)[1]
 
 
 def fingerprint(capability: Capability, driver: int) -> str:

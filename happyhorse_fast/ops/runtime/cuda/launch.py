@@ -6,8 +6,8 @@ import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -21,15 +21,8 @@ MOST_SHARED_BYTES = 101_376
 programming guide, technical specifications). A kernel for Hopper alone may have 232,448."""
 
 
-class Runner(Protocol):
-    """Executes kernels on CPU tensors: the emulation in csrc/shim/, which tests install."""
-
-    def run(
-        self, stem: str, kernel: str, params: ctypes.Structure, grid: Grid, threads: int, shared_bytes: int
-    ) -> None:
-        """Run every block of a launch; the arguments are those of :func:`launch`."""
-
-
+Runner = Callable[[str, str, ctypes.Structure, Grid, int, int], None]
+"""Runs every block of a launch on CPU tensors, as the emulation in csrc/shim/ does, which tests install."""
 _runner: Runner | None = None
 
 
@@ -72,12 +65,18 @@ def launch(
         CudaError: The kernel cannot be loaded or launched; the message says why.
         RuntimeError: ``like`` is on the CPU and no runner is installed, or on a device that is neither.
     """
-    _check_shape(kernel, grid, threads, shared_bytes)
+    limits = (2**31 - 1, 65_535, 65_535)
+    if len(grid) != 3 or not all(0 <= size <= limit for size, limit in zip(grid, limits, strict=True)):
+        raise ValueError(f"grid of {kernel} is {grid}, 3 sizes from 0 to {limits} are allowed")
+    if not 1 <= threads <= 1024:
+        raise ValueError(f"threads of {kernel} is {threads}, 1 to 1024 are allowed")
+    if not 0 <= shared_bytes <= MOST_SHARED_BYTES:
+        raise ValueError(f"shared_bytes of {kernel} is {shared_bytes}, 0 to {MOST_SHARED_BYTES} are allowed")
     if 0 in grid:
         return
     device = like.device
     if device.type == "cpu" and _runner is not None:
-        return _runner.run(stem, kernel, params, grid, threads, shared_bytes)
+        return _runner(stem, kernel, params, grid, threads, shared_bytes)
     if device.type != "cuda":
         why = cuda_obstacle(device)
         raise RuntimeError(f"kernel {kernel} of {stem} cannot run on {device}: {why}; or pass backend='reference'")
@@ -135,16 +134,6 @@ def fingerprint(device: torch.device) -> str:
     if not torch.cuda.is_available():
         raise CudaError(f"torch {torch.__version__} sees no CUDA device")
     return images.fingerprint(torch.cuda.get_device_capability(device), driver)
-
-
-def _check_shape(kernel: str, grid: Grid, threads: int, shared_bytes: int) -> None:
-    limits = (2**31 - 1, 65_535, 65_535)
-    if len(grid) != 3 or not all(0 <= size <= limit for size, limit in zip(grid, limits, strict=True)):
-        raise ValueError(f"grid of {kernel} is {grid}, 3 sizes from 0 to {limits} are allowed")
-    if not 1 <= threads <= 1024:
-        raise ValueError(f"threads of {kernel} is {threads}, 1 to 1024 are allowed")
-    if not 0 <= shared_bytes <= MOST_SHARED_BYTES:
-        raise ValueError(f"shared_bytes of {kernel} is {shared_bytes}, 0 to {MOST_SHARED_BYTES} are allowed")
 
 
 _lock = threading.Lock()

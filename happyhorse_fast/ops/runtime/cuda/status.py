@@ -22,8 +22,10 @@ def examine() -> dict[str, Any]:
         and ``why`` (None where it is found); ``targets``: what each translation unit has binaries for; ``obstacle``:
         why no CUDA kernel runs; ``code``: per GPU, the code that each translation unit would be loaded from.
     """
+    why = host_module_obstacle()
+    module = None if why else str(importlib.import_module("happyhorse_fast._C").__file__)
     found: dict[str, Any] = {
-        "host_module": _host_module(),
+        "host_module": {"found": module, "why": why},
         "binaries": _asked(lambda: f"built by nvcc {binaries.manifest()['nvcc']}"),
         "nvrtc": _asked(lambda: cuda_version(nvrtc.version())),
         "driver": _asked(lambda: cuda_version(driver_version())),
@@ -32,10 +34,16 @@ def examine() -> dict[str, Any]:
         "code": [],
     }
     if found["binaries"]["found"] is not None:
-        stems = binaries.manifest()["stems"]
-        found["targets"] = {stem: list(entry["binaries"]) for stem, entry in stems.items()}
+        built = binaries.manifest()["stems"]
+        found["targets"] = {stem: list(entry["binaries"]) for stem, entry in built.items()}
     for index in range(torch.cuda.device_count() if found["driver"]["found"] else 0):
-        found["code"].append({"gpu": torch.cuda.get_device_name(index), "stems": _code(index)})
+        capability, stems = torch.cuda.get_device_capability(index), {}
+        for stem in sources.stems():
+            try:
+                stems[stem] = images.first(stem, capability, driver_version())
+            except CudaError as error:
+                stems[stem] = f"none: {error}"
+        found["code"].append({"gpu": torch.cuda.get_device_name(index), "stems": stems})
     return found
 
 
@@ -45,22 +53,6 @@ def summary(found: dict[str, Any]) -> str:
         return str(found["obstacle"])
     names = sorted({name for gpu in found["code"] for name in gpu["stems"].values()})
     return "each after its self-check, from " + ", ".join(names)
-
-
-def _code(index: int) -> dict[str, str]:
-    capability, version = torch.cuda.get_device_capability(index), driver_version()
-    found = {}
-    for stem in sources.stems():
-        try:
-            found[stem] = images.first(stem, capability, version)
-        except CudaError as error:
-            found[stem] = f"none: {error}"
-    return found
-
-
-def _host_module() -> dict[str, str | None]:
-    why = host_module_obstacle()
-    return {"found": None if why else str(importlib.import_module("happyhorse_fast._C").__file__), "why": why}
 
 
 def _asked(question: Any) -> dict[str, str | None]:
