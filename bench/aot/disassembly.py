@@ -156,6 +156,24 @@ def loops(code: str) -> list[list[str]]:
     return [instructions[a:b] for a, b in inner]
 
 
+def products_and_waits(loop: Iterable[str]) -> tuple[int, list[int]]:
+    """(products of a loop, how many batches of them each wait leaves under way)."""
+    lines = list(loop)
+    waits = [re.search(r"DEPBAR\.LE gsb0, 0x([0-9a-f]+)", line) for line in lines]
+    return sum("GMMA" in line for line in lines), [int(wait[1], 16) for wait in waits if wait is not None]
+
+
+def additions(code: str) -> list[int]:
+    """Bytes that each instruction of a listing adds to float32 in memory, a thread."""
+    return [4 * int(vector or 1) for vector in re.findall(r"REDG?\.E\.ADD\.F32(?:x(\d))?", code)]
+
+
+def stores(code: str) -> list[int]:
+    """Bytes that each instruction of a listing stores to memory, a thread."""
+    widths = {"U8": 1, "U16": 2, "64": 8, "128": 16}
+    return [widths.get(width, 4) for width in re.findall(r"\bSTG\.E(?:\.(U8|U16|64|128))?\b", code)]
+
+
 def overwritten(found_loops: Iterable[list[str]]) -> int:
     """Count the instructions of loops that write a register which a warp-group product under way reads or adds to.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bench.aot.disassembly import Compiled, Turn
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, table
@@ -22,6 +22,8 @@ TURNS = 4
 """Its two groups, each in its loop over full blocks and that over partial ones."""
 GROUP_THREADS = 256
 """Threads of both groups."""
+GROUPS, SLOT_PRODUCTS, STORES = 2, 4, 16
+"""Of a kernel with its epilogue beside: groups that multiply, a slot's products of 32 bytes, and a group's STSM."""
 RESERVED = 4
 """Named barriers that Triton may use for itself in a kernel of three partitions."""
 PRODUCTS = {"bf16": ("bf16",), "int8": ("int8",), "fp8": ("fp8",), "int8_qk": ("bf16", "int8"), "none": ()}
@@ -54,6 +56,23 @@ class Order:
     cycles: float | None = None
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a kernel with its epilogue beside the tensor cores is made of.
+
+    Attributes:
+        loops: Of each loop over slots, its products, and how many batches of them each wait leaves under way.
+        additions: Bytes that each addition to memory has of a thread.
+        stores: Bytes that each store to memory has.
+        overwritten: Instructions that write what a product under way adds to.
+    """
+
+    loops: list[tuple[int, list[int]]]
+    additions: list[int]
+    stores: list[int] = field(default_factory=list)
+    overwritten: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row(Compiled):
     """A compiled kernel of Triton's, and how it was launched.
@@ -70,7 +89,8 @@ class Row(Compiled):
         fp_fusion: Whether a * b + c may become one rounding.
         products: Format of its products: a key of :data:`PRODUCTS`.
         triton: Version that compiled it.
-        order: Of the Hopper kernel alone.
+        order: Of attention's Hopper kernel alone.
+        beside: Of a kernel with its epilogue beside the tensor cores alone.
         pointers: Arguments that are pointers, by name.
         nan_kept: Minima and maxima of floating numbers in its PTX that give NaN where an operand is.
         nan_lost: Those that give the other operand.
@@ -88,6 +108,7 @@ class Row(Compiled):
     products: str
     triton: str
     order: Order | None = None
+    beside: Beside | None = None
     pointers: tuple[str, ...] = ()
     nan_kept: int = 0
     nan_lost: int = 0
@@ -139,6 +160,9 @@ def problems(row: Row) -> list[str]:
 
     In the Hopper kernel a block's exponents stand between the start of a PV and the wait for it, and nothing writes
     what a product under way reads. With P in bf16 a group passes its turn once, behind its last product.
+
+    With an epilogue beside the tensor cores each of two groups has a loop whose one wait leaves a slot's products under
+    way, sums cross by 16 STSM a group, and a residual is added, an activation stored 16 bytes a thread at a time.
     """
     found, config = [], row.config
     fp8 = row.products.startswith("fp8")
@@ -154,6 +178,8 @@ def problems(row: Row) -> list[str]:
     found += resources(row, row.wanted, may_spill=(row.stem, row.arch) in MAY_SPILL)
     if row.order:
         found += _out_of_order(row.order, e4m3=fp8, lse="LSE" in row.detail)
+    if row.beside:
+        found += _not_beside(row)
     reduces, stores = row.opcodes["UTMAREDG"], row.opcodes["STG"]
     reducing = config.reduce and not row.detail.endswith("pointers")
     if bool(reduces) != reducing:
@@ -184,6 +210,25 @@ def _out_of_order(order: Order, *, e4m3: bool, lse: bool) -> list[str]:
     own = [barrier for barrier in order.barriers if barrier[0] >= RESERVED]
     if (len(own), *{threads for _, threads in own}) != ((0,) if e4m3 else (2, GROUP_THREADS)):
         found.append(f"named barriers {own}, not {'none' if e4m3 else 'two of both groups'}")
+    return found
+
+
+def _not_beside(row: Row) -> list[str]:
+    beside, found = row.beside, []
+    assert beside is not None
+    parts = 2 if row.products == "int8" else 1  # of 128 features: Triton has no product of int8 with 256
+    wanted = [(SLOT_PRODUCTS * parts, [parts])] * GROUPS
+    if beside.loops != wanted:
+        found.append(f"loops over slots of (products, left under way) {beside.loops}, not {wanted}")
+    if beside.overwritten:
+        found.append(f"{beside.overwritten} instructions that write what a product under way adds to")
+    if row.opcodes["STSM"] != STORES * GROUPS:
+        found.append(f"{row.opcodes['STSM']} STSM, {STORES * GROUPS} wanted")
+    adds = "residual" in row.detail
+    if bool(beside.additions) != adds or set(beside.additions) - {16} or (adds and row.opcodes["STG"]):
+        found.append(f"additions of {beside.additions} bytes and {row.opcodes['STG']} STG")
+    if "activation" in row.kernel and set(beside.stores) != {16}:
+        found.append(f"stores of {beside.stores} bytes")
     return found
 
 

@@ -52,7 +52,11 @@ def run(*command):
 # Compiled -------------------------------------------------------------------------------------------------------------
 
 SOME = {
-    "qkv": ("rmsnorm_quantize fp8 out, branch", "qkv_linear fp8, fp8 out"),
+    "qkv": (
+        "rmsnorm_quantize fp8 out, branch",
+        "qkv_linear fp8, fp8 out",
+        "qkv_linear int8, int8_qk out, beside",
+    ),
     "attention": (
         "block_sparse_attention fp8, D 128, bf16 out",
         "block_sparse_attention bf16, D 128, bf16 out, hopper",
@@ -63,6 +67,7 @@ SOME = {
     "linear": (
         "fp8_linear_activation fp8, swiglu7, fp8 out",
         "fp8_linear_residual fp8, residual, float32 out",
+        "fp8_linear_residual bf16, residual, float32 out, beside",
     ),
     "block_selection": ("select_blocks bf16, 1464 blocks, by number, max",),
 }
@@ -278,25 +283,35 @@ def test_the_compiled_order_is_seen(replaced, problem, tmp_path):
 
 
 KEY = r"""
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 
-from happyhorse_fast.kernels import hopper_sizes
-
-source = Path(hopper_sizes.__file__).read_text()
-for number, text in enumerate((source, source.replace("return self.v_bits == 8", "return self.v_bits < 16"))):
+original = importlib.import_module("happyhorse_fast.kernels.{module}")
+source = Path(original.__file__).read_text()
+assert source.count({old!r}) == 1
+for number, text in enumerate((source, source.replace({old!r}, {new!r}))):
     path = Path({root!r}) / f"sizes{{number}}.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    print(module.sizes_of.cache_key)
+    print(module.{function}.cache_key)
 """
 
 
-def test_another_property_of_the_sizes_is_another_kernel_to_tritons_cache(tmp_path):
-    done = run("-c", KEY.format(root=str(tmp_path)))
+@pytest.mark.parametrize(
+    ("module", "function", "old", "new"),
+    [
+        ("hopper_sizes", "sizes_of", "return self.v_bits == 8", "return self.v_bits < 16"),
+        ("product_beside", "product_of", "return 2 if self.int8 else 1", "return 1 + self.int8"),
+        ("qkv_beside", "heads_of", "return self.q + 2 * self.kv", "return 2 * self.kv + self.q"),
+        ("activation_beside", "activation_of", "return self.results * self.per", "return self.per * self.results"),
+    ],
+)
+def test_another_property_of_constants_is_another_kernel_to_tritons_cache(module, function, old, new, tmp_path):
+    done = run("-c", KEY.format(root=str(tmp_path), module=module, function=function, old=old, new=new))
     assert done.returncode == 0, done.stderr[-2000:]
     keys = done.stdout.split()
     assert len(keys) == len(set(keys)) == 2
