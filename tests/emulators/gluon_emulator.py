@@ -10,7 +10,8 @@ compiler checks them. What a GPU would punish, and plain execution lets pass, ra
   every barrier, copy and product. Where nobody can go on, that is a deadlock, said with where each stands.
 - A copy poisons where it goes when it is issued, and lands later. A product's operands in shared memory must be the
   same when it is issued and when it is waited for. Neither may be under way when the program ends.
-- A result of a product cannot be used before it was waited for, and waits retire products in their order.
+- A result of a product cannot be used before it was waited for, and waits retire products in their order. One that adds
+  to nothing poisons what it is to be written over.
 - An mbarrier counts arrivals and bytes; too many of either, or a use before `fence_async_shared`, raises.
 - A named barrier counts warps; more in a phase than it was said to have, another number of them, or the same ones twice
   raise, and so does a product that is issued after its group let the other one issue its own.
@@ -47,6 +48,8 @@ from gluon_machine import (
     value,
 )
 
+POISON = 2.0**30
+"""More than any score, in float32 and in int32."""
 __all__ = ["Emulated", "EmulationError"]
 
 
@@ -219,6 +222,8 @@ class Emulated:
             if acc.dtype != whole:
                 raise EmulationError(f"a product of {left.dtype} into {acc.dtype}")
             started = acc.clone() if use_acc else torch.zeros_like(acc)
+            if not use_acc:  # what was in its registers is gone
+                acc.fill_(POISON)
             made = Product(a, b, started, (left.clone(), b.data.clone()))
             assert self.program.current is not None
             if self.program.current.passed:
