@@ -65,6 +65,8 @@ def order_of(code: str, products: str, constants: dict[str, Any]) -> Order:
     """In which order the instructions of the Hopper kernel's listing stand, and the cycles of a step."""
     loops = disassembly.loops(code)
     over_blocks = [loop for loop in loops if sum("MUFU.EX2" in line for line in loop) >= EXPONENTS]
+    steps = [disassembly.steps(loop) for loop in over_blocks]
+    several = [(loop, each) for loop, each in zip(over_blocks, steps, strict=True) if len(each.late) > 1]
     cycles, tile = None, constants["BLOCK"] * constants["D"]
     if constants["D"] == HEAD_DIM:  # no timed model has smaller heads
         full = over_blocks[::2]  # between them are those over partial blocks
@@ -72,10 +74,11 @@ def order_of(code: str, products: str, constants: dict[str, Any]) -> Order:
         tile_bytes = {"k": tile * (2 if products == "bf16" else 1), "v": tile * (1 if products == "fp8" else 2)}
         cycles = playback.Player(bodies, constants["STAGES"], tile_bytes).cycles()
     return Order(
-        exponents=disassembly.exponents_beside_products(code),
+        exponents=[count for each in steps for count in each.exponents],
         turns=disassembly.turns(over_blocks, (TURNS.value, TURNS.value + 1), GROUP_THREADS),
         barriers=disassembly.named_barriers(code),
-        step=min(map(len, over_blocks), default=0),
+        step=min((len(loop) // len(each.late) for loop, each in several), default=0),
+        late=max((max(each.late) for _, each in several), default=0),
         overwritten=disassembly.overwritten(loops),
         cycles=cycles,
     )

@@ -18,8 +18,10 @@ MAY_SPILL = {("qkv", 100), ("qkv", 120), ("attention", 100)}
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
 EXPONENTS = 64
 """Exponents of a thread per step of the Hopper kernel: 64 x 128 by 128 threads."""
-TURNS = 4
-"""Its two groups, each in its loop over full blocks and that over partial ones."""
+STEPS = 6
+"""In its loops: of two groups, each with two in its loop over full blocks and one in that over partial ones."""
+LATE = {False: 40, True: 48 + 64}
+"""Instructions that may stand between PV and the next QK in loops over full blocks, and in e4m3, which then adds PV."""
 GROUP_THREADS = 256
 """Threads of both groups."""
 GROUPS, SLOT_PRODUCTS, STORES = 2, 4, 16
@@ -40,10 +42,11 @@ class Order:
     """In which order the Hopper kernel's instructions stand.
 
     Attributes:
-        exponents: Of each loop, how many stand beside products that are under way.
-        turns: Each loop's.
+        exponents: Of each step, how many stand between a QK that is under way and PV.
+        turns: Each step's.
         barriers: Numbers of named barriers, and the threads that meet there, 0 for all.
-        step: Instructions of the shortest loop over blocks.
+        step: Instructions of a step in the shortest loop of several steps, which is over full blocks.
+        late: Most instructions between a PV and the next QK in those loops.
         overwritten: Instructions that write what a product under way reads.
         cycles: Of a step over full blocks, played through (bench/aot/playback.py).
     """
@@ -52,6 +55,7 @@ class Order:
     turns: list[Turn]
     barriers: list[tuple[int, int]]
     step: int = 0
+    late: int = 0
     overwritten: int = 0
     cycles: float | None = None
 
@@ -158,8 +162,9 @@ def problems(row: Row) -> list[str]:
     says so, the memory adds, and there is no other way to the result; activations and casts keep NaN. (Triton may take
     others without a word: e4m3 as bf16 with max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
 
-    In the Hopper kernel a block's exponents stand between the start of a PV and the wait for it, and nothing writes
-    what a product under way reads. With P in bf16 a group passes its turn once, behind its last product.
+    In the Hopper kernel a block's exponents stand behind the QK of the next block, which is under way, and before their
+    PV; little stands between PV and the next QK; and nothing writes what a product under way reads. A group passes its
+    turn once, behind PV, of which none is without a turn.
 
     With an epilogue beside the tensor cores each of two groups has a loop whose one wait leaves a slot's products under
     way, sums cross by 16 STSM a group, and a residual is added, an activation stored 16 bytes a thread at a time.
@@ -177,7 +182,7 @@ def problems(row: Row) -> list[str]:
         found.append("launched without enable_fp_fusion=FP_FUSION")
     found += resources(row, row.wanted, may_spill=(row.stem, row.arch) in MAY_SPILL)
     if row.order:
-        found += _out_of_order(row.order, e4m3=fp8, lse="LSE" in row.detail)
+        found += _out_of_order(row.order, e4m3=fp8)
     if row.beside:
         found += _not_beside(row)
     reduces, stores = row.opcodes["UTMAREDG"], row.opcodes["STG"]
@@ -191,25 +196,28 @@ def problems(row: Row) -> list[str]:
     return [f"{row.name}, Triton {row.triton}: {problem}" for problem in found]
 
 
-def _out_of_order(order: Order, *, e4m3: bool, lse: bool) -> list[str]:
+def _out_of_order(order: Order, *, e4m3: bool) -> list[str]:
     found = []
-    beside, loops = sum(n >= EXPONENTS for n in order.exponents), TURNS
-    if e4m3:  # which has them there in its loops over full blocks, unless an LSE needs the registers
-        loops = 0 if lse else TURNS // 2
-    if beside < loops:
-        found.append(f"{beside} loops with {EXPONENTS} exponents beside PV, {loops} wanted")
-    if not e4m3 and len(order.turns) != TURNS:
-        found.append(f"{len(order.turns)} turns, {TURNS} wanted")
-    for before, behind, passes in order.turns:
-        if not before or behind or passes != 1:
-            found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
+    beside = sum(n >= EXPONENTS for n in order.exponents)
+    if (beside, len(order.exponents)) != (STEPS, STEPS):
+        found.append(f"{beside} of {len(order.exponents)} steps with {EXPONENTS} exponents beside QK, {STEPS} wanted")
+    if order.late > LATE[e4m3]:
+        found.append(f"{order.late} instructions between PV and the next QK, at most {LATE[e4m3]} allowed")
+    if len(order.turns) != STEPS:
+        found.append(f"{len(order.turns)} turns, {STEPS} wanted")
+    for turn in order.turns:
+        if not turn.pv or turn.qk or turn.behind or turn.passes != 1:
+            found.append(
+                f"a turn of {turn.pv} products of PV and {turn.qk} of QK, passed {turn.passes} times, "
+                f"with {turn.behind} of PV behind it"
+            )
     if order.cycles == float("inf"):
         found.append("played through, both groups come to wait for ever")
     if order.overwritten:
         found.append(f"{order.overwritten} instructions that write what a product under way reads")
     own = [barrier for barrier in order.barriers if barrier[0] >= RESERVED]
-    if (len(own), *{threads for _, threads in own}) != ((0,) if e4m3 else (2, GROUP_THREADS)):
-        found.append(f"named barriers {own}, not {'none' if e4m3 else 'two of both groups'}")
+    if (len(own), *{threads for _, threads in own}) != (2, GROUP_THREADS):
+        found.append(f"named barriers {own}, not two of both groups")
     return found
 
 

@@ -10,7 +10,8 @@ compiler checks them. What a GPU would punish, and plain execution lets pass, ra
   every barrier, copy and product. Where nobody can go on, that is a deadlock, said with where each stands.
 - A copy poisons where it goes when it is issued, and lands later. A product's operands in shared memory must be the
   same when it is issued and when it is waited for. Neither may be under way when the program ends.
-- A result of a product cannot be used before it was waited for, and waits retire products in their order.
+- A result of a product cannot be used before it was waited for, and waits retire products in their order. One that adds
+  to nothing poisons what it is to be written over.
 - An mbarrier counts arrivals and bytes; too many of either, or a use before `fence_async_shared`, raises.
 - A named barrier counts warps; more in a phase than it was said to have, another number of them, or the same ones twice
   raise, and so does a product that is issued after its group let the other one issue its own.
@@ -47,6 +48,8 @@ from gluon_machine import (
     value,
 )
 
+POISON = 2.0**30
+"""More than any score, in float32 and in int32."""
 __all__ = ["Emulated", "EmulationError"]
 
 
@@ -234,9 +237,11 @@ class Emulated:
             whole = torch.int32 if left.dtype == torch.int8 else torch.float32
             if acc.dtype != whole:
                 raise EmulationError(f"a product of {left.dtype} into {acc.dtype}")
-            started = torch.zeros(list(acc.shape), dtype=whole) if not use_acc else acc
+            started = acc if use_acc else torch.zeros(list(acc.shape), dtype=whole)
             if not isinstance(started, Product):
                 started = started.clone()
+            if not use_acc and not isinstance(acc, Product):  # what was in its registers is gone
+                acc.fill_(POISON)
             made = Product(a, b, started, (left.clone(), b.data.clone()), list(acc.shape), whole)
             if self.program.current.passed:
                 raise EmulationError("a product behind the turn that was passed")
