@@ -225,9 +225,9 @@ class Emulated:
             self.program.turn("a product")
             assert self.program.current is not None
             queue = self.program.current.products
-            if isinstance(a, Product) or (
-                isinstance(acc, Product) and acc.result is None and not any(acc is made for made in queue)
-            ):
+            pending = isinstance(acc, Product) and acc.result is None
+            # One that is under way may be added to, and nothing else.
+            if isinstance(a, Product) or (pending and not (use_acc and any(acc is made for made in queue))):
                 raise EmulationError("a product reads a result that was not waited for")
             left = a.data if isinstance(a, Memory) else a
             if left.shape[1] != b.data.shape[0] or list(acc.shape) != [left.shape[0], b.data.shape[1]]:
