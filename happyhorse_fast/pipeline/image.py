@@ -41,8 +41,7 @@ def open_image(image: str | Path | Image | NDArray[np.uint8]) -> Image:
         FileNotFoundError: There is no such file.
         ImportError: Pillow is not installed or does not import.
         TypeError: ``image`` is something else.
-        ValueError: The file is not a picture, is damaged, holds several or is of float32; the array has another shape or
-            dtype.
+        ValueError: The file is no picture, is damaged, of float32 or holds several; the array is of another kind.
     """
     optional.require("PIL", "reading a picture")
     from PIL import Image, ImageOps, UnidentifiedImageError
