@@ -41,7 +41,7 @@ def open_image(image: str | Path | Image | NDArray[np.uint8]) -> Image:
         FileNotFoundError: There is no such file.
         ImportError: Pillow is not installed or does not import.
         TypeError: ``image`` is something else.
-        ValueError: The file is not a picture, is damaged, or holds several; the array has another shape or dtype.
+        ValueError: The file is no picture, is damaged, of float32 or holds several; the array is of another kind.
     """
     optional.require("PIL", "reading a picture")
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -69,6 +69,8 @@ def open_image(image: str | Path | Image | NDArray[np.uint8]) -> Image:
         raise ValueError(f"image must be a picture such as a PNG or JPEG, {name} is damaged: {error}") from error
     if count > 1 and found.format not in SEVERAL_ARE_ONE:
         raise ValueError(f"image must be one picture, {name} holds {count}; save the one that the clip starts from")
+    if upright.mode == "F":  # Pillow would cut it at 255, and of values up to 1 leave black
+        raise ValueError(f"image must be of whole numbers, such as 8 or 16 bits, {name} is of float32")
     if upright.mode in _HIGH_16 or upright.mode == "I":
         upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
     if not upright.has_transparency_data:

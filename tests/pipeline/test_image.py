@@ -95,6 +95,12 @@ def test_sixteen_bit_grey_is_scaled(tmp_path):
     assert np.abs(shown[..., 0] - GREY16 / 257).max() <= 0.5
 
 
+def test_floating_point_is_refused(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=r"whole numbers.*a\.tiff is of float32"):
+        open_image(tmp_path / "a.tiff")
+
+
 def test_a_fifo_gives_a_picture_once(tmp_path):
     content = io.BytesIO()
     Image.fromarray(noise(4, 4)).save(content, format="png")
