@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import beside
 from bench.cases import BLOCK_SPARSE, DROP_IN, Case, exact_map, padded_rows
 from bench.hopper import running
 from happyhorse_fast import ops
@@ -217,7 +216,7 @@ _MAKERS = {
 def call(case: Case, given: Given, backend: str) -> tuple[Tensor, ...]:
     """Run the op; its results as a tuple, the changed residual stream for the op that writes there."""
     op = _drop_in if case.op == DROP_IN else getattr(ops, case.op)
-    with running(backend) as kernel, beside.running(kernel) as name:
+    with running(backend) as name:
         result = op(**given, backend=name)
     if result is None:
         return (given["hidden"],)

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from bench import LOST, began, hopper
-from bench.beside import BESIDE
 from bench.cases import Case, cases, select
 from bench.hopper import HOPPER
 from bench.measure.comparison import SLOW_SECONDS, Bench, Stopped, groups
@@ -172,8 +171,7 @@ def default_backend(device: torch.device) -> str:
 
 def other_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
     """(implementations beside the default one that can run here, reasons of those that cannot)."""
-    on_hopper = hopper.obstacle(device)
-    obstacles = {HOPPER: on_hopper, BESIDE: on_hopper, "cuda": cuda_obstacle(device)}
+    obstacles = {HOPPER: hopper.obstacle(device), "cuda": cuda_obstacle(device)}
     without = {name: reason for name, reason in obstacles.items() if reason}
     return [name for name in obstacles if name not in without], without
 
@@ -186,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", default="", help="comma-separated words; cases whose name holds one of them")
     parser.add_argument("--seconds", type=float, default=0.3, help="about how long each contestant of a span runs")
     parser.add_argument(
-        "--impl", default="", help="comma-separated, of triton, hopper, beside, cuda, reference; all by default"
+        "--impl", default="", help="comma-separated, of triton, hopper, cuda, reference; all by default"
     )
     parser.add_argument("--peers", choices=("all", "quick", "none"), default="all", help="quick: none that compiles")
     keep = "of the result file: nothing, gates' verdicts, or what was timed as well"

@@ -2,12 +2,11 @@
 
 Work items, masks and formats are those of `kernels/attention.py`; the division of labour is not. One warp loads: it
 fills rings of k and v tiles, and the next item's queries, through TMA. Two warp groups compute over the same tiles,
-each 64 queries of an item. Within a group the softmax of a block overlaps with QK of the next one; FlashAttention-3
-(arXiv 2407.08608, section 3.2) has it beside PV of the block before.
+each 64 queries of an item. Within a group the softmax of a block overlaps with PV of the block before it, as in
+FlashAttention-3 (arXiv 2407.08608, section 3.2).
 
-`hopper_steps` has the order of a step, `hopper_bounded` the softmax of bf16 and of int8 q and k, `hopper_e4m3` that of
-e4m3. docs/kernels/attention.md says who waits for whom, counts bytes and instructions, and has predictions and
-measurements.
+`hopper_bounded` has the steps of bf16 and of int8 q and k, `hopper_e4m3` those of e4m3. docs/kernels/attention.md says
+who waits for whom, counts bytes and instructions, and has predictions and measurements.
 """
 
 from triton.experimental import gluon
@@ -17,15 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from happyhorse_fast.kernels import numerics
 from happyhorse_fast.kernels.attention import LOG_2, P_EXPONENT
 from happyhorse_fast.kernels.hopper_barriers import pass_turn
+from happyhorse_fast.kernels.hopper_bounded import attend_bounded
+from happyhorse_fast.kernels.hopper_e4m3 import attend_e4m3
 from happyhorse_fast.kernels.hopper_ring import Rings, await_full, fill, make_barriers, make_ring, release
 from happyhorse_fast.kernels.hopper_scores import Item, Scales, Work
 from happyhorse_fast.kernels.hopper_sizes import GROUPS, sizes_of
-from happyhorse_fast.kernels.hopper_steps import attend
 
 to_e4m3 = gluon.jit(numerics.to_e4m3.fn)
 
-Q_SLOTS = gl.constexpr(1)
-"""Slots of the ring of queries: a second one would take a slot of k and v in bf16."""
+Q_SLOTS = gl.constexpr(2)
+"""Slots of the ring of queries: the next item's arrive while this item is computed."""
 COMPUTE_REGISTERS = gl.constexpr(240)
 LOAD_REGISTERS = gl.constexpr(24)
 """Registers per thread. The loading warp counts as a group of 128: 2 x 128 x 240 + 128 x 24 of an SM's 65,536."""
@@ -40,10 +40,7 @@ def work_item(work, item, sizes: gl.constexpr):
 
 @gluon.jit
 def load_tiles(q, k, v, rings, work, sizes: gl.constexpr):
-    """Load, in the loading warp, queries of every item, and k and v of its listed blocks, in the order of their use.
-
-    k of the next block comes before v of this one: a step begins with its QK.
-    """
+    """Load, in the loading warp, queries of every item, and k and v of its listed blocks, in the order of their use."""
     turn = 0
     use = 0
     for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
@@ -52,26 +49,15 @@ def load_tiles(q, k, v, rings, work, sizes: gl.constexpr):
         start = gl.load(work.starts + entry)
         steps = gl.load(work.counts + entry * 2 + 1)
         channel = head // sizes.group * sizes.d
-        key = 0
         for at in range(start, start + steps):
-            after = gl.load(work.columns + at) * sizes.block
-            fill(rings.k, use, k, after, channel, 1, sizes.stages)
-            if at > start:
-                fill_v(rings, use - 1, v, key, channel, sizes)
-            key = after
+            key = gl.load(work.columns + at) * sizes.block
+            fill(rings.k, use, k, key, channel, 1, sizes.stages)
+            if sizes.e4m3:
+                fill(rings.v, use, v, channel, key, 1, sizes.stages, 1)
+            else:
+                fill(rings.v, use, v, key, channel, 1, sizes.stages, 1)
             use += 1
-        if steps > 0:
-            fill_v(rings, use - 1, v, key, channel, sizes)
         turn += 1
-
-
-@gluon.jit
-def fill_v(rings, use, v, key, channel, sizes: gl.constexpr):
-    """Load v of the block that begins at a key, which is transposed in e4m3."""
-    if sizes.e4m3:
-        fill(rings.v, use, v, channel, key, 1, sizes.stages, 1)
-    else:
-        fill(rings.v, use, v, key, channel, 1, sizes.stages, 1)
 
 
 @gluon.jit
@@ -80,7 +66,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
     rings, work, scales, out, out_scale, lse, gate, queries, key_blocks = common
     ROWS: gl.constexpr = sizes.rows
     FIRST: gl.constexpr = GROUP * ROWS
-    if GROUP == 1:
+    if not sizes.e4m3 and GROUP == 1:
         pass_turn(GROUP)
     turn = 0
     use = 0
@@ -92,8 +78,6 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         scores = scales.scores
         of_k = scales.k
         of_v = scales.v
-        if not sizes.e4m3:  # a number per row, since `hopper_order.pinned` does nothing to one that threads share
-            scores = gl.where(live, scores, 1.0)
         if sizes.int8:
             scores *= gl.load(scales.q + query.to(gl.int64) * sizes.heads_q + head, mask=live, other=1.0)
             of_k += kv_head * key_blocks
@@ -105,15 +89,18 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         q_tile = rings.q.tiles.index(slot * GROUPS + GROUP)
         n_full = gl.load(work.counts + entry * 2)
         n_all = gl.load(work.counts + entry * 2 + 1)
-        item = Item(q_tile, slot, gl.load(work.starts + entry), n_full, n_all)
+        item = Item(q_tile, gl.load(work.starts + entry), n_full, n_all)
         acc = gl.full([ROWS, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
         row_sum = gl.full([ROWS], 0.0, gl.float32, layout=sizes.s_row)
-        other = gl.full([ROWS], -float("inf") if sizes.e4m3 else 0.0, gl.float32, layout=sizes.s_row)
+        log_sum = row_sum
+        row_max = gl.full([ROWS], -float("inf"), gl.float32, layout=sizes.s_row)
         if n_all > 0:
-            acc, row_sum, other = attend(item, use, rings, work, of_item, GROUP, sizes)
+            if sizes.e4m3:
+                acc, row_sum, row_max = attend_e4m3(item, use, rings, work, of_item, FIRST, sizes)
+            else:
+                acc, row_sum, log_sum = attend_bounded(item, use, rings, work, of_item, GROUP, sizes)
             use += n_all
-        else:
-            release(rings.q, slot)
+        release(rings.q, slot)
         turn += 1
 
         row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # a row without a key gives 0 / 1; NaN stays
@@ -126,28 +113,26 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         store_result(result, out, out_scale, row * sizes.block + FIRST, head, queries, sizes)
         if lse is not None:  # a row without a key gives -inf + log2(1), or log2(0)
             if sizes.e4m3:
-                log_sum = other + gl.log2(row_sum) - P_EXPONENT
+                log_sum = row_max + gl.log2(row_sum) - P_EXPONENT
             else:
-                log_sum = gl.log2(other)
+                log_sum = gl.log2(log_sum)
             gl.store(lse + head.to(gl.int64) * queries + query, log_sum * LOG_2, mask=live)
 
 
 @gluon.jit
 def store_result(result, out, out_scale, first, head, queries, sizes: gl.constexpr):
-    """Round the result, to e4m3 with an ``out_scale``, else to bf16, and store it from where the products left it.
-
-    A thread has two channels of each eight: in bf16 a warp's store fills half of each 32-byte sector, and the next one
-    the other half. To exchange them first, for 16 bytes a thread, takes 16 KiB of shared memory, and bf16 has no room
-    for those beside three slots.
-    """
+    """Round the result, to e4m3 with an ``out_scale``, else to bf16, and store it 16 bytes a thread at a time."""
+    D: gl.constexpr = sizes.d
+    EACH: gl.constexpr = 8 if out_scale is None else 16
+    layout: gl.constexpr = gl.BlockedLayout([1, EACH], [32 * EACH // D, D // EACH], [4, 1], [1, 0])
     if out_scale is None:
         value = result.to(gl.bfloat16)
     else:
         value = to_e4m3(result)
-    query = first + gl.arange(0, sizes.rows, layout=sizes.o_row)
-    channel = gl.arange(0, sizes.d, layout=gl.SliceLayout(0, sizes.o_layout))
-    place = out + (query.to(gl.int64) * sizes.heads_q + head)[:, None] * sizes.d + channel[None, :]
-    gl.store(place, value, mask=(query < queries)[:, None])
+    query = first + gl.arange(0, sizes.rows, layout=gl.SliceLayout(1, layout))
+    channel = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    place = out + (query.to(gl.int64) * sizes.heads_q + head)[:, None] * D + channel[None, :]
+    gl.store(place, gl.convert_layout(value, layout), mask=(query < queries)[:, None])
 
 
 @gluon.jit

@@ -34,11 +34,11 @@ def arrive_at(number, THREADS: gl.constexpr):
 
 @gluon.jit
 def await_turn(GROUP: gl.constexpr):
-    """Wait until the other group has issued its PV."""
+    """Wait until the other group has issued its products."""
     sync_at(TURNS + GROUP, 256)
 
 
 @gluon.jit
 def pass_turn(GROUP: gl.constexpr):
-    """Let the other group issue its PV."""
+    """Let the other group issue its products."""
     arrive_at(TURNS + 1 - GROUP, 256)

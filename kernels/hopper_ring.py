@@ -2,7 +2,7 @@
 
 A slot is full when its "full" mbarrier has counted the bytes of its tiles. It is empty again when every computing group
 has arrived at its "empty" mbarrier. One thread arrives for its group, after the group's warps have synchronized. That
-costs two barriers, so k and v share one arrival per step. Named barriers, at which each warp arrives for itself, are
+costs a barrier, so k and v share one arrival per step. Named barriers, at which each warp arrives for itself, are
 cheaper and failed: as soon as several processes shared an H200, tiles were overwritten while they were read
 (docs/kernels/attention.md).
 """
@@ -23,9 +23,9 @@ class Ring(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """The rings of q, k and v. k and v share ``empty``: one arrival frees k of a block and v of the block before.
+    """The rings of q, k and v. k and v share ``empty``: a step's end frees k of its block and v of the block before.
 
-    Their QK and PV end together, at the end of a step. ``open`` is an mbarrier that nobody arrives at.
+    ``open`` is an mbarrier that nobody arrives at.
     """
 
     q: Any
@@ -55,7 +55,7 @@ def make_ring(source, empty, TILES: gl.constexpr, SLOTS: gl.constexpr):
 def fill(ring, use, source, row, column, TILES: gl.constexpr, SLOTS: gl.constexpr, LATER: gl.constexpr = 0):
     """Wait until the slot of the ring's ``use``-th use is empty, then load TILES tiles into it, consecutive in rows.
 
-    LATER is 1 where a slot is released with the next use of the other ring, as v's are, else 0.
+    LATER is 1 where a slot is released one step after the step that loaded it, as v's are, else 0.
     """
     step = use + LATER
     mbarrier.wait(ring.empty.index(step % SLOTS), (step // SLOTS & 1) ^ 1)
@@ -73,6 +73,15 @@ def await_full(ring, use, SLOTS: gl.constexpr):
     slot = use % SLOTS
     mbarrier.wait(ring.full.index(slot), use // SLOTS & 1)
     return slot
+
+
+@gluon.jit
+def hold_order(rings):
+    """Keep ptxas from moving instructions across this point: a wait is a loop, and nothing moves across a loop.
+
+    The wait ends at once, since it is for the phase before the barrier's first.
+    """
+    mbarrier.wait(rings.open.index(0), 1)
 
 
 @gluon.jit

@@ -23,12 +23,10 @@ class Work(NamedTuple):
 class Item(NamedTuple):
     """A work item of one group: its queries in shared memory, and their blocks, columns[start : start + n_all].
 
-    The first ``n_full`` blocks have no mask. ``q_slot`` is the queries' slot, which the last QK frees: the next item's
-    arrive beside the last softmax, PV and stores.
+    The first ``n_full`` blocks have no mask.
     """
 
     q_tile: Any
-    q_slot: Any
     start: Any
     n_full: Any
     n_all: Any

@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -46,8 +46,6 @@ class LaunchConfig:
         descriptors: Load tiles through TMA descriptors (Hopper and later).
         hopper: Launch attention's warp-specialized kernel for Hopper instead, with the configuration of the entry of
             the same name with ``_hopper`` appended.
-        beside: Launch a product's warp-specialized kernel for Hopper instead, whose epilogue runs beside the tensor
-            cores, as :func:`beside_of` configures it.
         reduce: Let the hardware add a product to the output in memory (TMA reduce); needs ``descriptors``.
     """
 
@@ -59,23 +57,11 @@ class LaunchConfig:
     group_m: int = 0
     descriptors: bool = False
     hopper: bool = False
-    beside: bool = False
     reduce: bool = False
 
     def options(self) -> dict[str, int]:
         """What a launch of Triton tells the compiler."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": FP_FUSION}
-
-
-def beside_of(config: LaunchConfig) -> LaunchConfig:
-    """Configure a product's kernel with its epilogue beside the tensor cores, in the order of tiles of a plain one.
-
-    128 x 256 by 128 bytes is its one tile, 3 slots of 48 KiB and 64 KiB of sums what fits.
-
-    Args:
-        config: Of the plain kernel, on sm_90.
-    """
-    return replace(config, num_warps=4, num_stages=3, beside=True, reduce=False)
 
 
 def shared_memory_bytes(config: LaunchConfig, element_bytes: int) -> int:
@@ -105,7 +91,7 @@ def illegal(config: LaunchConfig, arch: int, *, fp8: bool, shared_bytes: int) ->
         return f"sm_{arch} has no TMA descriptors (sm_{DESCRIPTORS_SINCE} and later have)"
     if config.reduce and not config.descriptors:
         return "reduce goes through TMA descriptors, and descriptors is False"
-    if (config.hopper or config.beside) and arch != HOPPER_ARCH:
+    if config.hopper and arch != HOPPER_ARCH:
         return f"sm_{arch} has no warp-group products (sm_{HOPPER_ARCH} alone has)"
     for name in ("block_m", "block_n", "block_k", "num_warps"):
         value = getattr(config, name)

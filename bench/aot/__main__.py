@@ -34,14 +34,11 @@ it, compiled without a GPU by Triton {versions}. A cell with several values has 
 Every kernel fits its device, and products use the tensor-core instruction of their format and no other. None has stack
 or spills but for those of `MAY_SPILL` in `bench/aot/gates.py`; on sm_90 none at all. "Pointers" is a launch for tensors
 that no TMA descriptor can be made of. "Hopper" is the Gluon kernel for sm_90 alone: its registers are those of its
-launch, of which computing groups then take 240 a thread and the loading warp 24; each step of its loops has the
-exponents of a block beside the QK of the next one, at most 40 instructions between PV and that QK (112 in e4m3, which
-adds PV there), and passes its turn once, behind PV. "Beside" are the Gluon kernels for sm_90 with their epilogue beside
-the tensor cores, which no table asks for: of their launch's registers multiplying groups then take 184 and the other
-warps 136, and each loop over slots waits for the slot before, never for its own. Stack and shared memory are in bytes;
-SHFL, STL and LDL count instructions in the listing, not executions. None of this says how fast a kernel is.
-Instructions of attention's steps, with a maximum and bounded, and predictions per architecture:
-[kernels/attention.md](kernels/attention.md).
+launch, of which computing groups then take 240 a thread and the loading warp 24; in bf16 and with int8 q and k each of
+its loops has the exponents of a block beside the PV of the one before, and passes its turn once, behind its last
+product. Stack and shared memory are in bytes; SHFL, STL and LDL count instructions in the listing, not executions. None
+of this says how fast a kernel is. Instructions of attention's steps, with a maximum and bounded, and predictions per
+architecture: [kernels/attention.md](kernels/attention.md).
 """
 
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from bench import beside
 from bench.hopper import FORM, HOPPER, running
-from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, HOPPER_ARCH, config_for, table
+from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, config_for, table
 from happyhorse_fast.ops.row_quantization.triton import variant_of
 from happyhorse_fast.ops.runtime.dispatch import STEMS
 from happyhorse_fast.ops.runtime.triton.device import by_pointers, pretend
@@ -50,7 +49,6 @@ class Case:
         arguments: The launcher's, on the device "meta".
         pointers: Whether the launcher may make no descriptors, where it otherwise would.
         hopper: Whether the table is taken to ask for the Hopper kernel.
-        beside: Whether it is for the kernel with its epilogue beside the tensor cores.
     """
 
     op: str
@@ -61,7 +59,6 @@ class Case:
     arguments: dict[str, Any] = field(repr=False)
     pointers: bool = False
     hopper: bool = False
-    beside: bool = False
 
     @property
     def stem(self) -> str:
@@ -80,8 +77,7 @@ class Case:
     def launch(self) -> None:
         """Call the launcher, pretending the architecture."""
         loads = by_pointers() if self.pointers else contextlib.nullcontext()
-        products = beside.running(beside.BESIDE if self.beside else "triton")
-        with pretend(self.arch), loads, products, running(HOPPER if self.hopper else "triton"):
+        with pretend(self.arch), loads, running(HOPPER if self.hopper else "triton"):
             LAUNCHERS[f"happyhorse_fast::{self.op}"](**self.arguments)
 
 
@@ -154,9 +150,6 @@ def qkv_products(arch: int) -> Iterator[Case]:
         for pointers in loads("qkv", variant, arch):
             form, variants = f"{fmt}, {out} out", {"qkv_linear_kernel": variant}
             yield Case("qkv_linear", arch, variants, fmt, form, arguments, pointers)
-        if arch == HOPPER_ARCH:
-            form, variants = f"{fmt}, {out} out, beside", {"qkv_linear_beside_kernel": variant}
-            yield Case("qkv_linear", arch, variants, fmt, form, arguments, beside=True)
 
 
 def attentions(arch: int) -> Iterator[Case]:
@@ -265,9 +258,6 @@ def linears(arch: int) -> Iterator[Case]:
                 op, arguments = "fp8_linear_residual", arguments | {"hidden": meta(ROWS, features)}
             detail = f"{fmt}{scales}, {epilogue}, {out} out{f', K {inputs}' if inputs != HIDDEN else ''}"
             yield Case(op, arch, {"fp8_linear_kernel": variant}, fmt, detail, arguments, pointers)
-            if epilogue != "plain" and (arch, pointers) == (HOPPER_ARCH, False):
-                variants = {f"{op}_beside_kernel": variant}
-                yield Case(op, arch, variants, fmt, f"{detail}, beside", arguments, beside=True)
 
 
 def selections(arch: int) -> Iterator[Case]:

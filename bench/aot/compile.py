@@ -14,10 +14,10 @@ import triton
 
 from bench.aot import disassembly, playback
 from bench.aot.cases import HEAD_DIM, cases
-from bench.aot.gates import EXPONENTS, GROUP_THREADS, Beside, Order, Row
+from bench.aot.gates import EXPONENTS, GROUP_THREADS, Order, Row
 from bench.aot.recording import Driver, Launch, in_forks, record
 from happyhorse_fast.kernels.hopper_barriers import TURNS
-from happyhorse_fast.kernels.launch import beside_of, config_for
+from happyhorse_fast.kernels.launch import config_for
 
 # Triton 3.8 clamps in bf16 what came of it.
 NAN_KEPT = re.compile(r"\b(?:min|max)\.(?:ftz\.)?NaN\.(?:f32|bf16)")
@@ -31,22 +31,21 @@ def measure(launch: Launch) -> Row:
     Driver(case.arch).activate()
     built = launch.kernel.preload(launch.specialised)
     ((compiled, code),) = disassembly.read(built.asm["cubin"])
-    hopper, beside = "hopper" in launch.name, "beside" in launch.name
+    hopper = "hopper" in launch.name
     data = json.loads(launch.specialised)
     options, names = data["options"], [launch.kernel.arg_names[path[0]] for path in data["constant_keys"]]
     constants = dict(zip(names, data["constant_vals"], strict=True))
     # A flag launches both forms, which may read in different ways.
     form = "" if constants.get("BOUNDED", True) else " running"
     variant = case.variants.get(f"{launch.name}{form}") or case.variants[launch.name]
-    # An entry may ask for the Hopper kernel: then another entry is launched, and a case of its own tells it so.
-    config = replace(config_for(case.stem, variant, case.arch), hopper=hopper)
     return Row(
         **vars(compiled) | {"shared": int(built.metadata.shared)},
         stem=case.stem,
         variant=variant,
         detail=f"{case.detail}{', bounded' if constants.get('BOUNDED') else ''}",
         arch=case.arch,
-        config=beside_of(config) if beside else config,
+        # An entry may ask for the Hopper kernel: then another entry is launched, and a case of its own tells it so.
+        config=replace(config_for(case.stem, variant, case.arch), hopper=hopper),
         tile={name.lower(): constants[name] for name in TILE if name in constants},
         num_warps=options["num_warps"],
         num_stages=constants.get("STAGES", options["num_stages"]),
@@ -54,7 +53,6 @@ def measure(launch: Launch) -> Row:
         products=case.products,
         triton=triton.__version__,
         order=order_of(code, case.products, constants) if hopper else None,
-        beside=beside_in(code) if beside else None,
         pointers=tuple(sorted(name for name, kind in data["signature"].items() if str(kind).startswith("*"))),
         nan_kept=len(NAN_KEPT.findall(built.asm["ptx"])),
         nan_lost=len(NAN_LOST.findall(built.asm["ptx"])),
@@ -65,8 +63,6 @@ def order_of(code: str, products: str, constants: dict[str, Any]) -> Order:
     """In which order the instructions of the Hopper kernel's listing stand, and the cycles of a step."""
     loops = disassembly.loops(code)
     over_blocks = [loop for loop in loops if sum("MUFU.EX2" in line for line in loop) >= EXPONENTS]
-    steps = [disassembly.steps(loop) for loop in over_blocks]
-    several = [(loop, each) for loop, each in zip(over_blocks, steps, strict=True) if len(each.late) > 1]
     cycles, tile = None, constants["BLOCK"] * constants["D"]
     if constants["D"] == HEAD_DIM:  # no timed model has smaller heads
         full = over_blocks[::2]  # between them are those over partial blocks
@@ -74,24 +70,12 @@ def order_of(code: str, products: str, constants: dict[str, Any]) -> Order:
         tile_bytes = {"k": tile * (2 if products == "bf16" else 1), "v": tile * (1 if products == "fp8" else 2)}
         cycles = playback.Player(bodies, constants["STAGES"], tile_bytes).cycles()
     return Order(
-        exponents=[count for each in steps for count in each.exponents],
+        exponents=disassembly.exponents_beside_products(code),
         turns=disassembly.turns(over_blocks, (TURNS.value, TURNS.value + 1), GROUP_THREADS),
         barriers=disassembly.named_barriers(code),
-        step=min((len(loop) // len(each.late) for loop, each in several), default=0),
-        late=max((max(each.late) for _, each in several), default=0),
+        step=min(map(len, over_blocks), default=0),
         overwritten=disassembly.overwritten(loops),
         cycles=cycles,
-    )
-
-
-def beside_in(code: str) -> Beside:
-    """What the listing of a kernel with its epilogue beside the tensor cores must be held against."""
-    loops = disassembly.loops(code)
-    return Beside(
-        loops=[disassembly.products_and_waits(loop) for loop in loops],
-        additions=disassembly.additions(code),
-        stores=disassembly.stores(code),
-        overwritten=disassembly.overwritten(loops),
     )
 
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
 # N of a product of m64nNkK, the first register of its sums, and that of its left operand where that is in registers.
@@ -89,56 +88,29 @@ def _tool(name: str, option: str, cubin: Path, *more: str) -> str:
     return subprocess.run([path, option, *more, cubin], capture_output=True, text=True, check=True).stdout
 
 
-class Steps(NamedTuple):
-    """The steps of a loop over blocks, one for each batch of PV in it, in their order.
+def exponents_beside_products(code: str) -> list[int]:
+    """Count a listing's exponents that are computed while one batch of warp-group products is under way, at each place.
 
-    Attributes:
-        exponents: How many stand between the last product of a QK that is under way and a PV's first.
-        late: Instructions between a PV's last product and the next QK's first.
+    Counted between a wait that leaves one batch and the next that leaves none.
     """
-
-    exponents: list[int]
-    late: list[int]
-
-
-def steps(loop: list[str]) -> Steps:
-    """Read a loop over blocks. A product with its left operand in registers is of PV, any other of QK."""
-    found = Steps([], [])
-    exponents = since = 0
-    pv_before, under_way = False, False
-    for line in [*loop, *loop]:  # a step may begin before the loop begins again
-        since += 1
-        if (product := _PRODUCT.search(line)) is None:
-            under_way &= "WARPGROUP.DEPBAR" not in line
-            exponents = exponents + ("MUFU.EX2" in line) if under_way else 0
-            continue
-        if product[3] and not pv_before:
-            found.exponents.append(exponents)
-        if pv_before and not product[3]:
-            found.late.append(since - 1)
-        pv_before = bool(product[3])
-        exponents, under_way, since = 0, not pv_before, 0
-    return Steps(*(numbers[len(numbers) // 2 :] for numbers in found))
+    found, count = [], None
+    for line in code.splitlines():
+        if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line:
+            count = 0
+        elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line and count is not None:
+            found.append(count)
+            count = None
+        elif "MUFU.EX2" in line and count is not None:
+            count += 1
+    return found
 
 
-class Turn(NamedTuple):
-    """What a warp group does from its wait for a turn to the next one.
-
-    Attributes:
-        pv: Products of PV before it passes its turn.
-        qk: Products of QK before that.
-        behind: Products of PV after that.
-        passes: How often it passes.
-    """
-
-    pv: int
-    qk: int
-    behind: int
-    passes: int
+Turn = tuple[int, int, int]
+"""A warp group's step, from the wait for its turn on: products before it passes it, products after, times it passes."""
 
 
 def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: int) -> list[Turn]:
-    """The turns of all loops, one for each wait.
+    """The turn of every loop that waits for one.
 
     Args:
         over_blocks: Loops, as :func:`loops` gives them.
@@ -151,15 +123,14 @@ def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: i
     for loop in over_blocks:
         waits = [(at, int(m[1], 16)) for at, line in enumerate(loop) if (m := sync.search(line)) is not None]
         waits = [(at, number) for at, number in waits if number in numbers]
-        for turn, (at, own) in enumerate(waits):
-            end = waits[(turn + 1) % len(waits)][0]
-            pv, qk, passes = [0, 0], [0, 0], 0
-            for line in loop[at + 1 : end] if end > at else loop[at + 1 :] + loop[:end]:
-                if (passed := arrive.search(line)) is not None:
-                    passes += int(passed[1], 16) in numbers and int(passed[1], 16) != own
-                elif (product := _PRODUCT.search(line)) is not None:
-                    (pv if product[3] else qk)[passes > 0] += 1
-            found.append(Turn(pv[0], qk[0], pv[1], passes))
+        if not waits:
+            continue
+        (at, own), counts, passes = waits[0], [0, 0], 0
+        for line in loop[at + 1 :] + loop[:at]:  # the loop begins somewhere else
+            if (passed := arrive.search(line)) is not None:
+                passes += int(passed[1], 16) in numbers and int(passed[1], 16) != own
+            counts[passes > 0] += "GMMA" in line
+        found.append((counts[0], counts[1], passes))
     return found
 
 
@@ -183,24 +154,6 @@ def loops(code: str) -> list[list[str]]:
     own = [(a, b) for a, b in spans if not any(c < a < d < b for c, d in spans)]
     inner = [(a, b) for a, b in own if not any((a, b) != (c, d) and a <= c and d <= b for c, d in own)]
     return [instructions[a:b] for a, b in inner]
-
-
-def products_and_waits(loop: Iterable[str]) -> tuple[int, list[int]]:
-    """(products of a loop, how many batches of them each wait leaves under way)."""
-    lines = list(loop)
-    waits = [re.search(r"DEPBAR\.LE gsb0, 0x([0-9a-f]+)", line) for line in lines]
-    return sum("GMMA" in line for line in lines), [int(wait[1], 16) for wait in waits if wait is not None]
-
-
-def additions(code: str) -> list[int]:
-    """Bytes that each instruction of a listing adds to float32 in memory, a thread."""
-    return [4 * int(vector or 1) for vector in re.findall(r"REDG?\.E\.ADD\.F32(?:x(\d))?", code)]
-
-
-def stores(code: str) -> list[int]:
-    """Bytes that each instruction of a listing stores to memory, a thread."""
-    widths = {"U8": 1, "U16": 2, "64": 8, "128": 16}
-    return [widths.get(width, 4) for width in re.findall(r"\bSTG\.E(?:\.(U8|U16|64|128))?\b", code)]
 
 
 def overwritten(found_loops: Iterable[list[str]]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bench.aot.disassembly import Compiled, Turn
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, table
@@ -18,14 +18,10 @@ MAY_SPILL = {("qkv", 100), ("qkv", 120), ("attention", 100)}
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
 EXPONENTS = 64
 """Exponents of a thread per step of the Hopper kernel: 64 x 128 by 128 threads."""
-STEPS = 6
-"""In its loops: of two groups, each with two in its loop over full blocks and one in that over partial ones."""
-LATE = {False: 40, True: 48 + 64}
-"""Instructions that may stand between PV and the next QK in loops over full blocks, and in e4m3, which then adds PV."""
+TURNS = 4
+"""Its two groups, each in its loop over full blocks and that over partial ones."""
 GROUP_THREADS = 256
 """Threads of both groups."""
-GROUPS, SLOT_PRODUCTS, STORES = 2, 4, 16
-"""Of a kernel with its epilogue beside: groups that multiply, a slot's products of 32 bytes, and a group's STSM."""
 RESERVED = 4
 """Named barriers that Triton may use for itself in a kernel of three partitions."""
 PRODUCTS = {"bf16": ("bf16",), "int8": ("int8",), "fp8": ("fp8",), "int8_qk": ("bf16", "int8"), "none": ()}
@@ -42,11 +38,10 @@ class Order:
     """In which order the Hopper kernel's instructions stand.
 
     Attributes:
-        exponents: Of each step, how many stand between a QK that is under way and PV.
-        turns: Each step's.
+        exponents: Of each loop, how many stand beside products that are under way.
+        turns: Each loop's.
         barriers: Numbers of named barriers, and the threads that meet there, 0 for all.
-        step: Instructions of a step in the shortest loop of several steps, which is over full blocks.
-        late: Most instructions between a PV and the next QK in those loops.
+        step: Instructions of the shortest loop over blocks.
         overwritten: Instructions that write what a product under way reads.
         cycles: Of a step over full blocks, played through (bench/aot/playback.py).
     """
@@ -55,26 +50,8 @@ class Order:
     turns: list[Turn]
     barriers: list[tuple[int, int]]
     step: int = 0
-    late: int = 0
     overwritten: int = 0
     cycles: float | None = None
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What a kernel with its epilogue beside the tensor cores is made of.
-
-    Attributes:
-        loops: Of each loop over slots, its products, and how many batches of them each wait leaves under way.
-        additions: Bytes that each addition to memory has of a thread.
-        stores: Bytes that each store to memory has.
-        overwritten: Instructions that write what a product under way adds to.
-    """
-
-    loops: list[tuple[int, list[int]]]
-    additions: list[int]
-    stores: list[int] = field(default_factory=list)
-    overwritten: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +70,7 @@ class Row(Compiled):
         fp_fusion: Whether a * b + c may become one rounding.
         products: Format of its products: a key of :data:`PRODUCTS`.
         triton: Version that compiled it.
-        order: Of attention's Hopper kernel alone.
-        beside: Of a kernel with its epilogue beside the tensor cores alone.
+        order: Of the Hopper kernel alone.
         pointers: Arguments that are pointers, by name.
         nan_kept: Minima and maxima of floating numbers in its PTX that give NaN where an operand is.
         nan_lost: Those that give the other operand.
@@ -112,7 +88,6 @@ class Row(Compiled):
     products: str
     triton: str
     order: Order | None = None
-    beside: Beside | None = None
     pointers: tuple[str, ...] = ()
     nan_kept: int = 0
     nan_lost: int = 0
@@ -162,12 +137,8 @@ def problems(row: Row) -> list[str]:
     says so, the memory adds, and there is no other way to the result; activations and casts keep NaN. (Triton may take
     others without a word: e4m3 as bf16 with max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
 
-    In the Hopper kernel a block's exponents stand behind the QK of the next block, which is under way, and before their
-    PV; little stands between PV and the next QK; and nothing writes what a product under way reads. A group passes its
-    turn once, behind PV, of which none is without a turn.
-
-    With an epilogue beside the tensor cores each of two groups has a loop whose one wait leaves a slot's products under
-    way, sums cross by 16 STSM a group, and a residual is added, an activation stored 16 bytes a thread at a time.
+    In the Hopper kernel a block's exponents stand between the start of a PV and the wait for it, and nothing writes
+    what a product under way reads. With P in bf16 a group passes its turn once, behind its last product.
     """
     found, config = [], row.config
     fp8 = row.products.startswith("fp8")
@@ -182,9 +153,7 @@ def problems(row: Row) -> list[str]:
         found.append("launched without enable_fp_fusion=FP_FUSION")
     found += resources(row, row.wanted, may_spill=(row.stem, row.arch) in MAY_SPILL)
     if row.order:
-        found += _out_of_order(row.order, e4m3=fp8)
-    if row.beside:
-        found += _not_beside(row)
+        found += _out_of_order(row.order, e4m3=fp8, lse="LSE" in row.detail)
     reduces, stores = row.opcodes["UTMAREDG"], row.opcodes["STG"]
     reducing = config.reduce and not row.detail.endswith("pointers")
     if bool(reduces) != reducing:
@@ -196,47 +165,25 @@ def problems(row: Row) -> list[str]:
     return [f"{row.name}, Triton {row.triton}: {problem}" for problem in found]
 
 
-def _out_of_order(order: Order, *, e4m3: bool) -> list[str]:
+def _out_of_order(order: Order, *, e4m3: bool, lse: bool) -> list[str]:
     found = []
-    beside = sum(n >= EXPONENTS for n in order.exponents)
-    if (beside, len(order.exponents)) != (STEPS, STEPS):
-        found.append(f"{beside} of {len(order.exponents)} steps with {EXPONENTS} exponents beside QK, {STEPS} wanted")
-    if order.late > LATE[e4m3]:
-        found.append(f"{order.late} instructions between PV and the next QK, at most {LATE[e4m3]} allowed")
-    if len(order.turns) != STEPS:
-        found.append(f"{len(order.turns)} turns, {STEPS} wanted")
-    for turn in order.turns:
-        if not turn.pv or turn.qk or turn.behind or turn.passes != 1:
-            found.append(
-                f"a turn of {turn.pv} products of PV and {turn.qk} of QK, passed {turn.passes} times, "
-                f"with {turn.behind} of PV behind it"
-            )
+    beside, loops = sum(n >= EXPONENTS for n in order.exponents), TURNS
+    if e4m3:  # which has them there in its loops over full blocks, unless an LSE needs the registers
+        loops = 0 if lse else TURNS // 2
+    if beside < loops:
+        found.append(f"{beside} loops with {EXPONENTS} exponents beside PV, {loops} wanted")
+    if not e4m3 and len(order.turns) != TURNS:
+        found.append(f"{len(order.turns)} turns, {TURNS} wanted")
+    for before, behind, passes in order.turns:
+        if not before or behind or passes != 1:
+            found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
     if order.cycles == float("inf"):
         found.append("played through, both groups come to wait for ever")
     if order.overwritten:
         found.append(f"{order.overwritten} instructions that write what a product under way reads")
     own = [barrier for barrier in order.barriers if barrier[0] >= RESERVED]
-    if (len(own), *{threads for _, threads in own}) != (2, GROUP_THREADS):
-        found.append(f"named barriers {own}, not two of both groups")
-    return found
-
-
-def _not_beside(row: Row) -> list[str]:
-    beside, found = row.beside, []
-    assert beside is not None
-    parts = 2 if row.products == "int8" else 1  # of 128 features: Triton has no product of int8 with 256
-    wanted = [(SLOT_PRODUCTS * parts, [parts])] * GROUPS
-    if beside.loops != wanted:
-        found.append(f"loops over slots of (products, left under way) {beside.loops}, not {wanted}")
-    if beside.overwritten:
-        found.append(f"{beside.overwritten} instructions that write what a product under way adds to")
-    if row.opcodes["STSM"] != STORES * GROUPS:
-        found.append(f"{row.opcodes['STSM']} STSM, {STORES * GROUPS} wanted")
-    adds = "residual" in row.detail
-    if bool(beside.additions) != adds or set(beside.additions) - {16} or (adds and row.opcodes["STG"]):
-        found.append(f"additions of {beside.additions} bytes and {row.opcodes['STG']} STG")
-    if "activation" in row.kernel and set(beside.stores) != {16}:
-        found.append(f"stores of {beside.stores} bytes")
+    if (len(own), *{threads for _, threads in own}) != ((0,) if e4m3 else (2, GROUP_THREADS)):
+        found.append(f"named barriers {own}, not {'none' if e4m3 else 'two of both groups'}")
     return found
 
 

@@ -87,19 +87,17 @@ class Roles:
         steps: In a body.
     """
 
-    waits: Sequence[tuple[str, int]] = (("k", 1), ("", 0), ("v", 0), ("k", 2), ("", 0), ("v", 1))
-    releases: Sequence[int] = (0, 1)
-    steps: int = 2
+    waits: Sequence[tuple[str, int]] = (("k", 0), ("v", -1), ("", 0))
+    releases: Sequence[int] = (0,)
+    steps: int = 1
 
     def loads(self, number: int) -> tuple[str, int]:
-        """(tile, step) of the loading warp's ``number``-th load: k of the next block comes before v of this one."""
-        if number == 0:
-            return "k", 0
-        return ("k", (number + 1) // 2) if number % 2 else ("v", number // 2 - 1)
+        """(tile, step) of the loading warp's ``number``-th load."""
+        return "kv"[number % 2], number // 2
 
     def frees(self, tile: str, step: int, slots: int) -> int:
-        """The step whose end frees the slot for a tile: k's of the next block with v's of this one."""
-        return step - slots - (tile == "k")
+        """The step whose end frees the slot for a tile."""
+        return step - slots + (tile == "v")
 
 
 @dataclass(frozen=True)

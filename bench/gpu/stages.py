@@ -118,9 +118,8 @@ def _tests(context: Context) -> list[Step]:
     parallel = ("-n", str(WORKERS), "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     large = files.pop("large")  # needs 24 GiB that nobody else has
     return [
-        Step([*one_by_one, *parallel, "-k", "not cuda and not hopper and not beside", *files.values()], 6),
+        Step([*one_by_one, *parallel, "-k", "not cuda and not hopper", *files.values()], 6),
         Step([*one_by_one, *parallel, "-k", "hopper", *files.values()], 2),
-        Step([*one_by_one, *parallel, "-k", "beside", files["ops"]], 1),
         Step([*one_by_one, *parallel, "-k", "cuda", files["ops"]], 2),
         Step([*one_by_one, large]),
     ]
@@ -162,7 +161,7 @@ def _ops(scope: str, words: str, dry_words: str) -> Callable[[Context], list[Ste
             return [Step([*command, "--impl", "triton", "--peers", "none"], again=again)]
         gates = [
             Step([*command, "--impl", impl, "--gates"], again=again)
-            for impl in (("hopper", "cuda") if "attention" in words else ("beside", "cuda"))
+            for impl in (("hopper", "cuda") if "attention" in words else ("cuda",))
         ]
         turns = Step([*command, "--peers", "quick", "--keep", "gates"], 6, again)
         return [*gates, turns, Step([*command, "--peers", "all", *again], 3, again)]  # with those that compile

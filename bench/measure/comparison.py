@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.beside import BESIDE, fits
 from bench.cases import BLOCK_SPARSE, DROP_IN, Case
 from bench.hopper import HOPPER
 from bench.inputs import Given, call, make, moved_bytes, softmax
@@ -289,7 +288,6 @@ def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
     able = {
         "cuda": case.variant in VARIANTS["cuda"].get(case.op, ()),
         HOPPER: case.op in (BLOCK_SPARSE, DROP_IN),
-        BESIDE: fits(case),
     }
     return [name for name in (backend, *also) if able.get(name, True)]
 

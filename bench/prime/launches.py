@@ -15,7 +15,6 @@ import torch
 
 from bench.aot import cases as aot_cases
 from bench.aot.recording import Launch, record
-from bench.beside import BESIDE
 from bench.cases import Size, cases
 from bench.hopper import HOPPER, running
 from bench.inputs import call, make
@@ -50,7 +49,7 @@ def sources(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
     for case in aot_cases.cases():
         if case.arch == arch and not case.pointers:  # the self-check has those, at its own shapes
             yield f"table {case.op} {case.detail}", case.launch
-    also = (HOPPER, BESIDE) if arch == HOPPER_ARCH else ()
+    also = (HOPPER,) if arch == HOPPER_ARCH else ()
     for scope in SCOPES:
         for bench_case in cases(scope):
             if bench_case.precision == "fp8" and arch < FP8_SINCE:

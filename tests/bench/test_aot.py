@@ -12,7 +12,6 @@ import pytest
 
 from bench.aot import gates
 from bench.aot.__main__ import compiled
-from bench.aot.disassembly import Turn, overwritten, steps, turns
 from happyhorse_fast.kernels.launch import ARCHITECTURES, LaunchConfig
 
 ROOT = Path(__file__).parents[2]
@@ -53,11 +52,7 @@ def run(*command):
 # Compiled -------------------------------------------------------------------------------------------------------------
 
 SOME = {
-    "qkv": (
-        "rmsnorm_quantize fp8 out, branch",
-        "qkv_linear fp8, fp8 out",
-        "qkv_linear int8, int8_qk out, beside",
-    ),
+    "qkv": ("rmsnorm_quantize fp8 out, branch", "qkv_linear fp8, fp8 out"),
     "attention": (
         "block_sparse_attention fp8, D 128, bf16 out",
         "block_sparse_attention bf16, D 128, bf16 out, hopper",
@@ -68,7 +63,6 @@ SOME = {
     "linear": (
         "fp8_linear_activation fp8, swiglu7, fp8 out",
         "fp8_linear_residual fp8, residual, float32 out",
-        "fp8_linear_residual bf16, residual, float32 out, beside",
     ),
     "block_selection": ("select_blocks bf16, 1464 blocks, by number, max",),
 }
@@ -229,8 +223,8 @@ def test_a_clamp_must_be_there_and_keep_nan(detail):
 
 def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
     config = replace(GOOD.config, num_warps=4, num_stages=2, hopper=True)
-    turns, barriers = [Turn(8, 0, 0, 1)] * 6, [(0, 128), (1, 0), (6, 256), (7, 256)]
-    order = gates.Order([64, 65, 64, 66, 64, 64], turns, barriers, late=40)
+    turns, barriers = [(16, 0, 1)] * 4, [(0, 128), (1, 0), (6, 256), (7, 256)]
+    order = gates.Order([64, 65, 64, 66], turns, barriers)
     row = replace(
         GOOD, config=config, num_warps=4, num_stages=2, tile={}, products="bf16", opcodes=Counter(HGMMA=96), order=order
     )
@@ -239,105 +233,43 @@ def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
     def found(row, **changes):
         return gates.problems(replace(row, order=replace(row.order, **changes)))
 
-    for moved, said in (([64, 2, 64, 64, 64, 64], "5 of 6"), ([64] * 4, "4 of 4"), ([64] * 7, "7 of 7")):
-        (problem,) = found(row, exponents=moved)
-        assert problem.endswith(f"{said} steps with 64 exponents beside QK, 6 wanted")
-    assert found(row, late=41)[0].endswith("41 instructions between PV and the next QK, at most 40 allowed")
-    assert found(row, turns=turns[:5])[0].endswith("5 turns, 6 wanted")
+    (moved,) = found(row, exponents=[64, 2, 64, 64])
+    assert moved.endswith("3 loops with 64 exponents beside PV, 4 wanted")
+    assert found(row, turns=turns[:3])[0].endswith("3 turns, 4 wanted")
     assert "1 instructions that write what a product" in found(row, overwritten=1)[0]
     assert "both groups come to wait for ever" in found(row, cycles=float("inf"))[0]
-    for wrong in (Turn(0, 8, 8, 1), Turn(8, 8, 0, 1), Turn(8, 0, 8, 1), Turn(8, 0, 0, 0), Turn(8, 0, 0, 2)):
-        (problem,) = found(row, turns=[*turns[:2], wrong, *turns[3:]])
-        assert f"a turn of {wrong.pv} products of PV and {wrong.qk} of QK, passed {wrong.passes} times" in problem
-        assert problem.endswith(f"with {wrong.behind} of PV behind it")
+    for wrong in ((8, 8, 1), (0, 16, 1), (16, 0, 0), (16, 0, 2), (0, 0, 1)):
+        (said,) = found(row, turns=[*turns[:2], wrong, turns[3]])
+        assert f"a turn of {wrong[0]} products, passed {wrong[2]} times, with {wrong[1]} behind it" in said
     for other in ([(6, 256)], [(6, 256), (7, 128)], [(4, 128), (6, 256), (7, 256)]):
         assert "two of both groups" in found(row, barriers=other)[0], "Triton has come to use more"
-    e4m3 = replace(row, products="fp8", opcodes=Counter(QGMMA=48), detail="fp8, bf16 out")
-    assert found(e4m3, late=112) == []
-    assert "113 instructions between PV and the next QK, at most 112" in found(e4m3, late=113)[0]
+    order = gates.Order([66, 0, 66, 0], [], [(1, 0)])
+    e4m3 = replace(row, products="fp8", opcodes=Counter(QGMMA=48), order=order)
+    assert gates.problems(e4m3) == []
+    assert "named barriers" in found(e4m3, barriers=barriers)[0]
+    assert "1 loops with 64 exponents beside PV, 2 wanted" in found(e4m3, exponents=[66, 0, 0, 0])[0]
+    assert found(replace(e4m3, detail="fp8, bf16 out, LSE"), exponents=[0, 0, 0, 0]) == []
 
 
-QK = ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], RZ, !UPT ;", "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;"]
-PV = [
-    "HGMMA.64x128x16.F32.BF16 R152, R88, gdesc[UR12].tnspB, R152 ;",
-    "HGMMA.64x128x16.F32.BF16 R152, R92, gdesc[UR12].tnspB, R152, gsb0 ;",
-]
-ENDED, EX2 = "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "MUFU.EX2 R88, R88 ;"
-AWAIT, PASS = "BAR.SYNC.DEFER_BLOCKING 0x7, 0x100 ;", "BAR.ARV 0x6, 0x100 ;"
-STEP = [*QK, EX2, EX2, AWAIT, *PV, PASS, ENDED]
-STEPS = [
-    (STEP, [2], [2]),
-    (STEP * 2, [2, 2], [2, 2]),
-    (STEP[4:] + STEP[:4], [2], [2]),
-    ([EX2, *STEP], [2], [3]),
-    ([QK[0], EX2, QK[1], *STEP[3:]], [1], [2]),
-    ([*QK, ENDED, *STEP[2:]], [0], [2]),
-    ([*STEP[4:8], *QK, EX2, EX2, ENDED], [0], [1]),
-    ([*STEP, *STEP[:2], ENDED, *STEP[4:]], [2, 0], [2, 2]),
-]
-"""(loop, exponents beside QK of each step, instructions from its PV to the next QK)."""
-
-
-@pytest.mark.parametrize(("loop", "exponents", "late"), STEPS)
-def test_steps_of_a_loop(loop, exponents, late):
-    assert steps(loop) == (exponents, late)
-
-
-@pytest.mark.parametrize(
-    ("loop", "wanted"),
-    [
-        (STEP, [(2, 0, 0, 1)]),
-        (STEP * 2, [(2, 0, 0, 1)] * 2),
-        (STEP[5:] + STEP[:5], [(2, 0, 0, 1)]),
-        ([*QK, EX2, AWAIT, PASS, *PV, ENDED], [(0, 0, 2, 1)]),
-        ([*QK, EX2, AWAIT, PV[0], PASS, PV[1], ENDED], [(1, 0, 1, 1)]),
-        ([*QK, PASS, EX2, AWAIT, *PV, ENDED], [(2, 2, 0, 1)]),
-        ([*QK, EX2, AWAIT, *PV, ENDED], [(2, 2, 0, 0)]),
-        ([*QK, EX2, AWAIT, *PV, PASS, PASS, ENDED], [(2, 0, 0, 2)]),
-        ([*QK, EX2, AWAIT, *PV, "BAR.ARV 0x7, 0x100 ;", ENDED], [(2, 2, 0, 0)]),
-        ([*QK, EX2, "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80 ;", *PV, PASS, ENDED], []),
-    ],
-)
-def test_turns_of_a_loop(loop, wanted):
-    assert turns([loop], (6, 7), 256) == wanted
-
-
-@pytest.mark.parametrize(
-    ("loop", "wanted"),
-    [
-        ([*STEP, "FMUL R91, R24, R5 ;"], 0),
-        ([*STEP[:-1], "FMUL R91, R24, R5 ;", ENDED], 1),
-        ([*STEP[:-1], "FMUL R96, R24, R5 ;", ENDED], 0),
-        (["IMAD.WIDE R94, R24, R5, RZ ;", *QK, *PV], 1),
-        ([*STEP[:2], "MUFU.EX2 R87, R87 ;", *STEP[2:]], 1),
-    ],
-    ids=["behind its end", "left operand", "another register", "in the next iteration", "sum"],
-)
-def test_registers_that_products_under_way_read(loop, wanted):
-    assert overwritten([[f"/*0000*/ {line}" for line in loop]]) == wanted
-
-
-AWAIT_TURN, RETURN = "    await_turn(GROUP)\n", "    return pending\n"
-PASS_TURN = "    pass_turn(GROUP)\n"
+PASS = "    pass_turn(GROUP)\n"
+PV_DONE = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n"
 
 
 @slow
 @pytest.mark.parametrize(
     ("replaced", "problem"),
     [
-        # What `hopper_order` is for: if one of these passes, it may no longer be needed.
-        ([("    hold_order(rings)\n", "")], "of 6 steps with 64 exponents beside QK"),
-        ([("        scores = pinned(scores)\n", "        pass\n")], "of 6 steps with 64 exponents beside QK"),
-        ([("    row_sum = pinned(row_sum)\n", "")], "instructions between PV and the next QK"),
+        # What `hold_order` is for: if this passes, it may no longer be needed.
+        ([("    hold_order(rings)\n" + PV_DONE, PV_DONE)], "2 loops with 64 exponents beside PV, 4 wanted"),
+        ([("    pv_pending = ", PASS + "    pv_pending = ")], "a turn of 8 products, passed 2 times, with 8 behind"),
+        ([(PASS, "")], "passed 0 times"),
+        # The wait for PV in the next step alone: P's words are then written while PV reads them.
         (
-            [(PASS_TURN + RETURN, RETURN), (AWAIT_TURN, AWAIT_TURN + PASS_TURN)],
-            "a turn of 0 products of PV and 0 of QK",
+            [(PV_DONE, "    acc = pv_pending\n"), ("Running(zero,", "Running(warpgroup_mma_init(zero),")],
+            "instructions that write what a product under way reads",
         ),
-        ([(PASS_TURN + RETURN, RETURN)], "passed 0 times"),
-        # The wait for PV in the next step alone, to which ptxas adds its own.
-        ([("wait(0, deps=[pv_pending, s", "wait(1, deps=[pv_pending, s")], "0 of 6 steps with 64 exponents beside QK"),
     ],
-    ids=["exponents among QK", "exponents before QK", "sums behind PV", "turn before PV", "no turn", "PV not awaited"],
+    ids=["exponents behind PV", "turn before PV", "no turn", "PV not awaited"],
 )
 def test_the_compiled_order_is_seen(replaced, problem, tmp_path):
     done = run("-c", MOVED.format(root=str(tmp_path), replaced=replaced))
@@ -346,35 +278,25 @@ def test_the_compiled_order_is_seen(replaced, problem, tmp_path):
 
 
 KEY = r"""
-import importlib
 import importlib.util
 import sys
 from pathlib import Path
 
-original = importlib.import_module("happyhorse_fast.kernels.{module}")
-source = Path(original.__file__).read_text()
-assert source.count({old!r}) == 1
-for number, text in enumerate((source, source.replace({old!r}, {new!r}))):
+from happyhorse_fast.kernels import hopper_sizes
+
+source = Path(hopper_sizes.__file__).read_text()
+for number, text in enumerate((source, source.replace("return self.v_bits == 8", "return self.v_bits < 16"))):
     path = Path({root!r}) / f"sizes{{number}}.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    print(module.{function}.cache_key)
+    print(module.sizes_of.cache_key)
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "function", "old", "new"),
-    [
-        ("hopper_sizes", "sizes_of", "return self.v_bits == 8", "return self.v_bits < 16"),
-        ("product_beside", "product_of", "return 2 if self.int8 else 1", "return 1 + self.int8"),
-        ("qkv_beside", "heads_of", "return self.q + 2 * self.kv", "return 2 * self.kv + self.q"),
-        ("activation_beside", "activation_of", "return self.results * self.per", "return self.per * self.results"),
-    ],
-)
-def test_another_property_of_constants_is_another_kernel_to_tritons_cache(module, function, old, new, tmp_path):
-    done = run("-c", KEY.format(root=str(tmp_path), module=module, function=function, old=old, new=new))
+def test_another_property_of_the_sizes_is_another_kernel_to_tritons_cache(tmp_path):
+    done = run("-c", KEY.format(root=str(tmp_path)))
     assert done.returncode == 0, done.stderr[-2000:]
     keys = done.stdout.split()
     assert len(keys) == len(set(keys)) == 2
@@ -390,18 +312,18 @@ from bench.aot.compile import measure
 from bench.aot.gates import problems
 from bench.aot.recording import record
 from happyhorse_fast.kernels import attention_hopper as kernel
-from happyhorse_fast.kernels import hopper_steps
+from happyhorse_fast.kernels import hopper_bounded
 
-source = Path(hopper_steps.__file__).read_text()
+source = Path(hopper_bounded.__file__).read_text()
 for old, new in {replaced!r}:
     assert source.count(old) == 1, old
     source = source.replace(old, new)
 path = Path({root!r}) / "moved.py"
-path.write_text(source)
+path.write_text("from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_init\n" + source)
 spec = importlib.util.spec_from_file_location("moved", path)
 moved = sys.modules["moved"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(moved)
-kernel.attend = moved.attend
+kernel.attend_bounded = moved.attend_bounded
 case = next(c for c in cases() if (c.arch, c.detail) == (90, "bf16, D 128, bf16 out, hopper"))
 print(problems(measure(*record([(case, case.arch, case.launch)]))))
 """

@@ -121,7 +121,7 @@ def test_the_stage_of_the_other_sizes_times_no_case_again_without_its_peers():
 def test_an_implementation_shares_a_process_with_another_one_only_once_its_gates_are_known():
     checks = [command[command.index("--impl") + 1] for command in commands("check")]
     assert checks == ["triton", "cuda"]
-    for name, kept_apart in (("attn", ["hopper", "cuda"]), ("linear", ["beside", "cuda"])):
+    for name, kept_apart in (("attn", ["hopper", "cuda"]), ("linear", ["cuda"])):
         *gates, turns, compiled = commands(name)
         assert [command[command.index("--impl") + 1] for command in gates] == kept_apart
         assert all("--gates" in command for command in gates)
@@ -129,8 +129,8 @@ def test_an_implementation_shares_a_process_with_another_one_only_once_its_gates
             assert command[command.index("--peers") + 1] == peers and command[command.index("--keep") + 1] == keep
             assert not {"--gates", "--impl"} & set(command)
     triton, *others, large = commands("tests")
-    assert triton[triton.index("-k") + 1] == "not cuda and not hopper and not beside"
-    assert [command[command.index("-k") + 1] for command in others] == ["hopper", "beside", "cuda"]
+    assert triton[triton.index("-k") + 1] == "not cuda and not hopper"
+    assert [command[command.index("-k") + 1] for command in others] == ["hopper", "cuda"]
     assert "-n" not in large and not any("large" in argument for argument in triton), "it needs the memory of all"
 
 

@@ -44,11 +44,9 @@ GLUON_MODULES = (
     "hopper_barriers",
     "hopper_sizes",
     "hopper_ring",
-    "hopper_order",
     "hopper_scores",
     "hopper_bounded",
     "hopper_e4m3",
-    "hopper_steps",
     "attention_hopper",
 )
 LAYOUT = Layout(3, 77, 29, 40)  # 300 tokens; no boundary on a block

@@ -6,22 +6,12 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from happyhorse_fast.kernels.activation_beside import fp8_linear_activation_beside_kernel
-from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, ROW_TILE, LaunchConfig, config_for
+from happyhorse_fast.kernels.launch import FP8_SINCE, ROW_TILE, LaunchConfig, config_for
 from happyhorse_fast.kernels.linear import fp8_linear_kernel
-from happyhorse_fast.kernels.residual_beside import fp8_linear_residual_beside_kernel
-from happyhorse_fast.ops.linear.contract import (
-    ACTIVATIONS,
-    Linear,
-    LinearActivation,
-    LinearResidual,
-    Product,
-    activation_scale,
-)
+from happyhorse_fast.ops.linear.contract import Linear, LinearActivation, LinearResidual, Product, activation_scale
 from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
-from happyhorse_fast.ops.runtime.triton.shared_tiles import described_operands
 
 STEM = "linear"
 ACCUMULATORS_PER_SM = 128 * 256
@@ -40,9 +30,6 @@ def launch(given: Product, out: Tensor, epilogue: str) -> None:
     config, arch = config_of(x, epilogue), architecture(x.device)
     if out.dtype == torch.float8_e4m3fn and arch < FP8_SINCE:
         raise ValueError(f"fp8 must be False on sm_{arch}: it has no casts to e4m3 (sm_{FP8_SINCE} and later have)")
-    if config.beside:
-        launch_beside(given, out, epilogue, config)
-        return
     _, features, k = weight.shape
     described = config.descriptors and descriptors_work(x, weight)
     reduced = epilogue == "residual" and config.reduce and described and descriptors_work(out)
@@ -64,7 +51,7 @@ def launch(given: Product, out: Tensor, epilogue: str) -> None:
         INT8=x.dtype == torch.int8,
         PER_ROW=int(given.x_scale is not None and given.x_scale.numel() > 1),
         EPILOGUE=epilogue,
-        INVERSE=inverse_of(out, epilogue),
+        INVERSE=1.0 / activation_scale(epilogue) if out.dtype == torch.float8_e4m3fn else 0.0,
         REDUCE=REDUCED_COLUMNS if reduced else 0,
         DESCRIPTORS=described,
         BLOCK_M=config.block_m,
@@ -73,48 +60,6 @@ def launch(given: Product, out: Tensor, epilogue: str) -> None:
         GROUP_M=config.group_m,
         **config.options(),
     )
-
-
-def launch_beside(given: Product, out: Tensor, epilogue: str, config: LaunchConfig) -> None:
-    """Write the product to ``out`` by the kernel with this epilogue beside the tensor cores, or add it.
-
-    Raises:
-        ValueError: No TMA descriptor can read x or weight, or there is no such kernel.
-    """
-    x, weight, row_tiles = given.x, given.weight, given.row_tiles
-    _, features, k = weight.shape
-    of_x, of_weight = described_operands(x, weight)
-    items = row_tiles.shape[0] * -(-features // config.block_n)
-    kernel, constants = fp8_linear_residual_beside_kernel, dict[str, object]()
-    if epilogue in ACTIVATIONS:
-        kernel = fp8_linear_activation_beside_kernel
-        constants = {"EPILOGUE": epilogue, "INVERSE": inverse_of(out, epilogue)}
-    elif epilogue != "residual":
-        raise ValueError(f"config.beside must be False for the epilogue {epilogue!r}: it has no kernel of its own")
-    kernel[(min(items, multiprocessors(x.device)),)](
-        of_x,
-        given.x_scale,
-        of_weight,
-        given.weight_scale,
-        row_tiles,
-        out,
-        row_tiles.shape[0],
-        items,
-        F=features,
-        K=k,
-        INT8=x.dtype == torch.int8,
-        PER_ROW=int(given.x_scale is not None and given.x_scale.numel() > 1),
-        **constants,
-        STAGES=config.num_stages,
-        GROUP_M=config.group_m,
-        num_warps=config.num_warps,
-        enable_fp_fusion=FP_FUSION,
-    )
-
-
-def inverse_of(out: Tensor, epilogue: str) -> float:
-    """1 / scale of e4m3 results, 0 of others."""
-    return 1.0 / activation_scale(epilogue) if out.dtype == torch.float8_e4m3fn else 0.0
 
 
 def config_of(x: Tensor, epilogue: str) -> LaunchConfig:

@@ -7,15 +7,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, ROW_TILE, LaunchConfig, config_for
-from happyhorse_fast.kernels.product_beside import HALF
+from happyhorse_fast.kernels.launch import FP8_SINCE, ROW_TILE, LaunchConfig, config_for
 from happyhorse_fast.kernels.qkv import qkv_linear_kernel, rmsnorm_quantize_kernel
-from happyhorse_fast.kernels.qkv_beside import qkv_linear_beside_kernel
 from happyhorse_fast.ops.qkv.contract import QKV, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
-from happyhorse_fast.ops.runtime.triton.shared_tiles import described_operands
 
 STEM = "qkv"
 
@@ -59,8 +56,6 @@ def qkv_linear(given: QkvLinear) -> QKV:
     if "fp8" in (fmt, out):
         _require_e4m3(f'out="{out}" of {weight.dtype} weights', x.device)
     config = config_for(STEM, f"qkv_{fmt}", architecture(x.device))
-    if config.beside:
-        return qkv_beside(given, config)
     results = given.empty()
     head_dim = given.cos_sin.shape[1]
     width = config.block_n // 128 * head_dim
@@ -94,45 +89,6 @@ def qkv_linear(given: QkvLinear) -> QKV:
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         **config.options(),
-    )
-    return results
-
-
-def qkv_beside(given: QkvLinear, config: LaunchConfig) -> QKV:
-    """Launch the kernel with its epilogue beside the tensor cores.
-
-    Raises:
-        ValueError: Heads are not of 128 channels, or no TMA descriptor can read x or weight.
-    """
-    x, weight, row_tiles, out = given.x, given.weight, given.row_tiles, given.out
-    if (head_dim := given.cos_sin.shape[1]) != HALF.value:
-        raise ValueError(f"heads must have {HALF.value} channels for config.beside, got {head_dim}")
-    of_x, of_weight = described_operands(x, weight)
-    results = given.empty()
-    items = row_tiles.shape[0] * -(-weight.shape[1] // config.block_n)
-    qkv_linear_beside_kernel[(min(items, multiprocessors(x.device)),)](
-        of_x,
-        given.x_scale,
-        of_weight,
-        given.weight_scale,
-        given.qk_norm,
-        given.cos_sin,
-        row_tiles,
-        given.qk_scale,
-        *results,
-        row_tiles.shape[0],
-        items,
-        -(-x.shape[0] // ROW_TILE),
-        C=x.shape[1],
-        HQ=given.num_heads_q,
-        HKV=given.num_heads_kv,
-        INT8=x.dtype == torch.int8,
-        INT8_QK=out == "int8_qk",
-        FP8_OUT=out == "fp8",
-        STAGES=config.num_stages,
-        GROUP_M=config.group_m,
-        num_warps=config.num_warps,
-        enable_fp_fusion=FP_FUSION,
     )
     return results
 
