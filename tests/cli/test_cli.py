@@ -102,6 +102,20 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: Captu
     assert message in fails(capsys, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--precision", "fp4"], "precision must be one of bf16, int8, fp8; got 'fp4'"),
+        (["--top-k", "25"], "keep must be above 0 and at most 1, got 25.0"),
+    ],
+)
+def test_verify_holds_a_form_before_the_clips(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(fidelity, "measure_fidelity", lambda *_, **__: pytest.fail("five minutes of clips"))
+    assert message in fails(capsys, "verify", "--pony", "--fast", *arguments)
+
+
 def test_traceback_on_request() -> None:
     with pytest.raises(ValueError, match="4k"):
         run(["--traceback", "plan", "--resolution", "4k"])
