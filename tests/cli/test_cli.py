@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -79,6 +80,16 @@ def test_version_and_no_command(capsys: Capture) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"happyhorse-fast {__version__}\n"
     assert run([]) == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_name_that_the_locale_lacks_is_printed_in_escapes(encoding: str) -> None:
+    """Results are printed last: an error there would end a run whose files are written with exit code 2."""
+    code = r"from happyhorse_fast import cli; cli.run = lambda: print('\u6700\udcff'); cli.main()"
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=env)
+    shown = "\u6700" if encoding == "utf-8" else r"\u6700"
+    assert (done.returncode, done.stdout.decode()) == (0, rf"{shown}\udcff" + os.linesep)
 
 
 @pytest.mark.parametrize(
