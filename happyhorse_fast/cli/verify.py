@@ -196,7 +196,8 @@ def verify(
         data["calibration"] = losses
         passed += [not losses.coarse]
         shown += [partial(verify_tables.calibration, losses, out)]
-    if recorded or not (fast or kernels or pony or calibrate is not None):
+    unseen = checkpoint is not None and not fast and calibrate is None  # by what was asked for so far
+    if recorded or unseen or not (fast or kernels or pony or calibrate is not None):
         cases = checks.verify_golden() if recorded or checkpoint is None else []
         if checkpoint is not None and not fast:
             cases += checks.verify_model(eager(compute_dtype=torch.float64), grid, text=text, seed=seed)

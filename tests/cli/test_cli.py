@@ -127,6 +127,20 @@ def test_verify_holds_a_form_before_the_clips(
     assert message in fails(capsys, "verify", "--pony", "--fast", *arguments)
 
 
+def test_verify_verifies_its_checkpoint_whatever_else_is_asked_for(
+    tmp_path: Path, as_json: Json, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It passed, and exited with 0, without a look at the checkpoint."""
+    verified: list[object] = []
+    monkeypatch.setattr("happyhorse_fast.checkpoint.load.load", lambda path, *_, **__: path)
+    monkeypatch.setattr("happyhorse_fast.cli.verify._check_kernels", lambda device: [])
+    monkeypatch.setattr(
+        "happyhorse_fast.verify.checks.verify_model", lambda model, *_, **__: verified.append(model) or []
+    )
+    data = as_json("verify", tmp_path, "--preset", "tiny", "--kernels")
+    assert (verified, data["cases"], data["kernels"]) == ([str(tmp_path)], [], [])
+
+
 def test_traceback_on_request() -> None:
     with pytest.raises(ValueError, match="4k"):
         run(["--traceback", "plan", "--resolution", "4k"])
