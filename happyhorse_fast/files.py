@@ -113,7 +113,7 @@ def require_folder(path: Path) -> None:
         OSError: Nothing can be written there.
     """
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"out must be a folder, {path} is a file")
+        raise FileExistsError(f"output must be a folder, {path} is a file")
     target = real_path(path)
     _require_writable(next(place for place in (target, *target.parents) if place.exists()))
 

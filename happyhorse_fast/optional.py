@@ -11,7 +11,7 @@ EXTRAS = {"PIL": "video", "av": "video", "diffusers": "base", "matplotlib": "plo
 """Package -> extra of this package that brings it."""
 PARTS = {"diffusers": "diffusers.schedulers.scheduling_unipc_multistep", "matplotlib": "matplotlib.figure"}
 """The module to import in a package's place, where the package itself imports what is used of it only later."""
-VERSIONS = {"diffusers": ((0, 41), None), "transformers": ((5, 20), (6,))}
+VERSIONS = {"av": ((14, 1), None), "diffusers": ((0, 41), None), "transformers": ((5, 20), (6,))}
 """Versions that fit: from the first, and below the second where there is one. As pyproject.toml asks for them."""
 
 _BROKEN: dict[str, str] = {}

@@ -83,6 +83,15 @@ def test_a_version_that_does_not_fit_is_named(found: str, fits: bool, monkeypatc
     assert optional.obstacle("transformers") == (None if fits else why)
 
 
+def test_an_av_that_does_not_turn_pictures_is_named(monkeypatch: Patch) -> None:
+    import av
+
+    monkeypatch.setattr(av, "__version__", "14.0.1")
+    why = r'av is of version 14.0.1, which must be >= 14.1 \(pip install "happyhorse-fast\[video\]"\)'
+    with pytest.raises(ImportError, match=f"reading a picture needs av: {why}"):
+        read_image(Path(__file__))
+
+
 def test_versions_that_fit_are_those_the_extras_ask_for() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     asked = {name: tuple(versions.split(",")) for name, versions in re.findall(r'"(\w+)([<>]=[\d.,<]+)"', text)}

@@ -6,6 +6,7 @@ to standard output, as tables or with ``--json`` as one JSON document; everythin
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -108,4 +109,7 @@ def _logged() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the program."""
+    # A name that the locale lacks is no error after the work is done.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run())

@@ -153,6 +153,13 @@ def verify(
     if checkpoint is not None and is_packed(checkpoint):
         raise ValueError(f"checkpoint must hold the published weights to be verified; {checkpoint} holds packed ones")
     where = usable_device(device)
+    here = "reference" if backend == "auto" and not where.startswith("cuda") else backend
+    towards = FastConfig(  # before minutes of --kernels and --pony
+        precision=precision,  # type: ignore[arg-type]  # it checks them and names what is allowed
+        attention=attention,  # type: ignore[arg-type]
+        backend=here,  # type: ignore[arg-type]
+        sparsity=None if top_k is None else TopK(top_k),
+    )
     # Called where there is a checkpoint.
     eager = partial(load, str(checkpoint), preset, read_config(config), device=where, progress=not as_json)
     data: dict[str, Any] = {}
@@ -169,13 +176,6 @@ def verify(
         passed += [not data["pony"]["violations"]]
         shown += [partial(verify_tables.fidelity, data["pony"])]
     if fast:
-        here = "reference" if backend == "auto" and not where.startswith("cuda") else backend
-        towards = FastConfig(
-            precision=precision,  # type: ignore[arg-type]  # it checks them and names what is allowed
-            attention=attention,  # type: ignore[arg-type]
-            backend=here,  # type: ignore[arg-type]
-            sparsity=None if top_k is None else TopK(top_k),
-        )
         if checkpoint is None:
             forms = equivalence.equivalence_golden(towards, steps=steps, device=where)
         else:
@@ -196,7 +196,8 @@ def verify(
         data["calibration"] = losses
         passed += [not losses.coarse]
         shown += [partial(verify_tables.calibration, losses, out)]
-    if recorded or not (fast or kernels or pony or calibrate is not None):
+    unseen = checkpoint is not None and not fast and calibrate is None  # by what was asked for so far
+    if recorded or unseen or not (fast or kernels or pony or calibrate is not None):
         cases = checks.verify_golden() if recorded or checkpoint is None else []
         if checkpoint is not None and not fast:
             cases += checks.verify_model(eager(compute_dtype=torch.float64), grid, text=text, seed=seed)

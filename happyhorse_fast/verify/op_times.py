@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from happyhorse_fast.arguments import require_whole
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import OUTSIDE, step_costs
-from happyhorse_fast.fast.config import AttentionPrecision
+from happyhorse_fast.fast.config import AttentionPrecision, FastConfig
 from happyhorse_fast.tokens import ClipTokens
 from happyhorse_fast.verify.forms import FORMS, Form
 
@@ -162,6 +162,7 @@ def time_forms(
     """
     require_whole("text", text, 1)
     require_whole("repeats", repeats, 1)
+    FastConfig(attention=attention)  # raises what the first fast form would, minutes later
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
     found = []
     # Events are of the current device, which need not be this one.

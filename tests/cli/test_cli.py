@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -81,6 +82,16 @@ def test_version_and_no_command(capsys: Capture) -> None:
     assert run([]) == 0
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_name_that_the_locale_lacks_is_printed_in_escapes(encoding: str) -> None:
+    """Results are printed last: an error there would end a run whose files are written with exit code 2."""
+    code = r"from happyhorse_fast import cli; cli.run = lambda: print('\u6700\udcff'); cli.main()"
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=env)
+    shown = "\u6700" if encoding == "utf-8" else r"\u6700"
+    assert (done.returncode, done.stdout.decode()) == (0, rf"{shown}\udcff" + os.linesep)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -100,6 +111,34 @@ def test_version_and_no_command(capsys: Capture) -> None:
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: Capture) -> None:
     assert message in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--precision", "fp4"], "precision must be one of bf16, int8, fp8; got 'fp4'"),
+        (["--top-k", "25"], "keep must be above 0 and at most 1, got 25.0"),
+    ],
+)
+def test_verify_holds_a_form_before_the_clips(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(fidelity, "measure_fidelity", lambda *_, **__: pytest.fail("five minutes of clips"))
+    assert message in fails(capsys, "verify", "--pony", "--fast", *arguments)
+
+
+def test_verify_verifies_its_checkpoint_whatever_else_is_asked_for(
+    tmp_path: Path, as_json: Json, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It passed, and exited with 0, without a look at the checkpoint."""
+    verified: list[object] = []
+    monkeypatch.setattr("happyhorse_fast.checkpoint.load.load", lambda path, *_, **__: path)
+    monkeypatch.setattr("happyhorse_fast.cli.verify._check_kernels", lambda device: [])
+    monkeypatch.setattr(
+        "happyhorse_fast.verify.checks.verify_model", lambda model, *_, **__: verified.append(model) or []
+    )
+    data = as_json("verify", tmp_path, "--preset", "tiny", "--kernels")
+    assert (verified, data["cases"], data["kernels"]) == ([str(tmp_path)], [], [])
 
 
 def test_traceback_on_request() -> None:

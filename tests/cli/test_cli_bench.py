@@ -46,11 +46,12 @@ def test_attention_of_the_fast_forms_is_what_is_asked_for(monkeypatch):
     monkeypatch.setattr(op_times, "time_form", lambda form, config, clip, text, *how: asked.append(how[:2]))
     time_forms(LAYERS, CLIP, text=8, repeats=2, device=CPU, attention="int8_qk")
     assert set(asked) == {("int8_qk", 2)}
-    monkeypatch.undo()
+    asked.clear()
     with pytest.raises(
         ValueError, match="attention must be one of bf16, int8_qk, fp8; got 'fp8_qk'; int8_qk is in its"
     ):
         time_forms(LAYERS, CLIP, text=8, repeats=1, device=CPU, attention="fp8_qk")
+    assert not asked, "eager passes were timed before"
 
 
 def test_eager_products_hold_attention_where_there_is_no_fused_kernel(data):

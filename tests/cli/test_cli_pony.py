@@ -110,7 +110,7 @@ def test_a_picture_begins_the_clip(name: str, codec: str, pixels: str, tmp_path:
         (["--prompt", "a horse"], "'a large red ball bounces twice'; got 'a horse'"),
         (["--image", "nowhere.png"], "image must be a file, nowhere.png is none"),
         (["--image", __file__], "image must be a picture such as a PNG or JPEG"),
-        (["--out", __file__], "out must be a folder"),
+        (["--out", __file__], "output must be a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_makes_nothing(

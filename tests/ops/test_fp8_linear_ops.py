@@ -191,6 +191,13 @@ def test_packing_pads_and_unpacks_exactly(experts):
         assert float((restored - weight).norm() / weight.norm()) < 0.01
 
 
+@pytest.mark.parametrize("to", ["bf16", "int8", "fp8"])
+def test_packing_a_parameter_keeps_no_graph(to):
+    """A graph would hold float32 copies of the weight: 576 MiB beside the 64 of 8192 x 8192 in fp8."""
+    packed = pack_linear(torch.nn.Parameter(torch.randn(80, 52)), 2, to)
+    assert not any(x.requires_grad for x in packed if x is not None)
+
+
 def test_padding_is_exact_through_an_mlp():
     gen = torch.Generator().manual_seed(3)
     up, down = torch.randn(2 * 2 * 100, 96, generator=gen) / 8, torch.randn(2 * 96, 100, generator=gen) / 8

@@ -30,7 +30,7 @@ def pushed(monkeypatch):
 
 
 def test_without_the_variable_an_op_is_itself(monkeypatch):
-    for value in (None, "0"):
+    for value in (None, "", "0"):
         monkeypatch.delenv(ranges.VARIABLE, raising=False)
         if value is not None:
             monkeypatch.setenv(ranges.VARIABLE, value)

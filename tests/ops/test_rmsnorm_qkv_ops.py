@@ -184,6 +184,14 @@ def test_packing_and_back_is_exact(d):
         packing.pack_qkv_weight(case.published[1:], experts=3, **sizes)
 
 
+def test_packing_parameters_keeps_no_graph():
+    case, sizes = make(((5, 6, 7), 48, 32, 4, 2)), {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 32}
+    weight, q_norm, k_norm = map(torch.nn.Parameter, (case.published, case.q_norm, case.k_norm))
+    qk_norm = packing.pack_qk_norm(q_norm, k_norm, experts=3)
+    packed = [*packing.pack_qkv_weight(weight, experts=3, to="fp8", **sizes), qk_norm, packing.static_qk_scale(qk_norm)]
+    assert not any(x.requires_grad for x in [*packed, packing.static_qk_scale(torch.nn.Parameter(case.qk_norm))])
+
+
 def test_no_normalised_q_or_k_leaves_its_static_scale():
     case = make(SHAPES["d128-gqa5"])
     # A product that points along the largest weight reaches the bound, but for eps.

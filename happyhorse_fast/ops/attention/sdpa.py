@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,36 @@ MAPS = 8
 """Dense maps that are remembered; of 64,256 tokens one has 2 MB, of 187,392 17 MB."""
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = True,
+    block_map: BlockMap | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = True,
+    block_map: BlockMap | None = None,
+    return_lse: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,

@@ -12,6 +12,7 @@ CHUNK = 4096
 """Output channels quantised at a time: 84 MB of float32 at 5120 inputs, rather than 561 MB for an up projection."""
 
 
+@torch.no_grad()  # a graph would hold float32 copies of the weight
 def pack_linear(
     weight: torch.Tensor,
     experts: int,

@@ -22,6 +22,7 @@ def rotary_permutation(head_dim: int) -> torch.Tensor:
     return torch.cat([pairs, torch.arange(2 * half, head_dim)])
 
 
+@torch.no_grad()
 def pack_qkv_weight(
     weight: torch.Tensor, *, experts: int, num_heads_q: int, num_heads_kv: int, head_dim: int, to: str = "bf16"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -52,6 +53,7 @@ def pack_qkv_weight(
     return pack_linear(permuted, experts, to, pad_f_to=head_dim)
 
 
+@torch.no_grad()
 def pack_qk_norm(q_norm: torch.Tensor, k_norm: torch.Tensor, *, experts: int) -> torch.Tensor:
     """q and k norm weights, [E * D] each -> [E, 2, D], channels permuted like the weight's rows."""
     both = torch.stack([norm.unflatten(0, (experts, -1)) for norm in (q_norm, k_norm)], dim=1)
@@ -68,6 +70,7 @@ def pack_cos_sin(phases: torch.Tensor) -> torch.Tensor:
     return torch.cat([pad(cos, (0, half // 3), value=1.0), pad(sin, (0, half // 3))], dim=1)
 
 
+@torch.no_grad()
 def static_qk_scale(qk_norm: torch.Tensor) -> torch.Tensor:
     """[E, 2, D] -> [E, 2]: the scale that no normalised q or k can exceed, sqrt(D) * max|1 + w| / 448.
 

@@ -28,7 +28,7 @@ def ranged(op: Callable[P, R]) -> Callable[P, R]:
     Raises:
         ValueError: :data:`VARIABLE` is neither 0 nor 1.
     """
-    asked = os.environ.get(VARIABLE, "0")
+    asked = os.environ.get(VARIABLE) or "0"  # an empty one is none
     if asked not in ("0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {asked!r}")
     if asked == "0" or not _has_nvtx():
