@@ -72,6 +72,23 @@ def test_import_works_without_optional_packages(blocked):
     assert probe(modules(), blocked)["missing"] == []
 
 
+def test_an_op_without_triton_says_what_is_missing_and_what_runs():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from happyhorse_fast import ops
+x = torch.ones(2, 64, dtype=torch.bfloat16)
+codes, _ = ops.quantize_rows(x, False, backend="reference")
+assert (codes == 127).all()
+ops.quantize_rows(x, False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    wanted = "backend 'triton' needs Triton, which is not installed; 'reference' runs in plain torch"
+    assert (done.returncode, last) == (1, f"ImportError: {wanted}")
+
+
 def test_the_ops_are_functions_of_one_module_that_loads_on_first_use():
     from happyhorse_fast import ops
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from happyhorse_fast.arguments import require_tensor
 
 ROW_STRIDE_LIMIT = 2**24
 """Rows of a tile are addressed in int32: 128 rows of at most this many elements."""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 HEAD_DIMS = (32, 64, 128)
 """Channels of a head that kernels are made for."""
 
@@ -37,10 +39,13 @@ def require_backend(backend: str, allowed: tuple[str, ...]) -> None:
     """Hold a backend's name against those an op has.
 
     Raises:
+        ImportError: It is Triton's, which is not installed.
         ValueError: It is not one of them.
     """
     if backend not in allowed:
         raise ValueError(f"backend must be {' or '.join(map(repr, allowed))}, got {backend!r}")
+    if backend == "triton" and not HAS_TRITON:
+        raise ImportError("backend 'triton' needs Triton, which is not installed; 'reference' runs in plain torch")
 
 
 def require(
