@@ -273,6 +273,11 @@ def test_recorded_noise_that_is_incomplete_is_named(published: Published, tmp_pa
     assert "but no noise.audio.0" in fails(capsys, *arguments)
 
 
+def test_a_length_without_a_resolution_is_refused(published: Published, tmp_path: Path, capsys: Capture) -> None:
+    arguments = sampling(published("dense_v2_fp32"), tmp_path / "out.safetensors", "--seconds", 10, "--fps", 25)
+    assert "--seconds and --fps must come with --resolution" in fails(capsys, *arguments)
+
+
 def test_starting_noise_is_made_for_a_resolution(published: Published, tmp_path: Path, as_json: Json) -> None:
     folder = published("dense_v2_fp32")
     text = load_file(folder / "inputs.safetensors")["in.text"]
