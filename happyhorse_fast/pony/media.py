@@ -66,7 +66,7 @@ def _first_picture(content: bytes, path: Path) -> NDArray[np.uint8]:
     import av
 
     try:
-        with av.open(io.BytesIO(content)) as container:
+        with av.open(io.BytesIO(content), metadata_errors="ignore") as container:
             frame = next(container.decode(video=0))
             return np.rot90(frame.to_ndarray(format="rgba"), round(frame.rotation / 90))
     except (av.FFmpegError, IndexError, StopIteration) as error:

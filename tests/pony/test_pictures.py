@@ -92,15 +92,28 @@ def test_a_damaged_orientation_is_none(tiff: bytes, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("turn", [0, 90, 180, 270])
-def test_a_turned_film_is_upright(turn: int, tmp_path: Path) -> None:
-    path = tmp_path / "a.mp4"
-    stored = np.ascontiguousarray(np.rot90(upright(), turn // 90))  # to be shown turned clockwise
+def write_film(path: Path, stored: Pixels, title: str = "") -> None:
     with av.open(str(path), "w") as container:
+        container.metadata["title"] = title
         stream = container.add_stream("libx264", rate=24, options={"crf": "1"})
         stream.height, stream.width, stream.pix_fmt = *stored.shape[:2], "yuv420p"
         container.mux(stream.encode(av.VideoFrame.from_ndarray(stored, format="rgb24")))
         container.mux(stream.encode())
+
+
+def test_a_film_whose_tags_are_not_in_utf_8_is_read(tmp_path: Path) -> None:
+    path, title = tmp_path / "a.mp4", "Caf\u00e9\u00e9"
+    write_film(path, upright(), title)
+    content = path.read_bytes()
+    assert content.count(title.encode()) == 1
+    path.write_bytes(content.replace(title.encode(), title.encode("latin-1").ljust(len(title.encode()))))
+    torch.testing.assert_close(corners(read_image(path)), torch.from_numpy(CORNERS).float(), rtol=0, atol=12)
+
+
+@pytest.mark.parametrize("turn", [0, 90, 180, 270])
+def test_a_turned_film_is_upright(turn: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_film(path, np.ascontiguousarray(np.rot90(upright(), turn // 90)))  # to be shown turned clockwise
     content = bytearray(path.read_bytes())
     sine, cosine = {0: (0, 1), 90: (1, 0), 180: (0, -1), 270: (-1, 0)}[turn]
     at = content.index(b"tkhd") + 4 + 40  # the matrix (ISO 14496-12, 8.3.2)
