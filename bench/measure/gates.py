@@ -51,8 +51,8 @@ SUM_ERROR = 2.0**-7
 BESIDE_DISTANCE = 1e-4
 # The mean of a tile's results over their codes, and their scatter (`code_ratios`): at most 8.4e-4 and 2.7e-4 there.
 RATIO_DISTANCE, RATIO_SLOPE = 1e-3, 4e-3
-LEAST_NORMAL = 2.0**-6
-"""Of e4m3. Below it codes are further apart than an eighth of a value."""
+LEAST_NORMAL = torch.finfo(torch.float8_e4m3fn).smallest_normal
+"""Below it codes are further apart than an eighth of a value."""
 ALL_BLOCKS_UP_TO = 8
 DRAWN_BLOCKS = 6
 # Dynamic choices between scores that differ by their rounding alone may fall either way.

@@ -18,6 +18,7 @@ from happyhorse_fast.cli.options import (
     DeviceOption,
     PresetOption,
     ShardOption,
+    is_given,
     read_config,
     shards,
     usable_device,
@@ -75,8 +76,8 @@ def sample(
     resolution: Annotated[
         str | None, typer.Option(help="1080p, 540p or 256p: makes the starting noise where the inputs hold none.")
     ] = None,
-    aspect: Annotated[str | None, typer.Option(help="With --resolution: 16:9, 9:16 or 1:1; by default 16:9.")] = None,
-    seconds: Annotated[int | None, typer.Option(help="With --resolution: 3 to 15; by default 5.")] = None,
+    aspect: Annotated[str, typer.Option(help="With --resolution: 16:9, 9:16 or 1:1.")] = "16:9",
+    seconds: Annotated[int, typer.Option(help="With --resolution: 3 to 15.")] = 5,
     fps: Annotated[
         int | None, typer.Option(help="With --resolution: 24 or 25; by default what the preset's weights mean.")
     ] = None,
@@ -126,7 +127,7 @@ def sample(
     if sr_checkpoint is not None and not is_packed(sr_checkpoint) and (sr_preset is None) == (sr_config is None):
         got = "neither" if sr_preset is None else "both"
         raise ValueError(f"exactly one of --sr-preset and --sr-config is required, got {got}")
-    alone = [f"--{name}" for name in CLIP if context.params[name] is not None]
+    alone = [f"--{name}" for name in CLIP if is_given(context, name)]
     if alone and resolution is None:
         raise ValueError(f"{' and '.join(alone)} must come with --resolution: noise in the inputs has its own size")
     how_fast = None if fast is None else FastConfig(precision=fast, attention=attention)  # type: ignore[arg-type]
@@ -134,9 +135,8 @@ def sample(
     where = process.device(usable_device(device))
     first = _Stage(checkpoint, preset, config, dtype, how_fast)
     fps = fps_of(preset) if fps is None else fps
-    clip = "16:9" if aspect is None else aspect, 5 if seconds is None else seconds, fps
     draw = partial(_replay, inputs, recorded) if recorded else partial(golden.draw, seed)
-    start = _start(first.config, inputs, named, draw, resolution, clip)
+    start = _start(first.config, inputs, named, draw, resolution, (aspect, seconds, fps))
     conditions = _conditions(inputs, named, image_key)
 
     def denoise(model: Denoiser, **how: Any) -> dict[str, torch.Tensor]:
@@ -177,7 +177,7 @@ def sample(
         return
     rows, columns = latents["video"].shape[3:]
     sigmas = [[*(step.sigma for step in steps_taken), 0.0] for steps_taken in taken]
-    drawn_clip = dict(zip(CLIP, clip, strict=True))
+    drawn_clip = {"aspect": aspect, "seconds": seconds, "fps": fps}
     settings = {name: context.params[name] for name in (*RECORDED, *(SECOND if second else ()))} | {
         "version": __version__,
         # A clip from noise in the inputs has the length and rate that whoever made the noise meant.

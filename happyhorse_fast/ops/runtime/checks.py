@@ -13,6 +13,7 @@ from happyhorse_fast.arguments import require_tensor
 ROW_STRIDE_LIMIT = 2**24
 """Rows of a tile are addressed in int32: 128 rows of at most this many elements."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Found out once: an op is called some hundred times a step."""
 HEAD_DIMS = (32, 64, 128)
 """Channels of a head that kernels are made for."""
 
