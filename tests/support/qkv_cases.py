@@ -1,4 +1,4 @@
-"""Cases, float64 truths and budgets that the tests of the `rmsnorm_qkv` stem share."""
+"""Cases, float64 truths and budgets that the tests of the QKV product and its norm share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `rmsnorm_qkv` ops of docs/OPS.md in plain torch, with the rounding points of the kernels.
+"""`rmsnorm_quantize` and `qkv_linear` of docs/OPS.md in plain torch, with the rounding points of the kernels.
 
 Rows are handled in chunks, so that no op needs a [rows, features] tensor of all rows in float32.
 """

@@ -1,4 +1,4 @@
-"""The `rmsnorm_qkv` ops as torch.library sees them, their arguments, packed weights and launch configurations."""
+"""Ops of the QKV product and its norm as torch.library sees them, arguments, packed weights, launch configurations."""
 
 from __future__ import annotations
 
