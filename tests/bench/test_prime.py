@@ -133,7 +133,7 @@ def test_without_its_paths_put_right_a_moved_cache_holds_nothing(packed, tmp_pat
 
 @pytest.mark.parametrize("settled", [True, False])
 def test_a_kernels_key_does_not_depend_on_what_ran_before_it(settled):
-    # Without settling it does: a run that launches in another order than priming would compile again.
+    # Before Triton 3.8 it does, unless settled: a run that launches in another order than priming would compile again.
     code = """
 import sys
 import bench.bootstrap
@@ -142,7 +142,8 @@ from happyhorse_fast.kernels.qkv import qkv_linear_kernel as kernel
 print([x.cache_key for x in ((other, kernel) if sys.argv[1:] else (kernel,))][-1])
 """
     environment = {PRIMED_VARIABLE: "1"} if settled else {}
-    assert (run("-c", code, **environment) == run("-c", code, "other first", **environment)) is settled
+    same = run("-c", code, **environment) == run("-c", code, "other first", **environment)
+    assert same is (settled or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 
 
 @pytest.mark.slow
