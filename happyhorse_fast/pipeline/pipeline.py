@@ -72,7 +72,7 @@ class Pipeline:
                 elsewhere or is of another configuration, a ``pipeline.json`` in it says so (docs/PIPELINE.md). Models
                 may also be folders of packed weights.
             precision: Of the models' products: ``"fp8"``, ``"int8"``, ``"bf16"``; None for eager torch in bf16.
-                ``"auto"``: the first of these that the device has, on a CPU eager torch.
+                ``"auto"``: int8 on sm_80 to sm_90, fp8 from sm_100 on (docs/decisions/0015), eager torch on a CPU.
             attention: Precision of attention, by default as :class:`FastConfig`'s.
             device: Such as ``"cuda"``; by default that where there is one, else the CPU.
             text_folder: The text encoder's folder, in place of the published place.
@@ -274,11 +274,11 @@ def _require_room(folder: Path, request: Request) -> None:
 
 
 def _precision_on(device: torch.device) -> Precision | None:
-    """The fastest precision of a device's tensor cores; None on a CPU, where the fast forms only imitate kernels."""
+    """The 8 bits for a device, by docs/decisions/0015; None on a CPU, where the fast forms only imitate kernels."""
     arch = compute_capability(device)
     if arch is None:
         return None
-    return "fp8" if arch >= 89 else "int8" if arch >= 80 else "bf16"
+    return "fp8" if arch >= 100 else "int8" if arch >= 80 else "bf16"
 
 
 def _resumed(begun: Latents, prompt: str | None, settings: dict[str, Any]) -> Request:

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from happyhorse_fast.pipeline import pipeline
 from happyhorse_fast.pipeline.request import Request, require_rate
 
 
@@ -63,3 +65,15 @@ def test_other_rates_are_refused_with_the_reason() -> None:
     require_rate(25)
     with pytest.raises(ValueError, match=r"fps must be 25: .*51,200 audio samples.*got 24"):
         require_rate(24)
+
+
+@pytest.mark.parametrize(
+    ("arch", "precision"),
+    [(None, None), (75, "bf16"), (80, "int8"), (86, "int8"), (89, "int8"), (90, "int8"), (100, "fp8"), (120, "fp8")],
+)
+def test_auto_takes_the_8_bits_that_were_decided_for_a_device(
+    arch: int | None, precision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # docs/decisions/0015: int8 keeps clips 10 dB closer; from sm_100 on Triton has only sm_80's instructions for it.
+    monkeypatch.setattr(pipeline, "compute_capability", lambda device: arch)
+    assert pipeline._precision_on(torch.device("cuda")) == precision

@@ -110,10 +110,11 @@ def scores_fit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     if q.shape[0] == 0 or k.shape[0] == 0:  # no scores; the largest of none is an error
         return torch.ones(1, dtype=torch.int32, device=q.device)
-    group = q.shape[1] // k.shape[1]
     norm, f32 = torch.linalg.vector_norm, torch.float32
-    q_norm, k_norm = (norm(x, dim=2, dtype=f32).amax(dim=0).clamp(min=SMALLEST_NORM) for x in (q, k))
-    scores = (q_norm * k_norm.repeat_interleave(group)).amax() * (scale * math.log2(math.e) * (1 + 2**-10))
-    v_max = norm(v, ord=math.inf, dim=(0, 2), dtype=f32)  # of each head
-    v_part = (v_max / FREE_V).clamp(min=1).log2() + (SMALL_V / v_max).clamp(min=1).log2()
-    return (scores + v_part.amax() <= score_limit(k.shape[0])).int().reshape(1)
+    q_norm = norm(q, dim=2, dtype=f32).unflatten(1, (k.shape[1], -1)).amax(dim=(0, 2)).clamp(min=SMALLEST_NORM)
+    k_norm = norm(k, dim=2, dtype=f32).amax(dim=0).clamp(min=SMALLEST_NORM)
+    smallest, largest = norm(v, ord=math.inf, dim=(0, 2), dtype=f32).aminmax()  # of a head's largest elements
+    v_part = torch.maximum(largest / FREE_V, SMALL_V / smallest).clamp(min=1).log2()
+    scores = (q_norm * k_norm).amax()
+    bound = v_part.add(scores, alpha=scale * math.log2(math.e) * (1 + 2**-10))
+    return (bound <= score_limit(k.shape[0])).int().reshape(1)
