@@ -17,7 +17,8 @@ from happyhorse_fast.ops.attention import sdpa
 from happyhorse_fast.ops.attention.score_bound import LIMIT, norm_bound, scores_fit
 from happyhorse_fast.ops.block_selection.contract import empty_results
 from happyhorse_fast.ops.qkv.packing import static_qk_scale
-from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_q
+from happyhorse_fast.ops.qkv.reference import quantize_k
+from happyhorse_fast.ops.quantize import int8_rows
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 Given = dict[str, Any]
@@ -122,7 +123,7 @@ def _queries_and_keys(case: Case, draw: Draw) -> tuple[Given, float]:
     bound = norm_bound(*norms)
     if case.precision == "bf16":
         return {"q": q.to(BF16), "k": k.to(BF16)}, bound
-    (q, q_scale), (k, k_scale) = quantize_q(q), quantize_k(k)
+    (q, q_scale), (k, k_scale) = int8_rows(q), quantize_k(k)
     return {"q": q, "k": k, "q_scale": q_scale, "k_scale": k_scale.contiguous()}, bound
 
 

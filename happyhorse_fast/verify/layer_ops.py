@@ -24,8 +24,8 @@ from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.attention.reference import output_scale
 from happyhorse_fast.ops.linear.contract import static_scale
 from happyhorse_fast.ops.qkv.packing import rotary_permutation
-from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_q, quantize_v
-from happyhorse_fast.ops.quantize import dequantize, quantize_static, to_e4m3, token_order
+from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_v
+from happyhorse_fast.ops.quantize import dequantize, int8_rows, quantize_static, to_e4m3, token_order
 
 OPS = ("norm", "qkv", "attention", "proj", "up", "down")
 """``norm`` is the one before QKV; ``qkv`` and ``up`` start from the residual stream, so they hold their norm too."""
@@ -231,7 +231,7 @@ class FastOps:
         if out == "bf16":
             q, k = q.bfloat16(), k.bfloat16()
         elif out == "int8_qk":
-            q, q_scale = quantize_q(q)
+            q, q_scale = int8_rows(q)
             k, k_scale = quantize_k(k)
             k_scale = k_scale.contiguous()
         else:

@@ -9,7 +9,8 @@ from strict import strict
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
 from happyhorse_fast.ops import select_blocks
-from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_q
+from happyhorse_fast.ops.qkv.reference import quantize_k
+from happyhorse_fast.ops.quantize import int8_rows
 
 FP8 = torch.float8_e4m3fn
 ALIGNED = Layout(3, 250, 30, 1, align_frames=True, align_modalities=True)  # 8 blocks, 6 of them video
@@ -25,7 +26,7 @@ def inputs(layout=ALIGNED, heads=(2, 1), d=32, fmt="bf16", seed=0, spread=1.0):
     if fmt == "bf16":
         return {"q": q.bfloat16(), "k": k.bfloat16()}
     if fmt == "int8_qk":
-        q, q_scale = quantize_q(q)
+        q, q_scale = int8_rows(q)
         k, k_scale = quantize_k(k)
         # Of one distribution all scales are alike, and no test would see one of another row, head or block.
         q_scale, k_scale = (

@@ -91,7 +91,7 @@ def _finished(given: QkvLinear | QkNormRope, parts: Iterator[tuple[int, slice, T
             raise ValueError(f'row_tiles must start on multiples of {ROW_TILE} unless out is "bf16", got {first}')
         tiles = slice(first // ROW_TILE, -(-end // ROW_TILE))
         if q.dtype == torch.int8:
-            q[rows], q_scale[rows] = quantize_q(queries)
+            q[rows], q_scale[rows] = int8_rows(queries)
             k[rows], k_scale[:, tiles] = quantize_k(keys)
             continue
         assert qk_scale is not None
@@ -138,19 +138,6 @@ def rotate_pairs(x: Tensor, cos_sin: Tensor) -> Tensor:
     cos, sin = cos_sin[:, None].chunk(2, dim=2)
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-
-
-def quantize_q(q: Tensor) -> tuple[Tensor, Tensor]:
-    """One scale per token and head.
-
-    Args:
-        q: [N, Hq, D] float32.
-
-    Returns:
-        codes [N, Hq, D] int8, scale [N, Hq] float32.
-    """
-    scale = code_scale(q.abs().amax(dim=2), INT8_MAX)
-    return to_int8(q * (1 / scale)[:, :, None]), scale
 
 
 def quantize_k(k: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,8 @@ from happyhorse_fast.ops.linear.op import fp8_linear, fp8_linear_activation, fp8
 from happyhorse_fast.ops.linear.packing import pack_linear
 from happyhorse_fast.ops.qkv.op import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.qkv.packing import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
-from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_q, quantize_v
-from happyhorse_fast.ops.quantize import dequantize, quantize_static, to_e4m3, token_order
+from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_v
+from happyhorse_fast.ops.quantize import dequantize, int8_rows, quantize_static, to_e4m3, token_order
 from happyhorse_fast.ops.row_quantization.op import quantize_rows
 from happyhorse_fast.ops.runtime.formats import ACTIVATION, QKV
 
@@ -195,7 +195,7 @@ def _attention_operands(fmt: str, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     if fmt == "bf16":
         return {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16()}
     if fmt == "int8_qk":
-        (q, q_scale), (k, k_scale) = quantize_q(q), quantize_k(k)
+        (q, q_scale), (k, k_scale) = int8_rows(q), quantize_k(k)
         return {"q": q, "k": k, "v": v.bfloat16(), "q_scale": q_scale, "k_scale": k_scale.contiguous()}
     ends = ((0.005, 0.01), (0.01, 0.006))
     q_scale, k_scale = (torch.linspace(*pair, ROWS // BLOCK, dtype=torch.float32) for pair in ends)
