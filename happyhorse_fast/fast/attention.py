@@ -51,8 +51,7 @@ class AttentionBound:
     @property
     def effective(self) -> float:
         """The ``bound`` of `block_sparse_attention`: inf where a weight is not finite."""
-        known = math.isfinite(self.scores) and math.isfinite(self.v_max)
-        return effective_bound(self.scores, self.v_max) if known else math.inf
+        return effective_bound(self.scores, self.v_max)
 
     @property
     def softmax(self) -> str:

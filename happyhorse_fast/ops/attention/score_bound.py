@@ -42,7 +42,12 @@ def effective_bound(scores: float, v_max: float) -> float:
     Args:
         scores: |scale * q.k| * log2(e) is at most this, for every query and key.
         v_max: max|v|.
+
+    Returns:
+        In powers of two; inf where one of the two is not finite.
     """
+    if not (math.isfinite(scores) and math.isfinite(v_max)):
+        return math.inf
     return scores + max(0.0, math.log2(max(v_max, FREE_V) / FREE_V))
 
 
@@ -70,13 +75,8 @@ def norm_bound(q_norm: Tensor, k_norm: Tensor, v_max: float = FREE_V) -> float:
         q_norm: As for :func:`norm_scores`.
         k_norm: As for :func:`norm_scores`.
         v_max: Bound on |v|.
-
-    Returns:
-        In powers of two; inf where a weight is not finite.
     """
-    scores = norm_scores(q_norm, k_norm)
-    bound = effective_bound(scores, v_max) if math.isfinite(v_max) else math.inf
-    return bound if math.isfinite(bound) else math.inf
+    return effective_bound(norm_scores(q_norm, k_norm), v_max)
 
 
 def value_bound(norm: Tensor, weight: Tensor) -> float:
