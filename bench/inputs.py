@@ -155,7 +155,7 @@ def selector(case: Case, device: torch.device) -> BlockSelector:
     """Make what chooses a case's blocks."""
     there = torch.device("cpu") if device.type == "meta" else device
     made = BlockSelector(padded_rows(case.size), exact_map(case.size, False), there)
-    return made if there == device else made.changed(lambda x: x.to(device))
+    return made if there == device else made.to(device)
 
 
 def _select(case: Case, draw: Draw) -> Given:

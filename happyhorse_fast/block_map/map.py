@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -196,12 +196,7 @@ class BlockMap:
 
     def to(self, device: torch.device | str) -> BlockMap:
         """A copy on another device."""
-        return self.changed(lambda tensor: tensor.to(device))
-
-    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BlockMap:
-        """A copy with every tensor replaced by what ``change`` makes of it."""
-        counts, starts, columns, mask_ids, mask_bits, order = map(change, self.tensors())
-        return BlockMap(counts, starts, columns, mask_ids, mask_bits, order, self.queries, self.keys)
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)[:6]})
 
     def select(self, keep: torch.Tensor) -> BlockMap:
         """The blocks that ``keep`` names, on this map's device; a block's own mask stays as it was.
@@ -224,7 +219,7 @@ class BlockMap:
     def within(self, parts: Parts) -> BlockMap:
         """The map of blocks that were chosen among this one's (`dynamic.choose`), with its masks."""
         counts, starts, columns, mask_ids, order = parts
-        return BlockMap(counts, starts, columns, mask_ids, self.mask_bits, order, self.queries, self.keys)
+        return replace(self, counts=counts, starts=starts, columns=columns, mask_ids=mask_ids, order=order)
 
     def blocks(self) -> tuple[int, int]:
         """(full, partial) blocks over all rows and heads of the map."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 
@@ -41,9 +40,9 @@ class BlockSelector:
         """(table, prefix, live, inverse): what the choice needs besides q and k."""
         return self.table, self.prefix, self.live, self.inverse
 
-    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BlockSelector:
-        """A copy with every tensor replaced by what ``change`` makes of it."""
+    def to(self, device: torch.device | str) -> BlockSelector:
+        """A copy on another device."""
         other = copy.copy(self)
-        other.base = self.base.changed(change)
-        other.table, other.prefix, other.live, other.inverse = map(change, self.tensors())
+        other.base = self.base.to(device)
+        other.table, other.prefix, other.live, other.inverse = (x.to(device) for x in self.tensors())
         return other
