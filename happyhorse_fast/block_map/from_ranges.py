@@ -102,8 +102,7 @@ def _row(
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32]]:
     """(whether full [S], mask id or -1 [S]) of a row's blocks; new masks are added to ``masks``.
 
-    Queries and keys are cut where a range or a block starts or ends. Of a piece of both all pairs are seen, or none:
-    the running sum of the ranges' corners counts how many ranges see it.
+    Keys are cut where a range or a block starts or ends, so that a query sees all keys of a piece, or none.
 
     Args:
         q: [ranges, 2]: the row's queries that each range has, not empty.
@@ -113,21 +112,17 @@ def _row(
         masks: Bits of a mask -> its number.
     """
     borders = np.arange(width + 1) * BLOCK
-    q_cuts, k_cuts = np.unique([*q.ravel(), 0, size]), np.unique(np.concatenate([k.ravel(), borders]))
-    (top, bottom), (left, right) = np.searchsorted(q_cuts, q).T, np.searchsorted(k_cuts, k).T
-    seen_by = np.zeros((len(q_cuts), len(k_cuts)), dtype=np.int32)
-    for queries, keys, change in ((top, left, 1), (bottom, right, 1), (top, right, -1), (bottom, left, -1)):
-        np.add.at(seen_by, (queries, keys), change)
-    seen = seen_by.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] > 0
-    first = np.searchsorted(k_cuts, borders)  # piece of each block
-    full = np.logical_and.reduceat(seen.all(axis=0), first[:-1])
+    cuts = np.unique(np.concatenate([k.ravel(), borders]))
+    seen = np.zeros((BLOCK, len(cuts) - 1), dtype=bool)
+    for (top, bottom), (left, right) in zip(q, np.searchsorted(cuts, k), strict=True):
+        seen[top:bottom, left:right] = True
+    first = np.searchsorted(cuts, borders)  # piece of each block
+    full = np.logical_and.reduceat(seen[:size].all(axis=0), first[:-1])
     some = np.logical_or.reduceat(seen.any(axis=0), first[:-1])
     ids = np.full(width, -1, dtype=np.int32)
     for block in np.flatnonzero(some & ~full):
-        pieces = slice(first[block], first[block + 1])
-        keys = np.diff(k_cuts[first[block] : first[block + 1] + 1])
-        mask = np.zeros((BLOCK, BLOCK), dtype=bool)
-        mask[:size] = seen[:, pieces].repeat(np.diff(q_cuts), axis=0).repeat(keys, axis=1)
+        pieces, ends = slice(first[block], first[block + 1]), slice(first[block], first[block + 1] + 1)
+        mask = seen[:, pieces].repeat(np.diff(cuts[ends]), axis=1)
         ids[block] = masks.setdefault(np.packbits(mask, axis=1, bitorder="little").tobytes(), len(masks))
     return full, ids
 
