@@ -16,36 +16,25 @@ from happyhorse_fast import ambient
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``torch.nn.functional.linear``: x [..., K] . weight [F, K] + bias [F] -> [..., F]."""
     if x.dtype == torch.float32 and torch.compiler.is_compiling():
-        return _linear(x, weight, bias)
+        return _product(x, weight.mT, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b`` of batches of matrices: [..., M, K] . [..., K, N] -> [..., M, N]."""
     if a.dtype == torch.float32 and torch.compiler.is_compiling():
-        return _matmul(a, b)
+        return _product(a, b, None)
     return a @ b
 
 
-@torch.library.custom_op("happyhorse_fast::float32_linear", mutates_args=())
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+@torch.library.custom_op("happyhorse_fast::float32_product", mutates_args=())
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     with ambient.held():
-        return torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.linear(a, b.mT, bias) if b.dim() == 2 else a @ b
 
 
-@torch.library.custom_op("happyhorse_fast::float32_matmul", mutates_args=())
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    with ambient.held():
-        return a @ b
-
-
-@_linear.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@_matmul.register_fake
-def _(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+@_product.register_fake
+def _(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[-1])
 
 
@@ -53,22 +42,14 @@ def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> N
     ctx.save_for_backward(*inputs[:2])
 
 
-def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    rows = grad.flatten(0, -2)
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    a, b = ctx.saved_tensors
+    wants, rows = ctx.needs_input_grad, grad.flatten(0, -2)
     return (
-        matmul(grad, weight) if wants[0] else None,
-        matmul(rows.T, x.flatten(0, -2)) if wants[1] else None,
+        matmul(grad, b.mT) if wants[0] else None,
+        (matmul(a.flatten(0, -2).mT, rows) if b.dim() == 2 else matmul(a.mT, grad)) if wants[1] else None,
         rows.sum(0) if wants[2] else None,
     )
 
 
-def _matmul_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    a, b = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    return matmul(grad, b.mT) if wants[0] else None, matmul(a.mT, grad) if wants[1] else None
-
-
-_linear.register_autograd(_linear_backward, setup_context=_keep)
-_matmul.register_autograd(_matmul_backward, setup_context=_keep)
+_product.register_autograd(_backward, setup_context=_keep)
