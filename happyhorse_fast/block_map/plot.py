@@ -26,14 +26,12 @@ def plot(
     """See :meth:`BlockMap.plot`; ``full`` and ``partial`` are bool [R, S] of one head."""
     optional.require("matplotlib", "BlockMap.plot")
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     axis, figure = target, None
     if target is None or isinstance(target, (str, os.PathLike)):
         figure = Figure(figsize=(7.4, 7.6), dpi=130, layout="constrained")
-        FigureCanvasAgg(figure)
         axis = figure.subplots()
     colours = torch.tensor([matplotlib.colors.to_rgb(c) for c in COLOURS.values()])
     kinds = torch.stack([full, partial]).float().cpu()

@@ -7,7 +7,7 @@ two heads are there at a time: an output that comes back takes the place of quer
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 
@@ -19,15 +19,8 @@ from happyhorse_fast.parallel.group import Transfer
 from happyhorse_fast.parallel.ulysses import Ulysses
 
 
-class Attend(Protocol):
-    """:meth:`happyhorse_fast.fast.layer.FastLayer.attend` of one clip and step."""
-
-    def __call__(self, x: AttentionInputs, *, out_scale: torch.Tensor | None) -> Operand:
-        """Attention of some heads over all rows."""
-
-
 def attention_over_ranks(
-    inputs: list[torch.Tensor | None], ulysses: Ulysses, attend: Attend, *, fp8_out: bool
+    inputs: list[torch.Tensor | None], ulysses: Ulysses, attend: Callable[..., Operand], *, fp8_out: bool
 ) -> Operand:
     """What ``attend`` gives of all heads, for the rows of this rank.
 
@@ -35,7 +28,7 @@ def attention_over_ranks(
         inputs: Fields of :class:`AttentionInputs` of this rank's M rows; the list is emptied, so that what has been
             sent can be freed.
         ulysses: The exchange.
-        attend: Attention of heads over all N rows.
+        attend: :meth:`FastLayer.attend` of one clip and step: attention of some heads over all N rows.
         fp8_out: Whether its output is e4m3, whose one scale is of all heads on all ranks.
 
     Returns:

@@ -209,10 +209,8 @@ class FastLayer(nn.Module):
 
     def matrices(self) -> list[str]:
         """Names of the products' weights and of their scales."""
-        return [f"{op}_{kind}" for op in OPS if op != "attention" for kind in self._kinds(op)]
-
-    def _kinds(self, op: str) -> tuple[str, ...]:
-        return ("weight",) if self.plan.precision[op] == "bf16" else ("weight", "scale")
+        of = [f"{op}_{kind}" for op in OPS if op != "attention" for kind in ("weight", "scale")]
+        return [name for name in of if hasattr(self, name)]
 
     @property
     def activation(self) -> str:

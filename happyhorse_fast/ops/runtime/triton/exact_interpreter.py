@@ -97,16 +97,6 @@ def assembly(self: Any, asm: str, constraints: str, values: Any, types: Any, is_
     return Results((interp.TensorHandle(to_numpy(rounded, tl.bfloat16), tl.bfloat16), wide))
 
 
-def lesser(self: Any, lhs: Any, rhs: Any) -> Any:
-    """min.f32: the number where one is NaN."""
-    return self.binary_op(lhs, rhs, np.fmin)
-
-
-def greater(self: Any, lhs: Any, rhs: Any) -> Any:
-    """max.f32: the number where one is NaN."""
-    return self.binary_op(lhs, rhs, np.fmax)
-
-
 def log2(self: Any, value: Any) -> Any:
     """-inf of 0 without a warning, as on a GPU: the LSE of a row without a key."""
     with np.errstate(divide="ignore"):
@@ -129,8 +119,9 @@ def make_exact() -> None:
     interp._convert_float = convert
     interp.InterpreterBuilder.create_dot = dot
     interp.InterpreterBuilder.binary_op = binary
-    interp.InterpreterBuilder.create_minnumf = lesser
-    interp.InterpreterBuilder.create_maxnumf = greater
+    # min.f32 and max.f32: the number where one is NaN.
+    interp.InterpreterBuilder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
+    interp.InterpreterBuilder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     interp.InterpreterBuilder.create_log2 = log2
     remember()
     interp.InterpreterBuilder.create_inline_asm = assembly
