@@ -45,7 +45,7 @@ def self_checks(device: torch.device, ops: Sequence[str], impl: str = "") -> int
             for variant in variants
             if (not ops or op in ops) and (fp8 or not formats.uses_e4m3(variant))
         ]
-        for check, new in trust.checked(backend, device, wanted, fp8=fp8):
+        for check, new in trust.checked(backend, device, wanted):
             verdict, when = "passed" if check.passed else "FAILED", f"{check.seconds:.1f} s" if new else "remembered"
             print(f"{backend} {check.op} {check.variant}: {verdict}, {check.detail}, {when}", flush=True)
             if new and check.fault == self_check.LOST:

@@ -60,9 +60,9 @@ def _driver_version() -> str:
 
 
 def checked(
-    backend: str, device: torch.device, wanted: Collection[tuple[str, str]], *, fp8: bool = True
+    backend: str, device: torch.device, wanted: Collection[tuple[str, str]]
 ) -> Iterator[tuple[KernelCheck, bool]]:
-    """Outcomes of ops in formats that are remembered, then of those that are checked now; arguments of `run_checks`.
+    """Outcomes of ops in formats that are remembered, then of those that are checked now.
 
     Yields:
         The outcome, which is remembered at once, so that a cut forgets nothing, and whether it was found now.
@@ -71,7 +71,7 @@ def checked(
     known = {(c.op, c.variant): c for c in recall(key) if c.fault != self_check.RAISED}
     yield from ((known[place], False) for place in wanted if place in known)
     missing = set(wanted) - known.keys()
-    for check in self_check.run_checks(backend, device, fp8=fp8, only=missing) if missing else ():
+    for check in self_check.run_checks(backend, device, fp8=True, only=missing) if missing else ():
         known[check.op, check.variant] = check
         remember(key, [found for found in known.values() if found.fault != self_check.RAISED])
         yield check, True
