@@ -21,7 +21,14 @@ constexpr std::size_t SHARED_ALIGNMENT = 128;
 constexpr unsigned MAX_THREADS = 1024;
 constexpr std::size_t MAX_PARAMS = 4096;
 
-enum class State { ready, in_barrier, in_exchange, finished };
+enum class State { ready, waiting, finished };
+
+// A copy to shared memory that has begun and was not waited for. A thread must not return with one.
+struct Copy {
+  unsigned char* to;
+  const void* from;
+  std::size_t bytes;
+};
 
 struct Thread {
   Fiber fiber;
@@ -31,9 +38,14 @@ struct Thread {
   std::vector<Copy> copies;
 };
 
-struct Warp {
-  int arrived = 0;
+// Of all threads of a block, or of a warp's lanes.
+struct Meeting {
+  unsigned arrived = 0;
   const Thread* first = nullptr;  // first thread that waits; all others wait at its site
+};
+
+struct Warp {
+  Meeting meeting;
   unsigned char given[LANES][PAYLOAD];
   unsigned char taken[LANES][PAYLOAD];
 };
@@ -50,8 +62,7 @@ struct Block {
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char, Free> shared;
   std::size_t shared_bytes;
-  int in_barrier;
-  const Thread* first_in_barrier;
+  Meeting meeting;
   Thread* running;
   std::string problem;
 };
@@ -81,11 +92,24 @@ void thread_main(void* argument) {
   thread->fiber.leave(true);
 }
 
-void wait(State state, Site site) {
+// Waits until `count` threads from `first` on are at this site. The last of them calls `done` before any goes on.
+template <typename Done>
+void meet(Meeting& meeting, Site site, unsigned first, unsigned count, Done done) {
   Thread& me = *current->running;
-  me.state = state;
-  me.site = site;
-  me.fiber.leave();
+  if (meeting.arrived == 0) meeting.first = &me;
+  if (meeting.arrived > 0 && !same(meeting.first->site, site)) {
+    throw std::runtime_error(describe(site) + ", while " + name(*meeting.first) + " waits in " +
+                             describe(meeting.first->site));
+  }
+  if (++meeting.arrived < count) {
+    me.state = State::waiting;
+    me.site = site;
+    me.fiber.leave();
+    return;
+  }
+  meeting.arrived = 0;
+  done();
+  for (unsigned i = first; i < first + count; ++i) current->threads[i].state = State::ready;
 }
 
 // Describes a deadlock: for each place where threads wait, how many do, and the first of them.
@@ -125,9 +149,9 @@ bool run_lanes(std::size_t warp, const std::vector<std::size_t>& lanes) {
 void run_block(unsigned order, std::mt19937& random) {
   Block& block = *current;
   if (block.shared) std::memset(block.shared.get(), POISON, block.shared_bytes);
-  block.in_barrier = 0;
+  block.meeting = {};
   for (Warp& warp : block.warps) {
-    warp.arrived = 0;
+    warp.meeting = {};
     std::memset(warp.given, POISON, sizeof warp.given);
   }
   for (Thread& thread : block.threads) {
@@ -223,50 +247,46 @@ const Index& thread_index() { return current->running->index; }
 const Index& block_index() { return current->index; }
 const Index& block_size() { return current->size; }
 const Index& grid_size() { return current->grid; }
-unsigned char* shared_memory() { return current->shared.get(); }
-std::size_t shared_bytes() { return current->shared_bytes; }
-std::vector<Copy>& copies() { return current->running->copies; }
 
 void fail(Site site, const char* problem) { throw std::runtime_error(describe(site) + ": " + problem); }
 
+void check_shared(Site site, const void* address, const char* problem) {
+  const auto* const at = static_cast<const unsigned char*>(address);
+  const unsigned char* const shared = current->shared.get();
+  if (at < shared || at + VECTOR > shared + current->shared_bytes) fail(site, problem);
+}
+
+unsigned char* shared_memory() { return current->shared.get(); }
+
+void begin_copy(Site site, void* shared, const void* global, int bytes) {
+  if (!aligned(shared) || !aligned(global)) fail(site, "both addresses must be aligned to 16 bytes");
+  if (bytes < 0 || bytes > static_cast<int>(VECTOR)) fail(site, "0 to 16 bytes may be read");
+  check_shared(site, shared, "outside shared memory");
+  std::memset(shared, POISON, VECTOR);
+  current->running->copies.push_back({static_cast<unsigned char*>(shared), global, static_cast<std::size_t>(bytes)});
+}
+
+void finish_copies() {
+  std::vector<Copy>& copies = current->running->copies;
+  for (const Copy& copy : copies) {
+    if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memset(copy.to + copy.bytes, 0, VECTOR - copy.bytes);
+  }
+  copies.clear();
+}
+
 void barrier(Site site) {
-  Block& block = *current;
-  if (block.in_barrier == 0) block.first_in_barrier = block.running;
-  const Thread& first = *block.first_in_barrier;
-  if (block.in_barrier > 0 && !same(first.site, site)) {
-    throw std::runtime_error(describe(site) + ", while " + name(first) + " waits in " + describe(first.site));
-  }
-  if (++block.in_barrier < static_cast<int>(block.threads.size())) {
-    wait(State::in_barrier, site);
-    return;
-  }
-  block.in_barrier = 0;
-  for (Thread& other : block.threads) {
-    if (other.state == State::in_barrier) other.state = State::ready;
-  }
+  meet(current->meeting, site, 0, current->size.x, [] {});
 }
 
 const unsigned char* exchange(Site site, unsigned mask, const void* given, std::size_t bytes) {
-  Block& block = *current;
-  const unsigned me = block.running->index.x, first = me / LANES * LANES;
-  Warp& warp = block.warps[me / LANES];
+  const unsigned me = current->running->index.x;
+  Warp& warp = current->warps[me / LANES];
   if (mask != 0xffffffffu) fail(site, "the mask must name all 32 lanes");
   if (bytes > PAYLOAD) fail(site, "too many bytes for an exchange");
-  if (warp.arrived == 0) warp.first = block.running;
-  if (warp.arrived > 0 && !same(warp.first->site, site)) {
-    throw std::runtime_error(describe(site) + ", while " + name(*warp.first) + " of the warp waits in " +
-                             describe(warp.first->site));
-  }
   std::memcpy(warp.given[me % LANES], given, bytes);
-  if (++warp.arrived < LANES) {
-    wait(State::in_exchange, site);
-  } else {
-    warp.arrived = 0;
-    std::memcpy(warp.taken, warp.given, sizeof warp.taken);
-    for (unsigned i = first; i < first + LANES; ++i) {
-      if (block.threads[i].state == State::in_exchange) block.threads[i].state = State::ready;
-    }
-  }
+  meet(warp.meeting, site, me / LANES * LANES, LANES,
+       [&] { std::memcpy(warp.taken, warp.given, sizeof warp.taken); });
   return &warp.taken[0][0];
 }
 

@@ -3,12 +3,13 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <cstring>
 
 namespace shim {
 
 constexpr int LANES = 32;
 constexpr std::size_t PAYLOAD = 64;  // most bytes a lane gives to one exchange
+constexpr std::size_t VECTOR = 16;   // bytes of a cp.async and of a row of ldmatrix
 constexpr int POISON = 0xff;         // a NaN as float32, bf16 and e4m3, and -1 as an integer
 
 struct Index {
@@ -47,15 +48,14 @@ const Index& block_index();
 const Index& block_size();
 const Index& grid_size();
 unsigned char* shared_memory();
-std::size_t shared_bytes();
 
-// A copy to shared memory that has begun and was not waited for. A thread must not return with one.
-struct Copy {
-  unsigned char* to;
-  const void* from;
-  std::size_t bytes;
-};
-std::vector<Copy>& copies();  // of the running thread
+// Begins to copy 16 bytes, as cp.async does: only the first `bytes` are read, the others become zeros. Until the thread
+// waits, the source is not read and the destination holds poison, so that a thread that reads too early finds neither
+// new nor old data. Fails where an address is not aligned to 16 bytes, or `shared` is not in shared memory.
+void begin_copy(Site site, void* shared, const void* global, int bytes);
+
+// Delivers all copies that this thread has begun.
+void finish_copies();
 
 // Waits until every thread of the block is at this site.
 void barrier(Site site);
@@ -63,6 +63,19 @@ void barrier(Site site);
 // Waits until all 32 lanes of the warp are at this site, and returns the bytes that each of them gave, PAYLOAD bytes
 // apart. They are valid until the lane's next exchange.
 const unsigned char* exchange(Site site, unsigned mask, const void* given, std::size_t bytes);
+
+// Reads what a lane gave.
+template <typename T>
+T read(const unsigned char* table, int lane) {
+  T value;
+  std::memcpy(&value, table + static_cast<std::size_t>(lane) * PAYLOAD, sizeof value);
+  return value;
+}
+
+inline bool aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % VECTOR == 0; }
+
+// Fails with the problem where the 16 bytes from `address` on are not in shared memory.
+void check_shared(Site site, const void* address, const char* problem);
 
 // Ends the launch with the site and the problem as its message.
 [[noreturn]] void fail(Site site, const char* problem);

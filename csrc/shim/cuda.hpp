@@ -6,7 +6,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "async_copy.hpp"
 #include "block.hpp"
 #include "tensor_core.hpp"
 
@@ -30,13 +29,6 @@
 namespace shim {
 
 inline int lane() { return static_cast<int>(thread_index().x) % LANES; }
-
-template <typename T>
-T read(const unsigned char* table, int lane) {
-  T value;
-  std::memcpy(&value, table + static_cast<std::size_t>(lane) * PAYLOAD, sizeof value);
-  return value;
-}
 
 template <typename T>
 T shuffle(Site site, unsigned mask, T value, int lane) {
