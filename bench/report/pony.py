@@ -10,7 +10,7 @@ from bench.results import Json
 from bench.table import Table
 from happyhorse_fast.cli import fidelity_tables
 from happyhorse_fast.config import OPS
-from happyhorse_fast.verify.fidelity import EAGER
+from happyhorse_fast.verify.equivalence import EAGER
 
 KIND_COLOURS = {"bf16": BLUE, "int8 op": "#69b37a", "int8": GREEN, "fp8 op": ORANGE, "fp8": RED, "sparsity": VIOLET}
 WHOLE = ("bf16", "int8", "fp8")

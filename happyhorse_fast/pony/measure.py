@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from happyhorse_fast import ambient
 from happyhorse_fast.pony.codec import FRAME_SAMPLES, SAMPLE_RATE, SIDE
@@ -120,18 +121,14 @@ def measure(frames: torch.Tensor, samples: torch.Tensor) -> Measured:
     mean = frames[ball].mean(dim=0)
     seen = seen_impacts((FLOOR_ROW - radius - rows).tolist())
     return Measured(
-        colour=min(RGB, key=lambda name: hue_distance(mean, torch.tensor(RGB[name]))),
+        # By direction: shading does not count.
+        colour=max(RGB, key=lambda name: float(cosine_similarity(mean, torch.tensor(RGB[name]), dim=0))),
         size=min(RADIUS, key=lambda name: abs(math.log(RADIUS[name] / radius))),
         place=min(COLUMN, key=lambda name: abs(COLUMN[name] - float(columns.median()))),
         seen=seen,
         heard=heard,
         pitch=pitch,
     )
-
-
-def hue_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Distance between two RGB colours scaled to one length, so that shading does not count."""
-    return float((a / a.norm() - b / b.norm()).norm())
 
 
 def seen_impacts(heights: list[float]) -> list[float]:

@@ -41,7 +41,7 @@ def read_image(path: Path) -> torch.Tensor:
         ValueError: Not a picture.
     """
     optional.require("PIL", "reading a picture")
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"image must be a file, {path} is none")
@@ -50,14 +50,8 @@ def read_image(path: Path) -> torch.Tensor:
         upright = open_image(Image.open(io.BytesIO(content)))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # a film, or unknown to Pillow
         upright = open_image(_first_picture(content, path))
-    pixels = np.asarray(upright)
-    height, width, _ = pixels.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    middle = pixels[top : top + side, left : left + side].astype(np.float32) / 255
-    square = torch.from_numpy(middle).permute(2, 0, 1)[None]
-    scaled = torch.nn.functional.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True)
-    return scaled[0].permute(1, 2, 0).contiguous()
+    square = ImageOps.fit(upright, (SIDE, SIDE), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.asarray(square).astype(np.float32) / 255)
 
 
 def _first_picture(content: bytes, path: Path) -> NDArray[np.uint8]:

@@ -29,7 +29,7 @@ Results = dict[str, torch.Tensor]
 
 EAGER = "eager bf16"
 BF16_RATIO = 2.0
-"""A fast bf16 result may be this many times as far from float32 as eager bf16's own."""
+"""A fast bf16 result, or the median of many, may be this many times as far from float32 as eager bf16's own."""
 FP8_SANITY = 0.3
 """Relative L2 past which fp8 is broken rather than coarse. Measured on the recorded cases: an op 2.6e-2 to 5.7e-2, a
 velocity 6.0e-2 to 8.5e-2; a dropped tile of 128 x 128 in a result of two tiles is 0.7."""

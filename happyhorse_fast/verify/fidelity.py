@@ -30,13 +30,11 @@ from happyhorse_fast.pony.measure import Measured, judge, largest_shift, measure
 from happyhorse_fast.pony.metrics import log_spectral_distance, psnr, ssim
 from happyhorse_fast.pony.prompt import Prompt, held_out_prompts, parse
 from happyhorse_fast.pony.weights import weights_digest
+from happyhorse_fast.verify.equivalence import BF16_RATIO, EAGER
 from happyhorse_fast.verify.forms import Form
 from happyhorse_fast.verify.frame_blocks import decide_between_frames
 
-EAGER = "eager bf16"
 Kind = Literal["bf16", "int8 op", "int8", "fp8 op", "fp8", "sparsity"]
-BF16_RATIO = 2.0
-"""The latents of fast bf16 may be this many times as far from float32's as eager bf16's own, at the median."""
 PICTURES_DB = {"int8": 40.0, "fp8": 30.0}
 """Median PSNR below which a precision is broken rather than coarse; measured: 57 in int8, 45 to 47 in fp8."""
 QUICK_SPARSITY = ("exact window", "top-k 0.25")
@@ -336,15 +334,15 @@ def make_clips(
         picture: [128, 128, 3] in 0..1, the first picture.
     """
     image, asked = None if picture is None else encode_image(picture), parse(prompt)
-    made: list[tuple[str, PonyClip, float]] = []
+    runs: list[ClipRun] = []
     for form in forms:
         model = form.apply(load_model(torch.float32 if form.precision == "fp32" else torch.bfloat16))
         start = time.perf_counter()
         clip = generate(model, prompt, seed=seed, steps=steps, image=image)
-        made.append((form.name, clip, time.perf_counter() - start))
-    first = made[0][1]
-    seen = measure(first.frames, first.samples)
-    return [ClipRun(name, clip, seconds, compare(asked, clip, first, seen)) for name, clip, seconds in made]
+        seconds, first = time.perf_counter() - start, runs[0].clip if runs else clip
+        error = compare(asked, clip, first, measure(first.frames, first.samples))
+        runs.append(ClipRun(form.name, clip, seconds, error))
+    return runs
 
 
 def settings(fast: FastConfig | None) -> str:

@@ -50,11 +50,10 @@ class FramePolicy(SparsePolicy):
         mask = torch.zeros(len(kept), rows, rows, dtype=torch.bool)
         mask[:, place[:, None], place] = kept
         tiles = mask.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3)  # [Hm, R, S, 128, 128]
-        full, some = tiles.all(dim=(3, 4)), tiles.any(dim=(3, 4))
-        partial = some & ~full
-        ids = torch.full(full.shape, -1, dtype=torch.int32)
-        ids[partial] = torch.arange(int(partial.sum()), dtype=torch.int32)
-        return BlockMap(*assemble(full, ids, pack(tiles[partial]), rows, rows))
+        used = tiles.any(dim=(3, 4))  # full ones too have a mask, of ones
+        ids = torch.full(used.shape, -1, dtype=torch.int32)
+        ids[used] = torch.arange(int(used.sum()), dtype=torch.int32)
+        return BlockMap(*assemble(torch.zeros_like(used), ids, pack(tiles[used]), rows, rows))
 
     def _spread(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_zeros(self.wide.rows.slots, *x.shape[1:])
