@@ -39,7 +39,11 @@ def examine() -> dict[str, Any]:
 
     from happyhorse_fast.ops.runtime.cuda import status
 
-    gpus = _gpus()
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    gpus = [
+        {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": gpu.total_memory / 2**30}
+        for gpu in found
+    ]
     cuda = status.examine()
     return {
         "package": __version__,
@@ -51,7 +55,7 @@ def examine() -> dict[str, Any]:
             "cuda_available": torch.cuda.is_available(),
         },
         "gpus": gpus,
-        "driver": _driver(),
+        "driver": _first_match(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], r"[\d.]+"),
         "triton": optional.version_of("triton"),
         "nvcc": _nvcc(),
         "cuda_bindings": optional.version_of("cuda-bindings"),
@@ -67,20 +71,6 @@ def examine() -> dict[str, Any]:
             },
         ],
     }
-
-
-def _gpus() -> list[dict[str, Any]]:
-    import torch
-
-    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [
-        {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": gpu.total_memory / 2**30}
-        for gpu in found
-    ]
-
-
-def _driver() -> str | None:
-    return _first_match(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], r"[\d.]+")
 
 
 def _nvcc() -> dict[str, str] | None:
