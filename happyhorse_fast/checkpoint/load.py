@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,11 +12,11 @@ from happyhorse_fast import ambient
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.checkpoint.header import TensorEntry, read_headers
 from happyhorse_fast.checkpoint.lora import Lora, plan_updates
-from happyhorse_fast.checkpoint.packed import is_packed, load_packed, packed_config
+from happyhorse_fast.checkpoint.packed import empty_packed, is_packed, packed_config
 from happyhorse_fast.checkpoint.save import save_checkpoint
 from happyhorse_fast.checkpoint.stream import assign, emptied_on_error, fill_by_layer
 from happyhorse_fast.config import ModelConfig
-from happyhorse_fast.eager.lora import add_updates
+from happyhorse_fast.eager.lora import Update, add_updates
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.eager.rotary import frequency_bands
 from happyhorse_fast.eager.sizes import BANDS_KEY, layer_of, require_sizes
@@ -89,29 +89,32 @@ def load(
     if shard is not None and shard.device_type != place.type:
         raise ValueError(f"shard must be a mesh of {place.type} devices, as device is; got {shard.device_type}")
     wanted = check_load(path, preset, config, compute_dtype=compute_dtype, fast=fast)
-    if is_packed(path):
+    packed, state, updates = is_packed(path), None, dict[str, list[Update]]()
+    if packed:
         if lora:
             raise ValueError(
                 f"lora must be left out: the folder {str(path)!r} is packed; load the published checkpoint"
             )
-        return load_packed(path, place, fast, progress=progress, shard=shard)
-    model = HappyHorse(wanted, compute_dtype, device="meta")
-    updates = plan_updates(model, lora, lora_scale)
-    entries = read_headers(path)
+        model, entries = empty_packed(Path(path), place, fast)
+    else:
+        model, entries = HappyHorse(wanted, compute_dtype, device="meta"), read_headers(path)
+        updates = plan_updates(model, lora, lora_scale)
+        if fast is not None:
+            state = FastState(wanted, fast, choose_ops(fast.on(compute_capability(place)), place, None))
     layers: Any = model.block.layers
-    state: FastState | None = None
-    if fast is not None:
-        state = FastState(wanted, fast, choose_ops(fast.on(compute_capability(place)), place, None))
 
     def done(layer: int | None) -> None:
         for path in (path for path in updates if layer_of(path) == layer):
             add_updates(model.get_submodule(path), updates[path])
-        if layer is None:
+        if layer is None and packed:
+            cast("FastState", model.fast).take_bands(model.adapter.rope.bands)
+        elif layer is None:
             _check_bands(model, entries.get(BANDS_KEY), place)
-            return
-        if state is not None:
+        elif packed:
+            layers[layer].find_bound()
+        elif state is not None:
             layers[layer] = state.pack(layer, layers[layer].state_dict(), place)
-        if shard is not None:
+        if layer is not None and shard is not None:
             spread(layers[layer], shard)
 
     with emptied_on_error(model):

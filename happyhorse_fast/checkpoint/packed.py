@@ -6,24 +6,19 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import nn
 
-from happyhorse_fast import ambient
 from happyhorse_fast._version import __version__
 from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.checkpoint.header import DTYPES, PACKED_FILE, TensorEntry, read_headers, require_regular_file
 from happyhorse_fast.checkpoint.save import write_checkpoint
-from happyhorse_fast.checkpoint.stream import emptied_on_error, fill_by_layer
 from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import choose_ops, empty_accelerated
 from happyhorse_fast.fast.compiled import unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
-from happyhorse_fast.fast.layer import FastLayer
-from happyhorse_fast.fast.parallelize import spread
 from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.ops.runtime.dispatch import compute_capability
 
@@ -94,36 +89,22 @@ def packed_config(folder: str | Path, fast: FastConfig | None) -> tuple[ModelCon
     return config, fast
 
 
-@ambient.makes_tensors
-def load_packed(
-    folder: str | Path, device: torch.device, fast: FastConfig | None = None, *, progress: bool, shard: Any = None
-) -> HappyHorse:
-    """Load packed weights; see :func:`load`, which calls this.
+def empty_packed(
+    folder: Path, device: torch.device, fast: FastConfig | None
+) -> tuple[HappyHorse, dict[str, TensorEntry]]:
+    """The model of packed weights, on ``"meta"``, and the tensors to fill it with; see :func:`load`, which does.
 
     Raises:
         CheckpointError: The description or a tensor is missing, unexpected, misshapen or of another dtype.
         ValueError: As :func:`packed_config`.
         BackendError: As for :func:`accelerate`.
     """
-    folder = Path(folder)
     config, fast = packed_config(folder, fast)
     entries = read_headers(folder)
     arch = compute_capability(device)
     model = empty_accelerated(config, fast, choose_ops(fast.on(arch), device, None), arch)
     _require_entries(entries, model.state_dict(), folder)
-    layers, state = cast("list[FastLayer]", model.block.layers), cast("FastState", model.fast)
-
-    def done(layer: int | None) -> None:
-        if layer is None:
-            state.take_bands(model.adapter.rope.bands)
-            return
-        layers[layer].find_bound()
-        if shard is not None:
-            spread(layers[layer], shard)
-
-    with emptied_on_error(model):
-        fill_by_layer(model, entries.values(), device, done, progress=progress)
-    return model
+    return model, entries
 
 
 def _description(file: Path) -> tuple[ModelConfig, FastConfig]:

@@ -14,6 +14,7 @@ from happyhorse_fast import golden
 from happyhorse_fast.arguments import CheckpointError
 from happyhorse_fast.budgets import measure
 from happyhorse_fast.checkpoint import packed as packed_checkpoint
+from happyhorse_fast.checkpoint.load import load
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import GPUS, step_costs, totals
 from happyhorse_fast.fast.accelerate import accelerate, empty_accelerated, explain
@@ -108,7 +109,7 @@ def test_packed_weights_are_saved_and_loaded_as_they_are(tmp_path: Path) -> None
     case = golden.load_case("dense_v2_fp32")
     model = accelerated(case, attention="int8_qk")
     packed_checkpoint.save_packed(model, tmp_path / "packed")
-    loaded = packed_checkpoint.load_packed(tmp_path / "packed", torch.device("cpu"), progress=False)
+    loaded = load(tmp_path / "packed", progress=False)
     assert loaded.fast.fast.precision == "int8" and loaded.fast.fast.rows_in_mlp == 32768
     assert loaded.block.layers[0].up_weight.dtype == torch.int8
     assert torch.equal(run(loaded, case), run(model, case))

@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves
 import happyhorse_fast as hh
 from happyhorse_fast import golden, tokens
 from happyhorse_fast.checkpoint import load
-from happyhorse_fast.checkpoint import packed as packed_weights
 from happyhorse_fast.checkpoint.header import PACKED_FILE
 from happyhorse_fast.cli import run
 from happyhorse_fast.config import ModelConfig
@@ -406,7 +405,7 @@ def whole_layers(rank: int, ranks: int, folder: str, config: ModelConfig | None,
 
     mesh = init_device_mesh("cpu", (ranks,))
     gc.collect()
-    with mock.patch.object(load, "spread", counted), mock.patch.object(packed_weights, "spread", counted):
+    with mock.patch.object(load, "spread", counted):
         hh.load(folder, config=config, fast=fast, shard=mesh, progress=False)
     return counts
 
