@@ -21,11 +21,7 @@ HH_DEVICE u64 warp_sum(u64 x) {
 // Returns the sum over a block to every thread. In 64 bits, the sum over a warp must be below 2^47.
 template <typename T>
 HH_DEVICE T block_total(T x, T* scratch) {
-  const int lane = lane_of_thread(), warps = static_cast<int>(blockDim.x) / WARP;
-  x = warp_sum(x);
-  if (lane == 0) scratch[warp_of_thread()] = x;
-  __syncthreads();
-  return warp_sum(lane < warps ? scratch[lane] : T{0});
+  return block_join(x, scratch, T{0}, [](T y) { return warp_sum(y); });
 }
 
 // Counts the lanes below this one that set their flag in a ballot.

@@ -74,8 +74,8 @@ HH_DEVICE float lanes_max(float x) {
 
 // Return the sum and the maximum over a block, with the same bits in every thread. `scratch` is 32 floats of shared
 // memory, free again after the next barrier.
-template <typename Join>
-HH_DEVICE float block_join(float x, float* scratch, float neutral, Join join) {
+template <typename T, typename Join>
+HH_DEVICE T block_join(T x, T* scratch, T neutral, Join join) {
   const int warps = static_cast<int>(blockDim.x) / WARP;
   x = join(x);
   if (lane_of_thread() == 0) scratch[warp_of_thread()] = x;

@@ -264,7 +264,7 @@ MUTANTS = {
     ),
     "tile read before it is there": ("first_column, p, 1);\n      __syncthreads();", "first_column, p, 1);"),
     "tile overwritten while it is read": ("__syncthreads();  // the tile before this one has been read", ""),
-    "warps added up too early": ("= x;\n  __syncthreads();\n  return warp_sum", "= x;\n  return warp_sum"),
+    "warps added up too early": ("= x;\n  __syncthreads();\n  return join(", "= x;\n  return join("),
     "warps counted too early": ("scratch[warp] = x;\n  __syncthreads();", "scratch[warp] = x;"),
     "scratch overwritten while it is read": ("sums[bit % 2]", "sums[0]"),
     "lengths read before they are there": (": -1;\n    __syncwarp();", ": -1;"),
