@@ -81,7 +81,8 @@ def main() -> None:
     print(f"{time.perf_counter() - start:.0f} s")
     if ratio.min() < 30 or distance.max() > 3:
         raise SystemExit("the codecs do not pass their gate (30 dB, 3 dB); nothing saved")
-    tensors = video.to_tensors("video") | audio.to_tensors("audio")
+    fitted = {"video": vars(video), "audio": vars(audio)}
+    tensors = {f"{prefix}.{name}": value for prefix, parts in fitted.items() for name, value in parts.items()}
     save_file({name: value.bfloat16().contiguous() for name, value in tensors.items()}, CODEC_FILE)
     CODEC_FILE.chmod(0o644)  # package data: safetensors makes it readable to its owner alone
 

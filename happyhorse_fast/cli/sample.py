@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -159,7 +160,7 @@ def sample(
             enlarge(stages[1], start, progress=False)
     for stage in stages:
         stage.config.require_ranks(process.size)
-    taken: list[list[_Step]] = [[] for _ in stages]
+    taken: list[list[StepInfo]] = [[] for _ in stages]
     progress = not as_json and process.rank == 0
     shown = [{"callback": partial(_note, steps_taken), "progress": progress} for steps_taken in taken]
     with process.mesh(where) as mesh:
@@ -205,16 +206,8 @@ def sample(
     emit(data, as_json, lambda console: _render(console, data))
 
 
-class _Step(NamedTuple):
-    """Of a step: the noise level that it started from, its time, the peak of memory so far."""
-
-    sigma: float
-    seconds: float
-    memory_bytes: int | None
-
-
-def _note(taken: list[_Step], info: StepInfo) -> None:
-    taken.append(_Step(info.sigma, info.seconds, info.memory_bytes))
+def _note(taken: list[StepInfo], info: StepInfo) -> None:
+    taken.append(replace(info, video=None, audio=None))  # type: ignore[arg-type]  # latents, which would stay in memory
 
 
 class _CheckedError(Exception):

@@ -43,10 +43,6 @@ class LinearCodec:
         """[..., channels] -> [..., features]."""
         return latent @ self.decoder + self.mean
 
-    def to_tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Tensors by name, as :meth:`from_tensors` takes them."""
-        return {f"{prefix}.{name}": getattr(self, name) for name in ("mean", "encoder", "decoder")}
-
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], prefix: str) -> LinearCodec:
         """The codec that was stored under ``prefix``, in float32."""
