@@ -47,21 +47,16 @@ void multiply_bf16(Site site, float (&d)[4], const unsigned (&a)[4], const unsig
   std::memcpy(mine.b, b, sizeof mine.b);
   const unsigned char* const table = exchange(site, 0xffffffffu, &mine, sizeof mine);
   const int g = static_cast<int>(thread_index().x) % LANES / 4, t = static_cast<int>(thread_index().x) % 4;
-  double left[2][DEPTH], right[2][DEPTH];  // rows g and g + 8, columns 2t and 2t + 1: this lane's operands
-  for (int from = 0; from < 4; ++from) {
+  double sums[4] = {d[0], d[1], d[2], d[3]};  // of rows g and g + 8, columns 2t and 2t + 1
+  for (int k = 0; k < DEPTH; ++k) {
+    const int from = k % 8 / 2, half = k % 2, upper = k / 8;
     const Operands row = read<Operands>(table, 4 * g + from);
     const Operands columns[2] = {read<Operands>(table, 8 * t + from), read<Operands>(table, 8 * t + 4 + from)};
-    for (int half = 0; half < 2; ++half) {
-      const int k = 2 * from + half;
-      for (int i = 0; i < 4; ++i) left[i % 2][k + i / 2 * 8] = value(row.a[i], half);
-      for (int i = 0; i < 4; ++i) right[i % 2][k + i / 2 * 8] = value(columns[i % 2].b[i / 2], half);
+    for (int i = 0; i < 4; ++i) {
+      sums[i] += value(row.a[i / 2 + 2 * upper], half) * value(columns[i % 2].b[upper], half);
     }
   }
-  for (int i = 0; i < 4; ++i) {
-    double sum = d[i];
-    for (int k = 0; k < DEPTH; ++k) sum += left[i / 2][k] * right[i % 2][k];
-    d[i] = static_cast<float>(sum);
-  }
+  for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(sums[i]);
 }
 
 void load_matrices(Site site, unsigned (&r)[4], const void* row, bool transposed) {
