@@ -80,7 +80,17 @@ def read_headers(path: str | Path) -> dict[str, TensorEntry]:
             more than one model; the message names the files and keys.
     """
     path = Path(path)
-    entries = _read(path)
+    if path.is_dir():
+        entries = _read_folder(path)
+    elif not path.exists():
+        raise CheckpointError(f"{path}: {_absent(path)}")
+    else:
+        require_regular_file(path)
+        if path.suffix in _PICKLE_SUFFIXES:
+            raise CheckpointError(_pickle_message(str(path)))
+        if path.suffix != ".safetensors" and not path.name.endswith(_INDEX_SUFFIX):
+            raise CheckpointError(f"{path}: a checkpoint is a folder or a .safetensors file, or its {_INDEX_SUFFIX}")
+        entries = _read_whole(path)
     keys = _model_keys(entries, path)
     return {keys[key]: dataclasses.replace(entry, key=keys[key]) for key, entry in entries.items()}
 
@@ -112,19 +122,8 @@ def _model_keys(keys: Iterable[str], path: Path) -> dict[str, str]:
     return bare
 
 
-def _read(path: Path) -> dict[str, TensorEntry]:
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: {_absent(path)}")
-    require_regular_file(path)
-    if path.name.endswith(_INDEX_SUFFIX):
-        return _read_shards(path.parent, path)
-    if path.suffix in _PICKLE_SUFFIXES:
-        raise CheckpointError(_pickle_message(str(path)))
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: a checkpoint is a folder or a .safetensors file, or its {_INDEX_SUFFIX}")
-    return read_file(path)
+def _read_whole(file: Path) -> dict[str, TensorEntry]:
+    return _read_shards(file) if file.name.endswith(_INDEX_SUFFIX) else read_file(file)
 
 
 def _absent(path: Path) -> str:
@@ -148,8 +147,7 @@ def _read_folder(folder: Path) -> dict[str, TensorEntry]:
     if len(there) > 1:
         raise CheckpointError(f"{folder}: holds both {' and '.join(there)}; remove one, or name the file to load")
     if there:
-        file = folder / there[0]
-        return _read_shards(folder, file) if file.name.endswith(_INDEX_SUFFIX) else read_file(file)
+        return _read_whole(folder / there[0])
     names = sorted(entry.name for entry in folder.iterdir())
     others = [name for name in names if name.endswith(_INDEX_SUFFIX)]
     others += [name for name in names if name.endswith(".safetensors")]
@@ -168,8 +166,8 @@ def _read_folder(folder: Path) -> dict[str, TensorEntry]:
     raise CheckpointError(f"{folder}: no safetensors file: {missing}")
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
-    weight_map = read_index(index)
+def _read_shards(index: Path) -> dict[str, TensorEntry]:
+    weight_map, folder = read_index(index), index.parent
     shards = sorted(set(weight_map.values()))
     pickles = [name for name in shards if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
