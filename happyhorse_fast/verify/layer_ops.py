@@ -196,11 +196,9 @@ class FastOps:
 
     def _rows(self, tokens: torch.Tensor, columns: int | None = None) -> torch.Tensor:
         """[N, ...] in the public order -> [rows, ...] float32 padded with zeros, to ``columns`` where given."""
-        wide = tokens.float()
-        if columns is not None:
-            wide = torch.nn.functional.pad(wide, (0, columns - wide.shape[1]))
-        out = torch.zeros(self.state.rows.slots, *wide.shape[1:], device=wide.device)
-        out[self.state.token_rows] = wide
+        shape = (self.state.rows.slots, columns or tokens.shape[1], *tokens.shape[2:])
+        out = torch.zeros(shape, device=tokens.device)
+        out[self.state.token_rows, : tokens.shape[1]] = tokens.float()
         return out
 
     def _values(self, result: Operand) -> torch.Tensor:
