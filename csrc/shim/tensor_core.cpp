@@ -1,13 +1,12 @@
 #include "tensor_core.hpp"
 
-#include <algorithm>
+#include <array>
 #include <cstring>
 
 namespace shim {
 namespace {
 
 constexpr int DEPTH = 16;
-constexpr int BANKS = 8;  // of 16 bytes, as ldmatrix sees them
 
 struct Operands {
   unsigned a[4], b[2];
@@ -18,25 +17,6 @@ double value(unsigned pair, int half) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
-}
-
-// A lane's share in ldmatrix.
-struct MatrixRow {
-  std::uintptr_t address;
-  std::uint16_t elements[8];
-};
-
-unsigned long long conflicts = 0;
-
-// Counts bank conflicts of 8 rows of 16 bytes. Shared memory serves rows of different banks at once, those of one bank
-// one after another; one read serves all lanes of a row.
-void count_conflicts(const unsigned char* table, int first_lane) {
-  std::uintptr_t rows[BANKS];
-  int in_bank[BANKS] = {};
-  for (int i = 0; i < BANKS; ++i) rows[i] = read<MatrixRow>(table, first_lane + i).address;
-  std::sort(rows, rows + BANKS);
-  std::for_each(rows, std::unique(rows, rows + BANKS), [&](std::uintptr_t row) { ++in_bank[row / VECTOR % BANKS]; });
-  conflicts += static_cast<unsigned>(*std::max_element(in_bank, in_bank + BANKS) - 1);
 }
 
 }  // namespace
@@ -62,15 +42,11 @@ void multiply_bf16(Site site, float (&d)[4], const unsigned (&a)[4], const unsig
 void load_matrices(Site site, unsigned (&r)[4], const void* row, bool transposed) {
   if (!aligned(row)) fail(site, "a row must be aligned to 16 bytes");
   check_shared(site, row, "a row outside shared memory");
-  MatrixRow mine{reinterpret_cast<std::uintptr_t>(row), {}};
-  std::memcpy(mine.elements, row, VECTOR);
-  const unsigned char* const table = exchange(site, 0xffffffffu, &mine, sizeof mine);
-  const int lane = static_cast<int>(thread_index().x) % LANES;
-  if (lane % 8 == 0) count_conflicts(table, lane);
-  const int g = lane / 4, t = lane % 4;
+  const unsigned char* const table = exchange(site, 0xffffffffu, row, VECTOR);
+  const int lane = static_cast<int>(thread_index().x) % LANES, g = lane / 4, t = lane % 4;
   for (int i = 0; i < 4; ++i) {
     const auto element = [&](int matrix_row, int column) -> unsigned {
-      return read<MatrixRow>(table, 8 * i + matrix_row).elements[column];
+      return read<std::array<std::uint16_t, 8>>(table, 8 * i + matrix_row)[column];
     };
     r[i] = transposed ? element(2 * t, g) | element(2 * t + 1, g) << 16
                       : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
@@ -78,5 +54,3 @@ void load_matrices(Site site, unsigned (&r)[4], const void* row, bool transposed
 }
 
 }  // namespace shim
-
-extern "C" unsigned long long shim_bank_conflicts() { return shim::conflicts; }

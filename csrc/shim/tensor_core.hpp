@@ -12,6 +12,3 @@ void multiply_bf16(Site site, float (&d)[4], const unsigned (&a)[4], const unsig
 void load_matrices(Site site, unsigned (&r)[4], const void* row, bool transposed);
 
 }  // namespace shim
-
-// Returns the bank conflicts of ldmatrix since the library was loaded: accesses beyond one for every 8 rows.
-extern "C" unsigned long long shim_bank_conflicts();

@@ -10,11 +10,16 @@ from cuda_shim import CSRC, Shim
 _INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"\n', re.MULTILINE)
 
 
-def mutant(folder: Path, stem: str, old: str, new: str) -> Shim:
-    """A runner whose kernels of ``csrc/device/<stem>.cu``, or of a header of it, have ``new`` in place of ``old``.
+def mutant(folder: Path, stem: str, *edits: str) -> Shim:
+    """A runner of the kernels of ``csrc/device/<stem>.cu`` with changes in it or in a header of it.
+
+    Args:
+        folder: Where the changed source goes.
+        stem: Of the translation unit.
+        edits: What is replaced, and by what, in turns.
 
     Raises:
-        AssertionError: ``old`` does not occur exactly once.
+        AssertionError: What is to be replaced does not occur exactly once.
     """
     seen: set[str] = set()
 
@@ -27,7 +32,9 @@ def mutant(folder: Path, stem: str, old: str, new: str) -> Shim:
 
     # One file, because the build remembers libraries by the sources' text, and takes headers from csrc/.
     source = inlined(f"{stem}.cu")
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {stem}.cu and its headers"
+    for old, new in zip(edits[::2], edits[1::2], strict=True):
+        assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {stem}.cu and its headers"
+        source = source.replace(old, new)
     path = folder / f"{stem}.cu"
-    path.write_text(source.replace(old, new))
+    path.write_text(source)
     return Shim([path], once=True)
