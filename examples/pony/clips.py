@@ -6,7 +6,7 @@ import random
 
 import torch
 from batched import Batch
-from world import draw_scene, render_audio, render_video
+from world import draw_scene, encode_audio, render_audio, render_video
 
 from happyhorse_fast.pony import codec as codecs
 from happyhorse_fast.pony.generate import AUDIO_SHAPE, VIDEO_SHAPE
@@ -48,7 +48,7 @@ class Clips:
         """Draw new clips into the pool."""
         scenes = [draw_scene(self.rng.choice(self.prompts), self.rng) for _ in range(count)]
         video = codecs.encode_video(self.video, render_video(scenes))
-        audio = codecs.encode_audio(self.audio, render_audio(scenes))
+        audio = encode_audio(self.audio, render_audio(scenes))
         text = torch.cat([self.texts[scene.prompt] for scene in scenes])
         slots = torch.arange(self.drawn, self.drawn + count) % self.size
         for pool, new in zip(self.pool, (video, audio, text), strict=True):

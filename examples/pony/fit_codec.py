@@ -11,7 +11,7 @@ import time
 
 import torch
 from safetensors.torch import save_file
-from world import draw_scene, render_audio, render_video
+from world import draw_scene, encode_audio, render_audio, render_video
 
 from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.pony import codec as codecs
@@ -70,7 +70,7 @@ def main() -> None:
     rng = random.Random(1)
     scenes = [draw_scene(rng.choice(all_prompts()), rng) for _ in range(32)]
     frames, samples = render_video(scenes), render_audio(scenes)
-    latent, sound = codecs.encode_video(video, frames), codecs.encode_audio(audio, samples)
+    latent, sound = codecs.encode_video(video, frames), encode_audio(audio, samples)
     ratio = psnr(frames, codecs.decode_video(video, latent))
     distance = log_spectral_distance(samples, codecs.decode_audio(audio, sound))
     print(f"video: PSNR mean {ratio.mean():.1f} dB, worst {ratio.min():.1f} dB; latent std {latent.std():.2f}")

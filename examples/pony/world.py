@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from happyhorse_fast.pony.codec import FPS, FRAME_SAMPLES, FRAMES, SAMPLE_RATE, SIDE
+from happyhorse_fast.pony.codec import FPS, FRAME_SAMPLES, FRAMES, SAMPLE_RATE, SIDE, LinearCodec
 from happyhorse_fast.pony.measure import COLUMN, FLOOR_ROW, PITCH, RADIUS, RGB, background
 from happyhorse_fast.pony.prompt import Prompt
 
@@ -98,3 +98,8 @@ def render_audio(scenes: list[Scene]) -> torch.Tensor:
             envelope += 0.6 * strength * (1 - torch.exp(-since / ATTACK)) * torch.exp(-since / DECAY)
         tracks.append(envelope * torch.sin(2 * torch.pi * PITCH[scene.prompt.size] * seconds))
     return torch.stack(tracks)
+
+
+def encode_audio(codec: LinearCodec, samples: torch.Tensor) -> torch.Tensor:
+    """[B, frames * FRAME_SAMPLES] in -1..1 -> [B, frames, 64]."""
+    return codec.encode(samples.unflatten(1, (-1, FRAME_SAMPLES)))

@@ -149,25 +149,19 @@ def check_load(
         )
     if packed:
         return packed_config(path, fast)[0]
-    wanted, asked = _requested(preset, config)
-    if fast is not None:
-        fast.require_model(wanted)
-    require_sizes(read_headers(path), Path(path), wanted, asked)
-    return wanted
-
-
-def _requested(preset: str | None, config: ModelConfig | None) -> tuple[ModelConfig, str]:
     if (preset is None) == (config is None):
         raise ValueError(
             f"exactly one of preset and config is required, got {'neither' if preset is None else 'both'}: "
             "local_attn_layers, frame_receptive_field and coords_style cannot be read off a checkpoint's tensors, and "
             f"a wrong guess would be silent. Presets: {', '.join(ModelConfig.preset_names())}"
         )
-    if config is None:
-        return ModelConfig.preset(str(preset)), f"preset {preset!r}"
-    if not isinstance(config, ModelConfig):
+    wanted = ModelConfig.preset(str(preset)) if config is None else config
+    if not isinstance(wanted, ModelConfig):
         raise TypeError(f"config must be a ModelConfig, got {type(config).__name__}")
-    return config, "config"
+    if fast is not None:
+        fast.require_model(wanted)
+    require_sizes(read_headers(path), Path(path), wanted, f"preset {preset!r}" if config is None else "config")
+    return wanted
 
 
 def usable_device(device: torch.device | str) -> torch.device:

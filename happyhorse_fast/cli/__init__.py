@@ -56,14 +56,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Bad input becomes one line on standard error, unless ``--traceback`` asks for more.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with warnings.catch_warnings(), _logged():
-        warnings.showwarning = _show_warning
-        return _run(arguments)
-
-
-def _run(arguments: list[str]) -> int:
     try:
-        code = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+        with warnings.catch_warnings(), _logged():
+            warnings.showwarning = _show_warning
+            code = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:

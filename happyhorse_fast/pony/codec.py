@@ -78,12 +78,6 @@ def decode_video(codec: LinearCodec, latent: torch.Tensor) -> torch.Tensor:
 
 
 @ambient.independent
-def encode_audio(codec: LinearCodec, samples: torch.Tensor) -> torch.Tensor:
-    """[B, frames * FRAME_SAMPLES] in -1..1 -> [B, frames, 64]."""
-    return codec.encode(samples.unflatten(1, (-1, FRAME_SAMPLES)))
-
-
-@ambient.independent
 def decode_audio(codec: LinearCodec, latent: torch.Tensor) -> torch.Tensor:
     """[B, frames, 64] -> [B, frames * FRAME_SAMPLES], clamped to -1..1."""
     return codec.decode(latent).flatten(1).clamp(-1.0, 1.0)

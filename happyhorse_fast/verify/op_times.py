@@ -197,7 +197,7 @@ def time_form(
 ) -> FormTimes:
     """One form; arguments as :func:`time_forms` takes them."""
     model = form.apply(form.eager(config, str(device)).init_weights(SEED), attention)
-    state: Any = getattr(model, "fast", None)
+    choices: dict[str, Any] = model.fast.choices if form.kernels else {}  # type: ignore[union-attr,assignment]
     inputs = random_inputs(config, clip, text, device)
     passes, calls = [], {}
     with torch.no_grad():
@@ -216,13 +216,12 @@ def time_form(
         taken = statistics.median(each.get(name, 0.0) for each in passes)
         parts = COSTED.get(name, ())
         if name == PRODUCTS:  # without a fused kernel, attention is two of them
-            parts = () if state is not None else parts if ATTENTION in passes[0] else (*parts, "attention")
+            parts = () if form.kernels else parts if ATTENTION in passes[0] else (*parts, "attention")
         done = sum(flops[part] for part in parts)
-        backend = state.choices[name].backend if state is not None and name in state.choices else "torch"
+        backend = choices[name].backend if name in choices else "torch"
         ops.append(OpTime(name, backend, calls[name], 1e3 * taken, done / taken / 1e12 if done and taken else None))
     total = statistics.median(sum(each.values()) for each in passes)
-    if state is None:
-        return FormTimes(form.name, None, 1e3 * total, ops, [])
-    fallbacks = sorted({choice.reason for choice in state.choices.values() if choice.fell_back})
+    fallbacks = sorted({choice.reason for choice in choices.values() if choice.fell_back})
     layer: Any = model.block.layers[0]
-    return FormTimes(form.name, layer.plan.precision["attention"], 1e3 * total, ops, fallbacks)
+    of_attention = layer.plan.precision["attention"] if form.kernels else None
+    return FormTimes(form.name, of_attention, 1e3 * total, ops, fallbacks)

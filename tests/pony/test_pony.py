@@ -97,11 +97,11 @@ def test_a_lossless_linear_codec_gives_the_pixels_back():
 
 
 def test_codecs_pass_their_gate_and_keep_what_is_measured(scenes):
-    from world import render_audio, render_video
+    from world import encode_audio, render_audio, render_video
 
     video, audio = load_codecs()
     frames, samples = render_video(scenes), render_audio(scenes)
-    latent, sound = codecs.encode_video(video, frames), codecs.encode_audio(audio, samples)
+    latent, sound = codecs.encode_video(video, frames), encode_audio(audio, samples)
     assert latent.shape[1:] == (48, 13, 8, 8) and sound.shape[1:] == (49, 64)
     assert 0.8 < latent.std() < 1.2 and 0.8 < sound.std() < 1.2
     decoded, heard = codecs.decode_video(video, latent), codecs.decode_audio(audio, sound)
