@@ -57,14 +57,15 @@ struct Free {
 struct Block {
   Body body;
   const void* params;
-  Index index, size, grid;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  std::unique_ptr<unsigned char, Free> shared;
+  Index size, grid;
   std::size_t shared_bytes;
-  Meeting meeting;
-  Thread* running;
-  std::string problem;
+  Index index{};
+  std::vector<Thread> threads{};
+  std::vector<Warp> warps{};
+  std::unique_ptr<unsigned char, Free> shared{};
+  Meeting meeting{};
+  Thread* running = nullptr;
+  std::string problem{};
 };
 
 Block* current = nullptr;
@@ -204,14 +205,9 @@ int run(const Launch& launch, std::size_t params_bytes, unsigned max_threads, ch
     check(launch.grid.y <= 65535 && launch.grid.z <= 65535, "the grid's y and z must be at most 65535");
     check(launch.shared_bytes <= MAX_SHARED, "shared memory must be at most 232448 bytes, got " +
                                                  std::to_string(launch.shared_bytes));
-    Block block{};
-    block.body = body;
-    block.params = launch.params;
-    block.size = {launch.threads, 1, 1};
-    block.grid = launch.grid;
+    Block block{body, launch.params, {launch.threads, 1, 1}, launch.grid, launch.shared_bytes};
     block.threads = std::vector<Thread>(launch.threads);
     block.warps = std::vector<Warp>(launch.threads / LANES);
-    block.shared_bytes = launch.shared_bytes;
     if (launch.shared_bytes > 0) {
       void* memory = nullptr;  // of exactly that size, so that a sanitizer reports the first byte past it
       check(posix_memalign(&memory, SHARED_ALIGNMENT, launch.shared_bytes) == 0, "out of memory");

@@ -1,7 +1,6 @@
-#include "tensor_core.hpp"
-
 #include <array>
-#include <cstring>
+
+#include "cuda.hpp"
 
 namespace shim {
 namespace {
@@ -26,7 +25,7 @@ void multiply_bf16(Site site, float (&d)[4], const unsigned (&a)[4], const unsig
   std::memcpy(mine.a, a, sizeof mine.a);
   std::memcpy(mine.b, b, sizeof mine.b);
   const unsigned char* const table = exchange(site, 0xffffffffu, &mine, sizeof mine);
-  const int g = static_cast<int>(thread_index().x) % LANES / 4, t = static_cast<int>(thread_index().x) % 4;
+  const int g = lane() / 4, t = lane() % 4;
   double sums[4] = {d[0], d[1], d[2], d[3]};  // of rows g and g + 8, columns 2t and 2t + 1
   for (int k = 0; k < DEPTH; ++k) {
     const int from = k % 8 / 2, half = k % 2, upper = k / 8;
@@ -43,7 +42,7 @@ void load_matrices(Site site, unsigned (&r)[4], const void* row, bool transposed
   if (!aligned(row)) fail(site, "a row must be aligned to 16 bytes");
   check_shared(site, row, "a row outside shared memory");
   const unsigned char* const table = exchange(site, 0xffffffffu, row, VECTOR);
-  const int lane = static_cast<int>(thread_index().x) % LANES, g = lane / 4, t = lane % 4;
+  const int g = lane() / 4, t = lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const auto element = [&](int matrix_row, int column) -> unsigned {
       return read<std::array<std::uint16_t, 8>>(table, 8 * i + matrix_row)[column];
