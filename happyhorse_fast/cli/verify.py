@@ -31,25 +31,14 @@ if TYPE_CHECKING:
 
     from happyhorse_fast.ops.runtime.self_check import KernelCheck
 
-# Options that mean something in one mode alone.
 _FAST, _PONY, _CALIBRATE, _CHECKPOINT = "--fast", "--pony", "--calibrate", "a checkpoint"
+# Options that mean something in some modes alone.
 _BELONGS = {
-    "clips": (_PONY,),
-    "quick": (_PONY,),
-    "precision": (_FAST,),
-    "attention": (_FAST,),
-    "top_k": (_FAST,),
-    "steps": (_FAST, _CALIBRATE),
-    "backend": (_FAST,),
-    "out": (_CALIBRATE,),
-    "most": (_CALIBRATE,),
-    "force": (_CALIBRATE,),
-    "calibrate": (_CHECKPOINT,),
-    "preset": (_CHECKPOINT,),
-    "config": (_CHECKPOINT,),
-    "grid": (_CHECKPOINT,),
-    "text": (_CHECKPOINT,),
-    "seed": (_CHECKPOINT,),
+    (_PONY,): ("clips", "quick"),
+    (_FAST,): ("precision", "attention", "top_k", "backend"),
+    (_FAST, _CALIBRATE): ("steps",),
+    (_CALIBRATE,): ("out", "most", "force"),
+    (_CHECKPOINT,): ("calibrate", "preset", "config", "grid", "text", "seed"),
 }
 
 
@@ -125,9 +114,10 @@ def verify(
     and fp8 are stated, and fail only below 40 and 30 dB.
     """
     there = {_FAST: fast, _PONY: pony, _CALIBRATE: calibrate is not None, _CHECKPOINT: checkpoint is not None}
-    for name, modes in _BELONGS.items():
-        if not any(there[mode] for mode in modes) and is_given(context, name):
-            raise ValueError(f"--{name.replace('_', '-')} must come with {' or '.join(modes)}, got none")
+    for modes, names in _BELONGS.items():
+        given = [f"--{name.replace('_', '-')}" for name in names if is_given(context, name)]
+        if given and not any(there[mode] for mode in modes):
+            raise ValueError(f"{given[0]} must come with {' or '.join(modes)}, got none")
     if device not in ("auto", "cpu") and not (fast or kernels or checkpoint is not None):
         raise ValueError(f"--device must be left out, got {device!r}: the recorded cases and --pony run on the CPU")
     if steps < 0:
