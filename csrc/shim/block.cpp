@@ -115,19 +115,15 @@ void meet(Meeting& meeting, Site site, unsigned first, unsigned count, Done done
 
 // Describes a deadlock: for each place where threads wait, how many do, and the first of them.
 std::string deadlock() {
-  std::vector<std::pair<std::string, std::pair<int, unsigned>>> places;
+  std::vector<std::string> places;
   for (const Thread& thread : current->threads) {
-    const std::string place = thread.state == State::finished ? "has returned" : "waits in " + describe(thread.site);
-    const auto known = std::find_if(places.begin(), places.end(), [&](const auto& p) { return p.first == place; });
-    if (known == places.end()) {
-      places.push_back({place, {1, thread.index.x}});
-    } else {
-      ++known->second.first;
-    }
+    places.push_back(thread.state == State::finished ? "has returned" : "waits in " + describe(thread.site));
   }
   std::string text = "deadlock: not all threads meet:";
-  for (const auto& [place, seen] : places) {
-    text += " " + std::to_string(seen.first) + " (first: thread " + std::to_string(seen.second) + ") " + place + ";";
+  for (auto place = places.begin(); place != places.end(); ++place) {
+    if (std::find(places.begin(), place, *place) != place) continue;  // not the first there
+    text += " " + std::to_string(std::count(place, places.end(), *place)) + " (first: thread " +
+            std::to_string(place - places.begin()) + ") " + *place + ";";
   }
   return text;
 }
