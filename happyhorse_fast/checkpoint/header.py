@@ -218,7 +218,7 @@ def read_index(index: Path) -> dict[str, str]:
     """
     require_regular_file(index)
     try:
-        content = _parse_json(index.read_bytes())
+        content = parse_json(index.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index}: corrupt index: {error}") from error
     except OSError as error:
@@ -255,7 +255,7 @@ def read_file(file: Path) -> dict[str, TensorEntry]:
     if len(raw) < length:
         raise CheckpointError(f"{file}: truncated: declares a header of {length} bytes, {len(raw)} are there")
     try:
-        header = _parse_json(raw)
+        header = parse_json(raw)
         entries = [_entry(file, key, fields, 8 + length) for key, fields in header.items() if key != "__metadata__"]
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: corrupt header: {error}") from error
@@ -302,7 +302,8 @@ def _entry(file: Path, key: str, fields: object, data_start: int) -> TensorEntry
     return TensorEntry(key, file, dtype, tuple(shape), data_start + start, end - start)
 
 
-def _parse_json(raw: bytes) -> dict[str, Any]:
+def parse_json(raw: bytes | str) -> dict[str, Any]:
+    """A JSON object without a key that is there twice; a ValueError says what else it is."""
     content = json.loads(raw, object_pairs_hook=_unique)
     if not isinstance(content, dict):
         raise ValueError(f"must be a JSON object, got {type(content).__name__}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from happyhorse_fast.arguments import CheckpointError, listed, real_number
-from happyhorse_fast.checkpoint.header import read_file, require_regular_file
+from happyhorse_fast.checkpoint.header import parse_json, read_file, require_regular_file
 from happyhorse_fast.eager.lora import Update, merge
 from happyhorse_fast.fast.refusals import require_unwrapped, require_whole_weights
 from happyhorse_fast.fast.state import is_accelerated
@@ -199,12 +198,9 @@ def _file_of(path: Path) -> Path:
 
 def _parsed(text: str, file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise CheckpointError(f"{file}: corrupt configuration of a LoRA: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: a LoRA's configuration must be an object, got {type(content).__name__}")
-    return content
 
 
 def _require_plain_lora(config: Mapping[str, Any], file: Path) -> None:
