@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,11 +44,10 @@ def read_config(path: Path | None) -> ModelConfig | None:
     """
     if path is None:
         return None
+    from happyhorse_fast.checkpoint.header import parse_json
+
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
-            raise TypeError(f"must hold a JSON object, got {type(fields).__name__}")
-        return ModelConfig(**fields)
+        return ModelConfig(**parse_json(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"config {path}: {error}") from error
 
