@@ -45,11 +45,15 @@ class GoldenCase:
         """Standard normal float32 of ``shape``, always the same for a name; also serves as a sampler's ``noise``."""
         return draw(self.seed, name, shape)
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The case's weights under the published keys, in the published dtypes."""
+        return recipe_weights(self.config, self.seed)
+
     @ambient.makes_tensors
     def model(self, compute_dtype: torch.dtype | None = None) -> HappyHorse:
         """The eager model with the case's weights, in the recorded or another compute dtype."""
         model = HappyHorse(self.config, compute_dtype or self.compute_dtype)
-        model.load_state_dict(recipe_weights(self.config, self.seed))
+        model.load_state_dict(self.state_dict())
         return model
 
 

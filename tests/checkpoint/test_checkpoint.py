@@ -51,7 +51,7 @@ from happyhorse_fast.eager.sizes import WITNESS
 @pytest.mark.parametrize("name", [n for n in golden.names() if n.endswith("fp32") and not n.startswith("sr_")])
 def test_golden_velocities(name: str, max_shard_bytes: int, tmp_path: Path) -> None:
     case = golden.load_case(name)
-    save_checkpoint(golden.recipe_weights(case.config, case.seed), tmp_path, max_shard_bytes=max_shard_bytes)
+    save_checkpoint(case.state_dict(), tmp_path, max_shard_bytes=max_shard_bytes)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 or max_shard_bytes == 1 << 20
     assert (tmp_path / INDEX).exists() == (max_shard_bytes == 1 << 20)
     model = load(tmp_path, config=case.config, compute_dtype=torch.float32, progress=False)

@@ -16,7 +16,7 @@ from happyhorse_fast.cli import run
 
 def test_sample_runs_fast_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = golden.load_case("dense_v2_fp32")
-    save_checkpoint(golden.recipe_weights(case.config, case.seed), tmp_path / "model")
+    save_checkpoint(case.state_dict(), tmp_path / "model")
     (tmp_path / "config.json").write_text(json.dumps(case.config.to_dict()))
     save_file({k: v for k, v in case.tensors.items() if k.startswith("in.")}, tmp_path / "in.safetensors")
     output = tmp_path / "out.safetensors"

@@ -42,7 +42,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     def make(name: str) -> Path:
         if name not in made:
             case, folder = golden.load_case(name), tmp_path_factory.mktemp(name)
-            state = golden.recipe_weights(case.config, case.seed)
+            state = case.state_dict()
             size = sum(t.nbytes for t in state.values())
             save_checkpoint(state, folder / "model", max_shard_bytes=size // 3)
             assert len(list((folder / "model").glob("*.safetensors"))) > 2

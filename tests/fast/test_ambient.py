@@ -114,7 +114,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
-    hh.save_checkpoint(golden.recipe_weights(CASE.config, CASE.seed), path / "published")
+    hh.save_checkpoint(CASE.state_dict(), path / "published")
     hh.save_packed(
         hh.accelerate(CASE.model(torch.bfloat16), FastConfig(precision="fp8", backend="reference")), path / "packed"
     )
