@@ -14,9 +14,10 @@ import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
 import functools
+import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,13 @@ from bench.cases import Case, cases, select
 from bench.hopper import HOPPER
 from bench.measure.comparison import SLOW_SECONDS, Bench, Stopped, groups
 from bench.measure.conditions import Monitor
-from bench.measure.roofline import Peaks
 from bench.peers.registry import PEERS, split
-from bench.results import FOLDER, NOT_INTERLEAVED, Json, Results, describe_machine, path_for, ratio, refusal
-from bench.table import Table
+from bench.report.tables import ops_table
+from bench.results import FOLDER, Json, Results, describe_machine, path_for
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 from happyhorse_fast.ops.runtime.obstacles import lost
 
 KEEP = ("none", "gates", "all")
-COLUMNS = (
-    *("case", "impl", "ms", "spread", "TFLOP/s", "useful", "GB/s", "roofline", "of measured", "MHz", "W"),
-    "peers: their time over ours",
-)
 
 
 def run(
@@ -60,7 +56,7 @@ def run(
     found: dict[tuple[str, str], Json] = {}
 
     def write(entry: Json) -> None:
-        print("; ".join(row(entry)), file=sys.stderr, flush=True)
+        print(json.dumps(entry), file=sys.stderr, flush=True)
         found[entry["case"], entry["impl"]] = entry
         if results is not None:
             results.add("entries", entry)
@@ -99,51 +95,18 @@ def run(
     return list(found.values())
 
 
-def row(entry: Json) -> list[str]:
-    """A line of the table; a red case has its reason in place of numbers."""
-    if (why := refusal(entry)) is not None:
-        return [entry["case"], entry["impl"], *"-" * (len(COLUMNS) - 3), why]
-    ours = entry["median_ms"]
-    spread = f"{(entry['high_ms'] - entry['low_ms']) / ours:.0%}" if "high_ms" in entry else ""
-    ratios = {name: ratio(entry, name) for name in entry["peers"]}
-    peers = ", ".join(f"{n} {NOT_INTERLEAVED if x is None else f'{x:.2f}x'}" for n, x in ratios.items())
-    measured, mhz, watts = (entry.get(name) for name in ("roofline_measured", "sm_mhz", "power_w"))
-    flops = [f"{entry[k]:.3g}" if entry.get(k) else "" for k in ("tflops", "tflops_useful")]
-    return [
-        entry["case"],
-        entry["impl"],
-        f"{ours:.4g}",
-        spread,
-        *flops,
-        f"{entry['gbps']:.4g}",
-        f"{entry['roofline']:.1%}",
-        "" if measured is None else f"{measured:.1%}",
-        *("" if value is None else f"{value:.0f}" for value in (mhz, watts)),
-        peers,
-    ]
-
-
-def table(entries: Iterable[Json]) -> str:
-    """Lines with aligned columns."""
-    return Table("Microbenchmarks of the ops", COLUMNS, tuple(tuple(row(entry)) for entry in entries)).text()
-
-
-def summary(peaks: Peaks, measured: Peaks, absent: Mapping[str, str], entries: Sequence[Json]) -> str:
-    """The table, what it is a share of, and what is absent."""
-    given, here = (
-        f"{p.bandwidth:.3g} TB/s, {', '.join(f'{name} {rate:.4g}' for name, rate in p.rates().items())} TFLOP/s"
-        for p in (peaks, measured)
+def summary(bench: Bench, entries: Sequence[Json]) -> str:
+    """The table of entries, the state of the chip that the ceilings are of, and what is absent."""
+    measured = bench.measured
+    peaks = [asdict(bench.peaks), asdict(measured)]
+    state = (
+        []
+        if measured.sm_mhz is None or measured.power_w is None
+        else [f"ceilings: products at {measured.sm_mhz:.0f} MHz and {measured.power_w:.0f} W"]
     )
-    state = "" if measured.sm_mhz is None or measured.power_w is None else (
-        f", products at {measured.sm_mhz:.0f} MHz and {measured.power_w:.0f} W"
-    )  # fmt: skip
-    lines = [
-        table(entries),
-        "",
-        f"roofline: {peaks.source}, {given}; measured here: {here}{state}",
-        *(f"absent: {name}: {reason}" for name, reason in sorted(absent.items())),
-    ]
-    return "\n".join(lines)
+    table = ops_table({**describe_machine(bench.device), "peaks": peaks, "entries": entries})
+    absent = (f"absent: {name}: {reason}" for name, reason in sorted(bench.absent.items()))
+    return "\n".join([table.text(), *state, *absent])
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -210,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         entries = run(bench, chosen, results, deadline, gates=options.gates)
     if not options.gates:
-        print(summary(bench.peaks, bench.measured, bench.absent, entries))
+        print(summary(bench, entries))
     if lost(device):
         return LOST
     return 0 if all(entry["verified"] for entry in entries) else 1

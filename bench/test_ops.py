@@ -44,7 +44,7 @@ def bench() -> Iterator[comparison.Bench]:
     made = comparison.Bench(DEVICE, BACKEND, seconds=0.2, peers=peers, absent=absent | WITHOUT)
     with Monitor(DEVICE) as made.monitor:
         yield made
-    print(f"\n{ops.summary(made.peaks, made.measured, made.absent, WRITTEN)}")
+    print(f"\n{ops.summary(made, WRITTEN)}")
 
 
 @pytest.mark.benchmark(timer=RECORDED.seconds)

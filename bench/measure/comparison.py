@@ -312,7 +312,6 @@ def timed(case: Case, impl: str, timing: Timing, peaks: roofline.Peaks, measured
         "roofline_measured": measured.floor_ms(flops, moved, case.precision) / timing.median_ms,
         "peers": {},
         "verified": True,
-        "tflops_useful": case.useful_flops() / seconds / 1e12,
         "low_ms": timing.low_ms,
         "high_ms": timing.high_ms,
         "clock": timing.clock,
