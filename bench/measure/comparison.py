@@ -20,7 +20,7 @@ from bench.inputs import Given, call, make, moved_bytes, softmax
 from bench.measure import gates, roofline
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Failed, Prepared, Stopwatch, Timing
-from bench.peers.peer import Inputs, Peer
+from bench.peers.peer import Peer, bf16_inputs
 from bench.results import Json
 from happyhorse_fast.ops.runtime.formats import VARIANTS
 from happyhorse_fast.ops.runtime.obstacles import lost
@@ -233,13 +233,13 @@ class Bench:
                 raise Stopped(f"{case.name} {impl}: {reason}")
 
     def _prepared_peers(self, group: Group, peers: Iterable[Peer], deadline: float) -> Iterator[tuple[str, Prepared]]:
-        inputs: list[Inputs] = []
+        inputs: list[Given] = []
         for peer in peers:
             if time.monotonic() > deadline - (SLOW_SECONDS if peer.slow and self.device.type == "cuda" else 0):
                 continue
             case = next(case for case in group if peer.fits(case))
-            inputs = inputs or [Inputs(case, self.device, seed) for seed in range(SETS)]
             try:
+                inputs = inputs or [bf16_inputs(case, self.device, seed) for seed in range(SETS)]
                 # One set where preparing compiles; the flush empties the cache for either.
                 calls = [peer.prepare(case, given) for given in inputs[: 1 if peer.slow else SETS]]
                 yield peer.name, self.stopwatch.prepare(calls, dry=not self.seconds)

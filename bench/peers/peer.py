@@ -5,7 +5,6 @@ Those that leave out part of an op's work say so in their name: their time is a 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,18 +17,9 @@ from bench.inputs import Given, make
 Function = Callable[[], object]
 
 
-@dataclass
-class Inputs:
-    """A case's inputs for peers: its bf16 sibling, made once on demand."""
-
-    case: Case
-    device: torch.device
-    seed: int = 0
-
-    @functools.cached_property
-    def bf16(self) -> Given:
-        """Inputs of the same case in bf16."""
-        return make(replace(self.case, precision="bf16"), self.device, self.seed)
+def bf16_inputs(case: Case, device: torch.device, seed: int = 0) -> Given:
+    """What peers of a case are given: the inputs of its sibling in bf16."""
+    return make(replace(case, precision="bf16"), device, seed)
 
 
 @dataclass(eq=False)
@@ -39,7 +29,7 @@ class Peer:
     Attributes:
         name: Under which its times are reported.
         ops: Which ops it can stand in for.
-        prepare: (case, inputs) -> the call to time; LookupError: it has no such form of the op.
+        prepare: (case, its :func:`bf16_inputs`) -> the call to time; LookupError: it has no such form of the op.
         parts: Of which of their parts; empty for all.
         precisions: And of which precisions; empty for all.
         one_expert: Whether it multiplies by one weight alone.
@@ -53,7 +43,7 @@ class Peer:
 
     name: str
     ops: tuple[str, ...]
-    prepare: Callable[[Case, Inputs], Function]
+    prepare: Callable[[Case, Given], Function]
     parts: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     one_expert: bool = False

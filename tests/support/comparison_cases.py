@@ -35,10 +35,10 @@ class Counting(Peer):
         super().__init__(name, EAGER.ops, self.counted, on_gpus="", slow=slow)
         self.seen = []
 
-    def counted(self, case, inputs):
-        self.seen.append((case.name, inputs.seed))
+    def counted(self, case, given):
+        self.seen.append((case.name, float(given["hidden"].sum())))
         SEEN.append(self.name)
-        return EAGER.prepare(case, inputs)
+        return EAGER.prepare(case, given)
 
 
 SEEN: list[str] = []
