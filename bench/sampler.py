@@ -80,7 +80,21 @@ class Bench:
 
         Afterwards ``lost`` says what took the GPU from this process, None where it works.
         """
-        entry = self._run(run, run.most_time if seconds is None else seconds)
+        entry, note = self.named(run) | dict.fromkeys(("s_per_step", "total_s", "peak_memory_gib")), ""
+        try:
+            self._cap(run.cap_gb)
+            with running(self.backend if run.fast else ""):
+                # A model of this frame's would outlive what is forgotten below.
+                entry |= self._measure(self._model_for(run), run, run.most_time if seconds is None else seconds)
+        except torch.cuda.OutOfMemoryError as error:
+            note = f"out of memory: {str(error).partition('. ')[0]}"
+        except BackendError as error:
+            note = f"{NOT_RUN}: {error}"
+        except Exception as error:  # whatever a compiler or driver raises must not end the other runs
+            note = f"{FAILED}: {type(error).__name__}: {error}"
+        if note:
+            self._forget()
+            entry["note"] = note
         self.lost = lost(self.device)
         if self.lost is None:
             self._cap(None)
@@ -89,23 +103,6 @@ class Bench:
     def named(self, run: Run) -> Json:
         """Fields of a result file that name a run."""
         return dataclasses.asdict(run) | ({"backend": self.backend} if run.fast else {})
-
-    def _run(self, run: Run, seconds: float) -> Json:
-        entry = self.named(run) | dict.fromkeys(("s_per_step", "total_s", "peak_memory_gib"))
-        try:
-            self._cap(run.cap_gb)
-            with running(self.backend if run.fast else ""):
-                model = self._model_for(run)
-                return entry | self._measure(model, run, seconds)
-        except torch.cuda.OutOfMemoryError as error:
-            self._forget()
-            return entry | {"note": f"out of memory: {str(error).partition('. ')[0]}"}
-        except BackendError as error:
-            self._forget()
-            return entry | {"note": f"{NOT_RUN}: {error}"}
-        except Exception as error:  # whatever a compiler or driver raises must not end the other runs
-            self._forget()
-            return entry | {"note": f"{FAILED}: {type(error).__name__}: {error}"}
 
     def _measure(self, model: HappyHorse, run: Run, seconds: float) -> Json:
         clip, text = self._clip(run.resolution, run.seconds), TINY_SIZE.text if self.tiny else TEXT_TOKENS
