@@ -101,7 +101,7 @@ def measured(
         _, features, inputs = case.weight_shape(name)
         try:
             call = maker(case.rows, features, inputs, device)
-            prepared[f"{precision} {name}"] = stopwatch.prepare([call], dry=not seconds, graph=False)
+            prepared[f"{precision} {name}"] = stopwatch.prepare([call], dry=not seconds)
         except (RuntimeError, NotImplementedError, ValueError):  # no 8 bits on this device
             continue
         flops[f"{precision} {name}"] = 2.0 * case.rows * features * inputs

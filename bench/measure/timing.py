@@ -150,13 +150,14 @@ class Stopwatch:
             size = CPU_FLUSH_BYTES
         self._flush = torch.zeros(size // 4, dtype=torch.int32, device=device)
 
-    def prepare(self, calls: Sequence[Call], *, dry: bool = False, graph: bool = True) -> Prepared:
+    def prepare(self, calls: Sequence[Call], *, dry: bool = False) -> Prepared:
         """Run a contestant's calls once, which compiles and fills the allocator's cache, and see how long one takes.
+
+        Short calls on a GPU are captured; what cannot be is timed with events.
 
         Args:
             calls: Of the same work, one per set of inputs, so that a repeat does not find the last one's in the cache.
             dry: Run nothing on a CPU: for dry runs through the interpreter.
-            graph: Whether short calls on a GPU may be captured; what cannot be is timed with events.
         """
         if not calls:
             raise ValueError("calls must hold at least one call, got none")
@@ -165,7 +166,7 @@ class Stopwatch:
         for call in calls:
             call()
         about, clock = self._about_ms(calls), "events" if self.on_gpu else "cpu"
-        if graph and self.on_gpu and about < GRAPH_BELOW_MS:
+        if self.on_gpu and about < GRAPH_BELOW_MS:
             graphs = _captured(calls)
             if graphs is not None:
                 calls, clock, about = graphs, "graph", self._about_ms(graphs)

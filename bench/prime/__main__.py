@@ -33,34 +33,12 @@ def compile_kernel(launch: Launch) -> str:
     return "compiled"
 
 
-def prime(arch: int, folder: Path, key: str, jobs: int, only: str = "") -> list[str]:
-    """Fill a cache; what failed.
-
-    Args:
-        arch: Compute capability as 90 for 9.0.
-        folder: The cache.
-        key: Of the build of Triton that will look.
-        jobs: Processes side by side.
-        only: Regular expression over the names of `bench.prime.launches`' sources.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns 1 where a kernel does not compile.
 
     Raises:
         RuntimeError: Nothing is launched.
     """
-    # Of what a launch needs nothing but the binary is kept.
-    os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
-    bootstrap.settle_keys()
-    began = time.monotonic()
-    launches = found(arch, only)
-    if not launches:
-        raise RuntimeError(f"nothing is launched on sm_{arch} with {only!r} in its name")
-    print(f"{len(launches)} kernels to compile for sm_{arch} ({time.monotonic() - began:.0f} s)", flush=True)
-    cache.triton_key = lambda: key
-    _, failures = in_forks(compile_kernel, launches, jobs)
-    return failures
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns 1 where a kernel does not compile."""
     parser = argparse.ArgumentParser(prog="python -m bench.prime", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for 9.0")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
@@ -74,7 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     key = options.key.read_text().strip() if options.key else primed.version_key(options.build)
     target = primed.packed_in(options.into, options.arch, key)
     with tempfile.TemporaryDirectory() as folder:
-        failures = prime(options.arch, Path(folder), key, options.jobs, options.only)
+        # Of what a launch needs nothing but the binary is kept.
+        os.environ |= {"TRITON_CACHE_DIR": folder, "TRITON_STORE_BINARY_ONLY": "1"}
+        bootstrap.settle_keys()
+        launches = found(options.arch, options.only)
+        if not launches:
+            raise RuntimeError(f"nothing is launched on sm_{options.arch} with {options.only!r} in its name")
+        said = f"{len(launches)} kernels to compile for sm_{options.arch}"
+        print(f"{said} ({time.monotonic() - began:.0f} s)", flush=True)
+        cache.triton_key = lambda: key
+        _, failures = in_forks(compile_kernel, launches, options.jobs)
         count = primed.kernels(Path(folder))
         primed.pack(Path(folder), target)
     for failure in failures:

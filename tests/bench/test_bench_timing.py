@@ -24,9 +24,9 @@ from bench.ops import summary
 CPU = torch.device("cpu")
 
 
-def alone(watch: Stopwatch, calls, *, seconds: float, graph: bool = True) -> Timing:
+def alone(watch: Stopwatch, calls, *, seconds: float) -> Timing:
     """Times of one contestant, as it finds the chip."""
-    prepared = watch.prepare(calls, dry=not seconds, graph=graph)
+    prepared = watch.prepare(calls, dry=not seconds)
     return watch.interleave({"": prepared}, seconds=seconds, warm=0.0).timings[""]
 
 
@@ -55,7 +55,6 @@ def test_a_call_shorter_than_its_launch_is_captured(gpu, monkeypatch):
     monkeypatch.setattr(timing, "_captured", lambda calls: [lambda: gpu.launch("replay", 0.01, 0.05)])
     taken = alone(gpu.stopwatch(), call, seconds=0.1)
     assert taken.clock == "graph" and taken.median_ms == pytest.approx(0.05)
-    assert alone(gpu.stopwatch(), call, seconds=0.1, graph=False).clock == "events"
 
 
 def test_every_call_finds_the_cache_cold_and_other_inputs(gpu):
