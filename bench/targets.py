@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.cases import BLOCK_SPARSE, DROP_IN
 from bench.inputs import BOUNDED, FOUND, RUNNING
@@ -98,7 +99,8 @@ def lines(data: Json) -> Iterator[Line]:
     """Every target of one GPU's results."""
     for precision, softmax, goals in GOALS:
         for part, wanted in goals.items():
-            entry, note = best(data, f"{BLOCK_SPARSE}-{part}", precision, **({"softmax": softmax} if softmax else {}))
+            form: dict[str, Any] = {"softmax": softmax} if softmax else {}
+            entry, note = best(data, f"{BLOCK_SPARSE}-{part}", precision, **form)
             what = ", ".join(filter(None, (f"attention {part} {precision}", softmax, "computed blocks")))
             yield Line(what, wanted, entry["tflops"] if entry else None, "TFLOP/s", note=note)
     yield _finding(data)
