@@ -13,8 +13,6 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
-import functools
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -38,33 +36,20 @@ from happyhorse_fast.ops.runtime.obstacles import lost
 KEEP = ("none", "gates", "all")
 
 
-def run(
-    bench: Bench, chosen: Sequence[Case], results: Results | None, deadline: float, *, gates: bool = False
-) -> list[Json]:
+def run(bench: Bench, chosen: Sequence[Case], deadline: float, *, gates: bool = False) -> list[Json]:
     """Compare cases with quick peers first, then with those that compile as well; stops at the deadline.
 
     Args:
         bench: Where and how.
         chosen: Cases, most important first.
-        results: Written after every comparison.
         deadline: On ``time.monotonic``'s clock: no more work is started after it.
         gates: Hold cases against their gates, and time nothing.
 
     Returns:
         Entries that are written, or were kept; after gates alone those of red ones.
     """
-    found: dict[tuple[str, str], Json] = {}
-
-    def write(entry: Json) -> None:
-        print(json.dumps(entry), file=sys.stderr, flush=True)
-        found[entry["case"], entry["impl"]] = entry
-        if results is not None:
-            results.add("entries", entry)
-
-    if results is not None:
-        bench.gated = functools.partial(results.add, "gates")
-        for peaks in () if gates else (bench.measured, bench.peaks):
-            results.add("peaks", asdict(peaks))
+    for peaks in () if gates else (bench.measured, bench.peaks):
+        bench.results.add("peaks", asdict(peaks))
     of_all = groups(chosen)
     quick = [peer for peer in bench.peers if not peer.slow]
     for peers in [quick] if gates or len(quick) == len(bench.peers) else [quick, bench.peers]:
@@ -76,26 +61,22 @@ def run(
                 continue
             if time.monotonic() > deadline - spare:
                 print(f"time is up: {group[0].name} and later ones were not {what}", file=sys.stderr)
-                return list(found.values())
-            if not gates and (done := bench.done(group, peers)):
-                found |= {(entry["case"], entry["impl"]): entry for entry in done}
+                return list(bench.found.values())
+            if not gates and bench.done(group, peers):
                 continue
             try:
                 if gates:
-                    green = ", ".join(f"{case.name} {impl}" for case, impl in bench.green(group, write))
+                    green = ", ".join(f"{case.name} {impl}" for case, impl in bench.green(group))
                     print(f"green: {green or 'none'}", flush=True)
                 else:
-                    bench.compare(group, peers, write, deadline)
+                    bench.compare(group, peers, deadline)
             except Stopped as stopped:
                 print(f"STOPPED: the GPU of this process is lost: {stopped}", file=sys.stderr, flush=True)
-                return list(found.values())
-            finally:
-                if results is not None:
-                    results.add_absent(bench.absent)
-    return list(found.values())
+                return list(bench.found.values())
+    return list(bench.found.values())
 
 
-def summary(bench: Bench, entries: Sequence[Json]) -> str:
+def summary(bench: Bench) -> str:
     """The table of entries, the state of the chip that the ceilings are of, and what is absent."""
     measured = bench.measured
     peaks = [asdict(bench.peaks), asdict(measured)]
@@ -104,8 +85,8 @@ def summary(bench: Bench, entries: Sequence[Json]) -> str:
         if measured.sm_mhz is None or measured.power_w is None
         else [f"ceilings: products at {measured.sm_mhz:.0f} MHz and {measured.power_w:.0f} W"]
     )
-    table = ops_table({**describe_machine(bench.device), "peaks": peaks, "entries": entries})
-    absent = (f"absent: {name}: {reason}" for name, reason in sorted(bench.absent.items()))
+    table = ops_table(bench.results.data | {"peaks": peaks, "entries": list(bench.found.values())})
+    absent = (f"absent: {name}: {reason}" for name, reason in sorted(bench.results.data["absent"].items()))
     return "\n".join([table.text(), *state, *absent])
 
 
@@ -117,14 +98,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="start no more work after this long")
 
 
-def open_results(given: Path | None, device: torch.device) -> Results | None:
-    """The result file that was asked for."""
-    if given is None:
-        return None
+def open_results(given: Path | None, device: torch.device) -> Results:
+    """The result file that was asked for, or what is kept in memory alone."""
     header = describe_machine(device)
-    if str(given) == "auto":
-        given = FOLDER
-    return Results(given if given.suffix == ".json" else path_for(header, given), header)
+    if given is not None and given.suffix != ".json":
+        given = path_for(header, FOLDER if str(given) == "auto" else given)
+    return Results(given, header)
 
 
 def default_backend(device: torch.device) -> str:
@@ -165,15 +144,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         reasons = {impl: without.get(impl, f"{', '.join(able)} run here") for impl in options.impl.split(",")}
         print("\n".join(f"not timed: {impl}: {reason}" for impl, reason in reasons.items()))
         return 0
-    known = results.data if results is not None else {}
+    results.add_absent(absent | without)
     chosen = select(cases(options.scope or ("main" if device.type == "cuda" else "small")), options.cases)
     with Monitor(device) as monitor:
-        bench = Bench(
-            device, impls[0], options.seconds, peers, absent | without, impls[1:], known, options.keep, monitor
-        )
-        entries = run(bench, chosen, results, deadline, gates=options.gates)
+        bench = Bench(device, impls[0], options.seconds, peers, impls[1:], results, options.keep, monitor)
+        entries = run(bench, chosen, deadline, gates=options.gates)
     if not options.gates:
-        print(summary(bench, entries))
+        print(summary(bench))
     if lost(device):
         return LOST
     return 0 if all(entry["verified"] for entry in entries) else 1

@@ -150,17 +150,18 @@ class Results:
     """A result file that is written as entries come; an entry takes the place of an earlier one of the same name.
 
     Args:
-        path: The file; continued where it exists and is of the same machine and commit.
+        path: The file; continued where it exists and is of the same machine and commit. None: entries are kept here
+            alone.
         header: From :func:`describe_machine`.
 
     Raises:
         ResultError: The file exists and is of another machine or commit, or not a result file.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
         self.path, self.header = path, dict(header)
         self.data: Json = {**header, "peaks": [], "absent": {}, "stages": [], "gates": [], "entries": [], "sampler": []}
-        if path.is_file():
+        if path is not None and path.is_file():
             data = read(path)
             for difference in differences(data, header):
                 raise ResultError(f"{path}: {difference}")
@@ -178,6 +179,8 @@ class Results:
         self._write()
 
     def _write(self) -> None:
+        if self.path is None:
+            return
         validate(self.data, str(self.path))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path, end=".partial") as partial:

@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     results = open_results(options.results, device)
-    known = results.data["sampler"] if results and options.keep == "all" else []
+    known = results.data["sampler"] if options.keep == "all" else []
     failed = False
     with Monitor(device) as monitor:
         bench = Bench(device, options.tiny, options.backend, monitor)
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed |= entry["s_per_step"] is None and entry["note"].startswith(FAILED)
             print(line(entry), flush=True)
             # A self-check that took the GPU is remembered: started again, the run goes on without that kernel.
-            if results is not None and not (bench.lost and entry["note"].startswith(NOT_RUN)):
+            if not (bench.lost and entry["note"].startswith(NOT_RUN)):
                 results.add("sampler", entry)
             if bench.lost:
                 print(f"STOPPED: the GPU of this process is lost in {run.name}: {bench.lost}", file=sys.stderr)

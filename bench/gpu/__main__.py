@@ -133,9 +133,9 @@ def run_stage(stage: Stage, context: Context, results: Results, seconds: float) 
     if log.is_file():
         print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:]))
     print(f"== {stage.name}: {'; '.join(said)} ({took:.0f} s of {max(seconds, 0):.0f})\n", flush=True)
-    for partial in results.path.parent.glob("*.partial"):  # of a write that was cut
+    for partial in context.results.parent.glob("*.partial"):  # of a write that was cut
         partial.unlink()
-    fresh = Results(results.path, results.header)  # stages wrote into the file meanwhile
+    fresh = Results(context.results, results.header)  # stages wrote into the file meanwhile
     fresh.add("stages", {"name": stage.name, "passed": passed, "seconds": round(took, 1), "outcome": "; ".join(said)})
     return passed
 
@@ -228,22 +228,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     folder = options.folder or (Path(tempfile.mkdtemp(prefix="happyhorse-gpu-")) if options.dry else FOLDER)
     header = describe_machine(torch.device("cpu" if options.dry else "cuda"))
-    results = Results(path_for(header, folder), header)
-    context = Context(options.dry, results.path, more)
-    print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {results.path}\n", flush=True)
-    logs = results.path.with_suffix("") / "logs"
-    kept = archive.kept(results.path.parent, options.archive) if options.archive else contextlib.nullcontext()
+    path = path_for(header, folder)
+    results, context = Results(path, header), Context(options.dry, path, more)
+    print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {path}\n", flush=True)
+    logs = path.with_suffix("") / "logs"
+    kept = archive.kept(path.parent, options.archive) if options.archive else contextlib.nullcontext()
     compiled = primed_kernels(primed.FOLDER, None if options.dry else header["capability"], logs)
     # All stages are of one commit, whatever is committed or edited meanwhile.
     of_commit = mock.patch.dict(os.environ, {COMMIT_VARIABLE: header["commit"]})
     with kept, of_commit, compiled:
         passed = run_stages(chosen, context, results, began + seconds - ENDING_SECONDS)
     if not options.dry:
-        print(targets.text(Results(results.path, header).data) + "\n")
+        print(targets.text(Results(path, header).data) + "\n")
     print(
         f"{time.monotonic() - began:.0f} s; " + ", ".join(f"{k} {'ok' if v else 'FAILED'}" for k, v in passed.items())
     )
-    print(f"results: {results.path}")
+    print(f"results: {path}")
     return 0 if all(passed.values()) else 1
 
 

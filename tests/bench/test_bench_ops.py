@@ -82,8 +82,8 @@ WRONG = {
 def test_a_wrong_kernel_has_no_number(name, what, bench, monkeypatch, tmp_path):
     case = select(TINY, name)[-1]
     planted(monkeypatch, WRONG[what])
-    results = Results(tmp_path / "r.json", describe_machine(CPU))
-    (entry,) = ops.run(bench, [case], results, time.monotonic() + 60)
+    bench.results = Results(tmp_path / "r.json", describe_machine(CPU))
+    (entry,) = ops.run(bench, [case], time.monotonic() + 60)
     assert entry["verified"] is False
     assert entry["reason"]
     assert [entry[k] for k in ("median_ms", "tflops", "gbps", "roofline", "peers")] == [None, None, None, None, {}]
@@ -167,14 +167,14 @@ def test_a_peer_that_breaks_is_named_and_ends_nothing():
     (case,) = select(TINY, "swiglu7/tiny/bf16")
     (entry,) = compared(both, [case])
     assert set(entry["peers"]) == {"eager"}
-    assert both.absent == {f"broken on {case.name}": "RuntimeError: no kernel image is available"}
+    assert both.results.data["absent"] == {f"broken on {case.name}": "RuntimeError: no kernel image is available"}
 
 
 def test_a_peer_takes_turns_with_both_precisions_once_on_rotated_inputs():
     peer = Counting("counting")
     both = Bench(CPU, "reference", seconds=0.0, peers=[peer])
     fp8, _, bf16 = select(TINY, "quantize/tiny")
-    entries = ops.run(both, [fp8, bf16], None, FOREVER)
+    entries = ops.run(both, [fp8, bf16], FOREVER)
     (first, one), (again, other) = peer.seen
     assert first == again == fp8.name and one != other
     assert entries[0]["peers"] == entries[1]["peers"] != {}
@@ -182,7 +182,7 @@ def test_a_peer_takes_turns_with_both_precisions_once_on_rotated_inputs():
 
 
 def test_attention_says_which_softmax_ran_and_without_a_known_bound_takes_turns_with_those_that_have_one(bench):
-    entries = ops.run(bench, select(TINY, "attention-dense/tiny"), None, FOREVER)
+    entries = ops.run(bench, select(TINY, "attention-dense/tiny"), FOREVER)
     assert {entry["case"]: entry["softmax"] for entry in entries} == {
         "block_sparse_attention-dense/tiny/fp8": "running maximum",
         "block_sparse_attention-dense/tiny/int8_qk": "bounded",
@@ -214,7 +214,7 @@ def test_a_peer_that_compiles_takes_turns_after_all_others_were_timed():
     peers = [Counting("slow a", slow=True), Counting("slow b", slow=True), Counting("quick")]
     some = Bench(CPU, "reference", seconds=0.0, peers=peers)
     SEEN.clear()
-    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), None, FOREVER)
+    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), FOREVER)
     assert SEEN == ["quick"] * 4 + ["slow a", "slow b", "quick", "quick"] * 2
     assert all(set(entry["peers"]) == {"quick", "slow a", "slow b"} for entry in entries), "all of one span"
 
@@ -225,9 +225,10 @@ def test_without_a_peer_that_compiles_nothing_is_timed_again():
 
     quick = Counting("quick")
     some = Bench(CPU, "reference", seconds=0.0, peers=[quick, standing_in("absent", prepare, slow=True)])
-    (group,), written = groups(select(TINY, "quantize/tiny/bf16")), []
-    some.compare(group, [quick], written.append)
-    assert some.compare(group, some.peers, written.append) == {} and len(written) == 1
+    (group,) = groups(select(TINY, "quantize/tiny/bf16"))
+    some.compare(group, [quick])
+    (entry,) = some.found.values()
+    assert some.compare(group, some.peers) == {} and [*some.found.values()] == [entry]
 
 
 def test_a_peer_that_does_not_fit_the_time_left_is_left_out(monkeypatch):
@@ -237,7 +238,7 @@ def test_a_peer_that_does_not_fit_the_time_left_is_left_out(monkeypatch):
     monkeypatch.setattr(some.stopwatch, "least_seconds", lambda prepared: 100.0 if prepared is made[-1] else 0.0)
     (entry,) = compared(some, select(TINY, "quantize/tiny/bf16"), time.monotonic() + 60)
     assert set(entry["peers"]) == {"quick"}
-    assert list(some.absent.values()) == ["needs 100 s, 60 were left"]
+    assert list(some.results.data["absent"].values()) == ["needs 100 s, 60 were left"]
 
 
 def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
@@ -250,7 +251,7 @@ def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
     monkeypatch.setattr(gates, "call", counted)
     monkeypatch.setattr(comparison, "call", counted)
     some = Bench(CPU, "triton", seconds=0.0, also=["cuda"])
-    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), None, time.monotonic() + 60)
+    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), time.monotonic() + 60)
     found = {(entry["case"].partition("-")[0].partition("/")[0], entry["impl"]) for entry in entries}
     assert found == {
         ("fp8_linear_residual", "triton"),
@@ -355,5 +356,5 @@ def test_the_state_of_the_chip_in_the_span_is_in_the_entry(bench):
 
 
 def test_time_that_is_up_starts_nothing(bench, capsys):
-    assert ops.run(bench, TINY, None, time.monotonic() - 1) == []
+    assert ops.run(bench, TINY, time.monotonic() - 1) == []
     assert "time is up" in capsys.readouterr().err
