@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import gc
 import importlib.util
+import json
 import statistics
 import sys
 import time
@@ -30,6 +31,7 @@ from bench.inputs import BOUNDED, RUNNING
 from bench.measure.conditions import Monitor
 from bench.measure.random_model import Backend, random_eager, random_fast
 from bench.ops import arguments, open_results
+from bench.report.tables import clip_table
 from bench.results import Json
 from bench.sampler_runs import MODES, PUBLISHED_SECONDS, SECOND_STAGE, Run, chosen, runs
 from happyhorse_fast.config import ModelConfig
@@ -255,20 +257,6 @@ def memory_fraction(gb: int | None, total: int) -> float:
     return 1.0 if gb is None else min(1.0, usable_bytes(gb) / total)
 
 
-def line(entry: Json) -> str:
-    """One line of the table."""
-    where = f"{entry['preset']} {entry['resolution']} {entry['mode']}, {entry['mask']}"
-    where += f", as a {entry['cap_gb']} GB card" if entry["cap_gb"] else ""
-    if entry["s_per_step"] is None:
-        return f"{where}: {entry['note']}"
-    numbers = f"{entry['s_per_step']:.3f} s/step, {entry['steps']} steps {entry['total_s']:.1f} s"
-    note = f" ({entry['note']})" if entry["note"] else ""
-    peak, mhz, watts = (entry.get(name) for name in ("peak_memory_gib", "sm_mhz", "power_w"))
-    numbers += "" if peak is None else f", peak {peak:.1f} GiB"
-    numbers += "" if mhz is None or watts is None else f", {mhz:.0f} MHz, {watts:.0f} W"
-    return f"{where}: {numbers}{note}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 1 where a run failed, 3 where the GPU is lost to this process."""
     parser = argparse.ArgumentParser(prog="python -m bench.sampler", description=__doc__.partition("\n")[0])
@@ -290,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     results = open_results(options.results, device)
     known = results.data["sampler"] if options.keep == "all" else []
-    failed = False
+    done: list[Json] = []
     with Monitor(device) as monitor:
         bench = Bench(device, options.tiny, options.backend, monitor)
         for run in wanted:
@@ -301,15 +289,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"not run: {run.name} needs {run.least_time:.0f} s, {-left:.0f} more than are left", flush=True)
                 continue
             entry = bench.run(run, min(options.seconds_per_run or run.most_time, left))
-            failed |= entry["s_per_step"] is None and entry["note"].startswith(FAILED)
-            print(line(entry), flush=True)
+            print(json.dumps(entry), flush=True)
+            done.append(entry)
             # A self-check that took the GPU is remembered: started again, the run goes on without that kernel.
             if not (bench.lost and entry["note"].startswith(NOT_RUN)):
                 results.add("sampler", entry)
             if bench.lost:
                 print(f"STOPPED: the GPU of this process is lost in {run.name}: {bench.lost}", file=sys.stderr)
                 return LOST
-    return int(failed)
+    print(clip_table(results.data | {"sampler": done}).text())
+    return int(any(entry["s_per_step"] is None and entry["note"].startswith(FAILED) for entry in done))
 
 
 if __name__ == "__main__":
