@@ -5,7 +5,6 @@ Those that leave out part of an op's work say so in their name: their time is a 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ import torch
 
 from bench.cases import Case
 from bench.inputs import Given, make
+from happyhorse_fast.optional import version_of
 
 Function = Callable[[], object]
 
@@ -33,8 +33,7 @@ class Peer:
         parts: Of which of their parts; empty for all.
         precisions: And of which precisions; empty for all.
         one_expert: Whether it multiplies by one weight alone.
-        module: What it is imported from; empty where that is torch.
-        package: What that is installed as, where its name is another.
+        package: What it is installed as; empty where that is torch.
         on_gpus: Why it runs on GPUs alone; empty where it does not.
         since: Compute capability that it needs.
         slow: Whether it compiles for seconds at its first call, so that it is timed after everything else, and on one
@@ -47,7 +46,6 @@ class Peer:
     parts: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     one_expert: bool = False
-    module: str = ""
     package: str = ""
     on_gpus: str = "needs a GPU"
     since: tuple[int, ...] = ()
@@ -59,7 +57,8 @@ class Peer:
             return self.on_gpus
         if self.since and torch.cuda.get_device_capability(device) < self.since:
             return f"needs sm_{''.join(map(str, self.since))} or later"
-        return missing(self.module, self.package) if self.module else None
+        absent = bool(self.package) and version_of(self.package) is None
+        return f"{self.package} is not installed" if absent else None
 
     def fits(self, case: Case) -> bool:
         """Tell whether it does this case's work."""
@@ -69,14 +68,3 @@ class Peer:
             and case.precision in (self.precisions or (case.precision,))
             and not (self.one_expert and case.plan.experts > 1)
         )
-
-
-def missing(module: str, package: str = "") -> str | None:
-    """Say why a module cannot be imported; None where it is installed."""
-    absent = f"{package or module} is not installed"
-    try:
-        return None if importlib.util.find_spec(module) else absent
-    except ModuleNotFoundError:  # of a module inside a package that is not there
-        return absent
-    except (ImportError, ValueError) as error:
-        return f"{module} cannot be looked up: {error}"
