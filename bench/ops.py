@@ -13,6 +13,7 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ def run(bench: Bench, chosen: Sequence[Case], deadline: float, *, gates: bool = 
         Entries that are written, or were kept; after gates alone those of red ones.
     """
     for peaks in () if gates else (bench.measured, bench.peaks):
+        print(json.dumps(asdict(peaks)), file=sys.stderr, flush=True)
         bench.results.add("peaks", asdict(peaks))
     of_all = groups(chosen)
     quick = [peer for peer in bench.peers if not peer.slow]
@@ -77,17 +79,11 @@ def run(bench: Bench, chosen: Sequence[Case], deadline: float, *, gates: bool = 
 
 
 def summary(bench: Bench) -> str:
-    """The table of entries, the state of the chip that the ceilings are of, and what is absent."""
-    measured = bench.measured
-    peaks = [asdict(bench.peaks), asdict(measured)]
-    state = (
-        []
-        if measured.sm_mhz is None or measured.power_w is None
-        else [f"ceilings: products at {measured.sm_mhz:.0f} MHz and {measured.power_w:.0f} W"]
-    )
+    """The table of entries, and what is absent."""
+    peaks = [asdict(bench.peaks), asdict(bench.measured)]
     table = ops_table(bench.results.data | {"peaks": peaks, "entries": list(bench.found.values())})
     absent = (f"absent: {name}: {reason}" for name, reason in sorted(bench.results.data["absent"].items()))
-    return "\n".join([table.text(), *state, *absent])
+    return "\n".join([table.text(), *absent])
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,11 +20,6 @@ from happyhorse_fast.ops.qkv.reference import epilogue
 from happyhorse_fast.ops.runtime.row_tiles import joined
 
 
-def forget_compiled() -> None:
-    """Start torch.compile afresh: after eight recompiles of one function it would run eagerly, without a word."""
-    torch._dynamo.reset()
-
-
 def eager(
     case: Case, given: Given, built: Callable[..., Callable[..., object]] = lambda function: function
 ) -> Function:
@@ -87,7 +82,7 @@ def compiled(case: Case, given: Given) -> Function:
     """
     if case.part == "window":
         raise LookupError("31 calls of attention compile for minutes, and are the same library's kernel in the end")
-    forget_compiled()
+    torch._dynamo.reset()  # after eight recompiles of one function it would run eagerly, without a word
     return eager(case, given, functools.partial(torch.compile, dynamic=False))
 
 
@@ -114,7 +109,7 @@ def flex(case: Case, given: Given) -> Function:
 
     q, k, v = (given[name].transpose(0, 1)[None] for name in "qkv")
     block_mask = given["block_map"].to_flex(q.shape[1])
-    forget_compiled()
+    torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=block_mask, scale=given["scale"], enable_gqa=True)
 

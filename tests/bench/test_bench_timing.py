@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ from bench.cases import FULL_SIZES, cases_of
 from bench.measure import roofline, timing
 from bench.measure.conditions import Monitor
 from bench.measure.timing import FEWEST, MOST, PILOT, Failed, Prepared, Recorded, Stopwatch, Timing
-from bench.ops import summary
-from bench.results import Results
 
 CPU = torch.device("cpu")
 
@@ -226,6 +223,3 @@ def test_measured_ceilings_are_of_a_warm_chip(monkeypatch):
     assert peaks.bf16 == pytest.approx(cool / 1.2, rel=0.01) and peaks.fp8 == pytest.approx(2 * peaks.bf16, rel=0.01)
     assert peaks.int8 == pytest.approx(1.6 * peaks.bf16, rel=0.01)
     assert (peaks.sm_mhz, peaks.power_w, peaks.source) == (1395.0, 699.0, roofline.MEASURED)
-    results = Results(None, {"gpu": "cpu", "commit": "abc"})
-    shown = summary(SimpleNamespace(peaks=peaks, measured=peaks, results=results, found={}))
-    assert "products at 1395 MHz and 699 W" in shown
