@@ -192,7 +192,7 @@ class Bench:
         for case, impl in ready:
             times = {n: span.timings[n].median_ms for n in beside if fitting[n].fits(case)}
             taken = span.timings[f"{case.name} {impl}"]
-            entry = timed(case, impl, taken, self.peaks, self.measured) | {"peers": times, "span": span.name} | state
+            entry = timed(case, impl, taken, self.peaks) | {"peers": times, "span": span.name} | state
             form = self._softmax[case]
             self._write(entry | ({"softmax": form} if form else {}))
         del contestants, beside
@@ -301,17 +301,16 @@ def red(case: Case, impl: str, problems: Sequence[str]) -> Json:
     return {"case": case.name, "impl": impl, **numbers, "peers": {}, "verified": False, "reason": problems[0] + more}
 
 
-def timed(case: Case, impl: str, timing: Timing, peaks: roofline.Peaks, measured: roofline.Peaks) -> Json:
+def timed(case: Case, impl: str, timing: Timing, peaks: roofline.Peaks) -> Json:
     """The entry of a case that passed its gate, without peers and span."""
-    flops, moved, seconds = case.computed_flops(), moved_bytes(case), timing.median_ms / 1e3
+    tflops, gbps = case.computed_flops() / timing.median_ms / 1e9, moved_bytes(case) / timing.median_ms / 1e6
     return {
         "case": case.name,
         "impl": impl,
         "median_ms": timing.median_ms,
-        "tflops": flops / seconds / 1e12,
-        "gbps": moved / seconds / 1e9,
-        "roofline": peaks.floor_ms(flops, moved, case.precision) / timing.median_ms,
-        "roofline_measured": measured.floor_ms(flops, moved, case.precision) / timing.median_ms,
+        "tflops": tflops,
+        "gbps": gbps,
+        "roofline": peaks.share(tflops, gbps, case.precision),
         "peers": {},
         "verified": True,
         "low_ms": timing.low_ms,

@@ -57,9 +57,9 @@ class Peaks:
         known = {"bf16": self.bf16, "int8": self.int8, "fp8": self.fp8}
         return {name: rate for name, rate in known.items() if rate}
 
-    def floor_ms(self, flops: float, moved: float, precision: str) -> float:
-        """Least time for so many FLOPs and bytes."""
-        return 1e3 * max(flops / (self.rate(precision) * 1e12), moved / (self.bandwidth * 1e12))
+    def share(self, tflops: float, gbps: float, precision: str) -> float:
+        """Share that is reached of the products' rate or of the bandwidth, whichever binds."""
+        return max(tflops / self.rate(precision), gbps / 1e3 / self.bandwidth)
 
 
 def datasheet(device: torch.device) -> Peaks | None:
