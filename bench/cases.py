@@ -38,10 +38,6 @@ SMALL = ModelConfig(
 )
 # For Triton's interpreter, which takes 10 s for a layer of 1,750 tokens: half the heads' width, a third of the tokens.
 TINY = SMALL.replace(hidden_size=128, head_dim=64, num_heads_q=2)
-RESOLUTIONS = ("1080p", "540p", "256p")
-SECONDS = (5, 10, 15)
-PRECISIONS = ("fp8", "int8", "bf16")
-ATTENTION_FORMATS = ("fp8", "int8_qk", "bf16")
 BLOCK_SPARSE, DROP_IN = "block_sparse_attention", "attention"
 """Attention as a layer calls it, which knows how large scores can be, and as any model's tensors are given to it."""
 MASKS = ("window", "dense", "25%", "12.5%")
@@ -78,7 +74,9 @@ class Size:
 
 TINY_SIZE = Size("tiny", TINY, ClipTokens(3, 16, 32, 13), 40)
 SMALL_SIZE = Size("small", SMALL, ClipTokens(8, 32, 32, 33), 100)
-FULL_SIZES = tuple(Size(f"{r}-{s}s", FULL, tokens_for(r, "16:9", s)) for s in SECONDS for r in RESOLUTIONS)
+FULL_SIZES = tuple(
+    Size(f"{r}-{s}s", FULL, tokens_for(r, "16:9", s)) for s in (5, 10, 15) for r in ("1080p", "540p", "256p")
+)
 
 
 @functools.lru_cache
@@ -197,7 +195,7 @@ def cases_of(size: Size) -> Iterator[Case]:
     config = size.config
     shared = next(i for i in range(config.num_layers) if i not in (*config.mm_layers, *config.gelu7_layers))
     sandwich = config.gelu7_layers[0]
-    for precision in ATTENTION_FORMATS:
+    for precision in ("fp8", "int8_qk", "bf16"):
         for mask in MASKS:
             if mask == "window" and not size.windowed:
                 continue
@@ -205,7 +203,7 @@ def cases_of(size: Size) -> Iterator[Case]:
             yield Case(BLOCK_SPARSE, mask, precision, size, local if mask == "window" else shared)
         yield Case("select_blocks", "25%", precision, size, shared)
     yield Case(DROP_IN, "dense", "bf16", size, shared)
-    for precision in PRECISIONS:
+    for precision in ("fp8", "int8", "bf16"):
         yield Case("fp8_linear_activation", "swiglu7", precision, size, shared)
         yield Case("fp8_linear_residual", "down", precision, size, shared)
         yield Case("qkv_linear", "", precision, size, shared)

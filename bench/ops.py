@@ -34,8 +34,6 @@ from bench.results import FOLDER, Json, Results, describe_machine, path_for
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 from happyhorse_fast.ops.runtime.obstacles import lost
 
-KEEP = ("none", "gates", "all")
-
 
 def run(bench: Bench, chosen: Sequence[Case], deadline: float, *, gates: bool = False) -> list[Json]:
     """Compare cases with quick peers first, then with those that compile as well; stops at the deadline.
@@ -126,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--peers", choices=("all", "quick", "none"), default="all", help="quick: none that compiles")
     keep = "of the result file: nothing, gates' verdicts, or what was timed as well"
-    parser.add_argument("--keep", choices=KEEP, default="none", help=keep)
+    parser.add_argument("--keep", choices=("none", "gates", "all"), default="none", help=keep)
     parser.add_argument("--gates", action="store_true", help="hold every case against its gate, and time nothing")
     options: Any = parser.parse_args(argv)
     deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)

@@ -21,8 +21,6 @@ from bench.results import Json
 
 PERIOD_SECONDS = 0.05
 """Between two samples: 20 in the shortest span."""
-Sample = tuple[float, Json]
-"""(on ``time.monotonic``'s clock, the state)."""
 
 
 class Monitor:
@@ -34,7 +32,7 @@ class Monitor:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.samples: list[Sample] = []
+        self.samples: list[tuple[float, Json]] = []  # on the clock of time.monotonic
         self._ended = threading.Event()
 
     def __enter__(self) -> Monitor:

@@ -15,6 +15,7 @@ import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 import argparse
 import os
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from triton.runtime import cache
 from bench.aot.recording import Launch, in_forks
 from bench.prime import file as primed
 from bench.prime.launches import found
+from happyhorse_fast.files import replacing
 
 
 def compile_kernel(launch: Launch) -> str:
@@ -63,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         cache.triton_key = lambda: key
         _, failures = in_forks(compile_kernel, launches, options.jobs)
         count = primed.kernels(Path(folder))
-        primed.pack(Path(folder), target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target, end=".partial") as partial, tarfile.open(partial, "w:gz") as archive:
+            archive.add(folder, ".")
     for failure in failures:
         print(failure, file=sys.stderr)
     minutes, size = (time.monotonic() - began) / 60, target.stat().st_size / 2**20

@@ -22,6 +22,7 @@ NOTES = ROOT / "docs" / "notes" / "hopper.md"
 DESIGN = ROOT / "docs" / "DESIGN.md"
 OUT = ROOT / "docs" / "report"
 PAGE = OUT / "README.md"
+DPI = 110
 BEGIN, END = "<!-- generated: python -m bench.report --readme -->", "<!-- end of generated -->"
 
 
@@ -93,7 +94,8 @@ def main() -> None:
     options = parser.parse_args()
     report = load()
     if not options.readme:
-        figures.save(figures.figures(report) | pony.figures(report), OUT)
+        for name, figure in (figures.figures(report) | pony.figures(report)).items():
+            figure.savefig(OUT / f"{name}.png", dpi=DPI, metadata={"Software": None})
         PREFERENCES.write_text(preferences.text(report.gpu.values()))
     for path, section in sections(report).items():
         path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")

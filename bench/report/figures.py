@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,6 @@ PART_COLOURS = {
 NOT_SPLIT, UNKNOWN = "not split by op", "#adb5bd"
 FORMAT_COLOURS = {"bf16": BLUE, "int8": GREEN, "int8_qk": TEAL, "fp8": ORANGE}
 WHAT = "15B model, 1080p, 5 s"
-DPI = 110
 
 
 def figures(report: Report) -> dict[str, Figure]:
@@ -54,14 +52,6 @@ def figures(report: Report) -> dict[str, Figure]:
         "error_per_layer": error_per_layer(report.cases),
         "memory": memory(report.memory),
     }
-
-
-def save(made: dict[str, Figure], folder: Path) -> None:
-    """Write pictures under their names."""
-    for name, figure in made.items():
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=DPI, metadata={"Software": None})
-        print(path)
 
 
 # Speed ----------------------------------------------------------------------------------------------------------------
