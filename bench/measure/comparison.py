@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -172,9 +173,8 @@ class Bench:
                 self._absent(name, group[0].name, f"needs {needs:.0f} s, {max(left, 0):.0f} were left")
                 del beside[name]
         while ready:
-            contestants = {f"{case.name} {impl}": p for (case, impl), p in ready.items()} | beside
             try:
-                span = self.stopwatch.compare(contestants, self.seconds)
+                span = self.stopwatch.compare({**ready, **beside}, self.seconds)
                 reason = lost(self.device)
                 failed = Failed("", RuntimeError(reason)) if reason else None
             except Failed as error:
@@ -185,19 +185,17 @@ class Bench:
                 break
             self._blame(group, failed, ready, beside)
             if reason:
-                raise Stopped(f"{', '.join(contestants)} took turns: {reason}")
+                raise Stopped(f"{group[0].name}, in turns with {', '.join(fitting) or 'no peer'}: {reason}")
         else:
             return {}
         state = self.monitor.during(span.began, span.ended) if self.monitor else {}
-        for case, impl in ready:
+        found = {ours: span.timings[ours] for ours in ready}
+        for (case, impl), taken in found.items():
             times = {n: span.timings[n].median_ms for n in beside if fitting[n].fits(case)}
-            taken = span.timings[f"{case.name} {impl}"]
             entry = timed(case, impl, taken, self.peaks) | {"peers": times, "span": span.name} | state
             form = self._softmax[case]
             self._write(entry | ({"softmax": form} if form else {}))
-        del contestants, beside
-        found = {(case, impl): span.timings[f"{case.name} {impl}"] for case, impl in ready}
-        ready.clear()
+        del ready, beside
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return found
@@ -250,19 +248,23 @@ class Bench:
 
     def _blame(self, group: Group, failed: Failed, ready: dict[Ours, Prepared], beside: dict[str, Prepared]) -> None:
         """Take out who failed; where that cannot be told all peers, and without peers all implementations."""
-        named = {f"{case.name} {impl}": (case, impl) for case, impl in ready}
-        guilty = [failed.contestant] if failed.contestant else list(beside or named)
+        guilty: list[Any] = [failed.contestant] if failed.contestant else list(beside or ready)
         for name in guilty:
-            if name in named:
-                del ready[named[name]]
-                self._red(*named[name], [str(failed)])
+            if name in ready:
+                del ready[name]
+                case, impl = name
+                self._red(case, impl, [str(failed)])
             else:
                 del beside[name]
                 self._absent(name, group[0].name, str(failed)[:200])
 
     def _red(self, case: Case, impl: str, problems: Sequence[str]) -> None:
+        """Give a case that must not have a number its entry."""
         self._verdict(case, impl, False)
-        self._write(red(case, impl, problems))
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        why = {"peers": {}, "verified": False, "reason": problems[0] + more}
+        numbers = dict.fromkeys(("median_ms", "tflops", "gbps", "roofline"))
+        self._write({"case": case.name, "impl": impl, **numbers, **why})
 
     def _verdict(self, case: Case, impl: str, passed: bool) -> None:
         self._gates[case.name, impl] = passed
@@ -294,13 +296,6 @@ def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
     return [name for name in (backend, *also) if able.get(name, True)]
 
 
-def red(case: Case, impl: str, problems: Sequence[str]) -> Json:
-    """The entry of a case that must not have a number."""
-    numbers = dict.fromkeys(("median_ms", "tflops", "gbps", "roofline"))
-    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return {"case": case.name, "impl": impl, **numbers, "peers": {}, "verified": False, "reason": problems[0] + more}
-
-
 def timed(case: Case, impl: str, timing: Timing, peaks: roofline.Peaks) -> Json:
     """The entry of a case that passed its gate, without peers and span."""
     tflops, gbps = case.computed_flops() / timing.median_ms / 1e9, moved_bytes(case) / timing.median_ms / 1e6
@@ -311,7 +306,6 @@ def timed(case: Case, impl: str, timing: Timing, peaks: roofline.Peaks) -> Json:
         "tflops": tflops,
         "gbps": gbps,
         "roofline": peaks.share(tflops, gbps, case.precision),
-        "peers": {},
         "verified": True,
         "low_ms": timing.low_ms,
         "high_ms": timing.high_ms,

@@ -82,7 +82,7 @@ class Span:
     """
 
     name: str
-    timings: Mapping[str, Timing]
+    timings: Mapping[Any, Timing]
     began: float
     ended: float
 
@@ -105,7 +105,7 @@ class Prepared:
 class Failed(RuntimeError):
     """A contestant raised while turns were taken; ``contestant`` names it."""
 
-    def __init__(self, contestant: str, error: BaseException) -> None:
+    def __init__(self, contestant: Any, error: BaseException) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
         self.contestant = contestant
 
@@ -173,7 +173,7 @@ class Stopwatch:
         return Prepared(calls, clock, about)
 
     def interleave(
-        self, contestants: Mapping[str, Prepared], *, seconds: float = SPAN_SECONDS, warm: float = WARM_SECONDS
+        self, contestants: Mapping[Any, Prepared], *, seconds: float = SPAN_SECONDS, warm: float = WARM_SECONDS
     ) -> Span:
         """Time contestants in turns: A B A B, first untimed, then timed, the device never idle between them.
 
@@ -197,7 +197,7 @@ class Stopwatch:
         timings = {name: Timing(tuple(taken), contestants[name].clock) for name, taken in times.items()}
         return Span(uuid.uuid4().hex[:12], timings, began, time.monotonic())
 
-    def compare(self, contestants: Mapping[str, Prepared], seconds: float) -> Span:
+    def compare(self, contestants: Mapping[Any, Prepared], seconds: float) -> Span:
         """Let contestants take turns for so many seconds each; on a GPU for a second in all at least, once it is warm.
 
         Raises:
@@ -222,28 +222,24 @@ class Stopwatch:
     def _about_ms(self, calls: Sequence[Call]) -> float:
         return min(self._rounds({"": Prepared(calls, "", 0.0)}, range(PILOT))[""])
 
-    def _rounds(self, contestants: Mapping[str, Prepared], rounds: range) -> dict[str, list[float]]:
+    def _rounds(self, contestants: Mapping[Any, Prepared], rounds: range) -> dict[Any, list[float]]:
         """Times of every call; of a GPU nothing is waited for before the last: the queue hides the host's time."""
-        taken: dict[str, list[tuple[Any, Any]]] = {name: [] for name in contestants}
+        taken: dict[Any, list[tuple[Any, Any]]] = {name: [] for name in contestants}
         for _ in range(HEAD_START if self.on_gpu else 0):
             self.flush()
         end = None
         for i, (name, prepared) in itertools.product(rounds, contestants.items()):
             self.flush()
             start = moment(self.on_gpu)
-            _run(name, prepared.calls[i % len(prepared.calls)])
+            try:
+                prepared.calls[i % len(prepared.calls)]()
+            except Exception as error:  # whatever a driver or an allocator raises is this contestant's
+                raise Failed(name, error) from error
             end = moment(self.on_gpu)
             taken[name].append((start, end))
         if self.on_gpu and end is not None:
             end.synchronize()
         return {name: [apart_ms(*one) for one in found] for name, found in taken.items()}
-
-
-def _run(name: str, call: Call) -> None:
-    try:
-        call()
-    except Exception as error:  # whatever a driver or an allocator raises is this contestant's
-        raise Failed(name, error) from error
 
 
 def _captured(calls: Sequence[Call]) -> list[Call] | None:
