@@ -102,13 +102,12 @@ def run_step(step: Step, log: Path, seconds: float, dry: bool) -> tuple[int, str
         more = list(step.again)
 
 
-def run_stage(stage: Stage, context: Context, results: Results, seconds: float) -> bool:
+def run_stage(stage: Stage, context: Context, seconds: float) -> bool:
     """Run one stage, record how it went, and show the end of its output.
 
     Args:
         stage: What to run.
-        context: Where.
-        results: The file that the outcome goes into; the stage's commands write into it as well.
+        context: Where; the outcome goes into its result file, as the results of the stage's commands do.
         seconds: When it is cut. A step has its weight's part of what is left.
     """
     log = context.results.with_suffix("") / "logs" / f"{stage.name}.log"
@@ -130,12 +129,12 @@ def run_stage(stage: Stage, context: Context, results: Results, seconds: float) 
     print(f"== {stage.name}: {'; '.join(said)} ({took:.0f} s of {max(seconds, 0):.0f})\n", flush=True)
     for partial in context.results.parent.glob("*.partial"):  # of a write that was cut
         partial.unlink()
-    fresh = Results(context.results, results.header)  # stages wrote into the file meanwhile
-    fresh.add("stages", {"name": stage.name, "passed": passed, "seconds": round(took, 1), "outcome": "; ".join(said)})
+    entry = {"name": stage.name, "passed": passed, "seconds": round(took, 1), "outcome": "; ".join(said)}
+    Results(context.results, context.header).add("stages", entry)  # into which the stage wrote meanwhile
     return passed
 
 
-def run_stages(stages: Sequence[Stage], context: Context, results: Results, deadline: float) -> dict[str, bool]:
+def run_stages(stages: Sequence[Stage], context: Context, deadline: float) -> dict[str, bool]:
     """Run stages one after another; which of them passed.
 
     A stage ends by its own place in the plan, which is the deadline for the last one: what an earlier one left is its
@@ -144,7 +143,6 @@ def run_stages(stages: Sequence[Stage], context: Context, results: Results, dead
     Args:
         stages: What to run, in this order.
         context: Where.
-        results: The file that outcomes go into.
         deadline: On ``time.monotonic``'s clock: when the last stage is cut.
     """
     passed, planned = {}, 0.0
@@ -152,7 +150,7 @@ def run_stages(stages: Sequence[Stage], context: Context, results: Results, dead
     scale = (deadline - began) / sum(stage.seconds for stage in stages)
     for stage in stages:
         planned += scale * stage.seconds
-        passed[stage.name] = run_stage(stage, context, results, began + planned - time.monotonic())
+        passed[stage.name] = run_stage(stage, context, began + planned - time.monotonic())
     return passed
 
 
@@ -224,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.folder or (Path(tempfile.mkdtemp(prefix="happyhorse-gpu-")) if options.dry else FOLDER)
     header = describe_machine(torch.device("cpu" if options.dry else "cuda"))
     path = path_for(header, folder)
-    results, context = Results(path, header), Context(options.dry, path, more)
+    context = Context(options.dry, path, header, more)
     print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {path}\n", flush=True)
     logs = path.with_suffix("") / "logs"
     kept = archive.kept(path.parent, options.archive) if options.archive else contextlib.nullcontext()
@@ -232,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # All stages are of one commit, whatever is committed or edited meanwhile.
     of_commit = mock.patch.dict(os.environ, {COMMIT_VARIABLE: header["commit"]})
     with kept, of_commit, compiled:
-        passed = run_stages(chosen, context, results, began + seconds - ENDING_SECONDS)
+        passed = run_stages(chosen, context, began + seconds - ENDING_SECONDS)
     if not options.dry:
         print(targets.text(Results(path, header).data) + "\n")
     print(
