@@ -83,7 +83,7 @@ class Bench:
         """Ceilings of this machine, warm."""
         if self._peaks:
             return roofline.Peaks(**self._peaks[-1])
-        return roofline.measured(self.device, self.stopwatch, seconds=self.seconds, monitor=self.monitor)
+        return roofline.measured(self.stopwatch, seconds=self.seconds, monitor=self.monitor)
 
     @functools.cached_property
     def peaks(self) -> roofline.Peaks:

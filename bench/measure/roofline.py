@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,40 +77,33 @@ def gpu_named(name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS.values() if gpu.name in short), None)
 
 
-def measured(
-    device: torch.device, stopwatch: Stopwatch, *, seconds: float = 0.5, monitor: Monitor | None = None
-) -> Peaks:
+def measured(stopwatch: Stopwatch, *, seconds: float = 0.5, monitor: Monitor | None = None) -> Peaks:
     """A large copy, and the library's products in all formats at the model's shapes in turns, on a warm chip.
 
     The library's int8 product is no ceiling where ours is faster, as on an H200, but it is the one that always runs.
 
     Args:
-        device: Of the stopwatch.
-        stopwatch: Times them.
+        stopwatch: Times them, on its device.
         seconds: About how long each is repeated; on a GPU spans are a second at least, 0 on a CPU is one call.
         monitor: Knows the clock and power that the products ran at.
     """
-    on_gpu = device.type == "cuda"
+    device, on_gpu = stopwatch.device, stopwatch.on_gpu
     size = COPY_BYTES if on_gpu else CPU_COPY_BYTES
     copy = stopwatch.prepare([large_copy(size, device)], dry=not seconds)
     copied = stopwatch.compare({"copy": copy}, seconds).timings["copy"].median_ms
     case = next(c for c in cases_of(FULL_SIZES[0] if on_gpu else SMALL_SIZE) if c.op == "qkv_linear")
-    prepared, flops = {}, {}
+    prepared = {}
     makers = (("bf16", bf16_product), ("fp8", fp8_product), ("int8", int8_product))
     # A CPU's products of 8 bits are no ceiling of anything here.
     for (precision, maker), name in itertools.product(makers if on_gpu else makers[:1], _SHAPES):
         _, features, inputs = case.weight_shape(name)
-        try:
+        with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):  # no 8 bits on this device
             call = maker(case.rows, features, inputs, device)
-            prepared[f"{precision} {name}"] = stopwatch.prepare([call], dry=not seconds)
-        except (RuntimeError, NotImplementedError, ValueError):  # no 8 bits on this device
-            continue
-        flops[f"{precision} {name}"] = 2.0 * case.rows * features * inputs
+            prepared[precision, 2.0 * case.rows * features * inputs] = stopwatch.prepare([call], dry=not seconds)
     products = stopwatch.compare(prepared, seconds)
     rates: dict[str, float] = {}
-    for name, timing in products.timings.items():
-        precision = name.split()[0]
-        rates[precision] = max(rates.get(precision, 0.0), flops[name] / timing.median_ms / 1e9)
+    for (precision, flops), timing in products.timings.items():
+        rates[precision] = max(rates.get(precision, 0.0), flops / timing.median_ms / 1e9)
     state = monitor.during(products.began, products.ended) if monitor else {}
     clock, power = state.get("sm_mhz"), state.get("power_w")
     return Peaks(2 * size / copied / 1e9, rates["bf16"], rates.get("fp8"), MEASURED, clock, power, rates.get("int8"))

@@ -216,7 +216,7 @@ def test_measured_ceilings_are_of_a_warm_chip(monkeypatch):
         def during(self, began, ended):
             return {"sm_mhz": 1395.0, "power_w": 699.0}
 
-    peaks = roofline.measured(watch.device, watch, seconds=0.1, monitor=Sampled(CPU))
+    peaks = roofline.measured(watch, seconds=0.1, monitor=Sampled(CPU))
     case = next(case for case in cases_of(FULL_SIZES[0]) if case.op == "qkv_linear")
     _, features, inputs = case.weight_shape("up")
     cool = 2.0 * case.rows * features * inputs / 8.0 / 1e9
