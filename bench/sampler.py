@@ -41,7 +41,6 @@ from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.obstacles import BackendError, lost
-from happyhorse_fast.sampler.progress import StepInfo
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
@@ -147,15 +146,15 @@ class Bench:
     ) -> tuple[list[float], list[str]]:
         times: list[float] = []
 
-        def callback(info: StepInfo) -> None:
-            times.append(info.seconds)
+        def took(step: float) -> None:
+            times.append(step)
             if sum(times) > seconds and 2 <= len(times) < run.steps:
                 raise Enough
 
         video, audio, text = inputs
-        noise = torch.Generator(self.device).manual_seed(SEED)
-        shared: dict[str, Any] = {"steps": run.steps, "noise": noise, "callback": callback, "progress": False}
-        notes: list[str] = []
+        noise, notes = torch.Generator(self.device).manual_seed(SEED), list[str]()
+        shared: dict[str, Any] = {"steps": run.steps, "noise": noise, "progress": False}
+        shared["callback"] = lambda info: took(info.seconds)
         try:
             if run.preset != SECOND_STAGE:
                 sample(model, video, audio, text, **shared)
@@ -165,20 +164,16 @@ class Bench:
                 super_resolve(model, first, audio, text, size=(video.shape[3], video.shape[4]), **shared)
             else:
                 notes.append("model evaluations alone: diffusers, whose UniPC advances the latents, is not installed")
-                self._evaluate(model, inputs, run.steps, callback)
+                for _ in range(run.steps):
+                    began = time.perf_counter()
+                    with torch.no_grad():
+                        model(*inputs)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)
+                    took(time.perf_counter() - began)
         except Enough:
             pass
         return times, notes
-
-    def _evaluate(self, model: HappyHorse, inputs: Sequence[torch.Tensor], steps: int, callback: Any) -> None:
-        video, audio, _ = inputs
-        for step in range(steps):
-            began = time.perf_counter()
-            with torch.no_grad():
-                model(*inputs)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            callback(StepInfo(step + 1, steps, 0.0, time.perf_counter() - began, None, video, audio))
 
     def _clip(self, resolution: str, seconds: int = PUBLISHED_SECONDS) -> ClipTokens:
         if not self.tiny:
