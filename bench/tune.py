@@ -1,7 +1,6 @@
 """Launch configurations: legal candidates timed at the full model's shapes, the best written to ``kernels/configs``.
 
     python -m bench.tune --cases swiglu7 --minutes 5 --folder kernels/configs
-    python -m bench.tune --dry            # only shows the candidates
 
 A candidate counts only if the case's gate is green with it; the best one and it take turns (`measure.timing`).
 Users' processes never tune: what is committed runs.
@@ -203,7 +202,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", default="", help="comma-separated words of cases' names")
     parser.add_argument("--limit", type=int, help="candidates per entry, all by default")
     parser.add_argument("--folder", type=Path, help="write the best into tables there, such as kernels/configs")
-    parser.add_argument("--dry", action="store_true", help="show the candidates of sm_90, and time nothing")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -214,13 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)
     found = [case for case in select(cases(options.scope), options.cases) if variant(case)]
-    if options.dry:
-        for case in found:
-            legal = candidates(case, 90)
-            print(f"{STEMS[case.op]} {variant(case)} on {case.name}: {len(legal)} candidates, first {legal[0]}")
-        return 0
     if device.type != "cuda" and not bootstrap.INTERPRETED:
-        print("python -m bench.tune: needs a CUDA device; --dry shows the candidates", file=sys.stderr)
+        print("python -m bench.tune: needs a CUDA device", file=sys.stderr)
         return 2
     from happyhorse_fast.ops.runtime.triton.device import architecture
 

@@ -202,14 +202,13 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; by default all of them")
-    parser.add_argument("--dirty", action="store_true", help="measure sources that no commit has; not to be committed")
     options = parser.parse_args()
     chosen = options.parts
     if unknown := set(chosen) - PARTS.keys():
         parser.error(f"part must be one of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     sources = commit()
-    if sources.endswith("-dirty") and not options.dirty:
-        parser.error(f"sources must be committed first, for the results to name them ({sources}); or --dirty")
+    if sources.endswith("-dirty"):
+        parser.error(f"sources must be committed first, for the results to name them ({sources})")
     os.environ[COMMIT_VARIABLE] = sources  # the first file that is written is no change of the sources
     torch.set_num_threads(1)
     for part in chosen or PARTS:

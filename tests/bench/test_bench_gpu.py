@@ -293,7 +293,7 @@ ABSENT = ("av", "diffusers", "einops", "huggingface_hub", "pandas", "requests", 
 STARTS = {
     "bench.checks": ["self", "--impl", "cuda"],
     "bench.ops": ["--scope", "tiny", "--cases", "quantize/tiny/bf16", "--seconds", "0"],
-    "bench.tune": ["--dry", "--cases", "swiglu7"],
+    "bench.tune": ["--scope", "tiny", "--cases", "proj/tiny/fp8", "--limit", "0", "--seconds", "0"],
 }
 
 
