@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,31 +108,6 @@ class Failed(RuntimeError):
     def __init__(self, contestant: Any, error: BaseException) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
         self.contestant = contestant
-
-
-class Recorded:
-    """A timing played back as calls and a clock, for what times calls itself.
-
-    pytest-benchmark reads a clock of the host before and after a call, which on a GPU holds the launch and no device
-    time. With these two in the places of its call and its clock, its statistics are of what a :class:`Stopwatch`
-    measured.
-    """
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        self._left: Iterator[float] = iter(())
-
-    def load(self, timing: Timing) -> None:
-        """Play this timing next."""
-        self._left = iter(timing.times_ms)
-
-    def call(self) -> None:
-        """Take as long as the next recorded call did."""
-        self._now += next(self._left) / 1e3
-
-    def seconds(self) -> float:
-        """Seconds of all calls so far."""
-        return self._now
 
 
 class Stopwatch:
