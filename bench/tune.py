@@ -39,16 +39,8 @@ CONFIGS = bootstrap.ROOT / "kernels" / "configs"
 LEAST_GAIN = 0.02
 # What is varied around the committed configuration, per stem. Attention's block_n is its step of P, which accuracy
 # depends on: it stays.
-CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
-    "attention": {"num_warps": (4, 8), "num_stages": (2, 3, 4)},
-    "linear": {
-        "block_n": (128, 256),
-        "block_k": (64, 128),
-        "num_warps": (4, 8),
-        "num_stages": (3, 4, 5),
-    },
-    "qkv": {"block_n": (128, 256), "block_k": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5)},
-}
+PRODUCTS = {"block_n": (128, 256), "block_k": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5)}
+CHOICES = {"attention": {"num_warps": (4, 8), "num_stages": (2, 3, 4)}, "linear": PRODUCTS, "qkv": PRODUCTS}
 GROUP_M = (8, 16, 32)
 """Varied for the best of the rest alone, a third of the candidates: it changes what is read from L2, not what runs."""
 

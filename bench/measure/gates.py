@@ -85,10 +85,9 @@ def poisoned() -> Iterator[None]:
 
 def problems(case: Case, given: Given, backend: str) -> list[str]:
     """Run a case once and say what is wrong with its result; empty where every budget holds."""
-    given = dict(given)
-    if "hidden" in given:
-        given["hidden"] = given["hidden"].clone()
-    before = given["hidden"].clone() if case.op == "fp8_linear_residual" else None
+    given, before = dict(given), given.get("hidden")
+    if before is not None:
+        given["hidden"] = before.clone()
     with poisoned():
         results = call(case, given, backend)
     if case.op == "select_blocks":
