@@ -208,11 +208,6 @@ def merged(files: Sequence[Json]) -> Json:
     return whole
 
 
-def ratio(entry: Json, peer: str) -> float | None:
-    """A peer's time over an entry's own, above 1 where ours is faster; None where they did not take turns in a span."""
-    return entry["peers"][peer] / entry["median_ms"] if entry.get("span") and peer in entry["peers"] else None
-
-
 def refusal(entry: Json) -> str | None:
     """Say why an entry shows no number, its peers' included; None where it has one."""
     reason = entry.get("reason") or "its correctness gate is red"
@@ -223,8 +218,6 @@ def refusal(entry: Json) -> str | None:
 
 RENAMED = {"gluon": "hopper"}
 """Recorded name of a kernel -> its name now."""
-NOT_INTERLEAVED = "not interleaved"
-"""Said of a comparison that no span is behind."""
 
 
 def comparable(one: Json, other: Json) -> bool:

@@ -21,7 +21,7 @@ from bench.measure.roofline import gpu_named
 from bench.report.data import ceilings, form_of, gpu_results, measured_ceilings, share_of, steps_timed
 from bench.report.predictions import PREDICTIONS, SIZE, Prediction
 from bench.report.tables import gpu_tables
-from bench.results import FOLDER, NOT_INTERLEAVED, Json, comparable, ratio, read
+from bench.results import FOLDER, Json, comparable, read
 from bench.sampler_runs import BASE, SECOND_STAGE, Run
 from bench.table import Table
 
@@ -131,10 +131,10 @@ def lines(data: Json) -> Iterator[Line]:
 
 def _against(what: str, entry: Json | None, peer: str, wanted: float) -> Line:
     taken = entry["peers"].get(peer) if entry else None
-    note = f"{peer} {taken:.4g} ms" if taken else f"{peer} was not timed" if entry else NOT_MEASURED
-    if taken and entry and ratio(entry, peer) is None:
-        note += f", {NOT_INTERLEAVED}"
-    return Line(what, wanted, taken / entry["median_ms"] if taken and entry else None, "x its speed", note=note)
+    if not entry or not taken:
+        return Line(what, wanted, None, "x its speed", note=f"{peer} was not timed" if entry else NOT_MEASURED)
+    note = f"{peer} {taken:.4g} ms{'' if entry.get('span') else ', not interleaved'}"
+    return Line(what, wanted, taken / entry["median_ms"], "x its speed", note=note)
 
 
 def _finding(data: Json) -> Line:

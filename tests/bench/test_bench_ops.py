@@ -24,7 +24,7 @@ from bench.measure.conditions import Monitor
 from bench.peers.peer import bf16_inputs
 from bench.peers.registry import PEERS, split
 from bench.report.tables import ops_table
-from bench.results import Results, comparable, describe_machine, ratio, read
+from bench.results import Results, comparable, describe_machine, read
 from happyhorse_fast import budgets
 from happyhorse_fast.eager.mlp import swiglu7
 from happyhorse_fast.kernels.launch import config_for, table
@@ -204,9 +204,8 @@ def test_times_of_two_spans_are_not_compared(bench):
     case = select(TINY, "quantize/tiny/bf16")[0]
     (one,), (other,) = compared(bench, [case]), compared(bench, [case])
     assert not comparable(one, other), "the chip may have been cool in one"
-    assert ratio(one, "eager") == one["peers"]["eager"] / one["median_ms"]
     before = {name: value for name, value in one.items() if name != "span"}  # results from before there were spans
-    assert not comparable(before, before) and ratio(before, "eager") is None
+    assert not comparable(before, before)
     assert "Each kernel was timed alone" in shown(before).note and "took turns" in shown(one).note
 
 
