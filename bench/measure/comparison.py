@@ -88,7 +88,8 @@ class Bench:
     @functools.cached_property
     def peaks(self) -> roofline.Peaks:
         """Ceilings that the roofline is of: the datasheet's, or measured ones for a device without."""
-        return roofline.datasheet(self.device) or self.measured
+        gpu = roofline.gpu_named(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        return roofline.Peaks(gpu.bandwidth, gpu.bf16, gpu.fp8, gpu.source, int8=gpu.int8) if gpu else self.measured
 
     def ours(self, group: Group) -> list[Ours]:
         """Every implementation of every case of a group.

@@ -63,14 +63,6 @@ class Peaks:
         return max(tflops / self.rate(precision), gbps / 1e3 / self.bandwidth)
 
 
-def datasheet(device: torch.device) -> Peaks | None:
-    """The maker's numbers, None for a device that is not in ``happyhorse_fast.costs``."""
-    if device.type != "cuda":
-        return None
-    gpu = gpu_named(torch.cuda.get_device_name(device))
-    return Peaks(gpu.bandwidth, gpu.bf16, gpu.fp8, gpu.source, int8=gpu.int8) if gpu else None
-
-
 def gpu_named(name: str) -> Gpu | None:
     """The card that a driver's name of it means; None for one that is not in ``happyhorse_fast.costs``."""
     short = name.lower().replace(" ", "")
