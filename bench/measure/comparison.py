@@ -23,7 +23,7 @@ from bench.inputs import Given, call, make, moved_bytes, softmax
 from bench.measure import gates, roofline
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Failed, Prepared, Stopwatch, Timing
-from bench.peers.peer import Peer, bf16_inputs
+from bench.peers.registry import Peer, bf16_inputs
 from bench.results import Json, Results
 from happyhorse_fast.ops.runtime.formats import VARIANTS
 from happyhorse_fast.ops.runtime.obstacles import lost

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from bench.cases import FULL_SIZES, SMALL_SIZE, cases_of
 from bench.measure.conditions import Monitor
-from bench.measure.timing import Stopwatch
+from bench.measure.timing import Call, Stopwatch
 from happyhorse_fast.costs import GPUS, Gpu
 
 MEASURED = "measured"
@@ -101,21 +100,21 @@ def measured(stopwatch: Stopwatch, *, seconds: float = 0.5, monitor: Monitor | N
     return Peaks(2 * size / copied / 1e9, rates["bf16"], rates.get("fp8"), MEASURED, clock, power, rates.get("int8"))
 
 
-def large_copy(size: int, device: torch.device) -> Callable[[], object]:
+def large_copy(size: int, device: torch.device) -> Call:
     """A copy of so many bytes of random data to another place."""
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
-def bf16_product(rows: int, features: int, inputs: int, device: torch.device) -> Callable[[], object]:
+def bf16_product(rows: int, features: int, inputs: int, device: torch.device) -> Call:
     """x . weight through torch, random data: zeros ran 13 % faster on an H200."""
     x = torch.randn(rows, inputs, dtype=torch.bfloat16, device=device)
     weight = torch.randn(features, inputs, dtype=torch.bfloat16, device=device)
     return lambda: x @ weight.T
 
 
-def fp8_product(rows: int, features: int, inputs: int, device: torch.device) -> Callable[[], object]:
+def fp8_product(rows: int, features: int, inputs: int, device: torch.device) -> Call:
     """The same in e4m3 with a scale per row and per output channel, ``torch._scaled_mm``."""
     x = torch.randn(rows, inputs, device=device).mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
     weight = torch.randn(features, inputs, device=device).mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
@@ -125,7 +124,7 @@ def fp8_product(rows: int, features: int, inputs: int, device: torch.device) -> 
     )
 
 
-def int8_product(rows: int, features: int, inputs: int, device: torch.device) -> Callable[[], object]:
+def int8_product(rows: int, features: int, inputs: int, device: torch.device) -> Call:
     """The same of int8 codes, without scales, ``torch._int_mm``: int32 out."""
     x, weight = (
         torch.randn(n, inputs, device=device).mul_(32).round_().clamp_(-127, 127).to(torch.int8)

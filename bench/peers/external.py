@@ -7,10 +7,10 @@ from torch import Tensor
 
 from bench.cases import Case
 from bench.inputs import Given
-from bench.peers.peer import Function
+from bench.measure.timing import Call
 
 
-def flash_attention_4(case: Case, given: Given) -> Function:
+def flash_attention_4(case: Case, given: Given) -> Call:
     """FlashAttention-4 in bf16, written in CuTe DSL, its kernels for Hopper included: q, k, v [B, N, H, D]."""
     from flash_attn.cute import flash_attn_func
 
@@ -18,7 +18,7 @@ def flash_attention_4(case: Case, given: Given) -> Function:
     return lambda: flash_attn_func(q, k, v, softmax_scale=given["scale"], causal=False)
 
 
-def cudnn_fp8(case: Case, given: Given) -> Function:
+def cudnn_fp8(case: Case, given: Given) -> Call:
     """cuDNN's attention on e4m3 codes with a scale per tensor, e4m3 out: q, k, v [B, H, N, D], any strides.
 
     torch has no call of it; nvidia-cudnn-frontend does, and is no part of a torch installation.
@@ -63,7 +63,7 @@ def cudnn_fp8(case: Case, given: Given) -> Function:
     return run
 
 
-def sageattention(case: Case, given: Given) -> Function:
+def sageattention(case: Case, given: Given) -> Call:
     """sageattention's own choice of int8 and fp8 kernels, which quantise in the call: q, k, v [B, N, H, D]."""
     from sageattention import sageattn
 

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from bench.cases import Case, padded_rows, token_ranges
 from bench.inputs import Given
-from bench.peers.peer import Function
+from bench.measure.timing import Call
 from happyhorse_fast.eager.attention import fused_attention
 from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.ops import select_blocks
@@ -20,9 +20,7 @@ from happyhorse_fast.ops.qkv.reference import epilogue
 from happyhorse_fast.ops.runtime.row_tiles import joined
 
 
-def eager(
-    case: Case, given: Given, built: Callable[..., Callable[..., object]] = lambda function: function
-) -> Function:
+def eager(case: Case, given: Given, built: Callable[..., Callable[..., object]] = lambda function: function) -> Call:
     """Plain PyTorch: the op unfused, in bf16; what depends on the shape only is done here.
 
     Args:
@@ -51,7 +49,7 @@ def eager(
     return lambda: [function(given["x"][rows], given["weight"][e]) for e, rows in parts]
 
 
-def _qkv(given: Given, parts: list[tuple[int, slice]], built: Callable[..., Callable[..., object]]) -> Function:
+def _qkv(given: Given, parts: list[tuple[int, slice]], built: Callable[..., Callable[..., object]]) -> Call:
     heads = given["num_heads_q"], given["num_heads_kv"]
 
     def layer(x: Tensor, weight: Tensor, qk_norm: Tensor, cos_sin: Tensor) -> tuple[Tensor, ...]:
@@ -64,7 +62,7 @@ def _qkv(given: Given, parts: list[tuple[int, slice]], built: Callable[..., Call
     ]
 
 
-def _attention(case: Case, given: Given, built: Callable[..., Callable[..., object]]) -> Function:
+def _attention(case: Case, given: Given, built: Callable[..., Callable[..., object]]) -> Call:
     """As the eager model: one fused call over the keys of every run of queries, without padding."""
     if case.keep is not None:
         raise LookupError("eager PyTorch has no attention over chosen blocks")
@@ -74,7 +72,7 @@ def _attention(case: Case, given: Given, built: Callable[..., Callable[..., obje
     return built(lambda: fused_attention(q, k, v, ranges) * gate[..., None])
 
 
-def compiled(case: Case, given: Given) -> Function:
+def compiled(case: Case, given: Given) -> Call:
     """The same through ``torch.compile``.
 
     Raises:
@@ -86,7 +84,7 @@ def compiled(case: Case, given: Given) -> Function:
     return eager(case, given, functools.partial(torch.compile, dynamic=False))
 
 
-def sdpa(backend: str, case: Case, given: Given) -> Function:
+def sdpa(backend: str, case: Case, given: Given) -> Call:
     """``scaled_dot_product_attention`` with one backend, dense, without the gate."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
@@ -103,7 +101,7 @@ def sdpa(backend: str, case: Case, given: Given) -> Function:
     return run
 
 
-def flex(case: Case, given: Given) -> Function:
+def flex(case: Case, given: Given) -> Call:
     """FlexAttention, compiled, over the very same blocks (``BlockMap.to_flex``), without the gate."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -114,7 +112,7 @@ def flex(case: Case, given: Given) -> Function:
     return lambda: compiled(q, k, v, block_mask=block_mask, scale=given["scale"], enable_gqa=True)
 
 
-def product(maker: Callable[..., Function], case: Case, given: Given) -> Function:
+def product(maker: Callable[..., Call], case: Case, given: Given) -> Call:
     """A product of the library's alone, of one weight, without an epilogue: of `measure.roofline`."""
     _, features, columns = case.weight_shape(str(case.product))
     return maker(case.rows, features, columns, given["x"].device)

@@ -21,8 +21,7 @@ from bench.inputs import call, make, softmax
 from bench.measure import comparison, gates
 from bench.measure.comparison import Bench, groups, implementations
 from bench.measure.conditions import Monitor
-from bench.peers.peer import bf16_inputs
-from bench.peers.registry import PEERS, split
+from bench.peers.registry import PEERS, bf16_inputs, split
 from bench.report.tables import ops_table
 from bench.results import Results, comparable, describe_machine, read
 from happyhorse_fast import budgets

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from bench.cases import cases, select
 from bench.measure.gates import row_mask
-from bench.peers.peer import bf16_inputs
-from bench.peers.registry import PEERS
+from bench.peers.registry import PEERS, bf16_inputs
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.cases import cases, select
 from bench.measure.roofline import fp8_product, int8_product
-from bench.peers.peer import bf16_inputs
+from bench.peers.registry import bf16_inputs
 
 
 def test_scaled_mm_takes_the_layouts_and_scales_that_it_is_given():

@@ -6,8 +6,7 @@ import torch
 
 from bench.measure.comparison import groups
 from bench.measure.roofline import Peaks
-from bench.peers.peer import Peer
-from bench.peers.registry import PEERS
+from bench.peers.registry import PEERS, Peer
 
 CPU = torch.device("cpu")
 FOREVER = float("inf")
