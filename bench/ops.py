@@ -13,6 +13,7 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -50,29 +51,27 @@ def run(bench: Bench, chosen: Sequence[Case], deadline: float, *, gates: bool = 
     for peaks in () if gates else (bench.measured, bench.peaks):
         print(json.dumps(asdict(peaks)), file=sys.stderr, flush=True)
         bench.results.add("peaks", asdict(peaks))
-    of_all = groups(chosen)
     quick = [peer for peer in bench.peers if not peer.slow]
-    for peers in [quick] if gates or len(quick) == len(bench.peers) else [quick, bench.peers]:
+    passes = [quick] if gates or len(quick) == len(bench.peers) else [quick, bench.peers]
+    for peers, group in itertools.product(passes, groups(chosen)):
         slow = [peer for peer in peers if peer.slow]
-        what = "gated" if gates else "compared with peers that compile" if slow else "timed"
-        spare = SLOW_SECONDS if slow and bench.device.type == "cuda" else 0
-        for group in of_all:
-            if slow and not any(peer.fits(case) for peer in slow for case in group):
-                continue
-            if time.monotonic() > deadline - spare:
-                print(f"time is up: {group[0].name} and later ones were not {what}", file=sys.stderr)
-                return list(bench.found.values())
-            if not gates and bench.done(group, peers):
-                continue
-            try:
-                if gates:
-                    green = ", ".join(f"{case.name} {impl}" for case, impl in bench.green(group))
-                    print(f"green: {green or 'none'}", flush=True)
-                else:
-                    bench.compare(group, peers, deadline)
-            except Stopped as stopped:
-                print(f"STOPPED: the GPU of this process is lost: {stopped}", file=sys.stderr, flush=True)
-                return list(bench.found.values())
+        if slow and not any(peer.fits(case) for peer in slow for case in group):
+            continue
+        if time.monotonic() > deadline - (SLOW_SECONDS if slow and bench.device.type == "cuda" else 0):
+            what = "gated" if gates else "compared with peers that compile" if slow else "timed"
+            print(f"time is up: {group[0].name} and later ones were not {what}", file=sys.stderr)
+            break
+        if not gates and bench.done(group, peers):
+            continue
+        try:
+            if gates:
+                green = ", ".join(f"{case.name} {impl}" for case, impl in bench.green(group))
+                print(f"green: {green or 'none'}", flush=True)
+            else:
+                bench.compare(group, peers, deadline)
+        except Stopped as stopped:
+            print(f"STOPPED: the GPU of this process is lost: {stopped}", file=sys.stderr, flush=True)
+            break
     return list(bench.found.values())
 
 

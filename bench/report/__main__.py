@@ -7,12 +7,14 @@ python -m bench.report --readme  # the sections alone
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 
 from bench import targets
-from bench.report import dataflow, figures, kernel_tables, pony, preferences, tables
+from bench.report import dataflow, figures, kernel_tables, pony, tables
 from bench.report.data import EQUIVALENCE, Report, load, verified
+from bench.report.preferences import preferences
 from bench.results import ROOT, Json
 from happyhorse_fast.ops.runtime.dispatch import PREFERENCES
 
@@ -97,7 +99,7 @@ def main() -> None:
     if not options.readme:
         for name, figure in (figures.figures(report) | pony.figures(report)).items():
             figure.savefig(OUT / f"{name}.png", dpi=DPI, metadata={"Software": None})
-        PREFERENCES.write_text(preferences.text(report.gpu.values()))
+        PREFERENCES.write_text(json.dumps(preferences(report.gpu.values()), indent=1) + "\n")
     for path, section in sections(report).items():
         path.write_text(with_section(path.read_text(encoding="utf-8"), section), encoding="utf-8")
 
