@@ -34,7 +34,7 @@ from bench.cases import Case, cases, select
 from bench.gpu.__main__ import environment, primed_cache
 from bench.gpu.stages import COMMITS as FOLDER
 from bench.measure.timing import Timing
-from bench.results import COMMIT_VARIABLE, describe_machine
+from bench.results import COMMIT_VARIABLE, Json, describe_machine
 from bench.table import Table
 
 SOURCES = ("bench", "csrc", "happyhorse_fast", "kernels", ":!bench/results", ":!*.safetensors")
@@ -42,9 +42,6 @@ SOURCES = ("bench", "csrc", "happyhorse_fast", "kernels", ":!bench/results", ":!
 WORKER = Path(__file__).with_name("commit_worker.py")
 RUN = f"import runpy; runpy.run_path({str(WORKER)!r}, run_name='__main__')"
 COLUMNS = ("case", "commit", "ms", "spread", "TFLOP/s", "the first one's time over it", "MHz", "W")
-
-Turn = tuple[list[float], dict[str, Any]]
-"""(ms of each call, clock and power) of a commit's turn."""
 
 
 def interpreter(tree: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
@@ -145,7 +142,7 @@ def compare(commits: Sequence[Commit], case: Case, options: argparse.Namespace) 
         commit.ask("gate", case.name, options.impl)
     problems = {commit.tree.name: commit.answer(options.patience) for commit in asked}
     green = [commit for commit in asked if problems[commit.tree.name] == []]
-    taken: dict[str, list[Turn]] = {commit.tree.name: [] for commit in green}
+    taken: dict[str, list[tuple[list[float], Json]]] = {commit.tree.name: [] for commit in green}
     for commit in green * options.turns:
         if not commit.out:
             commit.ask("time", case.name, options.impl, options.seconds)
@@ -161,8 +158,8 @@ def compare(commits: Sequence[Commit], case: Case, options: argparse.Namespace) 
     return len(timed) == len(commits)
 
 
-def row(case: Case, name: str, taken: Sequence[Turn], first: Sequence[Turn]) -> tuple[str, ...]:
-    """A line of the table."""
+def row(case: Case, name: str, taken: Sequence[Any], first: Sequence[Any]) -> tuple[str, ...]:
+    """A line of the table, from turns: (ms of each call, clock and power)."""
     times, firsts = (Timing(tuple(ms for calls, _ in turns for ms in calls), "events") for turns in (taken, first))
     states = [state for _, state in taken if state]
     return (

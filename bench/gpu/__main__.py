@@ -221,18 +221,17 @@ def pack(folder: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def kept_packed(folder: Path, target: Path, every: float = EVERY_SECONDS) -> Iterator[None]:
+def kept_packed(folder: Path, target: Path) -> Iterator[None]:
     """Pack a folder again and again while inside, and once more at the end.
 
     Args:
         folder: What to pack.
         target: The archive.
-        every: Seconds between two.
     """
     ended = threading.Event()
 
     def run() -> None:
-        while not ended.wait(every):
+        while not ended.wait(EVERY_SECONDS):
             pack(folder, target)
 
     thread = threading.Thread(target=run, daemon=True)

@@ -111,7 +111,9 @@ def clip(report: Report) -> Figure:
     labelled: set[str] = set()
     for place, run in enumerate(runs):
         _bar(axes, place, run, labelled)
-    axes.set_yticks(range(len(runs)), [_run_name(run) for run in runs], fontsize=9, color=INK)
+    names = [f"{'second stage: ' if run['preset'] == SECOND_STAGE else ''}{form_of(run)}" for run in runs]
+    names = [re.sub(r"\(the default of \w+\)", "(default)", name) for name in names]
+    axes.set_yticks(range(len(runs)), names, fontsize=9, color=INK)
     axes.invert_yaxis()
     axes.set_xlabel("s")
     axes.set_xlim(0, max(run["total_s"] for run in runs) * 1.22)
@@ -121,11 +123,6 @@ def clip(report: Report) -> Figure:
     patches.append(Patch(facecolor="white", edgecolor=FAINT, hatch="///", label="extrapolated"))
     axes.legend(handles=patches, fontsize=8.5, frameon=False, loc="lower right")
     return figure
-
-
-def _run_name(run: Json) -> str:
-    stage = "second stage: " if run["preset"] == SECOND_STAGE else ""
-    return re.sub(r"\(the default of \w+\)", "(default)", f"{stage}{form_of(run)}")
 
 
 def _bar(axes: Axes, place: int, run: Json, labelled: set[str]) -> None:

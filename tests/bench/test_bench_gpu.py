@@ -230,12 +230,13 @@ def test_steps_have_the_time_of_their_weight(tmp_path):
     assert second > (110 - gpu.SPARE_SECONDS) / 60, "and what those before left"
 
 
-def test_all_that_a_run_leaves_is_one_small_file(tmp_path):
+def test_all_that_a_run_leaves_is_one_small_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "EVERY_SECONDS", 0.1)
     folder, target = tmp_path / "results" / "nvidia", tmp_path / "out" / "r.tgz"
     (folder / "r" / "logs").mkdir(parents=True)
     (folder / "r.json").write_text("{}")
     (folder / "r" / "logs" / "tests.log").write_bytes(random.Random(0).randbytes(3 << 20) + b"the end")
-    with gpu.kept_packed(folder, target, every=0.1):
+    with gpu.kept_packed(folder, target):
         for _ in range(100):
             if target.is_file():
                 break
