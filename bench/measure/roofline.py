@@ -15,8 +15,6 @@ from happyhorse_fast.costs import GPUS, Gpu
 
 MEASURED = "measured"
 """Source of ceilings that are not a maker's."""
-# Products of the 15B model whose shapes the library is measured at; the better one is the ceiling.
-_SHAPES = ("qkv", "up")
 COPY_BYTES = 4 << 30
 CPU_COPY_BYTES = 128 << 20
 
@@ -85,8 +83,8 @@ def measured(stopwatch: Stopwatch, *, seconds: float = 0.5, monitor: Monitor | N
     case = next(c for c in cases_of(FULL_SIZES[0] if on_gpu else SMALL_SIZE) if c.op == "qkv_linear")
     prepared = {}
     makers = (("bf16", bf16_product), ("fp8", fp8_product), ("int8", int8_product))
-    # A CPU's products of 8 bits are no ceiling of anything here.
-    for (precision, maker), name in itertools.product(makers if on_gpu else makers[:1], _SHAPES):
+    # The better of two products of the 15B model is the ceiling; a CPU's of 8 bits are none of anything here.
+    for (precision, maker), name in itertools.product(makers if on_gpu else makers[:1], ("qkv", "up")):
         _, features, inputs = case.weight_shape(name)
         with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):  # no 8 bits on this device
             call = maker(case.rows, features, inputs, device)

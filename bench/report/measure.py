@@ -47,7 +47,6 @@ CLIPS = (
     ("davinci-magihuman", "256p", 5),
     ("davinci-magihuman-sr-1080p", "1080p", 5),
 )
-TRACED = CLIPS[0]
 _GIB = 2**30
 
 
@@ -73,7 +72,7 @@ def measure_memory() -> Json:
         **describe_machine(torch.device("cpu")),
         "attention": {precision: default_attention(precision) for precision in ("bf16", "int8", "fp8")},
         "peaks": [_peak(form, *clip) for clip in CLIPS for form in SHOWN],
-        "timelines": [_timeline(form, *TRACED) for form in SHOWN],
+        "timelines": [_timeline(form, *CLIPS[0]) for form in SHOWN],
         "launches": [_launches(p, masks) for p in ("bf16", *EIGHT_BITS) for masks in (None, TopK(0.25))],
     }
 
