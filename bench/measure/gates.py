@@ -57,8 +57,6 @@ ROUNDED = {
     "fp8": (E4M3_DISTANCE, CODE_SLOPE),
 }
 """What a result may be off by in a format: distance and slope of a tile."""
-LEAST_NORMAL = torch.finfo(torch.float8_e4m3fn).smallest_normal
-"""Below it codes are further apart than an eighth of a value."""
 ALL_BLOCKS_UP_TO = 8
 DRAWN_BLOCKS = 6
 # Dynamic choices between scores that differ by their rounding alone may fall either way.
@@ -175,7 +173,8 @@ def code_ratios(y: Tensor, exact: Tensor, scale: Tensor) -> Tensor:
     1 % off. Each ratio counts at most a quarter, two codes.
     """
     codes = dequantize(to_e4m3(exact / scale.double()), scale, torch.float64)
-    normal = codes.abs() >= scale.double() * LEAST_NORMAL
+    least = torch.finfo(torch.float8_e4m3fn).smallest_normal  # below it codes are an eighth of a value apart, or more
+    normal = codes.abs() >= scale.double() * least
     return torch.where(normal, y / codes, 1.0).clamp(0.75, 1.25)
 
 
