@@ -1,9 +1,8 @@
 """Makes the sources run from a checkout that is not installed; to be imported before anything that needs kernels.
 
 A GPU machine may have torch and Triton but no network and nothing to install into. There, ``happyhorse_fast`` is found
-from the checkout's root, and the folders ``kernels/`` and ``csrc/``, which an installation maps into the package
-(docs/decisions/0001-kernels-package-dir.md), are put in their places here. Serves as a
-pytest plugin: ``pytest -p bench.bootstrap``.
+from the checkout's root, and so are the folders ``kernels/`` and ``csrc/`` beside it, which an installation maps into
+the package (docs/decisions/0001-kernels-package-dir.md). Serves as a pytest plugin: ``pytest -p bench.bootstrap``.
 """
 
 from __future__ import annotations
@@ -12,34 +11,15 @@ import importlib
 import importlib.util
 import os
 import pkgutil
-import sys
 from pathlib import Path
 
+import happyhorse_fast
+
 ROOT = Path(__file__).parents[1]
-MAPPED = ("csrc", "kernels")
-"""Folders beside the package that an installation has inside it."""
-
-
 PRIMED_VARIABLE = "HAPPYHORSE_FAST_PRIMED"
 """Set where Triton's cache was filled ahead, or is."""
-
-
-def map_folder(name: str) -> None:
-    """Make ``happyhorse_fast.<name>`` importable, where it is not."""
-    import happyhorse_fast
-
-    full = f"happyhorse_fast.{name}"
-    if full in sys.modules or importlib.util.find_spec(full) is not None:
-        return
-    folder = ROOT / name
-    spec = importlib.util.spec_from_file_location(
-        full, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None, folder
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[full] = module
-    spec.loader.exec_module(module)
-    setattr(happyhorse_fast, name, module)  # what an import of a submodule does
+if importlib.util.find_spec("happyhorse_fast.kernels") is None:
+    happyhorse_fast.__path__.append(str(ROOT))
 
 
 def settle_keys() -> None:
@@ -59,8 +39,6 @@ def settle_keys() -> None:
                 _ = member.cache_key  # to ask for it is to settle it
 
 
-for _name in MAPPED:
-    map_folder(_name)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1" and importlib.util.find_spec("triton") is not None
 """Whether kernels run in the interpreter, on CPU tensors."""
 if os.environ.get(PRIMED_VARIABLE):

@@ -1,7 +1,7 @@
 """Shapes as data, shared by tests, microbenchmarks and tuning: every op of the fast model at the sizes it meets there.
 
-A case is one op of one layer on one clip, in one precision. It knows what it costs: *useful* FLOPs are the model's own
-(:mod:`happyhorse_fast.costs`), *computed* ones include padding and the masked part of partial blocks.
+A case is one op of one layer on one clip, in one precision. It knows what it computes, padding and the masked part of
+partial blocks included.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.config import PATCH, ModelConfig
-from happyhorse_fast.costs import layer_kind, step_costs
 from happyhorse_fast.eager.model import Layer
 from happyhorse_fast.eager.sequence import Clip, dense_ranges, local_ranges
 from happyhorse_fast.fast.config import FastConfig
@@ -22,7 +21,6 @@ from happyhorse_fast.fast.layer import empty_layer
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
-from happyhorse_fast.verify.op_times import COSTED
 
 FULL = ModelConfig.preset("happyhorse-1.0-15b")
 # The full model's kinds of layer and head grouping at a size that plain torch on one core runs in milliseconds.
@@ -40,10 +38,6 @@ SMALL = ModelConfig(
 )
 # For Triton's interpreter, which takes 10 s for a layer of 1,750 tokens: half the heads' width, a third of the tokens.
 TINY = SMALL.replace(hidden_size=128, head_dim=64, num_heads_q=2)
-RESOLUTIONS = ("1080p", "540p", "256p")
-SECONDS = (5, 10, 15)
-PRECISIONS = ("fp8", "int8", "bf16")
-ATTENTION_FORMATS = ("fp8", "int8_qk", "bf16")
 BLOCK_SPARSE, DROP_IN = "block_sparse_attention", "attention"
 """Attention as a layer calls it, which knows how large scores can be, and as any model's tensors are given to it."""
 MASKS = ("window", "dense", "25%", "12.5%")
@@ -80,7 +74,9 @@ class Size:
 
 TINY_SIZE = Size("tiny", TINY, ClipTokens(3, 16, 32, 13), 40)
 SMALL_SIZE = Size("small", SMALL, ClipTokens(8, 32, 32, 33), 100)
-FULL_SIZES = tuple(Size(f"{r}-{s}s", FULL, tokens_for(r, "16:9", s)) for s in SECONDS for r in RESOLUTIONS)
+FULL_SIZES = tuple(
+    Size(f"{r}-{s}s", FULL, tokens_for(r, "16:9", s)) for s in (5, 10, 15) for r in ("1080p", "540p", "256p")
+)
 
 
 @functools.lru_cache
@@ -160,13 +156,7 @@ class Case:
     @property
     def product(self) -> str | None:
         """The layer's weight that the op multiplies by, None where it has none."""
-        return None if self._costed == "attention" else self._costed
-
-    @property
-    def _costed(self) -> str | None:
-        """Its name in :mod:`happyhorse_fast.costs`, which leaves out norms, row codes and the choice of blocks."""
-        parts = COSTED.get(self.op, (None,))
-        return self.part if self.part in parts else parts[0]
+        return {"fp8_linear_activation": "up", "fp8_linear_residual": self.part, "qkv_linear": "qkv"}.get(self.op)
 
     @property
     def keep(self) -> int | None:
@@ -179,21 +169,6 @@ class Case:
     def video_blocks(self) -> int:
         """Blocks of 128 rows that hold video."""
         return -(-padded_rows(self.size).starts[1] // BLOCK)
-
-    def useful_flops(self) -> float:
-        """FLOPs of the model's own tokens, features and pairs; 0 for norms."""
-        if self.op == "select_blocks":
-            return self.computed_flops()
-        if self._costed is None:
-            return 0.0
-        size = self.size
-        share = {"dense": 1.0, "25%": 0.25, "12.5%": 0.125}.get(self.part)
-        kind = layer_kind(size.config, self.layer, size.clip)
-        products, attention = ("bf16", "int8_qk") if self.precision == "int8_qk" else (self.precision, None)
-        costs = step_costs(
-            size.config, size.clip, text=size.text, precision=products, attention=attention, video_share=share
-        )
-        return next(c.flops for c in costs if c.op == self._costed and c.kind == kind)
 
     def computed_flops(self) -> float:
         """FLOPs that the kernel really does: padded rows and features, whole blocks of attention."""
@@ -220,7 +195,7 @@ def cases_of(size: Size) -> Iterator[Case]:
     config = size.config
     shared = next(i for i in range(config.num_layers) if i not in (*config.mm_layers, *config.gelu7_layers))
     sandwich = config.gelu7_layers[0]
-    for precision in ATTENTION_FORMATS:
+    for precision in ("fp8", "int8_qk", "bf16"):
         for mask in MASKS:
             if mask == "window" and not size.windowed:
                 continue
@@ -228,7 +203,7 @@ def cases_of(size: Size) -> Iterator[Case]:
             yield Case(BLOCK_SPARSE, mask, precision, size, local if mask == "window" else shared)
         yield Case("select_blocks", "25%", precision, size, shared)
     yield Case(DROP_IN, "dense", "bf16", size, shared)
-    for precision in PRECISIONS:
+    for precision in ("fp8", "int8", "bf16"):
         yield Case("fp8_linear_activation", "swiglu7", precision, size, shared)
         yield Case("fp8_linear_residual", "down", precision, size, shared)
         yield Case("qkv_linear", "", precision, size, shared)

@@ -34,8 +34,7 @@ class Worker:
         self.device, self.monitor = device, monitor
         self.cases = {case.name: case for case in cases(scope)}
         self.stopwatch = Stopwatch(device)
-        self._of: tuple[str, str] | None = None
-        self._prepared: Prepared | None = None
+        self._prepared: dict[tuple[str, str], Prepared] = {}
 
     def gate(self, name: str, impl: str) -> list[str]:
         """List what is wrong with a case's result."""
@@ -43,14 +42,14 @@ class Worker:
 
     def time(self, name: str, impl: str, seconds: float) -> tuple[list[float], dict[str, Any]]:
         """(ms of each call, clock and power) of one turn; the first turn of a case makes its inputs."""
-        if self._of != (name, impl):
-            self._of, self._prepared = (name, impl), None  # the last case's inputs go first
+        if (name, impl) not in self._prepared:
+            self._prepared.clear()  # the last case's inputs go first
             case: Case = self.cases[name]
             given: list[Given] = [make(case, self.device, seed) for seed in range(SETS)]
             calls = [functools.partial(call, case, one, impl) for one in given]
-            self._prepared = self.stopwatch.prepare(calls, dry=not seconds)
-        assert self._prepared is not None
-        span = self.stopwatch.interleave({name: self._prepared}, seconds=seconds, warm=WARM_SECONDS if seconds else 0)
+            self._prepared[name, impl] = self.stopwatch.prepare(calls, dry=not seconds)
+        contestants = {name: self._prepared[name, impl]}
+        span = self.stopwatch.interleave(contestants, seconds=seconds, warm=WARM_SECONDS if seconds else 0)
         return list(span.timings[name].times_ms), self.monitor.during(span.began, span.ended)
 
 

@@ -34,7 +34,7 @@ from bench.cases import Case, cases, select
 from bench.gpu.__main__ import environment, primed_cache
 from bench.gpu.stages import COMMITS as FOLDER
 from bench.measure.timing import Timing
-from bench.results import COMMIT_VARIABLE, describe_machine
+from bench.results import COMMIT_VARIABLE, Json, describe_machine
 from bench.table import Table
 
 SOURCES = ("bench", "csrc", "happyhorse_fast", "kernels", ":!bench/results", ":!*.safetensors")
@@ -42,9 +42,6 @@ SOURCES = ("bench", "csrc", "happyhorse_fast", "kernels", ":!bench/results", ":!
 WORKER = Path(__file__).with_name("commit_worker.py")
 RUN = f"import runpy; runpy.run_path({str(WORKER)!r}, run_name='__main__')"
 COLUMNS = ("case", "commit", "ms", "spread", "TFLOP/s", "the first one's time over it", "MHz", "W")
-
-Turn = tuple[list[float], dict[str, Any]]
-"""(ms of each call, clock and power) of a commit's turn."""
 
 
 def interpreter(tree: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
@@ -134,58 +131,44 @@ class Commit:
         self.process.wait()
 
 
-def compare(commits: Sequence[Commit], case: Case, impl: str, turns: int, seconds: float, patience: float) -> bool:
-    """Gate a case in all commits at once, then let the green ones take turns, and print the table.
-
-    Args:
-        commits: All; those that are out are passed over.
-        case: What is timed.
-        impl: By which implementation, as `bench.ops` names it.
-        turns: Of each commit.
-        seconds: Of each turn.
-        patience: Seconds to wait for an answer.
+def compare(commits: Sequence[Commit], case: Case, options: argparse.Namespace) -> bool:
+    """Gate a case in all commits that are not out at once, then let the green ones take turns, and print the table.
 
     Returns:
         Whether all took turns.
     """
-    asked, green, red = [commit for commit in commits if not commit.out], [], []
+    asked = [commit for commit in commits if not commit.out]
     for commit in asked:
-        commit.ask("gate", case.name, impl)
-    for commit in asked:
-        problems = commit.answer(patience)
-        if problems:
-            red.append((case.name, commit.tree.name, *"-" * (len(COLUMNS) - 3), problems[0]))
-        elif problems is not None:
-            green.append(commit)
-    taken: dict[str, list[Turn]] = {commit.tree.name: [] for commit in green}
-    for _ in range(turns):
-        for commit in green:
-            if not commit.out:
-                commit.ask("time", case.name, impl, seconds)
-                if (turn := commit.answer(patience)) is not None:
-                    taken[commit.tree.name].append(turn)
+        commit.ask("gate", case.name, options.impl)
+    problems = {commit.tree.name: commit.answer(options.patience) for commit in asked}
+    green = [commit for commit in asked if problems[commit.tree.name] == []]
+    taken: dict[str, list[tuple[list[float], Json]]] = {commit.tree.name: [] for commit in green}
+    for commit in green * options.turns:
+        if not commit.out:
+            commit.ask("time", case.name, options.impl, options.seconds)
+            if (turn := commit.answer(options.patience)) is not None:
+                taken[commit.tree.name].append(turn)
     timed = {commit.tree.name: taken[commit.tree.name] for commit in green if not commit.out}
-    rows = [row(case, name, found, next(iter(timed.values()))) for name, found in timed.items()] + red
-    rows += [(case.name, c.tree.name, *"-" * (len(COLUMNS) - 3), c.out) for c in commits if c.out]
+    rows = [row(case, name, found, next(iter(timed.values()))) for name, found in timed.items()]
+    without = {name: found[0] for name, found in problems.items() if found} | {
+        c.tree.name: c.out for c in commits if c.out
+    }
+    rows += [(case.name, name, *"-" * (len(COLUMNS) - 3), why) for name, why in without.items()]
     print(Table("", COLUMNS, tuple(rows)).text(), flush=True)
     return len(timed) == len(commits)
 
 
-def timing(taken: Sequence[Turn]) -> Timing:
-    """All turns' calls."""
-    return Timing(tuple(ms for times, _ in taken for ms in times), "events")
-
-
-def row(case: Case, name: str, taken: Sequence[Turn], first: Sequence[Turn]) -> tuple[str, ...]:
-    """A line of the table."""
-    times, states = timing(taken), [state for _, state in taken if state]
+def row(case: Case, name: str, taken: Sequence[Any], first: Sequence[Any]) -> tuple[str, ...]:
+    """A line of the table, from turns: (ms of each call, clock and power)."""
+    times, firsts = (Timing(tuple(ms for calls, _ in turns for ms in calls), "events") for turns in (taken, first))
+    states = [state for _, state in taken if state]
     return (
         case.name,
         name,
         f"{times.median_ms:.4g}",
         f"{(times.high_ms - times.low_ms) / times.median_ms:.0%}",
         f"{case.computed_flops() / times.median_ms / 1e9:.4g}",
-        f"{timing(first).median_ms / times.median_ms:.3f}x",
+        f"{firsts.median_ms / times.median_ms:.3f}x",
         *(f"{statistics.median(s[key] for s in states):.0f}" if states else "" for key in ("sm_mhz", "power_w")),
     )
 
@@ -225,9 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     commits = [Commit.started(FOLDER / name, device, options.scope) for name in names]
     try:
-        all_timed = [
-            compare(commits, case, options.impl, options.turns, options.seconds, options.patience) for case in chosen
-        ]
+        all_timed = [compare(commits, case, options) for case in chosen]
     finally:
         for commit in commits:
             commit.end()

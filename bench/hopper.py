@@ -7,7 +7,6 @@ both are checked and timed in one run, whatever is committed: ``"hopper"`` is th
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -26,9 +25,7 @@ def obstacle(device: torch.device) -> str | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return "needs a GPU"
     arch = compute_capability(device)
-    if arch != HOPPER_ARCH:
-        return f"needs warp-group products, sm_{HOPPER_ARCH}; this is sm_{arch}"
-    return None if importlib.util.find_spec("triton.experimental.gluon") else "Triton has no Gluon"
+    return None if arch == HOPPER_ARCH else f"needs warp-group products, sm_{HOPPER_ARCH}; this is sm_{arch}"
 
 
 def attention_kernel(state: FastState, device: torch.device) -> str:

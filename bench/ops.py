@@ -13,10 +13,11 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
-import functools
+import itertools
+import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,122 +29,58 @@ from bench.cases import Case, cases, select
 from bench.hopper import HOPPER
 from bench.measure.comparison import SLOW_SECONDS, Bench, Stopped, groups
 from bench.measure.conditions import Monitor
-from bench.measure.roofline import Peaks
 from bench.peers.registry import PEERS, split
-from bench.results import FOLDER, NOT_INTERLEAVED, Json, Results, describe_machine, path_for, ratio, refusal
-from bench.table import Table
+from bench.report.tables import ops_table
+from bench.results import FOLDER, Json, Results, describe_machine, path_for
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 from happyhorse_fast.ops.runtime.obstacles import lost
 
-KEEP = ("none", "gates", "all")
-COLUMNS = (
-    *("case", "impl", "ms", "spread", "TFLOP/s", "useful", "GB/s", "roofline", "of measured", "MHz", "W"),
-    "peers: their time over ours",
-)
 
-
-def run(
-    bench: Bench, chosen: Sequence[Case], results: Results | None, deadline: float, *, gates: bool = False
-) -> list[Json]:
+def run(bench: Bench, chosen: Sequence[Case], deadline: float, *, gates: bool = False) -> list[Json]:
     """Compare cases with quick peers first, then with those that compile as well; stops at the deadline.
 
     Args:
         bench: Where and how.
         chosen: Cases, most important first.
-        results: Written after every comparison.
         deadline: On ``time.monotonic``'s clock: no more work is started after it.
         gates: Hold cases against their gates, and time nothing.
 
     Returns:
         Entries that are written, or were kept; after gates alone those of red ones.
     """
-    found: dict[tuple[str, str], Json] = {}
-
-    def write(entry: Json) -> None:
-        print("; ".join(row(entry)), file=sys.stderr, flush=True)
-        found[entry["case"], entry["impl"]] = entry
-        if results is not None:
-            results.add("entries", entry)
-
-    if results is not None:
-        bench.gated = functools.partial(results.add, "gates")
-        for peaks in () if gates else (bench.measured, bench.peaks):
-            results.add("peaks", asdict(peaks))
-    of_all = groups(chosen)
+    for peaks in () if gates else (bench.measured, bench.peaks):
+        print(json.dumps(asdict(peaks)), file=sys.stderr, flush=True)
+        bench.results.add("peaks", asdict(peaks))
     quick = [peer for peer in bench.peers if not peer.slow]
-    for peers in [quick] if gates or len(quick) == len(bench.peers) else [quick, bench.peers]:
+    passes = [quick] if gates or len(quick) == len(bench.peers) else [quick, bench.peers]
+    for peers, group in itertools.product(passes, groups(chosen)):
         slow = [peer for peer in peers if peer.slow]
-        what = "gated" if gates else "compared with peers that compile" if slow else "timed"
-        spare = SLOW_SECONDS if slow and bench.device.type == "cuda" else 0
-        for group in of_all:
-            if slow and not any(peer.fits(case) for peer in slow for case in group):
-                continue
-            if time.monotonic() > deadline - spare:
-                print(f"time is up: {group[0].name} and later ones were not {what}", file=sys.stderr)
-                return list(found.values())
-            if not gates and (done := bench.done(group, peers)):
-                found |= {(entry["case"], entry["impl"]): entry for entry in done}
-                continue
-            try:
-                if gates:
-                    green = ", ".join(f"{case.name} {impl}" for case, impl in bench.green(group, write))
-                    print(f"green: {green or 'none'}", flush=True)
-                else:
-                    bench.compare(group, peers, write, deadline)
-            except Stopped as stopped:
-                print(f"STOPPED: the GPU of this process is lost: {stopped}", file=sys.stderr, flush=True)
-                return list(found.values())
-            finally:
-                if results is not None:
-                    results.add_absent(bench.absent)
-    return list(found.values())
+        if slow and not any(peer.fits(case) for peer in slow for case in group):
+            continue
+        if time.monotonic() > deadline - (SLOW_SECONDS if slow and bench.device.type == "cuda" else 0):
+            what = "gated" if gates else "compared with peers that compile" if slow else "timed"
+            print(f"time is up: {group[0].name} and later ones were not {what}", file=sys.stderr)
+            break
+        if not gates and bench.done(group, peers):
+            continue
+        try:
+            if gates:
+                green = ", ".join(f"{case.name} {impl}" for case, impl in bench.green(group))
+                print(f"green: {green or 'none'}", flush=True)
+            else:
+                bench.compare(group, peers, deadline)
+        except Stopped as stopped:
+            print(f"STOPPED: the GPU of this process is lost: {stopped}", file=sys.stderr, flush=True)
+            break
+    return list(bench.found.values())
 
 
-def row(entry: Json) -> list[str]:
-    """A line of the table; a red case has its reason in place of numbers."""
-    if (why := refusal(entry)) is not None:
-        return [entry["case"], entry["impl"], *"-" * (len(COLUMNS) - 3), why]
-    ours = entry["median_ms"]
-    spread = f"{(entry['high_ms'] - entry['low_ms']) / ours:.0%}" if "high_ms" in entry else ""
-    ratios = {name: ratio(entry, name) for name in entry["peers"]}
-    peers = ", ".join(f"{n} {NOT_INTERLEAVED if x is None else f'{x:.2f}x'}" for n, x in ratios.items())
-    measured, mhz, watts = (entry.get(name) for name in ("roofline_measured", "sm_mhz", "power_w"))
-    flops = [f"{entry[k]:.3g}" if entry.get(k) else "" for k in ("tflops", "tflops_useful")]
-    return [
-        entry["case"],
-        entry["impl"],
-        f"{ours:.4g}",
-        spread,
-        *flops,
-        f"{entry['gbps']:.4g}",
-        f"{entry['roofline']:.1%}",
-        "" if measured is None else f"{measured:.1%}",
-        *("" if value is None else f"{value:.0f}" for value in (mhz, watts)),
-        peers,
-    ]
-
-
-def table(entries: Iterable[Json]) -> str:
-    """Lines with aligned columns."""
-    return Table("Microbenchmarks of the ops", COLUMNS, tuple(tuple(row(entry)) for entry in entries)).text()
-
-
-def summary(peaks: Peaks, measured: Peaks, absent: Mapping[str, str], entries: Sequence[Json]) -> str:
-    """The table, what it is a share of, and what is absent."""
-    given, here = (
-        f"{p.bandwidth:.3g} TB/s, {', '.join(f'{name} {rate:.4g}' for name, rate in p.rates().items())} TFLOP/s"
-        for p in (peaks, measured)
-    )
-    state = "" if measured.sm_mhz is None or measured.power_w is None else (
-        f", products at {measured.sm_mhz:.0f} MHz and {measured.power_w:.0f} W"
-    )  # fmt: skip
-    lines = [
-        table(entries),
-        "",
-        f"roofline: {peaks.source}, {given}; measured here: {here}{state}",
-        *(f"absent: {name}: {reason}" for name, reason in sorted(absent.items())),
-    ]
-    return "\n".join(lines)
+def summary(bench: Bench) -> str:
+    """The table of entries, and what is absent."""
+    peaks = [asdict(bench.peaks), asdict(bench.measured)]
+    table = ops_table(bench.results.data | {"peaks": peaks, "entries": list(bench.found.values())})
+    absent = (f"absent: {name}: {reason}" for name, reason in sorted(bench.results.data["absent"].items()))
+    return "\n".join([table.text(), *absent])
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,14 +91,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="start no more work after this long")
 
 
-def open_results(given: Path | None, device: torch.device) -> Results | None:
-    """The result file that was asked for."""
-    if given is None:
-        return None
+def open_results(given: Path | None, device: torch.device) -> Results:
+    """The result file that was asked for, or what is kept in memory alone."""
     header = describe_machine(device)
-    if str(given) == "auto":
-        given = FOLDER
-    return Results(given if given.suffix == ".json" else path_for(header, given), header)
+    if given is not None and given.suffix != ".json":
+        given = path_for(header, FOLDER if str(given) == "auto" else given)
+    return Results(given, header)
 
 
 def default_backend(device: torch.device) -> str:
@@ -188,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--peers", choices=("all", "quick", "none"), default="all", help="quick: none that compiles")
     keep = "of the result file: nothing, gates' verdicts, or what was timed as well"
-    parser.add_argument("--keep", choices=KEEP, default="none", help=keep)
+    parser.add_argument("--keep", choices=("none", "gates", "all"), default="none", help=keep)
     parser.add_argument("--gates", action="store_true", help="hold every case against its gate, and time nothing")
     options: Any = parser.parse_args(argv)
     deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)
@@ -202,15 +137,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         reasons = {impl: without.get(impl, f"{', '.join(able)} run here") for impl in options.impl.split(",")}
         print("\n".join(f"not timed: {impl}: {reason}" for impl, reason in reasons.items()))
         return 0
-    known = results.data if results is not None else {}
+    results.add_absent(absent | without)
     chosen = select(cases(options.scope or ("main" if device.type == "cuda" else "small")), options.cases)
     with Monitor(device) as monitor:
-        bench = Bench(
-            device, impls[0], options.seconds, peers, absent | without, impls[1:], known, options.keep, monitor
-        )
-        entries = run(bench, chosen, results, deadline, gates=options.gates)
+        bench = Bench(device, impls[0], options.seconds, peers, impls[1:], results, options.keep, monitor)
+        entries = run(bench, chosen, deadline, gates=options.gates)
     if not options.gates:
-        print(summary(bench.peaks, bench.measured, bench.absent, entries))
+        print(summary(bench))
     if lost(device):
         return LOST
     return 0 if all(entry["verified"] for entry in entries) else 1

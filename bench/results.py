@@ -150,17 +150,18 @@ class Results:
     """A result file that is written as entries come; an entry takes the place of an earlier one of the same name.
 
     Args:
-        path: The file; continued where it exists and is of the same machine and commit.
+        path: The file; continued where it exists and is of the same machine and commit. None: entries are kept here
+            alone.
         header: From :func:`describe_machine`.
 
     Raises:
         ResultError: The file exists and is of another machine or commit, or not a result file.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
         self.path, self.header = path, dict(header)
         self.data: Json = {**header, "peaks": [], "absent": {}, "stages": [], "gates": [], "entries": [], "sampler": []}
-        if path.is_file():
+        if path is not None and path.is_file():
             data = read(path)
             for difference in differences(data, header):
                 raise ResultError(f"{path}: {difference}")
@@ -178,6 +179,8 @@ class Results:
         self._write()
 
     def _write(self) -> None:
+        if self.path is None:
+            return
         validate(self.data, str(self.path))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path, end=".partial") as partial:
@@ -205,11 +208,6 @@ def merged(files: Sequence[Json]) -> Json:
     return whole
 
 
-def ratio(entry: Json, peer: str) -> float | None:
-    """A peer's time over an entry's own, above 1 where ours is faster; None where they did not take turns in a span."""
-    return entry["peers"][peer] / entry["median_ms"] if entry.get("span") and peer in entry["peers"] else None
-
-
 def refusal(entry: Json) -> str | None:
     """Say why an entry shows no number, its peers' included; None where it has one."""
     reason = entry.get("reason") or "its correctness gate is red"
@@ -220,8 +218,6 @@ def refusal(entry: Json) -> str | None:
 
 RENAMED = {"gluon": "hopper"}
 """Recorded name of a kernel -> its name now."""
-NOT_INTERLEAVED = "not interleaved"
-"""Said of a comparison that no span is behind."""
 
 
 def comparable(one: Json, other: Json) -> bool:

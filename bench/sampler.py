@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import gc
 import importlib.util
+import json
 import statistics
 import sys
 import time
@@ -30,6 +31,7 @@ from bench.inputs import BOUNDED, RUNNING
 from bench.measure.conditions import Monitor
 from bench.measure.random_model import Backend, random_eager, random_fast
 from bench.ops import arguments, open_results
+from bench.report.tables import clip_table
 from bench.results import Json
 from bench.sampler_runs import MODES, PUBLISHED_SECONDS, SECOND_STAGE, Run, chosen, runs
 from happyhorse_fast.config import ModelConfig
@@ -39,7 +41,6 @@ from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.obstacles import BackendError, lost
-from happyhorse_fast.sampler.progress import StepInfo
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
@@ -80,7 +81,21 @@ class Bench:
 
         Afterwards ``lost`` says what took the GPU from this process, None where it works.
         """
-        entry = self._run(run, run.most_time if seconds is None else seconds)
+        entry, note = self.named(run) | dict.fromkeys(("s_per_step", "total_s", "peak_memory_gib")), ""
+        try:
+            self._cap(run.cap_gb)
+            with running(self.backend if run.fast else ""):
+                # A model of this frame's would outlive what is forgotten below.
+                entry |= self._measure(self._model_for(run), run, run.most_time if seconds is None else seconds)
+        except torch.cuda.OutOfMemoryError as error:
+            note = f"out of memory: {str(error).partition('. ')[0]}"
+        except BackendError as error:
+            note = f"{NOT_RUN}: {error}"
+        except Exception as error:  # whatever a compiler or driver raises must not end the other runs
+            note = f"{FAILED}: {type(error).__name__}: {error}"
+        if note:
+            self._forget()
+            entry["note"] = note
         self.lost = lost(self.device)
         if self.lost is None:
             self._cap(None)
@@ -89,23 +104,6 @@ class Bench:
     def named(self, run: Run) -> Json:
         """Fields of a result file that name a run."""
         return dataclasses.asdict(run) | ({"backend": self.backend} if run.fast else {})
-
-    def _run(self, run: Run, seconds: float) -> Json:
-        entry = self.named(run) | dict.fromkeys(("s_per_step", "total_s", "peak_memory_gib"))
-        try:
-            self._cap(run.cap_gb)
-            with running(self.backend if run.fast else ""):
-                model = self._model_for(run)
-                return entry | self._measure(model, run, seconds)
-        except torch.cuda.OutOfMemoryError as error:
-            self._forget()
-            return entry | {"note": f"out of memory: {str(error).partition('. ')[0]}"}
-        except BackendError as error:
-            self._forget()
-            return entry | {"note": f"{NOT_RUN}: {error}"}
-        except Exception as error:  # whatever a compiler or driver raises must not end the other runs
-            self._forget()
-            return entry | {"note": f"{FAILED}: {type(error).__name__}: {error}"}
 
     def _measure(self, model: HappyHorse, run: Run, seconds: float) -> Json:
         clip, text = self._clip(run.resolution, run.seconds), TINY_SIZE.text if self.tiny else TEXT_TOKENS
@@ -148,15 +146,15 @@ class Bench:
     ) -> tuple[list[float], list[str]]:
         times: list[float] = []
 
-        def callback(info: StepInfo) -> None:
-            times.append(info.seconds)
+        def took(step: float) -> None:
+            times.append(step)
             if sum(times) > seconds and 2 <= len(times) < run.steps:
                 raise Enough
 
         video, audio, text = inputs
-        noise = torch.Generator(self.device).manual_seed(SEED)
-        shared: dict[str, Any] = {"steps": run.steps, "noise": noise, "callback": callback, "progress": False}
-        notes: list[str] = []
+        noise, notes = torch.Generator(self.device).manual_seed(SEED), list[str]()
+        shared: dict[str, Any] = {"steps": run.steps, "noise": noise, "progress": False}
+        shared["callback"] = lambda info: took(info.seconds)
         try:
             if run.preset != SECOND_STAGE:
                 sample(model, video, audio, text, **shared)
@@ -166,20 +164,16 @@ class Bench:
                 super_resolve(model, first, audio, text, size=(video.shape[3], video.shape[4]), **shared)
             else:
                 notes.append("model evaluations alone: diffusers, whose UniPC advances the latents, is not installed")
-                self._evaluate(model, inputs, run.steps, callback)
+                for _ in range(run.steps):
+                    began = time.perf_counter()
+                    with torch.no_grad():
+                        model(*inputs)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)
+                    took(time.perf_counter() - began)
         except Enough:
             pass
         return times, notes
-
-    def _evaluate(self, model: HappyHorse, inputs: Sequence[torch.Tensor], steps: int, callback: Any) -> None:
-        video, audio, _ = inputs
-        for step in range(steps):
-            began = time.perf_counter()
-            with torch.no_grad():
-                model(*inputs)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            callback(StepInfo(step + 1, steps, 0.0, time.perf_counter() - began, None, video, audio))
 
     def _clip(self, resolution: str, seconds: int = PUBLISHED_SECONDS) -> ClipTokens:
         if not self.tiny:
@@ -258,20 +252,6 @@ def memory_fraction(gb: int | None, total: int) -> float:
     return 1.0 if gb is None else min(1.0, usable_bytes(gb) / total)
 
 
-def line(entry: Json) -> str:
-    """One line of the table."""
-    where = f"{entry['preset']} {entry['resolution']} {entry['mode']}, {entry['mask']}"
-    where += f", as a {entry['cap_gb']} GB card" if entry["cap_gb"] else ""
-    if entry["s_per_step"] is None:
-        return f"{where}: {entry['note']}"
-    numbers = f"{entry['s_per_step']:.3f} s/step, {entry['steps']} steps {entry['total_s']:.1f} s"
-    note = f" ({entry['note']})" if entry["note"] else ""
-    peak, mhz, watts = (entry.get(name) for name in ("peak_memory_gib", "sm_mhz", "power_w"))
-    numbers += "" if peak is None else f", peak {peak:.1f} GiB"
-    numbers += "" if mhz is None or watts is None else f", {mhz:.0f} MHz, {watts:.0f} W"
-    return f"{where}: {numbers}{note}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 1 where a run failed, 3 where the GPU is lost to this process."""
     parser = argparse.ArgumentParser(prog="python -m bench.sampler", description=__doc__.partition("\n")[0])
@@ -292,8 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     results = open_results(options.results, device)
-    known = results.data["sampler"] if results and options.keep == "all" else []
-    failed = False
+    known = results.data["sampler"] if options.keep == "all" else []
+    done: list[Json] = []
     with Monitor(device) as monitor:
         bench = Bench(device, options.tiny, options.backend, monitor)
         for run in wanted:
@@ -304,15 +284,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"not run: {run.name} needs {run.least_time:.0f} s, {-left:.0f} more than are left", flush=True)
                 continue
             entry = bench.run(run, min(options.seconds_per_run or run.most_time, left))
-            failed |= entry["s_per_step"] is None and entry["note"].startswith(FAILED)
-            print(line(entry), flush=True)
+            print(json.dumps(entry), flush=True)
+            done.append(entry)
             # A self-check that took the GPU is remembered: started again, the run goes on without that kernel.
-            if results is not None and not (bench.lost and entry["note"].startswith(NOT_RUN)):
+            if not (bench.lost and entry["note"].startswith(NOT_RUN)):
                 results.add("sampler", entry)
             if bench.lost:
                 print(f"STOPPED: the GPU of this process is lost in {run.name}: {bench.lost}", file=sys.stderr)
                 return LOST
-    return int(failed)
+    print(clip_table(results.data | {"sampler": done}).text())
+    return int(any(entry["s_per_step"] is None and entry["note"].startswith(FAILED) for entry in done))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.cases import BLOCK_SPARSE, DROP_IN
 from bench.inputs import BOUNDED, FOUND, RUNNING
@@ -20,17 +21,19 @@ from bench.measure.roofline import gpu_named
 from bench.report.data import ceilings, form_of, gpu_results, measured_ceilings, share_of, steps_timed
 from bench.report.predictions import PREDICTIONS, SIZE, Prediction
 from bench.report.tables import gpu_tables
-from bench.results import FOLDER, NOT_INTERLEAVED, Json, comparable, ratio, read
+from bench.results import FOLDER, Json, comparable, read
 from bench.sampler_runs import BASE, SECOND_STAGE, Run
 from bench.table import Table
 
-ATTENTION = ("window", "25%")
-GOALS = (
+GOALS: tuple[tuple[str, str | None, dict[str, float]], ...] = (
+    ("bf16", None, {"window": 530, "25%": 530}),
+    ("fp8", None, {"window": 650, "25%": 650}),
     ("bf16", BOUNDED, {"dense": 700, "25%": 700, "window": 700}),
     ("int8_qk", BOUNDED, {"dense": 760, "25%": 840, "window": 780}),
     ("fp8", RUNNING, {"dense": 850}),
 )
-"""TFLOP/s of attention's second forms; what the first kernels reached is no outcome of these."""
+"""(precision, form of the softmax, TFLOP/s by mask) of attention; of no form are the goals of the first kernels, whose
+outcomes are none of the second forms'."""
 FINDING = 0.5
 """ms that finding the bound on the device may add to dense attention: 0.25 predicted, and twice that."""
 PRODUCTS = ("fp8_linear_activation-swiglu7", "fp8_linear_residual-down", "qkv_linear", "fp8_linear_residual-proj")
@@ -38,9 +41,6 @@ MEMORY_BOUND = ("rmsnorm_quantize", "select_blocks-25%")
 SCALED_MM, BF16_MM, INT_MM = (
     f"{name} (product only)" for name in ("torch._scaled_mm", "torch.mm bf16", "torch._int_mm")
 )
-LEAST_OF_PRODUCT = 0.95
-"""Share of the library's bare product's speed, in turns with it, that a product with its epilogue keeps; up, which
-adds to nothing in memory, 0.98."""
 _IN_FP8 = "8 steps, window, products in fp8, attention"
 CLIPS = (
     ("8 steps, window, fp8", Run(BASE, "1080p", "fast fp8"), None, 32),
@@ -94,15 +94,11 @@ class Line:
 
 def lines(data: Json) -> Iterator[Line]:
     """Every target of one GPU's results."""
-    for precision, wanted in (("bf16", 530), ("fp8", 650)):
-        for part in ATTENTION:
-            entry, note = best(data, f"block_sparse_attention-{part}", precision)
-            what = f"attention {part} {precision}, computed blocks"
-            yield Line(what, wanted, entry["tflops"] if entry else None, "TFLOP/s", note=note)
     for precision, softmax, goals in GOALS:
         for part, wanted in goals.items():
-            entry, note = best(data, f"{BLOCK_SPARSE}-{part}", precision, softmax=softmax)
-            what = f"attention {part} {precision}, {softmax}, computed blocks"
+            form: dict[str, Any] = {"softmax": softmax} if softmax else {}
+            entry, note = best(data, f"{BLOCK_SPARSE}-{part}", precision, **form)
+            what = ", ".join(filter(None, (f"attention {part} {precision}", softmax, "computed blocks")))
             yield Line(what, wanted, entry["tflops"] if entry else None, "TFLOP/s", note=note)
     yield _finding(data)
     for kind in PRODUCTS:
@@ -111,16 +107,14 @@ def lines(data: Json) -> Iterator[Line]:
         yield _against(f"{kind} fp8 against torch._scaled_mm", entry, SCALED_MM, 1.0)
     for kind, (precision, peer) in itertools.product(PRODUCTS, (("fp8", SCALED_MM), ("bf16", BF16_MM))):
         entry, _ = best(data, kind, precision, in_turns=True)
-        least = 0.98 if kind == PRODUCTS[0] else LEAST_OF_PRODUCT
+        least = 0.98 if kind == PRODUCTS[0] else 0.95  # up adds to nothing in memory
         yield _against(f"{kind} {precision} in turns with its bare product", entry, peer, least)
     for kind in PRODUCTS:
         entry, _ = best(data, kind, "int8", in_turns=True)
         yield _against(f"{kind} int8 in turns with torch._int_mm", entry, INT_MM, 1.0)
-    for kind, precision, peer in (
-        ("qkv_linear", "bf16", BF16_MM),
-        ("qkv_linear", "fp8", SCALED_MM),
-    ):
-        yield _against(f"{kind} {precision} against its bare product", best(data, kind, precision)[0], peer, 1 / 1.1)
+    for precision, peer in (("bf16", BF16_MM), ("fp8", SCALED_MM)):
+        entry, _ = best(data, "qkv_linear", precision)
+        yield _against(f"qkv_linear {precision} against its bare product", entry, peer, 1 / 1.1)
     # The datasheet's, not a copy's: that is no ceiling, rmsnorm_quantize moves half as much again.
     peaks = next(iter(ceilings(data)), None)
     for kind in MEMORY_BOUND:
@@ -134,24 +128,24 @@ def lines(data: Json) -> Iterator[Line]:
 
 def _against(what: str, entry: Json | None, peer: str, wanted: float) -> Line:
     taken = entry["peers"].get(peer) if entry else None
-    note = f"{peer} {taken:.4g} ms" if taken else f"{peer} was not timed" if entry else NOT_MEASURED
-    if taken and entry and ratio(entry, peer) is None:
-        note += f", {NOT_INTERLEAVED}"
-    return Line(what, wanted, taken / entry["median_ms"] if taken and entry else None, "x its speed", note=note)
+    if not entry or not taken:
+        return Line(what, wanted, None, "x its speed", note=f"{peer} was not timed" if entry else NOT_MEASURED)
+    note = f"{peer} {taken:.4g} ms{'' if entry.get('span') else ', not interleaved'}"
+    return Line(what, wanted, taken / entry["median_ms"], "x its speed", note=note)
 
 
 def _finding(data: Json) -> Line:
     """Compare attention whose bound is found on the device with one that is known, by the kernel fastest there."""
-    what = "attention() dense bf16, more than with a known bound"
+    more, known = None, None
     found, note = best(data, f"{DROP_IN}-dense", "bf16", softmax=f"{BOUNDED}{FOUND}")
-    if found is None:
-        return Line(what, FINDING, None, "ms", least=False, note=note)
-    known, note = best(data, f"{BLOCK_SPARSE}-dense", "bf16", softmax=BOUNDED, impl=found["impl"])
-    if known is None or not comparable(found, known):
-        return Line(what, FINDING, None, "ms", least=False, note="its times are of two spans" if known else note)
-    more = found["median_ms"] - known["median_ms"]
-    note = f"{found['impl']}, {found['median_ms']:.4g} ms beside {known['median_ms']:.4g}"
-    return Line(what, FINDING, more, "ms", least=False, note=note)
+    if found:
+        known, note = best(data, f"{BLOCK_SPARSE}-dense", "bf16", softmax=BOUNDED, impl=found["impl"])
+    if found and known and comparable(found, known):
+        more = found["median_ms"] - known["median_ms"]
+        note = f"{found['impl']}, {found['median_ms']:.4g} ms beside {known['median_ms']:.4g}"
+    elif known:
+        note = "its times are of two spans"
+    return Line("attention() dense bf16, more than with a known bound", FINDING, more, "ms", least=False, note=note)
 
 
 def best(

@@ -16,16 +16,14 @@ from bench import ops
 from bench.cases import Case, cases
 from bench.measure import comparison
 from bench.measure.conditions import Monitor
-from bench.measure.timing import Recorded
 from bench.peers.registry import PEERS, split
-from bench.results import Json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCOPE = os.environ.get("BENCH_SCOPE") or ("main" if DEVICE.type == "cuda" else "small")
 BACKEND = ops.default_backend(DEVICE)
 OTHERS, WITHOUT = ops.other_backends(DEVICE)
-RECORDED = Recorded()
-WRITTEN: list[Json] = []
+NOW = [0.0]
+"""Seconds of all calls so far."""
 
 
 def benchmarks() -> list[Any]:
@@ -41,20 +39,30 @@ def benchmarks() -> list[Any]:
 def bench() -> Iterator[comparison.Bench]:
     """Peers of this machine, found once; the table at the end."""
     peers, absent = split(PEERS, DEVICE)
-    made = comparison.Bench(DEVICE, BACKEND, seconds=0.2, peers=peers, absent=absent | WITHOUT)
+    made = comparison.Bench(DEVICE, BACKEND, seconds=0.2, peers=peers, results=ops.open_results(None, DEVICE))
+    made.results.add_absent(absent | WITHOUT)
     with Monitor(DEVICE) as made.monitor:
         yield made
-    print(f"\n{ops.summary(made.peaks, made.measured, made.absent, WRITTEN)}")
+    print(f"\n{ops.summary(made)}")
 
 
-@pytest.mark.benchmark(timer=RECORDED.seconds)
+def seconds() -> float:
+    """A clock of the recorded calls: the host's, around one on a GPU, would hold its launch and no device time."""
+    return NOW[0]
+
+
+@pytest.mark.benchmark(timer=seconds)
 @pytest.mark.parametrize(("case", "impl"), benchmarks())
 def test_op(case: Case, impl: str, benchmark: Any, bench: comparison.Bench) -> None:
     """Gate, then time; a red gate fails and leaves no number."""
     bench.backend = impl
-    timing = bench.compare((case,), bench.peers, WRITTEN.append).get((case, impl))
+    timing, entry = bench.compare((case,), bench.peers).get((case, impl)), bench.found[case.name, impl]
     if timing is None:
-        pytest.fail(WRITTEN[-1]["reason"])
-    RECORDED.load(timing)
-    benchmark.pedantic(RECORDED.call, rounds=len(timing.times_ms))
-    benchmark.extra_info.update(WRITTEN[-1])
+        pytest.fail(entry["reason"])
+    recorded = iter(timing.times_ms)
+
+    def played() -> None:
+        NOW[0] += next(recorded) / 1e3
+
+    benchmark.pedantic(played, rounds=len(timing.times_ms))
+    benchmark.extra_info.update(entry)

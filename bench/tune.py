@@ -1,7 +1,6 @@
 """Launch configurations: legal candidates timed at the full model's shapes, the best written to ``kernels/configs``.
 
-    python -m bench.tune --cases swiglu7 --minutes 5 --write
-    python -m bench.tune --dry            # only shows the candidates
+    python -m bench.tune --cases swiglu7 --minutes 5 --folder kernels/configs
 
 A candidate counts only if the case's gate is green with it; the best one and it take turns (`measure.timing`).
 Users' processes never tune: what is committed runs.
@@ -12,13 +11,13 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from bench import LOST, began
 from bench.cases import BLOCK_SPARSE, Case, cases, select
 from bench.hopper import HOPPER
 from bench.inputs import Given, call, make
+from bench.measure.comparison import SETS
 from bench.measure.gates import problems
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
 from happyhorse_fast.files import replacing
@@ -37,19 +37,10 @@ from happyhorse_fast.ops.runtime.obstacles import lost
 CONFIGS = bootstrap.ROOT / "kernels" / "configs"
 # A candidate must be faster than the best one by more than two runs of the same configuration differ.
 LEAST_GAIN = 0.02
-SEEDS = 2
 # What is varied around the committed configuration, per stem. Attention's block_n is its step of P, which accuracy
 # depends on: it stays.
-CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
-    "attention": {"num_warps": (4, 8), "num_stages": (2, 3, 4)},
-    "linear": {
-        "block_n": (128, 256),
-        "block_k": (64, 128),
-        "num_warps": (4, 8),
-        "num_stages": (3, 4, 5),
-    },
-    "qkv": {"block_n": (128, 256), "block_k": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5)},
-}
+PRODUCTS = {"block_n": (128, 256), "block_k": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5)}
+CHOICES = {"attention": {"num_warps": (4, 8), "num_stages": (2, 3, 4)}, "linear": PRODUCTS, "qkv": PRODUCTS}
 GROUP_M = (8, 16, 32)
 """Varied for the best of the rest alone, a third of the candidates: it changes what is read from L2, not what runs."""
 
@@ -78,10 +69,10 @@ def candidates(case: Case, arch: int) -> list[LaunchConfig]:
     choices = CHOICES[STEMS[case.op]]
     made = [base]
     if str(arch) in table(STEMS[case.op]).get(f"{variant(case)}_hopper", {}):
-        made.append(dataclasses.replace(base, hopper=not base.hopper))
-    plain = dataclasses.replace(base, hopper=False)  # what varies is the plain kernel's
+        made.append(replace(base, hopper=not base.hopper))
+    plain = replace(base, hopper=False)  # what varies is the plain kernel's
     for values in itertools.product(*choices.values()):
-        config = dataclasses.replace(plain, **dict(zip(choices, values, strict=True)))
+        config = replace(plain, **dict(zip(choices, values, strict=True)))
         if (
             config not in made
             and illegal(config, arch, fp8=case.precision == "fp8", shared_bytes=_shared(case, config)) is None
@@ -113,7 +104,7 @@ def prepare(case: Case, arch: int, config: LaunchConfig, stopwatch: Stopwatch, *
             found = problems(case, make(case, device), impl)
         if found:
             return f"gate: {found[0]}"
-        sets = (make(case, device, seed) for seed in range(SEEDS))
+        sets = (make(case, device, seed) for seed in range(SETS))
         return stopwatch.prepare([functools.partial(launch, given) for given in sets], dry=dry)
     except Exception as error:  # out of shared memory or registers, whatever the compiler raises
         return f"{type(error).__name__}: {str(error)[:120]}"
@@ -168,10 +159,13 @@ def tune(
     best, chosen = prepare(case, arch, first, stopwatch, dry=not seconds), None
     state = best if isinstance(best, str) else f"about {best.about_ms:.4g} ms"
     print(f"{STEMS[case.op]} {variant(case)} on {case.name}: committed {state}", flush=True)
-    work = others[:limit]
-    refined = False
-    while work:
-        config = work.pop(0)
+
+    def groups() -> Iterator[LaunchConfig]:
+        if limit is None:
+            tuned = chosen or first
+            yield from (replace(tuned, group_m=m) for m in GROUP_M if tuned.group_m not in (0, m))  # attention has none
+
+    for config in itertools.chain(others[:limit], groups()):
         if time.monotonic() > deadline:
             print("  time is up", flush=True)
             break
@@ -182,17 +176,13 @@ def tune(
                 won, said = (True, said) if isinstance(best, str) else beaten(best, candidate, stopwatch, seconds)
             except Failed as error:
                 said = str(error)
-        changed = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(first, k)}
+        changed = {k: v for k, v in asdict(config).items() if v != getattr(first, k)}
         print(f"  {changed}: {said}", flush=True)
         if won:
             best, chosen = candidate, config
         reason = lost(stopwatch.device)
         if reason:
             raise RuntimeError(f"the GPU of this process is lost after {changed}: {reason}")
-        if not work and not refined and limit is None:
-            tuned, refined = chosen or first, True
-            groups = [group for group in GROUP_M if tuned.group_m not in (0, group)]  # attention has none
-            work = [dataclasses.replace(tuned, group_m=group) for group in groups]
     return chosen
 
 
@@ -203,9 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scope", default="main", help="sizes to tune at")
     parser.add_argument("--cases", default="", help="comma-separated words of cases' names")
     parser.add_argument("--limit", type=int, help="candidates per entry, all by default")
-    parser.add_argument("--folder", type=Path, help="write tables there, beside --write")
-    parser.add_argument("--write", action="store_true", help="write the best to kernels/configs")
-    parser.add_argument("--dry", action="store_true", help="show the candidates of sm_90, and time nothing")
+    parser.add_argument("--folder", type=Path, help="write the best into tables there, such as kernels/configs")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -216,13 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     deadline, device = began(argv) + 60 * options.minutes, torch.device(options.device)
     found = [case for case in select(cases(options.scope), options.cases) if variant(case)]
-    if options.dry:
-        for case in found:
-            legal = candidates(case, 90)
-            print(f"{STEMS[case.op]} {variant(case)} on {case.name}: {len(legal)} candidates, first {legal[0]}")
-        return 0
     if device.type != "cuda" and not bootstrap.INTERPRETED:
-        print("python -m bench.tune: needs a CUDA device; --dry shows the candidates", file=sys.stderr)
+        print("python -m bench.tune: needs a CUDA device", file=sys.stderr)
         return 2
     from happyhorse_fast.ops.runtime.triton.device import architecture
 
@@ -238,10 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             print(f"STOPPED: {error}", flush=True)
             return LOST
-        if best is None:
-            continue
-        for folder in (*([options.folder] if options.folder else []), *([CONFIGS] if options.write else [])):
-            print(f"  {best} -> {write(folder, case, arch, best)}")
+        if best is not None and options.folder is not None:
+            print(f"  {best} -> {write(options.folder, case, arch, best)}")
     return 0
 
 

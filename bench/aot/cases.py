@@ -28,6 +28,8 @@ ROWS, HIDDEN, HEADS_Q, HEADS_KV, HEAD_DIM = 64_256, 5120, 40, 8, 128
 """5 s at 1080p, 24 fps, padded to whole tiles; the 15B model's widths."""
 UP, DOWN, GELU = 27_392, 13_696, 20_480
 """Features of the padded SwiGLU7 product, their half, and those of the GELU7 product."""
+SHAPES = {"swiglu7": ((UP, HIDDEN),), "gelu7": ((GELU, HIDDEN),), "residual": ((HIDDEN, HIDDEN), (HIDDEN, DOWN))}
+"""(F, K) where the model meets a product: up; proj; and down, of which SwiGLU7's alone is no multiple of 256."""
 BLOCKS = (502, 1464)
 """Blocks of 128 tokens of 5 s and of 15 s at 1080p."""
 HEAD_DIMS = (32, 64, 128)
@@ -220,12 +222,6 @@ def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bo
     }
 
 
-def linear_shapes(epilogue: str) -> tuple[tuple[int, int], ...]:
-    """(F, K) where the model meets a product: up; proj; and down, of which SwiGLU7's alone is no multiple of 256."""
-    of = {"swiglu7": ((UP, HIDDEN),), "gelu7": ((GELU, HIDDEN),), "residual": ((HIDDEN, HIDDEN), (HIDDEN, DOWN))}
-    return of.get(epilogue, ((HIDDEN, HIDDEN),))
-
-
 def linears(arch: int) -> Iterator[Case]:
     """`fp8_linear` and its epilogues: every entry of the table, both outputs of an activation, both ways to load.
 
@@ -238,7 +234,7 @@ def linears(arch: int) -> Iterator[Case]:
         activation = epilogue in ("swiglu7", "gelu7")
         of_bf16 = ("bf16",) if fmt == "int8" or arch < FP8_SINCE else ("bf16", "fp8")
         outs = of_bf16 if activation else ("float32" if epilogue == "residual" else "bf16",)
-        products = [(*shape, activation or fmt == "int8") for shape in linear_shapes(epilogue)]
+        products = [(*shape, activation or fmt == "int8") for shape in SHAPES.get(epilogue, ((HIDDEN, HIDDEN),))]
         if fmt == "fp8" and not activation:
             products.append((HIDDEN, HIDDEN, True))
         for (features, inputs, per_row), experts, out, pointers in itertools.product(

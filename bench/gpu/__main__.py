@@ -13,12 +13,15 @@ import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
 import contextlib
+import io
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,10 +31,10 @@ import torch
 
 import bench
 from bench import LOST, targets
-from bench.gpu import archive
 from bench.gpu.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
 from bench.prime import file as primed
 from bench.results import COMMIT_VARIABLE, FOLDER, Results, describe_machine, path_for
+from happyhorse_fast.files import replacing
 
 TOTAL_SECONDS = 540
 # Of a dry run, whose stages only have to end: some 180 s on a free core, 100 of them for what is built anew.
@@ -45,6 +48,10 @@ SPARE_SECONDS = 8
 TAIL_LINES = 30
 # A command that lost the GPU is started again with at least this much left, of which it needs 10 s to start.
 AGAIN_SECONDS = 20
+# A machine may give back a few small files only, and only those that are there when its time ends: so all that is left
+# is packed again and again, of a long log so many bytes of its end.
+EVERY_SECONDS = 15.0
+LOG_BYTES = 1 << 20
 CACHE_VARIABLE = "TRITON_CACHE_DIR"
 KEY = "triton-key.txt"
 
@@ -75,22 +82,17 @@ def run_command(command: Sequence[str], log: Path, seconds: float, dry: bool) ->
         )
         try:
             code = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return 124, f"cut after {seconds:.0f} s{_killed(process)}"
-        except BaseException:  # interrupted: what was started must not stay on the GPU
-            _killed(process)
+            return code, "ok" if code == 0 else f"exit code {code}"
+        except BaseException as error:  # its time is up, or the run's: what was started must not stay on the GPU
+            os.killpg(process.pid, signal.SIGKILL)
+            said = f"cut after {seconds:.0f} s"
+            try:
+                process.wait(timeout=KILLED_SECONDS)
+            except subprocess.TimeoutExpired:
+                said += f", and still there {KILLED_SECONDS} s after it was killed"
+            if isinstance(error, subprocess.TimeoutExpired):
+                return 124, said
             raise
-    return code, "ok" if code == 0 else f"exit code {code}"
-
-
-def _killed(process: subprocess.Popen[bytes]) -> str:
-    """Kill a process group; says where it does not end."""
-    os.killpg(process.pid, signal.SIGKILL)
-    try:
-        process.wait(timeout=KILLED_SECONDS)
-    except subprocess.TimeoutExpired:
-        return f", and still there {KILLED_SECONDS} s after it was killed"
-    return ""
 
 
 def run_step(step: Step, log: Path, seconds: float, dry: bool) -> tuple[int, str]:
@@ -107,13 +109,12 @@ def run_step(step: Step, log: Path, seconds: float, dry: bool) -> tuple[int, str
         more = list(step.again)
 
 
-def run_stage(stage: Stage, context: Context, results: Results, seconds: float) -> bool:
+def run_stage(stage: Stage, context: Context, seconds: float) -> bool:
     """Run one stage, record how it went, and show the end of its output.
 
     Args:
         stage: What to run.
-        context: Where.
-        results: The file that the outcome goes into; the stage's commands write into it as well.
+        context: Where; the outcome goes into its result file, as the results of the stage's commands do.
         seconds: When it is cut. A step has its weight's part of what is left.
     """
     log = context.results.with_suffix("") / "logs" / f"{stage.name}.log"
@@ -133,14 +134,14 @@ def run_stage(stage: Stage, context: Context, results: Results, seconds: float) 
     if log.is_file():
         print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:]))
     print(f"== {stage.name}: {'; '.join(said)} ({took:.0f} s of {max(seconds, 0):.0f})\n", flush=True)
-    for partial in results.path.parent.glob("*.partial"):  # of a write that was cut
+    for partial in context.results.parent.glob("*.partial"):  # of a write that was cut
         partial.unlink()
-    fresh = Results(results.path, results.header)  # stages wrote into the file meanwhile
-    fresh.add("stages", {"name": stage.name, "passed": passed, "seconds": round(took, 1), "outcome": "; ".join(said)})
+    entry = {"name": stage.name, "passed": passed, "seconds": round(took, 1), "outcome": "; ".join(said)}
+    Results(context.results, context.header).add("stages", entry)  # into which the stage wrote meanwhile
     return passed
 
 
-def run_stages(stages: Sequence[Stage], context: Context, results: Results, deadline: float) -> dict[str, bool]:
+def run_stages(stages: Sequence[Stage], context: Context, deadline: float) -> dict[str, bool]:
     """Run stages one after another; which of them passed.
 
     A stage ends by its own place in the plan, which is the deadline for the last one: what an earlier one left is its
@@ -149,7 +150,6 @@ def run_stages(stages: Sequence[Stage], context: Context, results: Results, dead
     Args:
         stages: What to run, in this order.
         context: Where.
-        results: The file that outcomes go into.
         deadline: On ``time.monotonic``'s clock: when the last stage is cut.
     """
     passed, planned = {}, 0.0
@@ -157,7 +157,7 @@ def run_stages(stages: Sequence[Stage], context: Context, results: Results, dead
     scale = (deadline - began) / sum(stage.seconds for stage in stages)
     for stage in stages:
         planned += scale * stage.seconds
-        passed[stage.name] = run_stage(stage, context, results, began + planned - time.monotonic())
+        passed[stage.name] = run_stage(stage, context, began + planned - time.monotonic())
     return passed
 
 
@@ -203,6 +203,47 @@ def primed_kernels(folder: Path, arch: str | None, logs: Path) -> Iterator[None]
         print(f"{primed.kernels(cache) - before} kernels compiled beside the {before} that were there", flush=True)
 
 
+def pack(folder: Path, target: Path) -> None:
+    """Pack a folder's files; of a long log the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target, end=".partial") as partial, tarfile.open(partial, "w:gz") as archive:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.resolve() != target.resolve()):
+            name = path.relative_to(folder)
+            if path.suffix == ".partial" or "build" in name.parts:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # a stage replaced it meanwhile
+                entry, content = tarfile.TarInfo(str(name)), path.read_bytes()
+                entry.mtime = int(path.stat().st_mtime)
+                if path.suffix != ".json" and len(content) > LOG_BYTES:
+                    content = b"(its beginning is left out)\n" + content[-LOG_BYTES:]
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+
+
+@contextlib.contextmanager
+def kept_packed(folder: Path, target: Path) -> Iterator[None]:
+    """Pack a folder again and again while inside, and once more at the end.
+
+    Args:
+        folder: What to pack.
+        target: The archive.
+    """
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(EVERY_SECONDS):
+            pack(folder, target)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        pack(folder, target)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 1 where a stage failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
@@ -228,22 +269,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     folder = options.folder or (Path(tempfile.mkdtemp(prefix="happyhorse-gpu-")) if options.dry else FOLDER)
     header = describe_machine(torch.device("cpu" if options.dry else "cuda"))
-    results = Results(path_for(header, folder), header)
-    context = Context(options.dry, results.path, more)
-    print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {results.path}\n", flush=True)
-    logs = results.path.with_suffix("") / "logs"
-    kept = archive.kept(results.path.parent, options.archive) if options.archive else contextlib.nullcontext()
+    path = path_for(header, folder)
+    context = Context(options.dry, path, header, more)
+    print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {path}\n", flush=True)
+    logs = path.with_suffix("") / "logs"
+    kept = kept_packed(path.parent, options.archive) if options.archive else contextlib.nullcontext()
     compiled = primed_kernels(primed.FOLDER, None if options.dry else header["capability"], logs)
     # All stages are of one commit, whatever is committed or edited meanwhile.
     of_commit = mock.patch.dict(os.environ, {COMMIT_VARIABLE: header["commit"]})
     with kept, of_commit, compiled:
-        passed = run_stages(chosen, context, results, began + seconds - ENDING_SECONDS)
+        passed = run_stages(chosen, context, began + seconds - ENDING_SECONDS)
     if not options.dry:
-        print(targets.text(Results(results.path, header).data) + "\n")
+        print(targets.text(Results(path, header).data) + "\n")
     print(
         f"{time.monotonic() - began:.0f} s; " + ", ".join(f"{k} {'ok' if v else 'FAILED'}" for k, v in passed.items())
     )
-    print(f"results: {results.path}")
+    print(f"results: {path}")
     return 0 if all(passed.values()) else 1
 
 

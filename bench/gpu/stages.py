@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 SANITIZER = "compute-sanitizer"
 SANITIZED = ("block_sparse_attention", "fp8_linear", "rmsnorm", "qkv", "qk_norm", "quantize", "_blocks", "order_rows")
@@ -39,11 +40,13 @@ class Context:
     Attributes:
         dry: On the CPU, in the interpreter.
         results: The result file that stages write into.
+        header: Of that file.
         more: Further options of a module's commands, such as ``{"bench.sampler": ["--modes", "eager"]}``.
     """
 
     dry: bool
     results: Path
+    header: Mapping[str, Any] = field(default_factory=dict)
     more: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def python(self, module: str, *arguments: str) -> list[str]:

@@ -8,9 +8,12 @@ before, and what was not timed in it is not in it.
 from __future__ import annotations
 
 import functools
+import json
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -20,8 +23,8 @@ from bench.inputs import Given, call, make, moved_bytes, softmax
 from bench.measure import gates, roofline
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Failed, Prepared, Stopwatch, Timing
-from bench.peers.peer import Inputs, Peer
-from bench.results import Json
+from bench.peers.registry import Peer, bf16_inputs
+from bench.results import Json, Results
 from happyhorse_fast.ops.runtime.formats import VARIANTS
 from happyhorse_fast.ops.runtime.obstacles import lost
 
@@ -34,7 +37,6 @@ Group = tuple[Case, ...]
 """Cases of one op (attention's two ways in count as one), part and size."""
 Ours = tuple[Case, str]
 """A case and its implementation."""
-Write = Callable[[Json], None]
 
 
 class Stopped(Exception):
@@ -50,45 +52,44 @@ class Bench:
         backend: Implementation of the ops.
         seconds: About how long each contestant of a span runs; on a GPU a span is a second at least.
         peers: Those that can run here.
-        absent: Reasons of those that cannot, and of what failed.
         also: Other implementations, each timed on the cases that it has a kernel for.
-        known: What the result file holds; the ceilings in it are not measured again.
-        keep: What else of it is taken over: ``"none"``, ``"gates"``, or with them the comparisons, ``"all"``.
+        results: What is found, reasons of peers that cannot do something included, and what was found before.
+        keep: What is taken over of that: nothing, ``"none"``; ceilings and gates, ``"gates"``; or with them the
+            comparisons, ``"all"``.
         monitor: Samples the GPU's state.
-        gated: Called with each gate's verdict, an entry of a result file.
+        found: Entries that were written or kept, by case and implementation.
     """
 
     device: torch.device
     backend: str
     seconds: float = 0.5
     peers: Sequence[Peer] = ()
-    absent: dict[str, str] = field(default_factory=dict)
     also: Sequence[str] = ()
-    known: Json = field(default_factory=dict)
+    results: Results = field(default_factory=lambda: Results(None, {}))
     keep: str = "none"
     monitor: Monitor | None = None
-    gated: Write | None = None
+    found: dict[tuple[str, str], Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.stopwatch = Stopwatch(self.device)
-        if self.keep == "none":
-            self.known = {}
-        self._entries = {(entry["case"], entry["impl"]): entry for entry in self.known.get("entries", ())}
+        known = {} if self.keep == "none" else self.results.data
+        self._peaks = [peaks for peaks in known.get("peaks", ()) if peaks["source"] == roofline.MEASURED]
+        self._entries = {(entry["case"], entry["impl"]): entry for entry in known.get("entries", ())}
         self._softmax: dict[Case, str | None] = {}
-        self._gates = {(gate["case"], gate["impl"]): gate["passed"] for gate in self.known.get("gates", ())}
+        self._gates = {(gate["case"], gate["impl"]): gate["passed"] for gate in known.get("gates", ())}
 
     @functools.cached_property
     def measured(self) -> roofline.Peaks:
         """Ceilings of this machine, warm."""
-        found = [peaks for peaks in self.known.get("peaks", ()) if peaks["source"] == roofline.MEASURED]
-        if found:
-            return roofline.Peaks(**found[-1])
-        return roofline.measured(self.device, self.stopwatch, seconds=self.seconds, monitor=self.monitor)
+        if self._peaks:
+            return roofline.Peaks(**self._peaks[-1])
+        return roofline.measured(self.stopwatch, seconds=self.seconds, monitor=self.monitor)
 
     @functools.cached_property
     def peaks(self) -> roofline.Peaks:
         """Ceilings that the roofline is of: the datasheet's, or measured ones for a device without."""
-        return roofline.datasheet(self.device) or self.measured
+        gpu = roofline.gpu_named(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        return roofline.Peaks(gpu.bandwidth, gpu.bf16, gpu.fp8, gpu.source, int8=gpu.int8) if gpu else self.measured
 
     def ours(self, group: Group) -> list[Ours]:
         """Every implementation of every case of a group.
@@ -100,19 +101,19 @@ class Bench:
         alone = self.keep == "none"
         return [(c, impl) for c, impl in every if alone or impl == self.backend or (c.name, impl) in self._gates]
 
-    def done(self, group: Group, peers: Iterable[Peer]) -> list[Json]:
-        """Entries of a group that the result file holds, with these peers; empty where one is missing."""
+    def done(self, group: Group, peers: Iterable[Peer]) -> bool:
+        """Whether all of a group was found before, with these peers; then it is kept."""
         if self.keep != "all":
-            return []
-        found = [self._entries.get((case.name, impl)) for case, impl in self.ours(group)]
-        entries = [entry for entry in found if entry is not None]
-        green = [entry for entry in entries if entry["verified"]]
-        timed_all = all(entry["median_ms"] is not None and entry.get("span") for entry in green)
-        wanted = [(peer, case) for peer in self._fitting(group, peers) for case in group if peer.fits(case)]
-        there = all(
-            peer.name in entry["peers"] for peer, case in wanted for entry in green if entry["case"] == case.name
-        )
-        return entries if len(entries) == len(found) and timed_all and there else []
+            return False
+        kept, fitting = {}, self._fitting(group, peers)
+        for case, impl in self.ours(group):
+            entry = kept[case.name, impl] = self._entries.get((case.name, impl), {})
+            wanted = {peer.name for peer in fitting if peer.fits(case)}
+            whole = entry.get("median_ms") is not None and entry.get("span") and wanted <= entry["peers"].keys()
+            if not entry or (entry["verified"] and not whole):
+                return False
+        self.found |= kept
+        return True
 
     def gate(self, case: Case, impl: str) -> list[str]:
         """List what is wrong with an implementation on this case; an error that it raises is."""
@@ -121,7 +122,7 @@ class Bench:
         except Exception as error:  # whatever a compiler or driver raises
             return [f"{type(error).__name__}: {error}"]
 
-    def green(self, group: Group, write: Write) -> list[Ours]:
+    def green(self, group: Group) -> list[Ours]:
         """Implementations that may be timed; entries of those that may not are written.
 
         Raises:
@@ -136,7 +137,7 @@ class Bench:
             problems = self.gate(case, impl)
             reason = lost(self.device)
             if problems or reason:
-                self._red(case, impl, [reason] if reason and not problems else problems, write)
+                self._red(case, impl, [reason] if reason and not problems else problems)
             else:
                 found.append((case, impl))
                 self._verdict(case, impl, True)
@@ -144,25 +145,22 @@ class Bench:
                 raise Stopped(f"{case.name} {impl}: {reason}")
         return found
 
-    def compare(
-        self, group: Group, peers: Sequence[Peer], write: Write, deadline: float = float("inf")
-    ) -> dict[Ours, Timing]:
+    def compare(self, group: Group, peers: Sequence[Peer], deadline: float = float("inf")) -> dict[Ours, Timing]:
         """Gate what is not gated, time what is green and the peers that fit in one span, and write the entries.
 
         Args:
             group: What is compared.
-            peers: With whom; what they cannot do, or what breaks, is then in ``absent``.
-            write: Takes entries, red ones as soon as they are known.
+            peers: With whom; what they cannot do, or what breaks, is then absent in the results.
             deadline: On ``time.monotonic``'s clock: what cannot end before is left out.
 
         Returns:
             Times of the implementations that were timed.
 
         Raises:
-            Stopped: A contestant took the GPU from this process. Entries and ``absent`` say which it was; where that
+            Stopped: A contestant took the GPU from this process. The results say which it was; where that
                 cannot be told it is held against the peers, and without any against the implementations.
         """
-        ready = dict(self._prepared(self.green(group, write), write))
+        ready = dict(self._prepared(self.green(group)))
         if not ready:
             return {}
         fitting = {peer.name: peer for peer in self._fitting(group, peers)}
@@ -173,12 +171,11 @@ class Bench:
         for name, prepared in list(beside.items()):
             needs, left = self.stopwatch.least_seconds(prepared), deadline - time.monotonic()
             if needs > left:
-                self.absent[f"{name} on {group[0].name}"] = f"needs {needs:.0f} s, {max(left, 0):.0f} were left"
+                self._absent(name, group[0].name, f"needs {needs:.0f} s, {max(left, 0):.0f} were left")
                 del beside[name]
         while ready:
-            contestants = {f"{case.name} {impl}": p for (case, impl), p in ready.items()} | beside
             try:
-                span = self.stopwatch.compare(contestants, self.seconds)
+                span = self.stopwatch.compare({**ready, **beside}, self.seconds)
                 reason = lost(self.device)
                 failed = Failed("", RuntimeError(reason)) if reason else None
             except Failed as error:
@@ -187,28 +184,26 @@ class Bench:
                 reason, failed = lost(self.device) or str(error), Failed("", error)
             if failed is None:
                 break
-            self._blame(group, failed, ready, beside, write)
+            self._blame(group, failed, ready, beside)
             if reason:
-                raise Stopped(f"{', '.join(contestants)} took turns: {reason}")
+                raise Stopped(f"{group[0].name}, in turns with {', '.join(fitting) or 'no peer'}: {reason}")
         else:
             return {}
         state = self.monitor.during(span.began, span.ended) if self.monitor else {}
-        for case, impl in ready:
+        found = {ours: span.timings[ours] for ours in ready}
+        for (case, impl), taken in found.items():
             times = {n: span.timings[n].median_ms for n in beside if fitting[n].fits(case)}
-            taken = span.timings[f"{case.name} {impl}"]
-            entry = timed(case, impl, taken, self.peaks, self.measured) | {"peers": times, "span": span.name} | state
+            entry = timed(case, impl, taken, self.peaks) | {"peers": times, "span": span.name} | state
             form = self._softmax[case]
-            write(entry | ({"softmax": form} if form else {}))
-        del contestants, beside
-        found = {(case, impl): span.timings[f"{case.name} {impl}"] for case, impl in ready}
-        ready.clear()
+            self._write(entry | ({"softmax": form} if form else {}))
+        del ready, beside
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return found
 
     def _fitting(self, group: Group, peers: Iterable[Peer]) -> list[Peer]:
         """Peers that do some of a group's work; what broke in the result file would break again."""
-        broken = self.known.get("absent", {}) if self.keep == "all" else {}
+        broken = self.results.data["absent"] if self.keep == "all" else {}
         return [
             peer
             for peer in peers
@@ -217,7 +212,7 @@ class Bench:
             and f"{peer.name} on {group[0].use}" not in broken
         ]
 
-    def _prepared(self, green: Iterable[Ours], write: Write) -> Iterator[tuple[Ours, Prepared]]:
+    def _prepared(self, green: Iterable[Ours]) -> Iterator[tuple[Ours, Prepared]]:
         """Implementations that ran; those of a case share its inputs."""
         sets: dict[Case, list[Given]] = {}
         for case, impl in green:
@@ -228,51 +223,61 @@ class Bench:
                 calls = [functools.partial(call, case, given, impl) for given in sets[case]]
                 yield (case, impl), self.stopwatch.prepare(calls, dry=not self.seconds)
             except Exception as error:  # memory that ran out must not end the run
-                self._red(case, impl, [f"{type(error).__name__}: {error}"], write)
+                self._red(case, impl, [f"{type(error).__name__}: {error}"])
             if reason := lost(self.device):
                 raise Stopped(f"{case.name} {impl}: {reason}")
 
     def _prepared_peers(self, group: Group, peers: Iterable[Peer], deadline: float) -> Iterator[tuple[str, Prepared]]:
-        inputs: list[Inputs] = []
+        inputs: list[Given] = []
         for peer in peers:
             if time.monotonic() > deadline - (SLOW_SECONDS if peer.slow and self.device.type == "cuda" else 0):
                 continue
             case = next(case for case in group if peer.fits(case))
-            inputs = inputs or [Inputs(case, self.device, seed) for seed in range(SETS)]
             try:
+                inputs = inputs or [bf16_inputs(case, self.device, seed) for seed in range(SETS)]
                 # One set where preparing compiles; the flush empties the cache for either.
                 calls = [peer.prepare(case, given) for given in inputs[: 1 if peer.slow else SETS]]
                 yield peer.name, self.stopwatch.prepare(calls, dry=not self.seconds)
             except LookupError as error:
-                self.absent[f"{peer.name} on {case.use}"] = str(error)
+                self._absent(peer.name, case.use, str(error))
             except Exception as error:  # a peer that breaks must not end the run
-                self.absent[f"{peer.name} on {case.name}"] = f"{type(error).__name__}: {str(error)[:200]}"
+                self._absent(peer.name, case.name, f"{type(error).__name__}: {str(error)[:200]}")
             if reason := lost(self.device):
-                self.absent.setdefault(f"{peer.name} on {case.name}", reason)
+                if f"{peer.name} on {case.name}" not in self.results.data["absent"]:
+                    self._absent(peer.name, case.name, reason)
                 raise Stopped(f"{peer.name} on {case.name}: {reason}")
 
-    def _blame(
-        self, group: Group, failed: Failed, ready: dict[Ours, Prepared], beside: dict[str, Prepared], write: Write
-    ) -> None:
+    def _blame(self, group: Group, failed: Failed, ready: dict[Ours, Prepared], beside: dict[str, Prepared]) -> None:
         """Take out who failed; where that cannot be told all peers, and without peers all implementations."""
-        named = {f"{case.name} {impl}": (case, impl) for case, impl in ready}
-        guilty = [failed.contestant] if failed.contestant else list(beside or named)
+        guilty: list[Any] = [failed.contestant] if failed.contestant else list(beside or ready)
         for name in guilty:
-            if name in named:
-                del ready[named[name]]
-                self._red(*named[name], [str(failed)], write)
+            if name in ready:
+                del ready[name]
+                case, impl = name
+                self._red(case, impl, [str(failed)])
             else:
                 del beside[name]
-                self.absent[f"{name} on {group[0].name}"] = str(failed)[:200]
+                self._absent(name, group[0].name, str(failed)[:200])
 
-    def _red(self, case: Case, impl: str, problems: Sequence[str], write: Write) -> None:
+    def _red(self, case: Case, impl: str, problems: Sequence[str]) -> None:
+        """Give a case that must not have a number its entry."""
         self._verdict(case, impl, False)
-        write(red(case, impl, problems))
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        why = {"peers": {}, "verified": False, "reason": problems[0] + more}
+        numbers = dict.fromkeys(("median_ms", "tflops", "gbps", "roofline"))
+        self._write({"case": case.name, "impl": impl, **numbers, **why})
 
     def _verdict(self, case: Case, impl: str, passed: bool) -> None:
         self._gates[case.name, impl] = passed
-        if self.gated is not None:
-            self.gated({"case": case.name, "impl": impl, "passed": passed})
+        self.results.add("gates", {"case": case.name, "impl": impl, "passed": passed})
+
+    def _write(self, entry: Json) -> None:
+        print(json.dumps(entry), file=sys.stderr, flush=True)
+        self.found[entry["case"], entry["impl"]] = entry
+        self.results.add("entries", entry)
+
+    def _absent(self, peer: str, where: str, why: str) -> None:
+        self.results.add_absent({f"{peer} on {where}": why})
 
 
 def groups(chosen: Iterable[Case]) -> list[Group]:
@@ -292,27 +297,17 @@ def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
     return [name for name in (backend, *also) if able.get(name, True)]
 
 
-def red(case: Case, impl: str, problems: Sequence[str]) -> Json:
-    """The entry of a case that must not have a number."""
-    numbers = dict.fromkeys(("median_ms", "tflops", "gbps", "roofline"))
-    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return {"case": case.name, "impl": impl, **numbers, "peers": {}, "verified": False, "reason": problems[0] + more}
-
-
-def timed(case: Case, impl: str, timing: Timing, peaks: roofline.Peaks, measured: roofline.Peaks) -> Json:
+def timed(case: Case, impl: str, timing: Timing, peaks: roofline.Peaks) -> Json:
     """The entry of a case that passed its gate, without peers and span."""
-    flops, moved, seconds = case.computed_flops(), moved_bytes(case), timing.median_ms / 1e3
+    tflops, gbps = case.computed_flops() / timing.median_ms / 1e9, moved_bytes(case) / timing.median_ms / 1e6
     return {
         "case": case.name,
         "impl": impl,
         "median_ms": timing.median_ms,
-        "tflops": flops / seconds / 1e12,
-        "gbps": moved / seconds / 1e9,
-        "roofline": peaks.floor_ms(flops, moved, case.precision) / timing.median_ms,
-        "roofline_measured": measured.floor_ms(flops, moved, case.precision) / timing.median_ms,
-        "peers": {},
+        "tflops": tflops,
+        "gbps": gbps,
+        "roofline": peaks.share(tflops, gbps, case.precision),
         "verified": True,
-        "tflops_useful": case.useful_flops() / seconds / 1e12,
         "low_ms": timing.low_ms,
         "high_ms": timing.high_ms,
         "clock": timing.clock,

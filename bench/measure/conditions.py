@@ -21,8 +21,6 @@ from bench.results import Json
 
 PERIOD_SECONDS = 0.05
 """Between two samples: 20 in the shortest span."""
-Sample = tuple[float, Json]
-"""(on ``time.monotonic``'s clock, the state)."""
 
 
 class Monitor:
@@ -34,15 +32,18 @@ class Monitor:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.samples: list[Sample] = []
+        self.samples: list[tuple[float, Json]] = []  # on the clock of time.monotonic
         self._ended = threading.Event()
 
     def __enter__(self) -> Monitor:
         if self.device.type == "cuda":
             try:
                 read = _reader(self.device)
-            except RuntimeError as error:
-                print(f"clock and power are not known: {error}", file=sys.stderr, flush=True)
+                read()
+            except Exception as error:  # of the bindings, a type of their own
+                absent = isinstance(error, ImportError)
+                why = "nvidia-ml-py is not installed" if absent else f"NVML does not answer: {error}"
+                print(f"clock and power are not known: {why}", file=sys.stderr, flush=True)
             else:
                 threading.Thread(target=self._sample, args=(read,), daemon=True).start()
         return self
@@ -72,39 +73,28 @@ class Monitor:
 
 
 def _reader(device: torch.device) -> Callable[[], Json]:
-    """Reads a GPU's state.
+    """Reads a GPU's state."""
+    nvml: Any = importlib.import_module("pynvml")
+    nvml.nvmlInit()
+    # By UUID: CUDA_VISIBLE_DEVICES changes torch's numbers alone.
+    handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    instant = getattr(nvml, "NVML_FI_DEV_POWER_INSTANT", None)
 
-    Raises:
-        RuntimeError: nvidia-ml-py is not installed, or NVML does not answer.
-    """
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-    except ImportError as error:
-        raise RuntimeError("nvidia-ml-py is not installed") from error
-    try:
-        nvml.nvmlInit()
-        # By UUID: CUDA_VISIBLE_DEVICES changes torch's numbers alone.
-        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        instant = getattr(nvml, "NVML_FI_DEV_POWER_INSTANT", None)
+    def power() -> float:
+        if instant is not None:
+            with contextlib.suppress(nvml.NVMLError):
+                (value,) = nvml.nvmlDeviceGetFieldValues(handle, [instant])
+                if value.nvmlReturn == nvml.NVML_SUCCESS:
+                    return float(value.value.uiVal) / 1e3
+        return float(nvml.nvmlDeviceGetPowerUsage(handle)) / 1e3
 
-        def power() -> float:
-            if instant is not None:
-                with contextlib.suppress(nvml.NVMLError):
-                    (value,) = nvml.nvmlDeviceGetFieldValues(handle, [instant])
-                    if value.nvmlReturn == nvml.NVML_SUCCESS:
-                        return float(value.value.uiVal) / 1e3
-            return float(nvml.nvmlDeviceGetPowerUsage(handle)) / 1e3
+    def read() -> Json:
+        return {
+            "sm_mhz": float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+            "memory_mhz": float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
+            "power_w": power(),
+            "temperature_c": float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+            "throttle": f"0x{nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle):016x}",
+        }
 
-        def read() -> Json:
-            return {
-                "sm_mhz": float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
-                "memory_mhz": float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
-                "power_w": power(),
-                "temperature_c": float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
-                "throttle": f"0x{nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle):016x}",
-            }
-
-        read()
-    except nvml.NVMLError as error:
-        raise RuntimeError(f"NVML does not answer: {error}") from error
     return read

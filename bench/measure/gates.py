@@ -51,8 +51,12 @@ SUM_ERROR = 2.0**-7
 BESIDE_DISTANCE = 1e-4
 # The mean of a tile's results over their codes, and their scatter (`code_ratios`): at most 8.4e-4 and 2.7e-4 there.
 RATIO_DISTANCE, RATIO_SLOPE = 1e-3, 4e-3
-LEAST_NORMAL = torch.finfo(torch.float8_e4m3fn).smallest_normal
-"""Below it codes are further apart than an eighth of a value."""
+ROUNDED = {
+    "bf16": (budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE),
+    "int8": (INT8_DISTANCE, CODE_SLOPE),
+    "fp8": (E4M3_DISTANCE, CODE_SLOPE),
+}
+"""What a result may be off by in a format: distance and slope of a tile."""
 ALL_BLOCKS_UP_TO = 8
 DRAWN_BLOCKS = 6
 # Dynamic choices between scores that differ by their rounding alone may fall either way.
@@ -79,10 +83,9 @@ def poisoned() -> Iterator[None]:
 
 def problems(case: Case, given: Given, backend: str) -> list[str]:
     """Run a case once and say what is wrong with its result; empty where every budget holds."""
-    given = dict(given)
-    if "hidden" in given:
-        given["hidden"] = given["hidden"].clone()
-    before = given["hidden"].clone() if case.op == "fp8_linear_residual" else None
+    given, before = dict(given), given.get("hidden")
+    if before is not None:
+        given["hidden"] = before.clone()
     with poisoned():
         results = call(case, given, backend)
     if case.op == "select_blocks":
@@ -116,11 +119,9 @@ def _compare(
     elif case.op == "rmsnorm_quantize":
         weight = given["norm_weight"][_expert(given, block)]
         exact = rms_norm(given["hidden"][rows].double(), weight.double())
-        if case.precision == "bf16":
-            yield "x", results[0][rows], exact, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
-        else:
-            values = dequantize(results[0][rows], results[1][rows], torch.float64)
-            yield "x", values, exact, E4M3_DISTANCE if case.precision == "fp8" else INT8_DISTANCE, CODE_SLOPE
+        x = results[0][rows]
+        values = x if case.precision == "bf16" else dequantize(x, results[1][rows], torch.float64)
+        yield "x", values, exact, *ROUNDED[case.precision]
     elif case.op == "quantize_rows":
         x = given["x"][rows].double()
         values = dequantize(results[0][rows], results[1][rows], torch.float64)
@@ -172,7 +173,8 @@ def code_ratios(y: Tensor, exact: Tensor, scale: Tensor) -> Tensor:
     1 % off. Each ratio counts at most a quarter, two codes.
     """
     codes = dequantize(to_e4m3(exact / scale.double()), scale, torch.float64)
-    normal = codes.abs() >= scale.double() * LEAST_NORMAL
+    least = torch.finfo(torch.float8_e4m3fn).smallest_normal  # below it codes are an eighth of a value apart, or more
+    normal = codes.abs() >= scale.double() * least
     return torch.where(normal, y / codes, 1.0).clamp(0.75, 1.25)
 
 
@@ -206,23 +208,17 @@ def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, blo
     q, k, v, gate = epilogue(_product(given, rows, block), qk_norm, cos_sin, *heads)
     exact = {"v": v, "gate": gate, "q": q, "k": k}
     out = dict(zip(RESULTS, results, strict=True))
-    if case.precision == "bf16":
-        for name, value in exact.items():
-            yield name, out[name][rows], value, budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
-        return
+    scales, budget = {}, dict.fromkeys(exact, ROUNDED["bf16"])
     if case.precision == "int8":
-        q_scale, k_scale = out["q_scale"][rows, :, None].double(), out["k_scale"][:, block, None].double()
-        yield "q", out["q"][rows].double() * q_scale, exact["q"], INT8_DISTANCE, CODE_SLOPE
-        yield "k", out["k"][rows].double() * k_scale, exact["k"], INT8_K_DISTANCE, CODE_SLOPE
-        for name in ("v", "gate"):
-            yield name, out[name][rows], exact[name], budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
-        return
-    for name in ("q", "k"):
-        codes, scale = out[name][rows].double(), out[f"{name}_scale"][block].double()
-        yield name, codes * scale, exact[name], E4M3_DISTANCE, CODE_SLOPE
-    values = token_order(out["v"])[:, :, rows].double() * out["v_scale"][:, block, None, None].double()
-    yield "v", values.permute(2, 0, 1), exact["v"], E4M3_DISTANCE, CODE_SLOPE
-    yield "gate", out["gate"][rows], exact["gate"], budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
+        scales = {"q": out["q_scale"][rows, :, None], "k": out["k_scale"][:, block, None]}
+        budget |= {"q": ROUNDED["int8"], "k": (INT8_K_DISTANCE, CODE_SLOPE)}
+    elif case.precision == "fp8":
+        scales = {"q": out["q_scale"][block], "k": out["k_scale"][block], "v": out["v_scale"][:, block, None]}
+        budget |= dict.fromkeys("qkv", ROUNDED["fp8"])
+        out["v"] = token_order(out["v"]).permute(2, 0, 1)
+    for name, value in exact.items():
+        result = out[name][rows]
+        yield name, result.double() * scales[name].double() if name in scales else result, value, *budget[name]
 
 
 def _attention(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, block: int) -> Iterator[Compared]:

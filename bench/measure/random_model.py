@@ -20,10 +20,6 @@ from happyhorse_fast.ops.runtime.dispatch import Choice, choose, compute_capabil
 from happyhorse_fast.ops.runtime.obstacles import BackendError
 
 Backend = Literal["auto", "triton", "hopper", "cuda", "reference"]
-# Elements drawn at a time on their way to codes: 2 GB in bf16.
-CHUNK = 1 << 30
-# Codes spread over their format: one in 16,000 of a normal distribution is clamped at 448 or 127.
-SPREAD = {torch.float8_e4m3fn: CODE_SPREAD["fp8"], torch.int8: CODE_SPREAD["int8"]}
 
 
 def random_eager(config: ModelConfig, device: torch.device, seed: int) -> HappyHorse:
@@ -71,11 +67,11 @@ def _fill(layer: FastLayer, generator: torch.Generator) -> None:
     for name, value in buffers.items():
         if name.endswith("_weight"):
             inputs = value.shape[-1]
-            if value.dtype in SPREAD:
-                spread = SPREAD[value.dtype]
-                for part in value.view(-1).split(CHUNK):
-                    drawn = torch.empty(part.shape, dtype=torch.bfloat16, device=part.device)
-                    part.copy_(drawn.normal_(0.0, spread, generator=generator).clamp_(-4 * spread, 4 * spread))
+            fmt = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(value.dtype)
+            if fmt:
+                spread = CODE_SPREAD[fmt]
+                drawn = torch.empty_like(value, dtype=torch.bfloat16).normal_(0.0, spread, generator=generator)
+                value.copy_(drawn.clamp_(-4 * spread, 4 * spread))
                 buffers[name.replace("_weight", "_scale")].fill_(inputs**-0.5 / spread)
             else:
                 value.normal_(0.0, inputs**-0.5, generator=generator)

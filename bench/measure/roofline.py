@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from bench.cases import FULL_SIZES, SMALL_SIZE, cases_of
 from bench.measure.conditions import Monitor
-from bench.measure.timing import Stopwatch
+from bench.measure.timing import Call, Stopwatch
 from happyhorse_fast.costs import GPUS, Gpu
 
 MEASURED = "measured"
 """Source of ceilings that are not a maker's."""
-# Products of the 15B model whose shapes the library is measured at; the better one is the ceiling.
-_SHAPES = ("qkv", "up")
 COPY_BYTES = 4 << 30
 CPU_COPY_BYTES = 128 << 20
 
@@ -57,17 +55,9 @@ class Peaks:
         known = {"bf16": self.bf16, "int8": self.int8, "fp8": self.fp8}
         return {name: rate for name, rate in known.items() if rate}
 
-    def floor_ms(self, flops: float, moved: float, precision: str) -> float:
-        """Least time for so many FLOPs and bytes."""
-        return 1e3 * max(flops / (self.rate(precision) * 1e12), moved / (self.bandwidth * 1e12))
-
-
-def datasheet(device: torch.device) -> Peaks | None:
-    """The maker's numbers, None for a device that is not in ``happyhorse_fast.costs``."""
-    if device.type != "cuda":
-        return None
-    gpu = gpu_named(torch.cuda.get_device_name(device))
-    return Peaks(gpu.bandwidth, gpu.bf16, gpu.fp8, gpu.source, int8=gpu.int8) if gpu else None
+    def share(self, tflops: float, gbps: float, precision: str) -> float:
+        """Share that is reached of the products' rate or of the bandwidth, whichever binds."""
+        return max(tflops / self.rate(precision), gbps / 1e3 / self.bandwidth)
 
 
 def gpu_named(name: str) -> Gpu | None:
@@ -76,60 +66,53 @@ def gpu_named(name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS.values() if gpu.name in short), None)
 
 
-def measured(
-    device: torch.device, stopwatch: Stopwatch, *, seconds: float = 0.5, monitor: Monitor | None = None
-) -> Peaks:
+def measured(stopwatch: Stopwatch, *, seconds: float = 0.5, monitor: Monitor | None = None) -> Peaks:
     """A large copy, and the library's products in all formats at the model's shapes in turns, on a warm chip.
 
     The library's int8 product is no ceiling where ours is faster, as on an H200, but it is the one that always runs.
 
     Args:
-        device: Of the stopwatch.
-        stopwatch: Times them.
+        stopwatch: Times them, on its device.
         seconds: About how long each is repeated; on a GPU spans are a second at least, 0 on a CPU is one call.
         monitor: Knows the clock and power that the products ran at.
     """
-    on_gpu = device.type == "cuda"
+    device, on_gpu = stopwatch.device, stopwatch.on_gpu
     size = COPY_BYTES if on_gpu else CPU_COPY_BYTES
     copy = stopwatch.prepare([large_copy(size, device)], dry=not seconds)
     copied = stopwatch.compare({"copy": copy}, seconds).timings["copy"].median_ms
     case = next(c for c in cases_of(FULL_SIZES[0] if on_gpu else SMALL_SIZE) if c.op == "qkv_linear")
-    prepared, flops = {}, {}
+    prepared = {}
     makers = (("bf16", bf16_product), ("fp8", fp8_product), ("int8", int8_product))
-    # A CPU's products of 8 bits are no ceiling of anything here.
-    for (precision, maker), name in itertools.product(makers if on_gpu else makers[:1], _SHAPES):
+    # The better of two products of the 15B model is the ceiling; a CPU's of 8 bits are none of anything here.
+    for (precision, maker), name in itertools.product(makers if on_gpu else makers[:1], ("qkv", "up")):
         _, features, inputs = case.weight_shape(name)
-        try:
+        with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):  # no 8 bits on this device
             call = maker(case.rows, features, inputs, device)
-            prepared[f"{precision} {name}"] = stopwatch.prepare([call], dry=not seconds, graph=False)
-        except (RuntimeError, NotImplementedError, ValueError):  # no 8 bits on this device
-            continue
-        flops[f"{precision} {name}"] = 2.0 * case.rows * features * inputs
+            prepared[precision, 2.0 * case.rows * features * inputs] = stopwatch.prepare([call], dry=not seconds)
     products = stopwatch.compare(prepared, seconds)
     rates: dict[str, float] = {}
-    for name, timing in products.timings.items():
-        precision = name.split()[0]
-        rates[precision] = max(rates.get(precision, 0.0), flops[name] / timing.median_ms / 1e9)
+    for (precision, flops), timing in products.timings.items():
+        rates[precision] = max(rates.get(precision, 0.0), flops / timing.median_ms / 1e9)
     state = monitor.during(products.began, products.ended) if monitor else {}
     clock, power = state.get("sm_mhz"), state.get("power_w")
     return Peaks(2 * size / copied / 1e9, rates["bf16"], rates.get("fp8"), MEASURED, clock, power, rates.get("int8"))
 
 
-def large_copy(size: int, device: torch.device) -> Callable[[], object]:
+def large_copy(size: int, device: torch.device) -> Call:
     """A copy of so many bytes of random data to another place."""
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
-def bf16_product(rows: int, features: int, inputs: int, device: torch.device) -> Callable[[], object]:
+def bf16_product(rows: int, features: int, inputs: int, device: torch.device) -> Call:
     """x . weight through torch, random data: zeros ran 13 % faster on an H200."""
     x = torch.randn(rows, inputs, dtype=torch.bfloat16, device=device)
     weight = torch.randn(features, inputs, dtype=torch.bfloat16, device=device)
     return lambda: x @ weight.T
 
 
-def fp8_product(rows: int, features: int, inputs: int, device: torch.device) -> Callable[[], object]:
+def fp8_product(rows: int, features: int, inputs: int, device: torch.device) -> Call:
     """The same in e4m3 with a scale per row and per output channel, ``torch._scaled_mm``."""
     x = torch.randn(rows, inputs, device=device).mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
     weight = torch.randn(features, inputs, device=device).mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
@@ -139,7 +122,7 @@ def fp8_product(rows: int, features: int, inputs: int, device: torch.device) -> 
     )
 
 
-def int8_product(rows: int, features: int, inputs: int, device: torch.device) -> Callable[[], object]:
+def int8_product(rows: int, features: int, inputs: int, device: torch.device) -> Call:
     """The same of int8 codes, without scales, ``torch._int_mm``: int32 out."""
     x, weight = (
         torch.randn(n, inputs, device=device).mul_(32).round_().clamp_(-127, 127).to(torch.int8)

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class Span:
     """
 
     name: str
-    timings: Mapping[str, Timing]
+    timings: Mapping[Any, Timing]
     began: float
     ended: float
 
@@ -105,34 +105,9 @@ class Prepared:
 class Failed(RuntimeError):
     """A contestant raised while turns were taken; ``contestant`` names it."""
 
-    def __init__(self, contestant: str, error: BaseException) -> None:
+    def __init__(self, contestant: Any, error: BaseException) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
         self.contestant = contestant
-
-
-class Recorded:
-    """A timing played back as calls and a clock, for what times calls itself.
-
-    pytest-benchmark reads a clock of the host before and after a call, which on a GPU holds the launch and no device
-    time. With these two in the places of its call and its clock, its statistics are of what a :class:`Stopwatch`
-    measured.
-    """
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        self._left: Iterator[float] = iter(())
-
-    def load(self, timing: Timing) -> None:
-        """Play this timing next."""
-        self._left = iter(timing.times_ms)
-
-    def call(self) -> None:
-        """Take as long as the next recorded call did."""
-        self._now += next(self._left) / 1e3
-
-    def seconds(self) -> float:
-        """Seconds of all calls so far."""
-        return self._now
 
 
 class Stopwatch:
@@ -150,13 +125,14 @@ class Stopwatch:
             size = CPU_FLUSH_BYTES
         self._flush = torch.zeros(size // 4, dtype=torch.int32, device=device)
 
-    def prepare(self, calls: Sequence[Call], *, dry: bool = False, graph: bool = True) -> Prepared:
+    def prepare(self, calls: Sequence[Call], *, dry: bool = False) -> Prepared:
         """Run a contestant's calls once, which compiles and fills the allocator's cache, and see how long one takes.
+
+        Short calls on a GPU are captured; what cannot be is timed with events.
 
         Args:
             calls: Of the same work, one per set of inputs, so that a repeat does not find the last one's in the cache.
             dry: Run nothing on a CPU: for dry runs through the interpreter.
-            graph: Whether short calls on a GPU may be captured; what cannot be is timed with events.
         """
         if not calls:
             raise ValueError("calls must hold at least one call, got none")
@@ -165,14 +141,14 @@ class Stopwatch:
         for call in calls:
             call()
         about, clock = self._about_ms(calls), "events" if self.on_gpu else "cpu"
-        if graph and self.on_gpu and about < GRAPH_BELOW_MS:
+        if self.on_gpu and about < GRAPH_BELOW_MS:
             graphs = _captured(calls)
             if graphs is not None:
                 calls, clock, about = graphs, "graph", self._about_ms(graphs)
         return Prepared(calls, clock, about)
 
     def interleave(
-        self, contestants: Mapping[str, Prepared], *, seconds: float = SPAN_SECONDS, warm: float = WARM_SECONDS
+        self, contestants: Mapping[Any, Prepared], *, seconds: float = SPAN_SECONDS, warm: float = WARM_SECONDS
     ) -> Span:
         """Time contestants in turns: A B A B, first untimed, then timed, the device never idle between them.
 
@@ -196,7 +172,7 @@ class Stopwatch:
         timings = {name: Timing(tuple(taken), contestants[name].clock) for name, taken in times.items()}
         return Span(uuid.uuid4().hex[:12], timings, began, time.monotonic())
 
-    def compare(self, contestants: Mapping[str, Prepared], seconds: float) -> Span:
+    def compare(self, contestants: Mapping[Any, Prepared], seconds: float) -> Span:
         """Let contestants take turns for so many seconds each; on a GPU for a second in all at least, once it is warm.
 
         Raises:
@@ -221,28 +197,24 @@ class Stopwatch:
     def _about_ms(self, calls: Sequence[Call]) -> float:
         return min(self._rounds({"": Prepared(calls, "", 0.0)}, range(PILOT))[""])
 
-    def _rounds(self, contestants: Mapping[str, Prepared], rounds: range) -> dict[str, list[float]]:
+    def _rounds(self, contestants: Mapping[Any, Prepared], rounds: range) -> dict[Any, list[float]]:
         """Times of every call; of a GPU nothing is waited for before the last: the queue hides the host's time."""
-        taken: dict[str, list[tuple[Any, Any]]] = {name: [] for name in contestants}
+        taken: dict[Any, list[tuple[Any, Any]]] = {name: [] for name in contestants}
         for _ in range(HEAD_START if self.on_gpu else 0):
             self.flush()
         end = None
         for i, (name, prepared) in itertools.product(rounds, contestants.items()):
             self.flush()
             start = moment(self.on_gpu)
-            _run(name, prepared.calls[i % len(prepared.calls)])
+            try:
+                prepared.calls[i % len(prepared.calls)]()
+            except Exception as error:  # whatever a driver or an allocator raises is this contestant's
+                raise Failed(name, error) from error
             end = moment(self.on_gpu)
             taken[name].append((start, end))
         if self.on_gpu and end is not None:
             end.synchronize()
         return {name: [apart_ms(*one) for one in found] for name, found in taken.items()}
-
-
-def _run(name: str, call: Call) -> None:
-    try:
-        call()
-    except Exception as error:  # whatever a driver or an allocator raises is this contestant's
-        raise Failed(name, error) from error
 
 
 def _captured(calls: Sequence[Call]) -> list[Call] | None:

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from bench.cases import Case, padded_rows, token_ranges
 from bench.inputs import Given
-from bench.peers.peer import Function, Inputs
+from bench.measure.timing import Call
 from happyhorse_fast.eager.attention import fused_attention
 from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.ops import select_blocks
@@ -20,25 +20,17 @@ from happyhorse_fast.ops.qkv.reference import epilogue
 from happyhorse_fast.ops.runtime.row_tiles import joined
 
 
-def forget_compiled() -> None:
-    """Start torch.compile afresh: after eight recompiles of one function it would run eagerly, without a word."""
-    torch._dynamo.reset()
-
-
-def eager(
-    case: Case, inputs: Inputs, built: Callable[..., Callable[..., object]] = lambda function: function
-) -> Function:
+def eager(case: Case, given: Given, built: Callable[..., Callable[..., object]] = lambda function: function) -> Call:
     """Plain PyTorch: the op unfused, in bf16; what depends on the shape only is done here.
 
     Args:
         case: Its precision does not matter: eager PyTorch has no fp8.
-        inputs: Of the case.
+        given: Of the case.
         built: What to do with the arithmetic before it is called.
 
     Raises:
         LookupError: Eager PyTorch has no attention over chosen blocks.
     """
-    given = inputs.bf16
     if case.op == "block_sparse_attention":
         return _attention(case, given, built)
     if case.op == "select_blocks":
@@ -57,7 +49,7 @@ def eager(
     return lambda: [function(given["x"][rows], given["weight"][e]) for e, rows in parts]
 
 
-def _qkv(given: Given, parts: list[tuple[int, slice]], built: Callable[..., Callable[..., object]]) -> Function:
+def _qkv(given: Given, parts: list[tuple[int, slice]], built: Callable[..., Callable[..., object]]) -> Call:
     heads = given["num_heads_q"], given["num_heads_kv"]
 
     def layer(x: Tensor, weight: Tensor, qk_norm: Tensor, cos_sin: Tensor) -> tuple[Tensor, ...]:
@@ -70,7 +62,7 @@ def _qkv(given: Given, parts: list[tuple[int, slice]], built: Callable[..., Call
     ]
 
 
-def _attention(case: Case, given: Given, built: Callable[..., Callable[..., object]]) -> Function:
+def _attention(case: Case, given: Given, built: Callable[..., Callable[..., object]]) -> Call:
     """As the eager model: one fused call over the keys of every run of queries, without padding."""
     if case.keep is not None:
         raise LookupError("eager PyTorch has no attention over chosen blocks")
@@ -80,7 +72,7 @@ def _attention(case: Case, given: Given, built: Callable[..., Callable[..., obje
     return built(lambda: fused_attention(q, k, v, ranges) * gate[..., None])
 
 
-def compiled(case: Case, inputs: Inputs) -> Function:
+def compiled(case: Case, given: Given) -> Call:
     """The same through ``torch.compile``.
 
     Raises:
@@ -88,41 +80,39 @@ def compiled(case: Case, inputs: Inputs) -> Function:
     """
     if case.part == "window":
         raise LookupError("31 calls of attention compile for minutes, and are the same library's kernel in the end")
-    forget_compiled()
-    return eager(case, inputs, functools.partial(torch.compile, dynamic=False))
+    torch._dynamo.reset()  # after eight recompiles of one function it would run eagerly, without a word
+    return eager(case, given, functools.partial(torch.compile, dynamic=False))
 
 
-def sdpa(backend: str, case: Case, inputs: Inputs) -> Function:
+def sdpa(backend: str, case: Case, given: Given) -> Call:
     """``scaled_dot_product_attention`` with one backend, dense, without the gate."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    q, k, v = (inputs.bf16[name].transpose(0, 1)[None] for name in "qkv")
+    q, k, v = (given[name].transpose(0, 1)[None] for name in "qkv")
     grouped = backend != "EFFICIENT_ATTENTION"
     if not grouped:  # this backend takes one key/value head per query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scale = inputs.bf16["scale"]
 
     def run() -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+            return scaled_dot_product_attention(q, k, v, scale=given["scale"], enable_gqa=grouped)
 
     return run
 
 
-def flex(case: Case, inputs: Inputs) -> Function:
+def flex(case: Case, given: Given) -> Call:
     """FlexAttention, compiled, over the very same blocks (``BlockMap.to_flex``), without the gate."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    given = inputs.bf16
     q, k, v = (given[name].transpose(0, 1)[None] for name in "qkv")
     block_mask = given["block_map"].to_flex(q.shape[1])
-    forget_compiled()
+    torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=block_mask, scale=given["scale"], enable_gqa=True)
 
 
-def product(maker: Callable[..., Function], case: Case, inputs: Inputs) -> Function:
+def product(maker: Callable[..., Call], case: Case, given: Given) -> Call:
     """A product of the library's alone, of one weight, without an epilogue: of `measure.roofline`."""
     _, features, columns = case.weight_shape(str(case.product))
-    return maker(case.rows, features, columns, inputs.device)
+    return maker(case.rows, features, columns, given["x"].device)

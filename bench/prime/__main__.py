@@ -15,6 +15,7 @@ import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 import argparse
 import os
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from triton.runtime import cache
 from bench.aot.recording import Launch, in_forks
 from bench.prime import file as primed
 from bench.prime.launches import found
+from happyhorse_fast.files import replacing
 
 
 def compile_kernel(launch: Launch) -> str:
@@ -33,34 +35,12 @@ def compile_kernel(launch: Launch) -> str:
     return "compiled"
 
 
-def prime(arch: int, folder: Path, key: str, jobs: int, only: str = "") -> list[str]:
-    """Fill a cache; what failed.
-
-    Args:
-        arch: Compute capability as 90 for 9.0.
-        folder: The cache.
-        key: Of the build of Triton that will look.
-        jobs: Processes side by side.
-        only: Regular expression over the names of `bench.prime.launches`' sources.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns 1 where a kernel does not compile.
 
     Raises:
         RuntimeError: Nothing is launched.
     """
-    # Of what a launch needs nothing but the binary is kept.
-    os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
-    bootstrap.settle_keys()
-    began = time.monotonic()
-    launches = found(arch, only)
-    if not launches:
-        raise RuntimeError(f"nothing is launched on sm_{arch} with {only!r} in its name")
-    print(f"{len(launches)} kernels to compile for sm_{arch} ({time.monotonic() - began:.0f} s)", flush=True)
-    cache.triton_key = lambda: key
-    _, failures = in_forks(compile_kernel, launches, jobs)
-    return failures
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns 1 where a kernel does not compile."""
     parser = argparse.ArgumentParser(prog="python -m bench.prime", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for 9.0")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
@@ -74,9 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     key = options.key.read_text().strip() if options.key else primed.version_key(options.build)
     target = primed.packed_in(options.into, options.arch, key)
     with tempfile.TemporaryDirectory() as folder:
-        failures = prime(options.arch, Path(folder), key, options.jobs, options.only)
+        # Of what a launch needs nothing but the binary is kept.
+        os.environ |= {"TRITON_CACHE_DIR": folder, "TRITON_STORE_BINARY_ONLY": "1"}
+        bootstrap.settle_keys()
+        launches = found(options.arch, options.only)
+        if not launches:
+            raise RuntimeError(f"nothing is launched on sm_{options.arch} with {options.only!r} in its name")
+        said = f"{len(launches)} kernels to compile for sm_{options.arch}"
+        print(f"{said} ({time.monotonic() - began:.0f} s)", flush=True)
+        cache.triton_key = lambda: key
+        _, failures = in_forks(compile_kernel, launches, options.jobs)
         count = primed.kernels(Path(folder))
-        primed.pack(Path(folder), target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target, end=".partial") as partial, tarfile.open(partial, "w:gz") as archive:
+            archive.add(folder, ".")
     for failure in failures:
         print(failure, file=sys.stderr)
     minutes, size = (time.monotonic() - began) / 60, target.stat().st_size / 2**20

@@ -16,7 +16,6 @@ from types import FunctionType
 from typing import Any
 
 from bench.bootstrap import ROOT
-from happyhorse_fast.files import replacing
 
 FOLDER = ROOT / ".primed"
 """`make prime` leaves caches here, and `make gpu` looks for them here."""
@@ -54,13 +53,6 @@ def version_key(build: Path | None = None) -> str:
     # It hashes what lies around its own file.
     around = own.__globals__ | {"__file__": str(build / "triton" / "runtime" / "cache.py")}
     return str(FunctionType(own.__code__, around)())
-
-
-def pack(folder: Path, target: Path) -> None:
-    """Pack a cache as one file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target, end=".partial") as partial, tarfile.open(partial, "w:gz") as archive:
-        archive.add(folder, ".")
 
 
 def unpack(packed: Path) -> Path:

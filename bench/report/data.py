@@ -115,11 +115,9 @@ def measured_ceilings(data: Json) -> Peaks | None:
 
 
 def share_of(entry: Json, peaks: Peaks | None) -> float | None:
-    """A verified entry's share of a roofline: of the products' rate or of the bandwidth, whichever binds it."""
-    if peaks is None:
-        return None
-    rate = peaks.rate(entry["case"].rpartition("/")[2])
-    return max((entry["tflops"] or 0.0) / rate, (entry["gbps"] or 0.0) / 1e3 / peaks.bandwidth)
+    """A verified entry's share of a roofline."""
+    precision = entry["case"].rpartition("/")[2]
+    return peaks.share(entry["tflops"] or 0.0, entry["gbps"] or 0.0, precision) if peaks else None
 
 
 def verified(path: Path, data: Json) -> str:

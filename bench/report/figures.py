@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+import textwrap
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
+from bench.cases import FULL_SIZES
 from bench.measure.roofline import gpu_named
-from bench.report.block_maps import block_maps
 from bench.report.data import Report, clips, form_of, measured_ceilings, parts_of, steps_timed, total_of
-from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, TEAL, VIOLET, blank_figure, clean
 from bench.results import Json
 from bench.sampler_runs import PUBLISHED_SECONDS, SECOND_STAGE
+from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
 from happyhorse_fast.costs import GPUS
+from happyhorse_fast.eager.rotary import apply_rotary, frequency_bands, rotary_phases
+from happyhorse_fast.eager.sequence import Clip, coordinates
 
+INK, FAINT, GRID = "#1b1f24", "#6b737d", "#e6e8eb"
+BLUE, ORANGE, GREEN, VIOLET, TEAL, RED, GREY = (
+    "#1f6feb",
+    "#d9480f",
+    "#2b8a3e",
+    "#862e9c",
+    "#0b7285",
+    "#c92a2a",
+    "#868e96",
+)
 FORM_STYLE = {
     "eager bf16": (GREY, "o"),
     "fast bf16": (BLUE, "s"),
@@ -40,8 +53,7 @@ PART_COLOURS = {
 }
 NOT_SPLIT, UNKNOWN = "not split by op", "#adb5bd"
 FORMAT_COLOURS = {"bf16": BLUE, "int8": GREEN, "int8_qk": TEAL, "fp8": ORANGE}
-WHAT = "15B model, 1080p, 5 s"
-DPI = 110
+SIZE, WHAT = FULL_SIZES[0], "15B model, 1080p, 5 s"
 
 
 def figures(report: Report) -> dict[str, Figure]:
@@ -56,12 +68,29 @@ def figures(report: Report) -> dict[str, Figure]:
     }
 
 
-def save(made: dict[str, Figure], folder: Path) -> None:
-    """Write pictures under their names."""
-    for name, figure in made.items():
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=DPI, metadata={"Software": None})
-        print(path)
+# Style ----------------------------------------------------------------------------------------------------------------
+
+
+def blank_figure(width: float, height: float, title: str, note: str) -> Figure:
+    """A figure of so many inches with its title above and a note, folded, below."""
+    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    lines = textwrap.fill(note, int(width * 14.5))  # characters of 8.5 pt that fit an inch
+    figure.supxlabel(lines, x=0.01, ha="left", fontsize=8.5, color=FAINT)
+    return figure
+
+
+def clean(axes: Axes, title: str = "") -> Axes:
+    """Axes in the report's style."""
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.tick_params(labelsize=8.5, colors=FAINT, length=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#c5cad0")
+    axes.grid(True, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.xaxis.label.set(color=INK, fontsize=9)
+    axes.yaxis.label.set(color=INK, fontsize=9)
+    return axes
 
 
 # Speed ----------------------------------------------------------------------------------------------------------------
@@ -82,7 +111,9 @@ def clip(report: Report) -> Figure:
     labelled: set[str] = set()
     for place, run in enumerate(runs):
         _bar(axes, place, run, labelled)
-    axes.set_yticks(range(len(runs)), [_run_name(run) for run in runs], fontsize=9, color=INK)
+    names = [f"{'second stage: ' if run['preset'] == SECOND_STAGE else ''}{form_of(run)}" for run in runs]
+    names = [re.sub(r"\(the default of \w+\)", "(default)", name) for name in names]
+    axes.set_yticks(range(len(runs)), names, fontsize=9, color=INK)
     axes.invert_yaxis()
     axes.set_xlabel("s")
     axes.set_xlim(0, max(run["total_s"] for run in runs) * 1.22)
@@ -92,11 +123,6 @@ def clip(report: Report) -> Figure:
     patches.append(Patch(facecolor="white", edgecolor=FAINT, hatch="///", label="extrapolated"))
     axes.legend(handles=patches, fontsize=8.5, frameon=False, loc="lower right")
     return figure
-
-
-def _run_name(run: Json) -> str:
-    stage = "second stage: " if run["preset"] == SECOND_STAGE else ""
-    return re.sub(r"\(the default of \w+\)", "(default)", f"{stage}{form_of(run)}")
 
 
 def _bar(axes: Axes, place: int, run: Json, labelled: set[str]) -> None:
@@ -165,6 +191,45 @@ def roofline(report: Report) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
     axes.legend(fontsize=8.5, frameon=False, loc="lower right")
     return figure
+
+
+# Block maps -----------------------------------------------------------------------------------------------------------
+
+
+def block_maps() -> Figure:
+    """The trained window, a quarter of the video blocks by pooled score, and 3D tiles; one clip of 1080p, 5 s."""
+    grid = SIZE.grid
+    layout = Layout(grid.frames, grid.frame_tokens, grid.audio, grid.text, align_frames=True, align_modalities=True)
+    dense = BlockMap.frame_window(layout, None)
+    video_blocks = -(-layout.audio_start // BLOCK)
+    q = _positions_alone(layout, grid)
+    window = SIZE.config.frame_receptive_field
+    maps = {
+        f"trained window: frames within {window}": BlockMap.frame_window(layout, window),
+        "top 25 % of video blocks, by position alone": BlockMap.top_k(q, q, layout, video_blocks // 4, base=dense),
+        "tiles: 6 frames, 8 rows, 60 columns": BlockMap.tile_window(layout, grid.columns, (1, 1, 1), (6, 8, 60), dense),
+    }
+    note = (
+        "blocks of 128 x 128 tokens. The choice in the middle depends on q and k; here every token has the same ones, "
+        "so the rotary position decides alone"
+    )
+    figure = blank_figure(14, 5.9, "Block maps of the 15B model, 1080p, 5 s", note)
+    for axes, (name, block_map) in zip(figure.subplots(1, 3), maps.items(), strict=True):
+        block_map.plot(axes, layout=layout)
+        axes.set_title(f"{name}\n{axes.get_title()}", fontsize=9.5, color=INK, pad=20)
+        axes.tick_params(labelsize=7.5, colors=FAINT)
+    return figure
+
+
+def _positions_alone(layout: Layout, grid: Clip) -> torch.Tensor:
+    """[slots, 1, D]: one vector for every token, rotated to the token's place."""
+    coords = coordinates(grid, SIZE.config.coords_style)
+    token = torch.ones(len(coords), 1, SIZE.config.head_dim)
+    rotated = apply_rotary(token, rotary_phases(coords, frequency_bands(SIZE.config.head_dim)))
+    rows = torch.cat([torch.arange(*span) for span in (*layout.frame_spans(), *layout.prefix_spans())])
+    out = torch.zeros(layout.slots, 1, SIZE.config.head_dim)
+    out[rows] = rotated
+    return out.bfloat16()
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,6 @@ CLIPS = (
     ("davinci-magihuman", "256p", 5),
     ("davinci-magihuman-sr-1080p", "1080p", 5),
 )
-TRACED = CLIPS[0]
 _GIB = 2**30
 
 
@@ -73,7 +72,7 @@ def measure_memory() -> Json:
         **describe_machine(torch.device("cpu")),
         "attention": {precision: default_attention(precision) for precision in ("bf16", "int8", "fp8")},
         "peaks": [_peak(form, *clip) for clip in CLIPS for form in SHOWN],
-        "timelines": [_timeline(form, *TRACED) for form in SHOWN],
+        "timelines": [_timeline(form, *CLIPS[0]) for form in SHOWN],
         "launches": [_launches(p, masks) for p in ("bf16", *EIGHT_BITS) for masks in (None, TopK(0.25))],
     }
 
@@ -202,14 +201,13 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; by default all of them")
-    parser.add_argument("--dirty", action="store_true", help="measure sources that no commit has; not to be committed")
     options = parser.parse_args()
     chosen = options.parts
     if unknown := set(chosen) - PARTS.keys():
         parser.error(f"part must be one of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     sources = commit()
-    if sources.endswith("-dirty") and not options.dirty:
-        parser.error(f"sources must be committed first, for the results to name them ({sources}); or --dirty")
+    if sources.endswith("-dirty"):
+        parser.error(f"sources must be committed first, for the results to name them ({sources})")
     os.environ[COMMIT_VARIABLE] = sources  # the first file that is written is no change of the sources
     torch.set_num_threads(1)
     for part in chosen or PARTS:

@@ -7,7 +7,6 @@ longer once the chip was warm, so a smaller difference may be the order of timin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 
 from bench.results import Json
@@ -41,8 +40,3 @@ def preferences(gpus: Iterable[Json]) -> Preferences:
         if there and both and all(ms["cuda"] * LEAST_GAIN <= ms["triton"] for ms in both):
             found.setdefault(capability, {}).setdefault(fmt, []).append(op)
     return found
-
-
-def text(gpus: Iterable[Json]) -> str:
-    """The file's content."""
-    return json.dumps(preferences(gpus), indent=1) + "\n"

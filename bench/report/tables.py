@@ -203,16 +203,12 @@ def clip_table(data: Json) -> Table:
         notes = [part for part in (run.get("note") or "").split("; ") if not part.endswith("steps timed")]
         timed = "" if failed else f"{steps_timed(run)} of {run['steps']}"
         cells = (numbers, total_of(run), timed, peak, "; ".join(filter(None, [parts, *notes])))
-        rows.append((clip_of(run), form_of(run), *cells))
+        stage = " (second stage)" if run["preset"] == SECOND_STAGE else ""
+        clip = f"{run['preset']}{stage}, {run['resolution']}, {run['seconds']} s"
+        rows.append((clip, form_of(run), *cells))
     columns = ("clip", "form", "s/step", "denoising, s", "steps timed", "peak GiB", "seconds of a profiled step")
     note = "~: extrapolated from the median of the steps that were timed. Wall time of denoising alone, random weights."
     return Table(f"The clip, {data['gpu']}, commit {data['commit']}", columns, tuple(rows), note)
-
-
-def clip_of(run: Json) -> str:
-    """Model and clip of a run."""
-    stage = " (second stage)" if run["preset"] == SECOND_STAGE else ""
-    return f"{run['preset']}{stage}, {run['resolution']}, {run['seconds']} s"
 
 
 def gpu_tables(data: Json) -> list[Table]:

@@ -17,9 +17,9 @@ import torch
 from bench.bootstrap import ROOT
 from bench.cases import cases, select
 from bench.gpu import __main__ as gpu
-from bench.gpu import archive, stages
+from bench.gpu import stages
 from bench.gpu.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
-from bench.results import Results, read
+from bench.results import read
 
 HEADER = {"gpu": "cpu", "driver": "none", "torch": "2", "triton": "3", "commit": "abc"}
 
@@ -51,7 +51,7 @@ def test_the_plan_never_passes_its_deadline_but_by_one_kill(wanted, overrun, mon
     # Time is simulated. A stage takes what it wants or is cut, and then takes a while to die.
     clock, given = [1000.0], []
 
-    def stage_that_takes(stage, context, results, seconds):
+    def stage_that_takes(stage, context, seconds):
         given.append(seconds)
         clock[0] += wanted if wanted <= seconds else max(seconds, 0) + overrun * (seconds > 0)
         return wanted <= seconds
@@ -59,7 +59,7 @@ def test_the_plan_never_passes_its_deadline_but_by_one_kill(wanted, overrun, mon
     monkeypatch.setattr(gpu, "run_stage", stage_that_takes)
     monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
     deadline = 1000.0 + gpu.TOTAL_SECONDS - gpu.ENDING_SECONDS
-    passed = gpu.run_stages(STAGES, None, None, deadline)
+    passed = gpu.run_stages(STAGES, None, deadline)
     assert clock[0] <= deadline + overrun < 1000.0 + gpu.TOTAL_SECONDS
     assert list(passed) == [stage.name for stage in STAGES]
     if wanted == 0:
@@ -98,7 +98,7 @@ def commands(name, dry=False):
 
 
 def test_options_go_to_the_commands_of_their_module_alone():
-    context = Context(False, ROOT / "r.json", {"bench.sampler": ["--modes", "eager"]})
+    context = Context(False, ROOT / "r.json", more={"bench.sampler": ["--modes", "eager"]})
     for stage in chosen_stages("sampler,tune"):
         (step,) = stage.steps(context)
         assert (step.command[-2:] == ["--modes", "eager"]) is (stage.name == "sampler")
@@ -184,9 +184,9 @@ def stage(*commands):
 
 
 def run(stage, tmp_path, seconds=30.0):
-    results = Results(tmp_path / "r.json", HEADER)
-    passed = gpu.run_stage(stage, Context(True, results.path), results, seconds)
-    return passed, read(results.path)["stages"][0]
+    path = tmp_path / "r.json"
+    passed = gpu.run_stage(stage, Context(True, path, HEADER), seconds)
+    return passed, read(path)["stages"][0]
 
 
 def test_a_stage_that_hangs_is_cut_with_all_it_started(tmp_path):
@@ -207,9 +207,9 @@ def test_a_failed_command_fails_its_stage_and_its_output_is_shown(tmp_path, caps
 
 def test_all_of_the_header_stays_though_a_stage_comes_before_the_first_entry(tmp_path):
     # Without the architecture, preferences would not know what the file is of.
-    results = Results(tmp_path / "r.json", HEADER | {"capability": "90"})
-    gpu.run_stage(stage([]), Context(True, results.path), results, 30.0)
-    assert read(results.path)["capability"] == "90"
+    path = tmp_path / "r.json"
+    gpu.run_stage(stage([]), Context(True, path, HEADER | {"capability": "90"}), 30.0)
+    assert read(path)["capability"] == "90"
 
 
 def test_a_step_that_lost_the_gpu_is_started_again_for_the_rest(tmp_path):
@@ -230,12 +230,13 @@ def test_steps_have_the_time_of_their_weight(tmp_path):
     assert second > (110 - gpu.SPARE_SECONDS) / 60, "and what those before left"
 
 
-def test_all_that_a_run_leaves_is_one_small_file(tmp_path):
+def test_all_that_a_run_leaves_is_one_small_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "EVERY_SECONDS", 0.1)
     folder, target = tmp_path / "results" / "nvidia", tmp_path / "out" / "r.tgz"
     (folder / "r" / "logs").mkdir(parents=True)
     (folder / "r.json").write_text("{}")
     (folder / "r" / "logs" / "tests.log").write_bytes(random.Random(0).randbytes(3 << 20) + b"the end")
-    with archive.kept(folder, target, every=0.1):
+    with gpu.kept_packed(folder, target):
         for _ in range(100):
             if target.is_file():
                 break
@@ -246,7 +247,7 @@ def test_all_that_a_run_leaves_is_one_small_file(tmp_path):
     with tarfile.open(target) as packed:
         assert "later.json" in packed.getnames()
         log = packed.extractfile("r/logs/tests.log").read()
-    assert len(log) < archive.LOG_BYTES + 100 and log.endswith(b"the end")
+    assert len(log) < gpu.LOG_BYTES + 100 and log.endswith(b"the end")
     assert list(target.parent.iterdir()) == [target]
 
 
@@ -293,7 +294,7 @@ ABSENT = ("av", "diffusers", "einops", "huggingface_hub", "pandas", "requests", 
 STARTS = {
     "bench.checks": ["self", "--impl", "cuda"],
     "bench.ops": ["--scope", "tiny", "--cases", "quantize/tiny/bf16", "--seconds", "0"],
-    "bench.tune": ["--dry", "--cases", "swiglu7"],
+    "bench.tune": ["--scope", "tiny", "--cases", "proj/tiny/fp8", "--limit", "0", "--seconds", "0"],
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
@@ -41,7 +40,8 @@ def test_a_lost_gpu_stops_the_run_at_the_case_that_lost_it(bench, monkeypatch, t
     gpu = Gpu(monkeypatch, tmp_path / "r.json")
     first, second, third = select(TINY, "quantize/tiny/fp8,swiglu7/tiny/bf16,qkv_linear/tiny/bf16")
     monkeypatch.setattr(gates, "call", lambda case, *rest: gpu.crash() if case == second else call(case, *rest))
-    ops.run(bench, [first, second, third], gpu.results, time.monotonic() + 60)
+    bench.results = gpu.results
+    ops.run(bench, [first, second, third], time.monotonic() + 60)
     assert gpu.written == {first.name: True, second.name: False}, "the third is not blamed"
     assert "STOPPED" in capsys.readouterr().err
 
@@ -50,9 +50,8 @@ def test_a_peer_that_takes_the_gpu_is_left_out_when_the_run_starts_again(monkeyp
     gpu, case = Gpu(monkeypatch, tmp_path / "r.json"), select(TINY, "quantize/tiny/bf16")[0]
 
     def run(keep):
-        known = json.loads(json.dumps(gpu.results.data))
         peers = [standing_in("crashing", lambda case, inputs: gpu.crash()), Counting("counting")]
-        return ops.run(Bench(CPU, "reference", 0.0, peers, known=known, keep=keep), [case], gpu.results, FOREVER)
+        return ops.run(Bench(CPU, "reference", 0.0, peers, results=gpu.results, keep=keep), [case], FOREVER)
 
     assert run("none") == []
     assert gpu.results.data["gates"] == [{"case": case.name, "impl": "reference", "passed": True}]
@@ -69,10 +68,9 @@ def test_a_gpu_lost_in_turns_is_held_against_the_peers_then_against_ours(monkeyp
 
     def run():
         gpu.error = None
-        known = json.loads(json.dumps(gpu.results.data))
-        bench = Bench(CPU, "reference", 0.0, [Counting("counting")], known=known, keep="all")
+        bench = Bench(CPU, "reference", 0.0, [Counting("counting")], results=gpu.results, keep="all")
         monkeypatch.setattr(bench.stopwatch, "interleave", lambda *_, **__: gpu.crash())
-        return ops.run(bench, [case], gpu.results, FOREVER)
+        return ops.run(bench, [case], FOREVER)
 
     assert run() == [] and f"counting on {case.name}" in gpu.results.data["absent"]
     (entry,) = run()
@@ -85,11 +83,10 @@ def test_gates_alone_time_nothing_and_are_not_made_again(monkeypatch, tmp_path):
     good, bad = select(TINY, "quantize/tiny/bf16")[0], select(TINY, "proj/tiny/bf16")[0]
     gate = Bench.gate
     monkeypatch.setattr(Bench, "gate", lambda self, case, impl: ["wrong"] if case == bad else gate(self, case, impl))
-    (red,) = ops.run(Bench(CPU, "reference", 0.0), [good, bad], results, FOREVER, gates=True)
+    (red,) = ops.run(Bench(CPU, "reference", 0.0, results=results), [good, bad], FOREVER, gates=True)
     assert results.data["entries"] == [red] and red["case"] == bad.name, "the red one alone has an entry"
     monkeypatch.setattr(Bench, "gate", lambda *_: pytest.fail("gated already"))
-    known = read(results.path)
-    (entry,) = ops.run(Bench(CPU, "reference", 0.0, known=known, keep="gates"), [good, bad], results, FOREVER)
+    (entry,) = ops.run(Bench(CPU, "reference", 0.0, results=results, keep="gates"), [good, bad], FOREVER)
     assert entry["case"] == good.name and entry["verified"]
     assert {entry["case"]: entry["verified"] for entry in results.data["entries"]} == {good.name: True, bad.name: False}
 
@@ -98,13 +95,15 @@ def test_what_another_process_should_have_gated_is_left_out_where_it_was_cut(mon
     case = select(TINY, "quantize/tiny/bf16")[0]
     monkeypatch.setattr(gates, "call", lambda case, given, backend: call(case, given, "reference"))
     monkeypatch.setattr(comparison, "call", lambda case, given, backend: call(case, given, "reference"))
-    known = {"gates": [{"case": case.name, "impl": "cuda", "passed": True}]}
+    known = [{"case": case.name, "impl": "cuda", "passed": True}]
     for gated, keep, timed in (
         (known, "gates", {"triton", "cuda"}),
-        ({}, "gates", {"triton"}),
-        ({}, "all", {"triton"}),
+        ([], "gates", {"triton"}),
+        ([], "all", {"triton"}),
     ):
-        entries = compared(Bench(CPU, "triton", 0.0, also=["cuda"], known=gated, keep=keep), [case])
+        results = Results(None, {})
+        results.data["gates"] = gated
+        entries = compared(Bench(CPU, "triton", 0.0, also=["cuda"], results=results, keep=keep), [case])
         assert {entry["impl"] for entry in entries} == timed
     assert {e["impl"] for e in compared(Bench(CPU, "triton", 0.0, also=["cuda"]), [case])} == {"triton", "cuda"}
 
@@ -112,8 +111,8 @@ def test_what_another_process_should_have_gated_is_left_out_where_it_was_cut(mon
 def test_a_number_stays_where_its_gate_is_made_again(tmp_path):
     results = Results(tmp_path / "r.json", describe_machine(CPU))
     case = select(TINY, "quantize/tiny/bf16")[0]
-    (entry,) = ops.run(Bench(CPU, "reference", 0.0), [case], results, FOREVER)
-    assert ops.run(Bench(CPU, "reference", 0.0, known=results.data), [case], results, FOREVER, gates=True) == []
+    (entry,) = ops.run(Bench(CPU, "reference", 0.0, results=results), [case], FOREVER)
+    assert ops.run(Bench(CPU, "reference", 0.0, results=results), [case], FOREVER, gates=True) == []
     assert results.data["entries"] == [entry]
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ from bench.inputs import call, make, softmax
 from bench.measure import comparison, gates
 from bench.measure.comparison import Bench, groups, implementations
 from bench.measure.conditions import Monitor
-from bench.peers.peer import Inputs
-from bench.peers.registry import PEERS, split
-from bench.results import Results, comparable, describe_machine, ratio, read
+from bench.peers.registry import PEERS, bf16_inputs, split
+from bench.report.tables import ops_table
+from bench.results import Results, comparable, describe_machine, read
 from happyhorse_fast import budgets
 from happyhorse_fast.eager.mlp import swiglu7
 from happyhorse_fast.kernels.launch import config_for, table
@@ -32,6 +33,12 @@ TINY = cases("tiny")
 ACCUMULATOR = 1.5e-3
 """Relative error of a large sum of 5120 products in e4m3, by the emulator of Hopper's accumulator."""
 pytestmark = pytest.mark.usefixtures("ceilings")
+
+
+def shown(entry, bench=None):
+    """The table of an entry."""
+    peaks = [asdict(bench.measured)] if bench else []
+    return ops_table({"gpu": "cpu", "commit": "abc", "entries": [entry], "peaks": peaks})
 
 
 def planted(monkeypatch, change):
@@ -74,13 +81,13 @@ WRONG = {
 def test_a_wrong_kernel_has_no_number(name, what, bench, monkeypatch, tmp_path):
     case = select(TINY, name)[-1]
     planted(monkeypatch, WRONG[what])
-    results = Results(tmp_path / "r.json", describe_machine(CPU))
-    (entry,) = ops.run(bench, [case], results, time.monotonic() + 60)
+    bench.results = Results(tmp_path / "r.json", describe_machine(CPU))
+    (entry,) = ops.run(bench, [case], time.monotonic() + 60)
     assert entry["verified"] is False
     assert entry["reason"]
     assert [entry[k] for k in ("median_ms", "tflops", "gbps", "roofline", "peers")] == [None, None, None, None, {}]
-    assert "not verified" in ops.table([entry])
-    assert not any(character.isdigit() for cell in ops.row(entry)[2:-1] for character in cell)
+    (row,) = shown(entry).rows
+    assert "not verified" in row[1] and not any(row[2:])
     (written,) = read(tmp_path / "r.json")["entries"]
     assert written == json.loads(json.dumps(entry))
 
@@ -148,7 +155,7 @@ def test_a_slow_kernel_shows_in_the_table(bench, monkeypatch):
     assert entry["verified"] and entry["median_ms"] > 500 > honest["median_ms"]
     assert entry["peers"]["eager"] / entry["median_ms"] < 0.5, "the peer is more than twice as fast"
     assert entry["roofline"] < honest["roofline"]
-    assert "eager 0.0" in ops.table([entry])
+    assert "x: ours is SLOWER)" in shown(entry).rows[0][-1]
 
 
 def test_a_peer_that_breaks_is_named_and_ends_nothing():
@@ -159,21 +166,22 @@ def test_a_peer_that_breaks_is_named_and_ends_nothing():
     (case,) = select(TINY, "swiglu7/tiny/bf16")
     (entry,) = compared(both, [case])
     assert set(entry["peers"]) == {"eager"}
-    assert both.absent == {f"broken on {case.name}": "RuntimeError: no kernel image is available"}
+    assert both.results.data["absent"] == {f"broken on {case.name}": "RuntimeError: no kernel image is available"}
 
 
 def test_a_peer_takes_turns_with_both_precisions_once_on_rotated_inputs():
     peer = Counting("counting")
     both = Bench(CPU, "reference", seconds=0.0, peers=[peer])
     fp8, _, bf16 = select(TINY, "quantize/tiny")
-    entries = ops.run(both, [fp8, bf16], None, FOREVER)
-    assert peer.seen == [(fp8.name, 0), (fp8.name, 1)]
+    entries = ops.run(both, [fp8, bf16], FOREVER)
+    (first, one), (again, other) = peer.seen
+    assert first == again == fp8.name and one != other
     assert entries[0]["peers"] == entries[1]["peers"] != {}
     assert comparable(*entries)
 
 
 def test_attention_says_which_softmax_ran_and_without_a_known_bound_takes_turns_with_those_that_have_one(bench):
-    entries = ops.run(bench, select(TINY, "attention-dense/tiny"), None, FOREVER)
+    entries = ops.run(bench, select(TINY, "attention-dense/tiny"), FOREVER)
     assert {entry["case"]: entry["softmax"] for entry in entries} == {
         "block_sparse_attention-dense/tiny/fp8": "running maximum",
         "block_sparse_attention-dense/tiny/int8_qk": "bounded",
@@ -195,17 +203,16 @@ def test_times_of_two_spans_are_not_compared(bench):
     case = select(TINY, "quantize/tiny/bf16")[0]
     (one,), (other,) = compared(bench, [case]), compared(bench, [case])
     assert not comparable(one, other), "the chip may have been cool in one"
-    assert ratio(one, "eager") == one["peers"]["eager"] / one["median_ms"]
     before = {name: value for name, value in one.items() if name != "span"}  # results from before there were spans
-    assert not comparable(before, before) and ratio(before, "eager") is None
-    assert ops.row(before)[-1] == "eager not interleaved" and "x" in ops.row(one)[-1]
+    assert not comparable(before, before)
+    assert "Each kernel was timed alone" in shown(before).note and "took turns" in shown(one).note
 
 
 def test_a_peer_that_compiles_takes_turns_after_all_others_were_timed():
     peers = [Counting("slow a", slow=True), Counting("slow b", slow=True), Counting("quick")]
     some = Bench(CPU, "reference", seconds=0.0, peers=peers)
     SEEN.clear()
-    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), None, FOREVER)
+    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), FOREVER)
     assert SEEN == ["quick"] * 4 + ["slow a", "slow b", "quick", "quick"] * 2
     assert all(set(entry["peers"]) == {"quick", "slow a", "slow b"} for entry in entries), "all of one span"
 
@@ -216,9 +223,10 @@ def test_without_a_peer_that_compiles_nothing_is_timed_again():
 
     quick = Counting("quick")
     some = Bench(CPU, "reference", seconds=0.0, peers=[quick, standing_in("absent", prepare, slow=True)])
-    (group,), written = groups(select(TINY, "quantize/tiny/bf16")), []
-    some.compare(group, [quick], written.append)
-    assert some.compare(group, some.peers, written.append) == {} and len(written) == 1
+    (group,) = groups(select(TINY, "quantize/tiny/bf16"))
+    some.compare(group, [quick])
+    (entry,) = some.found.values()
+    assert some.compare(group, some.peers) == {} and [*some.found.values()] == [entry]
 
 
 def test_a_peer_that_does_not_fit_the_time_left_is_left_out(monkeypatch):
@@ -228,7 +236,7 @@ def test_a_peer_that_does_not_fit_the_time_left_is_left_out(monkeypatch):
     monkeypatch.setattr(some.stopwatch, "least_seconds", lambda prepared: 100.0 if prepared is made[-1] else 0.0)
     (entry,) = compared(some, select(TINY, "quantize/tiny/bf16"), time.monotonic() + 60)
     assert set(entry["peers"]) == {"quick"}
-    assert list(some.absent.values()) == ["needs 100 s, 60 were left"]
+    assert list(some.results.data["absent"].values()) == ["needs 100 s, 60 were left"]
 
 
 def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
@@ -241,7 +249,7 @@ def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
     monkeypatch.setattr(gates, "call", counted)
     monkeypatch.setattr(comparison, "call", counted)
     some = Bench(CPU, "triton", seconds=0.0, also=["cuda"])
-    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), None, time.monotonic() + 60)
+    entries = ops.run(some, select(TINY, "quantize/tiny/bf16,proj/tiny/bf16"), time.monotonic() + 60)
     found = {(entry["case"].partition("-")[0].partition("/")[0], entry["impl"]) for entry in entries}
     assert found == {
         ("fp8_linear_residual", "triton"),
@@ -315,19 +323,19 @@ def test_importing_the_peers_imports_none_of_them():
 def test_eager_computes_the_same_thing():
     # The peer that is always there is timed against the op: it has to do the op's work.
     for case in select(TINY, "window/tiny/bf16,proj/tiny/bf16,swiglu7/tiny/bf16,gelu7/tiny/bf16,quantize/tiny/bf16"):
-        given, same = make(case, CPU, 1), Inputs(case, CPU, 1)
+        given, same = make(case, CPU, 1), bf16_inputs(case, CPU, 1)
         wanted = call(case, given, "reference")[0].double()
         result = EAGER.prepare(case, same)()
         if case.op == "block_sparse_attention":
             wanted = wanted[padded_rows(case.size).token_rows()]
         elif case.op == "fp8_linear_residual":
-            result = same.bf16["hidden"]
+            result = same["hidden"]
         elif isinstance(result, list):
             result = torch.cat(result)
         assert float((result.double() - wanted).norm() / wanted.norm()) < 1e-2, case.name
 
 
-def test_the_state_of_the_chip_in_the_span_is_in_entry_and_table(bench):
+def test_the_state_of_the_chip_in_the_span_is_in_the_entry(bench):
     asked = []
 
     class Sampled(Monitor):
@@ -341,10 +349,10 @@ def test_the_state_of_the_chip_in_the_span_is_in_entry_and_table(bench):
     (entry,) = compared(bench, [case])
     (span,) = asked
     assert began < span[0] < span[1] < time.monotonic()
-    line = dict(zip(ops.COLUMNS, ops.row(entry), strict=True))
-    assert (line["MHz"], line["W"]) == ("1395", "699") and line["of measured"].endswith("%")
+    assert (entry["sm_mhz"], entry["power_w"]) == (1395.0, 699.0)
+    assert shown(entry, bench).rows[0][3].endswith("%"), "of the measured ceiling"
 
 
 def test_time_that_is_up_starts_nothing(bench, capsys):
-    assert ops.run(bench, TINY, None, time.monotonic() - 1) == []
+    assert ops.run(bench, TINY, time.monotonic() - 1) == []
     assert "time is up" in capsys.readouterr().err

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from bench.cases import cases, select
 from bench.measure.gates import row_mask
-from bench.peers.peer import Inputs
-from bench.peers.registry import PEERS
+from bench.peers.registry import PEERS, bf16_inputs
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -69,8 +68,7 @@ def close(result: Any, exact: Tensor, *, within: float = 1e-2) -> bool:
     return float((result.double() - exact.double()).norm() / exact.double().norm()) < within
 
 
-def exact(inputs: Inputs, *, masked: bool) -> Tensor:
-    given = inputs.bf16
+def exact(given: Any, *, masked: bool) -> Tensor:
     mask = None
     if masked:
         found, rows = given["block_map"], len(given["q"]) // 128
@@ -94,7 +92,7 @@ def flash_attn_func(
 def test_flash_attention_4(install):
     install("flash_attn.cute", flash_attn_func=flash_attn_func)
     case = case_of("sparse_attention-dense/tiny/fp8")
-    inputs = Inputs(case, CPU)
+    inputs = bf16_inputs(case, CPU)
     peer = peer_of("FlashAttention-4")
     assert peer.fits(case) and not peer.fits(case_of("window/tiny/fp8"))
     result, _ = peer.prepare(case, inputs)()
@@ -156,7 +154,7 @@ def test_cudnn_fp8(install, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
     case = case_of("sparse_attention-dense/tiny/fp8")
-    inputs = Inputs(case, CPU)
+    inputs = bf16_inputs(case, CPU)
     assert peer.fits(case) and not peer.fits(case_of("sparse_attention-dense/tiny/bf16"))
     result = peer.prepare(case, inputs)()[0].transpose(0, 1)
     assert close(result, exact(inputs, masked=False), within=0.2)
@@ -174,8 +172,8 @@ def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, retur
 def test_sageattention_and_that_its_change_of_k_reaches_no_other_peer(install):
     install("sageattention", sageattn=sageattn)
     case = case_of("sparse_attention-dense/tiny/bf16")
-    inputs = Inputs(case, CPU)
-    before = inputs.bf16["k"].clone()
+    inputs = bf16_inputs(case, CPU)
+    before = inputs["k"].clone()
     result = peer_of("sageattention").prepare(case, inputs)()
     assert close(result[0], exact(inputs, masked=False), within=2e-2)
-    assert torch.equal(inputs.bf16["k"], before)
+    assert torch.equal(inputs["k"], before)

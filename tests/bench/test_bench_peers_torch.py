@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.cases import cases, select
 from bench.measure.roofline import fp8_product, int8_product
-from bench.peers.peer import Inputs
+from bench.peers.registry import bf16_inputs
 
 
 def test_scaled_mm_takes_the_layouts_and_scales_that_it_is_given():
@@ -45,7 +45,7 @@ def test_every_product_is_held_against_the_librarys_bf16_one():
     for words in ("down/tiny/fp8", "down/tiny/bf16", "qkv_linear/tiny/fp8", "swiglu7/tiny/bf16"):
         case = case_of(words)
         assert peer.fits(case)
-        assert peer.prepare(case, Inputs(case, CPU))().shape == (case.rows, case.weight_shape(case.product)[1])
+        assert peer.prepare(case, bf16_inputs(case, CPU))().shape == (case.rows, case.weight_shape(case.product)[1])
     for words in ("gelu7/tiny/fp8", "sparse_attention-dense/tiny/fp8", "quantize/tiny/bf16"):
         assert not peer.fits(case_of(words))
 
@@ -53,7 +53,7 @@ def test_every_product_is_held_against_the_librarys_bf16_one():
 def test_no_window_is_compiled_for_minutes():
     case = case_of("window/tiny/fp8")
     with pytest.raises(LookupError, match="compile for minutes"):
-        peer_of("torch.compile").prepare(case, Inputs(case, CPU))
+        peer_of("torch.compile").prepare(case, bf16_inputs(case, CPU))
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
@@ -66,7 +66,7 @@ def test_sdpa_backends(backend, monkeypatch):
     _, found = select(cases("tiny"), "attention-dense/tiny/bf16")  # without a gate and a known bound, as a peer has it
     peer = peer_of(f"sdpa {backend}")
     assert peer.fits(case) and peer.fits(found) and not peer_of("eager").fits(found)
-    inputs = Inputs(case, CPU)
+    inputs = bf16_inputs(case, CPU)
     assert close(peer.prepare(case, inputs)()[0].transpose(0, 1), exact(inputs, masked=False))
     assert asked == [getattr(attention.SDPBackend, f"{backend.upper()}_ATTENTION")]
 
@@ -76,7 +76,7 @@ def test_sdpa_backends(backend, monkeypatch):
 def test_flex_attention_has_the_very_same_mask(part, monkeypatch):
     not_compiled(monkeypatch)
     case = case_of(f"attention-{part}/tiny/bf16")
-    inputs = Inputs(case, CPU)
+    inputs = bf16_inputs(case, CPU)
     wanted = exact(inputs, masked=True)
     assert close(peer_of("flex_attention").prepare(case, inputs)()[0].transpose(0, 1), wanted)
     assert not close(exact(inputs, masked=False), wanted, within=0.05), "the mask leaves something out"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from bench.report import preferences
 from bench.report.data import load
 from bench.results import merged
@@ -93,4 +95,4 @@ def test_what_several_calls_measured_counts_together():
 
 
 def test_the_shipped_file_is_that_of_the_committed_results():
-    assert PREFERENCES.read_text() == preferences.text(load().gpu.values())
+    assert PREFERENCES.read_text() == json.dumps(preferences.preferences(load().gpu.values()), indent=1) + "\n"
