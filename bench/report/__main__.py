@@ -1,12 +1,14 @@
 """``make report``: pictures, and generated sections of READMEs, notes and kernels' pages.
 
-python -m bench.report           # docs/report/*.png, then sections of READMEs and docs/{DESIGN,notes,kernels,report}
-python -m bench.report --readme  # the sections alone
+python -m bench.report              # docs/report/*.png, then sections of READMEs and docs/{DESIGN,notes,kernels,report}
+python -m bench.report --readme     # the sections alone
+python -m bench.report --html FILE  # README's results, docs/report and the pony's as one page, pictures embedded
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import re
 from pathlib import Path
@@ -90,11 +92,35 @@ def with_section(readme: str, section: str) -> str:
     return re.sub(pattern, lambda _: f"{BEGIN}\n\n{section}\n\n{END}", readme, flags=re.DOTALL)
 
 
+def html() -> str:
+    """Write the generated parts of READMEs and all of docs/report as one HTML page, which needs no other file."""
+    from markdown_it import MarkdownIt
+
+    def embedded(page: Path) -> str:
+        text = page.read_text(encoding="utf-8")
+        text = text if page == PAGE else text.partition(BEGIN)[2].partition(END)[0]
+        return re.sub(
+            r'src="(\S+?\.png)"',
+            lambda found: (
+                f'src="data:image/png;base64,{base64.b64encode((page.parent / found[1]).read_bytes()).decode()}"'
+            ),
+            MarkdownIt("commonmark").enable("table").render(text),
+        )
+
+    style = "body{font:15px/1.5 sans-serif;max-width:75em;margin:auto}img{max-width:100%}td,th{padding:.2em .6em}"
+    body = "".join(embedded(page) for page in (README, PAGE, PONY_README))
+    return f'<!doctype html><meta charset="utf-8"><title>happyhorse_fast: results</title><style>{style}</style>{body}'
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", help="write the sections alone")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page, from what is written, and no more")
     options = parser.parse_args()
+    if options.html:
+        options.html.write_text(html(), encoding="utf-8")
+        return
     report = load()
     if not options.readme:
         for name, figure in (figures.figures(report) | pony.figures(report)).items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,18 @@ def test_committed_pictures_are_small_and_those_of_the_report_are_drawn_and_show
     assert [p.name for p in pictures if f"{p.name})" not in shown] == []
     pictures += report.PONY_README.parent.rglob("*.png")
     assert [p.name for p in pictures if p.stat().st_size >= MOST_BYTES] == []
+
+
+def test_one_page_holds_all_tables_and_pictures() -> None:
+    page = report.html()
+    shown = set(re.findall(r'src="([^"]*)"', page))
+    embedded = {base64.b64encode(path.read_bytes()).decode() for path in report.OUT.glob("*.png")}
+    assert {f"data:image/png;base64,{data}" for data in embedded} <= shown
+    assert all(source.startswith("data:image/png;base64,") for source in shown)
+    sources = [path.read_text(encoding="utf-8") for path in (report.README, report.PONY_README)]
+    sources = [text.partition(report.BEGIN)[2].partition(report.END)[0] for text in sources]
+    tables = "".join([*sources, report.PAGE.read_text(encoding="utf-8")]).count("\n|---")
+    assert page.count("<table>") == page.count("</table>") == tables > 5
 
 
 def test_a_faster_kernel_is_compared_with_its_best_peer(tmp_path: Path) -> None:
