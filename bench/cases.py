@@ -1,7 +1,7 @@
 """Shapes as data, shared by tests, microbenchmarks and tuning: every op of the fast model at the sizes it meets there.
 
-A case is one op of one layer on one clip, in one precision. It knows what it computes, padding and the masked part of
-partial blocks included.
+A case is one op of one layer on one clip, in one precision. It knows what it costs: *useful* FLOPs are the model's own
+(:mod:`happyhorse_fast.costs`), *computed* ones include padding and the masked part of partial blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from happyhorse_fast.block_map import BLOCK, BlockMap
 from happyhorse_fast.config import PATCH, ModelConfig
+from happyhorse_fast.costs import layer_kind, step_costs
 from happyhorse_fast.eager.model import Layer
 from happyhorse_fast.eager.sequence import Clip, dense_ranges, local_ranges
 from happyhorse_fast.fast.config import FastConfig
@@ -169,6 +170,16 @@ class Case:
     def video_blocks(self) -> int:
         """Blocks of 128 rows that hold video."""
         return -(-padded_rows(self.size).starts[1] // BLOCK)
+
+    def useful_flops(self) -> float:
+        """FLOPs of the model's own tokens, features and pairs; 0 for norms and row codes."""
+        if self.op == "select_blocks":
+            return self.computed_flops()
+        of = self.product or ("attention" if self.op in (BLOCK_SPARSE, DROP_IN) else None)
+        share, size = {"dense": 1.0, "25%": 0.25, "12.5%": 0.125}.get(self.part), self.size
+        costs = step_costs(size.config, size.clip, text=size.text, video_share=share)
+        kind = layer_kind(size.config, self.layer, size.clip)
+        return next((cost.flops for cost in costs if (cost.op, cost.kind) == (of, kind)), 0.0)
 
     def computed_flops(self) -> float:
         """FLOPs that the kernel really does: padded rows and features, whole blocks of attention."""

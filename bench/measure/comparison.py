@@ -308,6 +308,7 @@ def timed(case: Case, impl: str, timing: Timing, peaks: roofline.Peaks) -> Json:
         "gbps": gbps,
         "roofline": peaks.share(tflops, gbps, case.precision),
         "verified": True,
+        "tflops_useful": case.useful_flops() / timing.median_ms / 1e9,
         "low_ms": timing.low_ms,
         "high_ms": timing.high_ms,
         "clock": timing.clock,

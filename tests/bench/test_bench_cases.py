@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from bench.cases import (
-    BLOCK_SPARSE,
     DROP_IN,
     FULL,
     FULL_SIZES,
     MASKS,
     SMALL_SIZE,
     TINY_SIZE,
+    Case,
     cases,
     cases_of,
     exact_map,
@@ -60,16 +60,31 @@ def test_the_rest_is_all_but_the_main_size_and_starts_with_what_costs_most():
     )
 
 
-MULTIPLYING = [case for case in cases("main") if case.product or case.op in (BLOCK_SPARSE, DROP_IN)]
+@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8"])
+def test_useful_flops_of_all_layers_are_those_of_a_step(precision):
+    # 28 shared layers with a window, 4 of the first 32 counted apart, and so on: one case per kind, times its layers.
+    costs = {(c.kind, c.op): c for c in step_costs(FULL, MAIN.clip, precision=precision)}
+    attention = "int8_qk" if precision == "int8" else precision
+    ours = {"attention": 0.0, "qkv": 0.0, "proj": 0.0, "up": 0.0, "down": 0.0}
+    for layer in range(FULL.num_layers):
+        local = FULL.is_local(layer, MAIN.clip.frame_tokens)
+        activation = "gelu7" if layer in FULL.gelu7_layers else "swiglu7"
+        for op, case in {
+            "attention": Case("block_sparse_attention", "window" if local else "dense", attention, MAIN, layer),
+            "qkv": Case("qkv_linear", "", precision, MAIN, layer),
+            "proj": Case("fp8_linear_residual", "proj", precision, MAIN, layer),
+            "up": Case("fp8_linear_activation", activation, precision, MAIN, layer),
+            "down": Case("fp8_linear_residual", "down", precision, MAIN, layer),
+        }.items():
+            assert case.useful_flops() == costs[layer_kind(FULL, layer, MAIN.clip), op].flops
+            ours[op] += case.useful_flops()
+    for op, flops in ours.items():
+        assert flops == pytest.approx(sum(c.count * c.flops for c in costs.values() if c.op == op), rel=1e-12)
 
 
-@pytest.mark.parametrize("case", MULTIPLYING, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", cases("main"), ids=lambda c: c.name)
 def test_padding_costs_at_most_two_percent_at_1080p(case):
-    part, computed = case.product or "attention", Fraction(case.computed_flops())
-    shares = {"dense": 1.0, "25%": 0.25, "12.5%": 0.125}
-    costs = step_costs(FULL, MAIN.clip, video_share=shares.get(case.part))
-    kind = layer_kind(FULL, case.layer, MAIN.clip)
-    useful = Fraction(next(c.flops for c in costs if (c.op, c.kind) == (part, kind)))
+    useful, computed = Fraction(case.useful_flops()), Fraction(case.computed_flops())
     assert useful <= computed <= Fraction(102, 100) * useful
 
 
