@@ -13,15 +13,12 @@ import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import argparse
 import contextlib
-import io
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,10 +28,10 @@ import torch
 
 import bench
 from bench import LOST, targets
+from bench.gpu import archive
 from bench.gpu.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
 from bench.prime import file as primed
 from bench.results import COMMIT_VARIABLE, FOLDER, Results, describe_machine, path_for
-from happyhorse_fast.files import replacing
 
 TOTAL_SECONDS = 540
 # Of a dry run, whose stages only have to end: some 180 s on a free core, 100 of them for what is built anew.
@@ -48,10 +45,6 @@ SPARE_SECONDS = 8
 TAIL_LINES = 30
 # A command that lost the GPU is started again with at least this much left, of which it needs 10 s to start.
 AGAIN_SECONDS = 20
-# A machine may give back a few small files only, and only those that are there when its time ends: so all that is left
-# is packed again and again, of a long log so many bytes of its end.
-EVERY_SECONDS = 15.0
-LOG_BYTES = 1 << 20
 CACHE_VARIABLE = "TRITON_CACHE_DIR"
 KEY = "triton-key.txt"
 
@@ -203,47 +196,6 @@ def primed_kernels(folder: Path, arch: str | None, logs: Path) -> Iterator[None]
         print(f"{primed.kernels(cache) - before} kernels compiled beside the {before} that were there", flush=True)
 
 
-def pack(folder: Path, target: Path) -> None:
-    """Pack a folder's files; of a long log the end."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target, end=".partial") as partial, tarfile.open(partial, "w:gz") as archive:
-        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.resolve() != target.resolve()):
-            name = path.relative_to(folder)
-            if path.suffix == ".partial" or "build" in name.parts:
-                continue
-            with contextlib.suppress(FileNotFoundError):  # a stage replaced it meanwhile
-                entry, content = tarfile.TarInfo(str(name)), path.read_bytes()
-                entry.mtime = int(path.stat().st_mtime)
-                if path.suffix != ".json" and len(content) > LOG_BYTES:
-                    content = b"(its beginning is left out)\n" + content[-LOG_BYTES:]
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-
-
-@contextlib.contextmanager
-def kept_packed(folder: Path, target: Path) -> Iterator[None]:
-    """Pack a folder again and again while inside, and once more at the end.
-
-    Args:
-        folder: What to pack.
-        target: The archive.
-    """
-    ended = threading.Event()
-
-    def run() -> None:
-        while not ended.wait(EVERY_SECONDS):
-            pack(folder, target)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        pack(folder, target)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 1 where a stage failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
@@ -273,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = Context(options.dry, path, header, more)
     print(f"{header['gpu']}, torch {header['torch']}, triton {header['triton']}, results: {path}\n", flush=True)
     logs = path.with_suffix("") / "logs"
-    kept = kept_packed(path.parent, options.archive) if options.archive else contextlib.nullcontext()
+    kept = archive.kept(path.parent, options.archive) if options.archive else contextlib.nullcontext()
     compiled = primed_kernels(primed.FOLDER, None if options.dry else header["capability"], logs)
     # All stages are of one commit, whatever is committed or edited meanwhile.
     of_commit = mock.patch.dict(os.environ, {COMMIT_VARIABLE: header["commit"]})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from matplotlib.ticker import FuncFormatter
 from bench.cases import FULL_SIZES
 from bench.measure.roofline import gpu_named
 from bench.report.data import Report, clips, form_of, measured_ceilings, parts_of, steps_timed, total_of
+from bench.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, TEAL, VIOLET, blank_figure, clean
 from bench.results import Json
 from bench.sampler_runs import PUBLISHED_SECONDS, SECOND_STAGE
 from happyhorse_fast.block_map import BLOCK, BlockMap, Layout
@@ -23,16 +23,6 @@ from happyhorse_fast.costs import GPUS
 from happyhorse_fast.eager.rotary import apply_rotary, frequency_bands, rotary_phases
 from happyhorse_fast.eager.sequence import Clip, coordinates
 
-INK, FAINT, GRID = "#1b1f24", "#6b737d", "#e6e8eb"
-BLUE, ORANGE, GREEN, VIOLET, TEAL, RED, GREY = (
-    "#1f6feb",
-    "#d9480f",
-    "#2b8a3e",
-    "#862e9c",
-    "#0b7285",
-    "#c92a2a",
-    "#868e96",
-)
 FORM_STYLE = {
     "eager bf16": (GREY, "o"),
     "fast bf16": (BLUE, "s"),
@@ -66,31 +56,6 @@ def figures(report: Report) -> dict[str, Figure]:
         "error_per_layer": error_per_layer(report.cases),
         "memory": memory(report.memory),
     }
-
-
-# Style ----------------------------------------------------------------------------------------------------------------
-
-
-def blank_figure(width: float, height: float, title: str, note: str) -> Figure:
-    """A figure of so many inches with its title above and a note, folded, below."""
-    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-    lines = textwrap.fill(note, int(width * 14.5))  # characters of 8.5 pt that fit an inch
-    figure.supxlabel(lines, x=0.01, ha="left", fontsize=8.5, color=FAINT)
-    return figure
-
-
-def clean(axes: Axes, title: str = "") -> Axes:
-    """Axes in the report's style."""
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
-    axes.tick_params(labelsize=8.5, colors=FAINT, length=3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#c5cad0")
-    axes.grid(True, color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.xaxis.label.set(color=INK, fontsize=9)
-    axes.yaxis.label.set(color=INK, fontsize=9)
-    return axes
 
 
 # Speed ----------------------------------------------------------------------------------------------------------------

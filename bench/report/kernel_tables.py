@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from bench import targets
 from bench.cases import BLOCK_SPARSE, cases
 from bench.inputs import moved_bytes
 from bench.report.data import Report
-from bench.results import Json
+from bench.results import ROOT, Json
 from bench.table import Table
 from happyhorse_fast.costs import GPUS
 
@@ -19,6 +21,11 @@ OPS = {
 }
 """Page -> ops whose cases it shows."""
 CARD = GPUS["h200"]
+
+
+def page(stem: str) -> Path:
+    """Path of a kernel's page."""
+    return ROOT / "docs" / "kernels" / f"{stem}.md"
 
 
 def section(report: Report, stem: str) -> str:

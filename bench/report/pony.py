@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from bench.report.data import Report
-from bench.report.figures import BLUE, GREEN, INK, ORANGE, RED, VIOLET, blank_figure, clean
+from bench.report.style import BLUE, GREEN, INK, ORANGE, RED, VIOLET, blank_figure, clean
 from bench.results import Json
 from bench.table import Table
 from happyhorse_fast.cli import fidelity_tables

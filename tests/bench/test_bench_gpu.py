@@ -17,7 +17,7 @@ import torch
 from bench.bootstrap import ROOT
 from bench.cases import cases, select
 from bench.gpu import __main__ as gpu
-from bench.gpu import stages
+from bench.gpu import archive, stages
 from bench.gpu.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
 from bench.results import read
 
@@ -230,13 +230,12 @@ def test_steps_have_the_time_of_their_weight(tmp_path):
     assert second > (110 - gpu.SPARE_SECONDS) / 60, "and what those before left"
 
 
-def test_all_that_a_run_leaves_is_one_small_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "EVERY_SECONDS", 0.1)
+def test_all_that_a_run_leaves_is_one_small_file(tmp_path):
     folder, target = tmp_path / "results" / "nvidia", tmp_path / "out" / "r.tgz"
     (folder / "r" / "logs").mkdir(parents=True)
     (folder / "r.json").write_text("{}")
     (folder / "r" / "logs" / "tests.log").write_bytes(random.Random(0).randbytes(3 << 20) + b"the end")
-    with gpu.kept_packed(folder, target):
+    with archive.kept(folder, target, every=0.1):
         for _ in range(100):
             if target.is_file():
                 break
@@ -247,7 +246,7 @@ def test_all_that_a_run_leaves_is_one_small_file(tmp_path, monkeypatch):
     with tarfile.open(target) as packed:
         assert "later.json" in packed.getnames()
         log = packed.extractfile("r/logs/tests.log").read()
-    assert len(log) < gpu.LOG_BYTES + 100 and log.endswith(b"the end")
+    assert len(log) < archive.LOG_BYTES + 100 and log.endswith(b"the end")
     assert list(target.parent.iterdir()) == [target]
 
 
