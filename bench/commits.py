@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+from bench import began
 from bench.cases import Case, cases, select
 from bench.gpu.__main__ import environment, primed_cache
 from bench.gpu.stages import COMMITS as FOLDER
@@ -174,7 +176,7 @@ def row(case: Case, name: str, taken: Sequence[Any], first: Sequence[Any]) -> tu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns 1 where a commit was left out of a case."""
+    """Entry point; returns 1 where a commit was left out of a case, or a case for want of time."""
     parser = argparse.ArgumentParser(prog="python -m bench.commits", description=__doc__.partition("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     commands = parser.add_subparsers(dest="command", required=True)
@@ -189,8 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing.add_argument("--impl", default="auto", help="auto: what the launch table says")
     timing.add_argument("--turns", type=int, default=4, help="of each commit")
     timing.add_argument("--seconds", type=float, default=0.5, help="of a turn")
+    timing.add_argument("--minutes", type=float, default=60.0, help="start no more cases after this long")
     timing.add_argument("--patience", type=float, default=60.0, help="seconds to wait for an answer")
     options, more = parser.parse_known_args(argv)
+    deadline = began(argv) + 60 * options.minutes if options.command == "time" else 0.0
     if options.command == "prepare":
         try:
             prepare(options.commits, options.cases, more)
@@ -207,8 +211,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = select(cases(options.scope), options.cases)
     device = torch.device(options.device)
     commits = [Commit.started(FOLDER / name, device, options.scope) for name in names]
+    all_timed = [False] * len(chosen)
     try:
-        all_timed = [compare(commits, case, options) for case in chosen]
+        for number, case in enumerate(chosen):
+            if time.monotonic() > deadline:
+                print(f"time is up: {case.name} and later ones were not timed", file=sys.stderr)
+                break
+            all_timed[number] = compare(commits, case, options)
     finally:
         for commit in commits:
             commit.end()

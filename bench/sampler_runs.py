@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.costs import step_costs
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, TopK
+from happyhorse_fast.tokens import tokens_for
 
 BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
 FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"
@@ -17,10 +21,21 @@ PUBLISHED_SECONDS = 5
 """Length of the clips that published times are of."""
 # Steps of a run are stopped after so long, two at least. A fast run of 8 steps at 1080p ends within it.
 MOST = {"fast": 40.0, "other": 10.0}
-# What a run needs at least, in seconds: weights 5, the first step with its kernels' compiles, 2 steps, and a breakdown.
-# A fast step at 1080p is predicted at 4 s, an eager one measured at 12 to 14 elsewhere; torch.compile makes 4 graphs of
-# 20 to 60 s each.
-LEAST = {"fast": 35.0, "eager": 75.0, "torch.compile": 240.0}
+# Seconds that a run takes beside its steps: weights 5, and compiles; torch.compile makes 4 graphs of 20 to 60 s each.
+BESIDE = {"fast": 15.0, "eager": 10.0, "torch.compile": 200.0}
+STEPS = 4
+"""A run makes at least: the first, two that are timed, and one by ops."""
+STEP = {
+    "fast fp8": (3.33, 1.10),
+    "fast int8": (3.16, 1.53),
+    "fast fp8 linear": (3.55, 1.21),
+    "fast fp8 int8_qk": (3.16, 1.10),
+    "fast bf16": (3.55, 2.10),
+    "eager": (3.93, 4.97),
+    "torch.compile": (3.93, 4.97),
+}
+"""Seconds of (attention, all else) in a step of :data:`BASE` at 1080p and 5 s on an H200, by results of commits 6f0f680
+and 3a38272. What was in no clip: int8_qk beside fp8 by parts of two, bf16 by its ops' times, torch.compile as eager."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,24 @@ class Run:
     @property
     def least_time(self) -> float:
         """With fewer seconds left it would be cut."""
-        return LEAST["fast" if self.fast else self.mode]
+        return BESIDE["fast" if self.fast else self.mode] + STEPS * self.step_seconds
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted of a step on an H200: :data:`STEP`, by the plan's FLOPs of attention and of all else."""
+        here, there = flops(self), flops(Run(BASE, "1080p", self.mode))
+        return sum(taken * a / b for taken, a, b in zip(STEP[self.mode], here, there, strict=True))
+
+
+@functools.lru_cache
+def flops(run: Run) -> tuple[float, float]:
+    """FLOPs of (attention, all else) in a step."""
+    share = None if run.mask == EXACT else float(run.mask.removesuffix("%")) / 100
+    clip = tokens_for(run.resolution, "16:9", run.seconds)
+    parts = {True: 0.0, False: 0.0}
+    for cost in step_costs(ModelConfig.preset(run.preset), clip, video_share=share):
+        parts[cost.op == "attention"] += cost.count * cost.flops
+    return parts[True], parts[False]
 
 
 def runs() -> list[Run]:

@@ -49,6 +49,15 @@ CLIPS = (
     (f"{_IN_FP8} bf16, bounded", Run(BASE, "1080p", "fast fp8 linear"), BOUNDED, 36),
     (f"{_IN_FP8} int8_qk, bounded", Run(BASE, "1080p", "fast fp8 int8_qk"), BOUNDED, 34),
     ("8 steps, window, int8", Run(BASE, "1080p", "fast int8"), None, 36),
+    *(
+        (f"8 steps of {what}, fp8, as FLOPs predict", run, None, run.steps * run.step_seconds)
+        for what, run in {
+            "10 s": Run(BASE, "1080p", "fast fp8", seconds=10),
+            "15 s": Run(BASE, "1080p", "fast fp8", seconds=15),
+            "540p": Run(BASE, "540p", "fast fp8"),
+            "256p": Run(BASE, "256p", "fast fp8"),
+        }.items()
+    ),
 )
 """Seconds of runs, of those that had a form of attention's softmax where one is named."""
 CAPS = (80, 48, 24)

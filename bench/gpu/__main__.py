@@ -29,7 +29,7 @@ import torch
 import bench
 from bench import LOST, targets
 from bench.gpu import archive
-from bench.gpu.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages
+from bench.gpu.stages import MINUTES, STAGES, Context, Stage, Step, chosen_stages, share
 from bench.prime import file as primed
 from bench.results import COMMIT_VARIABLE, FOLDER, Results, describe_machine, path_for
 
@@ -108,7 +108,7 @@ def run_stage(stage: Stage, context: Context, seconds: float) -> bool:
     Args:
         stage: What to run.
         context: Where; the outcome goes into its result file, as the results of the stage's commands do.
-        seconds: When it is cut. A step has its weight's part of what is left.
+        seconds: When it is cut. A step has its :func:`share` of what is left.
     """
     log = context.results.with_suffix("") / "logs" / f"{stage.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -119,8 +119,7 @@ def run_stage(stage: Stage, context: Context, seconds: float) -> bool:
         if not step.command:
             said.append(step.absent)
             continue
-        share = step.weight / sum(later.weight for later in steps[i:])
-        code, outcome = run_step(step, log, share * (seconds - (time.monotonic() - began)), context.dry)
+        code, outcome = run_step(step, log, share(steps[i:], seconds - (time.monotonic() - began)), context.dry)
         passed &= code == 0
         said.append(outcome)
     took = time.monotonic() - began

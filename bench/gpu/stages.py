@@ -26,6 +26,8 @@ GPU_TESTS = ("ops", "model", "step", "configs", "frames", "pipeline", "large")
 """Of tests/gpu/test_gpu_*.py, most important first."""
 WORKERS = 6
 """Processes of tests at a time: compiling bounds them, and each holds up to 6 GB of GPU memory."""
+GATES_SECONDS = {"hopper": 36.0, "cuda": 24.0}
+"""What gates need at least, predicted: 8 to start, 8 to end, and 1.5 a case; CUDA's cases are half as many."""
 MINUTES = "{minutes}"
 """Stands in a command for the minutes it has."""
 COMMITS = bootstrap.ROOT / ".commits"
@@ -73,12 +75,19 @@ class Step:
         weight: Its part of the time that the stage has left, beside those of the steps after it.
         again: What to add when it is started again after the GPU was lost to it; None where that makes no sense.
         absent: What is missing, where the command is empty.
+        least: Seconds that it has at least, of what the stage has left.
     """
 
     command: Sequence[str]
     weight: float = 1.0
     again: Sequence[str] | None = None
     absent: str = ""
+    least: float = 0.0
+
+
+def share(steps: Sequence[Step], left: float) -> float:
+    """Seconds of the first of some steps that have so many together."""
+    return max(left * steps[0].weight / sum(step.weight for step in steps), min(steps[0].least, left))
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,7 @@ def _ops(scope: str, words: str, dry_words: str) -> Callable[[Context], list[Ste
         if scope == "rest":
             return [Step([*command, "--impl", "triton", "--peers", "none"], again=again)]
         gates = [
-            Step([*command, "--impl", impl, "--gates"], again=again)
+            Step([*command, "--impl", impl, "--gates"], again=again, least=GATES_SECONDS[impl])
             for impl in (("hopper", "cuda") if "attention" in words else ("cuda",))
         ]
         turns = Step([*command, "--peers", "quick", "--keep", "gates"], 6, again)
@@ -185,7 +194,7 @@ def _tune(context: Context) -> list[Step]:
 
 def _commits(context: Context) -> list[Step]:
     cases = "block_sparse_attention-dense,block_sparse_attention-25%"
-    dry = ("--scope", "tiny", "--impl", "triton", "--seconds", "0") if context.dry else ()
+    dry = ("--scope", "tiny", "--impl", "triton", "--seconds", "0") if context.dry else ("--minutes", MINUTES)
     if not any(COMMITS.glob("*")):
         return [Step([], absent="no commits are prepared: make commits")]
     return [Step(context.python("bench.commits", "time", "--device", context.device, "--cases", cases, *dry))]
@@ -195,10 +204,10 @@ STAGES = (
     Stage("build", 40, _build),
     Stage("check", 60, _check),
     Stage("tests", 120, _tests),
-    Stage("sampler", 132, _sampler),
+    Stage("sampler", 112, _sampler),
     Stage(
         "attn",
-        90,
+        110,
         _ops(
             "main", "attention,select", "attention-25%/tiny/fp8,attention-dense/tiny/bf16,attention-dense/tiny/int8_qk"
         ),

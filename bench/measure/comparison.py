@@ -58,6 +58,7 @@ class Bench:
             comparisons, ``"all"``.
         monitor: Samples the GPU's state.
         found: Entries that were written or kept, by case and implementation.
+        cut: Whether time was up before every case was reached.
     """
 
     device: torch.device
@@ -69,6 +70,7 @@ class Bench:
     keep: str = "none"
     monitor: Monitor | None = None
     found: dict[tuple[str, str], Json] = field(default_factory=dict)
+    cut: bool = False
 
     def __post_init__(self) -> None:
         self.stopwatch = Stopwatch(self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from unittest import mock
 
 import pytest
 
@@ -45,6 +46,16 @@ def test_right_ones_take_turns_and_others_are_named(tmp_path, monkeypatch, capsy
     assert "rows 0: " in lines["wrong"]
     assert "no answer in 40 s" in lines["endless"]
     assert "its process ended with 7" in lines["dead"]
+
+
+def test_cases_for_which_there_is_no_time_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commits, "FOLDER", tmp_path)
+    (tmp_path / "74c8bc1").mkdir()
+    started = mock.Mock()
+    monkeypatch.setattr(commits.Commit, "started", started)
+    assert commits.main([*ASKED, "--minutes", "0"]) == 1
+    assert "time is up: fp8_linear_residual-down" in capsys.readouterr().err
+    started.return_value.end.assert_called_once()
 
 
 def test_a_commit_that_is_not_prepared_is_refused(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,6 +229,28 @@ def test_steps_have_the_time_of_their_weight(tmp_path):
     first, second = map(float, (tmp_path / "r" / "logs" / "planted.log").read_text().split())
     assert first == pytest.approx((90 - gpu.SPARE_SECONDS) / 60, abs=0.05)
     assert second > (110 - gpu.SPARE_SECONDS) / 60, "and what those before left"
+    run(stage(Step(tell, 1, least=60.0), Step(tell, 3)), tmp_path, seconds=120.0)
+    least, rest = map(float, (tmp_path / "r" / "logs" / "planted.log").read_text().split())
+    assert least == pytest.approx((60 - gpu.SPARE_SECONDS) / 60, abs=0.05)
+    assert rest > (110 - gpu.SPARE_SECONDS) / 60
+    run(stage(Step(tell, 1, least=60.0)), tmp_path, seconds=20.0)
+    assert float((tmp_path / "r" / "logs" / "planted.log").read_text()) <= 12 / 60, "no more than there is"
+
+
+@pytest.mark.parametrize(("named", "seconds"), [("", 540), ("attn=100,linear=80", 188), ("sampler=225,attn=100", 333)])
+def test_every_gate_can_be_reached(named, seconds):
+    """A kernel whose gate has no time is left out of what is timed next."""
+    context, chosen = stages.Context(False, Path("r.json")), stages.chosen_stages(named)
+    scale = (seconds - gpu.ENDING_SECONDS) / sum(one.seconds for one in chosen)
+    for one in chosen:
+        left = scale * one.seconds
+        for i, step in enumerate(steps := one.steps(context)):
+            has = stages.share(steps[i:], left)
+            left -= has
+            if "--gates" in step.command:
+                assert has >= stages.GATES_SECONDS[step.command[step.command.index("--impl") + 1]]
+            elif one.name in ("attn", "linear"):
+                assert has >= 12, step.command
 
 
 def test_all_that_a_run_leaves_is_one_small_file(tmp_path):

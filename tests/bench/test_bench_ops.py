@@ -356,3 +356,9 @@ def test_the_state_of_the_chip_in_the_span_is_in_the_entry(bench):
 def test_time_that_is_up_starts_nothing(bench, capsys):
     assert ops.run(bench, TINY, time.monotonic() - 1) == []
     assert "time is up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "code"), [(["--gates"], 1), ([], 0)])
+def test_gates_that_were_not_reached_are_no_green_ones(more, code):
+    asked = ["--device", "cpu", "--scope", "tiny", "--cases", "proj/tiny/fp8", "--minutes", "0", "--seconds", "0"]
+    assert ops.main([*asked, "--peers", "none", *more]) == code

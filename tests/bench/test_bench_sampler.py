@@ -13,8 +13,9 @@ from bench.cases import TINY
 from bench.hopper import attention_kernel, running
 from bench.measure import random_model
 from bench.measure.conditions import Monitor
-from bench.results import Results, read
-from bench.sampler_runs import BASE, DENSE, FIRST_STAGE, LEAST, MODES, SECOND_STAGE, Run
+from bench.report.data import gpu_results
+from bench.results import FOLDER, Results, read
+from bench.sampler_runs import BASE, DENSE, FIRST_STAGE, MODES, SECOND_STAGE, Run
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.ops.runtime import dispatch
@@ -159,11 +160,24 @@ def test_runs_are_chosen_by_parts_of_their_names_in_that_order():
 def test_a_run_that_could_not_end_in_time_is_not_started(monkeypatch, tmp_path, capsys):
     started = []
     monkeypatch.setattr(sampler.Bench, "run", lambda self, run, seconds: started.append((run.name, seconds)) or ENTRY)
-    words = ["--device", "cpu", "--runs", "15b/1080p/eager/exact/whole,15b/1080p/fast fp8/exact/whole"]
+    words = ["--device", "cpu", "--runs", "15b/1080p-15s/fast fp8/exact/whole,15b/1080p/fast fp8/exact/whole"]
     assert sampler.main([*words, "--minutes", "1", "--seconds-per-run", "60"]) == 0
     ((name, seconds),) = started
-    assert name.endswith("fast fp8/exact/whole") and seconds == pytest.approx(60 - LEAST["fast"], abs=1)
-    assert "not run: happyhorse-1.0-15b/1080p/eager/exact/whole needs 75 s, 15 more" in capsys.readouterr().out
+    assert name.endswith("1080p/fast fp8/exact/whole") and seconds == pytest.approx(60 - 15 - 4 * 4.43, abs=1)
+    assert "not run: happyhorse-1.0-15b/1080p-15s/fast fp8/exact/whole needs 93 s, 33 more" in capsys.readouterr().out
+
+
+def test_steps_take_what_flops_predict():
+    """Of clips that the prediction was not made from: another mask, other sizes, the second stage."""
+    known = {field.name for field in dataclasses.fields(sampler_runs.Run)}
+    taken = {}
+    for data in gpu_results(FOLDER).values():
+        for entry in data["sampler"]:
+            run = sampler_runs.Run(**{name: value for name, value in entry.items() if name in known})
+            if run.mode == "fast fp8" and entry["attention"] == "hopper" and entry["s_per_step"]:
+                taken[run.resolution, run.mask, run.preset] = entry["s_per_step"] / run.step_seconds
+    assert {("1080p", "25%", BASE), ("540p", "exact", BASE), ("256p", "exact", BASE)} < taken.keys() and len(taken) == 5
+    assert all(0.95 < share < 1.3 for share in taken.values()), taken
 
 
 ENTRY = {
