@@ -201,8 +201,7 @@ HH_DEVICE void finish_k(const QkNormRopeParams& p, const RowTile& tile, float* s
     raw[i] = make_uint4(0, 0, 0, 0);
     if (row < tile.end) raw[i] = load_vector<VALUES>(product_row<VALUES>(p, row), column);
   }
-  float norm[VALUES], column_scale[VALUES] = {};
-  load_floats(p.qk_norm + (2 * tile.expert + 1) * D + channel, norm);
+  float column_scale[VALUES] = {};
   if constexpr (VALUES == 4) load_floats(column_scales(p, tile.expert, column), column_scale);
 
   float held[MINE][VALUES], largest = 0.0f;
@@ -218,15 +217,7 @@ HH_DEVICE void finish_k(const QkNormRopeParams& p, const RowTile& tile, float* s
     for (int j = 0; j < VALUES; ++j) squares += x[j] * x[j];
     const float inverse = inverse_rms(lanes_sum<LANES>(squares), D);
     if (!inside) continue;
-    float cosine[VALUES / 2], sine[VALUES / 2];
-    load_floats(p.cos_sin + static_cast<i64>(row) * D + channel / 2, cosine);
-    load_floats(p.cos_sin + static_cast<i64>(row) * D + D / 2 + channel / 2, sine);
-#pragma unroll
-    for (int j = 0; j < VALUES; j += 2) {
-      x[j] = x[j] * inverse * (norm[j] + 1.0f);
-      x[j + 1] = x[j + 1] * inverse * (norm[j + 1] + 1.0f);
-      rotate(x[j], x[j + 1], cosine[j / 2], sine[j / 2]);
-    }
+    RowOfHeads<D, VALUES>(p, tile.expert, row, channel).normalise_and_rotate(x, inverse, true);
     largest = larger(largest, largest_of(x));
   }
   const float scale = scale_of(block_max(largest, scratch), INT8_LIMIT), inverse_scale = 1.0f / scale;
@@ -283,15 +274,9 @@ HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsig
       scale_values(x, row_scale[at / LANES], column_scale);
       held[at] = make_uint4(bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3]));
     }
-#pragma unroll
-    for (int j = 0; j < VALUES; ++j) largest = larger(largest, fabsf(x[j]));
+    largest = larger(largest, largest_of(x));
   }
-  largest = lanes_max<WARP>(largest);
-  if (lane_of_thread() == 0) warp_largest[warp_of_thread()] = largest;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < THREADS / WARP; ++i) largest = larger(largest, warp_largest[i]);
-  const float scale = scale_of(largest, E4M3_MAX), inverse = 1.0f / scale;
+  const float scale = scale_of(block_max(largest, warp_largest), E4M3_MAX), inverse = 1.0f / scale;
   const int block = tile.first / ROW_TILE;
   if (thread == 0) p.v_scale[head * p.blocks + block] = scale;
   if (thread == 0 && head == 0) {

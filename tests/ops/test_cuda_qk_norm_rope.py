@@ -91,7 +91,7 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(form, out):
 
 
 MUTANTS = {
-    "no barrier before the largest": ("  __syncthreads();\n#pragma unroll", "#pragma unroll"),
+    "no barrier before the largest": ("  __syncthreads();\n  return join(", "  return join("),
     "a lane off in the sum of squares": (
         "#pragma unroll\n  for (int step = LANES / 2; step > 0; step /= 2) x +=",
         "#pragma unroll\n  for (int step = LANES; step > 1; step /= 2) x +=",
@@ -116,7 +116,7 @@ INT8_MUTANTS = {
         "0.0f * block_max(largest, scratch) + lanes_max<WARP>(largest)",
     ),
     "last row of k left out": ("const bool inside = row < tile.end;", "const bool inside = row + 1 < tile.end;"),
-    "norm of q": ("p.qk_norm + (2 * tile.expert + 1) * D", "p.qk_norm + 2 * tile.expert * D"),
+    "norm of q": ("normalise_and_rotate(x, inverse, true)", "normalise_and_rotate(x, inverse, false)"),
     "scale of head 0": ("p.k_scale[head * p.blocks", "p.k_scale[0 * p.blocks"),
     "truncated": ("return bits_of(x + 12582912.0f) & 0xffu;", "return static_cast<u32>(static_cast<int>(x)) & 0xffu;"),
 }
