@@ -34,11 +34,12 @@ import torch
 from bench import began
 from bench.cases import Case, cases, select
 from bench.gpu.__main__ import environment, primed_cache
-from bench.gpu.stages import COMMITS as FOLDER
 from bench.measure.timing import Timing
 from bench.results import COMMIT_VARIABLE, Json, describe_machine
 from bench.table import Table
 
+FOLDER = bootstrap.ROOT / ".commits"
+"""Commits that are prepared, each in a folder of its name."""
 SOURCES = ("bench", "csrc", "happyhorse_fast", "kernels", ":!bench/results", ":!*.safetensors")
 """What of a commit is measured, as git names it: 2 MB, of which a GPU machine may take few."""
 WORKER = Path(__file__).with_name("commit_worker.py")

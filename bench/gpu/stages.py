@@ -30,8 +30,6 @@ GATES_SECONDS = {"hopper": 36.0, "cuda": 24.0}
 """What gates need at least, predicted: 8 to start, 8 to end, and 1.5 a case; CUDA's cases are half as many."""
 MINUTES = "{minutes}"
 """Stands in a command for the minutes it has."""
-COMMITS = bootstrap.ROOT / ".commits"
-"""Commits that `bench.commits` has prepared, each in a folder of its name."""
 LINEAR = "fp8_linear,qkv,quantize"
 
 
@@ -192,14 +190,6 @@ def _tune(context: Context) -> list[Step]:
     return [Step(context.python("bench.tune", *where, *dry))]
 
 
-def _commits(context: Context) -> list[Step]:
-    cases = "block_sparse_attention-dense,block_sparse_attention-25%"
-    dry = ("--scope", "tiny", "--impl", "triton", "--seconds", "0") if context.dry else ("--minutes", MINUTES)
-    if not any(COMMITS.glob("*")):
-        return [Step([], absent="no commits are prepared: make commits")]
-    return [Step(context.python("bench.commits", "time", "--device", context.device, "--cases", cases, *dry))]
-
-
 STAGES = (
     Stage("build", 40, _build),
     Stage("check", 60, _check),
@@ -213,7 +203,6 @@ STAGES = (
         ),
     ),
     Stage("linear", 80, _ops("main", LINEAR, "down/tiny/fp8,qkv_linear/tiny/bf16")),
-    Stage("commits", 100, _commits, default=False),
     Stage("sanitize", 150, _sanitize, default=False),
     Stage("sizes", 300, _ops("rest", "", "proj/tiny/fp8"), default=False),
     Stage("tune", 150, _tune, default=False),

@@ -105,15 +105,6 @@ def test_options_go_to_the_commands_of_their_module_alone():
         assert (step.command[-2:] == ["--modes", "eager"]) is (stage.name == "sampler")
 
 
-def test_prepared_commits_take_turns_and_none_is_no_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "COMMITS", tmp_path)
-    assert commands("commits") == [[]], "and the step says why"
-    (tmp_path / "74c8bc1").mkdir()
-    (command,) = commands("commits")
-    assert command[1:4] == ["-m", "bench.commits", "time"] and "--scope" not in command
-    assert select(cases("main"), command[command.index("--cases") + 1])
-
-
 def test_the_stage_of_the_other_sizes_times_no_case_again_without_its_peers():
     (command,) = commands("sizes")
     assert command[command.index("--scope") + 1] == "rest" and command[command.index("--peers") + 1] == "none"
