@@ -1,4 +1,4 @@
-"""What `bench.commits` runs in another commit's sources: its kernels primed, or its cases gated and timed on request.
+"""What `bench.commits` runs in another commit's sources: a module of its own, or its cases gated and timed on request.
 
 Run by path, not as a module, so that a commit from before this file can be measured too. Everything else is imported
 from that commit, which the path to import from begins with.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
 import functools
+import runpy
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -70,11 +71,10 @@ def serve(channel: Connection, device: torch.device, scope: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point: ``prime`` and options of `bench.prime`, or a connection's number, a device and a scope."""
-    if arguments[0] == "prime":
-        from bench.prime.__main__ import main as prime
-
-        return prime(arguments[1:])
+    """Entry point: ``run``, a module and its options, or a connection's number, a device and a scope."""
+    if arguments[0] == "run":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     serve(Connection(int(arguments[0])), torch.device(arguments[1]), arguments[2])
     return 0
 

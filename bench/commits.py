@@ -2,6 +2,7 @@
 
     python -m bench.commits prepare 74c8bc1 0123abc --cases attention-dense   # without a GPU: sources and kernels
     python -m bench.commits time --cases attention-dense                      # with one: what was prepared, in turns
+    python -m bench.commits run 0123abc bench.ops --cases attention-dense     # a module of one, with its kernels
 
 First all commits hold a case against its gate at the same time: a race may show only where several processes share the
 GPU (docs/kernels/attention.md). Those that pass take turns, half a second each, and the table has the medians. A
@@ -77,8 +78,14 @@ def prepare(commits: Sequence[str], words: str, more: Sequence[str]) -> None:
         with tarfile.open(fileobj=BytesIO(packed.stdout)) as archive:
             archive.extractall(tree, filter="data")
         options = ("--into", str(tree / ".primed"), "--only", f"^case .*({only})", *more)
-        command, given = interpreter(tree, "prime", *options)
+        command, given = interpreter(tree, "run", "bench.prime", *options)
         subprocess.run(command, cwd=tree, env=os.environ | given | {"PYTHONDONTWRITEBYTECODE": "1"}, check=True)
+
+
+def kernels(tree: Path, device: torch.device) -> dict[str, str]:
+    """Environment in which a commit's kernels run on a device, those that were compiled ahead."""
+    arch = describe_machine(device).get("capability")
+    return environment(dry=device.type == "cpu") | primed_cache(tree / ".primed", arch, tree / "logs")
 
 
 @dataclass
@@ -102,9 +109,7 @@ class Commit:
         """Start the worker; it answers once it has imported everything."""
         own, other = multiprocessing.Pipe()
         command, given = interpreter(tree, str(other.fileno()), device.type, scope)
-        arch = describe_machine(device).get("capability")
-        env = environment(dry=device.type == "cpu") | given | primed_cache(tree / ".primed", arch, tree / "logs")
-        process = subprocess.Popen(command, env=env, cwd=tree, pass_fds=[other.fileno()])
+        process = subprocess.Popen(command, env=kernels(tree, device) | given, cwd=tree, pass_fds=[other.fileno()])
         other.close()
         return cls(tree, process, own)
 
@@ -183,6 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     preparing = commands.add_parser("prepare", help="without a GPU; further options are bench.prime's")
     preparing.add_argument("commits", nargs="+", help="as git names them, without '/'")
+    running = commands.add_parser("run", help="a module of a commit that is prepared, with its kernels")
+    running.add_argument("commits", nargs=1, metavar="commit")
+    running.add_argument("module", nargs=argparse.REMAINDER, help="such as bench.ops, and its options")
     timing = commands.add_parser("time", help="what was prepared, in turns")
     for one in (preparing, timing):
         one.add_argument("--cases", required=True, help="comma-separated words; cases whose name holds one of them")
@@ -209,6 +217,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.commits or prepared
     if not names or not {*names} <= {*prepared}:
         parser.error(f"commits must be among those prepared, {', '.join(prepared) or 'none'}; got {', '.join(names)}")
+    if options.command == "run":
+        tree = FOLDER / names[0]
+        command, given = interpreter(tree, "run", *options.module)
+        env = kernels(tree, torch.device(default)) | given
+        return subprocess.run(command, cwd=tree, env=env, check=False).returncode
     chosen = select(cases(options.scope), options.cases)
     device = torch.device(options.device)
     commits = [Commit.started(FOLDER / name, device, options.scope) for name in names]

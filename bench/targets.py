@@ -22,7 +22,7 @@ from bench.report.data import ceilings, form_of, gpu_results, measured_ceilings,
 from bench.report.predictions import PREDICTIONS, SIZE, Prediction
 from bench.report.tables import gpu_tables
 from bench.results import FOLDER, Json, comparable, read
-from bench.sampler_runs import BASE, SECOND_STAGE, Run
+from bench.sampler_runs import BASE, SECOND_STAGE, Run, chosen
 from bench.table import Table
 
 GOALS: tuple[tuple[str, str | None, dict[str, float]], ...] = (
@@ -50,13 +50,8 @@ CLIPS = (
     (f"{_IN_FP8} int8_qk, bounded", Run(BASE, "1080p", "fast fp8 int8_qk"), BOUNDED, 34),
     ("8 steps, window, int8", Run(BASE, "1080p", "fast int8"), None, 36),
     *(
-        (f"8 steps of {what}, fp8, as FLOPs predict", run, None, run.steps * run.step_seconds)
-        for what, run in {
-            "10 s": Run(BASE, "1080p", "fast fp8", seconds=10),
-            "15 s": Run(BASE, "1080p", "fast fp8", seconds=15),
-            "540p": Run(BASE, "540p", "fast fp8"),
-            "256p": Run(BASE, "256p", "fast fp8"),
-        }.items()
+        (f"8 steps, {run.name}, as FLOPs predict", run, None, run.steps * run.step_seconds)
+        for run in chosen("1080p-10s,1080p-15s,15b/540p/fast fp8,15b/256p/fast fp8")
     ),
 )
 """Seconds of runs, of those that had a form of attention's softmax where one is named."""
@@ -113,7 +108,6 @@ def lines(data: Json) -> Iterator[Line]:
     for kind in PRODUCTS:
         entry, note = best(data, kind, "fp8")
         yield Line(f"{kind} fp8 with its epilogue", 1083, entry["tflops"] if entry else None, "TFLOP/s", note=note)
-        yield _against(f"{kind} fp8 against torch._scaled_mm", entry, SCALED_MM, 1.0)
     for kind, (precision, peer) in itertools.product(PRODUCTS, (("fp8", SCALED_MM), ("bf16", BF16_MM))):
         entry, _ = best(data, kind, precision, in_turns=True)
         least = 0.98 if kind == PRODUCTS[0] else 0.95  # up adds to nothing in memory
@@ -121,9 +115,6 @@ def lines(data: Json) -> Iterator[Line]:
     for kind in PRODUCTS:
         entry, _ = best(data, kind, "int8", in_turns=True)
         yield _against(f"{kind} int8 in turns with torch._int_mm", entry, INT_MM, 1.0)
-    for precision, peer in (("bf16", BF16_MM), ("fp8", SCALED_MM)):
-        entry, _ = best(data, "qkv_linear", precision)
-        yield _against(f"qkv_linear {precision} against its bare product", entry, peer, 1 / 1.1)
     # The datasheet's, not a copy's: that is no ceiling, rmsnorm_quantize moves half as much again.
     peaks = next(iter(ceilings(data)), None)
     for kind in MEMORY_BOUND:

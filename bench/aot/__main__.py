@@ -24,7 +24,19 @@ from bench.bootstrap import ROOT
 from bench.table import Table
 
 DOCUMENT = ROOT / "docs" / "AOT.md"
-HEADER = ("kernel", "sm", "tile", "warps, stages", "registers", "stack", "STL / LDL", "shared", "tensor core", "SHFL")
+HEADER = (
+    "kernel",
+    "sm",
+    "tile",
+    "warps, stages",
+    "registers",
+    "stack",
+    "STL / LDL",
+    "shared",
+    "tensor core",
+    "SHFL",
+    "a step",
+)
 INTRODUCTION = """# Ahead-of-time compiles
 
 Written by `make aot`; `make aot-check`, part of `make check`, compiles again and fails where a gate fails or this page
@@ -36,9 +48,9 @@ or spills but for those of `MAY_SPILL` in `bench/aot/gates.py`; on sm_90 none at
 that no TMA descriptor can be made of. "Hopper" is the Gluon kernel for sm_90 alone: its registers are those of its
 launch, of which computing groups then take 240 a thread and the loading warp 24; in bf16 and with int8 q and k each of
 its loops has the exponents of a block beside the PV of the one before, and passes its turn once, behind its last
-product. Stack and shared memory are in bytes; SHFL, STL and LDL count instructions in the listing, not executions. None
-of this says how fast a kernel is. Instructions of attention's steps, with a maximum and bounded, and predictions per
-architecture: [kernels/attention.md](kernels/attention.md).
+product. Stack and shared memory are in bytes; SHFL, STL and LDL count instructions in the listing, not executions; "a
+step" those of a thread in attention's loop over full blocks, with a running maximum or bounded. None of this says how
+fast a kernel is; predictions per architecture: [kernels/attention.md](kernels/attention.md).
 """
 
 
@@ -64,8 +76,8 @@ def compiled(triton: Path | None, only: str, jobs: int) -> tuple[list[Row], list
 
 def numbers(row: Row) -> list[str]:
     """What may differ between versions."""
-    spills, shuffles = f"{row.opcodes['STL']} / {row.opcodes['LDL']}", str(row.opcodes["SHFL"])
-    return [str(row.registers), str(row.stack), spills, f"{row.shared:,}", row.instructions or "-", shuffles]
+    spills, counts = f"{row.opcodes['STL']} / {row.opcodes['LDL']}", [str(row.opcodes["SHFL"]), str(row.step or "-")]
+    return [str(row.registers), str(row.stack), spills, f"{row.shared:,}", row.instructions or "-", *counts]
 
 
 def cells(rows: list[Row | None]) -> list[str]:
@@ -93,8 +105,9 @@ def document(rows: list[Row], versions: list[str]) -> str:
     """The text of docs/AOT.md."""
     parts = [INTRODUCTION.format(versions=", ".join(versions))]
     for stem in sorted({row.stem for row in rows}):
-        parts += ["", f"## `{stem}`", "", f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
-        parts += [f"| {' | '.join(line)} |" for line in lines_of((r for r in rows if r.stem == stem), versions)]
+        lines = [HEADER, ["---"] * len(HEADER), *lines_of((row for row in rows if row.stem == stem), versions)]
+        columns = len(HEADER) - (stem != "attention")  # which alone has steps
+        parts += ["", f"## `{stem}`", "", *(f"| {' | '.join(line[:columns])} |" for line in lines)]
     return "\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
 
 

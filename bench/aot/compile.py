@@ -52,6 +52,7 @@ def measure(launch: Launch) -> Row:
         fp_fusion=options["enable_fp_fusion"],
         products=case.products,
         triton=triton.__version__,
+        step=min(map(len, disassembly.loops(code, "MUFU.EX2"))) if case.stem == "attention" else 0,
         order=order_of(code, case.products, constants) if hopper else None,
         pointers=tuple(sorted(name for name, kind in data["signature"].items() if str(kind).startswith("*"))),
         nan_kept=len(NAN_KEPT.findall(built.asm["ptx"])),
@@ -73,7 +74,6 @@ def order_of(code: str, products: str, constants: dict[str, Any]) -> Order:
         exponents=disassembly.exponents_beside_products(code),
         turns=disassembly.turns(over_blocks, (TURNS.value, TURNS.value + 1), GROUP_THREADS),
         barriers=disassembly.named_barriers(code),
-        step=min(map(len, over_blocks), default=0),
         overwritten=disassembly.overwritten(loops),
         cycles=cycles,
     )

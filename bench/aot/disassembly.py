@@ -134,8 +134,8 @@ def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: i
     return found
 
 
-def loops(code: str) -> list[list[str]]:
-    """Instructions of every loop of a listing with warp-group products that holds no other such loop.
+def loops(code: str, holding: str = "GMMA") -> list[list[str]]:
+    """Instructions of every loop of a listing with warp-group products, or others, that holds no other such loop.
 
     A wait may be tried again from behind a loop, by a jump back into it, which makes no loop.
     """
@@ -147,9 +147,9 @@ def loops(code: str) -> list[list[str]]:
             labels[label[1]] = len(instructions)
         elif OPCODE.search(line) is not None:
             instructions.append(line)
-            back = re.search(r"BRA `\((\.L_\w+)\)", line)
+            back = re.search(r"BRA\S* .*`\((\.L_\w+)\)", line)
             first = labels.get(back[1]) if back is not None else None
-            if first is not None and any("GMMA" in inside for inside in instructions[first:]):
+            if first is not None and any(holding in inside for inside in instructions[first:]):
                 spans.append((first, len(instructions)))
     own = [(a, b) for a, b in spans if not any(c < a < d < b for c, d in spans)]
     inner = [(a, b) for a, b in own if not any((a, b) != (c, d) and a <= c and d <= b for c, d in own)]

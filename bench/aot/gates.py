@@ -41,7 +41,6 @@ class Order:
         exponents: Of each loop, how many stand beside products that are under way.
         turns: Each loop's.
         barriers: Numbers of named barriers, and the threads that meet there, 0 for all.
-        step: Instructions of the shortest loop over blocks.
         overwritten: Instructions that write what a product under way reads.
         cycles: Of a step over full blocks, played through (bench/aot/playback.py).
     """
@@ -49,7 +48,6 @@ class Order:
     exponents: list[int]
     turns: list[Turn]
     barriers: list[tuple[int, int]]
-    step: int = 0
     overwritten: int = 0
     cycles: float | None = None
 
@@ -70,6 +68,7 @@ class Row(Compiled):
         fp_fusion: Whether a * b + c may become one rounding.
         products: Format of its products: a key of :data:`PRODUCTS`.
         triton: Version that compiled it.
+        step: Instructions in attention's step over a full block; 0 in other kernels.
         order: Of the Hopper kernel alone.
         pointers: Arguments that are pointers, by name.
         nan_kept: Minima and maxima of floating numbers in its PTX that give NaN where an operand is.
@@ -87,6 +86,7 @@ class Row(Compiled):
     fp_fusion: bool
     products: str
     triton: str
+    step: int = 0
     order: Order | None = None
     pointers: tuple[str, ...] = ()
     nan_kept: int = 0
@@ -108,7 +108,7 @@ class Row(Compiled):
     def __str__(self) -> str:
         """Its numbers in a line."""
         spills = f", {self.opcodes['STL']} STL" if self.opcodes["STL"] else ""
-        step = f", {self.order.step} instructions a step" if self.order else ""
+        step = f", {self.step} instructions a step" if self.step else ""
         step += f", {self.order.cycles:.0f} cycles played through" if self.order and self.order.cycles else ""
         return f"{self.registers} registers{spills}{step}, {self.shared} bytes shared, {self.instructions or '-'}"
 

@@ -26,18 +26,32 @@ fp8_linear_kernel.__class__ = Planted
 """
 
 
+def tree(folder, launch):
+    """Sources of a stand-in."""
+    folder.mkdir()
+    for part in ("bench", "csrc", "happyhorse_fast"):
+        (folder / part).symlink_to(ROOT / part)
+    shutil.copytree(ROOT / "kernels", folder / "kernels")
+    if launch is not None:
+        launched = folder / "kernels" / "linear.py"
+        launched.write_text(launched.read_text() + LAUNCH.format(launch))
+
+
+@pytest.mark.slow
+def test_a_module_of_a_commit_runs_with_its_kernels(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(commits, "FOLDER", tmp_path)
+    tree(tmp_path / "wrong", PLANTED["wrong"])
+    asked = ["--device", "cpu", "--scope", "tiny", "--cases", "down/tiny/fp8", "--impl", "triton", "--gates"]
+    assert commits.main(["run", "wrong", "bench.ops", *asked]) == 1
+    shown = capfd.readouterr()
+    assert "green: none" in shown.out and "rows 0: " in shown.err
+
+
 @pytest.mark.slow
 def test_right_ones_take_turns_and_others_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(commits, "FOLDER", tmp_path)
     for name in ("a right one", "b right one", *PLANTED):
-        tree = tmp_path / name
-        tree.mkdir()
-        for folder in ("bench", "csrc", "happyhorse_fast"):
-            (tree / folder).symlink_to(ROOT / folder)
-        shutil.copytree(ROOT / "kernels", tree / "kernels")
-        if name in PLANTED:
-            launched = tree / "kernels" / "linear.py"
-            launched.write_text(launched.read_text() + LAUNCH.format(PLANTED[name]))
+        tree(tmp_path / name, PLANTED.get(name))
     assert commits.main([*ASKED, "--turns", "2", "--patience", "40"]) == 1
     shown = capsys.readouterr().out
     lines = {re.split(" {2,}", line)[1]: line for line in shown.splitlines() if "down/" in line}
