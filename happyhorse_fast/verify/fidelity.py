@@ -334,15 +334,15 @@ def make_clips(
         picture: [128, 128, 3] in 0..1, the first picture.
     """
     image, asked = None if picture is None else encode_image(picture), parse(prompt)
-    runs: list[ClipRun] = []
+    made: list[tuple[str, PonyClip, float]] = []
     for form in forms:
         model = form.apply(load_model(torch.float32 if form.precision == "fp32" else torch.bfloat16))
         start = time.perf_counter()
         clip = generate(model, prompt, seed=seed, steps=steps, image=image)
-        seconds, first = time.perf_counter() - start, runs[0].clip if runs else clip
-        error = compare(asked, clip, first, measure(first.frames, first.samples))
-        runs.append(ClipRun(form.name, clip, seconds, error))
-    return runs
+        made.append((form.name, clip, time.perf_counter() - start))
+    first = made[0][1]
+    seen = measure(first.frames, first.samples)
+    return [ClipRun(name, clip, seconds, compare(asked, clip, first, seen)) for name, clip, seconds in made]
 
 
 def settings(fast: FastConfig | None) -> str:
