@@ -12,6 +12,7 @@ import torch
 
 from happyhorse_fast import optional
 from happyhorse_fast.checkpoint.load import usable_device
+from happyhorse_fast.checkpoint.packed import is_packed, packed_config
 from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
 from happyhorse_fast.fast.parallelize import require_mesh
@@ -22,7 +23,7 @@ from happyhorse_fast.pipeline.company import Company, tells_faults
 from happyhorse_fast.pipeline.image import image_pixels, open_image
 from happyhorse_fast.pipeline.keeping import Keeper
 from happyhorse_fast.pipeline.latents import Latents, read_latents
-from happyhorse_fast.pipeline.layout import Layout, read_layout
+from happyhorse_fast.pipeline.layout import PARTS, Layout, read_layout
 from happyhorse_fast.pipeline.memory_plan import Placement
 from happyhorse_fast.pipeline.mp4 import require_mp4
 from happyhorse_fast.pipeline.parts import DECODERS, Decoder, Parts
@@ -72,7 +73,8 @@ class Pipeline:
                 elsewhere or is of another configuration, a ``pipeline.json`` in it says so (docs/PIPELINE.md). Models
                 may also be folders of packed weights.
             precision: Of the models' products: ``"fp8"``, ``"int8"``, ``"bf16"``; None for eager torch in bf16.
-                ``"auto"``: int8 on sm_80 to sm_90, fp8 from sm_100 on (docs/decisions/0015), eager torch on a CPU.
+                ``"auto"``: that of packed weights where the folder has some, else int8 on sm_80 to sm_90, fp8 from
+                sm_100 on (docs/decisions/0015); eager torch on a CPU.
             attention: Precision of attention, by default as :class:`FastConfig`'s.
             device: Such as ``"cuda"``; by default that where there is one, else the CPU.
             text_folder: The text encoder's folder, in place of the published place.
@@ -105,7 +107,7 @@ class Pipeline:
         where = usable_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         given = {"text_encoder": text_folder, "video_vae": video_folder, "audio_vae": audio_folder}
         layout = read_layout(folder, given)
-        chosen_precision = _precision_on(where) if precision == "auto" else precision
+        chosen_precision = _precision_on(where, layout) if precision == "auto" else precision
         if chosen_precision is None and attention is not None:
             raise ValueError(f"attention must come with a precision of the fast forms, got {attention!r} without one")
         fast = None
@@ -273,11 +275,14 @@ def _require_room(folder: Path, request: Request) -> None:
         )
 
 
-def _precision_on(device: torch.device) -> Precision | None:
-    """The 8 bits for a device, by docs/decisions/0015; None on a CPU, where the fast forms only imitate kernels."""
+def _precision_on(device: torch.device, layout: Layout) -> Precision | None:
+    """Precision for a device; None on a CPU, where the fast forms only imitate kernels."""
     arch = compute_capability(device)
     if arch is None:
         return None
+    for name in (name for name, part in PARTS.items() if part.preset and layout.there(name)):
+        if is_packed(layout.find(name)):
+            return packed_config(layout.find(name), None)[1].precision
     return "fp8" if arch >= 100 else "int8" if arch >= 80 else "bf16"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+import happyhorse_fast as hh
 from happyhorse_fast.pipeline import pipeline
 from happyhorse_fast.pipeline.request import Request, require_rate
 
@@ -72,8 +74,25 @@ def test_other_rates_are_refused_with_the_reason() -> None:
     [(None, None), (75, "bf16"), (80, "int8"), (86, "int8"), (89, "int8"), (90, "int8"), (100, "fp8"), (120, "fp8")],
 )
 def test_auto_takes_the_8_bits_that_were_decided_for_a_device(
-    arch: int | None, precision: str | None, monkeypatch: pytest.MonkeyPatch
+    arch: int | None, precision: str | None, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # docs/decisions/0015: int8 keeps clips 10 dB closer; from sm_100 on Triton has only sm_80's instructions for it.
     monkeypatch.setattr(pipeline, "compute_capability", lambda device: arch)
-    assert pipeline._precision_on(torch.device("cuda")) == precision
+    fast = hh.Pipeline.from_pretrained(tiny, device="cpu").parts.fast
+    assert (fast and fast.precision) == precision
+
+
+def test_auto_takes_the_precision_of_packed_weights(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models"
+    shutil.copytree(tiny, folder)
+    parts = hh.Pipeline.from_pretrained(folder, device="cpu", precision="fp8").parts
+    with parts.using("1080p_sr") as model:
+        hh.save_packed(model, folder / "packed")
+    shutil.rmtree(folder / "1080p_sr")
+    (folder / "packed").rename(folder / "1080p_sr")
+    monkeypatch.setattr(pipeline, "compute_capability", lambda device: 90)
+    made = hh.Pipeline.from_pretrained(folder, device="cpu").parts
+    assert made.fast is not None and made.fast.precision == "fp8"
+    assert made.config("1080p_sr") == model.config and made.config("distill")
