@@ -55,7 +55,7 @@ def run(bench: Bench, chosen: Sequence[Case], deadline: float, *, gates: bool = 
     passes = [quick] if gates or len(quick) == len(bench.peers) else [quick, bench.peers]
     for peers, group in itertools.product(passes, groups(chosen)):
         slow = [peer for peer in peers if peer.slow]
-        if slow and not any(peer.fits(case) for peer in slow for case in group):
+        if not bench.ours(group) or (slow and not any(peer.fits(case) for peer in slow for case in group)):
             continue
         if time.monotonic() > deadline - (SLOW_SECONDS if slow and bench.device.type == "cuda" else 0):
             what = "gated" if gates else "compared with peers that compile" if slow else "timed"
@@ -79,7 +79,7 @@ def run(bench: Bench, chosen: Sequence[Case], deadline: float, *, gates: bool = 
 def summary(bench: Bench) -> str:
     """The table of entries, and what is absent."""
     peaks = [asdict(bench.peaks), asdict(bench.measured)]
-    table = ops_table(bench.results.data | {"peaks": peaks, "entries": list(bench.found.values())})
+    table = ops_table(bench.results.data | {"peaks": peaks, "entries": list(bench.found.values())}, whole=True)
     absent = (f"absent: {name}: {reason}" for name, reason in sorted(bench.results.data["absent"].items()))
     return "\n".join([table.text(), *absent])
 

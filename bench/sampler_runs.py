@@ -23,8 +23,6 @@ PUBLISHED_SECONDS = 5
 MOST = {"fast": 40.0, "other": 10.0}
 # Seconds that a run takes beside its steps: weights 5, and compiles; torch.compile makes 4 graphs of 20 to 60 s each.
 BESIDE = {"fast": 15.0, "eager": 10.0, "torch.compile": 200.0}
-STEPS = 4
-"""A run makes at least: the first, two that are timed, and one by ops."""
 STEP = {
     "fast fp8": (3.33, 1.10),
     "fast int8": (3.16, 1.53),
@@ -90,8 +88,8 @@ class Run:
 
     @property
     def least_time(self) -> float:
-        """With fewer seconds left it would be cut."""
-        return BESIDE["fast" if self.fast else self.mode] + STEPS * self.step_seconds
+        """With fewer seconds left it would be cut: of the first step, two that are timed, and one by ops."""
+        return BESIDE["fast" if self.fast else self.mode] + 4 * self.step_seconds
 
     @property
     def step_seconds(self) -> float:

@@ -108,6 +108,7 @@ def lines(data: Json) -> Iterator[Line]:
     for kind in PRODUCTS:
         entry, note = best(data, kind, "fp8")
         yield Line(f"{kind} fp8 with its epilogue", 1083, entry["tflops"] if entry else None, "TFLOP/s", note=note)
+        yield _against(f"{kind} fp8 against torch._scaled_mm", entry, SCALED_MM, 1.0)
     for kind, (precision, peer) in itertools.product(PRODUCTS, (("fp8", SCALED_MM), ("bf16", BF16_MM))):
         entry, _ = best(data, kind, precision, in_turns=True)
         least = 0.98 if kind == PRODUCTS[0] else 0.95  # up adds to nothing in memory
@@ -115,6 +116,9 @@ def lines(data: Json) -> Iterator[Line]:
     for kind in PRODUCTS:
         entry, _ = best(data, kind, "int8", in_turns=True)
         yield _against(f"{kind} int8 in turns with torch._int_mm", entry, INT_MM, 1.0)
+    for precision, peer in (("bf16", BF16_MM), ("fp8", SCALED_MM)):
+        entry, _ = best(data, "qkv_linear", precision)
+        yield _against(f"qkv_linear {precision} against its bare product", entry, peer, 1 / 1.1)
     # The datasheet's, not a copy's: that is no ceiling, rmsnorm_quantize moves half as much again.
     peaks = next(iter(ceilings(data)), None)
     for kind in MEMORY_BOUND:

@@ -19,6 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.cases import cases, select
+from bench.hopper import HOPPER
+from bench.measure.comparison import implementations
+
 SANITIZER = "compute-sanitizer"
 SANITIZED = ("block_sparse_attention", "fp8_linear", "rmsnorm", "qkv", "qk_norm", "quantize", "_blocks", "order_rows")
 """Parts of our kernels' names: the gates' own products in float64 are not instrumented, nor blamed."""
@@ -26,11 +30,9 @@ GPU_TESTS = ("ops", "model", "step", "configs", "frames", "pipeline", "large")
 """Of tests/gpu/test_gpu_*.py, most important first."""
 WORKERS = 6
 """Processes of tests at a time: compiling bounds them, and each holds up to 6 GB of GPU memory."""
-GATES_SECONDS = {"hopper": 36.0, "cuda": 24.0}
-"""What gates need at least, predicted: 8 to start, 8 to end, and 1.5 a case; CUDA's cases are half as many."""
 MINUTES = "{minutes}"
 """Stands in a command for the minutes it has."""
-LINEAR = "fp8_linear,qkv,quantize"
+LINEAR = "fp8_linear,qkv,quantize,select"
 
 
 @dataclass(frozen=True)
@@ -169,12 +171,13 @@ def _ops(scope: str, words: str, dry_words: str) -> Callable[[Context], list[Ste
         command, again = context.bench("bench.ops", "--scope", scope, "--cases", words), ("--keep", "all")
         if scope == "rest":
             return [Step([*command, "--impl", "triton", "--peers", "none"], again=again)]
-        gates = [
-            Step([*command, "--impl", impl, "--gates"], again=again, least=GATES_SECONDS[impl])
-            for impl in (("hopper", "cuda") if "attention" in words else ("cuda",))
-        ]
+        # CUDA's attention takes twice as long as the others and would have half of every span.
+        impl = HOPPER if "attention" in words else "cuda"
+        count = sum(impl in implementations(case, "triton", (impl,)) for case in select(cases(scope), words))
+        # Predicted: 8 s to start, 8 to end, and 1.5 a case.
+        gates = Step([*command, "--impl", impl, "--gates"], again=again, least=16 + 1.5 * count)
         turns = Step([*command, "--peers", "quick", "--keep", "gates"], 6, again)
-        return [*gates, turns, Step([*command, "--peers", "all", *again], 3, again)]  # with those that compile
+        return [gates, turns, Step([*command, "--peers", "all", *again], 3, again)]  # with those that compile
 
     return steps
 
@@ -193,16 +196,14 @@ def _tune(context: Context) -> list[Step]:
 STAGES = (
     Stage("build", 40, _build),
     Stage("check", 60, _check),
-    Stage("tests", 120, _tests),
-    Stage("sampler", 112, _sampler),
+    Stage("tests", 110, _tests),
+    Stage("sampler", 102, _sampler),
     Stage(
         "attn",
-        110,
-        _ops(
-            "main", "attention,select", "attention-25%/tiny/fp8,attention-dense/tiny/bf16,attention-dense/tiny/int8_qk"
-        ),
+        115,
+        _ops("main", "attention", "attention-25%/tiny/fp8,attention-dense/tiny/bf16,attention-dense/tiny/int8_qk"),
     ),
-    Stage("linear", 80, _ops("main", LINEAR, "down/tiny/fp8,qkv_linear/tiny/bf16")),
+    Stage("linear", 105, _ops("main", LINEAR, "down/tiny/fp8,qkv_linear/tiny/bf16")),
     Stage("sanitize", 150, _sanitize, default=False),
     Stage("sizes", 300, _ops("rest", "", "proj/tiny/fp8"), default=False),
     Stage("tune", 150, _tune, default=False),

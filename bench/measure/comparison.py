@@ -170,10 +170,11 @@ class Bench:
         beside = dict(self._prepared_peers(group, fitting.values(), deadline))
         if slow and not slow & beside.keys():
             return {}  # nothing that the span before did not have
-        for name, prepared in list(beside.items()):
-            needs, left = self.stopwatch.least_seconds(prepared), deadline - time.monotonic()
+        least = self.stopwatch.least_seconds
+        for name, _ in sorted(beside.items(), key=lambda item: -least(item[1])):
+            needs, left = sum(map(least, (*ready.values(), *beside.values()))), deadline - time.monotonic()
             if needs > left:
-                self._absent(name, group[0].name, f"needs {needs:.0f} s, {max(left, 0):.0f} were left")
+                self._absent(name, group[0].name, f"turns with it need {needs:.0f} s, {max(left, 0):.0f} were left")
                 del beside[name]
         while ready:
             try:

@@ -142,8 +142,15 @@ def _ceilings_note(data: Json) -> str:
     return f"Ceilings: {'; '.join(parts)}." if parts else ""
 
 
-def ops_table(data: Json) -> Table:
-    """A row per case of a GPU: all of our kernels, the fastest first, and all peers; said is where one is faster."""
+SPAN = {"tflops_useful": "useful TFLOP/s", "gbps": "GB/s", "roofline": "of roofline", "sm_mhz": "MHz", "power_w": "W"}
+
+
+def ops_table(data: Json, *, whole: bool = False) -> Table:
+    """A row per case of a GPU: all of our kernels, the fastest first, and all peers; said is where one is faster.
+
+    ``whole``: with the other rates of the fastest kernel, and the clock and power of its span.
+    """
+    more = SPAN if whole else {}
     rows: list[tuple[str, ...]] = []
     by_case: dict[str, list[Json]] = {}
     for entry in data["entries"]:
@@ -156,23 +163,24 @@ def ops_table(data: Json) -> Table:
         if len(sizes) == 1 and case.count("/") == 2:
             name = "/".join(case.split("/")[::2])
         if (why := refusal(first)) is not None:
-            rows.append((name, why, "", "", ""))
+            rows.append((name, why, "", "", *([""] * len(more)), ""))
             continue
         ours = ", ".join(refusal(e) or f"{KERNELS.get(e['impl'], e['impl'])} {_short(e['median_ms'])}" for e in entries)
         rate = f"{first['tflops']:,.0f} TFLOP/s" if (first["tflops"] or 0) > 100 else f"{first['gbps'] / 1e3:.2f} TB/s"
         peers = sorted(first["peers"].items(), key=lambda item: item[1])
         share = share_of(first, measured[0]) if measured else None
         against = ", ".join(f"{name} {_short(ms)} ({_against(ms / first['median_ms'])})" for name, ms in peers)
-        rows.append((name, ours, rate, "" if share is None else f"{share:.0%}", against))
+        beside = ("" if first.get(key) is None else f"{first[key]:.4g}" for key in more)
+        rows.append((name, ours, rate, "" if share is None else f"{share:.0%}", *beside, against))
     title = f"Every op against its peers at {', '.join(sorted(sizes))}, ms, {data['gpu']}, commit {data['commit']}"
-    columns = ("case", "ours, fastest first", "rate", "of the measured ceiling", "peers (their time over ours)")
+    columns = ("case", "ours, fastest first", "rate", "of the measured ceiling", *more.values())
     note = (
         "Every case passed its gate against float64 at this shape before it was timed, or says that it did not. "
         "Product only: without the norm, activation or residual that ours has in it. No "
         "gate: its numbers were not checked. eager is the reference in bf16, for cases of 8 bits too. "
         f"{_ceilings_note(data)} {_turns_note(data)}"
     )
-    return Table(title, columns, tuple(rows), note)
+    return Table(title, (*columns, "peers (their time over ours)"), tuple(rows), note)
 
 
 def _turns_note(data: Json) -> str:

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("ceilings")
 def shown(entry, bench=None):
     """The table of an entry."""
     peaks = [asdict(bench.measured)] if bench else []
-    return ops_table({"gpu": "cpu", "commit": "abc", "entries": [entry], "peaks": peaks})
+    return ops_table({"gpu": "cpu", "commit": "abc", "entries": [entry], "peaks": peaks}, whole=True)
 
 
 def planted(monkeypatch, change):
@@ -236,7 +236,7 @@ def test_a_peer_that_does_not_fit_the_time_left_is_left_out(monkeypatch):
     monkeypatch.setattr(some.stopwatch, "least_seconds", lambda prepared: 100.0 if prepared is made[-1] else 0.0)
     (entry,) = compared(some, select(TINY, "quantize/tiny/bf16"), time.monotonic() + 60)
     assert set(entry["peers"]) == {"quick"}
-    assert list(some.results.data["absent"].values()) == ["needs 100 s, 60 were left"]
+    assert list(some.results.data["absent"].values()) == ["turns with it need 100 s, 60 were left"]
 
 
 def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
@@ -335,7 +335,7 @@ def test_eager_computes_the_same_thing():
         assert float((result.double() - wanted).norm() / wanted.norm()) < 1e-2, case.name
 
 
-def test_the_state_of_the_chip_in_the_span_is_in_the_entry(bench):
+def test_the_state_of_the_chip_in_the_span_is_in_entry_and_table(bench):
     asked = []
 
     class Sampled(Monitor):
@@ -350,7 +350,9 @@ def test_the_state_of_the_chip_in_the_span_is_in_the_entry(bench):
     (span,) = asked
     assert began < span[0] < span[1] < time.monotonic()
     assert (entry["sm_mhz"], entry["power_w"]) == (1395.0, 699.0)
-    assert shown(entry, bench).rows[0][3].endswith("%"), "of the measured ceiling"
+    line = dict(zip(shown(entry, bench).columns, shown(entry, bench).rows[0], strict=True))
+    assert line["of the measured ceiling"].endswith("%") and (line["MHz"], line["W"]) == ("1395", "699")
+    assert float(line["of roofline"]) == pytest.approx(entry["roofline"], rel=1e-3)
 
 
 def test_time_that_is_up_starts_nothing(bench, capsys):
