@@ -56,9 +56,9 @@ def seconds() -> float:
 def test_op(case: Case, impl: str, benchmark: Any, bench: comparison.Bench) -> None:
     """Gate, then time; a red gate fails and leaves no number."""
     bench.backend = impl
-    timing, entry = bench.compare((case,), bench.peers).get((case, impl)), bench.found[case.name, impl]
+    timing, entry = bench.compare((case,), bench.peers).get((case, impl)), bench.found.get((case.name, impl), {})
     if timing is None:
-        pytest.fail(entry["reason"])
+        pytest.fail(entry.get("reason", "none of the peers that compile did"))
     recorded = iter(timing.times_ms)
 
     def played() -> None:
