@@ -89,7 +89,9 @@ def load(
     if shard is not None and shard.device_type != place.type:
         raise ValueError(f"shard must be a mesh of {place.type} devices, as device is; got {shard.device_type}")
     wanted = check_load(path, preset, config, compute_dtype=compute_dtype, fast=fast)
-    packed, state, updates = is_packed(path), None, dict[str, list[Update]]()
+    packed = is_packed(path)
+    state: FastState | None = None
+    updates: dict[str, list[Update]] = {}
     if packed:
         if lora:
             raise ValueError(
@@ -106,15 +108,17 @@ def load(
     def done(layer: int | None) -> None:
         for path in (path for path in updates if layer_of(path) == layer):
             add_updates(model.get_submodule(path), updates[path])
-        if layer is None and packed:
-            cast("FastState", model.fast).take_bands(model.adapter.rope.bands)
-        elif layer is None:
-            _check_bands(model, entries.get(BANDS_KEY), place)
-        elif packed:
+        if layer is None:
+            if packed:
+                cast("FastState", model.fast).take_bands(model.adapter.rope.bands)
+            else:
+                _check_bands(model, entries.get(BANDS_KEY), place)
+            return
+        if packed:
             layers[layer].find_bound()
         elif state is not None:
             layers[layer] = state.pack(layer, layers[layer].state_dict(), place)
-        if layer is not None and shard is not None:
+        if shard is not None:
             spread(layers[layer], shard)
 
     with emptied_on_error(model):

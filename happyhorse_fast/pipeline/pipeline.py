@@ -280,8 +280,8 @@ def _precision_on(device: torch.device, layout: Layout) -> Precision | None:
     arch = compute_capability(device)
     if arch is None:
         return None
-    for name in (name for name, part in PARTS.items() if part.preset and layout.there(name)):
-        if is_packed(layout.find(name)):
+    for name, part in PARTS.items():
+        if part.preset and layout.there(name) and is_packed(layout.find(name)):
             return packed_config(layout.find(name), None)[1].precision
     return "fp8" if arch >= 100 else "int8" if arch >= 80 else "bf16"
 
