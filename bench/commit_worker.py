@@ -75,6 +75,7 @@ def main(arguments: list[str]) -> int:
     if arguments[0] == "run":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        return 0
     serve(Connection(int(arguments[0])), torch.device(arguments[1]), arguments[2])
     return 0
 

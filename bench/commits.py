@@ -82,7 +82,7 @@ def prepare(commits: Sequence[str], words: str, more: Sequence[str]) -> None:
         subprocess.run(command, cwd=tree, env=os.environ | given | {"PYTHONDONTWRITEBYTECODE": "1"}, check=True)
 
 
-def kernels(tree: Path, device: torch.device) -> dict[str, str]:
+def kernel_environment(tree: Path, device: torch.device) -> dict[str, str]:
     """Environment in which a commit's kernels run on a device, those that were compiled ahead."""
     arch = describe_machine(device).get("capability")
     return environment(dry=device.type == "cpu") | primed_cache(tree / ".primed", arch, tree / "logs")
@@ -109,7 +109,8 @@ class Commit:
         """Start the worker; it answers once it has imported everything."""
         own, other = multiprocessing.Pipe()
         command, given = interpreter(tree, str(other.fileno()), device.type, scope)
-        process = subprocess.Popen(command, env=kernels(tree, device) | given, cwd=tree, pass_fds=[other.fileno()])
+        env = kernel_environment(tree, device) | given
+        process = subprocess.Popen(command, env=env, cwd=tree, pass_fds=[other.fileno()])
         other.close()
         return cls(tree, process, own)
 
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "run":
         tree = FOLDER / names[0]
         command, given = interpreter(tree, "run", *options.module)
-        env = kernels(tree, torch.device(default)) | given
+        env = kernel_environment(tree, torch.device(default)) | given
         return subprocess.run(command, cwd=tree, env=env, check=False).returncode
     chosen = select(cases(options.scope), options.cases)
     device = torch.device(options.device)

@@ -75,17 +75,22 @@ def run_command(command: Sequence[str], log: Path, seconds: float, dry: bool) ->
         )
         try:
             code = process.wait(timeout=seconds)
-            return code, "ok" if code == 0 else f"exit code {code}"
-        except BaseException as error:  # its time is up, or the run's: what was started must not stay on the GPU
-            os.killpg(process.pid, signal.SIGKILL)
-            said = f"cut after {seconds:.0f} s"
-            try:
-                process.wait(timeout=KILLED_SECONDS)
-            except subprocess.TimeoutExpired:
-                said += f", and still there {KILLED_SECONDS} s after it was killed"
-            if isinstance(error, subprocess.TimeoutExpired):
-                return 124, said
+        except subprocess.TimeoutExpired:
+            return 124, f"cut after {seconds:.0f} s{_killed(process)}"
+        except BaseException:  # interrupted: what was started must not stay on the GPU
+            _killed(process)
             raise
+    return code, "ok" if code == 0 else f"exit code {code}"
+
+
+def _killed(process: subprocess.Popen[bytes]) -> str:
+    """Kill a process group; says where it does not end."""
+    os.killpg(process.pid, signal.SIGKILL)
+    try:
+        process.wait(timeout=KILLED_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f", and still there {KILLED_SECONDS} s after it was killed"
+    return ""
 
 
 def run_step(step: Step, log: Path, seconds: float, dry: bool) -> tuple[int, str]:

@@ -177,6 +177,7 @@ class Bench:
                 self._absent(name, group[0].name, f"turns with it need {needs:.0f} s, {max(left, 0):.0f} were left")
                 del beside[name]
         while ready:
+            names = ", ".join([*(f"{case.name} {impl}" for case, impl in ready), *beside])
             try:
                 span = self.stopwatch.compare({**ready, **beside}, self.seconds)
                 reason = lost(self.device)
@@ -189,7 +190,7 @@ class Bench:
                 break
             self._blame(group, failed, ready, beside)
             if reason:
-                raise Stopped(f"{group[0].name}, in turns with {', '.join(fitting) or 'no peer'}: {reason}")
+                raise Stopped(f"{names} took turns: {reason}")
         else:
             return {}
         state = self.monitor.during(span.began, span.ended) if self.monitor else {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -86,9 +86,11 @@ def measured(stopwatch: Stopwatch, *, seconds: float = 0.5, monitor: Monitor | N
     # The better of two products of the 15B model is the ceiling; a CPU's of 8 bits are none of anything here.
     for (precision, maker), name in itertools.product(makers if on_gpu else makers[:1], ("qkv", "up")):
         _, features, inputs = case.weight_shape(name)
-        with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):  # no 8 bits on this device
+        try:
             call = maker(case.rows, features, inputs, device)
             prepared[precision, 2.0 * case.rows * features * inputs] = stopwatch.prepare([call], dry=not seconds)
+        except (RuntimeError, ValueError) as error:  # such as no 8 bits on this device
+            print(f"no ceiling of products in {precision}, of {name}: {error}", file=sys.stderr, flush=True)
     products = stopwatch.compare(prepared, seconds)
     rates: dict[str, float] = {}
     for (precision, flops), timing in products.timings.items():
