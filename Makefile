@@ -11,7 +11,7 @@
 #   make gpu GPU_ARGS="--seconds 300"   more arguments of bench.gpu
 #   make prime GPU_PYTHON=3.13      for a GPU machine with that Python; without a GPU, before make gpu
 #   make prime PRIME_ARGS="--key triton-key.txt"    for the build of Triton whose key make gpu left there
-#   make commits OF="main 0123abc" CASES=attention-dense   two commits' kernels, to be timed in turns on a GPU
+#   make commits OF="main 0123abc" CASES=attention-dense   two commits' kernels, for python -m bench.commits on a GPU
 
 PYTHON ?= python3
 VENV ?= .venv

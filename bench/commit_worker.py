@@ -24,7 +24,7 @@ from bench.measure.comparison import SETS
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Prepared, Stopwatch
 
-WARM_SECONDS = 0.1
+WARM_SECONDS = 0.3
 """Untimed, at the beginning of a turn: the clock is still the one before's."""
 
 

@@ -1,7 +1,7 @@
 """Cases of several commits in turns on one GPU, each commit in a process of its own: what a change of a kernel brings.
 
     python -m bench.commits prepare 74c8bc1 0123abc --cases attention-dense   # without a GPU: sources and kernels
-    python -m bench.commits time --cases attention-dense                      # with one: what was prepared, in turns
+    python -m bench.commits time --cases attention-dense --impl hopper        # with one: what was prepared, in turns
     python -m bench.commits run 0123abc bench.ops --cases attention-dense     # a module of one, with its kernels
 
 First all commits hold a case against its gate at the same time: a race may show only where several processes share the
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing.add_argument("commits", nargs="*", help="of those prepared; all by default, by name")
     timing.add_argument("--device", default=default, help=f"default here: {default}")
     timing.add_argument("--scope", default="main", help="of the cases, as of bench.ops")
-    timing.add_argument("--impl", default="auto", help="auto: what the launch table says")
+    timing.add_argument("--impl", required=True, help="as of bench.ops: triton, hopper, cuda or reference")
     timing.add_argument("--turns", type=int, default=4, help="of each commit")
     timing.add_argument("--seconds", type=float, default=0.5, help="of a turn")
     timing.add_argument("--minutes", type=float, default=60.0, help="start no more cases after this long")

@@ -1,6 +1,6 @@
-"""Attention's kernel for Hopper as an implementation of its own, ``"hopper"``.
+"""Triton's kernels for Hopper as an implementation of their own, ``"hopper"``: of attention, and of most products.
 
-The launch table says which of Triton's two kernels runs. Here launches are passed a configuration that says it, so that
+The launch tables say which of Triton's two kernels runs. Here launches are passed a configuration that says it, so that
 both are checked and timed in one run, whatever is committed: ``"hopper"`` is the Hopper kernel, ``"triton"`` plain.
 """
 
@@ -12,12 +12,21 @@ from dataclasses import replace
 
 import torch
 
-from bench.cases import BLOCK_SPARSE
+from bench.cases import BLOCK_SPARSE, DROP_IN, Case
 from happyhorse_fast.fast.state import FastState
-from happyhorse_fast.kernels.launch import HOPPER_ARCH, config_for, launched_with, table
-from happyhorse_fast.ops.runtime.dispatch import STEMS, attention_is_hopper, compute_capability
+from happyhorse_fast.kernels.launch import HOPPER_ARCH, HOPPER_HEAD_DIM, config_for, launched_with, table
+from happyhorse_fast.ops.linear.contract import ACTIVATIONS
+from happyhorse_fast.ops.quantize import FORMATS
+from happyhorse_fast.ops.runtime.dispatch import STEMS, compute_capability, is_hopper
 
 HOPPER, FORM = "hopper", "_hopper"
+_ATTENTION = table(STEMS[BLOCK_SPARSE])
+ENTRIES = {
+    STEMS[BLOCK_SPARSE]: tuple(name for name in _ATTENTION if f"{name}{FORM}" in _ATTENTION),
+    "linear": tuple(f"{fmt}_{name}" for fmt in FORMATS.values() for name in ("residual", *ACTIVATIONS)),
+    "qkv": tuple(f"qkv_{fmt}" for fmt in FORMATS.values()),
+}
+"""Launch table -> its entries of which there is such a kernel."""
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -28,22 +37,33 @@ def obstacle(device: torch.device) -> str | None:
     return None if arch == HOPPER_ARCH else f"needs warp-group products, sm_{HOPPER_ARCH}; this is sm_{arch}"
 
 
+def fits(case: Case) -> bool:
+    """Whether there is such a kernel for a case; of QKV for heads of 128 alone."""
+    if case.op == "qkv_linear":
+        return case.plan.head_dim == HOPPER_HEAD_DIM
+    return case.op in (BLOCK_SPARSE, DROP_IN, "fp8_linear_residual", "fp8_linear_activation")
+
+
 def attention_kernel(state: FastState, device: torch.device) -> str:
     """The kernel that an accelerated model's attention runs in: ``"hopper"``, or its backend."""
     backend = state.choices[BLOCK_SPARSE].backend
-    if backend == "triton" and attention_is_hopper(state.fast.attention_format, state.config.head_dim, device):
+    if backend == "triton" and is_hopper(
+        BLOCK_SPARSE, state.fast.attention_format, device, head_dim=state.config.head_dim
+    ):
         return HOPPER
     return backend
 
 
 @contextlib.contextmanager
 def running(impl: str) -> Iterator[str]:
-    """The backend of an implementation, whose kernel runs inside; another backend, ``"auto"`` included, is as it is."""
+    """The backend of an implementation, whose kernels run inside; another backend, ``"auto"`` included, is as it is."""
     if impl not in (HOPPER, "triton"):
         yield impl
         return
-    stem = STEMS[BLOCK_SPARSE]
-    both = [name for name in table(stem) if str(HOPPER_ARCH) in table(stem).get(f"{name}{FORM}", {})]
-    passed = {(name, HOPPER_ARCH): replace(config_for(stem, name, HOPPER_ARCH), hopper=impl == HOPPER) for name in both}
-    with launched_with(stem, passed):
+    with contextlib.ExitStack() as stack:
+        for stem, names in ENTRIES.items():
+            configs = {
+                (n, HOPPER_ARCH): replace(config_for(stem, n, HOPPER_ARCH), hopper=impl == HOPPER) for n in names
+            }
+            stack.enter_context(launched_with(stem, configs))
         yield "triton"

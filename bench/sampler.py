@@ -60,7 +60,7 @@ class Bench:
     Args:
         device: Where.
         tiny: A tiny model and clip in every run's place, through the reference: to try the code without a GPU.
-        backend: Of fast models: ``"auto"``, ``"triton"``, ``"hopper"`` (attention in it) or ``"cuda"``. Where a
+        backend: Of fast models: ``"auto"``, ``"triton"``, ``"hopper"`` (Triton's kernels for it) or ``"cuda"``. Where a
             self-check forbids ``"auto"``, Triton runs nonetheless, and the run says that it is not verified.
         monitor: Samples the GPU's state.
     """

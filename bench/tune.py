@@ -24,13 +24,13 @@ import torch
 
 from bench import LOST, began
 from bench.cases import BLOCK_SPARSE, Case, cases, select
-from bench.hopper import HOPPER
+from bench.hopper import ENTRIES, HOPPER
 from bench.inputs import Given, call, make
 from bench.measure.comparison import SETS
 from bench.measure.gates import problems
 from bench.measure.timing import SPAN_SECONDS, WARM_SECONDS, Failed, Prepared, Stopwatch
 from happyhorse_fast.files import replacing
-from happyhorse_fast.kernels.launch import LaunchConfig, illegal, launched_with, shared_memory_bytes, table
+from happyhorse_fast.kernels.launch import HOPPER_ARCH, LaunchConfig, illegal, launched_with, shared_memory_bytes, table
 from happyhorse_fast.ops.runtime.dispatch import STEMS
 from happyhorse_fast.ops.runtime.obstacles import lost
 
@@ -68,7 +68,7 @@ def candidates(case: Case, arch: int) -> list[LaunchConfig]:
     base = LaunchConfig(**committed)
     choices = CHOICES[STEMS[case.op]]
     made = [base]
-    if str(arch) in table(STEMS[case.op]).get(f"{variant(case)}_hopper", {}):
+    if arch == HOPPER_ARCH and variant(case) in ENTRIES[STEMS[case.op]]:
         made.append(replace(base, hopper=not base.hopper))
     plain = replace(base, hopper=False)  # what varies is the plain kernel's
     for values in itertools.product(*choices.values()):

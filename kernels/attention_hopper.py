@@ -40,7 +40,10 @@ def work_item(work, item, sizes: gl.constexpr):
 
 @gluon.jit
 def load_tiles(q, k, v, rings, work, sizes: gl.constexpr):
-    """Load, in the loading warp, queries of every item, and k and v of its listed blocks, in the order of their use."""
+    """Load, in the loading warp, queries of every item, and k and v of its listed blocks, in the order of their use.
+
+    In e4m3 k of the next block comes before v of this one: a step begins with its QK.
+    """
     turn = 0
     use = 0
     for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
@@ -49,15 +52,29 @@ def load_tiles(q, k, v, rings, work, sizes: gl.constexpr):
         start = gl.load(work.starts + entry)
         steps = gl.load(work.counts + entry * 2 + 1)
         channel = head // sizes.group * sizes.d
+        key = 0
         for at in range(start, start + steps):
-            key = gl.load(work.columns + at) * sizes.block
-            fill(rings.k, use, k, key, channel, 1, sizes.stages)
+            after = gl.load(work.columns + at) * sizes.block
+            fill(rings.k, use, k, after, channel, 1, sizes.stages)
             if sizes.e4m3:
-                fill(rings.v, use, v, channel, key, 1, sizes.stages, 1)
+                if at > start:
+                    fill_v(rings, use - 1, v, key, channel, sizes)
+                key = after
             else:
-                fill(rings.v, use, v, key, channel, 1, sizes.stages, 1)
+                fill_v(rings, use, v, after, channel, sizes)
             use += 1
+        if sizes.e4m3 and steps > 0:
+            fill_v(rings, use - 1, v, key, channel, sizes)
         turn += 1
+
+
+@gluon.jit
+def fill_v(rings, use, v, key, channel, sizes: gl.constexpr):
+    """Load v of the block that begins at a key, which is transposed in e4m3."""
+    if sizes.e4m3:
+        fill(rings.v, use, v, channel, key, 1, sizes.stages, 1)
+    else:
+        fill(rings.v, use, v, key, channel, 1, sizes.stages, 1)
 
 
 @gluon.jit
@@ -66,7 +83,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
     rings, work, scales, out, out_scale, lse, gate, queries, key_blocks = common
     ROWS: gl.constexpr = sizes.rows
     FIRST: gl.constexpr = GROUP * ROWS
-    if not sizes.e4m3 and GROUP == 1:
+    if GROUP == 1:
         pass_turn(GROUP)
     turn = 0
     use = 0
@@ -96,7 +113,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         row_max = gl.full([ROWS], -float("inf"), gl.float32, layout=sizes.s_row)
         if n_all > 0:
             if sizes.e4m3:
-                acc, row_sum, row_max = attend_e4m3(item, use, rings, work, of_item, FIRST, sizes)
+                acc, row_sum, row_max = attend_e4m3(item, use, rings, work, of_item, GROUP, sizes)
             else:
                 acc, row_sum, log_sum = attend_bounded(item, use, rings, work, of_item, GROUP, sizes)
             use += n_all

@@ -5,6 +5,14 @@ into P's exponent: P is 2^8 * 2^(s - m), where s is the score plus log2 of v's s
 block needs no multiplication by v's scale. It is still added to the accumulator in float32: the tensor cores' own sum
 of e4m3 products keeps 13 fraction bits, and over the 502 blocks of a 1080p clip a channel whose mean is half its spread
 loses a third (tests/emulators/test_wgmma_accumulator.py).
+
+QK of the next block is issued before the softmax of this one, into other registers, so QK is not in the way of a step.
+The loop over full blocks has two steps, since scores change registers: one step moves 64 of them. The one over partial
+blocks, of which there are few, has one, for want of registers.
+
+The groups take turns at PV and the QK that follows it: while one's products run, the other computes exponents. Measured
+dense on an H100, in turns of half a second: 841 TFLOP/s, 746 where a turn is PV alone, 765 without turns; and 741 to
+823 with QK and PV issued together before the softmax (docs/kernels/attention.md).
 """
 
 from typing import Any, NamedTuple
@@ -14,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from happyhorse_fast.kernels.attention import P_EXPONENT
+from happyhorse_fast.kernels.hopper_barriers import await_turn, pass_turn
 from happyhorse_fast.kernels.hopper_ring import await_full, hold_order, release
 from happyhorse_fast.kernels.hopper_scores import hide, start_qk
 
@@ -23,14 +32,13 @@ float32. The result is off by less than 448 * 2^-96."""
 
 
 class Running(NamedTuple):
-    """State between two steps. PV of the packed ``p`` is not issued yet; ``acc`` times ``alpha`` will be added to it.
+    """State between two steps, when no product is under way.
 
-    ``k_scale`` and ``v_scale`` are of the next block, ``column`` is the block after it.
+    ``k_scale`` and ``v_scale`` are of the next step's block, ``column`` is the block after it. ``row_sum`` is each
+    thread's over its own columns, [rows, 4].
     """
 
     acc: Any
-    p: Any
-    alpha: Any
     row_sum: Any
     row_max: Any
     k_scale: Any
@@ -81,31 +89,21 @@ def log2_and_reciprocal(x):
 
 
 @gluon.jit
-def softmax(s, row_max, scores, k_scale, v_scale, MASKED: gl.constexpr, sizes: gl.constexpr):
-    """Run one step of the online softmax in base 2: (p, alpha, sums of each thread's columns [rows, 4], row_max)."""
-    scale = scores * k_scale
-    log_v, per_v = log2_and_reciprocal(v_scale)
-    new_max = gl.maximum(row_max, gl.max(s, axis=1) * scale + log_v)
-    shift = new_max
-    if MASKED:  # in a row without a key so far -inf - -inf would be NaN
-        shift = gl.where(new_max == -float("inf"), 0.0, new_max)
-    p = gl.exp2(s * scale - (shift - P_EXPONENT - log_v)[:, None])
-    total = gl.sum(gl.sum(gl.reshape(p, (sizes.rows, sizes.block // 8, 4, 2)), axis=3), axis=1)
-    return p, gl.exp2(row_max - shift), total * per_v, new_max
+def pinned(x):
+    """Return x by a shuffle of each thread with itself: ptxas moves none over a branch, nor what needs its result.
+
+    Without it the sums end between the end of PV and the next QK. ptxas sees through it where all threads hold the same
+    number.
+    """
+    return gl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=f,f", [x], gl.float32, False, 1
+    )
 
 
 @gluon.jit
-def start_pv(running, v_ring, stage, sizes: gl.constexpr):
-    """Issue PV of the packed P without waiting for it."""
-    zero = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
-    v = v_ring.tiles.index(stage).permute((1, 0))
-    return warpgroup_mma(operand(running.p, sizes), v, zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def add_pv(running, pv, sizes: gl.constexpr):
-    """Return the accumulator, rescaled to the new maximum, plus a finished PV."""
-    return running.acc * gl.convert_layout(running.alpha, sizes.o_row)[:, None] + pv
+def sums(p, sizes: gl.constexpr):
+    """Return each thread's sum over its own columns, [rows, 4]."""
+    return gl.sum(gl.sum(gl.reshape(p, (sizes.rows, sizes.block // 8, 4, 2)), axis=3), axis=1)
 
 
 @gluon.jit
@@ -115,71 +113,119 @@ def at_least(v_scale):
 
 
 @gluon.jit
-def advance(running, use, at, last, item, rings, work, scales, first, MASKED: gl.constexpr, sizes: gl.constexpr):
-    """Run one step: QK and softmax of block ``at``, PV of the block before it. ``last`` is the last listed block.
+def softmax(running, s, scores, GUARDED: gl.constexpr, sizes: gl.constexpr):
+    """Run one step of the online softmax in base 2: (P, packed, the accumulator's factor, row_sum, row_max).
 
-    QK is issued, then PV, and the softmax overlaps with PV, as in `hopper_bounded.advance`. S, PV, the accumulator and
-    P take 208 registers of 240, so a mask, or what an LSE keeps for later, would spill. In those steps PV is issued
-    first and added to the accumulator while QK runs; only the other group's products overlap with the softmax.
+    GUARDED: rows may have had no key so far.
     """
-    BESIDE: gl.constexpr = not MASKED and not sizes.lse
-    stage = await_full(rings.k, use, sizes.stages)
-    before = await_full(rings.v, use - 1, sizes.stages)
-    if BESIDE:
-        s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
-        pv_pending = start_pv(running, rings.v, before, sizes)
-        s = warpgroup_mma_wait(1, deps=[s_pending])
-    else:
-        pv_pending = start_pv(running, rings.v, before, sizes)
-        s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
-        acc = add_pv(running, warpgroup_mma_wait(1, deps=[pv_pending]), sizes)
-        s = warpgroup_mma_wait(0, deps=[s_pending])
-        release(rings.k, stage)
-    if MASKED:
-        s = hide(s, work, at, first, sizes)
-    p, alpha, total, row_max = softmax(
-        s, running.row_max, scales.scores, running.k_scale, at_least(running.v_scale), MASKED, sizes
-    )
-    if BESIDE:
-        hold_order(rings)
-        acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)
-        release(rings.k, stage)
-    # Loaded here, where PV's registers are free again; the next step uses them after its QK.
-    next_k = gl.load(scales.k + running.column)
-    next_v = gl.load(scales.v + running.column)
-    next_column = gl.load(work.columns + gl.minimum(at + 2, last))
-    row_sum = running.row_sum * per_thread(alpha, running.row_sum) + total
-    return Running(acc, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, next_column)
+    scale = scores * running.k_scale
+    log_v, per_v = log2_and_reciprocal(at_least(running.v_scale))
+    row_max = gl.maximum(running.row_max, gl.max(s, axis=1) * scale + log_v)
+    shift = row_max
+    if GUARDED:  # in a row without a key so far -inf - -inf would be NaN
+        shift = gl.where(row_max == -float("inf"), 0.0, row_max)
+    p = gl.exp2(s * scale - (shift - P_EXPONENT - log_v)[:, None])
+    alpha = gl.exp2(running.row_max - shift)
+    row_sum = running.row_sum * per_thread(alpha, running.row_sum) + sums(p, sizes) * per_v
+    return packed(p, sizes), alpha, pinned(row_sum), row_max
 
 
 @gluon.jit
-def attend_e4m3(item, use, rings, work, scales, first, sizes: gl.constexpr):
+def start_pv(words, dead, rings, stage, sizes: gl.constexpr):
+    """Issue PV of packed P into the registers of ``dead``, the block's scores, where there are as many of them.
+
+    Scores of two blocks, the accumulator and PV would be 256 registers. Left to itself ptxas spills 352 bytes.
+    """
+    v = rings.v.tiles.index(stage).permute((1, 0))
+    if sizes.d == sizes.block:
+        into = dead
+    else:
+        into = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
+    return warpgroup_mma(operand(words, sizes), v, into, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def add_pv(running, pv, alpha, sizes: gl.constexpr):
+    """Return the accumulator, rescaled to the new maximum, plus a finished PV."""
+    return running.acc * gl.convert_layout(alpha, sizes.o_row)[:, None] + pv
+
+
+@gluon.jit
+def advance(
+    running,
+    s,
+    use,
+    at,
+    last,
+    item,
+    rings,
+    work,
+    scales,
+    GROUP: gl.constexpr,
+    MASKED: gl.constexpr,
+    sizes: gl.constexpr,
+):
+    """Run one step: QK of the block after ``at``, softmax and PV of block ``at``, of which ``s`` are the scores.
+
+    ``last`` is the last listed block. Returns the state and the scores of the block after ``at``.
+    """
+    next_k = gl.load(scales.k + running.column)
+    next_v = gl.load(scales.v + running.column)
+    next_column = gl.load(work.columns + gl.minimum(at + 2, last))
+    stage = await_full(rings.k, use + 1, sizes.stages)
+    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
+    pass_turn(GROUP)
+    hold_order(rings)
+    if MASKED:
+        s = hide(s, work, at, GROUP * sizes.rows, sizes)
+    p, alpha, row_sum, row_max = softmax(running, s, scales.scores, MASKED, sizes)
+    own = await_full(rings.v, use, sizes.stages)
+    await_turn(GROUP)
+    pv_pending = start_pv(p, s, rings, own, sizes)
+    pv, next_s = warpgroup_mma_wait(0, deps=[pv_pending, s_pending])
+    acc = add_pv(running, pv, alpha, sizes)
+    release(rings.k, stage)
+    return Running(acc, row_sum, row_max, next_k, next_v, next_column), next_s
+
+
+@gluon.jit
+def attend_e4m3(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.constexpr):
     """Attend to all listed blocks of an item, at least one: (accumulator, sum of P, maximum).
 
     Accumulator and sum are of P times 2^8.
     """
-    zero = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
-    row_max = gl.full([sizes.rows], -float("inf"), gl.float32, layout=sizes.s_row)
-    last = item.start + item.n_all - 1
-    column = gl.load(work.columns + item.start)
+    start = item.start
+    last = start + item.n_all - 1
+    column = gl.load(work.columns + start)
     k_scale = gl.load(scales.k + column)
-    v_scale = at_least(gl.load(scales.v + column))
-    column = gl.load(work.columns + gl.minimum(item.start + 1, last))
-    next_k = gl.load(scales.k + column)
-    next_v = gl.load(scales.v + column)
-    column = gl.load(work.columns + gl.minimum(item.start + 2, last))
+    v_scale = gl.load(scales.v + column)
+    column = gl.load(work.columns + gl.minimum(start + 1, last))
+    acc = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
+    row_sum = sums(gl.full([sizes.rows, sizes.block], 0.0, gl.float32, layout=sizes.s_layout), sizes)
+    row_max = gl.full([sizes.rows], -float("inf"), gl.float32, layout=sizes.s_row)
+    running = Running(acc, row_sum, row_max, k_scale, v_scale, column)
     stage = await_full(rings.k, use, sizes.stages)
     s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])
     release(rings.k, stage)
-    if item.n_full == 0:
-        s = hide(s, work, item.start, first, sizes)
-    p, alpha, row_sum, row_max = softmax(s, row_max, scales.scores, k_scale, v_scale, True, sizes)
-    running = Running(zero, packed(p, sizes), alpha, row_sum, row_max, next_k, next_v, column)
-    for j in range(1, item.n_full):
-        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, False, sizes)
-    for j in range(gl.maximum(item.n_full, 1), item.n_all):
-        running = advance(running, j + use, j + item.start, last, item, rings, work, scales, first, True, sizes)
-    before = await_full(rings.v, use + item.n_all - 1, sizes.stages)
-    acc = add_pv(running, warpgroup_mma_wait(0, deps=[start_pv(running, rings.v, before, sizes)]), sizes)
-    row_sum = gl.convert_layout(gl.sum(running.row_sum, axis=1), sizes.s_row)
-    return acc, row_sum, running.row_max
+    await_turn(GROUP)
+    full = gl.minimum(item.n_full, item.n_all - 1)
+    for pair in range(full // 2):
+        a, b = use + pair * 2, start + pair * 2
+        running, other_s = advance(running, s, a, b, last, item, rings, work, scales, GROUP, False, sizes)
+        running, s = advance(running, other_s, a + 1, b + 1, last, item, rings, work, scales, GROUP, False, sizes)
+    if full % 2 == 1:
+        a, b = use + full - 1, start + full - 1
+        running, s = advance(running, s, a, b, last, item, rings, work, scales, GROUP, False, sizes)
+    for j in range(full, item.n_all - 1):
+        running, s = advance(running, s, j + use, j + start, last, item, rings, work, scales, GROUP, True, sizes)
+    pass_turn(GROUP)
+    if item.n_full < item.n_all:
+        s = hide(s, work, last, GROUP * sizes.rows, sizes)
+    p, alpha, row_sum, row_max = softmax(running, s, scales.scores, True, sizes)
+    own = await_full(rings.v, use + item.n_all - 1, sizes.stages)
+    await_turn(GROUP)
+    pv_pending = start_pv(p, s, rings, own, sizes)
+    pass_turn(GROUP)
+    acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), alpha, sizes)
+    row_sum = gl.convert_layout(gl.sum(row_sum, axis=1), sizes.s_row)
+    return acc, row_sum, row_max

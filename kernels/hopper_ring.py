@@ -23,7 +23,7 @@ class Ring(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """The rings of q, k and v. k and v share ``empty``: a step's end frees k of its block and v of the block before.
+    """The rings of q, k and v. k and v share ``empty``: one arrival frees k of a block and v of the block before.
 
     ``open`` is an mbarrier that nobody arrives at.
     """
@@ -55,7 +55,7 @@ def make_ring(source, empty, TILES: gl.constexpr, SLOTS: gl.constexpr):
 def fill(ring, use, source, row, column, TILES: gl.constexpr, SLOTS: gl.constexpr, LATER: gl.constexpr = 0):
     """Wait until the slot of the ring's ``use``-th use is empty, then load TILES tiles into it, consecutive in rows.
 
-    LATER is 1 where a slot is released one step after the step that loaded it, as v's are, else 0.
+    LATER is 1 where a slot is released with the next use of the other ring, as v's are, else 0.
     """
     step = use + LATER
     mbarrier.wait(ring.empty.index(step % SLOTS), (step // SLOTS & 1) ^ 1)

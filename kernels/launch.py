@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,6 +27,8 @@ DESCRIPTORS_SINCE = 90
 """First compute capability with the tensor memory accelerator."""
 HOPPER_ARCH = 90
 """Compute capability of Hopper, the one with warp-group products (wgmma)."""
+HOPPER_HEAD_DIM = 128
+"""Channels of the heads that QKV's kernel for Hopper has: half of its tile."""
 FP_FUSION = True
 """Whether the compiler may fuse a * b + c into one rounding. Every launch passes it, because Triton 3.10 flips its
 default and the compiled code must not depend on the version."""
@@ -44,8 +46,9 @@ class LaunchConfig:
         num_stages: Depth of the software pipeline.
         group_m: Row tiles that run side by side before the next column tile, for reuse in L2; 0 where there is none.
         descriptors: Load tiles through TMA descriptors (Hopper and later).
-        hopper: Launch attention's warp-specialized kernel for Hopper instead, with the configuration of the entry of
-            the same name with ``_hopper`` appended.
+        hopper: Launch the warp-specialized kernel for Hopper instead, where TMA descriptors can read the tensors:
+            attention's with the configuration of the entry of the same name with ``_hopper`` appended, a product's,
+            whose epilogue runs beside the tensor cores, as :func:`hopper_of` says.
         reduce: Let the hardware add a product to the output in memory (TMA reduce); needs ``descriptors``.
     """
 
@@ -62,6 +65,17 @@ class LaunchConfig:
     def options(self) -> dict[str, int]:
         """What a launch of Triton tells the compiler."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": FP_FUSION}
+
+
+def hopper_of(config: LaunchConfig) -> LaunchConfig:
+    """Configure a product's kernel for Hopper in the order of tiles of the plain one.
+
+    128 x 256 by 128 bytes is its one tile, 3 slots of 48 KiB and 64 KiB of sums what fits.
+
+    Args:
+        config: An entry for sm_90, which configures the plain kernel.
+    """
+    return replace(config, num_warps=4, num_stages=3, reduce=False)
 
 
 def shared_memory_bytes(config: LaunchConfig, element_bytes: int) -> int:

@@ -15,9 +15,15 @@ def at_most(x, limit):
 
 
 @triton.jit
+def larger(a, b):
+    """Return max(a, b) in float32, NaN where one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def clamp(x, limit):
     """Clamp a float32 to -limit..limit; NaN stays NaN."""
-    return at_most(tl.maximum(x, -limit, propagate_nan=tl.PropagateNan.ALL), limit)
+    return at_most(larger(x, -limit), limit)
 
 
 @triton.jit

@@ -45,12 +45,14 @@ it, compiled without a GPU by Triton {versions}. A cell with several values has 
 
 Every kernel fits its device, and products use the tensor-core instruction of their format and no other. None has stack
 or spills but for those of `MAY_SPILL` in `bench/aot/gates.py`; on sm_90 none at all. "Pointers" is a launch for tensors
-that no TMA descriptor can be made of. "Hopper" is the Gluon kernel for sm_90 alone: its registers are those of its
-launch, of which computing groups then take 240 a thread and the loading warp 24; in bf16 and with int8 q and k each of
-its loops has the exponents of a block beside the PV of the one before, and passes its turn once, behind its last
-product. Stack and shared memory are in bytes; SHFL, STL and LDL count instructions in the listing, not executions; "a
-step" those of a thread in attention's loop over full blocks, with a running maximum or bounded. None of this says how
-fast a kernel is; predictions per architecture: [kernels/attention.md](kernels/attention.md).
+that no TMA descriptor can be made of. "Hopper" are the Gluon kernels for sm_90 alone, their registers those of the
+launch. In attention's, computing groups then take 240 a thread and the loading warp 24; every step has the exponents of
+a block beside products of its group, in bf16 and with int8 q and k PV of the block before, in e4m3 QK of the next one,
+and passes its turn once, behind its last product. In those of products, multiplying groups take 184 and the other warps
+136, with QKV all 168, and each loop over slots waits for the slot before, never for its own. Stack and shared memory
+are in bytes; SHFL, STL and LDL count instructions in the listing, not executions; "a step" those of a thread in attention's
+loop over full blocks, with a running maximum or bounded. None of this says how fast a kernel is; predictions per
+architecture: [kernels/attention.md](kernels/attention.md).
 """
 
 

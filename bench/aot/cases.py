@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.hopper import FORM, HOPPER, running
-from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, config_for, table
+from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, HOPPER_ARCH, config_for, table
 from happyhorse_fast.ops.row_quantization.triton import variant_of
 from happyhorse_fast.ops.runtime.dispatch import STEMS
 from happyhorse_fast.ops.runtime.triton.device import by_pointers, pretend
@@ -152,6 +152,9 @@ def qkv_products(arch: int) -> Iterator[Case]:
         for pointers in loads("qkv", variant, arch):
             form, variants = f"{fmt}, {out} out", {"qkv_linear_kernel": variant}
             yield Case("qkv_linear", arch, variants, fmt, form, arguments, pointers)
+        if arch == HOPPER_ARCH:
+            form, variants = f"{fmt}, {out} out, hopper", {"qkv_linear_beside_kernel": variant}
+            yield Case("qkv_linear", arch, variants, fmt, form, arguments, hopper=True)
 
 
 def attentions(arch: int) -> Iterator[Case]:
@@ -254,6 +257,9 @@ def linears(arch: int) -> Iterator[Case]:
                 op, arguments = "fp8_linear_residual", arguments | {"hidden": meta(ROWS, features)}
             detail = f"{fmt}{scales}, {epilogue}, {out} out{f', K {inputs}' if inputs != HIDDEN else ''}"
             yield Case(op, arch, {"fp8_linear_kernel": variant}, fmt, detail, arguments, pointers)
+            if epilogue != "plain" and (arch, pointers) == (HOPPER_ARCH, False):
+                variants = {f"{op}_beside_kernel": variant}
+                yield Case(op, arch, variants, fmt, f"{detail}, hopper", arguments, hopper=True)
 
 
 def selections(arch: int) -> Iterator[Case]:

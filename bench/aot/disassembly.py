@@ -50,8 +50,6 @@ class Compiled:
 def read(cubin: bytes) -> list[tuple[Compiled, str]]:
     """Every kernel of a cubin, its shared memory without what a launch adds, and its listing.
 
-    A listing has an instruction a line, its encoding of 128 bits behind it, and the labels of jumps.
-
     Raises:
         ValueError: The tools name no kernel, or not the same ones.
     """
@@ -59,8 +57,7 @@ def read(cubin: bytes) -> list[tuple[Compiled, str]]:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         used = _USAGE.findall(_tool("cuobjdump", "-res-usage", file))
-        listing = re.sub(r"\n\s+(/\* 0x[0-9a-f]{16} \*/)(?=\n)", r" \1", _tool("nvdisasm", "-c", file, "-hex"))
-        _, *parts = re.split(r"^\.text\.(\w+):$", listing, flags=re.MULTILINE)
+        _, *parts = re.split(r"^\.text\.(\w+):$", _tool("nvdisasm", "-c", file), flags=re.MULTILINE)
     listings = dict(zip(parts[::2], parts[1::2], strict=True))
     names = {name for name, *_ in used}
     if not names or names != set(listings):
@@ -80,22 +77,22 @@ def read(cubin: bytes) -> list[tuple[Compiled, str]]:
     ]
 
 
-def _tool(name: str, option: str, cubin: Path, *more: str) -> str:
+def _tool(name: str, option: str, cubin: Path) -> str:
     """Output of one of the tools in Triton's wheel."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None, "Triton is not installed"
     path = Path(spec.origin).parent / "backends/nvidia/bin" / name
-    return subprocess.run([path, option, *more, cubin], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([path, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def exponents_beside_products(code: str) -> list[int]:
-    """Count a listing's exponents that are computed while one batch of warp-group products is under way, at each place.
+    """Count a listing's exponents that are computed while warp-group products are under way, at each place.
 
-    Counted between a wait that leaves one batch and the next that leaves none.
+    Counted from the first product behind a wait that leaves none to the next such wait.
     """
     found, count = [], None
     for line in code.splitlines():
-        if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line:
+        if "GMMA" in line and count is None:
             count = 0
         elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line and count is not None:
             found.append(count)
@@ -105,12 +102,26 @@ def exponents_beside_products(code: str) -> list[int]:
     return found
 
 
+def behind_pv(loop: list[str]) -> int:
+    """Most instructions of a loop between PV, whose left operand is in registers, and the QK that follows."""
+    most, since = 0, None
+    for line in [*loop, *loop]:  # a step may begin before the loop begins again
+        product = _PRODUCT.search(line)
+        if product is None:
+            since = since + 1 if since is not None else None
+        elif product[3]:
+            since = 0
+        else:
+            most, since = max(most, since or 0), None
+    return most
+
+
 Turn = tuple[int, int, int]
-"""A warp group's step, from the wait for its turn on: products before it passes it, products after, times it passes."""
+"""What a warp group does from its wait for a turn to the next: products before it passes it, after, times it passes."""
 
 
 def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: int) -> list[Turn]:
-    """The turn of every loop that waits for one.
+    """The turns of loops, one for each wait.
 
     Args:
         over_blocks: Loops, as :func:`loops` gives them.
@@ -123,14 +134,13 @@ def turns(over_blocks: Iterable[list[str]], numbers: tuple[int, int], threads: i
     for loop in over_blocks:
         waits = [(at, int(m[1], 16)) for at, line in enumerate(loop) if (m := sync.search(line)) is not None]
         waits = [(at, number) for at, number in waits if number in numbers]
-        if not waits:
-            continue
-        (at, own), counts, passes = waits[0], [0, 0], 0
-        for line in loop[at + 1 :] + loop[:at]:  # the loop begins somewhere else
-            if (passed := arrive.search(line)) is not None:
-                passes += int(passed[1], 16) in numbers and int(passed[1], 16) != own
-            counts[passes > 0] += "GMMA" in line
-        found.append((counts[0], counts[1], passes))
+        for turn, (at, own) in enumerate(waits):
+            end, counts, passes = waits[(turn + 1) % len(waits)][0], [0, 0], 0
+            for line in loop[at + 1 : end] if end > at else loop[at + 1 :] + loop[:end]:
+                if (passed := arrive.search(line)) is not None:
+                    passes += int(passed[1], 16) in numbers and int(passed[1], 16) != own
+                counts[passes > 0] += "GMMA" in line
+            found.append((counts[0], counts[1], passes))
     return found
 
 
@@ -154,6 +164,20 @@ def loops(code: str, holding: str = "GMMA") -> list[list[str]]:
     own = [(a, b) for a, b in spans if not any(c < a < d < b for c, d in spans)]
     inner = [(a, b) for a, b in own if not any((a, b) != (c, d) and a <= c and d <= b for c, d in own)]
     return [instructions[a:b] for a, b in inner]
+
+
+def products_and_waits(loop: Iterable[str]) -> tuple[int, list[int]]:
+    """(products of a loop, how many batches of them each wait leaves under way)."""
+    lines = list(loop)
+    waits = [re.search(r"DEPBAR\.LE gsb0, 0x([0-9a-f]+)", line) for line in lines]
+    return sum("GMMA" in line for line in lines), [int(wait[1], 16) for wait in waits if wait is not None]
+
+
+def widths(code: str, opcode: str) -> list[int]:
+    """Bytes that each LDG or STG of a listing moves, a thread."""
+    named = {"U8": 1, "U16": 2, "64": 8, "128": 16}
+    found = re.findall(rf"\b{opcode}\.E(?:\.(U8|U16|64|128))?\b", code)
+    return [named.get(width, 4) for width in found]
 
 
 def overwritten(found_loops: Iterable[list[str]]) -> int:

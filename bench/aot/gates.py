@@ -17,11 +17,15 @@ CLAMPS = re.compile("swiglu7|gelu7|fp8 out|int8 out|int8_qk out|Hadamard")
 MAY_SPILL = {("qkv", 100), ("qkv", 120), ("attention", 100)}
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
 EXPONENTS = 64
-"""Exponents of a thread per step of the Hopper kernel: 64 x 128 by 128 threads."""
-TURNS = 4
-"""Its two groups, each in its loop over full blocks and that over partial ones."""
+"""Exponents of a thread per step of attention's Hopper kernel: 64 x 128 by 128 threads."""
+TURNS = {False: 4, True: 6}
+"""In its loops: of two groups, each in its loop over full blocks, where e4m3 has two, and that over partial ones."""
+BEHIND_PV = 112
+"""Instructions that may stand between PV and the next QK in e4m3, where PV is added to the accumulator: 64 and 48."""
 GROUP_THREADS = 256
 """Threads of both groups."""
+GROUPS, SLOT_PRODUCTS, STORES = 2, 4, 16
+"""Of a product with its epilogue beside: groups that multiply, a slot's products of 32 bytes, and a group's STSM."""
 RESERVED = 4
 """Named barriers that Triton may use for itself in a kernel of three partitions."""
 PRODUCTS = {"bf16": ("bf16",), "int8": ("int8",), "fp8": ("fp8",), "int8_qk": ("bf16", "int8"), "none": ()}
@@ -35,21 +39,38 @@ TENSOR_CORES = {
 
 @dataclass(frozen=True)
 class Order:
-    """In which order the Hopper kernel's instructions stand.
+    """In which order the instructions of attention's Hopper kernel stand.
 
     Attributes:
-        exponents: Of each loop, how many stand beside products that are under way.
-        turns: Each loop's.
+        exponents: At each place, how many stand beside products that are under way.
+        turns: Of all loops.
         barriers: Numbers of named barriers, and the threads that meet there, 0 for all.
+        behind_pv: Instructions between PV and the next QK, of the loop that has the fewest.
         overwritten: Instructions that write what a product under way reads.
-        cycles: Of a step over full blocks, played through (bench/aot/playback.py).
     """
 
     exponents: list[int]
     turns: list[Turn]
     barriers: list[tuple[int, int]]
+    behind_pv: int = 0
     overwritten: int = 0
-    cycles: float | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a kernel with its epilogue beside the tensor cores is made of.
+
+    Attributes:
+        loops: Of each loop over slots, its products, and how many batches of them each wait leaves under way.
+        loads: Bytes that each load from memory has of a thread.
+        stores: Those of each store.
+        overwritten: Instructions that write what a product under way adds to.
+    """
+
+    loops: list[tuple[int, list[int]]]
+    loads: list[int]
+    stores: list[int]
+    overwritten: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +90,8 @@ class Row(Compiled):
         products: Format of its products: a key of :data:`PRODUCTS`.
         triton: Version that compiled it.
         step: Instructions in attention's step over a full block; 0 in other kernels.
-        order: Of the Hopper kernel alone.
+        order: Of attention's Hopper kernel alone.
+        beside: Of a product's Hopper kernel alone.
         pointers: Arguments that are pointers, by name.
         nan_kept: Minima and maxima of floating numbers in its PTX that give NaN where an operand is.
         nan_lost: Those that give the other operand.
@@ -88,6 +110,7 @@ class Row(Compiled):
     triton: str
     step: int = 0
     order: Order | None = None
+    beside: Beside | None = None
     pointers: tuple[str, ...] = ()
     nan_kept: int = 0
     nan_lost: int = 0
@@ -109,7 +132,6 @@ class Row(Compiled):
         """Its numbers in a line."""
         spills = f", {self.opcodes['STL']} STL" if self.opcodes["STL"] else ""
         step = f", {self.step} instructions a step" if self.step else ""
-        step += f", {self.order.cycles:.0f} cycles played through" if self.order and self.order.cycles else ""
         return f"{self.registers} registers{spills}{step}, {self.shared} bytes shared, {self.instructions or '-'}"
 
 
@@ -137,8 +159,12 @@ def problems(row: Row) -> list[str]:
     says so, the memory adds, and there is no other way to the result; activations and casts keep NaN. (Triton may take
     others without a word: e4m3 as bf16 with max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
 
-    In the Hopper kernel a block's exponents stand between the start of a PV and the wait for it, and nothing writes
-    what a product under way reads. With P in bf16 a group passes its turn once, behind its last product.
+    In attention's Hopper kernel a block's exponents stand between the start of a PV and the wait for it, and nothing
+    writes what a product under way reads. With P in bf16 a group passes its turn once, behind its last product.
+
+    With an epilogue beside the tensor cores each of two groups has a loop whose one wait leaves a slot's products under
+    way, sums cross by 16 STSM a group, and a residual is loaded and stored, an activation stored 16 bytes a thread at a
+    time.
     """
     found, config = [], row.config
     fp8 = row.products.startswith("fp8")
@@ -153,7 +179,9 @@ def problems(row: Row) -> list[str]:
         found.append("launched without enable_fp_fusion=FP_FUSION")
     found += resources(row, row.wanted, may_spill=(row.stem, row.arch) in MAY_SPILL)
     if row.order:
-        found += _out_of_order(row.order, e4m3=fp8, lse="LSE" in row.detail)
+        found += _out_of_order(row.order, e4m3=fp8)
+    if row.beside:
+        found += _not_beside(row)
     reduces, stores = row.opcodes["UTMAREDG"], row.opcodes["STG"]
     reducing = config.reduce and not row.detail.endswith("pointers")
     if bool(reduces) != reducing:
@@ -165,25 +193,42 @@ def problems(row: Row) -> list[str]:
     return [f"{row.name}, Triton {row.triton}: {problem}" for problem in found]
 
 
-def _out_of_order(order: Order, *, e4m3: bool, lse: bool) -> list[str]:
+def _out_of_order(order: Order, *, e4m3: bool) -> list[str]:
     found = []
-    beside, loops = sum(n >= EXPONENTS for n in order.exponents), TURNS
-    if e4m3:  # which has them there in its loops over full blocks, unless an LSE needs the registers
-        loops = 0 if lse else TURNS // 2
-    if beside < loops:
-        found.append(f"{beside} loops with {EXPONENTS} exponents beside PV, {loops} wanted")
-    if not e4m3 and len(order.turns) != TURNS:
-        found.append(f"{len(order.turns)} turns, {TURNS} wanted")
+    beside, wanted = sum(n >= EXPONENTS for n in order.exponents), TURNS[e4m3]
+    if beside < wanted:
+        found.append(f"{beside} steps with {EXPONENTS} exponents beside products, {wanted} wanted")
+    if len(order.turns) != wanted:
+        found.append(f"{len(order.turns)} turns, {wanted} wanted")
     for before, behind, passes in order.turns:
         if not before or behind or passes != 1:
             found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
-    if order.cycles == float("inf"):
-        found.append("played through, both groups come to wait for ever")
+    if e4m3 and order.behind_pv > BEHIND_PV:
+        found.append(f"{order.behind_pv} instructions between PV and the next QK, at most {BEHIND_PV} allowed")
     if order.overwritten:
         found.append(f"{order.overwritten} instructions that write what a product under way reads")
     own = [barrier for barrier in order.barriers if barrier[0] >= RESERVED]
-    if (len(own), *{threads for _, threads in own}) != ((0,) if e4m3 else (2, GROUP_THREADS)):
-        found.append(f"named barriers {own}, not {'none' if e4m3 else 'two of both groups'}")
+    if (len(own), *{threads for _, threads in own}) != (2, GROUP_THREADS):
+        found.append(f"named barriers {own}, not two of both groups")
+    return found
+
+
+def _not_beside(row: Row) -> list[str]:
+    beside, found = row.beside, []
+    assert beside is not None
+    parts = 2 if row.products == "int8" else 1  # of 128 features: Triton has no product of int8 with 256
+    wanted = [(SLOT_PRODUCTS * parts, [parts])] * GROUPS
+    if beside.loops != wanted:
+        found.append(f"loops over slots of (products, left under way) {beside.loops}, not {wanted}")
+    if beside.overwritten:
+        found.append(f"{beside.overwritten} instructions that write what a product under way adds to")
+    if row.opcodes["STSM"] != STORES * GROUPS:
+        found.append(f"{row.opcodes['STSM']} STSM, {STORES * GROUPS} wanted")
+    adds = "residual" in row.detail
+    if (adds or "activation" in row.kernel) and set(beside.stores) != {16}:
+        found.append(f"stores of {beside.stores} bytes")
+    if adds and beside.loads.count(16) < len(beside.stores):
+        found.append(f"loads of {beside.loads} bytes for {len(beside.stores)} stores")
     return found
 
 

@@ -171,13 +171,14 @@ def _ops(scope: str, words: str, dry_words: str) -> Callable[[Context], list[Ste
         command, again = context.bench("bench.ops", "--scope", scope, "--cases", words), ("--keep", "all")
         if scope == "rest":
             return [Step([*command, "--impl", "triton", "--peers", "none"], again=again)]
+        gates = []
         # CUDA's attention takes twice as long as the others and would have half of every span.
-        impl = HOPPER if "attention" in words else "cuda"
-        count = sum(impl in implementations(case, "triton", (impl,)) for case in select(cases(scope), words))
-        # Predicted: 8 s to start, 8 to end, and 1.5 a case.
-        gates = Step([*command, "--impl", impl, "--gates"], again=again, least=16 + 1.5 * count)
+        for impl in (HOPPER,) if "attention" in words else (HOPPER, "cuda"):
+            count = sum(impl in implementations(case, "triton", (impl,)) for case in select(cases(scope), words))
+            # Predicted: 8 s to start, 8 to end, and 1.5 a case.
+            gates.append(Step([*command, "--impl", impl, "--gates"], again=again, least=16 + 1.5 * count))
         turns = Step([*command, "--peers", "quick", "--keep", "gates"], 6, again)
-        return [gates, turns, Step([*command, "--peers", "all", *again], 3, again)]  # with those that compile
+        return [*gates, turns, Step([*command, "--peers", "all", *again], 3, again)]  # with those that compile
 
     return steps
 
@@ -200,10 +201,10 @@ STAGES = (
     Stage("sampler", 102, _sampler),
     Stage(
         "attn",
-        115,
+        105,
         _ops("main", "attention", "attention-25%/tiny/fp8,attention-dense/tiny/bf16,attention-dense/tiny/int8_qk"),
     ),
-    Stage("linear", 105, _ops("main", LINEAR, "down/tiny/fp8,qkv_linear/tiny/bf16")),
+    Stage("linear", 115, _ops("main", LINEAR, "down/tiny/fp8,qkv_linear/tiny/bf16")),
     Stage("sanitize", 150, _sanitize, default=False),
     Stage("sizes", 300, _ops("rest", "", "proj/tiny/fp8"), default=False),
     Stage("tune", 150, _tune, default=False),

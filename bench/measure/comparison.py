@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench.cases import BLOCK_SPARSE, DROP_IN, Case
-from bench.hopper import HOPPER
+from bench.hopper import HOPPER, fits
 from bench.inputs import Given, call, make, moved_bytes, softmax
 from bench.measure import gates, roofline
 from bench.measure.conditions import Monitor
@@ -296,7 +296,7 @@ def implementations(case: Case, backend: str, also: Sequence[str]) -> list[str]:
     """Name what a case is timed with: the backend and the others, those that have a kernel for it."""
     able = {
         "cuda": case.variant in VARIANTS["cuda"].get(case.op, ()),
-        HOPPER: case.op in (BLOCK_SPARSE, DROP_IN),
+        HOPPER: fits(case),
     }
     return [name for name in (backend, *also) if able.get(name, True)]
 

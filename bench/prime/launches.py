@@ -82,7 +82,7 @@ def clip(run: Run) -> None:
 
 
 def self_checks(arch: int) -> None:
-    """Run the checks that `accelerate` makes before it trusts a kernel, in the Hopper kernel and in the plain one.
+    """Run the checks that `accelerate` makes before it trusts a kernel, in Hopper's kernels and in the plain ones.
 
     Raises:
         RuntimeError: A check fails, though the reference is compared with itself.

@@ -24,7 +24,7 @@ from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.fast.refusals import require_acceleratable
 from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.ops.attention.score_bound import LIMIT
-from happyhorse_fast.ops.runtime.dispatch import Choice, attention_is_hopper, choose, compute_capability
+from happyhorse_fast.ops.runtime.dispatch import Choice, choose, compute_capability, is_hopper
 from happyhorse_fast.parallel.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -272,18 +272,27 @@ def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
             if op == "block_sparse_attention":
                 mask = repr(state.fast.sparsity) if plan.sparse else _exact_mask(plan.local)
                 reason = f"{reason}; {_softmax(layer)}"
+            elif _in_hopper(layer, op, precision):
+                reason = f"{reason}; in the Hopper kernel"
             if op == "quantize_rows":
                 precision = "int8"
             yield Explanation(plan.index, op, precision, choice.backend, mask, reason)
 
 
+def _in_hopper(layer: FastLayer, op: str, precision: str) -> bool:
+    """Whether an op of a layer runs in Triton's kernel for Hopper."""
+    plan, device = layer.plan, layer.qkv_weight.device
+    return plan.backend.get(op) == "triton" and is_hopper(
+        op, precision, device, head_dim=plan.head_dim, activation=layer.activation
+    )
+
+
 def _softmax(layer: FastLayer) -> str:
     """Which softmax the layer's attention has, and why; on a GPU with a kernel for Hopper, also which kernel runs."""
-    plan, device = layer.plan, layer.qkv_weight.device
-    precision = plan.precision["attention"]
+    precision = layer.plan.precision["attention"]
     e4m3 = precision == "fp8"
     said = "running maximum, which P in e4m3 needs" if e4m3 else layer.bound.softmax
-    if plan.backend["block_sparse_attention"] == "triton" and attention_is_hopper(precision, plan.head_dim, device):
+    if _in_hopper(layer, "block_sparse_attention", precision):
         if e4m3 or layer.bound.effective <= LIMIT:
             said += "; in the Hopper kernel"
         else:

@@ -12,6 +12,7 @@ import pytest
 
 from bench.aot import gates
 from bench.aot.__main__ import compiled
+from bench.aot.disassembly import overwritten
 from happyhorse_fast.kernels.launch import ARCHITECTURES, LaunchConfig
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,11 @@ def run(*command):
 # Compiled -------------------------------------------------------------------------------------------------------------
 
 SOME = {
-    "qkv": ("rmsnorm_quantize fp8 out, branch", "qkv_linear fp8, fp8 out"),
+    "qkv": (
+        "rmsnorm_quantize fp8 out, branch",
+        "qkv_linear fp8, fp8 out",
+        "qkv_linear int8, int8_qk out, hopper",
+    ),
     "attention": (
         "block_sparse_attention fp8, D 128, bf16 out",
         "block_sparse_attention bf16, D 128, bf16 out, hopper",
@@ -63,6 +68,7 @@ SOME = {
     "linear": (
         "fp8_linear_activation fp8, swiglu7, fp8 out",
         "fp8_linear_residual fp8, residual, float32 out",
+        "fp8_linear_residual bf16, residual, float32 out, hopper",
     ),
     "block_selection": ("select_blocks bf16, 1464 blocks, by number, max",),
 }
@@ -234,21 +240,45 @@ def test_steps_of_the_hopper_kernel_in_another_order_are_caught():
         return gates.problems(replace(row, order=replace(row.order, **changes)))
 
     (moved,) = found(row, exponents=[64, 2, 64, 64])
-    assert moved.endswith("3 loops with 64 exponents beside PV, 4 wanted")
+    assert moved.endswith("3 steps with 64 exponents beside products, 4 wanted")
     assert found(row, turns=turns[:3])[0].endswith("3 turns, 4 wanted")
     assert "1 instructions that write what a product" in found(row, overwritten=1)[0]
-    assert "both groups come to wait for ever" in found(row, cycles=float("inf"))[0]
     for wrong in ((8, 8, 1), (0, 16, 1), (16, 0, 0), (16, 0, 2), (0, 0, 1)):
         (said,) = found(row, turns=[*turns[:2], wrong, turns[3]])
         assert f"a turn of {wrong[0]} products, passed {wrong[2]} times, with {wrong[1]} behind it" in said
     for other in ([(6, 256)], [(6, 256), (7, 128)], [(4, 128), (6, 256), (7, 256)]):
         assert "two of both groups" in found(row, barriers=other)[0], "Triton has come to use more"
-    order = gates.Order([66, 0, 66, 0], [], [(1, 0)])
-    e4m3 = replace(row, products="fp8", opcodes=Counter(QGMMA=48), order=order)
+    e4m3 = replace(
+        row, products="fp8", opcodes=Counter(QGMMA=48), order=gates.Order([66] * 6, [(8, 0, 1)] * 6, barriers)
+    )
     assert gates.problems(e4m3) == []
-    assert "named barriers" in found(e4m3, barriers=barriers)[0]
-    assert "1 loops with 64 exponents beside PV, 2 wanted" in found(e4m3, exponents=[66, 0, 0, 0])[0]
-    assert found(replace(e4m3, detail="fp8, bf16 out, LSE"), exponents=[0, 0, 0, 0]) == []
+    assert "two of both groups" in found(e4m3, barriers=[(1, 0)])[0]
+    assert "5 steps with 64 exponents beside products, 6 wanted" in found(e4m3, exponents=[66, 0, 66, 66, 66, 66])[0]
+    assert "4 turns, 6 wanted" in found(e4m3, turns=[(8, 0, 1)] * 4)[0]
+    assert "113 instructions between PV and the next QK" in found(e4m3, behind_pv=113)[0]
+
+
+QK = ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], RZ, !UPT ;", "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;"]
+PV = [
+    "HGMMA.64x128x16.F32.BF16 R152, R88, gdesc[UR12].tnspB, R152 ;",
+    "HGMMA.64x128x16.F32.BF16 R152, R92, gdesc[UR12].tnspB, R152, gsb0 ;",
+]
+ENDED = "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
+
+
+@pytest.mark.parametrize(
+    ("loop", "wanted"),
+    [
+        ([*QK, *PV, ENDED, "FMUL R91, R24, R5 ;"], 0),
+        ([*QK, *PV, "FMUL R91, R24, R5 ;", ENDED], 1),
+        ([*QK, *PV, "FMUL R96, R24, R5 ;", ENDED], 0),
+        (["IMAD.WIDE R94, R24, R5, RZ ;", *QK, *PV], 1),
+        ([*QK, "MUFU.EX2 R87, R87 ;", *PV, ENDED], 1),
+    ],
+    ids=["behind its end", "left operand", "another register", "in the next iteration", "sum"],
+)
+def test_registers_that_products_under_way_read(loop, wanted):
+    assert overwritten([[f"/*0000*/ {line}" for line in loop]]) == wanted
 
 
 PASS = "    pass_turn(GROUP)\n"
@@ -260,7 +290,7 @@ PV_DONE = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n"
     ("replaced", "problem"),
     [
         # What `hold_order` is for: if this passes, it may no longer be needed.
-        ([("    hold_order(rings)\n" + PV_DONE, PV_DONE)], "2 loops with 64 exponents beside PV, 4 wanted"),
+        ([("    hold_order(rings)\n" + PV_DONE, PV_DONE)], "2 steps with 64 exponents beside products, 4 wanted"),
         ([("    pv_pending = ", PASS + "    pv_pending = ")], "a turn of 8 products, passed 2 times, with 8 behind"),
         ([(PASS, "")], "passed 0 times"),
         # The wait for PV in the next step alone: P's words are then written while PV reads them.
@@ -278,25 +308,35 @@ def test_the_compiled_order_is_seen(replaced, problem, tmp_path):
 
 
 KEY = r"""
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 
-from happyhorse_fast.kernels import hopper_sizes
-
-source = Path(hopper_sizes.__file__).read_text()
-for number, text in enumerate((source, source.replace("return self.v_bits == 8", "return self.v_bits < 16"))):
+original = importlib.import_module("happyhorse_fast.kernels.{module}")
+source = Path(original.__file__).read_text()
+assert source.count({old!r}) == 1
+for number, text in enumerate((source, source.replace({old!r}, {new!r}))):
     path = Path({root!r}) / f"sizes{{number}}.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    print(module.sizes_of.cache_key)
+    print(module.{function}.cache_key)
 """
 
 
-def test_another_property_of_the_sizes_is_another_kernel_to_tritons_cache(tmp_path):
-    done = run("-c", KEY.format(root=str(tmp_path)))
+@pytest.mark.parametrize(
+    ("module", "function", "old", "new"),
+    [
+        ("hopper_sizes", "sizes_of", "return self.v_bits == 8", "return self.v_bits < 16"),
+        ("product_beside", "product_of", "return 2 if self.int8 else 1", "return 1 + self.int8"),
+        ("qkv_pieces", "heads_of", "return self.q + 2 * self.kv", "return 2 * self.kv + self.q"),
+        ("activation_beside", "activation_of", "return self.results * self.per", "return self.per * self.results"),
+    ],
+)
+def test_another_property_of_constants_is_another_kernel_to_tritons_cache(module, function, old, new, tmp_path):
+    done = run("-c", KEY.format(root=str(tmp_path), module=module, function=function, old=old, new=new))
     assert done.returncode == 0, done.stderr[-2000:]
     keys = done.stdout.split()
     assert len(keys) == len(set(keys)) == 2

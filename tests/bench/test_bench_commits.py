@@ -83,6 +83,12 @@ def test_a_commit_that_is_not_prepared_is_refused(tmp_path, monkeypatch, capsys)
     assert "commits must be among those prepared, 74c8bc1; got 74c8bc2" in capsys.readouterr().err
 
 
+def test_the_implementation_has_to_be_named(capsys):
+    with pytest.raises(SystemExit):
+        commits.main(["time", "--cases", "down/tiny/fp8"])
+    assert "the following arguments are required: --impl" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_commit_that_is_not_there_is_not_prepared(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(commits, "FOLDER", tmp_path)

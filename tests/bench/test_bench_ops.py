@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict
 
@@ -16,17 +15,15 @@ from comparison_cases import CPU, EAGER, FOREVER, SEEN, Counting, compared, stan
 from bench import ops
 from bench.bootstrap import ROOT
 from bench.cases import cases, padded_rows, select
-from bench.hopper import HOPPER, running
 from bench.inputs import call, make, softmax
 from bench.measure import comparison, gates
-from bench.measure.comparison import Bench, groups, implementations
+from bench.measure.comparison import Bench, groups
 from bench.measure.conditions import Monitor
 from bench.peers.registry import PEERS, bf16_inputs, split
 from bench.report.tables import ops_table
 from bench.results import Results, comparable, describe_machine, read
 from happyhorse_fast import budgets
 from happyhorse_fast.eager.mlp import swiglu7
-from happyhorse_fast.kernels.launch import config_for, table
 from happyhorse_fast.ops.quantize import dequantize, to_e4m3
 
 TINY = cases("tiny")
@@ -257,36 +254,6 @@ def test_other_implementations_are_timed_where_they_have_a_kernel(monkeypatch):
         ("rmsnorm_quantize", "cuda"),
     }
     assert set(tried) == found
-
-
-def test_hopper_warps_are_an_implementation_of_their_own_whatever_the_table_says():
-    before, seen = json.dumps(table("attention")), []
-    with running(HOPPER) as backend:
-        assert backend == "triton"
-        assert config_for("attention", "bf16_d128", 90).hopper
-        assert not config_for("attention", "bf16_d128", 80).hopper
-        assert not config_for("attention", "bf16_d128_strided", 90).hopper
-        with running("triton"):
-            assert not any(config_for("attention", f"{f}_d128", 90).hopper for f in ("bf16", "fp8"))
-        assert config_for("attention", "bf16_d128", 90).hopper
-        elsewhere = threading.Thread(target=lambda: seen.append(config_for("attention", "fp8_d64", 90).hopper))
-        elsewhere.start()
-        elsewhere.join()
-    with running("triton"), running("auto"):
-        assert not config_for("attention", "bf16_d128", 90).hopper, "what the call around it passes"
-    with running("auto"):
-        assert config_for("attention", "bf16_d128", 90).hopper, "what is committed"
-    assert seen == [False], "another thread launches what is committed"
-    assert json.dumps(table("attention")) == before
-    attention, norm = select(TINY, "window/tiny/bf16,quantize/tiny/bf16")
-    assert implementations(attention, "triton", [HOPPER, "cuda"]) == ["triton", HOPPER, "cuda"]
-    assert implementations(norm, "triton", [HOPPER, "cuda"]) == ["triton", "cuda"]
-    int8, chosen = select(TINY, "window/tiny/int8_qk,select_blocks-25%/tiny/int8_qk")
-    _, found = select(TINY, "attention-dense/tiny/bf16")
-    for case in (int8, found):
-        assert implementations(case, "triton", [HOPPER, "cuda"]) == ["triton", HOPPER]
-    assert implementations(chosen, "triton", [HOPPER, "cuda"]) == ["triton", "cuda"]
-    assert ops.other_backends(CPU)[1][HOPPER] == "needs a GPU"
 
 
 def test_a_kernel_that_runs_out_of_memory_after_its_gate_ends_nothing(bench, monkeypatch):

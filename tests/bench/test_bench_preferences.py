@@ -33,6 +33,16 @@ def test_faster_in_every_case_is_preferred():
     assert preferences.preferences([file]) == {"90": {"bf16": ["block_sparse_attention"], "fp8": ["rmsnorm_quantize"]}}
 
 
+def test_the_faster_of_triton_s_two_kernels_is_the_one_to_beat():
+    cuda, plain = entry("qkv_linear", "cuda", 4.0), entry("qkv_linear", "triton", 6.0)
+    for ms, found in ((4.9, {}), (5.1, {"90": {"fp8": ["qkv_linear"]}}), (7.0, {"90": {"fp8": ["qkv_linear"]}})):
+        for entries in (
+            [cuda, plain, entry("qkv_linear", "hopper", ms)],
+            [entry("qkv_linear", "hopper", ms), plain, cuda],
+        ):
+            assert preferences.preferences([data(*entries)]) == found
+
+
 def test_attention_s_formats_are_formats_too():
     file = data(
         entry("select_blocks-25%", "triton", 2.0, precision="int8_qk"),

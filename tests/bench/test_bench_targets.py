@@ -55,6 +55,12 @@ def test_what_is_met_and_by_how_much_the_rest_is_missed():
     assert found["qkv_linear fp8 in turns with its bare product"].verdict == "met", "within 5 %"
     assert found["qkv_linear bf16 in turns with its bare product"].verdict == "missed by 7.9%"
     assert found["fp8_linear_residual-down fp8 in turns with its bare product"].reached is None, "each was alone"
+    up = targets.PRODUCTS[0]
+    forms = entry(up, "fp8", 13.5, 1300.0), entry(up, "fp8", 12.2, 1400.0, impl="hopper")
+    wrong = entry(up, "fp8", 9.0, 1900.0, impl="cuda", verified=False)
+    assert verdicts(*forms, wrong)[f"{up} fp8 with its epilogue"].reached == 1400.0
+    (row,) = ops_table({**HEADER, "entries": list(forms), "sampler": []}).rows
+    assert row[1] == "Gluon 12.2, plain Triton 13.5"
     # Of the datasheet's 4 TB/s: of the copy's 2.5 it would be 120 %.
     assert found["rmsnorm_quantize fp8, of peak bandwidth"].reached == pytest.approx(75.0)
     assert found["rmsnorm_quantize fp8, of peak bandwidth"].note.endswith("of 4 TB/s (datasheet)")

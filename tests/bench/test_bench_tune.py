@@ -59,8 +59,9 @@ def test_tuning_restores_the_table_and_writes_what_wins(tmp_path, monkeypatch):
     assert sum(a != b for a, b in zip(path.read_text().splitlines(), lines, strict=True)) == 1, "one line changes"
 
 
-def test_hopper_warps_are_a_candidate_and_are_written(tmp_path):
-    case = select(cases("main"), "attention-window")[0]
+@pytest.mark.parametrize("words", ["attention-window", "residual-down/1080p-5s/fp8", "qkv_linear/1080p-5s/fp8"])
+def test_hopper_warps_are_a_candidate_and_are_written(tmp_path, words):
+    case = select(cases("main"), words)[0]
     variant = tune.variant(case)
     hopper, plain, *others = tune.candidates(case, 90)
     assert hopper == dataclasses.replace(plain, hopper=True)

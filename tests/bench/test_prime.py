@@ -112,6 +112,9 @@ def test_what_a_clips_layers_launch_is_primed(mode):
     found = run("-c", code, only).split()
     assert found.count("block_sparse_attention_hopper_kernel") == 1
     assert "block_sparse_attention_kernel" not in found, "a known bound needs no other form"
+    for op in ("fp8_linear_residual", "fp8_linear_activation"):
+        assert f"{op}_beside_kernel" in found, "what the table asks for"
+    assert "fp8_linear_kernel" not in found
     widths = 3 if mode == "fast int8" else 0
     assert found.count("quantize_rows_kernel") == widths, "for proj, and for down after SwiGLU7 and after GELU7"
 

@@ -9,6 +9,7 @@ import torch
 from gluon_machine import EmulationError, Program, Value, value
 
 BAR = re.compile(r"bar\.(sync|arrive) \$1, (\d+); mov\.b32 \$0, \$1;")
+OWN = "shfl.sync.bfly.b32 $0, $1, 0, 0x1f, 0xffffffff;"
 COPY = "mov.b32 $0, $1;"
 E4M3 = (
     "{.reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
@@ -24,6 +25,10 @@ def assembly(program: Program, asm: str, constraints: str, args: Any, dtype: Any
             raise EmulationError("a barrier that the compiler may drop")
         program.come(int(args[0]), int(found[2]), wait=found[1] == "sync")
         return value(0)
+    if asm == OWN:  # a thread's own number: of use for where it stands alone
+        if is_pure:
+            raise EmulationError("a shuffle that the compiler may move")
+        return args[0]
     given = [torch.as_tensor(x).as_subclass(torch.Tensor) for x in args]
     if asm in SCALARS:
         made = SCALARS[asm](given[0])

@@ -10,7 +10,8 @@ compiler checks them. What a GPU would punish, and plain execution lets pass, ra
   every barrier, copy and product. Where nobody can go on, that is a deadlock, said with where each stands.
 - A copy poisons where it goes when it is issued, and lands later. A product's operands in shared memory must be the
   same when it is issued and when it is waited for. Neither may be under way when the program ends.
-- A result of a product cannot be used before it was waited for, and waits retire products in their order.
+- A result of a product cannot be used before it was waited for, and waits retire products in their order. One that adds
+  to nothing poisons what it is to be written over.
 - An mbarrier counts arrivals and bytes; too many of either, or a use before `fence_async_shared`, raises.
 - A named barrier counts warps; more in a phase than it was said to have, another number of them, or the same ones twice
   raise, and so does a product that is issued after its group let the other one issue its own.
@@ -20,6 +21,7 @@ compiler checks them. What a GPU would punish, and plain execution lets pass, ra
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import random
@@ -47,6 +49,8 @@ from gluon_machine import (
     value,
 )
 
+POISON = 2.0**30
+"""More than any score, in float32 and in int32."""
 __all__ = ["Emulated", "EmulationError"]
 
 
@@ -123,7 +127,7 @@ class Emulated:
             kind = dtype if isinstance(dtype, DType) else DType(dtype)
             raw = torch.full([int(n) for n in shape], 0x7F, dtype=torch.uint8)
             raw = raw.repeat_interleave(kind.primitive_bitwidth // 8, dim=-1)
-            return Memory(raw.view(kind.torch), kind, layout)
+            return Memory(raw.view(kind.torch), kind, layout, turn=lambda at: self.program.turn(at))
 
         def whole(shape: Sequence[int], fill: float, dtype: torch.dtype, layout: Any = None) -> Any:
             return value(torch.full([int(n) for n in shape], fill, dtype=dtype))
@@ -141,8 +145,11 @@ class Emulated:
             "PropagateNan": tl.PropagateNan,
             "max": lambda x, axis: x.amax(dim=axis),
             "sum": lambda x, axis: x.sum(dim=axis),
+            "reduce": lambda x, axis, combine: functools.reduce(combine, x.unbind(dim=axis)),
             "abs": torch.abs,
+            "exp": torch.exp,
             "exp2": torch.exp2,
+            "rsqrt": torch.rsqrt,
             "log2": torch.log2,
             "convert_layout": lambda x, layout: x,
             "reshape": lambda x, shape: x.reshape(shape),
@@ -156,14 +163,15 @@ class Emulated:
             "join": lambda a, b: torch.stack((a, b), dim=-1).as_subclass(Value),
             "int8": torch.int8,
             "int16": torch.int16,
+            "float16": torch.float16,
             "float32": torch.float32,
             "bfloat16": torch.bfloat16,
             "float8e4nv": torch.float8_e4m3fn,
             "int32": torch.int32,
             "int64": torch.int64,
         }
-        for layout in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout"):
-            names[layout] = lambda *a, **k: None
+        for layout in ("NVMMADistributed", "DotOperand", "Slice", "Blocked", "SharedLinear"):
+            names[f"{layout}Layout"] = lambda *a, **k: None
         for name, content in names.items():
             setattr(gl, name, content)
         return gl
@@ -208,7 +216,11 @@ class Emulated:
 
         def product(a: Any, b: Memory, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
             self.program.turn("a product")
-            if isinstance(acc, Product) or isinstance(a, Product):
+            assert self.program.current is not None
+            queue = self.program.current.products
+            pending = isinstance(acc, Product) and acc.result is None
+            # One that is under way may be added to, and nothing else.
+            if isinstance(a, Product) or (pending and not (use_acc and any(acc is made for made in queue))):
                 raise EmulationError("a product reads a result that was not waited for")
             left = a.data if isinstance(a, Memory) else a
             if left.shape[1] != b.data.shape[0] or list(acc.shape) != [left.shape[0], b.data.shape[1]]:
@@ -218,12 +230,15 @@ class Emulated:
             whole = torch.int32 if left.dtype == torch.int8 else torch.float32
             if acc.dtype != whole:
                 raise EmulationError(f"a product of {left.dtype} into {acc.dtype}")
-            started = acc.clone() if use_acc else torch.zeros_like(acc)
-            made = Product(a, b, started, (left.clone(), b.data.clone()))
-            assert self.program.current is not None
+            started = acc if use_acc else torch.zeros(list(acc.shape), dtype=whole)
+            if not isinstance(started, Product):
+                started = started.clone()
+            if not use_acc and not isinstance(acc, Product):  # what was in its registers is gone
+                acc.fill_(POISON)
+            made = Product(a, b, started, (left.clone(), b.data.clone()), list(acc.shape), whole)
             if self.program.current.passed:
                 raise EmulationError("a product behind the turn that was passed")
-            self.program.current.products.append(made)
+            queue.append(made)
             return made
 
         def await_products(outstanding: int, deps: Sequence[Product]) -> Any:
@@ -238,12 +253,12 @@ class Emulated:
                 for before, after in zip(first.seen, now, strict=True):
                     if not torch.equal(_bits(before), _bits(after)):
                         raise EmulationError("an operand changed while a product read it")
-                started = first.acc.as_subclass(torch.Tensor)
+                started = first.acc.result if isinstance(first.acc, Product) else first.acc
+                started = started.as_subclass(torch.Tensor)
                 left, right = (x.as_subclass(torch.Tensor).to(started.dtype) for x in first.seen)
                 first.result = (left @ right + started).as_subclass(Value)
-            if any(d.result is None for d in deps):
-                raise EmulationError("a result used before its product was waited for")
-            results = [d.result for d in deps]
+            # What is still under way may be added to, and nothing else.
+            results = [d.result if isinstance(d, Product) and d.result is not None else d for d in deps]
             return results[0] if len(results) == 1 else tuple(results)
 
         barriers.MBarrierLayout = lambda: None  # type: ignore[attr-defined]

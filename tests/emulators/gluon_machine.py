@@ -6,7 +6,7 @@ import random
 import threading
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,14 @@ TIMEOUT = 60.0
 PRODUCTS = "a wait for products"
 RESERVED = 4
 """Named barriers that Triton may use for itself: one of the block, one to start partitions, one of each other."""
-FORMATS = {torch.bfloat16: 16, torch.float8_e4m3fn: 8, torch.int8: 8, torch.float32: 32, torch.int64: 64}
+FORMATS = {
+    torch.bfloat16: 16,
+    torch.float16: 16,
+    torch.float8_e4m3fn: 8,
+    torch.int8: 8,
+    torch.float32: 32,
+    torch.int64: 64,
+}
 
 
 class EmulationError(RuntimeError):
@@ -53,6 +60,8 @@ class Value(torch.Tensor):
 
 def value(data: Any, dtype: torch.dtype | None = None) -> Any:
     """Data as a Value; Python numbers as 0-dimensional ones."""
+    if isinstance(data, Product):
+        raise EmulationError(UNFINISHED)
     return torch.as_tensor(data, dtype=dtype).as_subclass(Value)
 
 
@@ -109,19 +118,43 @@ class Memory:
     dtype: DType
     layout: Any = None
     barriers: dict[int, Barrier] = field(default_factory=dict)
+    turn: Callable[[str], None] = lambda at: None
 
     @property
     def key(self) -> int:
         return int(self.data.storage_offset())
 
+    def part(self, data: torch.Tensor) -> Memory:
+        return replace(self, data=data)
+
     def index(self, at: Any) -> Memory:
-        return Memory(self.data[int(at)], self.dtype, self.layout, self.barriers)
+        if not 0 <= int(at) < len(self.data):
+            raise EmulationError(f"part {int(at)} of {len(self.data)} in shared memory")
+        return self.part(self.data[int(at)])
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Memory:
+        return self.part(self.data.narrow(dim, start, length))
 
     def permute(self, order: Sequence[int]) -> Memory:
-        return Memory(self.data.permute(*order), self.dtype, self.layout, self.barriers)
+        return self.part(self.data.permute(*order))
+
+    def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> Memory:
+        if FORMATS[dtype] != self.dtype.primitive_bitwidth:
+            raise EmulationError(f"{self.dtype.torch} in shared memory as {dtype}")
+        return replace(self, data=self.data.view(dtype).view(*shape), dtype=DType(dtype))
 
     def load(self, layout: Any) -> Any:
+        self.turn("a load from shared memory")
         return self.data.clone().as_subclass(Value)
+
+    def store(self, value: Any) -> None:
+        """Write a tensor in two steps: who reads between them sees NaN."""
+        if value.dtype != self.data.dtype or value.shape != self.data.shape:
+            raise EmulationError(f"{value.dtype} {list(value.shape)} into {self.data.dtype} {list(self.data.shape)}")
+        self.turn("a store to shared memory")
+        self.data.fill_(torch.nan)
+        self.turn("the rest of a store to shared memory")
+        self.data.copy_(value.as_subclass(torch.Tensor))
 
     @property
     def barrier(self) -> Barrier:
@@ -154,15 +187,30 @@ class Described:
         return torch.where(inside[..., None], taken, 0).flatten(1).contiguous().view(flat.dtype)
 
 
-@dataclass
+UNFINISHED = "a result used before its product was waited for"
+
+
+@dataclass(eq=False)
 class Product:
-    """A product under way."""
+    """A product under way, whose result a later one may add to; any other use of it raises."""
 
     a: Any
     b: Memory
-    acc: torch.Tensor
+    acc: Any
     seen: tuple[torch.Tensor, torch.Tensor]
+    shape: list[int]
+    dtype: torch.dtype
     result: Any = None
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise EmulationError(UNFINISHED)
+
+    def __getattr__(self, name: str) -> Any:
+        raise EmulationError(UNFINISHED)
+
+    def __mul__(self, other: Any) -> Any:
+        raise EmulationError(UNFINISHED)
 
 
 class Partition:

@@ -129,7 +129,7 @@ def test_explain_says_what_runs_on_hopper_past_the_limit(
     layer = model.block.layers[0]
     hopper = config_for("attention", "bf16_d128", arch).hopper
     assert hopper == (arch == 90)
-    monkeypatch.setattr(acceleration, "attention_is_hopper", lambda *_: hopper)
+    monkeypatch.setattr(acceleration, "is_hopper", lambda *_, **__: hopper)
     for bound, runs in ((AttentionBound(30.0, 1.0), "in the Hopper kernel"), (AttentionBound(130.0, 1.0), "in plain")):
         layer.bound = bound
         assert (runs in lines(model)[0]) == hopper

@@ -11,10 +11,11 @@ import pytest
 import torch
 from gpu_support import DEVICE, DRY, MARKS
 
+from bench.hopper import ENTRIES, HOPPER, running
 from bench.measure.gates import poisoned
 from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.budgets import measure, violations
-from happyhorse_fast.kernels.launch import config_for, table
+from happyhorse_fast.kernels.launch import HOPPER_ARCH, config_for, table
 from happyhorse_fast.ops import block_sparse_attention, fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
@@ -46,8 +47,15 @@ def test_every_configuration_is_run_by_some_test() -> None:
     assert {v.rpartition("_")[2] for v in LINEAR} == {"plain", "residual", "swiglu7", "gelu7"}
 
 
-@pytest.mark.parametrize("variant", ["bf16_plain", "fp8_residual"] if DRY else LINEAR)
-def test_linear(variant: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "impl"),
+    [("bf16_plain", "triton"), ("fp8_residual", "triton")]
+    if DRY
+    else [(v, "triton") for v in LINEAR] + [(v, HOPPER) for v in ENTRIES["linear"]],
+)
+def test_linear(variant: str, impl: str) -> None:
+    if impl == HOPPER and architecture(DEVICE) != HOPPER_ARCH:
+        pytest.skip(f"needs sm_{HOPPER_ARCH}")
     precision, epilogue = variant.split("_")
     rows, features, inputs = (128, 128, 128) if DRY else (640, 768, 1024)
     x, weight = draw(0, rows, inputs), draw(1, 2, features, inputs) / inputs**0.5
@@ -69,7 +77,7 @@ def test_linear(variant: str) -> None:
     results = []
     for device, backend in ((DEVICE, "triton"), (CPU, "reference")):
         moved = [None if t is None else t.to(device) for t in arguments]
-        with poisoned():
+        with poisoned(), running(impl):
             results.append(linear(moved, epilogue, draw(2, rows, features).to(device), backend))
     error = measure(results[0].cpu(), results[1])
     assert violations(error, distance=DISTANCE, slope=None) == []

@@ -298,6 +298,10 @@ AWAIT_V = "    before = await_full(rings.v, use - 1, sizes.stages)\n"
 AWAIT_LAST_V = "    before = await_full(rings.v, use + item.n_all - 1, sizes.stages)\n"
 
 
+BEGIN_NOBODY = ("    if GROUP == 1:\n        pass_turn(GROUP)\n", "")
+BEGIN_BOTH = ("    if GROUP == 1:\n        pass_turn", "    if GROUP < 2:\n        pass_turn")
+
+
 def awaited(after_waits, after_last, fill):
     """Bugs around k and v, by what stands behind their waits and their fill."""
     stage, before = "    stage = use % sizes.stages\n", "    before = (use - 1) % sizes.stages\n"
@@ -327,9 +331,9 @@ IN_TURNS = awaited("    await_turn", "    v = rings", "v, key, channel, 1, sizes
     "turn passed twice": (TURN, "    pass_turn(GROUP)\n" + TURN),
     "turn passed too early": (ISSUE_QK, "    pass_turn(GROUP)\n" + ISSUE_QK),
     "turn passed between": ("    pv_pending = warp", "    pass_turn(GROUP)\n    pv_pending = warp"),
-    "turn not awaited": ("    await_turn(GROUP)\n", ""),
-    "nobody begins": ("    if not sizes.e4m3 and GROUP == 1:\n        pass_turn(GROUP)\n", ""),
-    "both begin": ("if not sizes.e4m3 and GROUP == 1:", "if not sizes.e4m3:"),
+    "turn not awaited": (AWAIT_V + "    await_turn(GROUP)\n", AWAIT_V),
+    "nobody begins": BEGIN_NOBODY,
+    "both begin": BEGIN_BOTH,
     "halves of a word": ("packed(even, odd), row_sum", "packed(odd, even), row_sum"),
     "upper halves twice": ("(words << 16)", "(words & -65536)"),
     "sum of the last block alone": ("running.row_sum + sums(even", "sums(even"),
@@ -342,31 +346,76 @@ INT8 = {
     "scales of another head": ("of_k += kv_head * key_blocks", "of_k += 0"),
     "q's scale of another head": ("sizes.heads_q + head, mask=live, other=1.0", "sizes.heads_q, mask=live, other=1.0"),
 }  # fmt: skip
-E4M3_BESIDE = "        s = warpgroup_mma_wait(1, deps=[s_pending])\n"
-E4M3_BEHIND = "        s = warpgroup_mma_wait(0, deps=[s_pending])\n"
-E4M3_PV = "        acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), sizes)\n"
-FREE = "        release(rings.k, stage)\n"
-E4M3 = awaited("    if BESIDE", "    acc = add_pv", "v, channel, key, 1, sizes.stages") | {
-    "never released": (E4M3_PV + FREE, E4M3_PV),
-    "never released behind QK": (E4M3_BEHIND + FREE, E4M3_BEHIND),
-    "released early": (E4M3_PV + FREE, FREE + E4M3_PV),
-    "released early behind QK": (E4M3_BEHIND + FREE, FREE + E4M3_BEHIND),
-    "result before its wait": (E4M3_BESIDE, E4M3_BESIDE.replace("(1,", "(2,")),
-    "result before its wait behind QK": (E4M3_BEHIND, E4M3_BEHIND.replace("(0,", "(1,")),
-    "no guard of empty rows": ('new_max == -float("inf"), 0.0', "new_max == 1.0, 0.0"),
-    "sum not rescaled": ("running.row_sum * per_thread(alpha, running.row_sum) + total", "running.row_sum + total"),
-    "accumulator not rescaled": (
-        "running.acc * gl.convert_layout(running.alpha, sizes.o_row)[:, None] + pv",
-        "running.acc + pv",
+NEXT_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n    pass_turn(GROUP)\n"
+FIRST_QK = "    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])\n"
+AFTER_FIRST = "    await_turn(GROUP)\n    full = gl.minimum"
+OWN_V = "    own = await_full(rings.v, use, sizes.stages)\n"
+PV = "    await_turn(GROUP)\n    pv_pending = start_pv(p, s, rings, own, sizes)\n"
+ENDED = "    pv, next_s = warpgroup_mma_wait(0, deps=[pv_pending, s_pending])\n"
+ADDED = "    acc = add_pv(running, pv, alpha, sizes)\n"
+KEPT = "Running(acc, row_sum, row_max, next_k, next_v, next_column), next_s"
+LAST_TURN = "    pv_pending = start_pv(p, s, rings, own, sizes)\n    pass_turn(GROUP)\n"
+THIS_V = "                    fill_v(rings, use - 1, v, key, channel, sizes)\n"
+FILL_V = "fill(rings.v, use, v, channel, key, 1, sizes.stages, 1)"
+LAST_V = "        if sizes.e4m3 and steps > 0:\n"
+E4M3 = {
+    "k not awaited": ("stage = await_full(rings.k, use + 1, sizes.stages)", "stage = (use + 1) % sizes.stages"),
+    "first k not awaited": (
+        AWAIT_K + FIRST_QK + RELEASE + AFTER_FIRST,
+        "    stage = use % sizes.stages\n" + FIRST_QK + RELEASE + AFTER_FIRST,
     ),
-    "v's scale of the next block": ("at_least(running.v_scale)", "at_least(gl.load(scales.v + running.column))"),
+    "k of this block again": ("await_full(rings.k, use + 1,", "await_full(rings.k, use,"),
+    "v not awaited": (OWN_V, "    own = use % sizes.stages\n"),
+    "v of the next block": (OWN_V, OWN_V.replace("use,", "use + 1,")),
+    "v of the block before the last": (
+        "own = await_full(rings.v, use + item.n_all - 1,",
+        "own = await_full(rings.v, use + item.n_all - 2,",
+    ),
+    "v of another block loaded": (THIS_V, THIS_V.replace("key", "after")),
+    "v's slot filled a step early": (FILL_V, FILL_V.replace("stages, 1)", "stages)")),
+    "last v never loaded": (LAST_V, LAST_V.replace("steps > 0", "steps < 0")),
+    "v loaded behind k of the next item": (LAST_V, LAST_V.replace("steps > 0", "steps > 1")),
+    "never released": (ADDED + RELEASE, ADDED),
+    "first block never released": (RELEASE + AFTER_FIRST, AFTER_FIRST),
+    "first block released before its scores are there": (
+        FIRST_QK + RELEASE + AFTER_FIRST,
+        RELEASE + FIRST_QK + AFTER_FIRST,
+    ),
+    "released before the scores are there": (NEXT_QK, NEXT_QK + RELEASE),
+    "released before PV has ended": (ENDED + ADDED + RELEASE, RELEASE + ENDED + ADDED),
+    "released twice": (ADDED + RELEASE, ADDED + RELEASE + RELEASE),
+    "result before its wait": (ENDED, ENDED.replace("(0,", "(1,")),
+    "scores of this block again": (KEPT, KEPT.replace("next_s", "s")),
+    "sums of the step before": (KEPT, KEPT.replace("row_sum", "running.row_sum")),
+    "accumulator of the step before": (KEPT, KEPT.replace("acc", "running.acc")),
+    "the last of an odd number of steps left out": ("if full % 2 == 1:", "if full < 0:"),
+    "a pair too many": ("range(full // 2)", "range((full + 1) // 2)"),
+    "all blocks again as partial ones": ("range(full, item.n_all - 1)", "range(0, item.n_all - 1)"),
+    "no mask in the last block": ("if item.n_full < item.n_all:", "if item.n_full < 0:"),
+    "mask of the next block": ("        s = hide(s, work, at,", "        s = hide(s, work, at + 1,"),
+    "an order that the compiler may undo": ("[x], gl.float32, False, 1", "[x], gl.float32, True, 1"),
+    "turn not passed": (NEXT_QK, NEXT_QK.replace("    pass_turn(GROUP)\n", "")),
+    "turn passed twice": (NEXT_QK, NEXT_QK + "    pass_turn(GROUP)\n"),
+    "turn not awaited": (OWN_V + PV, OWN_V + PV.replace("    await_turn(GROUP)\n", "")),
+    "first turn not awaited": (AFTER_FIRST, AFTER_FIRST.replace("    await_turn(GROUP)\n", "")),
+    "turn passed before QK": (NEXT_QK, "    pass_turn(GROUP)\n" + NEXT_QK.replace("    pass_turn(GROUP)\n", "")),
+    "last turn not passed": (LAST_TURN, LAST_TURN.replace("    pass_turn(GROUP)\n", "")),
+    "last turn passed before PV": (
+        LAST_TURN,
+        "    pass_turn(GROUP)\n" + LAST_TURN.replace("    pass_turn(GROUP)\n", ""),
+    ),
+    "nobody begins": BEGIN_NOBODY,
+    "both begin": BEGIN_BOTH,
+    "column of another block": ("work.columns + gl.minimum(at + 2", "work.columns + gl.minimum(at + 1"),
+    "no guard of empty rows": ('row_max == -float("inf"), 0.0', "row_max == 1.0, 0.0"),
+    "sum not rescaled": ("running.row_sum * per_thread(alpha, running.row_sum) +", "running.row_sum +"),
+    "accumulator not rescaled": ("running.acc * gl.convert_layout(alpha, sizes.o_row)[:, None]", "running.acc"),
+    "accumulator left out": (ADDED + RELEASE, "    acc = pv\n" + RELEASE),
+    "k's scale of the step before": (KEPT, KEPT.replace("next_k", "running.k_scale")),
+    "v's scale of the step before": (KEPT, KEPT.replace("next_v", "running.v_scale")),
     "v's scale not in P": ("(shift - P_EXPONENT - log_v)", "(shift - P_EXPONENT)"),
     "v's scale not in the maximum": ("axis=1) * scale + log_v)", "axis=1) * scale)"),
-    "v's scale left in the sum": ("total * per_v", "total"),
-    "k's scale of the next block": (
-        "scales.scores, running.k_scale",
-        "scales.scores, gl.load(scales.k + running.column)",
-    ),
+    "v's scale left in the sum": ("sums(p, sizes) * per_v", "sums(p, sizes)"),
     "tokens in their own order": ("(0, 1, 3, 2, 4)", "(0, 1, 2, 3, 4)"),
     "scales of another head": ("of_v += kv_head * key_blocks", "of_v += 0"),
 }
@@ -377,9 +426,18 @@ BUGS = {
 }
 
 
-def planted(fmt, seed, replace, block_map=UNEVEN, slots=None):
+MAXIMUM_AGAIN = "    row_max = gl.maximum(row_max, gl.max(s, axis=1) * scales.scores * running.k_scale - 100.0)\n"
+WIDE_E4M3 = {
+    "PV over scores that are still used": (OWN_V + PV, OWN_V + PV + MAXIMUM_AGAIN),
+    "PV over the next block's scores": (OWN_V + PV, OWN_V + PV.replace("p, s, rings", "p, s_pending, rings")),
+    "PV added to scores": ("into, use_acc=False", "into, use_acc=True"),
+}
+"""With heads of 128 alone, where PV is written over scores."""
+
+
+def planted(fmt, seed, replace, block_map=UNEVEN, slots=None, heads=(6, 2), d=32):
     """Faults found of an output with bugs planted."""
-    given = inputs(fmt, block_map.queries, heads=(6, 2), m=block_map.keys, spread=3.0)
+    given = inputs(fmt, block_map.queries, heads=heads, d=d, m=block_map.keys, spread=3.0 * (32 / d) ** 0.5)
     by_block = torch.tensor([1.0, 0.25, 4.0, 1.0]).repeat(2)[: block_map.key_blocks]
     if fmt == "fp8":
         given["v_scale"] *= by_block
@@ -399,6 +457,11 @@ def test_planted_bugs_are_caught(fmt, bug):
     assert any(found)
 
 
+@pytest.mark.parametrize("bug", WIDE_E4M3)
+def test_planted_bugs_of_wide_heads_are_caught(bug):
+    assert any(planted("fp8", seed, [WIDE_E4M3[bug]], LONG, heads=(1, 1), d=128) for seed in (1, 2))
+
+
 @pytest.mark.parametrize("fmt", BOUNDED)
 def test_sums_of_p_before_rounding_are_caught_by_one_key(fmt):
     out, expected = one_key(fmt, replace=SUMS)
@@ -414,3 +477,9 @@ def test_without_them_nothing_is_found(fmt, slots, seed):
     """In as few slots as heads of 128 have, where a group may wait for tiles that wait for the other group."""
     for block_map in (UNEVEN, LONG, PARTIAL):
         assert planted(fmt, seed, [], block_map, slots) == []
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_heads_of_128_in_e4m3(seed):
+    for block_map in (UNEVEN, LONG, PARTIAL):
+        assert planted("fp8", seed, [], block_map, heads=(2, 1), d=128) == []

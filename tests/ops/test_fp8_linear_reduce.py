@@ -12,6 +12,7 @@ from linear_cases import ROWS, Case, run_epilogue
 from strict import permuted_grid, strict
 from test_int8_products import int8_case
 
+from bench.hopper import running
 from happyhorse_fast.kernels.launch import config_for, illegal, table
 from happyhorse_fast.ops.linear import op as ops
 from happyhorse_fast.ops.linear import triton as launcher
@@ -32,7 +33,7 @@ def descriptors(monkeypatch):
 
 
 def choose(monkeypatch, **fields):
-    config = replace(config_for("linear", "fp8_residual", 90), block_k=64, **fields)
+    config = replace(config_for("linear", "fp8_residual", 90), block_k=64, hopper=False, **fields)
     monkeypatch.setattr(launcher, "config_of", lambda *_: config)
 
 
@@ -134,7 +135,7 @@ def test_residual_streams_off_16_bytes_are_loaded_and_stored(width, offset, made
     hidden = buffer[offset:].view_as(case.hidden).copy_(case.hidden)
     counted = mock.Mock(wraps=launcher.TensorDescriptor)
     monkeypatch.setattr(launcher, "TensorDescriptor", counted)
-    with pretend(90), strict():
+    with pretend(90), running("triton"), strict():
         ops.fp8_linear_residual(*case.arguments, hidden)
     assert counted.from_tensor.call_count == made
     expected = run_epilogue(case, "residual", backend="reference")

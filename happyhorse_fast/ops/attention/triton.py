@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from happyhorse_fast.block_map import BLOCK
@@ -22,6 +20,7 @@ from happyhorse_fast.ops.attention.contract import BlockSparseAttention
 from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
+from happyhorse_fast.ops.runtime.triton.shared_tiles import described_in_shared
 
 STEM = "attention"
 LONG = 4096
@@ -30,7 +29,6 @@ LONG = 4096
 WARPS_PER_SM = 8
 I2FP_SINCE = 86
 """First compute capability that makes int32 float32 at the rate of additions."""
-ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 def variant_of(q: Tensor) -> str:
@@ -51,12 +49,6 @@ def matrices(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def described(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
     """A matrix, read in tiles."""
     return TensorDescriptor.from_tensor(x, list(tile))
-
-
-def described_in_shared(x: Tensor, tile: tuple[int, int]) -> hopper.TensorDescriptor:
-    """The same for Gluon, with the tiles' layout in shared memory."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(tile), ELEMENTS[x.dtype])
-    return hopper.TensorDescriptor.from_tensor(x, list(tile), layout)
 
 
 def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse: bool = False) -> LaunchConfig:

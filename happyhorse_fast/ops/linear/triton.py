@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from happyhorse_fast.kernels.launch import FP8_SINCE, ROW_TILE, LaunchConfig, config_for
+from happyhorse_fast.kernels.activation_beside import fp8_linear_activation_beside_kernel
+from happyhorse_fast.kernels.launch import FP8_SINCE, FP_FUSION, ROW_TILE, LaunchConfig, config_for, hopper_of
 from happyhorse_fast.kernels.linear import fp8_linear_kernel
+from happyhorse_fast.kernels.product_beside import COLUMNS
+from happyhorse_fast.kernels.residual_beside import fp8_linear_residual_beside_kernel
 from happyhorse_fast.ops.linear.contract import Linear, LinearActivation, LinearResidual, Product, activation_scale
 from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
+from happyhorse_fast.ops.runtime.triton.shared_tiles import described_operands
 
 STEM = "linear"
 ACCUMULATORS_PER_SM = 128 * 256
@@ -32,6 +36,9 @@ def launch(given: Product, out: Tensor, epilogue: str) -> None:
         raise ValueError(f"fp8 must be False on sm_{arch}: it has no casts to e4m3 (sm_{FP8_SINCE} and later have)")
     _, features, k = weight.shape
     described = config.descriptors and descriptors_work(x, weight)
+    if config.hopper and described:
+        launch_hopper(given, out, epilogue, hopper_of(config))
+        return
     reduced = epilogue == "residual" and config.reduce and described and descriptors_work(out)
     tiles = row_tiles.shape[0] * (ROW_TILE // config.block_m) * -(-features // config.block_n)
     programs = multiprocessors(x.device) * max(1, ACCUMULATORS_PER_SM // (config.block_m * config.block_n))
@@ -51,7 +58,7 @@ def launch(given: Product, out: Tensor, epilogue: str) -> None:
         INT8=x.dtype == torch.int8,
         PER_ROW=int(given.x_scale is not None and given.x_scale.numel() > 1),
         EPILOGUE=epilogue,
-        INVERSE=1.0 / activation_scale(epilogue) if out.dtype == torch.float8_e4m3fn else 0.0,
+        INVERSE=inverse_of(out, epilogue),
         REDUCE=REDUCED_COLUMNS if reduced else 0,
         DESCRIPTORS=described,
         BLOCK_M=config.block_m,
@@ -60,6 +67,42 @@ def launch(given: Product, out: Tensor, epilogue: str) -> None:
         GROUP_M=config.group_m,
         **config.options(),
     )
+
+
+def launch_hopper(given: Product, out: Tensor, epilogue: str, config: LaunchConfig) -> None:
+    """Write the activation of the product to ``out``, or add the product, beside the tensor cores of Hopper."""
+    x, weight, row_tiles = given.x, given.weight, given.row_tiles
+    _, features, k = weight.shape
+    items = row_tiles.shape[0] * -(-features // COLUMNS.value)
+    kernel, constants = fp8_linear_residual_beside_kernel, dict[str, object]()
+    if epilogue != "residual":
+        kernel = fp8_linear_activation_beside_kernel
+        constants = {"EPILOGUE": epilogue, "INVERSE": inverse_of(out, epilogue)}
+    of_x, of_weight = described_operands(x, weight)
+    kernel[(min(items, multiprocessors(x.device)),)](
+        of_x,
+        given.x_scale,
+        of_weight,
+        given.weight_scale,
+        row_tiles,
+        out,
+        row_tiles.shape[0],
+        items,
+        F=features,
+        K=k,
+        INT8=x.dtype == torch.int8,
+        PER_ROW=int(given.x_scale is not None and given.x_scale.numel() > 1),
+        **constants,
+        STAGES=config.num_stages,
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        enable_fp_fusion=FP_FUSION,
+    )
+
+
+def inverse_of(out: Tensor, epilogue: str) -> float:
+    """1 / scale of e4m3 results, 0 of others."""
+    return 1.0 / activation_scale(epilogue) if out.dtype == torch.float8_e4m3fn else 0.0
 
 
 def config_of(x: Tensor, epilogue: str) -> LaunchConfig:

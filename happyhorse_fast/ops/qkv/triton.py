@@ -7,12 +7,23 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from happyhorse_fast.kernels.launch import FP8_SINCE, ROW_TILE, LaunchConfig, config_for
+from happyhorse_fast.kernels.launch import (
+    FP8_SINCE,
+    FP_FUSION,
+    HOPPER_HEAD_DIM,
+    ROW_TILE,
+    LaunchConfig,
+    config_for,
+    hopper_of,
+)
+from happyhorse_fast.kernels.product_beside import COLUMNS
 from happyhorse_fast.kernels.qkv import qkv_linear_kernel, rmsnorm_quantize_kernel
+from happyhorse_fast.kernels.qkv_beside import qkv_linear_beside_kernel
 from happyhorse_fast.ops.qkv.contract import QKV, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
+from happyhorse_fast.ops.runtime.triton.shared_tiles import described_operands
 
 STEM = "qkv"
 
@@ -60,6 +71,9 @@ def qkv_linear(given: QkvLinear) -> QKV:
     head_dim = given.cos_sin.shape[1]
     width = config.block_n // 128 * head_dim
     described = config.descriptors and descriptors_work(x, weight)
+    if config.hopper and described and head_dim == HOPPER_HEAD_DIM:
+        launch_hopper(given, results, hopper_of(config))
+        return results
     tiles = row_tiles.shape[0] * -(-weight.shape[1] // width)
     qkv_linear_kernel[(min(tiles, multiprocessors(x.device)),)](
         _tiled(x, ROW_TILE, config) if described else x,
@@ -91,6 +105,37 @@ def qkv_linear(given: QkvLinear) -> QKV:
         **config.options(),
     )
     return results
+
+
+def launch_hopper(given: QkvLinear, results: QKV, config: LaunchConfig) -> None:
+    """Write the results by the kernel whose epilogue runs beside the tensor cores of Hopper."""
+    x, weight, row_tiles, out = given.x, given.weight, given.row_tiles, given.out
+    items = row_tiles.shape[0] * -(-weight.shape[1] // COLUMNS.value)
+    of_x, of_weight = described_operands(x, weight)
+    qkv_linear_beside_kernel[(min(items, multiprocessors(x.device)),)](
+        of_x,
+        given.x_scale,
+        of_weight,
+        given.weight_scale,
+        given.qk_norm,
+        given.cos_sin,
+        row_tiles,
+        given.qk_scale,
+        *results,
+        row_tiles.shape[0],
+        items,
+        -(-x.shape[0] // ROW_TILE),
+        C=x.shape[1],
+        HQ=given.num_heads_q,
+        HKV=given.num_heads_kv,
+        INT8=x.dtype == torch.int8,
+        INT8_QK=out == "int8_qk",
+        FP8_OUT=out == "fp8",
+        STAGES=config.num_stages,
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        enable_fp_fusion=FP_FUSION,
+    )
 
 
 def _require_e4m3(what: str, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from happyhorse_fast import optional
-from happyhorse_fast.kernels.launch import config_for
+from happyhorse_fast.kernels.launch import HOPPER_HEAD_DIM, config_for
 from happyhorse_fast.ops.runtime import self_check, trust
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 from happyhorse_fast.ops.runtime.formats import ACTIVATION, ATTENTION, QKV, VARIANTS
@@ -196,19 +196,27 @@ def compute_capability(device: torch.device) -> int | None:
     return 10 * major + minor
 
 
-def attention_is_hopper(precision: str, head_dim: int, device: torch.device) -> bool:
-    """Whether Triton's attention on ``device`` is its Hopper kernel, in Gluon, wherever tiles can be described.
+def is_hopper(op: str, precision: str, device: torch.device, *, head_dim: int, activation: str = "") -> bool:
+    """Whether Triton runs an op on ``device`` in its Hopper kernel, in Gluon, wherever tiles can be described.
 
     Args:
-        precision: Of attention: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
-        head_dim: Channels per head.
+        op: Of :data:`STEMS`.
+        precision: Its format; attention's is ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
         device: Where the model is.
+        head_dim: Channels per head.
+        activation: Of the MLP, where the op is.
     """
     arch = compute_capability(device)
-    if arch is None:
+    variant = {
+        "qkv_linear": f"qkv_{precision}",
+        "block_sparse_attention": f"{precision}_d{head_dim}",
+        "fp8_linear_residual": f"{precision}_residual",
+        "fp8_linear_activation": f"{precision}_{activation}",
+    }.get(op)
+    if arch is None or variant is None or (op == "qkv_linear" and head_dim != HOPPER_HEAD_DIM):
         return False
     try:
-        return config_for("attention", f"{precision}_d{head_dim}", arch).hopper
+        return config_for(STEMS[op], variant, arch).hopper
     except LookupError:  # no such kernel there
         return False
 
