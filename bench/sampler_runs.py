@@ -24,16 +24,17 @@ MOST = {"fast": 40.0, "other": 10.0}
 # Seconds that a run takes beside its steps: weights 5, and compiles; torch.compile makes 4 graphs of 20 to 60 s each.
 BESIDE = {"fast": 15.0, "eager": 10.0, "torch.compile": 200.0}
 STEP = {
-    "fast fp8": (3.33, 1.10),
-    "fast int8": (3.16, 1.53),
-    "fast fp8 linear": (3.55, 1.21),
-    "fast fp8 int8_qk": (3.16, 1.10),
-    "fast bf16": (3.55, 2.10),
+    "fast fp8": (3.07, 1.00),
+    "fast int8": (3.65, 1.15),
+    "fast fp8 linear": (3.55, 1.05),
+    "fast fp8 int8_qk": (3.65, 1.13),
+    "fast bf16": (3.55, 1.95),
     "eager": (3.93, 4.97),
     "torch.compile": (3.93, 4.97),
 }
-"""Seconds of (attention, all else) in a step of :data:`BASE` at 1080p and 5 s on an H200, by results of commits 6f0f680
-and 3a38272. What was in no clip: int8_qk beside fp8 by parts of two, bf16 by its ops' times, torch.compile as eager."""
+"""Seconds of (attention, all else) in a step of :data:`BASE` at 1080p and 5 s on an H200, by results of commits 6f0f680,
+3a38272 and 84b4cbf. Products in int8 and bf16, in no clip since they changed, by their ops' times; torch.compile as
+eager."""
 
 
 @dataclass(frozen=True)

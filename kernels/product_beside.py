@@ -12,8 +12,8 @@ have four roles:
 Sums of codes cross as float16, after a power of two that keeps the largest possible sum in range; sums of bf16 as bf16,
 which the result rounds to in any case.
 
-With 512 threads ptxas has 128 registers a thread, and refuses a product of 64 x 256. docs/notes/hopper.md has the
-predictions.
+With 512 threads ptxas has 128 registers a thread, and refuses a product of 64 x 256. docs/notes/hopper.md has
+predictions and outcomes.
 """
 
 import hashlib

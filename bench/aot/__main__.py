@@ -49,10 +49,10 @@ that no TMA descriptor can be made of. "Hopper" are the Gluon kernels for sm_90 
 launch. In attention's, computing groups then take 240 a thread and the loading warp 24; every step has the exponents of
 a block beside products of its group, in bf16 and with int8 q and k PV of the block before, in e4m3 QK of the next one,
 and passes its turn once, behind its last product. In those of products, multiplying groups take 184 and the other warps
-136, with QKV all 168, and each loop over slots waits for the slot before, never for its own. Stack and shared memory
-are in bytes; SHFL, STL and LDL count instructions in the listing, not executions; "a step" those of a thread in attention's
-loop over full blocks, with a running maximum or bounded. None of this says how fast a kernel is; predictions per
-architecture: [kernels/attention.md](kernels/attention.md).
+136, with QKV and residuals all 168, and each loop over slots waits for the slot before, never for its own. Stack and
+shared memory are in bytes; SHFL, STL and LDL count instructions in the listing, not executions; "a step" those of a
+thread in attention's loop over full blocks, with a running maximum or bounded. None of this says how fast a kernel is;
+predictions per architecture: [kernels/attention.md](kernels/attention.md).
 """
 
 
