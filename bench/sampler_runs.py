@@ -32,7 +32,7 @@ STEP = {
     "eager": (3.93, 4.97),
     "torch.compile": (3.93, 4.97),
 }
-"""Seconds of (attention, all else) in a step of :data:`BASE` at 1080p and 5 s on an H200, by results of commits 6f0f680,
+"""Seconds of (attention, all else) in a step of :data:`BASE` at 1080p, 5 s on an H200, by results of commits 6f0f680,
 3a38272 and 84b4cbf. Products in int8 and bf16, in no clip since they changed, by their ops' times; torch.compile as
 eager."""
 

@@ -2,8 +2,8 @@
 
 Work items, masks and formats are those of `kernels/attention.py`; the division of labour is not. One warp loads: it
 fills rings of k and v tiles, and the next item's queries, through TMA. Two warp groups compute over the same tiles,
-each 64 queries of an item, and take turns at the tensor cores. Within a group the softmax of a block overlaps with PV of
-the block before it, as in FlashAttention-3 (arXiv 2407.08608, section 3.2), or in e4m3 with QK of the next one.
+each 64 queries of an item, and take turns at the tensor cores. Within a group the softmax of a block overlaps with PV
+of the block before it, as in FlashAttention-3 (arXiv 2407.08608, section 3.2), or in e4m3 with QK of the next one.
 
 `hopper_bounded` has the steps of bf16 and of int8 q and k, `hopper_e4m3` those of e4m3. docs/kernels/attention.md says
 who waits for whom, counts bytes and instructions, and has predictions and measurements.

@@ -1,9 +1,9 @@
 """hidden += x . weight for Hopper in Gluon, the additions beside the tensor cores; docs/OPS.md states the tensors.
 
-`product_beside` has the roles of a program. The two finishing warps read a tile's sums in pieces of 16 rows, multiply by
-both scales, add and store, 16 bytes a thread at a time. A quarter of a piece is added at once; what that quarter of the
-next piece is added to is loaded before, 16 KiB under way. L2 could add instead (PTX `red.v4.f32`), but at some 470 GB/s:
-2.8 ms for proj's 1.31 GB, where its product takes 2.25 (H100). Each element gets one addend, so the order of tiles
+`product_beside` has the roles of a program. The two finishing warps read a tile's sums in pieces of 16 rows, multiply
+by both scales, add and store, 16 bytes a thread at a time. A quarter of a piece is added at once; what that quarter of
+the next piece is added to is loaded before, 16 KiB under way. L2 could add instead (PTX `red.v4.f32`), but at some 470
+GB/s: 2.8 ms for proj's 1.31 GB, where its product takes 2.25 (H100). An element gets one addend, so the order of tiles
 changes no bit. Rows past a row tile's end and features past the last are neither read nor written.
 """
 
