@@ -11,7 +11,7 @@ The loop over full blocks has two steps, since scores change registers: one step
 blocks, of which there are few, has one, for want of registers.
 
 The groups take turns at PV and the QK that follows it: while one's products run, the other computes exponents. Measured
-dense on an H100, in turns of half a second: 841 TFLOP/s, 746 where a turn is PV alone, 765 without turns; and 741 to
+dense on an H100, in turns of half a second: 848 TFLOP/s, 746 where a turn is PV alone, 765 without turns; and 741 to
 823 with QK and PV issued together before the softmax (docs/kernels/attention.md).
 """
 

@@ -14,7 +14,8 @@ memory:
 | down 13696 -> 5120, residual | 9.01 | 4.55 / 9.11 | 3.58 / 4.53 | 1.07 / 1.35 |
 
 The residual is 2.63 GB of these, 64,256 x 5120 float32 read and written. A program that loads, adds and stores waits
-for what it reads. On sm_90, and on sm_100 except in int8, L2 does the addition (TMA reduce), in pieces of 64 columns:
+for what it reads. On sm_100 except in int8, and on sm_90, where `residual_beside` runs unless this kernel is asked for,
+L2 does the addition (TMA reduce), in pieces of 64 columns:
 1.32 GB go to L2, nothing comes back to a program, and no register holds an address. The last of a tile's four pieces is
 in flight while the next tile's operands arrive. L2 still reads and writes the 2.63 GB. On an H200 at 700 W, fp8 with
 load, add and store took 7.4 (down) and 3.2 ms (proj), the products alone 7.0 and 2.7. With the reduce 7.2 and 2.9 were

@@ -76,7 +76,7 @@ def order_of(code: str) -> Order:
         exponents=disassembly.exponents_beside_products(code),
         turns=disassembly.turns(over_blocks, (TURNS.value, TURNS.value + 1), GROUP_THREADS),
         barriers=disassembly.named_barriers(code),
-        behind_pv=min(map(disassembly.behind_pv, over_blocks), default=0),
+        behind_pv=max([n for n in map(disassembly.behind_pv, over_blocks[::2]) if n], default=0),
         overwritten=disassembly.overwritten(loops),
     )
 

@@ -45,7 +45,7 @@ class Order:
         exponents: At each place, how many stand beside products that are under way.
         turns: Of all loops.
         barriers: Numbers of named barriers, and the threads that meet there, 0 for all.
-        behind_pv: Instructions between PV and the next QK, of the loop that has the fewest.
+        behind_pv: Most instructions between PV and the next QK in loops over full blocks; 0 where none is found.
         overwritten: Instructions that write what a product under way reads.
     """
 
@@ -159,8 +159,9 @@ def problems(row: Row) -> list[str]:
     says so, the memory adds, and there is no other way to the result; activations and casts keep NaN. (Triton may take
     others without a word: e4m3 as bf16 with max_num_imprecise_acc=0, sm_80's instructions on sm_100 with 16 warps.)
 
-    In attention's Hopper kernel a block's exponents stand between the start of a PV and the wait for it, and nothing
-    writes what a product under way reads. With P in bf16 a group passes its turn once, behind its last product.
+    In attention's Hopper kernel a block's exponents stand beside products of its group, a group passes its turn once,
+    behind its last product, and nothing writes what a product under way reads. In e4m3 little stands between PV and the
+    next QK.
 
     With an epilogue beside the tensor cores each of two groups has a loop whose one wait leaves a slot's products under
     way, sums cross by 16 STSM a group, and a residual is loaded and stored, an activation stored 16 bytes a thread at a
@@ -203,7 +204,7 @@ def _out_of_order(order: Order, *, e4m3: bool) -> list[str]:
     for before, behind, passes in order.turns:
         if not before or behind or passes != 1:
             found.append(f"a turn of {before} products, passed {passes} times, with {behind} behind it")
-    if e4m3 and order.behind_pv > BEHIND_PV:
+    if e4m3 and not 0 < order.behind_pv <= BEHIND_PV:
         found.append(f"{order.behind_pv} instructions between PV and the next QK, at most {BEHIND_PV} allowed")
     if order.overwritten:
         found.append(f"{order.overwritten} instructions that write what a product under way reads")

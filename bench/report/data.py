@@ -156,7 +156,7 @@ FORMS = {
     "fast fp8 int8_qk": "fast fp8, attention int8_qk (the default of fp8)",
 }
 KERNELS = {"triton": "plain Triton", "hopper": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
-"""Names of attention's kernels where a backend of that name also runs other ops."""
+"""Names of kernels in tables, of ops as of a clip's attention."""
 
 
 def form_of(run: Json) -> str:

@@ -273,7 +273,7 @@ def _explanations(state: FastState, layers: Any) -> Iterator[Explanation]:
                 mask = repr(state.fast.sparsity) if plan.sparse else _exact_mask(plan.local)
                 reason = f"{reason}; {_softmax(layer)}"
             elif _in_hopper(layer, op, precision):
-                reason = f"{reason}; in the Hopper kernel"
+                reason = f"{reason}; in the Hopper kernel, where TMA can read x and weight"
             if op == "quantize_rows":
                 precision = "int8"
             yield Explanation(plan.index, op, precision, choice.backend, mask, reason)

@@ -63,8 +63,8 @@ def fp8_linear_residual(
 ) -> None:
     """hidden += x . weight, in place; the product is rounded to bf16 first where x is bf16.
 
-    On sm_90 and sm_100, in int8 on sm_90 alone, the memory adds where hidden, x and weight start on 16 bytes with rows
-    of a multiple of 16; else the kernel loads, adds and stores. docs/OPS.md says what differs.
+    On sm_100, but in int8, the memory adds where hidden, x and weight start on 16 bytes with rows of a multiple of 16;
+    else the kernel loads, adds and stores. docs/OPS.md says what differs.
 
     Args:
         x: As in :func:`fp8_linear`.
