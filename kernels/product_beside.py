@@ -49,6 +49,9 @@ MULTIPLY_REGISTERS = gl.constexpr(184)
 FINISH_REGISTERS = gl.constexpr(136)
 """Registers per thread. The loading warp and those that finish are one group of 128: 2 x 128 x 184 + 128 x 136 of an
 SM's 65,536, of which 384 threads can have 168 each."""
+EVEN_REGISTERS = gl.constexpr(168)
+"""Per thread of every role, where the finishing warps load ahead: with 136 for them, a piece's residuals or the phases
+of QKV do not fit, and 168 are enough for a product of 64 x 256."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from happyhorse_fast.kernels import numerics
 from happyhorse_fast.kernels.product_beside import (
+    EVEN_REGISTERS,
     FINISH_WARPS,
     GROUPS,
     HALVES,
@@ -50,9 +51,6 @@ from happyhorse_fast.kernels.qkv_pieces import (
 int8_scale_of = gluon.jit(numerics.int8_scale_of.fn)
 scale_of = gluon.jit(numerics.scale_of.fn)
 to_e4m3 = gluon.jit(numerics.to_e4m3.fn)
-
-REGISTERS = gl.constexpr(168)
-"""Per thread of every role: with 136, phases that are loaded ahead do not fit, and a product of 64 x 256 has enough."""
 
 
 @gluon.jit
@@ -267,5 +265,5 @@ def qkv_linear_beside_kernel(
             (load_operands, (x, weight, ring, work, product)),
         ],
         [4, FINISH_WARPS, 1],
-        [REGISTERS, REGISTERS, REGISTERS],
+        [EVEN_REGISTERS, EVEN_REGISTERS, EVEN_REGISTERS],
     )

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from happyhorse_fast.kernels.product_beside import (
     COLUMNS,
+    EVEN_REGISTERS,
     FINISH_WARPS,
     GROUPS,
     HALF,
@@ -31,8 +32,6 @@ from happyhorse_fast.kernels.product_beside import (
     tile_of,
 )
 
-REGISTERS = gl.constexpr(168)
-"""Per thread of every role, as in QKV: with 136, residuals that are loaded a piece ahead do not fit."""
 QUARTER = gl.constexpr(64)
 """Features that are added at once: of 16 rows, 16 residuals a thread."""
 LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [FINISH_WARPS, 1], [1, 0]))
@@ -171,5 +170,5 @@ def fp8_linear_residual_beside_kernel(
             (load_operands, (x, weight, ring, work, product)),
         ],
         [4, FINISH_WARPS, 1],
-        [REGISTERS, REGISTERS, REGISTERS],
+        [EVEN_REGISTERS, EVEN_REGISTERS, EVEN_REGISTERS],
     )

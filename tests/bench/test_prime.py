@@ -15,6 +15,7 @@ import triton
 from bench.bootstrap import PRIMED_VARIABLE, ROOT
 from bench.gpu import __main__ as gpu
 from bench.prime import file as primed
+from happyhorse_fast.ops.runtime.formats import VARIANTS
 
 # Three ops of one tiny layer, five kernels, and the Hopper kernel; with a flag the plain one is launched beside it.
 SOME = "^case (rmsnorm_quantize|qkv_linear|select_blocks-25%)/tiny/bf16 triton$"
@@ -117,6 +118,23 @@ def test_what_a_clips_layers_launch_is_primed(mode):
     assert "fp8_linear_kernel" not in found
     widths = 3 if mode == "fast int8" else 0
     assert found.count("quantize_rows_kernel") == widths, "for proj, and for down after SwiGLU7 and after GELU7"
+
+
+def test_what_the_self_check_launches_on_hopper_is_primed():
+    code = """
+import collections, contextlib, json
+from bench.prime.launches import found
+from happyhorse_fast.ops.runtime.triton import device
+launches = found(90, "^self-check$")
+device.few_programs = contextlib.nullcontext
+assert launches == found(90, "^self-check$"), "no kernel is compiled for a grid"
+qkv = [json.loads(x.specialised) for x in launches if x.name == "qkv_linear_kernel"]
+print(sorted((x["constant_vals"][1], x["signature"]["x"].startswith("tensordesc")) for x in qkv))
+"""
+    formats = len(VARIANTS["triton"]["qkv_linear"])
+    # The plain kernel: with heads of 64, with heads of 128 where Hopper's is not asked for, and through pointers.
+    wanted = [(64, True)] * formats + [(128, False)] * formats + [(128, True)] * formats
+    assert run("-c", code).splitlines()[-1] == str(wanted)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from beside_cases import activation_beside, qkv_beside, residual_beside
 from cuda_mutants import mutant
 from logged import logs
 
@@ -19,15 +18,10 @@ from happyhorse_fast import golden
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import accelerate, explain
 from happyhorse_fast.fast.config import FastConfig
-from happyhorse_fast.kernels.launch import config_for
-from happyhorse_fast.ops.attention import triton as launcher
-from happyhorse_fast.ops.attention.reference import output_scale, sparse_attention
-from happyhorse_fast.ops.attention.score_bound import LIMIT, scores_fit
 from happyhorse_fast.ops.linear import op as linear
 from happyhorse_fast.ops.runtime import cache_folder, dispatch, op_checks, self_check, trust
 from happyhorse_fast.ops.runtime.cuda.launch import use_runner
 from happyhorse_fast.ops.runtime.self_check import CHECKS, VARIANTS, KernelCheck, run_checks
-from happyhorse_fast.ops.runtime.triton import device
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -143,90 +137,6 @@ def test_a_kernel_planted_wrong_fails(change: Any, monkeypatch: pytest.MonkeyPat
     assert all(c.passed for c in run_checks("triton", CPU, fp8=True))
 
 
-@pytest.mark.parametrize("variant", VARIANTS["triton"]["block_sparse_attention"])
-def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def reference(
-        q: Any, k: Any, v: Any, block_map: Any, *, bound: float | None, backend: str, fp8_out: bool, **given: Any
-    ) -> Any:
-        bounded = bool(scores_fit(q, k, v, given["scale"])) if bound is None else bound <= LIMIT
-        config = launcher.launch_config(q, k, v, bounded=bounded, lse=given["return_lse"])
-        asked.append((bounded, fp8_out, given["return_lse"], config.hopper))
-        scale = output_scale(v, given.get("v_scale"), given["gate"]) if fp8_out else None
-        options = launcher.rounding_of(config, v) | {"bounded": bounded, "out_scale": scale}
-        out, lse = sparse_attention(q, k, v, block_map, **options, **given)
-        return out, scale, lse
-
-    monkeypatch.setattr(launcher, "architecture", lambda _: 90)
-    monkeypatch.setattr(device, "addressable", lambda _: True)
-    monkeypatch.setattr(op_checks, "block_sparse_attention", reference)
-    compared = CHECKS["block_sparse_attention"]("triton", CPU, variant)
-    assert self_check._judge(compared)[0], "the reference passes in steps of either kernel"
-    e4m3, to_fp8 = variant == "fp8", variant.endswith("fp8_out") or variant == "fp8"
-    for hopper in (True, False):  # and False for tensors that no descriptor can be made of
-        assert (not e4m3, to_fp8, False, hopper) in asked
-    assert all(found[3] == (e4m3 or found[0]) for found in asked if found[2]), "with an LSE"
-    assert e4m3 or (False, to_fp8, False, False) in asked, "a running maximum"
-
-
-PRODUCTS = ("qkv_linear", "fp8_linear", "fp8_linear_residual", "fp8_linear_activation")
-
-
-@pytest.mark.parametrize("wrong", [None, True, False])
-@pytest.mark.parametrize("op", PRODUCTS)
-def test_products_are_checked_by_descriptors_and_by_pointers(
-    op: str, wrong: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launched: list[bool] = []
-    real = getattr(op_checks, op)
-
-    def kernel(*given: Any, backend: str, **options: Any) -> Any:
-        """The reference in the kernel's place, wrong in one of the ways to read tiles."""
-        results = real(*given, **options, backend="reference")
-        if backend != "reference":
-            launched.append(device.addressable(given[0]))
-            if launched[-1] == wrong:
-                first = given[5] if results is None else results[0] if isinstance(results, tuple) else results
-                first.mul_(1.04)
-        return results
-
-    monkeypatch.setattr(op_checks, op, kernel)
-    with device.pretend(90):
-        passed, detail = self_check._judge(CHECKS[op]("triton", CPU, "bf16"))
-        assert set(launched) == {True, False} and launched.count(True) == launched.count(False)
-        assert passed == (wrong is None) and (", pointers" in detail) == (wrong is False), detail
-        assert device.addressable(torch.empty(0)), "descriptors are made again after the check"
-    for backend, arch in (("triton", 89), ("cuda", 90)):
-        launched.clear()
-        with device.pretend(arch):
-            CHECKS[op](backend, CPU, "bf16")
-        assert len(launched) <= 2 and len(set(launched)) == 1
-
-
-EMULATED = {
-    "fp8_linear_residual": residual_beside,
-    "fp8_linear_activation": activation_beside,
-    "qkv_linear": qkv_beside,
-}
-ANOTHER_EXPERTS = ("channel = expert * product.features + feature", "channel = feature")
-
-
-@pytest.mark.quick(4)
-@pytest.mark.parametrize(("op", "variant"), [(op, variant) for op in EMULATED for variant in VARIANTS["triton"][op]])
-def test_on_hopper_products_are_checked_in_both_kernels(op: str, variant: str) -> None:
-    """Sums of codes cross as float16 there: at most 2e-5 of codes, and 7e-7 of other results, are off."""
-    for replace, passes in (((), True), ((ANOTHER_EXPERTS,), False)):
-        with EMULATED[op](replace=replace):
-            compared = CHECKS[op]("triton", CPU, variant)
-        passed, detail = self_check._judge(compared)
-        assert passed == passes and "pointers" not in detail, detail
-        if passes:
-            tighter = {name: (*results, distance / 3) for name, (*results, distance) in compared.items()}
-            assert self_check._judge(tighter)[0]
-    assert any("pointers" in name for name in compared)
-
-
 def found(bad: str) -> list[KernelCheck]:
     return [KernelCheck(op, "bf16", op != bad, "worst tile distance 8.0e-4, budget 1.0e-5", 0.1) for op in CHECKS]
 
@@ -263,40 +173,6 @@ def test_a_failed_kernel_is_not_used_and_explained(pretended_gpu: list[int], own
         accelerate(small_model(), FastConfig(strict=True))
     assert pretended_gpu == [1], "the second accelerate remembers"
     assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
-
-
-@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8"])
-def test_explain_says_what_runs_in_hopper_kernels(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = golden.load_case("local_d128_fp32")
-    model: Any = accelerate(case.model(torch.bfloat16), FastConfig(precision=precision, backend="triton"))
-
-    def said() -> set[str]:
-        return {e.op for e in explain(model) if "in the Hopper kernel" in e.reason}
-
-    assert said() == set()
-    monkeypatch.setattr(dispatch, "compute_capability", lambda device: {CPU: 90}[device])
-    wanted = {"block_sparse_attention", "fp8_linear_residual", "fp8_linear_activation"}
-    assert said() == wanted | ({"qkv_linear"} if config_for("qkv", f"qkv_{precision}", 90).hopper else set())
-    monkeypatch.setattr(dispatch, "HOPPER_HEAD_DIM", 64)
-    assert said() == wanted, "QKV has heads of its own"
-    for layer in model.block.layers:
-        layer.plan.backend.update(dict.fromkeys(wanted, "cuda"))
-    assert said() == set()
-
-
-def test_the_launch_table_says_what_is_the_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def where(op: str, precision: str, device: torch.device = GPU, head_dim: int = 128) -> bool:
-        return dispatch.is_hopper(op, precision, device, head_dim=head_dim, activation="gelu7")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert all(where("block_sparse_attention", fmt) for fmt in ("bf16", "fp8", "int8_qk"))
-    assert not where("block_sparse_attention", "bf16", head_dim=64) and not where("block_sparse_attention", "bf16", CPU)
-    assert where("fp8_linear_residual", "fp8") and where("fp8_linear_activation", "int8", head_dim=64)
-    assert where("qkv_linear", "bf16") and not where("qkv_linear", "bf16", head_dim=64)
-    assert not where("fp8_linear", "fp8")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert not where("block_sparse_attention", "bf16") and not where("fp8_linear_residual", "bf16")
-    assert not where("block_sparse_attention", "fp8"), "it has no such entry"
 
 
 @pytest.fixture

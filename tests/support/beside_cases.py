@@ -10,7 +10,7 @@ from gluon_emulator import Emulated
 from bench.hopper import HOPPER, running
 from happyhorse_fast.ops.linear import triton as linear
 from happyhorse_fast.ops.qkv import triton as qkv
-from happyhorse_fast.ops.runtime.triton.device import pretend
+from happyhorse_fast.ops.runtime.triton import device
 
 SHARED = ("hopper_ring", "product_beside")
 
@@ -18,8 +18,9 @@ SHARED = ("hopper_ring", "product_beside")
 @contextlib.contextmanager
 def emulated(launcher, modules, kernel, seed, replace, programs, impl=HOPPER):
     """On the CPU, ``launcher`` launches what ``impl`` would on sm_90 with so many multiprocessors, emulated."""
-    stand_ins = {"multiprocessors": lambda _: programs, kernel: Emulated((*SHARED, *modules), kernel, seed, replace)}
-    with running(impl), pretend(90), mock.patch.multiple(launcher, **stand_ins):
+    stand_in = Emulated((*SHARED, *modules), kernel, seed, replace)
+    counted = mock.patch.object(device, "counted_multiprocessors", return_value=programs)
+    with running(impl), device.pretend(90), counted, mock.patch.object(launcher, kernel, stand_in):
         yield
 
 

@@ -56,7 +56,7 @@ def launch(given: Product, out: Tensor, epilogue: str) -> None:
         ROW_TILE=ROW_TILE,
         CODES=x.dtype != torch.bfloat16,
         INT8=x.dtype == torch.int8,
-        PER_ROW=int(given.x_scale is not None and given.x_scale.numel() > 1),
+        PER_ROW=per_row(given),
         EPILOGUE=epilogue,
         INVERSE=inverse_of(out, epilogue),
         REDUCE=REDUCED_COLUMNS if reduced else 0,
@@ -91,13 +91,18 @@ def launch_hopper(given: Product, out: Tensor, epilogue: str, config: LaunchConf
         F=features,
         K=k,
         INT8=x.dtype == torch.int8,
-        PER_ROW=int(given.x_scale is not None and given.x_scale.numel() > 1),
+        PER_ROW=per_row(given),
         **constants,
         STAGES=config.num_stages,
         GROUP_M=config.group_m,
         num_warps=config.num_warps,
         enable_fp_fusion=FP_FUSION,
     )
+
+
+def per_row(given: Product) -> int:
+    """1 where every row of the inputs has a scale of its own, 0 where one is for all or there is none."""
+    return int(given.x_scale is not None and given.x_scale.numel() > 1)
 
 
 def inverse_of(out: Tensor, epilogue: str) -> float:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from happyhorse_fast.block_map import BLOCK, BlockMap, BlockSelector, Layout
 from happyhorse_fast.budgets import ATTENTION_DISTANCE_TENSOR_CORE, ATTENTION_DISTANCE_TENSOR_CORE_E4M3_OUT
-from happyhorse_fast.kernels.launch import DESCRIPTORS_SINCE
+from happyhorse_fast.kernels.launch import DESCRIPTORS_SINCE, HOPPER_ARCH
 from happyhorse_fast.ops.attention.op import block_sparse_attention
 from happyhorse_fast.ops.attention.reference import output_scale, sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT
@@ -31,6 +31,7 @@ DISTANCE = 1e-5
 CODE_DISTANCE = 1e-4
 # Three experts, the last tile of each ragged in its content but not in its rows, as the fast model lays them out.
 ROWS, CHANNELS, HEADS_Q, HEADS_KV, HEAD_DIM = 512, 640, 5, 1, 128
+SMALLER_HEAD_DIM = 64
 
 Compared = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 """Name of a result -> (from the kernel, from the reference, allowed tile distance)."""
@@ -107,13 +108,31 @@ def _check_rows(backend: str, device: torch.device, variant: str) -> Compared:
 
 
 def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
+    compared = _qkv_of(backend, device, variant, HEAD_DIM)
+    if _described_on_hopper(backend, device):
+        # Heads of 128 run in Hopper's kernel there, smaller ones in the plain one with descriptors.
+        smaller = _qkv_of(backend, device, variant, SMALLER_HEAD_DIM)
+        compared |= {f"{name}, heads of {SMALLER_HEAD_DIM}": results for name, results in smaller.items()}
+    return compared
+
+
+def _described_on_hopper(backend: str, device: torch.device) -> bool:
+    """Whether products may run in Hopper's kernels: in Triton, on Hopper, and where tiles are described."""
+    if backend != "triton":
+        return False
+    from happyhorse_fast.ops.runtime.triton.device import addressable, architecture
+
+    return architecture(device) == HOPPER_ARCH and addressable(torch.empty(0, device=device))
+
+
+def _qkv_of(backend: str, device: torch.device, variant: str, head_dim: int) -> Compared:
     fmt, out = QKV[variant]
-    rows = 3 * ((HEADS_Q + 2 * HEADS_KV) * HEAD_DIM + HEADS_Q)
+    rows = 3 * ((HEADS_Q + 2 * HEADS_KV) * head_dim + HEADS_Q)
     weight = (draw(3, rows, CHANNELS) / CHANNELS**0.5).bfloat16()
-    heads = {"experts": 3, "num_heads_q": HEADS_Q, "num_heads_kv": HEADS_KV, "head_dim": HEAD_DIM}
+    heads = {"experts": 3, "num_heads_q": HEADS_Q, "num_heads_kv": HEADS_KV, "head_dim": head_dim}
     packed, w_scale = pack_qkv_weight(weight, to=fmt, **heads)
-    qk_norm = pack_qk_norm(0.2 * draw(4, 3 * HEAD_DIM), 0.2 * draw(5, 3 * HEAD_DIM), experts=3)
-    angle = draw(6, ROWS, 3 * HEAD_DIM // 8)
+    qk_norm = pack_qk_norm(0.2 * draw(4, 3 * head_dim), 0.2 * draw(5, 3 * head_dim), experts=3)
+    angle = draw(6, ROWS, 3 * head_dim // 8)
     cos_sin = pack_cos_sin(torch.cat([angle.sin(), angle.cos()], dim=1))
     qk_scale = static_qk_scale(qk_norm) if out == "fp8" else None
     operands = *inputs(fmt), packed, w_scale, qk_norm, cos_sin, row_tiles()
@@ -305,34 +324,41 @@ def _check_activation(backend: str, device: torch.device, variant: str) -> Compa
 Check = Callable[[str, torch.device, str], Compared]
 
 
-def _also_by_pointers(check: Check) -> Check:
-    """A check that runs what tensors that are not aligned take too: kernels without TMA descriptors.
+def _in_every_launch(check: Check) -> Check:
+    """A check of a product, repeated as other tensors and shapes would have it launched.
 
-    Where the launch table has no descriptor these are the same kernels, which are not compiled again.
+    Through pointers, as tensors that are not aligned take: where the launch table has no descriptor these are the same
+    kernels, which are not compiled again. And on Hopper in a few programs: on the 132 multiprocessors of an H100 these
+    shapes give no program a second tile, before which roles await each other. No kernel is compiled for a grid.
     """
 
-    def both(backend: str, device: torch.device, variant: str) -> Compared:
+    def every(backend: str, device: torch.device, variant: str) -> Compared:
         compared = check(backend, device, variant)
         if backend == "triton":
-            from happyhorse_fast.ops.runtime.triton.device import architecture, by_pointers
+            from happyhorse_fast.ops.runtime.triton.device import architecture, by_pointers, few_programs
 
-            if architecture(device) >= DESCRIPTORS_SINCE:
-                with by_pointers():
+            arch, launches = architecture(device), {}
+            if arch >= DESCRIPTORS_SINCE:
+                launches["pointers"] = by_pointers
+            if arch == HOPPER_ARCH:
+                launches["few programs"] = few_programs
+            for name, launched in launches.items():
+                with launched():
                     again = check(backend, device, variant)
-                compared |= {f"{name}, pointers": results for name, results in again.items()}
+                compared |= {f"{result}, {name}": results for result, results in again.items()}
         return compared
 
-    return both
+    return every
 
 
 CHECKS: dict[str, Check] = {
     "rmsnorm_quantize": _check_rmsnorm,
     "quantize_rows": _check_rows,
-    "qkv_linear": _also_by_pointers(_check_qkv),
+    "qkv_linear": _in_every_launch(_check_qkv),
     "select_blocks": _check_select,
     "block_sparse_attention": _check_attention,
-    "fp8_linear": _also_by_pointers(_check_linear),
-    "fp8_linear_residual": _also_by_pointers(_check_residual),
-    "fp8_linear_activation": _also_by_pointers(_check_activation),
+    "fp8_linear": _in_every_launch(_check_linear),
+    "fp8_linear_residual": _in_every_launch(_check_residual),
+    "fp8_linear_activation": _in_every_launch(_check_activation),
 }
 """A check per op that the fast model calls."""

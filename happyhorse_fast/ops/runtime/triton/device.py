@@ -18,6 +18,8 @@ PRETENDED_PROGRAMS = 132
 _pretended: int | None = None
 """Compute capability that launchers are told in place of a GPU's."""
 _by_pointers = False
+_programs: int | None = None
+"""Multiprocessors that launchers are told in place of a GPU's."""
 
 
 @contextlib.contextmanager
@@ -45,6 +47,17 @@ def by_pointers() -> Iterator[None]:
         _by_pointers = before
 
 
+@contextlib.contextmanager
+def few_programs(count: int = 3) -> Iterator[None]:
+    """Launch persistent grids as on a GPU of ``count`` multiprocessors, so that a program walks several tiles."""
+    global _programs
+    before, _programs = _programs, count
+    try:
+        yield
+    finally:
+        _programs = before
+
+
 def addressable(x: torch.Tensor) -> bool:
     """Whether TMA descriptors may be made where ``x`` is: on a GPU, outside of :func:`by_pointers`."""
     return not _by_pointers and (x.is_cuda or _pretended is not None)
@@ -60,9 +73,14 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Programs of a persistent grid that holds one program per multiprocessor."""
+    """Programs of a persistent grid that holds one program per multiprocessor; fewer inside :func:`few_programs`."""
+    return counted_multiprocessors(device) if _programs is None else _programs
+
+
+@functools.cache
+def counted_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors that a device has."""
     if device.type == "meta":
         return PRETENDED_PROGRAMS
     if device.type != "cuda":
