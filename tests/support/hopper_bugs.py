@@ -31,20 +31,7 @@ AWAIT_LAST_V = "    before = await_full(rings.v, use + item.n_all - 1, sizes.sta
 BEGIN_NOBODY = ("    if GROUP == 1:\n        pass_turn(GROUP)\n", "")
 BEGIN_BOTH = ("    if GROUP == 1:\n        pass_turn", "    if GROUP < 2:\n        pass_turn")
 
-
-def awaited(after_waits, after_last, fill):
-    """Bugs around k and v, by what stands behind their waits and their fill."""
-    stage, before = "    stage = use % sizes.stages\n", "    before = (use - 1) % sizes.stages\n"
-    last = "    before = (use + item.n_all - 1) % sizes.stages\n"
-    both = AWAIT_K + AWAIT_V + after_waits
-    return {
-        "k not awaited": (both, stage + AWAIT_V + after_waits),
-        "v not awaited": (both, AWAIT_K + before + after_waits),
-        "last v not awaited": (AWAIT_LAST_V + after_last, last + after_last),
-        "v's slot filled a step early": (fill + ", 1)", fill + ")"),
-    }
-
-
+AWAIT_BOTH = AWAIT_K + AWAIT_V + "    await_turn"
 RELEASE = "    release(rings.k, stage)\n"
 ISSUE_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n    pv_pending = warpgroup"
 WAIT_PV = "    acc = warpgroup_mma_wait(0, deps=[pv_pending])\n"
@@ -52,7 +39,14 @@ SUMS = (
     ("running.row_sum + sums(even, odd, sizes)", "running.row_sum + sums_unrounded(p, sizes)"),
     ("packed(even, odd), sums(even, odd, sizes)", "packed(even, odd), sums_unrounded(p, sizes)"),
 )
-IN_TURNS = awaited("    await_turn", "    v = rings", "v, key, channel, 1, sizes.stages") | {
+IN_TURNS = {
+    "k not awaited": (AWAIT_BOTH, AWAIT_BOTH.replace(AWAIT_K, "    stage = use % sizes.stages\n")),
+    "v not awaited": (AWAIT_BOTH, AWAIT_BOTH.replace(AWAIT_V, "    before = (use - 1) % sizes.stages\n")),
+    "last v not awaited": (
+        AWAIT_LAST_V + "    v = rings",
+        "    before = (use + item.n_all - 1) % sizes.stages\n    v = rings",
+    ),
+    "v's slot filled a step early": ("v, key, channel, 1, sizes.stages, 1)", "v, key, channel, 1, sizes.stages)"),
     "never released": (WAIT_PV + RELEASE, WAIT_PV),
     "first block never released": (RELEASE + "    t = scaled(", "    t = scaled("),
     "released early": (WAIT_PV + RELEASE, RELEASE + WAIT_PV),
