@@ -21,6 +21,7 @@ from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import empty_layer
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.plan import LayerPlan
+from happyhorse_fast.ops.runtime.formats import qk_format
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
 FULL = ModelConfig.preset("happyhorse-1.0-15b")
@@ -105,7 +106,8 @@ class Case:
     Attributes:
         op: Name of the function in ``happyhorse_fast.ops``.
         part: Which of several uses of it: ``"proj"``, ``"down"``, an activation, or one of :data:`MASKS`; else "".
-        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``; of attention and of what chooses its blocks ``"int8_qk"``.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``; of attention one of `quantize.ATTENTION`, and of what
+            chooses its blocks.
         size: Clip and model.
         layer: Layer of the model whose weights' shapes it takes.
     """
@@ -206,13 +208,14 @@ def cases_of(size: Size) -> Iterator[Case]:
     config = size.config
     shared = next(i for i in range(config.num_layers) if i not in (*config.mm_layers, *config.gelu7_layers))
     sandwich = config.gelu7_layers[0]
-    for precision in ("fp8", "int8_qk", "bf16"):
+    for precision in ("fp8", "int8_qk_fp8_v", "int8_qk", "bf16"):
         for mask in MASKS:
             if mask == "window" and not size.windowed:
                 continue
             local = next((i for i in config.local_attn_layers if i >= shared), shared)
             yield Case(BLOCK_SPARSE, mask, precision, size, local if mask == "window" else shared)
-        yield Case("select_blocks", "25%", precision, size, shared)
+        if qk_format(precision) == precision:
+            yield Case("select_blocks", "25%", precision, size, shared)
     yield Case(DROP_IN, "dense", "bf16", size, shared)
     for precision in ("fp8", "int8", "bf16"):
         yield Case("fp8_linear_activation", "swiglu7", precision, size, shared)

@@ -19,6 +19,7 @@ from happyhorse_fast.ops.block_selection.contract import empty_results
 from happyhorse_fast.ops.qkv.packing import static_qk_scale
 from happyhorse_fast.ops.qkv.reference import quantize_k
 from happyhorse_fast.ops.quantize import int8_rows
+from happyhorse_fast.ops.runtime.formats import uses_e4m3
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 Given = dict[str, Any]
@@ -100,7 +101,7 @@ def _attention(case: Case, draw: Draw) -> Given:
     given: Given = {"scale": plan.head_dim**-0.5, **operands}
     if case.op == BLOCK_SPARSE:
         given["gate"] = draw.normal(rows, plan.num_heads_q).sigmoid_()
-    if case.precision == "fp8":
+    if uses_e4m3(case.precision):
         given["v"] = draw.codes(plan.num_heads_kv, plan.head_dim, rows)
         given |= {"v_scale": draw.scales(plan.num_heads_kv, rows // BLOCK), "fp8_out": True}
     else:

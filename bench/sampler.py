@@ -40,6 +40,7 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.attention.score_bound import LIMIT
+from happyhorse_fast.ops.runtime.formats import uses_e4m3
 from happyhorse_fast.ops.runtime.obstacles import BackendError, lost
 from happyhorse_fast.sampler.sample import sample
 from happyhorse_fast.sampler.super_resolve import super_resolve
@@ -242,7 +243,7 @@ def softmax_of(model: HappyHorse) -> str:
     found = set()
     for layer in model.block.layers:
         assert isinstance(layer, FastLayer)
-        bounded = layer.plan.precision["attention"] != "fp8" and layer.bound.effective <= LIMIT
+        bounded = not uses_e4m3(layer.plan.precision["attention"]) and layer.bound.effective <= LIMIT
         found.add(BOUNDED if bounded else RUNNING)
     return " and ".join(sorted(found))
 

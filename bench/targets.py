@@ -30,6 +30,7 @@ GOALS: tuple[tuple[str, str | None, dict[str, float]], ...] = (
     ("fp8", None, {"window": 650, "25%": 650}),
     ("bf16", BOUNDED, {"dense": 700, "25%": 700, "window": 700}),
     ("int8_qk", BOUNDED, {"dense": 760, "25%": 840, "window": 780}),
+    ("int8_qk_fp8_v", RUNNING, {"dense": 800, "25%": 780, "window": 770}),
     ("fp8", RUNNING, {"dense": 850}),
 )
 """(precision, form of the softmax, TFLOP/s by mask) of attention; of no form are the goals of the first kernels, whose
@@ -48,6 +49,7 @@ CLIPS = (
     ("second stage, 5 steps, fp8", Run(SECOND_STAGE, "1080p", "fast fp8", steps=5), None, 18),
     (f"{_IN_FP8} bf16, bounded", Run(BASE, "1080p", "fast fp8 linear"), BOUNDED, 36),
     (f"{_IN_FP8} int8_qk, bounded", Run(BASE, "1080p", "fast fp8 int8_qk"), BOUNDED, 34),
+    (f"{_IN_FP8} int8_qk_fp8_v", Run(BASE, "1080p", "fast fp8 int8_qk_fp8_v"), RUNNING, 35),
     ("8 steps, window, int8", Run(BASE, "1080p", "fast int8"), None, 36),
     *(
         (f"8 steps, {run.name}, as FLOPs predict", run, None, run.steps * run.step_seconds)

@@ -8,7 +8,7 @@ before them, and epilogues write what the next product reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from happyhorse_fast.config import MODALITIES, PATCH, ModelConfig
@@ -23,7 +23,9 @@ CONTEXT_BYTES = 2**29
 # Bytes of an element: inputs of a product per precision, output of a branch (bf16), residual stream (float32); of
 # attention q and k, and v.
 _INPUT_BYTES: dict[str, int] = {"bf16": 2, "int8": 1, "fp8": 1}
-_ATTENTION_BYTES: dict[str, tuple[int, int]] = {"bf16": (2, 2), "int8_qk": (1, 2), "fp8": (1, 1)}
+_ATTENTION_BYTES = {"bf16": (2, 2), "int8_qk": (1, 2), "int8_qk_fp8_v": (1, 1), "fp8": (1, 1)}
+# Formats of QK and of PV, where they are two.
+_MIXED = {"int8_qk": ("int8", "bf16"), "int8_qk_fp8_v": ("int8", "fp8")}
 _BRANCH_BYTES = 2
 _STREAM_BYTES = 4
 
@@ -53,17 +55,22 @@ class Gpu:
     source: str
 
     def rate(self, precision: str) -> float:
-        """Peak FLOP/s in ``"bf16"``, ``"int8"``, ``"fp8"`` or ``"fp32"``; ``"int8_qk"``: a product of each.
+        """Peak FLOP/s in ``"bf16"``, ``"int8"``, ``"fp8"`` or ``"fp32"``; of attention's formats: a product of each.
 
         Raises:
             ValueError: The card has no tensor cores for it.
         """
-        half_and_half = 2 / (1 / self.int8 + 1 / self.bf16)
-        rates = {"bf16": self.bf16, "int8": self.int8, "int8_qk": half_and_half, "fp8": self.fp8, "fp32": self.fp32}
-        peak = rates[precision]
+        rates = {"bf16": self.bf16, "int8": self.int8, "fp8": self.fp8, "fp32": self.fp32}
+        peak = rate_of(precision, rates)
         if peak is None:
             raise ValueError(f"precision must be one that the gpu has: {self.name} has no {precision} tensor cores")
         return peak * 1e12
+
+
+def rate_of(precision: str, rates: Mapping[str, float | None]) -> float | None:
+    """The rate in a format of ``rates``, or of attention, with as much work in QK's as in PV's; None without one."""
+    of_qk, of_pv = (rates[fmt] for fmt in _MIXED.get(precision, (precision, precision)))
+    return 2 / (1 / of_qk + 1 / of_pv) if of_qk and of_pv else None
 
 
 GPUS = {
@@ -183,7 +190,7 @@ def step_costs(
         precision: ``"bf16"``, ``"int8"`` or ``"fp8"``: of products and attention (int8: ``"int8_qk"``) inside layers.
             Embedders and heads are float32 in all; the scales that 8 bits add (below 4 % of such an activation's bytes)
             are left out.
-        attention: Precision of attention where it is another than the products', or ``"int8_qk"``.
+        attention: Precision of attention where it is another than the products'.
         gpu: Card whose peaks make the floor.
         video_share: Share of video pairs that every layer computes, in place of dense and window; None for the exact
             masks.

@@ -98,8 +98,9 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         if sizes.int8:
             scores *= gl.load(scales.q + query.to(gl.int64) * sizes.heads_q + head, mask=live, other=1.0)
             of_k += kv_head * key_blocks
-        if sizes.e4m3:
+        elif sizes.e4m3:
             scores *= gl.load(scales.q + row)
+        if sizes.e4m3:
             of_v += kv_head * key_blocks
         of_item = Scales(scores, scales.q, of_k, of_v)
         slot = await_full(rings.q, turn, Q_SLOTS)
@@ -200,6 +201,7 @@ def block_sparse_attention_hopper_kernel(
         STAGES,
         q.dtype.primitive_bitwidth,
         v.dtype.primitive_bitwidth,
+        q.dtype.is_int(),
         lse is not None,
     )
     if flag is not None:

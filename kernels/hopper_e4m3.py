@@ -1,4 +1,8 @@
-"""Attention of one item in e4m3, with a running maximum: a part of the Hopper kernel.
+"""Attention of one item with P and v in e4m3 and a running maximum: a part of the Hopper kernel.
+
+q and k are e4m3 too, or int8. int8's scores have their maximum found in int32, two of them to an instruction (VIMNMX3):
+492 instructions a step with their 64 conversions, 454 in e4m3. Masks then put HIDDEN in scores and -inf in exponents:
+as float32 from the start scores spill 240 to 504 bytes.
 
 P needs the maximum: without it P would spread over more powers of two than e4m3 has. v's scale of a block is folded
 into P's exponent: P is 2^8 * 2^(s - m), where s is the score plus log2 of v's scale, and m is the largest s. So PV of a
@@ -24,11 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from happyhorse_fast.kernels.attention import P_EXPONENT
 from happyhorse_fast.kernels.hopper_barriers import await_turn, pass_turn
 from happyhorse_fast.kernels.hopper_ring import await_full, hold_order, release
-from happyhorse_fast.kernels.hopper_scores import hide, start_qk
-
-LEAST_V_SCALE = gl.constexpr(2.0**-96)
-"""A smaller scale of v is raised to this. Sums of P are divided by the scale, and 2^(96 + 8) times 2^20 keys fits
-float32. The result is off by less than 448 * 2^-96."""
+from happyhorse_fast.kernels.hopper_scores import HIDDEN, hide, start_qk
+from happyhorse_fast.kernels.numerics import SMALLEST_SCALE
 
 
 class Running(NamedTuple):
@@ -108,23 +109,32 @@ def sums(p, sizes: gl.constexpr):
 
 @gluon.jit
 def at_least(v_scale):
-    """Raise a block's scale of v to LEAST_V_SCALE where it is smaller; NaN stays."""
-    return gl.where(v_scale < LEAST_V_SCALE, LEAST_V_SCALE, v_scale)
+    """Raise a block's scale of v to SMALLEST_SCALE, which the package's are at least; NaN stays."""
+    return gl.where(v_scale < SMALLEST_SCALE, SMALLEST_SCALE, v_scale)
 
 
 @gluon.jit
 def softmax(running, s, scores, GUARDED: gl.constexpr, sizes: gl.constexpr):
     """Run one step of the online softmax in base 2: (P, packed, the accumulator's factor, row_sum, row_max).
 
-    GUARDED: rows may have had no key so far.
+    GUARDED: rows may have had no key so far, and keys may be hidden.
     """
     scale = scores * running.k_scale
     log_v, per_v = log2_and_reciprocal(at_least(running.v_scale))
-    row_max = gl.maximum(running.row_max, gl.max(s, axis=1) * scale + log_v)
+    most = gl.max(s, axis=1)
+    largest = most.to(gl.float32) * scale
+    if sizes.int8:
+        scale = scale[:, None]
+        if GUARDED:
+            largest = gl.where(most == HIDDEN, -float("inf"), largest)
+    row_max = gl.maximum(running.row_max, largest + log_v)
     shift = row_max
     if GUARDED:  # in a row without a key so far -inf - -inf would be NaN
         shift = gl.where(row_max == -float("inf"), 0.0, row_max)
-    p = gl.exp2(s * scale - (shift - P_EXPONENT - log_v)[:, None])
+    t = s.to(gl.float32) * scale - (shift - P_EXPONENT - log_v)[:, None]
+    if sizes.int8 and GUARDED:
+        t = gl.where(s == HIDDEN, -float("inf"), t)
+    p = gl.exp2(t)
     alpha = gl.exp2(running.row_max - shift)
     row_sum = running.row_sum * per_thread(alpha, running.row_sum) + sums(p, sizes) * per_v
     return packed(p, sizes), alpha, pinned(row_sum), row_max
@@ -138,7 +148,7 @@ def start_pv(words, dead, rings, stage, sizes: gl.constexpr):
     """
     v = rings.v.tiles.index(stage).permute((1, 0))
     if sizes.d == sizes.block:
-        into = dead
+        into = dead.to(gl.float32, bitcast=True)
     else:
         into = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
     return warpgroup_mma(operand(words, sizes), v, into, use_acc=False, is_async=True)

@@ -6,6 +6,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
+HIDDEN = gl.constexpr(-(2**31))
+"""Stands for -inf where scores are int32: no sum of 128 products of codes is as small."""
+
 
 class Work(NamedTuple):
     """The work of a launch: the block map's tensors, the rows of a map and the number of items."""
@@ -54,7 +57,7 @@ def start_qk(q_tile, k_ring, stage, sizes: gl.constexpr):
 
 @gluon.jit
 def hide(s, work, at, first, sizes: gl.constexpr):
-    """Set scores to -inf where a partial block's mask bit is 0; ``first`` is the group's first query in the block.
+    """Set scores to -inf, or HIDDEN, where a partial block's mask bit is 0; ``first`` is the group's first query in it.
 
     A column's mask word is known at compile time, so a thread loads 8 words and exchanges none.
     """
@@ -65,4 +68,8 @@ def hide(s, work, at, first, sizes: gl.constexpr):
     bits = gl.full([sizes.rows, sizes.block], 0, gl.int32, layout=sizes.s_layout)
     for word in gl.static_range(WORDS):
         bits = gl.where((column // 32 == word)[None, :], gl.load(words + word)[:, None], bits)
-    return gl.where(((bits >> (column % 32)[None, :]) & 1) != 0, s, -float("inf"))
+    seen = ((bits >> (column % 32)[None, :]) & 1) != 0
+    if s.dtype == gl.int32:
+        return gl.where(seen, s, HIDDEN)
+    else:
+        return gl.where(seen, s, -float("inf"))

@@ -17,7 +17,10 @@ source of a property: without this a change of one would give the kernel of befo
 
 @dataclass(frozen=True)
 class Sizes:
-    """Compile-time constants of one kernel. ``q_bits`` are of an element of q and of k, ``v_bits`` of v."""
+    """Compile-time constants of one kernel. ``q_bits`` are of an element of q and of k, ``v_bits`` of v.
+
+    ``int8``: q and k are int8, with a scale per row of q and one per head and block of k.
+    """
 
     heads_q: int
     heads_kv: int
@@ -27,6 +30,7 @@ class Sizes:
     stages: int
     q_bits: int
     v_bits: int
+    int8: bool
     lse: bool
 
     @property
@@ -46,13 +50,8 @@ class Sizes:
 
     @property
     def e4m3(self) -> bool:
-        """Whether q, k, P and v are e4m3."""
+        """Whether P and v are e4m3."""
         return self.v_bits == 8
-
-    @property
-    def int8(self) -> bool:
-        """Whether q and k are int8, with scales; P and v are bf16."""
-        return self.q_bits == 8 and self.v_bits == 16
 
     @property
     def s_type(self) -> Any:

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 E4M3_MAX = tl.constexpr(448.0)
-SMALLEST_SCALE = tl.constexpr(2.0**-126)
-"""Smallest scale in use: below it 1 / scale may be infinite in float32."""
+SMALLEST_SCALE = tl.constexpr(2.0**-96)
+"""Smallest scale of codes, zeros' too. Attention divides sums of P, up to 2^8 a key, by that of v: over 2^20 keys they
+are then at most 2^124, which fits float32."""
 
 
 @triton.jit
@@ -34,9 +35,8 @@ def to_e4m3(x):
 
 @triton.jit
 def scale_of(amax):
-    """Return the scale that maps amax to 448, or 1 where it is below 2^-126: 1 / scale may be infinite. NaN stays."""
-    scale = amax * (1.0 / 448.0)
-    return tl.where(scale < SMALLEST_SCALE, 1.0, scale)
+    """Return the scale that maps amax to 448, at least SMALLEST_SCALE. NaN stays."""
+    return larger(amax * (1.0 / 448.0), SMALLEST_SCALE)
 
 
 @triton.jit
@@ -51,9 +51,8 @@ def to_int8(x):
 
 @triton.jit
 def int8_scale_of(amax):
-    """Return the scale that maps amax to 127, or 1 where it is below 2^-126: 1 / scale may be infinite. NaN stays."""
-    scale = amax * (1.0 / 127.0)
-    return tl.where(scale < SMALLEST_SCALE, 1.0, scale)
+    """Return the scale that maps amax to 127, at least SMALLEST_SCALE. NaN stays."""
+    return larger(amax * (1.0 / 127.0), SMALLEST_SCALE)
 
 
 @triton.jit

@@ -83,7 +83,7 @@ def rmsnorm_quantize_kernel(
     out = x + place * C + column[None, :]
     if FP8:
         row_scale = scale_of(largest_magnitude(y, 1))
-        tl.store(out, to_e4m3(y / row_scale[:, None]), mask=mask)
+        tl.store(out, to_e4m3(y * (1.0 / row_scale)[:, None]), mask=mask)
         tl.store(scale + row, row_scale, mask=live)
     elif INT8:
         row_scale = int8_scale_of(largest_magnitude(y, 1))
@@ -194,7 +194,7 @@ def store_head(
     HKV: tl.constexpr,
     CODES: tl.constexpr,
     INT8_QK: tl.constexpr,
-    FP8_OUT: tl.constexpr,
+    FP8_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """Finish and store one head of the product, by its kind: q, k, v or gates."""
@@ -220,9 +220,8 @@ def store_head(
             else:
                 store_k_codes(k, k_scale, y, start, head - HQ, live, blocks, HKV, D, BLOCK_M)
         else:
-            if FP8_OUT:
+            if FP8_V:
                 scale = tl.load(qk_scale + which)
-                # One reciprocal of the scale: a division per element would take 1024 of 20480 cycles, by count.
                 value = to_e4m3(y * (1.0 / scale))
                 if head == 0:
                     tl.store(q_scale + first // BLOCK_M, scale)
@@ -235,7 +234,7 @@ def store_head(
             else:
                 store_rows(k, value, start, head - HQ, live, HKV, D, BLOCK_M)
     elif head < HQ + 2 * HKV:
-        if FP8_OUT:
+        if FP8_V:
             store_v_codes(v, v_scale, scaled, first, end, head - (HQ + HKV), blocks, D, BLOCK_M)
         else:
             store_rows(v, scaled.to(tl.bfloat16), start, head - (HQ + HKV), live, HKV, D, BLOCK_M)
@@ -270,7 +269,7 @@ def store_heads(
     HKV: tl.constexpr,
     CODES: tl.constexpr,
     INT8_QK: tl.constexpr,
-    FP8_OUT: tl.constexpr,
+    FP8_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -288,22 +287,22 @@ def store_heads(
         left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, PART * D)), (0, 2, 1)))
         store_heads(
             left, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
-            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M, PART, RAGGED,
+            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_V, BLOCK_M, PART, RAGGED,
         )  # fmt: skip
         store_heads(
             right, factor, weight_scale, head + PART, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
-            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M, PART, RAGGED,
+            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_V, BLOCK_M, PART, RAGGED,
         )  # fmt: skip
     elif RAGGED:
         if head < HEADS:
             store_head(
                 product, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v, q_scale,
-                k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M,
+                k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_V, BLOCK_M,
             )  # fmt: skip
     else:
         store_head(
             product, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v, q_scale,
-            k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M,
+            k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_V, BLOCK_M,
         )  # fmt: skip
 
 
@@ -334,7 +333,7 @@ def qkv_linear_kernel(
     CODES: tl.constexpr,
     INT8: tl.constexpr,
     INT8_QK: tl.constexpr,
-    FP8_OUT: tl.constexpr,
+    FP8_V: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -379,6 +378,6 @@ def qkv_linear_kernel(
             factor = tl.load(x_scale + first + row, mask=row < end - first, other=0.0)
         store_heads(
             product, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
-            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_OUT, BLOCK_M, TILE_HEADS,
+            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_V, BLOCK_M, TILE_HEADS,
             HEADS % TILE_HEADS != 0,
         )  # fmt: skip

@@ -26,13 +26,16 @@ D = gl.constexpr(128)
 
 @dataclass(frozen=True)
 class Heads:
-    """Compile-time constants of QKV: heads, formats, and layouts of a piece of 16 rows in registers."""
+    """Compile-time constants of QKV: heads, formats, and layouts of a piece of 16 rows in registers.
+
+    ``codes``: of 8 bits are the operands. q and k are int8 with ``int8_qk``, else e4m3 with ``fp8_v``, else bf16.
+    """
 
     q: int
     kv: int
     codes: bool
     int8_qk: bool
-    fp8: bool
+    fp8_v: bool
 
     @property
     def rotated(self) -> int:

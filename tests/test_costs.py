@@ -107,6 +107,10 @@ def test_attention_in_int8_multiplies_half_in_bf16() -> None:
     assert bf16["qkv"].bytes - int8["qkv"].bytes == n * (q + kv)
     a100 = {c.op: c for c in step_costs(FULL, CLIP, attention="int8_qk", gpu=GPUS["a100"])}
     assert a100["attention"].floor_ms == pytest.approx(int8["attention"].floor_ms * 989 / 312, rel=1e-2)
+    mixed, fp8 = ({c.op: c for c in step_costs(FULL, CLIP, attention=a)} for a in ("int8_qk_fp8_v", "fp8"))
+    assert mixed == fp8, "of one rate and size: scales are left out"
+    with pytest.raises(ValueError, match="a100 has no int8_qk_fp8_v"):
+        step_costs(FULL, CLIP, attention="int8_qk_fp8_v", gpu=GPUS["a100"])
 
 
 def test_attention_can_stay_in_bf16() -> None:
@@ -127,7 +131,7 @@ def test_attention_can_stay_in_bf16() -> None:
     [
         ({"precision": "fp8", "gpu": GPUS["a100"]}, "a100 has no fp8"),
         ({"precision": "int4"}, "precision must be one of bf16, int8, fp8; got 'int4'"),
-        ({"attention": "int4"}, "attention must be one of bf16, int8_qk, fp8; got 'int4'"),
+        ({"attention": "int4"}, "attention must be one of bf16, int8_qk, int8_qk_fp8_v, fp8; got 'int4'"),
         ({"precision": "int8_qk"}, "precision must be one of bf16, int8, fp8; got 'int8_qk'"),
         ({"text": 0}, "text must be at least 1 token, got 0"),
         ({"video_share": 1.5}, "video_share must be from 0 to 1, got 1.5"),

@@ -17,8 +17,10 @@ import torch
 
 from bench.hopper import FORM, HOPPER, running
 from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, HOPPER_ARCH, config_for, table
+from happyhorse_fast.ops.quantize import ATTENTION, BF16, DTYPES, E4M3, INT8
 from happyhorse_fast.ops.row_quantization.triton import variant_of
 from happyhorse_fast.ops.runtime.dispatch import STEMS
+from happyhorse_fast.ops.runtime.formats import uses_e4m3
 from happyhorse_fast.ops.runtime.triton.device import by_pointers, pretend
 from happyhorse_fast.ops.runtime.triton.library import LAUNCHERS
 
@@ -34,8 +36,7 @@ BLOCKS = (502, 1464)
 """Blocks of 128 tokens of 5 s and of 15 s at 1080p."""
 HEAD_DIMS = (32, 64, 128)
 EXPERTS = (1, 3)
-BF16, E4M3, F32, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32
-DTYPES = {"bf16": BF16, "int8": torch.int8, "fp8": E4M3}
+F32, I32 = torch.float32, torch.int32
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def row_codes(arch: int) -> Iterator[Case]:
 
 def qkv_products(arch: int) -> Iterator[Case]:
     """`qkv_linear`: inputs and outputs in every format."""
-    outs = ("bf16", "int8_qk", "fp8") if arch >= FP8_SINCE else ("bf16", "int8_qk")
+    outs = [out for out in ATTENTION if arch >= FP8_SINCE or not uses_e4m3(out)]
     features = (HEADS_Q + 2 * HEADS_KV + 1) * HEAD_DIM
     for fmt, out, experts in itertools.product(formats(arch), outs, EXPERTS):
         arguments = {
@@ -164,13 +165,12 @@ def attentions(arch: int) -> Iterator[Case]:
     launches both forms, beside the Hopper kernel's the plain one.
     """
     kernel = "block_sparse_attention_kernel"
-    for hopper, fmt, d, bounded in itertools.product(
-        (False, True), ("bf16", "fp8", "int8_qk"), HEAD_DIMS, (False, True)
-    ):
+    for hopper, fmt, d, bounded in itertools.product((False, True), ATTENTION, HEAD_DIMS, (False, True)):
         plain = f"{fmt}_d{d}"
         variant = f"{plain}{FORM}" if hopper else plain
-        # e4m3 has a running maximum, the others in the Hopper kernel none.
-        forms = (fmt != "fp8",) if hopper or fmt == "fp8" else (False, True)
+        # e4m3 P has a running maximum, that of bf16 in the Hopper kernel none.
+        fp8_v = uses_e4m3(fmt)
+        forms = (not fp8_v,) if hopper or fp8_v else (False, True)
         if bounded not in forms or str(arch) not in table("attention").get(variant, {}):
             continue
         ways, to_fp8 = loads("attention", plain, arch), arch >= FP8_SINCE
@@ -183,8 +183,8 @@ def attentions(arch: int) -> Iterator[Case]:
             wishes += [(1, False, lse, True) for lse in ((False,) if hopper else (False, True))]
         for pointers, (map_heads, fp8_out, lse, flag) in itertools.product(ways, wishes):
             arguments = attention_arguments(fmt, d, map_heads, fp8_out, lse, bounded)
-            # Where a table has descriptors, a bounded softmax and e4m3 with an LSE still read through pointers.
-            strided = pointers or (True in ways and lse and (bounded or fmt == "fp8"))
+            # Where a table has descriptors, a bounded softmax and e4m3 v with an LSE still read through pointers.
+            strided = pointers or (True in ways and lse and (bounded or fp8_v))
             variants = {kernel: f"{plain}_strided" if strided else plain}
             if hopper:
                 variants = {"block_sparse_attention_hopper_kernel": variant}
@@ -200,8 +200,8 @@ def attentions(arch: int) -> Iterator[Case]:
 def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bool, bounded: bool) -> dict[str, Any]:
     """Arguments of `block_sparse_attention`: dense tensors as `qkv_linear` gives them, and a gate."""
     blocks = BLOCKS[0]
-    codes = {"bf16": BF16, "int8_qk": torch.int8, "fp8": E4M3}[fmt]
-    v = meta(HEADS_KV, d, ROWS, dtype=E4M3) if fmt == "fp8" else meta(ROWS, HEADS_KV, d, dtype=BF16)
+    codes, of_v = ATTENTION[fmt]
+    v = meta(*((HEADS_KV, d, ROWS) if of_v == E4M3 else (ROWS, HEADS_KV, d)), dtype=of_v)
     listed = map_heads * blocks * blocks
     return {
         "q": meta(ROWS, HEADS_Q, d, dtype=codes),
@@ -216,9 +216,9 @@ def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bo
         "scale": d**-0.5,
         "bounded": bounded,
         "flag": None,
-        "q_scale": {"bf16": None, "int8_qk": meta(ROWS, HEADS_Q), "fp8": meta(blocks)}[fmt],
-        "k_scale": {"bf16": None, "int8_qk": meta(HEADS_KV, blocks), "fp8": meta(blocks)}[fmt],
-        "v_scale": meta(HEADS_KV, blocks) if fmt == "fp8" else None,
+        "q_scale": {BF16: None, INT8: meta(ROWS, HEADS_Q), E4M3: meta(blocks)}[codes],
+        "k_scale": {BF16: None, INT8: meta(HEADS_KV, blocks), E4M3: meta(blocks)}[codes],
+        "v_scale": meta(HEADS_KV, blocks) if of_v == E4M3 else None,
         "gate": meta(ROWS, HEADS_Q),
         "out_scale": meta(1) if fp8_out else None,
         "return_lse": lse,

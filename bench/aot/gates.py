@@ -12,14 +12,14 @@ from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, tab
 MOST_REGISTERS = 255
 KEEP_NAN = ("linear", "qkv", "row_quantization")
 """Launch tables of kernels whose every minimum and maximum of float32 must keep NaN."""
-CLAMPS = re.compile("swiglu7|gelu7|fp8 out|int8 out|int8_qk out|Hadamard")
+CLAMPS = re.compile("swiglu7|gelu7|fp8 out|int8 out|int8_qk out|fp8_v out|Hadamard")
 """In the details of those that have one."""
 MAY_SPILL = {("qkv", 100), ("qkv", 120), ("attention", 100)}
 """Launch tables that have no configuration without spills for an architecture yet; never sm_90."""
 EXPONENTS = 64
 """Exponents of a thread per step of attention's Hopper kernel: 64 x 128 by 128 threads."""
 TURNS = {False: 4, True: 6}
-"""In its loops: of two groups, each in its loop over full blocks, where e4m3 has two, and that over partial ones."""
+"""In its loops: of two groups, each in its loop over full blocks, where e4m3 P has two, and that over partial ones."""
 BEHIND_PV = 112
 """Instructions that may stand between PV and the next QK in e4m3, where PV is added to the accumulator: 64 and 48."""
 GROUP_THREADS = 256
@@ -28,7 +28,14 @@ GROUPS, SLOT_PRODUCTS, STORES = 2, 4, 16
 """Of a product with its epilogue beside: groups that multiply, a slot's products of 32 bytes, and a group's STSM."""
 RESERVED = 4
 """Named barriers that Triton may use for itself in a kernel of three partitions."""
-PRODUCTS = {"bf16": ("bf16",), "int8": ("int8",), "fp8": ("fp8",), "int8_qk": ("bf16", "int8"), "none": ()}
+PRODUCTS = {
+    "bf16": ("bf16",),
+    "int8": ("int8",),
+    "fp8": ("fp8",),
+    "int8_qk": ("bf16", "int8"),
+    "int8_qk_fp8_v": ("int8", "fp8"),
+    "none": (),
+}
 """Products of a kernel -> formats that are multiplied in it."""
 TENSOR_CORES = {
     90: {"bf16": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA"},
@@ -168,7 +175,7 @@ def problems(row: Row) -> list[str]:
     time.
     """
     found, config = [], row.config
-    fp8 = row.products.startswith("fp8")
+    fp8 = "fp8" in PRODUCTS[row.products]
     if (why := illegal(config, row.arch, fp8=fp8, shared_bytes=row.shared)) is not None:
         found.append(why)
     if (row.num_warps, row.num_stages) != (config.num_warps, config.num_stages):

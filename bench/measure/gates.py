@@ -29,6 +29,7 @@ from happyhorse_fast.ops.linear.contract import ACTIVATIONS
 from happyhorse_fast.ops.qkv.contract import RESULTS
 from happyhorse_fast.ops.qkv.reference import epilogue
 from happyhorse_fast.ops.quantize import dequantize, hadamard, to_e4m3, token_order
+from happyhorse_fast.ops.runtime.formats import uses_e4m3
 
 # An e4m3 output is 3.5e-4 from the exact value by its own rounding, whatever its scale (docs/OPS.md, number formats); a
 # scale that is 4 % off is 8e-4 away.
@@ -240,13 +241,15 @@ def _attention(case: Case, given: Given, results: tuple[Tensor, ...], rows: slic
     block_map: BlockMap = given["block_map"]
     mask = row_mask(block_map, head % block_map.heads, block)
     q, k, v = given["q"][rows, heads].double(), given["k"][:, head].double(), given["v"]
+    fp8_v = uses_e4m3(case.precision)
     if case.precision == "fp8":
         q = q * given["q_scale"][block].double()
         k = k * given["k_scale"].double().repeat_interleave(BLOCK)[: len(k), None]
+    if fp8_v:
         v = (token_order(v[head]).double() * given["v_scale"][head].double().repeat_interleave(BLOCK)).T[: len(k)]
     else:
         v = v[:, head].double()
-    if case.precision == "int8_qk":
+    if given["q"].dtype == torch.int8:
         q = q * given["q_scale"][rows, heads, None].double()
         k = k * given["k_scale"][head].double().repeat_interleave(BLOCK)[: len(k), None]
     scores = (torch.einsum("qgd,kd->qgk", q, k) * given["scale"]).masked_fill(~mask[:, None], -torch.inf)
@@ -254,7 +257,7 @@ def _attention(case: Case, given: Given, results: tuple[Tensor, ...], rows: slic
     if "gate" in given:
         exact = exact * given["gate"][rows, heads].double()[..., None]
     out = results[0][rows, heads]
-    if case.precision == "fp8":
+    if fp8_v:
         values = dequantize(out, results[1], torch.float64)
         yield f"out, head {head}", values, exact, ATTENTION_FP8_DISTANCE, CODE_SLOPE
     else:

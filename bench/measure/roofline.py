@@ -11,7 +11,7 @@ import torch
 from bench.cases import FULL_SIZES, SMALL_SIZE, cases_of
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Call, Stopwatch
-from happyhorse_fast.costs import GPUS, Gpu
+from happyhorse_fast.costs import GPUS, Gpu, rate_of
 
 MEASURED = "measured"
 """Source of ceilings that are not a maker's."""
@@ -42,13 +42,11 @@ class Peaks:
     int8: float | None = None
 
     def rate(self, precision: str) -> float:
-        """TFLOP/s in ``"bf16"``, ``"int8"``, ``"fp8"`` or ``"int8_qk"`` (half int8, half bf16).
-
-        Without 8 bits it is that of bf16.
-        """
+        """TFLOP/s in ``"bf16"``, ``"int8"``, ``"fp8"`` or a format of attention; without 8 bits that of bf16."""
         fp8 = self.fp8 or self.bf16
-        int8 = self.int8 or fp8
-        return {"bf16": self.bf16, "int8": int8, "int8_qk": 2 / (1 / int8 + 1 / self.bf16), "fp8": fp8}[precision]
+        rate = rate_of(precision, {"bf16": self.bf16, "int8": self.int8 or fp8, "fp8": fp8})
+        assert rate is not None
+        return rate
 
     def rates(self) -> dict[str, float]:
         """TFLOP/s by format, those that are known."""

@@ -154,6 +154,7 @@ FORMS = {
     "fast fp8": "fast fp8, attention fp8",
     "fast fp8 linear": "fast fp8, attention bf16",
     "fast fp8 int8_qk": "fast fp8, attention int8_qk (the default of fp8)",
+    "fast fp8 int8_qk_fp8_v": "fast fp8, attention int8_qk_fp8_v",
 }
 KERNELS = {"triton": "plain Triton", "hopper": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
 """Names of kernels in tables, of ops as of a clip's attention."""

@@ -101,11 +101,11 @@ HH_SHARED_FUNCTION u32 pack_e4m3(float a, float b, float c, float d) {
          static_cast<u32>(to_e4m3(c).bits) << 16 | static_cast<u32>(to_e4m3(d).bits) << 24;
 }
 
-// Returns the scale of codes, value = code * scale, the largest of which is E4M3_MAX or INT8_LIMIT. It is 1 for zeros,
-// and instead of scales below 2^-126, whose reciprocal may be infinite. NaN stays NaN.
+// Returns the scale of codes, value = code * scale, the largest of which is E4M3_MAX or INT8_LIMIT. It is at least
+// 2^-96, for zeros too: float32 has its reciprocal, and sums of P over it. NaN stays NaN.
 HH_SHARED_FUNCTION float scale_of(float amax, float largest) {
   const float scale = amax * (1.0f / largest);
-  return scale < 0x1p-126f ? 1.0f : scale;
+  return scale < 0x1p-96f ? 0x1p-96f : scale;
 }
 
 // Rounds to the nearest integer, ties to even, and clamps to +-127. Adding 1.5 * 2^23 leaves the integer in the lowest

@@ -24,10 +24,10 @@ struct QkNormRopeParams {
   const float* qk_scale;      // [E, 2] in FP8
   void* q;                    // [N, Hq, D]
   void* k;                    // [N, Hkv, D]
-  void* v;                    // [N, Hkv, D] bf16, or e4m3 [Hkv, D, 128 blocks] in FP8
+  void* v;                    // [N, Hkv, D] bf16, or e4m3 [Hkv, D, 128 blocks] with v_scale
   float* q_scale;             // [N, Hq] in INT8, [blocks] in FP8
   float* k_scale;             // [Hkv, blocks] in INT8, [blocks] in FP8
-  float* v_scale;             // [Hkv, blocks] in FP8
+  float* v_scale;             // [Hkv, blocks], or null: v in bf16
   float* gate;                // [N, Hq]
   RowTiles rows;
   i64 product_stride;  // elements between rows
@@ -36,7 +36,7 @@ struct QkNormRopeParams {
   int heads_q;
   int heads_kv;
   int head_dim;  // 32, 64 or 128
-  int format;    // of q and k; v is e4m3 in FP8 alone
+  int format;    // of q and k
 };
 
 // Calls function<D, VALUES>(...) of the launch: its head dim, and the elements in 16 bytes of its product.
@@ -112,7 +112,7 @@ HH_DEVICE void finish_row(const QkNormRopeParams& p, int expert, i64 row) {
   const u8* const product = product_row<VALUES>(p, row);
   const float row_scale = VALUES == 4 ? p.row_scale[row] : 1.0f;
   const RowOfHeads<D, VALUES> held(p, expert, row, channel);
-  const int heads_qk = p.heads_q + p.heads_kv, heads = p.format == FP8 ? heads_qk : heads_qk + p.heads_kv;
+  const int heads_qk = p.heads_q + p.heads_kv, heads = p.v_scale ? heads_qk : heads_qk + p.heads_kv;
   // quantize_k makes the codes of k in int8.
   const auto is_mine = [&](int head) {
     return head < heads && !(p.format == INT8 && head >= p.heads_q && head < heads_qk);
@@ -279,7 +279,7 @@ HH_DEVICE void transpose_v(const QkNormRopeParams& p, const RowTile& tile, unsig
   const float scale = scale_of(block_max(largest, warp_largest), E4M3_MAX), inverse = 1.0f / scale;
   const int block = tile.first / ROW_TILE;
   if (thread == 0) p.v_scale[head * p.blocks + block] = scale;
-  if (thread == 0 && head == 0) {
+  if (thread == 0 && head == 0 && p.format == FP8) {
     p.q_scale[block] = p.qk_scale[2 * tile.expert];
     p.k_scale[block] = p.qk_scale[2 * tile.expert + 1];
   }

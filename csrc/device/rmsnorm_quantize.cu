@@ -95,18 +95,11 @@ HH_KERNEL_OF_BLOCKS(rmsnorm_quantize, RmsnormQuantizeParams, MAX_THREADS, 3) {
   const float scale = p.format == INT8 ? scale_of(largest, INT8_LIMIT) : scale_of(largest, E4M3_MAX);
   if (threadIdx.x == 0) p.scale[row] = scale;
   u32* const out = reinterpret_cast<u32*>(static_cast<u8*>(p.x) + row * p.channels);
-  if (p.format == INT8) {
-    const float inverse_scale = 1.0f / scale;
-    each([&](int i, int at) {
-      if (at >= vectors) return;
-      const float4 y = held[i];
-      out[at] = pack_int8(y.x * inverse_scale, y.y * inverse_scale, y.z * inverse_scale, y.w * inverse_scale);
-    });
-    return;
-  }
+  const float by = 1.0f / scale;
   each([&](int i, int at) {
     if (at >= vectors) return;
     const float4 y = held[i];
-    out[at] = pack_e4m3(y.x / scale, y.y / scale, y.z / scale, y.w / scale);
+    out[at] = p.format == INT8 ? pack_int8(y.x * by, y.y * by, y.z * by, y.w * by)
+                               : pack_e4m3(y.x * by, y.y * by, y.z * by, y.w * by);
   });
 }

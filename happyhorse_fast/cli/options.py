@@ -19,7 +19,9 @@ ConfigOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="Such as cuda, cuda:1 or cpu; auto: cuda where there is one.")]
 AttentionOption = Annotated[
     str | None,
-    typer.Option(help="Of the fast forms: attention in bf16, int8_qk or fp8; left out, FastConfig's default."),
+    typer.Option(
+        help="Of the fast forms: attention in bf16, int8_qk, int8_qk_fp8_v or fp8; left out, FastConfig's default."
+    ),
 ]
 
 ShardOption = Annotated[

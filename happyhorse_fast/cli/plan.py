@@ -42,7 +42,9 @@ def plan(
     precision: Annotated[str, typer.Option(help="bf16, int8 or fp8.")] = "bf16",
     attention: Annotated[
         str | None,
-        typer.Option(help="Precision of attention: bf16, int8_qk or fp8; by default as FastConfig's on an H100."),
+        typer.Option(
+            help="Precision of attention: bf16, int8_qk, int8_qk_fp8_v or fp8; by default as FastConfig's on an H100."
+        ),
     ] = None,
     gpu: Annotated[str, typer.Option(help=f"Peaks to plan with: {', '.join(GPUS)}.")] = "h100",
     gpus: Annotated[

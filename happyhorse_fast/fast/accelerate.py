@@ -25,6 +25,7 @@ from happyhorse_fast.fast.refusals import require_acceleratable
 from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.dispatch import Choice, choose, compute_capability, is_hopper
+from happyhorse_fast.ops.runtime.formats import uses_e4m3
 from happyhorse_fast.parallel.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -201,8 +202,8 @@ class Explanation:
     Attributes:
         layer: Layer number.
         op: The op.
-        precision: ``"bf16"``, ``"int8"``, ``"fp8"`` or ``"int8_qk"``, of the product the op is or feeds; eager:
-            the compute dtype.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"``, of the product the op is or feeds; of attention one of
+            `quantize.ATTENTION`; eager: the compute dtype.
         backend: The implementation, or ``"eager"``.
         mask: For attention: ``"dense"``, ``"window"`` or the sparsity policy.
         reason: Why this implementation, and why not a faster one; of attention also which softmax it has, and why.
@@ -290,7 +291,7 @@ def _in_hopper(layer: FastLayer, op: str, precision: str) -> bool:
 def _softmax(layer: FastLayer) -> str:
     """Which softmax the layer's attention has, and why; on a GPU with a kernel for Hopper, also which kernel runs."""
     precision = layer.plan.precision["attention"]
-    e4m3 = precision == "fp8"
+    e4m3 = uses_e4m3(precision)
     said = "running maximum, which P in e4m3 needs" if e4m3 else layer.bound.softmax
     if _in_hopper(layer, "block_sparse_attention", precision):
         if e4m3 or layer.bound.effective <= LIMIT:

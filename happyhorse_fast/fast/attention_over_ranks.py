@@ -48,9 +48,8 @@ def attention_over_ranks(
     del v
     coming.append(ulysses.heads_of_rows(k))
     del k
-    of_tiles = v_scale if e4m3 else k_scale if int8 else None
-    if of_tiles is not None:
-        coming.append(ulysses.heads_of_columns(of_tiles, BLOCK))
+    of_tiles = (k_scale if int8 else None, v_scale)
+    coming += [ulysses.heads_of_columns(x, BLOCK) for x in of_tiles if x is not None]
     by_row = [q, gate, q_scale] if int8 else [q, gate]
     del gate
     queries = [ulysses.heads_of_rows(x, groups, 0) for x in by_row if x is not None]
@@ -72,7 +71,7 @@ def attention_over_ranks(
                 values[head] if e4m3 else values[:, head],
                 here[2] if int8 else q_scale,
                 scales[0][head] if int8 else k_scale,
-                scales[0][head] if e4m3 else None,
+                scales[-1][head] if e4m3 else None,
                 here[1],
             ),
             out_scale=out_scale,

@@ -7,14 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from happyhorse_fast.arguments import real_number, require_whole, whole_number
 from happyhorse_fast.config import OPS, ModelConfig
 from happyhorse_fast.fast.calibration import ATTENTION, read_skip
 
 Precision = Literal["bf16", "int8", "fp8"]
-AttentionPrecision = Literal["bf16", "int8_qk", "fp8"]
+AttentionPrecision = Literal["bf16", "int8_qk", "int8_qk_fp8_v", "fp8"]
 MLP_ROWS = {"bf16": 65536, "int8": 32768, "fp8": 65536}
 """Default rows in the MLP at once: in int8 its activations are there in bf16 and as codes."""
 INT8_MEASURED_UNTIL = 90
@@ -108,9 +108,9 @@ class FastConfig:
             pictures 11 to 14 dB closer to float32 than e4m3; it runs on every GPU with tensor cores for it, sm_80 on,
             but is not measured on sm_100 and sm_120, where Triton takes the instructions of sm_80.
         attention: Of attention, whatever ``precision`` is: ``"bf16"``; ``"int8_qk"`` (scores of int8 codes with a scale
-            per token and head of q and per 128 tokens and head of k, the weighted sum in bf16); or ``"fp8"`` (all in
-            e4m3), whose loss depends on the model and the length of the sequence
-            (docs/decisions/0015-int8-beside-e4m3.md). None: :func:`default_attention`.
+            per token and head of q and per 128 tokens and head of k, the weighted sum in bf16); ``"int8_qk_fp8_v"``
+            (such scores, the weighted sum in e4m3); or ``"fp8"`` (all in e4m3), whose loss depends on the model and the
+            length of the sequence (docs/decisions/0015-int8-beside-e4m3.md). None: :func:`default_attention`.
         sparsity: ``None``: exact: dense, and the trained window in local layers. Or a training-free policy for video
             queries; audio and text stay dense as queries and are kept as keys in every row.
         skip: Products that stay in bf16 all the same: ``"attention"``, ``"down:0-3,36-39"``, ``"*:0"``; a tuple.
@@ -143,7 +143,7 @@ class FastConfig:
     def __post_init__(self) -> None:
         allowed = {
             "precision": ("bf16", "int8", "fp8"),
-            "attention": ("bf16", "int8_qk", "fp8"),
+            "attention": get_args(AttentionPrecision),
             "backend": ("auto", "triton", "cuda", "reference"),
             "originals": ("cpu", "drop"),
         }
@@ -196,9 +196,10 @@ class FastConfig:
         rules: list[str] = []
         if wanted.precision != "bf16":
             rules += [rule for rule in lists[wanted.precision] if not rule.startswith("attention")]
-        for precision, attention in ATTENTION.items():
-            if wanted.attention_format == attention:
-                rules += [rule for rule in lists[precision] if rule.startswith("attention")]
+        if wanted.attention_format != "bf16":
+            # The list of all in e4m3 also serves v alone in e4m3, which loses less.
+            of_attention = lists["int8" if wanted.attention_format == ATTENTION["int8"] else "fp8"]
+            rules += [rule for rule in of_attention if rule.startswith("attention")]
         try:
             found = replace(wanted, skip=(*wanted.skip, *rules))
             found.require_model(config)

@@ -23,7 +23,7 @@ class LayerPlan:
         num_heads_q: Hq.
         num_heads_kv: Hkv.
         head_dim: D.
-        precision: ``"bf16"``, ``"int8"``, ``"fp8"`` or (attention) ``"int8_qk"`` for each of ``OPS``.
+        precision: ``"bf16"``, ``"int8"`` or ``"fp8"`` for each of ``OPS``; of attention one of `quantize.ATTENTION`.
         backend: ``"triton"``, ``"cuda"`` or ``"reference"`` for each op stem's function.
     """
 

@@ -9,11 +9,13 @@ import torch
 BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
-SMALLEST_SCALE = 2.0**-126
-"""Below it 1 / scale may be infinite in float32."""
+SMALLEST_SCALE = 2.0**-96
+"""As of `kernels.numerics`, which says why."""
 FORMATS = {BF16: "bf16", INT8: "int8", E4M3: "fp8"}
 """Formats of operands and their names; CUDA kernels number them in this order."""
 DTYPES = {name: dtype for dtype, name in FORMATS.items()}
+ATTENTION = {"bf16": (BF16, BF16), "int8_qk": (INT8, BF16), "int8_qk_fp8_v": (INT8, E4M3), "fp8": (E4M3, E4M3)}
+"""Formats of attention -> dtypes of its q and k, and of its v, which is P's too."""
 HADAMARD = 64
 """Neighbouring channels that :func:`hadamard` mixes."""
 
@@ -26,11 +28,9 @@ def code_scale(amax: torch.Tensor, largest: float) -> torch.Tensor:
         largest: :data:`E4M3_MAX` or :data:`INT8_MAX`.
 
     Returns:
-        amax * (1 / largest) in float32; 1 where that is below 2^-126: a row of zeros, or one whose scale would have no
-        reciprocal. NaN stays, which no code of int8 could say.
+        amax * (1 / largest) in float32, at least 2^-96, of zeros too. NaN stays, which no code of int8 could say.
     """
-    scale = amax.float() * (1.0 / largest)
-    return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
+    return (amax.float() * (1.0 / largest)).clamp(min=SMALLEST_SCALE)
 
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def e4m3_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         codes [..., K] e4m3, scale [...] float32.
     """
     scale = code_scale(x.float().abs().amax(dim=-1), E4M3_MAX)
-    return to_e4m3(x.float() / scale[..., None]), scale
+    return to_e4m3(x.float() * (1 / scale)[..., None]), scale
 
 
 def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

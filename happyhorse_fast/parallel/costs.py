@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.tokens import ClipTokens
 
-# Bytes of an element of q and k, of v, and of the float32 scales per query row and head.
-_FORMATS = {"bf16": (2, 2, 0), "int8_qk": (1, 2, 4), "fp8": (1, 1, 0)}
+# Bytes of an element of q and k, of v, and of the float32 scales per query row and head; scales of a head's tile.
+_FORMATS = {"bf16": (2, 2, 0, 0), "int8_qk": (1, 2, 4, 1), "int8_qk_fp8_v": (1, 1, 4, 2), "fp8": (1, 1, 0, 1)}
 _GATE_BYTES = 4
 _TILE = 128
 
@@ -75,17 +75,17 @@ def layer_exchange(
         ranks: P.
         text: Text tokens.
         precision: Of the products; in ``"fp8"`` attention's output is e4m3.
-        attention: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        attention: One of `quantize.ATTENTION`.
 
     Raises:
         ValueError: An attention there is not.
     """
     if attention not in _FORMATS:
         raise ValueError(f"attention must be one of {', '.join(_FORMATS)}; got {attention!r}")
-    of_qk, of_v, of_scale = _FORMATS[attention]
+    of_qk, of_v, of_scale, of_tile = _FORMATS[attention]
     q, kv, d = config.num_heads_q, config.num_heads_kv, config.head_dim
     rows = clip.total(text) / ranks * (ranks - 1) / ranks
-    tiles = {"bf16": 0, "int8_qk": kv, "fp8": kv}[attention] * 4 / _TILE
+    tiles = of_tile * kv * 4 / _TILE
     keys = rows * (kv * d * (of_qk + of_v) + tiles)
     queries = rows * q * (d * of_qk + _GATE_BYTES + of_scale)
     outputs = rows * q * d * (1 if precision == "fp8" else 2)

@@ -79,10 +79,16 @@ def policies(*, quick: bool = False) -> tuple[Policy, ...]:
             for op in OPS
         ),
         Policy("all but attention", "int8", fast(precision="int8")),
-        Policy("all, attention int8_qk", "int8", fast(precision="int8", attention="int8_qk")),
+        *(
+            Policy(f"all, attention {attention}", "int8", fast(precision="int8", attention=attention))
+            for attention in ("int8_qk", "int8_qk_fp8_v")
+        ),
         Policy("all but qkv and attention", "fp8", fast(precision="fp8", skip=("qkv",))),
         Policy("all but attention", "fp8", fast(precision="fp8")),
-        Policy("all, attention int8_qk", "fp8", fast(precision="fp8", attention="int8_qk")),
+        *(
+            Policy(f"all, attention {attention}", "fp8", fast(precision="fp8", attention=attention))
+            for attention in ("int8_qk", "int8_qk_fp8_v")
+        ),
         Policy("all", "fp8", fast(precision="fp8", attention="fp8")),
         sparse("exact window", None),
         *(sparse(f"top-k {share:.3g}", TopK(share)) for share in (0.5, 0.25, 0.125)),

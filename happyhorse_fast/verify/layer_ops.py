@@ -25,7 +25,17 @@ from happyhorse_fast.ops.attention.reference import output_scale
 from happyhorse_fast.ops.linear.contract import static_scale
 from happyhorse_fast.ops.qkv.packing import rotary_permutation
 from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_v
-from happyhorse_fast.ops.quantize import dequantize, int8_rows, quantize_static, to_e4m3, token_order
+from happyhorse_fast.ops.quantize import (
+    ATTENTION,
+    BF16,
+    E4M3,
+    INT8,
+    dequantize,
+    int8_rows,
+    quantize_static,
+    to_e4m3,
+    token_order,
+)
 
 OPS = ("norm", "qkv", "attention", "proj", "up", "down")
 """``norm`` is the one before QKV; ``qkv`` and ``up`` start from the residual stream, so they hold their norm too."""
@@ -167,7 +177,7 @@ class FastOps:
         Its own error: with the rounding points of the kernels, over the exact mask, its result rounded to bf16.
 
         Args:
-            precision: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+            precision: One of `quantize.ATTENTION`.
         """
         return self._changed({"block_sparse_attention": "reference"}, attention=precision, proj="bf16")._attention()
 
@@ -208,27 +218,28 @@ class FastOps:
 
     def _norm_and_qkv(self) -> tuple[torch.Tensor, ...]:
         """norm [N, C]; q [N, Hq, D], k and v [N, Hkv, D], gate [N, Hq] of its codes."""
-        tiles, out = self._tiles, self.layer.plan.precision["attention"]
+        tiles = self._tiles
         x = self.layer.norm(self._rows(self.given.hidden), "qkv", tiles)
         codes: Any = self.layer.qkv(x, self.state.cos_sin, tiles)
         q, k, v = codes.q.float(), codes.k.float(), codes.v
-        if out == "int8_qk":
+        if codes.q.dtype == INT8:
             q, k = q * codes.q_scale[..., None], k * _each_row(codes.k_scale)[:, : len(k)].T[..., None]
-        elif out == "fp8":
+        elif codes.q.dtype == E4M3:
             scales = (codes.q_scale, codes.k_scale)
             q, k = (x * _each_row(scale)[: len(x), None, None] for x, scale in zip((q, k), scales, strict=True))
+        if v.dtype == E4M3:
             v = (token_order(v).float() * _each_row(codes.v_scale)[:, None]).permute(2, 0, 1)
         published = torch.argsort(rotary_permutation(self.layer.plan.head_dim)).to(q.device)
         q, k = (x[self.state.token_rows][..., published] for x in (q, k))
         return self._values(x), q, k, v.float()[self.state.token_rows], codes.gate[self.state.token_rows]
 
     def _attention(self) -> torch.Tensor:
-        out = self.layer.plan.precision["attention"]
+        of_qk, of_v = ATTENTION[self.layer.plan.precision["attention"]]
         q, k, v, gate = (self._rows(x) for x in (self.exact.q, self.exact.k, self.exact.v, self.exact.gate))
         q_scale = k_scale = v_scale = None
-        if out == "bf16":
+        if of_qk == BF16:
             q, k = q.bfloat16(), k.bfloat16()
-        elif out == "int8_qk":
+        elif of_qk == INT8:
             q, q_scale = int8_rows(q)
             k, k_scale = quantize_k(k)
             k_scale = k_scale.contiguous()
@@ -236,8 +247,10 @@ class FastOps:
             of_blocks = self.layer.qk_scale.index_select(0, self._tiles[:, 0])  # as the epilogue of QKV gives them
             q_scale, k_scale = of_blocks.T.contiguous()
             q, k = (to_e4m3(x / _each_row(scale)[: len(x), None, None]) for x, scale in ((q, q_scale), (k, k_scale)))
+        if of_v == E4M3:
             v, v_scale = quantize_v(v)
-        v = v if out == "fp8" else v.bfloat16()
+        else:
+            v = v.bfloat16()
         return self._values(self.layer.attend(AttentionInputs(q, k, v, q_scale, k_scale, v_scale, gate), self.state))
 
     def _up(self) -> torch.Tensor:

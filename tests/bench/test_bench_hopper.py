@@ -49,7 +49,7 @@ def test_hopper_warps_are_an_implementation_of_their_own_whatever_the_table_says
     attention, norm = select(TINY, "window/tiny/bf16,quantize/tiny/bf16")
     assert implementations(attention, "triton", [HOPPER, "cuda"]) == ["triton", HOPPER, "cuda"]
     assert implementations(norm, "triton", [HOPPER, "cuda"]) == ["triton", "cuda"]
-    int8, chosen = select(TINY, "window/tiny/int8_qk,select_blocks-25%/tiny/int8_qk")
+    int8, _, chosen = select(TINY, "window/tiny/int8_qk,select_blocks-25%/tiny/int8_qk")
     _, found = select(TINY, "attention-dense/tiny/bf16")
     for case in (int8, found):
         assert implementations(case, "triton", [HOPPER, "cuda"]) == ["triton", HOPPER]

@@ -181,12 +181,13 @@ def test_attention_says_which_softmax_ran_and_without_a_known_bound_takes_turns_
     entries = ops.run(bench, select(TINY, "attention-dense/tiny"), FOREVER)
     assert {entry["case"]: entry["softmax"] for entry in entries} == {
         "block_sparse_attention-dense/tiny/fp8": "running maximum",
+        "block_sparse_attention-dense/tiny/int8_qk_fp8_v": "running maximum",
         "block_sparse_attention-dense/tiny/int8_qk": "bounded",
         "block_sparse_attention-dense/tiny/bf16": "bounded",
         "attention-dense/tiny/bf16": "bounded, found on the device",
     }
     assert all(comparable(entries[0], entry) for entry in entries)
-    assert [set(entry["peers"]) for entry in entries] == [{"eager"}] * 3 + [set()], "eager's gate is work of its own"
+    assert [set(entry["peers"]) for entry in entries] == [{"eager"}] * 4 + [set()], "eager's gate is work of its own"
 
 
 def test_softmax_is_said_as_it_runs_not_as_it_should():

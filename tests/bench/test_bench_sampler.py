@@ -37,6 +37,7 @@ def test_the_sampler_runs_every_mode_mask_and_cap_of_the_issue():
         "fast int8": ("int8", "int8_qk"),
         "fast fp8 linear": ("fp8", "bf16"),
         "fast fp8 int8_qk": ("fp8", "int8_qk"),
+        "fast fp8 int8_qk_fp8_v": ("fp8", "int8_qk_fp8_v"),
         "fast bf16": ("bf16", "bf16"),
         "eager": None,
         "torch.compile": None,
@@ -149,10 +150,10 @@ def test_runs_are_chosen_by_parts_of_their_names_in_that_order():
     for words, modes in (("fast fp4", ""), ("", "fast fp4")):
         with pytest.raises(ValueError, match="got 'fast fp4'"):
             sampler_runs.chosen(words, modes)
-    first = [(r.mode, r.mask, r.cap_gb) for r in list(sampler_runs.runs())[:10]]
+    first = [(r.mode, r.mask, r.cap_gb) for r in list(sampler_runs.runs())[:11]]
     assert first[:2] == [("fast fp8", "exact", None), ("fast fp8", "25%", None)]
     assert {mode for mode, mask, _ in first[:4] if mask == "exact"} == {
-        f"fast fp8{a}" for a in ("", " linear", " int8_qk")
+        f"fast fp8{a}" for a in ("", " linear", " int8_qk_fp8_v")
     }
     assert {cap for _, _, cap in first} == {None, 24, 48, 80}
 

@@ -75,7 +75,7 @@ def test_a_name_that_the_locale_lacks_is_printed_in_escapes(encoding: str) -> No
         (["plan", "--preset", "pony-express"], "preset must be one of"),
         (["plan", "--gpu", "tpu"], "gpu must be one of h100"),
         (["plan", "--precision", "fp8", "--gpu", "a100"], "a100 has no fp8 tensor cores"),
-        (["plan", "--attention", "fp8_qk"], "attention must be one of bf16, int8_qk, fp8; got 'fp8_qk'"),
+        (["plan", "--attention", "fp8_qk"], "attention must be one of bf16, int8_qk, int8_qk_fp8_v, fp8; got 'fp8_qk'"),
         (["plan", "--attention", "fp8", "--gpu", "a100"], "a100 has no fp8 tensor cores"),
         (["plan", "--steps", "0"], "steps must be at least 1, got 0"),
         (["plan", "--decoder", "turbo"], "--decoder must come with --pipeline, got none"),

@@ -48,7 +48,7 @@ def test_attention_of_the_fast_forms_is_what_is_asked_for(monkeypatch):
     assert set(asked) == {("int8_qk", 2)}
     asked.clear()
     with pytest.raises(
-        ValueError, match="attention must be one of bf16, int8_qk, fp8; got 'fp8_qk'; int8_qk is in its"
+        ValueError, match="attention must be one of bf16, int8_qk, int8_qk_fp8_v, fp8; got 'fp8_qk'; int8_qk is in its"
     ):
         time_forms(LAYERS, CLIP, text=8, repeats=1, device=CPU, attention="fp8_qk")
     assert not asked, "eager passes were timed before"

@@ -39,6 +39,9 @@ class DType:
     def primitive_bitwidth(self) -> int:
         return FORMATS[self.torch]
 
+    def is_int(self) -> bool:
+        return not self.torch.is_floating_point
+
 
 class Value(torch.Tensor):
     """A tensor in registers; casts as the hardware's, of kernels that rely on neither saturation nor NaN."""

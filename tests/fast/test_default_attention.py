@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_by_products_and_gpu(arch: int | None) -> None:
         assert fast.on(arch).attention == default_attention(precision, arch) == wanted
         assert fast.attention is None and fast.on(arch).skip == fast.skip
         assert fast.on(arch).precision_of("attention", 1) == "bf16"
-    formats: tuple[AttentionPrecision, ...] = ("bf16", "int8_qk", "fp8")
+    formats: tuple[AttentionPrecision, ...] = get_args(AttentionPrecision)
     for attention in formats:
         assert FastConfig(precision="fp8", attention=attention).on(arch).attention == attention
 

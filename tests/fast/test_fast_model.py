@@ -68,9 +68,11 @@ def test_bf16_within_twice_eagers_own_error(name: str, backend: str) -> None:
     [
         ("local_v1_fp32", "reference", "fp8"),
         ("postnorm_v2_fp32", "reference", "bf16"),
+        ("local_v1_fp32", "reference", "int8_qk_fp8_v"),
         ("postnorm_v2_fp32", "cuda", "bf16"),
         pytest.param("local_d128_fp32", "triton", "fp8", marks=pytest.mark.slow),
         pytest.param("dense_v2_fp32", "triton", "int8_qk", marks=pytest.mark.slow),
+        pytest.param("local_d128_fp32", "triton", "int8_qk_fp8_v", marks=pytest.mark.slow),
     ],
 )
 def test_fp8_error_is_as_stated(name: str, backend: str, attention: Any) -> None:
@@ -366,7 +368,7 @@ def test_plain_attention_on_a_gpu_is_announced_before_weights_are_packed(monkeyp
 
 @pytest.mark.quick(3)
 @pytest.mark.parametrize("sparsity", [TopK(0.25), TopP(0.3), Tiles(0, 9, 9)])
-@pytest.mark.parametrize("attention", ["bf16", "int8_qk"])
+@pytest.mark.parametrize("attention", ["bf16", "int8_qk", "int8_qk_fp8_v"])
 def test_a_policy_applies_where_and_when_it_may(sparsity: Any, attention: Any) -> None:
     exact, inputs = several_blocks(FastConfig(attention=attention, backend="reference"))
     fast = FastConfig(

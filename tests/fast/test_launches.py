@@ -11,9 +11,9 @@ from happyhorse_fast.fast.launches import LaunchCounter, launches_per_layer
 from happyhorse_fast.ops.block_selection.contract import LAUNCHES
 
 EXACT, DYNAMIC = 9, 15
-# What fp8 has more: the largest of v and of the gate, and six launches that write one number each, for the scales of
+# What fp8 has more: the largest of v and of the gate, and four launches that write one number each, for the scales of
 # attention's output and of the activation's; 65 us of a layer's 120 ms, 50 of them for v (predicted).
-SCALES = 8
+SCALES = 6
 
 
 def most(fast):

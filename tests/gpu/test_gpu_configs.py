@@ -19,7 +19,9 @@ from happyhorse_fast.kernels.launch import HOPPER_ARCH, config_for, table
 from happyhorse_fast.ops import block_sparse_attention, fp8_linear, fp8_linear_activation, fp8_linear_residual
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
+from happyhorse_fast.ops.quantize import ATTENTION as FORMATS
 from happyhorse_fast.ops.quantize import E4M3_MAX, code_scale, e4m3_rows, int8_rows, quantize_static
+from happyhorse_fast.ops.runtime.formats import uses_e4m3
 from happyhorse_fast.ops.runtime.op_checks import attention_distance
 from happyhorse_fast.ops.runtime.triton.device import architecture
 
@@ -43,7 +45,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 def test_every_configuration_is_run_by_some_test() -> None:
     assert set(table("qkv")) == ELSEWHERE["qkv"]
     formats = {FORM.sub("", v).rpartition("_d")[0] for v in ATTENTION}
-    assert formats == {"bf16", "int8_qk", "fp8"}
+    assert formats == set(FORMATS)
     assert {v.rpartition("_")[2] for v in LINEAR} == {"plain", "residual", "swiglu7", "gelu7"}
 
 
@@ -94,7 +96,7 @@ def linear(moved: list[Any], epilogue: str, hidden: torch.Tensor, backend: str) 
 
 def forms(variant: str) -> tuple[bool, ...]:
     """Of the softmax that a configuration has: bounded or not."""
-    if variant.startswith("fp8"):
+    if uses_e4m3(variant):
         return (False,)
     return (True,) if variant.endswith("_hopper") else (False, True)
 
@@ -102,7 +104,11 @@ def forms(variant: str) -> tuple[bool, ...]:
 @pytest.mark.parametrize("lse", [False, True])
 @pytest.mark.parametrize(
     ("variant", "bounded"),
-    [(v, b) for v in (("bf16_d32", "int8_qk_d64_strided") if DRY else ATTENTION) for b in forms(v)],
+    [
+        (v, b)
+        for v in (("bf16_d32", "int8_qk_d64_strided", "int8_qk_fp8_v_d32") if DRY else ATTENTION)
+        for b in forms(v)
+    ],
 )
 def test_attention(variant: str, bounded: bool, lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arch = architecture(DEVICE)
@@ -122,19 +128,21 @@ def test_attention(variant: str, bounded: bool, lse: bool, monkeypatch: pytest.M
     values: dict[str, Any] = {name: (x if strided else x[..., :d].contiguous()) for name, x in wide.items()}
     blocks = rows // 128
     given: dict[str, Any] = {name: x.bfloat16() for name, x in values.items()}
-    if fmt == "int8_qk":
+    of_qk, of_v = FORMATS[fmt]
+    if of_qk == torch.int8:
         given |= {name: (values[name] * 30).round().clamp(-127, 127).to(torch.int8) for name in "qk"}
         given["q_scale"] = torch.linspace(0.02, 0.04, rows * heads["q"]).view(rows, -1)
         given["k_scale"] = torch.linspace(0.02, 0.04, heads["k"] * blocks).view(-1, blocks)
-    elif fmt == "fp8":
+    elif of_qk == E4M3:
         given |= {name: (values[name] * 50).clamp(-448, 448).to(E4M3) for name in "qk"}
         given |= {"q_scale": torch.full((blocks,), 0.01), "k_scale": torch.linspace(0.01, 0.02, blocks)}
+    if of_v == E4M3:
         given["v"] = (draw(5, 2, d, rows) * 50).clamp(-448, 448).to(E4M3)
         given["v_scale"] = torch.linspace(0.01, 0.02, 2 * blocks).view(2, blocks)
     block_map = BlockMap.from_ranges([(0, rows // 2), (rows // 2, rows)], [(0, rows - 50), (60, rows)], rows, rows)
     there = {name: x.to(DEVICE) for name, x in given.items()}
     if strided:
-        views = {name for name in "qkv" if not (fmt == "fp8" and name == "v")}
+        views = {name for name in "qkv" if not (of_v == E4M3 and name == "v")}
         there, given = ({n: x[..., :d] if n in views else x for n, x in both.items()} for both in (there, given))
     with poisoned():
         out, _, sums = block_sparse_attention(

@@ -41,7 +41,7 @@ def test_bf16_within_twice_eagers_own_error(name: str) -> None:
 
 
 @pytest.mark.skipif(DRY, reason="another 40 s per format in the interpreter; `make check` runs them")
-@pytest.mark.parametrize("attention", ["fp8", "int8_qk", "bf16"])
+@pytest.mark.parametrize("attention", ["fp8", "int8_qk_fp8_v", "int8_qk", "bf16"])
 @pytest.mark.parametrize("name", CASES)
 def test_fp8_error_is_as_stated(name: str, attention: Any) -> None:
     case = golden.load_case(name)

@@ -19,9 +19,10 @@ from attention_cases import (
     normed,
     problems,
     run,
+    with_e4m3_v,
 )
 from gluon_emulator import Emulated, EmulationError
-from hopper_bugs import BUGS, MASKED_FIRST, SUMS, WIDE_E4M3
+from hopper_bugs import BUGS, HIDDEN_BY_SCALE, MASKED_FIRST, SUMS, WIDE_E4M3
 
 from bench.hopper import running
 from happyhorse_fast.block_map import BlockMap
@@ -29,6 +30,7 @@ from happyhorse_fast.kernels import launch
 from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.score_bound import LIMIT, MARGIN, norm_bound
+from happyhorse_fast.ops.runtime.formats import uses_e4m3
 from happyhorse_fast.ops.runtime.triton.device import by_pointers, pretend
 
 BOUNDED = ("bf16", "int8_qk")
@@ -78,7 +80,7 @@ def test_taken_where_tiles_can_be_described(fmt, monkeypatch):
 @pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0)])
 def test_of_long_sequences_tensors_in_another_order_are_copied(fmt, order, monkeypatch):
     given = inputs(fmt)
-    names = "qk" if fmt == "fp8" else "qkv"
+    names = "qk" if uses_e4m3(fmt) else "qkv"
     apart = given | {name: given[name].permute(order).contiguous().permute(order) for name in names}
     expected = attention(given)[0]
     monkeypatch.setattr(launcher, "LONG", len(given["k"]))
@@ -86,7 +88,7 @@ def test_of_long_sequences_tensors_in_another_order_are_copied(fmt, order, monke
     assert launched(monkeypatch, apart) == ["hopper"]
     monkeypatch.setattr(launcher, "LONG", len(given["k"]) + 1)
     assert launched(monkeypatch, apart) == ["plain"]
-    if fmt != "fp8":  # with a maximum the Hopper kernel has no form
+    if not uses_e4m3(fmt):  # with a maximum the Hopper kernel has no form
         monkeypatch.setattr(launcher, "LONG", 1)
         assert launched(monkeypatch, apart, bound=math.inf) == ["plain"]
 
@@ -97,7 +99,7 @@ def test_a_row_of_nan_has_an_lse_of_nan(fmt):
     if fmt == "fp8":
         given["q"].view(torch.uint8)[3] = 0x7F
     else:
-        (given["q_scale"] if fmt == "int8_qk" else given["q"])[3] = torch.nan
+        given.get("q_scale", given["q"])[3] = torch.nan
     out, _, lse = attention(given, bound=LIMIT, return_lse=True)
     assert out[3].isnan().all() and lse[:, 3].isnan().all()
 
@@ -105,12 +107,12 @@ def test_a_row_of_nan_has_an_lse_of_nan(fmt):
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_without_a_bound_the_plain_kernel_keeps_a_maximum(fmt, monkeypatch):
     given = inputs(fmt)
-    e4m3 = fmt == "fp8"
+    e4m3 = uses_e4m3(fmt)
     assert launched(monkeypatch, given, bound=math.inf) == (["hopper"] if e4m3 else ["plain"])
     assert launched(monkeypatch, given, bound=LIMIT) == ["hopper"]
     assert launched(monkeypatch, given, bound=math.nextafter(LIMIT, math.inf)) == (["hopper"] if e4m3 else ["plain"])
-    found_on_the_device = {"bf16": ["hopper", "plain"], "int8_qk": ["plain"], "fp8": ["hopper"]}
-    assert launched(monkeypatch, given, bound=None) == found_on_the_device[fmt]
+    found_on_the_device = {"bf16": ["hopper", "plain"], "int8_qk": ["plain"]}
+    assert launched(monkeypatch, given, bound=None) == found_on_the_device.get(fmt, ["hopper"])
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -133,7 +135,7 @@ def test_taken_on_hopper_for_heads_of_128_and_nowhere_else():
     q, narrow = (torch.empty(256, 2, d, dtype=torch.bfloat16, device="meta") for d in (128, 64))
     int8, codes = q.to(torch.int8), q.to(torch.float8_e4m3fn)
     transposed = torch.empty(2, 128, 256, dtype=torch.float8_e4m3fn, device="meta")
-    for given in ((q, q, q), (int8, int8, q), (codes, codes, transposed)):
+    for given in ((q, q, q), (int8, int8, q), (int8, int8, transposed), (codes, codes, transposed)):
         with pretend(90):
             assert launcher.launch_config(*given, bounded=True).hopper
             assert launcher.launch_config(*given, bounded=True, lse=True).hopper
@@ -237,6 +239,24 @@ def test_one_huge_row_and_others_tiny(fmt):
         assert problems(given, MAP, attention(given, replace=MASKED_FIRST)[0], SCALE, backend="hopper")
 
 
+@pytest.mark.parametrize("bug", [None, *HIDDEN_BY_SCALE])
+def test_hidden_scores_count_for_nothing_however_small_their_scale(bug):
+    """Half of the rows see no key of a first block, whose scale times theirs is 0, and scores of -40 in the second."""
+    k = normed(200, 1, 32, 0)
+    k[128:] = k[128] + 1e-3 * k[128:]
+    norm = math.sqrt(40 * math.log(2) / SCALE)
+    q = -k[128].expand(128, 1, 32) * norm
+    k[:128] *= 1e-38
+    v = torch.randn(200, 1, 32, generator=torch.Generator().manual_seed(2))
+    given = formatted("int8_qk", q, k * norm, v) | with_e4m3_v(v)
+    block_map = BlockMap.from_ranges([(0, 64), (64, 128)], [(128, 200), (0, 100)], 128, 200)
+    if bug is None:
+        held(given, block_map)
+    else:
+        out = attention(given, block_map, replace=[HIDDEN_BY_SCALE[bug]])[0]
+        assert problems(given, block_map, out, SCALE, backend="hopper")
+
+
 @pytest.mark.parametrize("fmt", BOUNDED)
 def test_65536_equal_keys(fmt):
     """All P are the same, so the result is the mean of v however P was rounded."""
@@ -275,9 +295,9 @@ def planted(fmt, seed, replace, block_map=UNEVEN, slots=None, heads=(6, 2), d=32
     """Faults found of an output with bugs planted."""
     given = inputs(fmt, block_map.queries, heads=heads, d=d, m=block_map.keys, spread=3.0 * (32 / d) ** 0.5)
     by_block = torch.tensor([1.0, 0.25, 4.0, 1.0]).repeat(2)[: block_map.key_blocks]
-    if fmt == "fp8":
+    if uses_e4m3(fmt):
         given["v_scale"] *= by_block
-    if fmt == "int8_qk":
+    if given["q"].dtype == torch.int8:
         given["k_scale"] *= by_block / 4
     try:
         out = attention(given, block_map, seed, replace, slots=slots)[0]

@@ -14,6 +14,8 @@ from happyhorse_fast.kernels import launch
 from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.score_bound import LIMIT
+from happyhorse_fast.ops.quantize import ATTENTION
+from happyhorse_fast.ops.runtime.formats import uses_e4m3
 from happyhorse_fast.ops.runtime.triton.device import pretend
 
 BACKENDS = [*((f, b) for f in FORMATS for b in ("triton", "reference")), ("bf16", "cuda")]
@@ -32,8 +34,9 @@ def test_opcheck(fmt, flag):
         torch.ops.happyhorse_fast.block_sparse_attention.default,
         torch.ops.happyhorse_fast.block_sparse_attention_reference.default,
     ):
-        out_scale = torch.full((1,), 0.01) if fmt == "fp8" else None
-        arguments = (*tensors, 0.2, fmt != "fp8", flag, *rest, torch.rand(130, 2), out_scale, True)
+        fp8_v = uses_e4m3(fmt)
+        out_scale = torch.full((1,), 0.01) if fp8_v else None
+        arguments = (*tensors, 0.2, not fp8_v, flag, *rest, torch.rand(130, 2), out_scale, True)
         checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
         if fmt == "bf16":  # test_schema multiplies every input, which torch 2.13 does not do for e4m3 on the CPU
             checks.append("test_schema")
@@ -63,8 +66,8 @@ def test_compiles_as_one_graph(fmt, backend, bound):
 def test_fake_tensors_have_the_shapes_of_a_15b_layer(fmt, backend):
     with FakeTensorMode(), torch.device("cuda"):
         n, blocks = 64_256, 502
-        dtype = {"bf16": torch.bfloat16, "int8_qk": torch.int8, "fp8": FP8}[fmt]
-        v = torch.empty(8, 128, n, dtype=FP8) if fmt == "fp8" else torch.empty(n, 8, 128, dtype=torch.bfloat16)
+        dtype, of_v = ATTENTION[fmt]
+        v = torch.empty((8, 128, n) if of_v == FP8 else (n, 8, 128), dtype=of_v)
         block_map = BlockMap(
             torch.empty(1, blocks, 2, dtype=torch.int32),
             *(torch.empty(size, dtype=torch.int32) for size in ((1, blocks), (1000,), (1000,), (2, 128, 4), (blocks,))),
@@ -72,7 +75,8 @@ def test_fake_tensors_have_the_shapes_of_a_15b_layer(fmt, backend):
             keys=n,
         )
         q, k = torch.empty(n, 40, 128, dtype=dtype), torch.empty(n, 8, 128, dtype=dtype)
-        sizes = {"bf16": [], "int8_qk": [(n, 40), (8, blocks)], "fp8": [(blocks,), (blocks,), (8, blocks)]}[fmt]
+        sizes = {torch.bfloat16: [], torch.int8: [(n, 40), (8, blocks)], FP8: [(blocks,), (blocks,)]}[dtype]
+        sizes += [(8, blocks)] if of_v == FP8 else []
         scales = dict(zip(("q_scale", "k_scale", "v_scale"), map(torch.empty, sizes), strict=False))
         out, out_scale, lse = block_sparse_attention(
             q,
@@ -169,7 +173,7 @@ def test_every_variant_has_a_configuration_for_each_architecture_that_can():
     table = launch.table(launcher.STEM)
     for fmt in FORMATS:
         for d in (32, 64, 128):
-            wanted = [a for a in launch.ARCHITECTURES if fmt != "fp8" or a >= launch.FP8_SINCE]
+            wanted = [a for a in launch.ARCHITECTURES if not uses_e4m3(fmt) or a >= launch.FP8_SINCE]
             assert sorted(map(int, table[f"{fmt}_d{d}"])) == wanted
 
 

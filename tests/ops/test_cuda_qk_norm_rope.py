@@ -16,7 +16,7 @@ from happyhorse_fast.ops.runtime.cuda.launch import use_runner
 
 E4M3 = torch.float8_e4m3fn
 FORMS = ("bf16", "float32")
-OUTPUTS = ("bf16", "int8_qk", "fp8")
+OUTPUTS = ("bf16", "int8_qk", "int8_qk_fp8_v", "fp8")
 # More heads and gates than a warp takes at once, two experts, a tile of 57 rows.
 WIDE = ((128, 57), 64, 32, 36, 12)
 
@@ -79,7 +79,7 @@ def test_it_is_what_qkv_linear_makes_of_its_own_product(out, form):
     assert same_bits(run(case, form, out), expected)
 
 
-@pytest.mark.parametrize("out", ["int8_qk", "fp8"])
+@pytest.mark.parametrize("out", OUTPUTS[1:])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_order_of_threads_and_blocks_changes_no_bit(form, out):
     for shape in (WIDE, SHAPES["tail-127-mha"]):
@@ -222,7 +222,7 @@ MISTAKES = {
         "row_scale must be None where product is",
     ),
     "qk_scale": ({"qk_scale": None}, TypeError, r"qk_scale must be a tensor of shape \[1, 2\]"),
-    "out": ({"out": "fp4"}, ValueError, "out must be one of 'bf16', 'int8_qk', 'fp8'; got 'fp4'"),
+    "out": ({"out": "fp4"}, ValueError, "out must be one of 'bf16', 'int8_qk', 'int8_qk_fp8_v', 'fp8'; got 'fp4'"),
     "backend": ({"backend": "triton"}, ValueError, "backend must be 'cuda' or 'reference', got 'triton'"),
     "vector": ({"product": torch.zeros(128, 162)[:, :160]}, ValueError, "product must have rows of a multiple of 4 el"),
     "address": (

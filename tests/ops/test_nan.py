@@ -11,7 +11,8 @@ from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.ops import fp8_linear_activation
 from happyhorse_fast.ops.attention.reference import output_scale
 from happyhorse_fast.ops.qkv import op as rmsnorm_qkv
-from happyhorse_fast.ops.quantize import E4M3_MAX, INT8_MAX, code_scale
+from happyhorse_fast.ops.quantize import E4M3_MAX, INT8_MAX, SMALLEST_SCALE, code_scale
+from happyhorse_fast.ops.runtime.formats import uses_e4m3
 
 BACKENDS = ("triton", "cuda", "reference")
 
@@ -19,7 +20,7 @@ BACKENDS = ("triton", "cuda", "reference")
 @pytest.mark.parametrize("largest", [E4M3_MAX, INT8_MAX])
 def test_the_scale_of_nan_is_nan_and_a_scale_has_a_reciprocal(largest):
     scale = code_scale(torch.tensor([torch.nan, 0.0, 1e-37, 1.0]), largest)
-    assert scale[0].isnan() and scale[1:3].tolist() == [1, 1] and 0 < float(scale[3]) < 1
+    assert scale[0].isnan() and scale[1:3].tolist() == [SMALLEST_SCALE] * 2 and 0 < float(scale[3]) < 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -77,12 +78,12 @@ def test_nan_in_v_or_gate_shows_in_e4m3_results(bad):
     assert output_scale(v, None, gate).isnan().all()
 
 
-# Multiplied by the reciprocal, infinity, zeros would become NaN.
+# Multiplied by the reciprocal of a smaller scale, infinity, zeros would become NaN.
 @CASES
-def test_values_whose_scale_has_no_reciprocal_become_zeros(fmt, backend):
+def test_values_too_small_for_a_scale_have_the_smallest_one(fmt, backend):
     given = inputs(fmt, 200, heads=(2, 2))
     v = torch.full((200, 2, 32), 1e-37)
     v[100:] = 0
-    given |= with_e4m3_v(v) if fmt == "fp8" else {"v": v.bfloat16()}
+    given |= with_e4m3_v(v) if uses_e4m3(fmt) else {"v": v.bfloat16()}
     codes, scale, _ = run(given, BlockMap.dense(200, 200), fp8_out=True, backend=backend)
-    assert codes.float().eq(0).all() and scale.tolist() == [1]
+    assert codes.float().eq(0).all() and scale.tolist() == [SMALLEST_SCALE]

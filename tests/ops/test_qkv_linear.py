@@ -37,8 +37,8 @@ from happyhorse_fast.kernels.launch import LaunchConfig
 from happyhorse_fast.kernels.numerics import to_int8
 from happyhorse_fast.ops.qkv import op as ops
 from happyhorse_fast.ops.qkv import triton as launcher
+from happyhorse_fast.ops.quantize import SMALLEST_SCALE, token_order
 from happyhorse_fast.ops.quantize import to_int8 as reference_int8
-from happyhorse_fast.ops.quantize import token_order
 
 
 @pytest.mark.quick(6)
@@ -117,13 +117,13 @@ def test_int8_queries_and_keys(name, x, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_zeros_have_int8_scales_of_one(backend):
+def test_rows_of_zeros_have_the_smallest_int8_scales(backend):
     case = make(SHAPES["experts-aligned"])
     case.x = torch.zeros_like(case.x.float()).bfloat16()
     q, k, _, q_scale, k_scale, *_ = ops.qkv_linear(
         case.x, None, case.weight, None, *tail(case), "int8_qk", backend=backend
     )
-    assert q_scale.eq(1).all() and k_scale.eq(1).all() and not q.any() and not k.any()
+    assert q_scale.eq(SMALLEST_SCALE).all() and k_scale.eq(SMALLEST_SCALE).all() and not q.any() and not k.any()
 
 
 @triton.jit
@@ -162,6 +162,17 @@ def test_bf16_operands_with_fp8_outputs(backend):
     for i in range(2):
         assert steps(codes[i], plain[i].double() / scale[:, i, None, None]) <= 1
     assert torch.equal(codes[6], plain[6])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ALIGNED)
+def test_of_both_formats_q_and_k_have_the_bits_of_one_and_v_those_of_the_other(name, backend):
+    case = make(SHAPES[name])
+    both, int8_qk, e4m3 = (fp8_linear(case, out, backend) for out in ("int8_qk_fp8_v", "int8_qk", "fp8"))
+    q, k, v, q_scale, k_scale, v_scale, gate = both
+    for found, wanted in zip((q, k, q_scale, k_scale, gate), (int8_qk[i] for i in (0, 1, 3, 4, 6)), strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(v.view(torch.uint8), e4m3[2].view(torch.uint8)) and torch.equal(v_scale, e4m3[5])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

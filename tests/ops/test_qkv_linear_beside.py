@@ -24,7 +24,7 @@ from bench.measure import gates
 from happyhorse_fast import budgets
 from happyhorse_fast.ops.qkv import op as ops
 from happyhorse_fast.ops.qkv import triton as launcher
-from happyhorse_fast.ops.quantize import token_order
+from happyhorse_fast.ops.quantize import SMALLEST_SCALE, token_order
 
 SHAPES = {
     "every kind in a tile": ((129,), 256, 128, 5, 1),
@@ -120,6 +120,15 @@ def test_within_the_budget(name, fmt, out):
     assert problems(case, fmt, out, run(case, fmt, out)) == []
 
 
+@pytest.mark.parametrize("fmt", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("name", ALIGNED)
+def test_of_both_formats_q_and_k_have_the_bits_of_one_and_v_those_of_the_other(name, fmt):
+    case = cased(name, fmt)
+    both, int8_qk, e4m3 = (run(case, fmt, out) for out in ("int8_qk_fp8_v", "int8_qk", "fp8"))
+    wanted = int8_qk | {name: e4m3[name] for name in ("v", "v_scale")}
+    assert all(torch.equal(both[name].view(torch.uint8), wanted[name].view(torch.uint8)) for name in both)
+
+
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("fmt", ["bf16", "fp8", "int8"])
 @pytest.mark.parametrize("name", ["one slot", "off the grid of 128"])
@@ -170,7 +179,7 @@ def test_a_row_of_zeros_and_one_of_nan(out):
     bad = result["gate"].isnan().any(dim=1)
     assert bad.nonzero().flatten().tolist() == [130], "and no other row"
     if out == "int8_qk":
-        assert result["q_scale"][3].eq(1).all()
+        assert result["q_scale"][3].eq(SMALLEST_SCALE).all()
         assert result["q_scale"].isnan().any(dim=1).nonzero().flatten().tolist() == [130]
         assert result["k_scale"].isnan().all(dim=0).tolist() == [False, True, False, False]
     else:

@@ -109,7 +109,7 @@ def test_fake_cuda_tensors_have_the_real_shapes(backend):
             r"weight must be of size 192 in dimension 1 of \[E, 192, 160\], got \[1, 160, 160\]",
         ),
         ({"num_heads_kv": 3}, ValueError, "num_heads_q must be a multiple of num_heads_kv, got 2 and 3"),
-        ({"out": "fp16"}, ValueError, "out must be one of 'bf16', 'int8_qk', 'fp8'; got 'fp16'"),
+        ({"out": "fp16"}, ValueError, "out must be one of 'bf16', 'int8_qk', 'int8_qk_fp8_v', 'fp8'; got 'fp16'"),
         ({"out": "bf16"}, ValueError, 'qk_scale must be None where out is "bf16"'),
         ({"out": "int8_qk"}, ValueError, 'qk_scale must be None where out is "int8_qk"'),
         ({"qk_scale": None}, TypeError, r"qk_scale must be a tensor of shape \[1, 2\]"),

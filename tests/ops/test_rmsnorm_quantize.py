@@ -11,6 +11,7 @@ from strict import strict
 from happyhorse_fast import budgets
 from happyhorse_fast.eager import qkv as eager
 from happyhorse_fast.ops.qkv import op as ops
+from happyhorse_fast.ops.quantize import SMALLEST_SCALE
 
 
 @pytest.mark.quick(8)
@@ -43,10 +44,10 @@ def test_normalised_rows(name, branch, out, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("out", ["int8", "fp8"])
-def test_a_row_of_zeros_has_scale_one_and_zero_codes(out, backend):
+def test_a_row_of_zeros_has_the_smallest_scale_and_zero_codes(out, backend):
     hidden, row_tiles = torch.zeros(3, 64), torch.tensor([[0, 0, 3]], dtype=torch.int32)
     x, scale = ops.rmsnorm_quantize(hidden, torch.zeros(1, 64), row_tiles, out=out, backend=backend)
-    assert scale.tolist() == [1, 1, 1]
+    assert scale.tolist() == [SMALLEST_SCALE] * 3
     assert x.float().eq(0).all()
 
 

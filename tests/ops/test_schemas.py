@@ -41,7 +41,6 @@ SCHEMAS = {
     "select_blocks": (SELECTION, tensors(5), EVERY),
     "block_sparse_attention": (ATTENTION + SCALES + ATTENTION_END, tensors(2), NO_CUDA),
     "block_sparse_attention_cuda": (ATTENTION + ATTENTION_END, tensors(2), ("",)),
-    "blocks_with_values": ("Tensor codes", "Tensor", ("",)),
 }
 
 

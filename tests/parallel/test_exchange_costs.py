@@ -37,7 +37,7 @@ class Counting(Planned):
 @pytest.mark.parametrize("ranks", [3, 9])
 @pytest.mark.parametrize(
     ("precision", "attention"),
-    [("bf16", "bf16"), ("int8", "int8_qk"), ("fp8", "fp8"), ("fp8", "bf16"), ("bf16", "fp8")],
+    [("bf16", "bf16"), ("int8", "int8_qk"), ("fp8", "fp8"), ("fp8", "bf16"), ("bf16", "fp8"), ("fp8", "int8_qk_fp8_v")],
 )
 def test_a_layer_sends_what_paper_says(ranks, precision, attention):
     config = config_of(9, num_heads_q=18)

@@ -7,7 +7,14 @@ from rank_work import config_of
 
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
 
-FORMATS = (("bf16", "bf16"), ("int8", "int8_qk"), ("fp8", "fp8"), ("fp8", "int8_qk"), ("bf16", "fp8"))
+FORMATS = (
+    ("bf16", "bf16"),
+    ("int8", "int8_qk"),
+    ("fp8", "fp8"),
+    ("fp8", "int8_qk"),
+    ("fp8", "int8_qk_fp8_v"),
+    ("bf16", "fp8"),
+)
 MASKS = [
     ("window", WINDOW, None),
     ("top_k", {}, TopK(0.5)),

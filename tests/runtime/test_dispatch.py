@@ -149,6 +149,7 @@ CHECKED = {
     ("bf16", "fp8", False): (["bf16_x_fp8"], ["fp8"], ["fp8"], ["bf16"]),
     ("fp8", "bf16", False): (["fp8_x"], ["bf16_fp8_out"], ["bf16"], ["fp8"]),
     ("fp8", "int8_qk", False): (["fp8_x_int8_qk"], ["int8_qk_fp8_out"], ["int8_qk"], ["fp8"]),
+    ("fp8", "int8_qk_fp8_v", False): (["fp8_x_int8_qk_fp8_v"], ["int8_qk_fp8_v"], ["int8_qk"], ["fp8"]),
     ("fp8", "fp8", False): (["fp8"], ["fp8"], ["fp8"], ["fp8"]),
     ("bf16", "int8_qk", True): (["bf16", "int8_qk"], ["bf16", "int8_qk"], ["bf16", "int8_qk"], ["bf16"]),
     ("fp8", "int8_qk", True): (

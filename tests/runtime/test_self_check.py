@@ -200,6 +200,8 @@ def test_a_format_that_failed_leaves_the_others_in_use(checked: list[tuple[str, 
     assert backend_of("block_sparse_attention", attention="bf16", mixed=True) == "triton"
     assert backend_of("block_sparse_attention", attention="int8_qk", mixed=True) == "triton"
     assert backend_of("block_sparse_attention", attention="fp8", mixed=True) == "reference"
+    assert backend_of("block_sparse_attention", attention="int8_qk_fp8_v") == "reference"
+    assert backend_of("select_blocks", attention="int8_qk_fp8_v", mixed=True) == "triton"
     assert len(checked) == len(set(checked)), "a check is not repeated"
     assert set(checked) == {(op, f) for op, of in VARIANTS["triton"].items() for f in of if "int8" not in f.split("_x")}
 

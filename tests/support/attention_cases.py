@@ -23,11 +23,12 @@ from happyhorse_fast.ops import block_sparse_attention
 from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT, effective_bound
-from happyhorse_fast.ops.quantize import fragment_order, token_order
+from happyhorse_fast.ops.quantize import SMALLEST_SCALE, fragment_order, token_order
+from happyhorse_fast.ops.runtime.formats import uses_e4m3
 from happyhorse_fast.ops.runtime.triton import device
 
 FP8 = torch.float8_e4m3fn
-FORMATS = ("bf16", "int8_qk", "fp8")
+FORMATS = ("bf16", "int8_qk", "int8_qk_fp8_v", "fp8")
 FORMS = {
     "triton": FORMATS,
     "triton bounded": ("bf16", "int8_qk"),
@@ -57,7 +58,7 @@ def per_block(x, dims=(1, 2)):
     """Scale of every block of 128 tokens of [N, ...], over the given dimensions too: float32."""
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[0] % BLOCK)).unflatten(0, (-1, BLOCK))
     amax = padded.abs().amax(dim=(1, *(d + 1 for d in dims)))
-    return torch.where(amax > 0, amax / 448, 1.0)
+    return (amax / 448).clamp(min=SMALLEST_SCALE)
 
 
 def quantised(x, scale):
@@ -73,7 +74,7 @@ def in_int8(x, scale):
 def with_int8_qk(q, k):
     """q and k as int8 codes and their scales, of float32 [N, Hq, D] and [M, Hkv, D]."""
     amax = q.abs().amax(dim=2)
-    q_scale = torch.where(amax > 0, amax / 127, 1.0)
+    q_scale = (amax / 127).clamp(min=SMALLEST_SCALE)
     k_scale = per_block(k, dims=(2,)) * (448 / 127)  # [S, Hkv]
     each = k_scale.repeat_interleave(BLOCK, dim=0)[: len(k), :, None]
     return {
@@ -98,20 +99,18 @@ def inputs(fmt, n=300, heads=(4, 2), d=32, m=None, seed=0, spread=1.0):
     m = n if m is None else m
     q, k, v = (torch.randn(t, h, d, generator=generator) for t, h in ((n, heads[0]), (m, heads[1]), (m, heads[1])))
     q = q * spread
-    if fmt == "bf16":
-        return {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16()}
-    if fmt == "int8_qk":
-        return with_int8_qk(q, k) | {"v": v.bfloat16()}
-    q_scale, k_scale = per_block(q), per_block(k)
-    given = {"q": quantised(q, q_scale), "k": quantised(k, k_scale), "q_scale": q_scale, "k_scale": k_scale}
-    return given | with_e4m3_v(v)
+    if fmt == "fp8":
+        q_scale, k_scale = per_block(q), per_block(k)
+        given = {"q": quantised(q, q_scale), "k": quantised(k, k_scale), "q_scale": q_scale, "k_scale": k_scale}
+    else:
+        given = formatted(fmt, q, k, v)
+    return given | with_e4m3_v(v) if uses_e4m3(fmt) else given
 
 
 def formatted(fmt, q, k, v):
-    """q, k and v of float32 as keyword arguments of the op."""
-    if fmt == "int8_qk":
-        return with_int8_qk(q, k) | {"v": v.bfloat16()}
-    return {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16()}
+    """q, k and v of float32 as keyword arguments of the op, v in bf16."""
+    of_qk = {"q": q.bfloat16(), "k": k.bfloat16()} if fmt == "bf16" else with_int8_qk(q, k)
+    return of_qk | {"v": v.bfloat16()}
 
 
 def normed(tokens, heads, d, seed):
@@ -228,7 +227,7 @@ def problems(given, block_map, result, scale, gate=None, backend="triton"):
     """Budget violations of an output, bf16 or fp8 (docs/OPS.md, happyhorse_fast.budgets)."""
     exact, _ = dense_oracle(given, block_map, scale)
     factor = 1.0 if gate is None else gate.double()[..., None]
-    if given["q"].dtype == torch.int8:
+    if given["q"].dtype == torch.int8 and "v_scale" not in given:
         found = budgets.violations(
             budgets.measure(result, exact * factor), distance=budgets.ATTENTION_DISTANCE_QUANTISED_P
         )

@@ -138,18 +138,28 @@ E4M3 = {
     "k's scale of the step before": (KEPT, KEPT.replace("next_k", "running.k_scale")),
     "v's scale of the step before": (KEPT, KEPT.replace("next_v", "running.v_scale")),
     "v's scale not in P": ("(shift - P_EXPONENT - log_v)", "(shift - P_EXPONENT)"),
-    "v's scale not in the maximum": ("axis=1) * scale + log_v)", "axis=1) * scale)"),
+    "v's scale not in the maximum": ("largest + log_v)", "largest)"),
     "v's scale left in the sum": ("sums(p, sizes) * per_v", "sums(p, sizes)"),
     "tokens in their own order": ("(0, 1, 3, 2, 4)", "(0, 1, 2, 3, 4)"),
     "scales of another head": ("of_v += kv_head * key_blocks", "of_v += 0"),
 }
+INT8_AND_E4M3 = {
+    "k's scales of another head": INT8["scales of another head"],
+    "q's scale of another head": INT8["q's scale of another head"],
+}
 BUGS = {
     "bf16": PLANTED | IN_TURNS,
     "int8_qk": PLANTED | IN_TURNS | INT8,
+    "int8_qk_fp8_v": PLANTED | E4M3 | INT8_AND_E4M3,
     "fp8": PLANTED | E4M3,
 }
 
 
+HIDDEN_BY_SCALE = {
+    "hidden scores in the maximum": ("most == HIDDEN", "most < HIDDEN"),
+    "exponents of hidden scores by their scale": ("t = gl.where(s == HIDDEN", "t = gl.where(s < HIDDEN"),
+}
+"""With int8 q and k and e4m3 v, where a scale may be 0."""
 MAXIMUM_AGAIN = "    row_max = gl.maximum(row_max, gl.max(s, axis=1) * scales.scores * running.k_scale - 100.0)\n"
 WIDE_E4M3 = {
     "PV over scores that are still used": (OWN_V + PV, OWN_V + PV + MAXIMUM_AGAIN),

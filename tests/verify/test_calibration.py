@@ -228,6 +228,7 @@ def test_which_rules_are_taken(file: Path) -> None:
     assert of(precision="int8", attention="bf16") == ("down:1",)
     assert of(precision="fp8") == ("down:1", "attention:0")  # attention is in int8_qk beside it
     assert of(precision="fp8", attention="fp8") == ("down:1", "attention:2")
+    assert of(precision="fp8", attention="int8_qk_fp8_v") == ("down:1", "attention:2")
     assert of(attention="int8_qk") == ("attention:0",)
     assert of(precision="int8", skip=["up:0"], mlp_rows=256) == ("up:0", "down:1", "attention:0")
     with pytest.raises(ValueError, match="precision or attention must be of 8 bits to be calibrated"):

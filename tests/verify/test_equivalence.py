@@ -143,7 +143,14 @@ def test_float32_ops_are_the_models(name: str) -> None:
 @pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("precision", "attention"),
-    [("bf16", "bf16"), ("bf16", "int8_qk"), ("int8", "int8_qk"), ("fp8", "fp8"), ("fp8", "int8_qk")],
+    [
+        ("bf16", "bf16"),
+        ("bf16", "int8_qk"),
+        ("int8", "int8_qk"),
+        ("fp8", "fp8"),
+        ("fp8", "int8_qk"),
+        ("int8", "int8_qk_fp8_v"),
+    ],
 )
 def test_fast_ops_on_the_interpreter_and_in_plain_torch_agree(
     precision: Any, attention: Any, monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.block_map import BLOCK, BlockMap
+from happyhorse_fast.ops.quantize import ATTENTION
 from happyhorse_fast.ops.runtime.checks import HEAD_DIMS, require, require_scale
 from happyhorse_fast.ops.runtime.operation import Arguments
 
@@ -58,7 +59,7 @@ class BlockSparseAttention(Arguments):
                 raise ValueError(f"{name} must have 3 dimensions, got {list(x.shape)}")
         if k.dtype != q.dtype:
             raise TypeError(f"k must be of q's dtype {q.dtype}, got {k.dtype}")
-        if (v.dtype == fp8) != (q.dtype == fp8):
+        if (q.dtype, v.dtype) not in ATTENTION.values():
             wanted_v = "float8_e4m3fn where q and k are (for 8-bit q and k with v in bfloat16: int8)"
             raise TypeError(
                 f"v must be {wanted_v if q.dtype == fp8 else f'bfloat16 where q is {q.dtype}'}, got {v.dtype}"

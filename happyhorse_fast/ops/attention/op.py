@@ -34,8 +34,8 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax attention of every query over the union of its row's blocks; query head h reads head h // (Hq / Hkv).
 
-    Three formats: bf16; q and k int8 with v bf16; q, k and v e4m3. Rounding points: docs/OPS.md. The map is trusted:
-    one that :meth:`BlockMap.validate` would refuse reads out of bounds.
+    Four formats: bf16; q and k int8 with v bf16 or e4m3; q, k and v e4m3. Rounding points: docs/OPS.md. The map is
+    trusted: one that :meth:`BlockMap.validate` would refuse reads out of bounds.
 
     Where v is bf16 and every score is known to be small enough (`score_bound`), the softmax needs no running
     maximum, which is faster. The result is as exact either way.

@@ -17,7 +17,7 @@ from happyhorse_fast.kernels.attention_hopper import block_sparse_attention_hopp
 from happyhorse_fast.kernels.hopper_sizes import GROUPS
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, config_for
 from happyhorse_fast.ops.attention.contract import BlockSparseAttention
-from happyhorse_fast.ops.quantize import FORMATS
+from happyhorse_fast.ops.quantize import ATTENTION
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
 from happyhorse_fast.ops.runtime.triton.shared_tiles import described_in_shared
@@ -31,9 +31,10 @@ I2FP_SINCE = 86
 """First compute capability that makes int32 float32 at the rate of additions."""
 
 
-def variant_of(q: Tensor) -> str:
+def variant_of(q: Tensor, v: Tensor) -> str:
     """Name of the launch table's entry: format and head dim."""
-    return f"{'int8_qk' if q.dtype == torch.int8 else FORMATS[q.dtype]}_d{q.shape[2]}"
+    fmt = next(name for name, dtypes in ATTENTION.items() if dtypes == (q.dtype, v.dtype))
+    return f"{fmt}_d{q.shape[2]}"
 
 
 def describable(x: Tensor) -> bool:
@@ -61,7 +62,7 @@ def launch_config(q: Tensor, k: Tensor, v: Tensor, *, bounded: bool = False, lse
     spills 8 to 16 bytes a thread, as does bf16 with a flag (Triton 3.6.0 to 3.8.0), and with heads of 64 on sm_100 bf16
     with a flag 16 to 24. The Hopper kernel spills nothing.
     """
-    name, arch = variant_of(q), architecture(q.device)
+    name, arch = variant_of(q, v), architecture(q.device)
     config = config_for(STEM, name, arch)
     v_dense = v.is_contiguous() and v.data_ptr() % 16 == 0 if is_transposed(v) else describable(v)
     by_tiles = v_dense and describable(k)
@@ -80,7 +81,7 @@ def for_tiles(q: Tensor, k: Tensor, v: Tensor, forms: Sequence[bool]) -> tuple[T
     """
     if k.shape[0] < LONG or not (is_transposed(v) or True in forms):
         return q, k, v
-    if not config_for(STEM, variant_of(q), architecture(q.device)).hopper:
+    if not config_for(STEM, variant_of(q, v), architecture(q.device)).hopper:
         return q, k, v
     q, k = (x if describable(x) else x.contiguous() for x in (q, k))
     return q, k, v if is_transposed(v) or describable(v) else v.contiguous()

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast.kernels.launch import ROW_TILE
-from happyhorse_fast.ops.quantize import BF16, DTYPES, E4M3, INT8
+from happyhorse_fast.ops.quantize import ATTENTION, BF16, DTYPES, E4M3, INT8
 from happyhorse_fast.ops.runtime.checks import HEAD_DIMS, require, require_product_scales
 from happyhorse_fast.ops.runtime.operation import Arguments
 
 MAX_CHANNELS = 8192
 """A program of `rmsnorm_quantize` holds a row in registers: 8192 float32 are 32 in each of 256 threads."""
-OUTPUTS = {"bf16": BF16, "int8_qk": INT8, "fp8": E4M3}
-"""Dtype of q and k that `qkv_linear` gives, by ``out``."""
 QKV: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """The results of `qkv_linear`."""
 RESULTS = ("q", "k", "v", "q_scale", "k_scale", "v_scale", "gate")
@@ -60,22 +58,23 @@ class RmsnormQuantize(Arguments):
 
 def empty_qkv(given: QkvLinear | QkNormRope) -> QKV:
     """Results of `qkv_linear`, not yet written: q, k, v, q_scale, k_scale, v_scale, gate."""
-    heads_q, heads_kv, fp8 = given.num_heads_q, given.num_heads_kv, given.out == "fp8"
+    heads_q, heads_kv = given.num_heads_q, given.num_heads_kv
+    of_qk, of_v = ATTENTION[given.out]
     n, d = given.cos_sin.shape
     blocks, none = -(-n // ROW_TILE), (0,)
-    q_scale = {"bf16": none, "int8_qk": (n, heads_q), "fp8": (blocks,)}[given.out]
-    k_scale = {"bf16": none, "int8_qk": (heads_kv, blocks), "fp8": (blocks,)}[given.out]
+    q_scale = {BF16: none, INT8: (n, heads_q), E4M3: (blocks,)}[of_qk]
+    k_scale = {BF16: none, INT8: (heads_kv, blocks), E4M3: (blocks,)}[of_qk]
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=given.cos_sin.device)
 
     return (
-        empty((n, heads_q, d), OUTPUTS[given.out]),
-        empty((n, heads_kv, d), OUTPUTS[given.out]),
-        empty((heads_kv, d, blocks * ROW_TILE), E4M3) if fp8 else empty((n, heads_kv, d), BF16),
+        empty((n, heads_q, d), of_qk),
+        empty((n, heads_kv, d), of_qk),
+        empty((heads_kv, d, blocks * ROW_TILE) if of_v == E4M3 else (n, heads_kv, d), of_v),
         empty(q_scale),
         empty(k_scale),
-        empty((heads_kv, blocks) if fp8 else none),
+        empty((heads_kv, blocks) if of_v == E4M3 else none),
         empty((n, heads_q)),
     )
 
@@ -158,8 +157,8 @@ def check_epilogue(given: QkvLinear | QkNormRope, n: int, device: torch.device) 
         raise ValueError(f"num_heads_q must be a multiple of num_heads_kv, got {heads_q} and {heads_kv}")
     experts = require("qk_norm", given.qk_norm, (torch.float32,), ("E", 2, d), device=device).shape[0]
     require("row_tiles", given.row_tiles, (torch.int32,), ("tiles", 3), device=device)
-    if out not in OUTPUTS:
-        raise ValueError(f"out must be one of {', '.join(map(repr, OUTPUTS))}; got {out!r}")
+    if out not in ATTENTION:
+        raise ValueError(f"out must be one of {', '.join(map(repr, ATTENTION))}; got {out!r}")
     if out == "fp8":
         require("qk_scale", qk_scale, (torch.float32,), (experts, 2), device=device)
     elif qk_scale is not None:

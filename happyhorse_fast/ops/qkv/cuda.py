@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from happyhorse_fast.kernels.launch import ROW_TILE
-from happyhorse_fast.ops.qkv.contract import OUTPUTS, QKV, RESULTS, QkNormRope, QkvLinear, RmsnormQuantize
-from happyhorse_fast.ops.quantize import DTYPES
+from happyhorse_fast.ops.qkv.contract import QKV, RESULTS, QkNormRope, QkvLinear, RmsnormQuantize
+from happyhorse_fast.ops.quantize import DTYPES, E4M3, FORMATS, INT8
 from happyhorse_fast.ops.runtime.cuda.launch import launch
 from happyhorse_fast.ops.runtime.cuda.library_product import RowTiles, products
 from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
@@ -20,7 +19,7 @@ SCRATCH_BYTES = 2 * WARP * 4
 # Of csrc/device/qk_norm_rope.cu.
 THREADS, VECTOR_BYTES = 256, 16
 ROWS_PER_BLOCK = THREADS // WARP
-# Both number the formats bf16, int8 and fp8 in this order.
+# Both number formats in the order of `DTYPES`.
 
 
 class RmsnormQuantizeParams(Parameters):
@@ -94,7 +93,7 @@ def finish_rows(given: QkNormRope, rows: RowTiles, tiles: int, results: QKV) -> 
     product = given.product
     require_vectors(VECTOR_BYTES // product.element_size(), product=product)
     require_vectors(VECTOR_BYTES // 4, column_scale=given.column_scale, qk_norm=given.qk_norm, cos_sin=given.cos_sin)
-    (q, k, *_), head_dim = results, given.cos_sin.shape[1]
+    (q, k, v, *_), head_dim = results, given.cos_sin.shape[1]
     params = QkNormRopeParams.of(
         given,
         **dict(zip(RESULTS, results, strict=True)),
@@ -105,12 +104,12 @@ def finish_rows(given: QkNormRope, rows: RowTiles, tiles: int, results: QKV) -> 
         heads_q=q.shape[1],
         heads_kv=k.shape[1],
         head_dim=head_dim,
-        format=[*OUTPUTS].index(given.out),
+        format=[*DTYPES].index(FORMATS[q.dtype]),
     )
     launch("qk_norm_rope", "qk_norm_rope", params, (ROW_TILE // ROWS_PER_BLOCK, tiles, 1), THREADS, 0, product)
     of_k_or_v = (k.shape[1], tiles, 1)
-    if q.dtype == torch.int8:
+    if q.dtype == INT8:
         launch("qk_norm_rope", "quantize_k", params, of_k_or_v, THREADS, WARP * 4, product)
-    elif q.dtype == torch.float8_e4m3fn:
+    if v.dtype == E4M3:
         shared_bytes = ROW_TILE * head_dim * product.element_size() + (ROW_TILE + THREADS // WARP) * 4
         launch("qk_norm_rope", "quantize_v", params, of_k_or_v, THREADS, shared_bytes, product)

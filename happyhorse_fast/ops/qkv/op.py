@@ -75,7 +75,7 @@ def qkv_linear(
         row_tiles: [tiles, 3] int32; every tile starts on a multiple of 128 unless ``out`` is ``"bf16"``.
         num_heads_q: Hq.
         num_heads_kv: Hkv; divides Hq.
-        out: ``"bf16"``, ``"int8_qk"`` (v in bf16) or ``"fp8"``.
+        out: ``"bf16"``, ``"int8_qk"`` (v in bf16), ``"int8_qk_fp8_v"`` or ``"fp8"``.
         qk_scale: [E, 2] float32 where ``out`` is ``"fp8"``, else None.
         backend: ``"triton"``, ``"reference"``, or ``"cuda"``: a product of torch's library in chunks of rows of at most
             256 MB (in int8, whose sums are held in int32 and float32, 512), each followed by `qk_norm_rope`. With
@@ -84,7 +84,7 @@ def qkv_linear(
             codes, rows and their starts of 16 bytes.
 
     Returns:
-        q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or in fp8 transposed [Hkv, D, S * 128]; q_scale, k_scale and
+        q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, D] or in e4m3 transposed [Hkv, D, S * 128]; q_scale, k_scale and
         v_scale as `block_sparse_attention` takes them, of size [0] where it takes none; gate [N, Hq] float32.
 
     Raises:
@@ -126,7 +126,7 @@ def qk_norm_rope(
             ``"bf16"``.
         num_heads_q: Hq.
         num_heads_kv: Hkv; divides Hq.
-        out: ``"bf16"``, ``"int8_qk"`` (v in bf16) or ``"fp8"``.
+        out: ``"bf16"``, ``"int8_qk"`` (v in bf16), ``"int8_qk_fp8_v"`` or ``"fp8"``.
         qk_scale: [E, 2] float32 where ``out`` is ``"fp8"``, else None.
         backend: ``"cuda"`` (tensors that start on 16 bytes, and rows of product too) or ``"reference"``.
 

@@ -16,6 +16,7 @@ from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.qkv.contract import QKV, QkNormRope, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.quantize import (
     BF16,
+    E4M3,
     E4M3_MAX,
     INT8_MAX,
     code_scale,
@@ -93,13 +94,14 @@ def _finished(given: QkvLinear | QkNormRope, parts: Iterator[tuple[int, slice, T
         if q.dtype == torch.int8:
             q[rows], q_scale[rows] = int8_rows(queries)
             k[rows], k_scale[:, tiles] = quantize_k(keys)
-            continue
-        assert qk_scale is not None
-        for which, (to, scale, value) in enumerate(((q, q_scale, queries), (k, k_scale, keys))):
-            to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
-            scale[tiles] = qk_scale[expert, which]
-        slots = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
-        v[:, :, slots], v_scale[:, tiles] = quantize_v(values)
+        else:
+            assert qk_scale is not None
+            for which, (to, scale, value) in enumerate(((q, q_scale, queries), (k, k_scale, keys))):
+                to[rows] = to_e4m3(value * (1 / qk_scale[expert, which]))
+                scale[tiles] = qk_scale[expert, which]
+        if v.dtype == E4M3:
+            slots = slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE)
+            v[:, :, slots], v_scale[:, tiles] = quantize_v(values)
     return results
 
 

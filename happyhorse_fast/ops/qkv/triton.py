@@ -20,7 +20,8 @@ from happyhorse_fast.kernels.product_beside import COLUMNS
 from happyhorse_fast.kernels.qkv import qkv_linear_kernel, rmsnorm_quantize_kernel
 from happyhorse_fast.kernels.qkv_beside import qkv_linear_beside_kernel
 from happyhorse_fast.ops.qkv.contract import QKV, QkvLinear, RmsnormQuantize
-from happyhorse_fast.ops.quantize import FORMATS
+from happyhorse_fast.ops.quantize import E4M3, FORMATS, INT8
+from happyhorse_fast.ops.runtime.formats import uses_e4m3
 from happyhorse_fast.ops.runtime.triton.device import architecture, descriptors_work, multiprocessors
 from happyhorse_fast.ops.runtime.triton.library import kernel_op
 from happyhorse_fast.ops.runtime.triton.shared_tiles import described_operands
@@ -64,7 +65,7 @@ def qkv_linear(given: QkvLinear) -> QKV:
     """Launch the product and its epilogue in a persistent grid."""
     x, weight, qk_norm, row_tiles, out = given.x, given.weight, given.qk_norm, given.row_tiles, given.out
     fmt = FORMATS[weight.dtype]
-    if "fp8" in (fmt, out):
+    if uses_e4m3(fmt) or uses_e4m3(out):
         _require_e4m3(f'out="{out}" of {weight.dtype} weights', x.device)
     config = config_for(STEM, f"qkv_{fmt}", architecture(x.device))
     results = given.empty()
@@ -95,8 +96,8 @@ def qkv_linear(given: QkvLinear) -> QKV:
         HKV=given.num_heads_kv,
         CODES=fmt != "bf16",
         INT8=fmt == "int8",
-        INT8_QK=out == "int8_qk",
-        FP8_OUT=out == "fp8",
+        INT8_QK=results[0].dtype == INT8,
+        FP8_V=results[2].dtype == E4M3,
         DESCRIPTORS=described,
         BLOCK_M=ROW_TILE,
         BLOCK_N=config.block_n,
@@ -109,7 +110,7 @@ def qkv_linear(given: QkvLinear) -> QKV:
 
 def launch_hopper(given: QkvLinear, results: QKV, config: LaunchConfig) -> None:
     """Write the results by the kernel whose epilogue runs beside the tensor cores of Hopper."""
-    x, weight, row_tiles, out = given.x, given.weight, given.row_tiles, given.out
+    x, weight, row_tiles = given.x, given.weight, given.row_tiles
     items = row_tiles.shape[0] * -(-weight.shape[1] // COLUMNS.value)
     of_x, of_weight = described_operands(x, weight)
     qkv_linear_beside_kernel[(min(items, multiprocessors(x.device)),)](
@@ -128,9 +129,9 @@ def launch_hopper(given: QkvLinear, results: QKV, config: LaunchConfig) -> None:
         C=x.shape[1],
         HQ=given.num_heads_q,
         HKV=given.num_heads_kv,
-        INT8=x.dtype == torch.int8,
-        INT8_QK=out == "int8_qk",
-        FP8_OUT=out == "fp8",
+        INT8=x.dtype == INT8,
+        INT8_QK=results[0].dtype == INT8,
+        FP8_V=results[2].dtype == E4M3,
         STAGES=config.num_stages,
         GROUP_M=config.group_m,
         num_warps=config.num_warps,

@@ -15,7 +15,7 @@ from happyhorse_fast import optional
 from happyhorse_fast.kernels.launch import HOPPER_HEAD_DIM, config_for
 from happyhorse_fast.ops.runtime import self_check, trust
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
-from happyhorse_fast.ops.runtime.formats import ACTIVATION, ATTENTION, QKV, VARIANTS
+from happyhorse_fast.ops.runtime.formats import ACTIVATION, ATTENTION, QKV, VARIANTS, qk_format
 from happyhorse_fast.ops.runtime.obstacles import BackendError, triton_obstacle
 
 STEMS = {
@@ -75,7 +75,7 @@ def choose(
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
         precision: ``"bf16"``, ``"int8"`` or ``"fp8"``.
         device: Where the model is.
-        attention: Precision of attention: ``"bf16"``, ``"int8_qk"`` or ``"fp8"``; None: of 8 bits where products are.
+        attention: Precision of attention: one of `quantize.ATTENTION`; None: of 8 bits where products are.
         mixed: Whether the model keeps some products in bf16 all the same.
         strict: Raise instead of falling back.
         report: Called with a line per kernel that is checked now.
@@ -100,7 +100,8 @@ def choose(
         if obstacle is not None:
             raise BackendError(f"backend {backend!r} cannot run: {obstacle}")
     # The format that benchmark cases are named by, and PREFERENCES.
-    own = {op: attention if op in ("select_blocks", "block_sparse_attention") else precision for op in formats}
+    of_op = {"select_blocks": qk_format(attention), "block_sparse_attention": attention}
+    own = {op: of_op.get(op, precision) for op in formats}
     # Found out when it is first asked for, once: a self-check takes seconds.
     why_not = functools.cache(lambda of: _obstacles(of, formats, device, report))
     choices = {}
@@ -161,7 +162,7 @@ def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bo
         return tuple(name for name, (first, second) in names.items() if first in firsts and second in seconds)
     if op == "quantize_rows":
         return tuple(p for p in of_products if p == "int8")
-    return of_attention if op == "select_blocks" else of_products
+    return tuple(map(qk_format, of_attention)) if op == "select_blocks" else of_products
 
 
 def _best(op: str, fmt: str, in_cuda: bool, device: torch.device, why_not: Callable[[str], dict[str, str]]) -> Choice:
@@ -201,7 +202,7 @@ def is_hopper(op: str, precision: str, device: torch.device, *, head_dim: int, a
 
     Args:
         op: Of :data:`STEMS`.
-        precision: Its format; attention's is ``"bf16"``, ``"int8_qk"`` or ``"fp8"``.
+        precision: Its format; attention's is one of `quantize.ATTENTION`.
         device: Where the model is.
         head_dim: Channels per head.
         activation: Of the MLP, where the op is.

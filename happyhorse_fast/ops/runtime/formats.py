@@ -5,12 +5,15 @@ from __future__ import annotations
 QKV = {
     "bf16": ("bf16", "bf16"),
     "int8_qk": ("bf16", "int8_qk"),
+    "int8_qk_fp8_v": ("bf16", "int8_qk_fp8_v"),
     "bf16_x_fp8": ("bf16", "fp8"),
     "int8_x": ("int8", "bf16"),
     "int8_x_int8_qk": ("int8", "int8_qk"),
+    "int8_x_int8_qk_fp8_v": ("int8", "int8_qk_fp8_v"),
     "int8_x_fp8": ("int8", "fp8"),
     "fp8_x": ("fp8", "bf16"),
     "fp8_x_int8_qk": ("fp8", "int8_qk"),
+    "fp8_x_int8_qk_fp8_v": ("fp8", "int8_qk_fp8_v"),
     "fp8": ("fp8", "fp8"),
 }
 """Formats of `qkv_linear`: of its product, and of the q, k and v that it gives."""
@@ -19,6 +22,7 @@ ATTENTION = {
     "int8_qk": ("int8_qk", "bf16"),
     "bf16_fp8_out": ("bf16", "fp8"),
     "int8_qk_fp8_out": ("int8_qk", "fp8"),
+    "int8_qk_fp8_v": ("int8_qk_fp8_v", None),
     "fp8": ("fp8", None),
 }
 """Formats of attention: its own, and its result's; None for both."""
@@ -54,6 +58,11 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
 Attention's format need not be its neighbours', so two meet in :data:`QKV` and :data:`ATTENTION`; of the MLP's products
 one may be skipped, so two meet in :data:`ACTIVATION`. Each is a kernel that no other format compiles.
 """
+
+
+def qk_format(attention: str) -> str:
+    """Format of q and k alone, by which `select_blocks` goes, in a format of attention."""
+    return attention.removesuffix("_fp8_v")
 
 
 def uses_e4m3(fmt: str) -> bool:

@@ -21,9 +21,19 @@ from happyhorse_fast.ops.linear.packing import pack_linear
 from happyhorse_fast.ops.qkv.op import qkv_linear, rmsnorm_quantize
 from happyhorse_fast.ops.qkv.packing import pack_cos_sin, pack_qk_norm, pack_qkv_weight, static_qk_scale
 from happyhorse_fast.ops.qkv.reference import quantize_k, quantize_v
-from happyhorse_fast.ops.quantize import dequantize, int8_rows, quantize_static, to_e4m3, token_order
+from happyhorse_fast.ops.quantize import (
+    ATTENTION,
+    BF16,
+    E4M3,
+    INT8,
+    dequantize,
+    int8_rows,
+    quantize_static,
+    to_e4m3,
+    token_order,
+)
 from happyhorse_fast.ops.row_quantization.op import quantize_rows
-from happyhorse_fast.ops.runtime.formats import ACTIVATION, QKV
+from happyhorse_fast.ops.runtime.formats import ACTIVATION, QKV, uses_e4m3
 
 # Kernel and reference share every rounding point, so they differ by rounding flips: a bf16 step on every element is
 # 8e-6, an e4m3 step on one code in fifty 1e-4.
@@ -139,13 +149,13 @@ def _qkv_of(backend: str, device: torch.device, variant: str, head_dim: int) -> 
     results = []
     for outs in _both(backend, device, qkv_linear, *operands, HEADS_Q, HEADS_KV, out, qk_scale):
         q, k, v, q_scale, k_scale, v_scale, gate = (t.cpu().float() for t in outs)
-        if out == "int8_qk":
+        if outs[0].dtype == INT8:
             q, k = q * q_scale[:, :, None], k * k_scale.repeat_interleave(128, dim=1).T[:, :, None]
-        if out == "fp8":
+        if outs[2].dtype == E4M3:
             v = (v * v_scale.repeat_interleave(128, dim=1)[:, None]).permute(2, 0, 1)  # as the others: tokens first
         results.append({"q": q, "k": k, "v": v, "gate": gate[:, :, None]})
     codes = set() if out == "bf16" else {"q", "k"}
-    codes |= {"v"} if out == "fp8" else set()
+    codes |= {"v"} if uses_e4m3(out) else set()
     return {
         name: (value, results[1][name], CODE_DISTANCE if name in codes else DISTANCE)
         for name, value in results[0].items()
@@ -163,16 +173,18 @@ def _check_attention(backend: str, device: torch.device, variant: str) -> Compar
     # Forms of the softmax -> (bound, whether it is the bounded one, factor of q). Norms of these are at most 40; where
     # no bound is given, both forms are launched, and what the device finds lets one compute.
     softmax: dict[str, tuple[float | None, bool, float]] = {", running": (math.inf, False, 1.0)}
-    if variant == "fp8":
+    fp8_v = "v_scale" in given
+    if fp8_v:
         softmax = {"": (math.inf, False, 1.0)}
     else:
         softmax |= {", bounded": (LIMIT, True, 1.0)}
     if variant == "bf16":
         softmax |= {", found small": (None, True, 1.0), ", found large": (None, False, 30.0)}
-    # A kernel may be launched in another way for an LSE; the model asks for none, and in fp8 for e4m3 out.
+    # A kernel may be launched in another way for an LSE; the model asks for none, and beside products in fp8 for e4m3
+    # out.
     plain, to_fp8, with_lse = (False, False), (True, False), (False, True)
     results_of = (to_fp8,) if variant.endswith("_fp8_out") else (plain, with_lse)
-    if variant == "fp8":
+    if fp8_v:
         results_of = (*results_of, to_fp8)
     compared: Compared = {}
     for form, (bound, bounded, factor) in softmax.items():
@@ -213,19 +225,21 @@ def _attention_operands(fmt: str, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     """q, k and v of float32 in a format of attention; e4m3's scales of q and k differ from block to block."""
     if fmt == "bf16":
         return {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16()}
-    if fmt == "int8_qk":
+    if fmt == "fp8":
+        ends = ((0.005, 0.01), (0.01, 0.006))
+        q_scale, k_scale = (torch.linspace(*pair, ROWS // BLOCK, dtype=torch.float32) for pair in ends)
+        q, k = (to_e4m3(x / s.repeat_interleave(BLOCK)[:, None, None]) for x, s in ((q, q_scale), (k, k_scale)))
+    else:
         (q, q_scale), (k, k_scale) = int8_rows(q), quantize_k(k)
-        return {"q": q, "k": k, "v": v.bfloat16(), "q_scale": q_scale, "k_scale": k_scale.contiguous()}
-    ends = ((0.005, 0.01), (0.01, 0.006))
-    q_scale, k_scale = (torch.linspace(*pair, ROWS // BLOCK, dtype=torch.float32) for pair in ends)
-    q, k = (to_e4m3(x / s.repeat_interleave(BLOCK)[:, None, None]) for x, s in ((q, q_scale), (k, k_scale)))
+    given = {"q": q, "k": k, "q_scale": q_scale, "k_scale": k_scale.contiguous()}
+    if ATTENTION[fmt][1] == BF16:
+        return given | {"v": v.bfloat16()}
     codes, v_scale = quantize_v(v.bfloat16().float())
-    v = token_order(codes).contiguous()
-    return {"q": q, "k": k, "v": v, "q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    return given | {"v": token_order(codes).contiguous(), "v_scale": v_scale.contiguous()}
 
 
 def attention_distance(variant: str, device: torch.device, *, fp8_out: bool = False) -> float:
-    """Allowed tile distance of attention: in e4m3 a GPU's tensor cores add with fewer bits than float32 has."""
+    """Allowed tile distance of attention: in e4m3 a GPU's tensor cores add scores with fewer bits than float32 has."""
     if variant == "fp8" and device.type == "cuda":
         return ATTENTION_DISTANCE_TENSOR_CORE_E4M3_OUT if fp8_out else ATTENTION_DISTANCE_TENSOR_CORE
     return CODE_DISTANCE if fp8_out else DISTANCE
@@ -257,7 +271,7 @@ def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
     q, k = (draw(s, layout.slots, h, HEAD_DIM).round() for s, h in ((15, HEADS_Q), (16, HEADS_KV)))
     # Blocks that differ by at most 2, so that the largest product, (2 * 128)^2 * 128, and its noise stay below 2^24.
     level = draw(17, len(q) // 128, 1, 1).round().clamp(-2, 2).repeat_interleave(128, dim=0)
-    dtype = {"bf16": torch.bfloat16, "int8_qk": torch.int8, "fp8": torch.float8_e4m3fn}[variant]
+    dtype, _ = ATTENTION[variant]
     q, k = ((x + level).to(dtype) for x in (q, k))
     # Powers of two, so that sums are exact in any order.
     steps = 2.0 ** -(torch.arange(len(q) // 128) % 3).float()
