@@ -32,6 +32,7 @@ class Rings(NamedTuple):
     k: Any
     v: Any
     open: Any
+    ones: Any
 
 
 @gluon.jit
