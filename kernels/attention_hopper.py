@@ -32,23 +32,10 @@ LOAD_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit
-def program():
-    """Return the program's number, read where it is used."""
-    return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], gl.int32, False, 1)
-
-
-@gluon.jit
-def again(x):
-    """Return x, which the compiler takes for another number in every item: it keeps no register for it over items."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
-
-
-@gluon.jit
 def work_item(work, item, sizes: gl.constexpr):
     """Return (entry, head, row) of an item: one row of a map, one query head. Heads of a row are consecutive items."""
     entry = gl.load(work.order + item // sizes.shared)
-    rows = again(work.map_rows)
-    return entry, entry // rows * sizes.shared + item % sizes.shared, entry % rows
+    return entry, entry // work.map_rows * sizes.shared + item % sizes.shared, entry % work.map_rows
 
 
 @gluon.jit
@@ -59,7 +46,7 @@ def load_tiles(q, k, v, rings, work, sizes: gl.constexpr):
     """
     turn = 0
     use = 0
-    for item in range(program(), work.items, gl.num_programs(0)):
+    for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
         entry, head, row = work_item(work, item, sizes)
         fill(rings.q, turn, q, row * sizes.block, head * sizes.d, GROUPS, Q_SLOTS)
         start = gl.load(work.starts + entry)
@@ -100,7 +87,7 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         pass_turn(GROUP)
     turn = 0
     use = 0
-    for number in range(program(), work.items, gl.num_programs(0)):
+    for number in range(gl.program_id(0), work.items, gl.num_programs(0)):
         entry, head, row = work_item(work, number, sizes)
         kv_head = head // sizes.group
         query = row * sizes.block + FIRST + gl.arange(0, ROWS, layout=sizes.s_row)
@@ -127,15 +114,13 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         row_max = gl.full([ROWS], -float("inf"), gl.float32, layout=sizes.s_row)
         if n_all > 0:
             if sizes.e4m3:
-                acc, row_sum, log_sum, row_max = attend_e4m3(item, use, rings, work, of_item, GROUP, sizes)
+                acc, row_sum, row_max = attend_e4m3(item, use, rings, work, of_item, GROUP, sizes)
             else:
                 acc, row_sum, log_sum = attend_bounded(item, use, rings, work, of_item, GROUP, sizes)
             use += n_all
         release(rings.q, slot)
         turn += 1
 
-        query = row * sizes.block + FIRST + again(gl.arange(0, ROWS, layout=sizes.s_row))
-        live = query < queries
         row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # a row without a key gives 0 / 1; NaN stays
         factor = 1.0 / row_sum
         if gate is not None:
@@ -146,10 +131,10 @@ def compute(GROUP: gl.constexpr, common, sizes: gl.constexpr):
         store_result(result, out, out_scale, row * sizes.block + FIRST, head, queries, sizes)
         if lse is not None:  # a row without a key gives -inf + log2(1), or log2(0)
             if sizes.e4m3:
-                log_sum = row_max + gl.log2(gl.where(log_sum == 0, 1.0, log_sum)) - P_EXPONENT
+                log_sum = row_max + gl.log2(row_sum) - P_EXPONENT
             else:
                 log_sum = gl.log2(log_sum)
-            gl.store(lse + head.to(gl.int64) * again(queries) + query, log_sum * LOG_2, mask=live)
+            gl.store(lse + head.to(gl.int64) * queries + query, log_sum * LOG_2, mask=live)
 
 
 @gluon.jit
@@ -162,8 +147,8 @@ def store_result(result, out, out_scale, first, head, queries, sizes: gl.constex
         value = result.to(gl.bfloat16)
     else:
         value = to_e4m3(result)
-    query = first + again(gl.arange(0, sizes.rows, layout=gl.SliceLayout(1, layout)))
-    channel = again(gl.arange(0, D, layout=gl.SliceLayout(0, layout)))
+    query = first + gl.arange(0, sizes.rows, layout=gl.SliceLayout(1, layout))
+    channel = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     place = out + (query.to(gl.int64) * sizes.heads_q + head)[:, None] * D + channel[None, :]
     gl.store(place, gl.convert_layout(value, layout), mask=(query < queries)[:, None])
 
@@ -223,11 +208,7 @@ def block_sparse_attention_hopper_kernel(
         items = gl.where(gl.load(flag) != 0, items, 0)
     q_ring = make_ring(q, make_barriers(Q_SLOTS, GROUPS), GROUPS, Q_SLOTS)
     steps = make_barriers(STAGES, GROUPS)
-    ones = None
-    if sizes.e4m3:  # which sum P up in the tensor cores
-        one = gl.full([8, BLOCK], 1.0, gl.float32, layout=gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
-        ones = gl.allocate_shared_memory(v.dtype, [8, BLOCK], gl.NVMMASharedLayout(128, 8, rank=2), one.to(v.dtype))
-    rings = Rings(q_ring, make_ring(k, steps, 1, STAGES), make_ring(v, steps, 1, STAGES), make_barriers(1, 1), ones)
+    rings = Rings(q_ring, make_ring(k, steps, 1, STAGES), make_ring(v, steps, 1, STAGES), make_barriers(1, 1))
     fence_async_shared()
     work = Work(counts, starts, columns, mask_ids, mask_bits, order, map_rows, items)
     scales = Scales(scale, q_scale, k_scale, v_scale)

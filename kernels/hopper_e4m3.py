@@ -35,14 +35,15 @@ from happyhorse_fast.kernels.numerics import SMALLEST_SCALE
 class Running(NamedTuple):
     """State between two steps, when no product is under way.
 
-    ``column`` is the next step's block. ``row_sum``, [rows, 4], is the same number for each thread of a row;
-    ``log_sum``, of P before rounding, is each thread's over its own columns, 0 without an LSE.
+    ``k_scale`` and ``v_scale`` are of the next step's block, ``column`` is the block after it. ``row_sum`` is each
+    thread's over its own columns, [rows, 4].
     """
 
     acc: Any
     row_sum: Any
-    log_sum: Any
     row_max: Any
+    k_scale: Any
+    v_scale: Any
     column: Any
 
 
@@ -113,12 +114,13 @@ def at_least(v_scale):
 
 
 @gluon.jit
-def softmax(running, s, scale, v_scale, GUARDED: gl.constexpr, sizes: gl.constexpr):
-    """Run one step of the online softmax in base 2: (P, packed, the accumulator's factor, log_sum, row_max).
+def softmax(running, s, scores, GUARDED: gl.constexpr, sizes: gl.constexpr):
+    """Run one step of the online softmax in base 2: (P, packed, the accumulator's factor, row_sum, row_max).
 
     GUARDED: rows may have had no key so far, and keys may be hidden.
     """
-    log_v, per_v = log2_and_reciprocal(at_least(v_scale))
+    scale = scores * running.k_scale
+    log_v, per_v = log2_and_reciprocal(at_least(running.v_scale))
     most = gl.max(s, axis=1)
     largest = most.to(gl.float32) * scale
     if sizes.int8:
@@ -134,42 +136,28 @@ def softmax(running, s, scale, v_scale, GUARDED: gl.constexpr, sizes: gl.constex
         t = gl.where(s == HIDDEN, -float("inf"), t)
     p = gl.exp2(t)
     alpha = gl.exp2(running.row_max - shift)
-    log_sum = running.log_sum
-    if sizes.lse:
-        log_sum = pinned(log_sum * per_thread(alpha, log_sum) + sums(p, sizes) * per_v)
-    return packed(p, sizes), alpha, log_sum, row_max
+    row_sum = running.row_sum * per_thread(alpha, running.row_sum) + sums(p, sizes) * per_v
+    return packed(p, sizes), alpha, pinned(row_sum), row_max
 
 
 @gluon.jit
 def start_pv(words, dead, rings, stage, sizes: gl.constexpr):
-    """Issue PV of packed P, and sums of P, as a product with ones: [rows, 8], of which all columns are the same.
+    """Issue PV of packed P into the registers of ``dead``, the block's scores, where there are as many of them.
 
-    PV goes into the registers of ``dead``, the block's scores, where there are as many of them. Scores of two blocks,
-    the accumulator and PV would be 256 registers. Left to itself ptxas spills 352 bytes.
+    Scores of two blocks, the accumulator and PV would be 256 registers. Left to itself ptxas spills 352 bytes.
     """
     v = rings.v.tiles.index(stage).permute((1, 0))
     if sizes.d == sizes.block:
         into = dead.to(gl.float32, bitcast=True)
     else:
         into = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
-    p = operand(words, sizes)
-    pv = warpgroup_mma(p, v, into, use_acc=False, is_async=True)
-    zero = gl.full([sizes.rows, 8], 0.0, gl.float32, layout=sizes.sum_layout)
-    return pv, warpgroup_mma(p, rings.ones.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return warpgroup_mma(operand(words, sizes), v, into, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def add_pv(running, pv, alpha, sizes: gl.constexpr):
     """Return the accumulator, rescaled to the new maximum, plus a finished PV."""
     return running.acc * gl.convert_layout(alpha, sizes.o_row)[:, None] + pv
-
-
-@gluon.jit
-def add_sum(running, of_p, alpha, v_scale, sizes: gl.constexpr):
-    """Return the row sum, rescaled to the new maximum, plus a finished one of P, which has v's scale in it."""
-    _, per_v = log2_and_reciprocal(at_least(v_scale))
-    one, _ = gl.split(gl.reshape(of_p, (sizes.rows, 4, 2)))
-    return running.row_sum * per_thread(alpha, running.row_sum) + one * per_v
 
 
 @gluon.jit
@@ -191,44 +179,41 @@ def advance(
 
     ``last`` is the last listed block. Returns the state and the scores of the block after ``at``.
     """
-    k_scale = gl.load(scales.k + running.column)
-    v_scale = gl.load(scales.v + running.column)
-    next_column = gl.load(work.columns + gl.minimum(at + 1, last))
+    next_k = gl.load(scales.k + running.column)
+    next_v = gl.load(scales.v + running.column)
+    next_column = gl.load(work.columns + gl.minimum(at + 2, last))
     stage = await_full(rings.k, use + 1, sizes.stages)
     s_pending = start_qk(item.q_tile, rings.k, stage, sizes)
     pass_turn(GROUP)
     hold_order(rings)
     if MASKED:
         s = hide(s, work, at, GROUP * sizes.rows, sizes)
-    p, alpha, log_sum, row_max = softmax(running, s, scales.scores * k_scale, v_scale, MASKED, sizes)
+    p, alpha, row_sum, row_max = softmax(running, s, scales.scores, MASKED, sizes)
     own = await_full(rings.v, use, sizes.stages)
     await_turn(GROUP)
-    pv_pending, sum_pending = start_pv(p, s, rings, own, sizes)
-    pv, next_s = warpgroup_mma_wait(1, deps=[pv_pending, s_pending])
+    pv_pending = start_pv(p, s, rings, own, sizes)
+    pv, next_s = warpgroup_mma_wait(0, deps=[pv_pending, s_pending])
     acc = add_pv(running, pv, alpha, sizes)
-    of_p = warpgroup_mma_wait(0, deps=[sum_pending])
-    row_sum = add_sum(running, of_p, alpha, v_scale, sizes)
     release(rings.k, stage)
-    return Running(acc, row_sum, log_sum, row_max, next_column), next_s
+    return Running(acc, row_sum, row_max, next_k, next_v, next_column), next_s
 
 
 @gluon.jit
 def attend_e4m3(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.constexpr):
-    """Attend to all listed blocks of an item, at least one: (accumulator, sum of rounded P, of P for an LSE, maximum).
+    """Attend to all listed blocks of an item, at least one: (accumulator, sum of P, maximum).
 
-    Accumulator and sums are of P times 2^8.
+    Accumulator and sum are of P times 2^8.
     """
     start = item.start
     last = start + item.n_all - 1
     column = gl.load(work.columns + start)
+    k_scale = gl.load(scales.k + column)
+    v_scale = gl.load(scales.v + column)
+    column = gl.load(work.columns + gl.minimum(start + 1, last))
     acc = gl.full([sizes.rows, sizes.d], 0.0, gl.float32, layout=sizes.o_layout)
-    of_none = gl.full([sizes.rows, 8], 0.0, gl.float32, layout=sizes.sum_layout)
-    row_sum, _ = gl.split(gl.reshape(of_none, (sizes.rows, 4, 2)))
-    log_sum = 0.0
-    if sizes.lse:
-        log_sum = sums(gl.full([sizes.rows, sizes.block], 0.0, gl.float32, layout=sizes.s_layout), sizes)
+    row_sum = sums(gl.full([sizes.rows, sizes.block], 0.0, gl.float32, layout=sizes.s_layout), sizes)
     row_max = gl.full([sizes.rows], -float("inf"), gl.float32, layout=sizes.s_row)
-    running = Running(acc, row_sum, log_sum, row_max, column)
+    running = Running(acc, row_sum, row_max, k_scale, v_scale, column)
     stage = await_full(rings.k, use, sizes.stages)
     s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])
     release(rings.k, stage)
@@ -244,21 +229,13 @@ def attend_e4m3(item, use, rings, work, scales, GROUP: gl.constexpr, sizes: gl.c
     for j in range(full, item.n_all - 1):
         running, s = advance(running, s, j + use, j + start, last, item, rings, work, scales, GROUP, True, sizes)
     pass_turn(GROUP)
-    k_scale = gl.load(scales.k + running.column)
-    v_scale = gl.load(scales.v + running.column)
     if item.n_full < item.n_all:
         s = hide(s, work, last, GROUP * sizes.rows, sizes)
-    p, alpha, log_sum, row_max = softmax(running, s, scales.scores * k_scale, v_scale, True, sizes)
+    p, alpha, row_sum, row_max = softmax(running, s, scales.scores, True, sizes)
     own = await_full(rings.v, use + item.n_all - 1, sizes.stages)
     await_turn(GROUP)
-    pv_pending, sum_pending = start_pv(p, s, rings, own, sizes)
+    pv_pending = start_pv(p, s, rings, own, sizes)
     pass_turn(GROUP)
-    pv, of_p = warpgroup_mma_wait(0, deps=[pv_pending, sum_pending])
-    acc = add_pv(running, pv, alpha, sizes)
-    row_sum = add_sum(running, of_p, alpha, v_scale, sizes)
-    row_sum = gl.convert_layout(gl.max(row_sum, axis=1), sizes.s_row)
-    if sizes.lse:
-        log_sum = gl.convert_layout(gl.sum(log_sum, axis=1), sizes.s_row)
-    else:
-        log_sum = row_sum
-    return acc, row_sum, log_sum, row_max
+    acc = add_pv(running, warpgroup_mma_wait(0, deps=[pv_pending]), alpha, sizes)
+    row_sum = gl.convert_layout(gl.sum(row_sum, axis=1), sizes.s_row)
+    return acc, row_sum, row_max

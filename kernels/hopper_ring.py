@@ -32,7 +32,6 @@ class Rings(NamedTuple):
     k: Any
     v: Any
     open: Any
-    ones: Any
 
 
 @gluon.jit

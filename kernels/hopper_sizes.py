@@ -69,11 +69,6 @@ class Sizes:
         return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.d, 256 // self.v_bits])
 
     @property
-    def sum_layout(self) -> Any:
-        """Layout of sums of P."""
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 256 // self.v_bits])
-
-    @property
     def p_layout(self) -> Any:
         """Layout of P as PV's left operand, in registers."""
         return gl.DotOperandLayout(0, self.o_layout, 32 // self.v_bits)

@@ -11,7 +11,6 @@ from gluon_machine import EmulationError, Program, Value, value
 BAR = re.compile(r"bar\.(sync|arrive) \$1, (\d+); mov\.b32 \$0, \$1;")
 OWN = "shfl.sync.bfly.b32 $0, $1, 0, 0x1f, 0xffffffff;"
 COPY = "mov.b32 $0, $1;"
-PROGRAM = "mov.u32 $0, %ctaid.x;"
 E4M3 = (
     "{.reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
     "mov.b32 $0, {l, h};}"
@@ -29,10 +28,6 @@ def assembly(program: Program, asm: str, constraints: str, args: Any, dtype: Any
     if asm == OWN:  # a thread's own number: of use for where it stands alone
         if is_pure:
             raise EmulationError("a shuffle that the compiler may move")
-        return args[0]
-    if asm == PROGRAM:
-        return program.index
-    if asm == COPY and (not isinstance(args[0], torch.Tensor) or args[0].dim() == 0):
         return args[0]
     given = [torch.as_tensor(x).as_subclass(torch.Tensor) for x in args]
     if asm in SCALARS:

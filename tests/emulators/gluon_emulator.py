@@ -123,12 +123,11 @@ class Emulated:
             raw, bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[flat.element_size()], index[used]
             flat.view(raw)[bits] = data.contiguous().view(raw)[used]
 
-        def allocate(dtype: Any, shape: Sequence[int], layout: Any, stored: Any = None) -> Memory:
+        def allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Memory:
             kind = dtype if isinstance(dtype, DType) else DType(dtype)
             raw = torch.full([int(n) for n in shape], 0x7F, dtype=torch.uint8)
             raw = raw.repeat_interleave(kind.primitive_bitwidth // 8, dim=-1)
-            held = raw.view(kind.torch) if stored is None else stored.as_subclass(torch.Tensor).clone()
-            return Memory(held, kind, layout, turn=lambda at: self.program.turn(at))
+            return Memory(raw.view(kind.torch), kind, layout, turn=lambda at: self.program.turn(at))
 
         def whole(shape: Sequence[int], fill: float, dtype: torch.dtype, layout: Any = None) -> Any:
             return value(torch.full([int(n) for n in shape], fill, dtype=dtype))
@@ -171,7 +170,7 @@ class Emulated:
             "int32": torch.int32,
             "int64": torch.int64,
         }
-        for layout in ("NVMMADistributed", "NVMMAShared", "DotOperand", "Slice", "Blocked", "SharedLinear"):
+        for layout in ("NVMMADistributed", "DotOperand", "Slice", "Blocked", "SharedLinear"):
             names[f"{layout}Layout"] = lambda *a, **k: None
         for name, content in names.items():
             setattr(gl, name, content)

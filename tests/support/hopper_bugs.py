@@ -74,13 +74,11 @@ NEXT_QK = "    s_pending = start_qk(item.q_tile, rings.k, stage, sizes)\n    pas
 FIRST_QK = "    s = warpgroup_mma_wait(0, deps=[start_qk(item.q_tile, rings.k, stage, sizes)])\n"
 AFTER_FIRST = "    await_turn(GROUP)\n    full = gl.minimum"
 OWN_V = "    own = await_full(rings.v, use, sizes.stages)\n"
-PV = "    await_turn(GROUP)\n    pv_pending, sum_pending = start_pv(p, s, rings, own, sizes)\n"
-ENDED = "    pv, next_s = warpgroup_mma_wait(1, deps=[pv_pending, s_pending])\n"
-SUMMED = "    of_p = warpgroup_mma_wait(0, deps=[sum_pending])\n"
+PV = "    await_turn(GROUP)\n    pv_pending = start_pv(p, s, rings, own, sizes)\n"
+ENDED = "    pv, next_s = warpgroup_mma_wait(0, deps=[pv_pending, s_pending])\n"
 ADDED = "    acc = add_pv(running, pv, alpha, sizes)\n"
-FREED = "    row_sum = add_sum(running, of_p, alpha, v_scale, sizes)\n" + RELEASE
-KEPT = "Running(acc, row_sum, log_sum, row_max, next_column), next_s"
-LAST_TURN = "    pv_pending, sum_pending = start_pv(p, s, rings, own, sizes)\n    pass_turn(GROUP)\n"
+KEPT = "Running(acc, row_sum, row_max, next_k, next_v, next_column), next_s"
+LAST_TURN = "    pv_pending = start_pv(p, s, rings, own, sizes)\n    pass_turn(GROUP)\n"
 THIS_V = "                    fill_v(rings, use - 1, v, key, channel, sizes)\n"
 FILL_V = "fill(rings.v, use, v, channel, key, 1, sizes.stages, 1)"
 LAST_V = "        if sizes.e4m3 and steps > 0:\n"
@@ -101,18 +99,16 @@ E4M3 = {
     "v's slot filled a step early": (FILL_V, FILL_V.replace("stages, 1)", "stages)")),
     "last v never loaded": (LAST_V, LAST_V.replace("steps > 0", "steps < 0")),
     "v loaded behind k of the next item": (LAST_V, LAST_V.replace("steps > 0", "steps > 1")),
-    "never released": (FREED, FREED.replace(RELEASE, "")),
+    "never released": (ADDED + RELEASE, ADDED),
     "first block never released": (RELEASE + AFTER_FIRST, AFTER_FIRST),
     "first block released before its scores are there": (
         FIRST_QK + RELEASE + AFTER_FIRST,
         RELEASE + FIRST_QK + AFTER_FIRST,
     ),
     "released before the scores are there": (NEXT_QK, NEXT_QK + RELEASE),
-    "released before PV has ended": (ENDED, RELEASE + ENDED),
-    "released twice": (FREED, FREED + RELEASE),
-    "result before its wait": (ENDED, ENDED.replace("(1,", "(2,")),
-    "sum before its wait": (SUMMED, SUMMED.replace("(0,", "(1,")),
-    "ones that are twos": ("gl.full([8, BLOCK], 1.0", "gl.full([8, BLOCK], 2.0"),
+    "released before PV has ended": (ENDED + ADDED + RELEASE, RELEASE + ENDED + ADDED),
+    "released twice": (ADDED + RELEASE, ADDED + RELEASE + RELEASE),
+    "result before its wait": (ENDED, ENDED.replace("(0,", "(1,")),
     "scores of this block again": (KEPT, KEPT.replace("next_s", "s")),
     "sums of the step before": (KEPT, KEPT.replace("row_sum", "running.row_sum")),
     "accumulator of the step before": (KEPT, KEPT.replace("acc", "running.acc")),
@@ -121,6 +117,7 @@ E4M3 = {
     "all blocks again as partial ones": ("range(full, item.n_all - 1)", "range(0, item.n_all - 1)"),
     "no mask in the last block": ("if item.n_full < item.n_all:", "if item.n_full < 0:"),
     "mask of the next block": ("        s = hide(s, work, at,", "        s = hide(s, work, at + 1,"),
+    "an order that the compiler may undo": ("[x], gl.float32, False, 1", "[x], gl.float32, True, 1"),
     "turn not passed": (NEXT_QK, NEXT_QK.replace("    pass_turn(GROUP)\n", "")),
     "turn passed twice": (NEXT_QK, NEXT_QK + "    pass_turn(GROUP)\n"),
     "turn not awaited": (OWN_V + PV, OWN_V + PV.replace("    await_turn(GROUP)\n", "")),
@@ -133,15 +130,16 @@ E4M3 = {
     ),
     "nobody begins": BEGIN_NOBODY,
     "both begin": BEGIN_BOTH,
-    "column of another block": ("work.columns + gl.minimum(at + 1", "work.columns + gl.minimum(at + 2"),
+    "column of another block": ("work.columns + gl.minimum(at + 2", "work.columns + gl.minimum(at + 1"),
     "no guard of empty rows": ('row_max == -float("inf"), 0.0', "row_max == 1.0, 0.0"),
     "sum not rescaled": ("running.row_sum * per_thread(alpha, running.row_sum) +", "running.row_sum +"),
     "accumulator not rescaled": ("running.acc * gl.convert_layout(alpha, sizes.o_row)[:, None]", "running.acc"),
-    "accumulator left out": (ADDED + SUMMED, "    acc = pv\n" + SUMMED),
-    "scales of the block before": (KEPT, KEPT.replace("next_column", "running.column")),
+    "accumulator left out": (ADDED + RELEASE, "    acc = pv\n" + RELEASE),
+    "k's scale of the step before": (KEPT, KEPT.replace("next_k", "running.k_scale")),
+    "v's scale of the step before": (KEPT, KEPT.replace("next_v", "running.v_scale")),
     "v's scale not in P": ("(shift - P_EXPONENT - log_v)", "(shift - P_EXPONENT)"),
     "v's scale not in the maximum": ("largest + log_v)", "largest)"),
-    "v's scale left in the sum": ("one * per_v", "one"),
+    "v's scale left in the sum": ("sums(p, sizes) * per_v", "sums(p, sizes)"),
     "tokens in their own order": ("(0, 1, 3, 2, 4)", "(0, 1, 2, 3, 4)"),
     "scales of another head": ("of_v += kv_head * key_blocks", "of_v += 0"),
 }
@@ -162,7 +160,7 @@ HIDDEN_BY_SCALE = {
     "exponents of hidden scores by their scale": ("t = gl.where(s == HIDDEN", "t = gl.where(s < HIDDEN"),
 }
 """With int8 q and k and e4m3 v, where a scale may be 0."""
-MAXIMUM_AGAIN = "    row_max = gl.maximum(row_max, gl.max(s, axis=1) * scales.scores * k_scale - 100.0)\n"
+MAXIMUM_AGAIN = "    row_max = gl.maximum(row_max, gl.max(s, axis=1) * scales.scores * running.k_scale - 100.0)\n"
 WIDE_E4M3 = {
     "PV over scores that are still used": (OWN_V + PV, OWN_V + PV + MAXIMUM_AGAIN),
     "PV over the next block's scores": (OWN_V + PV, OWN_V + PV.replace("p, s, rings", "p, s_pending, rings")),

@@ -81,8 +81,7 @@ def sparse_attention(
     before rounding in both.
 
     ``folded``, v's scale is in P before it is rounded: codes are of 256 * exp(s - m) times it, with m the maximum of
-    the scores plus its logarithm. So blocks of v with large values keep more of P's bits. The row sum is of the rounded
-    P, since a product with ones makes it.
+    the scores plus its logarithm. So blocks of v with large values keep more of P's bits.
 
     Args:
         q: [N, Hq, D] bf16; int8 codes with ``q_scale`` float32 [N, Hq]; or e4m3 codes with ``q_scale`` float32 [R].
@@ -157,10 +156,7 @@ def sparse_attention(
                 value = values[heads, columns[at], None, part]
                 if not exact_p:
                     p = (p * P_SCALE).to(torch.float8_e4m3fn).to(wide) / P_SCALE if fp8_v else p.bfloat16().to(wide)
-                if folded:
-                    row_sum = row_sum * alpha + (p / v_part).sum(dim=-1)
-                else:
-                    row_sum = row_sum + p.sum(dim=-1) if bounded else log_sum
+                row_sum = row_sum + p.sum(dim=-1) if bounded else log_sum
                 product = p @ value
                 if not folded:
                     product = product * v_part
