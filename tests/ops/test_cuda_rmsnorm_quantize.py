@@ -58,7 +58,7 @@ def test_rows_that_vectors_cannot_take_are_named():
 
 
 OF_INT8 = {
-    "a code of its neighbour": ("y.x * inverse_scale, y.y * inverse_scale", "y.x * inverse_scale, y.x * inverse_scale"),
+    "a code of its neighbour": ("pack_int8(y.x * by, y.y * by", "pack_int8(y.x * by, y.x * by"),
     "e4m3's scale": ("? scale_of(largest, INT8_LIMIT)", "? scale_of(largest, E4M3_MAX)"),
 }
 BUGS = {
