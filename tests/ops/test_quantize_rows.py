@@ -75,11 +75,11 @@ def test_an_outlier_takes_the_scale_of_its_row_alone_and_the_hadamard_shares_it_
 def test_rows_of_zeros_tiny_rows_and_minus_zero(through, backend):
     x = torch.zeros(4, 128).bfloat16()
     x[1] = -0.0
-    x[2] = 1e-39  # whose scale would have no reciprocal
-    x[3, :64] = 3e-38  # the smallest sizes that have one, after 127 and the eight of a Hadamard
+    x[2] = 1e-39  # below half a step of the smallest scale
+    x[3, :64] = 3e-38  # far below half a step of their own row
     x[3, 64] = 1.0
     codes, scale = quantize_rows(x, through, backend=backend)
-    assert scale[:3].tolist() == [SMALLEST_SCALE] * 3 and not codes[:2].any() and codes[2].abs().max() <= 1
+    assert scale[:3].tolist() == [SMALLEST_SCALE] * 3 and not codes[:3].any()
     assert float(scale[3]) == pytest.approx((0.125 if through else 1) / 127)
     assert codes[3].abs().max() == 127
 
