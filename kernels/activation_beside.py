@@ -12,7 +12,6 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from happyhorse_fast.kernels import numerics
 from happyhorse_fast.kernels.product_beside import (
@@ -27,13 +26,10 @@ from happyhorse_fast.kernels.product_beside import (
     ROWS,
     Work,
     await_sums,
-    load_operands,
-    make_operands,
-    make_sums,
-    multiply,
     piece_of,
     product_of,
     release_sums,
+    run,
     tile_of,
 )
 
@@ -47,10 +43,14 @@ SOURCE = gl.constexpr(hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
 
 @dataclass(frozen=True)
 class Activation:
-    """Compile-time constants of an activation: "swiglu7" or "gelu7", and 1 / scale of e4m3 results, 0 of bf16."""
+    """Compile-time constants of an activation: "swiglu7" or "gelu7", and 1 / scale of e4m3 results, 0 of bf16.
+
+    ``per_row`` is 1 for inputs with a scale per row, 0 for one of the tensor.
+    """
 
     name: str
     inverse: float
+    per_row: int
 
     @property
     def per(self) -> int:
@@ -107,21 +107,20 @@ def activated(value, activation: gl.constexpr):
 
 
 @gluon.jit
-def factors_of(x_scale, at, end, PER_ROW: gl.constexpr, activation: gl.constexpr):
+def factors_of(x_scale, at, end, activation: gl.constexpr):
     """Load the scales of a piece's rows."""
     row = at + gl.arange(0, PIECE, layout=gl.SliceLayout(1, activation.layout))
-    return gl.load(x_scale + row * PER_ROW, mask=row < end, other=0.0)
+    return gl.load(x_scale + row * activation.per_row, mask=row < end, other=0.0)
 
 
 @gluon.jit
-def activate_tiles(
-    sums, work, x_scale, weight_scale, out, PER_ROW: gl.constexpr, activation: gl.constexpr, product: gl.constexpr
-):
+def activate_tiles(sums, work, given, activation: gl.constexpr, product: gl.constexpr):
     """Activate, in the finishing warps, every tile's product into ``out``. An expert's last tile may be one half.
 
     Scales of rows are loaded a piece ahead: where they are waited for, 16 pieces wait for some 600 cycles each, and 4
     times that where a thread has 4 rows.
     """
+    x_scale, weight_scale, out = given
     F: gl.constexpr = product.features
     RESULTS: gl.constexpr = HALF // activation.per
     layout: gl.constexpr = activation.layout
@@ -132,7 +131,7 @@ def activate_tiles(
         for group in range(GROUPS):
             top = first + group * ROWS
             if product.bits == 8:
-                factor = factors_of(x_scale, top, end, PER_ROW, activation)
+                factor = factors_of(x_scale, top, end, activation)
             await_sums(sums, group, turn)
             for half in range(gl.minimum(HALVES, (F - feature) // HALF)):
                 column = feature + half * HALF
@@ -146,7 +145,7 @@ def activate_tiles(
                         value = value * (factor * product.up)[:, None] * scale[None, :]
                         # Behind a half's last piece comes the next half's first.
                         following = top + (piece + 1) % PIECES * PIECE
-                        factor = factors_of(x_scale, following, end, PER_ROW, activation)
+                        factor = factors_of(x_scale, following, end, activation)
                     y = activated(value, activation)
                     row = top + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(1, stored))
                     place = out + (row.to(gl.int64) * (F // activation.per))[:, None] + result[None, :]
@@ -180,19 +179,8 @@ def fp8_linear_activation_beside_kernel(
     x_scale per row, 0 for one of the tensor. INVERSE is 1 / scale of e4m3 results, 0 where they are bf16.
     """
     product: gl.constexpr = product_of(F, K, x.dtype.primitive_bitwidth, INT8, STAGES, GROUP_M)
-    activation: gl.constexpr = activation_of(EPILOGUE, INVERSE)
-    ring = make_operands(x, weight, product)
-    sums = make_sums(product, activation.columns)
-    fence_async_shared()
+    activation: gl.constexpr = activation_of(EPILOGUE, INVERSE, PER_ROW)
     work = Work(row_tiles, tiles, items)
-    common = (ring, sums, work)
-    gl.warp_specialize(
-        [
-            (multiply, (0, common, product)),
-            (multiply, (1, common, product)),
-            (activate_tiles, (sums, work, x_scale, weight_scale, out, PER_ROW, activation, product)),
-            (load_operands, (x, weight, ring, work, product)),
-        ],
-        [4, FINISH_WARPS, 1],
-        [MULTIPLY_REGISTERS, FINISH_REGISTERS, FINISH_REGISTERS],
-    )
+    given = (x_scale, weight_scale, out)
+    READ: gl.constexpr = activation.columns
+    run(x, weight, work, activate_tiles, given, activation, READ, MULTIPLY_REGISTERS, FINISH_REGISTERS, product)

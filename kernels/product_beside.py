@@ -23,7 +23,13 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from happyhorse_fast.kernels import numerics
 from happyhorse_fast.kernels.hopper_ring import make_barriers
@@ -306,3 +312,43 @@ def piece_of(sums, group, half, piece, layout: gl.constexpr):
 def release_sums(sums, group):
     """Let a group store its next tile's sums."""
     mbarrier.arrive(sums.empty.index(group), count=1)
+
+
+@gluon.jit
+def finish(FINISH: gl.constexpr, sums, work, given, CONSTANTS: gl.constexpr, product: gl.constexpr):
+    """Call FINISH. `warp_specialize` takes no function that a caller passed."""
+    FINISH(sums, work, given, CONSTANTS, product)
+
+
+@gluon.jit
+def run(
+    x,
+    weight,
+    work,
+    FINISH: gl.constexpr,
+    given,
+    CONSTANTS: gl.constexpr,
+    READ: gl.constexpr,
+    MULTIPLY: gl.constexpr,
+    REST: gl.constexpr,
+    product: gl.constexpr,
+):
+    """Run the four roles of a program.
+
+    ``FINISH(sums, work, given, CONSTANTS, product)`` finishes every tile, in threads that read READ columns of a row at
+    once. A thread of the multiplying groups has MULTIPLY registers, one of the other warps REST.
+    """
+    ring = make_operands(x, weight, product)
+    sums = make_sums(product, READ)
+    fence_async_shared()
+    common = (ring, sums, work)
+    gl.warp_specialize(
+        [
+            (multiply, (0, common, product)),
+            (multiply, (1, common, product)),
+            (finish, (FINISH, sums, work, given, CONSTANTS, product)),
+            (load_operands, (x, weight, ring, work, product)),
+        ],
+        [4, FINISH_WARPS, 1],
+        [MULTIPLY, REST, REST],
+    )

@@ -37,6 +37,7 @@ from happyhorse_fast.kernels.numerics import (
     to_e4m3,
     to_int8,
 )
+from happyhorse_fast.kernels.qkv_heads import Results, Scales, Tile, heads_of
 
 EPS = tl.constexpr(1e-6)
 ROTATED = tl.constexpr(32)
@@ -129,147 +130,108 @@ def rotate(x, phase, live, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit
-def store_rows(out, value, start, head, live, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+def store_rows(out, value, tile, live, index, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
     """Store a tile of one head into [N, HEADS, D]."""
-    tile = out + (start * HEADS + head) * D
+    place = out + (tile.first.to(tl.int64) * HEADS + index) * D
     offset = tl.arange(0, BLOCK_M)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
-    tl.store(tile + offset, value, mask=live)
+    tl.store(place + offset, value, mask=live)
 
 
 @triton.jit
-def store_v_codes(v, v_scale, product, first, end, head, blocks, D: tl.constexpr, BLOCK_M: tl.constexpr):
+def store_v_codes(out, product, tile, live, index, heads: tl.constexpr, BLOCK_M: tl.constexpr):
     """Quantise a tile of v by its own maximum, and store it transposed, in fragment order; rows past its end are 0."""
-    row = tl.arange(0, BLOCK_M)
-    held = tl.where((row < end - first)[:, None], product, 0.0)
+    D: tl.constexpr = heads.d
+    held = tl.where(live, product, 0.0)
     # One reduction over both axes: as one over each axis, Triton 3.7.1 fails to compile for sm_100.
     scale = scale_of(largest_magnitude(held, None))
     codes = to_e4m3(held * (1.0 / scale))
     # Token 8 i + 2 t + b of 16 goes to place 4 t + 2 i + b, so that a thread stores 16 tokens of a channel at once.
     codes = tl.permute(tl.reshape(codes, (BLOCK_M // 16, 2, 4, 2, D)), (0, 2, 1, 3, 4))
-    slots = blocks * BLOCK_M
-    block = first // BLOCK_M
-    tile = v + (head * D).to(tl.int64) * slots + block * BLOCK_M
-    tl.store(tile + tl.arange(0, D)[None, :] * slots + row[:, None], tl.reshape(codes, (BLOCK_M, D)))
-    tl.store(v_scale + head * blocks + block, scale)
+    slots = out.blocks * BLOCK_M
+    block = tile.first // BLOCK_M
+    place = out.v + (index * D).to(tl.int64) * slots + block * BLOCK_M
+    tl.store(place + tl.arange(0, D)[None, :] * slots + tl.arange(0, BLOCK_M)[:, None], tl.reshape(codes, (BLOCK_M, D)))
+    tl.store(out.v_scale + index * out.blocks + block, scale)
 
 
 @triton.jit
-def store_q_codes(q, q_scale, y, start, head, live, HQ: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+def store_q_codes(out, y, tile, live, index, heads: tl.constexpr, BLOCK_M: tl.constexpr):
     """Quantise every row of a tile of q to int8 by its own maximum."""
     scale = int8_scale_of(largest_magnitude(y, 1))[:, None]
-    store_rows(q, to_int8(y * (1.0 / scale)), start, head, live, HQ, D, BLOCK_M)
-    tl.store(q_scale + start * HQ + (tl.arange(0, BLOCK_M)[:, None] * HQ + head), scale, mask=live)
+    store_rows(out.q, to_int8(y * (1.0 / scale)), tile, live, index, heads.q, heads.d, BLOCK_M)
+    place = out.q_scale + tile.first.to(tl.int64) * heads.q
+    tl.store(place + (tl.arange(0, BLOCK_M)[:, None] * heads.q + index), scale, mask=live)
 
 
 @triton.jit
-def store_k_codes(k, k_scale, y, start, head, live, blocks, HKV: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+def store_k_codes(out, y, tile, live, index, heads: tl.constexpr, BLOCK_M: tl.constexpr):
     """Quantise a tile of k to int8 by its own maximum, over rows before its end."""
-    scale = int8_scale_of(largest_magnitude(tl.where(live, y, 0.0), None))  # one reduction, as for v
-    store_rows(k, to_int8(y * (1.0 / scale)), start, head, live, HKV, D, BLOCK_M)
-    tl.store(k_scale + head * blocks + start // BLOCK_M, scale)
+    held = tl.where(live, y, 0.0)
+    scale = int8_scale_of(largest_magnitude(held, None))  # one reduction, as for v
+    store_rows(out.k, to_int8(y * (1.0 / scale)), tile, live, index, heads.kv, heads.d, BLOCK_M)
+    tl.store(out.k_scale + index * out.blocks + tile.first // BLOCK_M, scale)
 
 
 @triton.jit
-def store_head(
-    product,
-    factor,
-    weight_scale,
-    head,
-    expert,
-    first,
-    end,
-    qk_norm,
-    cos_sin,
-    qk_scale,
-    q,
-    k,
-    v,
-    q_scale,
-    k_scale,
-    v_scale,
-    gate,
-    blocks,
-    D: tl.constexpr,
-    HQ: tl.constexpr,
-    HKV: tl.constexpr,
-    CODES: tl.constexpr,
-    INT8_QK: tl.constexpr,
-    FP8_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Finish and store one head of the product, by its kind: q, k, v or gates."""
-    HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
+def store_head(product, factor, head, tile, scales, cos_sin, out, heads: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Finish and store one head of the product, by its kind: q, k, v or gates. ``factor``: the scales of x's rows."""
+    D: tl.constexpr = heads.d
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, D)
-    live = (row < end - first)[:, None]
-    start = first.to(tl.int64)
-    if CODES:
+    live = (row < tile.end - tile.first)[:, None]
+    if heads.codes:
         # A new name: Triton keeps a variable's type over a run-time branch, and the product of int8 is int32.
         scaled = product.to(tl.float32) * factor[:, None]
-        scaled *= tl.load(weight_scale + (expert * HEADS + head) * D + column)[None, :]
+        scaled *= tl.load(scales.weight + (tile.expert * heads.all + head) * D + column)[None, :]
     else:
         scaled = product.to(tl.bfloat16).to(tl.float32)
-    if head < HQ + HKV:
-        which = expert * 2 + (head >= HQ).to(tl.int32)
-        norm = tl.load(qk_norm + which * D + column) + 1.0
+    if head < heads.rotated:
+        which = tile.expert * 2 + (head >= heads.q).to(tl.int32)
+        norm = tl.load(scales.norm + which * D + column) + 1.0
         inverse = tl.rsqrt(tl.sum(scaled * scaled, 1) / D + EPS)
-        y = rotate(scaled * inverse[:, None] * norm[None, :], cos_sin + start * D, live, D, D, BLOCK_M)
-        if INT8_QK:
-            if head < HQ:
-                store_q_codes(q, q_scale, y, start, head, live, HQ, D, BLOCK_M)
+        phase = cos_sin + tile.first.to(tl.int64) * D
+        y = rotate(scaled * inverse[:, None] * norm[None, :], phase, live, D, D, BLOCK_M)
+        if heads.int8_qk:
+            if head < heads.q:
+                store_q_codes(out, y, tile, live, head, heads, BLOCK_M)
             else:
-                store_k_codes(k, k_scale, y, start, head - HQ, live, blocks, HKV, D, BLOCK_M)
+                store_k_codes(out, y, tile, live, head - heads.q, heads, BLOCK_M)
         else:
-            if FP8_V:
-                scale = tl.load(qk_scale + which)
+            if heads.fp8_v:
+                scale = tl.load(scales.qk + which)
                 value = to_e4m3(y * (1.0 / scale))
                 if head == 0:
-                    tl.store(q_scale + first // BLOCK_M, scale)
-                elif head == HQ:
-                    tl.store(k_scale + first // BLOCK_M, scale)
+                    tl.store(out.q_scale + tile.first // BLOCK_M, scale)
+                elif head == heads.q:
+                    tl.store(out.k_scale + tile.first // BLOCK_M, scale)
             else:
                 value = y.to(tl.bfloat16)
-            if head < HQ:
-                store_rows(q, value, start, head, live, HQ, D, BLOCK_M)
+            if head < heads.q:
+                store_rows(out.q, value, tile, live, head, heads.q, D, BLOCK_M)
             else:
-                store_rows(k, value, start, head - HQ, live, HKV, D, BLOCK_M)
-    elif head < HQ + 2 * HKV:
-        if FP8_V:
-            store_v_codes(v, v_scale, scaled, first, end, head - (HQ + HKV), blocks, D, BLOCK_M)
+                store_rows(out.k, value, tile, live, head - heads.q, heads.kv, D, BLOCK_M)
+    elif head < heads.gates:
+        if heads.fp8_v:
+            store_v_codes(out, scaled, tile, live, head - heads.rotated, heads, BLOCK_M)
         else:
-            store_rows(v, scaled.to(tl.bfloat16), start, head - (HQ + HKV), live, HKV, D, BLOCK_M)
+            store_rows(out.v, scaled.to(tl.bfloat16), tile, live, head - heads.rotated, heads.kv, D, BLOCK_M)
     else:
-        head_q = (head - (HQ + 2 * HKV)) * D + column
-        mask = live & (head_q < HQ)[None, :]
-        tl.store(gate + start * HQ + (row[:, None] * HQ + head_q[None, :]), sigmoid(scaled), mask=mask)
+        gate = (head - heads.gates) * D + column
+        place = out.gate + tile.first.to(tl.int64) * heads.q
+        mask = live & (gate < heads.q)[None, :]
+        tl.store(place + (row[:, None] * heads.q + gate[None, :]), sigmoid(scaled), mask=mask)
 
 
 @triton.jit
 def store_heads(
     product,
     factor,
-    weight_scale,
     head,
-    expert,
-    first,
-    end,
-    qk_norm,
+    tile,
+    scales,
     cos_sin,
-    qk_scale,
-    q,
-    k,
-    v,
-    q_scale,
-    k_scale,
-    v_scale,
-    gate,
-    blocks,
-    D: tl.constexpr,
-    HQ: tl.constexpr,
-    HKV: tl.constexpr,
-    CODES: tl.constexpr,
-    INT8_QK: tl.constexpr,
-    FP8_V: tl.constexpr,
+    out,
+    heads: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -280,30 +242,17 @@ def store_heads(
     bytes. Only RAGGED tests whether a head exists: Triton 3.6.0 cannot read an accumulator of sm_100 for the first time
     inside a condition.
     """
-    HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
     if TILE_HEADS > 1:
         # In the tensor core's layout this split only chooses registers: no data moves.
         PART: tl.constexpr = TILE_HEADS // 2
-        left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, PART * D)), (0, 2, 1)))
-        store_heads(
-            left, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
-            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_V, BLOCK_M, PART, RAGGED,
-        )  # fmt: skip
-        store_heads(
-            right, factor, weight_scale, head + PART, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
-            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_V, BLOCK_M, PART, RAGGED,
-        )  # fmt: skip
+        left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, PART * heads.d)), (0, 2, 1)))
+        store_heads(left, factor, head, tile, scales, cos_sin, out, heads, BLOCK_M, PART, RAGGED)
+        store_heads(right, factor, head + PART, tile, scales, cos_sin, out, heads, BLOCK_M, PART, RAGGED)
     elif RAGGED:
-        if head < HEADS:
-            store_head(
-                product, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v, q_scale,
-                k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_V, BLOCK_M,
-            )  # fmt: skip
+        if head < heads.all:
+            store_head(product, factor, head, tile, scales, cos_sin, out, heads, BLOCK_M)
     else:
-        store_head(
-            product, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v, q_scale,
-            k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_V, BLOCK_M,
-        )  # fmt: skip
+        store_head(product, factor, head, tile, scales, cos_sin, out, heads, BLOCK_M)
 
 
 @triton.jit
@@ -350,19 +299,21 @@ def qkv_linear_kernel(
     this one has 255 of 255 without it. max_num_imprecise_acc=0 silently leaves the fp8 tensor cores.
     """
     SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
-    HEADS: tl.constexpr = HQ + 2 * HKV + (HQ + D - 1) // D
+    heads: tl.constexpr = heads_of(HQ, HKV, D, CODES, INT8_QK, FP8_V)
     TILE_HEADS: tl.constexpr = BLOCK_N // 128
-    COLUMN_TILES: tl.constexpr = (HEADS + TILE_HEADS - 1) // TILE_HEADS
+    COLUMN_TILES: tl.constexpr = (heads.all + TILE_HEADS - 1) // TILE_HEADS
     WIDTH: tl.constexpr = TILE_HEADS * D
+    scales = Scales(x_scale, weight_scale, qk_norm, qk_scale)
+    out = Results(q, k, v, q_scale, k_scale, v_scale, gate, blocks)
     # disable_licm: values that do not depend on the tile, mostly row offsets, would take registers throughout the loop.
-    for tile in tl.range(tl.program_id(0), tiles * COLUMN_TILES, tl.num_programs(0), disable_licm=True):
-        m, n = grouped_tile(tile, tiles, COLUMN_TILES, GROUP_M)
+    for item in tl.range(tl.program_id(0), tiles * COLUMN_TILES, tl.num_programs(0), disable_licm=True):
+        m, n = grouped_tile(item, tiles, COLUMN_TILES, GROUP_M)
         head = n * TILE_HEADS
         expert = tl.load(row_tiles + 3 * m)
         first = tl.load(row_tiles + 3 * m + 1)
         end = tl.load(row_tiles + 3 * m + 2)
-        feature = (expert * HEADS + head) * D
-        last = (expert + 1) * (HEADS * D) - 1
+        feature = (expert * heads.all + head) * D
+        last = (expert + 1) * (heads.all * D) - 1
         product = tl.zeros((BLOCK_M, WIDTH), SUM)
         for at in tl.range(0, C, BLOCK_K):
             if DESCRIPTORS:
@@ -376,8 +327,6 @@ def qkv_linear_kernel(
         if CODES:
             row = tl.arange(0, BLOCK_M)
             factor = tl.load(x_scale + first + row, mask=row < end - first, other=0.0)
-        store_heads(
-            product, factor, weight_scale, head, expert, first, end, qk_norm, cos_sin, qk_scale, q, k, v,
-            q_scale, k_scale, v_scale, gate, blocks, D, HQ, HKV, CODES, INT8_QK, FP8_V, BLOCK_M, TILE_HEADS,
-            HEADS % TILE_HEADS != 0,
-        )  # fmt: skip
+        tile = Tile(expert, first, end)
+        RAGGED: tl.constexpr = heads.all % TILE_HEADS != 0
+        store_heads(product, factor, head, tile, scales, cos_sin, out, heads, BLOCK_M, TILE_HEADS, RAGGED)

@@ -4,9 +4,6 @@ A piece is 16 rows of a head. A thread has 8 channels of 4 rows: a row is in 16 
 and a rotary pair is in one.
 """
 
-import hashlib
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from triton.experimental import gluon
@@ -18,83 +15,14 @@ from happyhorse_fast.kernels.qkv import EPS
 
 larger = gluon.jit(numerics.larger.fn)
 
-SOURCE = gl.constexpr(hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
-"""Of this file: as of `hopper_sizes`, for Triton's cache, which does not know the source of a property."""
 D = gl.constexpr(128)
 """Channels of a head."""
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Compile-time constants of QKV: heads, formats, and layouts of a piece of 16 rows in registers.
-
-    ``codes``: of 8 bits are the operands. q and k are int8 with ``int8_qk``, else e4m3 with ``fp8_v``, else bf16.
-    """
-
-    q: int
-    kv: int
-    codes: bool
-    int8_qk: bool
-    fp8_v: bool
-
-    @property
-    def rotated(self) -> int:
-        """Heads of q and k."""
-        return self.q + self.kv
-
-    @property
-    def gates(self) -> int:
-        """The first head of gates."""
-        return self.q + 2 * self.kv
-
-    @property
-    def all(self) -> int:
-        """Heads, those of gates included."""
-        return self.gates - (-self.q // 128)
-
-    @property
-    def by_row(self) -> Any:
-        """A thread has 8 channels of a row, 16 threads the row."""
-        return gl.BlockedLayout([1, 8], [2, 16], [FINISH_WARPS, 1], [1, 0])
-
-    @property
-    def by_pair(self) -> Any:
-        """Their phases: one of each rotary pair."""
-        return gl.BlockedLayout([1, 4], [2, 16], [FINISH_WARPS, 1], [1, 0])
-
-    @property
-    def by_channel(self) -> Any:
-        """A thread has 16 rows of two channels: what e4m3 v stores, transposed."""
-        return gl.BlockedLayout([16, 2], [1, 32], [1, FINISH_WARPS], [0, 1])
-
-
-@gluon.constexpr_function
-def heads_of(*values):
-    """Make one compile-time value of the heads' constants."""
-    _ = SOURCE  # which makes it a part of the kernel's key
-    return Heads(*values)
-
-
-class Scales(NamedTuple):
-    """Scales of a launch: of x's rows, of the weight's channels, of norms [E, 2, D], and static ones of q and k."""
-
-    x: Any
-    weight: Any
-    norm: Any
-    qk: Any
-
-
-class Results(NamedTuple):
-    """Where the results go. ``blocks`` are those of 128 rows."""
-
-    q: Any
-    k: Any
-    v: Any
-    q_scale: Any
-    k_scale: Any
-    v_scale: Any
-    gate: Any
-    blocks: Any
+BY_ROW = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [FINISH_WARPS, 1], [1, 0]))
+"""A thread has 8 channels of a row, 16 threads the row."""
+BY_PAIR = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [FINISH_WARPS, 1], [1, 0]))
+"""Their phases: one of each rotary pair."""
+BY_CHANNEL = gl.constexpr(gl.BlockedLayout([16, 2], [1, 32], [1, FINISH_WARPS], [0, 1]))
+"""A thread has 16 rows of two channels: what e4m3 v stores, transposed."""
 
 
 class Head(NamedTuple):
@@ -142,20 +70,18 @@ def factors_of(head, piece, scales, layout: gl.constexpr, heads: gl.constexpr):
 
 
 @gluon.jit
-def phases_of(head, piece, cos_sin, heads: gl.constexpr):
+def phases_of(head, piece, cos_sin):
     """Load the cosines and sines of a piece's rows."""
-    PAIR: gl.constexpr = heads.by_pair
-    row = rows_within(head, piece, PAIR).to(gl.int64)
-    at = cos_sin + row[:, None] * D + gl.arange(0, D // 2, layout=gl.SliceLayout(0, PAIR))[None, :]
+    row = rows_within(head, piece, BY_PAIR).to(gl.int64)
+    at = cos_sin + row[:, None] * D + gl.arange(0, D // 2, layout=gl.SliceLayout(0, BY_PAIR))[None, :]
     return gl.load(at), gl.load(at + D // 2)
 
 
 @gluon.jit
 def ahead_of(head, piece, scales, cos_sin, heads: gl.constexpr):
     """Load the scales and phases of a piece's rows."""
-    ROW: gl.constexpr = heads.by_row
-    factor = factors_of(head, piece, scales, ROW, heads)
-    cos, sin = phases_of(head, piece, cos_sin, heads)
+    factor = factors_of(head, piece, scales, BY_ROW, heads)
+    cos, sin = phases_of(head, piece, cos_sin)
     return Ahead(factor, cos, sin)
 
 
@@ -172,10 +98,9 @@ def weights_of(head, scales, layout: gl.constexpr, heads: gl.constexpr):
 @gluon.jit
 def channels_of(head, scales, heads: gl.constexpr):
     """Load what a head of q or k has of each channel: the weight's scale, and the norm's factor."""
-    ROW: gl.constexpr = heads.by_row
     which = head.expert * 2 + (head.index >= heads.q).to(gl.int32)
-    norm = gl.load(scales.norm + which * D + gl.arange(0, D, layout=gl.SliceLayout(0, ROW)))
-    return weights_of(head, scales, ROW, heads), norm + 1.0
+    norm = gl.load(scales.norm + which * D + gl.arange(0, D, layout=gl.SliceLayout(0, BY_ROW)))
+    return weights_of(head, scales, BY_ROW, heads), norm + 1.0
 
 
 @gluon.jit
@@ -203,28 +128,26 @@ def rounded(x):
 
 
 @gluon.jit
-def store_rows(out, value, head, index, piece, HEADS: gl.constexpr, heads: gl.constexpr):
+def store_rows(out, value, head, index, piece, HEADS: gl.constexpr):
     """Store a piece of a head into [N, HEADS, D]."""
-    ROW: gl.constexpr = heads.by_row
-    row, live = rows_of(head, piece, ROW)
-    column = gl.arange(0, D, layout=gl.SliceLayout(0, ROW))
+    row, live = rows_of(head, piece, BY_ROW)
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, BY_ROW))
     gl.store(out + (row.to(gl.int64) * HEADS + index)[:, None] * D + column[None, :], value, mask=live[:, None])
 
 
 @gluon.jit
-def rotated(sums, head, piece, channels, loaded, product: gl.constexpr, heads: gl.constexpr):
+def rotated(sums, head, piece, channels, loaded, product: gl.constexpr):
     """Return a piece of a head of q or k, rotated, and by what its rows are then to be multiplied.
 
     That is their scale over their norm, which a rotation leaves as it is. Results have a scale of a row in any case, so
     nothing else multiplies an element by either.
     """
-    ROW: gl.constexpr = heads.by_row
     weights, norm = channels
     factor = loaded.factor * product.up
-    value = values_of(sums, head, piece, weights, ROW)
+    value = values_of(sums, head, piece, weights, BY_ROW)
     inverse = gl.rsqrt(gl.sum(value * value, axis=1) * factor * factor / D + EPS)
     a, b = gl.split(gl.reshape(value * norm[None, :], (PIECE, D // 2, 2)))
     cos = gl.convert_layout(loaded.cos, a.type.layout)
     sin = gl.convert_layout(loaded.sin, a.type.layout)
     y = gl.reshape(gl.join(a * cos - b * sin, b * cos + a * sin), (PIECE, D))
-    return gl.convert_layout(y, ROW), inverse * factor
+    return gl.convert_layout(y, BY_ROW), inverse * factor

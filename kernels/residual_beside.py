@@ -9,7 +9,6 @@ changes no bit. Rows past a row tile's end and features past the last are neithe
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from happyhorse_fast.kernels.product_beside import (
     COLUMNS,
@@ -22,13 +21,10 @@ from happyhorse_fast.kernels.product_beside import (
     PIECES,
     Work,
     await_sums,
-    load_operands,
-    make_operands,
-    make_sums,
-    multiply,
     piece_of,
     product_of,
     release_sums,
+    run,
     tile_of,
 )
 
@@ -93,12 +89,13 @@ def half_of(sums, half: gl.constexpr, piece, by, scale, product: gl.constexpr):
 
 
 @gluon.jit
-def add_tiles(sums, work, x_scale, weight_scale, hidden, PER_ROW: gl.constexpr, product: gl.constexpr):
+def add_tiles(sums, work, given, PER_ROW: gl.constexpr, product: gl.constexpr):
     """Add, in the finishing warps, every tile's product to ``hidden``.
 
     What a quarter of a piece is added to is loaded where that of the piece before is used, a tile's first before its
     sums are awaited.
     """
+    x_scale, weight_scale, hidden = given
     turn = 0
     for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
         expert, first, end, feature = tile_of(work, item, product)
@@ -157,18 +154,6 @@ def fp8_linear_residual_beside_kernel(
     x_scale per row, 0 for one of the tensor.
     """
     product: gl.constexpr = product_of(F, K, x.dtype.primitive_bitwidth, INT8, STAGES, GROUP_M)
-    ring = make_operands(x, weight, product)
-    sums = make_sums(product, 4)
-    fence_async_shared()
     work = Work(row_tiles, tiles, items)
-    common = (ring, sums, work)
-    gl.warp_specialize(
-        [
-            (multiply, (0, common, product)),
-            (multiply, (1, common, product)),
-            (add_tiles, (sums, work, x_scale, weight_scale, hidden, PER_ROW, product)),
-            (load_operands, (x, weight, ring, work, product)),
-        ],
-        [4, FINISH_WARPS, 1],
-        [EVEN_REGISTERS, EVEN_REGISTERS, EVEN_REGISTERS],
-    )
+    given = (x_scale, weight_scale, hidden)
+    run(x, weight, work, add_tiles, given, PER_ROW, 4, EVEN_REGISTERS, EVEN_REGISTERS, product)

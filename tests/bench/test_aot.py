@@ -331,7 +331,7 @@ for number, text in enumerate((source, source.replace({old!r}, {new!r}))):
     [
         ("hopper_sizes", "sizes_of", "return self.v_bits == 8", "return self.v_bits < 16"),
         ("product_beside", "product_of", "return 2 if self.int8 else 1", "return 1 + self.int8"),
-        ("qkv_pieces", "heads_of", "return self.q + 2 * self.kv", "return 2 * self.kv + self.q"),
+        ("qkv_heads", "heads_of", "return self.q + 2 * self.kv", "return 2 * self.kv + self.q"),
         ("activation_beside", "activation_of", "return self.results * self.per", "return self.per * self.results"),
     ],
 )

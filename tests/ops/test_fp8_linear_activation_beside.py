@@ -218,7 +218,7 @@ def test_every_bank_is_met_once(read):
     ("name", "inverse", "columns"), [("swiglu7", 8.0, 32), ("swiglu7", 0.0, 16), ("gelu7", 0.0, 8)]
 )
 def test_a_thread_stores_16_bytes(name, inverse, columns):
-    activation = Activation(name, inverse)
+    activation = Activation(name, inverse, per_row=1)
     assert activation.columns == columns
     assert activation.results * (1 if inverse else 2) == 16
 

@@ -234,10 +234,10 @@ AWAIT = "            await_sums(sums, group, turn)\n"
 EACH = "        for group in range(GROUPS):\n"
 RELEASE = "            release_sums(sums, group)\n"
 AHEAD = "        ahead = ahead_of(head, piece + 1, scales, cos_sin, heads)\n"
-ROTATED = "        y, by = rotated(sums, head, piece, channels, loaded, product, heads)\n"
+ROTATED = "        y, by = rotated(sums, head, piece, channels, loaded, product)\n"
 BY_ROW, BY_HEAD, OF_K = "        row, live = rows_of", "        if heads.fp8", "        codes = rounded("
 """What follows in the loops over q's pieces, q's or k's, and k's that are walked again."""
-NEXT = "        ahead = factors_of(head, piece + 1, scales, ROW, heads)\n"
+NEXT = "        ahead = factors_of(head, piece + 1, scales, BY_ROW, heads)\n"
 OF_GATES, OF_V = "        value = values_of", "        value = (values_of"
 """And in those over gates' and v's."""
 WHICH = "    which = head.expert * 2 + (head.index >= heads.q).to(gl.int32)\n    norm"
@@ -264,7 +264,7 @@ QKV = {
     "sums of the other group": ("piece // PIECES, head.half", "1 - piece // PIECES, head.half"),
     "gates of no head": ("(gate < heads.q)", "(gate < heads.q + 1)"),
     "gates not turned": ("gl.exp(-value)", "gl.exp(value)"),
-    "heads of gates forgotten": ("return self.gates - (-self.q // 128)", "return self.gates"),
+    "heads of gates forgotten": ("return self.gates - (-self.q // self.d)", "return self.gates"),
 }
 SCALED = {
     "another expert's weight scale": ("(head.expert * heads.all + head.index)", "(head.index)"),

@@ -36,7 +36,7 @@ def activation_beside(seed=1, replace=(), programs=4):
 
 def qkv_beside(seed=1, replace=(), programs=4):
     """`qkv_linear` in the kernel of `kernels/qkv_beside.py`."""
-    return emulated(qkv, ["qkv_pieces", "qkv_beside"], "qkv_linear_beside_kernel", seed, replace, programs)
+    return emulated(qkv, ["qkv_heads", "qkv_pieces", "qkv_beside"], "qkv_linear_beside_kernel", seed, replace, programs)
 
 
 RELEASE_LAST = "        mbarrier.arrive(ring.empty.index(use % SLOTS), count=1)\n"
