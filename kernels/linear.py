@@ -25,21 +25,7 @@ predicted; docs/kernels/linear.md has the measured times.
 import triton
 import triton.language as tl
 
-from happyhorse_fast.kernels.numerics import gelu7, grouped_tile, swiglu7, to_e4m3
-
-
-@triton.jit
-def load_tile(source, first, last, at, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load [BLOCK_R, BLOCK_K] of [rows, K] from (first, at). Rows past ``last`` repeat it, columns past K are 0.
-
-    Repeated rows need no mask in the loop. Only the first row's offset is int64: the others are within 128 rows of it.
-    """
-    row = tl.minimum(tl.arange(0, BLOCK_R), last - first)
-    column = at + tl.arange(0, BLOCK_K)
-    place = source + first.to(tl.int64) * K + (row[:, None] * K + column[None, :])
-    if K % BLOCK_K == 0:
-        return tl.load(place)
-    return tl.load(place, mask=(column < K)[None, :], other=0.0)
+from happyhorse_fast.kernels.numerics import gelu7, grouped_tile, load_rows, swiglu7, to_e4m3
 
 
 @triton.jit
@@ -177,8 +163,8 @@ def fp8_linear_kernel(
                 a = x.load([first, at])
                 b = weight.load([channel, at])
             else:
-                a = load_tile(x, first, end - 1, at, K, BLOCK_M, BLOCK_K)
-                b = load_tile(weight, channel, last, at, K, BLOCK_N, BLOCK_K)
+                a = load_rows(x, first, end - 1, K, at, K, BLOCK_M, BLOCK_K)
+                b = load_rows(weight, channel, last, K, at, K, BLOCK_N, BLOCK_K)
             product = tl.dot(a, b.T, product, out_dtype=SUM)
         factor = tl.full((BLOCK_M,), 1.0, tl.float32)
         if CODES:

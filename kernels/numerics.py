@@ -1,4 +1,4 @@
-"""Arithmetic that several kernels share: casts to e4m3 and int8, their scales, the activations, the order of tiles."""
+"""What several kernels share: casts to e4m3 and int8, their scales, the activations, the order of tiles, their rows."""
 
 import triton
 import triton.language as tl
@@ -95,3 +95,17 @@ def grouped_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     rows = tl.minimum(tiles_m - first, GROUP_M)
     place = tile % (GROUP_M * tiles_n)
     return first + place % rows, place // rows
+
+
+@triton.jit
+def load_rows(source, first, last, stride, k, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load [BLOCK_R, BLOCK_K] from row ``first``, column ``k``. Rows past ``last`` repeat it, columns past C are 0.
+
+    Only the first row's offset is int64: the others are within 128 rows of at most 2^24 elements, which fits int32.
+    """
+    row = tl.minimum(tl.arange(0, BLOCK_R), last - first)
+    column = k + tl.arange(0, BLOCK_K)
+    at = source + first.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    if C % BLOCK_K == 0:
+        return tl.load(at)
+    return tl.load(at, mask=(column < C)[None, :], other=0.0)

@@ -32,6 +32,7 @@ from happyhorse_fast.kernels.numerics import (
     grouped_tile,
     int8_scale_of,
     largest_magnitude,
+    load_rows,
     scale_of,
     sigmoid,
     to_e4m3,
@@ -92,20 +93,6 @@ def rmsnorm_quantize_kernel(
         tl.store(scale + row, row_scale, mask=live)
     else:
         tl.store(out, y.to(tl.bfloat16), mask=mask)
-
-
-@triton.jit
-def load_rows(source, first, last, stride, k, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load [BLOCK_R, BLOCK_K] from row ``first``, column ``k``. Rows past ``last`` repeat it, columns past C are 0.
-
-    Only the first row's offset is int64: the others are within 128 rows of at most 2^24 elements, which fits int32.
-    """
-    row = tl.minimum(tl.arange(0, BLOCK_R), last - first)
-    column = k + tl.arange(0, BLOCK_K)
-    at = source + first.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
-    if C % BLOCK_K == 0:
-        return tl.load(at)
-    return tl.load(at, mask=(column < C)[None, :], other=0.0)
 
 
 @triton.jit

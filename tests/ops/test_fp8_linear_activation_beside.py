@@ -256,7 +256,7 @@ E4M3 = {
 CODES = {
     "another channel's scale": ("channel = expert * F + column +", "channel = expert * F + (column ^ 2) +"),
     "another expert's scale": ("channel = expert * F + column", "channel = column"),
-    "another row's scale": ("x_scale + row * PER_ROW", "x_scale + (row * 0 + at) * PER_ROW"),
+    "another row's scale": ("x_scale + row * activation.per_row", "x_scale + (row * 0 + at) * activation.per_row"),
     "another piece's scales": ("(piece + 1) % PIECES", "piece"),
     "scales of the other half's rows": ("(piece + 1) % PIECES", "(piece + 1)"),
     "scales of the other group's rows": ("factor = factors_of(x_scale, top,", "factor = factors_of(x_scale, first,"),
