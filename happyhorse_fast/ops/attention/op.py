@@ -11,10 +11,8 @@ from happyhorse_fast.ops.attention.contract import EIGHT_BIT, BlockSparseAttenti
 from happyhorse_fast.ops.attention.reference import output_scale
 from happyhorse_fast.ops.attention.score_bound import score_limit, scores_fit
 from happyhorse_fast.ops.runtime.checks import require, require_backend
-from happyhorse_fast.ops.runtime.ranges import ranged
 
 
-@ranged
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,

@@ -11,7 +11,7 @@ from happyhorse_fast.block_map import BlockMap
 from happyhorse_fast.block_map.bits import BLOCK, unpack
 from happyhorse_fast.ops.attention.contract import BlockSparseAttention
 from happyhorse_fast.ops.quantize import E4M3_MAX, code_scale, quantize_static, token_order
-from happyhorse_fast.ops.runtime.operation import custom_op
+from happyhorse_fast.ops.runtime.operation import reference_op
 
 P_SCALE = 256.0
 """Factor of P before it becomes e4m3."""
@@ -179,7 +179,7 @@ def _blocks(x: torch.Tensor, blocks: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, blocks * BLOCK - x.shape[0])).unflatten(0, (blocks, BLOCK))
 
 
-@custom_op("block_sparse_attention_reference", BlockSparseAttention)
+@reference_op(BlockSparseAttention)
 def block_sparse_attention(given: BlockSparseAttention) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`sparse_attention` with the kernels' arguments."""
     tensors = given.counts, given.starts, given.columns, given.mask_ids, given.mask_bits, given.order

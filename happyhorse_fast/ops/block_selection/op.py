@@ -11,10 +11,8 @@ from happyhorse_fast.block_map.dynamic import amount
 from happyhorse_fast.ops.block_selection import cuda, reference
 from happyhorse_fast.ops.block_selection.contract import SelectBlocks
 from happyhorse_fast.ops.runtime.checks import require_backend
-from happyhorse_fast.ops.runtime.ranges import ranged
 
 
-@ranged
 def select_blocks(
     q: Tensor,
     k: Tensor,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from happyhorse_fast.block_map.dynamic import Parts, choose
 from happyhorse_fast.ops.block_selection.contract import SelectBlocks
-from happyhorse_fast.ops.runtime.operation import custom_op
+from happyhorse_fast.ops.runtime.operation import reference_op
 
 
-@custom_op("select_blocks_reference", SelectBlocks)
+@reference_op(SelectBlocks)
 def select_blocks(given: SelectBlocks) -> Parts:
     """:func:`choose` as an op."""
     return choose(*given.values())

@@ -15,10 +15,8 @@ from happyhorse_fast.ops.linear.contract import (
     static_scale,
 )
 from happyhorse_fast.ops.runtime.checks import none_for_empty, require_backend
-from happyhorse_fast.ops.runtime.ranges import ranged
 
 
-@ranged
 def fp8_linear(
     x: Tensor,
     x_scale: Tensor | None,
@@ -50,7 +48,6 @@ def fp8_linear(
     return cast(Tensor, _implementation(backend, ("triton", "reference")).fp8_linear(*given.values()))
 
 
-@ranged
 def fp8_linear_residual(
     x: Tensor,
     x_scale: Tensor | None,
@@ -83,7 +80,6 @@ def fp8_linear_residual(
     _implementation(backend, ("triton", "reference")).fp8_linear_residual(*given.values())
 
 
-@ranged
 def fp8_linear_activation(
     x: Tensor,
     x_scale: Tensor | None,
@@ -126,7 +122,6 @@ def fp8_linear_activation(
     return y, static_scale(activation, fp8, x.device)
 
 
-@ranged
 def activation_quantize(
     product: Tensor,
     row_scale: Tensor | None,

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from happyhorse_fast import ambient
 from happyhorse_fast.ops.linear.contract import (
     ACTIVATIONS,
     ActivationQuantize,
@@ -22,7 +21,7 @@ from happyhorse_fast.ops.linear.contract import (
     activation_scale,
 )
 from happyhorse_fast.ops.quantize import products, quantize_static, scaled_products
-from happyhorse_fast.ops.runtime.operation import custom_op
+from happyhorse_fast.ops.runtime.operation import reference_op
 
 
 def of_tiles(given: Product) -> Iterator[tuple[int, slice, Tensor]]:
@@ -30,8 +29,7 @@ def of_tiles(given: Product) -> Iterator[tuple[int, slice, Tensor]]:
     return products(given.x, given.x_scale, given.weight, given.weight_scale, given.row_tiles.tolist())
 
 
-@custom_op("fp8_linear_reference", Linear)
-@ambient.independent
+@reference_op(Linear)
 def fp8_linear(given: Linear) -> Tensor:
     """The product, [N, F] bf16."""
     y = given.empty()
@@ -40,23 +38,20 @@ def fp8_linear(given: Linear) -> Tensor:
     return y
 
 
-@custom_op("fp8_linear_residual_reference", LinearResidual)
-@ambient.independent
+@reference_op(LinearResidual)
 def fp8_linear_residual(given: LinearResidual) -> None:
     """Add the product to ``hidden`` [N, F] float32, in place."""
     for _, rows, product in of_tiles(given):
         given.hidden[rows] += product
 
 
-@custom_op("fp8_linear_activation_reference", LinearActivation)
-@ambient.independent
+@reference_op(LinearActivation)
 def fp8_linear_activation(given: LinearActivation) -> Tensor:
     """The activation of the product: bf16, or e4m3 codes of it by `activation_scale`."""
     return _activate(given, of_tiles(given))
 
 
-@custom_op("activation_quantize_reference", ActivationQuantize)
-@ambient.independent
+@reference_op(ActivationQuantize)
 def activation_quantize(given: ActivationQuantize) -> Tensor:
     """The activation of a product [N, F] that is there already: bf16, or float32 to be multiplied by its scales."""
     spans = given.row_tiles.tolist()

@@ -12,10 +12,8 @@ from torch import Tensor
 from happyhorse_fast.ops.qkv import cuda, reference
 from happyhorse_fast.ops.qkv.contract import QKV, QkNormRope, QkvLinear, RmsnormQuantize
 from happyhorse_fast.ops.runtime.checks import none_for_empty, require_backend
-from happyhorse_fast.ops.runtime.ranges import ranged
 
 
-@ranged
 def rmsnorm_quantize(
     hidden: Tensor,
     norm_weight: Tensor,
@@ -47,7 +45,6 @@ def rmsnorm_quantize(
     return x, scale
 
 
-@ranged
 def qkv_linear(
     x: Tensor,
     x_scale: Tensor | None,
@@ -98,7 +95,6 @@ def qkv_linear(
     return cast(QKV, _implementation(backend, ("triton", "cuda", "reference")).qkv_linear(*given.values()))
 
 
-@ranged
 def qk_norm_rope(
     product: Tensor,
     row_scale: Tensor | None,

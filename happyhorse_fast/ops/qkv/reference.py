@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from happyhorse_fast import ambient
 from happyhorse_fast.eager.qkv import rms_norm
 from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.qkv.contract import QKV, QkNormRope, QkvLinear, RmsnormQuantize
@@ -28,15 +27,14 @@ from happyhorse_fast.ops.quantize import (
     to_e4m3,
     to_int8,
 )
-from happyhorse_fast.ops.runtime.operation import custom_op
+from happyhorse_fast.ops.runtime.operation import reference_op
 from happyhorse_fast.ops.runtime.row_tiles import joined
 
 # Rows in flight: 4096 x 7296 float32 products are 120 MB.
 ROW_CHUNK = 4096
 
 
-@custom_op("rmsnorm_quantize_reference", RmsnormQuantize)
-@ambient.independent
+@reference_op(RmsnormQuantize)
 def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
     """Residual add, RMSNorm and cast of whole rows."""
     hidden, out = given.hidden, given.out
@@ -52,8 +50,7 @@ def rmsnorm_quantize(given: RmsnormQuantize) -> tuple[Tensor, Tensor]:
     return x, scale
 
 
-@custom_op("qkv_linear_reference", QkvLinear)
-@ambient.independent
+@reference_op(QkvLinear)
 def qkv_linear(given: QkvLinear) -> QKV:
     """QKV product and its epilogue.
 
@@ -64,8 +61,7 @@ def qkv_linear(given: QkvLinear) -> QKV:
     return _finished(given, products(given.x, given.x_scale, given.weight, given.weight_scale, spans))
 
 
-@custom_op("qk_norm_rope_reference", QkNormRope)
-@ambient.independent
+@reference_op(QkNormRope)
 def qk_norm_rope(given: QkNormRope) -> QKV:
     """The epilogue of :func:`qkv_linear` on a product that is there already.
 

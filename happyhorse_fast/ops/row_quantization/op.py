@@ -7,10 +7,8 @@ from torch import Tensor
 from happyhorse_fast.ops.row_quantization import reference
 from happyhorse_fast.ops.row_quantization.contract import QuantizeRows
 from happyhorse_fast.ops.runtime.checks import require_backend
-from happyhorse_fast.ops.runtime.ranges import ranged
 
 
-@ranged
 def quantize_rows(x: Tensor, hadamard: bool, *, backend: str = "triton") -> tuple[Tensor, Tensor]:
     """Quantise every row to int8 by its own largest magnitude.
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from happyhorse_fast import ambient
 from happyhorse_fast.ops.quantize import hadamard, int8_rows
 from happyhorse_fast.ops.row_quantization.contract import QuantizeRows
-from happyhorse_fast.ops.runtime.operation import custom_op
+from happyhorse_fast.ops.runtime.operation import reference_op
 
 ROW_CHUNK = 4096
 """Rows in flight: of 13,696 channels 224 MB of float32."""
 
 
-@custom_op("quantize_rows_reference", QuantizeRows)
-@ambient.independent
+@reference_op(QuantizeRows)
 def quantize_rows(given: QuantizeRows) -> tuple[Tensor, Tensor]:
     """Rows to int8 with a scale each."""
     codes, scale = given.empty()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import typing
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar, TypeVar
 
 import torch
+
+from happyhorse_fast import ambient
+from happyhorse_fast.ops.runtime.ranges import ranged
 
 NAMESPACE = "happyhorse_fast"
 Implementation = Callable[..., Any]
@@ -45,9 +47,9 @@ def flat(implementation: Callable[[A], Any], arguments: type[A], without: Collec
         arguments: The dataclass.
         without: Fields that the function does not take; they are None.
     """
-    fields = [field for field in dataclasses.fields(arguments) if field.name not in without]
-    names, absent = [field.name for field in fields], dict.fromkeys(without)
-    types = typing.get_type_hints(arguments)
+    whole = inspect.signature(arguments, eval_str=True)
+    parameters = [parameter for name, parameter in whole.parameters.items() if name not in without]
+    names, absent = [parameter.name for parameter in parameters], dict.fromkeys(without)
 
     @functools.wraps(implementation)
     def run(*values: Any, **named: Any) -> Any:
@@ -55,34 +57,37 @@ def flat(implementation: Callable[[A], Any], arguments: type[A], without: Collec
             return implementation(arguments(**dict(zip(names, values, strict=False)), **named, **absent))
         return implementation(arguments(*values, **named))
 
-    def parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
-        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        return inspect.Parameter(field.name, kind, default=default, annotation=types[field.name])
-
-    returns = typing.get_type_hints(arguments.empty)["return"]
-    returns = None if returns is type(None) else returns  # as torch's schemas have it
-    signature = inspect.Signature([parameter(field) for field in fields], return_annotation=returns)
-    run.__signature__ = signature  # type: ignore[attr-defined]
+    returns = inspect.signature(arguments.empty, eval_str=True).return_annotation
+    run.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
     return run
 
 
 def custom_op(name: str, arguments: type[A], *, without: Collection[str] = ()) -> Callable[[Callable[[A], Any]], Any]:
     """Decorator: an implementation as the op ``happyhorse_fast::name``, which torch traces without a look inside.
 
-    So a reference, which walks its tables on the host, can be compiled and exported, and counts as one launch, like the
-    kernel that it stands in for.
-
     Args:
-        name: The op's, with its backend: ``"fp8_linear_reference"``.
+        name: The op's, with its backend: ``"rmsnorm_quantize_cuda"``.
         arguments: The op's.
         without: Fields that this op does not take.
     """
 
     def decorate(implementation: Callable[[A], Any]) -> Any:
-        run = flat(implementation, arguments, without)
+        run = ranged(flat(implementation, arguments, without))
         op = torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=arguments.MUTATES)(run)
         op.register_fake(flat(arguments.empty, arguments, without))
         return op
+
+    return decorate
+
+
+def reference_op(arguments: type[A]) -> Callable[[Callable[[A], Any]], Any]:
+    """Decorator: an op in plain torch, whatever the caller has set there, as ``happyhorse_fast::<its name>_reference``.
+
+    A reference walks its tables on the host. As an op it can be compiled and exported all the same, and counts as one
+    launch, like the kernel that it stands in for.
+    """
+
+    def decorate(implementation: Callable[[A], Any]) -> Any:
+        return custom_op(f"{implementation.__name__}_reference", arguments)(ambient.independent(implementation))
 
     return decorate

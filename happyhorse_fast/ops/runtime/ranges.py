@@ -6,24 +6,20 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any
 
-import torch
 from torch.cuda import nvtx
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
 VARIABLE = "HAPPYHORSE_FAST_NVTX"
 """1: a range for every call of an op. Read when an op is imported: without it an op costs nothing more."""
 
 
-def ranged(op: Callable[P, R]) -> Callable[P, R]:
-    """An op with a range of its name and its first tensor's shape around each call, where :data:`VARIABLE` is 1.
+def ranged(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """An op's implementation with a range of its name and its first tensor's shape, where :data:`VARIABLE` is 1.
 
-    The range is of the host, while launches are queued; a profiler shows what ran on the device for it. A compiled
-    graph has none.
+    The range is of the host, while launches are queued; a profiler shows what ran on the device for it.
 
     Raises:
         ValueError: :data:`VARIABLE` is neither 0 nor 1.
@@ -32,15 +28,12 @@ def ranged(op: Callable[P, R]) -> Callable[P, R]:
     if asked not in ("0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {asked!r}")
     if asked == "0" or not _has_nvtx():
-        return op
+        return implementation
 
-    @functools.wraps(op)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            return op(*args, **kwargs)
-        shape = getattr(args[0], "shape", None) if args else None
-        with nvtx.range(f"happyhorse_fast::{op.__name__} {'' if shape is None else list(shape)}"):
-            return op(*args, **kwargs)
+    @functools.wraps(implementation)
+    def run(first: Any, *rest: Any, **named: Any) -> Any:
+        with nvtx.range(f"happyhorse_fast::{implementation.__name__} {list(first.shape)}"):
+            return implementation(first, *rest, **named)
 
     return run
 
