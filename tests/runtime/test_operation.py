@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from happyhorse_fast import ops
-from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, members
+from happyhorse_fast.csrc import sources
+from happyhorse_fast.ops.runtime.cuda.parameters import struct
 from happyhorse_fast.ops.runtime.operation import Arguments, flat
 
 
@@ -24,12 +25,20 @@ class Scaled(Arguments):
         return torch.empty_like(self.x)
 
 
-class Inner(Parameters):
-    _fields_ = members(int="first end")
-
-
-class Params(Parameters):
-    _fields_ = members(pointer="x scale y", rows=Inner, int64="stride", int="steps", float="factor")
+DEVICE = """constexpr int ROWS = 4;
+struct Inner {
+  int first, end;  // rows; end is not one
+};
+struct Params {
+  const float* x;      // [N]
+  const float* scale;  // or null
+  void* y;
+  Inner rows;
+  i64 stride;
+  int steps;
+  float factor;
+};
+"""
 
 
 def test_a_flat_function_has_the_fields_and_gives_them_to_the_dataclass():
@@ -48,7 +57,11 @@ def test_a_flat_function_has_the_fields_and_gives_them_to_the_dataclass():
     assert part(x, 3).values(without=("scale",)) == (x, 3, "plain")
 
 
-def test_a_struct_takes_arguments_by_name_and_others_before_them():
+def test_a_struct_takes_arguments_by_name_and_others_before_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "DEVICE", tmp_path)
+    (tmp_path / "given.cu").write_text(DEVICE)
+    Inner = struct("Inner", "given.cu")
+    Params = struct("Params", "given.cu", Inner=Inner)
     x, y = torch.ones(4), torch.ones(4)
     assert [name for name, _ in Params._fields_] == ["x", "scale", "y", "rows", "stride", "steps", "factor"]
     given = Scaled(x, torch.empty(0), 3)
@@ -58,6 +71,12 @@ def test_a_struct_takes_arguments_by_name_and_others_before_them():
     assert ctypes.sizeof(made) == 48
     with pytest.raises(AttributeError, match="'Scaled' object has no attribute 'y'"):
         Params.of(given, rows=Inner(), stride=5, factor=0.5)
+    with pytest.raises(KeyError, match="Inner"):
+        struct("Params", "given.cu")
+    (tmp_path / "given.cu").write_text("struct Held { int n; float values[4]; };")
+    for name in ("Held", "Absent"):
+        with pytest.raises(ValueError, match=f"given.cu must declare struct {name}, of pointers, numbers"):
+            struct(name, "given.cu")
 
 
 @pytest.mark.parametrize("name", ["rmsnorm_quantize", "qkv_linear", "qk_norm_rope", "quantize_rows", "fp8_linear",

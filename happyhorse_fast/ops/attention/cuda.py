@@ -9,7 +9,7 @@ from torch import Tensor
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.ops.attention.contract import EIGHT_BIT, BlockSparseAttention
 from happyhorse_fast.ops.runtime.cuda.launch import launch
-from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, members, require_vectors
+from happyhorse_fast.ops.runtime.cuda.parameters import require_vectors, struct
 from happyhorse_fast.ops.runtime.operation import custom_op
 
 STEM = "block_sparse_attention"
@@ -17,17 +17,7 @@ STEM = "block_sparse_attention"
 THREADS = 256
 SHARED_BYTES_PER_CHANNEL = 3 * BLOCK * 2
 VECTOR = 8  # bf16 of 16 bytes
-
-
-class BlockSparseAttentionParams(Parameters):
-    """`BlockSparseAttentionParams` of csrc/device/block_sparse_attention.cu."""
-
-    _fields_ = members(
-        pointer="q k v out out_scale lse counts starts columns mask_ids mask_bits order gate flag",
-        int64="q_token q_head k_token k_head v_token v_head",
-        float="scale",
-        int="queries keys map_rows heads_q heads_kv map_heads",
-    )
+BlockSparseAttentionParams = struct("BlockSparseAttentionParams", "block_sparse_attention.cu")
 
 
 @custom_op("block_sparse_attention_cuda", BlockSparseAttention, without=EIGHT_BIT)

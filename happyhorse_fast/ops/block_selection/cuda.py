@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from happyhorse_fast.block_map.dynamic import Parts
 from happyhorse_fast.ops.block_selection.contract import SelectBlocks
 from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.cuda.launch import launch
-from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, members
+from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, struct
 from happyhorse_fast.ops.runtime.operation import custom_op
 
 STEM = "select_blocks"
+RESULTS = ("counts", "starts", "columns", "mask_ids", "order")
 WARP, VECTOR_BYTES = 32, 16
 # Of csrc/device/select_blocks.cu: threads and shared memory of its kernels, in bytes.
 POOL_THREADS = 128
@@ -22,42 +25,14 @@ SELECT_BYTES = 2 * WARP * 8 + 2 * WARP * 4 + WARP * 4
 ORDER_THREADS = 256
 ORDER_BYTES = 2 * ORDER_THREADS * 4
 
-
-class Strided(Parameters):
-    """`Strided` of csrc/device/select_blocks.cu."""
-
-    _fields_ = members(pointer="data", int64="row head channel", int="vectors")
-
-
-class PoolBlocksParams(Parameters):
-    """`PoolBlocksParams` of csrc/device/select_blocks.cu."""
-
-    _fields_ = members(q=Strided, k=Strided, pointer="q_scale k_scale live pooled", int="heads_q d format")
+Strided = struct("Strided", "block_pool.cuh")
+PoolBlocksParams = struct("PoolBlocksParams", "block_pool.cuh", Strided=Strided)
+ScoreBlocksParams = struct("ScoreBlocksParams", "select_blocks.cu")
+SelectBlocksParams = struct("SelectBlocksParams", "select_blocks.cu")
+OrderRowsParams = struct("OrderRowsParams", "select_blocks.cu")
 
 
-class ScoreBlocksParams(Parameters):
-    """`ScoreBlocksParams` of csrc/device/select_blocks.cu."""
-
-    _fields_ = members(
-        pointer="pooled inverse q_scale k_scale scores", float="scale", int="heads_q group d blocks score_stride mean"
-    )
-
-
-class SelectBlocksParams(Parameters):
-    """`SelectBlocksParams` of csrc/device/select_blocks.cu."""
-
-    _fields_ = members(
-        pointer="scores table prefix counts starts columns mask_ids", int="blocks score_stride keep mass"
-    )
-
-
-class OrderRowsParams(Parameters):
-    """`OrderRowsParams` of csrc/device/select_blocks.cu."""
-
-    _fields_ = members(pointer="counts order", int="rows")
-
-
-def strided(x: torch.Tensor) -> Strided:
+def strided(x: torch.Tensor) -> Parameters:
     """A tensor of any strides; channels that lie together and aligned are read 16 bytes at once, others one by one."""
     row, head, channel = x.stride()
     apart = [stride * x.element_size() for stride, size in zip((row, head), x.shape[:2], strict=True) if size > 1]
@@ -77,56 +52,28 @@ def select_blocks(given: SelectBlocks) -> Parts:
     Takes a workspace of 4 * (Hkv * S^2 + (Hq + Hkv) * S * D) bytes: 20 MiB for 5 s at 1080p, 100 MiB for 15 s.
     """
     q, k, table = given.q, given.k, given.table
-    counts, starts, columns, mask_ids, order = results = given.empty()
+    results = given.empty()
     heads_q, heads_kv, d, blocks = q.shape[1], k.shape[1], q.shape[2], table.shape[0]
-    if heads_kv * blocks == 0:
+    group, rows, score_stride = heads_q // heads_kv, heads_kv * blocks, -(-blocks // 4) * 4
+    if rows == 0:
         return results
-    group, score_stride = heads_q // heads_kv, -(-blocks // 4) * 4
     pooled = torch.empty(heads_q + heads_kv, blocks, d, dtype=torch.float32, device=q.device)
     scores = torch.empty(heads_kv, blocks, score_stride, dtype=torch.float32, device=q.device)
     # int8 codes are multiplied before they are added up, e4m3's sums of a block after it.
-    scales, none = (given.q_scale, given.k_scale), (None, None)
+    scales, none = {"q_scale": given.q_scale, "k_scale": given.k_scale}, {"q_scale": None, "k_scale": None}
     of_values, of_sums = (scales, none) if q.dtype == torch.int8 else (none, scales)
-    pool = PoolBlocksParams.of(
-        given,
-        q=strided(q),
-        k=strided(k),
-        q_scale=of_values[0],
-        k_scale=of_values[1],
-        pooled=pooled,
-        heads_q=heads_q,
-        d=d,
-        format=[*FORMATS].index(q.dtype),
-    )
+    # Of these each struct takes what it has members for.
+    sizes = {"heads_q": heads_q, "group": group, "d": d, "blocks": blocks, "score_stride": score_stride, "rows": rows}
+    shared: dict[str, Any] = {"pooled": pooled, "scores": scores, **dict(zip(RESULTS, results, strict=True)), **sizes}
+    fmt = [*FORMATS].index(q.dtype)
+    pool = PoolBlocksParams.of(given, **shared, **of_values, q=strided(q), k=strided(k), format=fmt)
     pool_bytes = POOL_THREADS * VECTOR_BYTES // q.element_size() * 4
     launch(STEM, "pool_blocks", pool, (heads_q + heads_kv, blocks, 1), POOL_THREADS, pool_bytes, q)
-    score = ScoreBlocksParams.of(
-        given,
-        pooled=pooled,
-        q_scale=of_sums[0],
-        k_scale=of_sums[1],
-        scores=scores,
-        scale=d**-0.5 / (group if given.mean else 1),
-        heads_q=heads_q,
-        group=group,
-        d=d,
-        blocks=blocks,
-        score_stride=score_stride,
-    )
+    score = ScoreBlocksParams.of(given, **shared, **of_sums, scale=d**-0.5 / (group if given.mean else 1))
     tiles = (-(-blocks // SCORE_COLUMNS), -(-blocks // SCORE_ROWS), heads_kv)
     launch(STEM, "score_blocks", score, tiles, SCORE_THREADS, SCORE_BYTES, q)
-    choice = SelectBlocksParams.of(
-        given,
-        scores=scores,
-        counts=counts,
-        starts=starts,
-        columns=columns,
-        mask_ids=mask_ids,
-        blocks=blocks,
-        score_stride=score_stride,
-    )
+    choice = SelectBlocksParams.of(given, **shared)
     launch(STEM, "select_blocks", choice, (blocks, heads_kv, 1), select_threads(blocks), SELECT_BYTES, q)
-    rows = heads_kv * blocks
-    ordering = OrderRowsParams.of(given, counts=counts, order=order, rows=rows)
-    launch(STEM, "order_rows", ordering, (-(-rows // WARP), 1, 1), ORDER_THREADS, ORDER_BYTES, q)
+    order = OrderRowsParams.of(given, **shared)
+    launch(STEM, "order_rows", order, (-(-rows // WARP), 1, 1), ORDER_THREADS, ORDER_BYTES, q)
     return results

@@ -12,23 +12,12 @@ from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.linear.contract import ActivationQuantize, LinearActivation, activation_scale
 from happyhorse_fast.ops.runtime.cuda.launch import launch
 from happyhorse_fast.ops.runtime.cuda.library_product import RowTiles, products
-from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
+from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, require_vectors, struct
 from happyhorse_fast.ops.runtime.operation import custom_op
 
 # Of csrc/device/activation_quantize.cu.
 THREADS, ROWS_PER_BLOCK, VECTOR_BYTES = 256, 16, 16
-
-
-class ActivationQuantizeParams(Parameters):
-    """`ActivationQuantizeParams` of csrc/device/activation_quantize.cu."""
-
-    _fields_ = members(
-        pointer="product row_scale column_scale y",
-        rows=RowTiles,
-        int64="product_stride",
-        int="features gated",
-        float="inverse_scale",
-    )
+ActivationQuantizeParams = struct("ActivationQuantizeParams", "activation_quantize.cu", RowTiles=RowTiles)
 
 
 @custom_op("activation_quantize_cuda", ActivationQuantize)
@@ -53,7 +42,7 @@ def fp8_linear_activation(given: LinearActivation) -> Tensor:
     return y
 
 
-def finish_rows(given: ActivationQuantize, rows: RowTiles, tiles: int, y: Tensor) -> None:
+def finish_rows(given: ActivationQuantize, rows: Parameters, tiles: int, y: Tensor) -> None:
     """Write the activation of a product to those rows of ``y`` that ``rows`` names, in ``tiles`` row tiles.
 
     The product starts with row ``rows.first``; everything else has all rows and experts.

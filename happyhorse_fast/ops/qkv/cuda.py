@@ -9,7 +9,7 @@ from happyhorse_fast.ops.qkv.contract import QKV, RESULTS, QkNormRope, QkvLinear
 from happyhorse_fast.ops.quantize import DTYPES, E4M3, FORMATS, INT8
 from happyhorse_fast.ops.runtime.cuda.launch import launch
 from happyhorse_fast.ops.runtime.cuda.library_product import RowTiles, products
-from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, members, require_vectors
+from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, address, require_vectors, struct
 from happyhorse_fast.ops.runtime.operation import custom_op
 
 WARP = 32
@@ -20,27 +20,8 @@ SCRATCH_BYTES = 2 * WARP * 4
 THREADS, VECTOR_BYTES = 256, 16
 ROWS_PER_BLOCK = THREADS // WARP
 # Both number formats in the order of `DTYPES`.
-
-
-class RmsnormQuantizeParams(Parameters):
-    """`RmsnormQuantizeParams` of csrc/device/rmsnorm_quantize.cu."""
-
-    _fields_ = members(
-        pointer="hidden branch norm_weight row_tiles x scale",
-        int64="hidden_stride branch_stride",
-        int="channels format",
-    )
-
-
-class QkNormRopeParams(Parameters):
-    """`QkNormRopeParams` of csrc/device/qk_norm_rope.cu."""
-
-    _fields_ = members(
-        pointer="product row_scale column_scale qk_norm cos_sin qk_scale q k v q_scale k_scale v_scale gate",
-        rows=RowTiles,
-        int64="product_stride blocks",
-        int="features heads_q heads_kv head_dim format",
-    )
+RmsnormQuantizeParams = struct("RmsnormQuantizeParams", "rmsnorm_quantize.cu")
+QkNormRopeParams = struct("QkNormRopeParams", "qk_norm_rope.cu", RowTiles=RowTiles)
 
 
 @custom_op("rmsnorm_quantize_cuda", RmsnormQuantize)
@@ -82,7 +63,7 @@ def qk_norm_rope(given: QkNormRope) -> QKV:
     return results
 
 
-def finish_rows(given: QkNormRope, rows: RowTiles, tiles: int, results: QKV) -> None:
+def finish_rows(given: QkNormRope, rows: Parameters, tiles: int, results: QKV) -> None:
     """Write what a product becomes to those rows of ``results`` that ``rows`` names, in ``tiles`` row tiles.
 
     The product starts with row ``rows.first``; everything else has all rows and experts.

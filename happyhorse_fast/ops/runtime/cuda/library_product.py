@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from happyhorse_fast import ambient
 from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.runtime.checks import is_capturing
-from happyhorse_fast.ops.runtime.cuda.parameters import require_vectors
+from happyhorse_fast.ops.runtime.cuda.parameters import Parameters, require_vectors, struct
 from happyhorse_fast.ops.runtime.row_tiles import Span, joined
 
 FP8_SINCE = (8, 9)
@@ -21,22 +20,13 @@ INT8_ROWS = 17
 """Fewest rows that torch._int_mm takes on a GPU (torch 2.13: "self.size(0) needs to be greater than 16")."""
 PRODUCT_BYTES = 256 * 2**20
 """Of a chunk's product: in float32 2432 rows by 27392 features, 4066 tiles of 128 x 128 for 132 multiprocessors."""
-
-
-class RowTiles(ctypes.Structure):
-    """`RowTiles` of csrc/device/product.cuh: a table on the device, or rows of one expert where that is null."""
-
-    _fields_ = [
-        ("table", ctypes.c_void_p),
-        ("expert", ctypes.c_int),
-        ("first", ctypes.c_int),
-        ("end", ctypes.c_int),
-    ]
+RowTiles = struct("RowTiles", "product.cuh")
+"""A table on the device, or rows of one expert where that is null."""
 
 
 def products(
     x: torch.Tensor, weight: torch.Tensor, row_tiles: torch.Tensor, *, whole_tiles: bool
-) -> Iterator[tuple[torch.Tensor, RowTiles, int]]:
+) -> Iterator[tuple[torch.Tensor, Parameters, int]]:
     """Products of each row with its expert's weight, in chunks of rows that a kernel finishes one after another.
 
     Args:

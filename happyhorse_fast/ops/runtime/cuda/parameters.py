@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from typing import Any, TypeVar
 
 import torch
 
-TYPES = {"pointer": ctypes.c_void_p, "int64": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
+from happyhorse_fast.csrc import sources
 
-
-def members(**runs: str | type[ctypes.Structure]) -> list[tuple[str, Any]]:
-    """Members of a struct in its order: a type and the names that have it, or a name and the struct that it is."""
-    found: list[tuple[str, Any]] = []
-    for key, value in runs.items():
-        found += [(name, TYPES[key]) for name in value.split()] if isinstance(value, str) else [(key, value)]
-    return found
-
-
+NUMBERS = {"i64": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
 P = TypeVar("P", bound="Parameters")
 
 
@@ -33,6 +26,34 @@ class Parameters(ctypes.Structure):
         values = {name: others[name] if name in others else getattr(given, name) for name, *_ in cls._fields_}
         pointers = {name: address(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
         return cls(**values | pointers)
+
+
+def struct(name: str, file: str, **parts: type[Parameters]) -> type[Parameters]:
+    """A struct as a file of csrc/device/ declares it.
+
+    Args:
+        name: Its name there.
+        file: The file's name.
+        parts: Structs that it has as members, by their names there.
+
+    Raises:
+        ValueError: There is none, or it has a member of another kind, such as an array.
+        KeyError: A struct that it has as a member is not among ``parts``.
+    """
+    text = re.sub(r"//.*", "", (sources.DEVICE / file).read_text(encoding="utf-8"))
+    body = text.partition(f"struct {name} {{")[2].partition("};")[0]
+    declared = re.findall(r"(\w+)(\*?) ([\w, ]+);", body)
+    if not declared or len(declared) != body.count(";"):
+        raise ValueError(f"{file} must declare struct {name}, of pointers, numbers and structs alone")
+    members: list[tuple[str, Any]] = []
+    for kind, pointer, names in declared:
+        of = ctypes.c_void_p if pointer else (NUMBERS | parts)[kind]
+        members += [(member, of) for member in names.split(", ")]
+
+    class Struct(Parameters):
+        _fields_ = members
+
+    return Struct
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
