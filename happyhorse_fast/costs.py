@@ -20,10 +20,10 @@ CARDS = (24, 48, 80)
 """Memory that cards are sold with, GB; what a clip is said to fit."""
 CONTEXT_BYTES = 2**29
 """Of a card's memory, for the CUDA context and libraries' workspaces, which no plan counts: 0.3 to 0.5 GiB."""
-# Bytes of an element: inputs of a product per precision, output of a branch (bf16), residual stream (float32); of
-# attention q and k, and v.
+ATTENTION_BYTES = {"bf16": (2, 2), "int8_qk": (1, 2), "int8_qk_fp8_v": (1, 1), "fp8": (1, 1)}
+"""Formats of attention -> bytes of an element of q and k, and of v."""
+# Bytes of an element: inputs of a product per precision, output of a branch (bf16), residual stream (float32).
 _INPUT_BYTES: dict[str, int] = {"bf16": 2, "int8": 1, "fp8": 1}
-_ATTENTION_BYTES = {"bf16": (2, 2), "int8_qk": (1, 2), "int8_qk_fp8_v": (1, 1), "fp8": (1, 1)}
 # Formats of QK and of PV, where they are two.
 _MIXED = {"int8_qk": ("int8", "bf16"), "int8_qk_fp8_v": ("int8", "fp8")}
 _BRANCH_BYTES = 2
@@ -205,7 +205,7 @@ def step_costs(
         attention = "int8_qk" if precision == "int8" else precision
     known: tuple[tuple[str, str, Iterable[str]], ...] = (
         ("precision", precision, _INPUT_BYTES),
-        ("attention", attention, _ATTENTION_BYTES),
+        ("attention", attention, ATTENTION_BYTES),
     )
     for name, value, allowed in known:
         if value not in allowed:
@@ -238,7 +238,7 @@ def _layer(
     gpus: int,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """FLOPs and bytes by op; ``precision`` of products and of attention."""
-    element, (of_qk, of_v) = _INPUT_BYTES[precision[0]], _ATTENTION_BYTES[precision[1]]
+    element, (of_qk, of_v) = _INPUT_BYTES[precision[0]], ATTENTION_BYTES[precision[1]]
     n, width, experts = clip.total(text) / gpus, config.hidden_size, config.experts(layer)
     q, kv = config.num_heads_q * config.head_dim, config.num_heads_kv * config.head_dim
     share = video_share

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from happyhorse_fast.config import ModelConfig
+from happyhorse_fast.costs import ATTENTION_BYTES
 from happyhorse_fast.tokens import ClipTokens
 
-# Bytes of an element of q and k, of v, and of the float32 scales per query row and head; scales of a head's tile.
-_FORMATS = {"bf16": (2, 2, 0, 0), "int8_qk": (1, 2, 4, 1), "int8_qk_fp8_v": (1, 1, 4, 2), "fp8": (1, 1, 0, 1)}
+# Bytes of the float32 scales per query row and head; scales of a head's tile.
+_SCALES = {"bf16": (0, 0), "int8_qk": (4, 1), "int8_qk_fp8_v": (4, 2), "fp8": (0, 1)}
 _GATE_BYTES = 4
 _TILE = 128
 
@@ -80,9 +81,9 @@ def layer_exchange(
     Raises:
         ValueError: An attention there is not.
     """
-    if attention not in _FORMATS:
-        raise ValueError(f"attention must be one of {', '.join(_FORMATS)}; got {attention!r}")
-    of_qk, of_v, of_scale, of_tile = _FORMATS[attention]
+    if attention not in ATTENTION_BYTES:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION_BYTES)}; got {attention!r}")
+    (of_qk, of_v), (of_scale, of_tile) = ATTENTION_BYTES[attention], _SCALES[attention]
     q, kv, d = config.num_heads_q, config.num_heads_kv, config.head_dim
     rows = clip.total(text) / ranks * (ranks - 1) / ranks
     tiles = of_tile * kv * 4 / _TILE

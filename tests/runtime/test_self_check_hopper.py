@@ -18,7 +18,7 @@ from happyhorse_fast.ops.attention import triton as launcher
 from happyhorse_fast.ops.attention.reference import output_scale, sparse_attention
 from happyhorse_fast.ops.attention.score_bound import LIMIT, scores_fit
 from happyhorse_fast.ops.runtime import cache_folder, dispatch, op_checks, self_check
-from happyhorse_fast.ops.runtime.formats import ATTENTION, uses_e4m3
+from happyhorse_fast.ops.runtime.formats import ATTENTION_OUT, uses_e4m3
 from happyhorse_fast.ops.runtime.self_check import CHECKS, VARIANTS
 from happyhorse_fast.ops.runtime.triton import device
 
@@ -52,7 +52,7 @@ def test_on_hopper_attention_is_checked_in_both_kernels(variant: str, monkeypatc
     monkeypatch.setattr(op_checks, "block_sparse_attention", reference)
     compared = CHECKS["block_sparse_attention"]("triton", CPU, variant)
     assert self_check._judge(compared)[0], "the reference passes in steps of either kernel"
-    e4m3, to_fp8 = ATTENTION[variant][1] is None, uses_e4m3(variant)
+    e4m3, to_fp8 = ATTENTION_OUT[variant][1] is None, uses_e4m3(variant)
     for hopper in (True, False):  # and False for tensors that no descriptor can be made of
         assert (not e4m3, to_fp8, False, hopper) in asked
     assert all(found[3] == (e4m3 or found[0]) for found in asked if found[2]), "with an LSE"

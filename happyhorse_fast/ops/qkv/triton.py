@@ -77,10 +77,10 @@ def qkv_linear(given: QkvLinear) -> QKV:
         return results
     tiles = row_tiles.shape[0] * -(-weight.shape[1] // width)
     qkv_linear_kernel[(min(tiles, multiprocessors(x.device)),)](
-        _tiled(x, ROW_TILE, config) if described else x,
+        TensorDescriptor.from_tensor(x, [ROW_TILE, config.block_k]) if described else x,
         # A kernel takes a pointer for every argument: one that its flags leave unread stands in for a None.
         qk_norm if given.x_scale is None else given.x_scale,
-        _tiled(weight.flatten(0, 1), width, config) if described else weight,
+        TensorDescriptor.from_tensor(weight.flatten(0, 1), [width, config.block_k]) if described else weight,
         qk_norm if given.weight_scale is None else given.weight_scale,
         qk_norm,
         given.cos_sin,
@@ -143,7 +143,3 @@ def _require_e4m3(what: str, device: torch.device) -> None:
     """Triton has no e4m3 below sm_89: not as an operand, and not as a cast either."""
     if architecture(device) < FP8_SINCE:
         raise ValueError(f"{what} needs e4m3, from sm_{FP8_SINCE} on; {device} is sm_{architecture(device)}")
-
-
-def _tiled(x: Tensor, rows: int, config: LaunchConfig) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, [rows, config.block_k])

@@ -18,6 +18,14 @@ HEAD_DIMS = (32, 64, 128)
 """Channels of a head that kernels are made for."""
 
 
+def compute_capability(device: torch.device) -> int | None:
+    """As 90 for 9.0; None where ``device`` is no GPU."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether work on ``device``'s current stream goes into a CUDA graph."""
     if device.type != "cuda" or not torch.cuda.is_initialized():  # a fake tensor may be on a GPU that is not there

@@ -14,8 +14,9 @@ import torch
 from happyhorse_fast import optional
 from happyhorse_fast.kernels.launch import HOPPER_HEAD_DIM, config_for
 from happyhorse_fast.ops.runtime import self_check, trust
+from happyhorse_fast.ops.runtime.checks import compute_capability as compute_capability
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
-from happyhorse_fast.ops.runtime.formats import ACTIVATION, ATTENTION, QKV, VARIANTS, qk_format
+from happyhorse_fast.ops.runtime.formats import ACTIVATION, ATTENTION_OUT, QKV, VARIANTS, qk_format
 from happyhorse_fast.ops.runtime.obstacles import BackendError, triton_obstacle
 
 STEMS = {
@@ -155,7 +156,7 @@ def checked_formats(op: str, precision: str, attention: str | None, *, mixed: bo
     pairs: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str | None]]] = {
         "qkv_linear": (QKV, of_products, [*of_attention]),
         "fp8_linear_activation": (ACTIVATION, of_products, [*results]),
-        "block_sparse_attention": (ATTENTION, of_attention, [*results, None]),
+        "block_sparse_attention": (ATTENTION_OUT, of_attention, [*results, None]),
     }
     if op in pairs:
         names, firsts, seconds = pairs[op]
@@ -187,14 +188,6 @@ def _obstacles(
     if obstacle is None and device.type != "cuda":
         obstacle = INTERPRETED_IS_SLOW
     return dict.fromkeys(formats, obstacle) if obstacle else _failures(backend, formats, device, report)
-
-
-def compute_capability(device: torch.device) -> int | None:
-    """As 90 for 9.0; None where ``device`` is no GPU."""
-    if device.type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def is_hopper(op: str, precision: str, device: torch.device, *, head_dim: int, activation: str = "") -> bool:

@@ -17,7 +17,7 @@ QKV = {
     "fp8": ("fp8", "fp8"),
 }
 """Formats of `qkv_linear`: of its product, and of the q, k and v that it gives."""
-ATTENTION = {
+ATTENTION_OUT = {
     "bf16": ("bf16", "bf16"),
     "int8_qk": ("int8_qk", "bf16"),
     "bf16_fp8_out": ("bf16", "fp8"),
@@ -34,29 +34,22 @@ ACTIVATION = {
     "fp8": ("fp8", "fp8"),
 }
 """Formats of `fp8_linear_activation`: of its product, and of its result."""
-VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "triton": {
-        "rmsnorm_quantize": ("bf16", "int8", "fp8"),
-        "quantize_rows": ("int8",),
-        "qkv_linear": tuple(QKV),
-        "select_blocks": ("bf16", "int8_qk", "fp8"),
-        "block_sparse_attention": tuple(ATTENTION),
-        "fp8_linear": ("bf16", "int8", "fp8"),
-        "fp8_linear_residual": ("bf16", "int8", "fp8"),
-        "fp8_linear_activation": tuple(ACTIVATION),
-    },
-    "cuda": {
-        "rmsnorm_quantize": ("bf16", "int8", "fp8"),
-        "qkv_linear": tuple(QKV),
-        "select_blocks": ("bf16", "int8_qk", "fp8"),
-        "block_sparse_attention": ("bf16", "bf16_fp8_out"),
-        "fp8_linear_activation": tuple(ACTIVATION),
-    },
+TRITON: dict[str, tuple[str, ...]] = {
+    "rmsnorm_quantize": ("bf16", "int8", "fp8"),
+    "quantize_rows": ("int8",),
+    "qkv_linear": tuple(QKV),
+    "select_blocks": ("bf16", "int8_qk", "fp8"),
+    "block_sparse_attention": tuple(ATTENTION_OUT),
+    "fp8_linear": ("bf16", "int8", "fp8"),
+    "fp8_linear_residual": ("bf16", "int8", "fp8"),
+    "fp8_linear_activation": tuple(ACTIVATION),
 }
+CUDA = {op: TRITON[op] for op in ("rmsnorm_quantize", "qkv_linear", "select_blocks", "fp8_linear_activation")}
+VARIANTS = {"triton": TRITON, "cuda": CUDA | {"block_sparse_attention": ("bf16", "bf16_fp8_out")}}
 """Formats in which a backend has a kernel of an op; an op that is not listed has none.
 
-Attention's format need not be its neighbours', so two meet in :data:`QKV` and :data:`ATTENTION`; of the MLP's products
-one may be skipped, so two meet in :data:`ACTIVATION`. Each is a kernel that no other format compiles.
+Attention's format need not be its neighbours', so two meet in :data:`QKV` and :data:`ATTENTION_OUT`; of the MLP's
+products one may be skipped, so two meet in :data:`ACTIVATION`. Each is a kernel that no other format compiles.
 """
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from happyhorse_fast.ops.runtime.checks import compute_capability
 
 # In the interpreter: a few programs, so that each walks several tiles, and the first architecture that has e4m3.
 INTERPRETED_PROGRAMS = 4
@@ -15,67 +21,65 @@ PRETENDED_PROGRAMS = 132
 """Multiprocessors of an H100: the size of a grid, which no kernel is compiled for."""
 
 
-_pretended: int | None = None
-"""Compute capability that launchers are told in place of a GPU's."""
-_by_pointers = False
-_programs: int | None = None
-"""Multiprocessors that launchers are told in place of a GPU's."""
+@dataclass(frozen=True)
+class Told:
+    """What launchers are told in place of a GPU's answer, where they are.
+
+    Attributes:
+        arch: Compute capability, for tensors that are on no GPU.
+        programs: Multiprocessors.
+        by_pointers: Whether no TMA descriptor can be made.
+    """
+
+    arch: int | None = None
+    programs: int | None = None
+    by_pointers: bool = False
+
+
+_told = Told()
 
 
 @contextlib.contextmanager
-def pretend(arch: int) -> Iterator[None]:
+def _telling(**answers: Any) -> Iterator[None]:
+    global _told
+    before, _told = _told, dataclasses.replace(_told, **answers)
+    try:
+        yield
+    finally:
+        _told = before
+
+
+def pretend(arch: int) -> AbstractContextManager[None]:
     """Launch for tensors on the device "meta" as on a GPU of compute capability ``arch``: to compile ahead of time.
 
     Whoever asks how tensors on the CPU would be launched is told the same.
     """
-    global _pretended
-    before, _pretended = _pretended, arch
-    try:
-        yield
-    finally:
-        _pretended = before
+    return _telling(arch=arch)
 
 
-@contextlib.contextmanager
-def by_pointers() -> Iterator[None]:
+def by_pointers() -> AbstractContextManager[None]:
     """Launch without TMA descriptors, as for tensors that none can be made of."""
-    global _by_pointers
-    before, _by_pointers = _by_pointers, True
-    try:
-        yield
-    finally:
-        _by_pointers = before
+    return _telling(by_pointers=True)
 
 
-@contextlib.contextmanager
-def few_programs(count: int = 3) -> Iterator[None]:
+def few_programs(count: int = 3) -> AbstractContextManager[None]:
     """Launch persistent grids as on a GPU of ``count`` multiprocessors, so that a program walks several tiles."""
-    global _programs
-    before, _programs = _programs, count
-    try:
-        yield
-    finally:
-        _programs = before
+    return _telling(programs=count)
 
 
 def addressable(x: torch.Tensor) -> bool:
     """Whether TMA descriptors may be made where ``x`` is: on a GPU, outside of :func:`by_pointers`."""
-    return not _by_pointers and (x.is_cuda or _pretended is not None)
+    return not _told.by_pointers and (x.is_cuda or _told.arch is not None)
 
 
 def architecture(device: torch.device) -> int:
     """Compute capability as 90 for 9.0."""
-    if device.type != "cuda" and _pretended is not None:
-        return _pretended
-    if device.type != "cuda":
-        return INTERPRETED_ARCHITECTURE
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return compute_capability(device) or _told.arch or INTERPRETED_ARCHITECTURE
 
 
 def multiprocessors(device: torch.device) -> int:
     """Programs of a persistent grid that holds one program per multiprocessor; fewer inside :func:`few_programs`."""
-    return counted_multiprocessors(device) if _programs is None else _programs
+    return _told.programs or counted_multiprocessors(device)
 
 
 @functools.cache
