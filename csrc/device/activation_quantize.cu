@@ -75,15 +75,7 @@ HH_DEVICE void activate_rows(const ActivationQuantizeParams& p) {
 
 // Grid: (blocks of columns, tiles, 8 parts of 16 rows).
 HH_KERNEL(activation_quantize, ActivationQuantizeParams, THREADS) {
-  if (p.row_scale != nullptr) {
-    if (p.gated != 0) {
-      activate_rows<4, true>(p);
-    } else {
-      activate_rows<4, false>(p);
-    }
-  } else if (p.gated != 0) {
-    activate_rows<8, true>(p);
-  } else {
-    activate_rows<8, false>(p);
-  }
+  const bool gated = p.gated != 0;
+  if (p.row_scale != nullptr) return gated ? activate_rows<4, true>(p) : activate_rows<4, false>(p);
+  return gated ? activate_rows<8, true>(p) : activate_rows<8, false>(p);
 }

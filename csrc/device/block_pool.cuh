@@ -37,18 +37,15 @@ HH_DEVICE uint4 load_channels(const T* from, i64 stride, bool vectors) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Adds a word's values to sums; int8 codes are multiplied by their row's scale.
+// Adds a word's values to sums; codes are multiplied by their row's scale, which e4m3 has none of: 1.
 HH_DEVICE void add_word(float* sums, u32 word, float, bf16) {
   sums[0] += low_bf16(word);
   sums[1] += high_bf16(word);
 }
-HH_DEVICE void add_word(float* sums, u32 word, float, e4m3) {
+template <typename Code>
+HH_DEVICE void add_word(float* sums, u32 word, float scale, Code) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sums[i] += to_float(e4m3{static_cast<u8>(word >> 8 * i & 0xffu)});
-}
-HH_DEVICE void add_word(float* sums, u32 word, float scale, int8) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sums[i] += to_float(int8{static_cast<u8>(word >> 8 * i & 0xffu)}) * scale;
+  for (int i = 0; i < 4; ++i) sums[i] += to_float(Code{static_cast<u8>(word >> 8 * i & 0xffu)}) * scale;
 }
 
 // Sums one block of a head. row_scale points at the scale of the head's token 0, tokens p.heads_q apart, or is null.

@@ -49,8 +49,6 @@ struct BlockSparseAttentionParams {
   int queries, keys, map_rows, heads_q, heads_kv, map_heads;
 };
 
-HH_DEVICE float minus_infinity() { return float_of(0xff800000u); }
-
 // Returns 2^x, and 0 for results below 2^-126: one instruction, where exp2f() takes three to keep subnormal results.
 HH_DEVICE float power_of_two(float x) {
 #if defined(__CUDA_ARCH__)
@@ -109,13 +107,6 @@ HH_DEVICE void multiply_pair(float (&d)[COLUMNS / 8][4], const u32 (&a)[4], cons
   mma_m16n8k16_bf16(d[j + 1], a, right);
 }
 
-// Loads channels 16 * depth .. 16 * depth + 15 of this warp's queries as a left operand.
-template <int D>
-HH_DEVICE void load_q(u32 (&a)[4], const u8* q_tile, int depth) {
-  const int lane = lane_of_thread();
-  ldmatrix_x4(a, q_tile + (byte_of<D>(warp_of_thread() * ROWS + lane % 16, lane / 16) ^ 32 * depth));
-}
-
 // Computes s = q . k, not scaled.
 template <int D>
 HH_DEVICE void multiply_qk(float (&s)[BLOCK / 8][4], const u8* q_tile, const u8* k_tile) {
@@ -124,8 +115,8 @@ HH_DEVICE void multiply_qk(float (&s)[BLOCK / 8][4], const u8* q_tile, const u8*
   for (int j = 0; j < BLOCK / 8; ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
 #pragma unroll
   for (int depth = 0; depth < D / 16; ++depth) {
-    u32 a[4];
-    load_q<D>(a, q_tile, depth);
+    u32 a[4];  // of this warp's queries
+    ldmatrix_x4(a, q_tile + (byte_of<D>(warp_of_thread() * ROWS + lane % 16, lane / 16) ^ 32 * depth));
 #pragma unroll
     for (int j = 0; j < BLOCK / 8; j += 2) {
       u32 b[4];  // 8 keys and the next 8

@@ -42,6 +42,8 @@ HH_SHARED_FUNCTION float float_of(u32 bits) {
 #endif
 }
 
+HH_SHARED_FUNCTION float minus_infinity() { return float_of(0xff800000u); }
+
 // bf16 is the upper half of a float32.
 HH_SHARED_FUNCTION float to_float(bf16 x) { return float_of(static_cast<u32>(x.bits) << 16); }
 

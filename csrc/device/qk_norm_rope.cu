@@ -61,12 +61,6 @@ HH_DEVICE const float* column_scales(const QkNormRopeParams& p, int expert, int 
   return p.column_scale + static_cast<i64>(expert) * p.features + column;
 }
 
-HH_DEVICE void rotate(float& a, float& b, float cosine, float sine) {
-  const float first = a * cosine - b * sine;
-  b = b * cosine + a * sine;
-  a = first;
-}
-
 template <int VALUES>
 HH_DEVICE float largest_of(const float (&x)[VALUES]) {
   float largest = 0.0f;
@@ -96,9 +90,10 @@ struct RowOfHeads {
   HH_DEVICE void normalise_and_rotate(float (&x)[VALUES], float inverse, bool is_k) const {
 #pragma unroll
     for (int i = 0; i < VALUES; i += 2) {
-      x[i] = x[i] * inverse * (is_k ? norm[1][i] : norm[0][i]);
-      x[i + 1] = x[i + 1] * inverse * (is_k ? norm[1][i + 1] : norm[0][i + 1]);
-      rotate(x[i], x[i + 1], cosine[i / 2], sine[i / 2]);
+      const float a = x[i] * inverse * (is_k ? norm[1][i] : norm[0][i]);
+      const float b = x[i + 1] * inverse * (is_k ? norm[1][i + 1] : norm[0][i + 1]);
+      x[i] = a * cosine[i / 2] - b * sine[i / 2];
+      x[i + 1] = b * cosine[i / 2] + a * sine[i / 2];
     }
   }
 };

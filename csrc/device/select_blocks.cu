@@ -23,8 +23,6 @@
 #include "block_select.cuh"
 #include "numerics.cuh"
 
-constexpr u32 MINUS_INFINITY = 0xff800000u;
-
 // Pool ----------------------------------------------------------------------------------------------------------------
 
 // Grid: (Hq + Hkv, S), so that blocks that run at once read adjacent heads of the same tokens. Shared memory: the
@@ -127,7 +125,7 @@ HH_KERNEL(score_blocks, ScoreBlocksParams, SCORE_THREADS) {
 #pragma unroll
   for (int r = 0; r < MY_ROWS; ++r) {
 #pragma unroll
-    for (int c = 0; c < MY_COLUMNS; ++c) best[r][c] = float_of(MINUS_INFINITY);
+    for (int c = 0; c < MY_COLUMNS; ++c) best[r][c] = minus_infinity();
   }
   for (int member = 0; member < (p.mean != 0 ? 1 : p.group); ++member) {
     const float* const of_q = p.pooled + (static_cast<i64>(head) * p.group + member) * per_head;
@@ -235,7 +233,7 @@ HH_KERNEL(select_blocks, SelectBlocksParams, SELECT_THREADS) {
     for (int i = 0; i < VALUES; ++i) weight[i] = 1;
     kept = always | choose(rank, weight, static_cast<u32>(p.keep), scratch.counts, scratch.counts[0]);
   } else {
-    float best = float_of(MINUS_INFINITY);
+    float best = minus_infinity();
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) best = rank[i] != 0 ? fmaxf(best, score[i]) : best;
     best = block_max(best, scratch.best);
