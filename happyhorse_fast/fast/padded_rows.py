@@ -14,6 +14,7 @@ import torch
 
 from happyhorse_fast.block_map import BLOCK, Layout
 from happyhorse_fast.eager.sequence import Clip, Ranges
+from happyhorse_fast.ops.runtime.row_tiles import joined
 from happyhorse_fast.parallel.rows import RowShare
 
 # More padding than this costs the products more than aligned blocks save in attention: at 540p (448 tokens in 512 rows)
@@ -172,10 +173,4 @@ def _up(n: int) -> int:
 
 
 def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for first, end in sorted(spans):
-        if joined and first == joined[-1][1]:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((first, end))
-    return joined
+    return [(first, end) for _, first, end in joined((0, *span) for span in sorted(spans))]

@@ -14,7 +14,7 @@ from torch import Tensor
 from happyhorse_fast.eager.mlp import LIMIT, gelu7, swiglu7
 from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.quantize import BF16, E4M3, E4M3_MAX, INT8
-from happyhorse_fast.ops.runtime.checks import require, require_product_scales
+from happyhorse_fast.ops.runtime.checks import require, require_product_scale
 from happyhorse_fast.ops.runtime.operation import Arguments
 
 ACTIVATIONS = {"swiglu7": (swiglu7, 2, LIMIT * (LIMIT + 1)), "gelu7": (gelu7, 1, LIMIT)}
@@ -38,16 +38,11 @@ class Product(Arguments):
         n, k = x.shape
         require("weight", self.weight, (x.dtype,), ("E", "F", k), device=device)
         require("row_tiles", self.row_tiles, (torch.int32,), ("tiles", 3), device=device)
-        if x.dtype == BF16:
-            for name, scale in (("x_scale", self.x_scale), ("weight_scale", self.weight_scale)):
-                if scale is not None and scale.numel():
-                    raise ValueError(f"{name} must be None or empty where x is bf16, got shape {list(scale.shape)}")
-            return
-        require("weight_scale", self.weight_scale, (torch.float32,), self.weight.shape[:2], device=device)
-        x_scale = require("x_scale", self.x_scale, (torch.float32,), (f"{n} or 1",), device=device)
-        if x_scale.shape[0] not in (1, n):
+        require_product_scale("x_scale", self.x_scale, (f"{n} or 1",), "x", x, "None or empty")
+        require_product_scale("weight_scale", self.weight_scale, self.weight.shape[:2], "weight", self.weight)
+        if self.x_scale is not None and self.x_scale.shape[0] not in (1, n):
             raise ValueError(
-                f"x_scale must be of shape [{n} or 1], one per row or one for all, got {list(x_scale.shape)}"
+                f"x_scale must be of shape [{n} or 1], one per row or one for all, got {list(self.x_scale.shape)}"
             )
 
 
@@ -112,7 +107,8 @@ class ActivationQuantize(Arguments):
         product, device = self.product, self.product.device
         require("product", product, (BF16, torch.float32), ("N", "F"), device=device, strided_rows=True)
         require("row_tiles", self.row_tiles, (torch.int32,), ("tiles", 3), device=device)
-        require_product_scales(product, self.row_scale, self.column_scale, "E")
+        require_product_scale("row_scale", self.row_scale, product.shape[:1], "product", product)
+        require_product_scale("column_scale", self.column_scale, ("E", product.shape[1]), "product", product)
         check_activation(self.activation, "product", product.shape[1])
 
     def empty(self) -> Tensor:

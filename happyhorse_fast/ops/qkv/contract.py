@@ -13,7 +13,7 @@ from torch import Tensor
 
 from happyhorse_fast.kernels.launch import ROW_TILE
 from happyhorse_fast.ops.quantize import ATTENTION, BF16, DTYPES, E4M3, INT8
-from happyhorse_fast.ops.runtime.checks import HEAD_DIMS, require, require_product_scales
+from happyhorse_fast.ops.runtime.checks import HEAD_DIMS, require, require_product_scale
 from happyhorse_fast.ops.runtime.operation import Arguments
 
 MAX_CHANNELS = 8192
@@ -99,19 +99,14 @@ class QkvLinear(Arguments):
 
     def check(self) -> None:
         """Hold the arguments against the contract."""
-        x, x_scale, weight_scale, device = self.x, self.x_scale, self.weight_scale, self.x.device
+        x, device = self.x, self.x.device
         require("x", x, (BF16, INT8, E4M3), ("N", "C"), device=device, strided_rows=True)
         n, c = x.shape
         experts, features = check_epilogue(self, n, device)
         weight = require("weight", self.weight, (x.dtype,), ("E", features, c), device=device)
         require("qk_norm", self.qk_norm, (torch.float32,), (len(weight), *self.qk_norm.shape[1:]), device=device)
-        if x.dtype != BF16:
-            require("x_scale", x_scale, (torch.float32,), (n,), device=device)
-            require("weight_scale", weight_scale, (torch.float32,), (experts, features), device=device)
-        elif x_scale is not None:
-            raise ValueError(f"x_scale must be None or empty where x is bf16, got shape {list(x_scale.shape)}")
-        elif weight_scale is not None:
-            raise ValueError(f"weight_scale must be None where weight is bf16, got shape {list(weight_scale.shape)}")
+        require_product_scale("x_scale", self.x_scale, (n,), "x", x, "None or empty")
+        require_product_scale("weight_scale", self.weight_scale, (experts, features), "weight", weight)
 
     def epilogue(self, product: Tensor) -> QkNormRope:
         """Arguments of the epilogue of ``product``, rows of x times a weight."""
@@ -144,7 +139,8 @@ class QkNormRope(Arguments):
         n = product.shape[0]
         experts, features = check_epilogue(self, n, device)
         require("product", product, (product.dtype,), (n, features), device=device, strided_rows=True)
-        require_product_scales(product, self.row_scale, self.column_scale, experts)
+        require_product_scale("row_scale", self.row_scale, (n,), "product", product)
+        require_product_scale("column_scale", self.column_scale, (experts, features), "product", product)
 
 
 def check_epilogue(given: QkvLinear | QkNormRope, n: int, device: torch.device) -> tuple[int, int]:

@@ -115,15 +115,11 @@ def none_for_empty(x: torch.Tensor, x_scale: torch.Tensor | None) -> torch.Tenso
     return None if empty and x.dtype == torch.bfloat16 else x_scale
 
 
-def require_product_scales(
-    product: torch.Tensor, row_scale: torch.Tensor | None, column_scale: torch.Tensor | None, experts: int | str
+def require_product_scale(
+    name: str, value: torch.Tensor | None, shape: Sequence[int | str], of: str, codes: torch.Tensor, none: str = "None"
 ) -> None:
-    """Hold the scales of a product [N, F] against its dtype: both where it is float32, none where it is bf16."""
-    if product.dtype == torch.bfloat16:
-        for name, scale in (("row_scale", row_scale), ("column_scale", column_scale)):
-            if scale is not None:
-                raise ValueError(f"{name} must be None where product is bf16, got shape {list(scale.shape)}")
-        return
-    n, features = product.shape
-    require("row_scale", row_scale, (torch.float32,), (n,), device=product.device)
-    require("column_scale", column_scale, (torch.float32,), (experts, features), device=product.device)
+    """Hold a scale of a product against the dtype of argument ``of``: float32 of a shape for codes, none for bf16."""
+    if codes.dtype != torch.bfloat16:
+        require(name, value, (torch.float32,), shape, device=codes.device)
+    elif value is not None:
+        raise ValueError(f"{name} must be {none} where {of} is bf16, got shape {list(value.shape)}")

@@ -34,6 +34,7 @@ from happyhorse_fast.ops.quantize import (
 )
 from happyhorse_fast.ops.row_quantization.op import quantize_rows
 from happyhorse_fast.ops.runtime.formats import ACTIVATION, QKV, uses_e4m3
+from happyhorse_fast.ops.runtime.triton import device as launchers
 
 # Kernel and reference share every rounding point, so they differ by rounding flips: a bf16 step on every element is
 # 8e-6, an e4m3 step on one code in fifty 1e-4.
@@ -54,9 +55,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 def row_tiles() -> torch.Tensor:
     """[4, 3] int32: three experts, of 256, 128 and 128 rows."""
-    starts = torch.arange(0, ROWS, 128, dtype=torch.int32)
-    experts = torch.tensor([0, 0, 1, 2], dtype=torch.int32)
-    return torch.stack([experts, starts, starts + 128], dim=1)
+    return torch.tensor([(0, 0, 128), (0, 128, 256), (1, 256, 384), (2, 384, ROWS)], dtype=torch.int32)
 
 
 def ragged_tiles() -> torch.Tensor:
@@ -128,11 +127,8 @@ def _check_qkv(backend: str, device: torch.device, variant: str) -> Compared:
 
 def _described_on_hopper(backend: str, device: torch.device) -> bool:
     """Whether products may run in Hopper's kernels: in Triton, on Hopper, and where tiles are described."""
-    if backend != "triton":
-        return False
-    from happyhorse_fast.ops.runtime.triton.device import addressable, architecture
-
-    return architecture(device) == HOPPER_ARCH and addressable(torch.empty(0, device=device))
+    described = launchers.addressable(torch.empty(0, device=device))
+    return backend == "triton" and described and launchers.architecture(device) == HOPPER_ARCH
 
 
 def _qkv_of(backend: str, device: torch.device, variant: str, head_dim: int) -> Compared:
@@ -294,11 +290,11 @@ def _check_select(backend: str, device: torch.device, variant: str) -> Compared:
 
 
 def _check_linear(backend: str, device: torch.device, variant: str) -> Compared:
-    compared: Compared = {}
-    for name, x, x_scale in _static_and_rows(variant):
-        operands = x, x_scale, *packed_weight(11, 384, variant), row_tiles()
-        compared[f"y{name}"] = (*_both(backend, device, fp8_linear, *operands), DISTANCE)
-    return compared
+    operands = *packed_weight(11, 384, variant), row_tiles()
+    return {
+        f"y{name}": (*_both(backend, device, fp8_linear, *x, *operands), DISTANCE)
+        for name, x in _static_and_rows(variant)
+    }
 
 
 def _check_residual(backend: str, device: torch.device, variant: str) -> Compared:
@@ -306,21 +302,21 @@ def _check_residual(backend: str, device: torch.device, variant: str) -> Compare
         fp8_linear_residual(*given, **options)
         return given[-1]
 
-    compared: Compared = {}
-    for name, x, x_scale in _static_and_rows(variant):
-        # A tile that the memory adds reaches over the rows behind its end, which are another expert's.
-        operands = x, x_scale, *packed_weight(12, 384, variant), ragged_tiles(), draw(13, ROWS, 384)
-        compared[f"hidden{name}"] = (*_both(backend, device, added, *operands), DISTANCE)
-    return compared
+    # A tile that the memory adds reaches over the rows behind its end, which are another expert's.
+    operands = *packed_weight(12, 384, variant), ragged_tiles(), draw(13, ROWS, 384)
+    return {
+        f"hidden{name}": (*_both(backend, device, added, *x, *operands), DISTANCE)
+        for name, x in _static_and_rows(variant)
+    }
 
 
-def _static_and_rows(fmt: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    """(form, x, x_scale) of a product's inputs: in e4m3 with a scale per row, and with one."""
+def _static_and_rows(fmt: str) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor | None]]]:
+    """(form, (x, x_scale)) of a product's inputs: in e4m3 with a scale per row, and with one."""
     x, x_scale = inputs(fmt)
-    yield "", x, x_scale
+    yield "", (x, x_scale)
     if fmt == "fp8" and x_scale is not None:
         one = torch.full((1,), 2**-6)
-        yield ", one scale", quantize_static(dequantize(x, x_scale), one), one
+        yield ", one scale", (quantize_static(dequantize(x, x_scale), one), one)
 
 
 def _check_activation(backend: str, device: torch.device, variant: str) -> Compared:
@@ -349,13 +345,11 @@ def _in_every_launch(check: Check) -> Check:
     def every(backend: str, device: torch.device, variant: str) -> Compared:
         compared = check(backend, device, variant)
         if backend == "triton":
-            from happyhorse_fast.ops.runtime.triton.device import architecture, by_pointers, few_programs
-
-            arch, launches = architecture(device), {}
+            arch, launches = launchers.architecture(device), {}
             if arch >= DESCRIPTORS_SINCE:
-                launches["pointers"] = by_pointers
+                launches["pointers"] = launchers.by_pointers
             if arch == HOPPER_ARCH:
-                launches["few programs"] = few_programs
+                launches["few programs"] = launchers.few_programs
             for name, launched in launches.items():
                 with launched():
                     again = check(backend, device, variant)
