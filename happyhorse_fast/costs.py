@@ -20,9 +20,9 @@ CARDS = (24, 48, 80)
 """Memory that cards are sold with, GB; what a clip is said to fit."""
 CONTEXT_BYTES = 2**29
 """Of a card's memory, for the CUDA context and libraries' workspaces, which no plan counts: 0.3 to 0.5 GiB."""
+# Bytes of an element: of attention q and k, and v; inputs of a product per precision, output of a branch (bf16),
+# residual stream (float32).
 ATTENTION_BYTES = {"bf16": (2, 2), "int8_qk": (1, 2), "int8_qk_fp8_v": (1, 1), "fp8": (1, 1)}
-"""Formats of attention -> bytes of an element of q and k, and of v."""
-# Bytes of an element: inputs of a product per precision, output of a branch (bf16), residual stream (float32).
 _INPUT_BYTES: dict[str, int] = {"bf16": 2, "int8": 1, "fp8": 1}
 # Formats of QK and of PV, where they are two.
 _MIXED = {"int8_qk": ("int8", "bf16"), "int8_qk_fp8_v": ("int8", "fp8")}

@@ -50,10 +50,6 @@ struct Warp {
   unsigned char taken[LANES][PAYLOAD];
 };
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
 struct Block {
   Body body;
   const void* params;
@@ -62,7 +58,7 @@ struct Block {
   Index index{};
   std::vector<Thread> threads{};
   std::vector<Warp> warps{};
-  std::unique_ptr<unsigned char, Free> shared{};
+  std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
   Meeting meeting{};
   Thread* running = nullptr;
   std::string problem{};

@@ -35,18 +35,15 @@ T shuffle(Site site, unsigned mask, T value, int lane) {
   return read<T>(exchange(site, mask, &value, sizeof value), lane & (LANES - 1));
 }
 
-inline unsigned ballot(Site site, unsigned mask, bool predicate) {
-  const unsigned char* const table = exchange(site, mask, &predicate, sizeof predicate);
-  unsigned bits = 0;
-  for (int i = 0; i < LANES; ++i) bits |= static_cast<unsigned>(read<bool>(table, i)) << i;
-  return bits;
-}
-
 inline unsigned reduce_add(Site site, unsigned mask, unsigned value) {
   const unsigned char* const table = exchange(site, mask, &value, sizeof value);
   unsigned sum = 0;
   for (int i = 0; i < LANES; ++i) sum += read<unsigned>(table, i);
   return sum;
+}
+
+inline unsigned ballot(Site site, unsigned mask, bool predicate) {
+  return reduce_add(site, mask, static_cast<unsigned>(predicate) << lane());  // a bit of each lane's own
 }
 
 // Warp-wide matrix instructions on fragments of 32 lanes, laid out as in device/tensor_core.cuh.

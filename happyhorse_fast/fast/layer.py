@@ -78,11 +78,10 @@ class FastLayer(nn.Module):
         v_max = float(torch.tensor(of_experts, dtype=torch.float64).max())  # NaN where one is; Python's max may drop it
         self.bound = AttentionBound(norm_scores(self.qk_norm[:, 0], self.qk_norm[:, 1]), v_max)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FastLayer:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Carry out ``nn.Module.to`` and the like; raise a TypeError where a tensor's dtype would change."""
         require_kept_dtypes(self, fn)
-        moved: FastLayer = super()._apply(fn, recurse)
-        return moved
+        return super()._apply(fn, recurse)
 
     def forward(self, hidden: torch.Tensor, state: ClipState, rows_in_mlp: int | None, *, exact: bool = False) -> None:
         """Update the residual stream in place.

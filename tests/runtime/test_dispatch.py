@@ -81,18 +81,19 @@ def test_committed_results_decide_between_kernels_that_passed(machine, tmp_path,
     file = tmp_path / "preferences.json"
     file.write_text(json.dumps({"90": {"fp8": ["rmsnorm_quantize"]}, "80": {"fp8": ["select_blocks"]}}))
     monkeypatch.setattr(dispatch, "PREFERENCES", file)
-    dispatch._preferences.cache_clear()
-    try:
-        assert {op for op, b in backends(choose("auto", "fp8", GPU)).items() if b == "cuda"} == {"rmsnorm_quantize"}
-        assert "cuda" not in backends(choose("auto", "bf16", GPU)).values()
-        machine["failed"] = {"cuda": ["rmsnorm_quantize"]}
-        assert choose("auto", "fp8", GPU)["rmsnorm_quantize"].backend == "triton"
-    finally:
-        dispatch._preferences.cache_clear()
+    assert {op for op, b in backends(choose("auto", "fp8", GPU)).items() if b == "cuda"} == {"rmsnorm_quantize"}
+    assert "cuda" not in backends(choose("auto", "bf16", GPU)).values()
+    machine["failed"] = {"cuda": ["rmsnorm_quantize"]}
+    assert choose("auto", "fp8", GPU)["rmsnorm_quantize"].backend == "triton"
 
 
 def test_no_preference_is_shipped_without_a_result():
-    assert all(op in STEMS for ops in dispatch._preferences().values() for names in ops.values() for op in names)
+    assert all(
+        op in STEMS
+        for ops in json.loads(dispatch.PREFERENCES.read_text()).values()
+        for names in ops.values()
+        for op in names
+    )
     assert dispatch.preferred("fp8", CPU) == ()
 
 
@@ -128,12 +129,8 @@ def test_blocks_are_selected_in_cuda_beside_int8_products(machine, attention, tm
     file = tmp_path / "preferences.json"
     file.write_text(json.dumps({"90": {attention: ["select_blocks", "qkv_linear"]}}))
     monkeypatch.setattr(dispatch, "PREFERENCES", file)
-    dispatch._preferences.cache_clear()
-    try:
-        found = {op for op, b in backends(choose("auto", "int8", GPU, attention=attention)).items() if b == "cuda"}
-        assert found == {"select_blocks"}, "the products' own format is int8"
-    finally:
-        dispatch._preferences.cache_clear()
+    found = {op for op, b in backends(choose("auto", "int8", GPU, attention=attention)).items() if b == "cuda"}
+    assert found == {"select_blocks"}, "the products' own format is int8"
 
 
 def test_cuda_is_offered_where_it_has_every_format_that_runs():

@@ -90,8 +90,7 @@ def choose(
     """
     optional.hide_broken_triton()  # torch's tracer, which an accelerated model is prepared for, imports it
     attention = attention or ("int8_qk" if precision == "int8" else precision)
-    found = {op: checked_formats(op, precision, attention, mixed=mixed) for op in STEMS}
-    formats = {op: of for op, of in found.items() if of}
+    formats = {op: of for op in STEMS if (of := checked_formats(op, precision, attention, mixed=mixed))}
     if backend == "reference":
         return {op: Choice(op, "reference", "asked for") for op in formats}
     in_cuda = cuda_ops(precision, attention, mixed=mixed)
@@ -217,13 +216,7 @@ def is_hopper(op: str, precision: str, device: torch.device, *, head_dim: int, a
 
 def preferred(fmt: str, device: torch.device) -> tuple[str, ...]:
     """Ops that run in CUDA rather than in Triton in a format on this device's architecture: :data:`PREFERENCES`."""
-    return tuple(_preferences().get(str(compute_capability(device)), {}).get(fmt, ()))
-
-
-@functools.cache
-def _preferences() -> dict[str, dict[str, list[str]]]:
-    loaded: dict[str, dict[str, list[str]]] = json.loads(PREFERENCES.read_text())
-    return loaded
+    return tuple(json.loads(PREFERENCES.read_text()).get(str(compute_capability(device)), {}).get(fmt, ()))
 
 
 def _failures(

@@ -33,7 +33,7 @@ from happyhorse_fast.ops.quantize import (
     token_order,
 )
 from happyhorse_fast.ops.row_quantization.op import quantize_rows
-from happyhorse_fast.ops.runtime.formats import ACTIVATION, QKV, uses_e4m3
+from happyhorse_fast.ops.runtime.formats import ACTIVATION, QKV
 from happyhorse_fast.ops.runtime.triton import device as launchers
 
 # Kernel and reference share every rounding point, so they differ by rounding flips: a bf16 step on every element is
@@ -150,8 +150,7 @@ def _qkv_of(backend: str, device: torch.device, variant: str, head_dim: int) -> 
         if outs[2].dtype == E4M3:
             v = (v * v_scale.repeat_interleave(128, dim=1)[:, None]).permute(2, 0, 1)  # as the others: tokens first
         results.append({"q": q, "k": k, "v": v, "gate": gate[:, :, None]})
-    codes = set() if out == "bf16" else {"q", "k"}
-    codes |= {"v"} if uses_e4m3(out) else set()
+    codes = {name for name, x in zip("qkv", outs, strict=False) if x.dtype != BF16}
     return {
         name: (value, results[1][name], CODE_DISTANCE if name in codes else DISTANCE)
         for name, value in results[0].items()

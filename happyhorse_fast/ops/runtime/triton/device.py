@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ PRETENDED_PROGRAMS = 132
 """Multiprocessors of an H100: the size of a grid, which no kernel is compiled for."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Told:
     """What launchers are told in place of a GPU's answer, where they are.
 
@@ -49,7 +47,7 @@ def _telling(**answers: Any) -> Iterator[None]:
         _told = before
 
 
-def pretend(arch: int) -> AbstractContextManager[None]:
+def pretend(arch: int) -> contextlib.AbstractContextManager[None]:
     """Launch for tensors on the device "meta" as on a GPU of compute capability ``arch``: to compile ahead of time.
 
     Whoever asks how tensors on the CPU would be launched is told the same.
@@ -57,12 +55,12 @@ def pretend(arch: int) -> AbstractContextManager[None]:
     return _telling(arch=arch)
 
 
-def by_pointers() -> AbstractContextManager[None]:
+def by_pointers() -> contextlib.AbstractContextManager[None]:
     """Launch without TMA descriptors, as for tensors that none can be made of."""
     return _telling(by_pointers=True)
 
 
-def few_programs(count: int = 3) -> AbstractContextManager[None]:
+def few_programs(count: int = 3) -> contextlib.AbstractContextManager[None]:
     """Launch persistent grids as on a GPU of ``count`` multiprocessors, so that a program walks several tiles."""
     return _telling(programs=count)
 
