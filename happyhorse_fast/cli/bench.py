@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from happyhorse_fast.cli.options import AttentionOption, DeviceOption, usable_device
-from happyhorse_fast.cli.output import JsonOption, emit, literal, table
+from happyhorse_fast.cli.output import JsonOption, Shown, emit, literal, table
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.tokens import TEXT_TOKENS, tokens_for
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from happyhorse_fast.verify.op_times import FormTimes
 
 
@@ -62,16 +60,14 @@ def bench(
         "repeats": repeats,
         "forms": op_times.time_forms(config, clip, text=text, **how),
     }
-    emit(data, as_json, lambda console: _render(console, data))
+    emit(data, as_json, _shown(data))
 
 
-def _render(console: Console, data: dict[str, Any]) -> None:
-    console.print(
-        literal(
-            (data["preset"], "bold"),
-            f", {data['layers']} layers (one of each kind), {data['resolution']} {data['seconds']} s, "
-            f"{data['tokens']:,} tokens, on {data['device']}, torch {data['torch']}\n",
-        )
+def _shown(data: dict[str, Any]) -> Shown:
+    yield literal(
+        (data["preset"], "bold"),
+        f", {data['layers']} layers (one of each kind), {data['resolution']} {data['seconds']} s, "
+        f"{data['tokens']:,} tokens, on {data['device']}, torch {data['torch']}\n",
     )
     forms: list[FormTimes] = data["forms"]
     for form in forms:
@@ -88,6 +84,5 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         ]
         within = f", attention in {form.attention}" if form.attention else ""
         title = f"{form.form}{within}: {form.ms:.2f} ms a pass"
-        console.print(table(title, ["op", "runs as", "calls", "ms", "share", "useful TFLOP/s"], rows, left=2))
-        for reason in form.fallbacks:
-            console.print(f"slower than it could be: {reason}")
+        yield table(title, ["op", "runs as", "calls", "ms", "share", "useful TFLOP/s"], rows, left=2)
+        yield from (f"slower than it could be: {reason}" for reason in form.fallbacks)

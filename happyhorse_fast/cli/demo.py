@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from happyhorse_fast import optional
-from happyhorse_fast.cli.output import JsonOption, emit, literal, save_tensors, table, verdict
+from happyhorse_fast.cli.output import JsonOption, Shown, emit, literal, save_tensors, table, verdict
 from happyhorse_fast.files import real_path, replacing, require_folder, require_target
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from happyhorse_fast.verify.fidelity import ClipRun
 
 PROMPT = "a large red ball bounces twice"
@@ -88,7 +86,7 @@ def demo(
         {"form": run.form, "seconds": run.seconds} | {name: getattr(run.error, name) for name in ERRORS} for run in runs
     ]
     data |= {"kernels": kernels, "why_no_kernels": why_no_kernels}
-    emit(data, as_json, lambda console: _render(console, data))
+    emit(data, as_json, _shown(data))
     if failed or not all(check["passed"] for check in kernels):
         raise typer.Exit(1)
 
@@ -143,7 +141,7 @@ def _write(out: Path, runs: list[ClipRun], settings: dict[str, Any], missing: Co
     return failed
 
 
-def _render(console: Console, data: dict[str, Any]) -> None:
+def _shown(data: dict[str, Any]) -> Shown:
     rows = [
         [
             form["form"],
@@ -155,17 +153,17 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         for i, form in enumerate(data["forms"])
     ]
     title = f"{data['prompt']!r}, {data['steps']} steps on the CPU, seed {data['seed']}"
-    console.print(table(title, ["form", "video error", "audio error", "pictures dB", "seconds"], rows))
-    console.print(
+    yield table(title, ["form", "video error", "audio error", "pictures dB", "seconds"], rows)
+    yield (
         "error: relative L2 of the latents; pictures: PSNR against the first form. Fast forms run in plain torch "
         "here, with the\nkernels' rounding points (backend reference): their seconds say nothing about a GPU."
     )
     off = [f"{check['op']} {check['variant']}: {check['detail']}" for check in data["kernels"] if not check["passed"]]
     if data["kernels"]:
         count = f"{len(data['kernels'])} kernels and formats in Triton's interpreter, against plain torch:"
-        console.print(count, verdict(not off), *off)
+        yield literal(count, " ", verdict(not off), *(f" {words}" for words in off))
     else:
-        console.print(literal((data["why_no_kernels"], "yellow")))
+        yield literal((data["why_no_kernels"], "yellow"))
     for key, what in (("clip", f"clip with sound ({data['clip_form']})"), ("sheet", "pictures and waveforms")):
-        console.print(data[f"why_no_{key}"] if data[key] is None else f"{what}: {data[key]}")
-    console.print(f"all in {data['seconds']:.0f} s")
+        yield data[f"why_no_{key}"] if data[key] is None else f"{what}: {data[key]}"
+    yield f"all in {data['seconds']:.0f} s"

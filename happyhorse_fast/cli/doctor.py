@@ -8,15 +8,11 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from happyhorse_fast import optional
 from happyhorse_fast._version import __version__
-from happyhorse_fast.cli.output import JsonOption, emit, table, verdict
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
+from happyhorse_fast.cli.output import JsonOption, Shown, emit, table, verdict
 
 # What each is for.
 _OPTIONAL = {
@@ -30,7 +26,7 @@ _OPTIONAL = {
 def doctor(as_json: JsonOption = False) -> None:
     """GPU, driver, torch, Triton, CUDA compilers, optional packages; what will run here, and why not more."""
     data = examine()
-    emit(data, as_json, lambda console: _render(console, data))
+    emit(data, as_json, shown(data))
 
 
 def examine() -> dict[str, Any]:
@@ -116,7 +112,8 @@ def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def _render(console: Console, data: dict[str, Any]) -> None:
+def shown(data: dict[str, Any]) -> Shown:
+    """Lay out what :func:`examine` found."""
     torch_, nvcc = data["torch"], data["nvcc"]
     cuda = f"CUDA {torch_['cuda']}" if torch_["cuda"] else "built without CUDA"
     absent = "not found"
@@ -135,8 +132,7 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         "CUDA binaries": f"{', '.join(targets)}, {binaries['found']}" if binaries["found"] else binaries["why"],
         **{name: version or absent for name, version in data["optional"].items()},
     }
-    for name, value in facts.items():
-        console.print(f"{name:16} {value}")
-    console.print()
+    yield from (f"{name:16} {value}" for name, value in facts.items())
+    yield ""
     rows = [[verdict(r["runs"], "yes", "no", "yellow"), r["what"], r["why"]] for r in data["runs"]]
-    console.print(table("what runs here", ["runs", "what", "why"], rows, left=2, folded=[2]))
+    yield table("what runs here", ["runs", "what", "why"], rows, left=2, folded=[2])

@@ -11,13 +11,11 @@ import typer
 import happyhorse_fast as hh
 from happyhorse_fast import optional
 from happyhorse_fast.cli.options import AttentionOption, DeviceOption, ShardOption, shards, usable_device
-from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, table
+from happyhorse_fast.cli.output import JsonOption, Shown, emit, gib, literal, table
 from happyhorse_fast.files import require_folder
 from happyhorse_fast.parallel.launched import Launched
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from happyhorse_fast.pipeline.preview import Preview
     from happyhorse_fast.pipeline.progress import StageInfo
 
@@ -151,7 +149,7 @@ def generate(
         "peak_bytes": clip.peak_bytes,
         "latents": latents if resume is None else latents or resume,
     }
-    emit(data, as_json, lambda console: _render(console, data))
+    emit(data, as_json, _shown(data))
 
 
 def _previews(folder: Path, shots: Preview) -> Callable[[StageInfo], None]:
@@ -165,14 +163,12 @@ def _previews(folder: Path, shots: Preview) -> Callable[[StageInfo], None]:
     return write
 
 
-def _render(console: Console, data: dict[str, Any]) -> None:
+def _shown(data: dict[str, Any]) -> Shown:
     width, height = data["size"]
-    console.print(
-        literal(
-            (str(data["output"]), "bold"),
-            f": {data['frames']} frames of {width} x {height} at {data['fps']} a second, sound at "
-            f"{data['sample_rate']:,} Hz",
-        )
+    yield literal(
+        (str(data["output"]), "bold"),
+        f": {data['frames']} frames of {width} x {height} at {data['fps']} a second, sound at "
+        f"{data['sample_rate']:,} Hz",
     )
     rows = [
         [cost.stage, f"{cost.seconds:.1f}", f"{cost.load_seconds:.1f}", gib(cost.peak_bytes) if cost.peak_bytes else ""]
@@ -180,6 +176,6 @@ def _render(console: Console, data: dict[str, Any]) -> None:
     ]
     what = "peak on the device" if data["device"].startswith("cuda") else "process's peak so far"
     title = f"{data['seconds']:.1f} s on {data['device']}, parts {data['placement']}"
-    console.print(table(title, ["stage", "seconds", "of it loading", what], rows))
+    yield table(title, ["stage", "seconds", "of it loading", what], rows)
     if data["latents"] is not None:
-        console.print(f"latents: {data['latents']}")
+        yield f"latents: {data['latents']}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -15,39 +15,32 @@ from happyhorse_fast.json_data import plain
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+Shown: TypeAlias = Iterable["str | Text | Table"]
+"""What a command prints besides JSON, a paragraph or table each; made while it is printed."""
 SENTENCE = 24
 """Width below which a column of sentences is not folded."""
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
-def emit(data: Mapping[str, Any], as_json: bool, render: Callable[[Console], None]) -> None:
-    """Print a command's result on standard output: ``data`` as JSON, or what ``render`` makes of it."""
+def emit(data: Mapping[str, Any], as_json: bool, shown: Shown) -> None:
+    """Print a command's result on standard output: ``data`` as JSON, or what is ``shown`` of it."""
     if as_json:
         print(json.dumps(plain(data), indent=2, allow_nan=False))
         return
-    console = whole_console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a pipe has no width; do not fold tables
-    render(console)
-
-
-def whole_console(**options: Any) -> Console:
-    """A console that prints words as they are, and the ends of lines that are longer than it is wide."""
     from rich.console import Console
 
-    class Whole(Console):
-        def print(self, *objects: Any, **how: Any) -> None:
-            super().print(*objects, **{"crop": False, **how})
-
     # What is printed holds paths and messages, whose brackets and colons are no markup: styles come from `literal`.
-    return Whole(highlight=False, markup=False, emoji=False, **options)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a pipe has no width; do not fold tables
+    for part in shown:
+        console.print(part, crop=False)  # a line longer than the console is wide keeps its end
 
 
-def literal(*parts: str | tuple[str, str]) -> Text:
+def literal(*parts: str | tuple[str, str] | Text) -> Text:
     """Words to print as they are, whatever brackets they hold; a pair is (words, style)."""
     from rich.text import Text
 

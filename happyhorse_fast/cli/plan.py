@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from happyhorse_fast.cli.options import is_given
-from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, number, table
+from happyhorse_fast.cli.output import JsonOption, Shown, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import CARDS, GPUS, OUTSIDE, OpCost, cards_for, gpu_named, step_costs, totals
 from happyhorse_fast.costs import window_share as window_share_of
 from happyhorse_fast.fast.config import FastConfig, default_attention
 from happyhorse_fast.parallel.costs import LINKS, layer_exchange
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, fps_of, tokens_for
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 PRESET = "happyhorse-1.0-15b"
 _ONE_MODEL = ("preset", "steps", "video_share", "gpus", "shard_weights", "memory")
@@ -146,7 +143,7 @@ def plan(
         "launches_per_layer": max(map(len, launches_per_layer(FastConfig(precision=precision)))),  # type: ignore[arg-type]
         **_memory(config, clip, text, (precision, attention), memory, gpus, shard_weights),
     }
-    emit(data, as_json, lambda console: _render(console, data))
+    emit(data, as_json, _shown(data))
 
 
 def _exchange(
@@ -188,46 +185,40 @@ def _memory(
     return {"peak_memory_gib": whole / 2**30, "memory": {"form": form.name, "why": None, **sizes, "peak": peak}}
 
 
-def _render(console: Console, data: dict[str, Any]) -> None:
+def _shown(data: dict[str, Any]) -> Shown:
     counted, tokens, total, card = data["parameters"], data["tokens"], data["totals"], data["gpu"]
-    console.print(
-        literal(
-            (data["preset"], "bold"),
-            f", {data['resolution']} {data['aspect']}, {data['seconds']} s at {data['fps']} fps: "
-            f"{counted['total'] / 1e9:.1f} B parameters, {counted['active_per_token'] / 1e9:.1f} B active per token, "
-            f"weights {gib(counted['bytes'])} as published",
-        )
+    yield literal(
+        (data["preset"], "bold"),
+        f", {data['resolution']} {data['aspect']}, {data['seconds']} s at {data['fps']} fps: "
+        f"{counted['total'] / 1e9:.1f} B parameters, {counted['active_per_token'] / 1e9:.1f} B active per token, "
+        f"weights {gib(counted['bytes'])} as published",
     )
-    console.print(
+    yield (
         f"latent {'x'.join(map(str, tokens['latent']))}; {tokens['video']:,} video + {tokens['audio']:,} audio + "
         f"{tokens['text']:,} text = {tokens['total']:,} tokens; {_masks(tokens)}\n"
     )
-    console.print(_floor_table(data["ops"], card, data["precision"], data["attention"]))
-    console.print(_traffic_table(data["ops"]))
-    console.print(
-        literal(
-            f"one step: linear {number(total['linear_flops'], 'FLOP')}, attention "
-            f"{number(total['attention_flops'], 'FLOP')}, {number(total['bytes'], 'B')}; floor "
-            f"{total['floor_ms_per_step'] / 1e3:.2f} s, {data['steps']} steps ",
-            (f"{total['floor_s']:.1f} s", "bold"),
-        )
+    yield _floor_table(data["ops"], card, data["precision"], data["attention"])
+    yield _traffic_table(data["ops"])
+    yield literal(
+        f"one step: linear {number(total['linear_flops'], 'FLOP')}, attention "
+        f"{number(total['attention_flops'], 'FLOP')}, {number(total['bytes'], 'B')}; floor "
+        f"{total['floor_ms_per_step'] / 1e3:.2f} s, {data['steps']} steps ",
+        (f"{total['floor_s']:.1f} s", "bold"),
     )
     if data["exchange"] is not None:
-        console.print(f"each of {data['gpus']} cards sends {_exchanged(data['exchange'])} a step")
+        yield f"each of {data['gpus']} cards sends {_exchanged(data['exchange'])} a step"
     memory = data["memory"]
     if data["peak_memory_gib"] is None:
-        console.print(f"peak memory: not known, {memory['why']}")
+        yield f"peak memory: not known, {memory['why']}"
         return
     peak = memory["peak"]
     gathered = f" and {gib(memory['gathered_weight_bytes'])} gathered" if memory["gathered_weight_bytes"] else ""
     form = memory["form"] + (f", attention in {data['attention']}" if data["attention"] != data["precision"] else "")
-    console.print(
-        literal(
-            f"peak memory, {form}: ",
-            (f"{data['peak_memory_gib']:.1f} GiB", "bold"),
-            f", of it weights {gib(memory['held_weight_bytes'])}{gathered}; reached by {peak.operation}; "
-            f"fits a card of {', '.join(map(str, memory['fits_gb'])) or 'more than ' + str(CARDS[-1])} GB",
-        )
+    yield literal(
+        f"peak memory, {form}: ",
+        (f"{data['peak_memory_gib']:.1f} GiB", "bold"),
+        f", of it weights {gib(memory['held_weight_bytes'])}{gathered}; reached by {peak.operation}; "
+        f"fits a card of {', '.join(map(str, memory['fits_gb'])) or 'more than ' + str(CARDS[-1])} GB",
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from happyhorse_fast.cli.output import emit, gib, literal, table, verdict
+from happyhorse_fast.cli.output import Shown, emit, gib, literal, table, verdict
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import CONTEXT_BYTES, gpu_named, usable_bytes
 from happyhorse_fast.pipeline.layout import PARTS
@@ -13,9 +13,6 @@ from happyhorse_fast.pipeline.memory_plan import plan
 from happyhorse_fast.pipeline.parts import DECODERS
 from happyhorse_fast.pipeline.request import FPS, Request
 from happyhorse_fast.pipeline.stage_plan import StagePlan, Work
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 SIZES = (24, 32, 48, 80)
 """Memory of the cards that are planned for, GB."""
@@ -81,21 +78,19 @@ def plan_pipeline(
             for gb, found in plans.items()
         ],
     }
-    emit(data, as_json, lambda console: _render(console, data))
+    emit(data, as_json, _shown(data))
 
 
-def _render(console: Console, data: dict[str, Any]) -> None:
-    console.print(
-        literal(
-            (f"{data['resolution']} {data['aspect']}, {data['seconds']} s at {data['fps']} fps", "bold"),
-            f", {data['precision']}: every part on the device {data['resident_gib']:.1f} GiB, one at a time "
-            f"{data['sequential_gib']:.1f} GiB; floor ",
-            (f"{data['floor_s']:.1f} s", "bold"),
-            f" on {data['gpu'].name}, without loading",
-        )
+def _shown(data: dict[str, Any]) -> Shown:
+    yield literal(
+        (f"{data['resolution']} {data['aspect']}, {data['seconds']} s at {data['fps']} fps", "bold"),
+        f", {data['precision']}: every part on the device {data['resident_gib']:.1f} GiB, one at a time "
+        f"{data['sequential_gib']:.1f} GiB; floor ",
+        (f"{data['floor_s']:.1f} s", "bold"),
+        f" on {data['gpu'].name}, without loading",
     )
     rows = [[s.name, s.part, gib(s.weight_bytes), gib(s.peak_bytes), f"{s.floor_s:.2f}"] for s in data["stages"]]
-    console.print(table("per stage", ["stage", "part", "weights", "peak alone", "floor s"], rows, left=2))
+    yield table("per stage", ["stage", "part", "weights", "peak alone", "floor s"], rows, left=2)
     rows = [
         [
             f"{card['gb']} GB",
@@ -108,10 +103,10 @@ def _render(console: Console, data: dict[str, Any]) -> None:
         for card in data["cards"]
     ]
     title = f"per card, GiB; {CONTEXT_BYTES / 2**30:g} GiB stay free"
-    console.print(table(title, ["card", "", "placement", "peak", "of", "in pieces"], rows, left=3, folded=[5]))
+    yield table(title, ["card", "", "placement", "peak", "of", "in pieces"], rows, left=3, folded=[5])
     for card in data["cards"]:
         if card["placement"] == "mixed":
-            console.print(literal(f"on {card['gb']} GB stay: {', '.join(card['kept'])}"))
+            yield f"on {card['gb']} GB stay: {', '.join(card['kept'])}"
 
 
 def _staying(kept: tuple[str, ...], stages: tuple[StagePlan, ...]) -> str:

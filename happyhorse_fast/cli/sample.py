@@ -24,7 +24,7 @@ from happyhorse_fast.cli.options import (
     shards,
     usable_device,
 )
-from happyhorse_fast.cli.output import JsonOption, emit, gib, literal, save_tensors
+from happyhorse_fast.cli.output import JsonOption, Shown, emit, gib, literal, save_tensors
 from happyhorse_fast.fast.config import FastConfig, Precision
 from happyhorse_fast.files import is_special, require_target
 from happyhorse_fast.parallel.launched import Launched
@@ -32,7 +32,6 @@ from happyhorse_fast.tokens import VAE_STRIDE, fps_of, tokens_for
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
     from happyhorse_fast.config import ModelConfig
     from happyhorse_fast.sampler import StepInfo
@@ -203,7 +202,7 @@ def sample(
         "ignored": sorted(named.keys() - used),
         "settings": settings,
     }
-    emit(data, as_json, lambda console: _render(console, data))
+    emit(data, as_json, _shown(data))
 
 
 def _note(taken: list[StepInfo], info: StepInfo) -> None:
@@ -305,13 +304,11 @@ def _conditions(path: Path, named: Mapping[str, torch.Tensor], image_key: str | 
     return {"text": named["text"], "image": named.get(image_key or "image"), "null_text": named.get("null_text")}
 
 
-def _render(console: Console, data: Mapping[str, Any]) -> None:
+def _shown(data: Mapping[str, Any]) -> Shown:
     seconds = data["seconds_per_step"]
     peak = f", peak {gib(data['peak_memory_bytes'])}" if data["peak_memory_bytes"] is not None else ""
-    console.print(literal((str(data["output"]), "bold"), f": video {data['video']}, audio {data['audio']}"))
+    yield literal((str(data["output"]), "bold"), f": video {data['video']}, audio {data['audio']}")
     per_step = sum(seconds) / len(seconds)
-    console.print(
-        f"{len(seconds)} step{'s'[: len(seconds) != 1]} in {sum(seconds):.2f} s, {per_step:.3f} s per step{peak}"
-    )
+    yield f"{len(seconds)} step{'s'[: len(seconds) != 1]} in {sum(seconds):.2f} s, {per_step:.3f} s per step{peak}"
     if data["ignored"]:
-        console.print(f"not used of {data['settings']['inputs']}: {', '.join(data['ignored'])}")
+        yield f"not used of {data['settings']['inputs']}: {', '.join(data['ignored'])}"

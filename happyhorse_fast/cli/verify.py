@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,14 +20,13 @@ from happyhorse_fast.cli.options import (
     read_config,
     usable_device,
 )
-from happyhorse_fast.cli.output import JsonOption, emit
+from happyhorse_fast.cli.output import JsonOption, Shown, emit
 from happyhorse_fast.fast.config import FastConfig, TopK
 from happyhorse_fast.files import require_target
 from happyhorse_fast.json_data import plain
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
     from happyhorse_fast.ops.runtime.self_check import KernelCheck
 
@@ -154,17 +153,17 @@ def verify(
     eager = partial(load, str(checkpoint), preset, read_config(config), device=where, progress=not as_json)
     data: dict[str, Any] = {}
     passed: list[bool] = []
-    shown: list[Callable[[Console], None]] = []
+    shown: list[Shown] = []
     if kernels:
         checked = _check_kernels(torch.device(where))
         data["kernels"] = checked
         passed += [check.passed for check in checked]
-        shown += [partial(verify_tables.kernels, checked, where)]
+        shown += [verify_tables.kernels(checked, where)]
     if pony:
         measured = fidelity.measure_fidelity(fidelity.policies(quick=quick), clips, progress=_say)
         data["pony"] = {**plain(measured), "violations": list(fidelity.violations(measured))}
         passed += [not data["pony"]["violations"]]
-        shown += [partial(verify_tables.fidelity, data["pony"])]
+        shown += [verify_tables.fidelity(data["pony"])]
     if fast:
         if checkpoint is None:
             forms = equivalence.equivalence_golden(towards, steps=steps, device=where)
@@ -175,7 +174,7 @@ def verify(
             del model
         data["equivalence"] = forms
         passed += [case.passed for case in forms]
-        shown += [partial(verify_tables.equivalences, forms)]
+        shown += [verify_tables.equivalences(forms)]
     if calibrate is not None:
         how: dict[str, Any] = {"grid": grid, "text": text, "steps": steps, "seed": seed, "most": most}
         model = eager(compute_dtype=torch.bfloat16)
@@ -185,7 +184,7 @@ def verify(
         calibration.write(losses, out)
         data["calibration"] = losses
         passed += [not losses.coarse]
-        shown += [partial(verify_tables.calibration, losses, out)]
+        shown += [verify_tables.calibration(losses, out)]
     unseen = checkpoint is not None and not fast and calibrate is None  # by what was asked for so far
     if recorded or unseen or not (fast or kernels or pony or calibrate is not None):
         cases = checks.verify_golden() if recorded or checkpoint is None else []
@@ -193,13 +192,8 @@ def verify(
             cases += checks.verify_model(eager(compute_dtype=torch.float64), grid, text=text, seed=seed)
         data["cases"] = [{**plain(case), "passed": case.passed, "worst": case.worst()} for case in cases]
         passed += [case.passed for case in cases]
-        shown += [partial(verify_tables.comparisons, cases)]
-
-    def render(console: Console) -> None:
-        for show in shown:
-            show(console)
-
-    emit({"passed": all(passed), **data}, as_json, render)
+        shown += [verify_tables.comparisons(cases)]
+    emit({"passed": all(passed), **data}, as_json, itertools.chain.from_iterable(shown))
     if not all(passed):
         raise typer.Exit(1)
 

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from happyhorse_fast.cli import fidelity_tables
-from happyhorse_fast.cli.output import literal, table, verdict
+from happyhorse_fast.cli.output import Shown, literal, table, verdict
 from happyhorse_fast.fast import calibration as formats
 from happyhorse_fast.verify.equivalence import Distance, Equivalence, FormErrors
 from happyhorse_fast.verify.layer_ops import OPS
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from happyhorse_fast.fast.calibration import Calibration, OpCalibration
     from happyhorse_fast.ops.runtime.self_check import KernelCheck
     from happyhorse_fast.verify.checks import Comparison, Measurement
@@ -30,8 +28,8 @@ PLACES = {
 """Column -> what the names of its measurements begin with."""
 
 
-def comparisons(found: list[Comparison], console: Console) -> None:
-    """Print the worst error of every part of each case, what is past its budget, and a model's layers."""
+def comparisons(found: list[Comparison]) -> Shown:
+    """The worst error of every part of each case, what is past its budget, and a model's layers."""
     rows: list[list[Any]] = []
     for c in found:
         cells = [_worst(c, prefix, with_name=name == "worst layer") for name, prefix in PLACES.items()]
@@ -44,15 +42,15 @@ def comparisons(found: list[Comparison], console: Console) -> None:
     # Those of a checkpoint's table that would be empty take the width of the names beside them.
     used = [i for i in range(len(columns)) if any(row[i] != "" for row in rows)]
     rows = [[row[i] for i in used] for row in rows]
-    console.print(table("relative L2 error", [columns[i] for i in used], rows))
+    yield table("relative L2 error", [columns[i] for i in used], rows)
     for c in found:
         for m in c.measurements:
             if not m.passed:
-                console.print(literal((f"{c.name}: {m.what} is off by {m.error:.2e}, budget {m.budget:.0e}", "red")))
+                yield literal((f"{c.name}: {m.what} is off by {m.error:.2e}, budget {m.budget:.0e}", "red"))
         if c.skipped:
-            console.print(literal((f"{c.name}: {c.skipped}", "yellow")))
+            yield literal((f"{c.name}: {c.skipped}", "yellow"))
         if any(m.cosine is not None for m in c.measurements):
-            console.print(_by_layer(c))
+            yield _by_layer(c)
 
 
 def _worst(comparison: Comparison, prefix: str, with_name: bool) -> str:
@@ -73,46 +71,39 @@ def _by_layer(comparison: Comparison) -> Any:
     return table(comparison.name, ["after", "video", "audio", "1 - cosine, video", "1 - cosine, audio"], rows)
 
 
-def kernels(found: list[KernelCheck], device: str, console: Console) -> None:
-    """Print a row per kernel and format."""
+def kernels(found: list[KernelCheck], device: str) -> Shown:
+    """A row per kernel and format."""
     rows: list[list[Any]] = [[c.op, c.variant, c.detail, f"{c.seconds:.1f}", verdict(c.passed)] for c in found]
     title = f"kernels against their reference, on {device}"
-    console.print(table(title, ["op", "format", "found", "s", ""], rows, left=2, folded=[2]))
+    yield table(title, ["op", "format", "found", "s", ""], rows, left=2, folded=[2])
     if device == "cpu":
-        note = "Run by Triton's interpreter, made exact: it shows what a kernel computes, not how a GPU rounds."
-        console.print(note)
+        yield "Run by Triton's interpreter, made exact: it shows what a kernel computes, not how a GPU rounds."
 
 
-def fidelity(found: dict[str, Any], console: Console) -> None:
-    """Print a row per policy of a Fidelity as plain data, and its violations."""
-    console.print(table(fidelity_tables.title(found), fidelity_tables.COLUMNS, fidelity_tables.rows(found)))
-    console.print(fidelity_tables.NOTE)
-    for violation in found["violations"]:
-        console.print(literal((violation, "red")))
+def fidelity(found: dict[str, Any]) -> Shown:
+    """A row per policy of a Fidelity as plain data, and its violations."""
+    yield table(fidelity_tables.title(found), fidelity_tables.COLUMNS, fidelity_tables.rows(found))
+    yield fidelity_tables.NOTE
+    yield from (literal((violation, "red")) for violation in found["violations"])
 
 
-def equivalences(found: list[Equivalence], console: Console) -> None:
-    """Print every case: relative L2 and worst tile per op and layer, then all measures end to end."""
+def equivalences(found: list[Equivalence]) -> Shown:
+    """Every case: relative L2 and worst tile per op and layer, then all measures end to end."""
     for case in found:
         video, audio, text = case.tokens
         backends = sorted({backend for form in case.forms for backend in form.backends})
-        console.print(
-            literal(
-                (case.case, "bold"),
-                f": {case.layers} layers of {case.hidden_size}, {video:,} video + {audio:,} audio + {text:,} text "
-                f"tokens, on {case.device}, fast forms on {', '.join(backends)}"
-                f"{f'; sparsity {case.sparsity}' if case.sparsity else ''}",
-            )
+        yield literal(
+            (case.case, "bold"),
+            f": {case.layers} layers of {case.hidden_size}, {video:,} video + {audio:,} audio + {text:,} text "
+            f"tokens, on {case.device}, fast forms on {', '.join(backends)}"
+            f"{f'; sparsity {case.sparsity}' if case.sparsity else ''}",
         )
-        console.print(_by_place(case, "relative L2 to float32", lambda d: f"{d.relative_l2:.2e}"))
-        console.print(
-            _by_place(case, "worst 128x128 tile, 1 - 2<x,y>/(|x|^2+|y|^2)", lambda d: f"{d.tile_distance:.1e}")
-        )
-        console.print(_end_to_end(case))
+        yield _by_place(case, "relative L2 to float32", lambda d: f"{d.relative_l2:.2e}")
+        yield _by_place(case, "worst 128x128 tile, 1 - 2<x,y>/(|x|^2+|y|^2)", lambda d: f"{d.tile_distance:.1e}")
+        yield _end_to_end(case)
         for form in case.forms:
-            for violation in form.violations:
-                console.print(literal((f"{form.form}: {violation}", "red")))
-    console.print(
+            yield from (literal((f"{form.form}: {violation}", "red")) for violation in form.violations)
+    yield (
         "op: each on its float32 input, worst layer; layer: the residual stream after it, errors of all layers "
         "before included; added: distance to the form before, in units of float32's norm"
     )
@@ -150,20 +141,20 @@ def _end_to_end(case: Equivalence) -> Any:
     return table("end to end", columns, rows, left=2)
 
 
-def calibration(found: Calibration, out: Path, console: Console) -> None:
-    """Print a row per op, then what to skip, what bf16 itself loses, and how the file is used."""
+def calibration(found: Calibration, out: Path) -> Shown:
+    """A row per op, then what to skip, what bf16 itself loses, and how the file is used."""
     columns = ["op", "bf16", "int8", "e4m3", "largest input", "largest/RMS", "saturated", "lost", "bound", "skip in"]
     title = (
         f"relative L2 to float32, worst of video, audio and text and of {found.clips} x {found.steps} steps; "
         "saturated and lost as e4m3 codes; bound: of scores, in powers of two"
     )
-    console.print(table(title, columns, [_calibrated(of, found) for of in found.ops]))
+    yield table(title, columns, [_calibrated(of, found) for of in found.ops])
     for precision, rules in found.skip.items():
-        console.print(f"skip in {precision} (past {found.most[precision]:g}): {', '.join(rules) or 'nothing'}")
+        yield f"skip in {precision} (past {found.most[precision]:g}): {', '.join(rules) or 'nothing'}"
     for of in found.coarse:
         line = f"{of.op} of layer {of.layer} is off by {of.worst('bf16'):.2e} in bf16, budget {found.most['bf16']:g}"
-        console.print(literal((line, "red")))
-    console.print(f"Written: {out}. FastConfig.calibrated({str(out)!r}, config, precision=...) takes it.")
+        yield literal((line, "red"))
+    yield f"Written: {out}. FastConfig.calibrated({str(out)!r}, config, precision=...) takes it."
 
 
 def _calibrated(of: OpCalibration, found: Calibration) -> list[str]:

@@ -43,7 +43,8 @@ def test_a_narrow_terminal_shows_what_runs_and_why(monkeypatch: Patch, capsys: C
     monkeypatch.setattr(doctor, "_first_match", lambda *_: None)
     data = doctor.examine()
     console = Console(width=80, file=io.StringIO())
-    doctor._render(console, data)
+    for part in doctor.shown(data):
+        console.print(part)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     first = next(i for i, line in enumerate(lines) if line.startswith(" runs"))
     table = lines[first + 2 : lines.index("", first)]
