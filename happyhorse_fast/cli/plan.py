@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from happyhorse_fast.cli.options import is_given
+from happyhorse_fast.cli.options import given
 from happyhorse_fast.cli.output import JsonOption, Shown, emit, gib, literal, number, table
 from happyhorse_fast.config import PATCH, ModelConfig
 from happyhorse_fast.costs import CARDS, GPUS, OUTSIDE, OpCost, cards_for, gpu_named, step_costs, totals
@@ -71,32 +72,19 @@ def plan(
 
     With --pipeline: memory and floor time of every stage from a prompt to an mp4, and what fits which card.
     """
-    for name in _ONE_MODEL if pipeline else _WHOLE_PATH:
-        if is_given(context, name):
-            option = f"--{name.replace('_', '-')}"
-            if not pipeline:
-                raise ValueError(f"{option} must come with --pipeline, got none")
-            raise ValueError(
-                f"{option} must be left out with --pipeline, which plans the public checkpoints as they are"
-            )
+    misplaced = given(context, _ONE_MODEL if pipeline else _WHOLE_PATH)
+    if misplaced and not pipeline:
+        raise ValueError(f"{misplaced[0]} must come with --pipeline, got none")
     if pipeline:
+        if misplaced:
+            raise ValueError(
+                f"{misplaced[0]} must be left out with --pipeline, which plans the public checkpoints as they are"
+            )
         if fps not in (None, 25):
             raise ValueError(f"fps must be 25 with --pipeline, which is what the public checkpoints mean; got {fps}")
         from happyhorse_fast.cli.plan_pipeline import plan_pipeline
 
-        plan_pipeline(
-            resolution,
-            aspect,
-            seconds,
-            text=text,
-            precision=precision,
-            attention=attention,
-            gpu=gpu,
-            stages=stages,
-            first=first,
-            decoder=decoder,
-            as_json=as_json,
-        )
+        plan_pipeline(context.params)
         return
     from happyhorse_fast.eager.sizes import parameters
     from happyhorse_fast.fast.launches import launches_per_layer
@@ -139,17 +127,15 @@ def plan(
         "steps": steps,
         "ops": costs,
         "totals": total | {"floor_s": steps * total["floor_ms_per_step"] / 1e3},
-        "exchange": None if gpus == 1 else _exchange(config, clip, gpus, text, precision, attention, costs),
+        "exchange": None if gpus == 1 else _exchange(config, clip, gpus, costs, text=text, **how),
         "launches_per_layer": max(map(len, launches_per_layer(FastConfig(precision=precision)))),  # type: ignore[arg-type]
-        **_memory(config, clip, text, (precision, attention), memory, gpus, shard_weights),
+        **_memory(config, clip, attention, context.params),
     }
     emit(data, as_json, _shown(data))
 
 
-def _exchange(
-    config: ModelConfig, clip: ClipTokens, gpus: int, text: int, precision: str, attention: str, costs: list[OpCost]
-) -> dict[str, Any]:
-    of_layer = layer_exchange(config, clip, gpus, text=text, precision=precision, attention=attention)
+def _exchange(config: ModelConfig, clip: ClipTokens, gpus: int, costs: list[OpCost], **how: Any) -> dict[str, Any]:
+    of_layer = layer_exchange(config, clip, gpus, **how)
     beside = sum(c.count * c.floor_ms for c in costs if c.op == "attention") / 1e3 / config.num_layers
     links = []
     for link in LINKS:
@@ -158,28 +144,19 @@ def _exchange(
     return {"bytes_per_step": config.num_layers * of_layer.bytes, "links": links}
 
 
-def _memory(
-    config: ModelConfig,
-    clip: ClipTokens,
-    text: int,
-    precision: tuple[str, str],
-    trace: bool,
-    gpus: int,
-    shard_weights: bool,
-) -> dict[str, Any]:
+def _memory(config: ModelConfig, clip: ClipTokens, attention: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     from happyhorse_fast.fast.memory import peak_memory, sharded_bytes
     from happyhorse_fast.verify.forms import FORMS
 
-    products, attention = precision
-    form = next(form for form in FORMS if form.kernels and form.precision == products)
-    if not trace:
+    gpus, form = asked["gpus"], next(form for form in FORMS if form.kernels and form.precision == asked["precision"])
+    if not asked["memory"]:
         return {"peak_memory_gib": None, "memory": {"form": form.name, "why": "not traced (--no-memory)"}}
     print("tracing one forward pass under fake tensors...", file=sys.stderr)
     model = form.without_weights(config, attention)  # type: ignore[arg-type]  # checked before
     # The last rank holds the dummies, the first none.
-    peaks = [peak_memory(model, clip, text, gpus=gpus, rank=rank) for rank in {0, gpus - 1}]
+    peaks = [peak_memory(model, clip, asked["text"], gpus=gpus, rank=rank) for rank in {0, gpus - 1}]
     peak = max(peaks, key=lambda peak: peak.peak_bytes)
-    held, gathered = sharded_bytes(model, gpus) if shard_weights else (peak.weight_bytes, 0)
+    held, gathered = sharded_bytes(model, gpus) if asked["shard_weights"] else (peak.weight_bytes, 0)
     whole = peak.peak_bytes - peak.weight_bytes + held + gathered
     sizes = {"held_weight_bytes": held, "gathered_weight_bytes": gathered, "fits_gb": cards_for(whole)}
     return {"peak_memory_gib": whole / 2**30, "memory": {"form": form.name, "why": None, **sizes, "peak": peak}}

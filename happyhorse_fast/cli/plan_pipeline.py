@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from happyhorse_fast.cli.output import Shown, emit, gib, literal, table, verdict
@@ -18,46 +19,27 @@ SIZES = (24, 32, 48, 80)
 """Memory of the cards that are planned for, GB."""
 
 
-def plan_pipeline(
-    resolution: str,
-    aspect: str,
-    seconds: int,
-    *,
-    text: int,
-    precision: str,
-    attention: str | None,
-    gpu: str,
-    stages: int,
-    first: str,
-    decoder: str,
-    as_json: bool,
-) -> None:
-    """Print the plan of one clip with a picture and a sound made by the public checkpoints, for every size of card."""
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
-    request = Request(
-        prompt="any", seconds=seconds, resolution=resolution, aspect=aspect, stages=stages, first=first, image=True
-    )
-    card = gpu_named(gpu)
-    work = Work(
-        request=request,
-        models=tuple(ModelConfig.preset(str(PARTS[name].preset)) for name in request.models),
-        precision=precision,  # type: ignore[arg-type]  # FastConfig checks it, and attention
-        attention=attention,  # type: ignore[arg-type]
-        decoder=decoder,  # type: ignore[arg-type]  # checked above
-        text=text,
-        gpu=card,
-    )
+def plan_pipeline(asked: Mapping[str, Any]) -> None:
+    """Print the plan of one clip with a picture and a sound made by the public checkpoints, for every size of card.
+
+    Args:
+        asked: The options of ``happyhorse-fast plan`` by name.
+    """
+    if asked["decoder"] not in DECODERS:
+        raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {asked['decoder']!r}")
+    clip = {name: asked[name] for name in ("resolution", "aspect", "seconds")}
+    formats = {name: asked[name] for name in ("precision", "attention")}  # FastConfig checks them
+    request = Request(prompt="any", stages=asked["stages"], first=asked["first"], image=True, **clip)
+    models = tuple(ModelConfig.preset(str(PARTS[name].preset)) for name in request.models)
+    card = gpu_named(asked["gpu"])
+    work = Work(request=request, models=models, decoder=asked["decoder"], text=asked["text"], gpu=card, **formats)
     print("tracing every stage under fake tensors...", file=sys.stderr)
     plans = {gb: plan(work, int(usable_bytes(gb))) for gb in SIZES}
     free = plan(work, None)
     data = {
-        "resolution": resolution,
-        "aspect": aspect,
-        "seconds": seconds,
+        **clip,
         "fps": FPS,
-        "precision": precision,
-        "attention": attention,
+        **formats,
         "gpu": card,
         "stages": free.stages,
         "resident_gib": free.resident_bytes / 2**30,
@@ -78,7 +60,7 @@ def plan_pipeline(
             for gb, found in plans.items()
         ],
     }
-    emit(data, as_json, _shown(data))
+    emit(data, asked["as_json"], _shown(data))
 
 
 def _shown(data: dict[str, Any]) -> Shown:

@@ -19,7 +19,7 @@ from happyhorse_fast.cli.options import (
     DeviceOption,
     PresetOption,
     ShardOption,
-    is_given,
+    given,
     read_config,
     shards,
     usable_device,
@@ -28,7 +28,7 @@ from happyhorse_fast.cli.output import JsonOption, Shown, emit, gib, literal, sa
 from happyhorse_fast.fast.config import FastConfig, Precision
 from happyhorse_fast.files import is_special, require_target
 from happyhorse_fast.parallel.launched import Launched
-from happyhorse_fast.tokens import VAE_STRIDE, fps_of, tokens_for
+from happyhorse_fast.tokens import VAE_STRIDE, ClipTokens, fps_of, tokens_for
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def sample(
     if sr_checkpoint is not None and not is_packed(sr_checkpoint) and (sr_preset is None) == (sr_config is None):
         got = "neither" if sr_preset is None else "both"
         raise ValueError(f"exactly one of --sr-preset and --sr-config is required, got {got}")
-    alone = [f"--{name}" for name in CLIP if is_given(context, name)]
+    alone = given(context, CLIP)
     if alone and resolution is None:
         raise ValueError(f"{' and '.join(alone)} must come with --resolution: noise in the inputs has its own size")
     how_fast = None if fast is None else FastConfig(precision=fast, attention=attention)  # type: ignore[arg-type]
@@ -136,7 +136,8 @@ def sample(
     first = _Stage(checkpoint, preset, config, dtype, how_fast)
     fps = fps_of(preset) if fps is None else fps
     draw = partial(_replay, inputs, recorded) if recorded else partial(golden.draw, seed)
-    start = _start(first.config, inputs, named, draw, resolution, (aspect, seconds, fps))
+    clip = None if resolution is None else tokens_for(resolution, aspect, seconds, fps)
+    start = _start(first.config, inputs, named, draw, clip)
     conditions = _conditions(inputs, named, image_key)
 
     def denoise(model: Denoiser, **how: Any) -> dict[str, torch.Tensor]:
@@ -274,23 +275,21 @@ def _start(
     path: Path,
     named: Mapping[str, torch.Tensor],
     draw: Any,
-    resolution: str | None,
-    clip: tuple[str, int, int],
+    clip: ClipTokens | None,
 ) -> dict[str, torch.Tensor]:
-    """Video and audio to start from, on the CPU."""
-    given = {name: named[name] for name in ("video", "audio") if name in named}
-    if len(given) == 2:
-        if resolution is not None:
+    """Video and audio to start from, on the CPU; drawn for a ``clip`` where that is given."""
+    there = {name: named[name] for name in ("video", "audio") if name in named}
+    if len(there) == 2:
+        if clip is not None:
             raise ValueError(f"--resolution makes the starting noise, but {path} holds video and audio")
-        return given
-    if given:
-        raise ValueError(f"{path}: must hold both video and audio or neither, got only {', '.join(given)}")
-    if resolution is None:
+        return there
+    if there:
+        raise ValueError(f"{path}: must hold both video and audio or neither, got only {', '.join(there)}")
+    if clip is None:
         raise ValueError(f"{path}: must hold video and audio to start from, or --resolution must be given to draw them")
-    size = tokens_for(resolution, *clip)
     return {
-        "video": draw("in.video", (1, config.latent_channels, size.T, size.H, size.W)),
-        "audio": draw("in.audio", (1, size.audio, config.audio_in_channels)),
+        "video": draw("in.video", (1, config.latent_channels, clip.T, clip.H, clip.W)),
+        "audio": draw("in.audio", (1, clip.audio, config.audio_in_channels)),
     }
 
 

@@ -16,7 +16,7 @@ from happyhorse_fast.cli.options import (
     ConfigOption,
     DeviceOption,
     PresetOption,
-    is_given,
+    given,
     read_config,
     usable_device,
 )
@@ -114,9 +114,9 @@ def verify(
     """
     there = {_FAST: fast, _PONY: pony, _CALIBRATE: calibrate is not None, _CHECKPOINT: checkpoint is not None}
     for modes, names in _BELONGS.items():
-        given = [f"--{name.replace('_', '-')}" for name in names if is_given(context, name)]
-        if given and not any(there[mode] for mode in modes):
-            raise ValueError(f"{given[0]} must come with {' or '.join(modes)}, got none")
+        alone = given(context, names)
+        if alone and not any(there[mode] for mode in modes):
+            raise ValueError(f"{alone[0]} must come with {' or '.join(modes)}, got none")
     if device not in ("auto", "cpu") and not (fast or kernels or checkpoint is not None):
         raise ValueError(f"--device must be left out, got {device!r}: the recorded cases and --pony run on the CPU")
     if steps < 0:
