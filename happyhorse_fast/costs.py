@@ -109,16 +109,6 @@ def gpu_named(name: str) -> Gpu:
     return GPUS[name]
 
 
-def _matrices(config: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of one expert's linear weights."""
-    return {
-        "qkv": (config.qkv_features, config.hidden_size),
-        "proj": (config.hidden_size, config.num_heads_q * config.head_dim),
-        "up": (config.up_features(layer), config.hidden_size),
-        "down": (config.hidden_size, config.intermediate_size(layer)),
-    }
-
-
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
@@ -216,11 +206,11 @@ def step_costs(
     example = {layer_kind(config, layer, clip): layer for layer in range(config.num_layers)}
     costs = []
     for kind, count in kinds.items():
-        flops, moved = _layer(config, example[kind], clip, text, (precision, attention), video_share, gpus)
-        rates = {op: attention if op == "attention" else precision for op in flops}
-        costs += [_op(op, kind, count, flops[op], moved[op], rates[op], gpu) for op in flops]
-    flops, moved = _outside(config, clip, text, gpus)
-    return costs + [_op(op, OUTSIDE, 1, flops[op], moved[op], "fp32", gpu) for op in flops]
+        ops = _layer(config, example[kind], clip, text, (precision, attention), video_share, gpus)
+        rates = {op: attention if op == "attention" else precision for op in ops}
+        costs += [_op(op, kind, count, *ops[op], rates[op], gpu) for op in ops]
+    ops = _outside(config, clip, text, gpus)
+    return costs + [_op(op, OUTSIDE, 1, *ops[op], "fp32", gpu) for op in ops]
 
 
 def _op(op: str, kind: str, count: int, flops: float, moved: float, precision: str, gpu: Gpu) -> OpCost:
@@ -236,49 +226,48 @@ def _layer(
     precision: tuple[str, str],
     video_share: float | None,
     gpus: int,
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> dict[str, tuple[float, float]]:
     """FLOPs and bytes by op; ``precision`` of products and of attention."""
     element, (of_qk, of_v) = _INPUT_BYTES[precision[0]], ATTENTION_BYTES[precision[1]]
-    n, width, experts = clip.total(text) / gpus, config.hidden_size, config.experts(layer)
+    n, width, wide = clip.total(text) / gpus, config.hidden_size, config.intermediate_size(layer)
     q, kv = config.num_heads_q * config.head_dim, config.num_heads_kv * config.head_dim
     share = video_share
     if share is None:
         local = config.is_local(layer, clip.frame_tokens)
         share = window_share(clip.T // PATCH[0], config.frame_receptive_field) if local else 1.0
-    matrices = _matrices(config, layer)
-    flops: dict[str, float] = {op: 2.0 * n * rows * columns for op, (rows, columns) in matrices.items()}
-    flops["attention"] = 4.0 * q * attention_pairs(clip, text, share) / gpus
-    flops["norms"] = 0.0
-    weights = {op: experts * rows * columns * element for op, (rows, columns) in matrices.items()}
+
+    def product(rows: int, columns: int, moved: float) -> tuple[float, float]:
+        return 2.0 * n * rows * columns, config.experts(layer) * rows * columns * element + moved
+
     packed = n * ((q + kv) * of_qk + kv * of_v + config.num_heads_q * _BRANCH_BYTES)  # q, k, v and the gate
-    wide = n * config.intermediate_size(layer) * element
     # A norm reads the stream and the branch before it, writes the stream and what the next product reads.
     norm = n * width * (2 * _STREAM_BYTES + _BRANCH_BYTES + element)
-    moved: dict[str, float] = {
-        "norms": 2.0 * norm,
-        "qkv": n * width * element + weights["qkv"] + packed,
-        "attention": packed + n * q * element,
-        "proj": n * q * element + weights["proj"] + n * width * _BRANCH_BYTES,
-        "up": n * width * element + weights["up"] + wide,
-        "down": wide + weights["down"] + n * width * _BRANCH_BYTES,
+    # In int8 attention and up write bf16, and a pass of its own makes codes of it.
+    written = _BRANCH_BYTES if precision[0] == "int8" else element
+    ops = {
+        "norms": (0.0, 2.0 * norm),
+        "qkv": product(config.qkv_features, width, n * width * element + packed),
+        "attention": (4.0 * q * attention_pairs(clip, text, share) / gpus, packed + n * q * written),
+        "proj": product(width, q, n * (q * element + width * _BRANCH_BYTES)),
+        "up": product(config.up_features(layer), width, n * (width * element + wide * written)),
+        "down": product(width, wide, n * (wide * element + width * _BRANCH_BYTES)),
     }
     if precision[0] == "int8":
-        # Attention and up write bf16, and a pass of its own makes codes of it.
-        flops["quantize"] = 0.0
-        moved["attention"] += n * q * (_BRANCH_BYTES - element)
-        moved["up"] += wide * (_BRANCH_BYTES - element)
-        moved["quantize"] = (n * q + wide) * (_BRANCH_BYTES + element)
-    return {op: flops[op] for op in moved}, moved
+        ops["quantize"] = (0.0, n * (q + wide) * (_BRANCH_BYTES + element))
+    return ops
 
 
-def _outside(config: ModelConfig, clip: ClipTokens, text: int, gpus: int) -> tuple[dict[str, float], dict[str, float]]:
+def _outside(config: ModelConfig, clip: ClipTokens, text: int, gpus: int) -> dict[str, tuple[float, float]]:
+    """FLOPs and bytes by op."""
     width = config.hidden_size
     channels = {m: getattr(config, f"{m}_in_channels") for m in MODALITIES}
     tokens = dict(zip(MODALITIES, (n / gpus for n in (clip.video, clip.audio, text)), strict=True))
-    spans = {"embed": MODALITIES, "heads": ("video", "audio")}
-    flops = {op: sum(2.0 * tokens[m] * channels[m] * width for m in spans[op]) for op in spans}
-    moved = {op: 4.0 * sum(tokens[m] * (channels[m] + width) + channels[m] * width for m in spans[op]) for op in spans}
-    return flops, moved
+
+    def product(modalities: tuple[str, ...]) -> tuple[float, float]:
+        moved = 4.0 * sum(tokens[m] * (channels[m] + width) + channels[m] * width for m in modalities)
+        return sum(2.0 * tokens[m] * channels[m] * width for m in modalities), moved
+
+    return {"embed": product(MODALITIES), "heads": product(MODALITIES[:2])}
 
 
 def totals(costs: list[OpCost]) -> dict[str, float]:
