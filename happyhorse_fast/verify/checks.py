@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,7 +145,7 @@ def _forward(case: GoldenCase, model: HappyHorse) -> list[Measurement]:
 def _distilled(case: GoldenCase, model: HappyHorse) -> list[Measurement]:
     t, steps, recorded = case.tensors, list[StepInfo](), case.tensors["sampler.sigmas"]
     inputs = (t["in.video"], t["in.audio"], t["in.text"])
-    options: Any = {"steps": len(recorded) - 1, "noise": case.draw, "callback": _kept(steps), "progress": False}
+    options: Any = {"steps": len(recorded) - 1, "noise": case.draw, "callback": steps.append, "progress": False}
     video, audio = sample(model, *inputs, **options)
     return [
         _error("sampler.sigmas", _sigmas(steps, recorded), recorded, 1e-6),
@@ -161,7 +161,7 @@ def _second_stage(case: GoldenCase, model: HappyHorse) -> list[Measurement]:
     rows, columns = t["sr.start.video"].shape[3:]
     given: list[torch.Tensor] = []  # video and audio of every call
     inputs = (t["in.base.video"], t["in.base.audio"], t["in.text"])
-    options: Any = {"steps": len(recorded) - 1, "noise": case.draw, "callback": _kept(steps), "progress": False}
+    options: Any = {"steps": len(recorded) - 1, "noise": case.draw, "callback": steps.append, "progress": False}
     handle = model.register_forward_pre_hook(lambda _, latents: given.extend(x.clone() for x in latents[:2]))
     try:
         super_resolve(model, *inputs, size=(rows, columns), **options)
@@ -177,11 +177,6 @@ def _second_stage(case: GoldenCase, model: HappyHorse) -> list[Measurement]:
             for i, step in enumerate(steps)
         ),
     ]
-
-
-def _kept(steps: list[StepInfo]) -> Callable[[StepInfo], None]:
-    """A callback that keeps what every step gave."""
-    return lambda info: steps.append(replace(info, video=info.video.clone(), audio=info.audio.clone()))
 
 
 def _sigmas(steps: list[StepInfo], like: torch.Tensor) -> torch.Tensor:
