@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,6 +47,24 @@ class Weight(nn.Module):
         return self.weight.chunk(self.experts, dim=0)[expert]
 
 
+class Pass(NamedTuple):
+    """What a forward pass gives every layer beside the residual stream.
+
+    Attributes:
+        phases: [N, 6B].
+        clip: The tokens; over ranks those of this rank's rows.
+        ranges: Which tokens attend to which, of the whole sequence.
+        compute_dtype: Of products and attention.
+        ulysses: What exchanges rows for heads, over ranks.
+    """
+
+    phases: torch.Tensor
+    clip: Clip
+    ranges: Ranges
+    compute_dtype: torch.dtype
+    ulysses: Ulysses | None
+
+
 class Attention(nn.Module):
     """Pre-norm, QKV with gate, QK-norm, rotary, attention over ranges, gated projection."""
 
@@ -61,27 +79,20 @@ class Attention(nn.Module):
         self.k_norm = Weight(experts, config.head_dim, dtype=torch.float32, device=device)
         self.linear_proj = Weight(experts, width, attended, dtype=dtype, device=device)
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        phases: torch.Tensor,
-        clip: Clip,
-        ranges: Ranges,
-        compute_dtype: torch.dtype,
-        ulysses: Ulysses | None = None,
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, given: Pass) -> torch.Tensor:
         """[N, hidden] residual stream -> [N, hidden] to add to it, in the stream's dtype; over ranks, of its rows."""
-        q, k, v, gate = self.qkv(hidden, phases, clip, compute_dtype)
+        q, k, v, gate = self.qkv(hidden, given.phases, given.clip, given.compute_dtype)
+        ulysses = given.ulysses
         if ulysses is None:
-            attended = self.attend(q, k, v, ranges)
+            attended = self.attend(q, k, v, given.ranges)
         else:
             coming = [ulysses.heads_of_rows(x) for x in (k, v, q)]
             del q, k, v
             k, v, q = (transfer.wait() for transfer in coming)
-            attended = ulysses.rows_of_heads(self.attend(q, k, v, ranges)).wait().flatten(1, 2)
+            attended = ulysses.rows_of_heads(self.attend(q, k, v, given.ranges)).wait().flatten(1, 2)
             del q, k, v
         outputs = []
-        for e, rows in sequence.row_chunks(clip, self.pre_norm.experts, ROW_CHUNK):
+        for e, rows in sequence.row_chunks(given.clip, self.pre_norm.experts, ROW_CHUNK):
             outputs.append(self.project(self.gated(attended[rows], torch.sigmoid(gate[rows])), e))
         return torch.cat(outputs).to(hidden.dtype)
 
@@ -89,19 +100,14 @@ class Attention(nn.Module):
         self, hidden: torch.Tensor, phases: torch.Tensor, clip: Clip, compute_dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """[N, hidden] -> q [N, Hq, D], k and v [N, Hkv, D] in ``compute_dtype``, gate [N, Hq] before its sigmoid."""
-        parts = [
-            rmsnorm_qkv(
-                hidden[rows],
-                self.pre_norm.of(e),
-                self.linear_qkv.of(e),
-                self.q_norm.of(e),
-                self.k_norm.of(e),
-                phases[rows],
-                compute_dtype=compute_dtype,
-                **self.heads,
+        parts = []
+        for e, rows in sequence.row_chunks(clip, self.pre_norm.experts, ROW_CHUNK):
+            weights = (self.pre_norm, self.linear_qkv, self.q_norm, self.k_norm)
+            norm, qkv, q_norm, k_norm = (weight.of(e) for weight in weights)
+            made = rmsnorm_qkv(
+                hidden[rows], norm, qkv, q_norm, k_norm, phases[rows], compute_dtype=compute_dtype, **self.heads
             )
-            for e, rows in sequence.row_chunks(clip, self.pre_norm.experts, ROW_CHUNK)
-        ]
+            parts.append(made)
         q, k, v, gate = (torch.cat(p) for p in zip(*parts, strict=True))
         return q, k, v, gate
 
@@ -164,20 +170,11 @@ class Layer(nn.Module):
             self.attn_post_norm = Weight(*size, dtype=torch.float32, device=device)
             self.mlp_post_norm = Weight(*size, dtype=torch.float32, device=device)
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        phases: torch.Tensor,
-        clip: Clip,
-        ranges: Ranges,
-        compute_dtype: torch.dtype,
-        ulysses: Ulysses | None = None,
-    ) -> torch.Tensor:
-        """[N, hidden] -> [N, hidden] in the stream's dtype; with ``ulysses`` the rows of this rank."""
+    def forward(self, hidden: torch.Tensor, given: Pass) -> torch.Tensor:
+        """[N, hidden] -> [N, hidden] in the stream's dtype; over ranks the rows of this rank."""
         # No name holds a branch: 1.3 GB at 1080p that would stay alive through the MLP.
-        how = (phases, clip, ranges, compute_dtype, ulysses)
-        hidden = self.add(hidden, self.attention(hidden, *how), "attn_post_norm", clip)
-        return self.add(hidden, self.mlp(hidden, clip, compute_dtype), "mlp_post_norm", clip)
+        hidden = self.add(hidden, self.attention(hidden, given), "attn_post_norm", given.clip)
+        return self.add(hidden, self.mlp(hidden, given.clip, given.compute_dtype), "mlp_post_norm", given.clip)
 
     def add(self, hidden: torch.Tensor, branch: torch.Tensor, post_norm: str, clip: Clip) -> torch.Tensor:
         """The residual stream [N, hidden] plus a branch, which goes through the named norm where the layer has one."""
@@ -340,17 +337,13 @@ class HappyHorse(nn.Module):
             for i, layer in enumerate(self.block.layers):
                 ranges = local if self.config.is_local(i, clip.frame_tokens) else dense
                 gather(self.block.layers, i)
-                hidden = layer(hidden, phases, here, ranges, self.compute_dtype, ulysses)
+                hidden = layer(hidden, Pass(phases, here, ranges, self.compute_dtype, ulysses))
                 if on_layer is not None:
                     on_layer(i, self._every(hidden, share, slice(0, clip.total)))
-            ends = (
-                (self.final_norm_video, self.final_linear_video),
-                (self.final_norm_audio, self.final_linear_audio),
-            )
-            video_out, audio_out = [
-                self._every(self._head(hidden[rows], *end), share, whole)
-                for rows, whole, end in zip(here.slices()[:2], clip.slices()[:2], ends, strict=True)
-            ]
+            rows, whole = here.slices(), clip.slices()
+            video_out = self._head(hidden[rows[0]], self.final_norm_video, self.final_linear_video)
+            audio_out = self._head(hidden[rows[1]], self.final_norm_audio, self.final_linear_audio)
+            video_out, audio_out = self._every(video_out, share, whole[0]), self._every(audio_out, share, whole[1])
             return sequence.unpatchify(video_out, clip), audio_out.unsqueeze(0)
 
     def _embed(

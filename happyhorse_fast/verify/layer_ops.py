@@ -99,7 +99,8 @@ def before_layers(model: HappyHorse, look: Callable[[int, Layer, LayerInputs], N
     """Call ``look`` with its number, the layer and its inputs before any layer of a model runs."""
 
     def hook(index: int, layer: Any, arguments: tuple[Any, ...]) -> None:
-        look(index, layer, LayerInputs(*arguments[:4]))
+        hidden, given = arguments
+        look(index, layer, LayerInputs(hidden, given.phases, given.clip, given.ranges))
 
     layers = model.block.layers
     handles = [layer.register_forward_pre_hook(partial(hook, index)) for index, layer in enumerate(layers)]
