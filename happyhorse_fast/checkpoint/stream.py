@@ -30,24 +30,43 @@ def emptied_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def staging_buffer(device: torch.device) -> torch.Tensor:
-    """[STAGING_BYTES] uint8 on the host, pinned for a GPU."""
-    return torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+class TensorReader:
+    """Reads tensors of safetensors files in pieces, all through one buffer of :data:`STAGING_BYTES` on the host.
 
+    Args:
+        device: Where the tensors go.
+    """
 
-def fill(
-    model: nn.Module,
-    entries: Iterable[TensorEntry],
-    like: Mapping[str, torch.Tensor],
-    device: torch.device,
-    staging: torch.Tensor,
-) -> None:
-    """Read tensors into a model, each into the dtype of ``like``'s of its key; tensors of a file follow each other."""
-    for file, together in groupby(entries, key=lambda entry: entry.file):
-        with file.open("rb", buffering=0) as stream:
-            for entry in together:
-                value = read_tensor(stream, entry, like[entry.key].dtype, device, staging)
-                assign(model, entry.key, value)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+
+    def fill(self, model: nn.Module, entries: Iterable[TensorEntry], like: Mapping[str, torch.Tensor]) -> None:
+        """Read tensors into a model, each into the dtype of ``like`` for its key; those of a file follow each other."""
+        for file, together in groupby(entries, key=lambda entry: entry.file):
+            with file.open("rb", buffering=0) as stream:
+                for entry in together:
+                    assign(model, entry.key, self.read(stream, entry, like[entry.key].dtype))
+
+    def read(self, stream: FileIO, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
+        """Read one tensor into its final memory and dtype; NaN or Inf in it is an error."""
+        value = torch.empty(entry.shape, dtype=dtype, device=self.device)
+        flat, stored = value.view(-1), DTYPES[entry.dtype]
+        buffer = self.staging.numpy().data
+        stream.seek(entry.start)
+        for start in range(0, entry.nbytes, len(buffer)):
+            piece = buffer[: min(len(buffer), entry.nbytes - start)]
+            _read_exactly(stream, piece, entry)
+            first = start // stored.itemsize
+            # Synchronous, so that the next piece may overwrite the staging buffer.
+            flat[first : first + len(piece) // stored.itemsize].copy_(self.staging[: len(piece)].view(stored))
+        if not is_finite(value):
+            bad = int((~torch.isfinite(value.float())).sum())
+            raise CheckpointError(
+                f"{entry.file}: {entry.key} holds {bad} NaN or Inf among {value.numel()} elements "
+                f"(stored as {entry.dtype}, read as {dtype})"
+            )
+        return value
 
 
 def fill_by_layer(
@@ -74,7 +93,7 @@ def fill_by_layer(
     for entry in entries:
         groups.setdefault(layer_of(entry.key), []).append(entry)
     total = sum(entry.nbytes for group in groups.values() for entry in group)
-    like, staging = model.state_dict(), staging_buffer(device)
+    like, reader = model.state_dict(), TensorReader(device)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress("loading", *columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("loading", total=total)
@@ -85,35 +104,8 @@ def fill_by_layer(
                 bar.advance(task, entry.nbytes)
 
         for layer in sorted(groups, key=lambda layer: -1 if layer is None else layer):
-            fill(model, counted(groups[layer]), like, device, staging)
+            reader.fill(model, counted(groups[layer]), like)
             done(layer)
-
-
-def read_tensor(
-    stream: FileIO,
-    entry: TensorEntry,
-    dtype: torch.dtype,
-    device: torch.device,
-    staging: torch.Tensor,
-) -> torch.Tensor:
-    """Read one tensor through the staging buffer into its final memory and dtype; NaN or Inf in it is an error."""
-    value = torch.empty(entry.shape, dtype=dtype, device=device)
-    flat, stored = value.view(-1), DTYPES[entry.dtype]
-    buffer = staging.numpy().data
-    stream.seek(entry.start)
-    for start in range(0, entry.nbytes, len(buffer)):
-        piece = buffer[: min(len(buffer), entry.nbytes - start)]
-        _read_exactly(stream, piece, entry)
-        first = start // stored.itemsize
-        # Synchronous, so that the next piece may overwrite the staging buffer.
-        flat[first : first + len(piece) // stored.itemsize].copy_(staging[: len(piece)].view(stored))
-    if not is_finite(value):
-        bad = int((~torch.isfinite(value.float())).sum())
-        raise CheckpointError(
-            f"{entry.file}: {entry.key} holds {bad} NaN or Inf among {value.numel()} elements "
-            f"(stored as {entry.dtype}, read as {dtype})"
-        )
-    return value
 
 
 def is_finite(value: torch.Tensor) -> bool:

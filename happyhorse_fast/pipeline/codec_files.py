@@ -15,7 +15,7 @@ from happyhorse_fast import ambient
 from happyhorse_fast.arguments import CheckpointError, listed
 from happyhorse_fast.checkpoint.header import DTYPES, TensorEntry
 from happyhorse_fast.checkpoint.load import usable_device
-from happyhorse_fast.checkpoint.stream import emptied_on_error, fill, staging_buffer
+from happyhorse_fast.checkpoint.stream import TensorReader, emptied_on_error
 from happyhorse_fast.optional import said
 
 CONFIG = "config.json"
@@ -77,7 +77,7 @@ class Codec(ABC):
         chosen = [entry for key, entry in entries.items() if key.partition(".")[0] in used]
         like = {entry.key: torch.empty(0, dtype=dtype or cls.DTYPE) for entry in chosen}
         with emptied_on_error(vae):
-            fill(vae, chosen, like, place, staging_buffer(place))
+            TensorReader(place).fill(vae, chosen, like)
         return cls(vae.requires_grad_(False).eval())
 
     @property

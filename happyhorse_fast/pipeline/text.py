@@ -19,7 +19,7 @@ from happyhorse_fast import ambient, optional
 from happyhorse_fast.arguments import CheckpointError, listed, require_finite, require_whole
 from happyhorse_fast.checkpoint.header import INDEX_FILE, SINGLE_FILE, TensorEntry, read_file, read_index
 from happyhorse_fast.checkpoint.load import usable_device
-from happyhorse_fast.checkpoint.stream import emptied_on_error, fill, read_tensor, staging_buffer
+from happyhorse_fast.checkpoint.stream import TensorReader, emptied_on_error
 from happyhorse_fast.pipeline.codec_files import CONFIG, read_json, require_tensors
 from happyhorse_fast.tokens import TEXT_TOKENS
 
@@ -29,7 +29,6 @@ PREFIXES = ("model.encoder.", "encoder.")
 EMBEDDING = "embed_tokens.weight"
 ATTENTION = "without_soft_cap"
 """transformers' name for its own fused attention, which takes no soft cap and which it refuses by its usual name."""
-CPU = torch.device("cpu")
 
 
 def text_files(folder: str | Path) -> list[Path]:
@@ -69,7 +68,7 @@ class TextEncoder:
     ) -> None:
         self.module, self.tokenizer, self._entries = parts
         self._device, self._dtype = device, dtype
-        self._staging = staging_buffer(device)
+        self._reader = TensorReader(device)
         self._streamed: list[nn.Module] = []
 
     @staticmethod
@@ -167,8 +166,8 @@ class TextEncoder:
         with entry.file.open("rb", buffering=0) as stream:
             for number in sorted(set(numbers)):
                 row = dataclasses.replace(entry, shape=(width,), start=entry.start + number * nbytes, nbytes=nbytes)
-                found[number] = read_tensor(stream, row, self._dtype, CPU, self._staging)
-        return torch.stack([found[number] for number in numbers]).to(self._device)
+                found[number] = self._reader.read(stream, row, self._dtype)
+        return torch.stack([found[number] for number in numbers])
 
     def _fill(self, layers_on_device: int | None) -> None:
         model: nn.Module = self.module.encoder
@@ -201,7 +200,7 @@ class TextEncoder:
     def _read(self, module: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
         keyed = [dataclasses.replace(entry, key=key) for key, entry in entries.items()]
         like = {key: torch.empty(0, dtype=self._dtype, device="meta") for key in entries}
-        fill(module, keyed, like, self._device, self._staging)
+        self._reader.fill(module, keyed, like)
 
 
 def _empty_encoder(folder: Path) -> Any:

@@ -133,13 +133,13 @@ def test_rotary_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     state[BANDS][3] *= 1 + 2e-6
     save_checkpoint(state, tmp_path / "other")
     read: list[str] = []
-    read_tensor = streaming.read_tensor
+    read_tensor = streaming.TensorReader.read
 
-    def recorded(file: io.FileIO, entry: TensorEntry, *arguments: Any) -> torch.Tensor:
+    def recorded(reader: streaming.TensorReader, file: io.FileIO, entry: TensorEntry, *arguments: Any) -> torch.Tensor:
         read.append(entry.key)
-        return read_tensor(file, entry, *arguments)
+        return read_tensor(reader, file, entry, *arguments)
 
-    monkeypatch.setattr(streaming, "read_tensor", recorded)
+    monkeypatch.setattr(streaming.TensorReader, "read", recorded)
     fails(tmp_path / "other", "model.safetensors", BANDS, "rotary frequencies", config=config)
     assert BANDS in read and not any("layers" in key for key in read), "61 GB later it would be no less wrong"
 
