@@ -14,7 +14,6 @@ from happyhorse_fast.pony.codec import FRAMES, SIDE, decode_audio, decode_video,
 from happyhorse_fast.pony.prompt import TEXT_TOKENS, encode_text, parse
 from happyhorse_fast.pony.weights import PONY, load_codecs
 from happyhorse_fast.sampler import sample
-from happyhorse_fast.sampler.progress import Callback
 from happyhorse_fast.sampler.steps import Denoiser
 from happyhorse_fast.tokens import VAE_STRIDE
 
@@ -73,8 +72,6 @@ def generate(
     seed: int = 0,
     steps: int | None = None,
     image: torch.Tensor | None = None,
-    callback: Callback | None = None,
-    progress: bool = False,
 ) -> PonyClip:
     """Sample and decode a clip; the same seed gives the same clip on the same machine.
 
@@ -84,25 +81,14 @@ def generate(
         seed: Of all noise.
         steps: Denoising steps, 8 by default.
         image: [1, 48, 1, 8, 8] latent of the first frame, from :func:`encode_image`.
-        callback: As :func:`happyhorse_fast.sampler.sample` takes it.
-        progress: Whether to show a progress bar on stderr.
 
     Raises:
         ValueError: ``prompt`` is not in the grammar, or an argument is out of range.
     """
     noise = torch.Generator().manual_seed(seed)
     video, audio, text = (x.to(model.device) for x in noise_and_text(prompt, noise))
-    video, audio = sample(
-        model,
-        video,
-        audio,
-        text,
-        steps=steps,
-        image=None if image is None else image.to(model.device),
-        noise=noise,
-        callback=callback,
-        progress=progress,
-    )
+    image = None if image is None else image.to(model.device)
+    video, audio = sample(model, video, audio, text, steps=steps, image=image, noise=noise, progress=False)
     codecs = load_codecs()
     frames = decode_video(codecs.video, video.float().cpu())[0]
     samples = decode_audio(codecs.audio, audio.float().cpu())[0]
