@@ -83,15 +83,5 @@ def _draw_layout(axis: Any, layout: Layout) -> None:
         # Narrow spans sit beside each other: audio's name to the left of its start, text's to the right.
         side = {"video": "center", "audio": "right", "text": "left"}[name]
         where = {"video": (first + last) / 2, "audio": last, "text": first}[name]
-        axis.annotate(
-            f"{name} ",
-            (where, 0),
-            xycoords=("data", "axes fraction"),
-            xytext=(where, 1.01),
-            textcoords=("data", "axes fraction"),
-            ha=side,
-            va="bottom",
-            fontsize=8,
-            color="#c03028",
-            annotation_clip=False,
-        )
+        place = axis.get_xaxis_transform()  # along the data, and in shares of the axis's height
+        axis.text(where, 1.01, f"{name} ", transform=place, ha=side, va="bottom", fontsize=8, color="#c03028")
