@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,6 +57,21 @@ def require_whole(name: str, value: object, minimum: int, maximum: int | None = 
         raise TypeError(f"{name} must be an integer, {allowed}; got {value!r} of type {type(value).__name__}")
     if number < minimum or (maximum is not None and number > maximum):
         raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number
+
+
+def require_number(name: str, value: object, allowed: str, fits: Callable[[float], bool]) -> float:
+    """A number that ``fits``.
+
+    Raises:
+        TypeError: Not a number.
+        ValueError: It does not; ``allowed`` says what would.
+    """
+    number = real_number(value)
+    if number is None:
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not fits(number):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return number
 
 

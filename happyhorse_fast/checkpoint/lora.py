@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from happyhorse_fast.arguments import CheckpointError, listed, real_number
+from happyhorse_fast.arguments import CheckpointError, listed, require_number
 from happyhorse_fast.checkpoint.header import parse_json, read_file, require_regular_file
 from happyhorse_fast.eager.lora import Update, merge
 from happyhorse_fast.fast.refusals import require_unwrapped, require_whole_weights
@@ -124,11 +124,7 @@ def _matrix(module: nn.Module) -> torch.Tensor | None:
 
 def _read_lora(lora: Lora, scale: float, modules: Collection[str]) -> list[Update]:
     """The updates of one LoRA, in the model's order; ``modules`` are the paths of those that have a matrix."""
-    strength = real_number(scale)
-    if strength is None:
-        raise TypeError(f"scale must be a number, got {scale!r}")
-    if not math.isfinite(strength):
-        raise ValueError(f"scale must be finite, got {scale!r}")
+    strength = require_number("scale", scale, "finite", math.isfinite)
     if isinstance(lora, Mapping):
         tensors, config, source = lora, None, "lora"
     elif isinstance(lora, str | Path):

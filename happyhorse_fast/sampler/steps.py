@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from happyhorse_fast.arguments import real_number, require_finite, require_tensor
+from happyhorse_fast.arguments import require_finite, require_number, require_tensor
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.fast.step import at_step
 from happyhorse_fast.parallel.group import Ranks
@@ -63,21 +63,6 @@ def latent_dtype(model: Denoiser) -> torch.dtype:
 def unshifted_levels(steps: int) -> NDArray[np.float64]:
     """Levels that ``steps`` steps start from, without the shift: evenly spaced from 0.999 down, 0 left out; [steps]."""
     return np.linspace(SIGMA_MAX, 0.0, steps + 1)[:-1]
-
-
-def require_number(name: str, value: object, allowed: str, fits: Callable[[float], bool]) -> float:
-    """A number that ``fits``.
-
-    Raises:
-        TypeError: Not a number.
-        ValueError: It does not; ``allowed`` says what would.
-    """
-    number = real_number(value)
-    if number is None:
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not fits(number):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return number
 
 
 def require_positive(name: str, value: object) -> float:

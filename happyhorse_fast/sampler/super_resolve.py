@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import interpolate
 
 from happyhorse_fast import ambient
-from happyhorse_fast.arguments import require_whole
+from happyhorse_fast.arguments import require_number, require_whole
 from happyhorse_fast.config import PATCH
 from happyhorse_fast.eager.sequence import check_inputs
 from happyhorse_fast.fast.parallelize import ranks_of
@@ -17,7 +19,6 @@ from happyhorse_fast.sampler.steps import (
     latent_dtype,
     predict,
     require_denoiser,
-    require_number,
     require_positive,
     run_steps,
 )
@@ -132,17 +133,9 @@ def super_resolve(
         return lower, audio
 
     sigmas = solver.sigmas[:-1].tolist()
-    made, _ = run_steps(
-        advance,
-        sigmas,
-        noised_video(),  # here, because a name would keep the first latent on the device throughout
-        noised_audio(),
-        title="super-resolution",
-        image=image,
-        callback=callback,
-        progress=progress,
-        ranks=ranks,
-    )
+    how: dict[str, Any] = {"title": "super-resolution", "image": image, "callback": callback, "progress": progress}
+    # No name for what it starts from, which would keep the first latent on the device throughout.
+    made, _ = run_steps(advance, sigmas, noised_video(), noised_audio(), ranks=ranks, **how)
     return made
 
 
