@@ -160,9 +160,7 @@ def sample(
             enlarge(stages[1], start, progress=False)
     for stage in stages:
         stage.config.require_ranks(process.size)
-    taken: list[list[StepInfo]] = [[] for _ in stages]
     progress = not as_json and process.rank == 0
-    shown = [{"callback": partial(_note, steps_taken), "progress": progress} for steps_taken in taken]
     with process.mesh(where) as mesh:
         shard = shards(mesh, shard_weights)
 
@@ -171,13 +169,13 @@ def sample(
             return model if mesh is None else happyhorse_fast.parallelize(model, mesh)
 
         # No name holds a model: the first is gone before the second is loaded.
-        latents = denoise(loaded(first), **shown[0])
-        if sr_checkpoint is not None:
-            latents["video"] = enlarge(loaded(stages[1]), latents, **shown[1])
+        latents = denoise(loaded(first), callback=first.note, progress=progress)
+        for stage in stages[1:]:
+            latents["video"] = enlarge(loaded(stage), latents, callback=stage.note, progress=progress)
     if process.rank:  # rank 0 writes what all have
         return
     rows, columns = latents["video"].shape[3:]
-    sigmas = [[*(step.sigma for step in steps_taken), 0.0] for steps_taken in taken]
+    sigmas = [[*(step.sigma for step in stage.taken), 0.0] for stage in stages]
     drawn_clip = {"aspect": aspect, "seconds": seconds, "fps": fps}
     settings = {name: context.params[name] for name in (*RECORDED, *(SECOND if second else ()))} | {
         "version": __version__,
@@ -186,13 +184,13 @@ def sample(
         "noise": "recorded in the inputs" if recorded else f"drawn by name from seed {seed}",
         "device": where,
         "ranks": process.size,
-        "steps": len(taken[0]),
+        "steps": len(first.taken),
         "sigmas": sigmas[0],
         "pixels": [rows * VAE_STRIDE[1], columns * VAE_STRIDE[2]],
         **({"sr_sigmas": sigmas[1]} if second else {}),
     }
     save_tensors(output, latents, settings)
-    every = [step for steps_taken in taken for step in steps_taken]
+    every = [step for stage in stages for step in stage.taken]
     used = {"video", "audio", "text", "null_text", image_key or "image"}
     data = {
         "output": output,
@@ -206,16 +204,16 @@ def sample(
     emit(data, as_json, _shown(data))
 
 
-def _note(taken: list[StepInfo], info: StepInfo) -> None:
-    taken.append(replace(info, video=None, audio=None))  # type: ignore[arg-type]  # latents, which would stay in memory
-
-
 class _CheckedError(Exception):
     """A sampler has checked its arguments and asks for the first velocity."""
 
 
 class _Stage:
-    """A checkpoint that is not loaded yet: a denoiser of its configuration, which ends a run at its first velocity."""
+    """A checkpoint that is not loaded yet: a denoiser of its configuration, which ends a run at its first velocity.
+
+    Attributes:
+        taken: The steps that its model took, without latents, which would stay in memory.
+    """
 
     def __init__(
         self, checkpoint: Path, preset: str | None, config: Path | None, dtype: Dtype, fast: FastConfig | None
@@ -230,6 +228,11 @@ class _Stage:
         self.load = partial(load, *given, **how)
         self.stream_dtype = torch.promote_types(how["compute_dtype"], torch.float32)
         self.device = torch.device("cpu")
+        self.taken: list[StepInfo] = []
+
+    def note(self, info: StepInfo) -> None:
+        """Keep a step, as a sampler's ``callback``."""
+        self.taken.append(replace(info, video=None, audio=None))  # type: ignore[arg-type]
 
     def __call__(self, video: torch.Tensor, audio: torch.Tensor, text: torch.Tensor) -> Any:
         raise _CheckedError
