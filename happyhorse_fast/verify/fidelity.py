@@ -63,33 +63,27 @@ def policies(*, quick: bool = False) -> tuple[Policy, ...]:
     def fast(**options: Any) -> FastConfig:
         return FastConfig(**{"attention": "bf16", **options}, backend="reference", originals="drop")
 
-    def alone(op: str) -> tuple[str, ...]:
-        return tuple(other for other in OPS if other != op)
+    def alone(op: str, kind: Kind, **options: Any) -> Policy:
+        return Policy(f"{op} alone", kind, fast(skip=tuple(other for other in OPS if other != op), **options))
+
+    def whole(name: str, precision: Literal["int8", "fp8"], **options: Any) -> Policy:
+        return Policy(name, precision, fast(precision=precision, **options))
 
     def sparse(name: str, sparsity: TopK | Tiles | None, **options: Any) -> Policy:
         return Policy(name, "sparsity", fast(sparsity=sparsity, **options))
 
-    of_ops: tuple[tuple[Kind, str, str], ...] = (("int8 op", "int8", "int8_qk"), ("fp8 op", "fp8", "fp8"))
+    mixed = ("int8_qk", "int8_qk_fp8_v")
     every = (
         Policy(EAGER, "bf16", None),
         Policy("fast bf16", "bf16", fast()),
-        *(
-            Policy(f"{op} alone", kind, fast(precision=precision, attention=attention, skip=alone(op)))
-            for kind, precision, attention in of_ops
-            for op in OPS
-        ),
-        Policy("all but attention", "int8", fast(precision="int8")),
-        *(
-            Policy(f"all, attention {attention}", "int8", fast(precision="int8", attention=attention))
-            for attention in ("int8_qk", "int8_qk_fp8_v")
-        ),
-        Policy("all but qkv and attention", "fp8", fast(precision="fp8", skip=("qkv",))),
-        Policy("all but attention", "fp8", fast(precision="fp8")),
-        *(
-            Policy(f"all, attention {attention}", "fp8", fast(precision="fp8", attention=attention))
-            for attention in ("int8_qk", "int8_qk_fp8_v")
-        ),
-        Policy("all", "fp8", fast(precision="fp8", attention="fp8")),
+        *(alone(op, "int8 op", precision="int8", attention="int8_qk") for op in OPS),
+        *(alone(op, "fp8 op", precision="fp8", attention="fp8") for op in OPS),
+        whole("all but attention", "int8"),
+        *(whole(f"all, attention {attention}", "int8", attention=attention) for attention in mixed),
+        whole("all but qkv and attention", "fp8", skip=("qkv",)),
+        whole("all but attention", "fp8"),
+        *(whole(f"all, attention {attention}", "fp8", attention=attention) for attention in mixed),
+        whole("all", "fp8", attention="fp8"),
         sparse("exact window", None),
         *(sparse(f"top-k {share:.3g}", TopK(share)) for share in (0.5, 0.25, 0.125)),
         *(sparse(f"tiles, {reach} frames", Tiles(reach, EVERYWHERE, EVERYWHERE)) for reach in (3, 1, 0)),
