@@ -14,6 +14,7 @@ import torch
 from happyhorse_fast import ambient, golden
 from happyhorse_fast.block_map import BLOCK
 from happyhorse_fast.budgets import measure
+from happyhorse_fast.config import MODALITIES
 from happyhorse_fast.eager import sequence
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import accelerate
@@ -194,20 +195,21 @@ def equivalence_golden(fast: FastConfig, *, steps: int = 8, device: str = "cpu")
 
     The recorded clips have one or two blocks, of which one is always kept, so they are measured without sparsity.
     """
+
+    def measured(case: golden.GoldenCase, inputs: list[torch.Tensor], name: str, how: FastConfig) -> Equivalence:
+        return equivalence(case.model().to(device), inputs, name, how, steps=steps, seed=case.seed)
+
     found = []
     exact_masks = dataclasses.replace(fast, sparsity=None)
-    for name in golden.names():
-        case = golden.load_case(name)
-        if case.compute_dtype != torch.float32 or "in.video" not in case.tensors:
-            continue  # the bf16 records are of the same models, and the second stage's are of a sampler
-        inputs = [case.tensors[f"in.{m}"].to(device) for m in ("video", "audio", "text")]
-        found.append(equivalence(case.model().to(device), inputs, name, exact_masks, steps=steps, seed=case.seed))
+    for case in map(golden.load_case, golden.names()):
+        # The bf16 records are of the same models, and the second stage's are of a sampler.
+        if case.compute_dtype == torch.float32 and "in.video" in case.tensors:
+            inputs = [case.tensors[f"in.{modality}"].to(device) for modality in MODALITIES]
+            found.append(measured(case, inputs, case.name, exact_masks))
     if fast.sparsity is not None:
         case = golden.load_case("local_d128_fp32")
         inputs = seeded_inputs(case.config, (8, 8, 16), text=21, seed=case.seed, device=torch.device(device))
-        found.append(
-            equivalence(case.model().to(device), inputs, "seeded weights, 8 blocks", fast, steps=steps, seed=case.seed)
-        )
+        found.append(measured(case, inputs, "seeded weights, 8 blocks", fast))
     return found
 
 
