@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from happyhorse_fast.arguments import real_number
-from happyhorse_fast.config import PATCH
+from happyhorse_fast.config import PATCH, ModelConfig
 
 VAE_STRIDE = (4, 16, 16)
 """Frames, rows and columns of pixels per latent position."""
@@ -60,6 +60,14 @@ class ClipTokens(NamedTuple):
     def total(self, text: int = TEXT_TOKENS) -> int:
         """Tokens of the whole sequence with ``text`` text tokens."""
         return self.video + self.audio + text
+
+    def shapes(self, config: ModelConfig, text: int = TEXT_TOKENS) -> dict[str, tuple[int, ...]]:
+        """Shapes of a model's inputs: ``video`` [1, C, T, H, W], ``audio`` [1, A, Ca], ``text`` [1, L, Ct]."""
+        return {
+            "video": (1, config.latent_channels, self.T, self.H, self.W),
+            "audio": (1, self.audio, config.audio_in_channels),
+            "text": (1, text, config.text_in_channels),
+        }
 
 
 def tokens_for(resolution: str, aspect: str = "16:9", seconds: int = 5, fps: int = 24) -> ClipTokens:

@@ -274,11 +274,7 @@ def _replay(path: Path, noise: Mapping[str, torch.Tensor], name: str, shape: tor
 
 
 def _start(
-    config: ModelConfig,
-    path: Path,
-    named: Mapping[str, torch.Tensor],
-    draw: Any,
-    clip: ClipTokens | None,
+    config: ModelConfig, path: Path, named: Mapping[str, torch.Tensor], draw: Any, clip: ClipTokens | None
 ) -> dict[str, torch.Tensor]:
     """Video and audio to start from, on the CPU; drawn for a ``clip`` where that is given."""
     there = {name: named[name] for name in ("video", "audio") if name in named}
@@ -290,10 +286,8 @@ def _start(
         raise ValueError(f"{path}: must hold both video and audio or neither, got only {', '.join(there)}")
     if clip is None:
         raise ValueError(f"{path}: must hold video and audio to start from, or --resolution must be given to draw them")
-    return {
-        "video": draw("in.video", (1, config.latent_channels, clip.T, clip.H, clip.W)),
-        "audio": draw("in.audio", (1, clip.audio, config.audio_in_channels)),
-    }
+    shapes = clip.shapes(config)
+    return {name: draw(f"in.{name}", shapes[name]) for name in ("video", "audio")}
 
 
 def _conditions(path: Path, named: Mapping[str, torch.Tensor], image_key: str | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from happyhorse_fast.eager.rotary import rotary_phases
 from happyhorse_fast.golden import GoldenCase
 from happyhorse_fast.sampler import StepInfo, sample, super_resolve
 from happyhorse_fast.sampler.super_resolve import signal_table
+from happyhorse_fast.tokens import ClipTokens
 
 FORWARD_BUDGET = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative L2 of a layer's residual stream or of a velocity."""
@@ -198,13 +199,9 @@ def seeded_inputs(
     config: ModelConfig, grid: tuple[int, int, int], *, text: int, seed: int, device: torch.device
 ) -> list[torch.Tensor]:
     """Draw video, audio and text of a clip, standard normal; audio has 4 (T - 1) + 1 tokens."""
-    frames, height, width = grid[0], grid[1] * PATCH[1], grid[2] * PATCH[2]
-    shapes = {
-        "in.video": (1, config.latent_channels, frames, height, width),
-        "in.audio": (1, 4 * (frames - 1) + 1, config.audio_in_channels),
-        "in.text": (1, text, config.text_in_channels),
-    }
-    return [golden.draw(seed, name, shape).to(device) for name, shape in shapes.items()]
+    clip = ClipTokens(grid[0], grid[1] * PATCH[1], grid[2] * PATCH[2], audio=4 * (grid[0] - 1) + 1)
+    shapes = clip.shapes(config, text)
+    return [golden.draw(seed, f"in.{modality}", shape).to(device) for modality, shape in shapes.items()]
 
 
 @ambient.independent

@@ -177,13 +177,8 @@ def time_forms(
 
 def random_inputs(config: ModelConfig, clip: ClipTokens, text: int, device: torch.device) -> list[torch.Tensor]:
     """Video [1, C, T, H, W], audio [1, A, Ca] and text [1, L, Ct] of a clip, standard normal, drawn on the device."""
-    shapes = (
-        (1, config.latent_channels, clip.T, clip.H, clip.W),
-        (1, clip.audio, config.audio_in_channels),
-        (1, text, config.text_in_channels),
-    )
     draw = torch.Generator(device).manual_seed(SEED)
-    return [torch.randn(shape, generator=draw, device=device) for shape in shapes]
+    return [torch.randn(shape, generator=draw, device=device) for shape in clip.shapes(config, text).values()]
 
 
 def time_form(
