@@ -94,17 +94,17 @@ def plan_updates(
     Raises:
         CheckpointError, TypeError, ValueError: As :func:`merge_lora`.
     """
-    modules = {path: module for path, module in model.named_modules() if path and _matrix(module) is not None}
-    count = Counter(id(_matrix(module)) for module in modules.values())
+    found = {path: _matrix(module) for path, module in model.named_modules() if path}
+    weights = {path: weight for path, weight in found.items() if weight is not None}
+    count = Counter(map(id, weights.values()))
     updates: dict[str, list[Update]] = {}
     loras: list[Any] = list(lora) if isinstance(lora, list | tuple) else [lora]
     scales: list[Any] = list(scale) if isinstance(scale, list | tuple) else [scale] * len(loras)
     if len(scales) != len(loras):
         raise ValueError(f"scale must be one number or one for each of the {len(loras)} LoRAs, got {len(scales)}")
     for one, strength in zip(loras, scales, strict=True):
-        for update in _read_lora(one, strength, modules):
-            weight = _matrix(modules[update.path])
-            assert weight is not None
+        for update in _read_lora(one, strength, weights):
+            weight = weights[update.path]
             if count[id(weight)] > 1:
                 raise ValueError(f"{update.source}: {update.path}.weight is tied to another module's: untie it first")
             if (update.up.shape[0], update.down.shape[1]) != weight.shape:
