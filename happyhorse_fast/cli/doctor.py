@@ -59,12 +59,8 @@ def examine() -> dict[str, Any]:
         "optional": {name: optional.version_of(name) for name in _OPTIONAL},
         "runs": [
             *_what_runs(gpus),
-            {"what": "CUDA kernels", "runs": cuda["obstacle"] is None, "why": status.summary(cuda)},
-            {
-                "what": "host module",
-                "runs": cuda["host_module"]["found"] is not None,
-                "why": cuda["host_module"]["why"] or "block maps in C++",
-            },
+            _run("CUDA kernels", cuda["obstacle"], status.summary(cuda)),
+            _run("host module", cuda["host_module"]["why"], "block maps in C++"),
         ],
     }
 
@@ -89,27 +85,28 @@ def _first_match(command: list[str], pattern: str) -> str | None:
     return match.group() if match else None
 
 
+def _run(what: str, obstacle: str | None, why: str) -> dict[str, Any]:
+    """A line of what runs here, or of the obstacle to it."""
+    return {"what": what, "runs": obstacle is None, "why": obstacle or why}
+
+
 def _what_runs(gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
     import torch
 
     from happyhorse_fast.ops.runtime import obstacles
     from happyhorse_fast.verify.forms import FORMS
 
-    lines = []
     place = f"on {gpus[0]['name']} and on the CPU" if gpus else "on the CPU; this torch sees no CUDA device"
     obstacle = obstacles.triton_obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for form in FORMS:
-        if not form.kernels:
-            lines.append({"what": f"{form.name} reference", "runs": True, "why": place})
-            continue
-        why = obstacle or "Triton kernels, each after its self-check at the first accelerate"
-        lines.append({"what": f"{form.name} kernels", "runs": obstacle is None, "why": why})
-        why = "plain torch with the kernels' rounding: an oracle, not fast"
-        lines.append({"what": f"{form.name} backend reference", "runs": True, "why": why})
-    for name, purpose in _OPTIONAL.items():
-        obstacle = optional.obstacle(name)
-        lines.append({"what": purpose, "runs": obstacle is None, "why": obstacle or f"{name} imports"})
-    return lines
+    eager = [_run(f"{form.name} reference", None, place) for form in FORMS if not form.kernels]
+    fast = []
+    for form in (form for form in FORMS if form.kernels):
+        checked = "Triton kernels, each after its self-check at the first accelerate"
+        fast.append(_run(f"{form.name} kernels", obstacle, checked))
+        oracle = "plain torch with the kernels' rounding: an oracle, not fast"
+        fast.append(_run(f"{form.name} backend reference", None, oracle))
+    packages = [_run(purpose, optional.obstacle(name), f"{name} imports") for name, purpose in _OPTIONAL.items()]
+    return [*eager, *fast, *packages]
 
 
 def shown(data: dict[str, Any]) -> Shown:
