@@ -60,6 +60,13 @@ def require_whole(name: str, value: object, minimum: int, maximum: int | None = 
     return number
 
 
+def require_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise a ValueError where a value, which need not hash, is none of those that are allowed."""
+    choices = tuple(allowed)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
 def require_number(name: str, value: object, allowed: str, fits: Callable[[float], bool]) -> float:
     """A number that ``fits``.
 

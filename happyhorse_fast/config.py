@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from happyhorse_fast.arguments import require_whole, whole_number
+from happyhorse_fast.arguments import require_choice, require_whole, whole_number
 
 CoordsStyle = Literal["v1", "v2"]
 
@@ -168,8 +168,7 @@ class ModelConfig:
         Raises:
             ValueError: No such preset; the message lists those there are.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(_PRESETS)}; got {name!r}")
+        require_choice("preset", name, _PRESETS)
         return cls(**_PRESETS[name])
 
 

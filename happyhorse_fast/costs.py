@@ -8,9 +8,10 @@ before them, and epilogues write what the next product reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from happyhorse_fast.arguments import require_choice
 from happyhorse_fast.config import MODALITIES, PATCH, ModelConfig
 from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens
 
@@ -104,8 +105,7 @@ def gpu_named(name: str) -> Gpu:
     Raises:
         ValueError: No such card; the message lists those there are.
     """
-    if name not in GPUS:
-        raise ValueError(f"gpu must be one of {', '.join(GPUS)}; got {name!r}")
+    require_choice("gpu", name, GPUS)
     return GPUS[name]
 
 
@@ -193,13 +193,8 @@ def step_costs(
         raise ValueError(f"text must be at least 1 token, got {text}")
     if attention is None:
         attention = "int8_qk" if precision == "int8" else precision
-    known: tuple[tuple[str, str, Iterable[str]], ...] = (
-        ("precision", precision, _INPUT_BYTES),
-        ("attention", attention, ATTENTION_BYTES),
-    )
-    for name, value, allowed in known:
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    require_choice("precision", precision, _INPUT_BYTES)
+    require_choice("attention", attention, ATTENTION_BYTES)
     if video_share is not None and not 0 <= video_share <= 1:
         raise ValueError(f"video_share must be from 0 to 1, got {video_share}")
     kinds = Counter(layer_kind(config, layer, clip) for layer in range(config.num_layers))

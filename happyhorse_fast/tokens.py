@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from happyhorse_fast.arguments import real_number
+from happyhorse_fast.arguments import real_number, require_choice
 from happyhorse_fast.config import PATCH, ModelConfig
 
 VAE_STRIDE = (4, 16, 16)
@@ -85,10 +85,8 @@ def tokens_for(resolution: str, aspect: str = "16:9", seconds: int = 5, fps: int
     Raises:
         ValueError: An argument is not among the allowed values; the message lists them.
     """
-    if resolution not in tuple(SIDES):  # a tuple, since what does not hash is not one of them either
-        raise ValueError(f"resolution must be one of {', '.join(SIDES)}; got {resolution!r}")
-    if aspect not in ASPECTS:
-        raise ValueError(f"aspect must be one of {', '.join(ASPECTS)}; got {aspect!r}")
+    require_choice("resolution", resolution, SIDES)
+    require_choice("aspect", aspect, ASPECTS)
     length, rate = real_number(seconds), real_number(fps)
     if length is None or length not in SECONDS:
         raise ValueError(f"seconds must be a whole number from {SECONDS[0]} to {SECONDS[-1]}; got {seconds!r}")

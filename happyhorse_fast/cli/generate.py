@@ -10,6 +10,7 @@ import typer
 
 import happyhorse_fast as hh
 from happyhorse_fast import optional
+from happyhorse_fast.arguments import require_choice
 from happyhorse_fast.cli.options import AttentionOption, DeviceOption, ShardOption, shards, usable_device
 from happyhorse_fast.cli.output import JsonOption, Shown, emit, gib, literal, table
 from happyhorse_fast.files import require_folder
@@ -84,8 +85,7 @@ def generate(
     """
     if model is None:
         raise ValueError(HOW_TO_GET)
-    if precision not in PRECISIONS:
-        raise ValueError(f"--precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    require_choice("--precision", precision, PRECISIONS)
     if preview is not None:
         require_folder(preview)
         optional.require("PIL", "--preview")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from happyhorse_fast.arguments import require_choice
 from happyhorse_fast.cli.output import Shown, emit, gib, literal, table, verdict
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import CONTEXT_BYTES, gpu_named, usable_bytes
@@ -25,8 +26,7 @@ def plan_pipeline(asked: Mapping[str, Any]) -> None:
     Args:
         asked: The options of ``happyhorse-fast plan`` by name.
     """
-    if asked["decoder"] not in DECODERS:
-        raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {asked['decoder']!r}")
+    require_choice("decoder", asked["decoder"], DECODERS)
     clip = {name: asked[name] for name in ("resolution", "aspect", "seconds")}
     formats = {name: asked[name] for name in ("precision", "attention")}  # FastConfig checks them
     request = Request(prompt="any", stages=asked["stages"], first=asked["first"], image=True, **clip)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from happyhorse_fast.arguments import require_choice
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import ATTENTION_BYTES
 from happyhorse_fast.tokens import ClipTokens
@@ -81,8 +82,7 @@ def layer_exchange(
     Raises:
         ValueError: An attention there is not.
     """
-    if attention not in ATTENTION_BYTES:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTION_BYTES)}; got {attention!r}")
+    require_choice("attention", attention, ATTENTION_BYTES)
     (of_qk, of_v), (of_scale, of_tile) = ATTENTION_BYTES[attention], _SCALES[attention]
     q, kv, d = config.num_heads_q, config.num_heads_kv, config.head_dim
     rows = clip.total(text) / ranks * (ranks - 1) / ranks

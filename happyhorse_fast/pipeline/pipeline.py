@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from happyhorse_fast import optional
+from happyhorse_fast.arguments import require_choice
 from happyhorse_fast.checkpoint.load import usable_device
 from happyhorse_fast.checkpoint.packed import is_packed, packed_config
 from happyhorse_fast.config import LATENT_CHANNELS
@@ -100,10 +101,8 @@ class Pipeline:
             require_mesh(mesh)
         elif shard_weights:
             raise ValueError("shard_weights must come with mesh, got mesh=None")
-        if decoder not in DECODERS:
-            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
-        if placement not in get_args(Placement):
-            raise ValueError(f"placement must be one of {', '.join(get_args(Placement))}; got {placement!r}")
+        require_choice("decoder", decoder, DECODERS)
+        require_choice("placement", placement, get_args(Placement))
         where = usable_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         given = {"text_encoder": text_folder, "video_vae": video_folder, "audio_vae": audio_folder}
         layout = read_layout(folder, given)

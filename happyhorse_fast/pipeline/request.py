@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from happyhorse_fast.arguments import require_whole
+from happyhorse_fast.arguments import require_choice, require_whole
 from happyhorse_fast.pipeline.layout import FIRST_STAGES, SECOND_STAGES
 from happyhorse_fast.pipeline.negative_prompt import NEGATIVE_PROMPT
 from happyhorse_fast.tokens import ClipTokens, tokens_for
@@ -68,8 +68,7 @@ class Request:
         object.__setattr__(self, "stages", require_whole("stages", self.stages, 1, 2))
         object.__setattr__(self, "seed", require_whole("seed", self.seed, 0, MAX_SEED))
         for name, allowed in (("first", tuple(FIRST_STAGES)), ("noise", NOISES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+            require_choice(name, getattr(self, name), allowed)
         tokens_for(self.resolution, self.aspect, self.seconds, FPS)
         object.__setattr__(self, "seconds", int(self.seconds))
         if self.stages == 2 and self.resolution not in SECOND_STAGES:
