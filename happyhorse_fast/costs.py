@@ -199,9 +199,12 @@ def step_costs(
         raise ValueError(f"video_share must be from 0 to 1, got {video_share}")
     kinds = Counter(layer_kind(config, layer, clip) for layer in range(config.num_layers))
     example = {layer_kind(config, layer, clip): layer for layer in range(config.num_layers)}
+    window = window_share(clip.T // PATCH[0], config.frame_receptive_field)
     costs = []
     for kind, count in kinds.items():
-        ops = _layer(config, example[kind], clip, text, (precision, attention), video_share, gpus)
+        exact = window if config.is_local(example[kind], clip.frame_tokens) else 1.0
+        pairs = attention_pairs(clip, text, exact if video_share is None else video_share)
+        ops = _layer(config, example[kind], clip.total(text) / gpus, pairs / gpus, (precision, attention))
         rates = {op: attention if op == "attention" else precision for op in ops}
         costs += [_op(op, kind, count, *ops[op], rates[op], gpu) for op in ops]
     ops = _outside(config, clip, text, gpus)
@@ -214,22 +217,12 @@ def _op(op: str, kind: str, count: int, flops: float, moved: float, precision: s
 
 
 def _layer(
-    config: ModelConfig,
-    layer: int,
-    clip: ClipTokens,
-    text: int,
-    precision: tuple[str, str],
-    video_share: float | None,
-    gpus: int,
+    config: ModelConfig, layer: int, n: float, pairs: float, precision: tuple[str, str]
 ) -> dict[str, tuple[float, float]]:
-    """FLOPs and bytes by op; ``precision`` of products and of attention."""
+    """FLOPs and bytes by op, of n tokens and a head's pairs of them; ``precision`` of products and of attention."""
     element, (of_qk, of_v) = _INPUT_BYTES[precision[0]], ATTENTION_BYTES[precision[1]]
-    n, width, wide = clip.total(text) / gpus, config.hidden_size, config.intermediate_size(layer)
+    width, wide = config.hidden_size, config.intermediate_size(layer)
     q, kv = config.num_heads_q * config.head_dim, config.num_heads_kv * config.head_dim
-    share = video_share
-    if share is None:
-        local = config.is_local(layer, clip.frame_tokens)
-        share = window_share(clip.T // PATCH[0], config.frame_receptive_field) if local else 1.0
 
     def product(rows: int, columns: int, moved: float) -> tuple[float, float]:
         return 2.0 * n * rows * columns, config.experts(layer) * rows * columns * element + moved
@@ -242,7 +235,7 @@ def _layer(
     ops = {
         "norms": (0.0, 2.0 * norm),
         "qkv": product(config.qkv_features, width, n * width * element + packed),
-        "attention": (4.0 * q * attention_pairs(clip, text, share) / gpus, packed + n * q * written),
+        "attention": (4.0 * q * pairs, packed + n * q * written),
         "proj": product(width, q, n * (q * element + width * _BRANCH_BYTES)),
         "up": product(config.up_features(layer), width, n * (width * element + wide * written)),
         "down": product(width, wide, n * (wide * element + width * _BRANCH_BYTES)),
