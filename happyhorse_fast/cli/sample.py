@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -136,7 +136,7 @@ def sample(
     first = _Stage(checkpoint, preset, config, dtype, how_fast)
     fps = fps_of(preset) if fps is None else fps
     draw = partial(_replay, inputs, recorded) if recorded else partial(golden.draw, seed)
-    clip = None if resolution is None else tokens_for(resolution, aspect, seconds, fps)
+    clip = None if resolution is None else partial(tokens_for, resolution, aspect, seconds, fps)
     start = _start(first.config, inputs, named, draw, clip)
     conditions = _conditions(inputs, named, image_key)
 
@@ -274,9 +274,9 @@ def _replay(path: Path, noise: Mapping[str, torch.Tensor], name: str, shape: tor
 
 
 def _start(
-    config: ModelConfig, path: Path, named: Mapping[str, torch.Tensor], draw: Any, clip: ClipTokens | None
+    config: ModelConfig, path: Path, named: Mapping[str, torch.Tensor], draw: Any, clip: Callable[[], ClipTokens] | None
 ) -> dict[str, torch.Tensor]:
-    """Video and audio to start from, on the CPU; drawn for a ``clip`` where that is given."""
+    """Video and audio to start from, on the CPU; drawn for ``clip()`` where that is given."""
     there = {name: named[name] for name in ("video", "audio") if name in named}
     if len(there) == 2:
         if clip is not None:
@@ -286,7 +286,7 @@ def _start(
         raise ValueError(f"{path}: must hold both video and audio or neither, got only {', '.join(there)}")
     if clip is None:
         raise ValueError(f"{path}: must hold video and audio to start from, or --resolution must be given to draw them")
-    shapes = clip.shapes(config)
+    shapes = clip().shapes(config)
     return {name: draw(f"in.{name}", shapes[name]) for name in ("video", "audio")}
 
 
