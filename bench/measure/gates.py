@@ -88,11 +88,9 @@ def poisoned() -> Iterator[None]:
 
 def problems(case: Case, given: Given, backend: str) -> list[str]:
     """Run a case once and say what is wrong with its result; empty where every budget holds."""
-    given, before = dict(given), given.get("hidden")
-    if before is not None:
-        given["hidden"] = before.clone()
+    written = {"hidden": given["hidden"].clone()} if "hidden" in given else {}  # by ops that write there
     with poisoned():
-        results = call(case, given, backend)
+        results = call(case, given | written, backend)
     if case.op == "select_blocks":
         return _selection_problems(given, results)
     found = [
@@ -101,11 +99,10 @@ def problems(case: Case, given: Given, backend: str) -> list[str]:
         if result.numel() and not is_finite(result)
     ]
     for block in _blocks(case.rows // BLOCK):
-        rows = slice(block * BLOCK, (block + 1) * BLOCK)
-        for name, result, exact, distance, slope in _compare(case, given, results, before, rows, block, backend):
-            error = budgets.measure(result, exact)
+        for name, result, exact, distance, slope in _compare(case, given, results, block, backend):
             found += [
-                f"{name}, rows {rows.start}: {p}" for p in budgets.violations(error, distance=distance, slope=slope)
+                f"{name}, rows {block * BLOCK}: {problem}"
+                for problem in budgets.violations(budgets.measure(result, exact), distance=distance, slope=slope)
             ]
     return found
 
@@ -116,17 +113,14 @@ def _blocks(count: int) -> list[int]:
     return sorted({0, count - 1, *random.Random(count).sample(range(count), DRAWN_BLOCKS)})
 
 
-def _compare(
-    case: Case,
-    given: Given,
-    results: tuple[Tensor, ...],
-    before: Tensor | None,
-    rows: slice,
-    block: int,
-    backend: str,
-) -> Iterator[Compared]:
+def _rows(block: int) -> slice:
+    return slice(block * BLOCK, (block + 1) * BLOCK)
+
+
+def _compare(case: Case, given: Given, results: tuple[Tensor, ...], block: int, backend: str) -> Iterator[Compared]:
+    rows = _rows(block)
     if case.op in (BLOCK_SPARSE, DROP_IN):
-        yield from _attention(case, given, results, rows, block)
+        yield from _attention(case, given, results, block)
     elif case.op == "rmsnorm_quantize":
         weight = given["norm_weight"][_expert(given, block)]
         exact = rms_norm(given["hidden"][rows].double(), weight.double())
@@ -138,17 +132,17 @@ def _compare(
         values = dequantize(results[0][rows], results[1][rows], torch.float64)
         yield "codes", values, hadamard(x) if given["hadamard"] else x, INT8_DISTANCE, CODE_SLOPE
     elif case.op == "qkv_linear":
-        yield from _qkv(case, given, results, rows, block)
-    elif before is not None:
-        added = results[0][rows].double() - before[rows].double()
+        yield from _qkv(case, given, results, block)
+    elif case.op == "fp8_linear_residual":
+        added = results[0][rows].double() - given["hidden"][rows].double()
         distance, slope = budgets.GEMM_DISTANCE, budgets.GEMM_SLOPE
         if case.precision == "int8":
             crossed = backend == HOPPER
             distance, slope = (FLOAT16_DISTANCE, FLOAT16_SLOPE) if crossed else (INT8_SUM_DISTANCE, INT8_SUM_SLOPE)
-        yield "hidden", added, _product(given, rows, block), distance, slope
+        yield "hidden", added, _product(given, block), distance, slope
     else:
         function = ACTIVATIONS[given["activation"]][0]
-        exact = function(_product(given, rows, block))
+        exact = function(_product(given, block))
         if given["fp8"]:
             y = dequantize(results[0][rows], results[1], torch.float64)
             yield from compare_codes("y", y, exact, results[1])
@@ -194,30 +188,21 @@ def _expert(given: Mapping[str, Any], block: int) -> int:
     return int(given["row_tiles"][block, 0])
 
 
-def _product(given: Given, rows: slice, block: int) -> Tensor:
-    """x . weight of one block's expert in float64, [rows, F]."""
-    expert = _expert(given, block)
-    weight = given["weight"][expert]
-    x = given["x"][rows].double()
-    if given["x_scale"] is not None:
-        scale = given["x_scale"]
-        x = dequantize(given["x"][rows], scale if len(scale) == 1 else scale[rows], torch.float64)
-    # In parts: 27,392 x 5120 in float64 are 1.1 GB.
-    parts = []
-    for first in range(0, weight.shape[0], 4096):
-        part = slice(first, first + 4096)
-        wide = weight[part].double()
-        if given["weight_scale"] is not None:
-            wide = wide * given["weight_scale"][expert, part, None].double()
-        parts.append(x @ wide.T)
-    return torch.cat(parts, dim=1)
+def _product(given: Given, block: int) -> Tensor:
+    """x . weight of one block's expert in float64, [rows, F]: of 27,392 x 5120 the weight is 1.1 GB then."""
+    expert, rows = _expert(given, block), _rows(block)
+    x, x_scale, weight = given["x"][rows], given["x_scale"], given["weight"][expert]
+    if x_scale is None:
+        return x.double() @ weight.double().T
+    x = dequantize(x, x_scale if len(x_scale) == 1 else x_scale[rows], torch.float64)
+    return x @ dequantize(weight, given["weight_scale"][expert], torch.float64).T
 
 
-def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, block: int) -> Iterator[Compared]:
-    expert = _expert(given, block)
+def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], block: int) -> Iterator[Compared]:
+    expert, rows = _expert(given, block), _rows(block)
     qk_norm, cos_sin = given["qk_norm"][expert].double(), given["cos_sin"][rows].double()
     heads = case.plan.num_heads_q, case.plan.num_heads_kv
-    q, k, v, gate = epilogue(_product(given, rows, block), qk_norm, cos_sin, *heads)
+    q, k, v, gate = epilogue(_product(given, block), qk_norm, cos_sin, *heads)
     exact = {"v": v, "gate": gate, "q": q, "k": k}
     out = dict(zip(RESULTS, results, strict=True))
     scales, budget = {}, dict.fromkeys(exact, ROUNDED["bf16"])
@@ -233,8 +218,9 @@ def _qkv(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, blo
         yield name, result.double() * scales[name].double() if name in scales else result, value, *budget[name]
 
 
-def _attention(case: Case, given: Given, results: tuple[Tensor, ...], rows: slice, block: int) -> Iterator[Compared]:
+def _attention(case: Case, given: Given, results: tuple[Tensor, ...], block: int) -> Iterator[Compared]:
     """One group of query heads, drawn with the block; all keys. Codes are what they stand for."""
+    rows = _rows(block)
     heads_kv, group = case.plan.num_heads_kv, case.plan.num_heads_q // case.plan.num_heads_kv
     head = block % heads_kv
     heads = slice(head * group, (head + 1) * group)
