@@ -11,13 +11,15 @@ import importlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from bench.hopper import FORM, HOPPER, running
 from happyhorse_fast.kernels.launch import ARCHITECTURES, FP8_SINCE, HOPPER_ARCH, config_for, table
-from happyhorse_fast.ops.quantize import ATTENTION, BF16, DTYPES, E4M3, INT8
+from happyhorse_fast.ops.qkv.contract import RESULTS, empty_qkv
+from happyhorse_fast.ops.quantize import ATTENTION, BF16, DTYPES
 from happyhorse_fast.ops.row_quantization.triton import variant_of
 from happyhorse_fast.ops.runtime.dispatch import STEMS
 from happyhorse_fast.ops.runtime.formats import uses_e4m3
@@ -70,8 +72,8 @@ class Case:
 
     @property
     def detail(self) -> str:
-        """Its form, and how it loads."""
-        return f"{self.form}, pointers" if self.pointers else self.form
+        """Its form, and how it loads or in which kernel it runs where the table has two."""
+        return f"{self.form}{', pointers' if self.pointers else ''}{', hopper' if self.hopper else ''}"
 
     def __str__(self) -> str:
         """What ``--only`` is matched with."""
@@ -149,12 +151,11 @@ def qkv_products(arch: int) -> Iterator[Case]:
             "out": out,
             "qk_scale": meta(experts, 2) if out == "fp8" else None,
         }
-        variant = f"qkv_{fmt}"
+        variant, form = f"qkv_{fmt}", f"{fmt}, {out} out"
         for pointers in loads("qkv", variant, arch):
-            form, variants = f"{fmt}, {out} out", {"qkv_linear_kernel": variant}
-            yield Case("qkv_linear", arch, variants, fmt, form, arguments, pointers)
+            yield Case("qkv_linear", arch, {"qkv_linear_kernel": variant}, fmt, form, arguments, pointers)
         if arch == HOPPER_ARCH:
-            form, variants = f"{fmt}, {out} out, hopper", {"qkv_linear_beside_kernel": variant}
+            variants = {"qkv_linear_beside_kernel": variant}
             yield Case("qkv_linear", arch, variants, fmt, form, arguments, hopper=True)
 
 
@@ -193,20 +194,21 @@ def attentions(arch: int) -> Iterator[Case]:
             if flag:
                 variants[kernel if hopper else f"{kernel} running"] = f"{plain}_strided" if pointers else plain
                 arguments, form = arguments | {"flag": meta(1, dtype=I32)}, f"{form}, flag"
-            form += ", hopper" if hopper else ""
             yield Case("block_sparse_attention", arch, variants, fmt, form, arguments, pointers, hopper)
 
 
+def qkv_results(fmt: str, rows: int, d: int) -> dict[str, torch.Tensor | None]:
+    """What `qkv_linear` gives attention and `select_blocks`, by its names: q, k, v, their scales, and the gate."""
+    given: Any = SimpleNamespace(num_heads_q=HEADS_Q, num_heads_kv=HEADS_KV, out=fmt, cos_sin=meta(rows, d))
+    return {name: x if x.numel() else None for name, x in zip(RESULTS, empty_qkv(given), strict=True)}
+
+
 def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bool, bounded: bool) -> dict[str, Any]:
-    """Arguments of `block_sparse_attention`: dense tensors as `qkv_linear` gives them, and a gate."""
+    """Arguments of `block_sparse_attention`: dense tensors as `qkv_linear` gives them."""
     blocks = BLOCKS[0]
-    codes, of_v = ATTENTION[fmt]
-    v = meta(*((HEADS_KV, d, ROWS) if of_v == E4M3 else (ROWS, HEADS_KV, d)), dtype=of_v)
     listed = map_heads * blocks * blocks
     return {
-        "q": meta(ROWS, HEADS_Q, d, dtype=codes),
-        "k": meta(ROWS, HEADS_KV, d, dtype=codes),
-        "v": v,
+        **qkv_results(fmt, ROWS, d),
         "counts": meta(map_heads, blocks, 2, dtype=I32),
         "starts": meta(map_heads, blocks, dtype=I32),
         "columns": meta(listed, dtype=I32),
@@ -216,10 +218,6 @@ def attention_arguments(fmt: str, d: int, map_heads: int, fp8_out: bool, lse: bo
         "scale": d**-0.5,
         "bounded": bounded,
         "flag": None,
-        "q_scale": {BF16: None, INT8: meta(ROWS, HEADS_Q), E4M3: meta(blocks)}[codes],
-        "k_scale": {BF16: None, INT8: meta(HEADS_KV, blocks), E4M3: meta(blocks)}[codes],
-        "v_scale": meta(HEADS_KV, blocks) if of_v == E4M3 else None,
-        "gate": meta(ROWS, HEADS_Q),
         "out_scale": meta(1) if fp8_out else None,
         "return_lse": lse,
     }
@@ -259,7 +257,7 @@ def linears(arch: int) -> Iterator[Case]:
             yield Case(op, arch, {"fp8_linear_kernel": variant}, fmt, detail, arguments, pointers)
             if epilogue != "plain" and (arch, pointers) == (HOPPER_ARCH, False):
                 variants = {f"{op}_beside_kernel": variant}
-                yield Case(op, arch, variants, fmt, f"{detail}, hopper", arguments, hopper=True)
+                yield Case(op, arch, variants, fmt, detail, arguments, hopper=True)
 
 
 def selections(arch: int) -> Iterator[Case]:
@@ -267,21 +265,13 @@ def selections(arch: int) -> Iterator[Case]:
     pairs = ((0, round(0.9 * 2**20)), (125, 0))
     # 90 % of the softmax, or a quarter of the blocks.
     for fmt, blocks, (keep, mass), mean in itertools.product(formats(arch), BLOCKS, pairs, (False, True)):
-        codes = DTYPES[fmt]
-        q_scale, k_scale = {
-            "bf16": (None, None),
-            "int8": (meta(blocks * 128, HEADS_Q), meta(HEADS_KV, blocks)),
-            "fp8": (meta(blocks), meta(blocks)),
-        }[fmt]
+        of_qkv = qkv_results("int8_qk" if fmt == "int8" else fmt, blocks * 128, HEAD_DIM)
         arguments = {
-            "q": meta(blocks * 128, HEADS_Q, HEAD_DIM, dtype=codes),
-            "k": meta(blocks * 128, HEADS_KV, HEAD_DIM, dtype=codes),
+            **{name: of_qkv[name] for name in ("q", "k", "q_scale", "k_scale")},
             "table": meta(blocks, blocks, dtype=I32),
             "prefix": meta(blocks, dtype=torch.int8),
             "live": meta(blocks * 128, dtype=torch.int8),
             "inverse": meta(blocks),
-            "q_scale": q_scale,
-            "k_scale": k_scale,
             "keep": keep,
             "mass": mass,
             "mean": mean,
