@@ -18,7 +18,7 @@ from bench.report import dataflow, figures, kernel_tables, pony, tables
 from bench.report.data import EQUIVALENCE, Report, load, verified
 from bench.report.preferences import preferences
 from bench.results import ROOT, Json
-from happyhorse_fast.ops.runtime.dispatch import PREFERENCES
+from happyhorse_fast.ops.runtime.dispatch import PREFERENCES, STEMS
 
 README = ROOT / "README.md"
 PONY_README = ROOT / "examples" / "pony" / "README.md"
@@ -74,7 +74,7 @@ def sections(report: Report) -> dict[Path, str]:
     """Write what stands between the markers of each file."""
     # Targets, clip, ops and predictions of every GPU.
     notes = "\n\n".join(targets.text(data, markdown=True) for data in report.gpu.values())
-    pages = {kernel_tables.page(stem): kernel_tables.section(report, stem) for stem in kernel_tables.OPS}
+    pages = {kernel_tables.page(stem): kernel_tables.section(report, stem) for stem in set(STEMS.values())}
     own = {README: readme_section(report), PAGE: page_section(report), PONY_README: pony.own_section(report)}
     return own | pages | {NOTES: notes} | {DESIGN: f"{dataflow.flowchart()}\n\n{dataflow.table().markdown()}"}
 

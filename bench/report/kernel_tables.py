@@ -5,22 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench import targets
-from bench.cases import BLOCK_SPARSE, cases
+from bench.cases import Case, cases
 from bench.inputs import moved_bytes
 from bench.report.data import Report
 from bench.results import ROOT, Json
 from bench.table import Table
 from happyhorse_fast.costs import GPUS
+from happyhorse_fast.ops.runtime.dispatch import STEMS
 
-OPS = {
-    "attention": (BLOCK_SPARSE,),
-    "qkv": ("rmsnorm_quantize", "qkv_linear"),
-    "linear": ("fp8_linear_activation", "fp8_linear_residual"),
-    "row_quantization": ("quantize_rows",),
-    "block_selection": ("select_blocks",),
-}
-"""Page -> ops whose cases it shows."""
 CARD = GPUS["h200"]
+
+
+def cases_of(stem: str) -> list[Case]:
+    """The cases that a page shows: of the ops with this stem."""
+    return [case for case in cases("main") if STEMS.get(case.op) == stem]
 
 
 def page(stem: str) -> Path:
@@ -37,13 +35,12 @@ def section(report: Report, stem: str) -> str:
 def work(stem: str) -> Table:
     """List what each case computes and moves, and the least time of either."""
     rows = []
-    for case in cases("main"):
-        if case.op in OPS[stem]:
-            flops, moved = case.computed_flops(), moved_bytes(case)
-            products, memory = 1e3 * flops / CARD.rate(case.precision), moved / CARD.bandwidth / 1e9
-            of_flops = (f"{flops / 1e12:.3g}", f"{flops / moved:,.0f}", f"{products:.3g}") if flops else ("", "", "")
-            work, intensity, least = of_flops
-            rows.append((case.kind, work, f"{moved / 1e9:.2f}", intensity, least, f"{memory:.2f}"))
+    for case in cases_of(stem):
+        flops, moved = case.computed_flops(), moved_bytes(case)
+        products, memory = 1e3 * flops / CARD.rate(case.precision), moved / CARD.bandwidth / 1e9
+        of_flops = (f"{flops / 1e12:.3g}", f"{flops / moved:,.0f}", f"{products:.3g}") if flops else ("", "", "")
+        work, intensity, least = of_flops
+        rows.append((case.kind, work, f"{moved / 1e9:.2f}", intensity, least, f"{memory:.2f}"))
     columns = ("case", "TFLOP", "GB", "FLOP per byte", "ms of products", "ms of memory")
     note = (
         "Whole tiles and blocks; every operand and result moved once, block maps left out. ms: at the peaks of "
@@ -55,6 +52,6 @@ def work(stem: str) -> Table:
 def times(stem: str, data: Json) -> Table:
     """Predictions of the kernels as they are now, and their outcomes."""
     now = {(prediction.case, prediction.impl): prediction for prediction in targets.of_gpu(data["gpu"])}
-    order = [case.name for case in cases("main") if case.op in OPS[stem]]
+    order = [case.name for case in cases_of(stem)]
     of_page = sorted((p for p in now.values() if p.name in order), key=lambda p: order.index(p.name))
     return targets.outcomes(f"Predicted and measured, {data['gpu']}, commit {data['commit']}", data, of_page)

@@ -4,11 +4,12 @@ import re
 
 import pytest
 
-from bench.report import dataflow, kernel_tables
+from bench.report import dataflow
 from bench.results import ROOT
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.launches import launches_per_layer
 from happyhorse_fast.kernels.launch import HOPPER_ARCH, config_for
+from happyhorse_fast.ops.runtime.dispatch import STEMS
 
 PAGES = sorted((ROOT / "docs" / "kernels").glob("*.md"))
 WAY, TEXT = r"(\w+)--?>>(\w+)", r"[^;#]+"
@@ -39,7 +40,7 @@ def problems(diagram: str) -> list[str]:
 
 def test_every_launch_table_has_a_page_with_a_picture():
     stems = {path.stem for path in (ROOT / "kernels" / "configs").glob("*.json")}
-    assert stems == {path.stem for path in PAGES} == set(kernel_tables.OPS)
+    assert stems == {path.stem for path in PAGES} == set(STEMS.values())
     for page in PAGES:
         text = page.read_text()
         assert f"`kernels/{page.stem}" in text and len(diagrams(text)) == 1
