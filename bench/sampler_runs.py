@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import step_costs
-from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, TopK
+from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision, TopK
 from happyhorse_fast.tokens import tokens_for
 
 BASE, DENSE = "happyhorse-1.0-15b", "happyhorse-1.0-15b-dense"
 FIRST_STAGE, SECOND_STAGE = "davinci-magihuman", "davinci-magihuman-sr-1080p"
-_ATTENTION: dict[str, AttentionPrecision] = {
-    "fast fp8": "fp8",
-    "fast int8": "int8_qk",
-    "fast fp8 linear": "bf16",
-    "fast fp8 int8_qk": "int8_qk",
-    "fast fp8 int8_qk_fp8_v": "int8_qk_fp8_v",
-    "fast bf16": "bf16",
-}
-MODES = (*_ATTENTION, "eager", "torch.compile")
-"""Fast modes name the precision of products, and where it is another that of attention; fast int8 and fast fp8 int8_qk
-are what FastConfig(precision="int8") and (precision="fp8") do."""
 EXACT = "exact"
 PUBLISHED_SECONDS = 5
 """Length of the clips that published times are of."""
@@ -30,19 +20,35 @@ PUBLISHED_SECONDS = 5
 MOST = {"fast": 40.0, "other": 10.0}
 # Seconds that a run takes beside its steps: weights 5, and compiles; torch.compile makes 4 graphs of 20 to 60 s each.
 BESIDE = {"fast": 15.0, "eager": 10.0, "torch.compile": 200.0}
-STEP = {
-    "fast fp8": (3.07, 1.00),
-    "fast int8": (3.65, 1.15),
-    "fast fp8 linear": (3.55, 1.05),
-    "fast fp8 int8_qk": (3.65, 1.13),
-    "fast fp8 int8_qk_fp8_v": (3.20, 1.03),
-    "fast bf16": (3.55, 1.95),
-    "eager": (3.93, 4.97),
-    "torch.compile": (3.93, 4.97),
+
+
+class Mode(NamedTuple):
+    """A way to run the model.
+
+    Attributes:
+        precision: Of products; None in eager modes.
+        attention: Its precision, likewise.
+        step: Seconds of (attention, all else) in a step of :data:`BASE` at 1080p, 5 s on an H200.
+    """
+
+    precision: Precision | None
+    attention: AttentionPrecision | None
+    step: tuple[float, float]
+
+
+MODES = {
+    "fast fp8": Mode("fp8", "fp8", (3.07, 1.00)),
+    "fast int8": Mode("int8", "int8_qk", (3.65, 1.15)),
+    "fast fp8 linear": Mode("fp8", "bf16", (3.55, 1.05)),
+    "fast fp8 int8_qk": Mode("fp8", "int8_qk", (3.65, 1.13)),
+    "fast fp8 int8_qk_fp8_v": Mode("fp8", "int8_qk_fp8_v", (3.20, 1.03)),
+    "fast bf16": Mode("bf16", "bf16", (3.55, 1.95)),
+    "eager": Mode(None, None, (3.93, 4.97)),
+    "torch.compile": Mode(None, None, (3.93, 4.97)),
 }
-"""Seconds of (attention, all else) in a step of :data:`BASE` at 1080p, 5 s on an H200, by results of commits 6f0f680,
-3a38272 and 84b4cbf. Products in int8 and bf16, in no clip since they changed, by their ops' times; int8_qk_fp8_v
-predicted from fp8's; torch.compile as eager."""
+"""Fast int8 and fast fp8 int8_qk are what FastConfig(precision="int8") and (precision="fp8") do. Seconds by results of
+commits 6f0f680, 3a38272 and 84b4cbf. Products in int8 and bf16, in no clip since they changed, by their ops' times;
+int8_qk_fp8_v predicted from fp8's; torch.compile as eager."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +86,11 @@ class Run:
     @property
     def fast(self) -> FastConfig | None:
         """The model's FastConfig; None in the eager modes."""
-        if not self.mode.startswith("fast"):
+        precision, attention, _ = MODES[self.mode]
+        if precision is None:
             return None
         sparsity = None if self.mask == EXACT else TopK(float(self.mask.removesuffix("%")) / 100)
-        return FastConfig(
-            precision=self.mode.split()[1],  # type: ignore[arg-type]
-            attention=_ATTENTION[self.mode],
-            sparsity=sparsity,
-            strict=True,
-        )
+        return FastConfig(precision=precision, attention=attention, sparsity=sparsity, strict=True)
 
     @property
     def most_time(self) -> float:
@@ -102,9 +104,9 @@ class Run:
 
     @property
     def step_seconds(self) -> float:
-        """Predicted of a step on an H200: :data:`STEP`, by the plan's FLOPs of attention and of all else."""
+        """Predicted of a step on an H200: its mode's, by the plan's FLOPs of attention and of all else."""
         here, there = flops(self), flops(Run(BASE, "1080p", self.mode))
-        return sum(taken * a / b for taken, a, b in zip(STEP[self.mode], here, there, strict=True))
+        return sum(taken * a / b for taken, a, b in zip(MODES[self.mode].step, here, there, strict=True))
 
 
 @functools.lru_cache
@@ -139,14 +141,14 @@ def runs() -> list[Run]:
     ]
     for mask in (EXACT, "25%", "12.5%"):
         found += [Run(BASE, "1080p", mode, mask) for mode in ("fast bf16", "fast int8")]
-    for mode in MODES[:-1]:
+    *others, compiled = MODES
+    for mode in others:
         found += [Run(SECOND_STAGE, "1080p", mode, steps=5), Run(FIRST_STAGE, "256p", mode), Run(DENSE, "1080p", mode)]
     for mode in ("fast bf16", "eager", "fast fp8", "fast int8"):
         caps = (24, 48, 80) if mode == "fast int8" else (48, 80)
         found += [Run(BASE, "1080p", mode, cap_gb=cap) for cap in caps]
-    mode = "torch.compile"
-    found += [Run(BASE, "1080p", mode), Run(SECOND_STAGE, "1080p", mode, steps=5)]
-    found += [Run(FIRST_STAGE, "256p", mode), Run(DENSE, "1080p", mode)]
+    found += [Run(BASE, "1080p", compiled), Run(SECOND_STAGE, "1080p", compiled, steps=5)]
+    found += [Run(FIRST_STAGE, "256p", compiled), Run(DENSE, "1080p", compiled)]
     return list(dict.fromkeys(found))
 
 

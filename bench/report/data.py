@@ -10,7 +10,8 @@ from bench.cases import cases
 from bench.measure.roofline import MEASURED, Peaks
 from bench.peers.registry import PEERS
 from bench.results import FOLDER, ROOT, Json, merged, read
-from bench.sampler_runs import EXACT, SECOND_STAGE
+from bench.sampler_runs import EXACT, MODES, SECOND_STAGE
+from happyhorse_fast.fast.config import default_attention
 
 EQUIVALENCE, MEMORY = FOLDER / "equivalence" / "cpu.json", FOLDER / "memory" / "plan.json"
 FIDELITY, CALIBRATION = FOLDER / "pony" / "fidelity.json", FOLDER / "pony" / "calibration.json"
@@ -146,24 +147,23 @@ def steps_timed(run: Json) -> int:
     return int(part.split()[0]) if part else int(run["steps"])
 
 
-FORMS = {
-    "eager": "eager bf16",
-    "torch.compile": "torch.compile, bf16",
-    "fast bf16": "fast bf16",
-    "fast int8": "fast int8, attention int8_qk (the default of int8)",
-    "fast fp8": "fast fp8, attention fp8",
-    "fast fp8 linear": "fast fp8, attention bf16",
-    "fast fp8 int8_qk": "fast fp8, attention int8_qk (the default of fp8)",
-    "fast fp8 int8_qk_fp8_v": "fast fp8, attention int8_qk_fp8_v",
-}
 KERNELS = {"triton": "plain Triton", "hopper": "Gluon", "cuda": "CUDA", "reference": "plain torch"}
 """Names of kernels in tables, of ops as of a clip's attention."""
+
+
+def mode_in_words(name: str) -> str:
+    """A mode of the sampler with its precisions, and whether attention's is what the products' has by default."""
+    mode = MODES.get(name)
+    if mode is None or mode.precision in (None, "bf16"):
+        return {"eager": "eager bf16", "torch.compile": "torch.compile, bf16"}.get(name, name)
+    default = f" (the default of {mode.precision})" if mode.attention == default_attention(mode.precision) else ""
+    return f"fast {mode.precision}, attention {mode.attention}{default}"
 
 
 def form_of(run: Json) -> str:
     """A sampler run in words: what runs, the kernel of attention, the mask, the card."""
     kernel = run.get("attention") or run.get("backend") or ""
-    parts = [FORMS.get(run["mode"], run["mode"]), KERNELS.get(kernel, kernel)]
+    parts = [mode_in_words(run["mode"]), KERNELS.get(kernel, kernel)]
     parts += [f"{run['mask']} of video pairs"] if run.get("mask", EXACT) != EXACT else []
     parts += [f"as a {run['cap_gb']} GB card"] if run.get("cap_gb") else []
     return ", ".join(filter(None, parts))
