@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -75,54 +76,32 @@ class Peer:
 
 
 LINEAR = ("fp8_linear_activation", "fp8_linear_residual", "qkv_linear")
-WITHOUT_GATE, DENSE = (BLOCK_SPARSE, DROP_IN), ("dense",)
 LAYER = (*LINEAR, BLOCK_SPARSE, "rmsnorm_quantize")
 COMPILES = "compiling takes 10 to 30 s a case on a CPU; timed on GPUs only"
 """40 cases would take longer than everything else together."""
+
+
+def _dense(name: str, prepare: Callable[[Case, Given], Call], **more: Any) -> Peer:
+    """Dense attention of another library, of both ways in."""
+    return Peer(f"{name} (no gate)", (BLOCK_SPARSE, DROP_IN), prepare, ("dense",), **more)
+
+
+def _product(name: str, maker: Callable[..., Call], **more: Any) -> Peer:
+    """The bare product of torch's library."""
+    return Peer(f"{name} (product only)", LINEAR, functools.partial(own.product, maker), one_expert=True, **more)
+
+
 PEERS = (
     Peer("eager", (*LAYER, "select_blocks"), own.eager, on_gpus=""),
-    *(
-        Peer(
-            f"sdpa {name} (no gate)",
-            WITHOUT_GATE,
-            functools.partial(own.sdpa, f"{name.upper()}_ATTENTION"),
-            DENSE,
-            on_gpus="" if name == "flash" else "needs a GPU",
-        )
-        for name in ("cudnn", "flash", "efficient")
-    ),
-    *(
-        Peer(
-            f"{name} (product only)",
-            LINEAR,
-            functools.partial(own.product, maker),
-            precisions=precisions,
-            one_expert=True,
-            since=since,
-        )
-        for name, maker, precisions, since in (
-            ("torch._scaled_mm", fp8_product, ("fp8", "int8"), (8, 9)),
-            ("torch._int_mm", int8_product, ("int8",), ()),
-            ("torch.mm bf16", bf16_product, (), ()),
-        )
-    ),
-    Peer(
-        "FlashAttention-4 bf16 (no gate)",
-        WITHOUT_GATE,
-        external.flash_attention_4,
-        DENSE,
-        package="flash-attn-4",
-        slow=True,
-    ),
-    Peer(
-        "cuDNN fp8 (no gate)",
-        WITHOUT_GATE,
-        external.cudnn_fp8,
-        DENSE,
-        precisions=("fp8",),
-        package="nvidia-cudnn-frontend",
-    ),
-    Peer("sageattention (no gate)", WITHOUT_GATE, external.sageattention, DENSE, package="sageattention"),
+    _dense("sdpa cudnn", functools.partial(own.sdpa, "CUDNN_ATTENTION")),
+    _dense("sdpa flash", functools.partial(own.sdpa, "FLASH_ATTENTION"), on_gpus=""),
+    _dense("sdpa efficient", functools.partial(own.sdpa, "EFFICIENT_ATTENTION")),
+    _product("torch._scaled_mm", fp8_product, precisions=("fp8", "int8"), since=(8, 9)),
+    _product("torch._int_mm", int8_product, precisions=("int8",)),
+    _product("torch.mm bf16", bf16_product),
+    _dense("FlashAttention-4 bf16", external.flash_attention_4, package="flash-attn-4", slow=True),
+    _dense("cuDNN fp8", external.cudnn_fp8, precisions=("fp8",), package="nvidia-cudnn-frontend"),
+    _dense("sageattention", external.sageattention, package="sageattention"),
     Peer("flex_attention (no gate)", (BLOCK_SPARSE,), own.flex, on_gpus=COMPILES, slow=True),
     Peer("torch.compile", LAYER, own.compiled, on_gpus=COMPILES, slow=True),
 )
