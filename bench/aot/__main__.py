@@ -68,7 +68,7 @@ def compiled(triton: Path | None, only: str, jobs: int) -> tuple[list[Row], list
     env |= {"PYTHONPATH": str(triton.resolve())} if triton else {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows"
-        command = [sys.executable, "-m", "bench.aot.compile", str(file), "--only", only, "--jobs", str(jobs)]
+        command = [sys.executable, "-m", "bench.aot.compile", str(file), only, str(jobs)]
         code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
         if code:
             return [], [f"compiling by Triton of {triton or 'this environment'} ended with {code}"]

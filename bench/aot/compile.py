@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,17 +93,12 @@ def beside_in(code: str) -> Beside:
 
 
 def main() -> None:
-    """Compile in forks, and pickle (rows, what failed)."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("into", type=Path, help="file of the rows")
-    parser.add_argument("--only", default="", help="regular expression that a case's name must contain")
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
-    options = parser.parse_args()
-    wanted = re.compile(options.only)
-    chosen = (case for case in cases() if wanted.search(str(case)))
+    """Compile in forks and pickle (rows, what failed): into which file, of which cases, in how many processes."""
+    into, only, jobs = sys.argv[1:]
+    chosen = (case for case in cases() if re.search(only, str(case)))
     launches = record((replace(case, arguments={}), case.arch, case.launch) for case in chosen)
     print(f"Triton {triton.__version__}: {len(launches)} kernels", flush=True)
-    options.into.write_bytes(pickle.dumps(in_forks(measure, launches, options.jobs)))
+    Path(into).write_bytes(pickle.dumps(in_forks(measure, launches, int(jobs))))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ _RESULT = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*) (?:P\d, 
 _USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Compiled:
     """What a compiled kernel takes, and what it is made of.
 
@@ -62,19 +62,12 @@ def read(cubin: bytes) -> list[tuple[Compiled, str]]:
     names = {name for name, *_ in used}
     if not names or names != set(listings):
         raise ValueError(f"a cubin has kernels {sorted(names)} and listings of {sorted(listings)}")
-    return [
-        (
-            Compiled(
-                kernel=name,
-                registers=int(registers),
-                stack=int(stack),
-                shared=int(shared),
-                opcodes=Counter(OPCODE.findall(listings[name])),
-            ),
-            listings[name],
-        )
-        for name, registers, stack, shared in used
-    ]
+    found = []
+    for name, *numbers in used:
+        registers, stack, shared = map(int, numbers)
+        opcodes = Counter(OPCODE.findall(listings[name]))
+        found.append((Compiled(name, registers, stack, shared, opcodes), listings[name]))
+    return found
 
 
 def _tool(name: str, option: str, cubin: Path) -> str:

@@ -135,12 +135,6 @@ class Row(Compiled):
             names = names | {"int8": "UTCIMMA"}
         return sorted(names[fmt] for fmt in PRODUCTS[self.products])
 
-    def __str__(self) -> str:
-        """Its numbers in a line."""
-        spills = f", {self.opcodes['STL']} STL" if self.opcodes["STL"] else ""
-        step = f", {self.step} instructions a step" if self.step else ""
-        return f"{self.registers} registers{spills}{step}, {self.shared} bytes shared, {self.instructions or '-'}"
-
 
 def resources(kernel: Compiled, tensor_cores: Iterable[str], *, may_spill: bool = False) -> list[str]:
     """Gates of any kernel that it fails: registers, its tensor-core instructions and no others, no stack, no spills."""

@@ -117,7 +117,7 @@ def in_forks(work: Callable[[Launch], T], launches: Sequence[Launch], jobs: int)
                     failures.append(f"{said} does not compile: {error}")
                 else:
                     results.append(result)
-                print(f"{place + 1}/{len(launches)} {said}: {error or result}", flush=True)
+                print(f"{place + 1}/{len(launches)} {said}: {error or 'compiled'}", flush=True)
     return results, failures
 
 
