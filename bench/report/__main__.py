@@ -24,6 +24,7 @@ README = ROOT / "README.md"
 PONY_README = ROOT / "examples" / "pony" / "README.md"
 NOTES = ROOT / "docs" / "notes" / "hopper.md"
 DESIGN = ROOT / "docs" / "DESIGN.md"
+KERNELS = ROOT / "docs" / "kernels"
 OUT = ROOT / "docs" / "report"
 PAGE = OUT / "README.md"
 DPI = 110
@@ -74,7 +75,7 @@ def sections(report: Report) -> dict[Path, str]:
     """Write what stands between the markers of each file."""
     # Targets, clip, ops and predictions of every GPU.
     notes = "\n\n".join(targets.text(data, markdown=True) for data in report.gpu.values())
-    pages = {kernel_tables.page(stem): kernel_tables.section(report, stem) for stem in set(STEMS.values())}
+    pages = {KERNELS / f"{stem}.md": kernel_tables.section(report, stem) for stem in set(STEMS.values())}
     own = {README: readme_section(report), PAGE: page_section(report), PONY_README: pony.own_section(report)}
     return own | pages | {NOTES: notes} | {DESIGN: f"{dataflow.flowchart()}\n\n{dataflow.table().markdown()}"}
 

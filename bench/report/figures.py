@@ -92,21 +92,13 @@ def clip(report: Report) -> Figure:
 
 def _bar(axes: Axes, place: int, run: Json, labelled: set[str]) -> None:
     timed = steps_timed(run)
+    look: dict[str, Any] = {} if timed == run["steps"] else {"hatch": "///", "alpha": 0.75}
     parts = parts_of(run) or {NOT_SPLIT: 1.0}
     left, whole = 0.0, sum(parts.values())
     for name, seconds in parts.items():
         width = run["total_s"] * seconds / whole
-        axes.barh(
-            place,
-            width,
-            left=left,
-            height=0.64,
-            color=PART_COLOURS.get(name, UNKNOWN),
-            edgecolor="white",
-            linewidth=0.6,
-            hatch="" if timed == run["steps"] else "///",
-            alpha=1.0 if timed == run["steps"] else 0.75,
-        )
+        colour = PART_COLOURS.get(name, UNKNOWN)
+        axes.barh(place, width, left=left, height=0.64, color=colour, edgecolor="white", linewidth=0.6, **look)
         labelled.add(name)
         if width > 3 and name in PART_COLOURS:  # seconds: there is room for a number
             middle = (left + width / 2, place)

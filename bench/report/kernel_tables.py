@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from bench import targets
 from bench.cases import Case, cases
 from bench.inputs import moved_bytes
 from bench.report.data import Report
-from bench.results import ROOT, Json
+from bench.results import Json
 from bench.table import Table
 from happyhorse_fast.costs import GPUS
 from happyhorse_fast.ops.runtime.dispatch import STEMS
@@ -19,11 +17,6 @@ CARD = GPUS["h200"]
 def cases_of(stem: str) -> list[Case]:
     """The cases that a page shows: of the ops with this stem."""
     return [case for case in cases("main") if STEMS.get(case.op) == stem]
-
-
-def page(stem: str) -> Path:
-    """Path of a kernel's page."""
-    return ROOT / "docs" / "kernels" / f"{stem}.md"
 
 
 def section(report: Report, stem: str) -> str:
