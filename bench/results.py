@@ -250,14 +250,12 @@ def read(path: Path) -> Json:
     return dict(data)
 
 
-def validate(data: object, where: str) -> None:
+def validate(data: Any, where: str) -> None:
     """Hold a file's content against the format.
 
     Raises:
         ResultError: The first field that does not fit.
     """
-    if not isinstance(data, dict):
-        raise ResultError(f"{where}: must be an object, got {type(data).__name__}")
     extra = {"capability": str, "peaks": list, "absent": dict, "stages": list, "gates": list}
     _fields(data, HEADER | {"entries": list, "sampler": list}, extra, where)
     for i, entry in enumerate(data["entries"]):
