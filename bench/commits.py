@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -48,13 +48,14 @@ RUN = f"import runpy; runpy.run_path({str(WORKER)!r}, run_name='__main__')"
 COLUMNS = ("case", "commit", "ms", "spread", "TFLOP/s", "the first one's time over it", "MHz", "W")
 
 
-def interpreter(tree: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """(command, environment) of the worker in a commit's sources.
+def worker(tree: Path, environment: Mapping[str, str], *arguments: str) -> dict[str, Any]:
+    """What `subprocess` starts the worker with, in a commit's sources.
 
     Without `site`, which would let an installation of this checkout provide the commit's kernels.
     """
     path = os.pathsep.join([str(tree), *(entry for entry in sys.path if entry and Path(entry) != bootstrap.ROOT)])
-    return [sys.executable, "-S", "-c", RUN, *arguments], {"PYTHONPATH": path, COMMIT_VARIABLE: tree.name}
+    own = {"PYTHONPATH": path, COMMIT_VARIABLE: tree.name}
+    return {"args": [sys.executable, "-S", "-c", RUN, *arguments], "cwd": tree, "env": {**environment, **own}}
 
 
 def prepare(commits: Sequence[str], words: str, more: Sequence[str]) -> None:
@@ -78,8 +79,8 @@ def prepare(commits: Sequence[str], words: str, more: Sequence[str]) -> None:
         with tarfile.open(fileobj=BytesIO(packed.stdout)) as archive:
             archive.extractall(tree, filter="data")
         options = ("--into", str(tree / ".primed"), "--only", f"^case .*({only})", *more)
-        command, given = interpreter(tree, "run", "bench.prime", *options)
-        subprocess.run(command, cwd=tree, env=os.environ | given | {"PYTHONDONTWRITEBYTECODE": "1"}, check=True)
+        without_caches = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+        subprocess.run(**worker(tree, without_caches, "run", "bench.prime", *options), check=True)
 
 
 def kernel_environment(tree: Path, device: torch.device) -> dict[str, str]:
@@ -108,9 +109,8 @@ class Commit:
     def started(cls, tree: Path, device: torch.device, scope: str) -> Commit:
         """Start the worker; it answers once it has imported everything."""
         own, other = multiprocessing.Pipe()
-        command, given = interpreter(tree, str(other.fileno()), device.type, scope)
-        env = kernel_environment(tree, device) | given
-        process = subprocess.Popen(command, env=env, cwd=tree, pass_fds=[other.fileno()])
+        how = worker(tree, kernel_environment(tree, device), str(other.fileno()), device.type, scope)
+        process = subprocess.Popen(**how, pass_fds=[other.fileno()])
         other.close()
         return cls(tree, process, own)
 
@@ -221,9 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"commits must be among those prepared, {', '.join(prepared) or 'none'}; got {', '.join(names)}")
     if options.command == "run":
         tree = FOLDER / names[0]
-        command, given = interpreter(tree, "run", *options.module)
-        env = kernel_environment(tree, torch.device(default)) | given
-        return subprocess.run(command, cwd=tree, env=env, check=False).returncode
+        how = worker(tree, kernel_environment(tree, torch.device(default)), "run", *options.module)
+        return subprocess.run(**how, check=False).returncode
     chosen = select(cases(options.scope), options.cases)
     device = torch.device(options.device)
     commits = [Commit.started(FOLDER / name, device, options.scope) for name in names]
