@@ -110,17 +110,14 @@ def lines(data: Json) -> Iterator[Line]:
     for kind in PRODUCTS:
         entry, note = best(data, kind, "fp8")
         yield Line(f"{kind} fp8 with its epilogue", 1083, entry["tflops"] if entry else None, "TFLOP/s", note=note)
-        yield _against(f"{kind} fp8 against torch._scaled_mm", entry, SCALED_MM, 1.0)
+        yield _against(data, kind, "fp8", "against torch._scaled_mm", SCALED_MM, 1.0)
     for kind, (precision, peer) in itertools.product(PRODUCTS, (("fp8", SCALED_MM), ("bf16", BF16_MM))):
-        entry, _ = best(data, kind, precision, in_turns=True)
         least = 0.98 if kind == PRODUCTS[0] else 0.95  # up adds to nothing in memory
-        yield _against(f"{kind} {precision} in turns with its bare product", entry, peer, least)
+        yield _against(data, kind, precision, "in turns with its bare product", peer, least, in_turns=True)
     for kind in PRODUCTS:
-        entry, _ = best(data, kind, "int8", in_turns=True)
-        yield _against(f"{kind} int8 in turns with torch._int_mm", entry, INT_MM, 1.0)
+        yield _against(data, kind, "int8", "in turns with torch._int_mm", INT_MM, 1.0, in_turns=True)
     for precision, peer in (("bf16", BF16_MM), ("fp8", SCALED_MM)):
-        entry, _ = best(data, "qkv_linear", precision)
-        yield _against(f"qkv_linear {precision} against its bare product", entry, peer, 1 / 1.1)
+        yield _against(data, "qkv_linear", precision, "against its bare product", peer, 1 / 1.1)
     # The datasheet's, not a copy's: that is no ceiling, rmsnorm_quantize moves half as much again.
     peaks = next(iter(ceilings(data)), None)
     for kind in MEMORY_BOUND:
@@ -132,8 +129,11 @@ def lines(data: Json) -> Iterator[Line]:
     yield from _clip(data)
 
 
-def _against(what: str, entry: Json | None, peer: str, wanted: float) -> Line:
-    taken = entry["peers"].get(peer) if entry else None
+def _against(
+    data: Json, kind: str, precision: str, how: str, peer: str, wanted: float, *, in_turns: bool = False
+) -> Line:
+    entry, _ = best(data, kind, precision, in_turns=in_turns)
+    what, taken = f"{kind} {precision} {how}", entry["peers"].get(peer) if entry else None
     if not entry or not taken:
         return Line(what, wanted, None, "x its speed", note=f"{peer} was not timed" if entry else NOT_MEASURED)
     note = f"{peer} {taken:.4g} ms{'' if entry.get('span') else ', not interleaved'}"

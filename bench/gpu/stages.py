@@ -222,19 +222,13 @@ def chosen_stages(names: str, *, every: bool = False) -> list[Stage]:
     Raises:
         ValueError: No such stage, or no such share.
     """
-    wanted: dict[str, float | None] = {}
+    known, wanted = {stage.name: stage for stage in STAGES}, dict[str, Stage]()
     for given in filter(None, names.split(",")):
         name, _, share = given.partition("=")
-        if name not in [stage.name for stage in STAGES] or not re.fullmatch(r"\d*", share):
-            raise ValueError(
-                f"stages must be among {', '.join(s.name for s in STAGES)}, or one with its seconds, tests=200; "
-                f"got {given!r}"
-            )
-        wanted[name] = float(share) if share else None
+        if name not in known or not re.fullmatch(r"\d*", share):
+            allowed = f"among {', '.join(known)}, or one with its seconds, tests=200"
+            raise ValueError(f"stages must be {allowed}; got {given!r}")
+        wanted[name] = dataclasses.replace(known[name], seconds=float(share or 0) or known[name].seconds)
     if not wanted:
         return [stage for stage in STAGES if every or stage.default]
-    found = []
-    for stage in STAGES:
-        if stage.name in wanted:
-            found.append(dataclasses.replace(stage, seconds=wanted[stage.name] or stage.seconds))
-    return found
+    return [wanted[name] for name in known if name in wanted]
