@@ -26,13 +26,10 @@ from happyhorse_fast.tokens import TEXT_TOKENS, ClipTokens, tokens_for
 
 FULL = ModelConfig.preset("happyhorse-1.0-15b")
 # The full model's kinds of layer and head grouping at a size that plain torch on one core runs in milliseconds.
-SMALL = ModelConfig(
+SMALL = ModelConfig.preset("tiny").replace(
     num_layers=2,
     hidden_size=640,
     head_dim=128,
-    num_heads_q=5,
-    num_heads_kv=1,
-    text_in_channels=96,
     mm_layers=(0,),
     gelu7_layers=(0,),
     local_attn_layers=(1,),

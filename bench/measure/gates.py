@@ -263,8 +263,8 @@ def row_mask(block_map: BlockMap, head: int, row: int) -> Tensor:
 
 def _selection_problems(given: Given, results: tuple[Tensor, ...]) -> list[str]:
     wanted = select_blocks(**given, backend="reference")
-    counts, starts, columns, ids, order = (*results[:4], results[5])
-    found = BlockMap(counts, starts, columns, ids, wanted.mask_bits, order, wanted.queries, wanted.keys)
+    counts, starts, columns, mask_ids, order = results
+    found = BlockMap(counts, starts, columns, mask_ids, wanted.mask_bits, order, wanted.queries, wanted.keys)
     try:
         found.validate()
     except ValueError as error:
