@@ -97,15 +97,13 @@ def html() -> str:
     from markdown_it import MarkdownIt
 
     def embedded(page: Path) -> str:
+        def picture(found: re.Match[str]) -> str:
+            data = base64.b64encode((page.parent / found[1]).read_bytes()).decode()
+            return f'src="data:image/png;base64,{data}"'
+
         text = page.read_text(encoding="utf-8")
         text = text if page == PAGE else text.partition(BEGIN)[2].partition(END)[0]
-        return re.sub(
-            r'src="(\S+?\.png)"',
-            lambda found: (
-                f'src="data:image/png;base64,{base64.b64encode((page.parent / found[1]).read_bytes()).decode()}"'
-            ),
-            MarkdownIt("commonmark").enable("table").render(text),
-        )
+        return re.sub(r'src="(\S+?\.png)"', picture, MarkdownIt("commonmark").enable("table").render(text))
 
     style = "body{font:15px/1.5 sans-serif;max-width:75em;margin:auto}img{max-width:100%}td,th{padding:.2em .6em}"
     body = "".join(embedded(page) for page in (README, PAGE, PONY_README))

@@ -77,22 +77,20 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: list[Made] = []
-        self._at: dict[int, Made] = {}
-        self._kept: list[Any] = []  # so that no address is used twice
+        self._at: dict[int, tuple[Made, Tensor]] = {}  # which keeps the tensor, so that no address is used twice
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         results = func(*args, **(kwargs or {}))
         op = func._schema.name.partition("::")[2].removesuffix("_reference")
-        self._kept += [args, results]
         if op in RESULTS:
             if not self.made:
                 self._note(BEFORE, "hidden", args[0])
             step = next(step for step, of in OPS.items() if of == op and step not in {made.step for made in self.made})
             for given in args:
-                if isinstance(given, Tensor) and (made := self._at.get(given.untyped_storage().data_ptr())):
-                    made.readers.append(step)
+                if isinstance(given, Tensor) and (at := self._at.get(given.untyped_storage().data_ptr())):
+                    at[0].readers.append(step)
             new = (args[-1],) if op == "fp8_linear_residual" else results
             for name, x in zip(RESULTS[op], new if isinstance(new, tuple) else (new,), strict=True):
                 if x.numel():
@@ -101,7 +99,7 @@ class Recorder(TorchDispatchMode):
 
     def _note(self, step: str, name: str, x: Tensor) -> None:
         made = Made(step, name, f"[{', '.join(LETTERS[size] for size in x.shape)}]", DTYPES[x.dtype])
-        self._at[x.untyped_storage().data_ptr()] = made
+        self._at[x.untyped_storage().data_ptr()] = made, x
         self.made.append(made)
 
 

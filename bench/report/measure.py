@@ -126,13 +126,9 @@ def _timeline(form: Form, preset: str, resolution: str, seconds: int) -> Json:
         with timeline:
             model(*inputs)
         for index, (first, end) in enumerate(zip(marks[::2], marks[1::2], strict=True)):
-            layers.append(
-                {
-                    "kind": layer_kind(shallow, index, clip),
-                    "operations": timeline.operations[first:end],
-                    "activations_gib": [(live - weights) / _GIB for live in timeline.after[first:end]],
-                }
-            )
+            kind, operations = layer_kind(shallow, index, clip), timeline.operations[first:end]
+            live = [(live - weights) / _GIB for live in timeline.after[first:end]]
+            layers.append({"kind": kind, "operations": operations, "activations_gib": live})
 
     peak_memory(form.without_weights(shallow), clip, call=run)
     weights = weight_bytes(form.without_weights(config)) / _GIB
