@@ -33,16 +33,10 @@ COMMIT_VARIABLE = "COMMIT"
 Json = dict[str, Any]
 _NUMBER = (int, float)
 HEADER: dict[str, Any] = {"gpu": str, "driver": str, "torch": str, "triton": str, "commit": str}
-ENTRY: dict[str, Any] = {
-    "case": str,
-    "impl": str,
-    "median_ms": _NUMBER,
-    "tflops": _NUMBER,
-    "gbps": _NUMBER,
-    "roofline": _NUMBER,
-    "peers": dict,
-    "verified": bool,
-}
+ENTRY_NUMBERS, RUN_NUMBERS = ("median_ms", "tflops", "gbps", "roofline"), ("s_per_step", "total_s", "peak_memory_gib")
+"""Null where there is none: of a red gate, of a run whose memory ran out."""
+ENTRY: dict[str, Any] = {"case": str, "impl": str, "peers": dict, "verified": bool}
+ENTRY |= dict.fromkeys(ENTRY_NUMBERS, _NUMBER)
 ENTRY_EXTRA: dict[str, Any] = {
     "tflops_useful": _NUMBER,  # on the model's own FLOPs
     "low_ms": _NUMBER,  # a tenth of the calls are faster
@@ -57,16 +51,8 @@ ENTRY_EXTRA: dict[str, Any] = {
     "softmax": str,  # of attention: the form that ran (bench.inputs.softmax); kernels before there were two had none
     "config": dict,  # launch configuration, where it is not the committed one
 }
-SAMPLER: dict[str, Any] = {
-    "preset": str,
-    "resolution": str,
-    "seconds": int,
-    "mode": str,
-    "steps": int,
-    "s_per_step": _NUMBER,
-    "total_s": _NUMBER,
-    "peak_memory_gib": _NUMBER,
-}
+SAMPLER: dict[str, Any] = {"preset": str, "resolution": str, "seconds": int, "mode": str, "steps": int}
+SAMPLER |= dict.fromkeys(RUN_NUMBERS, _NUMBER)
 SAMPLER_EXTRA: dict[str, Any] = {
     "mask": str,  # "exact", or the share of video pairs
     "cap_gb": _NUMBER,  # size, as it is sold, of the card that memory was capped to
@@ -79,8 +65,6 @@ SAMPLER_EXTRA: dict[str, Any] = {
     "conditions": dict,  # clock, power and temperature before and after the steps
     "note": str,  # what was not run as published, or why there is no number
 }
-# Numbers that may be missing: a red gate, memory that ran out.
-_MAY_BE_NULL = {"median_ms", "tflops", "gbps", "roofline", "s_per_step", "total_s", "peak_memory_gib"}
 
 
 class ResultError(ValueError):
@@ -283,7 +267,7 @@ def _fields(data: object, required: Mapping[str, Any], optional: Mapping[str, An
         wanted = required.get(name, optional.get(name))
         if wanted is None:
             raise ResultError(f"{where}: {name} is not part of the format")
-        if value is None and name in _MAY_BE_NULL | set(optional):
+        if value is None and name in {*ENTRY_NUMBERS, *RUN_NUMBERS, *optional}:
             continue
         if wanted is _NUMBER:
             _number(value, f"{where}: {name}")

@@ -32,7 +32,7 @@ from bench.measure.conditions import Monitor
 from bench.measure.random_model import Backend, random_eager, random_fast
 from bench.ops import arguments, open_results
 from bench.report.tables import clip_table
-from bench.results import Json
+from bench.results import RUN_NUMBERS, Json
 from bench.sampler_runs import MODES, PUBLISHED_SECONDS, SECOND_STAGE, Run, chosen, runs
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import usable_bytes
@@ -82,7 +82,7 @@ class Bench:
 
         Afterwards ``lost`` says what took the GPU from this process, None where it works.
         """
-        entry, note = self.named(run) | dict.fromkeys(("s_per_step", "total_s", "peak_memory_gib")), ""
+        entry, note = self.named(run) | dict.fromkeys(RUN_NUMBERS), ""
         try:
             self._cap(run.cap_gb)
             with running(self.backend if run.fast else ""):

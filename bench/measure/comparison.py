@@ -24,7 +24,7 @@ from bench.measure import gates, roofline
 from bench.measure.conditions import Monitor
 from bench.measure.timing import Failed, Prepared, Stopwatch, Timing
 from bench.peers.registry import Peer, bf16_inputs
-from bench.results import Json, Results
+from bench.results import ENTRY_NUMBERS, Json, Results
 from happyhorse_fast.ops.runtime.formats import VARIANTS
 from happyhorse_fast.ops.runtime.obstacles import lost
 
@@ -201,8 +201,7 @@ class Bench:
             form = self._softmax[case]
             self._write(entry | ({"softmax": form} if form else {}))
         del ready, beside
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         return found
 
     def _fitting(self, group: Group, peers: Iterable[Peer]) -> list[Peer]:
@@ -268,8 +267,7 @@ class Bench:
         self._verdict(case, impl, False)
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         why = {"peers": {}, "verified": False, "reason": problems[0] + more}
-        numbers = dict.fromkeys(("median_ms", "tflops", "gbps", "roofline"))
-        self._write({"case": case.name, "impl": impl, **numbers, **why})
+        self._write({"case": case.name, "impl": impl, **dict.fromkeys(ENTRY_NUMBERS), **why})
 
     def _verdict(self, case: Case, impl: str, passed: bool) -> None:
         self._gates[case.name, impl] = passed
