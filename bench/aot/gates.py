@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from bench.aot.disassembly import Compiled, Turn
 from happyhorse_fast.kernels.launch import FP_FUSION, LaunchConfig, illegal, table
+from happyhorse_fast.ops.quantize import ATTENTION, FORMATS
 
 MOST_REGISTERS = 255
 KEEP_NAN = ("linear", "qkv", "row_quantization")
@@ -28,14 +29,8 @@ GROUPS, SLOT_PRODUCTS, STORES = 2, 4, 16
 """Of a product with its epilogue beside: groups that multiply, a slot's products of 32 bytes, and a group's STSM."""
 RESERVED = 4
 """Named barriers that Triton may use for itself in a kernel of three partitions."""
-PRODUCTS = {
-    "bf16": ("bf16",),
-    "int8": ("int8",),
-    "fp8": ("fp8",),
-    "int8_qk": ("bf16", "int8"),
-    "int8_qk_fp8_v": ("int8", "fp8"),
-    "none": (),
-}
+PRODUCTS = {fmt: {FORMATS[of_qk], FORMATS[of_v]} for fmt, (of_qk, of_v) in ATTENTION.items()}
+PRODUCTS |= {"int8": {"int8"}, "none": set()}
 """Products of a kernel -> formats that are multiplied in it."""
 TENSOR_CORES = {
     90: {"bf16": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA"},
