@@ -41,10 +41,8 @@ class Table:
     def text(self) -> str:
         """For a terminal: the title, aligned columns, the note."""
         widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
-        lines = [
-            "  ".join(
-                f"{cell:{'<' if left else '>'}{w}}" for cell, w, left in zip(row, widths, self.at_left, strict=True)
-            )
-            for row in (self.columns, *self.rows)
-        ]
-        return "\n".join([self.title, *map(str.rstrip, lines), *([self.note] if self.note else [])])
+        lines = [self.title]
+        for row in (self.columns, *self.rows):
+            cells = zip(row, widths, self.at_left, strict=True)
+            lines.append("  ".join(cell.ljust(w) if left else cell.rjust(w) for cell, w, left in cells).rstrip())
+        return "\n".join([*lines, *([self.note] if self.note else [])])

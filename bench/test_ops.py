@@ -23,7 +23,7 @@ SCOPE = os.environ.get("BENCH_SCOPE") or ("main" if DEVICE.type == "cuda" else "
 BACKEND = ops.default_backend(DEVICE)
 OTHERS, WITHOUT = ops.other_backends(DEVICE)
 NOW = [0.0]
-"""Seconds of all calls so far."""
+"""Seconds of the recorded calls so far: the host's clock around one on a GPU would hold its launch, no device time."""
 
 
 def benchmarks() -> list[Any]:
@@ -46,12 +46,7 @@ def bench() -> Iterator[comparison.Bench]:
     print(f"\n{ops.summary(made)}")
 
 
-def seconds() -> float:
-    """A clock of the recorded calls: the host's, around one on a GPU, would hold its launch and no device time."""
-    return NOW[0]
-
-
-@pytest.mark.benchmark(timer=seconds)
+@pytest.mark.benchmark(timer=lambda: NOW[0])
 @pytest.mark.parametrize(("case", "impl"), benchmarks())
 def test_op(case: Case, impl: str, benchmark: Any, bench: comparison.Bench) -> None:
     """Gate, then time; a red gate fails and leaves no number."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Mapping
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ ROUNDED = {
 ALL_BLOCKS_UP_TO = 8
 DRAWN_BLOCKS = 6
 # Dynamic choices between scores that differ by their rounding alone may fall either way.
-SAME_BLOCKS = Fraction(99, 100)
+SAME_BLOCKS = 0.99
 
 Compared = tuple[str, Tensor, Tensor, float, float | None]
 """(name, result [rows, ...], exact, allowed tile distance, allowed tile slope or None)."""
@@ -273,6 +272,6 @@ def _selection_problems(given: Given, results: tuple[Tensor, ...]) -> list[str]:
         return ["map: rows keep another number of blocks than the reference's"]
     (ours, our_ids), (theirs, their_ids) = found.to_blocks(), wanted.to_blocks()
     ours, theirs = ours | (our_ids >= 0), theirs | (their_ids >= 0)
-    share = Fraction(int((ours & theirs).sum()), int(theirs.sum()))
-    least = f"at least {float(SAME_BLOCKS):.0%}"
-    return [] if share >= SAME_BLOCKS else [f"map: {float(share):.2%} of the reference's blocks, {least}"]
+    share = int((ours & theirs).sum()) / int(theirs.sum())
+    least = f"at least {SAME_BLOCKS:.0%}"
+    return [] if share >= SAME_BLOCKS else [f"map: {share:.2%} of the reference's blocks, {least}"]

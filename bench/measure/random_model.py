@@ -15,6 +15,7 @@ from happyhorse_fast.fast.accelerate import empty_accelerated
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.qkv.packing import static_qk_scale
+from happyhorse_fast.ops.quantize import FORMATS
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 from happyhorse_fast.ops.runtime.dispatch import Choice, choose, compute_capability, cuda_ops
 from happyhorse_fast.ops.runtime.obstacles import BackendError
@@ -66,10 +67,8 @@ def _fill(layer: FastLayer, generator: torch.Generator) -> None:
     buffers = dict(layer.named_buffers())
     for name, value in buffers.items():
         if name.endswith("_weight"):
-            inputs = value.shape[-1]
-            fmt = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(value.dtype)
-            if fmt:
-                spread = CODE_SPREAD[fmt]
+            inputs, spread = value.shape[-1], CODE_SPREAD.get(FORMATS.get(value.dtype, ""))
+            if spread:
                 drawn = torch.empty_like(value, dtype=torch.bfloat16).normal_(0.0, spread, generator=generator)
                 value.copy_(drawn.clamp_(-4 * spread, 4 * spread))
                 buffers[name.replace("_weight", "_scale")].fill_(inputs**-0.5 / spread)

@@ -57,16 +57,16 @@ def _number(value: float | None, form: str = ".1e") -> str:
     return "not finite" if value is None else format(value, form)
 
 
-def _forms(cases: list[Json]) -> list[str]:
-    """Names of the forms in a table's order; with attention where it is not in bf16."""
+def _forms(cases: list[Json]) -> dict[str, str]:
+    """Forms in a table's order, each with its name there: with attention where it is not in bf16."""
     of = {form["form"]: form["attention"] for case in cases for form in case["forms"]}
-    return [name if of.get(name, "bf16") == "bf16" else f"{name}, attention {of[name]}" for name in FORM_ORDER]
+    return {name: name if of.get(name, "bf16") == "bf16" else f"{name}, attention {of[name]}" for name in FORM_ORDER}
 
 
 def error_table(cases: list[Json]) -> Table:
     """End to end, per case and form: video and audio apart, what the step added, PSNR of the latents."""
     rows: list[tuple[str, ...]] = []
-    named = dict(zip(FORM_ORDER, _forms(cases), strict=True))
+    named = _forms(cases)
     for case in cases:
         for form in case["forms"]:
             cells = [
@@ -101,7 +101,7 @@ def error_summary(cases: list[Json]) -> Table:
         rows.append((f"`{case['case']}`", *cells.values()))
     return Table(
         "Error of the velocity, video / audio: relative L2 to float32",
-        ("case", *_forms(cases)),
+        ("case", *_forms(cases).values()),
         tuple(rows),
         "Small models with seeded random weights. For sparsity (a quarter of the video blocks) that is a hard case: "
         "random weights attend to all keys alike, so every block that is left out counts.",
@@ -126,7 +126,7 @@ def op_table(cases: list[Json]) -> Table:
         rows.append((op, *cells))
     return Table(
         "Error of each op by itself: relative L2 / worst 128x128 tile, to float32",
-        ("op", *_forms(cases)),
+        ("op", *_forms(cases).values()),
         tuple(rows),
         "Each op runs on its float32 input; worst layer, modality and case. qkv and up include their norm; norm is the "
         "one before qkv. Sparsity changes attention alone.",
