@@ -38,7 +38,6 @@ from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.costs import usable_bytes
 from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.config import FastConfig
-from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.attention.score_bound import LIMIT
 from happyhorse_fast.ops.runtime.formats import uses_e4m3
 from happyhorse_fast.ops.runtime.obstacles import BackendError, lost
@@ -240,12 +239,9 @@ class Bench:
 
 def softmax_of(model: HappyHorse) -> str:
     """Forms of the softmax in an accelerated model's layers, as :func:`bench.inputs.softmax` names them."""
-    found = set()
-    for layer in model.block.layers:
-        assert isinstance(layer, FastLayer)
-        bounded = not uses_e4m3(layer.plan.precision["attention"]) and layer.bound.effective <= LIMIT
-        found.add(BOUNDED if bounded else RUNNING)
-    return " and ".join(sorted(found))
+    layers: Any = model.block.layers
+    fit = (not uses_e4m3(layer.plan.precision["attention"]) and layer.bound.effective <= LIMIT for layer in layers)
+    return " and ".join(sorted({BOUNDED if bounded else RUNNING for bounded in fit}))
 
 
 def memory_fraction(gb: int | None, total: int) -> float:

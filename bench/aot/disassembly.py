@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import tempfile
@@ -10,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+import triton
 
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
 # N of a product of m64nNkK, the first register of its sums, and that of its left operand where that is in registers.
@@ -72,9 +73,7 @@ def read(cubin: bytes) -> list[tuple[Compiled, str]]:
 
 def _tool(name: str, option: str, cubin: Path) -> str:
     """Output of one of the tools in Triton's wheel."""
-    spec = importlib.util.find_spec("triton")
-    assert spec is not None and spec.origin is not None, "Triton is not installed"
-    path = Path(spec.origin).parent / "backends/nvidia/bin" / name
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     return subprocess.run([path, option, cubin], capture_output=True, text=True, check=True).stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bench.bootstrap as bootstrap  # isort: skip - first: maps the kernels
 
+import contextlib
 import os
 import re
 import sys
@@ -102,11 +103,8 @@ def run_tests(name: str) -> None:
     """
     file = str(bootstrap.ROOT / "tests" / "gpu" / f"test_gpu_{name}.py")
     options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", "-q", "-x", "--tb=short", "--benchmark-disable")
-    stdout, sys.stdout = sys.stdout, sys.stderr
-    try:
+    with contextlib.redirect_stdout(sys.stderr):
         code = pytest.main([*options, file])
-    finally:
-        sys.stdout = stdout
     if code != pytest.ExitCode.OK:
         raise RuntimeError(f"{file} ended with {code!r} on a stand-in GPU")
 
