@@ -39,12 +39,9 @@ def self_checks(device: torch.device, ops: Sequence[str], impl: str = "") -> int
     fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
     failed = False
     for backend in _backends(device, impl):
-        wanted = [
-            (op, variant)
-            for op, variants in formats.VARIANTS[backend].items()
-            for variant in variants
-            if (not ops or op in ops) and (fp8 or not formats.uses_e4m3(variant))
-        ]
+        known = [(op, variant) for op, variants in formats.VARIANTS[backend].items() for variant in variants]
+        able = [(op, variant) for op, variant in known if fp8 or not formats.uses_e4m3(variant)]
+        wanted = [(op, variant) for op, variant in able if not ops or op in ops]
         for check, new in trust.checked(backend, device, wanted):
             verdict, when = "passed" if check.passed else "FAILED", f"{check.seconds:.1f} s" if new else "remembered"
             print(f"{backend} {check.op} {check.variant}: {verdict}, {check.detail}, {when}", flush=True)

@@ -167,13 +167,8 @@ def best(
         **wanted: Fields that an entry must have (``impl``, ``softmax``); None: must not.
     """
     name = f"{kind}/{SIZE}/{precision}"
-    entries = [
-        e
-        for e in data["entries"]
-        if e["case"] == name
-        and (e.get("span") or not in_turns)
-        and all(e.get(field) == x for field, x in wanted.items())
-    ]
+    of_case = [e for e in data["entries"] if e["case"] == name and (e.get("span") or not in_turns)]
+    entries = [e for e in of_case if all(e.get(field) == x for field, x in wanted.items())]
     timed = [entry for entry in entries if entry["verified"] and entry["median_ms"] is not None]
     if not timed:
         return None, "; ".join(f"{e['impl']}: not verified: {e.get('reason', '')}" for e in entries) or NOT_MEASURED

@@ -73,10 +73,8 @@ def candidates(case: Case, arch: int) -> list[LaunchConfig]:
     plain = replace(base, hopper=False)  # what varies is the plain kernel's
     for values in itertools.product(*choices.values()):
         config = replace(plain, **dict(zip(choices, values, strict=True)))
-        if (
-            config not in made
-            and illegal(config, arch, fp8=case.precision == "fp8", shared_bytes=_shared(case, config)) is None
-        ):
+        why_not = illegal(config, arch, fp8=case.precision == "fp8", shared_bytes=_shared(case, config))
+        if why_not is None and config not in made:
             made.append(config)
     return made
 

@@ -207,13 +207,12 @@ class Bench:
     def _fitting(self, group: Group, peers: Iterable[Peer]) -> list[Peer]:
         """Peers that do some of a group's work; what broke in the result file would break again."""
         broken = self.results.data["absent"] if self.keep == "all" else {}
-        return [
-            peer
-            for peer in peers
-            if (fits := [case for case in group if peer.fits(case)])
-            and not {f"{peer.name} on {case.name}" for case in fits} & broken.keys()
-            and f"{peer.name} on {group[0].use}" not in broken
-        ]
+        found = []
+        for peer in peers:
+            places = [case.name for case in group if peer.fits(case)]
+            if places and not {f"{peer.name} on {place}" for place in (*places, group[0].use)} & broken.keys():
+                found.append(peer)
+        return found
 
     def _prepared(self, green: Iterable[Ours]) -> Iterator[tuple[Ours, Prepared]]:
         """Implementations that ran; those of a case share its inputs."""

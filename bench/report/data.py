@@ -88,8 +88,7 @@ def gpu_results(folder: Path) -> dict[Path, Json]:
 def ceilings(data: Json) -> list[Peaks]:
     """Ceilings of one GPU: the datasheet's first, then those measured; either where there is one."""
     stated = [Peaks(**peaks) for peaks in data.get("peaks", ()) if peaks["source"] != MEASURED]
-    measured = measured_ceilings(data)
-    return [*stated, *([measured] if measured else [])]
+    return [*stated, *filter(None, [measured_ceilings(data)])]
 
 
 def measured_ceilings(data: Json) -> Peaks | None:

@@ -69,11 +69,8 @@ def error_table(cases: list[Json]) -> Table:
     named = _forms(cases)
     for case in cases:
         for form in case["forms"]:
-            cells = [
-                _number(form["errors"][f"velocity.{modality}"][measure])
-                for modality in ("video", "audio")
-                for measure in ("relative_l2", "own")
-            ]
+            velocities = [form["errors"][f"velocity.{m}"] for m in ("video", "audio")]
+            cells = [_number(error[measure]) for error in velocities for measure in ("relative_l2", "own")]
             latents = [form["errors"][f"latent.{m}"] for m in ("video", "audio")] if case["steps"] else []
             psnr = [_number(error["psnr_db"], ".1f") for error in latents]
             verdict = f"FAIL: {form['violations'][0]}" if form["violations"] else "pass"
