@@ -104,16 +104,16 @@ def in_forks(work: Callable[[Launch], T], launches: Sequence[Launch], jobs: int)
         launches: What to work on.
         jobs: Processes side by side.
     """
-    results, failures = list[T](), list[str]()
+    results, failures = list[Any](), list[str]()
     fork = multiprocessing.get_context("fork")  # which has what was recorded, and imports nothing again
     for first in range(0, len(launches), jobs * KERNELS_EACH):
         with ProcessPoolExecutor(jobs, fork) as pool:
             batch = launches[first : first + jobs * KERNELS_EACH]
             for place, done in enumerate([pool.submit(_tried, work, launch) for launch in batch], first):
                 lost = done.exception()  # of the process, such as one without memory
-                result, error = (None, str(lost)) if lost else done.result()
+                result, error = (None, repr(lost)) if lost else done.result()
                 said = f"{launches[place].name} of {launches[place].source}"
-                if result is None:
+                if error:
                     failures.append(f"{said} does not compile: {error}")
                 else:
                     results.append(result)
