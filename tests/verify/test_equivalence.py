@@ -15,7 +15,7 @@ from happyhorse_fast.checkpoint.load import save_checkpoint
 from happyhorse_fast.cli import run
 from happyhorse_fast.config import ModelConfig
 from happyhorse_fast.eager import sequence
-from happyhorse_fast.eager.model import MLP, Attention, HappyHorse
+from happyhorse_fast.eager.model import MLP, Attention, HappyHorse, Pass
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig, TopK
 from happyhorse_fast.fast.layer import FastLayer
@@ -190,7 +190,7 @@ def test_a_trained_layer_on_the_interpreter_adds_what_plain_torch_does(precision
     exact = load_model(torch.float32)
     given = layer_ops.record_inputs(exact, inputs)[1]  # shared weights, SwiGLU7, a window: as most of the full model's
     layer: Any = exact.block.layers[1]
-    expected = layer(given.hidden, given.phases, given.clip, given.ranges, torch.float32) - given.hidden
+    expected = layer(given.hidden, Pass(given.phases, given.clip, given.ranges, torch.float32, None)) - given.hidden
     found = []
     for backend in ("triton", "reference"):
         ready: Any = accelerate(load_model(), FastConfig(precision=precision, backend=backend, originals="drop"))
