@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn.functional import interpolate
 
@@ -133,9 +131,18 @@ def super_resolve(
         return lower, audio
 
     sigmas = solver.sigmas[:-1].tolist()
-    how: dict[str, Any] = {"title": "super-resolution", "image": image, "callback": callback, "progress": progress}
-    # No name for what it starts from, which would keep the first latent on the device throughout.
-    made, _ = run_steps(advance, sigmas, noised_video(), noised_audio(), ranks=ranks, **how)
+    made, _ = run_steps(
+        advance,
+        sigmas,
+        # Here and with no ** beside: a name, or Python 3.11's tuple of arguments, would keep the first latent alive.
+        noised_video(),
+        noised_audio(),
+        title="super-resolution",
+        image=image,
+        callback=callback,
+        progress=progress,
+        ranks=ranks,
+    )
     return made
 
 
