@@ -30,8 +30,8 @@ class AudioCodec(Codec):
     DTYPE: ClassVar = torch.float32
 
     @staticmethod
-    def described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
-        """As :meth:`Codec.described` says."""
+    def check(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
+        """As :meth:`Codec.check` says."""
         source, settings, entries = describe(folder)
         optional.require("diffusers", WHAT)
         from diffusers import AutoencoderOobleck

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ def describe(folder: Path) -> tuple[Path, dict[str, Any], dict[str, TensorEntry]
         if (place / CONFIG).exists():
             settings = read_json(place / CONFIG)
             require_settings(place / CONFIG, settings, {"_class_name": "AutoencoderOobleck"}, WHAT)
-            entries = read_headers(place)
             break
     else:
         if not (folder / SINGLE_FILE).exists():
@@ -53,7 +52,6 @@ def describe(folder: Path) -> tuple[Path, dict[str, Any], dict[str, TensorEntry]
             )
         place = folder / SINGLE_FILE
         settings = _root_settings(folder / ROOT_CONFIG)
-        entries = _root_entries(place)
     wanted = {"decoder_input_channels": AUDIO_CHANNELS, "audio_channels": CHANNELS}
     require_settings(place, {**wanted, **settings}, wanted, WHAT)  # what a config leaves out is the library's default
     ratios = settings.get("downsampling_ratios", RATIOS)
@@ -63,7 +61,7 @@ def describe(folder: Path) -> tuple[Path, dict[str, Any], dict[str, TensorEntry]
             f"{place}: not of {WHAT}: downsampling_ratios must multiply to {LATENT_SAMPLES} samples a latent, "
             f"got {ratios}"
         )
-    return place, settings, entries
+    return place, settings, _root_entries(place, len(ratios)) if place.is_file() else read_headers(place)
 
 
 def _root_settings(file: Path) -> dict[str, Any]:
@@ -98,44 +96,34 @@ _BLOCKS = {
     "encoder": ("res_unit1", "res_unit2", "res_unit3", "snake1", "conv1"),
     "decoder": ("snake1", "conv_t1", "res_unit1", "res_unit2", "res_unit3"),
 }
-_ROOT_KEY = re.compile(r"(?P<half>encoder|decoder)\.layers\.(?P<place>\d+)\.(?P<rest>.*)")
-_BLOCK_KEY = re.compile(r"layers\.(?P<place>\d+)\.(?:layers\.(?P<unit>\d+)\.)?(?P<name>\w+)")
 
 
-def _root_entries(file: Path) -> dict[str, TensorEntry]:
-    """The codec's entries in the whole model, by the library's keys."""
+def _root_entries(file: Path, blocks: int) -> dict[str, TensorEntry]:
+    """The codec's entries in the whole model, by the library's keys; what has none keeps its own, to be reported."""
     inside = {
         key.removeprefix(ROOT_PREFIX): entry for key, entry in read_file(file).items() if key.startswith(ROOT_PREFIX)
     }
     if not inside:
         raise CheckpointError(f"{file}: not of {WHAT}: no key starts with {ROOT_PREFIX}")
-    last = {
-        half: max(
-            (int(m["place"]) for key in inside if (m := _ROOT_KEY.fullmatch(key)) and m["half"] == half), default=0
-        )
-        for half in _BLOCKS
-    }
+    names = _library_names(blocks)
     found = {}
     for key, entry in inside.items():
-        name = _library_key(key, last)
+        module, _, tensor = key.rpartition(".")
+        name = f"{names[module]}.{tensor}" if module in names else key
         # Snake's two vectors have dimensions for the batch and for time in the library.
-        shape = (1, *entry.shape, 1) if name.endswith((".alpha", ".beta")) else entry.shape
+        shape = (1, *entry.shape, 1) if tensor in ("alpha", "beta") else entry.shape
         found[name] = dataclasses.replace(entry, key=name, shape=shape)
     return found
 
 
-def _library_key(key: str, last: dict[str, int]) -> str:
-    """A key of the whole model in the library's words; as it is, to be reported, where it has none."""
-    outer = _ROOT_KEY.fullmatch(key)
-    if outer is None:
-        return key
-    half, place = outer["half"], int(outer["place"])
-    ends = {0: "conv1", last[half] - 1: "snake1", last[half]: "conv2"}
-    if place in ends:
-        return f"{half}.{ends[place]}.{outer['rest']}"
-    inner = _BLOCK_KEY.fullmatch(outer["rest"])
-    names = _BLOCKS[half]
-    if inner is None or int(inner["place"]) >= len(names) or int(inner["unit"] or 0) >= len(_UNIT):
-        return key
-    unit = "" if inner["unit"] is None else f"{_UNIT[int(inner['unit'])]}."
-    return f"{half}.block.{place - 1}.{names[int(inner['place'])]}.{unit}{inner['name']}"
+def _library_names(blocks: int) -> dict[str, str]:
+    """Modules of the codec in the whole model, with so many blocks in either half, and the library's names of them."""
+    names = {}
+    for half, parts in _BLOCKS.items():
+        for place, name in ((0, "conv1"), (blocks + 1, "snake1"), (blocks + 2, "conv2")):
+            names[f"{half}.layers.{place}"] = f"{half}.{name}"
+        for block, (place, part) in itertools.product(range(blocks), enumerate(parts)):
+            here, name = f"{half}.layers.{block + 1}.layers.{place}", f"{half}.block.{block}.{part}"
+            names[here] = name
+            names |= {f"{here}.layers.{index}": f"{name}.{unit}" for index, unit in enumerate(_UNIT)}
+    return names

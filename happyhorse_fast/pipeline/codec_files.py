@@ -69,7 +69,7 @@ class Codec(ABC):
         """
         if not (encoder or decoder):
             raise ValueError("encoder or decoder must be True, got False for both")
-        vae, entries = cls.described(Path(folder))
+        vae, entries = cls.check(Path(folder))
         place = usable_device(device)
         used = {*(cls.HALVES["encoder"] if encoder else ()), *(cls.HALVES["decoder"] if decoder else ())}
         for name in [name for name, _ in vae.named_children() if name not in used]:
@@ -92,18 +92,16 @@ class Codec(ABC):
 
     @staticmethod
     @abstractmethod
-    def described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
-        """(The library's model on "meta", the entries of its files), which fit each other."""
-
-    @classmethod
-    def check(cls, folder: str | Path) -> None:
+    def check(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
         """Make the checks of :meth:`load` that need no weights: config, keys, shapes, and that the files are whole.
+
+        Returns:
+            (The library's model on "meta", the entries of its files), which fit each other.
 
         Raises:
             CheckpointError: As there.
             ImportError: As there.
         """
-        cls.described(Path(folder))
 
     def require_half(self, half: str) -> None:
         """Hold that a half was loaded.
@@ -179,13 +177,16 @@ def require_tensors(
     Raises:
         CheckpointError: A tensor is missing, unknown, of another shape or dtype.
     """
-    problems = [f"{key} is missing" for key in wanted if key not in entries]
-    problems += [f"{key} is none of {owner}'s" for key in entries if key not in wanted]
-    for key in wanted.keys() & entries.keys():
-        entry, shape = entries[key], tuple(wanted[key].shape)
-        if entry.shape != shape:
-            problems.append(f"{key} must be {list(shape)}, got {list(entry.shape)}")
-        elif entry.dtype not in FLOATS:
-            problems.append(f"{key} must be of floating point, got {entry.dtype}")
+    problems = differences(wanted, entries, owner)
+    strange = {key: entry.dtype for key, entry in entries.items() if key in wanted and entry.dtype not in FLOATS}
+    problems += [f"{key} must be of floating point, got {dtype}" for key, dtype in strange.items()]
     if problems:
         raise CheckpointError(f"{source}: {listed(sorted(problems))}")
+
+
+def differences(wanted: Mapping[str, Any], found: Mapping[str, Any], owner: str) -> list[str]:
+    """In words: what of the tensors that a model wants is missing or of another shape, and what is none of its own."""
+    problems = [f"{key} is missing" for key in wanted if key not in found]
+    problems += [f"{key} is none of {owner}'s" for key in found if key not in wanted]
+    shapes = {key: (list(wanted[key].shape), list(found[key].shape)) for key in wanted.keys() & found.keys()}
+    return problems + [f"{key} must be {shape}, got {came}" for key, (shape, came) in shapes.items() if shape != came]

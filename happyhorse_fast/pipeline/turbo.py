@@ -13,6 +13,7 @@ from happyhorse_fast import ambient
 from happyhorse_fast.arguments import CheckpointError, listed, require_tensor, require_whole
 from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.pipeline import tiling
+from happyhorse_fast.pipeline.codec_files import differences
 from happyhorse_fast.pipeline.frame_stream import Chunk, FrameConv, Resnet, UpBlock, as_is, norm_then
 
 PATCH = 2
@@ -91,15 +92,12 @@ class TurboDecoder(nn.Module):
         channels, depths = _sizes(weights)
         decoder = cls(channels, depths).requires_grad_(False)
         wanted = decoder.state_dict()
-        problems = [f"{key} is missing" for key in wanted if key not in weights]
-        problems += [f"{key} is none of the decoder's" for key in weights if key not in wanted]
-        dtype = weights["decoder.conv_in.conv.weight"].dtype
-        for key in wanted.keys() & weights.keys():
-            weight, shape = weights[key], wanted[key].shape
-            if weight.shape != shape:
-                problems.append(f"{key} must be {list(shape)}, got {list(weight.shape)}")
-            elif weight.dtype != dtype or not dtype.is_floating_point:
-                problems.append(f"{key} is {weight.dtype}, decoder.conv_in.conv.weight is {dtype}; floats of one dtype")
+        problems = differences(wanted, weights, "the decoder")
+        first = "decoder.conv_in.conv.weight"
+        dtype = weights[first].dtype
+        dtypes = {key: weights[key].dtype for key in wanted.keys() & weights.keys()}
+        strange = {key: came for key, came in dtypes.items() if came != dtype or not dtype.is_floating_point}
+        problems += [f"{key} is {came}, {first} is {dtype}; floats of one dtype" for key, came in strange.items()]
         if problems:
             raise CheckpointError(f"turbo decoder: {listed(sorted(problems))}")
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}

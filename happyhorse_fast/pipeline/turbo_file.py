@@ -70,7 +70,7 @@ def load_turbo(
         ValueError: This machine does not have the device.
     """
     place = usable_device(device)
-    weights, file = _described(Path(folder))
+    weights, file = check_turbo(Path(folder))
     found = {key: tensor.to(place, dtype) for key, tensor in weights.items()}
     try:
         for key, tensor in found.items():
@@ -80,17 +80,15 @@ def load_turbo(
     return TurboDecoder.from_tensors(found)
 
 
-def check_turbo(folder: str | Path) -> None:
+def check_turbo(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
     """Make the checks of :func:`load_turbo` that need no weights: settings, keys and shapes.
+
+    Returns:
+        (The decoder's tensors, mapped from the file rather than read; the file).
 
     Raises:
         CheckpointError: As there.
     """
-    _described(Path(folder))
-
-
-def _described(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
-    """(The decoder's tensors, mapped from the file rather than read; the file), held against the settings."""
     settings_file, file = _only(folder, SETTINGS_FILE), _only(folder, WEIGHTS_FILE)
     settings = {**DEFAULTS, **read_json(settings_file)}
     require_settings(settings_file, settings, SETTINGS, WHAT)

@@ -60,8 +60,8 @@ class WanCodec(Codec):
         self.mean, self.inverse_std = mean, 1.0 / std
 
     @staticmethod
-    def described(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
-        """As :meth:`Codec.described` says."""
+    def check(folder: Path) -> tuple[Any, dict[str, TensorEntry]]:
+        """As :meth:`Codec.check` says."""
         settings, entries = _settings(folder), read_headers(folder)
         optional.require("diffusers", WHAT)
         from diffusers import AutoencoderKLWan
