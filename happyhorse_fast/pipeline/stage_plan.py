@@ -93,6 +93,11 @@ class Work:
     text: int = TEXT_TOKENS
     gpu: Gpu = GPUS["h100"]
 
+    @property
+    def fast(self) -> FastConfig | None:
+        """How the models are accelerated; None for eager torch in bf16."""
+        return None if self.precision is None else FastConfig(precision=self.precision, attention=self.attention)
+
 
 def stage_plans(
     work: Work,
@@ -155,37 +160,32 @@ def _denoise(work: Work, name: str, held: int, traced: bool) -> StagePlan:
         evaluations = DISTILLED_STEPS if work.request.first == "distilled" else 2 * GUIDED_STEPS
     else:
         config, clip, evaluations = work.models[1], work.request.last_tokens, SECOND_STEPS
-    attention = work.attention
-    if attention is None:
-        attention = "bf16" if work.precision is None else FastConfig(precision=work.precision).attention_format
+    attention = "bf16" if work.fast is None else work.fast.attention_format
     costs = step_costs(
         config, clip, text=work.text, precision=work.precision or "bf16", attention=attention, gpu=work.gpu
     )
     weights = peak = loading = 0
     if traced:
-        weights, peak, loading = _model_bytes(config, clip, work.text, work.precision, work.attention)
+        weights, peak, loading = _model_bytes(config, clip, work.text, work.fast)
     peak += held * 4 * config.latent_channels * clip.T * clip.H * clip.W
     floor = evaluations * totals(costs)["floor_ms_per_step"] / 1e3
     return StagePlan(name, work.request.parts[name], weights, max(peak, loading), floor)
 
 
 @lru_cache(maxsize=32)
-def _model_bytes(
-    config: ModelConfig, clip: ClipTokens, text: int, precision: Precision | None, attention: AttentionPrecision | None
-) -> tuple[int, int, int]:
+def _model_bytes(config: ModelConfig, clip: ClipTokens, text: int, fast: FastConfig | None) -> tuple[int, int, int]:
     """Of a model: weights, peak of an evaluation, peak of loading: all but the largest layer packed, that one not."""
 
     def build(wanted: ModelConfig) -> torch.nn.Module:
-        if precision is None:
+        if fast is None:
             return HappyHorse(wanted, device="meta")
-        fast = FastConfig(precision=precision, attention=attention)
         choices = choose("reference", fast.precision, torch.device("cpu"), attention=fast.attention_format)
         return empty_accelerated(wanted, fast, choices)
 
     weights = weight_bytes(build(config))
     layers = HappyHorse(config, device="meta").block.layers
     largest = max(weight_bytes(layer) for layer in layers)
-    return weights, peak_by_kind(config, clip, build, text=text), weights + (0 if precision is None else largest)
+    return weights, peak_by_kind(config, clip, build, text=text), weights + (0 if fast is None else largest)
 
 
 def video_stage(work: Work, tiles: int, traced: bool = True) -> StagePlan:
@@ -200,7 +200,7 @@ def video_stage(work: Work, tiles: int, traced: bool = True) -> StagePlan:
     else:
         weights, peak = _turbo_bytes(clip.T, clip.H, clip.W, tiles) if traced else (0, 0)
         windows = sum(window.stop - window.start for window in tiling.time_windows(clip.T))
-        positions = windows * sum(map(_positions, tiling.space_tiles(clip.H, clip.W, tiles)))  # halos included
+        positions = windows * sum(map(tiling.positions, tiling.space_tiles(clip.H, clip.W, tiles)))  # halos included
     peak += latents + FRAMES_BYTES * pixels
     floor = positions * DECODER_FLOPS[work.decoder] / work.gpu.rate("bf16")
     return StagePlan(VIDEO, work.request.parts[VIDEO], weights, peak, floor)
@@ -217,13 +217,7 @@ def _turbo_bytes(count: int, height: int, width: int, tiles: int) -> tuple[int, 
         weights = meter.register(fake.parameters(), "weights")
         latents = torch.empty(count, height, width, LATENT_CHANNELS, dtype=torch.bfloat16, device="cpu")
         meter.register([latents], "latents")
-        largest = max(tiling.space_tiles(height, width, tiles), key=_positions)
+        largest = max(tiling.space_tiles(height, width, tiles), key=tiling.positions)
         with meter:
             fake._window(latents, window, [largest])
     return weights, meter.peak_bytes
-
-
-def _positions(tile: tuple[tiling.Span, tiling.Span]) -> int:
-    """Latents of a frame that a tile decodes."""
-    rows, columns = ((span.outer_stop - span.outer_start) for span in tile)
-    return rows * columns

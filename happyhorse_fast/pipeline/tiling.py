@@ -50,12 +50,12 @@ def time_windows(latents: int) -> list[TimeWindow]:
     padded = -(-latents // STRIDE) * STRIDE
     windows = []
     for start in range(0, padded, STRIDE):
-        stop = min(start + STRIDE, latents)
-        frames = TIME_SCALE * (stop - start)
+        frames = TIME_SCALE * (min(start + STRIDE, latents) - start)
+        stop = min(start + STRIDE + 1, padded)
         if start == 0:
-            windows.append(TimeWindow(0, min(STRIDE + 1, padded), 0, frames - TIME_SCALE + 1))
+            windows.append(TimeWindow(0, stop, 0, frames - TIME_SCALE + 1))
         else:
-            windows.append(TimeWindow(start - 1, min(start + STRIDE + 1, padded), TIME_SCALE, frames))
+            windows.append(TimeWindow(start - 1, stop, TIME_SCALE, frames))
     return windows
 
 
@@ -92,23 +92,27 @@ def spans(size: int, count: int) -> list[Span]:
     ]
 
 
-def space_tiles(height: int, width: int, tiles: int) -> list[tuple[Span, Span]]:
+Tile = tuple[Span, Span]
+"""Its rows and its columns."""
+
+
+def positions(tile: Tile) -> int:
+    """Latents of a frame that a tile decodes."""
+    rows, columns = (span.outer_stop - span.outer_start for span in tile)
+    return rows * columns
+
+
+def space_tiles(height: int, width: int, tiles: int) -> list[Tile]:
     """Rows and columns of each tile: of all grids with ``tiles`` tiles, the one whose largest is the smallest.
 
     Raises:
         ValueError: No grid of so many tiles has at least one latent in each.
     """
     grids = [
-        (spans(height, tiles // columns), spans(width, columns))
+        list(itertools.product(spans(height, tiles // columns), spans(width, columns)))
         for columns in range(1, tiles + 1)
         if tiles % columns == 0 and columns <= width and tiles // columns <= height
     ]
     if not grids:
         raise ValueError(f"tiles must be rows times columns of a grid on {height} x {width} latents, got {tiles}")
-
-    def largest(grid: tuple[list[Span], list[Span]]) -> int:
-        rows, columns = (max(span.outer_stop - span.outer_start for span in axis) for axis in grid)
-        return rows * columns
-
-    rows, columns = min(grids, key=largest)
-    return [(row, column) for row in rows for column in columns]
+    return min(grids, key=lambda grid: max(map(positions, grid)))

@@ -159,9 +159,7 @@ class TurboDecoder(nn.Module):
 
     @ambient.independent
     @torch.no_grad()
-    def _window(
-        self, latents: torch.Tensor, window: tiling.TimeWindow, grid: list[tuple[tiling.Span, tiling.Span]]
-    ) -> torch.Tensor:
+    def _window(self, latents: torch.Tensor, window: tiling.TimeWindow, grid: list[tiling.Tile]) -> torch.Tensor:
         height, width = latents.shape[1:3]
         there = latents[window.start : window.stop]
         missing = window.stop - window.start - len(there)

@@ -171,8 +171,8 @@ def test_the_turbo_decoders_trace_is_of_its_largest_window_and_tile(monkeypatch)
     ((window, (tile,)),) = traced
     assert window.stop - window.start == 9
     grid = tiling.space_tiles(68, 120, 9)
-    sizes = [stage_plan._positions(one) for one in grid]
-    assert stage_plan._positions(tile) == max(sizes) > sizes[0]  # one in the middle has halos on both sides
+    sizes = [tiling.positions(one) for one in grid]
+    assert tiling.positions(tile) == max(sizes) > sizes[0]  # one in the middle has halos on both sides
 
 
 def test_a_cpu_has_no_budget():
