@@ -102,7 +102,9 @@ class Calls:
         dtype = q.dtype
         if self.float16 and dtype == torch.float16:
             q, k, v = (x.bfloat16() if x.dtype == dtype else x for x in (q, k, v))
-        reason = obstacle or self._obstacle(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa)
+        reason = obstacle or _tensors_obstacle(q, k, v, enable_gqa) or _options_obstacle(dropout_p, is_causal, scale)
+        if reason is None and mask is not None:
+            reason = self._masks.obstacle(mask, q, k)
         backend = self.backend
         if reason is None and backend == "auto":
             backend, reason = self._choose(q.device)
@@ -118,7 +120,7 @@ class Calls:
         maps: Sequence[BlockMap | None] = [None]
         if mask is not None:
             maps = self._masks.maps(mask, q.shape[2])
-        elif self._sparse is not None and self._sparse.fits(q, k):
+        elif self._sparse is not None:
             maps = self._sparse.maps(q, k, backend)
         return self._run(q, k, v, maps, scale, backend).to(dtype)
 
@@ -132,41 +134,6 @@ class Calls:
         items = zip(q, k, v, maps, strict=True)
         parts = [run(*(x.transpose(0, 1) for x in item), block_map=block_map) for *item, block_map in items]
         return torch.stack(parts).transpose(1, 2)
-
-    def _obstacle(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-    ) -> str | None:
-        for name, x in (("query", q), ("key", k), ("value", v)):
-            if x.dtype != torch.bfloat16:
-                return f"{name} is {str(x.dtype)[6:]}, not bfloat16"
-            if x.dim() != 4:
-                return f"{name} has {x.dim()} dimensions, not 4"
-            if x.device != q.device:
-                return f"{name} is on another device than query"
-            if is_differentiated(x):
-                return f"{name} requires gradients"
-        if q.shape[3] not in HEAD_DIMS:
-            return f"head dim {int(q.shape[3])}, not {', '.join(map(str, HEAD_DIMS))}"
-        if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or 0 in (*q.shape, *k.shape):
-            return "query, key and value do not have one batch and head dim, or are empty"
-        heads, own = int(q.shape[1]), int(k.shape[1])
-        if heads % own or (heads != own and not enable_gqa):
-            return f"{heads} heads of queries on {own} of keys" + ("" if heads % own else " without enable_gqa")
-        if dropout_p != 0:
-            return "dropout"
-        if is_causal:
-            return "is_causal"
-        if scale is not None and not 0 < scale < math.inf:
-            return "scale is not positive and finite"
-        return None if mask is None else self._masks.obstacle(mask, q, k)
 
     def _choose(self, device: torch.device) -> tuple[str, str | None]:
         """The backend for tensors on a device, and why there is none."""
@@ -194,6 +161,36 @@ class Calls:
         self.left[reason] += 1
         if self.left[reason] == 1:
             logger.warning("%s runs attention itself: %s", self.host, reason)
+
+
+def _tensors_obstacle(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> str | None:
+    """Why a call of these tensors does not fit."""
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if x.dtype != torch.bfloat16:
+            return f"{name} is {str(x.dtype)[6:]}, not bfloat16"
+        if x.dim() != 4:
+            return f"{name} has {x.dim()} dimensions, not 4"
+        if x.device != q.device:
+            return f"{name} is on another device than query"
+        if is_differentiated(x):
+            return f"{name} requires gradients"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"head dim {int(q.shape[3])}, not {', '.join(map(str, HEAD_DIMS))}"
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or 0 in (*q.shape, *k.shape):
+        return "query, key and value do not have one batch and head dim, or are empty"
+    heads, own = int(q.shape[1]), int(k.shape[1])
+    if heads % own or (heads != own and not enable_gqa):
+        return f"{heads} heads of queries on {own} of keys" + ("" if heads % own else " without enable_gqa")
+    return None
+
+
+def _options_obstacle(dropout_p: float, is_causal: bool, scale: float | None) -> str | None:
+    """Why a call with these options does not fit."""
+    if dropout_p != 0:
+        return "dropout"
+    if is_causal:
+        return "is_causal"
+    return None if scale is None or 0 < scale < math.inf else "scale is not positive and finite"
 
 
 def _in_vectors(x: Tensor) -> bool:

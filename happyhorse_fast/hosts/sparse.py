@@ -100,16 +100,23 @@ class Sparse:
         self.sparsity = sparsity
         self._maps: dict[torch.device, BlockMap] = {}
 
-    def fits(self, q: Tensor, k: Tensor) -> bool:
-        """Whether it is for a call with q [B, Hq, N, D] and k [B, Hkv, M, D]."""
+    def maps(self, q: Tensor, k: Tensor, backend: str) -> Sequence[BlockMap | None]:
+        """A map for all items of the batch, or one for each.
+
+        Args:
+            q: [B, Hq, N, D].
+            k: [B, Hkv, M, D].
+            backend: Of the choice.
+
+        Returns:
+            The maps; of a call that it is not for None, which is exact.
+        """
         here = self.sparsity
         size = (here.queries, here.keys) if isinstance(here, BlockMap) else (here.tokens, here.tokens)
-        return size == (q.shape[2], k.shape[2])
-
-    def maps(self, q: Tensor, k: Tensor, backend: str) -> Sequence[BlockMap]:
-        """A map for all items of the batch, or one for each; of tensors as for :meth:`fits`."""
-        if isinstance(self.sparsity, Chosen):
-            return [self.sparsity.map(x.transpose(0, 1), y.transpose(0, 1), backend) for x, y in zip(q, k, strict=True)]
+        if size != (q.shape[2], k.shape[2]):
+            return [None]
+        if isinstance(here, Chosen):
+            return [here.map(x.transpose(0, 1), y.transpose(0, 1), backend) for x, y in zip(q, k, strict=True)]
         if q.device not in self._maps:
-            self._maps[q.device] = self.sparsity.to(q.device)
+            self._maps[q.device] = here.to(q.device)
         return [self._maps[q.device]]
