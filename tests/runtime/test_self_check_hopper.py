@@ -192,3 +192,16 @@ def test_the_launch_table_says_what_is_the_hopper_kernel(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert not where("block_sparse_attention", "bf16") and not where("fp8_linear_residual", "bf16")
     assert not where("block_sparse_attention", "fp8"), "it has no such entry"
+
+
+def test_what_two_threads_tell_launchers_ends_with_each() -> None:
+    """Two checks at once end in any order; one that restored all would tell what the other did, for good."""
+    empty = torch.empty(0)
+    with device.pretend(90):
+        pointers, few = device.by_pointers(), device.few_programs()
+        pointers.__enter__()
+        few.__enter__()
+        pointers.__exit__(None, None, None)
+        assert device.addressable(empty) and device.multiprocessors(CPU) == 3
+        few.__exit__(None, None, None)
+        assert device.addressable(empty) and device.multiprocessors(CPU) != 3
