@@ -40,11 +40,12 @@ _told = Told()
 @contextlib.contextmanager
 def _telling(**answers: Any) -> Iterator[None]:
     global _told
-    before, _told = _told, dataclasses.replace(_told, **answers)
+    before = {name: getattr(_told, name) for name in answers}
+    _told = dataclasses.replace(_told, **answers)
     try:
         yield
     finally:
-        _told = before
+        _told = dataclasses.replace(_told, **before)  # not what another thread has told since
 
 
 def pretend(arch: int) -> contextlib.AbstractContextManager[None]:
