@@ -54,9 +54,10 @@ def select_blocks(given: SelectBlocks) -> Parts:
     q, k, table = given.q, given.k, given.table
     results = given.empty()
     heads_q, heads_kv, d, blocks = q.shape[1], k.shape[1], q.shape[2], table.shape[0]
-    group, rows, score_stride = heads_q // heads_kv, heads_kv * blocks, -(-blocks // 4) * 4
+    rows = heads_kv * blocks
     if rows == 0:
         return results
+    group, score_stride = heads_q // heads_kv, -(-blocks // 4) * 4
     pooled = torch.empty(heads_q + heads_kv, blocks, d, dtype=torch.float32, device=q.device)
     scores = torch.empty(heads_kv, blocks, score_stride, dtype=torch.float32, device=q.device)
     # int8 codes are multiplied before they are added up, e4m3's sums of a block after it.
