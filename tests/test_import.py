@@ -89,7 +89,7 @@ ops.quantize_rows(x, False)
     assert (done.returncode, last) == (1, f"ImportError: {wanted}")
 
 
-def test_the_ops_are_functions_of_one_module():
+def test_the_ops_are_functions_of_one_module_that_loads_on_first_use():
     from happyhorse_fast import ops
 
     folders = {info.name for info in pkgutil.iter_modules(ops.__path__)}
