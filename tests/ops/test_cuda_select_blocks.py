@@ -284,7 +284,7 @@ MUTANTS = {
     "a channel left out": ("i < SCORE_DEPTH; ++i", "i < SCORE_DEPTH - 1; ++i"),
     "a query head of the group left out": ("int member = 1; member < members", "int member = 2; member < members"),
     "the last blocks left out": ("if (block < p.blocks) sums[i]", "if (block < p.blocks - 3) sums[i]"),
-    "int8 codes without a sign": ("to_float(int8{static_cast", "to_float(e4m3{static_cast"),
+    "int8 codes without a sign": ("to_float(Code{static_cast", "to_float(e4m3{static_cast"),
     "the scale of another row": ("row_scale[(slot + row) * p.heads_q]", "row_scale[row * p.heads_q]"),
     "the scale of another head": ("p.q_scale + head : nullptr", "p.q_scale : nullptr"),
     "the scale of another block of keys": ("p.k_scale[head * gridDim.y + blockIdx.y]", "p.k_scale[blockIdx.y]"),
