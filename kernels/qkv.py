@@ -25,6 +25,8 @@ from L2 serves 171 FLOP rather than 128: 28.6 GB instead of 37.5 in fp8, 57.2 in
 The epilogue reads 64 KB of cosines and sines per tile of q and k, 1.6 GB from L2 in all, as float32.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -38,11 +40,19 @@ from happyhorse_fast.kernels.numerics import (
     to_e4m3,
     to_int8,
 )
-from happyhorse_fast.kernels.qkv_heads import Results, Scales, Tile, heads_of
+from happyhorse_fast.kernels.qkv_heads import Results, Scales, heads_of
 
 EPS = tl.constexpr(1e-6)
 ROTATED = tl.constexpr(32)
 """Channels that are rotated at once."""
+
+
+class Tile(NamedTuple):
+    """A tile's expert and rows: the first, and the end of those that exist."""
+
+    expert: Any
+    first: Any
+    end: Any
 
 
 @triton.jit

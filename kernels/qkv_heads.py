@@ -1,4 +1,4 @@
-"""What both kernels of QKV's product share: constants of its heads, scales and results of a launch, rows of a tile."""
+"""What both kernels of QKV's product share: constants of its heads, scales and results of a launch."""
 
 import hashlib
 from dataclasses import dataclass
@@ -69,11 +69,3 @@ class Results(NamedTuple):
     v_scale: Any
     gate: Any
     blocks: Any
-
-
-class Tile(NamedTuple):
-    """A tile's expert and rows: the first, and the end of those that exist."""
-
-    expert: Any
-    first: Any
-    end: Any
