@@ -162,12 +162,13 @@ class TextEncoder:
                 "different models"
             )
         nbytes = entry.nbytes // rows
+        reader = TensorReader(torch.device("cpu"))  # rows are small: to a GPU they go together, with one wait
         found: dict[int, torch.Tensor] = {}
         with entry.file.open("rb", buffering=0) as stream:
             for number in sorted(set(numbers)):
                 row = dataclasses.replace(entry, shape=(width,), start=entry.start + number * nbytes, nbytes=nbytes)
-                found[number] = self._reader.read(stream, row, self._dtype)
-        return torch.stack([found[number] for number in numbers])
+                found[number] = reader.read(stream, row, self._dtype)
+        return torch.stack([found[number] for number in numbers]).to(self._device)
 
     def _fill(self, layers_on_device: int | None) -> None:
         model: nn.Module = self.module.encoder
