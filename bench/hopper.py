@@ -17,7 +17,8 @@ from happyhorse_fast.fast.state import FastState
 from happyhorse_fast.kernels.launch import HOPPER_ARCH, HOPPER_HEAD_DIM, config_for, launched_with, table
 from happyhorse_fast.ops.linear.contract import ACTIVATIONS
 from happyhorse_fast.ops.quantize import FORMATS
-from happyhorse_fast.ops.runtime.dispatch import STEMS, compute_capability, is_hopper
+from happyhorse_fast.ops.runtime.checks import compute_capability
+from happyhorse_fast.ops.runtime.dispatch import STEMS, is_hopper
 
 HOPPER, FORM = "hopper", "_hopper"
 _ATTENTION = table(STEMS[BLOCK_SPARSE])

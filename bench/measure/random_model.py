@@ -16,8 +16,9 @@ from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer
 from happyhorse_fast.ops.qkv.packing import static_qk_scale
 from happyhorse_fast.ops.quantize import FORMATS
+from happyhorse_fast.ops.runtime.checks import compute_capability
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
-from happyhorse_fast.ops.runtime.dispatch import Choice, choose, compute_capability, cuda_ops
+from happyhorse_fast.ops.runtime.dispatch import Choice, choose, cuda_ops
 from happyhorse_fast.ops.runtime.obstacles import BackendError
 
 Backend = Literal["auto", "triton", "hopper", "cuda", "reference"]

@@ -24,7 +24,7 @@ from happyhorse_fast.fast.accelerate import choose_ops, install
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.parallelize import spread
 from happyhorse_fast.fast.state import FastState
-from happyhorse_fast.ops.runtime.dispatch import compute_capability
+from happyhorse_fast.ops.runtime.checks import compute_capability
 
 __all__ = ["load", "save_checkpoint"]
 

@@ -20,7 +20,7 @@ from happyhorse_fast.fast.accelerate import choose_ops, empty_accelerated
 from happyhorse_fast.fast.compiled import unwrapped
 from happyhorse_fast.fast.config import FastConfig, Tiles, TopK, TopP
 from happyhorse_fast.fast.state import FastState, is_accelerated
-from happyhorse_fast.ops.runtime.dispatch import compute_capability
+from happyhorse_fast.ops.runtime.checks import compute_capability
 
 FORMAT = 1
 """Version of the packed layout; another one must be packed again from the published checkpoint."""

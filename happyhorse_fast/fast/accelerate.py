@@ -24,7 +24,8 @@ from happyhorse_fast.fast.plan import LayerPlan
 from happyhorse_fast.fast.refusals import require_acceleratable
 from happyhorse_fast.fast.state import FastState, is_accelerated
 from happyhorse_fast.ops.attention.score_bound import LIMIT
-from happyhorse_fast.ops.runtime.dispatch import Choice, choose, compute_capability, is_hopper
+from happyhorse_fast.ops.runtime.checks import compute_capability
+from happyhorse_fast.ops.runtime.dispatch import Choice, choose, is_hopper
 from happyhorse_fast.ops.runtime.formats import uses_e4m3
 from happyhorse_fast.parallel.sharded import is_sharded
 

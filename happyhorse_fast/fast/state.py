@@ -22,8 +22,8 @@ from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.layer import FastLayer, pack_layer
 from happyhorse_fast.fast.padded_rows import PaddedRows
 from happyhorse_fast.fast.plan import LayerPlan
-from happyhorse_fast.ops.runtime.checks import is_capturing
-from happyhorse_fast.ops.runtime.dispatch import Choice, compute_capability
+from happyhorse_fast.ops.runtime.checks import compute_capability, is_capturing
+from happyhorse_fast.ops.runtime.dispatch import Choice
 from happyhorse_fast.parallel.group import Ranks
 
 

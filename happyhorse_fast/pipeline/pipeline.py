@@ -18,7 +18,7 @@ from happyhorse_fast.config import LATENT_CHANNELS
 from happyhorse_fast.fast.config import AttentionPrecision, FastConfig, Precision
 from happyhorse_fast.fast.parallelize import require_mesh
 from happyhorse_fast.files import is_special, real_path, require_target
-from happyhorse_fast.ops.runtime.dispatch import compute_capability
+from happyhorse_fast.ops.runtime.checks import compute_capability
 from happyhorse_fast.pipeline.clip import Clip
 from happyhorse_fast.pipeline.company import Company, tells_faults
 from happyhorse_fast.pipeline.image import image_pixels, open_image

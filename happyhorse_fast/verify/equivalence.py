@@ -20,7 +20,7 @@ from happyhorse_fast.eager.model import HappyHorse
 from happyhorse_fast.fast.accelerate import accelerate
 from happyhorse_fast.fast.config import FastConfig
 from happyhorse_fast.fast.state import FastState, build_clip_state, is_accelerated
-from happyhorse_fast.ops.runtime.dispatch import compute_capability
+from happyhorse_fast.ops.runtime.checks import compute_capability
 from happyhorse_fast.sampler import sample
 from happyhorse_fast.verify.checks import in_dtype, run_layers, seeded_inputs
 from happyhorse_fast.verify.layer_ops import OPS, FastOps, OpResults, eager_ops, record_inputs

@@ -1,5 +1,6 @@
 """NVTX ranges around the ops: none unless asked for, and then one for every op."""
 
+import json
 import logging
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from happyhorse_fast import ops
 from happyhorse_fast.ops.runtime import ranges
 
 
@@ -64,7 +66,27 @@ def test_a_torch_without_nvtx_is_told_once(monkeypatch, caplog):
     ]
 
 
-def test_every_op_has_one_also_in_a_compiled_graph():
+def test_every_op_has_one():
+    code = """
+import importlib, json, pkgutil
+from happyhorse_fast.ops.runtime import ranges
+made, ranged = [], ranges.ranged
+ranges.ranged = lambda implementation: made.append(implementation.__name__) or ranged(implementation)
+from happyhorse_fast import ops
+for module in pkgutil.walk_packages(ops.__path__, "happyhorse_fast.ops."):
+    importlib.import_module(module.name)
+import torch
+registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("happyhorse_fast::")]
+print(json.dumps([made, registered]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    made, registered = json.loads(done.stdout)
+    registered.remove("happyhorse_fast::float32_product")  # of the library, inside another op
+    assert len(made) == len(registered)
+    assert set(made) == {name for name, module in ops._WHERE.items() if module.endswith(".op")}
+
+
+def test_a_compiled_graph_has_them_too():
     code = """
 import torch
 from torch.cuda import nvtx

@@ -14,7 +14,7 @@ import torch
 from happyhorse_fast import optional
 from happyhorse_fast.kernels.launch import HOPPER_HEAD_DIM, config_for
 from happyhorse_fast.ops.runtime import self_check, trust
-from happyhorse_fast.ops.runtime.checks import compute_capability as compute_capability
+from happyhorse_fast.ops.runtime.checks import compute_capability
 from happyhorse_fast.ops.runtime.cuda.launch import cuda_obstacle
 from happyhorse_fast.ops.runtime.formats import ACTIVATION, ATTENTION_OUT, QKV, VARIANTS, qk_format
 from happyhorse_fast.ops.runtime.obstacles import BackendError, triton_obstacle
@@ -216,7 +216,13 @@ def is_hopper(op: str, precision: str, device: torch.device, *, head_dim: int, a
 
 def preferred(fmt: str, device: torch.device) -> tuple[str, ...]:
     """Ops that run in CUDA rather than in Triton in a format on this device's architecture: :data:`PREFERENCES`."""
-    return tuple(json.loads(PREFERENCES.read_text()).get(str(compute_capability(device)), {}).get(fmt, ()))
+    return tuple(_preferences(PREFERENCES).get(str(compute_capability(device)), {}).get(fmt, ()))
+
+
+@functools.cache
+def _preferences(file: Path) -> dict[str, dict[str, list[str]]]:
+    loaded: dict[str, dict[str, list[str]]] = json.loads(file.read_text())
+    return loaded
 
 
 def _failures(
